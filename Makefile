@@ -1,0 +1,48 @@
+# Two commands do everything on a fresh machine: `make reproduce` and `make test`. Both set up what is missing.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+VENV := .venv
+BIN := $(VENV)/bin
+# Tools and stages find one another by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Compiled modules are worth keeping: a stage starts in half the time.
+export PYTHONDONTWRITEBYTECODE :=
+
+.PHONY: reproduce test test-fast lint format ui setup lock clean help
+
+help:
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+reproduce: setup ## run the whole pipeline on the offline demo; ends with a report
+	@python -m flows.reproduce
+
+test: setup ## pass all tests, with coverage
+	@pytest --cov --cov-report=term:skip-covered
+
+test-fast: setup ## pass the tests that take seconds
+	@pytest -m "not slow"
+
+lint: setup ## ruff, ruff format, mypy
+	@ruff check .
+	@ruff format --check .
+	@mypy
+
+format: setup ## let ruff mend what it can
+	@ruff check --fix .
+	@ruff format .
+
+ui: setup ## show Prefect and MLflow, and print both addresses
+	@python -m flows.ui
+
+setup: $(VENV)/.installed ## make .venv from the lock; nothing when nothing changed
+
+$(VENV)/.installed: requirements.lock pyproject.toml infra/setup.sh infra/uv.txt
+	@bash infra/setup.sh $(VENV)
+	@touch $@
+
+lock: setup ## resolve the dependencies anew, with hashes and without any registry's address
+	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
+		--no-emit-index-url --quiet --custom-compile-command "make lock" --output-file requirements.lock
+
+clean: ## remove what stages wrote and scratch; the environment and DVC's cache stay
+	@rm -rf data/ingest data/image-tower data/captions/*/ data/shards models metrics report .lotlip
