@@ -1,0 +1,16 @@
+"""Language-image pre-training that understands long text (LoTLIP, NeurIPS 2024)."""
+
+import os
+
+__version__ = "0.1.0"
+
+# There may be no internet, and nobody asked to be counted: every library's telemetry is off unless it was set otherwise.
+for _name, _value in {
+    "DO_NOT_TRACK": "1",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}.items():
+    os.environ.setdefault(_name, _value)

@@ -1,0 +1,427 @@
+"""params.yaml as frozen, typed objects. The only reader of YAML: a section is a stage, a variant is its differences.
+
+Every value is checked when the file is loaded, and every complaint names the key, what was wrong and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lotlip.text import Window
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
+
+
+class ConfigError(ValueError):
+    """params.yaml cannot be used as it is; the message lists every reason with its place and remedy."""
+
+
+class Section(BaseModel):
+    """A part of params.yaml: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class Paths(Section):
+    """Where each stage writes, relative to the project's root; dvc.yaml reads the same names."""
+
+    ingest: Path = Path("data/ingest")
+    image_tower: Path = Path("data/image-tower")
+    captions: Path = Path("data/captions")
+    shards: Path = Path("data/shards")
+    models: Path = Path("models")
+    metrics: Path = Path("metrics")
+    stages: Path = Path("metrics/stages")
+    report: Path = Path("report")
+
+
+# --- ingest -------------------------------------------------------------------------------------------------------
+
+
+class ScenesSource(Section):
+    """The demo's world: pictures drawn from a seed, with their scene graphs."""
+
+    kind: Literal["scenes"]
+    path: Path = Field(description="the module that draws the scenes; DVC watches it")
+    seed: int = 0
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64
+    train: Count = 8000
+    val: Count = 500
+    test: Count = 1000
+
+
+class FolderSource(Section):
+    """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+
+    kind: Literal["folder"]
+    path: Path
+    val_share: Share = 0.05
+    test_share: Share = 0.1
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _some_left_to_train(self) -> FolderSource:
+        if self.val_share + self.test_share >= 1:
+            raise ValueError("val_share + test_share must stay below 1, so that something is left to train on")
+        return self
+
+
+Source = Annotated[Union[ScenesSource, FolderSource], Field(discriminator="kind")]
+
+
+class Ingest(Section):
+    """Brings images and raw captions in, as partitions."""
+
+    source: Source
+    partition_size: Count = 1000
+    max_failure_share: Share = Field(0.01, description="of the items; more fails the gate")
+
+
+# --- image tower --------------------------------------------------------------------------------------------------
+
+
+class ScenesTower(Section):
+    """A small ViT trained on the attributes of scenes of its own; stands for ImageNet-21k pretraining."""
+
+    kind: Literal["scenes"]
+    scenes: Count = 12000
+    seed: int = 1
+    width: Count = 128
+    depth: Count = 4
+    heads: Count = 4
+    patch_size: Count = 8
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64
+    epochs: Count = 10
+    batch_size: Count = 128
+    learning_rate: Positive = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    min_accuracy: Share = Field(0.6, description="mean over attributes, on scenes it was not trained on; less fails the gate")
+
+
+class TimmTower(Section):
+    """A pretrained image tower from timm, as the paper's `vit_base_patch16_224.augreg_in21k`."""
+
+    kind: Literal["timm"]
+    model: str
+    checkpoint: Path | None = Field(None, description="local safetensors file; without one timm asks the model hub")
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+
+
+ImageTower = Annotated[Union[ScenesTower, TimmTower], Field(discriminator="kind")]
+
+
+# --- caption ------------------------------------------------------------------------------------------------------
+
+
+class SceneCaptioner(Section):
+    """Describes a scene from its graph; stands for a multimodal LLM, in the wording of one of the paper's three."""
+
+    kind: Literal["scenes"]
+    path: Path = Field(description="the module that words the captions; DVC watches it")
+    style: Literal["instructblip", "llava", "sharegpt4v"]
+    omission: Share = Field(0.1, description="chance that an object is left out")
+    error: Share = Field(0.03, description="chance that an attribute is told wrong")
+    seed: int = 0
+
+
+class TableCaptioner(Section):
+    """Long captions that were written before: a Parquet or CSV file with the columns key, captioner, text."""
+
+    kind: Literal["table"]
+    path: Path
+
+
+Captioner = Annotated[Union[SceneCaptioner, TableCaptioner], Field(discriminator="kind")]
+
+
+class CaptionStage(Section):
+    """Long captions for every image, by each captioner."""
+
+    captioners: dict[Name, Captioner] = {}
+    tokenizer: str = "bert-base-uncased"
+    max_failure_share: Share = 0.02
+    max_repeated_share: Share = Field(0.2, description="of the captions that are word for word another's; more fails the gate")
+
+
+# --- shard --------------------------------------------------------------------------------------------------------
+
+
+class Shard(Section):
+    """Images, raw and long captions and the frozen tower's features, as WebDataset tars."""
+
+    samples_per_shard: Count = 1000
+    seed: int = 0
+    store_features: bool = Field(True, description="run the frozen tower once, here, instead of at every step")
+    feature_batch_size: Count = 250
+    max_failure_share: Share = 0.01
+
+
+# --- pretrain -----------------------------------------------------------------------------------------------------
+
+
+class TextTower(Section):
+    """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
+
+    tokenizer: str = "bert-base-uncased"
+    pretrained: str | None = Field(None, description="folder or hub name of a BERT-family model; without one, `config`")
+    config: dict[str, Any] = Field(
+        default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
+    )
+    context_length: Annotated[int, Field(ge=8, le=512)] = 128
+    corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m")
+    corner_mask: bool = Field(True, description="corner tokens and [CLS] see words only, not one another (section 3.2)")
+
+
+class LongTexts(Section):
+    """What is drawn from the long captions at each step."""
+
+    per_image: Count = Field(1, description="K: long texts drawn for an image")
+    sub_captions: NonNegative = Field(3, description="k: consecutive sub-captions in a long text; 0: raw captions only")
+    captioners: list[Name] = Field(default_factory=list, description="whose captions to draw from; none named: all")
+    window: Window = "within-caption"
+
+
+class LossWeights(Section):
+    """The released code's `clip_lossweight` and `declip_lossweight`."""
+
+    raw_weight: Annotated[float, Field(ge=0)] = 1.0
+    long_weight: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Optimizer(Section):
+    """AdamW with warm-up and cosine decay; defaults are the released code's."""
+
+    learning_rate: Positive = 5e-4
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    eps: Positive = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.2
+    warmup_steps: NonNegative = 50
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
+
+
+class Pretrain(Section):
+    """Locked-image tuning of the text tower (LiT), with long texts and corner tokens."""
+
+    seeds: Annotated[list[int], Field(min_length=1)] = [0]
+    steps: Count = 500
+    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and accumulation steps")
+    accumulation: Count = Field(1, description="micro-batches per step and process")
+    processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    log_every: Count = 10
+    checkpoint_every: Count = 200
+    text: TextTower = TextTower()
+    long_texts: LongTexts = LongTexts()
+    loss: LossWeights = LossWeights()
+    optimizer: Optimizer = Optimizer()
+    max_final_loss_share: Share = Field(
+        0.95, description="of the loss of guessing that the last steps may still have; more fails the gate"
+    )
+
+    @model_validator(mode="after")
+    def _divides(self) -> Pretrain:
+        parts = self.accumulation * self.processes
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by processes × accumulation = {parts}; "
+                f"use {max(self.batch_size // parts, 1) * parts} or {(self.batch_size // parts + 1) * parts}"
+            )
+        if self.text.corner_tokens + 4 > self.text.context_length:
+            raise ValueError(
+                f"text.context_length {self.text.context_length} has no room for "
+                f"{self.text.corner_tokens} corner tokens and words"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {self.seeds} names one twice")
+        return self
+
+
+# --- evaluate, report ---------------------------------------------------------------------------------------------
+
+
+class ScenesBenchmark(Section):
+    """Held-out scenes: long and short texts in wording that training never had, and prompts for the shape."""
+
+    kind: Literal["scenes"]
+    split: Literal["val", "test"] = "test"
+    size: Count = Field(description="scenes in the split; another number is an error")
+    max_unseen_tokens: Share = Field(0.01, description="share of the texts' word pieces that no training text has")
+
+
+class HeldOutBenchmark(Section):
+    """Held-out images of the data set itself: its raw captions, and its long captions where there are any."""
+
+    kind: Literal["held-out"]
+    split: Literal["val", "test"] = "test"
+
+
+Benchmark = Annotated[Union[ScenesBenchmark, HeldOutBenchmark], Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    """Zero-shot retrieval and classification of each trained model."""
+
+    batch_size: Count = 250
+    benchmarks: dict[Name, Benchmark]
+    min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="times chance that short-text R@1 must reach; less fails the gate"
+    )
+
+
+class Report(Section):
+    """The page that a person reads at the end."""
+
+    title: str = "LoTLIP"
+    note: str = Field("", description="said in plain words at the top of the page")
+    contact_sheet: NonNegative = Field(12, description="pictures shown with their captions")
+
+
+class Tracking(Section):
+    """MLflow; MLFLOW_TRACKING_URI in the environment goes before `uri`."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "lotlip"
+
+
+class Orchestration(Section):
+    """Prefect's side of every stage."""
+
+    workers: Count = Field(2, description="units that run at the same time")
+    retries: NonNegative = Field(2, description="tries after the first, for a unit")
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    paths: Paths = Paths()
+    ingest: Ingest
+    image_tower: ImageTower
+    caption: CaptionStage = CaptionStage()
+    shard: Shard = Shard()
+    pretrain: Pretrain = Pretrain()
+    evaluate: Evaluate
+    report: Report = Report()
+    tracking: Tracking = Tracking()
+    orchestration: Orchestration = Orchestration()
+    ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
+
+    @model_validator(mode="after")
+    def _ablations_resolve(self) -> Params:
+        if not self.ablations:
+            raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
+        for name in self.ablations:
+            needs_captions = self.ablation(name).long_texts.sub_captions > 0
+            if needs_captions and not self.caption.captioners:
+                raise ValueError(
+                    f"ablations.{name} draws long texts, but caption.captioners is empty: "
+                    "add a captioner, or set long_texts.sub_captions to 0"
+                )
+            unknown = set(self.ablation(name).long_texts.captioners) - set(self.caption.captioners)
+            if unknown:
+                raise ValueError(
+                    f"ablations.{name} draws from {', '.join(sorted(unknown))}, "
+                    f"but caption.captioners has {', '.join(self.caption.captioners) or 'none'}"
+                )
+        return self
+
+    def ablation(self, name: str) -> Pretrain:
+        """`pretrain` with the differences of one ablation.
+
+        Raises:
+            ConfigError: no such ablation, or one of its keys or values is wrong.
+        """
+        if name not in self.ablations:
+            raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.ablations)}")
+        base = self.pretrain.model_dump(mode="json", exclude_unset=True)
+        return _validated(Pretrain, merge(base, self.ablations[name]), f"ablations.{name}")
+
+
+def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `differences` laid over it, mapping by mapping; any other value replaces the one below."""
+    merged = dict(base)
+    for key, value in differences.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Reads params.yaml.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has keys or values that cannot be used.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} is not there; run from the project's root, or copy a file of profiles/ to it") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, one per stage")
+    return _validated(Params, data, str(path))
+
+
+def _validated(model: type[SectionT], data: Mapping[str, Any], place: str) -> SectionT:
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        lines = [_explain(model, dict(problem)) for problem in error.errors()]
+        raise ConfigError(f"{place} cannot be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _explain(model: type[Section], problem: dict[str, Any]) -> str:
+    """One of pydantic's complaints as a line for a person."""
+    location, kind = problem["loc"], problem["type"]
+    where = ".".join(str(part) for part in location)
+    if kind == "extra_forbidden":
+        known = _keys_beside(model, location)
+        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where}: unknown key{hint} (known here: {', '.join(known)})"
+    if kind == "missing":
+        return f"{where}: missing; it has no default"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return f"{where}: {message}{shown}" if where else message
+
+
+def _keys_beside(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location[:-1]` knows."""
+    kinds: list[Any] = [model]
+    for part in location[:-1]:
+        found: list[Any] = []
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                if part in kind.model_fields:
+                    found += _models(kind.model_fields[part].annotation)
+                # a discriminated union adds the chosen kind's tag to the location
+                elif "kind" in kind.model_fields and part in get_args(kind.model_fields["kind"].annotation):
+                    found.append(kind)
+        # a mapping's own keys (a captioner's name) leave the type as it is
+        kinds = found or kinds
+    return sorted({name for kind in kinds for name in kind.model_fields})
+
+
+def _models(annotation: Any) -> list[Any]:
+    """Every section inside a type: through unions, Annotated, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in get_args(annotation) for model in _models(argument)]

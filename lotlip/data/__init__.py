@@ -1,0 +1,1 @@
+"""From shards and pictures to the batches that the towers take."""

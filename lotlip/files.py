@@ -1,0 +1,70 @@
+"""Files that are either whole or not there, and their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Gives a temporary name beside `path`; renames it to `path` when the block ends well.
+
+    The name may be used for a file or for a folder. When the block raises, what was written is
+    removed and `path` is as it was. What a killed process left behind is removed at the next try.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + PARTIAL)
+    remove(partial)
+    try:
+        yield partial
+        if path.is_dir():  # a folder is not replaced by a rename
+            remove(path)
+        os.replace(partial, path)
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder with what is in it; nothing when it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes."""
+    with whole(path) as partial:
+        partial.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads JSON; a file that is not JSON is a ValueError that names it."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); remove it and run its stage again") from error
+
+
+def sha256_files(paths: Iterable[Path]) -> str:
+    """One hash over the contents of files in the order given, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def sha256_json(data: Any) -> str:
+    """A hash of plain JSON data that does not depend on the order of keys, in hex."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

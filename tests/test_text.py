@@ -1,0 +1,108 @@
+"""Sub-captions and windows of them, as properties."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lotlip.text import join_sub_captions, sample_window, split_sub_captions
+
+# What a sub-caption can be: stripped, not empty, no sentence end inside.
+sub_caption = st.text(min_size=1).map(
+    lambda text: text.replace(".", "").replace("\n", "").replace("</s>", "").strip()
+).filter(lambda text: text and "</s>" not in text)  # fmt: skip
+seeds = st.integers(0, 2**32)
+
+
+def numbered(lengths: dict[str, int]) -> dict[str, list[str]]:
+    """Captions whose sub-captions say whose and which they are."""
+    return {name: [f"{name} {number}" for number in range(length)] for name, length in lengths.items()}
+
+
+captions = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 6), min_size=1).filter(
+    lambda lengths: sum(lengths.values()) > 0
+).map(numbered)  # fmt: skip
+
+
+def test_sentences_end_at_full_stop_newline_and_end_mark():
+    assert split_sub_captions(" A dog. It runs\nfast</s>home..\n") == ["A dog", "It runs", "fast", "home"]
+    assert split_sub_captions(" .\n</s>") == []
+    assert split_sub_captions("Really? Yes! 3,5") == ["Really? Yes! 3,5"]
+
+
+@given(st.lists(sub_caption))
+def test_split_undoes_join(sub_captions):
+    assert split_sub_captions(join_sub_captions(sub_captions)) == sub_captions
+
+
+@given(st.text())
+def test_split_gives_stripped_pieces_of_the_text_in_order(text):
+    parts = split_sub_captions(text)
+    place = 0
+    for part in parts:
+        assert part == part.strip() != ""
+        assert not {".", "\n"} & set(part)
+        place = text.index(part, place) + len(part)
+    assert split_sub_captions(join_sub_captions(parts)) == parts
+
+
+@given(captions, st.integers(1, 8), seeds)
+def test_a_window_lies_inside_one_caption(captions, length, seed):
+    window = sample_window(captions, length, random.Random(seed))
+    (author,) = {part.split()[0] for part in window}
+    own = captions[author]
+    assert len(window) == min(length, len(own))
+    start = own.index(window[0])
+    assert window == own[start : start + len(window)]
+
+
+@given(captions, st.integers(1, 30), seeds)
+def test_a_window_across_captions_is_consecutive_in_the_row_of_all(captions, length, seed):
+    window = sample_window(captions, length, random.Random(seed), "across-captions")
+    row = [part for name in sorted(captions) for part in captions[name]]
+    assert len(window) == min(length, len(row))
+    start = row.index(window[0])
+    assert window == row[start : start + len(window)]
+
+
+@given(captions, st.integers(1, 8), seeds, st.sampled_from(["within-caption", "across-captions"]))
+def test_the_order_of_captioners_does_not_matter(captions, length, seed, window):
+    backwards = dict(reversed(captions.items()))
+    first = sample_window(captions, length, random.Random(seed), window)
+    assert sample_window(backwards, length, random.Random(seed), window) == first
+
+
+@pytest.mark.parametrize("window", ["within-caption", "across-captions"])
+def test_every_start_is_reached_about_as_often(window):
+    captions = numbered({"a": 5, "b": 0, "c": 5})
+    rng = random.Random(0)
+    starts = Counter(sample_window(captions, 3, rng, window)[0] for _ in range(4000))
+    if window == "within-caption":
+        expected = {f"{name} {number}" for name in "ac" for number in range(3)}
+    else:
+        expected = {f"a {number}" for number in range(5)} | {f"c {number}" for number in range(3)}
+    assert set(starts) == expected
+    assert min(starts.values()) > 0.8 * 4000 / len(expected)
+
+
+def test_captioners_are_chosen_alike_however_much_they_wrote():
+    rng = random.Random(0)
+    authors = Counter(sample_window(numbered({"a": 1, "b": 50}), 1, rng)[0].split()[0] for _ in range(2000))
+    assert 850 < authors["a"] < 1150
+
+
+@pytest.mark.parametrize("window", ["within-caption", "across-captions"])
+@pytest.mark.parametrize("captions", [{}, {"a": []}, {"a": [], "b": []}])
+def test_nothing_to_draw_from_is_an_error(captions, window):
+    with pytest.raises(ValueError, match="no captioner wrote anything"):
+        sample_window(captions, 1, random.Random(0), window)
+
+
+@pytest.mark.parametrize("length", [0, -1])
+def test_a_window_of_nothing_is_an_error(length):
+    with pytest.raises(ValueError, match=f"at least 1 sub-caption, not {length}"):
+        sample_window({"a": ["x"]}, length, random.Random(0))
