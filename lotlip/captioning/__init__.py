@@ -1,0 +1,47 @@
+"""Who writes the long captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+from lotlip import config
+from lotlip.records import Caption, Failure, ImageRecord
+
+
+class Captioner(Protocol):
+    """Describes images in detail.
+
+    Attributes:
+        revision: of the model or the table behind it; every caption carries it.
+        prompt: what is asked for each image; empty where nothing is asked.
+    """
+
+    revision: str
+    prompt: str
+
+    def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
+        """A caption for each image, or why there is none: one for one, in their order."""
+
+
+def open_captioner(name: str, settings: config.SceneCaptioner | config.TableCaptioner, tokenizer: str) -> Captioner:
+    """The captioner that `caption.captioners.<name>` of params.yaml describes.
+
+    Args:
+        name: what its captions are filed under.
+        settings: its entry.
+        tokenizer: whose word pieces are counted.
+
+    Raises:
+        ValueError: its file or the tokenizer cannot be used.
+    """
+    from lotlip.data.tokenizer import count_tokens
+
+    if isinstance(settings, config.SceneCaptioner):
+        from lotlip.captioning.scenes import SceneCaptioner
+
+        return SceneCaptioner(name, settings, count_tokens(tokenizer))
+
+    from lotlip.captioning.table import TableCaptioner
+
+    return TableCaptioner(name, settings, count_tokens(tokenizer))

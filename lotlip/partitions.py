@@ -1,0 +1,236 @@
+"""What ingest and caption leave on disk: a tar of images, tables of captions, and a marker for every finished unit.
+
+A unit `train/part-00000` is `train/part-00000.tar` and `.parquet` (ingest) or `.parquet` alone (a captioner), and
+`train/part-00000.json`, its report. The report is written last: where it is, the unit is whole.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lotlip.files import read_json, remove, sha256_files, sha256_json, whole, write_json
+from lotlip.records import KEY_PATTERN, Caption, Failure, ImageRecord, Unit, UnitReport
+
+MARKER = ".json"
+SHOWN_FAILURES = 100
+
+# `offset` and `size` say where the image's bytes lie in the tar, so that a shard can pick images at random.
+RECORDS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("extension", pa.string()),
+        ("raw_caption", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("scene", pa.string()),  # JSON; null where the source does not know what is in the picture
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+CAPTIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("captioner", pa.string()),
+        ("text", pa.string()),
+        ("sub_captions", pa.list_(pa.string())),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("revision", pa.string()),
+        ("prompt", pa.string()),
+    ]
+)
+
+
+class TarWriter:
+    """A tar whose bytes depend on nothing but names, contents and their order."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._tar.close()
+
+    def add(self, name: str, data: bytes) -> int:
+        """Appends a member; returns the offset of its first byte in the file."""
+        member = tarfile.TarInfo(name)  # its time, owner and mode are constants
+        member.size = len(data)
+        self._tar.addfile(member, io.BytesIO(data))
+        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        return self._file.tell() - padded
+
+
+# --- ingest -------------------------------------------------------------------------------------------------------
+
+
+def write_partition(unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path) -> UnitReport:
+    """Writes a unit's images and their table; one image is in memory at a time.
+
+    Args:
+        unit: whose `items` these are, one for one.
+        items: as `Source.read` gives them.
+        folder: of the stage.
+
+    Raises:
+        ValueError: a key that cannot name a sample.
+        AssertionError: `items` has not one for each of the unit's.
+    """
+    tar_path, table_path = folder / f"{unit.name}.tar", folder / f"{unit.name}.parquet"
+    remove(folder / f"{unit.name}{MARKER}")
+    rows: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    with whole(tar_path) as tar_partial, whole(table_path) as table_partial:
+        with tar_partial.open("wb") as file, TarWriter(file) as tar:
+            for item in items:
+                if isinstance(item, Failure):
+                    failures.append(item)
+                else:
+                    rows.append(_row(item, tar))
+        pq.write_table(pa.Table.from_pylist(rows, RECORDS), table_partial)
+    return _finish(unit.name, folder, len(unit.items), len(rows), failures, [tar_path, table_path])
+
+
+def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
+    if not KEY_PATTERN.fullmatch(record.key):
+        raise ValueError(f"{record.key!r} cannot be a sample's key: the source may use only letters, digits, _ and -")
+    offset = tar.add(f"{record.key}.{record.extension}", record.image)
+    scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True)
+    row = {name: getattr(record, name) for name in ("key", "extension", "raw_caption", "width", "height", "sha256")}
+    return {**row, "scene": scene, "offset": offset, "size": len(record.image)}
+
+
+def read_table(folder: Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A unit's table; of `RECORDS` for ingest's units."""
+    return pq.read_table(folder / f"{name}.parquet", columns=None if columns is None else list(columns)).to_pandas()
+
+
+def read_image(folder: Path, name: str, offset: int, size: int) -> bytes:
+    """One image's bytes, from where the table says that they lie in the unit's tar."""
+    with (folder / f"{name}.tar").open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:
+    """A unit's images with their raw captions, in order, one in memory at a time."""
+    rows = read_table(folder, name).to_dict("records")
+    with (folder / f"{name}.tar").open("rb") as file:
+        for row in rows:
+            file.seek(row.pop("offset"))
+            image = file.read(row.pop("size"))
+            scene = row.pop("scene")
+            known = json.loads(scene) if isinstance(scene, str) else None
+            yield ImageRecord(**{str(name): value for name, value in row.items()}, image=image, scene=known)
+
+
+# --- caption ------------------------------------------------------------------------------------------------------
+
+
+def write_captions(name: str, items: Iterable[Caption | Failure], read: int, folder: Path) -> UnitReport:
+    """Writes the captions of a unit.
+
+    Args:
+        name: of the unit, as ingest calls it.
+        items: as `Captioner.caption` gives them.
+        read: images that the captioner was given.
+        folder: of the captioner.
+
+    Raises:
+        AssertionError: `items` has not one for each image.
+    """
+    path = folder / f"{name}.parquet"
+    remove(folder / f"{name}{MARKER}")
+    rows: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    for item in items:
+        if isinstance(item, Failure):
+            failures.append(item)
+        else:
+            rows.append(asdict(item))
+    with whole(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, CAPTIONS), partial)
+    return _finish(name, folder, read, len(rows), failures, [path])
+
+
+def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A unit's captions, with the columns of `CAPTIONS`; sub-captions are lists."""
+    table = read_table(folder, name, columns)
+    if "sub_captions" in table:
+        table["sub_captions"] = pd.Series([list(parts) for parts in table["sub_captions"]], table.index, object)
+    return table
+
+
+# --- markers and the index ----------------------------------------------------------------------------------------
+
+
+def _finish(
+    name: str, folder: Path, read: int, written: int, failures: list[Failure], files: Sequence[Path]
+) -> UnitReport:
+    size = sum(file.stat().st_size for file in files)
+    report = UnitReport(name, read, written, sha256_files(files), size, failures)
+    write_json(folder / f"{name}{MARKER}", report.to_json())
+    return report
+
+
+def finished(unit: Unit | str, folder: Path) -> UnitReport | None:
+    """The report of a unit that was written whole; None where it was not."""
+    marker = folder / f"{unit if isinstance(unit, str) else unit.name}{MARKER}"
+    return UnitReport.from_json(read_json(marker)) if marker.is_file() else None
+
+
+def unit_names(folder: Path, split: str | None = None) -> list[str]:
+    """Names of the finished units of a split (of all splits where none is given), sorted."""
+    markers = folder.glob(f"{split or '*'}/part-*{MARKER}")
+    return sorted(marker.relative_to(folder).as_posix().removesuffix(MARKER) for marker in markers)
+
+
+def write_index(folder: Path, reports: Sequence[UnitReport], **more: Any) -> dict[str, Any]:
+    """Writes `index.json`: what the units have, what failed, and one hash for all; `more` is added as it is."""
+    units = [
+        {"name": report.name, "written": report.written, "bytes": report.bytes, "sha256": report.sha256}
+        for report in reports
+    ]
+    index = {"units": units, **totals(reports), **more}
+    write_json(folder / "index.json", index)
+    return index
+
+
+def totals(reports: Sequence[UnitReport]) -> dict[str, Any]:
+    """The sums over units that every index has, the first of the failures, and one hash over the units' hashes."""
+    failures = [failure for report in reports for failure in report.failures]
+    return {
+        "read": sum(report.read for report in reports),
+        "written": sum(report.written for report in reports),
+        "failed": len(failures),
+        "failure_kinds": dict(sorted(Counter(failure.kind for failure in failures).items())),
+        "failures": [asdict(failure) for failure in failures[:SHOWN_FAILURES]],
+        "hash": sha256_json([[report.name, report.sha256] for report in reports]),
+    }
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`index.json` of a stage's folder.
+
+    Raises:
+        ValueError: there is none: the stage did not finish.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: the stage that writes {folder} has not finished; run `dvc repro`")
+    return read_json(path)

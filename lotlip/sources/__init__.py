@@ -1,0 +1,35 @@
+"""Where images and their raw captions come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from lotlip import config
+from lotlip.records import Failure, ImageRecord, Unit
+
+
+class Source(Protocol):
+    """Images with raw captions, cut into units that can be read apart, in any order and by any process."""
+
+    def units(self, partition_size: int) -> list[Unit]:
+        """The units, of at most `partition_size` items of one split each; the same list at every call."""
+
+    def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
+        """What became of each of the unit's items: one for one, in their order."""
+
+
+def open_source(settings: config.ScenesSource | config.FolderSource) -> Source:
+    """The source that `ingest.source` of params.yaml describes.
+
+    Raises:
+        ValueError: there is nothing to read where it points.
+    """
+    if isinstance(settings, config.ScenesSource):
+        from lotlip.sources.scenes import SceneSource
+
+        return SceneSource(settings)
+
+    from lotlip.sources.folder import FolderSource
+
+    return FolderSource(settings)

@@ -1,0 +1,222 @@
+"""A folder of images: what becomes a record, what becomes a failure, and where it goes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lotlip.config import FolderSource as Settings
+from lotlip.partitions import write_partition
+from lotlip.records import KEY_PATTERN, Failure, ImageRecord, Unit
+from lotlip.sources import open_source
+from lotlip.sources.folder import FolderSource
+
+
+def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: tuple[int, int] = (4, 3)) -> Path:
+    """An image below `root` and, where there is one, its caption."""
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = io.BytesIO()
+    Image.new("RGB", size, "red").save(image, "png")
+    path.write_bytes(image.getvalue())
+    if caption is not None:
+        data = caption if isinstance(caption, bytes) else caption.encode()
+        path.with_suffix(".txt").write_bytes(data)
+    return path
+
+
+def open_folder(root: Path, **settings: float) -> FolderSource:
+    return FolderSource(Settings(kind="folder", path=root, **settings))
+
+
+def read_all(root: Path) -> dict[str, ImageRecord | Failure]:
+    """Item → what became of it."""
+    source = open_folder(root)
+    units = source.units(3)
+    return {item: result for unit in units for item, result in zip(unit.items, source.read(unit), strict=True)}
+
+
+def only(root: Path) -> ImageRecord | Failure:
+    (result,) = read_all(root).values()
+    return result
+
+
+def failure(root: Path) -> Failure:
+    result = only(root)
+    assert isinstance(result, Failure)
+    return result
+
+
+def test_an_image_and_its_caption_become_a_record(tmp_path):
+    path = add(tmp_path, "dogs/My dog.v2.PNG", "  a dog\n\n on\ta lawn \n", size=(7, 5))
+    record = only(tmp_path)
+    assert isinstance(record, ImageRecord)
+    assert record == ImageRecord(
+        key="dogs_My_dog_v2",
+        image=path.read_bytes(),
+        extension="png",
+        raw_caption="a dog on a lawn",
+        width=7,
+        height=5,
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+    )
+    assert KEY_PATTERN.fullmatch(record.key)
+
+
+def test_a_byte_order_mark_is_not_part_of_the_caption(tmp_path):
+    add(tmp_path, "a.png", b"\xef\xbb\xbfa cat")
+    assert only(tmp_path).raw_caption == "a cat"
+
+
+def test_hidden_and_other_files_are_left_alone(tmp_path):
+    add(tmp_path, "a.png")
+    add(tmp_path, ".hidden.png")
+    add(tmp_path, ".cache/b.png")
+    (tmp_path / "notes.md").write_text("no image")
+    (tmp_path / "alone.txt").write_text("a caption without an image")
+    (tmp_path / "sheet.pdf").write_text("Pillow writes these, but cannot read them")
+    assert list(read_all(tmp_path)) == ["a.png"]
+
+
+@pytest.mark.parametrize("keep", [0, 10, 50])
+def test_a_broken_image_is_unreadable(tmp_path, keep):
+    path = add(tmp_path, "a.png")
+    path.write_bytes(path.read_bytes()[:keep])
+    found = failure(tmp_path)
+    assert (found.kind, found.key, found.where) == ("unreadable", "a", "a.png")
+
+
+def test_an_image_that_is_text_is_unreadable(tmp_path):
+    add(tmp_path, "a.jpg").write_text("404 not found")
+    assert failure(tmp_path).kind == "unreadable"
+
+
+def test_a_link_to_nowhere_is_unreadable_and_the_reason_has_no_path_of_the_machine(tmp_path):
+    (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
+    found = failure(tmp_path)
+    assert found.kind == "unreadable"
+    assert str(tmp_path) not in found.reason + found.where
+
+
+def test_an_image_without_a_caption_is_missing_one(tmp_path):
+    add(tmp_path, "deep/a.png", caption=None)
+    found = failure(tmp_path)
+    assert (found.kind, found.where) == ("missing", "deep/a.txt")
+
+
+def test_a_caption_of_blanks_is_empty(tmp_path):
+    add(tmp_path, "a.png", " \n\t\n")
+    assert failure(tmp_path).kind == "empty"
+
+
+def test_a_caption_in_another_encoding_fails(tmp_path):
+    add(tmp_path, "a.png", "ein Käse".encode("latin-1"))
+    found = failure(tmp_path)
+    assert found.kind == "encoding"
+    assert "at byte 5" in found.reason
+
+
+def test_a_folder_named_like_a_caption_is_a_failure(tmp_path):
+    add(tmp_path, "a.png", caption=None)
+    (tmp_path / "a.txt").mkdir()
+    assert failure(tmp_path).kind == "unreadable"
+
+
+def test_of_files_with_one_key_the_first_stays(tmp_path):
+    names = ["a/b.png", "a_b.png", "a b.png", "a/b.jpg", "c.png"]
+    for name in names:
+        add(tmp_path, name)
+    results = read_all(tmp_path)
+    kinds = {item: result.kind if isinstance(result, Failure) else "" for item, result in results.items()}
+    # a blank sorts before the slash and the underline
+    assert kinds == {"a b.png": "", "a/b.jpg": "duplicate", "a/b.png": "duplicate", "a_b.png": "duplicate", "c.png": ""}
+    assert "a b.png" in results["a_b.png"].reason
+
+
+def test_duplicates_are_seen_across_units_and_by_another_process(tmp_path):
+    add(tmp_path, "a.jpg")
+    add(tmp_path, "a.png")
+    units = open_folder(tmp_path).units(1)
+    assert [len(unit.items) for unit in units] == [1, 1]
+    (second,) = open_folder(tmp_path).read(units[1])  # opened afresh, and never asked for its units
+    assert isinstance(second, Failure)
+    assert second.kind == "duplicate"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
+def test_a_file_name_that_is_not_text_does_no_harm(tmp_path):
+    name = os.fsdecode(b"caf\xe9.png")
+    try:
+        add(tmp_path, name)
+    except OSError:
+        pytest.skip("this file system refuses such names")
+    (tmp_path / name).with_suffix(".txt").unlink()
+    source = open_folder(tmp_path)
+    (unit,) = source.units(10)
+    report = write_partition(unit, source.read(unit), tmp_path / "out")
+    assert report.failures[0].where == "caf\\xe9.txt"
+    assert report.failures[0].key == "caf_"
+
+
+def test_every_item_is_in_one_unit_of_one_split(tmp_path):
+    for number in range(60):
+        add(tmp_path, f"{number:02d}.png")
+    units = open_folder(tmp_path, val_share=0.2, test_share=0.3).units(8)
+    items = [item for unit in units for item in unit.items]
+    assert sorted(items) == [f"{number:02d}.png" for number in range(60)]
+    assert {unit.split for unit in units} == {"train", "val", "test"}
+    for split in ("train", "val", "test"):
+        own = [unit for unit in units if unit.split == split]
+        assert [unit.index for unit in own] == list(range(len(own)))
+        assert all(len(unit.items) == 8 for unit in own[:-1])
+        assert [item for unit in own for item in unit.items] == sorted(item for unit in own for item in unit.items)
+
+
+def split_of(source: FolderSource) -> dict[str, str]:
+    return {item: unit.split for unit in source.units(5) for item in unit.items}
+
+
+def test_shares_are_kept_roughly(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(1000):
+        (tmp_path / "images" / f"{number}.png").touch()
+    splits = list(split_of(open_folder(tmp_path, val_share=0.1, test_share=0.2)).values())
+    assert 60 < splits.count("val") < 140
+    assert 150 < splits.count("test") < 250
+
+
+def test_new_files_leave_the_others_in_their_splits_and_the_seed_moves_them(tmp_path):
+    for number in range(40):
+        (tmp_path / f"{number}.png").touch()
+    before = split_of(open_folder(tmp_path, val_share=0.3, test_share=0.3))
+    for number in range(40, 60):
+        (tmp_path / f"{number}.png").touch()
+    after = split_of(open_folder(tmp_path, val_share=0.3, test_share=0.3))
+    assert after.items() >= before.items()
+    assert split_of(open_folder(tmp_path, val_share=0.3, test_share=0.3, split_seed=1)) != after
+
+
+def test_no_shares_means_all_is_for_training(tmp_path):
+    add(tmp_path, "a.png")
+    assert open_folder(tmp_path, val_share=0, test_share=0).units(1) == [Unit("train", 0, ("a.png",))]
+
+
+def test_a_missing_folder_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.path in params\.yaml"):
+        open_folder(tmp_path / "nowhere")
+
+
+def test_a_folder_without_images_says_what_to_do(tmp_path):
+    (tmp_path / "a.txt").write_text("a caption")
+    with pytest.raises(ValueError, match=r"has no image; set ingest\.source\.path in params\.yaml"):
+        open_folder(tmp_path)
+
+
+def test_open_source_finds_the_kind(tmp_path):
+    add(tmp_path, "a.png")
+    assert isinstance(open_source(Settings(kind="folder", path=tmp_path)), FolderSource)

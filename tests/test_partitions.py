@@ -1,0 +1,195 @@
+"""Partitions: what goes in comes out, whole or not at all, and the same bytes everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import webdataset as wds
+from PIL import Image
+
+from lotlip.partitions import (
+    RECORDS,
+    finished,
+    read_captions,
+    read_image,
+    read_index,
+    read_records,
+    read_table,
+    unit_names,
+    write_captions,
+    write_index,
+    write_partition,
+)
+from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
+
+
+def record(key: str, shade: int = 0, scene: dict | None = None) -> ImageRecord:
+    file = io.BytesIO()
+    Image.new("RGB", (6 + shade, 5), (shade, 0, 0)).save(file, "png")
+    image = file.getvalue()
+    return ImageRecord(
+        key, image, "png", f"shade “{shade}”", 6 + shade, 5, hashlib.sha256(image).hexdigest(), scene=scene
+    )
+
+
+def unit(count: int, index: int = 0, split: str = "train") -> Unit:
+    return Unit(split, index, tuple(map(str, range(count))))
+
+
+def caption(key: str, text: str = "One dog. Two cats.") -> Caption:
+    return Caption(key, "llava", text, ["One dog", "Two cats"], 4, "stop", "r1", "Describe.")
+
+
+BROKEN = Failure("k9", "k9.png", "the image is broken", "unreadable")
+
+
+def test_records_come_back_as_they_were(tmp_path):
+    records = [record("k0", 0, {"b": [1, {"c": None}], "a": "ä"}), record("k1", 30)]
+    report = write_partition(unit(3), [records[0], BROKEN, records[1]], tmp_path)
+    assert (report.name, report.read, report.written, report.failures) == ("train/part-00000", 3, 2, [BROKEN])
+    assert list(read_records(tmp_path, report.name)) == records
+
+
+def test_the_table_says_where_each_image_lies(tmp_path):
+    records = [record(f"k{number}", number) for number in range(5)] + [record("long" * 60)]
+    report = write_partition(unit(6), records, tmp_path)
+    table = read_table(tmp_path, report.name)
+    assert pq.read_schema(tmp_path / "train/part-00000.parquet") == RECORDS
+    assert list(table["key"]) == [each.key for each in records]
+    assert table["scene"].isna().all()
+    for row, each in zip(table.itertuples(), records, strict=True):
+        assert read_image(tmp_path, report.name, row.offset, row.size) == each.image
+    assert list(read_table(tmp_path, report.name, ["key", "width"]).columns) == ["key", "width"]
+
+
+def test_the_tar_is_a_tar(tmp_path):
+    records = [record("k0"), record("k1", 3)]
+    write_partition(unit(2), records, tmp_path)
+    path = tmp_path / "train/part-00000.tar"
+    with tarfile.open(path) as tar:
+        assert {member.name: tar.extractfile(member).read() for member in tar} == {
+            "k0.png": records[0].image,
+            "k1.png": records[1].image,
+        }
+        assert {(member.mtime, member.uid, member.gid, member.mode) for member in tar} == {(0, 0, 0, 0o644)}
+    assert [sample["__key__"] for sample in wds.WebDataset(str(path), shardshuffle=False)] == ["k0", "k1"]
+
+
+def test_bytes_depend_on_the_items_alone(tmp_path):
+    records = [record("k0", 0, {"a": 1, "b": 2}), record("k1")]
+    here = write_partition(unit(2), records, tmp_path / "here")
+    records[0] = replace(records[0], scene={"b": 2, "a": 1})
+    there = write_partition(unit(2), records, tmp_path / "there")
+    assert here == there
+    changed = write_partition(unit(2), [records[0], replace(records[1], raw_caption="other")], tmp_path / "there")
+    assert changed.sha256 != here.sha256
+    assert here.bytes == sum((tmp_path / f"here/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet"))
+
+
+def test_a_lost_item_is_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="lost without a reason"):
+        write_partition(unit(2), [record("k0")], tmp_path)
+    assert finished(unit(2), tmp_path) is None
+
+
+@pytest.mark.parametrize("key", ["a.b", "a/b", "", "ä"])
+def test_a_key_that_cannot_name_a_sample_is_refused(tmp_path, key):
+    with pytest.raises(ValueError, match="cannot be a sample's key"):
+        write_partition(unit(1), [record(key)], tmp_path)
+
+
+def test_a_unit_that_breaks_off_leaves_nothing_and_is_done_again(tmp_path):
+    def broken() -> Iterator[ImageRecord]:
+        yield record("k0")
+        raise ConnectionError("the disk went away")
+
+    with pytest.raises(ConnectionError):
+        write_partition(unit(2), broken(), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+    write_partition(unit(1), [record("k0")], tmp_path)
+    with pytest.raises(ConnectionError):  # a second try that breaks off does not pass for the first
+        write_partition(unit(2), broken(), tmp_path)
+    assert finished(unit(2), tmp_path) is None
+
+
+def test_the_marker_is_the_report(tmp_path):
+    assert finished(unit(1), tmp_path) is None
+    report = write_partition(unit(1), [record("k0")], tmp_path)
+    assert finished(unit(1), tmp_path) == finished("train/part-00000", tmp_path) == report
+
+
+def test_a_unit_in_which_all_failed_can_be_read(tmp_path):
+    report = write_partition(unit(1), [BROKEN], tmp_path)
+    assert report.written == 0
+    assert list(read_records(tmp_path, report.name)) == []
+
+
+def test_units_are_named_in_order_and_by_split(tmp_path):
+    for split, index in (("val", 0), ("train", 10), ("train", 2)):
+        write_partition(unit(1, index, split), [record("k0")], tmp_path)
+    write_index(tmp_path, [])
+    (tmp_path / "train/part-00011.parquet").touch()  # no marker: not finished
+    assert unit_names(tmp_path) == ["train/part-00002", "train/part-00010", "val/part-00000"]
+    assert unit_names(tmp_path, "val") == ["val/part-00000"]
+    assert unit_names(tmp_path, "test") == []
+
+
+def test_captions_come_back_as_they_were(tmp_path):
+    captions = [caption("k0"), replace(caption("k1", "Eins."), sub_captions=["Eins"], finish_reason="length")]
+    report = write_captions("train/part-00000", [*captions, BROKEN], 3, tmp_path)
+    assert (report.read, report.written, report.failures) == (3, 2, [BROKEN])
+    rows = read_captions(tmp_path, "train/part-00000").to_dict("records")
+    assert [Caption(**row) for row in rows] == captions
+    assert finished("train/part-00000", tmp_path) == report
+    assert list(read_captions(tmp_path, "train/part-00000", ["tokens"]).columns) == ["tokens"]
+
+
+def test_a_captioner_that_skips_an_image_is_noticed(tmp_path):
+    with pytest.raises(AssertionError, match="lost without a reason"):
+        write_captions("train/part-00000", [caption("k0")], 2, tmp_path)
+
+
+def report_of(index: int, sha256: str, failed: int = 0) -> UnitReport:
+    failures = [Failure(f"k{number}", "here", "why", "empty" if number % 2 else "missing") for number in range(failed)]
+    return UnitReport(f"train/part-{index:05d}", 10 + failed, 10, sha256, 5, failures)
+
+
+def test_the_index_sums_up_and_says_the_same_each_time(tmp_path):
+    reports = [report_of(0, "a", 3), report_of(1, "b", 200)]
+    index = write_index(tmp_path, reports, revision="r1")
+    assert index == read_index(tmp_path) == json.loads((tmp_path / "index.json").read_text())
+    assert index["units"][1] == {"name": "train/part-00001", "written": 10, "bytes": 5, "sha256": "b"}
+    assert (index["read"], index["written"], index["failed"]) == (223, 20, 203)
+    assert index["failure_kinds"] == {"empty": 101, "missing": 102}
+    assert len(index["failures"]) == 100
+    assert index["failures"][0] == {"key": "k0", "where": "here", "reason": "why", "kind": "missing"}
+    assert index["revision"] == "r1"
+    first = (tmp_path / "index.json").read_bytes()
+    write_index(tmp_path, reports, revision="r1")
+    assert (tmp_path / "index.json").read_bytes() == first
+
+
+def test_the_index_hash_changes_with_any_unit(tmp_path):
+    hashes = [
+        write_index(tmp_path, reports)["hash"]
+        for reports in (
+            [report_of(0, "a"), report_of(1, "b")],
+            [report_of(0, "a"), report_of(1, "c")],
+            [report_of(0, "a")],
+            [report_of(0, "b"), report_of(1, "a")],
+        )
+    ]
+    assert len(set(hashes)) == 4
+
+
+def test_an_index_that_is_not_there_says_so(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"index\.json is not there.*dvc repro"):
+        read_index(tmp_path)

@@ -1,0 +1,533 @@
+"""Gates: silent on clean data, and plain about each defect."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lotlip.config import CaptionStage, Evaluate, Ingest, Pretrain, ScenesTower, Shard, TimmTower
+from lotlip.partitions import read_index, write_captions, write_index, write_partition
+from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
+from lotlip.shards import plan_shards, write_shard, write_shard_index
+from lotlip.validation import (
+    Check,
+    GateFailed,
+    gate_caption,
+    gate_evaluate,
+    gate_image_tower,
+    gate_ingest,
+    gate_pretrain,
+    gate_report,
+    gate_shard,
+    run_gate,
+)
+
+KEYS = {f"{split}/part-00000": [f"{split}-{number}" for number in range(10)] for split in ("train", "val")}
+BROKEN = Failure("train-9", "train-9.png", "the image is broken", "unreadable")
+
+
+def image() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "red").save(file, "png")
+    return file.getvalue()
+
+
+def record(key: str, **changes: Any) -> ImageRecord:
+    data = image()
+    return replace(ImageRecord(key, data, "png", f"raw {key}", 4, 4, hashlib.sha256(data).hexdigest()), **changes)
+
+
+def caption(key: str, **changes: Any) -> Caption:
+    text = f"A dog {key}. It runs."
+    return replace(Caption(key, "llava", text, [f"A dog {key}", "It runs"], 5, "stop", "r", ""), **changes)
+
+
+def ingest(folder: Path, items: dict[str, Sequence[ImageRecord | Failure]] | None = None) -> list[UnitReport]:
+    """Two partitions, with `items` in place of a unit's own."""
+    every = {name: [record(key) for key in keys] for name, keys in KEYS.items()} | (items or {})
+    units = {name: Unit(name.split("/")[0], 0, tuple(map(str, range(len(unit))))) for name, unit in every.items()}
+    return [write_partition(units[name], unit, folder) for name, unit in every.items()]
+
+
+def captions(folder: Path, items: dict[str, Sequence[Caption | Failure]] | None = None) -> list[UnitReport]:
+    every = {name: [caption(key) for key in keys] for name, keys in KEYS.items()} | (items or {})
+    return [write_captions(name, unit, len(unit), folder) for name, unit in every.items()]
+
+
+def found(gate: Callable[[Path], list[Check]], report: Path) -> str:
+    """What a gate that fails says: its one bad check."""
+    with pytest.raises(GateFailed) as raised:
+        gate(report)
+    message = str(raised.value)
+    assert str(report / "gate.md") in message
+    lines = [line.removeprefix("  - ") for line in message.splitlines() if line.startswith("  - ")]
+    assert len(lines) == 1, message
+    return lines[0]
+
+
+# --- any gate -----------------------------------------------------------------------------------------------------
+
+
+def checked(table: dict[str, list], report: Path) -> list[Check]:
+    from great_expectations import expectations as gxe
+
+    suite = [gxe.ExpectColumnValuesToBeBetween(column="size", max_value=5, meta={"what": "size | is at most 5"})]
+    return run_gate("demo", {"units": pd.DataFrame(table)}, {"units": suite}, report)
+
+
+def test_a_gate_that_passes_leaves_a_report(tmp_path):
+    assert checked({"unit": ["a", "b"], "size": [1, 5]}, tmp_path) == [Check("size | is at most 5", "all do", True)]
+    report = (tmp_path / "gate.md").read_text()
+    assert report.startswith("# Gate after demo: passed")
+    assert "| ok | size \\| is at most 5 | all do |" in report
+    assert (tmp_path / "data_docs/index.html").is_file()
+    assert list((tmp_path / "data_docs/validations").rglob("*.html"))
+
+
+def test_a_gate_that_fails_names_the_rows(tmp_path):
+    table = {"unit": list("abcdef"), "size": [6, 1, 7, 8, 9, 5]}
+    line = found(lambda report: checked(table, report), tmp_path)
+    assert line == "size | is at most 5: found 4 of 6 do not: a (6), c (7), d (8), …"
+    assert "# Gate after demo: FAILED" in (tmp_path / "gate.md").read_text()
+    assert "| **no** |" in (tmp_path / "gate.md").read_text()
+
+
+def test_a_column_that_is_not_there_fails(tmp_path):
+    assert "could not be looked at" in found(lambda report: checked({"unit": ["a"]}, report), tmp_path)
+
+
+def test_a_second_try_replaces_the_report(tmp_path):
+    with pytest.raises(GateFailed):
+        checked({"unit": ["a"], "size": [6]}, tmp_path)
+    checked({"unit": ["a"], "size": [5]}, tmp_path)
+    assert "passed" in (tmp_path / "gate.md").read_text()
+    assert len(list((tmp_path / "data_docs/validations").rglob("*.html"))) == 1
+
+
+def test_gates_in_threads_do_not_mix(tmp_path):
+    def one(number: int) -> list[str]:
+        checks = checked({"unit": ["a"] * number, "size": [1] * number}, tmp_path / str(number))
+        return [check.observed for check in checks]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(1, 5))) == [["all do"]] * 4
+    assert all((tmp_path / f"{number}/data_docs/index.html").is_file() for number in range(1, 5))
+
+
+def test_a_gate_is_quick_and_quiet(tmp_path, capfd):
+    import great_expectations  # noqa: F401  (the import is not what is timed)
+
+    checked({"unit": ["a"], "size": [1]}, tmp_path)
+    start = time.perf_counter()
+    checked({"unit": ["a"] * 1000, "size": [1] * 1000}, tmp_path)
+    assert time.perf_counter() - start < 3
+    assert capfd.readouterr() == ("", "")
+
+
+# --- ingest -------------------------------------------------------------------------------------------------------
+
+INGEST = Ingest(source={"kind": "folder", "path": "images"}, max_failure_share=0.05)
+
+
+def test_ingest_passes(tmp_path):
+    reports = ingest(tmp_path, {"train/part-00000": [*map(record, KEYS["train/part-00000"][:9]), BROKEN]})
+    checks = gate_ingest(INGEST, tmp_path, reports, tmp_path / "report")
+    assert checks[0] == Check("share of items that failed is at most 5 %", "5 % (1 unreadable)", True)
+    assert len(checks) == 7
+
+
+@pytest.mark.parametrize(
+    ("items", "line"),
+    [
+        (
+            [record("t0"), BROKEN, BROKEN, replace(BROKEN, kind="empty")],
+            "share of items that failed is at most 5 %: found 21.4 % (1 empty, 2 unreadable)",
+        ),
+        ([record("t0"), record("val-3")], "no key comes twice: found 1"),
+        ([record("t0", raw_caption=" ")], "no empty raw caption: found 1 of 2 do not: train/part-00000 (1)"),
+        ([record("t0", width=0)], "at least 1 pixel wide and high: found 1 of 2 do not: train/part-00000 (0)"),
+    ],
+    ids=["failures", "repeated-key", "empty-caption", "no-width"],
+)
+def test_ingest_fails_on(tmp_path, items, line):
+    reports = ingest(tmp_path, {"train/part-00000": items})
+    assert line in found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
+
+
+def lost(name: str, count: int) -> UnitReport:
+    """The report of a unit that failed as a whole: it has no files."""
+    return UnitReport(name, count, 0, "", 0, [replace(BROKEN, kind="unit")] * count)
+
+
+def test_a_unit_that_failed_as_a_whole_counts_as_failures(tmp_path):
+    few, many = lost("train/part-00001", 1), lost("train/part-00001", 5)
+    reports = ingest(tmp_path / "ingest")
+    assert gate_ingest(INGEST, tmp_path / "ingest", [*reports, few], tmp_path / "r")[0].observed == "4.76 % (1 unit)"
+    assert "found 20 % (5 unit)" in found(
+        lambda report: gate_ingest(INGEST, tmp_path / "ingest", [*reports, many], report), tmp_path / "r"
+    )
+    long = captions(tmp_path / "llava")
+    assert gate_caption(CAPTION, tmp_path / "llava", [*long, few], tmp_path / "r")[0].observed == "4.76 % (1 unit)"
+
+
+def test_ingest_fails_without_anything_to_train_on(tmp_path):
+    reports = ingest(tmp_path)[1:]
+    assert "train split has images" in found(lambda to: gate_ingest(INGEST, tmp_path, reports, to), tmp_path / "report")
+    assert "train split has images" in found(lambda to: gate_ingest(INGEST, tmp_path, [], to), tmp_path / "report")
+
+
+def test_ingest_fails_on_a_tar_cut_short(tmp_path):
+    reports = ingest(tmp_path)
+    tar = tmp_path / "val/part-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:5000])
+    line = found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
+    assert "every image whole: found 1 of 2 do not: val/part-00000" in line
+
+
+def test_ingest_fails_on_a_table_of_other_rows(tmp_path):
+    reports = [replace(report, written=9, read=9) for report in ingest(tmp_path)]
+    line = found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
+    assert "a row for every image written: found 2 of 2 do not" in line
+
+
+# --- image tower --------------------------------------------------------------------------------------------------
+
+FEATURES = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
+
+
+def test_image_tower_passes(tmp_path):
+    checks = gate_image_tower(ScenesTower(kind="scenes"), {"shape": 0.8, "colour": 0.6}, FEATURES, tmp_path)
+    assert checks[-1].observed == "70 % (shape 80 %, colour 60 %)"
+    gate_image_tower(TimmTower(kind="timm", model="vit"), {}, FEATURES, tmp_path)
+
+
+@pytest.mark.parametrize("accuracy", [{"shape": 0.8, "colour": 0.3}, {}])
+def test_image_tower_fails_on_low_accuracy(tmp_path, accuracy):
+    settings = ScenesTower(kind="scenes", min_accuracy=0.6)
+    line = found(lambda report: gate_image_tower(settings, accuracy, FEATURES, report), tmp_path)
+    assert "mean accuracy over attributes is at least 60 %: found " in line
+    assert ("55 %" if accuracy else "nothing") in line
+
+
+def test_image_tower_fails_on_features_that_are_all_alike(tmp_path):
+    settings = TimmTower(kind="timm", model="vit")
+    line = found(lambda report: gate_image_tower(settings, {}, np.ones((8, 4)), report), tmp_path)
+    assert "features differ from picture to picture" in line
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_image_tower_fails_on_features_that_are_no_numbers(tmp_path, value):
+    features = FEATURES.copy()
+    features[3, 2] = value
+    with pytest.raises(GateFailed, match="no NaN or infinity: found 1"):
+        gate_image_tower(TimmTower(kind="timm", model="vit"), {}, features, tmp_path)
+
+
+# --- caption ------------------------------------------------------------------------------------------------------
+
+CAPTION = CaptionStage(max_failure_share=0.1, max_repeated_share=0.2)
+
+
+def test_caption_passes(tmp_path):
+    repeated = [caption(key, text="A dog.") for key in KEYS["train/part-00000"][:4]]
+    others = [caption(key) for key in KEYS["train/part-00000"][4:]]
+    checks = gate_caption(
+        CAPTION, tmp_path, captions(tmp_path, {"train/part-00000": repeated + others}), tmp_path / "r"
+    )
+    assert "15 %" in [check.observed for check in checks]  # three of twenty repeat the first
+
+
+@pytest.mark.parametrize(
+    ("items", "line"),
+    [
+        ([caption("t0"), BROKEN, BROKEN], "failed is at most 10 %: found 15.4 % (2 unreadable)"),
+        ([caption("t0", text="")], "no empty caption: found 1 of 2 do not: train/part-00000 (1)"),
+        ([caption("t0", text=None)], "no empty caption: found 1 of 2 do not: train/part-00000 (1)"),
+        ([caption("t0", sub_captions=[])], "at least 1 sub-caption: found 1 of 2 do not: train/part-00000 (1)"),
+        ([caption("t0"), caption("t0", text="Other.")], "no image has two captions: found 1"),
+        (
+            [caption(f"t{number}", text="A dog.") for number in range(5)],
+            "repeat another word for word is at most 20 %: found 26.7 %",
+        ),
+    ],
+    ids=["failures", "empty", "null", "unsplit", "repeated-key", "repeated-text"],
+)
+def test_caption_fails_on(tmp_path, items, line):
+    reports = captions(tmp_path, {"train/part-00000": items})
+    assert line in found(lambda report: gate_caption(CAPTION, tmp_path, reports, report), tmp_path / "report")
+
+
+def test_caption_fails_without_captions(tmp_path):
+    assert "there are captions" in found(
+        lambda report: gate_caption(CAPTION, tmp_path, [], report), tmp_path / "report"
+    )
+
+
+# --- shard --------------------------------------------------------------------------------------------------------
+
+SHARD = Shard(samples_per_shard=4, max_failure_share=0.1)
+
+
+@dataclass
+class Shards:
+    folder: Path
+    index: dict[str, Any]
+
+    def gate(self, expected: int = 20, settings: Shard = SHARD) -> Callable[[Path], list[Check]]:
+        return lambda report: gate_shard(settings, self.folder, self.index, expected, report)
+
+
+def features(pictures: list) -> np.ndarray:
+    return np.ones((len(pictures), 2), dtype=np.float32)
+
+
+@pytest.fixture
+def shards(tmp_path) -> Shards:
+    ingest(tmp_path / "ingest")
+    write_index(tmp_path / "llava", captions(tmp_path / "llava"))
+    long, folder = {"llava": tmp_path / "llava"}, tmp_path / "shards"
+    reports = {
+        split: [
+            write_shard(plan, tmp_path / "ingest", long, folder, features, 4)
+            for plan in plan_shards(tmp_path / "ingest", long, split, SHARD.samples_per_shard, 0)
+        ]
+        for split in ("train", "val")
+    }
+    write_shard_index(folder, reports, {})
+    return Shards(folder, read_index(folder))
+
+
+def test_shard_passes(shards, tmp_path):
+    assert all(check.success for check in shards.gate()(tmp_path / "report"))
+
+
+def test_shard_fails_on_lost_samples(shards, tmp_path):
+    assert "are the 21 that were planned: found 20" in found(shards.gate(21), tmp_path / "report")
+
+
+def test_shard_fails_on_a_file_that_is_gone(shards, tmp_path):
+    (shards.folder / "val-000001.tar").unlink()
+    with pytest.raises(GateFailed, match=r"size that the index says: found 1 of 6 do not: val-000001 \(-\d+\)"):
+        shards.gate()(tmp_path / "report")
+
+
+def test_shard_fails_on_a_flipped_bit(shards, tmp_path):
+    path = shards.folder / "train-000002.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
+    line = found(shards.gate(), tmp_path / "report")
+    assert "hash that the index says: found 1 of 6 do not: train-000002" in line
+
+
+def test_shard_fails_on_an_empty_split(shards, tmp_path):
+    shards.index["splits"]["val"] = {"samples": 0, "shards": []}
+    assert "the val split has samples (if not, ingest.source leaves it too few): found 0" in found(
+        shards.gate(), tmp_path / "report"
+    )
+    del shards.index["splits"]["val"]
+    assert "the val split has samples (if not, ingest.source leaves it too few): found 0" in found(
+        shards.gate(), tmp_path / "report"
+    )
+
+
+def test_shard_fails_on_a_key_in_two_shards(shards, tmp_path):
+    shards.index["splits"]["val"]["shards"].append(shards.index["splits"]["val"]["shards"][0])
+    assert "no key comes twice: found 4" in found(shards.gate(), tmp_path / "report")
+
+
+def test_shard_fails_on_shards_that_are_too_large(shards, tmp_path):
+    line = found(shards.gate(settings=Shard(samples_per_shard=3)), tmp_path / "report")
+    assert "from 1 to 3 samples: found 4 of 6 do not" in line
+
+
+def test_shard_fails_on_many_failures(shards, tmp_path):
+    shards.index.update(written=17, failed=3, failure_kinds={"unreadable": 3})
+    assert "at most 10 %: found 15 % (3 unreadable)" in found(shards.gate(), tmp_path / "report")
+
+
+def test_shard_fails_on_an_index_that_counts_otherwise(shards, tmp_path):
+    shards.index["splits"]["val"]["shards"][2]["samples"] = 1
+    line = found(shards.gate(), tmp_path / "report")
+    assert "the samples that the index says: found 1 of 6 do not: val-000002 (1)" in line
+
+
+def test_shard_fails_on_samples_without_features(shards, tmp_path):
+    ends = "all its parts: found 6 of 6 do not: train-000000 (4), train-000001 (4), train-000002 (2), …"
+    settings = SHARD.model_copy(update={"store_features": False})  # a part too many is not right either
+    assert ends in found(shards.gate(settings=settings), tmp_path / "report")
+
+
+# --- pretrain -----------------------------------------------------------------------------------------------------
+
+PRETRAIN = Pretrain(seeds=[0, 1], max_final_loss_share=0.9)
+
+
+def history() -> pd.DataFrame:
+    rows = [
+        {
+            "seed": seed,
+            "step": 10 * (row + 1),
+            "loss": 4.0 - 0.1 * row,
+            "temperature": 14.0,
+            "learning_rate": 1e-3,
+            "samples_per_second": 100.0,
+        }
+        for seed in (0, 1)
+        for row in range(20)
+    ]
+    return pd.DataFrame(rows)
+
+
+def pretrain(rows: pd.DataFrame) -> Callable[[Path], list[Check]]:
+    return lambda report: gate_pretrain(PRETRAIN, rows, 4.0, report)
+
+
+def test_pretrain_passes(tmp_path):
+    assert all(check.success for check in pretrain(history())(tmp_path))
+
+
+@pytest.mark.parametrize(("column", "value"), [("loss", np.nan), ("loss", np.inf), ("temperature", np.nan)])
+def test_pretrain_fails_on_what_is_no_number(tmp_path, column, value):
+    rows = history()
+    rows.loc[7, column] = value
+    line = found(pretrain(rows), tmp_path)
+    assert line == "loss and temperature are numbers at every step: found 1 of 40 do not: seed 0 step 80 (1)"
+
+
+def test_pretrain_fails_on_nothing_learned(tmp_path):
+    rows = history()
+    rows.loc[rows["seed"] == 1, "loss"] = 3.9
+    line = found(pretrain(rows), tmp_path)
+    assert "at most 90 % of guessing's (4): found 1 of 2 do not: seed 1 (97.5 %)" in line
+
+
+def test_pretrain_looks_at_the_last_tenth_of_the_rows(tmp_path):
+    rows = history()
+    rows.loc[19, "loss"] = 5.0  # with the row before: (2.2 + 5) / 2 = 3.6 = 90 % of guessing's
+    pretrain(rows)(tmp_path)
+    rows.loc[19, "loss"] = 5.1
+    assert "seed 0 (91.2 %)" in found(pretrain(rows), tmp_path)
+
+
+def test_pretrain_fails_on_steps_that_go_back(tmp_path):
+    rows = history()
+    rows.loc[25, "step"] = rows.loc[24, "step"]
+    assert "steps go up: found 1 of 40 do not: seed 1 step 50 (0)" in found(pretrain(rows), tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 100.5])
+def test_pretrain_fails_on_a_temperature_out_of_bounds(tmp_path, value):
+    rows = history()
+    rows.loc[3, "temperature"] = value
+    assert "temperature is above 0 and at most 100: found 1 of 40" in found(pretrain(rows), tmp_path)
+
+
+def test_pretrain_fails_on_a_seed_without_a_curve(tmp_path):
+    rows = history()
+    assert "every seed has a curve: found 1" in found(pretrain(rows[rows["seed"] == 0]), tmp_path)
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+EVALUATE = Evaluate(benchmarks={"scenes": {"kind": "scenes", "size": 100}}, min_score_over_chance=2)
+
+
+def scores() -> pd.DataFrame:
+    metrics = ["short.image_to_text.r1", "short.text_to_image.r1", "long.image_to_text.r1"]
+    rows = [("scenes", seed, metric, 0.5, 0.01) for seed in (0, 1) for metric in metrics]
+    return pd.DataFrame(rows, columns=["benchmark", "seed", "metric", "value", "chance"])
+
+
+def evaluate(rows: pd.DataFrame) -> Callable[[Path], list[Check]]:
+    return lambda report: gate_evaluate(EVALUATE, rows, report)
+
+
+def test_evaluate_passes(tmp_path):
+    rows = scores()
+    rows.loc[2, "value"] = 0.0  # long text may be at chance
+    assert all(check.success for check in evaluate(rows)(tmp_path))
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1])
+def test_evaluate_fails_on_a_score_that_is_no_share(tmp_path, value):
+    rows = scores()
+    rows.loc[5, "value"] = value
+    line = found(evaluate(rows), tmp_path)
+    assert line == f"every score is from 0 to 1: found 1 of 6 do not: scenes long.image_to_text.r1 seed 1 ({value})"
+
+
+def test_evaluate_fails_on_a_missing_score(tmp_path):
+    rows = scores()
+    rows.loc[5, "value"] = np.nan
+    assert "every score is a number: found 1 of 6 do not: scenes long" in found(evaluate(rows), tmp_path)
+
+
+def test_evaluate_fails_on_short_text_at_chance(tmp_path):
+    rows = scores()
+    rows.loc[1, "value"] = 0.015
+    line = found(evaluate(rows), tmp_path)
+    assert (
+        "short text is at least 2 times chance: found 1 of 4 do not: scenes short.text_to_image.r1 seed 0 (1.5)" in line
+    )
+
+
+def test_evaluate_fails_without_short_text(tmp_path):
+    assert "R@1 of short text was measured: found 0" in found(evaluate(scores().loc[[2, 5]]), tmp_path)
+
+
+# --- report -------------------------------------------------------------------------------------------------------
+
+PAGE = (
+    '<html><style>p {background: url("data:image/png;base64,xx")}</style>'
+    '<a href="https://arxiv.org/abs/2410.05249">paper</a><a href="#top">up</a><img src="data:image/png;base64,xx">'
+)
+
+
+def test_report_passes(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text(PAGE)
+    assert all(check.success for check in gate_report(page, 1, tmp_path / "report"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        '<img src="https://example.org/a.png">',
+        '<script src="http://example.org/a.js"></script>',
+        '<link rel="stylesheet" href="https://example.org/a.css">',
+        '<img src="figures/a.png">',
+        '<a href="table.csv">table</a>',
+        "<style>@import url('https://example.org/a.css')</style>",
+        '<style>@import "a.css";</style>',
+        '<p style="background: url(figures/a.png)">',
+    ],
+)
+def test_report_fails_on_a_page_that_needs_another_file(tmp_path, extra):
+    page = tmp_path / "index.html"
+    page.write_text(PAGE + extra)
+    assert "index.html needs no other file: found 1 (" in found(
+        lambda to: gate_report(page, 1, to), tmp_path / "report"
+    )
+
+
+def test_report_fails_on_missing_images(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text(PAGE)
+    assert "shows at least 2 images: found 1" in found(lambda report: gate_report(page, 2, report), tmp_path / "report")
+
+
+def test_report_fails_without_a_page(tmp_path):
+    line = found(lambda report: gate_report(tmp_path / "index.html", 0, report), tmp_path / "report")
+    assert "index.html is there and is not empty (bytes): found 0" in line
