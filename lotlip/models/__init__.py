@@ -1,0 +1,1 @@
+"""The towers and the dual encoder that joins them."""

@@ -1,0 +1,194 @@
+"""MLflow: one run for each ablation and seed, found again by its fingerprint; and a sink that does nothing."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lotlip.files import read_json
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+FINGERPRINT = "lotlip.fingerprint"
+LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
+
+
+class Sink(Protocol):
+    """Where a training process sends its curves."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the values of one step."""
+
+    def close(self) -> None:
+        """Hands over what is still held back."""
+
+
+class NullSink:
+    """Tracks nothing, so that callers need not ask whether there is tracking."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+class MlflowSink:
+    """Sends curves to a run of MLflow, some steps at a time: a write to the store costs as much as a training step."""
+
+    def __init__(self, uri: str, run_id: str, steps_held: int = 10) -> None:
+        self._client = _client(uri)
+        self._run_id = run_id
+        self._steps_held = steps_held
+        self._held: list[tuple[int, int, dict[str, float]]] = []
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the values of one step; sends them with those held so far when there are enough."""
+        self._held.append((int(time.time() * 1000), step, dict(metrics)))
+        if len(self._held) >= self._steps_held:
+            self.close()
+
+    def close(self) -> None:
+        """Sends what is held."""
+        from mlflow.entities import Metric
+
+        points = [
+            Metric(f"train.{name}", value, when, step)
+            for when, step, metrics in self._held
+            for name, value in metrics.items()
+        ]
+        self._held = []
+        if points:
+            self._client.log_batch(self._run_id, metrics=points)
+
+
+def open_sink(uri: str, run_id: str | None) -> Sink:
+    """The sink of a run; without a run, the one that does nothing."""
+    return MlflowSink(uri, run_id) if run_id else NullSink()
+
+
+class Tracker:
+    """Runs of one experiment. Logging twice under one fingerprint gives one run.
+
+    Args:
+        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
+        experiment: its name; made when it is not there.
+    """
+
+    def __init__(self, uri: str, experiment: str) -> None:
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        self._client = _client(self.uri)
+        found = self._client.get_experiment_by_name(experiment)
+        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+
+    def ensure_run(self, fingerprint: str, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
+        """The id of the run with this fingerprint, made when there is none.
+
+        Args:
+            fingerprint: of configuration, data and code: what makes two runs the same.
+            name: shown in the UI.
+            tags: such as ablation and seed.
+            parameters: nested; shown as dotted names.
+        """
+        from mlflow.entities import Param, RunTag
+
+        query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
+        found = self._client.search_runs([self._experiment], query, max_results=1)
+        if found:
+            return found[0].info.run_id
+        run = self._client.create_run(self._experiment, run_name=name)
+        self._client.log_batch(
+            run.info.run_id,
+            params=[Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in flatten(parameters).items()],
+            tags=[RunTag(key, value) for key, value in {**tags, FINGERPRINT: fingerprint}.items()],
+        )
+        return run.info.run_id
+
+    def ensure_runs(self, model: Mapping[str, Any]) -> dict[str, str]:
+        """Seed → id of its run, for a trained (or planned) ablation.
+
+        Args:
+            model: its run.json: ablation, config, data_hash, git_commit and the seeds' fingerprints.
+        """
+        about = {key: str(model[key]) for key in ("ablation", "data_hash", "git_commit")}
+        return {
+            seed: self.ensure_run(
+                fingerprint, f"{model['ablation']}-seed{seed}", {**about, "seed": seed}, {**model["config"], "seed": seed}
+            )
+            for seed, fingerprint in model["fingerprints"].items()
+        }
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
+        """Sets final values, in one write."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        self._client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+
+    def log_scores(self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> None:
+        """Brings the run of every seed up to date from what is on disk: curves, scores and the model's folder.
+
+        A store that was lost is rebuilt by this.
+
+        Args:
+            model: run.json of the trained ablation.
+            results: benchmark → its "seeds" → metric → value, as in metrics/<ablation>.json.
+            folder: of the trained ablation.
+        """
+        for seed, run_id in self.ensure_runs(model).items():
+            self.log_history(run_id, read_json(folder / f"seed-{seed}" / "history.json"))
+            scores = {
+                f"{benchmark}.{metric}": value
+                for benchmark, result in results.items()
+                for metric, value in result["seeds"][seed].items()
+            }
+            self.log_metrics(run_id, scores)
+            self.log_files(run_id, folder / f"seed-{seed}", "model")
+            self.finish(run_id)
+
+    def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
+        """Sends a whole training history, unless the run has its curves already (they were sent live)."""
+        if not history or self._client.get_metric_history(run_id, "train.loss"):
+            return
+        sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)
+        for point in history:
+            sink.log({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
+        sink.close()
+
+    def log_files(self, run_id: str, folder: Path, under: str) -> None:
+        """Copies the files of a folder to the run's artifacts."""
+        self._client.log_artifacts(run_id, str(folder), under)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags."""
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Marks a run as ended: "FINISHED" or "FAILED"."""
+        self._client.set_terminated(run_id, status)
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted names.
+
+    >>> flatten({"text": {"corner_tokens": 2}, "steps": 5})
+    {'text.corner_tokens': 2, 'steps': 5}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _client(uri: str) -> MlflowClient:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
