@@ -331,15 +331,9 @@ def test_shard_fails_on_a_flipped_bit(shards, tmp_path):
     assert "hash that the index says: found 1 of 6 do not: train-000002" in line
 
 
-def test_shard_fails_on_an_empty_split(shards, tmp_path):
-    shards.index["splits"]["val"] = {"samples": 0, "shards": []}
-    assert "the val split has samples (if not, ingest.source leaves it too few): found 0" in found(
-        shards.gate(), tmp_path / "report"
-    )
-    del shards.index["splits"]["val"]
-    assert "the val split has samples (if not, ingest.source leaves it too few): found 0" in found(
-        shards.gate(), tmp_path / "report"
-    )
+def test_shard_fails_without_training_samples(shards, tmp_path):
+    del shards.index["splits"]["train"]
+    assert "the train split has samples: found 0" in found(shards.gate(), tmp_path / "report")
 
 
 def test_shard_fails_on_a_key_in_two_shards(shards, tmp_path):

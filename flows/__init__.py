@@ -1,0 +1,16 @@
+"""Prefect flows, one for each DVC stage: they open paths, fan out, gate and publish. The work itself is in lotlip."""
+
+import os
+from pathlib import Path
+
+import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
+
+# Runs, logs and profiles of this checkout stay in it, so that `make ui` shows them.
+os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").resolve()))
+# Freshness is DVC's business: Prefect neither stores results nor caches by them.
+os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
+# A line for each unit is written by the stage; Prefect's own two for each task would drown it.
+os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
+# Without a server, a flow starts one for itself on a database that another flow may be using.
+os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "60")

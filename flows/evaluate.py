@@ -1,0 +1,114 @@
+"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once for each ablation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prefect import flow
+
+from flows.stage import Stage, StageFailed, hash_of, main
+from lotlip.config import load_params
+from lotlip.files import read_json, sha256_files, write_json
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{ablation}")
+def evaluate(ablation: str) -> None:
+    """Writes the scores of an ablation with the protocol that they were measured by, and sends them to MLflow.
+
+    Args:
+        ablation: its name in params.yaml.
+    """
+    params = load_params()
+    config, paths = params.evaluate, params.paths
+    folder = paths.models / ablation
+    inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
+    stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
+    with stage.clock.measure("imports"):
+        import torch
+
+        from lotlip.evaluation.benchmarks import open_benchmark
+        from lotlip.evaluation.evaluate import chances, encode_images, unseen_share
+        from lotlip.evaluation.evaluate import evaluate as score
+        from lotlip.models.lotlip import load_model
+    run = read_json(folder / "run.json")
+    seeds = run["config"]["seeds"]
+    vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
+    results: dict[str, dict[str, Any]] = {}
+    texts, parameters, images = 0, {}, {}
+    benchmarks = [
+        open_benchmark(name, settings, paths, list(params.caption.captioners))
+        for name, settings in config.benchmarks.items()
+    ]
+    for seed in seeds:
+        model, tokenizer = load_model(folder / f"seed-{seed}")
+        parameters = {
+            "text_tower": sum(p.numel() for p in model.text.parameters()),
+            "image_tower": sum(p.numel() for p in model.image.parameters()),
+        }
+        for benchmark in benchmarks:
+            name = benchmark.name
+            if name not in images:  # all seeds share the frozen tower
+                images[name] = torch.nn.functional.normalize(
+                    encode_images(model.image, benchmark, config.batch_size), dim=-1
+                )
+                unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
+                if benchmark.max_unseen_tokens is not None and unseen > benchmark.max_unseen_tokens:
+                    raise StageFailed(
+                        f"benchmark {name}: {unseen:.1%} of its word pieces are in no training text, more than "
+                        f"max_unseen_tokens {benchmark.max_unseen_tokens:.1%}: its scores would measure noise"
+                    )
+                results[name] = {
+                    "protocol": {
+                        "split": benchmark.split,
+                        "images": len(benchmark.places),
+                        **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
+                        "unseen_token_share": unseen,
+                        "context_length": model.config.context_length,
+                        "image_size": model.image.spec.image_size,
+                        "resize": "shorter side bicubic, centre crop",
+                        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
+                        "text_feature": "[CLS]",
+                        "text_preparation": "sub-captions joined by [SEP], cut at the context length",
+                        "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
+                        "command": f"python -m flows.evaluate {ablation}",
+                        **benchmark.about,
+                    },
+                    "chance": chances(benchmark),
+                    "seeds": {},
+                    "weights_sha256": {},
+                }
+            results[name]["seeds"][str(seed)] = score(model, tokenizer, benchmark, images[name], config.batch_size)
+            results[name]["weights_sha256"][str(seed)] = sha256_files([folder / f"seed-{seed}" / "model.safetensors"])
+            texts += sum(len(found.texts) for found in benchmark.retrieval.values())
+        stage.log.info("evaluate-%s: seed %s done", ablation, seed)
+    scores = {"ablation": ablation, "config": run["config"], "parameters": parameters, "benchmarks": results}
+    with stage.clock.measure("gate"):
+        from lotlip.validation import gate_evaluate
+
+        checks = gate_evaluate(config, score_table(results), stage.gate_report)
+    write_json(paths.metrics / f"{ablation}.json", scores)
+    with stage.clock.measure("mlflow"):
+        from lotlip.tracking import Tracker
+
+        Tracker(params.tracking.uri, params.tracking.experiment).log_scores(run, results, folder)
+    stage.discard()
+    stage.record(texts, checks)
+
+
+def score_table(results: dict[str, dict[str, Any]]) -> Any:
+    """The scores that are shares, a row for each (pandas.DataFrame): benchmark, seed, metric, value, chance."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"benchmark": name, "seed": seed, "metric": metric, "value": scores[metric], "chance": chance}
+            for name, result in results.items()
+            for seed, scores in result["seeds"].items()
+            for metric, chance in result["chance"].items()
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main(evaluate, *sys.argv[1:])

@@ -1,0 +1,37 @@
+"""Stage `ingest`: images and raw captions come in as partitions."""
+
+from __future__ import annotations
+
+from prefect import flow
+
+from flows.stage import Stage, main
+from lotlip.config import load_params
+from lotlip.partitions import finished, write_index, write_partition
+from lotlip.records import Unit, UnitReport
+from lotlip.sources import open_source
+
+
+@flow(name="ingest")
+def ingest() -> None:
+    """Writes a partition for each unit of the source."""
+    params = load_params()
+    config = params.ingest
+    stage = Stage("ingest", params, config.model_dump(mode="json"))
+    source = open_source(config.source)
+    units = source.units(config.partition_size)
+
+    def write(unit: Unit) -> UnitReport:
+        return finished(unit, stage.out) or write_partition(unit, source.read(unit), stage.out)
+
+    reports = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
+    index = write_index(stage.out, reports)
+    with stage.clock.measure("gate"):
+        from lotlip.validation import gate_ingest
+
+        checks = gate_ingest(config, stage.out, reports, stage.gate_report)
+    stage.publish(params.paths.ingest)
+    stage.record(index["read"], checks, {key: index[key] for key in ("read", "written", "failed")}, index["failure_kinds"])
+
+
+if __name__ == "__main__":
+    main(ingest)

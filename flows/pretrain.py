@@ -1,0 +1,108 @@
+"""Stage `pretrain`: trains one ablation, all its seeds. DVC runs it once for each ablation."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from flows.processes import launch, run_group
+from flows.stage import Stage, hash_of, main
+from lotlip.config import load_params
+from lotlip.files import read_json, write_json
+
+
+@flow(name="pretrain", flow_run_name="pretrain-{ablation}")
+def pretrain(ablation: str) -> None:
+    """Trains every seed of an ablation in processes of their own, tracked by MLflow.
+
+    Args:
+        ablation: its name in params.yaml.
+    """
+    params = load_params()
+    config, paths = params.ablation(ablation), params.paths
+    settings = config.model_dump(mode="json")
+    data = hash_of(paths.shards / "index.json")
+    inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
+    stage = Stage("pretrain", params, settings, inputs, ablation)
+    with stage.clock.measure("mlflow"):
+        from lotlip.tracking import Tracker
+
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        run = {
+            "ablation": ablation,
+            "config": settings,
+            "data_hash": data,
+            "git_commit": git_commit(),
+            "fingerprints": {str(seed): f"{stage.fingerprint}-{seed}" for seed in config.seeds},
+        }
+        runs = tracker.ensure_runs(run)
+    write_json(stage.out / "run.json", run)
+    job_file = stage.scratch / "job.json"
+    job = {
+        "ablation": ablation,
+        "config": settings,
+        "shards": str(paths.shards),
+        "image_tower": str(paths.image_tower),
+        "scratch": str(stage.scratch),
+        "out": str(stage.out),
+        "tracking_uri": tracker.uri,
+        "run_ids": runs,
+    }
+    write_json(job_file, job)
+    command = launch("lotlip.training.pretrain", [str(job_file)], config.processes)
+    try:
+        run_group(command, stage.log.info, stage.scratch / "errors.log")
+    except BaseException:
+        for run_id in runs.values():
+            tracker.finish(run_id, "FAILED")
+        raise
+    timing = read_json(stage.scratch / "timing.json")
+    stage.clock.add("imports", timing["imports"])
+    with stage.clock.measure("gate"):
+        from lotlip.validation import gate_pretrain
+
+        samples = read_json(paths.shards / "index.json")["splits"]["train"]["samples"]
+        history = histories(stage.out, config.seeds)
+        checks = gate_pretrain(config, history, guess_loss(settings), stage.gate_report)
+    stage.publish(paths.models / ablation)
+    with stage.clock.measure("mlflow"):
+        for run_id in runs.values():
+            tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
+            tracker.finish(run_id)
+    trained = len(config.seeds) * config.steps * config.batch_size
+    stage.record(trained, checks, notes={"epochs": config.steps * config.batch_size / samples})
+
+
+def histories(folder: Path, seeds: list[int]) -> Any:
+    """The curves of every seed in one table (pandas.DataFrame) with the column `seed`."""
+    import pandas as pd
+
+    tables = [pd.DataFrame(read_json(folder / f"seed-{seed}" / "history.json")).assign(seed=seed) for seed in seeds]
+    return pd.concat(tables, ignore_index=True)
+
+
+def guess_loss(config: dict[str, Any]) -> float:
+    """The loss of guessing: every one of the batch is as likely, for each weighted term (paper, section 3.2)."""
+    long_texts, corners = config["long_texts"], config["text"]["corner_tokens"]
+    long_features = long_texts["per_image"] * (corners + 1) if long_texts["sub_captions"] else 0
+    weights = config["loss"]["raw_weight"] + config["loss"]["long_weight"] * long_features
+    negatives = config["batch_size"] // config["accumulation"]
+    return math.log(negatives) * weights / (1 + long_features)
+
+
+def git_commit() -> str:
+    """The commit that is checked out, with "-dirty" where code or params.yaml differ from it; "unknown" outside git."""
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return "unknown"
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "lotlip", "flows", "params.yaml"], check=False)
+    return head.stdout.strip() + ("-dirty" if changed.returncode else "")
+
+
+if __name__ == "__main__":
+    main(pretrain, *sys.argv[1:])

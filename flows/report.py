@@ -1,0 +1,31 @@
+"""Stage `report`: tables, figures and one page that a person enjoys reading."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prefect import flow
+
+from flows.stage import Stage, main
+from lotlip.config import load_params
+
+
+@flow(name="report")
+def report() -> None:
+    """Builds the page from what the other stages left on disk."""
+    params = load_params()
+    stage = Stage("report", params, params.report.model_dump(mode="json"))
+    with stage.clock.measure("imports"):
+        from lotlip.report import build_report, load_inputs
+    inputs = load_inputs(params, Path())
+    page = build_report(inputs, stage.out)
+    with stage.clock.measure("gate"):
+        from lotlip.validation import gate_report
+
+        gate_report(page, len(inputs.pictures), stage.gate_report)
+    stage.publish(params.paths.report)
+    stage.log.info("report: open %s", (params.paths.report / page.name).resolve())
+
+
+if __name__ == "__main__":
+    main(report)

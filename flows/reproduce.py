@@ -1,0 +1,90 @@
+"""The whole pipeline by `dvc repro`, under one Prefect server for its duration. Ends with the report's address."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from flows.servers import free_port, is_free, prefect_server
+from flows.stage import EXPECTED, SCRATCH, StageFailed
+from lotlip.config import Params, load_params
+from lotlip.files import write_json
+
+PREFECT_PORT = 4200
+
+# DeepSpeed builds its communication op at first use. On a CPU that takes half a minute of one core, which the stages
+# before training leave idle. A GPU has no such op.
+_BUILD_OP = (
+    "from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder('ShareMemCommBuilder'); b and b.load()"
+)
+
+
+def reproduce(arguments: list[str]) -> None:
+    """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one.
+
+    Args:
+        arguments: handed on to `dvc repro`, such as a stage's name.
+
+    Raises:
+        StageFailed: a stage failed.
+    """
+    params, started = load_params(), time.time()
+    with building_op(), prefect_api() as api:
+        print(f"Prefect's API for this run: {api}", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "dvc", "repro", *arguments], env={**os.environ, "PREFECT_API_URL": api}, check=False
+        )
+    seconds = time.time() - started
+    write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
+    if done.returncode:
+        raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
+    print(closing_words(params, seconds))
+
+
+@contextmanager
+def building_op() -> Iterator[None]:
+    """Has DeepSpeed's op built while the block runs; training waits for it by itself if it comes first."""
+    log = SCRATCH / "logs" / "deepspeed-op.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        builder = subprocess.Popen([sys.executable, "-c", _BUILD_OP], stdout=output, stderr=subprocess.STDOUT)
+        try:
+            yield
+        finally:
+            builder.terminate()
+            builder.wait()
+
+
+@contextmanager
+def prefect_api() -> Iterator[str]:
+    """The address of a Prefect API: the one that the environment names, or that of a server for the block."""
+    if given := os.environ.get("PREFECT_API_URL"):
+        yield given
+        return
+    with prefect_server(PREFECT_PORT if is_free(PREFECT_PORT) else free_port()) as api:
+        yield api
+
+
+def closing_words(params: Params, seconds: float) -> str:
+    """What to look at next."""
+    page = (params.paths.report / "index.html").resolve()
+    return (
+        f"\nDone in {seconds / 60:.1f} minutes.\n"
+        f"  report          {page}\n"
+        f"  models          {params.paths.models}/<ablation>/seed-<seed>\n"
+        f"  scores          {params.paths.metrics}/<ablation>.json\n"
+        f"  Prefect, MLflow `make ui` shows every run"
+    )
+
+
+if __name__ == "__main__":
+    try:
+        reproduce(sys.argv[1:])
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the next run goes on from the last finished unit")

@@ -1,0 +1,100 @@
+"""Prefect's and MLflow's servers, on loopback, for as long as a block of code runs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from flows.processes import end_group
+from flows.stage import SCRATCH, StageFailed
+
+HOST = "127.0.0.1"
+PATIENCE_SECONDS = 120
+
+
+def is_free(port: int) -> bool:
+    """Whether nothing listens on a port of loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+def free_port() -> int:
+    """A port of loopback that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def prefect_server(port: int) -> Iterator[str]:
+    """Runs Prefect's server; gives the address of its API."""
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    environment = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false"}
+    with _server("Prefect", command, port, "/api/health", environment) as address:
+        yield f"{address}/api"
+
+
+@contextmanager
+def mlflow_server(port: int, store: str) -> Iterator[str]:
+    """Runs MLflow's UI over a store; gives its address."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
+    with _server("MLflow", [*command, "--backend-store-uri", store], port, "/health", {}) as address:
+        yield address
+
+
+@contextmanager
+def _server(
+    name: str, command: Sequence[str], port: int, health: str, environment: dict[str, str]
+) -> Iterator[str]:
+    """Runs a server in a group of its own until the block ends.
+
+    Raises:
+        StageFailed: the port is taken, or the server did not come up.
+    """
+    if not is_free(port):
+        raise StageFailed(
+            f"port {port} is in use, so {name} cannot listen there; stop what uses it, or choose another: "
+            f"{name.upper()}_PORT=… make ui"
+        )
+    log = Path(SCRATCH) / "logs" / f"{name.lower()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **environment},
+            start_new_session=True,
+        )
+        try:
+            address = f"http://{HOST}:{port}"
+            _await(name, address + health, process, log)
+            yield address
+        finally:
+            end_group(process)
+
+
+def _await(name: str, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(address, timeout=5):  # noqa: S310 - an http address of this machine
+                return
+        except OSError:
+            time.sleep(0.2)
+    raise StageFailed(f"{name} did not come up at {address}; what it wrote is in {log}")

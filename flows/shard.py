@@ -1,0 +1,94 @@
+"""Stage `shard`: images, all their captions and the frozen tower's features become WebDataset tars."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from prefect import flow
+
+from flows.stage import Stage, hash_of, main
+from lotlip.config import load_params
+from lotlip.data.tokenizer import count_tokens
+from lotlip.records import UnitReport
+from lotlip.shards import (
+    Features,
+    ShardPlan,
+    finished_shard,
+    plan_shards,
+    shard_statistics,
+    training_vocabulary,
+    write_shard,
+    write_shard_index,
+)
+
+SPLITS = ("train", "val")  # the test split stays as ingested: evaluation reads it there
+
+
+@flow(name="shard")
+def shard() -> None:
+    """Writes the shards of the training and validation splits, and what is in them."""
+    params = load_params()
+    config, ingest = params.shard, params.paths.ingest
+    captions = {name: params.paths.captions / name for name in params.caption.captioners}
+    inputs = {"ingest": hash_of(ingest / "index.json")}
+    inputs |= {name: hash_of(folder / "index.json") for name, folder in captions.items()}
+    if config.store_features:
+        inputs["image_tower"] = hash_of(params.paths.image_tower / "model.safetensors")
+    stage = Stage("shard", params, config.model_dump(mode="json"), inputs)
+    features = None
+    if config.store_features:
+        with stage.clock.measure("imports"):
+            features = frozen_features(params.paths.image_tower)
+
+    def write(plan: ShardPlan) -> UnitReport:
+        return finished_shard(plan.name, stage.out) or write_shard(
+            plan, ingest, captions, stage.out, features, config.feature_batch_size
+        )
+
+    plans = {split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed) for split in SPLITS}
+    every = [plan for split in SPLITS for plan in plans[split]]
+    done = stage.fan_out(every, write, name=lambda plan: plan.name, size=lambda plan: len(plan.samples))
+    by_name = {report.name: report for report in done}
+    reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
+    tokenizer = params.pretrain.text.tokenizer
+    index = write_shard_index(
+        stage.out,
+        reports,
+        shard_statistics(ingest, captions, "train", count_tokens(tokenizer)),
+        features=config.store_features,
+        vocabulary=training_vocabulary(ingest, captions, "train", tokenizer),
+    )
+    with stage.clock.measure("gate"):
+        from lotlip.validation import gate_shard
+
+        expected = sum(len(plan.samples) for plan in every)
+        checks = gate_shard(config, stage.out, index, expected, stage.gate_report)
+    stage.publish(params.paths.shards)
+    counts = {key: index[key] for key in ("read", "written", "failed")}
+    stage.record(index["written"], checks, counts, index["failure_kinds"])
+
+
+def frozen_features(folder: Path) -> Features:
+    """A function that gives the frozen tower's features, [n, D], of pictures; one call runs at a time."""
+    import torch
+
+    from lotlip.data.images import image_transform
+    from lotlip.models.image_tower import load_image_tower
+
+    tower = load_image_tower(folder).eval()
+    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
+    turn = threading.Lock()  # the tower uses all cores by itself
+
+    def features(pictures: list[Image.Image]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack([transform(picture) for picture in pictures]))
+        with turn, torch.inference_mode():
+            return tower(pixels).numpy()
+
+    return features
+
+
+if __name__ == "__main__":
+    main(shard)

@@ -1,0 +1,243 @@
+"""What every stage's flow shares: scratch that survives a kill, a clock, fan-out over units, publishing, the record."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+from prefect import Flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.futures import as_completed
+from prefect.task_runners import ThreadPoolTaskRunner
+
+import lotlip
+from lotlip.config import Params, load_params
+from lotlip.files import remove, sha256_files, sha256_json, write_json
+from lotlip.records import Failure, UnitReport
+from lotlip.validation import Check, GateFailed
+
+SCRATCH = Path(".lotlip")
+T = TypeVar("T")
+
+
+class StageFailed(RuntimeError):
+    """A stage ended without publishing; the message is for a person."""
+
+
+class Clock:
+    """Where a stage's time went: orchestration by part, everything else is work."""
+
+    def __init__(self) -> None:
+        self.started = psutil.Process().create_time()
+        self.parts: dict[str, float] = {}
+        self.called = 0.0
+
+    def call(self) -> None:
+        """Marks the moment the flow is called: all before it was imports."""
+        self.parts = {"imports": self.seconds()}
+        self.called = time.monotonic()
+
+    def begin(self) -> None:
+        """Marks the moment the flow's body begins: since `call`, it was Prefect's turn."""
+        if self.called:
+            self.add("prefect", time.monotonic() - self.called)
+            self.called = 0.0
+
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Adds the block's time to a part of orchestration: "imports", "prefect", "gate" or "mlflow"."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add(part, time.monotonic() - start)
+
+    def add(self, part: str, seconds: float) -> None:
+        """Adds seconds measured elsewhere."""
+        self.parts[part] = self.parts.get(part, 0.0) + seconds
+
+    def seconds(self) -> float:
+        """Since the process started."""
+        return time.time() - self.started
+
+
+_clock = Clock()
+
+
+class Stage:
+    """One run of a stage.
+
+    Args:
+        name: of the stage: "ingest", "pretrain", …
+        params: the whole configuration.
+        settings: the part of it that decides the outputs.
+        inputs: the hashes of what it reads.
+        item: the instance of a stage that fans out in dvc.yaml: an ablation or captioner.
+
+    Attributes:
+        fingerprint: of settings, inputs and code. Scratch is kept under it, so that work killed half-way goes on where
+            it was, and only there: other settings never find it.
+        scratch: what is not published yet. `out` in it becomes the stage's output, whole.
+    """
+
+    def __init__(
+        self, name: str, params: Params, settings: Any, inputs: dict[str, str] | None = None, item: str | None = None
+    ) -> None:
+        self.name, self.item, self.params = name, item, params
+        self.label = f"{name}-{item}" if item else name
+        self.clock = _clock
+        self.clock.begin()
+        self.log = get_run_logger()
+        self.fingerprint = sha256_json({"settings": settings, "inputs": inputs or {}, "code": code_hash()})
+        self.scratch = SCRATCH / "work" / self.label / self.fingerprint[:16]
+        self.out = self.scratch / "out"
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.gate_report = SCRATCH / "gates" / self.label
+
+    def fan_out(
+        self, units: Sequence[T], work: Callable[[T], UnitReport], name: Callable[[T], str], size: Callable[[T], int]
+    ) -> list[UnitReport]:
+        """Runs `work` on every unit as a Prefect task, some at a time, each retried.
+
+        A unit whose last try fails is reported with all its items failed: the gate decides whether the stage may go on.
+
+        Args:
+            units: pieces of work that are done whole.
+            work: does one; returns at once what a finished unit's marker says.
+            name: of a unit.
+            size: items in a unit.
+
+        Raises:
+            OSError: the disk is full or read-only: no other unit would fare better.
+        """
+        settings = self.params.orchestration
+        futures = {}
+        for unit in units:
+            run = _run_unit.with_options(
+                task_run_name=f"{self.label}: {name(unit)}",
+                retries=settings.retries,
+                retry_delay_seconds=settings.retry_delay_seconds,
+            )
+            futures[run.submit(_Opaque(lambda unit=unit: work(unit)))] = unit
+        reports, started = {}, time.monotonic()
+        for future in as_completed(list(futures)):
+            unit = futures[future]
+            try:
+                reports[name(unit)] = future.result()
+            except Exception as error:
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                    raise
+                self.log.warning("%s: %s failed for good: %s", self.label, name(unit), error)
+                failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
+                reports[name(unit)] = UnitReport(name(unit), size(unit), 0, "", 0, failures)
+            left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
+            self.log.info("%s: %d of %d units, %.0f s left", self.label, len(reports), len(futures), left)
+        return [reports[name(unit)] for unit in units]
+
+    def publish(self, out: Path) -> None:
+        """Puts the scratch's output in its place, whole, and drops what other settings left behind."""
+        remove(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(self.out, out)
+        self.discard()
+        self.log.info("%s: wrote %s", self.label, out)
+
+    def discard(self) -> None:
+        """Removes the stage's scratch, other settings' too: it ended well."""
+        remove(self.scratch.parent)
+
+    def record(
+        self,
+        samples: int,
+        checks: Sequence[Check],
+        counts: dict[str, int] | None = None,
+        failure_kinds: dict[str, int] | None = None,
+        notes: dict[str, Any] | None = None,
+    ) -> None:
+        """Writes what the report says of the stage: time, throughput, counts and what the gate checked.
+
+        Args:
+            samples: images (or texts, or training samples) that went through.
+            checks: the gate's.
+            counts: "read", "written" and "failed".
+            failure_kinds: how many items failed for which reason.
+            notes: anything else, by name.
+        """
+        seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
+        work = max(seconds - sum(orchestration.values()), 1e-6)
+        data = {
+            "stage": self.name,
+            "name": self.item,
+            "seconds": seconds,
+            "work_seconds": work,
+            "samples": samples,
+            "samples_per_second": samples / work,
+            "orchestration_seconds": orchestration,
+            "counts": counts or {},
+            "failure_kinds": failure_kinds or {},
+            "gate": [vars(check) for check in checks],
+            "notes": notes or {},
+        }
+        write_json(self.params.paths.stages / f"{self.label}.json", data)
+
+
+class _Opaque:
+    """Hides a callable's contents from Prefect, which would search a task's arguments for futures."""
+
+    def __init__(self, call: Callable[[], UnitReport]) -> None:
+        self.call = call
+
+
+@task(name="unit", cache_policy=NO_CACHE)
+def _run_unit(work: _Opaque) -> UnitReport:
+    return work.call()
+
+
+def code_hash() -> str:
+    """Of the package's sources: a unit made by other code is not gone on from."""
+    root = Path(lotlip.__file__).parent
+    return sha256_files(sorted(root.rglob("*.py")))
+
+
+def hash_of(index: Path) -> str:
+    """The hash of a published folder's contents, from its index.json; a missing one names the stage to run."""
+    if not index.is_file():
+        raise StageFailed(f"{index} is not there; run `dvc repro` so that the stage that writes it runs first")
+    return sha256_files([index])
+
+
+# What a user can mend: shown as one line. LOTLIP_TRACEBACK=1 shows the traceback too.
+EXPECTED = (StageFailed, GateFailed, ValueError, OSError)
+
+
+class _NoTraceback(logging.Filter):
+    """Keeps Prefect from printing a traceback for what `main` says in one line."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        return not isinstance(error, EXPECTED)
+
+
+def main(stage: Flow[..., Any], *arguments: str) -> None:
+    """Runs a stage's flow as a program: `python -m flows.STAGE [ITEM]`. Ends with status 1 and one clear line on failure."""
+    tracebacks = bool(os.environ.get("LOTLIP_TRACEBACK"))
+    if not tracebacks:
+        for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
+            logging.getLogger(name).addFilter(_NoTraceback())
+    try:
+        runner = ThreadPoolTaskRunner(max_workers=load_params().orchestration.workers)
+        _clock.call()
+        stage.with_options(task_runner=runner)(*arguments)
+    except EXPECTED as error:
+        if tracebacks:
+            raise
+        sys.exit(f"error in {' '.join([stage.name, *arguments])}: {error}")

@@ -1,0 +1,266 @@
+"""What the report is made of, read from the other stages' outputs; what is not there is named, not guessed."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from lotlip.config import Params, Pretrain
+from lotlip.files import read_json
+
+PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One ablation's results on one benchmark.
+
+    Attributes:
+        protocol: how it was measured: sizes, context length, precision, …
+        chance: metric → the value that guessing has.
+        seeds: seed → metric → value; fractions, except ranks.
+    """
+
+    protocol: dict[str, Any]
+    chance: dict[str, float]
+    seeds: dict[int, dict[str, float]]
+
+    def values(self, metric: str) -> list[float]:
+        """The metric's value for each seed that has the metric, in the order of seeds."""
+        return [self.seeds[seed][metric] for seed in sorted(self.seeds) if metric in self.seeds[seed]]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What is known about one ablation.
+
+    Attributes:
+        name: in params.yaml.
+        config: what it was trained with; while there are no metrics, what params.yaml resolves to.
+        parameters: part of the model → number of parameters.
+        benchmarks: benchmark's name → results; empty while there are none.
+        history: seed → logged steps, each with "step", "loss", …
+    """
+
+    name: str
+    config: Pretrain
+    parameters: dict[str, int] = field(default_factory=dict)
+    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    history: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a stage wrote down about its last run.
+
+    Attributes:
+        label: the record's file name: "ingest", "caption-llava", "pretrain-lotlip", …
+        seconds: from start to end, orchestration included.
+        samples: that it worked through.
+        samples_per_second: as the stage measured it, over its work alone.
+        orchestration_seconds: what was not work: imports, prefect, gate, mlflow, …
+        counts: "read", "written", "failed".
+        failure_kinds: kind → number of failures.
+        gate: what was expected, each with "what", "observed" and "success".
+        notes: other figures by name.
+    """
+
+    label: str
+    seconds: float = math.nan
+    samples: float = math.nan
+    samples_per_second: float = math.nan
+    orchestration_seconds: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    failure_kinds: dict[str, int] = field(default_factory=dict)
+    gate: list[dict[str, Any]] = field(default_factory=list)
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def orchestration_share(self) -> float:
+        """Of the stage's seconds; NaN when they are not known."""
+        known = self.orchestration_seconds and self.seconds > 0
+        return sum(self.orchestration_seconds.values()) / self.seconds if known else math.nan
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture for the contact sheet: JPEG bytes, its raw caption, and captioner → long caption."""
+
+    key: str
+    jpeg: bytes
+    raw_caption: str
+    long_captions: dict[str, str]
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """Everything the report shows.
+
+    Attributes:
+        params: title, note, paths, and the base that ablations differ from.
+        ablations: all of params.yaml's, in its order.
+        stages: the records there are, in the order of stages.
+        splits: split → number of samples.
+        statistics: "raw" or a captioner → figures about its texts.
+        pictures: the contact sheet.
+        missing: a line for a person for each piece that is not there or out of date.
+    """
+
+    params: Params
+    ablations: list[Ablation]
+    stages: list[StageRecord]
+    splits: dict[str, int]
+    statistics: dict[str, dict[str, float]]
+    pictures: list[Picture]
+    missing: list[str]
+
+
+def load_inputs(params: Params, root: Path) -> ReportInputs:
+    """Reads what the stages wrote below `root`.
+
+    A piece that is not there leaves a line in `missing`. A file that is there and broken is an error.
+
+    Raises:
+        ValueError: a file is not JSON.
+    """
+    missing: list[str] = []
+    ablations = [_ablation(params, root, name, missing) for name in params.ablations]
+    stages = _stages(params, root, missing)
+    index = _optional_json(root, params.paths.shards / "index.json", "data statistics", missing) or {}
+    return ReportInputs(
+        params=params,
+        ablations=ablations,
+        stages=stages,
+        splits={split: entry["samples"] for split, entry in index.get("splits", {}).items()},
+        statistics=index.get("statistics", {}),
+        pictures=_pictures(params, root, missing),
+        missing=missing,
+    )
+
+
+def _optional_json(root: Path, path: Path, what: str, missing: list[str]) -> Any:
+    """The file's contents, or None and a line in `missing`."""
+    if (root / path).exists():
+        return read_json(root / path)
+    missing.append(f"{what}: {path} is not there")
+    return None
+
+
+def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Ablation:
+    wanted = params.ablation(name)
+    history = _history(root / params.paths.models / name, wanted.seeds, name, missing)
+    found = _optional_json(root, params.paths.metrics / f"{name}.json", f"metrics of {name}", missing)
+    if found is None:
+        return Ablation(name, wanted, history=history)
+    config = _trained_with(found["config"], wanted, name, missing)
+    benchmarks = {
+        benchmark: Benchmark(
+            protocol=result.get("protocol", {}),
+            chance=result.get("chance", {}),
+            seeds={int(seed): metrics for seed, metrics in result["seeds"].items()},
+        )
+        for benchmark, result in sorted(found["benchmarks"].items())
+    }
+    for benchmark, result in benchmarks.items():
+        absent = sorted(set(wanted.seeds) - set(result.seeds))
+        if absent:
+            missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
+    for benchmark in sorted(set(params.evaluate.benchmarks) - set(benchmarks)):
+        missing.append(f"metrics of {name}: none on {benchmark}")
+    return Ablation(name, config, found.get("parameters", {}), benchmarks, history)
+
+
+def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:
+    """The configuration beside the metrics, which is what they hold for; params.yaml may have moved on since."""
+    try:
+        config = Pretrain.model_validate(stored)
+    except ValidationError:
+        missing.append(f"metrics of {name}: their configuration is of another version of lotlip; run it again")
+        return wanted
+    if config != wanted:
+        missing.append(f"metrics of {name}: measured with other values than params.yaml has now; run it again")
+    return config
+
+
+def _history(folder: Path, seeds: list[int], name: str, missing: list[str]) -> dict[int, list[dict[str, float]]]:
+    paths = {seed: folder / f"seed-{seed}" / "history.json" for seed in seeds}
+    absent = [str(seed) for seed, path in paths.items() if not path.exists()]
+    if absent:
+        missing.append(f"loss curve of {name}: no history.json for seed {', '.join(absent)}")
+    return {seed: read_json(path) for seed, path in paths.items() if path.exists()}
+
+
+def _stages(params: Params, root: Path, missing: list[str]) -> list[StageRecord]:
+    labels = [
+        "ingest",
+        "image-tower",
+        *(f"caption-{name}" for name in params.caption.captioners),
+        "shard",
+        *(f"pretrain-{name}" for name in params.ablations),
+        *(f"evaluate-{name}" for name in params.ablations),
+    ]
+    paths = {label: root / params.paths.stages / f"{label}.json" for label in labels}
+    absent = [label for label, path in paths.items() if not path.exists()]
+    if absent:
+        missing.append(f"records of stages: {', '.join(absent)}")
+    known = StageRecord.__dataclass_fields__
+    return [
+        StageRecord(label, **{key: value for key, value in read_json(path).items() if key in known})
+        for label, path in paths.items()
+        if path.exists()
+    ]
+
+
+# --- contact sheet ------------------------------------------------------------------------------------------------
+
+PARTITION = "test/part-00000"
+
+
+def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
+    """The first pictures of the test split, drawn or scaled for the page, with what is said about them."""
+    from lotlip import partitions
+
+    if params.report.contact_sheet == 0:
+        return []
+    ingest = root / params.paths.ingest
+    if not (ingest / f"{PARTITION}.parquet").exists():
+        missing.append(f"contact sheet: {params.paths.ingest / PARTITION}.parquet is not there")
+        return []
+    captions: dict[str, dict[str, str]] = {}
+    for name in params.caption.captioners:
+        folder = root / params.paths.captions / name
+        if not (folder / f"{PARTITION}.parquet").exists():
+            missing.append(f"contact sheet: no captions of {name} for {PARTITION}")
+            continue
+        table = partitions.read_captions(folder, PARTITION, ["key", "text"])
+        for key, text in zip(table["key"], table["text"], strict=True):
+            captions.setdefault(key, {})[name] = text
+    rows = partitions.read_table(ingest, PARTITION).head(params.report.contact_sheet).to_dict("records")
+    pictures = []
+    for row in rows:
+        image = partitions.read_image(ingest, PARTITION, row["offset"], row["size"])
+        jpeg = _jpeg(image, row.get("scene"))
+        pictures.append(Picture(row["key"], jpeg, row["raw_caption"], captions.get(row["key"], {})))
+    return pictures
+
+
+def _jpeg(image: bytes, scene: Any) -> bytes:
+    """A picture of at most PICTURE_SIZE pixels; a scene is drawn anew, sharper than the model sees it."""
+    from PIL import Image
+
+    if isinstance(scene, str):
+        from lotlip.sources.scenes import Scene, render
+
+        picture = render(Scene.from_json(json.loads(scene)), size=PICTURE_SIZE)
+    else:
+        picture = Image.open(io.BytesIO(image))
+        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.convert("RGB").save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()

@@ -1,0 +1,151 @@
+"""Puts tables and figures on one page: `index.html`, and the same as Markdown with PNG and CSV beside it."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lotlip.files import remove, whole
+from lotlip.report import figures, groups, results, stages, tables
+from lotlip.report.inputs import Ablation, ReportInputs
+from lotlip.report.tables import Cell, Table
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One system's number in the headline, as text and as a bar."""
+
+    label: str
+    cell: Cell
+    colour: str
+
+    @property
+    def width(self) -> float:
+        """Of the bar, in percent of its track."""
+        return 100 * min(max(self.cell.value or 0.0, 0.0), 1.0)
+
+
+def build_report(inputs: ReportInputs, out: Path) -> Path:
+    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/figures/*.png` and
+    `out/tables/*.csv`; figures and tables of an earlier report are removed. Returns the page's path.
+    """
+    context = _context(inputs)
+    for name in ("figures", "tables"):
+        remove(out / name)
+        (out / name).mkdir(parents=True)
+    for figure in context["all_figures"]:
+        (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
+    for table in context["all_tables"]:
+        (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
+    _render("report.md.j2", context, out / "report.md")
+    page = out / "index.html"
+    _render("page.html.j2", context, page)
+    return page
+
+
+def _render(template: str, context: dict[str, Any], path: Path) -> None:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("lotlip.report", "templates"),
+        autoescape=template.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
+    with whole(path) as partial:
+        partial.write_text(environment.get_template(template).render(context), encoding="utf-8")
+
+
+def _context(inputs: ReportInputs) -> dict[str, Any]:
+    """What both templates show."""
+    benchmarks: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "headline": headline(inputs, name),
+            "tables": results.benchmark_tables(inputs, name),
+            "figures": figures.benchmark_figures(inputs, name),
+        }
+        for name in results.benchmark_names(inputs)
+    ]
+    loss = figures.loss_figure(inputs)
+    made = {
+        "data": stages.statistics_table(inputs),
+        "tower": stages.accuracy_table(inputs),
+        "times": stages.stages_table(inputs),
+        "failures": stages.failures_table(inputs),
+        "training": stages.training_table(inputs),
+        "protocol": stages.protocol_table(inputs),
+    }
+    other = {name: table if table.rows else None for name, table in made.items()}
+    all_tables: list[Table] = [table for benchmark in benchmarks for table in benchmark["tables"]]
+    return {
+        "title": inputs.params.report.title,
+        "note": inputs.params.report.note,
+        "paths": inputs.params.paths,
+        "tracking_uri": inputs.params.tracking.uri,
+        "summary": summary(inputs),
+        "missing": inputs.missing,
+        "pictures": inputs.pictures,
+        "stages": inputs.stages,
+        "benchmarks": benchmarks,
+        "loss": loss,
+        **other,
+        "all_figures": [f for benchmark in benchmarks for f in benchmark["figures"]] + ([loss] if loss else []),
+        "all_tables": all_tables + [table for table in other.values() if table],
+    }
+
+
+def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
+    """A panel per kind of text, in it a group of bars per direction: R@1 of the three systems, those that have it."""
+    systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for metric in results.main_metrics(results.metric_names(systems.values(), benchmark)):
+        members = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
+        found = {name: result for name, result in members.items() if result.values(metric)}
+        cells = tables.mark_best([tables.score(result.values(metric), metric) for result in found.values()], metric)
+        guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
+        column = results.metric_column(metric, main=True)
+        bars = [Bar(name, cell, figures.SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
+        group = {"title": column.label, "bars": bars, "chance": tables.percent(guess).text if guess else ""}
+        panels.setdefault(column.group, []).append(group)
+    return [{"title": title, "groups": members} for title, members in panels.items()]
+
+
+def summary(inputs: ReportInputs) -> str:
+    """What was done and what came out, in plain words; every number is read from the results."""
+    count = sum(bool(ablation.benchmarks) for ablation in inputs.ablations)
+    if not count:
+        return "Nothing has been evaluated yet."
+    text = [
+        f"{count} {'configuration was' if count == 1 else 'configurations were'} trained to match pictures with texts: "
+        "the image tower is frozen, the text tower learns to place a text where its picture is."
+    ]
+    systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    for benchmark in results.benchmark_names(inputs)[:1]:
+        for family, kind in (("long", "a long text"), ("short", "a short caption")):
+            sentence = _found(systems, benchmark, family)
+            if sentence:
+                text.append(f"Given {kind}, {sentence}.")
+    if any(len(result.seeds) == 1 for ablation in inputs.ablations for result in ablation.benchmarks.values()):
+        text.append("Some numbers come from a single seed: small differences between them may be chance.")
+    return " ".join(text)
+
+
+def _found(systems: Mapping[str, Ablation], benchmark: str, family: str) -> str:
+    """Text → image R@1 of each system that has one, as the end of a sentence."""
+    metric = f"{family}.text_to_image.r1"
+    measured = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
+    values = {name: result.values(metric) for name, result in measured.items() if result.values(metric)}
+    if not values:
+        return ""
+    (first, share), *rest = [(name, tables.percent(statistics.fmean(v)).text) for name, v in values.items()]
+    told = [f"{first} puts the right picture first in {share} of cases", *(f"{name} in {text}" for name, text in rest)]
+    guess = next((result.chance[metric] for result in measured.values() if metric in result.chance), None)
+    return ", ".join(told) + ("" if guess is None else f" (guessing: {tables.percent(guess).text})")

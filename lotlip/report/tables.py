@@ -1,0 +1,149 @@
+"""Tables as data: built once, then shown as HTML, as Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What is shown, and the number behind it.
+
+    Attributes:
+        text: for a person.
+        value: the number, or the mean of several; None where the cell is words.
+        spread: standard deviation over seeds; None where there is one seed.
+        best: of its column.
+    """
+
+    text: str
+    value: float | None = None
+    spread: float | None = None
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Column:
+    """`key` names it in CSV; `group` stands above neighbours that share it."""
+
+    key: str
+    label: str
+    group: str = ""
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A titled table; `reference` is a row that takes no part in who is best, such as guessing."""
+
+    slug: str
+    title: str
+    note: str
+    columns: list[Column]
+    rows: list[list[Cell]]
+    reference: list[Cell] | None = None
+
+    @property
+    def all_rows(self) -> list[list[Cell]]:
+        """The rows, the reference last."""
+        return [*self.rows, self.reference] if self.reference else self.rows
+
+    @property
+    def header_groups(self) -> list[tuple[str, int, bool]]:
+        """Runs of columns under one heading: (heading, columns, numeric)."""
+        runs: list[tuple[str, int, bool]] = []
+        for column in self.columns:
+            if runs and runs[-1][0] == column.group:
+                runs[-1] = (column.group, runs[-1][1] + 1, column.numeric)
+            else:
+                runs.append((column.group, 1, column.numeric))
+        return runs
+
+    def to_csv(self) -> str:
+        """All numbers in full; a column `<key>.std` follows wherever a cell has a spread."""
+        spread = [any(row[i].spread is not None for row in self.all_rows) for i in range(len(self.columns))]
+        file = io.StringIO()
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(_with_spread([column.key for column in self.columns], spread, "{}.std".format))
+        for row in self.all_rows:
+            line: list[Any] = []
+            for cell, has_spread in zip(row, spread, strict=True):
+                line.append(cell.text if cell.value is None else cell.value)
+                line += [cell.spread] if has_spread else []
+            writer.writerow(line)
+        return file.getvalue()
+
+
+def _with_spread(keys: list[str], spread: list[bool], name: Any) -> list[str]:
+    return [part for key, more in zip(keys, spread, strict=True) for part in ([key, name(key)] if more else [key])]
+
+
+# --- cells --------------------------------------------------------------------------------------------------------
+
+
+def words(text: object) -> Cell:
+    """A cell that is not a number."""
+    return Cell(str(text) if text not in (None, "") else ABSENT)
+
+
+def number(value: float | None, pattern: str = "{:,.0f}") -> Cell:
+    """A number as `pattern` shows it; unknown is a dash."""
+    if value is None or math.isnan(value):
+        return Cell(ABSENT, math.nan)
+    return Cell(pattern.format(value), value)
+
+
+def percent(value: float | None) -> Cell:
+    """A fraction, shown in percent with one decimal."""
+    shown = number(None if value is None else 100 * value, "{:.1f}\u00a0%")
+    return shown if shown.text == ABSENT else replace(shown, value=value)
+
+
+def duration(seconds: float) -> Cell:
+    """Seconds the way a person says them."""
+    if math.isnan(seconds):
+        return number(None)
+    whole, minutes = round(seconds), round(seconds / 60)
+    if seconds < 59.95:
+        text = f"{seconds:.1f} s"
+    elif whole < 3600:
+        text = f"{whole // 60} min {whole % 60:02d} s"
+    else:
+        text = f"{minutes // 60} h {minutes % 60:02d} min"
+    return Cell(text, seconds)
+
+
+def score(values: Sequence[float], metric: str) -> Cell:
+    """A metric over seeds: percent with one decimal (ranks as they are), `mean ± standard deviation` of several.
+
+    Not a number in one seed makes the whole cell unknown.
+    """
+    if not values or any(math.isnan(value) for value in values):
+        return number(None)
+    scale = 1 if is_rank(metric) else 100
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+    deviation = "" if spread is None else f" ± {scale * spread:.1f}"
+    return Cell(f"{scale * mean:.1f}{deviation}", mean, spread)
+
+
+def is_rank(metric: str) -> bool:
+    """Whether the metric is a rank, where less is better, and not a fraction."""
+    return metric.endswith("rank")
+
+
+def mark_best(cells: Sequence[Cell], metric: str) -> list[Cell]:
+    """The column with its best value marked, and with it those that look the same; a lone value is not best."""
+    known = [cell.value for cell in cells if cell.value is not None and not math.isnan(cell.value)]
+    if len(known) < 2:
+        return list(cells)
+    best = min(known) if is_rank(metric) else max(known)
+    shown = score([best], metric).text
+    return [replace(cell, best=cell.text.split(" ± ")[0] == shown) for cell in cells]

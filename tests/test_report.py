@@ -1,0 +1,561 @@
+"""The report, from files as the stages write them. All numbers here are made up."""
+
+import csv
+import io
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lotlip.config import Params
+from lotlip.report import build_report, groups, load_inputs
+from lotlip.report.figures import colours
+from lotlip.report.results import benchmark_tables
+from lotlip.report.tables import Cell, duration, mark_best, percent, score
+
+# Names say nothing on purpose: tables go by configuration.
+ABLATIONS = {
+    "alpha": {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
+    "beta": {"text": {"corner_tokens": 0}},
+    "gamma": {},
+    "delta": {"text": {"corner_tokens": 4}},
+    "epsilon": {"text": {"corner_mask": False}},
+    "zeta": {"long_texts": {"sub_captions": 1}},
+    "eta": {"loss": {"raw_weight": 2.0}},
+    "theta": {"optimizer": {"learning_rate": 0.002}, "text": {"context_length": 64}},
+}
+
+
+def make_params(**changes) -> Params:
+    data = {
+        "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+        "image_tower": {"kind": "scenes"},
+        "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.csv"}}},
+        "pretrain": {"seeds": [0, 1], "steps": 40, "text": {"config": {"hidden_size": 64}}},
+        "evaluate": {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}},
+        "report": {"title": "A report", "note": "These are <made-up> numbers.", "contact_sheet": 2},
+        "ablations": ABLATIONS,
+    }
+    return Params.model_validate({**data, **changes})
+
+
+def write_json(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data))
+
+
+def metrics_of(place, seed):
+    """Made-up metrics that grow with the ablation's place."""
+    noise = random.Random(100 * place + seed)
+    found = {}
+    for family, top in (("long", 0.6), ("short", 0.8)):
+        for way in ("image_to_text", "text_to_image"):
+            r1 = top * (place + 1) / 10 + noise.uniform(-0.02, 0.02)
+            found |= {f"{family}.{way}.r1": r1, f"{family}.{way}.r5": r1 + 0.1, f"{family}.{way}.r10": r1 + 0.15}
+            found[f"{family}.{way}.median_rank"] = 9.0 - place
+    return found | {"classification.top1": 0.9 - place / 100, "classification.top5": 0.99}
+
+
+def write_stages(root, params):
+    """A record for every stage, as the flows leave them."""
+    names = ["ingest", "image-tower", *(f"caption-{c}" for c in params.caption.captioners), "shard"]
+    names += [f"{stage}-{name}" for stage in ("pretrain", "evaluate") for name in params.ablations]
+    for n, label in enumerate(names):
+        stage = label if label == "image-tower" else label.partition("-")[0]
+        record = {
+            "stage": stage,
+            "name": label.removeprefix(stage).lstrip("-") or None,
+            "seconds": 20.0 + n,
+            "samples": 1000,
+            "samples_per_second": 1000 / (16.0 + n),
+            "orchestration_seconds": {"imports": 2.0, "prefect": 1.5, "gate": 0.5},
+            "counts": {"read": 1000, "written": 997, "failed": 3} if stage == "ingest" else {},
+            "failure_kinds": {"unreadable": 2, "empty": 1} if stage == "ingest" else {},
+            "gate": [{"what": f"{label} keeps its promise", "observed": "all 1000 rows", "success": True}],
+            "notes": {"accuracy.salient_shape": 0.934, "accuracy.colour": 0.881} if stage == "image-tower" else {},
+        }
+        write_json(root / params.paths.stages / f"{label}.json", record)
+
+
+def write_pictures(root, params, count=3):
+    """The first test partition: images in a tar at known offsets, their table, and captions."""
+    folder, blob, rows = root / params.paths.ingest / "test", b"", []
+    folder.mkdir(parents=True)
+    for i in range(count):
+        file = io.BytesIO()
+        Image.new("RGB", (640, 480), (40 * i, 90, 160)).save(file, "PNG")
+        row = {"key": f"p{i}", "extension": "png", "raw_caption": f"picture <{i}>", "width": 640, "height": 480}
+        rows.append({**row, "sha256": "", "scene": None, "offset": len(blob), "size": len(file.getvalue())})
+        blob += file.getvalue()
+    (folder / "part-00000.tar").write_bytes(blob)
+    pd.DataFrame(rows).to_parquet(folder / "part-00000.parquet")
+    for captioner in params.caption.captioners:
+        folder = root / params.paths.captions / captioner / "test"
+        folder.mkdir(parents=True)
+        captions = [
+            {"key": f"p{i}", "captioner": captioner, "text": f"{captioner} on p{i}. And more."} for i in range(count)
+        ]
+        pd.DataFrame(captions).to_parquet(folder / "part-00000.parquet")
+
+
+def write_project(root, params, metrics=metrics_of):
+    """Everything that the stages leave behind for `params`."""
+    for place, name in enumerate(params.ablations):
+        config = params.ablation(name)
+        benchmarks = {
+            benchmark: {
+                "protocol": {
+                    "images": 1000,
+                    "context_length": config.text.context_length,
+                    "command": f"evaluate {name}",
+                },
+                "chance": {key: 0.001 for key in metrics(place, 0) if key.endswith("r1")},
+                "seeds": {str(seed): metrics(place, seed) for seed in config.seeds},
+            }
+            for benchmark in params.evaluate.benchmarks
+        }
+        result = {"ablation": name, "config": config.model_dump(mode="json"), "benchmarks": benchmarks}
+        parameters = {"text_tower": 4_000_000, "image_tower": 800_000}
+        write_json(root / params.paths.metrics / f"{name}.json", {**result, "parameters": parameters})
+        for seed in config.seeds:
+            steps = range(1, config.steps + 1, config.log_every)
+            history = [
+                {
+                    "step": step,
+                    "loss": (1 + place / 8) * (1 + 3 * math.exp(-step / 80)),
+                    "samples_per_second": 900.0 + step,
+                    "data_wait_share": 0.25,
+                }
+                for step in steps
+            ]
+            write_json(root / params.paths.models / name / f"seed-{seed}" / "history.json", history)
+    write_stages(root, params)
+    raw = {"images": 8000, "texts": 8000, "sub_captions_per_text": 1.0, "tokens_per_text": 9.81}
+    long = {"images": 8000, "texts": 8000, "sub_captions_per_text": 6.42, "tokens_per_text": 83.5}
+    index = {
+        "splits": {"train": {"samples": 8000, "shards": []}, "val": {"samples": 500, "shards": []}},
+        "statistics": {"raw": raw} | dict.fromkeys(params.caption.captioners, long),
+    }
+    write_json(root / params.paths.shards / "index.json", index)
+    write_pictures(root, params)
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    root, params = tmp_path_factory.mktemp("project"), make_params()
+    write_project(root, params)
+    return root, params
+
+
+@pytest.fixture(scope="module")
+def report(project):
+    root, params = project
+    page = build_report(load_inputs(params, root), root / "report")
+    assert page == root / "report" / "index.html"
+    return page.parent
+
+
+@pytest.fixture
+def inputs(project):
+    root, params = project
+    return load_inputs(params, root)
+
+
+def table(inputs, slug):
+    return next(t for t in benchmark_tables(inputs, "scenes") if t.slug == f"scenes-{slug}")
+
+
+def rows_of(inputs, slug):
+    return [row[0].text for row in table(inputs, slug).rows]
+
+
+def read_csv(report, slug):
+    with (report / "tables" / f"{slug}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- the page -----------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Collects tags and what they load, and that every tag is closed in order."""
+
+    VOID = {"meta", "img", "br", "path", "use", "line", "rect"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.ids, self.anchors, self.tags = [], [], [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value)
+            if name in ("src", "href", "srcset", "data", "action"):
+                (self.anchors if value.startswith("#") else self.loads).append(value)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+
+def test_page_is_whole_and_loads_nothing(report):
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    assert page.open == []
+    assert all(value.startswith("data:image/jpeg;base64,") for value in page.loads)
+    assert len(page.loads) == 2, "report.contact_sheet is 2"
+    assert "script" not in page.tags and "link" not in page.tags
+    assert "@import" not in text and not re.search(r"url\((?!#)", text)
+    assert not re.search(r"https?://", re.sub(r'"data:[^"]*"', "", text))
+
+
+def test_ids_are_unique_and_links_lead_somewhere(report):
+    page = Page((report / "index.html").read_text())
+    assert len(page.ids) == len(set(page.ids))
+    assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+
+
+@pytest.mark.parametrize("file", ["index.html", "report.md"])
+def test_everything_is_told(report, file):
+    text = (report / file).read_text()
+    for name in ABLATIONS:
+        assert name in text
+    for piece in ("A report", "guessing", "salient shape", "93.4\u00a0%", "unreadable", "9.81", "llava", "make ui"):
+        assert piece in text
+    assert "Not there" not in text
+
+
+def test_words_are_escaped(report):
+    text = (report / "index.html").read_text()
+    assert "These are &lt;made-up&gt; numbers." in text
+    assert "picture &lt;0&gt;" in text and "picture &lt;2&gt;" not in text
+    assert "llava on p1. And more." in text
+    assert "ingest keeps its promise" in text and "all 1000 rows" in text
+
+
+def test_markdown_refers_to_files_that_are_there(report):
+    text = (report / "report.md").read_text()
+    files = re.findall(r"\]\((?!index)([^)]+)\)", text)
+    assert {path.partition("/")[0] for path in files} == {"figures", "tables"}
+    assert all((report / path).stat().st_size > 0 for path in files)
+    assert {path.name for path in (report / "figures").iterdir()} == {
+        f"scenes-{x}-{family}.png" for x in ("sub-captions", "corner-tokens") for family in ("long", "short")
+    } | {"loss.png"}
+
+
+def test_markdown_tables_have_equal_rows(report):
+    blocks = re.findall(r"(?:^\|.*\n)+", (report / "report.md").read_text(), flags=re.MULTILINE)
+    assert len(blocks) >= 8
+    assert "| evaluate &lt;ablation> |" in "".join(blocks)
+    for block in blocks:
+        assert len({line.count("|") for line in block.splitlines()}) == 1
+        assert re.fullmatch(r"\|( -+:? \|)+", block.splitlines()[1])
+
+
+def test_same_inputs_give_the_same_bytes(report, inputs, tmp_path):
+    build_report(inputs, tmp_path)
+    for path in ("index.html", "report.md", "figures/loss.png", "tables/scenes-all.csv"):
+        assert (tmp_path / path).read_bytes() == (report / path).read_bytes()
+
+
+def test_what_an_earlier_report_left_is_removed(inputs, tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "old.csv").write_text("")
+    (tmp_path / "data-docs.html").write_text("someone else's")
+    build_report(inputs, tmp_path)
+    assert not (tmp_path / "tables" / "old.csv").exists()
+    assert (tmp_path / "data-docs.html").exists()
+
+
+def test_pictures_are_small(inputs):
+    pictures = [Image.open(io.BytesIO(picture.jpeg)) for picture in inputs.pictures]
+    assert [picture.size for picture in pictures] == [(320, 240)] * 2
+    assert pictures[1].getpixel((160, 120)) == pytest.approx((40, 90, 160), abs=3)
+
+
+def test_scene_is_drawn_anew(project, tmp_path):
+    from lotlip.sources.scenes import generate_scene
+
+    params = make_params()
+    write_pictures(tmp_path, params)
+    path = tmp_path / params.paths.ingest / "test" / "part-00000.parquet"
+    rows = pd.read_parquet(path)
+    rows["scene"] = [json.dumps(generate_scene(0, "test", n).to_json()) for n in range(len(rows))]
+    rows.to_parquet(path)
+    picture = Image.open(io.BytesIO(load_inputs(params, tmp_path).pictures[0].jpeg))
+    assert picture.size == (320, 320)
+    assert len(picture.getcolors(320 * 320)) > 50, "not the plain picture of the tar"
+
+
+# --- which ablation is in which table -----------------------------------------------------------------------------
+
+
+def test_tables_go_by_configuration(inputs):
+    assert rows_of(inputs, "systems") == ["alpha", "beta", "gamma", "eta"]
+    assert [row[1].text for row in table(inputs, "systems").rows] == ["LiT", "LiT + long texts", "LoTLIP", "LoTLIP"]
+    assert [row[2].text for row in table(inputs, "systems").rows][2:] == ["1 raw, 1 long", "2 raw, 1 long"]
+    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]  # by m, mask on first
+    assert [row[2].text for row in table(inputs, "corner-tokens").rows] == ["–", "on", "off", "on"]
+    assert rows_of(inputs, "sub-captions") == ["alpha", "beta", "zeta", "gamma"]  # by m, then k
+    assert rows_of(inputs, "others") == ["gamma", "theta"]  # the base beside them
+    assert table(inputs, "others").rows[1][1].text == "text.context_length = 64, optimizer.learning_rate = 0.002"
+    assert rows_of(inputs, "all") == list(ABLATIONS)
+
+
+def test_what_does_not_matter_is_no_difference():
+    params = make_params(
+        ablations={
+            "gamma": {"seeds": [5], "log_every": 1},
+            "beta": {"text": {"corner_tokens": 0, "corner_mask": False}},
+            "alpha": {
+                "text": {"corner_tokens": 0},
+                "long_texts": {"sub_captions": 0, "captioners": ["llava"]},
+                "loss": {"long_weight": 3.0},
+            },
+        }
+    )
+    found = {name: groups.differences(params.ablation(name), params.pretrain) for name in params.ablations}
+    assert found == {
+        "gamma": {},
+        "beta": {"text.corner_tokens": 0},
+        "alpha": {"text.corner_tokens": 0, "long_texts.sub_captions": 0},
+    }
+    assert groups.in_words(found["alpha"]) == "m = 0, k = 0"
+
+
+def test_nothing_is_left_out_when_all_differ(tmp_path):
+    odd = {name: {"optimizer": {"weight_decay": n / 10}} for n, name in enumerate(("one", "two", "six"))}
+    params = make_params(ablations=odd)
+    write_project(tmp_path, params)
+    inputs = load_inputs(params, tmp_path)
+    assert [t.slug for t in benchmark_tables(inputs, "scenes")] == ["scenes-others", "scenes-all"]
+    assert rows_of(inputs, "others") == list(odd)
+    build_report(inputs, tmp_path / "report")
+
+
+def test_systems_keep_their_colours(inputs):
+    chosen = colours(inputs)
+    assert (chosen["alpha"], chosen["beta"], chosen["gamma"]) == ("#64748b", "#d97706", "#4f46e5")
+    assert len(set(chosen.values())) == len(ABLATIONS)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation():
+    cell = score([0.40, 0.42, 0.47], "long.text_to_image.r1")
+    assert cell.text == "43.0 ± 3.6"  # sample standard deviation: sqrt((9 + 1 + 16) / 2) = 3.606
+    assert cell.value == pytest.approx(0.43) and cell.spread == pytest.approx(0.0360555)
+    assert score([0.4], "long.text_to_image.r1") == Cell("40.0", 0.4)
+    assert score([3.5, 4.5], "long.text_to_image.median_rank").text == "4.0 ± 0.7"
+    assert score([], "long.text_to_image.r1").text == "–"
+
+
+def test_best_goes_by_mean_and_ties_share():
+    def best(values, metric="short.text_to_image.r1"):
+        return [cell.best for cell in mark_best([score(v, metric) for v in values], metric)]
+
+    assert best([[0.5], [0.7, 0.5], [0.61]]) == [False, False, True]
+    assert best([[0.5001], [0.5004], [0.4]]) == [True, True, False]  # 50.0 and 50.0 look the same
+    assert best([[4.0], [2.0], []], "long.text_to_image.median_rank") == [False, True, False]
+    assert best([[0.5], []]) == [False, False]  # alone is not best
+
+
+def test_best_is_bold_in_page_and_markdown(inputs, report):
+    column = [c.key for c in table(inputs, "systems").columns].index("long.text_to_image.r1")
+    cells = [row[column] for row in table(inputs, "systems").rows]
+    assert [cell.best for cell in cells] == [False, False, False, True]  # eta
+    assert f"<b>{cells[3].text}</b>" in (report / "index.html").read_text()
+    assert f"| **{cells[3].text}** |" in (report / "report.md").read_text()
+    assert f"<b>{cells[0].text}</b>" not in (report / "index.html").read_text()
+
+
+def test_csv_has_every_number_in_full(report):
+    rows = {row["ablation"]: row for row in read_csv(report, "scenes-all")}
+    assert list(rows) == [*ABLATIONS, "guessing"]
+    for place, name in enumerate(ABLATIONS):
+        for metric, value in metrics_of(place, 0).items():
+            values = [value, metrics_of(place, 1)[metric]]
+            assert float(rows[name][metric]) == pytest.approx(sum(values) / 2, rel=1e-12)
+            assert float(rows[name][f"{metric}.std"]) == pytest.approx(
+                abs(values[0] - values[1]) / math.sqrt(2), abs=1e-12
+            )
+    assert float(rows["guessing"]["long.text_to_image.r1"]) == 0.001
+
+
+def test_csv_of_data_and_stages(report):
+    assert [float(row["tokens_per_text"]) for row in read_csv(report, "data")] == [9.81, 83.5]
+    stages = {row["stage"]: row for row in read_csv(report, "stages")}
+    assert float(stages["ingest"]["orchestration_share"]) == pytest.approx(4 / 20)
+    assert float(stages["together"]["seconds"]) == pytest.approx(sum(20.0 + n for n in range(len(stages) - 1)))
+    assert [(row["kind"], row["count"]) for row in read_csv(report, "failures")] == [
+        ("empty", "1"),
+        ("unreadable", "2"),
+    ]
+
+
+def test_training_is_told(report):
+    rows = {row["ablation"]: row for row in read_csv(report, "training")}
+    assert rows["delta"]["changes"] == "m = 4" and rows["gamma"]["changes"] == "the base"
+    assert int(rows["gamma"]["text_parameters"]) == 4_000_000
+    assert rows["gamma"]["seeds"] == "0, 1" and float(rows["gamma"]["steps"]) == 40
+    assert float(rows["gamma"]["samples_per_second"]) == 900 + (1 + 11 + 21 + 31) / 4
+    assert float(rows["gamma"]["data_wait_share"]) == 0.25
+
+
+def test_protocol_is_told_once(report):
+    rows = [(row["benchmark"], row["setting"], row["value"]) for row in read_csv(report, "protocol")]
+    assert rows == [
+        ("scenes", "images", "1,000"),
+        ("scenes", "context length", "128 · 64"),
+        ("scenes", "command", "evaluate <ablation>"),
+    ]
+
+
+def test_summary_has_the_systems_numbers(inputs, report):
+    text = (report / "report.md").read_text()
+    for name, place in (("LiT", 0), ("LoTLIP", 2)):
+        mean = sum(metrics_of(place, seed)["long.text_to_image.r1"] for seed in (0, 1)) / 2
+        assert re.search(
+            rf"Given a long text,.*?{name} (?:puts the right picture first )?in {100 * mean:.1f}\u00a0%", text
+        )
+    assert "single seed" not in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (3.21, "3.2 s"),
+        (59.96, "1 min 00 s"),
+        (125, "2 min 05 s"),
+        (3599.6, "1 h 00 min"),
+        (7500, "2 h 05 min"),
+        (math.nan, "–"),
+    ],
+)
+def test_durations(seconds, text):
+    assert duration(seconds).text == text
+
+
+def test_nan_is_a_dash():
+    assert percent(math.nan).text == "–" and percent(None).text == "–" and percent(0.005).text == "0.5\u00a0%"
+
+
+# --- what is not there --------------------------------------------------------------------------------------------
+
+
+def test_nothing_at_all_still_gives_a_page(tmp_path):
+    params = make_params()
+    inputs = load_inputs(params, tmp_path)
+    text = build_report(inputs, tmp_path / "report").read_text()
+    assert "Nothing has been evaluated yet." in text
+    for piece in ("metrics of gamma", "loss curve of zeta", "data statistics", "contact sheet", "pretrain-eta"):
+        assert any(piece in line for line in inputs.missing)
+        assert piece in text
+    assert Page(text).open == []
+    assert all(name in text for name in ABLATIONS)
+
+
+def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    (tmp_path / params.paths.metrics / "gamma.json").unlink()
+    (tmp_path / params.paths.stages / "shard.json").unlink()
+    (tmp_path / params.paths.models / "zeta" / "seed-1" / "history.json").unlink()
+    inputs = load_inputs(params, tmp_path)
+    assert inputs.missing == [
+        "metrics of gamma: metrics/gamma.json is not there",
+        "loss curve of zeta: no history.json for seed 1",
+        "records of stages: shard",
+    ]
+    assert "gamma" in rows_of(inputs, "systems")
+    assert table(inputs, "systems").rows[2][-1].text == "–"
+    text = build_report(inputs, tmp_path / "report").read_text()
+    assert all(line in text for line in inputs.missing)
+
+
+def test_metric_family_may_be_absent(tmp_path):
+    params = make_params()
+    write_project(
+        tmp_path,
+        params,
+        lambda place, seed: {"short.text_to_image.r1": 0.1 * place, "short.text_to_image.r5": math.nan},
+    )
+    inputs = load_inputs(params, tmp_path)
+    text = build_report(inputs, tmp_path / "report").read_text()
+    assert "Long text" not in text and "Short text" in text
+    assert table(inputs, "all").rows[0][-1].text == "–"
+
+
+def test_metrics_of_another_configuration_are_named(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "gamma.json"
+    data = json.loads(path.read_text())
+    data["config"]["text"]["corner_tokens"] = 3
+    del data["benchmarks"]["scenes"]["seeds"]["1"]
+    write_json(path, data)
+    broken = tmp_path / params.paths.metrics / "beta.json"
+    write_json(broken, {**json.loads(broken.read_text()), "config": {"no such": "key"}})
+    inputs = load_inputs(params, tmp_path)
+    assert [line.split(":")[0] for line in inputs.missing] == [
+        "metrics of beta",
+        "metrics of gamma",
+        "metrics of gamma on scenes",
+    ]
+    assert rows_of(inputs, "corner-tokens") == ["beta", "epsilon", "gamma", "delta"]  # gamma has m = 3
+
+
+def test_several_benchmarks_repeat_the_tables(tmp_path):
+    params = make_params(
+        evaluate={"benchmarks": {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}}
+    )
+    write_project(tmp_path, params)
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    ids = Page(page.read_text()).ids
+    assert {"scenes-systems", "own-systems", "results-own"} <= set(ids)
+    assert len(ids) == len(set(ids))
+
+
+def test_failed_check_is_shown_open(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.stages / "ingest.json"
+    record = json.loads(path.read_text())
+    record["gate"].append({"what": "keys are unique", "observed": "2 repeated", "success": False})
+    write_json(path, record)
+    text = build_report(load_inputs(params, tmp_path), tmp_path / "report").read_text()
+    assert re.search(r"<details class=\"stage\" open><summary>ingest — <span class=\"no\">1 of 2 failed", text)
+
+
+def test_failures_without_a_kind_are_not_lost(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.stages / "shard.json"
+    counts = {"read": 9, "written": 4, "failed": 5}
+    write_json(path, {**json.loads(path.read_text()), "counts": counts, "failure_kinds": {"missing": 3}})
+    report = build_report(load_inputs(params, tmp_path), tmp_path / "report").parent
+    found = [(row["kind"], int(row["count"])) for row in read_csv(report, "failures") if row["stage"] == "shard"]
+    assert found == [("missing", 3), ("not recorded", 2)]
+
+
+def test_broken_json_is_an_error_that_names_the_file(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    (tmp_path / params.paths.metrics / "gamma.json").write_text("{")
+    with pytest.raises(ValueError, match=r"gamma\.json is not JSON"):
+        load_inputs(params, tmp_path)
