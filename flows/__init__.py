@@ -1,6 +1,7 @@
 """Prefect flows, one for each DVC stage: they open paths, fan out, gate and publish. The work itself is in lotlip."""
 
 import os
+import sys
 from pathlib import Path
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
@@ -14,3 +15,9 @@ os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNIN
 # Without a server, a flow starts one for itself on a database that another flow may be using.
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "60")
+
+# `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
+if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] != "flows.warm":
+    from flows.warm import hand_over
+
+    hand_over(sys.orig_argv[2], sys.orig_argv[3:])

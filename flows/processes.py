@@ -15,9 +15,9 @@ GRACE_SECONDS = 10
 
 
 def launch(module: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The command that runs a module as one process, or as N processes under torch's launcher."""
+    """The command that runs a module as one process (a warm one's, if there is one), or as N under torch's launcher."""
     if processes == 1:
-        return [sys.executable, "-m", module, *arguments]
+        return [sys.executable, "-m", "flows.run", module, *arguments]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     return [*launcher, "-m", module, *arguments]
 
@@ -65,3 +65,4 @@ def end_group(process: subprocess.Popen[str]) -> None:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
+

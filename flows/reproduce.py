@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
-from flows.servers import free_port, is_free, prefect_server
+from flows.servers import api_address, free_port, is_free, prefect_server
 from flows.stage import EXPECTED, SCRATCH, StageFailed
+from flows.warm import warm
 from lotlip.config import Params, load_params
 from lotlip.files import write_json
 
@@ -33,11 +34,17 @@ def reproduce(arguments: list[str]) -> None:
         StageFailed: a stage failed.
     """
     params, started = load_params(), time.time()
-    with building_op(), prefect_api() as api:
-        print(f"Prefect's API for this run: {api}", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "dvc", "repro", *arguments], env={**os.environ, "PREFECT_API_URL": api}, check=False
-        )
+    with ExitStack() as stack:
+        stack.enter_context(building_op())
+        given = os.environ.get("PREFECT_API_URL")
+        port = PREFECT_PORT if is_free(PREFECT_PORT) else free_port()
+        api = given or api_address(port)
+        # both take some seconds to come up, so they do it side by side
+        environment = stack.enter_context(warm({**os.environ, "PREFECT_API_URL": api}))
+        if not given:
+            stack.enter_context(prefect_server(port))
+        print(f"Prefect: {api.removesuffix('/api')}", flush=True)
+        done = subprocess.run([sys.executable, "-m", "dvc", "repro", *arguments], env=environment, check=False)
     seconds = time.time() - started
     write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
     if done.returncode:
@@ -57,16 +64,6 @@ def building_op() -> Iterator[None]:
         finally:
             builder.terminate()
             builder.wait()
-
-
-@contextmanager
-def prefect_api() -> Iterator[str]:
-    """The address of a Prefect API: the one that the environment names, or that of a server for the block."""
-    if given := os.environ.get("PREFECT_API_URL"):
-        yield given
-        return
-    with prefect_server(PREFECT_PORT if is_free(PREFECT_PORT) else free_port()) as api:
-        yield api
 
 
 def closing_words(params: Params, seconds: float) -> str:

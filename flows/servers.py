@@ -37,13 +37,18 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def api_address(port: int) -> str:
+    """Of the API of Prefect's server on a port."""
+    return f"http://{HOST}:{port}/api"
+
+
 @contextmanager
-def prefect_server(port: int) -> Iterator[str]:
-    """Runs Prefect's server; gives the address of its API."""
+def prefect_server(port: int) -> Iterator[None]:
+    """Runs Prefect's server for the block."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
     environment = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false"}
-    with _server("Prefect", command, port, "/api/health", environment) as address:
-        yield f"{address}/api"
+    with _server("Prefect", command, port, "/api/health", environment):
+        yield
 
 
 @contextmanager

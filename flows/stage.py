@@ -37,12 +37,13 @@ class Clock:
     """Where a stage's time went: orchestration by part, everything else is work."""
 
     def __init__(self) -> None:
-        self.started = psutil.Process().create_time()
+        self.started = time.time()
         self.parts: dict[str, float] = {}
         self.called = 0.0
 
     def call(self) -> None:
-        """Marks the moment the flow is called: all before it was imports."""
+        """Marks the moment the flow is called: all before it, since the process started, was imports."""
+        self.started = psutil.Process().create_time()
         self.parts = {"imports": self.seconds()}
         self.called = time.monotonic()
 

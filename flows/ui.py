@@ -8,7 +8,7 @@ import sys
 import threading
 from contextlib import ExitStack
 
-from flows.servers import mlflow_server, prefect_server
+from flows.servers import api_address, mlflow_server, prefect_server
 from flows.stage import EXPECTED
 from lotlip.config import load_params
 
@@ -23,8 +23,9 @@ def show() -> None:
         signal.signal(sign, lambda *_: stop.set())
     store = os.environ.get("MLFLOW_TRACKING_URI") or load_params().tracking.uri
     with ExitStack() as stack:
-        api = stack.enter_context(prefect_server(int(os.environ.get("PREFECT_PORT", "4200"))))
-        print(f"Prefect  {api.removesuffix('/api')}", flush=True)
+        port = int(os.environ.get("PREFECT_PORT", "4200"))
+        stack.enter_context(prefect_server(port))
+        print(f"Prefect  {api_address(port).removesuffix('/api')}", flush=True)
         if store.startswith("http"):
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
         else:

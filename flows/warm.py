@@ -1,0 +1,212 @@
+"""A process that has imported everything and forks for each stage: a stage by itself spends 5 to 12 s on imports.
+
+`flows.reproduce` keeps one for its duration and names its socket in LOTLIP_WARM. `python -m flows.STAGE` then hands its
+arguments, environment, folder and terminal over, waits, and ends with the status it is told; without a socket it does
+its own imports, as any program. Nothing outlives its owner: a stage ends when the program that handed it over does, and
+the warm process when `flows.reproduce` does, however they end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+SOCKET = "LOTLIP_WARM"
+CODE = str(Path(__file__).resolve().parent)  # a checkout's stages are not run by another checkout's code
+
+# What the stages import; every fork shares it.
+PRELOADED = (
+    "prefect",
+    "flows.stage",
+    "torch",
+    "timm",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.bert.modeling_bert",
+    "deepspeed",
+    "mlflow",
+    "great_expectations",
+    "pandas",
+    "pyarrow.parquet",
+    "matplotlib.pyplot",
+    "jinja2",
+    "webdataset",
+)
+
+
+# --- the side of the program that hands over ------------------------------------------------------------------------
+
+
+def hand_over(module: str, arguments: list[str]) -> None:
+    """Has the warm process run a module as a program, and ends with its status; returns where there is none.
+
+    Args:
+        module: as after `python -m`.
+        arguments: of the program.
+    """
+    path = os.environ.get(SOCKET)
+    if not path:
+        return
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(path)
+        except OSError:  # its owner has ended
+            return
+        request = {"code": CODE, "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
+        data = json.dumps(request).encode()
+        socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
+        connection.sendall(data)
+        answer = connection.makefile().readline().strip()
+    if answer == "other code":
+        return
+    # no answer: the warm process was killed, and the stage with it
+    sys.exit(int(answer) if answer else 1)
+
+
+# --- the warm process -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def warm(environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Keeps a warm process for the block; gives the environment in which stages hand over to it.
+
+    Args:
+        environment: of the warm process and of the stages: Prefect reads its settings once, when it is imported.
+    """
+    with tempfile.TemporaryDirectory(prefix="lotlip-") as folder:
+        path = str(Path(folder) / "warm")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.warm", path], stdin=subprocess.PIPE, env=environment, start_new_session=True
+        )
+        try:
+            yield {**environment, SOCKET: path}
+        finally:
+            assert process.stdin is not None
+            process.stdin.close()  # which it waits for
+            process.wait()
+
+
+class _Server:
+    """Forks for each request, and tells each client how its fork ended.
+
+    Args:
+        path: of the socket.
+        owner: a stream that ends when the process that owns this one does.
+    """
+
+    def __init__(self, path: str, owner: IO[bytes]) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        self.listener.bind(path)  # before the imports, so that clients wait in line instead of doing their own
+        self.listener.listen()
+        self.owner = owner
+        self.clients: dict[int, socket.socket] = {}  # by process
+        self.events = selectors.DefaultSelector()
+
+    def serve(self) -> None:
+        """Until the owner ends; then ends every fork."""
+        for name in PRELOADED:
+            importlib.import_module(name)
+        gc.freeze()  # the collector would write to, and so copy, what the forks share
+        self.events.register(self.owner, selectors.EVENT_READ, self._stop)
+        self.events.register(self.listener, selectors.EVENT_READ, self._accept)
+        with contextlib.suppress(_Stopped):
+            while True:
+                for event, _ in self.events.select():
+                    event.data(event.fileobj)
+        for process in list(self.clients):
+            _end(process)
+        os._exit(0)  # what was preloaded has nothing to tidy up, and some of it complains when it does
+
+    def _stop(self, _owner: IO[bytes]) -> None:
+        raise _Stopped
+
+    def _accept(self, listener: socket.socket) -> None:
+        client, _ = listener.accept()
+        head, descriptors, _, _ = socket.recv_fds(client, 8, 3)
+        request = json.loads(client.makefile("rb").read(int.from_bytes(head, "big")))
+        if request["code"] != CODE:
+            client.sendall(b"other code\n")
+        elif process := os.fork():
+            with contextlib.suppress(OSError):  # whichever of the two is first
+                os.setpgid(process, process)
+            self.clients[process] = client
+            self.events.register(os.pidfd_open(process), selectors.EVENT_READ, lambda fd: self._ended(process, fd))
+            self.events.register(client, selectors.EVENT_READ, lambda _: _end(process))
+        else:
+            self.events.close()
+            self.listener.close()
+            for other in (client, *self.clients.values()):
+                other.close()
+            _become(request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+    def _ended(self, process: int, descriptor: int) -> None:
+        """A fork is over: tells its client, if that still listens."""
+        self.events.unregister(descriptor)
+        os.close(descriptor)
+        _, status = os.waitpid(process, 0)
+        client = self.clients.pop(process)
+        self.events.unregister(client)
+        with contextlib.suppress(OSError):
+            client.sendall(f"{os.waitstatus_to_exitcode(status) % 256}\n".encode())
+        client.close()
+
+
+class _Stopped(Exception):
+    """The owner has ended."""
+
+
+def _end(process: int) -> None:
+    """Ends a fork and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+
+
+def _become(request: dict[str, object], descriptors: list[int]) -> None:
+    """Turns a fork into the program that was asked for; never returns."""
+    status = 1
+    try:
+        os.setpgid(0, 0)
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        sys.stdin = open(0, closefd=False)  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        os.environ.clear()
+        os.environ.update(request["env"])  # type: ignore[call-overload]
+        os.chdir(request["cwd"])  # type: ignore[arg-type]
+        module, *arguments = request["argv"]  # type: ignore[misc]
+        sys.argv = [module, *arguments]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    _Server(sys.argv[1], sys.stdin.buffer).serve()
