@@ -43,13 +43,8 @@ def caption(captioner: str) -> None:
 
         checks = gate_caption(config, stage.out, reports, stage.gate_report)
     stage.publish(params.paths.captions / captioner)
-    stage.record(
-        index["read"],
-        checks,
-        {key: index[key] for key in ("read", "written", "failed")},
-        index["failure_kinds"],
-        {"revision": author.revision},
-    )
+    counts = {key: index[key] for key in ("read", "written", "failed")}
+    stage.record(index["read"], checks, counts, index["failure_kinds"], {"revision": author.revision})
 
 
 if __name__ == "__main__":

@@ -35,23 +35,21 @@ def evaluate(ablation: str) -> None:
     seeds = run["config"]["seeds"]
     vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
     results: dict[str, dict[str, Any]] = {}
-    texts, parameters, images = 0, {}, {}
+    texts = 0
+    parameters: dict[str, int] = {}
+    images: dict[str, Any] = {}
     benchmarks = [
         open_benchmark(name, settings, paths, list(params.caption.captioners))
         for name, settings in config.benchmarks.items()
     ]
     for seed in seeds:
         model, tokenizer = load_model(folder / f"seed-{seed}")
-        parameters = {
-            "text_tower": sum(p.numel() for p in model.text.parameters()),
-            "image_tower": sum(p.numel() for p in model.image.parameters()),
-        }
+        tower = model.image_tower
+        parameters = {"text_tower": count_parameters(model.text), "image_tower": count_parameters(tower)}
         for benchmark in benchmarks:
             name = benchmark.name
             if name not in images:  # all seeds share the frozen tower
-                images[name] = torch.nn.functional.normalize(
-                    encode_images(model.image, benchmark, config.batch_size), dim=-1
-                )
+                images[name] = torch.nn.functional.normalize(encode_images(tower, benchmark, config.batch_size), dim=-1)
                 unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
                 if benchmark.max_unseen_tokens is not None and unseen > benchmark.max_unseen_tokens:
                     raise StageFailed(
@@ -65,7 +63,7 @@ def evaluate(ablation: str) -> None:
                         **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
                         "unseen_token_share": unseen,
                         "context_length": model.config.context_length,
-                        "image_size": model.image.spec.image_size,
+                        "image_size": tower.spec.image_size,
                         "resize": "shorter side bicubic, centre crop",
                         "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
                         "text_feature": "[CLS]",
@@ -94,6 +92,11 @@ def evaluate(ablation: str) -> None:
         Tracker(params.tracking.uri, params.tracking.experiment).log_scores(run, results, folder)
     stage.discard()
     stage.record(texts, checks)
+
+
+def count_parameters(module: Any) -> int:
+    """Of a torch module."""
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def score_table(results: dict[str, dict[str, Any]]) -> Any:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flows.stage import StageFailed
 
@@ -54,7 +55,7 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
         raise StageFailed(f"{reasons[-1].removeprefix('error: ')} (status {process.returncode}; all it wrote: {log})")
 
 
-def end_group(process: subprocess.Popen[str]) -> None:
+def end_group(process: subprocess.Popen[Any]) -> None:
     """Ends what is left of a process's group: asks first, then kills."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -65,4 +66,3 @@ def end_group(process: subprocess.Popen[str]) -> None:
             process.wait(GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             continue
-

@@ -19,9 +19,12 @@ PREFECT_PORT = 4200
 
 # DeepSpeed builds its communication op at first use. On a CPU that takes half a minute of one core, which the stages
 # before training leave idle. A GPU has no such op.
-_BUILD_OP = (
-    "from deepspeed.accelerator import get_accelerator as a; b = a().create_op_builder('ShareMemCommBuilder'); b and b.load()"
-)
+_BUILD_OP = """
+from deepspeed.accelerator import get_accelerator
+builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+if builder is not None:
+    builder.load()
+"""
 
 
 def reproduce(arguments: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Runs a module of any package as a program, `python -m flows.run MODULE …`, so that a warm process can take it over."""
+"""Runs any module as a program, `python -m flows.run MODULE …`, so that a warm process can take it over."""
 
 import runpy
 import sys

@@ -60,9 +60,7 @@ def mlflow_server(port: int, store: str) -> Iterator[str]:
 
 
 @contextmanager
-def _server(
-    name: str, command: Sequence[str], port: int, health: str, environment: dict[str, str]
-) -> Iterator[str]:
+def _server(name: str, command: Sequence[str], port: int, health: str, environment: dict[str, str]) -> Iterator[str]:
     """Runs a server in a group of its own until the block ends.
 
     Raises:

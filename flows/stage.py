@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -128,7 +129,7 @@ class Stage:
                 retries=settings.retries,
                 retry_delay_seconds=settings.retry_delay_seconds,
             )
-            futures[run.submit(_Opaque(lambda unit=unit: work(unit)))] = unit
+            futures[run.submit(_Opaque(partial(work, unit)))] = unit
         reports, started = {}, time.monotonic()
         for future in as_completed(list(futures)):
             unit = futures[future]
@@ -229,13 +230,13 @@ class _NoTraceback(logging.Filter):
 
 
 def main(stage: Flow[..., Any], *arguments: str) -> None:
-    """Runs a stage's flow as a program: `python -m flows.STAGE [ITEM]`. Ends with status 1 and one clear line on failure."""
+    """Runs a stage's flow as a program, `python -m flows.STAGE [ITEM]`; a failure is status 1 and one clear line."""
     tracebacks = bool(os.environ.get("LOTLIP_TRACEBACK"))
     if not tracebacks:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
             logging.getLogger(name).addFilter(_NoTraceback())
     try:
-        runner = ThreadPoolTaskRunner(max_workers=load_params().orchestration.workers)
+        runner: Any = ThreadPoolTaskRunner(max_workers=load_params().orchestration.workers)
         _clock.call()
         stage.with_options(task_runner=runner)(*arguments)
     except EXPECTED as error:

@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 SOCKET = "LOTLIP_WARM"
 CODE = str(Path(__file__).resolve().parent)  # a checkout's stages are not run by another checkout's code
@@ -177,7 +177,7 @@ def _end(process: int) -> None:
         os.killpg(process, signal.SIGKILL)
 
 
-def _become(request: dict[str, object], descriptors: list[int]) -> None:
+def _become(request: dict[str, Any], descriptors: list[int]) -> None:
     """Turns a fork into the program that was asked for; never returns."""
     status = 1
     try:
@@ -189,11 +189,10 @@ def _become(request: dict[str, object], descriptors: list[int]) -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         os.environ.clear()
-        os.environ.update(request["env"])  # type: ignore[call-overload]
-        os.chdir(request["cwd"])  # type: ignore[arg-type]
-        module, *arguments = request["argv"]  # type: ignore[misc]
-        sys.argv = [module, *arguments]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        os.environ.update(request["env"])
+        os.chdir(request["cwd"])
+        sys.argv = list(request["argv"])
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
         if isinstance(end.code, str):

@@ -4,7 +4,7 @@ import os
 
 __version__ = "0.1.0"
 
-# There may be no internet, and nobody asked to be counted: every library's telemetry is off unless it was set otherwise.
+# There may be no internet, and nobody asked to be counted: the libraries' telemetry is off unless it was set otherwise.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

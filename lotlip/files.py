@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
         yield partial
         if path.is_dir():  # a folder is not replaced by a rename
             remove(path)
-        os.replace(partial, path)
+        partial.replace(path)
     except BaseException:
         remove(partial)
         raise

@@ -41,7 +41,7 @@ def sample_window(
         rng: where chance comes from.
         window: "within-caption" first chooses one captioner, then a window inside its caption, so that a
             text has one author. "across-captions" puts all captions in a row, in the order of their names, and
-            lets the window cross from one into the next, as the authors' earlier code does. The paper does not say which.
+            lets the window cross from one into the next, as the authors' earlier code does. The paper does not say.
 
     Raises:
         ValueError: no captioner wrote anything, or `length` < 1.

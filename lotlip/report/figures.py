@@ -210,6 +210,32 @@ def loss_figure(inputs: ReportInputs) -> Figure | None:
     return Figure("loss", "Training loss", note, svg, png, wide=True)
 
 
+def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -> dict[str, bytes]:
+    """The figures of one run, for its tracker: file name → PNG.
+
+    Args:
+        history: the run's logged steps.
+        scores: metric → fraction, of one benchmark.
+    """
+    recalls = {name: 100 * value for name, value in scores.items() if name.endswith((".r1", ".r5", ".r10"))}
+
+    def draw_loss(axes: Axes) -> None:
+        axes.plot([entry["step"] for entry in history], [entry["loss"] for entry in history], color=INK)
+        axes.set_xlabel("step")
+        axes.set_ylabel("loss")
+
+    def draw_recall(axes: Axes) -> None:
+        axes.barh(list(recalls), list(recalls.values()), color=SYSTEM_COLOURS["LoTLIP"])
+        axes.invert_yaxis()
+        axes.set_xlim(0, 100)
+        axes.set_xlabel("recall (%)")
+
+    return {
+        "loss.png": _render("loss", SMALL, draw_loss)[1],
+        "recall.png": _render("recall", WIDE, draw_recall)[1],
+    }
+
+
 def _mean_curve(histories: Sequence[Sequence[dict[str, float]]]) -> list[tuple[float, float]]:
     """(step, mean loss) at the steps that were logged."""
     at: dict[float, list[float]] = {}

@@ -1,0 +1,61 @@
+"""How much of `make reproduce` was orchestration: `python -m benchmarks.orchestration` after a whole run.
+
+Work is what the stages themselves compute; all else, from the start of `flows.reproduce` to its end, is orchestration:
+the servers, DVC, Prefect, imports, gates and MLflow. `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from flows.stage import SCRATCH
+from lotlip.config import load_params
+from lotlip.files import read_json
+
+PARTS = ("imports", "prefect", "gate", "mlflow")
+
+
+def measure() -> dict[str, dict[str, float]]:
+    """Seconds by stage (instances of a stage together) and part; the last, "all", has the whole run's.
+
+    Raises:
+        ValueError: the last run did not run every stage, so that its time says nothing.
+    """
+    params = load_params()
+    whole = read_json(SCRATCH / "reproduce.json")
+    stages: dict[str, dict[str, float]] = {}
+    for path in sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime):
+        if path.stat().st_mtime < whole["started"]:
+            raise ValueError(f"{path.stem} did not run in the last `make reproduce`; `make clean` first")
+        record = read_json(path)
+        row = stages.setdefault(record["stage"], dict.fromkeys(("runs", "work", *PARTS), 0.0))
+        row["runs"] += 1
+        row["work"] += record["work_seconds"]
+        for part, seconds in record["orchestration_seconds"].items():
+            row[part] += seconds
+    total = {part: sum(row[part] for row in stages.values()) for part in ("runs", "work", *PARTS)}
+    total["servers, DVC, rest"] = whole["seconds"] - total["work"] - sum(total[part] for part in PARTS)
+    total["seconds"] = whole["seconds"]
+    total["orchestration share"] = 1 - total["work"] / whole["seconds"]
+    return {**stages, "all": total}
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    """The measurement as a Markdown table, in seconds."""
+    columns = ("runs", "work", *PARTS)
+    lines = ["| stage | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for stage, row in rows.items():
+        lines.append(f"| {stage} | {row['runs']:.0f} | " + " | ".join(f"{row[c]:.1f}" for c in columns[1:]) + " |")
+    every = rows["all"]
+    lines.append(
+        f"\n{every['seconds']:.0f} s in all; servers, DVC and the rest {every['servers, DVC, rest']:.1f} s; "
+        f"orchestration is {every['orchestration share']:.1%} of it."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    measured = measure()
+    print(json.dumps(measured) if "--json" in sys.argv[1:] else table(measured))

@@ -1,0 +1,302 @@
+"""What the flows share: fan-out, publishing, errors, processes, the warm process, servers."""
+
+import errno
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from flows import stage as stages
+from flows.processes import launch, run_group
+from flows.servers import free_port, is_free, prefect_server
+from flows.stage import Stage, StageFailed, hash_of
+from flows.warm import SOCKET, warm
+from lotlip.config import load_params
+from lotlip.records import UnitReport
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stage(monkeypatch, tmp_path: Path) -> Stage:
+    params = load_params(ROOT / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    quick = params.orchestration.model_copy(update={"retry_delay_seconds": 0})
+    monkeypatch.setattr(stages, "get_run_logger", lambda: __import__("logging").getLogger("test"))
+    monkeypatch.setattr(stages, "_run_unit", FakeTask())
+    monkeypatch.setattr(stages, "as_completed", list)
+    return Stage("ingest", params.model_copy(update={"orchestration": quick}), {"a": 1})
+
+
+class FakeTask:
+    """Runs a unit at once, with its retries, as Prefect's would."""
+
+    def with_options(self, task_run_name: str, retries: int, retry_delay_seconds: float) -> "FakeTask":
+        self.retries = retries
+        return self
+
+    def submit(self, work):
+        for attempt in range(self.retries + 1):
+            try:
+                return FakeFuture(work.call())
+            except Exception as error:
+                if attempt == self.retries:
+                    return FakeFuture(error)
+        raise AssertionError
+
+
+class FakeFuture:
+    def __init__(self, value) -> None:
+        self.value = value
+
+    def result(self):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+def fan_out(stage: Stage, work):
+    return stage.fan_out(["a", "b"], work, name=str, size=lambda unit: 3)
+
+
+def test_a_unit_is_retried(stage: Stage) -> None:
+    tries = {"a": 0, "b": 0}
+
+    def work(unit: str) -> UnitReport:
+        tries[unit] += 1
+        if unit == "a" and tries[unit] < 3:
+            raise ConnectionError("lost")
+        return UnitReport(unit, 3, 3, "hash", 1)
+
+    assert [report.written for report in fan_out(stage, work)] == [3, 3]
+    assert tries == {"a": 3, "b": 1}
+
+
+def test_a_unit_that_fails_for_good_is_recorded_with_its_reason(stage: Stage) -> None:
+    def work(unit: str) -> UnitReport:
+        if unit == "b":
+            raise ConnectionError("lost")
+        return UnitReport(unit, 3, 3, "hash", 1)
+
+    good, bad = fan_out(stage, work)
+    assert good.written == 3
+    assert (bad.read, bad.written, len(bad.failures)) == (3, 0, 3)
+    assert "lost" in bad.failures[0].reason
+
+
+def test_a_full_disk_ends_the_stage(stage: Stage) -> None:
+    def work(unit: str) -> UnitReport:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-00000.tar")
+
+    with pytest.raises(OSError, match=r"No space left on device: 'part-00000\.tar'"):
+        fan_out(stage, work)
+
+
+def test_publishing_replaces_what_was_there(stage: Stage, tmp_path: Path) -> None:
+    out = tmp_path / "data" / "out"
+    out.mkdir(parents=True)
+    (out / "old").touch()
+    (stage.out / "new").touch()
+    stage.publish(out)
+    assert [path.name for path in out.iterdir()] == ["new"]
+    assert not stage.scratch.parent.exists()
+
+
+def test_the_fingerprint_follows_settings_and_inputs(stage: Stage) -> None:
+    assert Stage("ingest", stage.params, {"a": 1}).fingerprint == stage.fingerprint
+    assert Stage("ingest", stage.params, {"a": 2}).fingerprint != stage.fingerprint
+    assert Stage("ingest", stage.params, {"a": 1}, {"data": "x"}).fingerprint != stage.fingerprint
+
+
+def test_a_record_tells_work_from_orchestration(stage: Stage) -> None:
+    stage.clock.parts = {}
+    with stage.clock.measure("gate"):
+        time.sleep(0.05)
+    stage.record(10, [])
+    record = json.loads(Path("metrics/stages/ingest.json").read_text())
+    assert record["orchestration_seconds"]["gate"] >= 0.05
+    assert record["seconds"] == pytest.approx(record["work_seconds"] + record["orchestration_seconds"]["gate"])
+
+
+def test_a_missing_input_names_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(StageFailed, match="dvc repro"):
+        hash_of(tmp_path / "index.json")
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def alive(process: int) -> bool:
+    try:
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[1].split()[0]
+    except FileNotFoundError:
+        return False
+
+
+def await_dead(process: int) -> bool:
+    deadline = time.monotonic() + 10
+    while alive(process) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not alive(process)
+
+
+PARENT = (
+    "import subprocess, sys, time; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+    "print(child.pid, flush=True); time.sleep(600)"
+)
+
+
+class Cancelled(BaseException):
+    """As Prefect's cancellation, no Exception."""
+
+
+def test_a_cancelled_flow_leaves_no_process(tmp_path: Path) -> None:
+    grandchildren: list[int] = []
+
+    def on_line(line: str) -> None:
+        grandchildren.append(int(line))
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run_group([sys.executable, "-c", PARENT], on_line, tmp_path / "log")
+    assert await_dead(grandchildren[0])
+
+
+def test_a_failed_process_says_why(tmp_path: Path) -> None:
+    script = "import sys; print('step 1'); sys.exit('error: the loss is nan at step 2')"
+    lines: list[str] = []
+    with pytest.raises(StageFailed, match=r"^the loss is nan at step 2 \(status 1; all it wrote: .*log\)"):
+        run_group([sys.executable, "-c", script], lines.append, tmp_path / "log")
+    assert lines == ["step 1"]
+
+
+def test_several_processes_are_started_by_the_launcher() -> None:
+    assert launch("m", ["x"], 1)[1:] == ["-m", "flows.run", "m", "x"]
+    assert "--nproc-per-node=4" in launch("m", ["x"], 4)
+
+
+# --- the warm process -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm_environment():
+    with warm({**os.environ, "PYTHONPATH": str(ROOT)}) as environment:
+        yield environment
+
+
+@pytest.mark.slow
+def test_a_warm_fork_is_the_program_it_was_asked_to_be(warm_environment, tmp_path: Path) -> None:
+    code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
+    (tmp_path / "target.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', ['x'])"],
+        env={**warm_environment, "MARK": "here"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (7, f"{tmp_path} ['x'] True here\n"), done.stderr
+
+
+@pytest.mark.slow
+def test_a_warm_fork_ends_with_the_program_that_handed_over(warm_environment, tmp_path: Path) -> None:
+    (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
+    client = subprocess.Popen(
+        [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', [])"],
+        env=warm_environment,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    fork = int(client.stdout.readline())
+    assert alive(fork)
+    client.kill()
+    client.wait()
+    assert await_dead(fork)
+
+
+@pytest.mark.slow
+def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
+    owner = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import os, time\nfrom flows.warm import warm\n"
+            "with warm(dict(os.environ)) as environment:\n"
+            f"    print(environment[{SOCKET!r}], flush=True)\n    time.sleep(600)",
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    path = owner.stdout.readline().strip()
+    deadline = time.monotonic() + 60
+    while not Path(path).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    (warm_process,) = (
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and path.encode() in (entry / "cmdline").read_bytes()
+    )
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    deadline = time.monotonic() + 60  # it may be importing still
+    while alive(warm_process) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not alive(warm_process)
+
+
+def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
+    from flows.warm import hand_over
+
+    monkeypatch.setenv(SOCKET, "/nowhere/warm")
+    hand_over("json.tool", [])  # returns
+    monkeypatch.delenv(SOCKET)
+    hand_over("json.tool", [])
+
+
+# --- servers and errors ---------------------------------------------------------------------------------------------
+
+
+def test_a_port_in_use_is_named() -> None:
+    port = free_port()
+    assert is_free(port)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        assert not is_free(port)
+        with pytest.raises(
+            StageFailed, match=f"port {port} is in use, so Prefect cannot listen there; .*PREFECT_PORT="
+        ):
+            prefect_server(port).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda text: text.replace("partition_size", "partition_sise"), "did you mean 'partition_size'?"),
+        (lambda text: text.replace("kind: scenes\n    path", "kind: scene\n    path"), "does not match any"),
+        (lambda text: text.replace("partition_size: 1000", "partition_size: 0"), "greater than or equal to 1, not 0"),
+    ],
+)
+def test_bad_parameters_are_one_clear_line(tmp_path: Path, edit, message: str) -> None:
+    (tmp_path / "params.yaml").write_text(edit((ROOT / "params.yaml").read_text()))
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.ingest"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "error in ingest: params.yaml cannot be used" in done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
