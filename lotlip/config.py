@@ -6,9 +6,9 @@ Every value is checked when the file is loaded, and every complaint names the ke
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -23,7 +23,16 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
 class ConfigError(ValueError):
-    """params.yaml cannot be used as it is; the message lists every reason with its place and remedy."""
+    """params.yaml cannot be used as it is; the message lists every reason with its place and remedy.
+
+    Args:
+        message: what cannot be used.
+        problems: a line for each reason.
+    """
+
+    def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
+        super().__init__("\n  - ".join([message, *problems]))
+        self.problems = list(problems)
 
 
 class Section(BaseModel):
@@ -79,7 +88,7 @@ class FolderSource(Section):
         return self
 
 
-Source = Annotated[Union[ScenesSource, FolderSource], Field(discriminator="kind")]
+Source = Annotated[ScenesSource | FolderSource, Field(discriminator="kind")]
 
 
 class Ingest(Section):
@@ -100,15 +109,17 @@ class ScenesTower(Section):
     scenes: Count = 12000
     seed: int = 1
     width: Count = 128
-    depth: Count = 4
-    heads: Count = 4
-    patch_size: Count = 8
+    depth: Count = 2
+    heads: Count = 8
+    patch_size: Count = 16
     image_size: Annotated[int, Field(ge=32, le=512)] = 64
-    epochs: Count = 10
-    batch_size: Count = 128
-    learning_rate: Positive = 1e-3
+    epochs: Count = 5
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
-    min_accuracy: Share = Field(0.6, description="mean over attributes, on scenes it was not trained on; less fails the gate")
+    min_accuracy: Share = Field(
+        0.6, description="mean over attributes, on scenes it was not trained on; less fails the gate"
+    )
 
 
 class TimmTower(Section):
@@ -120,7 +131,7 @@ class TimmTower(Section):
     image_size: Annotated[int, Field(ge=32, le=1024)] = 224
 
 
-ImageTower = Annotated[Union[ScenesTower, TimmTower], Field(discriminator="kind")]
+ImageTower = Annotated[ScenesTower | TimmTower, Field(discriminator="kind")]
 
 
 # --- caption ------------------------------------------------------------------------------------------------------
@@ -144,7 +155,7 @@ class TableCaptioner(Section):
     path: Path
 
 
-Captioner = Annotated[Union[SceneCaptioner, TableCaptioner], Field(discriminator="kind")]
+Captioner = Annotated[SceneCaptioner | TableCaptioner, Field(discriminator="kind")]
 
 
 class CaptionStage(Section):
@@ -153,7 +164,9 @@ class CaptionStage(Section):
     captioners: dict[Name, Captioner] = {}
     tokenizer: str = "bert-base-uncased"
     max_failure_share: Share = 0.02
-    max_repeated_share: Share = Field(0.2, description="of the captions that are word for word another's; more fails the gate")
+    max_repeated_share: Share = Field(
+        0.2, description="of the captions that are word for word another's; more fails the gate"
+    )
 
 
 # --- shard --------------------------------------------------------------------------------------------------------
@@ -269,7 +282,7 @@ class HeldOutBenchmark(Section):
     split: Literal["val", "test"] = "test"
 
 
-Benchmark = Annotated[Union[ScenesBenchmark, HeldOutBenchmark], Field(discriminator="kind")]
+Benchmark = Annotated[ScenesBenchmark | HeldOutBenchmark, Field(discriminator="kind")]
 
 
 class Evaluate(Section):
@@ -324,20 +337,29 @@ class Params(Section):
     def _ablations_resolve(self) -> Params:
         if not self.ablations:
             raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
+        problems: list[str] = []
         for name in self.ablations:
-            needs_captions = self.ablation(name).long_texts.sub_captions > 0
-            if needs_captions and not self.caption.captioners:
-                raise ValueError(
-                    f"ablations.{name} draws long texts, but caption.captioners is empty: "
-                    "add a captioner, or set long_texts.sub_captions to 0"
-                )
-            unknown = set(self.ablation(name).long_texts.captioners) - set(self.caption.captioners)
-            if unknown:
-                raise ValueError(
-                    f"ablations.{name} draws from {', '.join(sorted(unknown))}, "
-                    f"but caption.captioners has {', '.join(self.caption.captioners) or 'none'}"
-                )
+            try:
+                problems += self._caption_problems(name, self.ablation(name).long_texts)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError("ablations cannot be used:", problems)
         return self
+
+    def _caption_problems(self, name: str, long_texts: LongTexts) -> list[str]:
+        """What an ablation asks of the caption stage that it does not have."""
+        known = self.caption.captioners
+        if long_texts.sub_captions and not known:
+            return [
+                f"ablations.{name} draws long texts, but caption.captioners is empty: "
+                "add a captioner, or set long_texts.sub_captions to 0"
+            ]
+        unknown = sorted(set(long_texts.captioners) - set(known))
+        if unknown:
+            there = ", ".join(known) or "none"
+            return [f"ablations.{name} draws from {', '.join(unknown)}, but caption.captioners has {there}"]
+        return []
 
     def ablation(self, name: str) -> Pretrain:
         """`pretrain` with the differences of one ablation.
@@ -348,7 +370,8 @@ class Params(Section):
         if name not in self.ablations:
             raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.ablations)}")
         base = self.pretrain.model_dump(mode="json", exclude_unset=True)
-        return _validated(Pretrain, merge(base, self.ablations[name]), f"ablations.{name}")
+        place = f"ablations.{name}"
+        return _validated(Pretrain, merge(base, self.ablations[name]), place, under=place)
 
 
 def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
@@ -370,7 +393,9 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigError(f"{path} is not there; run from the project's root, or copy a file of profiles/ to it") from error
+        raise ConfigError(
+            f"{path} is not there; run from the project's root, or copy a file of profiles/ to it"
+        ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
@@ -378,50 +403,59 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     return _validated(Params, data, str(path))
 
 
-def _validated(model: type[SectionT], data: Mapping[str, Any], place: str) -> SectionT:
+def _validated(model: type[SectionT], data: Mapping[str, Any], place: str, under: str = "") -> SectionT:
+    """`data` as a section that stands at the key `under` of params.yaml."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        lines = [_explain(model, dict(problem)) for problem in error.errors()]
-        raise ConfigError(f"{place} cannot be used:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+        problems = [line for problem in error.errors() for line in _explain(model, dict(problem), under)]
+        raise ConfigError(f"{place} cannot be used:", problems) from None
 
 
-def _explain(model: type[Section], problem: dict[str, Any]) -> str:
-    """One of pydantic's complaints as a line for a person."""
-    location, kind = problem["loc"], problem["type"]
-    where = ".".join(str(part) for part in location)
-    if kind == "extra_forbidden":
-        known = _keys_beside(model, location)
-        near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
+def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[str]:
+    """One of pydantic's complaints as lines for a person."""
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause.problems
+    keys, known = _place(model, problem["loc"])
+    where = ".".join([under, *keys] if under else keys)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        return f"{where}: unknown key{hint} (known here: {', '.join(known)})"
-    if kind == "missing":
-        return f"{where}: missing; it has no default"
+        return [f"{where}: unknown key{hint} (known here: {', '.join(known)})"]
+    if problem["type"] == "missing":
+        return [f"{where}: missing; it has no default"]
+    if problem["type"] == "union_tag_not_found":
+        return [f"{where}.kind: missing; it has no default"]
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{where}: {message}{shown}" if where else message
+    return [f"{where}: {message}{shown}" if where else message]
 
 
-def _keys_beside(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
-    """The keys that the section at `location[:-1]` knows."""
-    kinds: list[Any] = [model]
-    for part in location[:-1]:
-        found: list[Any] = []
-        for kind in kinds:
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                if part in kind.model_fields:
-                    found += _models(kind.model_fields[part].annotation)
-                # a discriminated union adds the chosen kind's tag to the location
-                elif "kind" in kind.model_fields and part in get_args(kind.model_fields["kind"].annotation):
-                    found.append(kind)
-        # a mapping's own keys (a captioner's name) leave the type as it is
-        kinds = found or kinds
-    return sorted({name for kind in kinds for name in kind.model_fields})
+def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """Pydantic's location as the keys that lead there in params.yaml, and the keys that are known beside the last."""
+    kind: Any = model
+    keys: list[str] = []
+    known: list[str] = []
+    for part in location:
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        chosen = [option for option in get_args(kind) if _has_tag(option, part)]
+        if chosen:  # a discriminated union adds the chosen kind's tag to the location
+            kind = chosen[0]
+            continue
+        keys.append(str(part))
+        known = []
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            known = sorted(kind.model_fields)
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
+            kind = next(reversed(get_args(kind)), None)
+    return keys, known
 
 
-def _models(annotation: Any) -> list[Any]:
-    """Every section inside a type: through unions, Annotated, lists and mappings."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
+def _has_tag(option: Any, tag: Any) -> bool:
+    if not (isinstance(option, type) and issubclass(option, BaseModel) and "kind" in option.model_fields):
+        return False
+    return tag in get_args(option.model_fields["kind"].annotation)

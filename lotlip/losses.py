@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather with gradients. That of torch.distributed.nn (2.15) mixes up the gradient's entries on gloo where they
+    do not lie in row order in memory, which is how a matrix product leaves them."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor) -> Tensor:
+        pieces = [torch.empty_like(features) for _ in range(dist.get_world_size())]
+        dist.all_gather(pieces, features)
+        return torch.cat(pieces)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def gather(features: Tensor) -> Tensor:
     """Every process's features in a row, [W·B, …]; gradients flow back to the process that each came from."""
     if not (dist.is_initialized() and dist.get_world_size() > 1):
         return features
-    from torch.distributed.nn.functional import all_gather
-
-    return torch.cat(all_gather(features.contiguous()))
+    return _Gather.apply(features.contiguous())
 
 
 def lotlip_loss(
-    image_features: Tensor, text_features: Tensor, logit_scale: Tensor, raw_weight: float = 1.0, long_weight: float = 1.0
+    image_features: Tensor,
+    text_features: Tensor,
+    logit_scale: Tensor,
+    raw_weight: float = 1.0,
+    long_weight: float = 1.0,
 ) -> dict[str, Tensor]:
     """Mean over the N text features of the symmetric InfoNCE against the image features (paper, section 3.2).
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,7 +118,10 @@ class Tracker:
         about = {key: str(model[key]) for key in ("ablation", "data_hash", "git_commit")}
         return {
             seed: self.ensure_run(
-                fingerprint, f"{model['ablation']}-seed{seed}", {**about, "seed": seed}, {**model["config"], "seed": seed}
+                fingerprint,
+                f"{model['ablation']}-seed{seed}",
+                {**about, "seed": seed},
+                {**model["config"], "seed": seed},
             )
             for seed, fingerprint in model["fingerprints"].items()
         }
@@ -130,7 +134,7 @@ class Tracker:
         self._client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
 
     def log_scores(self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> None:
-        """Brings the run of every seed up to date from what is on disk: curves, scores and the model's folder.
+        """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model's folder.
 
         A store that was lost is rebuilt by this.
 
@@ -139,29 +143,40 @@ class Tracker:
             results: benchmark → its "seeds" → metric → value, as in metrics/<ablation>.json.
             folder: of the trained ablation.
         """
+        from lotlip.report.figures import run_figures
+
         for seed, run_id in self.ensure_runs(model).items():
-            self.log_history(run_id, read_json(folder / f"seed-{seed}" / "history.json"))
+            history = read_json(folder / f"seed-{seed}" / "history.json")
+            self.log_history(run_id, history)
             scores = {
                 f"{benchmark}.{metric}": value
                 for benchmark, result in results.items()
                 for metric, value in result["seeds"][seed].items()
             }
             self.log_metrics(run_id, scores)
+            for benchmark, result in results.items():
+                for file, image in run_figures(history, result["seeds"][seed]).items():
+                    self._log_file(run_id, image, f"figures/{benchmark}", file)
             self.log_files(run_id, folder / f"seed-{seed}", "model")
             self.finish(run_id)
 
     def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
-        """Sends a whole training history, unless the run has its curves already (they were sent live)."""
-        if not history or self._client.get_metric_history(run_id, "train.loss"):
-            return
+        """Sends those steps of a training history that the run lacks: not sent live, or lost when training was killed."""
+        known = {metric.step for metric in self._client.get_metric_history(run_id, "train.loss")}
         sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)
         for point in history:
-            sink.log({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
+            if point["step"] not in known:
+                sink.log({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
         sink.close()
 
     def log_files(self, run_id: str, folder: Path, under: str) -> None:
         """Copies the files of a folder to the run's artifacts."""
         self._client.log_artifacts(run_id, str(folder), under)
+
+    def _log_file(self, run_id: str, content: bytes, under: str, name: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / name).write_bytes(content)
+            self._client.log_artifacts(run_id, folder, under)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Sets tags."""

@@ -66,7 +66,9 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **moved)
 
 
@@ -121,7 +123,7 @@ def batches(
     Raises:
         ValueError: a sample lacks its stored feature.
     """
-    order = random.Random(f"{seed}/{epoch}")  # noqa: S311
+    order = random.Random(f"{seed}/{epoch}")
     parse = partial(parse_sample, long_texts=long_texts, draw=f"{seed}/{epoch}", transform=transform)
     yield from wds.DataPipeline(
         wds.SimpleShardList(order.sample([str(path) for path in shards], len(shards))),
@@ -176,7 +178,9 @@ def parse_sample(
     info = json.loads(raw["json"])
     if transform is None:
         if "npy" not in raw:
-            raise ValueError(f"sample {key} in {raw['__url__']} has no stored feature; set shard.store_features to true")
+            raise ValueError(
+                f"sample {key} in {raw['__url__']} has no stored feature; set shard.store_features to true"
+            )
         image = np.load(io.BytesIO(raw["npy"]), allow_pickle=False)
     else:
         image = transform(next(value for name, value in raw.items() if name not in ("json", "npy") and name[0] != "_"))
@@ -187,7 +191,7 @@ def parse_sample(
             captions = {name: captions[name] for name in long_texts.captioners if name in captions}
         if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
             captions = {"raw": split_sub_captions(info["raw"])}
-        rng = random.Random(f"{draw}/{key}")  # noqa: S311
+        rng = random.Random(f"{draw}/{key}")
         long = [
             sample_window(captions, long_texts.sub_captions, rng, long_texts.window)
             for _ in range(long_texts.per_image)

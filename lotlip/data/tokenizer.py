@@ -88,7 +88,9 @@ class TextTokenizer:
         for token in _SPECIAL[kind]:
             if (index := self._pieces.token_to_id(token)) is not None:
                 return index
-        raise ValueError(f"tokenizer {self.name!r} has none of {', '.join(_SPECIAL[kind])}: not a BERT-family tokenizer")
+        raise ValueError(
+            f"tokenizer {self.name!r} has none of {', '.join(_SPECIAL[kind])}: not a BERT-family tokenizer"
+        )
 
     def encode(self, texts: Sequence[str | Sequence[str]]) -> list[list[int]]:
         """Token ids of each text, without padding.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -17,6 +17,9 @@ from lotlip.config import TextTower as TextTowerConfig
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json
 from lotlip.models.text_tower import TextTower, add_corner_rows
+
+if TYPE_CHECKING:
+    from lotlip.models.image_tower import ImageTower
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
@@ -72,7 +75,7 @@ class LotlipModel(PreTrainedModel):
         encoder = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
         self.text = TextTower(encoder, config.corner_tokens, config.corner_mask, config.embed_dim)
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))  # DeepSpeed takes no 0-d parameters
-        self.image: nn.Module | None = None
+        self.image: ImageTower | None = None
         if image_tower:
             from lotlip.models.image_tower import ImageTowerSpec, build_image_tower  # timm takes 2 s to import
 
@@ -81,6 +84,17 @@ class LotlipModel(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: each tower has initialised its own weights."""
+
+    @property
+    def image_tower(self) -> ImageTower:
+        """The image tower.
+
+        Raises:
+            ValueError: the model was built without it.
+        """
+        if self.image is None:
+            raise ValueError("this model was built without its image tower; load it with image_tower=True")
+        return self.image
 
     def encode_text(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2)."""
@@ -92,9 +106,7 @@ class LotlipModel(PreTrainedModel):
 
     def get_image_features(self, pixel_values: Tensor) -> Tensor:
         """The image tower's normalised [CLS] feature, [B, D], from pixels [B, 3, H, W]."""
-        if self.image is None:
-            raise ValueError("this model was built without its image tower; load it with image_tower=True")
-        return normalize(self.image(pixel_values), dim=-1)
+        return normalize(self.image_tower(pixel_values), dim=-1)
 
     def forward(
         self, raw_ids: Tensor, raw_lengths: Tensor, long_ids: Tensor | None = None, long_lengths: Tensor | None = None
@@ -133,7 +145,7 @@ def build_trainable(text: TextTowerConfig, image_tower: Path) -> LotlipModel:
     """
     tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens)
     if text.pretrained:
-        encoder = AutoModel.from_pretrained(text.pretrained, **text.config)
+        encoder = AutoModel.from_pretrained(text.pretrained, dtype=torch.float32, **text.config)
         if encoder.config.vocab_size != tokenizer.vocabulary_size:
             raise ValueError(
                 f"text.pretrained {text.pretrained} has {encoder.config.vocab_size} word pieces, but text.tokenizer "
@@ -182,7 +194,8 @@ def save_model(
     """
     frozen = load_file(image_tower / "model.safetensors")
     image = {f"image.{name}": weight for name, weight in frozen.items()}
-    model.save_pretrained(folder, state_dict={**weights, **image})
+    # the trained module may be rounded to bf16, and its config would tell readers to round the weights, too
+    LotlipModel(model.config, image_tower=False).save_pretrained(folder, state_dict={**weights, **image})
     tokenizer.save(folder)
 
 
@@ -194,7 +207,8 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
-    model, info = LotlipModel.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = LotlipModel.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise ValueError(f"{folder} does not hold this model's weights: {wrong}")

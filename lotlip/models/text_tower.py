@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 
 def corner_attention_mask(lengths: Tensor, length: int, corner_tokens: int, separate: bool = True) -> Tensor:
@@ -75,7 +75,7 @@ class TextTower(nn.Module):
         return self.proj(pooled)
 
 
-def add_corner_rows(encoder: nn.Module, corner_tokens: int) -> None:
+def add_corner_rows(encoder: PreTrainedModel, corner_tokens: int) -> None:
     """Appends m rows to a pretrained encoder's vocabulary, each drawn from N(0, initializer_range) (section 3.2)."""
     words = encoder.get_input_embeddings().num_embeddings
     encoder.resize_token_embeddings(words + corner_tokens, mean_resizing=False)

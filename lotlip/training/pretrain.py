@@ -90,7 +90,7 @@ def deepspeed_config(config: Pretrain) -> dict[str, Any]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: no decay on norms, biases and the temperature, as the released code has it."""
+    """Trainable parameters in two groups: norms, biases and the temperature do not decay, as in the released code."""
     parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
 
     def decays(name: str, value: Tensor) -> bool:
@@ -128,7 +128,10 @@ class Trainer:
         self.index = read_json(Path(job.shards) / "index.json")
         self.shards = [Path(job.shards) / f"{shard['name']}.tar" for shard in self.index["splits"]["train"]["shards"]]
         self.tokenizer = TextTokenizer(config.text.tokenizer, config.text.context_length, config.text.corner_tokens)
-        self.image_tower, self.transform = (None, None) if self.index["features"] else self._open_image_tower()
+        self.image_tower: nn.Module | None = None
+        self.transform: Callable[[bytes], np.ndarray] | None = None
+        if not self.index["features"]:
+            self.image_tower, self.transform = self._open_image_tower()
         seed_everything(seed)
         model = build_trainable(config.text, Path(job.image_tower))
         settings = config.optimizer
@@ -175,7 +178,7 @@ class Trainer:
             done = step + 1
             if done % self.config.log_every == 0 or done == self.config.steps:
                 now = time.monotonic()
-                interval = done - (self.history[-1]["step"] if self.history else first)
+                interval = done - max(first, self.history[-1]["step"] if self.history else 0)
                 self._log(done, loss, interval * self.config.batch_size / (now - mark), waited / (now - mark))
                 left = (now - started) / (done - first) * (self.config.steps - done)
                 self._say(done, loss, left)
@@ -204,6 +207,8 @@ class Trainer:
 
     def _step(self, micro_batches: list[Batch], step: int) -> float:
         """One optimizer step; the loss is the mean over micro-batches, whose negatives are their own."""
+        # dropout is drawn from the step's own seed, so that a run that resumes here draws what it would have drawn
+        torch.manual_seed(random.Random(f"{self.seed}/{step}/{self.rank}").getrandbits(32))
         total = 0.0
         for batch in micro_batches:
             batch = batch.to(self.engine.device)
@@ -218,15 +223,22 @@ class Trainer:
             )
             value = losses["loss"].item()
             if not math.isfinite(value):
-                raise TrainingStopped(
-                    f"{self.job.ablation}, seed {self.seed}: the loss is {value} at step {step + 1} with the samples "
-                    f"{', '.join(batch.keys[:8])}, …; the last good checkpoint is in {self.checkpoints}. "
-                    "Try a lower pretrain.optimizer.learning_rate"
-                )
+                raise self._not_a_number(value, step + 1, batch)
             self.engine.backward(losses["loss"])
             self.engine.step()
             total += value / len(micro_batches)
         return total
+
+    def _not_a_number(self, loss: float, step: int, batch: Batch) -> TrainingStopped:
+        broken = [key for key, image in zip(batch.keys, batch.images, strict=True) if not image.isfinite().all()]
+        written = (self.checkpoints / "latest").is_file()
+        safe = f"the last good checkpoint is in {self.checkpoints}" if written else "no checkpoint was written before"
+        remedy = "take their images out" if broken else "try a lower pretrain.optimizer.learning_rate"
+        keys = ", ".join((broken or batch.keys)[:8])
+        return TrainingStopped(
+            f"{self.job.ablation}, seed {self.seed}: the loss is {loss} at step {step} with "
+            f"{'the broken image features of ' if broken else 'the samples '}{keys}, …; {safe}; {remedy}"
+        )
 
     def _image_features(self, batch: Batch) -> Tensor:
         """Normalised features of the frozen tower, [B, D], stored or computed here."""
@@ -269,7 +281,7 @@ class Trainer:
             return 0
         path, state = self.engine.load_checkpoint(str(self.checkpoints))
         if path is None:
-            raise TrainingStopped(f"the checkpoint in {self.checkpoints} cannot be read; remove the folder to start anew")
+            raise TrainingStopped(f"no checkpoint in {self.checkpoints} can be read; remove the folder to start anew")
         self.history = state["history"]
         step = int(self.engine.global_steps)
         if self.rank == 0:
@@ -301,7 +313,7 @@ class Trainer:
 def seed_everything(seed: int) -> None:
     """Seeds every generator that training draws from."""
     random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - libraries draw from the global one
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -316,7 +328,9 @@ def initialise_processes(config: Pretrain) -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = "0"  # any free one
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if together > 1:  # torch's launcher gives each of several a single thread
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
     deepspeed.init_distributed(verbose=False)
     if dist.get_world_size() != config.processes:
         raise TrainingStopped(

@@ -1,0 +1,1 @@
+"""Scores: metrics as pure functions, benchmarks as readers, and the protocol that goes with them."""

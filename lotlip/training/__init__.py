@@ -1,0 +1,1 @@
+"""What trains: the image tower of the demo, and the text tower through DeepSpeed."""

@@ -1,0 +1,207 @@
+"""The image tower's own stage: the demo's is trained on scenes of its own, the paper's comes from timm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lotlip.config import ScenesTower, TimmTower
+from lotlip.data.images import MEAN, STD
+from lotlip.models.image_tower import ImageTower, ImageTowerSpec, build_image_tower, load_weights
+from lotlip.sources.scenes import attribute_classes, attribute_labels, generate_scene, render
+
+# Scenes for the accuracies, beyond those for training.
+_HELD_OUT = 1000
+
+OnProgress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class TowerResult:
+    """A trained tower.
+
+    Attributes:
+        tower: in evaluation mode.
+        spec: what builds it anew.
+        accuracy: attribute → share told right on scenes it was not trained on; small objects count where there are any.
+        history: (step, loss), once in 10 steps.
+    """
+
+    tower: ImageTower
+    spec: ImageTowerSpec
+    accuracy: dict[str, float]
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+
+def timm_tower(config: TimmTower) -> ImageTower:
+    """Builds a pretrained tower by its name in timm, with the weights of a local file or of timm's hub.
+
+    Raises:
+        ValueError: the hub cannot be reached, or the weights do not fit.
+    """
+    spec = ImageTowerSpec(config.model, config.image_size)
+    if config.checkpoint is not None:
+        return _with_checkpoint(build_image_tower(spec), config.checkpoint)
+    try:
+        return build_image_tower(spec, pretrained=True).eval()
+    except ValueError:
+        raise
+    except Exception as error:  # the hub's client and the network below it raise many types
+        raise ValueError(
+            f"no weights for {config.model} from timm's hub ({type(error).__name__}: {error}); download its "
+            "model.safetensors elsewhere and name the file in image_tower.checkpoint"
+        ) from error
+
+
+def _with_checkpoint(tower: ImageTower, checkpoint: Path) -> ImageTower:
+    if not checkpoint.is_file():
+        raise ValueError(f"image_tower.checkpoint: {checkpoint} is not there")
+    weights = load_file(checkpoint)
+    kept = {name: value for name, value in weights.items() if not name.startswith(("head.", "pre_logits."))}
+    load_weights(tower.trunk, kept, checkpoint)
+    return tower.eval()
+
+
+def train_image_tower(config: ScenesTower, on_progress: OnProgress | None = None) -> TowerResult:
+    """Trains a small ViT to tell the attributes of scenes from its [CLS] feature.
+
+    The scenes are a stream of their own ("tower"), so that the tower has seen none of those it will be asked about.
+
+    Args:
+        config: sizes and schedule; equal values give equal weights on one machine.
+        on_progress: called with (step, steps, loss) once in 10 steps.
+
+    Raises:
+        ValueError: there are fewer scenes than a batch has.
+    """
+    if config.scenes < config.batch_size:
+        raise ValueError(
+            f"image_tower.scenes is {config.scenes}, less than one batch (image_tower.batch_size {config.batch_size})"
+        )
+    spec = _spec(config)
+    pixels, labels = _draw(config.seed, config.scenes + _HELD_OUT, config.image_size)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        tower = build_image_tower(spec)
+        heads = _Heads(tower.width)
+        history = _fit(tower, heads, pixels[: config.scenes], labels[: config.scenes], config, on_progress)
+    tower.eval()
+    return TowerResult(tower, spec, _accuracy(tower, heads, pixels[config.scenes :], labels[config.scenes :]), history)
+
+
+def _spec(config: ScenesTower) -> ImageTowerSpec:
+    kwargs = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
+    return ImageTowerSpec("vit_scenes", config.image_size, kwargs)
+
+
+class _Heads(nn.Module):
+    """Linear classifiers of all attributes, in one matrix.
+
+    Attributes:
+        kinds: kind → (labels of that kind, classes of each).
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.kinds = {kind: (len(labels), max(labels.values())) for kind, labels in attribute_classes().items()}
+        self.linear = nn.Linear(width, sum(count * classes for count, classes in self.kinds.values()))
+
+    def forward(self, features: Tensor) -> dict[str, Tensor]:
+        """Features [B, D] → for each kind its logits [B, labels, classes]."""
+        parts = self.linear(features).split([count * classes for count, classes in self.kinds.values()], dim=1)
+        shapes = zip(self.kinds.items(), parts, strict=True)
+        return {kind: part.unflatten(1, size) for (kind, size), part in shapes}
+
+    def by_kind(self, labels: Tensor) -> dict[str, Tensor]:
+        """Labels [B, all] → for each kind its own [B, labels]."""
+        return dict(zip(self.kinds, labels.split([count for count, _ in self.kinds.values()], dim=1), strict=True))
+
+    def loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy, the mean over all labels."""
+        truth = self.by_kind(labels)
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), truth[kind].flatten()) * part.shape[1]
+            for kind, part in self(features).items()
+        ]
+        return torch.stack(losses).sum() / labels.shape[1]
+
+
+def _fit(
+    tower: ImageTower,
+    heads: _Heads,
+    pixels: Tensor,
+    labels: Tensor,
+    config: ScenesTower,
+    on_progress: OnProgress | None,
+) -> list[tuple[int, float]]:
+    model = nn.ModuleList([tower, heads])
+    batches = len(pixels) // config.batch_size
+    steps = batches * config.epochs
+    optimizer = torch.optim.AdamW(_groups(model, config.weight_decay), lr=config.learning_rate, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=steps, pct_start=0.1)
+    history: list[tuple[int, float]] = []
+    tower.train()
+    for step in range(1, steps + 1):
+        if (step - 1) % batches == 0:
+            order = torch.randperm(len(pixels))
+        start = (step - 1) % batches * config.batch_size
+        chosen = order[start : start + config.batch_size]
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower(_normalised(pixels[chosen]))
+        loss = heads.loss(features.float(), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 10 == 0 or step == steps:
+            history.append((step, loss.item()))
+            if on_progress is not None:
+                on_progress(step, steps, loss.item())
+    return history
+
+
+def _groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    decayed = [value for value in model.parameters() if value.ndim > 1]
+    others = [value for value in model.parameters() if value.ndim <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _normalised(pixels: Tensor) -> Tensor:
+    shift = torch.tensor(MEAN)[:, None, None]
+    scale = torch.tensor(STD)[:, None, None]
+    return ((pixels.float() / 255 - shift) / scale).contiguous(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def _accuracy(tower: ImageTower, heads: _Heads, pixels: Tensor, labels: Tensor) -> dict[str, float]:
+    features = torch.cat([tower(_normalised(part)) for part in pixels.split(250)])
+    truth = heads.by_kind(labels)
+    accuracy = {}
+    for kind, logits in heads(features).items():
+        right = logits.argmax(-1) == truth[kind]
+        # A shape that no small object has, has no colour to tell.
+        accuracy[kind] = (right[truth[kind] > 0] if kind.endswith("by shape") else right).float().mean().item()
+    return accuracy
+
+
+def _draw(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
+    """Draws scenes of the tower's own: pixels uint8 [N, 3, size, size], labels int64 [N, attributes]."""
+    pixels = torch.empty((count, 3, size, size), dtype=torch.uint8)
+    labels = []
+    for number in range(count):
+        scene = generate_scene(seed, "tower", number)
+        pixels[number] = torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1)
+        labels.append(attribute_labels(scene))
+    return pixels, torch.tensor(labels)

@@ -1,0 +1,172 @@
+"""A tiny world for the tests of the model and of training: an image tower, and shards with and without features."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+# Tests share the machine's cores with one another: a thread each, set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Equal examples at every run, and no complaint about a busy machine.
+settings.register_profile("lotlip", deadline=None, derandomize=True)
+settings.load_profile("lotlip")
+
+COLOURS = ("red", "green", "blue", "white", "black", "brown")
+THINGS = ("dog", "cat", "house", "tree", "car", "boat", "bird", "horse")
+IMAGE_SIZE = 16
+# BERT's sizes for the tests: without dropout, so that runs can be compared to the last digit.
+TEXT = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.1,  # so narrow a model hardly tells texts apart when it starts with the usual 0.02
+}
+
+
+@dataclass(frozen=True)
+class TinySample:
+    """One image of the tiny world with all that is known of it.
+
+    Attributes:
+        image: as PNG.
+        feature: of the tiny image tower, [D].
+        info: what its `key.json` holds.
+    """
+
+    key: str
+    image: bytes
+    feature: np.ndarray
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TinyWorld:
+    """Folders of the tiny world, as the stages leave them."""
+
+    image_tower: Path
+    shards: Path
+    pixel_shards: Path  # the same samples without stored features
+    samples: dict[str, TinySample]
+
+    def train_shards(self) -> list[Path]:
+        return sorted(self.shards.glob("train-*.tar"))
+
+
+def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> Path:
+    """A shard, written without the project's own writer, so that reader and writer are tested apart."""
+    import tarfile
+
+    def members() -> Iterator[tuple[str, bytes]]:
+        for sample in samples:
+            yield f"{sample.key}.json", json.dumps(sample.info).encode()
+            if features:
+                buffer = io.BytesIO()
+                np.save(buffer, sample.feature)
+                yield f"{sample.key}.npy", buffer.getvalue()
+            yield f"{sample.key}.png", sample.image
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in members():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_shards(folder: Path, samples: list[TinySample], shards: int, features: bool = True) -> Path:
+    """A data set of `shards` tars for training, with what `index.json` says of them."""
+    names = [f"train-{number:06d}" for number in range(shards)]
+    parts = [samples[number::shards] for number in range(shards)]
+    for name, part in zip(names, parts, strict=True):
+        write_tar(folder / f"{name}.tar", part, features)
+    listed = [{"name": name, "samples": len(part)} for name, part in zip(names, parts, strict=True)]
+    index = {"features": features, "splits": {"train": {"samples": len(samples), "shards": listed}}}
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+def _picture(colour: str, thing: str) -> bytes:
+    """A row of squares for the colour above one for the thing, so that what was seen of either is known again."""
+    rows = [random.Random(word).choices(range(256), k=12) for word in (colour, thing)]
+    pixels = np.array(rows, dtype=np.uint8).reshape(2, 4, 3)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.NEAREST).save(file, "png")
+    return file.getvalue()
+
+
+def _info(colour: str, thing: str, rng: random.Random) -> dict[str, Any]:
+    number = rng.choice(["one", "two", "three"])
+    llava = [f"There is a {thing}", f"The {thing} is {colour}", f"It is {number} of them", "The sky is open"]
+    gpt = [f"We see the {colour} {thing}", f"{number} can be counted", f"{colour} is all around"]
+    return {"raw": f"a {colour} {thing}", "captions": {"llava": llava, "gpt": gpt}, "sha256": "0"}
+
+
+@pytest.fixture(scope="session")
+def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a frozen image tower, 32 wide."""
+    import torch
+
+    from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+
+    folder = tmp_path_factory.mktemp("tower") / "image-tower"
+    kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
+    spec = ImageTowerSpec("vit_scenes", IMAGE_SIZE, kwargs)
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        tower = build_image_tower(spec).eval()
+        for weight in tower.parameters():
+            if weight.ndim > 1:  # as initialised, pictures would hardly differ in their features
+                torch.nn.init.normal_(weight, std=0.5)
+    save_image_tower(tower, spec, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_samples(tiny_tower: Path) -> list[TinySample]:
+    """48 images, each a colour and a thing; their captions tell which."""
+    import torch
+
+    from lotlip.data.images import decode_rgb, image_transform
+    from lotlip.models.image_tower import load_image_tower
+
+    tower = load_image_tower(tiny_tower)
+    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
+    kinds = [(colour, thing) for colour in COLOURS for thing in THINGS]
+    images = [_picture(*kind) for kind in kinds]
+    with torch.inference_mode():
+        features = tower(torch.from_numpy(np.stack([transform(decode_rgb(image)) for image in images]))).numpy()
+    rng = random.Random(0)
+    return [
+        TinySample(f"{colour}-{thing}", image, feature, _info(colour, thing, rng))
+        for (colour, thing), image, feature in zip(kinds, images, features, strict=True)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path, tiny_samples: list[TinySample]) -> TinyWorld:
+    """The whole of it; nothing may be changed in its folders."""
+    folder = tmp_path_factory.mktemp("world")
+    return TinyWorld(
+        image_tower=tiny_tower,
+        shards=write_shards(folder / "shards", tiny_samples, 3),
+        pixel_shards=write_shards(folder / "pixels", tiny_samples, 3, features=False),
+        samples={sample.key: sample for sample in tiny_samples},
+    )

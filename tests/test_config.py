@@ -1,0 +1,201 @@
+"""params.yaml: what is shipped loads, and every complaint says where, what and how to mend it."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from lotlip.config import ConfigError, Params, load_params, merge
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
+MINIMAL: dict[str, Any] = {
+    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "image_tower": {"kind": "timm", "model": "vit_base_patch16_224"},
+    "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
+    "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
+    "ablations": {"lotlip": {}},
+}
+
+
+def load(folder: Path, differences: dict[str, Any], base: dict[str, Any] = MINIMAL) -> Params:
+    file = folder / "params.yaml"
+    file.write_text(yaml.safe_dump(merge(copy.deepcopy(base), differences)))
+    return load_params(file)
+
+
+def complaints(folder: Path, differences: dict[str, Any], base: dict[str, Any] = MINIMAL) -> list[str]:
+    """The lines below the first; each is a reason."""
+    with pytest.raises(ConfigError) as caught:
+        load(folder, differences, base)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{folder / 'params.yaml'} cannot be used:"
+    assert all(line.startswith("  - ") for line in lines)
+    return [line.removeprefix("  - ") for line in lines]
+
+
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_what_is_shipped_loads_and_every_ablation_resolves(file):
+    params = load_params(file)
+    for name in params.ablations:
+        assert params.ablation(name).batch_size >= 2
+
+
+def test_the_shipped_ablations_differ_as_their_names_say():
+    params = load_params(ROOT / "params.yaml")
+    assert params.ablation("lotlip") == params.pretrain
+    lit, long = params.ablation("lit"), params.ablation("lit-long")
+    assert (lit.text.corner_tokens, lit.long_texts.sub_captions) == (0, 0)
+    assert (long.text.corner_tokens, long.long_texts.sub_captions) == (0, params.pretrain.long_texts.sub_captions)
+    assert not params.ablation("lotlip-no-mask").text.corner_mask
+    # what an ablation does not name is the base's, at every depth
+    assert lit.text.config == params.pretrain.text.config
+    assert lit.optimizer == params.pretrain.optimizer
+
+
+@pytest.mark.parametrize(
+    ("differences", "place", "near"),
+    [
+        ({"pretran": {}}, "pretran", "pretrain"),
+        ({"pretrain": {"text": {"corner_token": 2}}}, "pretrain.text.corner_token", "corner_tokens"),
+        ({"ingest": {"source": {"val_shares": 0.1}}}, "ingest.source.val_shares", "val_share"),
+        ({"caption": {"captioners": {"llava": {"paht": "x"}}}}, "caption.captioners.llava.paht", "path"),
+        ({"ablations": {"lit": {"text": {"corner_tokenz": 0}}}}, "ablations.lit.text.corner_tokenz", "corner_tokens"),
+        ({"ablations": {"lit": {"step": 3}}}, "ablations.lit.step", "steps"),
+    ],
+)
+def test_an_unknown_key_names_its_place_and_the_nearest(tmp_path, differences, place, near):
+    (line,) = complaints(tmp_path, differences)
+    assert line.startswith(f"{place}: unknown key; did you mean {near!r}? (known here: ")
+
+
+def test_a_name_that_is_also_a_kind_stays_in_the_place(tmp_path):
+    benchmark = {"kind": "scenes", "size": 5, "splitt": "val"}
+    (line,) = complaints(tmp_path, {"evaluate": {"benchmarks": {"scenes": benchmark}}})
+    assert line.startswith("evaluate.benchmarks.scenes.splitt: unknown key; did you mean 'split'?")
+
+
+def test_an_unknown_key_that_is_like_none_lists_those_of_the_chosen_kind_only(tmp_path):
+    (line,) = complaints(tmp_path, {"ingest": {"source": {"zzz": 1}}})
+    assert line == "ingest.source.zzz: unknown key (known here: kind, path, split_seed, test_share, val_share)"
+
+
+def test_all_complaints_stand_in_one_flat_list(tmp_path):
+    differences = {"ablations": {"a": {"steps": 0, "text": {"corner_token": 1}}, "b": {"batch_size": 1}}}
+    lines = complaints(tmp_path, differences)
+    assert [line.split(":")[0] for line in lines] == [
+        "ablations.a.steps",
+        "ablations.a.text.corner_token",
+        "ablations.b.batch_size",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("differences", "line"),
+    [
+        (
+            {"pretrain": {"text": {"corner_tokens": 20}}},
+            "pretrain.text.corner_tokens: Input should be less than or equal to 16, not 20",
+        ),
+        (
+            {"ablations": {"x": {"optimizer": {"learning_rate": 0}}}},
+            "ablations.x.optimizer.learning_rate: Input should be greater than 0, not 0",
+        ),
+        ({"pretrain": {"precision": "fp8"}}, "pretrain.precision: Input should be 'fp32' or 'bf16', not 'fp8'"),
+        (
+            {"ingest": {"source": {"val_share": 0.5, "test_share": 0.5}}},
+            "ingest.source: val_share + test_share must stay below 1, so that something is left to train on",
+        ),
+    ],
+)
+def test_a_value_out_of_range_says_the_range(tmp_path, differences, line):
+    assert complaints(tmp_path, differences) == [line]
+
+
+def test_what_is_missing_is_named(tmp_path):
+    base = {name: section for name, section in MINIMAL.items() if name != "ingest"}
+    assert complaints(tmp_path, {}, base) == ["ingest: missing; it has no default"]
+    base = {**MINIMAL, "ingest": {"source": {"path": "pictures"}}}
+    assert complaints(tmp_path, {}, base) == ["ingest.source.kind: missing; it has no default"]
+
+
+def test_an_unknown_kind_lists_those_there_are(tmp_path):
+    (line,) = complaints(tmp_path, {"image_tower": {"kind": "resnet"}})
+    assert line.startswith("image_tower: ") and "'scenes', 'timm'" in line
+
+
+@pytest.mark.parametrize(
+    ("differences", "line"),
+    [
+        (
+            {"pretrain": {"long_texts": {"captioners": ["gpt"]}}},
+            "ablations.lotlip draws from gpt, but caption.captioners has llava",
+        ),
+        (
+            {"pretrain": {"batch_size": 30, "accumulation": 4}},
+            "pretrain: batch_size 30 is not divisible by processes × accumulation = 4; use 28 or 32",
+        ),
+        (
+            {"ablations": {"odd": {"processes": 5}}},
+            "ablations.odd: batch_size 64 is not divisible by processes × accumulation = 5; use 60 or 65",
+        ),
+        (
+            {"pretrain": {"text": {"context_length": 8, "corner_tokens": 5}}},
+            "pretrain: text.context_length 8 has no room for 5 corner tokens and words",
+        ),
+        ({"pretrain": {"seeds": [1, 2, 1]}}, "pretrain: seeds [1, 2, 1] names one twice"),
+    ],
+)
+def test_sections_are_checked_against_one_another(tmp_path, differences, line):
+    assert complaints(tmp_path, differences) == [line]
+
+
+def test_long_texts_need_a_captioner(tmp_path):
+    bare = {**MINIMAL, "caption": {}}
+    (line,) = complaints(tmp_path, {}, bare)
+    assert line.startswith("ablations.lotlip draws long texts, but caption.captioners is empty: add a captioner")
+    params = load(tmp_path, {"pretrain": {"long_texts": {"sub_captions": 0}}}, bare)
+    assert params.ablation("lotlip").long_texts.sub_captions == 0
+
+
+def test_there_must_be_an_ablation(tmp_path):
+    (line,) = complaints(tmp_path, {}, {**MINIMAL, "ablations": {}})
+    assert "ablations is empty" in line
+
+
+def test_an_unknown_ablation_lists_those_there_are(tmp_path):
+    with pytest.raises(ConfigError, match=r"no ablation 'lit' in params.yaml; there are: lotlip"):
+        load(tmp_path, {}).ablation("lit")
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path):
+    with pytest.raises(ConfigError, match="is not there; run from the project's root"):
+        load_params(tmp_path / "params.yaml")
+    file = tmp_path / "params.yaml"
+    file.write_text("pretrain: [unclosed")
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_params(file)
+    file.write_text("- a list")
+    with pytest.raises(ConfigError, match="must be a mapping of sections"):
+        load_params(file)
+
+
+def test_merge_goes_into_mappings_and_replaces_all_else():
+    base = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
+    merged = merge(base, {"a": {"y": {"w": 4}}, "b": [5], "d": {"e": 6}, "c": {"f": 7}})
+    assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": [5], "c": {"f": 7}, "d": {"e": 6}}
+    assert base == {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
+    assert merge({"a": {"x": 1}}, {"a": None}) == {"a": None}
+
+
+def test_sections_are_frozen(tmp_path):
+    params = load(tmp_path, {})
+    with pytest.raises(ValidationError, match="frozen"):
+        params.pretrain.steps = 5
+    with pytest.raises(ValidationError, match="frozen"):
+        params.pretrain.text.corner_tokens = 5

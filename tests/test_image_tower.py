@@ -1,0 +1,121 @@
+"""The image tower: parity with the released code, saving and loading, and the demo's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from lotlip.config import ScenesTower, TimmTower
+from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
+from lotlip.training.image_tower import timm_tower, train_image_tower
+
+PARITY = Path(__file__).parent / "data" / "parity"
+TINY = ImageTowerSpec("vit_scenes", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
+
+
+@pytest.mark.parametrize("case", ["m0", "m2"])
+def test_features_are_those_of_the_released_code(case: str) -> None:
+    prefix = "module.visual.trunk."
+    weights = dict(np.load(PARITY / case / "weights.npz"))
+    tower = build_image_tower(ImageTowerSpec("test_vit", 160)).eval()
+    trunk = {name.removeprefix(prefix): torch.from_numpy(weights[name]) for name in weights if name.startswith(prefix)}
+    tower.trunk.load_state_dict(trunk)
+    expected = load_file(PARITY / case / "expected.safetensors")
+    with torch.inference_mode():
+        features = tower(expected["pixel_values"])
+    torch.testing.assert_close(F.normalize(features, dim=-1), expected["image_features"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_tower_survives_saving(tmp_path: Path) -> None:
+    tower = build_image_tower(TINY).eval()
+    save_image_tower(tower, TINY, tmp_path / "tower")
+    loaded = load_image_tower(tmp_path / "tower")
+    assert loaded.spec == TINY
+    assert loaded.width == 16
+    assert not loaded.training
+    pictures = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(pictures), tower(pictures))
+
+
+def test_a_missing_tower_names_the_stage_that_makes_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run the image_tower stage"):
+        load_image_tower(tmp_path)
+
+
+def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
+    save_image_tower(build_image_tower(TINY), TINY, tmp_path / "tower")
+    other = ImageTowerSpec("vit_scenes", 32, {**TINY.kwargs, "embed_dim": 32})
+    save_file(build_image_tower(other).state_dict(), tmp_path / "tower" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"does not fit.*model \(.*file \("):
+        load_image_tower(tmp_path / "tower")
+
+
+@pytest.mark.parametrize(("model", "reason"), [("vit_nothing", "no model"), ("resnet18", "cannot be an image tower")])
+def test_a_model_that_is_no_vit_is_refused(model: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        build_image_tower(ImageTowerSpec(model, 64))
+
+
+def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
+    trunk = build_image_tower(ImageTowerSpec("test_vit", 64)).trunk
+    weights = {name: torch.randn_like(value) for name, value in trunk.state_dict().items()}
+    save_file({**weights, "head.weight": torch.zeros(1000, 64)}, tmp_path / "model.safetensors")
+    tower = timm_tower(
+        TimmTower(kind="timm", model="test_vit", checkpoint=tmp_path / "model.safetensors", image_size=64)
+    )
+    assert not tower.training
+    torch.testing.assert_close(tower.trunk.state_dict()["norm.weight"], weights["norm.weight"])
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"image_tower\.checkpoint.*nowhere"):
+        timm_tower(TimmTower(kind="timm", model="test_vit", checkpoint=tmp_path / "nowhere", image_size=64))
+
+
+def test_an_unreachable_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(ValueError, match=r"no route to host.*image_tower\.checkpoint"):
+        timm_tower(TimmTower(kind="timm", model="test_vit"))
+
+
+# --- the demo's training ------------------------------------------------------------------------------------------
+
+SMALL = ScenesTower(
+    kind="scenes", scenes=256, width=32, depth=1, heads=2, patch_size=16, image_size=32, epochs=5, batch_size=32
+)
+
+
+@pytest.mark.slow
+def test_training_learns_and_is_the_same_again() -> None:
+    seen: list[tuple[int, int, float]] = []
+    first = train_image_tower(SMALL, lambda *progress: seen.append(progress))
+    again = train_image_tower(SMALL)
+    assert seen[-1][:2] == (40, 40)
+    assert [(step, loss) for step, _, loss in seen] == first.history == again.history
+    assert first.history[-1][1] < first.history[0][1]
+    assert first.accuracy == again.accuracy
+    assert not first.tower.training
+    for name, value in first.tower.state_dict().items():
+        torch.testing.assert_close(value, again.tower.state_dict()[name], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_accuracy_has_a_share_for_each_attribute() -> None:
+    result = train_image_tower(SMALL.model_copy(update={"epochs": 1}))
+    salient = {f"salient {attribute}" for attribute in ("shape", "colour", "texture", "size")}
+    small = {f"small {attribute}" for attribute in ("shape", "colour", "texture", "position", "colour by shape")}
+    assert set(result.accuracy) == {"place", "time"} | salient | small
+    assert all(0 <= share <= 1 for share in result.accuracy.values())
+
+
+def test_fewer_scenes_than_a_batch_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"scenes is 16.*batch_size 32"):
+        train_image_tower(SMALL.model_copy(update={"scenes": 16}))

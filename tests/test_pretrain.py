@@ -1,0 +1,330 @@
+"""Training: settings, and whole runs of a tiny model in this process, in one of its own and in two together."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from lotlip.config import Optimizer, Pretrain, merge
+from lotlip.files import read_json
+from lotlip.models.lotlip import build_trainable, load_model
+from lotlip.tracking import NullSink
+from lotlip.training.pretrain import (
+    Job,
+    Trainer,
+    TrainingStopped,
+    deepspeed_config,
+    initialise_processes,
+    learning_rate_share,
+    parameter_groups,
+)
+from tests.conftest import TEXT, TinySample, TinyWorld, write_shards
+
+TINY: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 8,
+    "log_every": 1,
+    "checkpoint_every": 1000,
+    "text": {"config": TEXT, "context_length": 32},
+    "long_texts": {"sub_captions": 2},
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2},
+}
+DROPOUT = {"text": {"config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}}
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+
+def test_deepspeed_is_told_what_the_parameters_say():
+    config = Pretrain(
+        batch_size=48,
+        processes=3,
+        accumulation=4,
+        zero_stage=2,
+        precision="bf16",
+        optimizer=Optimizer(gradient_clipping=0.5),
+    )
+    told = deepspeed_config(config)
+    assert told["train_batch_size"] == 48
+    assert told["train_micro_batch_size_per_gpu"] == 4
+    assert told["gradient_accumulation_steps"] == 4
+    assert told["gradient_clipping"] == 0.5
+    assert told["zero_optimization"] == {"stage": 2}
+    assert told["bf16"] == {"enabled": True}
+    assert deepspeed_config(Pretrain())["bf16"] == {"enabled": False}
+
+
+def test_the_learning_rate_warms_up_and_falls_to_nothing():
+    settings = Optimizer(warmup_steps=10)
+    shares = [learning_rate_share(step, 110, settings) for step in range(111)]
+    assert shares[0] == pytest.approx(0.1)
+    assert shares[4] == pytest.approx(0.5)
+    assert shares[9] == shares[10] == 1
+    assert shares[60] == pytest.approx(0.5)
+    assert shares[110] == pytest.approx(0, abs=1e-12)
+    assert shares[10:] == sorted(shares[10:], reverse=True)
+
+
+def test_without_warmup_the_learning_rate_starts_at_its_peak():
+    settings = Optimizer(warmup_steps=0)
+    assert learning_rate_share(0, 100, settings) == 1
+    assert learning_rate_share(50, 100, settings) == pytest.approx(0.5)
+
+
+def test_a_warmup_longer_than_the_run_only_climbs():
+    shares = [learning_rate_share(step, 5, Optimizer(warmup_steps=10)) for step in range(6)]
+    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+
+def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
+    model = build_trainable(Pretrain.model_validate(TINY).text, tiny_tower)
+    model.text.proj.weight.requires_grad_(False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, others = parameter_groups(model, 0.2)
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
+    plain = {names[id(parameter)] for parameter in others["params"]}
+    assert plain == {name for name in names.values() if name == "logit_scale" or "bias" in name or "LayerNorm" in name}
+    both = {names[id(parameter)] for parameter in decayed["params"]} | plain
+    assert both == set(names.values()) - {"text.proj.weight"}  # what is frozen is in neither
+
+
+def test_a_norm_without_a_name_to_know_it_by_does_not_decay():
+    decayed, others = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+    assert (len(decayed["params"]), len(others["params"])) == (1, 3)
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
+    given = {
+        "ablation": "tiny",
+        "config": Pretrain.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
+        "shards": str(world.shards),
+        "image_tower": str(world.image_tower),
+        "scratch": str(folder / "scratch"),
+        "out": str(folder / "out"),
+        "tracking_uri": "",
+        "run_ids": {},
+    }
+    return Job(**{**given, **more})
+
+
+def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
+    """Training as the flow starts it."""
+    file = folder / "job.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(vars(job)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "lotlip.training.pretrain", str(file)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a run that must succeed wrote."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def history(job: Job, seed: int = 0) -> list[dict[str, float]]:
+    return read_json(job.model_folder(seed) / "history.json")
+
+
+def losses(job: Job, seed: int = 0) -> list[float]:
+    return [point["loss"] for point in history(job, seed)]
+
+
+def weights(job: Job, seed: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(job.model_folder(seed) / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """This process as a group of its own, as DeepSpeed wants it; it joins once."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that what training sets is unset at the end
+            patch.delenv(name)
+        initialise_processes(Pretrain())
+        yield
+        torch.distributed.destroy_process_group()
+
+
+def train(job: Job, seeds: Sequence[int] = (0,)) -> Job:
+    """Trains in this process."""
+    for seed in seeds:
+        Trainer(job, Pretrain.model_validate(job.config), seed, NullSink()).train()
+    return job
+
+
+@pytest.fixture(scope="module")
+def base(group: None, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Job:
+    """A plain run of 12 steps and two seeds, which others are compared with."""
+    return train(tiny_job(tiny_world, tmp_path_factory.mktemp("base")), seeds=(0, 1))
+
+
+@pytest.mark.slow
+def test_history_has_every_step_and_the_model_loads(base):
+    points = history(base)
+    assert [point["step"] for point in points] == list(range(1, 13))
+    keys = {"step", "loss", "temperature", "learning_rate", "samples_per_second", "data_wait_share"}
+    assert all(point.keys() == keys for point in points)
+    assert all(math.isfinite(value) for point in points for value in point.values())
+    assert points[0]["temperature"] == pytest.approx(0.07, rel=0.01)
+    # the rate of the step to come
+    expected = [2e-3 * learning_rate_share(step, 12, Optimizer(warmup_steps=2)) for step in range(1, 13)]
+    assert [point["learning_rate"] for point in points] == pytest.approx(expected)
+    assert all(0 <= point["data_wait_share"] <= 1 for point in points)
+    model, tokenizer = load_model(base.model_folder(0))
+    assert model.config.corner_tokens == tokenizer.corner_tokens == 2
+    assert not (Path(base.scratch) / "checkpoints-0").exists()
+
+
+@pytest.mark.slow
+def test_seeds_differ_and_each_repeats_bit_for_bit(base, tiny_world, tmp_path):
+    again = train(tiny_job(tiny_world, tmp_path))
+    assert same(weights(again), weights(base))
+    assert losses(again) == losses(base)
+    assert not same(weights(base, seed=1), weights(base))
+
+
+@pytest.mark.slow
+def test_the_tiny_world_is_learned(group, tiny_world, tmp_path):
+    optimizer = {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
+    job = train(tiny_job(tiny_world, tmp_path, {"steps": 90, "optimizer": optimizer}))
+    assert np.mean(losses(job)[:3]) > 0.95 * math.log(8)
+    assert np.mean(losses(job)[-6:]) < 0.7 * math.log(8)
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_as_if_nothing_had_happened(group, tiny_world, tmp_path):
+    """With dropout, and in the middle of an epoch."""
+    differences = merge(DROPOUT, {"steps": 120, "checkpoint_every": 4})
+    whole = train(tiny_job(tiny_world, tmp_path / "whole", differences))
+    folder = tmp_path / "killed"
+    job = tiny_job(tiny_world, folder, differences)
+    process = start(job, folder)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "step 30/120" in line:
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -9
+    assert not Path(job.out).exists()
+    kept = [path.name for path in (Path(job.scratch) / "checkpoints-0").glob("step-*")]
+    assert 2 <= len(kept) <= 3  # two, and perhaps the one that was being written
+
+    out = finish(start(job, folder))
+    assert "goes on after step" in out and "step 30/120" not in out.split("goes on after step")[0]
+    assert losses(job) == losses(whole)
+    assert same(weights(job), weights(whole))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
+    job = tiny_job(tiny_world, tmp_path, {"processes": 2, "zero_stage": zero_stage})
+    finish(start(job, tmp_path, processes=2))
+    assert losses(job) == pytest.approx(losses(base), abs=1e-5)
+    for name, value in weights(base).items():
+        torch.testing.assert_close(weights(job)[name], value, atol=1e-3, rtol=0)
+    load_model(job.model_folder(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_zero_stages_train_alike(base, tiny_world, tmp_path, zero_stage):
+    job = train(tiny_job(tiny_world, tmp_path, {"zero_stage": zero_stage}))
+    assert losses(job) == pytest.approx(losses(base), abs=1e-5)
+    for name, value in weights(base).items():
+        torch.testing.assert_close(weights(job)[name], value, atol=1e-3, rtol=0)
+    load_model(job.model_folder(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_bf16_trains_alike_and_saves_exact_weights(base, tiny_world, tmp_path, zero_stage):
+    job = train(tiny_job(tiny_world, tmp_path, {"precision": "bf16", "zero_stage": zero_stage}))
+    assert losses(job) == pytest.approx(losses(base), abs=0.05)
+    model, _ = load_model(job.model_folder(0))
+    for name, value in model.named_parameters():
+        assert value.dtype == torch.float32
+        if name.startswith("text.") and value.ndim == 2:  # the optimizer's copy, not the rounded one
+            assert not torch.equal(value, value.bfloat16().float()), name
+
+
+@pytest.mark.slow
+def test_pixels_give_what_stored_features_give(base, tiny_world, tmp_path):
+    job = train(tiny_job(tiny_world, tmp_path, shards=str(tiny_world.pixel_shards)))
+    assert losses(job) == pytest.approx(losses(base), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_micro_batches_add_up(group, tiny_world, tmp_path):
+    """Each has its own negatives, so that a random model guesses among 4, not 8."""
+    job = train(tiny_job(tiny_world, tmp_path, {"accumulation": 2}))
+    assert len(history(job)) == 12
+    assert abs(losses(job)[0] - math.log(4)) < abs(losses(job)[0] - math.log(8))
+
+
+def spoiled(folder: Path, samples: list[TinySample], which: int) -> Path:
+    """The data set with a feature that is not a number."""
+    bad = replace(samples[which], feature=np.full_like(samples[which].feature, np.nan))
+    return write_shards(folder, [*samples[:which], bad, *samples[which + 1 :]], 3)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_stops_the_run(base, tiny_world, tiny_samples, tmp_path):
+    shards = spoiled(tmp_path / "shards", tiny_samples, 20)
+    job = tiny_job(tiny_world, tmp_path, shards=str(shards))
+    process = start(job, tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert message.startswith("error: tiny, seed 0: the loss is nan at step ")
+    assert tiny_samples[20].key in message
+    assert not Path(job.out).exists()
+    steps_before = int(message.split("at step ")[1].split()[0]) - 1
+    assert "no checkpoint was written" in message and steps_before < 6  # the first epoch has six batches
+
+
+@pytest.mark.slow
+def test_fewer_samples_than_a_batch_is_an_error(group, tiny_world, tiny_samples, tmp_path):
+    shards = write_shards(tmp_path / "shards", tiny_samples[:5], 1)
+    with pytest.raises(TrainingStopped, match="has 5 training samples, fewer than a batch of 8; set pretrain.batch_siz"):
+        train(tiny_job(tiny_world, tmp_path, shards=str(shards)))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_than_configured_is_an_error(group):
+    with pytest.raises(TrainingStopped, match=r"1 processes were started, but pretrain\.processes is 2"):
+        initialise_processes(Pretrain(processes=2))
+
+
+def test_a_job_survives_its_file(tiny_world, tmp_path):
+    job = tiny_job(tiny_world, tmp_path)
+    (tmp_path / "job.json").write_text(json.dumps(vars(job)))
+    assert Job.read(tmp_path / "job.json") == job
+    assert job.model_folder(3) == Path(job.out) / "seed-3"
+    assert os.fspath(job.model_folder(3)).startswith(str(tmp_path))

@@ -1,0 +1,216 @@
+"""The text tower: who sees whom, and that nothing but a text itself changes its features."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import BertConfig, BertModel
+
+from lotlip.models.text_tower import TextTower, add_corner_rows, corner_attention_mask
+
+WORDS = 50
+LENGTH = 12
+
+
+def tower(corner_tokens: int, corner_mask: bool = True, layers: int = 2) -> TextTower:
+    torch.manual_seed(corner_tokens)
+    config = BertConfig(
+        vocab_size=WORDS + corner_tokens,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+        initializer_range=0.3,  # so large that what should not matter would be seen if it did
+    )
+    return TextTower(config, corner_tokens, corner_mask, embed_dim=8).eval()
+
+
+def texts(lengths: list[int], corner_tokens: int, padded: int = LENGTH) -> tuple[Tensor, Tensor]:
+    """Random texts [B, padded] that hold [CLS], corner tokens and words."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(5, WORDS, (len(lengths), LENGTH), generator=generator)
+    ids[:, 0] = 1
+    ids[:, 1 : 1 + corner_tokens] = torch.arange(WORDS, WORDS + corner_tokens)
+    rows = torch.zeros(len(lengths), padded, dtype=torch.int64)
+    for row, text, length in zip(rows, ids, lengths, strict=True):
+        row[:length] = text[:length]
+    return rows, torch.tensor(lengths)
+
+
+def naive_mask(length: int, padded: int, corner_tokens: int, separate: bool) -> Tensor:
+    """The table of the paper's section 3.2, a pair at a time."""
+    corner = range(1, 1 + corner_tokens)
+    seen = torch.zeros(padded, padded, dtype=torch.bool)
+    for query in range(padded):
+        for key in range(padded):
+            if key >= length:
+                sees = False
+            elif not separate or query == key:
+                sees = True
+            elif key in corner:
+                sees = False
+            else:
+                sees = not (query in corner and key == 0)
+            seen[query, key] = sees
+    return seen
+
+
+@given(
+    corner_tokens=st.integers(0, 4),
+    extra=st.lists(st.integers(0, 8), min_size=1, max_size=4),
+    padding=st.integers(0, 3),
+    separate=st.booleans(),
+)
+def test_the_mask_is_the_papers_table(corner_tokens, extra, padding, separate):
+    lengths = [corner_tokens + 2 + more for more in extra]
+    padded = max(lengths) + padding
+    mask = corner_attention_mask(torch.tensor(lengths), padded, corner_tokens, separate)
+    assert mask.dtype == torch.bool
+    every = mask.expand(-1, 1, padded, padded)[:, 0]
+    for found, length in zip(every, lengths, strict=True):
+        expected = naive_mask(length, padded, corner_tokens, separate)
+        assert torch.equal(found[:length], expected[:length])  # what a padded position sees is never used
+        assert not found[:, length:].any()
+
+
+@given(
+    corner_tokens=st.integers(0, 3),
+    extra=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    padding=st.integers(0, 6),
+    seed=st.integers(0, 100),
+)
+def test_features_depend_on_the_text_alone(corner_tokens, extra, padding, seed):
+    model = tower(corner_tokens)
+    lengths = [corner_tokens + 3 + more for more in extra]
+    ids, given_lengths = texts(lengths, corner_tokens)
+    with torch.no_grad():
+        together = model(ids, given_lengths)
+        assert together.shape == (len(lengths), 1 + corner_tokens, 8)
+        order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed))
+        shuffled = model(ids[order], given_lengths[order])
+        wider = model(*texts(lengths, corner_tokens, LENGTH + padding))
+        alone = torch.cat([model(ids[i : i + 1, :length], given_lengths[i : i + 1]) for i, length in enumerate(lengths)])
+    torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
+    torch.testing.assert_close(wider, together, atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("corner_tokens", [0, 1, 2])
+def test_small_batches(batch, corner_tokens):
+    ids, lengths = texts([8, 11][:batch], corner_tokens)
+    assert tower(corner_tokens)(ids, lengths).shape == (batch, 1 + corner_tokens, 8)
+
+
+def changed_features(corner_mask: bool) -> tuple[Tensor, Tensor]:
+    """How much each feature [1 + m], and each word's hidden state, changes with the second of three corner tokens."""
+    model = tower(3, corner_mask)
+    ids, lengths = texts([LENGTH], 3)
+
+    def outputs() -> tuple[Tensor, Tensor]:
+        mask = corner_attention_mask(lengths, LENGTH, 3, corner_mask).expand(-1, 1, LENGTH, LENGTH)
+        hidden = model.transformer(input_ids=ids, attention_mask=mask).last_hidden_state
+        return model(ids, lengths)[0], hidden[0, 4:]
+
+    with torch.no_grad():
+        features, words = outputs()
+        model.transformer.get_input_embeddings().weight[WORDS + 1] += torch.randn(16)
+        new_features, new_words = outputs()
+    return (new_features - features).abs().amax(dim=1), (new_words - words).abs().amax(dim=1)
+
+
+def test_a_corner_token_changes_its_own_feature_and_no_other():
+    features, words = changed_features(corner_mask=True)
+    assert features[2] > 1e-2
+    assert features[[0, 1, 3]].max() < 1e-6
+    assert words.max() < 1e-6
+
+
+def test_with_the_mask_off_it_changes_all():
+    features, words = changed_features(corner_mask=False)
+    assert features.min() > 1e-3
+    assert words.min() > 1e-3
+
+
+def test_words_reach_every_feature():
+    model = tower(2)
+    ids, lengths = texts([LENGTH], 2)
+    other = ids.clone()
+    other[0, 5] = (other[0, 5] - 4) % 40 + 5
+    with torch.no_grad():
+        assert (model(ids, lengths) - model(other, lengths)).abs().amax(dim=2).min() > 1e-3
+
+
+def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1) @ value
+
+
+@pytest.mark.parametrize("corner_tokens", [0, 2])
+def test_attention_and_its_gradients_are_those_of_a_plain_softmax(corner_tokens):
+    torch.manual_seed(0)
+    mask = corner_attention_mask(torch.tensor([5, 9, 12]), 12, corner_tokens)
+    given = [torch.randn(3, 2, 12, 8) for _ in range(3)]
+    weight = torch.randn(3, 2, 12, 8)
+    found, gradients = [], []
+    for attention in (scaled_dot_product_attention, softmax_attention):
+        inputs = [value.clone().requires_grad_() for value in given]
+        result = attention(*inputs, mask)
+        found.append(result)
+        gradients.append(torch.autograd.grad((result * weight).sum(), inputs))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    for fused, plain in zip(*gradients, strict=True):
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
+
+
+def test_the_towers_gradients_are_those_of_eager_attention():
+    """Transformers' eager attention takes an additive mask; with ours as such it must learn the same."""
+    fused = tower(2)
+    eager = tower(2)
+    eager.transformer.set_attn_implementation("eager")
+    ids, lengths = texts([7, 12], 2)
+    mask = corner_attention_mask(lengths, LENGTH, 2)
+    additive = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+    hidden = eager.transformer(input_ids=ids, attention_mask=additive).last_hidden_state[:, :3]
+    expected = eager.proj(torch.tanh(eager.transformer.pooler.dense(hidden)))
+    features = fused(ids, lengths)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    weight = torch.randn(features.shape)
+    (features * weight).sum().backward()
+    (expected * weight).sum().backward()
+    plain = dict(eager.named_parameters())
+    for name, parameter in fused.named_parameters():
+        assert parameter.grad is not None, name
+        torch.testing.assert_close(parameter.grad, plain[name].grad, atol=1e-4, rtol=1e-3)
+
+
+def test_bf16_is_close():
+    model = tower(2)
+    ids, lengths = texts([7, 12], 2)
+    with torch.no_grad():
+        expected = model(ids, lengths)
+        found = model.bfloat16()(ids, lengths)
+    assert found.dtype == torch.bfloat16
+    cosine = torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1)
+    assert cosine.min() > 0.995
+
+
+def test_new_corner_rows_differ_and_old_rows_stay():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    encoder = BertModel(config)
+    old = encoder.get_input_embeddings().weight.detach().clone()
+    add_corner_rows(encoder, 4)
+    rows = encoder.get_input_embeddings().weight.detach()
+    assert rows.shape == (WORDS + 4, 64)
+    assert encoder.config.vocab_size == WORDS + 4
+    assert torch.equal(rows[:WORDS], old)
+    assert len({tuple(row.tolist()) for row in rows[WORDS:]}) == 4
+    assert 0.015 < rows[WORDS:].std() < 0.025  # initializer_range is 0.02
