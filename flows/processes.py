@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +39,7 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
     log.parent.mkdir(parents=True, exist_ok=True)
     last = ""
     with log.open("w") as errors:
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1, start_new_session=True
-        )
+        process = start_group(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
         try:
             assert process.stdout is not None
             for line in process.stdout:
@@ -53,6 +53,36 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
         tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
         reasons = [line for line in tail if line.startswith("error: ")] or tail or [last]
         raise StageFailed(f"{reasons[-1].removeprefix('error: ')} (status {process.returncode}; all it wrote: {log})")
+
+
+def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
+    """Starts a command in a group of its own, which is told to end when this process does, even by SIGKILL.
+
+    Args:
+        command: and its arguments.
+        options: of subprocess.Popen.
+    """
+    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent, **options)
+
+
+# Looked up here, so that the fork of a threaded process does nothing but call it.
+_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    if _PRCTL is not None:  # Linux
+        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def ending_well() -> Iterator[None]:
+    """Makes a SIGTERM an ordinary end of the program in the block, so that what it started is ended with it."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from flows.processes import end_group, ending_well, start_group
 from flows.servers import api_address, free_port, is_free, prefect_server
 from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
@@ -38,6 +39,7 @@ def reproduce(arguments: list[str]) -> None:
     """
     params, started = load_params(), time.time()
     with ExitStack() as stack:
+        stack.enter_context(ending_well())
         stack.enter_context(building_op())
         given = os.environ.get("PREFECT_API_URL")
         port = PREFECT_PORT if is_free(PREFECT_PORT) else free_port()
@@ -47,10 +49,13 @@ def reproduce(arguments: list[str]) -> None:
         if not given:
             stack.enter_context(prefect_server(port))
         print(f"Prefect: {api.removesuffix('/api')}", flush=True)
-        done = subprocess.run([sys.executable, "-m", "dvc", "repro", *arguments], env=environment, check=False)
+        # in this program's own group, so that Ctrl-C reaches DVC, which then ends its stage and its lock file whole
+        dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *arguments], env=environment)
+        stack.callback(dvc.terminate)
+        status = dvc.wait()
     seconds = time.time() - started
     write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
-    if done.returncode:
+    if status:
         raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
     print(closing_words(params, seconds))
 
@@ -61,12 +66,11 @@ def building_op() -> Iterator[None]:
     log = SCRATCH / "logs" / "deepspeed-op.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        builder = subprocess.Popen([sys.executable, "-c", _BUILD_OP], stdout=output, stderr=subprocess.STDOUT)
+        builder = start_group([sys.executable, "-c", _BUILD_OP], stdout=output, stderr=subprocess.STDOUT)
         try:
             yield
         finally:
-            builder.terminate()
-            builder.wait()
+            end_group(builder)
 
 
 def closing_words(params: Params, seconds: float) -> str:

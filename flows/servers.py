@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from flows.processes import end_group
+from flows.processes import end_group, start_group
 from flows.stage import SCRATCH, StageFailed
 
 HOST = "127.0.0.1"
@@ -74,13 +74,12 @@ def _server(name: str, command: Sequence[str], port: int, health: str, environme
     log = Path(SCRATCH) / "logs" / f"{name.lower()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        process = subprocess.Popen(
+        process = start_group(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={**os.environ, **environment},
-            start_new_session=True,
         )
         try:
             address = f"http://{HOST}:{port}"

@@ -192,6 +192,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.argv = list(request["argv"])
+        sys.path[0] = request["cwd"]  # as `python -m` has it
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
