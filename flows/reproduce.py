@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 from flows.processes import end_group, ending_well, start_group
 from flows.servers import api_address, free_port, is_free, prefect_server
@@ -38,6 +39,8 @@ def reproduce(arguments: list[str]) -> None:
         StageFailed: a stage failed.
     """
     params, started = load_params(), time.time()
+    # dvc.yaml says `python`, and DeepSpeed asks for `ninja`: both are those beside this interpreter
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         stack.enter_context(building_op())

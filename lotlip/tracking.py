@@ -161,7 +161,7 @@ class Tracker:
             self.finish(run_id)
 
     def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
-        """Sends those steps of a training history that the run lacks: not sent live, or lost when training was killed."""
+        """Sends those steps of a training history that the run lacks: not sent live, or lost with a killed process."""
         known = {metric.step for metric in self._client.get_metric_history(run_id, "train.loss")}
         sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)
         for point in history:

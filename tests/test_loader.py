@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import TinySample, TinyWorld, write_shards, write_tar
 
 from lotlip.config import LongTexts
 from lotlip.data.images import decode_rgb
 from lotlip.data.loader import Batch, Rows, batches
 from lotlip.data.tokenizer import TextTokenizer
+from tests.conftest import TinySample, TinyWorld, write_shards, write_tar
 
 TOKENIZER = TextTokenizer("bert-base-uncased", 48, 1)
 CLS, SEP, CORNER = 101, 102, 30522

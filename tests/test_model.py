@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.conftest import IMAGE_SIZE, TEXT
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lotlip.config import TextTower
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.lotlip import LotlipModel, build_trainable, load_model, save_model
+from tests.conftest import IMAGE_SIZE, TEXT
 
 
 def settings(**more: Any) -> TextTower:

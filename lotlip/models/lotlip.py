@@ -66,6 +66,7 @@ class LotlipModel(PreTrainedModel):
         image_tower: False leaves the image tower out, for training on its stored features.
     """
 
+    config: LotlipConfig
     config_class = LotlipConfig
     base_model_prefix = ""
 

@@ -77,7 +77,6 @@ class TextTower(nn.Module):
 
 def add_corner_rows(encoder: PreTrainedModel, corner_tokens: int) -> None:
     """Appends m rows to a pretrained encoder's vocabulary, each drawn from N(0, initializer_range) (section 3.2)."""
-    words = encoder.get_input_embeddings().num_embeddings
-    encoder.resize_token_embeddings(words + corner_tokens, mean_resizing=False)
-    rows = encoder.get_input_embeddings().weight.data[words:]
-    rows.normal_(mean=0.0, std=encoder.config.initializer_range)
+    words = encoder.config.vocab_size
+    table = encoder.resize_token_embeddings(words + corner_tokens, mean_resizing=False)
+    nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)

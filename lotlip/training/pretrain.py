@@ -76,15 +76,18 @@ class Job:
 
 def deepspeed_config(config: Pretrain) -> dict[str, Any]:
     """DeepSpeed's configuration, all of it derived from params.yaml."""
+    rounded = config.precision == "bf16"
+    # without ZeRO, DeepSpeed's optimizer for bf16 does not hand out its fp32 weights; stage 1 computes the same
+    stage = max(config.zero_stage, int(rounded))
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (config.processes * config.accumulation),
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {"stage": stage},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": config.precision == "bf16"},
+        "bf16": {"enabled": rounded},
         "steps_per_print": sys.maxsize,  # the loop below reports
     }
 
@@ -328,6 +331,8 @@ def initialise_processes(config: Pretrain) -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = "0"  # any free one
+    # DeepSpeed builds its op with the first ninja it finds; another version than last time would build it anew
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if together > 1:  # torch's launcher gives each of several a single thread
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))

@@ -1,0 +1,217 @@
+"""Benchmarks and scores: known right answers, and what makes scores incomparable is an error."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lotlip.config import HeldOutBenchmark, Paths, ScenesBenchmark, TextTower
+from lotlip.data.tokenizer import TextTokenizer, used_tokens
+from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchmark
+from lotlip.evaluation.evaluate import chances, encode_images, encode_texts, evaluate, unseen_share
+from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
+from lotlip.models.image_tower import load_image_tower
+from lotlip.models.lotlip import LotlipModel, build_trainable
+from lotlip.partitions import write_captions, write_partition
+from lotlip.records import Caption, ImageRecord, Unit
+from lotlip.sources.scenes import generate_scene
+from tests.conftest import TEXT, TinySample
+
+TOKENIZER = TextTokenizer("bert-base-uncased", 32)
+BERT = "bert-base-uncased"
+WORDS = ("red", "green", "blue", "white")
+
+
+class WordModel(nn.Module):
+    """Stands for a model that understands: a text's feature is the mean of those of its words that it knows."""
+
+    def get_text_features(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        known = torch.tensor([TOKENIZER.encode([word])[0][1] for word in WORDS])
+        return (input_ids[:, :, None] == known).sum(dim=1).float()
+
+
+def understanding() -> LotlipModel:
+    return WordModel()  # type: ignore[return-value]
+
+
+def benchmark(retrieval: dict[str, Texts], prompts: Prompts | None = None, images: int = 4) -> Benchmark:
+    return Benchmark("toy", "test", Path("nowhere"), [("test/part-00000", 0, 0)] * images, retrieval, prompts)
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_understands_is_always_right():
+    asked = benchmark(
+        {"short": Texts([f"a {word} thing" for word in WORDS], [0, 1, 2, 3])},
+        Prompts([[f"the {word} one", f"all {word}"] for word in WORDS], [0, 1, 2, 3]),
+    )
+    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=3)
+    assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
+    assert scores["short.text_to_image.median_rank"] == 1
+    assert scores["classification.top1"] == scores["classification.top5"] == 1
+    assert set(chances(asked)) <= set(scores)
+
+
+def test_each_mistake_counts():
+    """Two of four texts name the other's image; the labels of classes 0 and 1 are exchanged."""
+    asked = benchmark(
+        {"short": Texts(["red", "green", "white", "blue"], [0, 1, 2, 3])},
+        Prompts([["red"], ["green"], ["blue"], ["white"]], [1, 0, 2, 3]),
+    )
+    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    assert scores["short.text_to_image.r1"] == 0.5
+    assert scores["short.text_to_image.r5"] == 1
+    assert scores["classification.top1"] == 0.5
+
+
+def test_texts_belong_to_the_images_that_they_name():
+    asked = benchmark({"short": Texts(["blue", "red", "white", "green"], [2, 0, 3, 1])})
+    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
+
+
+def test_images_without_a_long_text_are_left_out_of_the_long_texts_only():
+    asked = benchmark({"short": Texts(list(WORDS), [0, 1, 2, 3]), "long": Texts(["white", "green"], [3, 1])})
+    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    assert scores["long.image_to_text.r1"] == scores["long.text_to_image.r1"] == 1
+    chance = chances(asked)
+    assert chance["short.text_to_image.r1"] == pytest.approx(1 / 4)
+    assert chance["long.text_to_image.r1"] == pytest.approx(1 / 2)
+    assert chance["long.image_to_text.r1"] == pytest.approx(1 / 2)
+
+
+def test_chances_are_those_of_guessing():
+    asked = benchmark({"short": Texts(["a"] * 40, list(range(40)))}, Prompts([["a"]] * 8, [0] * 40), images=40)
+    assert chances(asked) == pytest.approx(
+        {f"short.{way}.r{k}": k / 40 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
+        | {"classification.top1": 1 / 8, "classification.top5": 5 / 8}
+    )
+    same = evaluate(understanding(), TOKENIZER, asked, torch.ones(40, 4), batch_size=40)
+    # features that are all the same are guesses: "a" is no word that the model knows, each gets nothing
+    assert same["classification.top1"] == pytest.approx(1 / 8)
+    assert same["short.text_to_image.r5"] == pytest.approx(5 / 40)
+
+
+def test_few_classes_cannot_be_missed_among_five():
+    assert chances(benchmark({}, Prompts([["a"], ["b"]], [0, 1])))["classification.top5"] == 1
+
+
+def test_the_unseen_share_counts_pieces_of_all_texts_and_prompts():
+    asked = benchmark({"short": Texts(["red green", "red"], [0, 1])}, Prompts([["blue"], ["white"]], [0, 1]), images=2)
+    assert unseen_share(asked, BERT, sorted(used_tokens(BERT, ["red green blue white"]))) == 0
+    assert unseen_share(asked, BERT, sorted(used_tokens(BERT, ["red green blue"]))) == pytest.approx(1 / 4)
+    assert unseen_share(asked, BERT, []) == 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
+    torch.manual_seed(0)
+    model = build_trainable(TextTower(config=TEXT, context_length=32, corner_tokens=1), tiny_tower).eval()
+    tokenizer = TextTokenizer(BERT, 32, 1)
+    texts = ["red", "a very long text. about a red house. and a dog", "", "green tree", "blue"]
+    whole = encode_texts(model, tokenizer, texts, 100)
+    assert whole.shape == (5, 32)
+    torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(encode_texts(model, tokenizer, texts, batch_size), whole, atol=1e-5, rtol=0)
+    assert not whole.requires_grad
+
+
+# --- benchmarks ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """Five tiny images of the split `test` in two partitions; two captioners, neither of which has seen all."""
+
+    paths: Paths
+    samples: list[TinySample]
+
+
+@pytest.fixture
+def held(tmp_path: Path, tiny_samples: list[TinySample]) -> Held:
+    paths = Paths(ingest=tmp_path / "ingest", captions=tmp_path / "captions")
+    samples = tiny_samples[:5]
+    for number, part in enumerate((samples[:3], samples[3:])):
+        unit = Unit("test", number, tuple(sample.key for sample in part))
+        write_partition(unit, [record(sample) for sample in part], paths.ingest)
+        described = [caption(sample, "llava", 10) for sample in part if sample is not samples[0]]
+        write_captions(unit.name, described, len(described), tmp_path / "captions/llava")
+        write_captions(unit.name, [caption(part[-1], "gpt", 25)], 1, tmp_path / "captions/gpt")
+    return Held(paths, samples)
+
+
+def record(sample: TinySample, scene: dict | None = None) -> ImageRecord:
+    sha256 = hashlib.sha256(sample.image).hexdigest()
+    return ImageRecord(sample.key, sample.image, "png", sample.info["raw"], 16, 16, sha256, scene)
+
+
+def caption(sample: TinySample, captioner: str, tokens: int) -> Caption:
+    text = f"{captioner} on {sample.key}"
+    return Caption(sample.key, captioner, text, [text], tokens, "stop", "r", "")
+
+
+def test_held_out_images_come_with_their_captions(held):
+    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, ["llava", "gpt"])
+    assert list(asked.images()) == [sample.image for sample in held.samples]
+    assert asked.retrieval["short"] == Texts([sample.info["raw"] for sample in held.samples], [0, 1, 2, 3, 4])
+    keys = [sample.key for sample in held.samples]
+    # the longest of each image's; the first image has none
+    expected = [f"llava on {keys[1]}", f"gpt on {keys[2]}", f"llava on {keys[3]}", f"gpt on {keys[4]}"]
+    assert asked.retrieval["long"] == Texts(expected, [1, 2, 3, 4])
+    assert asked.prompts is None and asked.max_unseen_tokens is None
+
+
+def test_the_order_of_captioners_does_not_matter(held):
+    settings = HeldOutBenchmark(kind="held-out")
+    first = open_benchmark("mine", settings, held.paths, ["llava", "gpt"])
+    assert open_benchmark("mine", settings, held.paths, ["gpt", "llava"]).retrieval == first.retrieval
+
+
+def test_without_long_captions_there_are_short_texts_only(held):
+    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    assert list(asked.retrieval) == ["short"]
+
+
+def test_an_empty_split_is_an_error(held):
+    with pytest.raises(ValueError, match="benchmark mine: no image is in the split 'val'"):
+        open_benchmark("mine", HeldOutBenchmark(kind="held-out", split="val"), held.paths, [])
+
+
+def test_pictures_that_are_no_scenes_are_an_error(held):
+    with pytest.raises(ValueError, match="are not generated scenes; use `kind: held-out`"):
+        open_benchmark("toy", ScenesBenchmark(kind="scenes", size=5), held.paths, [])
+
+
+@pytest.mark.parametrize("size", [4, 6])
+def test_another_size_is_an_error(held, size):
+    message = rf"has 5 scenes, but evaluate\.benchmarks\.toy\.size is {size}; scores of another size cannot be compared"
+    with pytest.raises(ValueError, match=message):
+        open_benchmark("toy", ScenesBenchmark(kind="scenes", size=size), held.paths, [])
+
+
+def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
+    scenes = [generate_scene(0, "test", number) for number in range(3)]
+    records = [record(sample, scene.to_json()) for sample, scene in zip(tiny_samples, scenes, strict=False)]
+    paths = Paths(ingest=tmp_path)
+    write_partition(Unit("test", 0, tuple(item.key for item in records)), records, tmp_path)
+    asked = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=3, max_unseen_tokens=0.5), paths, [])
+    assert asked.retrieval["long"] == Texts([long_text(scene) for scene in scenes], [0, 1, 2])
+    assert asked.retrieval["short"] == Texts([short_text(scene) for scene in scenes], [0, 1, 2])
+    assert asked.prompts is not None
+    assert len(asked.prompts.classes) == len(SHAPES)
+    assert asked.prompts.labels == [label(scene) for scene in scenes]
+    assert asked.max_unseen_tokens == 0.5
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_size):
+    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    features = encode_images(load_image_tower(tiny_tower), asked, batch_size)
+    expected = torch.stack([torch.from_numpy(sample.feature) for sample in held.samples])
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
