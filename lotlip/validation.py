@@ -6,6 +6,7 @@ memory does not grow with the data (but for eight bytes a key, to see that none 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tarfile
@@ -88,6 +89,7 @@ def _validate(
     stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], docs: Path
 ) -> list[Check]:
     """Looks at every table; builds the pages."""
+    logging.getLogger("great_expectations").setLevel(logging.WARNING)  # it tells of every temporary folder
     context, gx = _context(docs)
     source = context.data_sources.add_pandas(stage)
     checks: list[Check] = []

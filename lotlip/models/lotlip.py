@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from lotlip.config import TextTower as TextTowerConfig
 from lotlip.data.tokenizer import TextTokenizer
@@ -20,6 +21,8 @@ from lotlip.models.text_tower import TextTower, add_corner_rows
 
 if TYPE_CHECKING:
     from lotlip.models.image_tower import ImageTower
+
+transformers_logging.disable_progress_bar()  # a bar for each file of a few MB says nothing
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
