@@ -241,7 +241,7 @@ class Pretrain(Section):
     long_texts: LongTexts = LongTexts()
     loss: LossWeights = LossWeights()
     optimizer: Optimizer = Optimizer()
-    max_final_loss_share: Share = Field(
+    max_final_loss_share: Positive = Field(
         0.95, description="of the loss of guessing that the last steps may still have; more fails the gate"
     )
 

@@ -89,7 +89,6 @@ def _validate(
     stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], docs: Path
 ) -> list[Check]:
     """Looks at every table; builds the pages."""
-    logging.getLogger("great_expectations").setLevel(logging.WARNING)  # it tells of every temporary folder
     context, gx = _context(docs)
     source = context.data_sources.add_pandas(stage)
     checks: list[Check] = []
@@ -115,6 +114,8 @@ def _context(docs: Path) -> tuple[Any, Any]:
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
     import great_expectations as gx
 
+    # it would tell of every temporary folder
+    logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
     context: Any = gx.get_context(mode="ephemeral")  # its types are narrower than what it takes
     context.variables.progress_bars = {"globally": False}
     site = {

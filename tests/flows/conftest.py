@@ -74,7 +74,7 @@ def tiny(params: dict[str, Any]) -> None:
     params["image_tower"] = {"kind": "scenes", "scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2}
     params["image_tower"] |= {"batch_size": 32, "min_accuracy": 0.0}
     params["shard"]["samples_per_shard"] = 100
-    params["pretrain"] |= {"steps": 6, "batch_size": 16, "log_every": 2, "max_final_loss_share": 1.0}
+    params["pretrain"] |= {"steps": 6, "batch_size": 16, "log_every": 2, "max_final_loss_share": 2.0}
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
     params["evaluate"]["min_score_over_chance"] = 0.0
