@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 
-from flows.stage import Stage, StageFailed, hash_of, main
+from flows.stage import Stage, hash_of, main
 from lotlip.config import load_params
 from lotlip.files import read_json, sha256_files, write_json
 
@@ -28,7 +28,7 @@ def evaluate(ablation: str) -> None:
         import torch
 
         from lotlip.evaluation.benchmarks import open_benchmark
-        from lotlip.evaluation.evaluate import chances, encode_images, unseen_share
+        from lotlip.evaluation.evaluate import chances, encode_images, protocol, unseen_share
         from lotlip.evaluation.evaluate import evaluate as score
         from lotlip.models.lotlip import load_model
     run = read_json(folder / "run.json")
@@ -48,30 +48,17 @@ def evaluate(ablation: str) -> None:
         parameters = {"text_tower": count_parameters(model.text), "image_tower": count_parameters(tower)}
         for benchmark in benchmarks:
             name = benchmark.name
-            if name not in images:  # all seeds share the frozen tower
-                images[name] = torch.nn.functional.normalize(encode_images(tower, benchmark, config.batch_size), dim=-1)
+            if name not in results:  # all seeds share the frozen tower
                 unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
-                if benchmark.max_unseen_tokens is not None and unseen > benchmark.max_unseen_tokens:
-                    raise StageFailed(
-                        f"benchmark {name}: {unseen:.1%} of its word pieces are in no training text, more than "
-                        f"max_unseen_tokens {benchmark.max_unseen_tokens:.1%}: its scores would measure noise"
-                    )
+                images[name] = torch.nn.functional.normalize(encode_images(tower, benchmark, config.batch_size), dim=-1)
+                about = {
+                    **protocol(model, benchmark),
+                    "unseen_token_share": unseen,
+                    "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
+                    "command": f"python -m flows.evaluate {ablation}",
+                }
                 results[name] = {
-                    "protocol": {
-                        "split": benchmark.split,
-                        "images": len(benchmark.places),
-                        **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
-                        "unseen_token_share": unseen,
-                        "context_length": model.config.context_length,
-                        "image_size": tower.spec.image_size,
-                        "resize": "shorter side bicubic, centre crop",
-                        "precision": str(next(model.parameters()).dtype).removeprefix("torch."),
-                        "text_feature": "[CLS]",
-                        "text_preparation": "sub-captions joined by [SEP], cut at the context length",
-                        "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
-                        "command": f"python -m flows.evaluate {ablation}",
-                        **benchmark.about,
-                    },
+                    "protocol": about,
                     "chance": chances(benchmark),
                     "seeds": {},
                     "weights_sha256": {},

@@ -383,6 +383,21 @@ def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted names.
+
+    >>> flatten({"text": {"corner_tokens": 2}, "steps": 5})
+    {'text.corner_tokens': 2, 'steps': 5}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Reads params.yaml.
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lotlip.config import flatten
 from lotlip.files import read_json
 
 if TYPE_CHECKING:
@@ -186,21 +187,6 @@ class Tracker:
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
         """Marks a run as ended: "FINISHED" or "FAILED"."""
         self._client.set_terminated(run_id, status)
-
-
-def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted names.
-
-    >>> flatten({"text": {"corner_tokens": 2}, "steps": 5})
-    {'text.corner_tokens': 2, 'steps': 5}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _client(uri: str) -> MlflowClient:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from lotlip.config import flatten
 from lotlip.files import write_json
-from lotlip.tracking import LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, flatten, open_sink
+from lotlip.tracking import LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]
 _numbers = count()

@@ -63,12 +63,39 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
 
 
 def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]) -> float:
-    """Share of the word pieces of a benchmark's texts that no training text has: scores on such texts measure noise."""
+    """Share of the word pieces of a benchmark's texts that no training text has: scores on such texts measure noise.
+
+    Raises:
+        ValueError: it is more than the benchmark allows.
+    """
     texts = [text for kind in benchmark.retrieval.values() for text in kind.texts]
     if benchmark.prompts:
         texts += [prompt for prompts in benchmark.prompts.classes for prompt in prompts]
     used = used_tokens(tokenizer, texts)
-    return len(used - set(vocabulary)) / max(len(used), 1)
+    share = len(used - set(vocabulary)) / max(len(used), 1)
+    limit = benchmark.max_unseen_tokens
+    if limit is not None and share > limit:
+        raise ValueError(
+            f"benchmark {benchmark.name}: {share:.1%} of its word pieces are in no training text, more than "
+            f"max_unseen_tokens {limit:.1%}: its scores would measure noise"
+        )
+    return share
+
+
+def protocol(model: LotlipModel, benchmark: Benchmark) -> dict[str, str | int]:
+    """How a score was measured, to be kept beside it: another size, length or preparation is another score."""
+    return {
+        "split": benchmark.split,
+        "images": len(benchmark.places),
+        **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
+        "context_length": model.config.context_length,
+        "image_size": model.image_tower.spec.image_size,
+        "resize": "shorter side bicubic, centre crop",
+        "precision": str(model.dtype).removeprefix("torch."),
+        "text_feature": "[CLS]",
+        "text_preparation": "sub-captions joined by [SEP], cut at the context length",
+        **benchmark.about,
+    }
 
 
 def encode_images(tower: ImageTower, benchmark: Benchmark, batch_size: int) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lotlip.config import Pretrain
+from lotlip.config import Pretrain, flatten
 from lotlip.report.inputs import Ablation
 
 CORNER_TOKENS, CORNER_MASK, SUB_CAPTIONS = "text.corner_tokens", "text.corner_mask", "long_texts.sub_captions"
@@ -19,7 +19,7 @@ def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
 
     Without corner tokens the mask does not matter; without long texts nothing about them does.
     """
-    ours, theirs = _flat(config.model_dump(mode="json")), _flat(base.model_dump(mode="json"))
+    ours, theirs = flatten(config.model_dump(mode="json")), flatten(base.model_dump(mode="json"))
     ignored = set(BOOKKEEPING)
     if config.text.corner_tokens == 0:
         ignored.add(CORNER_MASK)
@@ -99,13 +99,3 @@ def _corners(ablation: Ablation) -> int:
 
 def _changes_loss(config: Pretrain, base: Pretrain) -> bool:
     return any(key.startswith("loss.") for key in differences(config, base))
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

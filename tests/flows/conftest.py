@@ -21,6 +21,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        folder.mkdir()
         for name in COPIED:
             source = ROOT / name
             if source.is_dir():
@@ -84,4 +85,4 @@ def tiny(params: dict[str, Any]) -> None:
 
 @pytest.fixture(scope="session")
 def make_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Workspace]:
-    return lambda: Workspace(tmp_path_factory.mktemp("checkout"))
+    return lambda: Workspace(tmp_path_factory.mktemp("checkout") / "project")
