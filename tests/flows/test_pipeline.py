@@ -9,8 +9,10 @@ import sys
 import time
 from pathlib import Path
 
+import httpx
 import pytest
 
+from flows.servers import free_port, is_free
 from tests.flows.conftest import Workspace, tiny
 
 pytestmark = pytest.mark.slow
@@ -96,11 +98,9 @@ def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> N
         reproduced.change(lambda params: params["report"].update(title="another"))
         assert stale() == {"report"}
         reproduced.change(lambda params: params["ablations"]["lit"].update(steps=5))
-        assert stale() == {"pretrain@lit", "evaluate@lit", "report"}
-        reproduced.change(
-            lambda params: params["orchestration"].update(workers=1) if "orchestration" in params else None
-        )
-        assert stale() == {"pretrain@lit", "evaluate@lit", "report"}
+        assert stale() == {"pretrain@lit", "report"}  # evaluate@lit follows when the model has changed
+        reproduced.change(lambda params: params.update(orchestration={"workers": 1}))
+        assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params["caption"]["captioners"]["llava"].update(omission=0.5))
         assert {"caption@llava", "shard"} <= stale()
         assert not {"ingest", "image-tower", "caption@sharegpt4v"} & stale()
@@ -152,6 +152,31 @@ def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
     gate = reproduced.folder / ".lotlip" / "gates" / "evaluate-lit"
     assert "60 times chance" in (gate / "gate.md").read_text()
     assert list((gate / "data_docs").rglob("index.html"))
+
+
+def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
+    prefect, mlflow = free_port(), free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.ui"],
+        cwd=reproduced.folder,
+        env={**reproduced.environment, "PREFECT_PORT": str(prefect), "MLFLOW_PORT": str(mlflow)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        said = [process.stdout.readline() for _ in range(3)]
+        assert said[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
+        assert said[1].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
+        counted = httpx.post(f"http://127.0.0.1:{prefect}/api/flow_runs/count", json={}).json()
+        assert counted >= 10
+        search = {"max_results": 10, "filter": "name = 'lotlip'"}
+        found = httpx.post(f"http://127.0.0.1:{mlflow}/api/2.0/mlflow/experiments/search", json=search).json()
+        assert [experiment["name"] for experiment in found["experiments"]] == ["lotlip"]
+    finally:
+        process.terminate()
+    assert process.wait(60) == 0
+    assert is_free(prefect)
+    assert is_free(mlflow)
 
 
 def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
