@@ -46,7 +46,10 @@ def api_address(port: int) -> str:
 def prefect_server(port: int) -> Iterator[None]:
     """Runs Prefect's server for the block."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    environment = {"PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false"}
+    environment = {
+        "PREFECT_SERVER_UI_API_URL": api_address(port),  # the page would ask the default port
+        "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
+    }
     with _server("Prefect", command, port, "/api/health", environment):
         yield
 

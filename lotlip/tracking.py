@@ -185,8 +185,9 @@ class Tracker:
             self._client.set_tag(run_id, key, value)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """Marks a run as ended: "FINISHED" or "FAILED"."""
-        self._client.set_terminated(run_id, status)
+        """Marks a run as ended, "FINISHED" or "FAILED"; one that had ended so keeps its time."""
+        if self._client.get_run(run_id).info.status != status:
+            self._client.set_terminated(run_id, status)
 
 
 def _client(uri: str) -> MlflowClient:

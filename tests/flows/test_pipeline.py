@@ -167,6 +167,8 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         said = [process.stdout.readline() for _ in range(3)]
         assert said[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
         assert said[1].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
+        settings = httpx.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
+        assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
         counted = httpx.post(f"http://127.0.0.1:{prefect}/api/flow_runs/count", json={}).json()
         assert counted >= 10
         search = {"max_results": 10, "filter": "name = 'lotlip'"}
