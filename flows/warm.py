@@ -89,9 +89,17 @@ def warm(environment: dict[str, str]) -> Iterator[dict[str, str]]:
     """
     with tempfile.TemporaryDirectory(prefix="lotlip-") as folder:
         path = str(Path(folder) / "warm")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.warm", path], stdin=subprocess.PIPE, env=environment, start_new_session=True
-        )
+        # listening from here on: clients wait in line until the imports are done, instead of doing their own
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.warm", str(listener.fileno())],
+                stdin=subprocess.PIPE,
+                env=environment,
+                pass_fds=[listener.fileno()],
+                start_new_session=True,
+            )
         try:
             yield {**environment, SOCKET: path}
         finally:
@@ -104,14 +112,12 @@ class _Server:
     """Forks for each request, and tells each client how its fork ended.
 
     Args:
-        path: of the socket.
+        listener: the socket that programs hand over at.
         owner: a stream that ends when the process that owns this one does.
     """
 
-    def __init__(self, path: str, owner: IO[bytes]) -> None:
-        self.listener = socket.socket(socket.AF_UNIX)
-        self.listener.bind(path)  # before the imports, so that clients wait in line instead of doing their own
-        self.listener.listen()
+    def __init__(self, listener: socket.socket, owner: IO[bytes]) -> None:
+        self.listener = listener
         self.owner = owner
         self.clients: dict[int, socket.socket] = {}  # by process
         self.events = selectors.DefaultSelector()
@@ -209,4 +215,4 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
 
 
 if __name__ == "__main__":
-    _Server(sys.argv[1], sys.stdin.buffer).serve()
+    _Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()

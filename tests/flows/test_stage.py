@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import stage as stages
@@ -236,15 +237,8 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
         stdout=subprocess.PIPE,
         text=True,
     )
-    path = owner.stdout.readline().strip()
-    deadline = time.monotonic() + 60
-    while not Path(path).exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    (warm_process,) = (
-        int(entry.name)
-        for entry in Path("/proc").iterdir()
-        if entry.name.isdigit() and path.encode() in (entry / "cmdline").read_bytes()
-    )
+    assert owner.stdout.readline()
+    (warm_process,) = (child.pid for child in psutil.Process(owner.pid).children())
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     deadline = time.monotonic() + 60  # it may be importing still
