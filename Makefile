@@ -42,7 +42,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml infra/setup.sh infra/uv.txt
 
 lock: setup ## resolve the dependencies anew, with hashes and without any registry's address
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
-		--no-emit-index-url --quiet --custom-compile-command "make lock" --output-file requirements.lock
+		--quiet --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what stages wrote and scratch; the environment and DVC's cache stay
 	@rm -rf data/ingest data/image-tower data/captions/*/ data/shards models metrics report .lotlip

@@ -43,8 +43,7 @@ def caption(captioner: str) -> None:
 
         checks = gate_caption(config, stage.out, reports, stage.gate_report)
     stage.publish(params.paths.captions / captioner)
-    counts = {key: index[key] for key in ("read", "written", "failed")}
-    stage.record(index["read"], checks, counts, index["failure_kinds"], {"revision": author.revision})
+    stage.record(index["read"], checks, index, {"revision": author.revision})
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def ingest() -> None:
 
         checks = gate_ingest(config, stage.out, reports, stage.gate_report)
     stage.publish(params.paths.ingest)
-    stage.record(
-        index["read"], checks, {key: index[key] for key in ("read", "written", "failed")}, index["failure_kinds"]
-    )
+    stage.record(index["read"], checks, index)
 
 
 if __name__ == "__main__":

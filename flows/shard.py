@@ -67,8 +67,7 @@ def shard() -> None:
         expected = sum(len(plan.samples) for plan in every)
         checks = gate_shard(config, stage.out, index, expected, stage.gate_report)
     stage.publish(params.paths.shards)
-    counts = {key: index[key] for key in ("read", "written", "failed")}
-    stage.record(index["written"], checks, counts, index["failure_kinds"])
+    stage.record(index["written"], checks, index)
 
 
 def frozen_features(folder: Path) -> Features:

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -161,8 +161,7 @@ class Stage:
         self,
         samples: int,
         checks: Sequence[Check],
-        counts: dict[str, int] | None = None,
-        failure_kinds: dict[str, int] | None = None,
+        index: Mapping[str, Any] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
         """Writes what the report says of the stage: time, throughput, counts and what the gate checked.
@@ -170,8 +169,8 @@ class Stage:
         Args:
             samples: images (or texts, or training samples) that went through.
             checks: the gate's.
-            counts: "read", "written" and "failed".
-            failure_kinds: how many items failed for which reason.
+            index: the index.json that the stage wrote, with what was read, written and failed and for which reasons;
+                None where a stage has no items.
             notes: anything else, by name.
         """
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
@@ -184,8 +183,8 @@ class Stage:
             "samples": samples,
             "samples_per_second": samples / work,
             "orchestration_seconds": orchestration,
-            "counts": counts or {},
-            "failure_kinds": failure_kinds or {},
+            "counts": {key: index[key] for key in ("read", "written", "failed")} if index else {},
+            "failure_kinds": index["failure_kinds"] if index else {},
             "gate": [vars(check) for check in checks],
             "notes": notes or {},
         }
