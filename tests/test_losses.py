@@ -1,19 +1,33 @@
-"""The loss: known answers, open_clip's as a reference, and processes that together do what one does."""
+"""The losses: known answers, open_clip's as references, and processes that together do what one does."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from lotlip.losses import lotlip_loss
+from lotlip.losses import CONTRASTS, lotlip_loss, principal_components
+from lotlip.models.similarity import late_interaction
 
 SCALE = torch.tensor([2.0])
+BIAS = torch.tensor([-0.5])
+VARIANTS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "sigmoid": {"contrast": "sigmoid", "logit_bias": BIAS},
+    "principal components": {"raw_components": 2},
+    "sigmoid of principal components": {"contrast": "sigmoid", "logit_bias": BIAS, "raw_components": 3},
+    "late interaction": {"text_mask": None},
+    "sigmoid of late interaction": {"contrast": "sigmoid", "logit_bias": BIAS, "text_mask": None},
+}
 
 
 def random_features(batch: int = 8, number: int = 4, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -21,6 +35,57 @@ def random_features(batch: int = 8, number: int = 4, width: int = 6) -> tuple[Te
     images = torch.randn(batch, width, generator=generator)
     texts = torch.randn(batch, number, width, generator=generator)
     return normalize(images, dim=-1), normalize(texts, dim=-1)
+
+
+def random_tokens(batch: int = 8, number: int = 2, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    """Patches [B, 3, D], tokens [B, N, 5, D] and their mask; texts of the batch's second half are shorter."""
+    generator = torch.Generator().manual_seed(6)
+    images = torch.randn(batch, 3, width, generator=generator)
+    texts = torch.randn(batch, number, 5, width, generator=generator)
+    longest = torch.where(torch.arange(batch) < batch // 2, 5, 3)[:, None]
+    lengths = 1 + torch.randint(0, 100, (batch, number), generator=generator) % longest
+    return normalize(images, dim=-1), normalize(texts, dim=-1), torch.arange(5) < lengths[..., None]
+
+
+def case(variant: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Features and settings of a variant."""
+    settings = dict(VARIANTS[variant])
+    if "text_mask" not in settings:
+        return *random_features(), settings
+    images, texts, mask = random_tokens()
+    return images, texts, settings | {"text_mask": mask}
+
+
+def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The loss again, a kind of text at a time, as its equations have it."""
+    batch, number = texts.shape[:2]
+    mask, components = settings.get("text_mask"), settings.get("raw_components", 0)
+    terms = []
+    for n in range(number):
+        if mask is not None:
+            to_text, to_image = late_interaction(images, texts[:, n], mask[:, n])
+        else:
+            rebuilt = projection(images, components) if components and n == 0 else images
+            to_text = to_image = rebuilt @ texts[:, n].T
+        own = torch.arange(batch)
+        if settings.get("contrast") == "sigmoid":
+            z = -torch.ones(batch, batch, dtype=images.dtype)
+            z[own, own] = 1
+            bias = settings["logit_bias"]
+            ways = [-logsigmoid(z * (scale * way + bias)).sum() / batch for way in (to_text, to_image)]
+        else:
+            ways = [cross_entropy(scale * to_text, own), cross_entropy((scale * to_image).T, own)]
+        terms.append((ways[0] + ways[1]) / 2 / number)
+    return {"raw": terms[0], "long": sum(terms[1:], torch.zeros(())), "loss": sum(terms, torch.zeros(()))}
+
+
+def projection(features: Tensor, number: int) -> Tensor:
+    """Reconstruction from principal components by numpy's singular value decomposition, as constants."""
+    mean = features.mean(dim=0)
+    constant = features.detach().double().numpy()
+    directions = np.linalg.svd(constant - constant.mean(axis=0))[2][:number]
+    projector = torch.from_numpy(directions.T @ directions).to(features.dtype)
+    return (features - mean) @ projector + mean
 
 
 def test_two_by_two_by_hand():
@@ -74,38 +139,275 @@ def test_weights_scale_their_terms():
     torch.testing.assert_close(weighted["loss"], weighted["raw"] + weighted["long"])
 
 
-def test_the_order_of_the_batch_does_not_matter():
+def test_sigmoid_by_hand():
+    images = torch.eye(2)
+    raw = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits − 0.5, image by text: [[2, 1.2], [0, 1.6]]
+    long = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # each text is the other image's: [[0, 2], [2, 0]]
+    losses = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, contrast="sigmoid", logit_bias=BIAS)
+
+    def cost(logit: float) -> float:  # of saying "yes" with this logit where the answer is no
+        return math.log(1 + math.exp(logit))
+
+    assert losses["raw"].item() == pytest.approx((cost(-1.5) + cost(0.7) + cost(-0.5) + cost(-1.1)) / 2 / 2, abs=1e-6)
+    assert losses["long"].item() == pytest.approx((2 * cost(0.5) + 2 * cost(1.5)) / 2 / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_sigmoid_is_open_clips(number):
+    from open_clip.loss import SigLipLoss
+
+    images, texts = random_features(number=number)
+    expected = torch.stack([SigLipLoss()(images, texts[:, n], SCALE[0], BIAS[0]) for n in range(number)])
+    found = lotlip_loss(images, texts, SCALE, contrast="sigmoid", logit_bias=BIAS)
+    torch.testing.assert_close(found["loss"], expected.mean())
+    torch.testing.assert_close(found["raw"], expected[0] / number)
+
+
+def test_late_interaction_by_hand():
+    east, north, between = [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]
+    images = torch.tensor([[east, north], [between, between]])
+    texts = torch.tensor([[[east, between]], [[north, east]]])
+    mask = torch.tensor([[[True, True]], [[True, False]]])
+    # image → text [[0.9, 0.5], [1, 0.8]] and text → image [[0.9, 1], [0.8, 0.8]], as in test_similarity
+
+    def entropy(own: float, other: float) -> float:
+        return math.log(1 + math.exp(2 * (other - own)))
+
+    image_to_text = (entropy(0.9, 0.5) + entropy(0.8, 1.0)) / 2  # along the rows of the first
+    text_to_image = (entropy(0.9, 0.8) + entropy(0.8, 1.0)) / 2  # along the columns of the second
+    found = lotlip_loss(images, texts, SCALE, text_mask=mask)
+    assert found["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
+
+    def cost(similarity: float) -> float:
+        return math.log(1 + math.exp(2 * similarity - 0.5))
+
+    def gain(similarity: float) -> float:
+        return math.log(1 + math.exp(0.5 - 2 * similarity))
+
+    image_to_text = (gain(0.9) + cost(0.5) + cost(1.0) + gain(0.8)) / 2
+    text_to_image = (gain(0.9) + cost(1.0) + cost(0.8) + gain(0.8)) / 2
+    found = lotlip_loss(images, texts, SCALE, text_mask=mask, contrast="sigmoid", logit_bias=BIAS)
+    assert found["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_one_patch_and_one_token_are_cosine(contrast):
     images, texts = random_features()
+    settings = {"contrast": contrast, "logit_bias": BIAS}
+    mask = torch.ones(8, 4, 1, dtype=torch.bool)
+    late = lotlip_loss(images[:, None], texts[:, :, None], SCALE, text_mask=mask, **settings)
+    for name, expected in lotlip_loss(images, texts, SCALE, **settings).items():
+        torch.testing.assert_close(late[name], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_is_its_equations(variant):
+    images, texts, settings = case(variant)
+    leaves = [images.double().requires_grad_(), texts.double().requires_grad_(), SCALE.double().requires_grad_()]
+    if "logit_bias" in settings:
+        leaves.append(settings["logit_bias"].double().requires_grad_())
+        settings["logit_bias"] = leaves[-1]
+    found = lotlip_loss(*leaves[:3], **settings)
+    expected = plain_loss(*leaves[:3], settings)
+    for name in ("raw", "long", "loss"):
+        torch.testing.assert_close(found[name], expected[name].to(found[name]))
+    gradients = [torch.autograd.grad(loss["loss"], leaves) for loss in (found, expected)]
+    for first, second in zip(*gradients, strict=True):
+        assert first.any()
+        torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_right(variant):
+    images, texts, settings = case(variant)
+    images, texts, scale = images[:4].double(), texts[:4, :2].double().requires_grad_(), SCALE.double().requires_grad_()
+    if "text_mask" in settings:
+        settings["text_mask"] = settings["text_mask"][:4]
+    images.requires_grad_("raw_components" not in settings)  # where the directions count as constants, on purpose
+    leaves = [leaf for leaf in (images, texts, scale) if leaf.requires_grad]
+    assert torch.autograd.gradcheck(lambda *_: lotlip_loss(images, texts, scale, **settings)["loss"], leaves)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_only_what_belongs_together_attracts(contrast, late):
+    # one patch or token each, so that the gradient by a similarity can be read off the features: the texts are a basis
+    texts = torch.eye(6)[:, None]
+    images = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)), dim=-1).requires_grad_()
+    mask = torch.ones(6, 1, 1, dtype=torch.bool) if late else None
+    features = (images[:, None], texts[:, :, None]) if late else (images, texts)
+    lotlip_loss(*features, SCALE, logit_bias=BIAS, contrast=contrast, text_mask=mask)["loss"].backward()
+    own = torch.eye(6, dtype=torch.bool)
+    assert (images.grad[own] < 0).all() and (images.grad[~own] > 0).all()
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_features_that_match_cost_nothing(contrast):
+    sure = {"logit_scale": torch.tensor([100.0]), "logit_bias": torch.tensor([-50.0]), "contrast": contrast}
+    assert lotlip_loss(torch.eye(4), torch.eye(4)[:, None], **sure)["loss"].item() == pytest.approx(0, abs=1e-6)
+    assert lotlip_loss(torch.eye(4), torch.eye(4).roll(1, 0)[:, None], **sure)["loss"].item() > 50
+
+
+def test_a_bias_changes_nothing_under_softmax():
+    images, texts = random_features()
+    bias = BIAS.clone().requires_grad_()
+    found = lotlip_loss(images, texts, SCALE, logit_bias=bias)["loss"]
+    torch.testing.assert_close(found, lotlip_loss(images, texts, SCALE)["loss"])
+    assert torch.autograd.grad(found, bias)[0].item() == pytest.approx(0, abs=1e-6)  # not None: engines want a gradient
+
+
+@given(batch=st.integers(1, 12), width=st.integers(1, 8), number=st.integers(1, 10))
+def test_principal_components_are_numpys(batch, width, number):
+    generator = torch.Generator().manual_seed(batch + 100 * width)
+    features = normalize(torch.randn(batch, width, generator=generator, dtype=torch.float64), dim=-1)
+    torch.testing.assert_close(principal_components(features, number), projection(features, number))
+
+
+def test_principal_components_by_hand():
+    features = torch.tensor([[5.0, 1.0], [5.0, -1.0], [7.0, 0.0], [3.0, 0.0]])  # they vary along the first axis most
+    found = principal_components(features, 1)
+    torch.testing.assert_close(found, torch.tensor([[5.0, 0.0], [5.0, 0.0], [7.0, 0.0], [3.0, 0.0]]))
+
+
+def test_all_principal_components_give_the_features_back():
+    images, texts = random_features()
+    for number in (6, 32):
+        torch.testing.assert_close(principal_components(images, number), images)
+        whole = lotlip_loss(images, texts, SCALE)
+        for name, found in lotlip_loss(images, texts, SCALE, raw_components=number).items():
+            torch.testing.assert_close(found, whole[name])
+
+
+def test_principal_components_take_the_gradient_of_a_projection():
+    images = random_features()[0].double().requires_grad_()
+    target = torch.randn(8, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((rebuilt * target).sum(), images)[0]
+        for rebuilt in (principal_components(images, 2), projection(images, 2))
+    ]
+    torch.testing.assert_close(*gradients)
+
+
+def test_equal_eigenvalues_do_not_break_the_gradient():
+    images = torch.eye(4).requires_grad_()
+    principal_components(images, 2).square().sum().backward()
+    assert images.grad.isfinite().all()
+
+
+def test_principal_components_keep_the_precision():
+    images, _ = random_features()
+    rounded = principal_components(images.bfloat16(), 2)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), projection(images, 2), atol=0.02, rtol=0)
+
+
+def test_raw_captions_see_the_principal_components_only():
+    from open_clip.loss import ClipLoss
+
+    images, texts = random_features()
+    whole, found = lotlip_loss(images, texts, SCALE), lotlip_loss(images, texts, SCALE, raw_components=2)
+    torch.testing.assert_close(found["long"], whole["long"])
+    expected = ClipLoss()(projection(images, 2), texts[:, 0], SCALE[0]) / 4
+    torch.testing.assert_close(found["raw"], expected)
+    assert not torch.isclose(found["raw"], whole["raw"], rtol=1e-3), "the case must leave room for a mistake"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_broken_image_reaches_the_loss(variant):
+    images, texts, settings = case(variant)
+    images[3] = math.nan
+    assert lotlip_loss(images, texts, SCALE, **settings)["loss"].isnan()  # training says which sample it was
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_order_of_the_batch_does_not_matter(variant):
+    images, texts, settings = case(variant)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
-    for name, value in lotlip_loss(images, texts, SCALE).items():
-        torch.testing.assert_close(lotlip_loss(images[order], texts[order], SCALE)[name], value)
+    expected = lotlip_loss(images, texts, SCALE, **settings)
+    if "text_mask" in settings:
+        settings["text_mask"] = settings["text_mask"][order]
+    for name, value in lotlip_loss(images[order], texts[order], SCALE, **settings).items():
+        torch.testing.assert_close(value, expected[name])
 
 
-def loss_and_gradients(part: slice) -> dict[str, Tensor]:
-    """Of a linear text tower and a temperature, for the rows of this process.
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"contrast": "hinge"}, "contrast 'hinge' is unknown; the known ones are softmax, sigmoid"),
+        ({"contrast": "sigmoid"}, "sigmoid needs logit_bias"),
+        ({"raw_components": -1}, "components is -1"),
+        ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"needed are \[B, P, D\] and \[B, N, L, D\]"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        lotlip_loss(*random_features(), SCALE, **settings)
 
-    The tower's gradient reaches the gathered features through a matrix product: not in row order in memory.
+
+def test_features_that_do_not_fit_are_refused():
+    images, texts = random_features()
+    patches, tokens, mask = random_tokens()
+    with pytest.raises(ValueError, match="raw_components are of one feature"):
+        lotlip_loss(patches, tokens, SCALE, text_mask=mask, raw_components=2)
+    for wrong in ((images, texts[:, 0]), (images[:7], texts), (images[:, :5], texts), (patches, tokens)):
+        with pytest.raises(ValueError, match=r"text_mask none do not fit; needed are \[B, D\] and \[B, N, D\]$"):
+            lotlip_loss(*wrong, SCALE)
+    for wrong in ((patches[:7], tokens, mask), (patches, tokens, mask[..., :4]), (patches[:, 0], tokens, mask)):
+        with pytest.raises(ValueError, match="with text_mask"):
+            lotlip_loss(*wrong[:2], SCALE, text_mask=wrong[2])
+
+
+def loss_and_gradients(variant: str, part: slice) -> dict[str, Tensor]:
+    """Of linear towers, a temperature and a bias, for the rows of this process; its texts are padded to its longest.
+
+    The text tower's gradient reaches the gathered features through a matrix product: not in row order in memory.
     """
+    settings = dict(VARIANTS[variant])
     images, texts = random_features(width=5)
-    weight = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    log_scale = torch.tensor([1.5], requires_grad=True)
-    losses = lotlip_loss(images[part], normalize(texts[part] @ weight, dim=-1), log_scale.exp(), 0.7, 1.3)
+    if "text_mask" in settings:
+        images, texts, mask = random_tokens(width=5)
+        longest = int(mask[part].sum(dim=-1).max())
+        texts, settings["text_mask"] = texts[..., :longest, :], mask[part, :, :longest]
+    generator = torch.Generator().manual_seed(1)
+    learned = {
+        "image weight": torch.randn(5, 5, generator=generator),
+        "text weight": torch.randn(5, 5, generator=generator),
+        "log_scale": torch.tensor([1.5]),
+        "bias": BIAS.clone(),
+    }
+    for value in learned.values():
+        value.requires_grad_()
+    losses = lotlip_loss(
+        normalize(images[part] @ learned["image weight"], dim=-1),
+        normalize(texts[part] @ learned["text weight"], dim=-1),
+        learned["log_scale"].exp(),
+        **settings | {"logit_bias": learned["bias"]},
+        raw_weight=0.7,
+        long_weight=1.3,
+    )
     losses["loss"].backward()
-    assert weight.grad is not None and log_scale.grad is not None
-    return {"loss": losses["loss"].detach(), "weight": weight.grad, "log_scale": log_scale.grad}
+    gradients = {name: value.grad for name, value in learned.items() if value.grad is not None}
+    return {"loss": losses["loss"].detach(), **gradients}
 
 
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save(loss_and_gradients(slice(4 * rank, 4 * rank + 4)), Path(folder) / f"{rank}.pt")
+    part = slice(4 * rank, 4 * rank + 4)
+    torch.save({variant: loss_and_gradients(variant, part) for variant in VARIANTS}, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+    lengths = random_tokens()[2].sum(dim=-1)
+    assert lengths[:4].max() > lengths[4:].max(), "one process's texts must be longer than the other's"
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for name, expected in loss_and_gradients(slice(0, 8)).items():
-        torch.testing.assert_close((first[name] + second[name]) / 2, expected, atol=1e-6, rtol=0)
-    assert torch.equal(first["loss"], second["loss"])
+    for variant in VARIANTS:
+        one = loss_and_gradients(variant, slice(0, 8))
+        assert len(one) == 5
+        for name, expected in one.items():
+            mean = (first[variant][name] + second[variant][name]) / 2
+            torch.testing.assert_close(mean, expected, atol=2e-6, rtol=0, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
+        assert torch.equal(first[variant]["loss"], second[variant]["loss"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lotlip.evaluation.metrics import chance, class_features, classification, retrieval
+from lotlip.models.similarity import late_interaction
 
 
 def random_case(images=40, per_image=3, dim=16, seed=0):
@@ -14,6 +15,17 @@ def random_case(images=40, per_image=3, dim=16, seed=0):
     text_image = torch.arange(images).repeat_interleave(per_image)
     text = image[text_image] + 1.5 * torch.randn(images * per_image, dim, generator=generator)
     return image, text, text_image
+
+
+def token_case(images=30, per_image=2, patches=3, length=5, dim=6, seed=0):
+    """Patches, tokens that lie near some of their image's patches, the texts' images, the mask."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randn(images, patches, dim, generator=generator)
+    text_image = torch.arange(images).repeat_interleave(per_image)
+    near = torch.randint(0, patches, (len(text_image), length), generator=generator)
+    text = image[text_image[:, None], near] + 0.7 * torch.randn(len(text_image), length, dim, generator=generator)
+    lengths = torch.randint(1, length + 1, (len(text_image), 1), generator=generator)
+    return image, text, text_image, torch.arange(length) < lengths
 
 
 def test_perfect_features_find_everything():
@@ -159,3 +171,102 @@ def test_nan_is_refused_not_rewarded():
 def test_labels_without_a_class_are_refused():
     with pytest.raises(ValueError, match="between 0 and 3"):
         classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]))
+    with pytest.raises(ValueError, match="labels has shape"):
+        classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1]))
+
+
+def test_late_interaction_ranks_by_each_ways_own_similarity():
+    image, text, text_image, mask = token_case()
+    found = retrieval(image, text, text_image, ks=(1, 3), text_mask=mask)
+    unit = torch.nn.functional.normalize
+    to_text, to_image = late_interaction(unit(image, dim=-1), unit(text, dim=-1), mask)
+    for way, similarity, own in (
+        ("image_to_text", to_text, torch.arange(30)[:, None] == text_image),
+        ("text_to_image", to_image.T, text_image[:, None] == torch.arange(30)),
+    ):
+        hits = own.gather(1, similarity.argsort(dim=1, descending=True))  # [Q, G], what belongs to the query
+        for k in (1, 3):
+            assert found[f"{way}.r{k}"] == pytest.approx(hits[:, :k].any(dim=1).float().mean().item())
+        ranks = 1 + hits.int().argmax(dim=1).double()
+        assert found[f"{way}.median_rank"] == pytest.approx(ranks.quantile(0.5).item())
+        assert 0.1 < found[f"{way}.r1"] < 0.9, "the case must leave room for a mistake"
+    wrong = (to_image.argmax(dim=1), to_text.argmax(dim=0))
+    assert not torch.equal(wrong[0], to_text.argmax(dim=1)) and not torch.equal(wrong[1], to_image.argmax(dim=0))
+
+
+def test_one_patch_and_one_token_are_cosine():
+    image, text, text_image = random_case()
+    mask = torch.ones(len(text), 1, dtype=torch.bool)
+    late = retrieval(image[:, None], text[:, None], text_image, text_mask=mask)
+    assert late == pytest.approx(retrieval(image, text, text_image))
+    labels = torch.arange(40) % 20
+    late = classification(image[:, None], text[:20, None], labels, text_mask=mask[:20])
+    assert late == pytest.approx(classification(image, text[:20], labels))
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 4096])
+def test_chunks_of_late_interaction_change_nothing(chunk):
+    image, text, text_image, mask = token_case()
+    expected = retrieval(image, text, text_image, text_mask=mask)
+    assert retrieval(image, text, text_image, chunk=chunk, text_mask=mask) == pytest.approx(expected)
+    prompt_class = torch.arange(60) % 12
+    expected = classification(image, text, text_image[::2] % 12, text_mask=mask, prompt_class=prompt_class)
+    found = classification(image, text, text_image[::2] % 12, chunk, text_mask=mask, prompt_class=prompt_class)
+    assert found == pytest.approx(expected)
+
+
+def test_padding_and_length_of_tokens_change_nothing():
+    image, text, text_image, mask = token_case()
+    expected = retrieval(image, text, text_image, text_mask=mask)
+    padded = (3 * text).masked_fill(~mask[..., None], math.nan)
+    assert retrieval(image / 2, padded, text_image, text_mask=mask) == pytest.approx(expected)
+
+
+def test_nan_in_a_token_or_a_patch_is_refused():
+    image, text, text_image, mask = token_case()
+    broken = text.clone()
+    broken[[3, 8], 0, 1] = math.nan
+    with pytest.raises(ValueError, match="text_features: 2 of 60 rows"):
+        retrieval(image, broken, text_image, text_mask=mask)
+    broken = image.clone()
+    broken[4, 2, 1] = math.inf
+    with pytest.raises(ValueError, match="image_features: 1 of 30 rows"):
+        retrieval(broken, text, text_image, text_mask=mask)
+
+
+def test_a_classs_prompts_are_averaged_by_their_similarities():
+    east, north, between = [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]
+    images = torch.tensor([[east, north], [between, between]])
+    # the first class has two prompts: "east" and "north"; the second one: "between"; the third one: "east north"
+    prompts = torch.tensor([[east, east], [between, between], [north, north], [east, north]])
+    mask = torch.tensor([[True, False], [True, False], [True, False], [True, True]])
+    prompt_class = torch.tensor([0, 1, 0, 2])
+    # image → class: [(0.5 + 0.5) / 2, (0.6 + 0.8) / 2, 1] and [(0.6 + 0.8) / 2, 1, 0.8]
+    for labels, expected in (([2, 1], 1.0), ([1, 0], 0.0), ([2, 2], 0.5)):
+        found = classification(images, prompts, torch.tensor(labels), text_mask=mask, prompt_class=prompt_class)
+        assert found["top1"] == expected
+    # the sum instead of the mean would put the first class ahead for the second image: 1.4
+    found = classification(images, prompts, torch.tensor([2, 0]), text_mask=mask, prompt_class=prompt_class)
+    assert found["top1"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("prompt_class", "message"),
+    [([0, 1, 1, 3], "prompt_class must name each of the classes 0 … 3"), ([0, 1], "prompt_class has shape")],
+)
+def test_prompts_without_a_class_are_refused(prompt_class, message):
+    image, text, _, mask = token_case()
+    with pytest.raises(ValueError, match=message):
+        labels = torch.zeros(30, dtype=torch.int64)
+        classification(image, text[:4], labels, text_mask=mask[:4], prompt_class=torch.tensor(prompt_class))
+
+
+def test_features_of_another_kind_are_refused():
+    image, text, text_image, mask = token_case()
+    with pytest.raises(ValueError, match=r"image_features has shape \[30, 3, 6\]; it needs \[rows, D\]"):
+        retrieval(image, text, text_image)
+    with pytest.raises(ValueError, match=r"image_features has shape \[30, 6\]; it needs \[I, P, D\]"):
+        retrieval(image[:, 0], text, text_image, text_mask=mask)
+    for wrong in (text[:, 0], text[:, :4]):
+        with pytest.raises(ValueError, match=r"text_mask \[60, 5\] do not fit"):
+            retrieval(image, wrong, text_image, text_mask=mask)
