@@ -1,0 +1,187 @@
+"""The program `lotlip`: what can be done with models and texts outside the pipeline.
+
+A command imports what it needs when it runs, so that `lotlip --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+)
+
+
+def run() -> None:
+    """The program's entry; what a user can mend is status 1 and one line, with LOTLIP_TRACEBACK=1 a traceback too."""
+    try:
+        app(prog_name="lotlip")
+    except (ValueError, OSError) as error:
+        if os.environ.get("LOTLIP_TRACEBACK"):
+            raise
+        sys.exit("error: " + " ".join(str(error).split()))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import lotlip
+
+        typer.echo(lotlip.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Language-image pre-training that understands long text (LoTLIP, NeurIPS 2024)."""
+
+
+@app.command()
+def stats(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE", help="Annotations: .json, .jsonl, .csv, .parquet, .txt, or folders of them."),
+    ],
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a text field, `a.b` for a nested one; may be given several times.", metavar="NAME"),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Whose tokens are counted: a bundled name, a tokenizer.json or its folder.")
+    ] = "bert-base-uncased",
+    split: Annotated[str | None, typer.Option(help="Count only this split.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all files together.")] = False,
+) -> None:
+    """Count texts, and sub-captions and tokens per text (paper, Table 1)."""
+    from lotlip.annotations import read_texts
+    from lotlip.statistics import Statistics, text_statistics
+
+    rows = []
+    for file in files:
+        texts = (text for _, text in read_texts(file, field or (), split))
+        quiet = not sys.stderr.isatty()
+        with typer.progressbar(
+            texts, label=str(file), show_pos=True, update_min_steps=1000, file=sys.stderr, hidden=quiet
+        ) as counted:
+            found = text_statistics(counted, tokenizer)
+        if found.empty:
+            typer.echo(f"{file}: {found.empty} skipped: null or empty", err=True)
+        rows.append((str(file), found))
+    total = sum((found for _, found in rows), Statistics())
+    if as_json:
+        typer.echo(json.dumps(total.to_json()))
+        return
+    if len(rows) > 1:
+        rows.append(("all", total))
+    width = max(len(name) for name, _ in rows)
+    typer.echo(f"{'':{width}}  {'texts':>10}  {'sub-captions per text':>21}  {'tokens per text':>15}")
+    for name, found in rows:
+        means = f"{found.sub_captions_per_text:>21.2f}  {found.tokens_per_text:>15.2f}"
+        typer.echo(f"{name:{width}}  {found.texts:>10,}  {means}")
+
+
+@app.command("import-official")
+def import_official(
+    checkpoint: Annotated[Path, typer.Argument(metavar="MODEL.PT", help="Checkpoint of the LoTLIP authors.")],
+    out: Annotated[Path, typer.Option(help="Folder to write, in Hugging Face layout.", metavar="DIR")],
+    vision: Annotated[
+        str, typer.Option(help="The image tower: a ViT of timm.", metavar="TIMM_NAME")
+    ] = "vit_base_patch16_224",
+    image_size: Annotated[int, typer.Option(help="Pixels of a picture's side.", min=1, metavar="N")] = 224,
+    text_config: Annotated[
+        Path | None,
+        typer.Option(help="JSON: the text encoder's config.json, or some fields of it; else BERT's.", metavar="FILE"),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="A bundled name, a tokenizer.json or its folder.", metavar="NAME")
+    ] = "bert-base-uncased",
+    context_length: Annotated[int, typer.Option(help="Most tokens in a text.", min=1, metavar="N")] = 128,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+) -> None:
+    """Turn a checkpoint of the LoTLIP authors into a model that transformers loads; the defaults are for their B/16."""
+    from lotlip.models.image_tower import ImageTowerSpec
+    from lotlip.models.official import WrongWeightsError, describe, import_official
+
+    typer.echo(f"reading {checkpoint}")
+    spec = ImageTowerSpec(vision, image_size)
+    try:
+        config, ignored = import_official(checkpoint, out, spec, text_config, tokenizer, context_length, force)
+    except WrongWeightsError as error:  # a line for each weight, and there may be hundreds
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    if ignored:
+        typer.echo(f"ignored {', '.join(ignored)} of {text_config}: no fields of a text encoder's config", err=True)
+    for line in describe(config):
+        typer.echo(line)
+    typer.echo(f"written to {out}; to load it:")
+    typer.echo(f'  import lotlip, transformers; model = transformers.AutoModel.from_pretrained("{out}").eval()')
+
+
+@app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="INPUT", help="Folder of images, or texts: .txt with one a line, or as for stats.")
+    ],
+    out: Annotated[Path, typer.Option(help="What to write: .parquet, or .npy with its rows' names beside it.")],
+    kind: Annotated[
+        str | None, typer.Option(help="images or texts; else a folder has images, a file texts.", metavar="KIND")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="How many the model takes at a time.", min=1, metavar="N")] = 64,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(help="Name of a text field, as for stats; may be given several times.", metavar="NAME"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+) -> None:
+    """Write the features of images or of texts, for `lotlip search` and anything else."""
+    from tqdm import tqdm
+
+    from lotlip.embedding import embed
+
+    with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def show(done: int, total: int) -> None:
+            if done == 0:
+                bar.reset(total)  # the model is loaded: the rate is counted from here
+            bar.update(done - bar.n)
+
+        found = embed(model, source, out, kind, batch_size, field or (), device, show)
+    for name, reason in found.left_out:
+        typer.echo(f"{name} left out: {reason}", err=True)
+    typer.echo(f"{out}: {found.rows:,} features of {found.width} numbers, {len(found.left_out)} left out", err=True)
+
+
+@app.command()
+def search(
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="What `lotlip embed` wrote.")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to search for, of any length.")] = None,
+    image: Annotated[Path | None, typer.Option(help="An image to search for instead.", metavar="FILE")] = None,
+    top: Annotated[int, typer.Option(help="How many to show.", min=1, metavar="N")] = 10,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model is now that made the index.", metavar="DIR")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+) -> None:
+    """Show the images or texts nearest to a text or to an image: rank, cosine, name."""
+    from textwrap import shorten
+
+    from lotlip.embedding import search
+
+    found = search(index, text, image, top, model, device)
+    if as_json:
+        typer.echo(json.dumps([vars(match) for match in found]))
+        return
+    for rank, match in enumerate(found, start=1):
+        text = shorten(match.text or "", 100, placeholder=" …")
+        typer.echo(f"{rank:>4}  {match.score:.4f}  {match.name}  {text}".rstrip())
