@@ -12,7 +12,7 @@ from prefect import flow
 
 from flows.processes import launch, run_group
 from flows.stage import Stage, hash_of, main
-from lotlip.config import load_params
+from lotlip.config import Pretrain, load_params
 from lotlip.files import read_json, write_json
 
 
@@ -52,6 +52,7 @@ def pretrain(ablation: str) -> None:
         "out": str(stage.out),
         "tracking_uri": tracker.uri,
         "run_ids": runs,
+        "git_commit": run["git_commit"],
     }
     write_json(job_file, job)
     command = launch("lotlip.training.pretrain", [str(job_file)], config.processes)
@@ -68,7 +69,7 @@ def pretrain(ablation: str) -> None:
 
         samples = read_json(paths.shards / "index.json")["splits"]["train"]["samples"]
         history = histories(stage.out, config.seeds)
-        checks = gate_pretrain(config, history, guess_loss(settings), stage.gate_report)
+        checks = gate_pretrain(config, history, guess_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
     with stage.clock.measure("mlflow"):
         for run_id in runs.values():
@@ -86,13 +87,20 @@ def histories(folder: Path, seeds: list[int]) -> Any:
     return pd.concat(tables, ignore_index=True)
 
 
-def guess_loss(config: dict[str, Any]) -> float:
-    """The loss of guessing: every one of the batch is as likely, for each weighted term (paper, section 3.2)."""
-    long_texts, corners = config["long_texts"], config["text"]["corner_tokens"]
-    long_features = long_texts["per_image"] * (corners + 1) if long_texts["sub_captions"] else 0
-    weights = config["loss"]["raw_weight"] + config["loss"]["long_weight"] * long_features
-    negatives = config["batch_size"] // config["accumulation"]
-    return math.log(negatives) * weights / (1 + long_features)
+def guess_loss(config: Pretrain) -> float:
+    """The loss of guessing, summed over the weighted text features (paper, section 3.2).
+
+    Softmax: every one of the batch is as likely. Sigmoid: the bias alone says how many of the pairs belong together.
+    """
+    long_texts = config.long_texts
+    features = config.text.corner_tokens + 1
+    long_features = long_texts.per_image * features if long_texts.sub_captions else 0
+    weights = config.loss.raw_weight + config.loss.long_weight * long_features
+    batch = config.batch_size // config.accumulation
+    one = math.log(batch)
+    if config.loss.contrast == "sigmoid":  # each image's row: one pair of `batch` belongs together
+        one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
+    return one * weights / (1 + long_features)
 
 
 def git_commit() -> str:

@@ -1,6 +1,8 @@
 """Language-image pre-training that understands long text (LoTLIP, NeurIPS 2024)."""
 
 import os
+from importlib import import_module
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,3 +20,20 @@ for _name, _value in {
 # Threads that wait for work spin, by default for long: beside any other program on the same cores, training was 8 times
 # slower for it (80 against 620 samples/s on two cores), and no faster alone.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# Importing this package is quick: torch and transformers come when one of these is first used. Where the caller brings
+# transformers, before or after, its Auto classes know the model (`lotlip._auto`).
+_LAZY = {
+    "LotlipConfig": "lotlip.models.configuration",
+    "LotlipModel": "lotlip.models.lotlip",
+    "LotlipProcessor": "lotlip.models.processing",
+}
+__all__ = [*_LAZY, "__version__"]
+
+import_module("lotlip._auto")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'lotlip' has no attribute {name!r}")

@@ -185,17 +185,70 @@ class Shard(Section):
 # --- pretrain -----------------------------------------------------------------------------------------------------
 
 
+class Stretch(Section):
+    """Long-CLIP's longer context: trained positions are stretched, the best trained ones kept as they are.
+
+    arXiv 2403.15378, section 3.1; the defaults are its 77 → 248 positions.
+    """
+
+    positions: Annotated[int, Field(ge=2)] = Field(77, description="that were trained, of the pretrained text tower")
+    keep: NonNegative = Field(20, description="first positions that stay as they are")
+    factor: Count = Field(4, description="new positions for each of the others")
+
+    @property
+    def stretched(self) -> int:
+        """How many positions there are afterwards."""
+        return self.keep + (self.positions - self.keep) * self.factor
+
+    @model_validator(mode="after")
+    def _some_left_to_stretch(self) -> Stretch:
+        if self.keep >= self.positions:
+            raise ValueError(f"keep {self.keep} leaves none of {self.positions} positions to stretch; set it lower")
+        return self
+
+
 class TextTower(Section):
     """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
 
     tokenizer: str = "bert-base-uncased"
-    pretrained: str | None = Field(None, description="folder or hub name of a BERT-family model; without one, `config`")
+    pretrained: str | None = Field(
+        None,
+        description="folder or hub name of a BERT-family model, or folder of a LoTLIP model; without one, `config`",
+    )
     config: dict[str, Any] = Field(
         default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
     )
     context_length: Annotated[int, Field(ge=8, le=512)] = 128
     corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m")
     corner_mask: bool = Field(True, description="corner tokens and [CLS] see words only, not one another (section 3.2)")
+    register_tokens: Annotated[int, Field(ge=0, le=16)] = Field(
+        0, description="learned tokens that are masked as words are and get no loss (Table 7)"
+    )
+    stretch: Stretch | None = Field(None, description="Long-CLIP: stretch the positions of `pretrained`")
+
+    @model_validator(mode="after")
+    def _fits(self) -> TextTower:
+        extra = self.corner_tokens + self.register_tokens
+        if extra + 4 > self.context_length:
+            raise ValueError(f"context_length {self.context_length} has no room for {extra} extra tokens and words")
+        if self.stretch and not self.pretrained:
+            raise ValueError("stretch needs trained positions; name the text tower in pretrained")
+        if self.stretch and self.stretch.stretched < self.context_length:
+            raise ValueError(
+                f"stretch gives {self.stretch.stretched} positions, fewer than context_length {self.context_length}; "
+                "raise stretch.factor or lower context_length"
+            )
+        return self
+
+
+class ImageSide(Section):
+    """What training does with the image tower: LiT locks it (section 3.1), CLIP and its kin train it too."""
+
+    frozen: bool = Field(True, description="false: the image tower is trained as well, from where its stage left it")
+    features: Literal["stored", "computed"] = Field(
+        "stored",
+        description="a frozen tower's features: from the shards (where they hold them), or from pixels each step",
+    )
 
 
 class LongTexts(Section):
@@ -207,11 +260,19 @@ class LongTexts(Section):
     window: Window = "within-caption"
 
 
-class LossWeights(Section):
-    """The released code's `clip_lossweight` and `declip_lossweight`."""
+class Loss(Section):
+    """How texts and images of a batch are contrasted, and what each kind of text counts."""
 
-    raw_weight: Annotated[float, Field(ge=0)] = 1.0
-    long_weight: Annotated[float, Field(ge=0)] = 1.0
+    contrast: Literal["softmax", "sigmoid"] = Field(
+        "softmax", description="symmetric InfoNCE as CLIP and the paper have it, or SigLIP's pairs (arXiv 2303.15343)"
+    )
+    raw_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
+    long_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
+    raw_components: NonNegative = Field(
+        0,
+        description="Long-CLIP: the raw caption is held against so many principal components of the image features "
+        "(32 there; arXiv 2403.15378, section 3.2); 0: against the whole feature",
+    )
 
 
 class Optimizer(Section):
@@ -226,7 +287,7 @@ class Optimizer(Section):
 
 
 class Pretrain(Section):
-    """Locked-image tuning of the text tower (LiT), with long texts and corner tokens."""
+    """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     steps: Count = 500
@@ -239,25 +300,39 @@ class Pretrain(Section):
     checkpoint_every: Count = 200
     text: TextTower = TextTower()
     long_texts: LongTexts = LongTexts()
-    loss: LossWeights = LossWeights()
+    image_tower: ImageSide = ImageSide()
+    similarity: Literal["cosine", "late-interaction"] = Field(
+        "cosine", description="of one feature each, or token by token as in FILIP (arXiv 2111.07783)"
+    )
+    loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
     max_final_loss_share: Positive = Field(
         0.95, description="of the loss of guessing that the last steps may still have; more fails the gate"
     )
 
+    @property
+    def from_pixels(self) -> bool:
+        """Whether a step needs pictures: stored features are of a frozen tower, and one for each image."""
+        late = self.similarity == "late-interaction"
+        return late or not self.image_tower.frozen or self.image_tower.features == "computed"
+
     @model_validator(mode="after")
-    def _divides(self) -> Pretrain:
+    def _possible(self) -> Pretrain:
         parts = self.accumulation * self.processes
         if self.batch_size % parts:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by processes × accumulation = {parts}; "
                 f"use {max(self.batch_size // parts, 1) * parts} or {(self.batch_size // parts + 1) * parts}"
             )
-        if self.text.corner_tokens + 4 > self.text.context_length:
-            raise ValueError(
-                f"text.context_length {self.text.context_length} has no room for "
-                f"{self.text.corner_tokens} corner tokens and words"
-            )
+        if self.similarity == "late-interaction":
+            if self.text.corner_tokens:
+                raise ValueError(
+                    "similarity late-interaction compares words, not corner tokens; set text.corner_tokens to 0"
+                )
+            if self.loss.raw_components:
+                raise ValueError(
+                    "loss.raw_components are of one feature for each image, which late-interaction has not; set it to 0"
+                )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} names one twice")
         return self

@@ -146,9 +146,42 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
         ),
         (
             {"pretrain": {"text": {"context_length": 8, "corner_tokens": 5}}},
-            "pretrain: text.context_length 8 has no room for 5 corner tokens and words",
+            "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
         ),
         ({"pretrain": {"seeds": [1, 2, 1]}}, "pretrain: seeds [1, 2, 1] names one twice"),
+        (
+            {"pretrain": {"text": {"corner_tokens": 0, "register_tokens": 5, "context_length": 8}}},
+            "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
+        ),
+        (
+            {"pretrain": {"text": {"stretch": {}}}},
+            "pretrain.text: stretch needs trained positions; name the text tower in pretrained",
+        ),
+        (
+            {"pretrain": {"text": {"pretrained": "models/lit/seed-0", "context_length": 249, "stretch": {}}}},
+            "pretrain.text: stretch gives 248 positions, fewer than context_length 249; "
+            "raise stretch.factor or lower context_length",
+        ),
+        (
+            {"pretrain": {"text": {"pretrained": "a", "stretch": {"positions": 20}}}},
+            "pretrain.text.stretch: keep 20 leaves none of 20 positions to stretch; set it lower",
+        ),
+        (
+            {"ablations": {"filip": {"similarity": "late-interaction"}}},
+            "ablations.filip: similarity late-interaction compares words, not corner tokens; "
+            "set text.corner_tokens to 0",
+        ),
+        (
+            {
+                "pretrain": {
+                    "similarity": "late-interaction",
+                    "text": {"corner_tokens": 0},
+                    "loss": {"raw_components": 8},
+                }
+            },
+            "pretrain: loss.raw_components are of one feature for each image, which late-interaction has not; "
+            "set it to 0",
+        ),
     ],
 )
 def test_sections_are_checked_against_one_another(tmp_path, differences, line):

@@ -1,4 +1,4 @@
-"""Against what the method's released code computes (tests/data/parity)."""
+"""Against what the method's released code computes (tests/data/parity), from its checkpoint to its losses."""
 
 import json
 from pathlib import Path
@@ -6,84 +6,95 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
-from lotlip.data.tokenizer import TextTokenizer
 from lotlip.losses import lotlip_loss
-from lotlip.models.lotlip import LotlipConfig, LotlipModel
+from lotlip.models.official import import_official
+from lotlip.models.pretraining import LotlipForPreTraining
+from lotlip.models.saving import load_model
 from lotlip.models.text_tower import corner_attention_mask
-
-PARITY = Path(__file__).parent / "data" / "parity"
+from tests.parity import IMAGE_TOWER, PARITY, write_checkpoint, write_text_config
 
 
 class Vectors:
-    def __init__(self, folder: Path) -> None:
-        self.case = json.loads((folder / "case.json").read_text())
-        self.expected = load_file(folder / "expected.safetensors")
-        with np.load(folder / "weights.npz") as arrays:
-            self.weights = {name.removeprefix("module."): torch.from_numpy(arrays[name]) for name in arrays.files}
-        self.corners = self.case["num_corner_tokens"]
-        self.tokenizer = TextTokenizer("bert-base-uncased", self.case["context_length"], self.corners)
+    """A case, and the folder that its checkpoint was imported to."""
 
-    def model(self) -> LotlipModel:
-        text = {key: value for key, value in self.case["text"].items() if key not in ("pooler", "proj")}
-        text |= {"model_type": "bert", "vocab_size": text["vocab_size"] + self.corners}
-        vision = self.case["vision"]
-        image = {"timm_model": vision["timm_model"], "kwargs": {}, "image_size": vision["image_size"]}
-        image |= {"mean": vision["mean"], "std": vision["std"]}
-        config = LotlipConfig(text, image, self.case["embed_dim"], self.case["context_length"], self.corners)
-        model = LotlipModel(config).eval()
-        weights = {name.replace("visual.trunk.", "image.trunk."): value for name, value in self.weights.items()}
-        weights["logit_scale"] = weights["logit_scale"].reshape(1)
-        missing, unexpected = model.load_state_dict(weights, strict=False)
-        # the released code has no buffers for these, transformers has
-        assert all("position_ids" in name or "token_type_ids" in name for name in missing)
-        assert not unexpected
-        return model
+    def __init__(self, case: str, folder: Path) -> None:
+        self.files = PARITY / case
+        self.case = json.loads((self.files / "case.json").read_text())
+        self.expected = load_file(self.files / "expected.safetensors")
+        self.folder = folder / case
+        import_official(write_checkpoint(case, folder), self.folder, IMAGE_TOWER, write_text_config(case, folder))
+        self.model, self.tokenizer = load_model(self.folder)
+
+    def texts(self, *columns: int) -> list[str]:
+        """Captions of each image in turn: 0 the raw one, 1 the long one, 2 a shorter one."""
+        return [captions[column] for captions in self.case["captions"] for column in columns]
+
+    def tokens(self, *columns: int) -> tuple[Tensor, Tensor]:
+        ids, lengths = self.tokenizer(self.texts(*columns))
+        return torch.from_numpy(ids), torch.from_numpy(lengths)
 
 
 @pytest.fixture(scope="module", params=["m0", "m2"])
-def vectors(request: pytest.FixtureRequest) -> Vectors:
-    return Vectors(PARITY / request.param)
+def vectors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Vectors:
+    return Vectors(request.param, tmp_path_factory.mktemp("parity"))
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_the_checkpoint_tells_the_number_of_corner_tokens(vectors: Vectors) -> None:
+    assert vectors.model.config.corner_tokens == vectors.case["num_corner_tokens"]
+    assert vectors.model.config.embed_dim == vectors.case["embed_dim"]
+    assert vectors.tokenizer.context_length == vectors.case["context_length"]
 
 
 def test_token_ids_are_identical(vectors: Vectors) -> None:
-    for captions, expected in zip(vectors.case["captions"], vectors.expected["input_ids"], strict=True):
-        ids, _ = vectors.tokenizer(captions, pad_to=vectors.case["context_length"])
-        assert np.array_equal(ids, expected.numpy())
+    ids, _ = vectors.tokenizer(vectors.texts(0, 1, 2), pad_to=vectors.case["context_length"])
+    assert np.array_equal(ids, vectors.expected["input_ids"].flatten(0, 1).numpy())
 
 
 def test_mask_is_identical(vectors: Vectors) -> None:
-    texts = [captions[1] for captions in vectors.case["captions"]]
-    ids, lengths = vectors.tokenizer(texts, pad_to=vectors.case["context_length"])
-    mask = corner_attention_mask(torch.from_numpy(lengths), ids.shape[1], vectors.corners)
+    ids, lengths = vectors.tokenizer(vectors.texts(1), pad_to=vectors.case["context_length"])
+    mask = corner_attention_mask(torch.from_numpy(lengths), ids.shape[1], vectors.tokenizer.corner_tokens)
     expected = vectors.expected["attention_mask_long"].bool()
     real = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
-    if vectors.corners:  # what a padded position would see is never used
+    if vectors.tokenizer.corner_tokens:  # what a padded position would see is never used
         assert torch.equal(mask[:, 0] & real[:, :, None], expected & real[:, :, None])
     else:
         assert torch.equal(mask[:, 0, 0], expected)
 
 
-def test_features_and_loss_agree(vectors: Vectors) -> None:
-    model, expected = vectors.model(), vectors.expected
-    batch = []
-    for column in (0, 1, 2):
-        ids, lengths = vectors.tokenizer([captions[column] for captions in vectors.case["captions"]])
-        batch.append((torch.from_numpy(ids), torch.from_numpy(lengths)))
-    long_ids = torch.zeros(6, 128, dtype=torch.int64)
-    long_lengths = torch.zeros(6, dtype=torch.int64)
-    for column, (ids, lengths) in enumerate(batch[1:]):
-        long_ids[column::2, : ids.shape[1]] = ids
-        long_lengths[column::2] = lengths
-    with torch.no_grad():
-        images = model.get_image_features(expected["pixel_values"])
-        features = model(*batch[0], long_ids, long_lengths)
-        evaluated = model.get_text_features(*batch[1])
-        losses = lotlip_loss(images, **features)
-    torch.testing.assert_close(images, expected["image_features"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(features["text_features"], expected["text_features_training"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(evaluated, expected["text_features_eval_long"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(features["logit_scale"], expected["logit_scale"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(losses["raw"], expected["loss_raw_caption"][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(losses["long"], expected["loss_long_captions"][0], atol=1e-5, rtol=0)
+@torch.no_grad()
+def test_transformers_auto_classes_give_the_same_features(vectors: Vectors) -> None:
+    model = AutoModel.from_pretrained(vectors.folder).eval()
+    processor = AutoProcessor.from_pretrained(vectors.folder)
+    images = [Image.open(vectors.files / name) for name in vectors.case["images"]]
+    inputs = processor(text=vectors.texts(1), images=images, padding="max_length", truncation=True, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], vectors.expected["input_ids"][:, 1])
+    assert torch.equal(inputs["pixel_values"], vectors.expected["pixel_values"])
+    texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+    pictures = model.get_image_features(inputs["pixel_values"]).pooler_output
+    close(texts, vectors.expected["text_features_eval_long"])
+    close(pictures, vectors.expected["image_features"])
+    output = model(**inputs)
+    close(output.text_embeds, vectors.expected["text_features_eval_long"])
+    logits = vectors.expected["logit_scale"] * output.image_embeds @ output.text_embeds.T
+    torch.testing.assert_close(output.logits_per_image, logits, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_training_features_and_losses_agree(vectors: Vectors) -> None:
+    model = LotlipForPreTraining.from_pretrained(vectors.folder).eval()
+    found = model(vectors.expected["pixel_values"], *vectors.tokens(0), *vectors.tokens(1, 2))
+    close(found["image_features"], vectors.expected["image_features"])
+    close(found["text_features"], vectors.expected["text_features_training"])
+    close(found["logit_scale"], vectors.expected["logit_scale"])
+    losses = lotlip_loss(**found)
+    close(losses["raw"], vectors.expected["loss_raw_caption"][0])
+    close(losses["long"], vectors.expected["loss_long_captions"][0])

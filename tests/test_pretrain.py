@@ -20,7 +20,8 @@ from torch import nn
 
 from lotlip.config import Optimizer, Pretrain, merge
 from lotlip.files import read_json
-from lotlip.models.lotlip import build_trainable, load_model
+from lotlip.models.pretraining import build_for_pretraining
+from lotlip.models.saving import load_model
 from lotlip.tracking import NullSink
 from lotlip.training.pretrain import (
     Job,
@@ -93,7 +94,7 @@ def test_a_warmup_longer_than_the_run_only_climbs():
 
 
 def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
-    model = build_trainable(Pretrain.model_validate(TINY).text, tiny_tower)
+    model = build_for_pretraining(Pretrain.model_validate(TINY), tiny_tower)
     model.text.proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, others = parameter_groups(model, 0.2)
@@ -282,6 +283,76 @@ def test_bf16_trains_alike_and_saves_exact_weights(base, tiny_world, tmp_path, z
 def test_pixels_give_what_stored_features_give(base, tiny_world, tmp_path):
     job = train(tiny_job(tiny_world, tmp_path, shards=str(tiny_world.pixel_shards)))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_features_may_be_computed_where_they_are_stored(base, tiny_world, tmp_path):
+    job = train(tiny_job(tiny_world, tmp_path, {"image_tower": {"features": "computed"}}))
+    assert losses(job) == pytest.approx(losses(base), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_saved_model_tells_where_it_comes_from(base):
+    config = read_json(base.model_folder(0) / "config.json")
+    about = config["provenance"]
+    assert about["ablation"] == "tiny" and about["seed"] == 0
+    assert about["pretraining"] == base.config
+    assert about["data"]["samples"] == {"train": 48}
+    card = (base.model_folder(0) / "README.md").read_text()
+    assert "# tiny, seed 0" in card
+    assert "| steps | 12 |" in card
+
+
+VARIANTS = {
+    "registers": {"text": {"corner_tokens": 0, "register_tokens": 2}},
+    "siglip": {"loss": {"contrast": "sigmoid"}, "text": {"corner_tokens": 0}},
+    "filip": {"similarity": "late-interaction", "text": {"corner_tokens": 0}},
+    "clip": {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
+    "principal components": {"loss": {"raw_components": 3}, "text": {"corner_tokens": 0}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
+    optimizer = {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
+    differences = merge({"steps": 40, "optimizer": optimizer}, VARIANTS[variant])
+    job = train(tiny_job(tiny_world, tmp_path, differences))
+    assert np.mean(losses(job)[-6:]) < 0.93 * np.mean(losses(job)[:3]), losses(job)
+    model, tokenizer = load_model(job.model_folder(0))
+    assert model.config.similarity == job.config["similarity"]
+    assert tokenizer.register_tokens == job.config["text"]["register_tokens"]
+    trained = not torch.equal(
+        weights(job)["image.trunk.cls_token"],
+        load_file(Path(job.image_tower) / "model.safetensors")["trunk.cls_token"],
+    )
+    assert trained is (variant == "clip")
+
+
+@pytest.mark.slow
+def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_path):
+    """Positions stretched, the raw caption against principal components (arXiv 2403.15378)."""
+    short = {"text": {"corner_tokens": 0, "context_length": 8, "config": {"max_position_embeddings": 8}}}
+    first = train(tiny_job(tiny_world, tmp_path / "short", merge(short, {"long_texts": {"sub_captions": 0}})))
+    text = {"pretrained": str(first.model_folder(0)), "stretch": {"positions": 8, "keep": 4, "factor": 4}}
+    longer = {"text": {**text, "config": {}, "corner_tokens": 0, "context_length": 20}, "loss": {"raw_components": 3}}
+    bare = {key: value for key, value in TINY.items() if key != "text"}
+    config = Pretrain.model_validate({**bare, **longer}).model_dump(mode="json")
+    job = train(tiny_job(tiny_world, tmp_path / "long", config=config))
+    model, _ = load_model(job.model_folder(0))
+    assert model.text.positions == 20
+    assert len(losses(job)) == 12
+    assert all(map(math.isfinite, losses(job)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["siglip", "filip", "clip", "principal components"])
+def test_variants_train_alike_in_two_processes(group, tiny_world, tmp_path, variant):
+    differences = merge({"steps": 3}, VARIANTS[variant])
+    one = train(tiny_job(tiny_world, tmp_path / "one", differences))
+    two = tiny_job(tiny_world, tmp_path / "two", merge(differences, {"processes": 2}))
+    finish(start(two, tmp_path / "two", processes=2))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import BertConfig, BertModel
+from transformers import AutoConfig, BertConfig
 
-from lotlip.models.text_tower import TextTower, add_corner_rows, corner_attention_mask
+from lotlip.models.text_tower import TextTower, corner_attention_mask
 
 WORDS = 50
 LENGTH = 12
@@ -201,17 +201,32 @@ def test_bf16_is_close():
     assert cosine.min() > 0.995
 
 
-def test_new_corner_rows_differ_and_old_rows_stay():
+@pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "electra", "distilbert", "albert", "nomic_bert"])
+def test_other_families_keep_the_corner_tokens_apart(family):
+    """Each family's own attention takes the mask; RoBERTa's positions start after its padding's."""
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=WORDS, hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
-    )
-    encoder = BertModel(config)
-    old = encoder.get_input_embeddings().weight.detach().clone()
-    add_corner_rows(encoder, 4)
-    rows = encoder.get_input_embeddings().weight.detach()
-    assert rows.shape == (WORDS + 4, 64)
-    assert encoder.config.vocab_size == WORDS + 4
-    assert torch.equal(rows[:WORDS], old)
-    assert len({tuple(row.tolist()) for row in rows[WORDS:]}) == 4
-    assert 0.015 < rows[WORDS:].std() < 0.025  # initializer_range is 0.02
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    if family == "distilbert":
+        sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
+    config = AutoConfig.for_model(family, **sizes, vocab_size=WORDS + 2, max_position_embeddings=32)
+    config.initializer_range = 0.3
+    model = TextTower(config, corner_tokens=2, corner_mask=True, embed_dim=8).eval()
+    ids, lengths = texts([7, 12], 2)
+    ids[0, 7:] = config.pad_token_id or 0
+    other = ids.clone()
+    other[:, 1] = 5  # another first corner token
+    with torch.no_grad():
+        together = model(ids, lengths)
+        alone = torch.cat(
+            [model(row[:, :length], length) for row, length in zip(ids.split(1), lengths[:, None], strict=True)]
+        )
+        changed = (model(other, lengths) - together).abs().amax(dim=-1)
+    torch.testing.assert_close(alone, together, atol=1e-5, rtol=0)
+    assert changed[:, 1].min() > 1e-3
+    assert changed[:, [0, 2]].max() < 1e-6
+    assert model.positions == 32 - (2 if "roberta" in family else 0)
+
+
+def test_a_family_that_takes_no_such_mask_is_an_error():
+    with pytest.raises(ValueError, match=r"a mpnet model cannot be the text tower: .* such as bert, roberta"):
+        TextTower(AutoConfig.for_model("mpnet"), 2, True, 8)

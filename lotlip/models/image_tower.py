@@ -41,8 +41,8 @@ class ImageTowerSpec:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ImageTowerSpec:
-        """The inverse of `to_json`."""
-        return cls(**{**data, "mean": tuple(data["mean"]), "std": tuple(data["std"])})
+        """The inverse of `to_json`; what is left out is as in the released models."""
+        return cls(**{**data, **{name: tuple(data[name]) for name in ("mean", "std") if name in data}})
 
 
 class ImageTower(nn.Module):
@@ -61,8 +61,20 @@ class ImageTower(nn.Module):
         self.width = int(trunk.num_features)  # type: ignore[arg-type]
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        """Pictures [B, 3, H, W], normalised → features [B, D], not normalised."""
-        return self.trunk(pixel_values)
+        """Pictures [B, 3, S, S], normalised → features of [CLS] [B, D], not normalised."""
+        return self.feature(self.hidden_states(pixel_values))
+
+    def hidden_states(self, pixel_values: Tensor) -> Tensor:
+        """The ViT's tokens after its last norm, [B, T, D]: [CLS] first, then other prefix tokens, then the patches."""
+        return self.trunk.forward_features(pixel_values)  # type: ignore[operator]
+
+    def feature(self, hidden: Tensor) -> Tensor:
+        """That of [CLS], [B, D], from hidden states [B, T, D]."""
+        return self.trunk.forward_head(hidden)  # type: ignore[operator]
+
+    def patches(self, hidden: Tensor) -> Tensor:
+        """Those of the patches, [B, P, D], from hidden states [B, T, D]."""
+        return hidden[:, self.trunk.num_prefix_tokens :]  # type: ignore[misc]
 
 
 def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTower:
@@ -78,7 +90,7 @@ def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTo
     arguments = {"num_classes": 0, "global_pool": "token", "img_size": spec.image_size, **spec.kwargs}
     try:
         trunk = timm.create_model(spec.timm_model, pretrained=pretrained, **arguments)
-    except TypeError as error:
+    except (TypeError, AssertionError) as error:  # timm says by either what a model cannot have, such as this pooling
         raise ValueError(f"{spec.timm_model} cannot be an image tower, which is a ViT of timm's: {error}") from error
     if getattr(trunk, "cls_token", None) is None:
         raise ValueError(

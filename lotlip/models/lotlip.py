@@ -1,68 +1,57 @@
-"""The dual encoder in Hugging Face layout: a frozen image tower, the text tower and their temperature."""
+"""The dual encoder as a Hugging Face model: an image tower, the text tower and their temperature."""
 
 from __future__ import annotations
 
 import math
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
-from transformers.utils import logging as transformers_logging
+from transformers import AutoModel, AutoModelForZeroShotImageClassification, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
 
-from lotlip.config import TextTower as TextTowerConfig
-from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import read_json
-from lotlip.models.text_tower import TextTower, add_corner_rows
+from lotlip.losses import lotlip_loss
+from lotlip.models.card import model_card
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.similarity import cosine, late_interaction
+from lotlip.models.text_tower import TextTower
 
 if TYPE_CHECKING:
     from lotlip.models.image_tower import ImageTower
 
-transformers_logging.disable_progress_bar()  # a bar for each file of a few MB says nothing
-
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
+# SigLIP's (arXiv 2303.15343, section 3.2): nearly all pairs are negative, and the bias says so from the start.
+INITIAL_SIGMOID_SCALE, INITIAL_LOGIT_BIAS = math.log(10), -10.0
 
 
-class LotlipConfig(PretrainedConfig):
-    """What is needed to build the model and to prepare its input.
+@dataclass
+class LotlipOutput(ModelOutput):
+    """What `LotlipModel` returns, by the names that CLIP models use.
 
-    Args:
-        text_config: the BERT-family encoder's config; its `vocab_size` counts the corner tokens.
-        image_config: the image tower's `ImageTowerSpec`, as JSON.
-        embed_dim: D, the width of the shared space: the image tower's.
-        context_length: most tokens in a text.
-        corner_tokens: m.
-        corner_mask: whether [CLS] and the corner tokens are kept apart.
+    Attributes:
+        loss: of contrasting image i with text i, [1]; None unless it was asked for.
+        logits_per_image: scaled similarities, [I, T].
+        logits_per_text: the same seen from the texts, [T, I].
+        text_embeds: normalised [CLS] features, [T, D].
+        image_embeds: normalised features, [I, D].
     """
 
-    model_type = "lotlip"
-
-    def __init__(
-        self,
-        text_config: dict[str, Any] | None = None,
-        image_config: dict[str, Any] | None = None,
-        embed_dim: int = 768,
-        context_length: int = 128,
-        corner_tokens: int = 2,
-        corner_mask: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        self.text_config = text_config or {"model_type": "bert", "vocab_size": 30522 + corner_tokens}
-        self.image_config = image_config or {}
-        self.embed_dim = embed_dim
-        self.context_length = context_length
-        self.corner_tokens = corner_tokens
-        self.corner_mask = corner_mask
-        super().__init__(**kwargs)
+    loss: Tensor | None = None
+    logits_per_image: Tensor | None = None
+    logits_per_text: Tensor | None = None
+    text_embeds: Tensor | None = None
+    image_embeds: Tensor | None = None
 
 
 class LotlipModel(PreTrainedModel):
-    """LoTLIP's two towers.
+    """LoTLIP's two towers (paper, section 3).
 
     Args:
         config: of the model.
@@ -72,13 +61,16 @@ class LotlipModel(PreTrainedModel):
     config: LotlipConfig
     config_class = LotlipConfig
     base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ["image", "text"]  # noqa: RUF012 (transformers' own type)
+    _supports_sdpa = True
 
     def __init__(self, config: LotlipConfig, image_tower: bool = True) -> None:
         super().__init__(config)
-        text_config = dict(config.text_config)
-        encoder = AutoConfig.for_model(text_config.pop("model_type"), **text_config)
-        self.text = TextTower(encoder, config.corner_tokens, config.corner_mask, config.embed_dim)
-        self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))  # DeepSpeed takes no 0-d parameters
+        self.text = TextTower(config.text_config, config.corner_tokens, config.corner_mask, config.embed_dim)
+        scale = INITIAL_SIGMOID_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE
+        self.logit_scale = nn.Parameter(torch.full((1,), scale))  # DeepSpeed takes no 0-d parameters
+        self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS)) if config.logit_bias else None
         self.image: ImageTower | None = None
         if image_tower:
             from lotlip.models.image_tower import ImageTowerSpec, build_image_tower  # timm takes 2 s to import
@@ -100,121 +92,130 @@ class LotlipModel(PreTrainedModel):
             raise ValueError("this model was built without its image tower; load it with image_tower=True")
         return self.image
 
+    # --- features -------------------------------------------------------------------------------------------------
+
     def encode_text(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2)."""
-        return normalize(self.text(input_ids, lengths), dim=-1)
-
-    def get_text_features(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """What evaluation uses: [CLS]'s normalised feature, [B, D]."""
-        return self.encode_text(input_ids, lengths)[:, 0]
-
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
-        """The image tower's normalised [CLS] feature, [B, D], from pixels [B, 3, H, W]."""
-        return normalize(self.image_tower(pixel_values), dim=-1)
-
-    def forward(
-        self, raw_ids: Tensor, raw_lengths: Tensor, long_ids: Tensor | None = None, long_lengths: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The text features that training uses (paper, section 3.2).
-
-        Short and long texts are encoded apart, since each is padded to its own longest.
+        """Normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2).
 
         Args:
-            raw_ids: raw captions, [B, L].
-            raw_lengths: [B].
-            long_ids: the images' long texts, K of each in a row, [B·K, L'].
-            long_lengths: [B·K].
+            input_ids: [B, L], padded at the end.
+            lengths: tokens of each text, [B].
+        """
+        return normalize(self.text(input_ids, lengths), dim=-1)
+
+    def encode_text_tokens(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised features of every token [B, L, D], and which are no padding [B, L] (FILIP, section 3.1)."""
+        features = self.text.features(self.text.hidden_states(input_ids, lengths))
+        return normalize(features, dim=-1), torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
+
+    def encode_image(self, pixel_values: Tensor) -> Tensor:
+        """The image tower's normalised [CLS] feature, [B, D], from pixels [B, 3, S, S]."""
+        return normalize(self.image_tower(pixel_values), dim=-1)
+
+    def encode_image_patches(self, pixel_values: Tensor) -> Tensor:
+        """Normalised features of every patch, [B, P, D], from pixels [B, 3, S, S] (FILIP, section 3.1)."""
+        tower = self.image_tower
+        return normalize(tower.patches(tower.hidden_states(pixel_values)), dim=-1)
+
+    @property
+    def scale(self) -> Tensor:
+        """What similarities are multiplied by, [1]: the temperature's inverse, at most 100 as in CLIP (not SigLIP)."""
+        return (self.logit_scale if self.config.logit_bias else self.logit_scale.clamp(max=MAX_LOGIT_SCALE)).exp()
+
+    # --- what users of CLIP models call -----------------------------------------------------------------------------
+
+    @can_return_tuple
+    def get_text_features(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
+        """Texts' features for short and long text alike: those of [CLS] (paper, section 4).
+
+        Args:
+            input_ids: [B, L], padded at the end, as `LotlipProcessor` or the saved tokenizer makes them.
+            attention_mask: 1 for tokens and 0 for padding, [B, L]; without one, the padding token's id tells.
+            kwargs: `return_dict`, as of every model.
 
         Returns:
-            `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the raw caption, then [CLS] and corner tokens of each
-            long text; `logit_scale` [1], the temperature's inverse, clamped at 100.
+            `pooler_output`: normalised, [B, D]; `last_hidden_state`: the encoder's, [B, L, H].
+
+        Raises:
+            ValueError: texts are padded anywhere but at the end.
         """
-        raw = self.encode_text(raw_ids, raw_lengths)[:, :1]
-        features = raw
-        if long_ids is not None and long_lengths is not None:
-            long = self.encode_text(long_ids, long_lengths)  # [B·K, 1 + m, D]
-            features = torch.cat([raw, long.reshape(raw.shape[0], -1, raw.shape[-1])], dim=1)
-        return {"text_features": features, "logit_scale": self.logit_scale.clamp(max=MAX_LOGIT_SCALE).exp()}
+        hidden = self.text.hidden_states(input_ids, self._lengths(input_ids, attention_mask))
+        return BaseModelOutputWithPooling(hidden, normalize(self.text.features(hidden[:, 0]), dim=-1))
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Pictures' features.
+
+        Args:
+            pixel_values: [B, 3, S, S], as `LotlipProcessor` makes them.
+            kwargs: `return_dict`, as of every model.
+
+        Returns:
+            `pooler_output`: normalised, [B, D]; `last_hidden_state`: the image tower's, [B, T, D].
+        """
+        hidden = self.image_tower.hidden_states(pixel_values)
+        return BaseModelOutputWithPooling(hidden, normalize(self.image_tower.feature(hidden), dim=-1))
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor,
+        attention_mask: Tensor | None = None,
+        return_loss: bool | None = None,
+        **kwargs: Any,
+    ) -> LotlipOutput:
+        """How well each picture fits each text.
+
+        Args:
+            input_ids: [T, L], as in `get_text_features`.
+            pixel_values: [I, 3, S, S].
+            attention_mask: [T, L].
+            return_loss: also the loss of image i belonging to text i; then I = T.
+            kwargs: `return_dict`, as of every model.
+        """
+        lengths = self._lengths(input_ids, attention_mask)
+        texts, images, mask = self.encode_text(input_ids, lengths)[:, 0], self.encode_image(pixel_values), None
+        compared = images, texts
+        similarities = cosine(*compared)
+        if self.config.similarity == "late-interaction":
+            tokens, mask = self.encode_text_tokens(input_ids, lengths)
+            compared = self.encode_image_patches(pixel_values), tokens
+            similarities = late_interaction(*compared, mask)
+        bias = 0 if self.logit_bias is None else self.logit_bias
+        per_image, per_text = (self.scale * similarity + bias for similarity in similarities)
+        loss = self._loss(*compared, mask) if return_loss else None
+        return LotlipOutput(loss, per_image, per_text.T, texts, images)
+
+    def _loss(self, images: Tensor, texts: Tensor, text_mask: Tensor | None) -> Tensor:
+        """The contrastive loss of one text for each image."""
+        return lotlip_loss(
+            images,
+            texts[:, None],
+            self.scale,
+            logit_bias=self.logit_bias,
+            text_mask=None if text_mask is None else text_mask[:, None],
+            contrast="softmax" if self.logit_bias is None else "sigmoid",
+        )["loss"]
+
+    def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Tokens of each text, [B]."""
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.text_config.pad_token_id
+        lengths = attention_mask.sum(dim=1)
+        at_the_end = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        if not torch.equal(attention_mask.bool(), at_the_end):
+            raise ValueError("texts must be padded at the end; set the tokenizer's padding_side to 'right'")
+        return lengths
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
+        """Saves configuration, weights and a model card; see `PreTrainedModel.save_pretrained`."""
+        super().save_pretrained(save_directory, **kwargs)
+        if kwargs.get("is_main_process", True):
+            (Path(save_directory) / "README.md").write_text(model_card(self.config), encoding="utf-8")
 
 
-def build_trainable(text: TextTowerConfig, image_tower: Path) -> LotlipModel:
-    """A new model to train, without its image tower: text tower from params.yaml, random or pretrained.
-
-    Args:
-        text: section of params.yaml.
-        image_tower: folder of the frozen tower, whose width is that of the shared space.
-
-    Raises:
-        ValueError: tokenizer and encoder do not fit, or the context length exceeds the encoder's positions.
-    """
-    tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens)
-    if text.pretrained:
-        encoder = AutoModel.from_pretrained(text.pretrained, dtype=torch.float32, **text.config)
-        if encoder.config.vocab_size != tokenizer.vocabulary_size:
-            raise ValueError(
-                f"text.pretrained {text.pretrained} has {encoder.config.vocab_size} word pieces, but text.tokenizer "
-                f"{text.tokenizer} has {tokenizer.vocabulary_size}; name that model's own tokenizer"
-            )
-        add_corner_rows(encoder, text.corner_tokens)
-        text_config = encoder.config.to_dict()
-    else:
-        encoder = None
-        size = {"vocab_size": tokenizer.vocabulary_size + text.corner_tokens}
-        text_config = AutoConfig.for_model("bert", **text.config, **size).to_dict()
-    positions = text_config["max_position_embeddings"]
-    if text.context_length > positions:
-        raise ValueError(f"text.context_length {text.context_length} exceeds the encoder's {positions} positions")
-    config = LotlipConfig(
-        text_config=text_config,
-        image_config=read_json(image_tower / "config.json"),
-        embed_dim=_width(image_tower),
-        context_length=text.context_length,
-        corner_tokens=text.corner_tokens,
-        corner_mask=text.corner_mask,
-    )
-    model = LotlipModel(config, image_tower=False)
-    if encoder is not None:
-        model.text.transformer.load_state_dict(encoder.state_dict())
-    return model
-
-
-def _width(image_tower: Path) -> int:
-    """D, from the weights on disk: building the tower would import timm, which takes 2 s."""
-    with safe_open(image_tower / "model.safetensors", framework="pt") as weights:
-        return weights.get_slice("trunk.cls_token").get_shape()[-1]
-
-
-def save_model(
-    model: LotlipModel, weights: dict[str, Tensor], tokenizer: TextTokenizer, image_tower: Path, folder: Path
-) -> None:
-    """Writes the whole model in Hugging Face layout: the trained text tower and the frozen image tower beside it.
-
-    Args:
-        model: whose config to write.
-        weights: as trained; the image tower's are not among them.
-        tokenizer: written along, so that the folder needs nothing else.
-        image_tower: folder of the frozen tower, as `save_image_tower` left it.
-        folder: where to write.
-    """
-    frozen = load_file(image_tower / "model.safetensors")
-    image = {f"image.{name}": weight for name, weight in frozen.items()}
-    # the trained module may be rounded to bf16, and its config would tell readers to round the weights, too
-    LotlipModel(model.config, image_tower=False).save_pretrained(folder, state_dict={**weights, **image})
-    tokenizer.save(folder)
-
-
-def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
-    """A saved model, ready to evaluate, and its tokenizer.
-
-    Raises:
-        ValueError: the folder has no model, or weights are missing in it or left over.
-    """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no model: config.json is not there")
-    loaded: Any = LotlipModel.from_pretrained(folder, output_loading_info=True)
-    model, info = loaded
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise ValueError(f"{folder} does not hold this model's weights: {wrong}")
-    config = model.config
-    return model.eval(), TextTokenizer(str(folder), config.context_length, config.corner_tokens)
+AutoModel.register(LotlipConfig, LotlipModel, exist_ok=True)
+AutoModelForZeroShotImageClassification.register(LotlipConfig, LotlipModel, exist_ok=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 # Texts of a batch are encoded in this many groups of like length, so that few positions are padding: of the demo's long
 # texts half were.
@@ -42,21 +44,28 @@ def _is_corner(position: Tensor, corner_tokens: int) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """Encoder, pooler and projection; one feature from [CLS] and one from each corner token.
+    """Encoder, pooler and projection; one feature from [CLS] and one from each corner token (paper, section 3.2).
+
+    Register tokens (Table 7) need nothing here: they are vocabulary rows that the tokenizer puts after the corner
+    tokens, the mask treats them as words, and their features are not read.
 
     Args:
-        config: of the BERT-family encoder; `vocab_size` counts the corner tokens' rows.
+        config: of the BERT-family encoder; `vocab_size` counts the rows of corner and register tokens.
         corner_tokens: m.
         corner_mask: whether [CLS] and corner tokens are kept from seeing one another.
         embed_dim: D, the width of the space that both towers share.
+
+    Raises:
+        ValueError: the encoder's attention does not take a mask for each pair of tokens.
     """
 
     def __init__(self, config: PretrainedConfig, corner_tokens: int, corner_mask: bool, embed_dim: int) -> None:
         super().__init__()
         self.corner_tokens = corner_tokens
         self.corner_mask = corner_mask
-        # the only attention that takes the boolean [B, 1, L, L] mask as it is
-        self.transformer = AutoModel.from_config(config, attn_implementation="sdpa")
+        self.transformer = _encoder(config)
+        own = getattr(self.transformer, "pooler", None) is None  # DistilBERT and ELECTRA come without one
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size) if own else None
         self.proj = nn.Linear(config.hidden_size, embed_dim, bias=False)
         nn.init.normal_(self.proj.weight, std=config.hidden_size**-0.5)
 
@@ -72,22 +81,53 @@ class TextTower(nn.Module):
         """
         order = lengths.argsort(stable=True)
         groups = order.tensor_split(min(LENGTH_GROUPS, len(order)))
-        features = [self._encode(input_ids[group, : int(lengths[group[-1]])], lengths[group]) for group in groups]
+        features = [self._heads(input_ids[group, : int(lengths[group[-1]])], lengths[group]) for group in groups]
         return torch.cat(features)[order.argsort()]
 
-    def _encode(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Features of texts that are padded to the longest of them."""
+    def _heads(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        return self.features(self.hidden_states(input_ids, lengths)[:, : 1 + self.corner_tokens])
+
+    def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The encoder's last hidden states, [B, L, H], of texts [B, L] that have `lengths` [B] tokens."""
         mask = corner_attention_mask(lengths, input_ids.shape[1], self.corner_tokens, self.corner_mask)
-        if mask.shape[2] == 1:
-            mask = mask.expand(-1, -1, input_ids.shape[1], -1)
-        hidden = self.transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state  # [B, L, H]
-        heads = hidden[:, : 1 + self.corner_tokens]
-        pooled = self.transformer.pooler.activation(self.transformer.pooler.dense(heads))  # the same for each token
-        return self.proj(pooled)
+        mask = mask.expand(-1, -1, input_ids.shape[1], -1)  # [B, 1, L, L]
+        return self.transformer(input_ids=input_ids, attention_mask=mask).last_hidden_state
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., H] → features [..., D]: BERT's pooler, the same for each token, then the projection."""
+        pooler: Any = self.pooler or self.transformer.pooler
+        dense = pooler if isinstance(pooler, nn.Linear) else pooler.dense
+        return self.proj(torch.tanh(dense(hidden)))
+
+    @property
+    def positions(self) -> int:
+        """Tokens that the longest text may have."""
+        table = position_table(self.transformer)
+        if table is None:
+            return self.transformer.config.max_position_embeddings
+        return table.num_embeddings - first_position(table)
 
 
-def add_corner_rows(encoder: PreTrainedModel, corner_tokens: int) -> None:
-    """Appends m rows to a pretrained encoder's vocabulary, each drawn from N(0, initializer_range) (section 3.2)."""
-    words = encoder.config.vocab_size
-    table = encoder.resize_token_embeddings(words + corner_tokens, mean_resizing=False)
-    nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)
+def _encoder(config: PretrainedConfig) -> PreTrainedModel:
+    from transformers import AutoModel  # which knows LotlipModel, and so imports this module
+
+    try:
+        # the only attention that takes the boolean [B, 1, L, L] mask as it is
+        return AutoModel.from_config(config, attn_implementation="sdpa")
+    except ValueError as error:
+        raise ValueError(
+            f"a {config.model_type} model cannot be the text tower: {error}; take one whose attention takes a mask for "
+            "each pair of tokens, such as bert, roberta, xlm-roberta, electra, distilbert or albert"
+        ) from error
+
+
+def position_table(encoder: PreTrainedModel) -> nn.Embedding | None:
+    """The encoder's learned absolute positions, [P, H]; None where positions are something else, such as rotations."""
+    embeddings: Any = encoder.embeddings
+    table = getattr(embeddings, "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None
+
+
+def first_position(table: nn.Embedding) -> int:
+    """The row of a text's first token: RoBERTa and its kin leave the rows up to the padding's unused."""
+    return 0 if table.padding_idx is None else table.padding_idx + 1

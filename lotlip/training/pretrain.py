@@ -1,4 +1,4 @@
-"""Locked-image tuning of the text tower through DeepSpeed: the work of one training process.
+"""Contrastive pretraining through DeepSpeed: the work of one training process.
 
 Started as `python -m lotlip.training.pretrain JOB.json`, once, or by torchrun once per process.
 """
@@ -16,22 +16,25 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
+import lotlip
 from lotlip.config import Optimizer, Pretrain
 from lotlip.data.loader import Batch, Rows, batches
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import read_json, whole, write_json
+from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.losses import lotlip_loss
-from lotlip.models.lotlip import build_trainable, save_model
+from lotlip.models.pretraining import build_for_pretraining
 from lotlip.tracking import Sink, open_sink
+
+if TYPE_CHECKING:
+    from lotlip.models.image_tower import ImageTower
 
 CHECKPOINTS_KEPT = 2
 
@@ -53,6 +56,7 @@ class Job:
         out: where finished seeds go.
         tracking_uri: of MLflow.
         run_ids: seed → MLflow run; a seed that is not named is not tracked.
+        git_commit: of the code, for the model card.
     """
 
     ablation: str
@@ -63,6 +67,7 @@ class Job:
     out: str
     tracking_uri: str
     run_ids: dict[str, str]
+    git_commit: str = "unknown"
 
     @classmethod
     def read(cls, path: Path) -> Job:
@@ -130,13 +135,15 @@ class Trainer:
         self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.index = read_json(Path(job.shards) / "index.json")
         self.shards = [Path(job.shards) / f"{shard['name']}.tar" for shard in self.index["splits"]["train"]["shards"]]
-        self.tokenizer = TextTokenizer(config.text.tokenizer, config.text.context_length, config.text.corner_tokens)
-        self.image_tower: nn.Module | None = None
+        text = config.text
+        self.tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
+        self.frozen_tower: ImageTower | None = None
         self.transform: Callable[[bytes], np.ndarray] | None = None
-        if not self.index["features"]:
-            self.image_tower, self.transform = self._open_image_tower()
+        if config.from_pixels or not self.index["features"]:
+            tower = self._open_image_tower()
+            self.frozen_tower = tower if config.image_tower.frozen else None
         seed_everything(seed)
-        model = build_trainable(config.text, Path(job.image_tower))
+        model = build_for_pretraining(config, Path(job.image_tower))
         settings = config.optimizer
         optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay),
@@ -154,14 +161,15 @@ class Trainer:
         self.checkpoints = Path(job.scratch) / f"checkpoints-{seed}"
         self.history: list[dict[str, float]] = []
 
-    def _open_image_tower(self) -> tuple[nn.Module, Callable[[bytes], np.ndarray]]:
-        """The frozen tower in the loop, for shards without stored features."""
+    def _open_image_tower(self) -> ImageTower:
+        """The image tower in the loop, and with it what makes pixels of pictures."""
         from lotlip.data.images import decode_rgb, image_transform
         from lotlip.models.image_tower import load_image_tower
 
         tower = load_image_tower(Path(self.job.image_tower)).eval().requires_grad_(False)
         to_pixels = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
-        return tower, lambda data: to_pixels(decode_rgb(data))
+        self.transform = lambda data: to_pixels(decode_rgb(data))
+        return tower
 
     def train(self) -> None:
         """Runs all steps that are left, then saves the model and its curves.
@@ -215,14 +223,10 @@ class Trainer:
         total = 0.0
         for batch in micro_batches:
             batch = batch.to(self.engine.device)
-            features = self.engine(**batch.texts)
-            weights = self.config.loss
+            features = self.engine(self._images(batch), **batch.texts)
             losses = lotlip_loss(
-                self._image_features(batch).float(),
-                features["text_features"].float(),
-                features["logit_scale"].float(),
-                weights.raw_weight,
-                weights.long_weight,
+                **{name: value.float() if value.is_floating_point() else value for name, value in features.items()},
+                **self.config.loss.model_dump(),
             )
             value = losses["loss"].item()
             if not math.isfinite(value):
@@ -243,12 +247,14 @@ class Trainer:
             f"{'the broken image features of ' if broken else 'the samples '}{keys}, …; {safe}; {remedy}"
         )
 
-    def _image_features(self, batch: Batch) -> Tensor:
-        """Normalised features of the frozen tower, [B, D], stored or computed here."""
-        if self.image_tower is None:
-            return normalize(batch.images, dim=-1)
+    def _images(self, batch: Batch) -> Tensor:
+        """What the model takes: a frozen tower's features, stored or computed here, or pixels for a tower it trains."""
+        tower = self.frozen_tower
+        if tower is None:
+            return batch.images
         with torch.no_grad():
-            return normalize(self.image_tower.to(batch.images.device)(batch.images), dim=-1)
+            hidden = tower.to(batch.images.device).hidden_states(batch.images)
+            return tower.patches(hidden) if self.config.similarity == "late-interaction" else tower.feature(hidden)
 
     def _log(self, step: int, loss: float, rate: float, wait: float) -> None:
         point = {
@@ -302,12 +308,34 @@ class Trainer:
                 weights[name] = whole_parameter
         return {name: value.float().cpu() if value.is_floating_point() else value for name, value in weights.items()}
 
+    def _provenance(self) -> dict[str, Any]:
+        """What the model card tells of training."""
+        return {
+            "name": f"{self.job.ablation}, seed {self.seed}",
+            "ablation": self.job.ablation,
+            "seed": self.seed,
+            "pretraining": self.job.config,
+            "data": {
+                "sha256": sha256_files([Path(self.job.shards) / "index.json"]),
+                "samples": {split: found["samples"] for split, found in self.index["splits"].items()},
+                "statistics": self.index.get("statistics", {}),
+            },
+            "image_tower_sha256": sha256_files([Path(self.job.image_tower) / "model.safetensors"]),
+            "git_commit": self.job.git_commit,
+            "lotlip_version": lotlip.__version__,
+        }
+
     def _save(self) -> None:
+        from lotlip.models.saving import save_model  # brings timm along, which is not needed before
+
         weights = self._weights()  # every process takes part: under ZeRO each has a piece
         if self.rank == 0:
+            model_config = self.engine.module.config
+            model_config.provenance = self._provenance()
+            frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
             with whole(self.job.model_folder(self.seed)) as folder:
                 folder.mkdir()
-                save_model(self.engine.module, weights, self.tokenizer, Path(self.job.image_tower), folder)
+                save_model(model_config, weights, self.tokenizer, folder, frozen)
                 write_json(folder / "history.json", self.history)
             shutil.rmtree(self.checkpoints, ignore_errors=True)
         dist.barrier()

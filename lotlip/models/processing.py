@@ -1,0 +1,50 @@
+"""Texts and pictures to what the model takes, as transformers' processors do; exactly as in training."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from transformers import (
+    AutoProcessor,
+    BaseImageProcessor,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
+
+from lotlip.data.images import MEAN, STD
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.image_processing import LotlipImageProcessor
+
+
+class LotlipProcessor(ProcessorMixin):
+    """`processor(text=…, images=…, return_tensors="pt")` gives what `LotlipModel` takes.
+
+    Texts are padded to the longest and cut at the context length unless it is told otherwise.
+    """
+
+    text_kwargs = {"padding": True, "truncation": True}  # noqa: RUF012 (transformers' own type)
+
+    def __init__(
+        self, image_processor: BaseImageProcessor | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
+        super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def build(cls, tokenizer: TextTokenizer, config: LotlipConfig) -> LotlipProcessor:
+        """The processor of a model.
+
+        Args:
+            tokenizer: of the model.
+            config: whose image tower says how large pictures are.
+        """
+        image = config.image_config  # an ImageTowerSpec would import timm, which takes 2 s
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save(Path(folder))
+            of_text = PreTrainedTokenizerFast.from_pretrained(folder)
+        return cls(LotlipImageProcessor(image["image_size"], image.get("mean", MEAN), image.get("std", STD)), of_text)
+
+
+AutoProcessor.register(LotlipConfig, LotlipProcessor, exist_ok=True)

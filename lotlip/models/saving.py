@@ -1,0 +1,66 @@
+"""Folders in Hugging Face layout: configuration, weights, processor and model card."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.models.card import model_card
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.lotlip import LotlipModel
+from lotlip.models.processing import LotlipProcessor
+
+
+def save_model(
+    config: LotlipConfig,
+    weights: Mapping[str, Tensor],
+    tokenizer: TextTokenizer,
+    folder: Path,
+    image_tower: Path | None,
+) -> None:
+    """Writes a whole model, which needs nothing else: processor, both towers, card.
+
+    Args:
+        config: of the model.
+        weights: as trained, fp32.
+        tokenizer: of the model.
+        folder: where to write.
+        image_tower: folder of the frozen tower, as `save_image_tower` left it, when its weights are not in `weights`.
+    """
+    frozen = load_file(image_tower / "model.safetensors") if image_tower else {}
+    image = {f"image.{name}": weight for name, weight in frozen.items()}
+    # a trained module may be rounded to bf16, and its config would tell readers to round the weights, too
+    LotlipModel(config, image_tower=False).save_pretrained(folder, state_dict={**image, **weights})
+    LotlipProcessor.build(tokenizer, config).save_pretrained(folder)
+
+
+def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
+    """A saved model, ready to evaluate, and its tokenizer.
+
+    Raises:
+        ValueError: the folder has no model, or weights are missing in it or left over.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no model: config.json is not there")
+    loaded: Any = LotlipModel.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    if wrong:
+        raise ValueError(f"{folder} does not hold this model's weights: {wrong}")
+    config = model.config
+    return model.eval(), TextTokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens)
+
+
+def copy_with_provenance(folder: Path, out: Path, more: Mapping[str, Any]) -> None:
+    """Copies a saved model and tells more of where it comes from, such as its scores; weights stay as they are."""
+    shutil.copytree(folder, out)
+    config = LotlipConfig.from_pretrained(folder)
+    config.provenance = {**(config.provenance or {}), **more}
+    config.save_pretrained(out)
+    (out / "README.md").write_text(model_card(config), encoding="utf-8")

