@@ -25,32 +25,34 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
-        import torch
-
         from lotlip.evaluation.benchmarks import open_benchmark
         from lotlip.evaluation.evaluate import chances, encode_images, protocol, unseen_share
         from lotlip.evaluation.evaluate import evaluate as score
-        from lotlip.models.lotlip import load_model
+        from lotlip.evaluation.flops import flops_by_context
+        from lotlip.models.saving import load_model
     run = read_json(folder / "run.json")
     seeds = run["config"]["seeds"]
     vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
     results: dict[str, dict[str, Any]] = {}
     texts = 0
     parameters: dict[str, int] = {}
+    flops: dict[int, int] = {}
     images: dict[str, Any] = {}
+    frozen = params.ablation(ablation).image_tower.frozen
     benchmarks = [
         open_benchmark(name, settings, paths, list(params.caption.captioners))
         for name, settings in config.benchmarks.items()
     ]
     for seed in seeds:
         model, tokenizer = load_model(folder / f"seed-{seed}")
-        tower = model.image_tower
-        parameters = {"text_tower": count_parameters(model.text), "image_tower": count_parameters(tower)}
+        parameters = {"text_tower": count_parameters(model.text), "image_tower": count_parameters(model.image_tower)}
+        flops = flops or flops_by_context(model.config)
         for benchmark in benchmarks:
             name = benchmark.name
-            if name not in results:  # all seeds share the frozen tower
+            if name not in images or not frozen:  # all seeds share a frozen tower
+                images[name] = encode_images(model, benchmark, config.batch_size)
+            if name not in results:
                 unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
-                images[name] = torch.nn.functional.normalize(encode_images(tower, benchmark, config.batch_size), dim=-1)
                 about = {
                     **protocol(model, benchmark),
                     "unseen_token_share": unseen,
@@ -67,7 +69,13 @@ def evaluate(ablation: str) -> None:
             results[name]["weights_sha256"][str(seed)] = sha256_files([folder / f"seed-{seed}" / "model.safetensors"])
             texts += sum(len(found.texts) for found in benchmark.retrieval.values())
         stage.log.info("evaluate-%s: seed %s done", ablation, seed)
-    scores = {"ablation": ablation, "config": run["config"], "parameters": parameters, "benchmarks": results}
+    scores = {
+        "ablation": ablation,
+        "config": run["config"],
+        "parameters": parameters,
+        "text_tower_flops": flops,
+        "benchmarks": results,
+    }
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_evaluate
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lotlip.config import HeldOutBenchmark, Paths, ScenesBenchmark, TextTower
+from lotlip.config import HeldOutBenchmark, Paths, Pretrain, ScenesBenchmark
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchmark
 from lotlip.evaluation.evaluate import chances, encode_images, encode_texts, evaluate, unseen_share
 from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
-from lotlip.models.image_tower import load_image_tower
-from lotlip.models.lotlip import LotlipModel, build_trainable
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.lotlip import LotlipModel
+from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining
 from lotlip.partitions import write_captions, write_partition
 from lotlip.records import Caption, ImageRecord, Unit
 from lotlip.sources.scenes import generate_scene
@@ -30,9 +31,22 @@ WORDS = ("red", "green", "blue", "white")
 class WordModel(nn.Module):
     """Stands for a model that understands: a text's feature is the mean of those of its words that it knows."""
 
-    def get_text_features(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    config = LotlipConfig(TEXT)
+
+    def encode_text(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         known = torch.tensor([TOKENIZER.encode([word])[0][1] for word in WORDS])
-        return (input_ids[:, :, None] == known).sum(dim=1).float()
+        return (input_ids[:, :, None] == known).sum(dim=1, keepdim=True).float()
+
+
+class WordByWordModel(nn.Module):
+    """The same token by token: a token's feature says which word it is."""
+
+    config = LotlipConfig(TEXT, similarity="late-interaction")
+
+    def encode_text_tokens(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        known = torch.tensor([TOKENIZER.encode([word])[0][1] for word in WORDS])
+        mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+        return (input_ids[:, :, None] == known).float(), mask
 
 
 def understanding() -> LotlipModel:
@@ -56,6 +70,21 @@ def test_a_model_that_understands_is_always_right():
     assert scores["short.text_to_image.median_rank"] == 1
     assert scores["classification.top1"] == scores["classification.top5"] == 1
     assert set(chances(asked)) <= set(scores)
+
+
+def test_late_interaction_finds_what_its_patches_show():
+    """Each picture has one patch of its colour and one of nothing, whatever else the texts say."""
+    patches = torch.stack([torch.eye(4), torch.zeros(4, 4)], dim=1)  # [I, P, D]
+    asked = benchmark(
+        {"short": Texts(["red", "a very big green thing", "the blue one", "white"], [0, 1, 2, 3])},
+        Prompts([["red", "all red", "it is red"], ["green"], ["blue"], ["white"]], [0, 1, 2, 3]),
+    )
+    model: LotlipModel = WordByWordModel()  # type: ignore[assignment]
+    scores = evaluate(model, TOKENIZER, asked, patches, batch_size=3)
+    assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
+    assert scores["classification.top1"] == 1
+    wrong = evaluate(model, TOKENIZER, asked, patches.roll(1, dims=0), batch_size=3)
+    assert wrong["short.text_to_image.r1"] == wrong["classification.top1"] == 0
 
 
 def test_each_mistake_counts():
@@ -112,14 +141,29 @@ def test_the_unseen_share_counts_pieces_of_all_texts_and_prompts():
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     torch.manual_seed(0)
-    model = build_trainable(TextTower(config=TEXT, context_length=32, corner_tokens=1), tiny_tower).eval()
+    settings = {"text": {"config": TEXT, "context_length": 32, "corner_tokens": 1}}
+    model = build_for_pretraining(Pretrain.model_validate(settings), tiny_tower).eval()
     tokenizer = TextTokenizer(BERT, 32, 1)
     texts = ["red", "a very long text. about a red house. and a dog", "", "green tree", "blue"]
-    whole = encode_texts(model, tokenizer, texts, 100)
+    whole, mask = encode_texts(model, tokenizer, texts, 100)
     assert whole.shape == (5, 32)
+    assert mask is None
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(encode_texts(model, tokenizer, texts, batch_size), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encode_texts(model, tokenizer, texts, batch_size)[0], whole, atol=1e-5, rtol=0)
     assert not whole.requires_grad
+    model.config.similarity = "late-interaction"
+    tokens, mask = encode_texts(model, tokenizer, texts, 100)
+    assert tokens.shape[:2] == mask.shape
+    assert mask.sum(dim=1).tolist() == tokenizer(texts)[1].tolist()
+    again, same_mask = encode_texts(model, tokenizer, texts, batch_size)
+    torch.testing.assert_close(again, tokens, atol=1e-5, rtol=0)
+    assert torch.equal(same_mask, mask)
+
+
+def with_pictures(tiny_tower: Path) -> LotlipForPreTraining:
+    """A model with its image tower."""
+    settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
+    return build_for_pretraining(Pretrain.model_validate(settings), tiny_tower).eval()
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------------
@@ -212,6 +256,11 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_size):
     asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
-    features = encode_images(load_image_tower(tiny_tower), asked, batch_size)
+    model = with_pictures(tiny_tower)
+    features = encode_images(model, asked, batch_size)
     expected = torch.stack([torch.from_numpy(sample.feature) for sample in held.samples])
-    torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(features, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
+    model.config.similarity = "late-interaction"
+    patches = encode_images(model, asked, batch_size)
+    assert patches.shape == (5, 16, 32)
+    torch.testing.assert_close(patches.norm(dim=-1), torch.ones(5, 16))

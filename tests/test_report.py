@@ -14,9 +14,10 @@ from PIL import Image
 
 from lotlip.config import Params
 from lotlip.report import build_report, groups, load_inputs
-from lotlip.report.figures import colours
+from lotlip.report.figures import colours, context_figures
 from lotlip.report.results import benchmark_tables
-from lotlip.report.tables import Cell, duration, mark_best, percent, score
+from lotlip.report.stages import cost_table, training_table
+from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables go by configuration.
 ABLATIONS = {
@@ -103,8 +104,13 @@ def write_pictures(root, params, count=3):
         pd.DataFrame(captions).to_parquet(folder / "part-00000.parquet")
 
 
-def write_project(root, params, metrics=metrics_of):
-    """Everything that the stages leave behind for `params`."""
+def flops_of(length):
+    """Made-up operations of a text tower on a text."""
+    return length * (50_000_000 + 90_000 * length)
+
+
+def write_project(root, params, metrics=metrics_of, flops=()):
+    """Everything that the stages leave behind for `params`; without `flops`, the lengths, as they left it long ago."""
     for place, name in enumerate(params.ablations):
         config = params.ablation(name)
         benchmarks = {
@@ -121,6 +127,9 @@ def write_project(root, params, metrics=metrics_of):
         }
         result = {"ablation": name, "config": config.model_dump(mode="json"), "benchmarks": benchmarks}
         parameters = {"text_tower": 4_000_000, "image_tower": 800_000}
+        if flops:
+            lengths = sorted({*flops, config.text.context_length})
+            result["text_tower_flops"] = {str(length): flops_of(length) for length in lengths}
         write_json(root / params.paths.metrics / f"{name}.json", {**result, "parameters": parameters})
         for seed in config.seeds:
             steps = range(1, config.steps + 1, config.log_every)
@@ -351,6 +360,201 @@ def test_systems_keep_their_colours(inputs):
     chosen = colours(inputs)
     assert (chosen["alpha"], chosen["beta"], chosen["gamma"]) == ("#64748b", "#d97706", "#4f46e5")
     assert len(set(chosen.values())) == len(ABLATIONS)
+
+
+def test_another_contrast_is_another_system():
+    changes = {
+        "a": {"loss": {"contrast": "sigmoid"}},
+        "b": {"loss": {"raw_weight": 2.0}},
+        "c": {"similarity": "cosine"},
+    }
+    params = make_params(ablations=changes)
+    found = {name: groups.system(params.ablation(name), params.pretrain) for name in changes}
+    assert found == {"a": None, "b": "LoTLIP", "c": "LoTLIP"}
+
+
+def test_any_difference_can_be_said():
+    differs = {
+        "some.new_key": None,
+        "flag": True,
+        "many": [1, 2.5],
+        "names": ["a", "b"],
+        "none": [],
+        "text.words": "plain",
+    }
+    assert groups.in_words(differs) == (
+        "some.new_key = null, flag = true, many = [1, 2.5], names = [a, b], none = [], text.words = plain"
+    )
+    params = make_params(
+        ablations={"odd": {"optimizer": {"betas": [0.8, 0.9]}, "text": {"config": {"hidden_size": 32}}}}
+    )
+    assert groups.in_words(groups.differences(params.ablation("odd"), params.pretrain)) == (
+        "text.config.hidden_size = 32, optimizer.betas = [0.8, 0.9]"
+    )
+
+
+def test_a_tower_that_learns_is_not_called_frozen(tmp_path):
+    params = make_params(ablations={"locked": {}, "open": {"image_tower": {"frozen": False}}})
+    write_project(tmp_path, params)
+    inputs = load_inputs(params, tmp_path)
+    assert "frozen" not in training_table(inputs).note
+    page = build_report(inputs, tmp_path / "report").read_text()
+    assert "the image tower is frozen or learns as well" in page and "frozen after this" not in page
+
+
+# --- context length -----------------------------------------------------------------------------------------------
+
+LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)
+SERIES = {"gamma": {}, "iota": {"text": {"context_length": 192}}, "kappa": {"text": {"context_length": 77}}}
+
+
+@pytest.fixture(scope="module")
+def series(tmp_path_factory):
+    """A project whose ablations differ in the context length, and its report."""
+    root, params = tmp_path_factory.mktemp("series"), make_params(ablations=ABLATIONS | SERIES)
+    write_project(root, params, flops=LENGTHS)
+    inputs = load_inputs(params, root)
+    return inputs, build_report(inputs, root / "report").parent
+
+
+def made(tmp_path, ablations, flops=LENGTHS, metrics=metrics_of, **changes):
+    params = make_params(ablations=ablations, **changes)
+    write_project(tmp_path, params, metrics, flops)
+    return load_inputs(params, tmp_path)
+
+
+def drawn_words(figure):
+    return re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg)
+
+
+def test_context_lengths_have_a_table_with_what_they_cost(series):
+    inputs, _ = series
+    found = table(inputs, "context-length")
+    assert rows_of(inputs, "context-length") == ["kappa", "gamma", "iota"]  # theta differs in more
+    assert [column.key for column in found.columns[:3]] == ["ablation", "context_length", "flops_per_text"]
+    assert [row[1].text for row in found.rows] == ["77", "128", "192"]
+    assert [row[2].value for row in found.rows] == [flops_of(length) for length in (77, 128, 192)]
+    assert [row[2].text for row in found.rows] == ["4.38", "7.87", "12.9"]
+    assert rows_of(inputs, "others") == ["gamma", "theta"]
+
+
+def test_recall_and_cost_are_drawn_side_by_side(series):
+    inputs, _ = series
+    (figure,) = context_figures(inputs)
+    assert (figure.slug, figure.title) == ("scenes-context-length", "Context length: recall and cost")
+    words = drawn_words(figure)
+    assert {"long text, R@1 (%)", "GFLOPs per text", "image → text", "text → image"} <= set(words)
+    assert words.count("context length, tokens") == 2
+    # both panels have the same places: where was trained, and a little further, to 1.5 × 192
+    assert all(words.count(place) == 2 for place in ("64", "77", "128", "192", "256"))
+    assert "384" not in words and "512" not in words
+    assert "of the text tower of gamma" in figure.note and "A dot marks" in figure.note
+
+
+def test_cost_is_on_the_page_and_in_files(series):
+    inputs, report = series
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert "#context-length" in page.anchors and {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+    assert "Context length: recall and cost" in text
+    markdown = (report / "report.md").read_text()
+    assert "![Context length: recall and cost](figures/scenes-context-length.png)" in markdown
+    assert (report / "figures" / "scenes-context-length.png").stat().st_size > 0
+    (costs,) = read_csv(report, "text-cost")
+    assert costs.pop("ablation") == "gamma"
+    assert {int(length): int(flops) for length, flops in costs.items()} == {
+        length: flops_of(length) for length in sorted({*LENGTHS, 77})
+    }
+    rows = {row["ablation"]: row for row in read_csv(report, "training")}
+    assert int(rows["iota"]["flops_per_text"]) == flops_of(192)
+    assert int(rows["theta"]["flops_per_text"]) == flops_of(64)
+    assert "two for a multiply-add" in training_table(inputs).note
+
+
+def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
+    inputs = made(tmp_path, {"gamma": {}, "theta": ABLATIONS["theta"]})
+    (figure,) = context_figures(inputs)
+    assert (figure.slug, figure.title) == ("context-length", "Context length: cost")
+    words = drawn_words(figure)
+    assert words.count("context length, tokens") == 1 and "512" in words
+    assert not any("R@1" in word for word in words) and "ecall" not in figure.note
+    assert "scenes-context-length" not in [t.slug for t in benchmark_tables(inputs, "scenes")]
+    text = build_report(inputs, tmp_path / "report").read_text()
+    assert "Context length: cost" in text and "recall and cost" not in text
+
+
+def test_without_counted_operations_nothing_is_said_of_them(inputs, report):
+    assert context_figures(inputs) == [] and cost_table(inputs).rows == []
+    for file in ("index.html", "report.md"):
+        text = (report / file).read_text()
+        assert "GFLOP" not in text and "multiply-add" not in text and "Context length" not in text
+    assert "flops_per_text" not in read_csv(report, "training")[0]
+
+
+def test_recall_is_drawn_without_cost(tmp_path):
+    inputs = made(tmp_path, SERIES, flops=())
+    (figure,) = context_figures(inputs)
+    assert figure.title == "Context length: recall"
+    assert "GFLOPs per text" not in drawn_words(figure) and "Cost" not in figure.note
+    assert "flops_per_text" not in [column.key for column in table(inputs, "context-length").columns]
+    assert "GFLOP" not in build_report(inputs, tmp_path / "report").read_text()
+
+
+def test_lengths_without_long_texts_are_drawn_by_cost_alone(tmp_path):
+    inputs = made(tmp_path, SERIES, metrics=lambda place, seed: {"short.text_to_image.r1": 0.1 * place})
+    assert [figure.title for figure in context_figures(inputs)] == ["Context length: cost"]
+
+
+def test_each_benchmark_has_its_own_recall(tmp_path):
+    benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}
+    inputs = made(tmp_path, SERIES, evaluate={"benchmarks": benchmarks})
+    found = [(figure.slug, figure.title) for figure in context_figures(inputs)]
+    assert found == [
+        ("scenes-context-length", "Context length: recall and cost on scenes"),
+        ("own-context-length", "Context length: recall and cost on own"),
+    ]
+
+
+def test_the_tower_whose_cost_is_drawn_is_named(tmp_path):
+    """The base's where it was run; else the first there is."""
+    wide = {"text": {"config": {"hidden_size": 128}}}
+    assert cost_table(made(tmp_path / "with", {"wide": wide, **SERIES})).rows[0][0].text == "gamma"
+    inputs = made(tmp_path / "without", {"wide": wide, "lit": {"text": {"corner_tokens": 0}}})
+    assert cost_table(inputs).rows[0][0].text == "wide"
+    assert "of the text tower of wide" in context_figures(inputs)[0].note
+
+
+def test_one_counted_length_is_no_curve(tmp_path):
+    inputs = made(tmp_path, {"gamma": {}}, flops=(128,))
+    assert context_figures(inputs) == []
+    text = build_report(inputs, tmp_path / "report").read_text()
+    assert "GFLOPs per text" in text and Page(text).open == []
+
+
+def test_a_context_that_was_not_counted_is_a_dash(tmp_path):
+    inputs = made(tmp_path, SERIES)
+    path = tmp_path / inputs.params.paths.metrics / "kappa.json"
+    write_json(path, {**json.loads(path.read_text()), "text_tower_flops": {"32": 5}})
+    inputs = load_inputs(inputs.params, tmp_path)
+    assert [row[2].text for row in table(inputs, "context-length").rows] == ["–", "7.87", "12.9"]
+    assert len(context_figures(inputs)) == 1
+
+
+@pytest.mark.parametrize(
+    ("flops", "text"),
+    [
+        (None, "–"),
+        (22_354_329_600, "22.4"),
+        (108_900_000, "0.109"),
+        (11_000_000_000, "11.0"),
+        (99_960_000_000, "100"),
+        (330_400_000_000, "330"),
+        (1_234_500_000_000, "1,234"),
+    ],
+)
+def test_gigaflops(flops, text):
+    assert gigaflops(flops).text == text
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lotlip.data.images import decode_rgb, image_transform
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
-from lotlip.evaluation.benchmarks import Benchmark
+from lotlip.evaluation.benchmarks import Benchmark, Prompts
 from lotlip.evaluation.metrics import chance, class_features, classification, retrieval
-from lotlip.models.image_tower import ImageTower
 from lotlip.models.lotlip import LotlipModel
 
 KS = (1, 5, 10)
@@ -30,22 +30,32 @@ def evaluate(
         model: with the text tower to score.
         tokenizer: its own.
         benchmark: what to ask.
-        images: features of the benchmark's images by the model's image tower, [I, D].
+        images: the benchmark's images as `encode_images` gives them, [I, D] or, with late interaction, [I, P, D].
         batch_size: texts encoded at a time.
     """
     scores: dict[str, float] = {}
     for kind, texts in benchmark.retrieval.items():
-        features = encode_texts(model, tokenizer, texts.texts, batch_size)
+        features, mask = encode_texts(model, tokenizer, texts.texts, batch_size)
         asked, image = torch.tensor(texts.image).unique(return_inverse=True)  # not every image has a long text
-        found = retrieval(images[asked], features, image, KS)
+        found = retrieval(images[asked], features, image, KS, text_mask=mask)
         scores |= {f"{kind}.{name}": value for name, value in found.items()}
     if benchmark.prompts:
-        classes = benchmark.prompts.classes
-        features = encode_texts(model, tokenizer, [prompt for prompts in classes for prompt in prompts], batch_size)
-        by_class = class_features(features.split([len(prompts) for prompts in classes]))
-        found = classification(images, by_class, torch.tensor(benchmark.prompts.labels))
+        found = _classify(model, tokenizer, benchmark.prompts, images, batch_size)
         scores |= {f"classification.{name}": value for name, value in found.items()}
     return scores
+
+
+def _classify(
+    model: LotlipModel, tokenizer: TextTokenizer, prompts: Prompts, images: Tensor, batch_size: int
+) -> dict[str, float]:
+    """A class is the mean of its prompts' features or, with late interaction, of their similarities."""
+    sizes = [len(texts) for texts in prompts.classes]
+    features, mask = encode_texts(model, tokenizer, [text for texts in prompts.classes for text in texts], batch_size)
+    labels = torch.tensor(prompts.labels)
+    if mask is None:
+        return classification(images, class_features(features.split(sizes)), labels)
+    prompt_class = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    return classification(images, features, labels, text_mask=mask, prompt_class=prompt_class)
 
 
 def chances(benchmark: Benchmark) -> dict[str, float]:
@@ -92,36 +102,53 @@ def protocol(model: LotlipModel, benchmark: Benchmark) -> dict[str, str | int]:
         "image_size": model.image_tower.spec.image_size,
         "resize": "shorter side bicubic, centre crop",
         "precision": str(model.dtype).removeprefix("torch."),
-        "text_feature": "[CLS]",
+        "similarity": model.config.similarity,
         "text_preparation": "sub-captions joined by [SEP], cut at the context length",
         **benchmark.about,
     }
 
 
-def encode_images(tower: ImageTower, benchmark: Benchmark, batch_size: int) -> Tensor:
-    """Features of a benchmark's images, [I, D], not normalised."""
-    spec = tower.spec
+def encode_images(model: LotlipModel, benchmark: Benchmark, batch_size: int) -> Tensor:
+    """Normalised features of a benchmark's images, [I, D]; with late interaction those of their patches, [I, P, D]."""
+    spec = model.image_tower.spec
     transform = image_transform(spec.image_size, spec.mean, spec.std)
-
-    def encode(batch: list[bytes]) -> Tensor:
-        return tower(torch.from_numpy(np.stack([transform(decode_rgb(image)) for image in batch])))
-
-    return _in_batches(benchmark.images(), encode, batch_size)
-
-
-def encode_texts(model: LotlipModel, tokenizer: TextTokenizer, texts: Sequence[str], batch_size: int) -> Tensor:
-    """[CLS] features of texts, [T, D]: what evaluation uses, for short and long text alike (paper, section 4)."""
-
-    def encode(batch: list[str]) -> Tensor:
-        ids, lengths = tokenizer(batch)
-        return model.get_text_features(torch.from_numpy(ids), torch.from_numpy(lengths))
-
-    return _in_batches(iter(texts), encode, batch_size)
-
-
-def _in_batches(items: Iterator[T], encode: Callable[[list[T]], Tensor], batch_size: int) -> Tensor:
-    rows = []
+    by_patches = model.config.similarity == "late-interaction"
+    encode = model.encode_image_patches if by_patches else model.encode_image
     with torch.inference_mode():
-        while batch := list(islice(items, batch_size)):
-            rows.append(encode(batch))
-    return torch.cat(rows)
+        return torch.cat(
+            [
+                encode(torch.from_numpy(np.stack([transform(decode_rgb(image)) for image in batch])))
+                for batch in _in_batches(benchmark.images(), batch_size)
+            ]
+        )
+
+
+def encode_texts(
+    model: LotlipModel, tokenizer: TextTokenizer, texts: Sequence[str], batch_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """What evaluation compares with images, for short and long text alike (paper, section 4).
+
+    Returns:
+        Normalised features of [CLS], [T, D], and None; with late interaction those of all tokens, [T, L, D], and which
+        are no padding, [T, L].
+    """
+    by_tokens = model.config.similarity == "late-interaction"
+    rows: list[Tensor] = []
+    with torch.inference_mode():
+        for batch in _in_batches(iter(texts), batch_size):
+            ids, lengths = map(torch.from_numpy, tokenizer(batch))
+            if by_tokens:
+                tokens, mask = model.encode_text_tokens(ids, lengths)
+                rows += [own[real] for own, real in zip(tokens, mask, strict=True)]
+            else:
+                rows.append(model.encode_text(ids, lengths)[:, 0])
+    if not by_tokens:
+        return torch.cat(rows), None
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = pad_sequence(rows, batch_first=True)
+    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
+
+
+def _in_batches(items: Iterator[T], batch_size: int) -> Iterator[list[T]]:
+    while batch := list(islice(items, batch_size)):
+        yield batch

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lotlip.report import groups
 from lotlip.report.inputs import Ablation, ReportInputs
-from lotlip.report.results import DIRECTIONS, FAMILIES, metric_names
+from lotlip.report.results import DIRECTIONS, FAMILIES, benchmark_names, metric_names
 from lotlip.report.tables import score
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ SYSTEM_COLOURS = {"LiT": "#64748b", "LiT + long texts": "#d97706", "LoTLIP": "#4
 OTHER_COLOURS = (
     "#0891b2", "#be185d", "#65a30d", "#9333ea", "#0d9488", "#e11d48", "#2563eb", "#a16207", "#15803d", "#c026d3",
 )  # fmt: skip
-SMALL, WIDE = (4.6, 3.1), (9.4, 4.0)  # inches
+SMALL, WIDE, LOW = (4.6, 3.1), (9.4, 4.0), (9.4, 3.2)  # inches
 STYLE: Any = {  # matplotlib types its keys one by one
     "font.size": 9.5,
     "svg.fonttype": "none",
@@ -144,36 +144,40 @@ def _points(
 
 
 def _line_figure(slug: str, title: str, x_label: str, lines: Sequence[_Line]) -> Figure | None:
-    lines = [line for line in lines if line.points]
-    places = sorted({x for line in lines for x, _, _ in line.points})
+    places = _places(lines)
     if len(places) < 2:
         return None
-
-    def draw(axes: Axes) -> None:
-        for line in lines:
-            xs, means, spreads = (list(values) for values in zip(*line.points, strict=True))
-            axes.errorbar(
-                xs,
-                means,
-                yerr=spreads if any(spreads) else None,
-                label=line.label,
-                color=line.colour,
-                linestyle=(0, (4, 2)) if line.dashed else "-",
-                marker="s" if line.dashed else "o",
-                markerfacecolor="none" if line.hollow else line.colour,
-                capsize=2,
-                elinewidth=1,
-            )
-        axes.set_xticks(places, [f"{x:g}" for x in places])
-        axes.set_xlabel(x_label)
-        axes.set_ylabel("R@1 (%)")
-        axes.set_ylim(
-            *_range([value for line in lines for _, y, spread in line.points for value in (y - spread, y + spread)])
-        )
-        axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, handlelength=3.4)
-
-    svg, png = _render(slug, SMALL, draw)
+    svg, png = _render(slug, SMALL, lambda axes: _draw_lines(axes, lines, places, x_label, "R@1 (%)"))
     return Figure(slug, title, "", svg, png)
+
+
+def _places(lines: Sequence[_Line]) -> list[float]:
+    return sorted({x for line in lines for x, _, _ in line.points})
+
+
+def _draw_lines(axes: Axes, lines: Sequence[_Line], ticks: Sequence[float], x_label: str, y_label: str) -> None:
+    lines = [line for line in lines if line.points]
+    for line in lines:
+        xs, means, spreads = (list(values) for values in zip(*line.points, strict=True))
+        axes.errorbar(
+            xs,
+            means,
+            yerr=spreads if any(spreads) else None,
+            label=line.label,
+            color=line.colour,
+            linestyle=(0, (4, 2)) if line.dashed else "-",
+            marker="s" if line.dashed else "o",
+            markerfacecolor="none" if line.hollow else line.colour,
+            capsize=2,
+            elinewidth=1,
+        )
+    axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.set_ylim(
+        *_range([value for line in lines for _, y, spread in line.points for value in (y - spread, y + spread)])
+    )
+    axes.figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=8.5, handlelength=3.4)
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
@@ -181,6 +185,76 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     pad = max(0.08 * (high - low), (10 - (high - low)) / 2)
     return max(low - pad, 0.0), min(high + pad, 101.0)
+
+
+def context_figures(inputs: ReportInputs) -> list[Figure]:
+    """Long-text R@1 and the text tower's operations against context length, side by side (paper, Fig. 4).
+
+    One for each benchmark that ablations of several context lengths have scores on; where there is none, one of the
+    operations alone; none where they are not known either.
+    """
+    members = groups.context_lengths(inputs.ablations, inputs.params.pretrain)
+    recalls = {}
+    for benchmark in benchmark_names(inputs):
+        lines = [
+            _Line(
+                words,
+                SYSTEM_COLOURS["LoTLIP"],
+                _points(members, benchmark, f"long.{direction}.r1", lambda a: a.config.text.context_length),
+                dashed=direction == "text_to_image",
+            )
+            for direction, words in DIRECTIONS.items()
+        ]
+        if len(_places(lines)) > 1:
+            recalls[benchmark] = lines
+    if not recalls:
+        drawn = [_context_figure(inputs, "context-length", "", [])]
+    else:
+        several = len(recalls) > 1
+        drawn = [
+            _context_figure(inputs, f"{benchmark}-context-length", f" on {benchmark}" if several else "", lines)
+            for benchmark, lines in recalls.items()
+        ]
+    return [figure for figure in drawn if figure]
+
+
+def _context_figure(inputs: ReportInputs, slug: str, where: str, recall: Sequence[_Line]) -> Figure | None:
+    """A panel of recall, where there is any, and one of cost, where it is known; `where` ends the title."""
+    towers = groups.with_base_tower(inputs.ablations, inputs.params.pretrain)
+    trained = _places(recall) or sorted({a.config.text.context_length for a in towers})
+    # a little further than recall is known: beyond that, its panel would be empty
+    end = 1.5 * max(trained) if recall else math.inf
+    costs: dict[float, float] = {
+        length: flops / 1e9 for a in towers for length, flops in a.text_tower_flops.items() if length <= end
+    }
+    lengths = sorted(costs)
+    dots = [length for length in trained if length in costs]
+    ticks = sorted({*trained, *(length for length in costs if length % 64 == 0)})
+    x_label = "context length, tokens"
+
+    def draw_recall(axes: Axes) -> None:
+        _draw_lines(axes, recall, ticks, x_label, "long text, R@1 (%)")
+
+    def draw_cost(axes: Axes) -> None:
+        axes.plot(lengths, [costs[length] for length in lengths], color=INK)
+        axes.plot(dots, [costs[length] for length in dots], "o", color=SYSTEM_COLOURS["LoTLIP"])
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("GFLOPs per text")
+        axes.set_ylim(bottom=0)
+
+    panels, notes = {}, []
+    if recall:
+        panels["recall"] = draw_recall
+        notes.append("Recall: of ablations that differ in the context length alone.")
+    if len(lengths) > 1:
+        panels["cost"] = draw_cost
+        notes.append(f"Cost: of the text tower of {towers[0].name}, for one text that fills the context.")
+        notes += ["A dot marks a length that was trained with."] if dots else []
+    if not panels:
+        return None
+    svg, png = _render(slug, LOW, *panels.values())
+    return Figure(slug, f"Context length: {' and '.join(panels)}{where}", " ".join(notes), svg, png, wide=True)
 
 
 def loss_figure(inputs: ReportInputs) -> Figure | None:
@@ -248,14 +322,16 @@ def _mean_curve(histories: Sequence[Sequence[dict[str, float]]]) -> list[tuple[f
 # --- drawing ------------------------------------------------------------------------------------------------------
 
 
-def _render(slug: str, size: tuple[float, float], draw: Callable[[Axes], None]) -> tuple[str, bytes]:
-    """Draws once; the same numbers give the same bytes."""
+def _render(slug: str, size: tuple[float, float], *draws: Callable[[Axes], None]) -> tuple[str, bytes]:
+    """Draws each panel once, side by side on the same x; the same numbers give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure as Canvas
 
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": slug}):
         canvas = Canvas(figsize=size, layout="constrained")
-        draw(canvas.subplots())
+        panels = canvas.subplots(1, len(draws), sharex=True, squeeze=False)[0]
+        for draw, axes in zip(draws, panels, strict=True):
+            draw(axes)
         svg, png = io.StringIO(), io.BytesIO()
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         canvas.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,8 @@ from lotlip.config import Pretrain, flatten
 from lotlip.report.inputs import Ablation
 
 CORNER_TOKENS, CORNER_MASK, SUB_CAPTIONS = "text.corner_tokens", "text.corner_mask", "long_texts.sub_captions"
+CONTEXT_LENGTH = "text.context_length"
+LOSS_WEIGHTS = {"loss.raw_weight", "loss.long_weight"}
 # These change when and how often something is written down or how work is spread, not what is learned.
 BOOKKEEPING = {"seeds", "log_every", "checkpoint_every", "max_final_loss_share", "processes", "zero_stage"}
 SYSTEMS = ("LiT", "LiT + long texts", "LoTLIP")
@@ -31,7 +34,7 @@ def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
 
 def system(config: Pretrain, base: Pretrain) -> str | None:
     """The system of the paper's comparison that a configuration is, whatever weights its loss has; None: no such."""
-    beyond = {key for key in differences(config, base) if not key.startswith("loss.")}
+    beyond = differences(config, base).keys() - LOSS_WEIGHTS
     corners, parts = config.text.corner_tokens, config.long_texts.sub_captions
     if beyond - {CORNER_TOKENS, SUB_CAPTIONS}:
         return None
@@ -48,7 +51,7 @@ def systems(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
     """LiT, LiT with long texts, LoTLIP; of each the one with the base's loss weights first."""
     kinds = {ablation.name: system(ablation.config, base) for ablation in ablations}
     chosen = [ablation for ablation in ablations if kinds[ablation.name]]
-    plain = {ablation.name: not _changes_loss(ablation.config, base) for ablation in chosen}
+    plain = {ablation.name: not differences(ablation.config, base).keys() & LOSS_WEIGHTS for ablation in chosen}
     return sorted(chosen, key=lambda ablation: (SYSTEMS.index(str(kinds[ablation.name])), not plain[ablation.name]))
 
 
@@ -76,6 +79,27 @@ def sub_captions(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
     return sorted(chosen, key=lambda a: (_corners(a), a.config.long_texts.sub_captions))
 
 
+def context_lengths(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+    """Those that differ in the context length alone, shortest first."""
+    chosen = [a for a in ablations if differences(a.config, base).keys() <= {CONTEXT_LENGTH}]
+    return sorted(chosen, key=lambda a: a.config.text.context_length)
+
+
+def with_base_tower(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+    """Those with counted operations whose text tower is the base's but for the context length, the base first.
+
+    Where there is none, the first ablation with counted operations stands for it.
+    """
+    counted = [ablation for ablation in ablations if ablation.text_tower_flops]
+    chosen = context_lengths(counted, base)
+    return sorted(chosen, key=lambda a: len(differences(a.config, base))) or counted[:1]
+
+
+def all_frozen(ablations: list[Ablation]) -> bool:
+    """Whether none trains its image tower."""
+    return all(ablation.config.image_tower.frozen for ablation in ablations)
+
+
 def masked_off(ablation: Ablation) -> bool:
     """Whether it has corner tokens that the mask does not part."""
     return _corners(ablation) > 0 and not ablation.config.text.corner_mask
@@ -89,13 +113,16 @@ def in_words(differs: Mapping[str, Any]) -> str:
         if key == CORNER_MASK:
             words.append("mask on" if value else "mask off")
         else:
-            words.append(f"{symbols.get(key, key)} = {', '.join(value) if isinstance(value, list) else value}")
+            words.append(f"{symbols.get(key, key)} = {_plain(value)}")
     return ", ".join(words) or "the base"
+
+
+def _plain(value: Any) -> str:
+    """A value as params.yaml has it: "true", "null", "[0.9, 0.98]"; words go without quotes."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_plain, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _corners(ablation: Ablation) -> int:
     return ablation.config.text.corner_tokens
-
-
-def _changes_loss(config: Pretrain, base: Pretrain) -> bool:
-    return any(key.startswith("loss.") for key in differences(config, base))

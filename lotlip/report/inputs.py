@@ -44,6 +44,7 @@ class Ablation:
         name: in params.yaml.
         config: what it was trained with; while there are no metrics, what params.yaml resolves to.
         parameters: part of the model → number of parameters.
+        text_tower_flops: tokens of a text → floating-point operations of the text tower on it; empty when not known.
         benchmarks: benchmark's name → results; empty while there are none.
         history: seed → logged steps, each with "step", "loss", …
     """
@@ -51,8 +52,14 @@ class Ablation:
     name: str
     config: Pretrain
     parameters: dict[str, int] = field(default_factory=dict)
+    text_tower_flops: dict[int, int] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
     history: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+
+    @property
+    def flops_per_text(self) -> int | None:
+        """Of a text that fills the ablation's own context; None when not known."""
+        return self.text_tower_flops.get(self.config.text.context_length)
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,8 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
     for benchmark in sorted(set(params.evaluate.benchmarks) - set(benchmarks)):
         missing.append(f"metrics of {name}: none on {benchmark}")
-    return Ablation(name, config, found.get("parameters", {}), benchmarks, history)
+    flops = {int(length): count for length, count in found.get("text_tower_flops", {}).items()}
+    return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)
 
 
 def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:

@@ -75,11 +75,13 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         for name in results.benchmark_names(inputs)
     ]
     loss = figures.loss_figure(inputs)
+    context_figures = figures.context_figures(inputs)
     made = {
         "data": stages.statistics_table(inputs),
         "tower": stages.accuracy_table(inputs),
         "times": stages.stages_table(inputs),
         "failures": stages.failures_table(inputs),
+        "cost": stages.cost_table(inputs),
         "training": stages.training_table(inputs),
         "protocol": stages.protocol_table(inputs),
     }
@@ -96,8 +98,13 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "stages": inputs.stages,
         "benchmarks": benchmarks,
         "loss": loss,
+        "context_figures": context_figures,
         **other,
-        "all_figures": [f for benchmark in benchmarks for f in benchmark["figures"]] + ([loss] if loss else []),
+        "all_figures": [
+            *(figure for benchmark in benchmarks for figure in benchmark["figures"]),
+            *context_figures,
+            *([loss] if loss else []),
+        ],
         "all_tables": all_tables + [table for table in other.values() if table],
     }
 
@@ -123,9 +130,11 @@ def summary(inputs: ReportInputs) -> str:
     count = sum(bool(ablation.benchmarks) for ablation in inputs.ablations)
     if not count:
         return "Nothing has been evaluated yet."
+    frozen = groups.all_frozen([ablation for ablation in inputs.ablations if ablation.benchmarks])
+    image_tower = "the image tower is frozen" if frozen else "the image tower is frozen or learns as well"
     text = [
         f"{count} {'configuration was' if count == 1 else 'configurations were'} trained to match pictures with texts: "
-        "the image tower is frozen, the text tower learns to place a text where its picture is."
+        f"{image_tower}, the text tower learns to place a text where its picture is."
     ]
     systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
     for benchmark in results.benchmark_names(inputs)[:1]:

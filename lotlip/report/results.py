@@ -8,9 +8,14 @@ from typing import Any
 from lotlip.config import Pretrain
 from lotlip.report import groups
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.tables import Cell, Column, Table, mark_best, number, score, words
+from lotlip.report.tables import Cell, Column, Table, gigaflops, mark_best, number, score, words
 
 FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}
+FLOPS = Column("flops_per_text", "GFLOPs per text")
+FLOPS_NOTE = (
+    "GFLOPs: the text tower's billions of floating-point operations on one text that fills the context, "
+    "two for a multiply-add."
+)
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -88,6 +93,11 @@ def results_table(
     return Table(slug, title, note, columns, rows, reference)
 
 
+def flops_known(ablations: Iterable[Ablation]) -> bool:
+    """Whether any has the operations on a text that fills its context."""
+    return any(ablation.flops_per_text is not None for ablation in ablations)
+
+
 def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
     """The paper's tables for one benchmark, then every number there is; each ablation is in one of them at least."""
     base, every = inputs.params.pretrain, inputs.ablations
@@ -100,6 +110,7 @@ def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
     systems = groups.systems(every, base)
     corners = groups.corner_tokens(every, base)
     parts = groups.sub_captions(every, base)
+    contexts = groups.context_lengths(every, base)
     m = Column("corner_tokens", "m")
     candidates = [
         (
@@ -135,6 +146,21 @@ def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
                     (m, [number(a.config.text.corner_tokens) for a in parts]),
                     (Column("sub_captions", "k"), [number(a.config.long_texts.sub_captions) for a in parts]),
                 ],
+            ),
+        ),
+        (
+            contexts,
+            table(
+                "context-length",
+                "Context length",
+                "Context: the most tokens that are read of a text, in training and here."
+                + (f" {FLOPS_NOTE}" if flops_known(contexts) else ""),
+                contexts,
+                [
+                    _names(contexts),
+                    (Column("context_length", "Context"), [number(a.config.text.context_length) for a in contexts]),
+                ]
+                + ([(FLOPS, [gigaflops(a.flops_per_text) for a in contexts])] if flops_known(contexts) else []),
             ),
         ),
     ]

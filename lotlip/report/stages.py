@@ -8,8 +8,8 @@ from typing import Any
 
 from lotlip.report import groups
 from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
-from lotlip.report.results import benchmark_names
-from lotlip.report.tables import Cell, Column, Table, duration, number, percent, words
+from lotlip.report.results import FLOPS, FLOPS_NOTE, benchmark_names, flops_known
+from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, number, percent, words
 
 
 def statistics_table(inputs: ReportInputs) -> Table:
@@ -38,7 +38,9 @@ def accuracy_table(inputs: ReportInputs) -> Table:
     found = {name.partition(".")[2]: value for name, value in notes.items() if name.startswith("accuracy.")}
     columns = [Column("attribute", "Attribute", numeric=False), Column("accuracy", "Accuracy")]
     rows = [[words(name.replace("_", " ")), percent(value)] for name, value in found.items()]
-    note = "On pictures that it was not trained on. The tower is frozen after this."
+    note = "On pictures that it was not trained on."
+    if groups.all_frozen(inputs.ablations):
+        note += " The tower is frozen after this."
     return Table("image-tower", "What the image tower knows", note, columns, rows)
 
 
@@ -77,7 +79,8 @@ def stages_table(inputs: ReportInputs) -> Table:
 
 
 def training_table(inputs: ReportInputs) -> Table:
-    """What each ablation was trained with: seeds, steps, lengths, sizes."""
+    """What each ablation was trained with: seeds, steps, lengths, sizes, and what a text costs."""
+    counted = flops_known(inputs.ablations)
     columns = [
         Column("ablation", "Ablation", numeric=False),
         Column("changes", "Change", numeric=False),
@@ -86,6 +89,7 @@ def training_table(inputs: ReportInputs) -> Table:
         Column("batch_size", "Batch"),
         Column("precision", "Precision", numeric=False),
         Column("context_length", "Context"),
+        *([FLOPS] if counted else []),
         Column("text_parameters", "Text tower"),
         Column("image_parameters", "Image tower"),
         Column("samples_per_second", "Samples/s"),
@@ -100,6 +104,7 @@ def training_table(inputs: ReportInputs) -> Table:
             number(a.config.batch_size),
             words(a.config.precision),
             number(a.config.text.context_length),
+            *([gigaflops(a.flops_per_text)] if counted else []),
             _millions(a.parameters.get("text_tower")),
             _millions(a.parameters.get("image_tower")),
             number(_logged_mean(a, "samples_per_second")),
@@ -107,11 +112,24 @@ def training_table(inputs: ReportInputs) -> Table:
         ]
         for a in inputs.ablations
     ]
-    note = (
-        "Context is the longest text in tokens; the towers' columns count parameters, the image tower is frozen. "
-        "Data wait is the share of a step's time that training waited for data."
-    )
-    return Table("training", "Training", note, columns, rows)
+    frozen = ", the image tower is frozen" if groups.all_frozen(inputs.ablations) else ""
+    notes = [
+        f"Context is the longest text in tokens; the towers' columns count parameters{frozen}.",
+        "Data wait is the share of a step's time that training waited for data.",
+        *([FLOPS_NOTE] if counted else []),
+    ]
+    return Table("training", "Training", " ".join(notes), columns, rows)
+
+
+def cost_table(inputs: ReportInputs) -> Table:
+    """Operations of the base's text tower, a column for each context length; no rows where they are not known."""
+    towers = groups.with_base_tower(inputs.ablations, inputs.params.pretrain)
+    counts = {length: flops for ablation in towers for length, flops in ablation.text_tower_flops.items()}
+    lengths = sorted(counts)
+    columns = [Column("ablation", "Text tower of", numeric=False)]
+    columns += [Column(str(length), f"{length} tokens") for length in lengths]
+    rows = [[words(towers[0].name), *(gigaflops(counts[length]) for length in lengths)]] if towers else []
+    return Table("text-cost", "GFLOPs per text, by context length", FLOPS_NOTE, columns, rows)
 
 
 def _millions(parameters: int | None) -> Cell:

@@ -107,6 +107,14 @@ def percent(value: float | None) -> Cell:
     return shown if shown.text == ABSENT else replace(shown, value=value)
 
 
+def gigaflops(flops: int | None) -> Cell:
+    """Floating-point operations, shown in billions (10⁹) with three digits."""
+    if flops is None:
+        return number(None)
+    billions = flops / 1e9
+    return Cell(f"{billions:,.0f}" if billions >= 99.95 else f"{billions:#.3g}", flops)
+
+
 def duration(seconds: float) -> Cell:
     """Seconds the way a person says them."""
     if math.isnan(seconds):
