@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -232,3 +233,18 @@ def test_sections_are_frozen(tmp_path):
         params.pretrain.steps = 5
     with pytest.raises(ValidationError, match="frozen"):
         params.pretrain.text.corner_tokens = 5
+
+
+def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
+    """docs/method.md names a configuration for each system that the paper compares."""
+    page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**demo, **yaml.safe_load(block)}), encoding="utf-8")
+    params = load_params(tmp_path / "params.yaml")
+    configs = {name: params.ablation(name) for name in params.ablations}
+    assert len(configs) == 14
+    assert len({config.model_dump_json() for config in configs.values()}) == 14  # no two are the same
+    assert configs["long-clip"].text.stretch is not None
+    assert configs["long-clip"].text.stretch.stretched == 248
+    assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels

@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -257,7 +258,7 @@ def test_saving_again_changes_nothing(folder, tmp_path):
 
 def test_nothing_saved_tells_where_it_was_built(folder):
     for file in folder.glob("*.json"):
-        assert "/tmp" not in file.read_text(), file
+        assert tempfile.gettempdir() not in file.read_text(), file
 
 
 @pytest.mark.slow

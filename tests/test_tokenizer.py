@@ -313,7 +313,7 @@ def test_sub_captions_are_laid_out_as_the_text_they_make(family, parts):
     assert tokenizer.encode([parts]) == [expected_ids(family, "\n".join(parts), *SIZES[0])]
 
 
-def test_special_tokens_in_a_caption_are_what_they_always_were():
+def test_special_tokens_written_out_in_a_caption_are_special_tokens():
     (ids,) = bert(64, 2).encode(["a [SEP] b. [MASK] c [mask]"])
     pieces = {text: word_pieces("bert-base-uncased").token_to_id(text) for text in ("a", "b", "c", "[", "mask", "]")}
     words = [pieces["a"], SEP, pieces["b"], SEP, 103, pieces["c"], pieces["["], pieces["mask"], pieces["]"]]
@@ -335,66 +335,70 @@ def test_a_text_that_is_nothing_but_a_name(tmp_path):
     assert TextTokenizer(str(tmp_path)).encode(["</s>", "</s> ", "</s></s>"]) == [[0, 2, 2], [0, 2], [0, 2]]
 
 
-@pytest.fixture(scope="module")
-def saved(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """What was saved of a tokenizer, and transformers' own class for it."""
+@lru_cache
+def theirs(folder: Path) -> Any:
+    """Transformers' own class for what is in the folder."""
     from transformers import AutoTokenizer
 
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert type(tokenizer).__module__.startswith("transformers.")
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def saved(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """A saved tokenizer's folder, with what was saved of it again inside, and transformers' class for it."""
     folder = tmp_path_factory.mktemp("saved")
     ours(family, SIZES[1]).save(folder)
-    theirs = AutoTokenizer.from_pretrained(folder)
-    assert type(theirs).__module__.startswith("transformers.")
-    return folder, theirs
+    theirs(folder).save_pretrained(folder / "by-transformers")
+    (folder / "again").mkdir()
+    ours(folder / "by-transformers", SIZES[1]).save(folder / "again")
+    return folder, theirs(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(texts=st.lists(texts_of_all_sorts, min_size=1, max_size=4))
 def test_transformers_alone_gives_the_same_ids(family, saved, texts):
     ids, lengths = ours(family, SIZES[1])(texts)
-    theirs = saved[1](texts, padding=True, truncation=True, return_tensors="np")
-    assert list(theirs) == ["input_ids", "attention_mask"]
-    assert np.array_equal(theirs["input_ids"], ids)
-    assert np.array_equal(theirs["attention_mask"], np.arange(ids.shape[1]) < lengths[:, None])
-    assert saved[1](texts[0], truncation=True)["input_ids"] == ids[0, : lengths[0]].tolist()
+    _, tokenizer = saved
+    found = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    assert list(found) == ["input_ids", "attention_mask"]
+    assert np.array_equal(found["input_ids"], ids)
+    assert np.array_equal(found["attention_mask"], np.arange(ids.shape[1]) < lengths[:, None])
+    assert tokenizer(texts[0], truncation=True)["input_ids"] == ids[0, : lengths[0]].tolist()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
 def test_transformers_knows_every_special_token(family, saved):
-    _, theirs = saved
+    _, tokenizer = saved
     pieces = untouched(family)
     brackets = family.parent.name == "bert-base-uncased"
     names = {kind: f"[{kind.upper()}]" if brackets else f"<{kind}>" for kind in ("pad", "unk", "mask")}
     names |= {"cls": "[CLS]", "sep": "[SEP]"} if brackets else {"cls": "<s>", "sep": "</s>"}
-    assert {kind: getattr(theirs, f"{kind}_token") for kind in names} == names
-    assert {kind: getattr(theirs, f"{kind}_token_id") for kind in names} == {
+    assert {kind: getattr(tokenizer, f"{kind}_token") for kind in names} == names
+    assert {kind: getattr(tokenizer, f"{kind}_token_id") for kind in names} == {
         kind: pieces.token_to_id(name) for kind, name in names.items()
     }
-    assert (theirs.model_max_length, theirs.padding_side) == (SIZES[1][0], "right")
-    assert len(theirs) == pieces.get_vocab_size() + 2
+    assert (tokenizer.model_max_length, tokenizer.padding_side) == (SIZES[1][0], "right")
+    assert len(tokenizer) == pieces.get_vocab_size() + 2
     words = pieces.get_vocab_size()
-    assert theirs.convert_tokens_to_ids(["[COR.1]", "[COR.2]"]) == [words, words + 1]
-    ids = theirs("a dog. the dog")["input_ids"]
-    assert theirs.decode(ids, skip_special_tokens=True).replace(" ", "") == "adogthedog"
-    assert theirs.convert_tokens_to_ids(theirs.tokenize("a dog. the dog")) == ids[3:-1]
-    assert theirs.get_special_tokens_mask(ids, already_has_special_tokens=True)[:4] == [1, 1, 1, 0]
+    assert tokenizer.convert_tokens_to_ids(["[COR.1]", "[COR.2]"]) == [words, words + 1]
+    ids = tokenizer("a dog. the dog")["input_ids"]
+    assert tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "adogthedog"
+    assert tokenizer.convert_tokens_to_ids(tokenizer.tokenize("a dog. the dog")) == ids[3:-1]
+    assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)[:4] == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(text=texts_of_all_sorts)
 def test_saving_and_loading_changes_nothing(family, saved, text):
-    folder, theirs = saved
-    if not (folder / "again").is_dir():
-        theirs.save_pretrained(folder / "by-transformers")
-        (folder / "again").mkdir()
-        ours(folder / "by-transformers", SIZES[2]).save(folder / "again")
+    folder, _ = saved
     for place in (folder, folder / "by-transformers", folder / "again"):
         for size in SIZES[1:]:
-            loaded = ours(place, size)
-            assert loaded.encode([text]) == ours(family, size).encode([text])
-            assert (loaded.vocabulary_size, loaded.pad_id) == (
-                ours(family, size).vocabulary_size,
-                ours(family, size).pad_id,
-            )
+            loaded, new = ours(place, size), ours(family, size)
+            assert loaded.encode([text]) == new.encode([text])
+            assert (loaded.vocabulary_size, loaded.pad_id) == (new.vocabulary_size, new.pad_id)
+        assert theirs(place)(text, truncation=True)["input_ids"] == theirs(folder)(text, truncation=True)["input_ids"]
         plain = word_pieces(str(place)).encode(text, add_special_tokens=False)
         assert plain.ids == untouched(family).encode(text, add_special_tokens=False).ids
     assert used_tokens(str(folder), [text]) == used_tokens(str(family), [text])

@@ -96,7 +96,8 @@ class TextTokenizer:
     """Turns captions into `[CLS] [Cor 1] … [Cor m] words [SEP] words [SEP] …` (paper, section 3.2).
 
     In the vocabulary corner tokens are `[COR.1]`, `[COR.2]`, … and register tokens `[REG.1]`, `[REG.2]`, …: a full stop
-    ends a sentence, so that no words of a caption can be taken for one.
+    ends a sentence, so that no words of a caption can be taken for one. (Only a text that is such a name and nothing
+    else cannot be told from it.)
 
     Attributes:
         context_length: most tokens in a text, special, corner and register tokens counted; longer texts are cut, and
