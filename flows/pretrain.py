@@ -13,7 +13,7 @@ from prefect import flow
 from flows.processes import launch, run_group
 from flows.stage import Stage, hash_of, main
 from lotlip.config import Pretrain, load_params
-from lotlip.files import read_json, write_json
+from lotlip.files import read_json, sha256_files, write_json
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{ablation}")
@@ -28,6 +28,8 @@ def pretrain(ablation: str) -> None:
     settings = config.model_dump(mode="json")
     data = hash_of(paths.shards / "index.json")
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
+    if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
+        inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).glob("*.safetensors")))
     stage = Stage("pretrain", params, settings, inputs, ablation)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker

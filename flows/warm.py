@@ -39,6 +39,7 @@ PRELOADED = (
     "transformers.models.bert.modeling_bert",
     "deepspeed",
     "mlflow",
+    "mlflow.pyfunc",
     "great_expectations",
     "pandas",
     "pyarrow.parquet",

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +15,7 @@ from lotlip.files import read_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel
 
 FINGERPRINT = "lotlip.fingerprint"
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
@@ -98,8 +100,7 @@ class Tracker:
         """
         from mlflow.entities import Param, RunTag
 
-        query = f"tags.`{FINGERPRINT}` = '{fingerprint}'"
-        found = self._client.search_runs([self._experiment], query, max_results=1)
+        found = self._client.search_runs([self._experiment], _has(fingerprint), max_results=1)
         if found:
             return found[0].info.run_id
         run = self._client.create_run(self._experiment, run_name=name)
@@ -127,21 +128,57 @@ class Tracker:
             for seed, fingerprint in model["fingerprints"].items()
         }
 
-    def log_metrics(self, run_id: str, metrics: Mapping[str, float]) -> None:
-        """Sets final values, in one write."""
+    def ensure_model(self, run_id: str, fingerprint: str, name: str, tags: Mapping[str, str]) -> LoggedModel:
+        """The model with this fingerprint, made as one that the run has put out when there is none.
+
+        Args:
+            run_id: of the run that trained it.
+            fingerprint: as of its run.
+            name: shown in the UI.
+            tags: such as ablation and seed.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        found = self._client.search_logged_models([self._experiment], _has(fingerprint), max_results=1)
+        if found:
+            model = found[0]
+        else:
+            every = {**tags, FINGERPRINT: fingerprint}
+            model = self._client.create_logged_model(self._experiment, name, run_id, every)
+        outputs = self._client.get_run(run_id).outputs
+        if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return model
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], model: LoggedModel | None = None) -> None:
+        """Sets final values, in one write.
+
+        Args:
+            run_id: of the run.
+            metrics: by name.
+            model: whose values these are, too; what it is known to score is not sent again.
+        """
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        self._client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in metrics.items()])
+        now, model_id = int(time.time() * 1000), model.model_id if model else None
+        points = (model and model.metrics) or []
+        known = {point.key: point.value for point in sorted(points, key=lambda point: point.timestamp)}  # the last
+        new = [
+            Metric(name, value, now, 0, model_id=model_id)
+            for name, value in metrics.items()
+            if known.get(name) != value
+        ]
+        self._client.log_batch(run_id, metrics=new)
 
     def log_scores(self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> None:
-        """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model's folder.
+        """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
 
-        A store that was lost is rebuilt by this.
+        The model becomes one of MLflow's, which `mlflow.pyfunc.load_model` loads and `mlflow models serve` serves; its
+        configuration and its card tell the scores. A store that was lost is rebuilt by this.
 
         Args:
             model: run.json of the trained ablation.
-            results: benchmark → its "seeds" → metric → value, as in metrics/<ablation>.json.
+            results: benchmark → its "protocol", and its "seeds" → metric → value, as in metrics/<ablation>.json.
             folder: of the trained ablation.
         """
         from lotlip.report.figures import run_figures
@@ -149,16 +186,16 @@ class Tracker:
         for seed, run_id in self.ensure_runs(model).items():
             history = read_json(folder / f"seed-{seed}" / "history.json")
             self.log_history(run_id, history)
-            scores = {
-                f"{benchmark}.{metric}": value
-                for benchmark, result in results.items()
-                for metric, value in result["seeds"][seed].items()
-            }
-            self.log_metrics(run_id, scores)
-            for benchmark, result in results.items():
-                for file, image in run_figures(history, result["seeds"][seed]).items():
+            scores = {benchmark: result["seeds"][seed] for benchmark, result in results.items()}
+            tags = {"ablation": model["ablation"], "seed": seed}
+            name = f"{model['ablation']}-seed{seed}"
+            made = self.ensure_model(run_id, model["fingerprints"][seed], name, tags)
+            self.log_metrics(run_id, flatten(scores), made)
+            for benchmark, found in scores.items():
+                for file, image in run_figures(history, found).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)
-            self.log_files(run_id, folder / f"seed-{seed}", "model")
+            protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
+            self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)
 
     def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
@@ -170,9 +207,23 @@ class Tracker:
                 sink.log({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
         sink.close()
 
-    def log_files(self, run_id: str, folder: Path, under: str) -> None:
-        """Copies the files of a folder to the run's artifacts."""
-        self._client.log_artifacts(run_id, str(folder), under)
+    def _log_model(self, model: LoggedModel, folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Writes a saved model as MLflow serves it; equal models give equal files, whenever they are written."""
+        from mlflow.models import Model
+
+        from lotlip.serving import save_served_model
+
+        identity = Model(
+            artifact_path=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model.model_id,
+            model_uuid=model.model_id,
+            utc_time_created=datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).replace(tzinfo=None),
+        )
+        with tempfile.TemporaryDirectory() as scratch:
+            save_served_model(folder, Path(scratch) / "model", provenance, identity)
+            self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+        self._client.finalize_logged_model(model.model_id, "READY")
 
     def _log_file(self, run_id: str, content: bytes, under: str, name: str) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -188,6 +239,11 @@ class Tracker:
         """Marks a run as ended, "FINISHED" or "FAILED"; one that had ended so keeps its time."""
         if self._client.get_run(run_id).info.status != status:
             self._client.set_terminated(run_id, status)
+
+
+def _has(fingerprint: str) -> str:
+    """MLflow's query for what has a fingerprint."""
+    return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
 
 
 def _client(uri: str) -> MlflowClient:

@@ -163,6 +163,11 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_tower):
         build_for_pretraining(pretrained(tmp_path / "padding"), tiny_tower)
 
 
+def test_a_model_that_is_not_there_is_an_error(tiny_tower, tmp_path):
+    with pytest.raises(ValueError, match=r"nothing is neither a folder with a model nor one .*; train it first"):
+        build_for_pretraining(pretrained(tmp_path / "nothing"), tiny_tower)
+
+
 # --- from another LoTLIP model ------------------------------------------------------------------------------------
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import sys
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
 from lotlip.config import flatten
 from lotlip.files import write_json
-from lotlip.tracking import LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink
+from lotlip.tracking import FINGERPRINT, LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink
+from tests.tiny_model import save_tiny_model
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]
 _numbers = count()
@@ -110,12 +116,17 @@ def test_history_fills_what_a_killed_run_did_not_send(store, experiment, client)
     assert curve(client, run_id) == expected()
 
 
-def model(folder: Path) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> Path:
+    """A saved model."""
+    return save_tiny_model(tmp_path_factory.mktemp("tracking") / "model", tiny_tower)
+
+
+def trained(folder: Path, saved: Path) -> dict[str, Any]:
     """A trained ablation on disk, as run.json tells of it."""
     for seed in (0, 3):
-        (folder / f"seed-{seed}").mkdir(parents=True)
+        shutil.copytree(saved, folder / f"seed-{seed}")
         write_json(folder / f"seed-{seed}" / "history.json", [{**point, "seed": seed} for point in HISTORY])
-        (folder / f"seed-{seed}" / "model.safetensors").write_text("weights")
     return {
         "ablation": "lotlip",
         "config": {"steps": 12, "seeds": [0, 3]},
@@ -125,12 +136,35 @@ def model(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_a_lost_store_is_rebuilt_from_files(store, experiment, client, tmp_path):
-    run = model(tmp_path)
-    scores = {"long.text_to_image.r1": 0.25}
-    results = {"scenes": {"seeds": {"0": scores, "3": {**scores, "long.text_to_image.r1": 0.5}}}}
+def scored(first: float = 0.25) -> dict[str, Any]:
+    """What evaluation found of both seeds."""
+    seeds = {
+        "0": {"long.text_to_image.r1": first, "short.text_to_image.r1": 0.125},
+        "3": {"long.text_to_image.r1": 0.5, "short.text_to_image.r1": 0.125},
+    }
+    return {"scenes": {"seeds": seeds, "protocol": {"image_size": 16, "texts": "unseen frames"}}}
+
+
+def logged_models(client: MlflowClient, experiment: str) -> dict[str, Any]:
+    """Seed → MLflow's model; each seed has one."""
+    found = client.get_experiment_by_name(experiment)
+    assert found is not None
+    models = client.search_logged_models([found.experiment_id])
+    by_seed = {made.tags["seed"]: made for made in models}
+    assert len(models) == len(by_seed)
+    return by_seed
+
+
+def files(made: Any) -> dict[str, bytes]:
+    """All that MLflow stores of a model, by path."""
+    folder = Path(made.artifact_location.removeprefix("file://"))
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_lost_store_is_rebuilt_from_files(store, experiment, client, tmp_path, saved):
+    run = trained(tmp_path, saved)
     for _ in range(2):  # the second time nothing is added
-        Tracker(store, experiment).log_scores(run, results, tmp_path)
+        Tracker(store, experiment).log_scores(run, scored(), tmp_path)
         found = {made.data.tags["seed"]: made for made in runs(client, experiment)}
         assert sorted(found) == ["0", "3"]
         for seed, score in (("0", 0.25), ("3", 0.5)):
@@ -141,12 +175,87 @@ def test_a_lost_store_is_rebuilt_from_files(store, experiment, client, tmp_path)
             assert made.data.params["seed"] == seed
             assert made.data.metrics["scenes.long.text_to_image.r1"] == score
             assert curve(client, made.info.run_id) == expected()
-            files = {file.path for file in client.list_artifacts(made.info.run_id, "model")}
-            assert files == {"model/history.json", "model/model.safetensors"}
+            assert {file.path for file in client.list_artifacts(made.info.run_id)} == {"figures"}
+            assert client.list_artifacts(made.info.run_id, "figures/scenes")
 
 
-def test_planned_and_finished_runs_are_the_same(store, experiment, client, tmp_path):
-    run = model(tmp_path)
+def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path, saved):
+    run = trained(tmp_path, saved)
+    before: dict[str, dict[str, bytes]] = {}
+    for _ in range(2):  # the second time nothing is added or changed
+        Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+        models = logged_models(client, experiment)
+        assert sorted(models) == ["0", "3"]
+        for seed, made in models.items():
+            assert made.status == "READY"
+            assert made.name == f"lotlip-seed{seed}"
+            assert made.tags[FINGERPRINT] == f"abc-{seed}"
+            assert made.tags["ablation"] == "lotlip"
+            its_run = client.get_run(made.source_run_id)
+            assert its_run.data.tags["seed"] == seed
+            assert its_run.outputs is not None
+            assert [output.model_id for output in its_run.outputs.model_outputs] == [made.model_id]
+            metrics = [(metric.key, metric.value) for metric in made.metrics]
+            assert sorted(metrics) == sorted(flatten(scored()["scenes"]["seeds"][seed], "scenes.").items())
+        now = {seed: files(made) for seed, made in models.items()}
+        assert before in ({}, now)
+        before = now
+    for seed, found in before.items():
+        folder = tmp_path / f"seed-{seed}"
+        for name in ("history.json", "model.safetensors", "tokenizer.json"):
+            assert found[f"data/{name}"] == (folder / name).read_bytes()
+        provenance = json.loads(found["data/config.json"])["provenance"]
+        assert provenance["scores"] == {"scenes": scored()["scenes"]["seeds"][seed]}
+        assert provenance["protocol"] == {"scenes": scored()["scenes"]["protocol"]}
+        assert b"unseen frames" in found["data/README.md"]
+    assert json.loads((tmp_path / "seed-0" / "config.json").read_text())["provenance"] is None  # the stage's own stays
+
+
+def test_a_model_is_loaded_from_the_store(store, experiment, client, tmp_path, saved, monkeypatch):
+    import mlflow
+
+    from lotlip.embedding import Embedder
+
+    Tracker(store, experiment).log_scores(trained(tmp_path, saved), scored(), tmp_path)
+    made = logged_models(client, experiment)["3"]
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow puts the model's code there
+    mlflow.set_tracking_uri(store)
+    try:
+        loaded = mlflow.pyfunc.load_model(f"models:/{made.model_id}")
+    finally:
+        mlflow.set_tracking_uri(None)
+    assert loaded.metadata.run_id == made.source_run_id
+    found = loaded.predict([{"text": "A red dog. It runs."}])
+    np.testing.assert_allclose(found, Embedder(saved).texts(["A red dog. It runs."]), atol=1e-6)
+
+
+def test_new_scores_take_the_place_of_the_old(store, experiment, client, tmp_path, saved):
+    run = trained(tmp_path, saved)
+    for score in (0.25, 0.75, 0.25, 0.75):
+        Tracker(store, experiment).log_scores(run, scored(score), tmp_path)
+    made = logged_models(client, experiment)["0"]
+    of_long = [metric for metric in made.metrics if metric.key == "scenes.long.text_to_image.r1"]
+    assert max(of_long, key=lambda metric: metric.timestamp).value == 0.75
+    assert client.get_run(made.source_run_id).data.metrics["scenes.long.text_to_image.r1"] == 0.75
+    config = json.loads(files(made)["data/config.json"])
+    assert config["provenance"]["scores"]["scenes"]["long.text_to_image.r1"] == 0.75
+
+
+def test_a_model_that_a_killed_process_left_is_finished(store, experiment, client, tmp_path, saved, monkeypatch):
+    run = trained(tmp_path, saved)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("lotlip.serving.save_served_model", Mock(side_effect=KeyboardInterrupt))
+        Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+    (left,) = logged_models(client, experiment).values()
+    assert left.status == "PENDING"
+    Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+    models = logged_models(client, experiment)
+    assert {made.status for made in models.values()} == {"READY"}
+    assert left.model_id in [made.model_id for made in models.values()]
+
+
+def test_planned_and_finished_runs_are_the_same(store, experiment, client, tmp_path, saved):
+    run = trained(tmp_path, saved)
     planned = Tracker(store, experiment).ensure_runs(run)
     assert planned.keys() == {"0", "3"}
     assert Tracker(store, experiment).ensure_runs(run) == planned

@@ -161,7 +161,13 @@ def _start(text: TextTowerSettings, tokenizer: TextTokenizer) -> tuple[PreTraine
         kind = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
         config = AutoConfig.for_model(**{**kind, "vocab_size": tokenizer.vocabulary_size})
         return AutoModel.from_config(config), None
-    config = AutoConfig.from_pretrained(text.pretrained, **text.config)
+    try:
+        config = AutoConfig.from_pretrained(text.pretrained, **text.config)
+    except OSError as error:
+        raise ValueError(
+            f"text.pretrained {text.pretrained} is neither a folder with a model nor one that the hub has: {error}; "
+            "train it first, or mend the name"
+        ) from error
     if isinstance(config, LotlipConfig):
         earlier = LotlipForPreTraining.from_pretrained(text.pretrained, image_tower=False, dtype=torch.float32)
         return earlier.text.transformer, earlier

@@ -77,7 +77,10 @@ def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> N
         assert run.data.metrics[f"scenes.{name}"] == pytest.approx(value)
     for curve in ("loss", "temperature", "learning_rate", "samples_per_second"):
         assert [point.step for point in client.get_metric_history(run.info.run_id, f"train.{curve}")] == [2, 4, 6]
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"figures", "model"}
+    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"figures"}
+    models = client.search_logged_models([experiment.experiment_id])
+    assert {model.name for model in models} == set(runs)
+    assert {model.source_run_id for model in models} == {run.info.run_id for run in runs.values()}
 
 
 def test_nothing_changed_runs_nothing(reproduced: Workspace) -> None:

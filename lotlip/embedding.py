@@ -1,0 +1,375 @@
+"""Features of texts and images by a saved model: in memory, into files, and the search through those files."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from lotlip.files import sha256_files
+from lotlip.index import Rows, index_writer, nearest, open_index
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+KINDS = ("images", "texts")
+IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+_WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Embedder:
+    """A saved model, ready to turn texts and images into features of one space.
+
+    Args:
+        folder: of the model.
+        device: "cpu", "cuda", or "auto": cuda where there is one.
+        batch_size: texts or images that the model takes at a time.
+
+    Attributes:
+        width: D, the size of a feature.
+
+    Raises:
+        ValueError: the folder has no model, its model gives no single features, or there is no such device.
+    """
+
+    def __init__(self, folder: Path, device: str = "auto", batch_size: int = 64) -> None:
+        from lotlip.data.images import image_transform
+        from lotlip.models.saving import load_model
+
+        self._device = _device(device)
+        self._batch_size = batch_size
+        model: Any  # transformers' `to` has a type that mypy cannot call
+        model, self._tokenizer = load_model(folder)
+        if model.config.similarity != "cosine":
+            raise ValueError(
+                f"the model in {folder} compares texts and images token by token ({model.config.similarity}): none of "
+                "them has one feature to embed or to search by; take a model whose similarity is cosine"
+            )
+        self._model = model.to(self._device)
+        spec = model.image_tower.spec
+        self._transform = image_transform(spec.image_size, spec.mean, spec.std)
+        self.width: int = model.config.embed_dim
+
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
+        """Normalised [CLS] features of texts, long or short (paper, section 4): float32 [N, D]."""
+        import torch
+
+        features = np.empty((len(texts), self.width), dtype=np.float32)
+        for start in range(0, len(texts), _WINDOW * self._batch_size):
+            ids, lengths = self._tokenizer(texts[start : start + _WINDOW * self._batch_size])
+            for batch in _batches(lengths.argsort(kind="stable"), self._batch_size):
+                rows = torch.from_numpy(ids[batch, : lengths[batch[-1]]]).to(self._device)
+                with torch.inference_mode():
+                    found = self._model.encode_text(rows, torch.from_numpy(lengths[batch]).to(self._device))
+                features[start + np.array(batch)] = found[:, 0].cpu().numpy()
+        return features
+
+    def images(self, images: Iterable[Image.Image | bytes]) -> np.ndarray:
+        """Normalised features of images, decoded or encoded: float32 [N, D].
+
+        Raises:
+            ValueError: an image cannot be decoded.
+        """
+        return self.prepared(self.prepare(image) for image in images)
+
+    def prepare(self, image: Image.Image | bytes) -> np.ndarray:
+        """What the image tower takes of an image, float32 [3, S, S]: for threads to do beside the model.
+
+        Raises:
+            ValueError: the image cannot be decoded.
+        """
+        from lotlip.data.images import decode_rgb, to_rgb
+
+        return self._transform(decode_rgb(image) if isinstance(image, bytes) else to_rgb(image))
+
+    def prepared(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
+        """Normalised features of what `prepare` made: float32 [N, D]."""
+        import torch
+
+        features = [np.empty((0, self.width), dtype=np.float32)]
+        for batch in _batches(pictures, self._batch_size):
+            pixels = torch.from_numpy(np.stack(batch)).to(self._device)
+            with torch.inference_mode():
+                features.append(self._model.encode_image(pixels).cpu().numpy())
+        return np.concatenate(features)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    there = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if there else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda")
+    if name == "cuda" and not there:
+        raise ValueError("torch finds no GPU for the device cuda; choose auto or cpu")
+    return name
+
+
+def weights_hash(folder: Path) -> str:
+    """Of the weights of the model in a folder, in hex.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no model: weights (*.safetensors) are not there")
+    return sha256_files(files)
+
+
+# --- features into a file ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What `embed` has done.
+
+    Attributes:
+        rows: features written.
+        width: D.
+        left_out: name of each item that has no feature, and the reason.
+    """
+
+    rows: int
+    width: int
+    left_out: list[tuple[str, str]]
+
+
+def embed(
+    model: Path,
+    source: Path,
+    out: Path,
+    kind: str | None = None,
+    batch_size: int = 64,
+    fields: Sequence[str] = (),
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Embedded:
+    """Writes the features of the images of a folder, or of the texts of a file. The file is whole or not there.
+
+    Features are written as they come, so that memory does not grow with their number. An image that cannot be read, or
+    a text without a character, is left out.
+
+    Args:
+        model: folder of the saved model.
+        source: of images: a folder, whose folders are searched too, hidden ones not. Of texts: a .txt file with one on
+            each line, or whatever `lotlip.annotations.read_texts` reads.
+        out: a .parquet or .npy file, as of `lotlip.index`; an image is named by its path below `source`.
+        kind: "images" or "texts"; where None, a folder has images and a file has texts.
+        batch_size: items that the model takes at a time.
+        fields: of the texts, as for `read_texts`.
+        device: as for `Embedder`.
+        on_progress: told how many items are done, and of how many.
+
+    Raises:
+        ValueError: an argument is wrong, the model has no single features, or all items were left out.
+    """
+    kind = kind or ("images" if source.is_dir() else "texts")
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r}; choose {' or '.join(KINDS)}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, and must be at least 1")
+    left_out: list[tuple[str, str]] = []
+    if kind == "images":
+        files = _image_files(source, fields)
+        total = len(files)
+    else:
+        # reading texts takes little beside encoding them: what is broken is known before hours are spent
+        total = sum(1 for _ in _texts(source, fields))
+    embedder = Embedder(model, device, batch_size)
+    about = {
+        "model": str(model.resolve()),
+        "weights_sha256": weights_hash(model),
+        "kind": kind,
+        "width": embedder.width,
+    }
+    written = 0
+    with index_writer(out, about) as write:
+        on_progress(0, total)
+        if kind == "images":
+            encoded = _encode_images(embedder, source, files, batch_size, left_out)
+        else:
+            encoded = _encode_texts(embedder, _texts(source, fields), batch_size, left_out)
+        for rows in encoded:
+            write(rows)
+            written += len(rows.names)
+            on_progress(written + len(left_out), total)
+        if not written:
+            first = "; the first: " + ": ".join(left_out[0]) if left_out else ""
+            raise ValueError(f"none of the {total} {kind} in {source} can be embedded{first}")
+    return Embedded(written, embedder.width, left_out)
+
+
+def _image_files(root: Path, fields: Sequence[str]) -> list[Path]:
+    """Images below a folder, sorted."""
+    if fields:
+        raise ValueError("images have no fields: leave --field out")
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder of images")
+    found = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(folder) / name for name in files if not name.startswith(".")]
+    images = sorted(file for file in found if file.suffix.lower() in IMAGE_ENDINGS)
+    if not images:
+        raise ValueError(f"the folder {root} has no image ({', '.join(IMAGE_ENDINGS)})")
+    return images
+
+
+def _encode_images(
+    embedder: Embedder, root: Path, files: list[Path], batch_size: int, left_out: list[tuple[str, str]]
+) -> Iterator[Rows]:
+    """Encodes a batch of images while threads decode the next ones."""
+
+    def prepare(file: Path) -> tuple[str, np.ndarray | str]:
+        name = _printable(file.relative_to(root).as_posix())
+        try:
+            return name, embedder.prepare(file.read_bytes())
+        except OSError as error:
+            return name, f"cannot be read: {error.strerror}"
+        except ValueError as error:
+            return name, str(error)
+
+    for batch in _batches(_ahead(prepare, files, 2 * batch_size), batch_size):
+        left_out += [(name, found) for name, found in batch if isinstance(found, str)]
+        good = [(name, found) for name, found in batch if not isinstance(found, str)]
+        yield Rows([name for name, _ in good], None, embedder.prepared(pixels for _, pixels in good))
+
+
+def _encode_texts(
+    embedder: Embedder, texts: Iterator[tuple[str, str]], batch_size: int, left_out: list[tuple[str, str]]
+) -> Iterator[Rows]:
+    for window in _batches(texts, _WINDOW * batch_size):
+        left_out += [(name, "the text is empty") for name, text in window if not text]
+        good = [(name, text) for name, text in window if text]
+        found = [text for _, text in good]
+        yield Rows([name for name, _ in good], found, embedder.texts(found))
+
+
+def _texts(source: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Name and text of each; a text without a character is ""."""
+    from lotlip.annotations import read_texts
+
+    if source.is_dir() or source.suffix.lower() != ".txt":
+        for name, text in read_texts(source, fields):
+            yield _printable(name), text
+        return
+    if fields:
+        raise ValueError(f"{source} has a text on each line, without fields: leave --field out")
+    try:
+        with source.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                yield _printable(f"{source.as_posix()}:{number}"), line.strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} is not UTF-8 ({error.reason})") from error
+
+
+def _printable(name: str) -> str:
+    """A name as text that can be written as UTF-8, whatever bytes it has on disk."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
+def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    left = iter(items)
+    while batch := list(islice(left, size)):
+        yield batch
+
+
+def _ahead(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """Like `map`, but threads are up to `depth` items ahead of who asks."""
+    waiting: deque[Future[R]] = deque()
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > depth:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Match:
+    """A row of an index.
+
+    Attributes:
+        score: cosine of its feature with the query's.
+        name: of the image or text.
+        text: the text itself; None for an image.
+    """
+
+    score: float
+    name: str
+    text: str | None
+
+
+def search(
+    index: Path,
+    text: str | None = None,
+    image: Path | None = None,
+    top: int = 10,
+    model: Path | None = None,
+    device: str = "auto",
+) -> list[Match]:
+    """The rows of an index that are nearest to a text or an image, best first; of equal ones, the earlier first.
+
+    Args:
+        index: what `embed` wrote.
+        text: to search for.
+        image: a file, to search for instead.
+        top: how many rows.
+        model: folder of the model that made the index; where None, the one where it was then.
+        device: as for `Embedder`.
+
+    Raises:
+        ValueError: an argument is wrong, the index is none, or the model that made it is not there.
+    """
+    if (text is None) == (image is None):
+        raise ValueError("search for a text or for an image, one of the two")
+    if text is not None and not text.strip():
+        raise ValueError("the text to search for is empty")
+    if top < 1:
+        raise ValueError(f"top is {top}, and must be at least 1")
+    found = open_index(index)
+    embedder = Embedder(_maker(index, found.about, model), device, batch_size=1)
+    best = nearest(found.blocks(), _query(embedder, text, image), top)
+    rows = found.rows([row for _, row in best])
+    return [Match(score, *rows[row]) for score, row in best]
+
+
+def _query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:
+    if image is None:
+        return embedder.texts([str(text)])[0]
+    try:
+        return embedder.images([image.read_bytes()])[0]
+    except ValueError as error:
+        raise ValueError(f"{image}: {error}") from error
+
+
+def _maker(index: Path, about: Any, given: Path | None) -> Path:
+    """The folder of the model that made an index."""
+    folder = given or Path(about["model"])
+    if not folder.is_dir():
+        raise ValueError(f"{index} was made by a model in {folder}, which is not there; say with --model where it is")
+    if weights_hash(folder) != about["weights_sha256"]:
+        raise ValueError(
+            f"the weights in {folder} are not those that made {index}; say with --model where those are, or embed anew"
+        )
+    return folder

@@ -1,0 +1,178 @@
+"""Files of features: what was written is found again, and the nearest are those of a plain sort."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lotlip import index
+from lotlip.index import Rows, index_writer, nearest, open_index
+
+ABOUT = {"model": "models/lotlip", "weights_sha256": "abc", "kind": "texts", "width": 3}
+ENDINGS = (".parquet", ".npy")
+
+
+def features(rows: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, 3)).astype(np.float32)
+
+
+def write(path: Path, rows: int, kind: str = "texts", block: int = 4) -> np.ndarray:
+    found = features(rows)
+    with index_writer(path, {**ABOUT, "kind": kind}) as add:
+        for start in range(0, rows, block):
+            numbers = range(start, min(start + block, rows))
+            texts = [f"text “{number}”\n\u2028" for number in numbers] if kind == "texts" else None
+            add(Rows([f"name {number}" for number in numbers], texts, found[start : start + block]))
+    return found
+
+
+def best(blocks: list[np.ndarray], query: np.ndarray, top: int) -> list[tuple[float, int]]:
+    """By a plain sort of everything."""
+    scores = [float(np.float32(sum(float(a) * float(b) for a, b in zip(row, query, strict=True)))) for row in blocks]
+    return sorted(((score, number) for number, score in enumerate(scores)), key=lambda one: (-one[0], one[1]))[:top]
+
+
+@given(
+    rows=st.lists(st.tuples(*[st.integers(-2, 2)] * 3), max_size=30),
+    query=st.tuples(*[st.integers(-2, 2)] * 3),
+    top=st.integers(1, 35),
+    block=st.integers(1, 12),
+)
+def test_the_nearest_are_those_of_a_plain_sort(rows, query, top, block):
+    """Small whole numbers: many rows score the same, and then the earlier is first."""
+    every = np.array(rows, dtype=np.float32).reshape(-1, 3)
+    blocks = [every[start : start + block] for start in range(0, len(every), block)]
+    asked = np.array(query, dtype=np.float32)
+    assert nearest(iter(blocks), asked, top) == best(list(every), asked, top)
+
+
+def test_equal_rows_score_the_same_wherever_they_are():
+    one = np.random.default_rng(1).normal(size=(1, 769)).astype(np.float32)
+    query = np.random.default_rng(2).normal(size=769).astype(np.float32)
+    found = nearest([np.repeat(one, count, axis=0) for count in (1, 2, 5, 16, 7)], query, 31)
+    assert [row for _, row in found] == list(range(31))
+    assert len({score for score, _ in found}) == 1
+
+
+@pytest.mark.parametrize("kind", ["texts", "images"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_what_was_written_is_read(tmp_path, monkeypatch, ending, kind):
+    monkeypatch.setattr(index, "_GROUP", 5)  # more than a block
+    monkeypatch.setattr(index, "_BLOCK", 5)
+    path = tmp_path / f"index{ending}"
+    written = write(path, 18, kind)
+    found = open_index(path)
+    assert found.about == {**ABOUT, "kind": kind}
+    blocks = list(found.blocks())
+    assert len(blocks) > 1
+    assert np.array_equal(np.concatenate(blocks), written)
+    assert np.concatenate(blocks).dtype == np.float32
+    texts = {number: f"text “{number}”\n\u2028" if kind == "texts" else None for number in (17, 0, 8)}
+    assert found.rows([17, 0, 8]) == {number: (f"name {number}", text) for number, text in texts.items()}
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        {path.name, "index.names.jsonl"} if ending == ".npy" else {path.name}
+    )
+
+
+def test_parquet_is_written_in_groups(tmp_path, monkeypatch):
+    """So that memory does not grow with the rows; a fixed-size list has no place for a row that is too short."""
+    monkeypatch.setattr(index, "_GROUP", 8)
+    written = write(tmp_path / "index.parquet", 21)
+    file = pq.ParquetFile(tmp_path / "index.parquet")
+    assert [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)] == [8, 8, 5]
+    table = file.read()
+    assert table.schema.names == ["name", "text", "embedding"]
+    assert str(table.schema.field("embedding").type).startswith("fixed_size_list<")
+    assert table.schema.field("embedding").type.list_size == 3
+    assert np.array_equal(np.array(table["embedding"].to_pylist(), dtype=np.float32), written)
+    assert json.loads(table.schema.metadata[b"lotlip"]) == ABOUT
+
+
+@pytest.mark.parametrize("rows", [1, 100_003])
+def test_the_array_is_read_by_numpy(tmp_path, rows):
+    written = write(tmp_path / "index.npy", rows, block=50_000)
+    read = np.load(tmp_path / "index.npy")
+    assert read.dtype == np.float32
+    assert np.array_equal(read, written)
+    lines = (tmp_path / "index.names.jsonl").read_text(encoding="utf-8").split("\n")
+    assert json.loads(lines[0]) == {"lotlip": ABOUT}
+    assert json.loads(lines[rows]) == {"name": f"name {rows - 1}", "text": f"text “{rows - 1}”\n\u2028"}
+    assert lines[rows + 1 :] == [""]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_index_is_whole_or_not_there(tmp_path, ending):
+    path = tmp_path / f"index{ending}"
+    for there in ([], ["the one before"]):
+        if there:
+            write(path, 2)
+        before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+        with pytest.raises(RuntimeError, match="out of luck"), index_writer(path, ABOUT) as add:
+            add(Rows(["a"], ["b"], features(1)))
+            raise RuntimeError("out of luck")
+        assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+
+
+def test_another_ending_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"index\.csv has none of the endings \.parquet, \.npy"):
+        index_writer(tmp_path / "index.csv", ABOUT)
+    with pytest.raises(ValueError, match=r"none of the endings"):
+        open_index(tmp_path / "index.csv")
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_index_that_is_not_there_is_an_error(tmp_path, ending):
+    with pytest.raises(ValueError, match="is not there; write it with `lotlip embed`"):
+        open_index(tmp_path / f"index{ending}")
+
+
+def table(path: Path, metadata: dict[str, str]) -> None:
+    import pyarrow as pa
+
+    pq.write_table(pa.table({"name": ["a"]}).replace_schema_metadata(metadata), path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def without_a_name(path: Path) -> None:
+    names = path.with_suffix(".names.jsonl")
+    names.write_text("".join(names.read_text().splitlines(keepends=True)[:-1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "spoil", "message"),
+    [
+        ("index.parquet", cut, r"index\.parquet cannot be read as Parquet"),
+        ("index.parquet", lambda path: table(path, {}), "does not say which model made it"),
+        ("index.parquet", lambda path: table(path, {"lotlip": '{"model": "a"}'}), "does not say which model made it"),
+        ("index.npy", cut, r"index\.npy cannot be read as a NumPy array"),
+        ("index.npy", lambda path: path.write_bytes(b""), r"index\.npy cannot be read as a NumPy array"),
+        ("index.npy", lambda path: path.with_suffix(".names.jsonl").unlink(), r"names\.jsonl.* is not there"),
+        ("index.npy", without_a_name, r"of shape \(9, 3\), but .* names 8 rows"),
+        ("index.npy", lambda path: np.save(path, np.zeros((9, 4))), r"of shape \(9, 4\), but"),
+        (
+            "index.npy",
+            lambda path: path.with_suffix(".names.jsonl").write_text("[]\n"),
+            r"names\.jsonl does not say which model made it",
+        ),
+        (
+            "index.npy",
+            lambda path: path.with_suffix(".names.jsonl").write_text("name\n"),
+            r"names\.jsonl does not say which model made it",
+        ),
+    ],
+)
+def test_a_broken_index_is_an_error_that_names_it(tmp_path: Path, name: str, spoil: Any, message: str):
+    write(tmp_path / name, 9)
+    spoil(tmp_path / name)
+    with pytest.raises(ValueError, match=message):
+        open_index(tmp_path / name)
