@@ -16,8 +16,9 @@ from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchma
 from lotlip.evaluation.evaluate import chances, encode_images, encode_texts, evaluate, unseen_share
 from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining
+from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.partitions import write_captions, write_partition
 from lotlip.records import Caption, ImageRecord, Unit
 from lotlip.sources.scenes import generate_scene

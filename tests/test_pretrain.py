@@ -20,7 +20,7 @@ from torch import nn
 
 from lotlip.config import Optimizer, Pretrain, merge
 from lotlip.files import read_json
-from lotlip.models.pretraining import build_for_pretraining
+from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.saving import load_model
 from lotlip.tracking import NullSink
 from lotlip.training.pretrain import (

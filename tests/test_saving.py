@@ -16,8 +16,9 @@ from torch import Tensor
 
 from lotlip.config import Pretrain
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining
+from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.saving import copy_with_provenance, load_model, save_model
 from tests.conftest import IMAGE_SIZE, TEXT, TinySample
 

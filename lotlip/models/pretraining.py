@@ -1,26 +1,14 @@
-"""The model as training sees it, and what it starts from: random weights, a BERT-family model, another LoTLIP model."""
+"""The model as training sees it: the features that the loss compares."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from lotlip.config import Pretrain, Stretch
-from lotlip.config import TextTower as TextTowerSettings
-from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import read_json
-from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.text_tower import first_position, position_table
-
-POSITIONS = "text.transformer.embeddings.position_embeddings.weight"
 
 
 class LotlipForPreTraining(LotlipModel):
@@ -97,159 +85,3 @@ def _padded(tensor: Tensor, length: int) -> Tensor:
     wider = tensor.new_zeros(*tensor.shape[:2], length, *tensor.shape[3:])
     wider[:, :, : tensor.shape[2]] = tensor
     return wider
-
-
-# --- where training starts ----------------------------------------------------------------------------------------
-
-
-def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTraining:
-    """A new model to train: its text tower from random or pretrained weights, corner and register tokens added.
-
-    Args:
-        config: section of params.yaml.
-        image_tower: folder of the image tower, whose width is that of the shared space. Its weights come in only where
-            they are trained.
-
-    Raises:
-        ValueError: tokenizer and encoder do not fit, the context length exceeds the encoder's positions, or a
-            pretrained LoTLIP model is of another width.
-    """
-    text = config.text
-    tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
-    encoder, earlier = _start(text, tokenizer)
-    _fit_vocabulary(encoder, text, tokenizer, earlier)
-    weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
-    if text.stretch:
-        table = position_table(encoder)
-        if table is None:
-            raise ValueError(
-                f"text.pretrained {text.pretrained} has no learned positions to stretch; take out text.stretch"
-            )
-        stretched = stretch_positions(table.weight.detach(), text.stretch, first_position(table))
-        weights[POSITIONS] = stretched
-        encoder.config.max_position_embeddings = len(stretched)
-    model = LotlipForPreTraining(
-        LotlipConfig(
-            text_config=encoder.config.to_dict(),
-            image_config=read_json(image_tower / "config.json"),
-            embed_dim=_width(image_tower),
-            context_length=text.context_length,
-            corner_tokens=text.corner_tokens,
-            corner_mask=text.corner_mask,
-            register_tokens=text.register_tokens,
-            similarity=config.similarity,
-            logit_bias=config.loss.contrast == "sigmoid",
-        ),
-        image_tower=not config.image_tower.frozen,
-    )
-    if text.context_length > model.text.positions:
-        raise ValueError(
-            f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions"
-        )
-    if earlier is not None:
-        weights |= _other_weights(earlier, model, text)
-    if not config.image_tower.frozen:
-        tower = load_file(image_tower / "model.safetensors")
-        weights |= {f"image.{name}": value for name, value in tower.items()}
-    model.load_state_dict({**model.state_dict(), **weights})
-    return model
-
-
-def _start(text: TextTowerSettings, tokenizer: TextTokenizer) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
-    """The encoder to start from and, where it comes from one, the LoTLIP model."""
-    if not text.pretrained:
-        kind = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
-        config = AutoConfig.for_model(**{**kind, "vocab_size": tokenizer.vocabulary_size})
-        return AutoModel.from_config(config), None
-    try:
-        config = AutoConfig.from_pretrained(text.pretrained, **text.config)
-    except OSError as error:
-        raise ValueError(
-            f"text.pretrained {text.pretrained} is neither a folder with a model nor one that the hub has: {error}; "
-            "train it first, or mend the name"
-        ) from error
-    if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(text.pretrained, image_tower=False, dtype=torch.float32)
-        return earlier.text.transformer, earlier
-    return AutoModel.from_pretrained(text.pretrained, config=config, dtype=torch.float32), None
-
-
-def _fit_vocabulary(
-    encoder: PreTrainedModel,
-    text: TextTowerSettings,
-    tokenizer: TextTokenizer,
-    earlier: LotlipForPreTraining | None,
-) -> None:
-    """A row for every word piece, then one for each corner and register token, each drawn from N(0, initializer_range).
-
-    Rows of an earlier model's corner and register tokens stay where it had as many.
-    """
-    words, extra = tokenizer.vocabulary_size, text.corner_tokens + text.register_tokens
-    had = encoder.config.vocab_size
-    numbers = (text.corner_tokens, text.register_tokens)
-    if earlier is not None:
-        if (earlier.config.corner_tokens, earlier.config.register_tokens) == numbers and had == words + extra:
-            return
-        had -= earlier.config.corner_tokens + earlier.config.register_tokens
-    if had < words or encoder.config.pad_token_id != tokenizer.pad_id:
-        raise ValueError(
-            f"text.pretrained {text.pretrained} has {had} word pieces and pads with {encoder.config.pad_token_id}, but "
-            f"text.tokenizer {text.tokenizer} has {words} and pads with {tokenizer.pad_id}; name that model's own "
-            "tokenizer"
-        )
-    encoder.resize_token_embeddings(words, mean_resizing=False)  # some tables are padded to a rounder number
-    table = encoder.resize_token_embeddings(words + extra, mean_resizing=False)
-    nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)
-
-
-def stretch_positions(table: Tensor, stretch: Stretch, first: int = 0) -> Tensor:
-    """Long-CLIP's longer context from trained positions (arXiv 2403.15378, section 3.1).
-
-    The first `keep` stay; each of the others becomes `factor` positions on the straight line to the next, and the last
-    one goes on in the direction that led to it, as in its release.
-
-    Args:
-        table: position embeddings, [P, H].
-        stretch: how many were trained, stay, and become of each.
-        first: rows before the first position's, which stay.
-
-    Returns:
-        [first + stretch.stretched, H]
-
-    Raises:
-        ValueError: the table has fewer positions than were trained.
-    """
-    trained = table[first : first + stretch.positions]
-    if len(trained) < stretch.positions:
-        raise ValueError(
-            f"text.stretch.positions is {stretch.positions}, but text.pretrained has {len(table) - first} positions"
-        )
-    others = trained[stretch.keep :]
-    steps = torch.diff(trained, dim=0)  # towards the next position, [positions − 1, H]
-    onward = torch.cat([steps[stretch.keep :], steps[-1:]])
-    share = torch.arange(stretch.factor, dtype=table.dtype)[:, None] / stretch.factor
-    between = others[:, None] + share * onward[:, None]  # [positions − keep, factor, H]
-    return torch.cat([table[: first + stretch.keep], between.flatten(0, 1)])
-
-
-def _other_weights(
-    earlier: LotlipForPreTraining, model: LotlipForPreTraining, text: TextTowerSettings
-) -> dict[str, Tensor]:
-    """Projection, pooler and temperature of an earlier model; the temperature only where the contrast is the same."""
-    if earlier.config.embed_dim != model.config.embed_dim:
-        raise ValueError(
-            f"text.pretrained {text.pretrained} matches images by features of width {earlier.config.embed_dim}, but "
-            f"the image tower's are {model.config.embed_dim} wide; train it with the same image tower"
-        )
-    same = earlier.config.logit_bias == model.config.logit_bias
-    return {
-        name: value
-        for name, value in earlier.state_dict().items()
-        if not name.startswith("text.transformer.") and (same or not name.startswith("logit_"))
-    }
-
-
-def _width(image_tower: Path) -> int:
-    """D, from the weights on disk: building the tower would import timm, which takes 2 s."""
-    with safe_open(image_tower / "model.safetensors", framework="pt") as weights:
-        return weights.get_slice("trunk.cls_token").get_shape()[-1]

@@ -30,7 +30,7 @@ from lotlip.data.loader import Batch, Rows, batches
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.losses import lotlip_loss
-from lotlip.models.pretraining import build_for_pretraining
+from lotlip.models.initialisation import build_for_pretraining
 from lotlip.tracking import Sink, open_sink
 
 if TYPE_CHECKING:

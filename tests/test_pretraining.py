@@ -15,7 +15,8 @@ from torch.nn.functional import normalize
 from lotlip.config import Pretrain, Stretch, merge
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.losses import lotlip_loss
-from lotlip.models.pretraining import LotlipForPreTraining, build_for_pretraining, stretch_positions
+from lotlip.models.initialisation import build_for_pretraining, stretch_positions
+from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.saving import save_model
 from tests.conftest import IMAGE_SIZE, TEXT
 
