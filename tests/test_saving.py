@@ -72,6 +72,11 @@ def test_the_saved_image_tower_is_the_frozen_one(saved, tiny_tower):
         torch.testing.assert_close(loaded.encode_image(pictures), expected)
 
 
+def test_who_may_read_the_rest_may_read_the_weights(saved):
+    modes = {file.name: oct(file.stat().st_mode) for file in saved[1].iterdir()}
+    assert len(set(modes.values())) == 1, modes
+
+
 def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
     settings = Pretrain.model_validate({**SETTINGS.model_dump(), "image_tower": {"frozen": False}})
     model = build_for_pretraining(settings, tiny_tower)

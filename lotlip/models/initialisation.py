@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -65,6 +66,9 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
         raise ValueError(
             f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions"
         )
+    if config.loss.contrast == "sigmoid":
+        # one pair of `batch_size` belongs together; SigLIP's −10 is that of its batch of 32 k (section 3.2 there)
+        weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
     if earlier is not None:
         weights |= _other_weights(earlier, model, text)
     if not config.image_tower.frozen:

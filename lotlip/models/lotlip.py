@@ -214,7 +214,10 @@ class LotlipModel(PreTrainedModel):
         """Saves configuration, weights and a model card; see `PreTrainedModel.save_pretrained`."""
         super().save_pretrained(save_directory, **kwargs)
         if kwargs.get("is_main_process", True):
-            (Path(save_directory) / "README.md").write_text(model_card(self.config), encoding="utf-8")
+            card = Path(save_directory) / "README.md"
+            card.write_text(model_card(self.config), encoding="utf-8")
+            for weights in card.parent.glob("*.safetensors"):  # written for their owner alone, unlike all the rest
+                weights.chmod(card.stat().st_mode)
 
 
 AutoModel.register(LotlipConfig, LotlipModel, exist_ok=True)
