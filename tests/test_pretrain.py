@@ -346,9 +346,9 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["siglip", "filip", "clip", "principal components"])
-def test_variants_train_alike_in_two_processes(group, tiny_world, tmp_path, variant):
-    differences = merge({"steps": 3}, VARIANTS[variant])
+def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_path):
+    """Both towers' gradients cross the processes; how each variant's loss does is tested with the losses."""
+    differences = merge({"steps": 3}, VARIANTS["clip"])
     one = train(tiny_job(tiny_world, tmp_path / "one", differences))
     two = tiny_job(tiny_world, tmp_path / "two", merge(differences, {"processes": 2}))
     finish(start(two, tmp_path / "two", processes=2))
@@ -356,11 +356,11 @@ def test_variants_train_alike_in_two_processes(group, tiny_world, tmp_path, vari
 
 
 @pytest.mark.slow
-def test_micro_batches_add_up(group, tiny_world, tmp_path):
-    """Each has its own negatives, so that a random model guesses among 4, not 8."""
+def test_micro_batches_add_up(base, tiny_world, tmp_path):
+    """Each has its own negatives, so that a random model guesses among 4, not 8: it is that much better at it."""
     job = train(tiny_job(tiny_world, tmp_path, {"accumulation": 2}))
     assert len(history(job)) == 12
-    assert abs(losses(job)[0] - math.log(4)) < abs(losses(job)[0] - math.log(8))
+    assert losses(base)[0] - losses(job)[0] == pytest.approx(math.log(8) - math.log(4), abs=0.35)
 
 
 def spoiled(folder: Path, samples: list[TinySample], which: int) -> Path:

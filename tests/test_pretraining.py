@@ -357,7 +357,8 @@ def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
 
 def test_an_unfrozen_image_tower_starts_where_its_stage_left_it_and_learns(tiny_tower):
     config = settings(image_tower={"frozen": False})
-    model = build_for_pretraining(config, tiny_tower).train()
+    model = build_for_pretraining(config, tiny_tower)
+    assert model.training and not model.image_tower.training
     own = {name.removeprefix("image."): value for name, value in model.state_dict().items() if name[:6] == "image."}
     frozen = load_file(tiny_tower / "model.safetensors")
     assert own.keys() == frozen.keys()

@@ -75,7 +75,7 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
         tower = load_file(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
     model.load_state_dict({**model.state_dict(), **weights})
-    return model
+    return model.train()
 
 
 def _start(text: TextTowerSettings, tokenizer: TextTokenizer) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
