@@ -67,7 +67,7 @@ class Embedder:
         features = np.empty((len(texts), self.width), dtype=np.float32)
         for start in range(0, len(texts), _WINDOW * self._batch_size):
             ids, lengths = self._tokenizer(texts[start : start + _WINDOW * self._batch_size])
-            for batch in _batches(lengths.argsort(kind="stable"), self._batch_size):
+            for batch in in_batches(lengths.argsort(kind="stable"), self._batch_size):
                 rows = torch.from_numpy(ids[batch, : lengths[batch[-1]]]).to(self._device)
                 with torch.inference_mode():
                     found = self._model.encode_text(rows, torch.from_numpy(lengths[batch]).to(self._device))
@@ -97,7 +97,7 @@ class Embedder:
         import torch
 
         features = [np.empty((0, self.width), dtype=np.float32)]
-        for batch in _batches(pictures, self._batch_size):
+        for batch in in_batches(pictures, self._batch_size):
             pixels = torch.from_numpy(np.stack(batch)).to(self._device)
             with torch.inference_mode():
                 features.append(self._model.encode_image(pixels).cpu().numpy())
@@ -242,7 +242,7 @@ def _encode_images(
         except ValueError as error:
             return name, str(error)
 
-    for batch in _batches(_ahead(prepare, files, 2 * batch_size), batch_size):
+    for batch in in_batches(_ahead(prepare, files, 2 * batch_size), batch_size):
         left_out += [(name, found) for name, found in batch if isinstance(found, str)]
         good = [(name, found) for name, found in batch if not isinstance(found, str)]
         yield Rows([name for name, _ in good], None, embedder.prepared(pixels for _, pixels in good))
@@ -251,7 +251,7 @@ def _encode_images(
 def _encode_texts(
     embedder: Embedder, texts: Iterator[tuple[str, str]], batch_size: int, left_out: list[tuple[str, str]]
 ) -> Iterator[Rows]:
-    for window in _batches(texts, _WINDOW * batch_size):
+    for window in in_batches(texts, _WINDOW * batch_size):
         left_out += [(name, "the text is empty") for name, text in window if not text]
         good = [(name, text) for name, text in window if text]
         found = [text for _, text in good]
@@ -281,7 +281,8 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Items in lists of `size`; the last has what is left."""
     left = iter(items)
     while batch := list(islice(left, size)):
         yield batch

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -13,12 +11,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lotlip.data.images import decode_rgb, image_transform
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
+from lotlip.embedding import in_batches
 from lotlip.evaluation.benchmarks import Benchmark, Prompts
 from lotlip.evaluation.metrics import chance, class_features, classification, retrieval
 from lotlip.models.lotlip import LotlipModel
 
 KS = (1, 5, 10)
-T = TypeVar("T")
 
 
 def evaluate(
@@ -118,7 +116,7 @@ def encode_images(model: LotlipModel, benchmark: Benchmark, batch_size: int) -> 
         return torch.cat(
             [
                 encode(torch.from_numpy(np.stack([transform(decode_rgb(image)) for image in batch])))
-                for batch in _in_batches(benchmark.images(), batch_size)
+                for batch in in_batches(benchmark.images(), batch_size)
             ]
         )
 
@@ -135,7 +133,7 @@ def encode_texts(
     by_tokens = model.config.similarity == "late-interaction"
     rows: list[Tensor] = []
     with torch.inference_mode():
-        for batch in _in_batches(iter(texts), batch_size):
+        for batch in in_batches(texts, batch_size):
             ids, lengths = map(torch.from_numpy, tokenizer(batch))
             if by_tokens:
                 tokens, mask = model.encode_text_tokens(ids, lengths)
@@ -147,8 +145,3 @@ def encode_texts(
     lengths = torch.tensor([len(row) for row in rows])
     tokens = pad_sequence(rows, batch_first=True)
     return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]
-
-
-def _in_batches(items: Iterator[T], batch_size: int) -> Iterator[list[T]]:
-    while batch := list(islice(items, batch_size)):
-        yield batch

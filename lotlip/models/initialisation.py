@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lotlip.config import Pretrain, Stretch
 from lotlip.config import TextTower as TextTowerSettings
@@ -36,21 +39,11 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
     """
     text = config.text
     tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
-    encoder, earlier = _start(text, tokenizer)
-    _fit_vocabulary(encoder, text, tokenizer, earlier)
-    weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
-    if text.stretch:
-        table = position_table(encoder)
-        if table is None:
-            raise ValueError(
-                f"text.pretrained {text.pretrained} has no learned positions to stretch; take out text.stretch"
-            )
-        stretched = stretch_positions(table.weight.detach(), text.stretch, first_position(table))
-        weights[POSITIONS] = stretched
-        encoder.config.max_position_embeddings = len(stretched)
+    start = _pretrained(text.pretrained, text, tokenizer) if text.pretrained else _random(text, tokenizer)
+    weights = dict(start.weights)
     model = LotlipForPreTraining(
         LotlipConfig(
-            text_config=encoder.config.to_dict(),
+            text_config=start.config.to_dict(),
             image_config=read_json(image_tower / "config.json"),
             embed_dim=_width(image_tower),
             context_length=text.context_length,
@@ -69,8 +62,8 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
     if config.loss.contrast == "sigmoid":
         # one pair of `batch_size` belongs together; SigLIP's −10 is that of its batch of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
-    if earlier is not None:
-        weights |= _other_weights(earlier, model, text)
+    if start.earlier is not None:
+        weights |= _other_weights(start.earlier, model, text)
     if not config.image_tower.frozen:
         tower = load_file(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
@@ -78,23 +71,54 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
     return model.train()
 
 
-def _start(text: TextTowerSettings, tokenizer: TextTokenizer) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
-    """The encoder to start from and, where it comes from one, the LoTLIP model."""
-    if not text.pretrained:
-        kind = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
-        config = AutoConfig.for_model(**{**kind, "vocab_size": tokenizer.vocabulary_size})
-        return AutoModel.from_config(config), None
+@dataclass(frozen=True)
+class _Start:
+    """Where the text tower starts.
+
+    Attributes:
+        config: of its encoder, corner and register tokens counted.
+        weights: of its encoder, by the model's names; none of a random one.
+        earlier: the LoTLIP model that the encoder comes from, where it comes from one.
+    """
+
+    config: PretrainedConfig
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    earlier: LotlipForPreTraining | None = None
+
+
+def _random(text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
+    kind = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
+    rows = tokenizer.vocabulary_size + text.corner_tokens + text.register_tokens
+    return _Start(AutoConfig.for_model(**{**kind, "vocab_size": rows}))
+
+
+def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
+    encoder, earlier = _open(name, text.config)
+    _fit_vocabulary(encoder, text, tokenizer, earlier)
+    weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
+    if text.stretch:
+        table = position_table(encoder)
+        if table is None:
+            raise ValueError(f"text.pretrained {name} has no learned positions to stretch; take out text.stretch")
+        stretched = stretch_positions(table.weight.detach(), text.stretch, first_position(table))
+        weights[POSITIONS] = stretched
+        encoder.config.max_position_embeddings = len(stretched)
+    return _Start(encoder.config, weights, earlier)
+
+
+def _open(name: str, changes: Mapping[str, Any]) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
+    """The pretrained encoder and, where it comes from one, the LoTLIP model."""
     try:
-        config = AutoConfig.from_pretrained(text.pretrained, **text.config)
+        config = AutoConfig.from_pretrained(name, **changes)
     except OSError as error:
         raise ValueError(
-            f"text.pretrained {text.pretrained} is neither a folder with a model nor one that the hub has: {error}; "
+            f"text.pretrained {name} is neither a folder with a model nor one that the hub has: {error}; "
             "train it first, or mend the name"
         ) from error
     if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(text.pretrained, image_tower=False, dtype=torch.float32)
+        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, dtype=torch.float32)
         return earlier.text.transformer, earlier
-    return AutoModel.from_pretrained(text.pretrained, config=config, dtype=torch.float32), None
+    return AutoModel.from_pretrained(name, config=config, dtype=torch.float32), None
 
 
 def _fit_vocabulary(

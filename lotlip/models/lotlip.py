@@ -177,13 +177,17 @@ class LotlipModel(PreTrainedModel):
             kwargs: `return_dict`, as of every model.
         """
         lengths = self._lengths(input_ids, attention_mask)
-        texts, images, mask = self.encode_text(input_ids, lengths)[:, 0], self.encode_image(pixel_values), None
-        compared = images, texts
-        similarities = cosine(*compared)
+        hidden = self.image_tower.hidden_states(pixel_values)
+        images, mask = normalize(self.image_tower.feature(hidden), dim=-1), None
         if self.config.similarity == "late-interaction":
             tokens, mask = self.encode_text_tokens(input_ids, lengths)
-            compared = self.encode_image_patches(pixel_values), tokens
+            texts = tokens[:, 0]
+            compared = normalize(self.image_tower.patches(hidden), dim=-1), tokens
             similarities = late_interaction(*compared, mask)
+        else:
+            texts = self.encode_text(input_ids, lengths)[:, 0]
+            compared = images, texts
+            similarities = cosine(*compared)
         bias = 0 if self.logit_bias is None else self.logit_bias
         per_image, per_text = (self.scale * similarity + bias for similarity in similarities)
         loss = self._loss(*compared, mask) if return_loss else None
