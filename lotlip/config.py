@@ -241,6 +241,20 @@ class TextTower(Section):
         return self
 
 
+class Augmentation(Section):
+    """A random piece of each picture, resized to the tower's size, as CLIP's training has it."""
+
+    scale: tuple[Share, Share] = Field((0.9, 1.0), description="share of the picture's area that the piece has")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="of its width to its height")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Augmentation:
+        for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
+            if not 0 < low <= high:
+                raise ValueError(f"{name} {[low, high]} is no range; give the lower number, above 0, first")
+        return self
+
+
 class ImageSide(Section):
     """What training does with the image tower: LiT locks it (section 3.1), CLIP and its kin train it too."""
 
@@ -249,6 +263,15 @@ class ImageSide(Section):
         "stored",
         description="a frozen tower's features: from the shards (where they hold them), or from pixels each step",
     )
+    augmentation: Augmentation | None = Field(
+        None, description="of pictures that a step reads; without it, the centre as in evaluation"
+    )
+
+    @model_validator(mode="after")
+    def _pictures_to_augment(self) -> ImageSide:
+        if self.augmentation and self.frozen and self.features == "stored":
+            raise ValueError("augmentation changes pictures, and stored features have none; set features to computed")
+        return self
 
 
 class LongTexts(Section):
@@ -258,6 +281,30 @@ class LongTexts(Section):
     sub_captions: NonNegative = Field(3, description="k: consecutive sub-captions in a long text; 0: raw captions only")
     captioners: list[Name] = Field(default_factory=list, description="whose captions to draw from; none named: all")
     window: Window = "within-caption"
+
+
+class Loader(Section):
+    """How samples come from the shards to the steps."""
+
+    workers: NonNegative = Field(
+        1, description="processes that read, decode and tokenize ahead, for each training process; 0: it does so itself"
+    )
+    prefetch: Count = Field(4, description="steps that each worker holds ready")
+    epochs: Literal["exact", "resampled"] = Field(
+        "exact", description="each sample once an epoch, or each drawn at random, with `weights`"
+    )
+    samples_per_epoch: Count | None = Field(None, description="of a resampled epoch; without it, as many as there are")
+    weights: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="resampled: beginning of a sample's key → how often it is drawn; others count 1",
+    )
+
+    @model_validator(mode="after")
+    def _resampling(self) -> Loader:
+        given = [name for name in ("samples_per_epoch", "weights") if getattr(self, name)]
+        if given and self.epochs == "exact":
+            raise ValueError(f"{' and '.join(given)} need epochs: resampled; an exact epoch has each sample once")
+        return self
 
 
 class Loss(Section):
@@ -292,7 +339,9 @@ class Pretrain(Section):
     seeds: Annotated[list[int], Field(min_length=1)] = [0]
     steps: Count = 500
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and accumulation steps")
-    accumulation: Count = Field(1, description="micro-batches per step and process")
+    accumulation: Count = Field(
+        1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
+    )
     processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -300,12 +349,19 @@ class Pretrain(Section):
     checkpoint_every: Count = 200
     text: TextTower = TextTower()
     long_texts: LongTexts = LongTexts()
+    loader: Loader = Loader()
     image_tower: ImageSide = ImageSide()
     similarity: Literal["cosine", "late-interaction"] = Field(
         "cosine", description="of one feature each, or token by token as in FILIP (arXiv 2111.07783)"
     )
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
+    stop_at_chance_after: NonNegative = Field(
+        200, description="steps in which retrieval inside the batch must get better than chance; 0: never stop for it"
+    )
+    peer_timeout_seconds: Positive = Field(
+        600, description="a process that waits longer for the others ends the run: one of them hangs"
+    )
     max_final_loss_share: Positive = Field(
         0.95, description="of the loss of guessing that the last steps may still have; more fails the gate"
     )
