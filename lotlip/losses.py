@@ -1,20 +1,27 @@
 """The training loss: an image against each of its texts, with the variants that the paper compares.
 
 A variant is a similarity (`lotlip.models.similarity`), a contrast (`CONTRASTS`) and what the raw caption is held
-against.
+against. Of a global batch of T images with N texts each, a process has its own B texts and everybody's image features:
+only those are gathered, one for each image, while texts, N times as many, stay where they are. Its N × B × T logits are
+computed in blocks, and once more in the backward pass, so that few of them exist at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, pad
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
 
 from lotlip.models.similarity import cosine, late_interaction
+
+# Logits of a block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are no faster.
+LOGITS_AT_ONCE = 2**22
 
 
 class _Gather(torch.autograd.Function):
@@ -23,15 +30,16 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
-        pieces = [torch.empty_like(features) for _ in range(dist.get_world_size())]
-        dist.all_gather(pieces, features)
-        return torch.cat(pieces)
+        gathered = features.new_empty(dist.get_world_size() * len(features), *features.shape[1:])
+        dist.all_gather_into_tensor(gathered, features)
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+        gradient = gradients[0].contiguous()
+        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient)
+        return own
 
 
 def _several_processes() -> bool:
@@ -43,40 +51,44 @@ def gather(features: Tensor) -> Tensor:
     return _Gather.apply(features.contiguous()) if _several_processes() else features
 
 
-def softmax(image_to_text: Tensor, text_to_image: Tensor) -> Tensor:
-    """Symmetric InfoNCE (paper, section 3.2): each image picks its text among all, each text its image.
-
-    Args:
-        image_to_text: logits by which an image picks its text, [N, I, T]; what belongs together is on the diagonal.
-        text_to_image: logits by which a text picks its image, [N, I, T].
-
-    Returns:
-        The loss of each of the N kinds of text, [N].
-    """
-    number, batch = image_to_text.shape[:2]
-    target = torch.arange(batch, device=image_to_text.device).expand(number, batch)
-    texts_picked = cross_entropy(image_to_text.transpose(1, 2), target, reduction="none").mean(dim=1)
-    images_picked = cross_entropy(text_to_image, target, reduction="none").mean(dim=1)
-    return (texts_picked + images_picked) / 2
+# --- contrasts ----------------------------------------------------------------------------------------------------
+# Each has a part that takes a block of logits, and one that puts together what all blocks of all processes gave. A
+# block is [N, B, T], the logits of B texts of each of N kinds with all T images: `picks_image` those by which a text
+# picks its image, along T, and `picks_text` those by which an image picks its text, along all blocks' B. `own`, [B],
+# says which image is a text's own.
 
 
-def sigmoid(image_to_text: Tensor, text_to_image: Tensor) -> Tensor:
-    """SigLIP's loss (arXiv 2303.15343, eq. 1): each pair is judged by itself, and the sum is over the batch size.
-
-    Args:
-        image_to_text: logits, [N, I, T]; what belongs together is on the diagonal.
-        text_to_image: logits of the other direction, [N, I, T]; where they differ, the mean of both losses counts.
-
-    Returns:
-        The loss of each of the N kinds of text, [N].
-    """
-    batch = image_to_text.shape[1]
-    sign = 2 * torch.eye(batch, dtype=image_to_text.dtype, device=image_to_text.device) - 1  # z: 1 own, −1 others
-    directions = [image_to_text] if image_to_text is text_to_image else [image_to_text, text_to_image]
-    return torch.stack([-logsigmoid(sign * logits).sum(dim=(1, 2)) / batch for logits in directions]).mean(dim=0)
+def _own(logits: Tensor, own: Tensor) -> Tensor:
+    """The logits of what belongs together, [N, B]."""
+    return logits.gather(2, own.expand(len(logits), -1)[..., None])[..., 0]
 
 
-CONTRASTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"softmax": softmax, "sigmoid": sigmoid}
+def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Cost but for the images' normalisers [N], and these texts' part of the normalisers' logarithms [N, T]."""
+    costs = picks_image.logsumexp(2) - _own(picks_image, own) - _own(picks_text, own)
+    return costs.sum(1), picks_text.logsumexp(1)
+
+
+def _softmax(costs: Tensor, normalisers: Tensor) -> Tensor:
+    """Symmetric InfoNCE (paper, section 3.2) of [P, N] and [P, N, T], from P blocks: [N]."""
+    return (costs.sum(0) + normalisers.logsumexp(0).sum(1)) / (2 * normalisers.shape[2])
+
+
+def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """Cost of judging each pair by itself, mean of both directions, [N]; nothing depends on the other blocks."""
+    directions = [picks_image] if picks_image is picks_text else [picks_image, picks_text]
+    # −log σ(−x) = softplus(x) for a pair that does not belong together, −log σ(x) = softplus(x) − x for one that does
+    costs = [softplus(logits).sum((1, 2)) - _own(logits, own).sum(1) for logits in directions]
+    return torch.stack(costs).mean(0), picks_image.new_zeros(len(picks_image), picks_image.shape[2])
+
+
+def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
+    """SigLIP's loss (arXiv 2303.15343, eq. 1), whose sum is over the batch size, of [P, N]: [N]."""
+    return costs.sum(0) / normalisers.shape[2]
+
+
+Contrast = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+CONTRASTS: dict[str, Contrast] = {"softmax": (_softmax_block, _softmax), "sigmoid": (_sigmoid_block, _sigmoid)}
 
 
 def principal_components(features: Tensor, number: int) -> Tensor:
@@ -120,6 +132,7 @@ def lotlip_loss(
     raw_weight: float = 1.0,
     long_weight: float = 1.0,
     raw_components: int = 0,
+    logits_at_once: int = LOGITS_AT_ONCE,
 ) -> dict[str, Tensor]:
     """Mean over an image's N text features of their contrast with the image features (paper, section 3.2).
 
@@ -135,15 +148,17 @@ def lotlip_loss(
         logit_bias: added to every logit, [1]; sigmoid needs it, softmax does not change by it.
         text_mask: bool, True at a text's tokens, [B, N, L]. With it image and text are compared by late interaction
             (FILIP, arXiv 2111.07783), without it by the cosine of one feature each.
-        contrast: "softmax" (paper, section 3.2) or "sigmoid" (SigLIP, arXiv 2303.15343).
+        contrast: "softmax" (symmetric InfoNCE; paper, section 3.2) or "sigmoid" (SigLIP, arXiv 2303.15343).
         raw_weight: of the raw caption's term (the released code's `clip_lossweight`).
         long_weight: of the others' (its `declip_lossweight`).
         raw_components: the raw caption is contrasted with so many principal components of the image features
             (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0 means with all of them. They are those of
             the whole batch, while Long-CLIP's release takes each process's own: so N processes compute what one does.
+        logits_at_once: in a block (one text of each kind with all images at least); changes memory, not the result.
 
     Returns:
-        `raw` and `long`, the weighted terms, and `loss`, their sum.
+        `raw` and `long`, the weighted terms; `loss`, their sum; and, without gradient, `recall`: the share of the
+        batch's texts that are nearer to their own image than to any other, mean over the N kinds.
 
     Raises:
         ValueError: the contrast is unknown or lacks its bias, shapes do not fit, or principal components are asked of
@@ -154,24 +169,23 @@ def lotlip_loss(
     if contrast == "sigmoid" and logit_bias is None:
         raise ValueError("contrast sigmoid needs logit_bias; a model has it where its config says logit_bias: true")
     _check_shapes(image_features, text_features, text_mask)
-    if text_mask is None:
-        directions = _cosines(gather(image_features), gather(text_features), raw_components)
-    elif raw_components:
+    if text_mask is not None and raw_components:
         raise ValueError(
             "raw_components are of one feature for each image, which late interaction has not; set it to 0"
         )
+    images = gather(image_features)  # [T, D] or [T, P, D]
+    compare = partial(
+        _terms, scale=logit_scale, bias=logit_bias, contrast=CONTRASTS[contrast], logits_at_once=logits_at_once
+    )
+    if raw_components:
+        raw_terms, raw_hits = compare(principal_components(images, raw_components), text_features[:, :1])
+        long_terms, long_hits = compare(images, text_features[:, 1:])
+        terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
     else:
-        directions = _late_interactions(image_features, text_features, text_mask)
-
-    def logits(similarity: Tensor) -> Tensor:
-        scaled = logit_scale * similarity
-        return scaled if logit_bias is None else scaled + logit_bias
-
-    image_to_text = logits(directions[0])
-    text_to_image = image_to_text if directions[1] is directions[0] else logits(directions[1])
-    terms = CONTRASTS[contrast](image_to_text, text_to_image) / text_features.shape[1]  # [N]
+        terms, hits = compare(images, text_features, text_mask)
+    terms = terms / len(terms)  # [N]
     raw, long = raw_weight * terms[0], long_weight * terms[1:].sum()
-    return {"raw": raw, "long": long, "loss": raw + long}
+    return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
 
 
 def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tensor | None) -> None:
@@ -189,31 +203,62 @@ def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tens
         )
 
 
-def _cosines(images: Tensor, texts: Tensor, raw_components: int) -> tuple[Tensor, Tensor]:
-    """Both directions, [N, I, T], of features [I, D] and [T, N, D]: the same tensor twice."""
-    similarity = _by_kind(cosine(images, texts.transpose(0, 1).flatten(0, 1))[0], texts.shape[1])
-    if raw_components:
-        raw = cosine(principal_components(images, raw_components), texts[:, 0])[0]
-        similarity = torch.cat([raw[None], similarity[1:]])
-    return similarity, similarity
+def _terms(
+    images: Tensor,
+    texts: Tensor,
+    text_mask: Tensor | None = None,
+    *,
+    scale: Tensor,
+    bias: Tensor | None,
+    contrast: Contrast,
+    logits_at_once: int,
+) -> tuple[Tensor, Tensor]:
+    """The contrast of all T images with everybody's texts, of which [B, N, …] are here: its loss for each kind of text,
+    and how many texts pick their own image, [N] each."""
+    rows, kinds = texts.shape[:2]
+    if not kinds:
+        return texts.new_zeros(0), texts.new_zeros(0)
+    first = dist.get_rank() * rows if _several_processes() else 0
+    own = torch.arange(first, first + rows, device=texts.device)
+    block = partial(_block, scale=scale, bias=bias, contrast=contrast[0])
+    size = max(1, logits_at_once // (kinds * len(images)))
+    blocks = []
+    for start in range(0, rows, size):
+        some = slice(start, start + size)
+        arguments = (images, texts[some], None if text_mask is None else text_mask[some], own[some])
+        if size < rows:
+            blocks.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
+        else:
+            blocks.append(block(*arguments))
+    costs, normalisers, hits = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+    return contrast[1](gather(costs), gather(normalisers)), gather(hits).sum(0)
 
 
-def _late_interactions(images: Tensor, texts: Tensor, text_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Both directions, [N, I, T], of this process's features [B, P, D] and [B, N, L, D] and all others'.
+def _block(
+    images: Tensor,
+    texts: Tensor,
+    text_mask: Tensor | None,
+    own: Tensor,
+    *,
+    scale: Tensor,
+    bias: Tensor | None,
+    contrast: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `contrast` gives for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
 
-    Each process compares its own images with all texts, and only the result is gathered: the work is shared.
-    """
-    if _several_processes():  # a gather takes equal shapes
-        longest = torch.tensor(texts.shape[2], device=texts.device)
-        dist.all_reduce(longest, op=dist.ReduceOp.MAX)
-        missing = int(longest) - texts.shape[2]
-        texts, text_mask = gather(pad(texts, (0, 0, 0, missing))), gather(pad(text_mask, (0, missing)))
-    number = texts.shape[1]
-    flat, mask = texts.transpose(0, 1).flatten(0, 1), text_mask.transpose(0, 1).flatten(0, 1)  # [N·T, L, D], [N·T, L]
-    image_to_text, text_to_image = late_interaction(images, flat, mask)  # [B, N·T]
-    return _by_kind(gather(image_to_text), number), _by_kind(gather(text_to_image), number)
+    def logits(similarity: Tensor) -> Tensor:
+        """[T, N·b] as [N, b, T]."""
+        scaled = scale * similarity.T.unflatten(0, (texts.shape[1], -1))
+        return scaled if bias is None else scaled + bias
 
-
-def _by_kind(similarity: Tensor, number: int) -> Tensor:
-    """[I, N·T] as [N, I, T]."""
-    return similarity.unflatten(1, (number, -1)).transpose(0, 1)
+    flat = texts.transpose(0, 1).flatten(0, 1)  # [N·b, …]
+    if text_mask is None:
+        image_to_text, text_to_image = cosine(images, flat)
+    else:
+        image_to_text, text_to_image = late_interaction(images, flat, text_mask.transpose(0, 1).flatten(0, 1))
+    picks_image = logits(text_to_image)
+    picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
+    with torch.no_grad():
+        # strictly nearer than all others, so that features that are all the same are no hit
+        hits = (picks_image >= _own(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
+    return *contrast(picks_image, picks_text, own), hits

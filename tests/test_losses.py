@@ -200,14 +200,15 @@ def test_one_patch_and_one_token_are_cosine(contrast):
         torch.testing.assert_close(late[name], expected)
 
 
+@pytest.mark.parametrize("at_once", [1, 3 * 4 * 8, 10**6])  # blocks of one text, of three and two, one block
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_its_equations(variant):
+def test_every_variant_is_its_equations(variant, at_once):
     images, texts, settings = case(variant)
     leaves = [images.double().requires_grad_(), texts.double().requires_grad_(), SCALE.double().requires_grad_()]
     if "logit_bias" in settings:
         leaves.append(settings["logit_bias"].double().requires_grad_())
         settings["logit_bias"] = leaves[-1]
-    found = lotlip_loss(*leaves[:3], **settings)
+    found = lotlip_loss(*leaves[:3], **settings, logits_at_once=at_once)
     expected = plain_loss(*leaves[:3], settings)
     for name in ("raw", "long", "loss"):
         torch.testing.assert_close(found[name], expected[name].to(found[name]))
@@ -246,6 +247,37 @@ def test_features_that_match_cost_nothing(contrast):
     sure = {"logit_scale": torch.tensor([100.0]), "logit_bias": torch.tensor([-50.0]), "contrast": contrast}
     assert lotlip_loss(torch.eye(4), torch.eye(4)[:, None], **sure)["loss"].item() == pytest.approx(0, abs=1e-6)
     assert lotlip_loss(torch.eye(4), torch.eye(4).roll(1, 0)[:, None], **sure)["loss"].item() > 50
+
+
+@pytest.mark.parametrize("at_once", [1, 10**6])
+def test_recall_is_the_share_of_texts_that_pick_their_own_image(at_once):
+    images = torch.eye(4)
+    raw = torch.eye(4)  # all pick their own
+    long = torch.eye(4)[[0, 1, 3, 2]]  # half of them do
+    found = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, logits_at_once=at_once)
+    assert found["recall"].item() == 0.75 and not found["recall"].requires_grad
+    same = torch.ones(4, 1, 4) / 2
+    assert lotlip_loss(images, same, SCALE)["recall"].item() == 0  # no image is nearer than the others
+
+
+def test_blocks_hold_few_logits():
+    """What the backward pass needs of a block is computed again, not kept."""
+    images, texts = random_features(batch=64, number=2)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    texts.requires_grad_()
+    sizes = []
+    for at_once in (64 * 2 * 8, 10**6):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            lotlip_loss(images, texts, SCALE, logits_at_once=at_once)
+        sizes.append(max(kept.values()))
+    assert sizes[1] >= 64 * 64 * 2 * 4  # all logits
+    assert sizes[0] < sizes[1] / 2
 
 
 def test_a_bias_changes_nothing_under_softmax():
@@ -357,7 +389,7 @@ def test_features_that_do_not_fit_are_refused():
             lotlip_loss(*wrong[:2], SCALE, text_mask=wrong[2])
 
 
-def loss_and_gradients(variant: str, part: slice) -> dict[str, Tensor]:
+def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[str, Tensor]:
     """Of linear towers, a temperature and a bias, for the rows of this process; its texts are padded to its longest.
 
     The text tower's gradient reaches the gathered features through a matrix product: not in row order in memory.
@@ -384,16 +416,21 @@ def loss_and_gradients(variant: str, part: slice) -> dict[str, Tensor]:
         **settings | {"logit_bias": learned["bias"]},
         raw_weight=0.7,
         long_weight=1.3,
+        logits_at_once=at_once,
     )
     losses["loss"].backward()
     gradients = {name: value.grad for name, value in learned.items() if value.grad is not None}
-    return {"loss": losses["loss"].detach(), **gradients}
+    return {"loss": losses["loss"].detach(), "recall": losses["recall"], **gradients}
+
+
+SIZES = (1, 3 * 4 * 8, 10**6)  # blocks of one text, of three and one, one block
 
 
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     part = slice(4 * rank, 4 * rank + 4)
-    torch.save({variant: loss_and_gradients(variant, part) for variant in VARIANTS}, Path(folder) / f"{rank}.pt")
+    found = {(variant, size): loss_and_gradients(variant, part, size) for variant in VARIANTS for size in SIZES}
+    torch.save(found, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -404,10 +441,10 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
     assert lengths[:4].max() > lengths[4:].max(), "one process's texts must be longer than the other's"
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
-    for variant in VARIANTS:
+    for variant, size in first:
         one = loss_and_gradients(variant, slice(0, 8))
-        assert len(one) == 5
+        assert len(one) == 6
         for name, expected in one.items():
-            mean = (first[variant][name] + second[variant][name]) / 2
-            torch.testing.assert_close(mean, expected, atol=2e-6, rtol=0, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
-        assert torch.equal(first[variant]["loss"], second[variant]["loss"])
+            mean = (first[variant, size][name] + second[variant, size][name]) / 2
+            torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
+        assert torch.equal(first[variant, size]["loss"], second[variant, size]["loss"])
