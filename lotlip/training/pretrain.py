@@ -8,13 +8,10 @@ from __future__ import annotations
 import math
 import os
 import random
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,21 +19,19 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 
 import lotlip
-from lotlip.config import Optimizer, Pretrain
-from lotlip.data.loader import Batch, Rows, batches
+from lotlip.config import Pretrain
+from lotlip.data.loader import Batch, Loader, Rows, Transform
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
-from lotlip.losses import lotlip_loss
 from lotlip.models.initialisation import build_for_pretraining
 from lotlip.tracking import Sink, open_sink
+from lotlip.training.checkpoint import Checkpoints, full_weights
+from lotlip.training.engine import Engine, NotFinite, StepResult, initialise_processes
 
 if TYPE_CHECKING:
     from lotlip.models.image_tower import ImageTower
-
-CHECKPOINTS_KEPT = 2
 
 
 class TrainingStopped(RuntimeError):
@@ -79,43 +74,49 @@ class Job:
         return Path(self.out) / f"seed-{seed}"
 
 
-def deepspeed_config(config: Pretrain) -> dict[str, Any]:
-    """DeepSpeed's configuration, all of it derived from params.yaml."""
-    rounded = config.precision == "bf16"
-    # without ZeRO, DeepSpeed's optimizer for bf16 does not hand out its fp32 weights; stage 1 computes the same
-    stage = max(config.zero_stage, int(rounded))
-    return {
-        "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // (config.processes * config.accumulation),
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": rounded},
-        "steps_per_print": sys.maxsize,  # the loop below reports
-    }
+class ChanceWatch:
+    """Tells when retrieval inside the batch stays at chance.
 
+    In each period of `period` steps its later half is looked at, so that a start that is no better than chance is
+    forgiven, and a model that collapses later is seen.
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: norms, biases and the temperature do not decay, as in the released code."""
-    parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    Args:
+        period: steps; 0: never stuck.
+        batch_size: images that a text has to choose from.
 
-    def decays(name: str, value: Tensor) -> bool:
-        return value.ndim >= 2 and "norm" not in name.lower()
+    Attributes:
+        recall: mean over the half period that was looked at last.
+    """
 
-    return [
-        {"params": [value for name, value in parameters if decays(name, value)], "weight_decay": weight_decay},
-        {"params": [value for name, value in parameters if not decays(name, value)], "weight_decay": 0.0},
-    ]
+    def __init__(self, period: int, batch_size: int) -> None:
+        self.period, self.batch_size = period, batch_size
+        self.recall = math.nan
+        self._recalls: list[float] = []
 
+    def stuck(self, step: int, recall: float) -> bool:
+        """Takes the recall of a step, which counts from 1; True where that of half a period was no better than chance.
 
-def learning_rate_share(step: int, steps: int, optimizer: Optimizer) -> float:
-    """Share of the peak learning rate at a step that counts from 0: linear warm-up, then half a cosine down to 0."""
-    warmup = optimizer.warmup_steps
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+        Better are five standard deviations of what guessing would find.
+        """
+        if not self.period:
+            return False
+        place = (step - 1) % self.period + 1
+        if 2 * place > self.period:
+            self._recalls.append(recall)
+        if place < self.period:
+            return False
+        self.recall = sum(self._recalls) / len(self._recalls)
+        chance, texts = 1 / self.batch_size, self.batch_size * len(self._recalls)
+        self._recalls = []
+        return self.recall <= chance + 5 * math.sqrt(chance * (1 - chance) / texts)
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return self._recalls
+
+    def load_state(self, state: list[float]) -> None:
+        """The inverse of `state`."""
+        self._recalls = state
 
 
 class Trainer:
@@ -129,184 +130,118 @@ class Trainer:
     """
 
     def __init__(self, job: Job, config: Pretrain, seed: int, sink: Sink) -> None:
-        import deepspeed
-
         self.job, self.config, self.seed, self.sink = job, config, seed, sink
-        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
         self.index = read_json(Path(job.shards) / "index.json")
-        self.shards = [Path(job.shards) / f"{shard['name']}.tar" for shard in self.index["splits"]["train"]["shards"]]
         text = config.text
         self.tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
-        self.frozen_tower: ImageTower | None = None
-        self.transform: Callable[[bytes], np.ndarray] | None = None
+        tower, transform = None, None
         if config.from_pixels or not self.index["features"]:
-            tower = self._open_image_tower()
-            self.frozen_tower = tower if config.image_tower.frozen else None
+            tower, transform = self._open_image_tower()
+        rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), config.accumulation)
+        self.loader = Loader(Path(job.shards), config, self.tokenizer, seed, rows, transform)
         seed_everything(seed)
         model = build_for_pretraining(config, Path(job.image_tower))
-        settings = config.optimizer
-        optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
-            fused=True,
-        )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, partial(learning_rate_share, steps=config.steps, optimizer=settings)
-        )
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=schedule, config=deepspeed_config(config)
-        )
-        self.checkpoints = Path(job.scratch) / f"checkpoints-{seed}"
+        self.engine = Engine(model, config, seed, tower if config.image_tower.frozen else None)
+        self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
         self.history: list[dict[str, float]] = []
+        self.watch = ChanceWatch(config.stop_at_chance_after, config.batch_size)
 
-    def _open_image_tower(self) -> ImageTower:
-        """The image tower in the loop, and with it what makes pixels of pictures."""
-        from lotlip.data.images import decode_rgb, image_transform
+    def _open_image_tower(self) -> tuple[ImageTower, Transform]:
+        """The image tower in the loop, and what makes pixels of pictures."""
+        from lotlip.data.images import training_transform
         from lotlip.models.image_tower import load_image_tower
 
-        tower = load_image_tower(Path(self.job.image_tower)).eval().requires_grad_(False)
-        to_pixels = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
-        self.transform = lambda data: to_pixels(decode_rgb(data))
-        return tower
+        tower = load_image_tower(Path(self.job.image_tower))
+        spec = tower.spec
+        return tower, training_transform(spec.image_size, spec.mean, spec.std, self.config.image_tower.augmentation)
 
     def train(self) -> None:
         """Runs all steps that are left, then saves the model and its curves.
 
         Raises:
-            TrainingStopped: the loss is not a number, or there are fewer samples than a batch.
+            TrainingStopped: the loss or a weight is not a number, or retrieval stays at chance.
         """
         first = self._resume()
         started = mark = time.monotonic()
         waited = 0.0
-        steps = self._steps(first)
-        for step in range(first, self.config.steps):
-            fetching = time.monotonic()
-            micro_batches = next(steps)
-            waited += time.monotonic() - fetching
-            loss = self._step(micro_batches, step)
-            done = step + 1
-            if done % self.config.log_every == 0 or done == self.config.steps:
-                now = time.monotonic()
-                interval = done - max(first, self.history[-1]["step"] if self.history else 0)
-                self._log(done, loss, interval * self.config.batch_size / (now - mark), waited / (now - mark))
-                left = (now - started) / (done - first) * (self.config.steps - done)
-                self._say(done, loss, left)
-                mark, waited = now, 0.0
-            if done % self.config.checkpoint_every == 0 and done < self.config.steps:
-                self._checkpoint(done)
+        with closing(self.loader.steps(first, self.config.steps)) as steps:
+            for step in range(first, self.config.steps):
+                fetching = time.monotonic()
+                batches = next(steps)
+                waited += time.monotonic() - fetching
+                result = self._step(batches, step)
+                done = step + 1
+                if done % self.config.log_every == 0 or done == self.config.steps:
+                    now = time.monotonic()
+                    interval = done - max(first, self.history[-1]["step"] if self.history else 0)
+                    rate = interval * self.config.batch_size / (now - mark)
+                    self._log(step, result, rate, waited / (now - mark))
+                    left = (now - started) / (done - first) * (self.config.steps - done)
+                    self._say(done, result, left)
+                    mark, waited = now, 0.0
+                if done % self.config.checkpoint_every == 0 and done < self.config.steps:
+                    self._checkpoint(done)
         self._save()
 
-    def _steps(self, first: int) -> Iterator[list[Batch]]:
-        """The micro-batches of each step from `first` on, epoch after epoch."""
-        samples = self.index["splits"]["train"]["samples"]
-        per_epoch = samples // self.config.batch_size
-        if not per_epoch:
-            raise TrainingStopped(
-                f"{self.job.shards} has {samples} training samples, fewer than a batch of {self.config.batch_size}; "
-                "set pretrain.batch_size lower"
+    def _step(self, batches: list[Batch], step: int) -> StepResult:
+        try:
+            result = self.engine.step(batches, step)
+        except NotFinite as error:
+            whose = "the broken image features of " if error.broken else "the samples "
+            keys = ", ".join((error.broken or error.keys)[:8])
+            remedy = "take their images out" if error.broken else "try a lower pretrain.optimizer.learning_rate"
+            raise self._stopped(f"{error} at step {step + 1} with {whose}{keys}, …", remedy) from error
+        if self.watch.stuck(step + 1, result.recall):
+            raise self._stopped(
+                f"after {step + 1} steps a text finds its image among the batch's {self.config.batch_size} no more "
+                f"often than by chance ({self.watch.recall:.2%} of texts)",
+                "see whether captions and images belong together and pretrain.optimizer.learning_rate is right, or set "
+                "pretrain.stop_at_chance_after higher (0: never)",
             )
-        rows = Rows(self.config.batch_size, self.rank, self.processes, self.config.accumulation)
-        epoch, skip = divmod(first, per_epoch)
-        while True:
-            stream = batches(
-                self.shards, rows, self.tokenizer, self.config.long_texts, self.seed, epoch, self.transform, skip
-            )
-            yield from zip(*[stream] * self.config.accumulation, strict=True)
-            epoch, skip = epoch + 1, 0
+        return result
 
-    def _step(self, micro_batches: list[Batch], step: int) -> float:
-        """One optimizer step; the loss is the mean over micro-batches, whose negatives are their own."""
-        # dropout is drawn from the step's own seed, so that a run that resumes here draws what it would have drawn
-        torch.manual_seed(random.Random(f"{self.seed}/{step}/{self.rank}").getrandbits(32))
-        total = 0.0
-        for batch in micro_batches:
-            batch = batch.to(self.engine.device)
-            features = self.engine(self._images(batch), **batch.texts)
-            losses = lotlip_loss(
-                **{name: value.float() if value.is_floating_point() else value for name, value in features.items()},
-                **self.config.loss.model_dump(),
-            )
-            value = losses["loss"].item()
-            if not math.isfinite(value):
-                raise self._not_a_number(value, step + 1, batch)
-            self.engine.backward(losses["loss"])
-            self.engine.step()
-            total += value / len(micro_batches)
-        return total
+    def _stopped(self, what: str, remedy: str) -> TrainingStopped:
+        newest = self.checkpoints.newest()
+        safe = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written before"
+        return TrainingStopped(f"{self.job.ablation}, seed {self.seed}: {what}; {safe}; {remedy}")
 
-    def _not_a_number(self, loss: float, step: int, batch: Batch) -> TrainingStopped:
-        broken = [key for key, image in zip(batch.keys, batch.images, strict=True) if not image.isfinite().all()]
-        written = (self.checkpoints / "latest").is_file()
-        safe = f"the last good checkpoint is in {self.checkpoints}" if written else "no checkpoint was written before"
-        remedy = "take their images out" if broken else "try a lower pretrain.optimizer.learning_rate"
-        keys = ", ".join((broken or batch.keys)[:8])
-        return TrainingStopped(
-            f"{self.job.ablation}, seed {self.seed}: the loss is {loss} at step {step} with "
-            f"{'the broken image features of ' if broken else 'the samples '}{keys}, …; {safe}; {remedy}"
-        )
-
-    def _images(self, batch: Batch) -> Tensor:
-        """What the model takes: a frozen tower's features, stored or computed here, or pixels for a tower it trains."""
-        tower = self.frozen_tower
-        if tower is None:
-            return batch.images
-        with torch.no_grad():
-            hidden = tower.to(batch.images.device).hidden_states(batch.images)
-            return tower.patches(hidden) if self.config.similarity == "late-interaction" else tower.feature(hidden)
-
-    def _log(self, step: int, loss: float, rate: float, wait: float) -> None:
+    def _log(self, step: int, result: StepResult, rate: float, wait: float) -> None:
         point = {
-            "step": step,
-            "loss": loss,
-            "temperature": math.exp(-self.engine.module.logit_scale.item()),
-            "learning_rate": self.engine.get_lr()[0],
+            "step": step + 1,
+            "loss": result.loss,
+            "recall_in_batch": result.recall,
+            "temperature": math.exp(-self.engine.model.logit_scale.item()),
+            "learning_rate": self.engine.learning_rate(step),
             "samples_per_second": rate,
             "data_wait_share": wait,
         }
         self.history.append(point)
-        self.sink.log({name: value for name, value in point.items() if name != "step"}, step)
+        self.sink.log({name: value for name, value in point.items() if name != "step"}, step + 1)
 
-    def _say(self, step: int, loss: float, left: float) -> None:
-        if self.rank == 0:
+    def _say(self, step: int, result: StepResult, left: float) -> None:
+        if dist.get_rank() == 0:
             print(
-                f"{self.job.ablation} seed {self.seed}: step {step}/{self.config.steps}, loss {loss:.3f}, "
+                f"{self.job.ablation} seed {self.seed}: step {step}/{self.config.steps}, loss {result.loss:.3f}, "
                 f"{self.history[-1]['samples_per_second']:.0f} samples/s, {left:.0f} s left",
                 flush=True,
             )
 
     def _checkpoint(self, step: int) -> None:
-        """DeepSpeed names the newest checkpoint in a file it writes last, so a half-written one is never read."""
-        self.engine.save_checkpoint(str(self.checkpoints), tag=f"step-{step}", client_state={"history": self.history})
-        if self.rank == 0:
-            kept = sorted(self.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-            for old in kept[:-CHECKPOINTS_KEPT]:
-                shutil.rmtree(old)
+        try:
+            self.checkpoints.save(self.engine.deepspeed, step, {"history": self.history, "watch": self.watch.state()})
+        except FloatingPointError as error:
+            raise self._stopped(str(error), "try a lower pretrain.optimizer.learning_rate") from error
 
     def _resume(self) -> int:
         """Loads the newest checkpoint; returns the number of steps it has."""
-        if not (self.checkpoints / "latest").is_file():
+        state = self.checkpoints.load(self.engine.deepspeed)
+        if state is None:
             return 0
-        path, state = self.engine.load_checkpoint(str(self.checkpoints))
-        if path is None:
-            raise TrainingStopped(f"no checkpoint in {self.checkpoints} can be read; remove the folder to start anew")
         self.history = state["history"]
-        step = int(self.engine.global_steps)
-        if self.rank == 0:
-            print(f"{self.job.ablation} seed {self.seed}: goes on after step {step}", flush=True)
-        return step
-
-    def _weights(self) -> dict[str, Tensor]:
-        """The whole model in fp32: the optimizer's master copy where the model itself is rounded or split."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weights = self.engine.module.state_dict()
-        for name, parameter in self.engine.module.named_parameters():
-            whole_parameter = safe_get_full_fp32_param(parameter)
-            if whole_parameter is not None:
-                weights[name] = whole_parameter
-        return {name: value.float().cpu() if value.is_floating_point() else value for name, value in weights.items()}
+        self.watch.load_state(state["watch"])
+        if dist.get_rank() == 0:
+            print(f"{self.job.ablation} seed {self.seed}: goes on after step {state['step']}", flush=True)
+        return state["step"]
 
     def _provenance(self) -> dict[str, Any]:
         """What the model card tells of training."""
@@ -328,16 +263,17 @@ class Trainer:
     def _save(self) -> None:
         from lotlip.models.saving import save_model  # brings timm along, which is not needed before
 
-        weights = self._weights()  # every process takes part: under ZeRO each has a piece
-        if self.rank == 0:
-            model_config = self.engine.module.config
+        model = self.engine.model
+        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
+        if dist.get_rank() == 0:
+            model_config = model.config
             model_config.provenance = self._provenance()
             frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
             with whole(self.job.model_folder(self.seed)) as folder:
                 folder.mkdir()
-                save_model(model_config, weights, self.tokenizer, folder, frozen)
+                save_model(model_config, model.state_dict() | trained, self.tokenizer, folder, frozen)
                 write_json(folder / "history.json", self.history)
-            shutil.rmtree(self.checkpoints, ignore_errors=True)
+            self.checkpoints.remove()
         dist.barrier()
 
 
@@ -348,33 +284,8 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def initialise_processes(config: Pretrain) -> None:
-    """Joins the processes that train together; one process makes a group of its own.
-
-    Raises:
-        TrainingStopped: the launcher started another number of processes than params.yaml says.
-    """
-    import deepspeed
-
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = "0"  # any free one
-    # DeepSpeed builds its op with the first ninja it finds; another version than last time would build it anew
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if together > 1:  # torch's launcher gives each of several a single thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
-    deepspeed.init_distributed(verbose=False)
-    if dist.get_world_size() != config.processes:
-        raise TrainingStopped(
-            f"{dist.get_world_size()} processes were started, but pretrain.processes is {config.processes}"
-        )
-
-
-def main(job_file: str) -> None:
+def main(job: Job, config: Pretrain) -> None:
     """Trains every seed of a job that is not finished yet."""
-    job = Job.read(Path(job_file))
-    config = Pretrain.model_validate(job.config)
     initialise_processes(config)
     if dist.get_rank() == 0:
         started = time.time() - psutil.Process().create_time()
@@ -388,8 +299,28 @@ def main(job_file: str) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
+# What gloo and NCCL say when another process does not answer, and when it is gone.
+PEER_ERRORS = ("timed out", "timeout", "closed by peer", "reset by peer", "remote process exited")
+
+
+def run(job_file: str) -> str | None:
+    """Does a job; gives the one line to end with where it stopped, None where it was done."""
+    job = Job.read(Path(job_file))
+    config = Pretrain.model_validate(job.config)
     try:
-        main(sys.argv[1])
-    except TrainingStopped as stopped:
-        sys.exit(f"error: {stopped}")
+        main(job, config)
+    except (TrainingStopped, ValueError) as error:
+        return f"error: {error}"
+    except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
+        if not any(words in str(error).lower() for words in PEER_ERRORS):
+            raise
+        return (
+            f"error: {job.ablation}: process {os.environ.get('RANK')} of {config.processes} lost another one, which "
+            f"ended or did not answer for {config.peer_timeout_seconds:g} s (pretrain.peer_timeout_seconds): "
+            f"{str(error).splitlines()[0]}; run again, and training goes on from the last checkpoint"
+        )
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1]))
