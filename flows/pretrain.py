@@ -30,7 +30,7 @@ def pretrain(ablation: str) -> None:
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
         inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).glob("*.safetensors")))
-    stage = Stage("pretrain", params, settings, inputs, ablation)
+    stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker
 
@@ -98,7 +98,7 @@ def guess_loss(config: Pretrain) -> float:
     features = config.text.corner_tokens + 1
     long_features = long_texts.per_image * features if long_texts.sub_captions else 0
     weights = config.loss.raw_weight + config.loss.long_weight * long_features
-    batch = config.batch_size // config.accumulation
+    batch = config.batch_size
     one = math.log(batch)
     if config.loss.contrast == "sigmoid":  # each image's row: one pair of `batch` belongs together
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)

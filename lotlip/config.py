@@ -333,6 +333,20 @@ class Optimizer(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
 
 
+# Settings of `Pretrain` that say how the work is done, not what is learned.
+HOW = {
+    "accumulation": True,
+    "processes": True,
+    "zero_stage": True,
+    "log_every": True,
+    "checkpoint_every": True,
+    "stop_at_chance_after": True,
+    "peer_timeout_seconds": True,
+    "max_final_loss_share": True,
+    "loader": {"workers", "prefetch"},
+}
+
+
 class Pretrain(Section):
     """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
@@ -371,6 +385,13 @@ class Pretrain(Section):
         """Whether a step needs pictures: stored features are of a frozen tower, and one for each image."""
         late = self.similarity == "late-interaction"
         return late or not self.image_tower.frozen or self.image_tower.features == "computed"
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what is learned, up to rounding; the others say how the work is done.
+
+        A run that was stopped goes on under other values of the others: with fewer processes, say.
+        """
+        return self.model_dump(mode="json", exclude=HOW)
 
     @model_validator(mode="after")
     def _possible(self) -> Pretrain:

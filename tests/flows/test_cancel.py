@@ -1,0 +1,148 @@
+"""A training run that is cancelled, or whose flow is killed, leaves no process behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.servers import api_address, free_port, prefect_server
+from lotlip.config import Pretrain
+from lotlip.files import write_json
+from tests.test_pretrain import TINY
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+FLOW = """
+import sys
+from pathlib import Path
+
+from prefect import flow
+
+from flows.processes import launch, run_group
+
+
+@flow
+def training(job: str) -> None:
+    folder = Path(job).parent
+    with (folder / "lines").open("w", buffering=1) as lines:
+        command = launch("lotlip.training.pretrain", [job], 2)
+        run_group(command, lambda line: print(line, file=lines), folder / "errors.log")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:]:
+        training(sys.argv[1])
+    else:
+        training.serve(name="here")
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a program that talks to a Prefect server of its own."""
+    port = free_port()
+    home = tmp_path_factory.mktemp("prefect")
+    environment = {"PREFECT_API_URL": api_address(port), "PREFECT_HOME": str(home)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        patch.setenv("PREFECT_HOME", str(home))
+        with prefect_server(port):
+            yield {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture
+def job(tiny_world, tmp_path: Path) -> Path:
+    """A job of two processes, each with a worker of its loader, that takes much longer than the test."""
+    settings = {**TINY, "steps": 100000, "processes": 2, "loader": {"workers": 1}}
+    write_json(
+        tmp_path / "job.json",
+        {
+            "ablation": "tiny",
+            "config": Pretrain.model_validate(settings).model_dump(mode="json"),
+            "shards": str(tiny_world.shards),
+            "image_tower": str(tiny_world.image_tower),
+            "scratch": str(tmp_path / "scratch"),
+            "out": str(tmp_path / "out"),
+            "tracking_uri": "",
+            "run_ids": {},
+        },
+    )
+    return tmp_path / "job.json"
+
+
+def running(job: Path) -> list[psutil.Process]:
+    """The launcher, the training processes and their loaders' workers."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        arguments = process.info["cmdline"] or []
+        trains = str(job) in arguments and "lotlip.training.pretrain" in arguments
+        if trains and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+def await_that(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain until {what}"
+        time.sleep(0.2)
+
+
+def trains(job: Path) -> bool:
+    lines = job.parent / "lines"
+    return lines.is_file() and "step 10/" in lines.read_text()
+
+
+def begin(environment: dict[str, str], job: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    script = job.parent / "training.py"
+    script.write_text(FLOW)
+    log = (job.parent / "flow.log").open("w")
+    return subprocess.Popen(
+        [sys.executable, str(script), *arguments], env=environment, cwd=job.parent, stdout=log, stderr=log
+    )
+
+
+def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
+    """What Prefect's UI asks of its server."""
+    request = urllib.request.Request(
+        f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_flow_that_is_ended_takes_training_with_it(server, job, sign):
+    flow = begin(server, job, str(job))
+    await_that(lambda: trains(job), "training runs")
+    assert len(running(job)) >= 3
+    flow.send_signal(sign)
+    flow.wait(60)
+    await_that(lambda: not running(job), f"all of {running(job)} have ended", 60)
+
+
+def test_a_flow_that_is_cancelled_takes_training_with_it(server, job):
+    """As the button in Prefect's UI does it, by the flow run's state."""
+    runner = begin(server, job)
+    try:
+        log = job.parent / "flow.log"
+        await_that(lambda: "being served" in log.read_text(), "the flow is served")
+        (deployment,) = ask(server, "deployments/filter", {})
+        run = ask(server, f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"job": str(job)}})
+        await_that(lambda: trains(job), "training runs")
+        ask(server, f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+        await_that(lambda: not running(job), "all of its processes have ended", 90)
+        assert runner.poll() is None  # the program that serves goes on serving
+    finally:
+        for process in [*psutil.Process(runner.pid).children(recursive=True), runner]:
+            process.kill()
