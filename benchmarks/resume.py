@@ -1,0 +1,169 @@
+"""Kills training at random moments and compares its end with that of a run never killed: `python -m benchmarks.resume`.
+
+Two processes train a small model with dropout; each kill is `kill -9` of one of them (or of their launcher) at a random
+moment, be it in a step, while a checkpoint is written or during the start, and then training is started again. The
+weights at the end have to be the same, bit for bit, and so the curve. `--json` prints one object; the status is 1 where
+they are not the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.data import write_data
+from flows.processes import end_group, launch, start_group
+from lotlip.config import Pretrain
+from lotlip.files import read_json, write_json
+from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+
+WIDTH = 64
+MODULE = "lotlip.training.pretrain"
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Runs both; gives what was killed when, and whether the ends are the same."""
+    rng = random.Random(arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_data(root / "shards", samples=1000, shards=3, image_size=32, width=WIDTH)
+        spec = ImageTowerSpec("vit_scenes", 32, {"patch_size": 16, "embed_dim": WIDTH, "depth": 1, "num_heads": 2})
+        save_image_tower(build_image_tower(spec), spec, root / "tower")
+        whole, killed = (_job(root, name, arguments) for name in ("whole", "killed"))
+        started = time.monotonic()
+        _train(whole, arguments.processes, None, rng)
+        seconds = time.monotonic() - started
+        kills: list[dict[str, Any]] = []
+        while not (killed.parent / "out").exists():
+            again = len(kills) < arguments.kills
+            done = _train(killed, arguments.processes, _moment(rng, arguments, kills) if again else None, rng)
+            if done:
+                kills.append(done)
+                print(f"killed {done['process']} {done['when']}", file=sys.stderr)
+        same = _same(whole.parent / "out" / "seed-0", killed.parent / "out" / "seed-0")
+    return {"kills": kills, "seconds_undisturbed": seconds, **same}
+
+
+def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
+    text = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 4 * WIDTH}
+    settings = Pretrain.model_validate(
+        {
+            "steps": arguments.steps,
+            "batch_size": 32,
+            "processes": arguments.processes,
+            "accumulation": 2,
+            "zero_stage": arguments.zero_stage,
+            "log_every": 1,
+            "checkpoint_every": 5,
+            "stop_at_chance_after": 0,  # the captions are random words
+            "text": {"config": text},
+        }
+    )
+    job = {
+        "ablation": name,
+        "config": settings.model_dump(mode="json"),
+        "shards": str(root / "shards"),
+        "image_tower": str(root / "tower"),
+        "scratch": str(root / name / "scratch"),
+        "out": str(root / name / "out"),
+        "tracking_uri": "",
+        "run_ids": {},
+    }
+    write_json(root / name / "job.json", job)
+    return root / name / "job.json"
+
+
+def _moment(rng: random.Random, arguments: argparse.Namespace, kills: list[dict[str, Any]]) -> tuple[int, float]:
+    """After how many steps of a run, and how many seconds later, a process is killed; 0 steps: while it starts."""
+    share = arguments.steps // (arguments.kills + 1)
+    return (0 if rng.random() < 0.2 else rng.randint(1, share), rng.uniform(0, 0.2))
+
+
+def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: random.Random) -> dict[str, Any] | None:
+    """Trains to the end, or to the moment when a process is killed; says which one and when.
+
+    Raises:
+        RuntimeError: training failed by itself.
+    """
+    process = start_group(
+        launch(MODULE, [str(job)], processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+    reader.start()
+    killed = None
+    try:
+        if moment and moment[0] == 0:
+            time.sleep(5 * moment[1] / 0.2)
+            killed = _kill(process.pid, rng, "during the start")
+        steps = 0
+        for line in process.stdout:
+            steps += "loss" in line
+            if moment and not killed and steps == moment[0]:
+                time.sleep(moment[1])
+                killed = _kill(process.pid, rng, line.split(": ")[1].split(",")[0])
+        if process.wait() and not killed:
+            raise RuntimeError(f"training ended with {process.returncode}: {''.join(errors[-20:])}")
+    finally:
+        end_group(process)
+        reader.join()
+    return killed
+
+
+def _kill(launcher: int, rng: random.Random, when: str) -> dict[str, Any]:
+    started = psutil.Process(launcher)
+    others = [child for child in started.children(recursive=True) if MODULE in child.cmdline()]
+    chosen = rng.choice([started, *others])
+    chosen.kill()
+    return {"process": "the launcher" if chosen == started else "a training process", "when": when}
+
+
+def _same(first: Path, second: Path) -> dict[str, Any]:
+    weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
+    curves = [[point["loss"] for point in read_json(folder / "history.json")] for folder in (first, second)]
+    differences = [(weights[0][name].double() - weights[1][name].double()).abs().max().item() for name in weights[0]]
+    identical = weights[0].keys() == weights[1].keys() and all(
+        torch.equal(value, weights[1][name]) for name, value in weights[0].items()
+    )
+    return {
+        "weights_identical": identical,
+        "largest_difference": max(differences),
+        "curves_identical": curves[0] == curves[1],
+        "steps": len(curves[0]),
+    }
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resume", description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments and of which process is killed")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = main(given)
+    if given.json:
+        print(json.dumps(found))
+    else:
+        for kill in found["kills"]:
+            print(f"kill -9 of {kill['process']}, {kill['when']}")
+        print(
+            f"after {len(found['kills'])} kills in {found['steps']} steps the weights are "
+            f"{'identical, bit for bit' if found['weights_identical'] else 'NOT identical'} "
+            f"(largest difference {found['largest_difference']:g}), and the curves "
+            f"{'are, too' if found['curves_identical'] else 'are NOT'}"
+        )
+    sys.exit(not (found["weights_identical"] and found["curves_identical"]))
