@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect import flow
 
+from flows.join import announced
 from flows.processes import launch, run_group
 from flows.stage import Stage, hash_of, main
 from lotlip.config import Pretrain, load_params
@@ -25,7 +26,7 @@ def pretrain(ablation: str) -> None:
     """
     params = load_params()
     config, paths = params.ablation(ablation), params.paths
-    settings = config.model_dump(mode="json")
+    settings = config.model_dump(mode="json", exclude={"launch"})  # which decides no result
     data = hash_of(paths.shards / "index.json")
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
@@ -57,9 +58,10 @@ def pretrain(ablation: str) -> None:
         "git_commit": run["git_commit"],
     }
     write_json(job_file, job)
-    command = launch("lotlip.training.pretrain", [str(job_file)], config.processes)
+    command = launch("lotlip.training.pretrain", [str(job_file)], config.processes, config.launch)
     try:
-        run_group(command, stage.log.info, stage.scratch / "errors.log")
+        with announced(command, config.launch):
+            run_group(command, stage.log.info, stage.scratch / "errors.log")
     except BaseException:
         for run_id in runs.values():
             tracker.finish(run_id, "FAILED")

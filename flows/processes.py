@@ -4,25 +4,96 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from flows.stage import StageFailed
+from lotlip.config import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
 
 GRACE_SECONDS = 10
+TORCHRUN = "torch.distributed.run"
+HOST, GUEST = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"  # who keeps the store that all meet at
 
 
-def launch(module: str, arguments: Sequence[str], processes: int) -> list[str]:
-    """The command that runs a module as one process (a warm one's, if there is one), or as N under torch's launcher."""
-    if processes == 1:
+def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -> list[str]:
+    """The command that runs a module as so many processes that train together.
+
+    Args:
+        module: as after `python -m`.
+        arguments: of the module.
+        processes: on all machines together.
+        how: `pretrain.launch`.
+
+    Raises:
+        StageFailed: the hostfile has another number of slots, or there is no Slurm allocation.
+    """
+    program = ["-m", module, *arguments]
+    if isinstance(how, HostfileLaunch):
+        return [sys.executable, *_deepspeed(how, processes), *program[1:]]
+    if isinstance(how, SlurmLaunch):
+        if "SLURM_JOB_ID" not in os.environ:
+            raise StageFailed(
+                "pretrain.launch is slurm, but this is no Slurm allocation; submit infra/slurm/reproduce.sbatch"
+            )
+        step = ["srun", f"--nodes={how.nodes}", f"--ntasks={how.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        endpoint = f"{socket.gethostname()}:{how.port}"  # sbatch runs its script on the first node
+        return [*step, sys.executable, *_torchrun(processes, how.nodes, endpoint), *program]
+    if isinstance(how, RendezvousLaunch):
+        meeting = _torchrun(processes, how.nodes, how.endpoint)
+        return [sys.executable, *meeting, HOST, *program]
+    if processes == 1:  # a warm one's, if there is one
         return [sys.executable, "-m", "flows.run", module, *arguments]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*launcher, "-m", module, *arguments]
+    return [sys.executable, "-m", TORCHRUN, "--standalone", f"--nproc-per-node={processes}", *program]
+
+
+def _torchrun(processes: int, nodes: int, endpoint: str) -> list[str]:
+    """torch's launcher, the same on every node; each try has its own id, so that nobody meets an earlier one's."""
+    each = [f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
+    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={uuid4().hex}"]
+    return ["-m", TORCHRUN, *each, *meeting]
+
+
+def _deepspeed(how: HostfileLaunch, processes: int) -> list[str]:
+    """DeepSpeed's launcher. It is told where the processes meet, for it would ask the first host by ssh."""
+    hosts = read_hostfile(how.path)
+    slots = sum(hosts.values())
+    if slots != processes:
+        raise StageFailed(
+            f"{how.path} has {slots} slots, but pretrain.processes is {processes}; make them the same number"
+        )
+    meeting = ["--no_ssh_check", f"--master_addr={next(iter(hosts))}", f"--master_port={how.port}"]
+    options = ["--quiet", "--no_local_rank", "--module"]
+    return ["-m", "deepspeed.launcher.runner", f"--hostfile={how.path}", *meeting, *options]
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts of a DeepSpeed hostfile and their slots, in its order.
+
+    Raises:
+        StageFailed: the file is not there, or a line is not `HOST slots=NUMBER`.
+    """
+    if not path.is_file():
+        raise StageFailed(f"{path} is not there; write a line `HOST slots=GPUS` for each machine into it")
+    hosts: dict[str, int] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if not found or found[1] in hosts:
+            raise StageFailed(f"{path} has the line {line!r}; it needs `HOST slots=GPUS`, each host once")
+        hosts[found[1]] = int(found[2])
+    if not hosts:
+        raise StageFailed(f"{path} names no host; write a line `HOST slots=GPUS` for each machine")
+    return hosts
 
 
 def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path) -> None:

@@ -19,6 +19,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=1, le=65535)]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
 
@@ -333,10 +334,46 @@ class Optimizer(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
 
 
+class LocalLaunch(Section):
+    """All processes on this machine, under torch's launcher where there are several."""
+
+    kind: Literal["local"] = "local"
+
+
+class HostfileLaunch(Section):
+    """DeepSpeed's launcher, which reaches each machine of a hostfile by pdsh over ssh; the first is this one."""
+
+    kind: Literal["hostfile"]
+    path: Path = Field(description="lines of `HOST slots=GPUS`; the slots together are `processes`")
+    port: Port = Field(29500, description="free on the first machine, where the processes meet")
+
+
+class SlurmLaunch(Section):
+    """torch's launcher on each node of the Slurm allocation that the stage runs in."""
+
+    kind: Literal["slurm"]
+    nodes: Count
+    port: Port = Field(29500, description="free on the first node, where the processes meet")
+
+
+class RendezvousLaunch(Section):
+    """torch's launcher here and, by `python -m flows.join`, on the other machines: Kubernetes' pods, or any."""
+
+    kind: Literal["rendezvous"]
+    nodes: Count
+    endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] = Field(
+        description="HOST:PORT of the machine that runs the stage, as the others know it"
+    )
+
+
+Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch, Field(discriminator="kind")]
+
+
 # Settings of `Pretrain` that say how the work is done, not what is learned.
 HOW = {
     "accumulation": True,
     "processes": True,
+    "launch": True,
     "zero_stage": True,
     "log_every": True,
     "checkpoint_every": True,
@@ -357,6 +394,7 @@ class Pretrain(Section):
         1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
     )
     processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
+    launch: Launch = Field(LocalLaunch(), description="how they are started, on how many machines; decides no result")
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
     log_every: Count = 10
@@ -410,6 +448,12 @@ class Pretrain(Section):
                 raise ValueError(
                     "loss.raw_components are of one feature for each image, which late-interaction has not; set it to 0"
                 )
+        nodes = getattr(self.launch, "nodes", 1)
+        if self.processes % nodes:
+            raise ValueError(
+                f"processes {self.processes} is the number on all machines and not divisible by launch.nodes {nodes}; "
+                f"use {(self.processes // nodes + 1) * nodes}"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} names one twice")
         return self

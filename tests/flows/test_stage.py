@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from flows import stage as stages
-from flows.processes import launch, run_group
+from flows.processes import run_group
 from flows.servers import free_port, is_free, prefect_server
 from flows.stage import Stage, StageFailed, hash_of
 from flows.warm import SOCKET, warm
@@ -175,11 +175,6 @@ def test_a_failed_process_says_why(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=r"^the loss is nan at step 2 \(status 1; all it wrote: .*log\)"):
         run_group([sys.executable, "-c", script], lines.append, tmp_path / "log")
     assert lines == ["step 1"]
-
-
-def test_several_processes_are_started_by_the_launcher() -> None:
-    assert launch("m", ["x"], 1)[1:] == ["-m", "flows.run", "m", "x"]
-    assert "--nproc-per-node=4" in launch("m", ["x"], 4)
 
 
 # --- the warm process -----------------------------------------------------------------------------------------------

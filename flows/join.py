@@ -1,0 +1,71 @@
+"""The other machines' part in training: `python -m flows.join` on each, in the project's folder, which they share.
+
+The machine that runs the stages announces each training there. Those that join run their share of it, end it when it is
+announced no longer, and wait for the next, until they are ended themselves.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from flows.processes import GUEST, HOST, end_group, ending_well, start_group
+from flows.stage import SCRATCH
+from lotlip.config import Launch, RendezvousLaunch
+from lotlip.files import read_json, write_json
+
+ANNOUNCED = SCRATCH / "announced.json"
+POLL_SECONDS = 2
+
+
+@contextmanager
+def announced(command: Sequence[str], how: Launch) -> Iterator[None]:
+    """Calls the other machines to a training for as long as the block runs, where they come by rendezvous.
+
+    Args:
+        command: this machine's, of `flows.processes.launch`.
+        how: `pretrain.launch`.
+    """
+    if not isinstance(how, RendezvousLaunch):
+        yield
+        return
+    write_json(ANNOUNCED, [GUEST if word == HOST else word for word in command[1:]])
+    try:
+        yield
+    finally:
+        ANNOUNCED.unlink(missing_ok=True)
+
+
+def join() -> None:
+    """Takes part in every training that is announced; a try that failed here waits for the next announcement."""
+    joined, process = None, None
+    try:
+        while True:
+            wanted = _announcement()
+            if wanted != joined:
+                if process:
+                    end_group(process)
+                process = start_group([sys.executable, *wanted]) if wanted else None
+                joined = wanted
+                print(f"joins {' '.join(wanted)}" if wanted else "waits for the next training", flush=True)
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process:
+            end_group(process)
+
+
+def _announcement() -> list[str] | None:
+    try:
+        return read_json(ANNOUNCED)
+    except FileNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    with ending_well():
+        try:
+            join()
+        except KeyboardInterrupt:
+            sys.exit("stopped")

@@ -1,0 +1,209 @@
+"""How training is started: the commands, and real runs of the tiny world by each launcher on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from flows import join
+from flows.processes import end_group, launch, read_hostfile, run_group, start_group
+from flows.servers import free_port
+from flows.stage import StageFailed
+from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch
+from tests.conftest import TinyWorld
+from tests.test_pretrain import losses, tiny_job
+
+ROOT = Path(__file__).parents[2]
+TRAINING = "lotlip.training.pretrain"
+
+
+def hostfile(folder: Path, text: str) -> Path:
+    path = folder / "hostfile"
+    path.write_text(text)
+    return path
+
+
+# --- commands -----------------------------------------------------------------------------------------------------
+
+
+def test_one_machine_needs_a_launcher_for_several_processes_only():
+    assert launch("m", ["x"], 1, LocalLaunch())[1:] == ["-m", "flows.run", "m", "x"]
+    command = launch("m", ["x"], 4, LocalLaunch())
+    assert "--standalone" in command and "--nproc-per-node=4" in command
+    assert command[-3:] == ["-m", "m", "x"]
+
+
+def test_a_hostfile_goes_to_deepspeed(tmp_path):
+    path = hostfile(tmp_path, "# two machines\nnode-a slots=8\n\nnode-b slots=8  # the second\n")
+    assert read_hostfile(path) == {"node-a": 8, "node-b": 8}
+    command = launch("m", ["x"], 16, HostfileLaunch(kind="hostfile", path=path, port=1234))
+    assert command[1:3] == ["-m", "deepspeed.launcher.runner"]
+    assert {f"--hostfile={path}", "--master_addr=node-a", "--master_port=1234", "--module"} <= set(command)
+    assert command[-2:] == ["m", "x"]
+
+
+def test_deepspeed_reads_the_hostfile_as_we_do():
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = ROOT / "infra" / "deepspeed" / "hostfile"
+    assert dict(fetch_hostfile(str(path))) == read_hostfile(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a slots=8\n", "has 8 slots, but pretrain.processes is 16; make them the same number"),
+        ("a slots=8\na slots=8\n", "has the line 'a slots=8'; it needs `HOST slots=GPUS`, each host once"),
+        ("a 8\n", "has the line 'a 8'; it needs `HOST slots=GPUS`"),
+        ("# nothing\n", "names no host; write a line"),
+    ],
+)
+def test_a_hostfile_that_cannot_be_used_says_why(tmp_path, text, message):
+    path = hostfile(tmp_path, text)
+    with pytest.raises(StageFailed, match=message):
+        launch("m", [], 16, HostfileLaunch(kind="hostfile", path=path))
+    with pytest.raises(StageFailed, match="is not there; write a line"):
+        read_hostfile(tmp_path / "none")
+
+
+def test_slurm_needs_an_allocation(monkeypatch):
+    how = SlurmLaunch(kind="slurm", nodes=4)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with pytest.raises(StageFailed, match=r"no Slurm allocation; submit infra/slurm/reproduce\.sbatch"):
+        launch("m", ["x"], 32, how)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    command = launch("m", ["x"], 32, how)
+    assert command[0] == "srun" and {"--nodes=4", "--ntasks=4", "--ntasks-per-node=1"} <= set(command)
+    assert {"--nnodes=4", "--nproc-per-node=8"} <= set(command)
+
+
+def test_each_try_meets_apart_and_one_machine_is_the_host():
+    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="lead:29500")
+    first, second = (launch("m", ["x"], 16, how) for _ in range(2))
+    assert first != second
+    assert {"--rdzv-endpoint=lead:29500", "--nproc-per-node=8", "--rdzv-conf=is_host=1"} <= set(first)
+
+
+@pytest.mark.parametrize(
+    ("launched", "message"),
+    [
+        ({"kind": "slurm", "nodes": 3}, "processes 8 is the number on all machines and not divisible .* 3; use 9"),
+        ({"kind": "rendezvous", "nodes": 2, "endpoint": "lead"}, "should match pattern"),
+        ({"kind": "mpi"}, "'local', 'hostfile', 'slurm', 'rendezvous'"),
+    ],
+)
+def test_a_launch_that_cannot_be_used_says_why(launched, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrain(processes=8, launch=launched)
+
+
+# --- joining ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = start_group(
+        [sys.executable, "-m", "flows.join"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        end_group(process)
+
+
+def test_those_that_join_run_what_is_announced_and_end_it_with_the_announcement(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="localhost:1")
+    program = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
+    with joining(tmp_path) as process:
+        assert process.stdout is not None
+        with join.announced(["python", "-c", program, "--rdzv-conf=is_host=1"], how):
+            assert process.stdout.readline().startswith("joins -c import os, time")
+            arguments = json.loads(join.ANNOUNCED.read_text())
+            assert arguments == ["-c", program, "--rdzv-conf=is_host=0"]
+        assert process.stdout.readline() == "waits for the next training\n"
+        started = tmp_path / "pid"
+        assert not started.is_file() or not Path(f"/proc/{started.read_text()}").exists()
+    assert process.returncode is not None
+
+
+def test_other_launches_announce_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with join.announced(["python", "-m", "m"], LocalLaunch()):
+        assert not join.ANNOUNCED.exists()
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """The losses of one process that trains by itself."""
+    return train(tiny_world, tmp_path_factory.mktemp("alone"), Pretrain().launch, processes=1)
+
+
+def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:
+    """Trains a few steps as the flow would; gives the losses."""
+    job = tiny_job(world, folder, {"steps": 3, "processes": processes})
+    (folder / "job.json").write_text(json.dumps(vars(job)))
+    command = launch(TRAINING, [str(folder / "job.json")], processes, how)
+    with join.announced(command, how):
+        run_group(command, print, folder / "errors.log")
+    return losses(job)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """A folder as the project's, where training finds this checkout's code."""
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_two_machines_that_meet_train_as_one(alone, tiny_world, here):
+    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
+    with joining(here):
+        assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_deepspeeds_launcher_trains_as_one(alone, tiny_world, here):
+    how = HostfileLaunch(kind="hostfile", path=hostfile(here, "localhost slots=2\n"), port=free_port())
+    assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
+
+
+SRUN = """#!/bin/sh
+# two nodes of one task each: runs the command twice, without Slurm's options
+while [ "${1#--}" != "$1" ]; do echo "$1" >> options; shift; done
+"$@" & first=$!
+"$@"; second=$?
+wait $first && exit $second
+"""
+
+
+@pytest.mark.slow
+def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
+    """With a stand-in for srun that starts both nodes' tasks on this one."""
+    (here / "bin").mkdir()
+    srun = here / "bin" / "srun"
+    srun.write_text(SRUN)
+    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    (here / "process.py").write_text(
+        "import os, pathlib; pathlib.Path('rank-' + os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
+    )
+    how = SlurmLaunch(kind="slurm", nodes=2, port=free_port())
+    run_group(launch("process", [], 4, how), print, here / "errors.log")
+    assert {path.name: path.read_text() for path in here.glob("rank-*")} == {f"rank-{rank}": "4" for rank in range(4)}
+    assert (here / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
