@@ -185,3 +185,49 @@ def search(
     for rank, match in enumerate(found, start=1):
         text = shorten(match.text or "", 100, placeholder=" …")
         typer.echo(f"{rank:>4}  {match.score:.4f}  {match.name}  {text}".rstrip())
+
+
+@app.command()
+def plan(
+    params: Annotated[Path, typer.Option(help="The configuration.", metavar="FILE")] = Path("params.yaml"),
+    profile: Annotated[
+        str | None, typer.Option(help="One of profiles/ instead: cc3m, lotlip-100m, …", metavar="NAME")
+    ] = None,
+    ablation: Annotated[str, typer.Option(help="Which of its ablations.", metavar="NAME")] = "lotlip",
+    gpus: Annotated[
+        int | None, typer.Option(help="With infra/gpus/N.yaml, if there is one; else as configured.", min=1)
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="In the data set; else of its shards, or as its name says.", min=1)
+    ] = None,
+    gpu_memory: Annotated[float, typer.Option(help="Of each GPU, in GB.", min=1)] = 80,
+    tflops: Annotated[float, typer.Option(help="Peak of each GPU in the run's precision.", min=0.001)] = 989,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that is used.", min=0.001, max=1)] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a training run takes: steps, tokens, memory, storage, time. Nothing is trained."""
+    import yaml
+
+    from lotlip.config import load_params
+    from lotlip.files import read_json
+    from lotlip.training.plan import Gpu, describe, images_by_name, on_gpus
+    from lotlip.training.plan import plan as make_plan
+
+    file = Path("profiles", f"{profile}.yaml") if profile else params
+    settings = load_params(file)
+    config = settings.ablation(ablation)
+    if gpus:
+        of_gpus = Path("infra", "gpus", f"{gpus}.yaml")
+        differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8"))["pretrain"] if of_gpus.is_file() else {}
+        config = on_gpus(config, gpus, differences)
+    index = settings.paths.shards / "index.json"
+    shards = read_json(index) if index.is_file() and not profile else None
+    gpu = Gpu(gpu_memory * 1e9, tflops * 1e12, utilisation)
+    if not shards:
+        images = images or images_by_name(file.stem)
+    found = make_plan(settings, config, gpu, shards, images)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    for line in describe(found, f"{file.stem}, {ablation}"):
+        typer.echo(line)

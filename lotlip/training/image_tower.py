@@ -85,7 +85,7 @@ def train_image_tower(config: ScenesTower, on_progress: OnProgress | None = None
         raise ValueError(
             f"image_tower.scenes is {config.scenes}, less than one batch (image_tower.batch_size {config.batch_size})"
         )
-    spec = _spec(config)
+    spec = scenes_spec(config)
     pixels, labels = _draw(config.seed, config.scenes + _HELD_OUT, config.image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -96,7 +96,8 @@ def train_image_tower(config: ScenesTower, on_progress: OnProgress | None = None
     return TowerResult(tower, spec, _accuracy(tower, heads, pixels[config.scenes :], labels[config.scenes :]), history)
 
 
-def _spec(config: ScenesTower) -> ImageTowerSpec:
+def scenes_spec(config: ScenesTower) -> ImageTowerSpec:
+    """What the demo's tower is built from."""
     kwargs = {
         "patch_size": config.patch_size,
         "embed_dim": config.width,

@@ -1,0 +1,305 @@
+"""The plan's predictions, against what torch and DeepSpeed really hold."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from lotlip.config import Params, Pretrain, load_params, merge
+from lotlip.files import read_json
+from lotlip.losses import lotlip_loss
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.models.pretraining import LotlipForPreTraining
+from lotlip.statistics import text_statistics
+from lotlip.training.plan import (
+    Gpu,
+    Texts,
+    Towers,
+    activation_bytes,
+    build_towers,
+    describe,
+    encoder_bytes,
+    loss_bytes,
+    on_gpus,
+    plan,
+    state_bytes,
+    text_lengths,
+)
+from tests.conftest import TinyWorld
+from tests.saved_tensors import SavedTensors
+from tests.test_pretrain import tiny_job
+
+ROOT = Path(__file__).parent.parent
+DEMO = load_params(ROOT / "params.yaml")
+CC3M = load_params(ROOT / "profiles" / "cc3m.yaml")
+
+MINIMAL: dict[str, Any] = {
+    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
+    "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
+    "ablations": {"lotlip": {}},
+}
+
+
+def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any] | None = None, **more: Any):
+    base = params.ablation(ablation).model_dump(mode="json", exclude_unset=True)
+    return plan(params, Pretrain.model_validate(merge(base, differences or {})), Gpu(), **more)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_those_that_the_shards_have():
+    statistics = {
+        "raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0},
+        "a": {"sub_captions_per_text": 10.0, "tokens_per_text": 200.0},
+        "b": {"sub_captions_per_text": 2.0, "tokens_per_text": 30.0},
+    }
+    config = Pretrain(long_texts={"sub_captions": 3, "per_image": 2})
+    found = text_lengths(config, statistics)
+    assert (found.raw, found.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has but two
+    assert found.tokens == found.raw + 2 * found.long
+    one = Pretrain(long_texts={"sub_captions": 3, "captioners": ["a"]}, text={"context_length": 40})
+    assert text_lengths(one, statistics).long == 40
+    assert text_lengths(Pretrain(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
+
+
+def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
+    found = planned(CC3M).flops["text tower"]
+    tokens = 2048 * (14 + 63)
+    weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
+    attention = 12 * 3 * 4 * 768 * 2048 * (14**2 + 63**2)
+    assert found == pytest.approx(6 * weights * tokens + attention, rel=0.01)
+    twice = planned(CC3M, differences={"accumulation": 2}).flops["text tower"]
+    assert twice / found == pytest.approx(4 / 3)  # every feature is computed before the loss is known
+
+
+def test_time_is_operations_by_what_the_gpus_do():
+    found = planned(CC3M)
+    assert found.seconds == pytest.approx(14648 * sum(found.flops.values()) / (8 * 989e12 * 0.4))
+    assert found.samples == 14648 * 2048
+
+
+def test_a_tower_in_the_loop_costs_memory_and_operations():
+    stored = planned(CC3M)
+    computed = planned(CC3M, differences={"image_tower": {"features": "computed"}})
+    trained = planned(CC3M, differences={"image_tower": {"frozen": False}})
+    assert stored.flops["image tower"] == 0
+    assert computed.flops["image tower"] == pytest.approx(2048 * 35.1e9, rel=0.01)  # of one forward pass
+    assert trained.flops["image tower"] == 3 * computed.flops["image tower"]
+    part = "pictures and image activations"
+    assert stored.memory[part] == 0 < computed.memory[part] < trained.memory[part]
+    assert trained.trained["image tower"] == stored.frozen["image tower"]
+
+
+def test_what_does_not_fit_says_what_to_change():
+    whole = planned(CC3M, differences={"processes": 1, "batch_size": 8192})
+    assert sum(whole.memory.values()) > 80e9
+    accumulation = int(re.fullmatch(r"raise pretrain.accumulation to (\d+)", whole.remedy)[1])
+    mended = planned(CC3M, differences={"processes": 1, "batch_size": 8192, "accumulation": accumulation})
+    assert sum(mended.memory.values()) <= 80e9 and mended.remedy == ""
+    assert describe(whole, "x")[-1] == f"does not fit: {whole.remedy}"
+    hopeless = planned(CC3M, differences={"batch_size": 1_048_576})
+    assert hopeless.remedy.startswith("take more GPUs or lower pretrain.batch_size")
+
+
+def test_each_gpu_keeps_its_micro_batch():
+    config = CC3M.ablation("lotlip").model_copy(update={"accumulation": 2})
+    for gpus, accumulation in ((1, 16), (8, 2), (16, 1), (32, 1)):
+        found = on_gpus(config, gpus)
+        assert (found.processes, found.accumulation) == (gpus, accumulation)
+    with pytest.raises(ValueError, match="3 GPUs cannot train this: batch_size 2048 is not divisible"):
+        on_gpus(config, 3)
+
+
+def test_an_unknown_pretrained_tower_says_how_to_get_it():
+    with pytest.raises(ValueError, match="text.pretrained roberta-large are not known here; fetch it once"):
+        planned(CC3M, differences={"text": {"pretrained": "roberta-large"}})
+
+
+def test_every_ablation_of_the_demo_can_be_planned():
+    for name in DEMO.ablations:
+        found = planned(DEMO, name, images=8000)
+        assert found.remedy == ""
+        assert sum(found.trained.values()) == build_towers(found.config, DEMO.image_tower).trained
+        assert json.loads(json.dumps(found.to_json()))["epochs"] == 320 * 64 / 8000
+
+
+# --- activations --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("hidden", "layers", "heads"), [(32, 1, 2), (256, 4, 4)])
+def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision):
+    sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"intermediate_size": 3 * hidden, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = LotlipConfig(text_config={**sizes, "vocab_size": 200}, embed_dim=hidden)
+    model = LotlipForPreTraining(config, image_tower=False).to(precision).train()
+    texts, length = 6, 24
+    with SavedTensors(model) as saved:
+        model.text.hidden_states(torch.randint(5, 200, (texts, length)), torch.full((texts,), length))
+    predicted = encoder_bytes(model.text.transformer.config, texts, length, precision.itemsize, masked=True)
+    assert predicted == pytest.approx(saved.total, rel=0.1)
+
+
+def test_an_image_tower_in_training_keeps_what_is_predicted():
+    kwargs = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
+    tower = build_image_tower(ImageTowerSpec("vit_base_patch16_224", 32, kwargs)).eval()
+    with SavedTensors(tower) as saved:
+        tower(torch.randn(8, 3, 32, 32))
+    config = Pretrain(batch_size=8, image_tower={"frozen": False})
+    towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
+    parts = activation_bytes(config, towers, Texts(8, 8, 0))
+    assert parts["pictures and image activations"] == pytest.approx(saved.total, rel=0.1)
+
+
+def test_the_loss_keeps_what_is_predicted():
+    batch, width = 96, 48
+    images = torch.randn(batch, width, requires_grad=True)
+    texts = torch.randn(batch, 4, width, requires_grad=True)
+    with SavedTensors() as saved:
+        lotlip_loss(images, texts, torch.ones(1, requires_grad=True))
+    features = images.nbytes + texts.nbytes
+    predicted = loss_bytes(Pretrain(batch_size=batch), Texts(8, 8, 1), width)
+    assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
+
+
+# --- weights, gradients, optimizer ----------------------------------------------------------------------------------
+
+# Trains a small network in two processes and writes what each part of DeepSpeed's engine holds.
+HELD = """
+import json, sys
+import deepspeed, torch
+from torch import nn
+from lotlip.config import Pretrain
+from lotlip.training.pretrain import deepspeed_config, initialise_processes, parameter_groups
+
+found = {}
+initialise_processes(Pretrain(processes=2, batch_size=2))
+for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
+    config = Pretrain(processes=2, batch_size=2, precision=precision, zero_stage=stage)
+    model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
+    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    inputs = torch.randn(1, 256, dtype=next(engine.module.parameters()).dtype)
+    for _ in range(2):
+        engine.backward(engine(inputs).float().square().mean())
+        engine.step()
+    groups = optimizer.param_groups
+    weights = [value for group in groups for value in group["params"]]
+    states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
+    found[f"{precision} {stage}"] = {
+        "weights": sum(value.nbytes for value in engine.module.parameters()),
+        "fp32 weights": sum(value.nbytes for value in weights) if stage else 0,
+        "AdamW's moments": sum(value.nbytes for value in states),
+    }
+if torch.distributed.get_rank() == 0:
+    json.dump(found, open(sys.argv[1], "w"))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_hold_what_is_predicted(tmp_path):
+    program = tmp_path / "held.py"
+    program.write_text(HELD)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(program), str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    trained = 8 * (256 * 256 + 256)
+    for name, parts in read_json(tmp_path / "found.json").items():
+        precision, stage = name.split()
+        config = Pretrain(processes=2, batch_size=2, precision=precision, zero_stage=int(stage))
+        predicted = state_bytes(config, trained)
+        assert {part: predicted[part] for part in parts} == pytest.approx(parts, rel=0.1), name
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_zero_splits_what_its_stage_says(stage):
+    """In bytes of a parameter, 4 processes, fp32: table 1 of the paper on ZeRO."""
+    config = Pretrain(processes=4, batch_size=4, zero_stage=stage)
+    found = {name: value / 1e9 for name, value in state_bytes(config, 1_000_000_000).items()}
+    assert found["weights"] == (1 if stage == 3 else 4)
+    assert found["gradients"] == (4 if stage == 0 else 1)
+    assert found["AdamW's moments"] == (8 if stage == 0 else 2)
+    assert found["fp32 weights"] == (0 if stage == 0 else 1)
+    assert found["gathered weights"] == (4 if stage == 3 else 0)
+    several = config.model_copy(update={"accumulation": 2})
+    assert state_bytes(several, 1_000_000_000)["gradients"] / 1e9 == (4 if stage < 2 else 1)
+
+
+# --- a whole run --------------------------------------------------------------------------------------------------
+
+# Trains a job as `python -m lotlip.training.pretrain` does, and writes what autograd held and checkpoints weighed.
+MEASURED = """
+import json, sys
+from pathlib import Path
+import deepspeed
+from lotlip.training import pretrain
+from tests.saved_tensors import SavedTensors
+
+saved, found = SavedTensors(), {}
+initialize, save = deepspeed.initialize, deepspeed.DeepSpeedEngine.save_checkpoint
+
+def initialized(model, **others):
+    saved.leave_out(model)
+    return initialize(model=model, **others)
+
+def weighed(engine, folder, **others):
+    save(engine, folder, **others)
+    found["checkpoint"] = sum(file.stat().st_size for file in Path(folder, others["tag"]).rglob("*") if file.is_file())
+
+deepspeed.initialize, deepspeed.DeepSpeedEngine.save_checkpoint = initialized, weighed
+with saved:
+    pretrain.main(sys.argv[1])
+json.dump({**found, "activations": saved.peak}, open(sys.argv[2], "w"))
+"""
+
+
+def statistics(world: TinyWorld) -> dict[str, Any]:
+    """As the shards' index has them."""
+    infos = [sample.info for sample in world.samples.values()]
+    texts = {"raw": [info["raw"] for info in infos]}
+    for name in infos[0]["captions"]:
+        texts[name] = [". ".join(info["captions"][name]) + "." for info in infos]
+    return {name: text_statistics(found, "bert-base-uncased").to_json() for name, found in texts.items()}
+
+
+@pytest.mark.slow
+def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
+    job = tiny_job(tiny_world, tmp_path, {"steps": 7, "checkpoint_every": 4, "log_every": 1})
+    (tmp_path / "job.json").write_text(json.dumps(vars(job)))
+    command = [sys.executable, "-c", MEASURED, str(tmp_path / "job.json"), str(tmp_path / "found.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = read_json(tmp_path / "found.json")
+
+    tower = {"kind": "scenes", "image_size": 32, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
+    params = Params.model_validate({**MINIMAL, "image_tower": tower})
+    index = {**read_json(tiny_world.shards / "index.json"), "statistics": statistics(tiny_world)}
+    expected = plan(params, Pretrain.model_validate(job.config), Gpu(), index)
+
+    history = read_json(job.model_folder(0) / "history.json")
+    assert history[-1]["step"] == len(history) == expected.config.steps
+    assert expected.samples / expected.images == 7 * 8 / 48
+    with safe_open(job.model_folder(0) / "model.safetensors", framework="pt") as weights:
+        names = [name for name in weights.keys() if not name.startswith("image.")]  # noqa: SIM118 (no mapping)
+        sizes = [weights.get_slice(name).get_shape() for name in names]
+    assert sum(expected.trained.values()) == sum(map(math.prod, sizes))
+    assert expected.storage["checkpoint"] == pytest.approx(found["checkpoint"], rel=0.1)
+    assert expected.storage["model"] == pytest.approx(
+        (job.model_folder(0) / "model.safetensors").stat().st_size, rel=0.1
+    )
+    activations = expected.memory["text activations"] + expected.memory["features and logits"]
+    assert activations == pytest.approx(found["activations"], rel=0.1)

@@ -1,0 +1,67 @@
+"""The paper's data scales: each profile's towers, counted against what was published, and what DeepSpeed is told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lotlip.config import Pretrain, load_params, merge
+from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
+from lotlip.training.pretrain import deepspeed_config
+
+ROOT = Path(__file__).parent.parent
+PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")
+GPUS = (1, 8, 32)
+# ViT-B/16 without its classifier, of 224 pixels; BERT-base with its pooler. Published: 85.8 M and 109.5 M.
+VIT_B16, BERT_BASE = 85_798_656, 109_482_240
+
+
+def of_gpus(gpus: int) -> dict:
+    return yaml.safe_load((ROOT / "infra" / "gpus" / f"{gpus}.yaml").read_text(encoding="utf-8"))["pretrain"]
+
+
+@pytest.mark.parametrize("profile", PAPER)
+def test_a_paper_profile_has_the_paper_s_towers(profile):
+    params = load_params(ROOT / "profiles" / f"{profile}.yaml")
+    config = params.ablation("lotlip")
+    towers = build_towers(config, params.image_tower)
+    trained, frozen = parameters(config, towers)
+    assert frozen == {"image tower": VIT_B16}
+    assert trained == {
+        "text encoder": BERT_BASE,
+        "corner and register tokens": 2 * 768,
+        "projection": 768 * 768,
+        "temperature and bias": 1,
+    }
+    assert sum(trained.values()) == towers.trained
+    assert all(value.is_meta for value in [*towers.model.parameters(), *towers.image.parameters()])
+
+
+@pytest.mark.parametrize("profile", PAPER)
+def test_a_paper_profile_trains_on_eight_gpus_as_infra_says(profile):
+    config = load_params(ROOT / "profiles" / f"{profile}.yaml").pretrain
+    given = config.model_dump(mode="json", exclude_unset=True)
+    assert merge(given, of_gpus(8)) == given
+
+
+@pytest.mark.parametrize("profile", PAPER)
+@pytest.mark.parametrize("gpus", GPUS)
+def test_deepspeed_is_told_what_fits_the_gpus(profile, gpus):
+    params = load_params(ROOT / "profiles" / f"{profile}.yaml")
+    config = on_gpus(params.ablation("lotlip"), gpus, of_gpus(gpus))
+    told = deepspeed_config(config)
+    assert told["train_batch_size"] == config.batch_size == params.pretrain.batch_size
+    parts = gpus * told["gradient_accumulation_steps"]
+    assert told["train_micro_batch_size_per_gpu"] * parts == config.batch_size
+    assert told["train_micro_batch_size_per_gpu"] <= 1024
+    assert told["bf16"] == {"enabled": True}
+    assert told["zero_optimization"]["stage"] == 1
+    assert config.launch.kind == ("slurm" if gpus == 32 else "local")
+    assert plan(params, config, Gpu()).remedy == ""
+
+
+@pytest.mark.parametrize("gpus", GPUS)
+def test_the_lines_for_gpus_are_lines_of_params_yaml(gpus):
+    assert Pretrain.model_validate({"batch_size": 1024, **of_gpus(gpus)}).processes == gpus
