@@ -12,7 +12,8 @@ class _Held:
     """A saved tensor, counted for as long as its graph lives."""
 
     def __init__(self, owner: SavedTensors, tensor: Tensor) -> None:
-        self.owner, self.tensor = owner, tensor
+        # detached, for an operation that saves its own result would otherwise hold itself
+        self.owner, self.tensor = owner, tensor.detach()
         owner.add(tensor.untyped_storage(), 1)
 
     def __del__(self) -> None:

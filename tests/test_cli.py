@@ -107,3 +107,44 @@ def test_a_failure_has_status_1_and_says_so_on_stderr(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == f"error: {path}, line 2: broken JSON (Expecting value at column 2)\n"
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_a_plan_is_a_page_or_one_object(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert program(monkeypatch, "plan", "--profile", "lotlip-100m", "--gpus", 32, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["gpus"], found["steps"], found["samples"]) == (32, 30517, 30517 * 16384)
+    assert found["epochs"] == pytest.approx(5, abs=0.001)  # of the 100 million that the name tells
+    arguments = ["--profile", "lotlip-100m", "--gpus", 32, "--images", 50_000_000, "--tflops", 98.9]
+    assert program(monkeypatch, "plan", *arguments) == 0
+    page = capsys.readouterr().out
+    assert page.startswith("lotlip-100m, lotlip on 32 GPUs, bf16, ZeRO 1\n")
+    assert "10.0 of 50,000,000 images" in page
+    (hours,) = [float(line.split()[1]) for line in page.splitlines() if line.startswith("  hours ")]
+    assert hours == pytest.approx(10 * found["seconds"] / 3600, rel=0.02)
+
+
+def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
+    statistics = {"raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 7.0}}
+    for name in ("instructblip", "llava", "sharegpt4v"):
+        statistics[name] = {"sub_captions_per_text": 4.0, "tokens_per_text": 40.0}
+    shards = [{"name": "train-000000", "samples": 640, "bytes": 640 * 5000}]
+    index = {"splits": {"train": {"samples": 640, "shards": shards}}, "statistics": statistics}
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data" / "shards" / "index.json").write_text(json.dumps(index))
+    assert program(monkeypatch, "plan", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens_per_text"] == {"raw": 11.0, "long": 33.0}
+    assert (found["epochs"], found["storage_bytes"]["shards"]) == (32.0, 640 * 5000)
+
+
+def test_a_plan_that_cannot_be_made_says_why(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert "profiles/none.yaml is not there" in str(program(monkeypatch, "plan", "--profile", "none"))
+    assert str(program(monkeypatch, "plan", "--gpus", 7)).startswith("error: 7 GPUs cannot train this: batch_size 64")

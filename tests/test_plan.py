@@ -123,7 +123,7 @@ def test_each_gpu_keeps_its_micro_batch():
 
 
 def test_an_unknown_pretrained_tower_says_how_to_get_it():
-    with pytest.raises(ValueError, match="text.pretrained roberta-large are not known here; fetch it once"):
+    with pytest.raises(ValueError, match=r"text\.pretrained roberta-large are not known here; fetch it once"):
         planned(CC3M, differences={"text": {"pretrained": "roberta-large"}})
 
 

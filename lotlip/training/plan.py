@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -429,7 +430,7 @@ def _image_bytes(config: Pretrain, tower: ImageTower, batch: int) -> float:
     pixels = batch * 3 * tower.spec.image_size**2 * FP32
     if config.image_tower.frozen:  # nothing is kept, but the widest layer is there for a moment
         return pixels + batch * tokens * (tower.width + 2 * hidden) * FP32
-    sizes = PretrainedConfig(
+    sizes = SimpleNamespace(
         hidden_size=tower.width,
         intermediate_size=hidden,
         num_hidden_layers=len(trunk.blocks),
