@@ -34,6 +34,10 @@ if TYPE_CHECKING:
 SHARED = ("logit_scale", "logit_bias")
 
 
+# Gradients that are exchanged at a time. ZeRO makes room for so many, however few there are: by default half a billion.
+BUCKET = 50_000_000
+
+
 class NotFinite(FloatingPointError):
     """The loss of a step is not a number, or infinite.
 
@@ -71,7 +75,7 @@ def deepspeed_config(config: Pretrain) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": config.batch_size // (config.processes * config.accumulation),
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": rounded},
@@ -242,8 +246,8 @@ def initialise_processes(config: Pretrain) -> None:
         os.environ["MASTER_PORT"] = "0"  # any free one
     # DeepSpeed builds its op with the first ninja it finds; another version than last time would build it anew
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    together = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if together > 1:  # torch's launcher gives each of several a single thread
+    together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
+    if together > 1:  # a launcher gives each of several a single thread, or all of them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
     deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=config.peer_timeout_seconds))
     if dist.get_world_size() != config.processes:

@@ -36,8 +36,6 @@ RAW_TOKENS, SUB_CAPTION_TOKENS = 10, 20
 IMAGE_BYTES, JSON_BYTES = 30_000, 3_000
 # CUDA, cuBLAS and NCCL, before the first tensor.
 CONTEXT_BYTES = 1.5e9
-# DeepSpeed's default `reduce_bucket_size`: ZeRO allocates a buffer for so many gradients, however few there are.
-BUCKET = 500_000_000
 # Matrices of logits that autograd keeps for the softmax of both directions.
 LOGIT_COPIES = 3
 
@@ -394,7 +392,7 @@ def state_bytes(config: Pretrain, trained: int) -> dict[str, float]:
     size = _size(config)
     split = processes if stage else 1
     whole_gradients = stage == 0 or (stage == 1 and config.accumulation > 1)
-    bucket = told.get("reduce_bucket_size", BUCKET)
+    bucket = told["reduce_bucket_size"]
     if stage == 0:
         bucket = min(bucket, trained) if processes > 1 else 0
     return {
