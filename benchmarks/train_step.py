@@ -1,8 +1,9 @@
 """How fast the training step is, beside the released one's: `python -m benchmarks.train_step`.
 
 Each side runs in a process of its own and takes turns with the other, a step at a time, so that what else the machine
-does slows both. Medians are told; where the machine has other work, CPU time with `--threads 1` tells more. Weights are random; both sides have the same, and their losses on the same images and
-captions are compared first. `--json` prints one object. `docs/performance.md` tells what was found.
+does slows both. Medians are told; on a machine with other work, CPU time with `--threads 1` tells more. Weights are
+random; both sides have the same, and their losses on the same images and captions are compared first. `--json` prints
+one object. `docs/performance.md` tells what was found.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
 
+import timm
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,7 +32,7 @@ from lotlip.models.pretraining import LotlipForPreTraining
 
 DEMO = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TEXT_TOWERS: dict[str, dict[str, int]] = {"bert-base": {}, "demo": DEMO}
-IMAGE_SIZE, EMBED_DIM, CORNER_TOKENS, WORDS = 224, 768, 2, 30522
+IMAGE_SIZE, CORNER_TOKENS, WORDS = 224, 2, 30522
 CHECKED = 4  # images whose loss both sides compute
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 MATRIX_SIZES = (1024, 2048, 4096)
@@ -46,7 +48,9 @@ def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     text = AutoConfig.for_model("bert", vocab_size=WORDS + CORNER_TOKENS, **TEXT_TOWERS[options.text], **dropout)
-    config = LotlipConfig(text, embed_dim=EMBED_DIM, corner_tokens=CORNER_TOKENS)
+    with torch.device("meta"):
+        width = timm.create_model(options.vision).num_features
+    config = LotlipConfig(text, embed_dim=width, corner_tokens=CORNER_TOKENS)
     return LotlipForPreTraining(config, image_tower=False)
 
 
@@ -103,7 +107,7 @@ class Ours:
 
     def images(self, batch: int) -> Tensor:
         """Stored features [B, D]."""
-        return torch.randn(batch, EMBED_DIM, generator=torch.Generator().manual_seed(0))
+        return torch.randn(batch, self.module.config.embed_dim, generator=torch.Generator().manual_seed(0))
 
     def loss(self, images: Tensor, raw: Texts, long: Texts) -> Tensor:
         """The training loss, a scalar."""
