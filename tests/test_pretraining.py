@@ -295,10 +295,10 @@ def test_features_come_in_their_order(tiny_tower):
         alone = model(stored, *raw)["text_features"]
     texts = features["text_features"]
     assert texts.shape == (2, 1 + 2 * 3, 32)
-    assert torch.equal(texts[:, 0], first[:, 0])
-    assert torch.equal(texts[0, 1:], torch.cat([of_long[0], of_long[1]]))
-    assert torch.equal(texts[1, 1:], torch.cat([of_long[2], of_long[3]]))
-    assert torch.equal(alone, first[:, :1])
+    torch.testing.assert_close(texts[:, 0], first[:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(texts[0, 1:], torch.cat([of_long[0], of_long[1]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(texts[1, 1:], torch.cat([of_long[2], of_long[3]]), atol=1e-6, rtol=0)
+    torch.testing.assert_close(alone, first[:, :1], atol=1e-6, rtol=0)
     torch.testing.assert_close(texts.norm(dim=-1), torch.ones(2, 7))
     torch.testing.assert_close(features["image_features"], normalize(stored, dim=-1))
     assert "logit_bias" not in features

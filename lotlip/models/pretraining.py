@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lotlip.models.lotlip import LotlipModel
+from lotlip.models.packing import Texts
 
 
 class LotlipForPreTraining(LotlipModel):
@@ -34,7 +35,7 @@ class LotlipForPreTraining(LotlipModel):
         long_ids: Tensor | None = None,
         long_lengths: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """What `lotlip.losses.lotlip_loss` takes. Short and long texts are encoded apart, each padded to its longest.
+        """What `lotlip.losses.lotlip_loss` takes. Short and long texts are encoded in one pass.
 
         Args:
             images: a frozen tower's features, [B, D] or of patches [B, P, D], of any length; or pixels [B, 3, S, S].
@@ -60,10 +61,9 @@ class LotlipForPreTraining(LotlipModel):
     def _features(
         self, images: Tensor, raw: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None
     ) -> dict[str, Any]:
-        texts = self.encode_text(*raw)[:, :1]  # [B, 1, D]
-        if long is not None:
-            of_long = self.encode_text(*long)  # [B·K, 1 + m, D]
-            texts = torch.cat([texts, of_long.reshape(len(texts), -1, texts.shape[-1])], dim=1)
+        batches = [Texts(*raw, cls_only=True)] + ([] if long is None else [Texts(*long)])
+        features = [found.reshape(len(raw[0]), -1, found.shape[-1]) for found in self.text.encode(*batches)]
+        texts = normalize(torch.cat(features, dim=1), dim=-1)
         found = normalize(images, dim=-1) if self.image is None else self.encode_image(images.to(self.dtype))
         return {"image_features": found, "text_features": texts}
 

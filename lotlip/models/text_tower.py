@@ -2,45 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-# Texts of a batch are encoded in this many groups of like length, so that few positions are padding: of the demo's long
-# texts half were.
-LENGTH_GROUPS = 4
+from lotlip.models.corner_mask import corner_attention_mask
+from lotlip.models.packing import Texts, bert_layer, pack
 
-
-def corner_attention_mask(lengths: Tensor, length: int, corner_tokens: int, separate: bool = True) -> Tensor:
-    """Which token sees which, from the texts' lengths alone (paper, section 3.2 and Fig. 3).
-
-    The tokens are `[CLS] [Cor 1] … [Cor m] words [PAD]…`. [CLS] and the corner tokens see the words and themselves but
-    never one another, so that each gathers the text apart; words never see a corner token; no one sees padding.
-
-    Args:
-        lengths: tokens of each text, padding not counted, [B].
-        length: tokens of a row, padding counted: L.
-        corner_tokens: m.
-        separate: False gives the plain padding mask (the "mask off" ablation).
-
-    Returns:
-        bool, True where the query (row) sees the key (column): [B, 1, L, L], or [B, 1, 1, L] where all queries see the
-        same. In the form that scaled-dot-product attention takes.
-    """
-    position = torch.arange(length, device=lengths.device)
-    real = (position < lengths[:, None])[:, None, None, :]  # [B, 1, 1, L]
-    if not (separate and corner_tokens):
-        return real
-    query, key = position[:, None], position[None, :]
-    corner_query, corner_key = _is_corner(query, corner_tokens), _is_corner(key, corner_tokens)
-    seen = torch.where(corner_key, query == key, ~(corner_query & (key == 0)))  # [L, L]
-    return seen & real
-
-
-def _is_corner(position: Tensor, corner_tokens: int) -> Tensor:
-    return (position >= 1) & (position <= corner_tokens)
+# Families whose layers are BERT's, so that texts can be packed; others take them padded.
+PACKED = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 class TextTower(nn.Module):
@@ -79,13 +52,40 @@ class TextTower(nn.Module):
         Returns:
             [B, 1 + m, D]
         """
-        order = lengths.argsort(stable=True)
-        groups = order.tensor_split(min(LENGTH_GROUPS, len(order)))
-        features = [self._heads(input_ids[group, : int(lengths[group[-1]])], lengths[group]) for group in groups]
-        return torch.cat(features)[order.argsort()]
+        return self.encode(Texts(input_ids, lengths))[0]
 
-    def _heads(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        return self.features(self.hidden_states(input_ids, lengths)[:, : 1 + self.corner_tokens])
+    def encode(self, *batches: Texts) -> list[Tensor]:
+        """Features before normalisation of several batches of texts, in one pass where the encoder can.
+
+        Returns:
+            of each batch [B, 1 + m, D], or [B, 1, D] where only [CLS]'s are wanted.
+        """
+        if self.transformer.config.model_type in PACKED:
+            hidden = self._packed_hidden_states(batches)
+        else:
+            hidden = [
+                self.hidden_states(ids, lengths)[:, : 1 if cls_only else 1 + self.corner_tokens]
+                for ids, lengths, cls_only in batches
+            ]
+        return [self.features(wanted) for wanted in hidden]
+
+    def _packed_hidden_states(self, batches: Sequence[Texts]) -> list[Tensor]:
+        """Of each batch the hidden states [B, 1 + m, H] or [B, 1, H] that features are made from.
+
+        The last layer is computed at those tokens alone: what it makes of words is read by nothing.
+        """
+        row = pack(batches, self.corner_tokens, self.corner_mask)
+        encoder: Any = self.transformer
+        positions = row.positions + first_position(encoder.embeddings.position_embeddings)
+        ids = row.ids[None]
+        hidden = encoder.embeddings(ids, torch.zeros_like(ids), positions[None])[0]  # [N, H]
+        *layers, last = encoder.encoder.layer
+        for layer in layers:
+            hidden = bert_layer(layer, hidden, row.masks)
+        shapes = [wanted.shape for wanted in row.wanted]
+        hidden = bert_layer(last, hidden, row.masks, torch.cat([wanted.flatten() for wanted in row.wanted]))
+        parts = hidden.split([shape.numel() for shape in shapes])
+        return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """The encoder's last hidden states, [B, L, H], of texts [B, L] that have `lengths` [B] tokens."""
