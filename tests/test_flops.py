@@ -65,12 +65,19 @@ def test_the_count_is_the_closed_form_for_any_size(heads, head_width, inner, lay
 @pytest.mark.parametrize("corner_mask", [True, False])
 @pytest.mark.parametrize("corner_tokens", [0, 2])
 def test_a_tower_with_weights_does_as_much(corner_tokens, corner_mask):
-    """The whole forward pass, sorting included, with the attention that a processor really runs."""
+    """With the attention that a processor really runs. The tower's own pass leaves out what no feature is made from."""
     config = model_config(NARROW, corner_tokens, corner_mask=corner_mask)
     tower = TextTower(config.text_config, corner_tokens=corner_tokens, corner_mask=corner_mask, embed_dim=56)
+    text = torch.zeros(1, 24, dtype=torch.int64), torch.tensor([24])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower(torch.zeros(1, 24, dtype=torch.int64), torch.tensor([24]))
+        tower.features(tower.hidden_states(*text)[:, : 1 + corner_tokens])
     assert text_tower_flops(config, 24) == counter.get_total_flops()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        tower(*text)
+    unread = 24 - (1 + corner_tokens)
+    last_layer = 2 * unread * (NARROW["hidden_size"] ** 2 + 2 * NARROW["hidden_size"] * NARROW["intermediate_size"])
+    pooled_twice = 2 * NARROW["hidden_size"] ** 2
+    assert text_tower_flops(config, 24) - counter.get_total_flops() == last_layer + pooled_twice
 
 
 def test_bert_base_costs_what_is_known_of_it():

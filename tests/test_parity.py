@@ -12,10 +12,10 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from lotlip.losses import lotlip_loss
+from lotlip.models.corner_mask import corner_attention_mask
 from lotlip.models.official import import_official
 from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.saving import load_model
-from lotlip.models.text_tower import corner_attention_mask
 from tests.parity import IMAGE_TOWER, PARITY, write_checkpoint, write_text_config
 
 

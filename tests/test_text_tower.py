@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, BertConfig
 
-from lotlip.models.text_tower import TextTower, corner_attention_mask
+from lotlip.models.corner_mask import corner_attention_mask
+from lotlip.models.packing import SLACK, Texts, pack
+from lotlip.models.text_tower import TextTower
 
 WORDS = 50
 LENGTH = 12
@@ -230,3 +232,57 @@ def test_other_families_keep_the_corner_tokens_apart(family):
 def test_a_family_that_takes_no_such_mask_is_an_error():
     with pytest.raises(ValueError, match=r"a mpnet model cannot be the text tower: .* such as bert, roberta"):
         TextTower(AutoConfig.for_model("mpnet"), 2, True, 8)
+
+
+# --- texts in one row ---------------------------------------------------------------------------------------------
+
+
+@given(lengths=st.lists(st.integers(4, LENGTH), min_size=1, max_size=6), cls_only=st.booleans(), separate=st.booleans())
+def test_a_row_holds_every_token_at_its_position(lengths, cls_only, separate):
+    ids, counts = texts(lengths, 2)
+    row = pack([Texts(ids, counts), Texts(ids, counts, cls_only)], 2, separate)
+    assert sum(mask.shape[0] * mask.shape[-1] for mask in row.masks) == len(row.ids) == len(row.positions)
+    assert [tuple(wanted.shape) for wanted in row.wanted] == [(len(ids), 3), (len(ids), 1 if cls_only else 3)]
+    for wanted, without in zip(row.wanted, (0, 2 if cls_only and separate else 0), strict=True):
+        positions = [0, *range(1 + without, LENGTH)]
+        for text, length, start in zip(ids, lengths, wanted[:, 0].tolist(), strict=True):
+            kept = positions[: length - without]
+            assert row.positions[start : start + len(kept)].tolist() == kept
+            assert torch.equal(row.ids[start : start + len(kept)], text[kept])
+    seen = [mask.any(dim=2).sum(dim=-1).flatten() for mask in row.masks]  # keys that any query sees: a text's tokens
+    for mask, tokens in zip(row.masks, seen, strict=True):
+        assert mask.shape[-1] == tokens.max() <= tokens.min() * (1 + SLACK)
+
+
+def padded_features(model: TextTower, ids: Tensor, lengths: Tensor) -> Tensor:
+    return model.features(model.hidden_states(ids, lengths)[:, : 1 + model.corner_tokens])
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
+@pytest.mark.parametrize(("corner_tokens", "corner_mask"), [(0, True), (1, True), (3, True), (3, False)])
+def test_packed_texts_have_the_features_and_gradients_of_padded_ones(family, corner_tokens, corner_mask):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    sizes |= {"vocab_size": WORDS + corner_tokens, "max_position_embeddings": 32, "pad_token_id": 0}
+    config = AutoConfig.for_model(family, **sizes, initializer_range=0.3)
+    model = TextTower(config, corner_tokens, corner_mask, embed_dim=8).eval()
+    short, long = texts([7, 5, 6, 5], corner_tokens), texts([12, 9, 12, 6, 7], corner_tokens)
+    found = model.encode(Texts(*short, cls_only=True), Texts(*long))
+    expected = [padded_features(model, *short)[:, :1], padded_features(model, *long)]
+    parameters = dict(model.named_parameters())
+    gradients = []
+    for features in (found, expected):
+        loss = sum((part * torch.linspace(-1, 1, part.numel()).view(part.shape)).sum() for part in features)
+        gradients.append(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
+    for packed, padded in zip(found, expected, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
+    for name, packed, padded in zip(parameters, *gradients, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_dropout_is_drawn_in_training_alone():
+    model = tower(2)
+    given_texts = texts([7, 12], 2)
+    assert torch.equal(model(*given_texts), model(*given_texts))
+    model.train()
+    assert not torch.equal(model(*given_texts), model(*given_texts))

@@ -28,6 +28,7 @@ def flops_by_context(config: LotlipConfig, lengths: Iterable[int] = CONTEXT_LENG
 def text_tower_flops(config: LotlipConfig, context_length: int) -> int:
     """Floating-point operations of one forward pass with one text that fills the context.
 
+    Every token's hidden state is computed, as in the released code; a training step saves most of the last layer.
     Matrix products are counted, 2 operations for a multiply-add: attention's among them, in full, for what is masked is
     computed all the same. Element-wise work (norms, softmax, activations) is not.
 
@@ -61,7 +62,7 @@ def _count(tower: TextTower, config: LotlipConfig, context_length: int) -> int:
     input_ids = torch.zeros(1, context_length, dtype=torch.int64, device="meta")
     lengths = torch.full((1,), context_length, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        # not `tower(...)`, which sorts texts by their lengths' values: one text alone is left as it is
+        # not `tower(...)`, which needs the lengths' values
         hidden = tower.hidden_states(input_ids, lengths)  # [1, L, H]
         tower.features(hidden if config.similarity == "late-interaction" else hidden[:, : 1 + tower.corner_tokens])
     return counter.get_total_flops()
