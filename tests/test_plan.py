@@ -17,6 +17,7 @@ from safetensors import safe_open
 from lotlip.config import Params, Pretrain, load_params, merge
 from lotlip.files import read_json
 from lotlip.losses import lotlip_loss
+from lotlip.models import packing
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_tower import ImageTowerSpec, build_image_tower
 from lotlip.models.pretraining import LotlipForPreTraining
@@ -145,10 +146,16 @@ def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision
     sizes |= {"intermediate_size": 3 * hidden, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = LotlipConfig(text_config={**sizes, "vocab_size": 200}, embed_dim=hidden)
     model = LotlipForPreTraining(config, image_tower=False).to(precision).train()
-    texts, length = 6, 24
+    texts, length, lengths = 6, 24, [16, 24, 24, 16, 24, 16]
     with SavedTensors(model) as saved:
         model.text.hidden_states(torch.randint(5, 200, (texts, length)), torch.full((texts,), length))
-    predicted = encoder_bytes(model.text.transformer.config, texts, length, precision.itemsize, masked=True)
+    encoder = model.text.transformer.config
+    predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True)
+    assert predicted == pytest.approx(saved.total, rel=0.1)
+    with SavedTensors(model) as saved:
+        model.text._packed_hidden_states([packing.Texts(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))])
+    length = sum(lengths) / texts
+    predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True, wanted=3)
     assert predicted == pytest.approx(saved.total, rel=0.1)
 
 
@@ -182,7 +189,7 @@ import json, sys
 import deepspeed, torch
 from torch import nn
 from lotlip.config import Pretrain
-from lotlip.training.pretrain import deepspeed_config, initialise_processes, parameter_groups
+from lotlip.training.engine import deepspeed_config, initialise_processes, parameter_groups
 
 found = {}
 initialise_processes(Pretrain(processes=2, batch_size=2))
@@ -244,26 +251,27 @@ def test_zero_splits_what_its_stage_says(stage):
 # Trains a job as `python -m lotlip.training.pretrain` does, and writes what autograd held and checkpoints weighed.
 MEASURED = """
 import json, sys
-from pathlib import Path
 import deepspeed
 from lotlip.training import pretrain
+from lotlip.training.checkpoint import Checkpoints
 from tests.saved_tensors import SavedTensors
 
 saved, found = SavedTensors(), {}
-initialize, save = deepspeed.initialize, deepspeed.DeepSpeedEngine.save_checkpoint
+initialize, save = deepspeed.initialize, Checkpoints.save
 
 def initialized(model, **others):
     saved.leave_out(model)
     return initialize(model=model, **others)
 
-def weighed(engine, folder, **others):
-    save(engine, folder, **others)
-    found["checkpoint"] = sum(file.stat().st_size for file in Path(folder, others["tag"]).rglob("*") if file.is_file())
+def weighed(checkpoints, *arguments):
+    save(checkpoints, *arguments)
+    found["checkpoint"] = sum(file.stat().st_size for file in checkpoints.newest().rglob("*"))
 
-deepspeed.initialize, deepspeed.DeepSpeedEngine.save_checkpoint = initialized, weighed
+deepspeed.initialize, Checkpoints.save = initialized, weighed
 with saved:
-    pretrain.main(sys.argv[1])
+    failure = pretrain.run(sys.argv[1])
 json.dump({**found, "activations": saved.peak}, open(sys.argv[2], "w"))
+sys.exit(failure)
 """
 
 

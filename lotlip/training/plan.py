@@ -24,10 +24,13 @@ from lotlip.config import Params, Pretrain, ScenesTower, merge
 from lotlip.config import TextTower as TextTowerSettings
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluation.flops import text_tower_flops
+from lotlip.losses import LOGITS_AT_ONCE
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_tower import ImageTower, ImageTowerSpec, build_image_tower
 from lotlip.models.pretraining import LotlipForPreTraining
-from lotlip.training.pretrain import CHECKPOINTS_KEPT, deepspeed_config
+from lotlip.models.text_tower import PACKED
+from lotlip.training.checkpoint import KEPT
+from lotlip.training.engine import deepspeed_config
 
 FP32 = 4
 # Where no shards tell: word pieces of a raw caption and of one sub-caption of a long one, its full stop counted.
@@ -36,8 +39,9 @@ RAW_TOKENS, SUB_CAPTION_TOKENS = 10, 20
 IMAGE_BYTES, JSON_BYTES = 30_000, 3_000
 # CUDA, cuBLAS and NCCL, before the first tensor.
 CONTEXT_BYTES = 1.5e9
-# Matrices of logits that autograd keeps for the softmax of both directions.
-LOGIT_COPIES = 3
+# Matrices of logits that are there at a time: similarities and logits kept for the backward pass, or one block's and
+# their gradients.
+LOGITS_KEPT, LOGITS_OF_A_BLOCK = 2, 5
 
 
 @dataclass(frozen=True)
@@ -339,7 +343,7 @@ def step_flops(config: Pretrain, towers: Towers, texts: Texts) -> dict[str, floa
     """Operations of one step over all GPUs.
 
     A backward pass costs two forward ones. With accumulation all features are computed once more, without gradients,
-    before the loss is known. Each process computes the whole batch's logits.
+    before the loss is known. Logits that do not exist all at once are computed twice, too.
     """
     passes = 3 if config.accumulation == 1 else 4
     model = towers.model.config
@@ -352,7 +356,7 @@ def step_flops(config: Pretrain, towers: Towers, texts: Texts) -> dict[str, floa
     return {
         "text tower": float(batch * passes * text),
         "image tower": float(batch * image_passes * _image_flops(towers.image)) if image_passes else 0.0,
-        "loss": 6.0 * batch**2 * features * model.embed_dim * config.processes,
+        "loss": (6.0 if _logits(config, features) <= LOGITS_AT_ONCE else 8.0) * batch**2 * features * model.embed_dim,
     }
 
 
@@ -410,11 +414,17 @@ def activation_bytes(config: Pretrain, towers: Towers, texts: Texts) -> dict[str
     size, model = _size(config), towers.model
     batch = config.batch_size // (config.processes * config.accumulation)
     encoder = model.text.transformer.config
-    lengths = [texts.raw] + texts.per_image * [texts.long]
-    text = sum(encoder_bytes(encoder, batch, length, size, masked=True) for length in lengths)
-    heads = sum(lengths) if config.similarity == "late-interaction" else len(lengths) * (1 + config.text.corner_tokens)
-    # input and output of the pooler's tanh, features before and after normalisation
-    text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
+    corners = config.text.corner_tokens
+    late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
+    unseen = corners if packed and config.text.corner_mask else 0  # by what is wanted of a raw caption: its [CLS]
+    kinds = [(texts.raw if late else texts.raw - unseen, 1)] + texts.per_image * [(texts.long, 1 + corners)]
+    text = 0.0
+    for length, wanted in kinds:
+        last = wanted if packed and not late else None
+        text += encoder_bytes(encoder, batch, length, size, masked=True, wanted=last)
+        # input and output of the pooler's tanh, features before and after normalisation
+        heads = length if late else wanted
+        text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
     parts = {"text activations": text, "pictures and image activations": 0.0}
     if config.from_pixels:
         parts["pictures and image activations"] = _image_bytes(config, towers.image, batch)
@@ -437,7 +447,7 @@ def _image_bytes(config: Pretrain, tower: ImageTower, batch: int) -> float:
     return pixels + encoder_bytes(sizes, batch, tokens, _size(config), masked=False)
 
 
-def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool) -> float:
+def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, wanted: int | None = None) -> float:
     """What autograd keeps of a transformer encoder, of BERT's kind or a ViT, whose attention is one fused operation.
 
     For a token and a layer: the inputs of both norms and of the four products that read hidden states (query, key and
@@ -452,19 +462,34 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
         length: tokens of each: L.
         size: bytes of a number.
         masked: whether attention takes a mask for each pair of tokens.
+        wanted: where texts are packed, tokens of each whose last states are wanted: the last layer goes on from
+            attention with them alone. Attention's output is there twice then, by groups of like length and as a row.
+            None: all, padded.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)  # DistilBERT names it otherwise
     layer = (8 * hidden + 2 * inner) * size + (4 + config.num_attention_heads) * FP32 + masked * length * size
     dropped = (1 + 2 * layers) * hidden if getattr(config, "hidden_dropout_prob", 0) else 0
-    return texts * length * (layers * layer + 2 * hidden * size + dropped)
+    if wanted is None:
+        return texts * length * (layers * layer + 2 * hidden * size + dropped)
+    layer += hidden * size
+    after = (4 * hidden + 2 * inner) * size + 4 * FP32  # of what follows attention
+    narrow = min(wanted / length, 1)
+    return texts * length * (layers * layer - (1 - narrow) * after + 2 * hidden * size + dropped)
 
 
 def loss_bytes(config: Pretrain, texts: Texts, embed_dim: int) -> float:
-    """Features of the whole batch with their gradients, and the logits that autograd keeps, all in fp32."""
+    """A process's features and everybody's image features with their gradients, and logits, all in fp32."""
     kinds = 1 + texts.per_image * (1 + config.text.corner_tokens)
-    features = 2 * config.batch_size * (1 + kinds) * embed_dim
-    return FP32 * (features + LOGIT_COPIES * kinds * config.batch_size**2)
+    features = 2 * config.batch_size // config.processes * (1 + kinds) * embed_dim
+    gathered = 2 * config.batch_size * embed_dim if config.processes > 1 else 0
+    logits = min(LOGITS_KEPT * _logits(config, kinds), LOGITS_OF_A_BLOCK * LOGITS_AT_ONCE)
+    return FP32 * (features + gathered + logits)
+
+
+def _logits(config: Pretrain, kinds: int) -> int:
+    """Of a process: its texts of so many kinds with all images."""
+    return kinds * config.batch_size**2 // config.processes
 
 
 def _size(config: Pretrain) -> int:
@@ -513,7 +538,7 @@ def storage(
         "sample": float(sample),
         **total,
         "checkpoint": checkpoint,
-        "checkpoints at once": (CHECKPOINTS_KEPT + 1) * checkpoint,
+        "checkpoints at once": (KEPT + 1) * checkpoint,
         "model": float(FP32 * (towers.trained + frozen)),
     }
 
