@@ -1,8 +1,8 @@
 """Images, raw and long captions and the frozen tower's features, brought together as WebDataset tars.
 
 A sample is `key.json` (raw caption, long captions by captioner), `key.npy` (the image's feature, float32, where
-features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.done.json` is its
-report; it is written last.
+features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.index.arrow` says where
+its samples lie (`lotlip.data.tars`), and `train-000000.done.json` is its report; it is written last.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lotlip.data.tars import write_index
 from lotlip.files import remove, sha256_files, whole, write_json
 from lotlip.partitions import (
     MARKER,
@@ -154,6 +155,7 @@ def write_shard(
                 if feature is not None:
                     tar.add(f"{sample.key}.npy", _npy(feature))
                 tar.add(f"{sample.key}.{sample.extension}", image)
+    write_index(path)
     written = len(samples) - len(failures)
     report = UnitReport(plan.name, len(plan.samples), written, sha256_files([path]), path.stat().st_size, failures)
     write_json(marker, report.to_json())

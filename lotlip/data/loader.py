@@ -1,13 +1,14 @@
-"""The one way of a sample from shards to a batch: `batches` lists its steps in order."""
+"""The one way of a sample from shards to a batch: `Loader` lists its steps in order."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,26 @@ import numpy as np
 import torch
 import webdataset as wds
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
-from lotlip.config import LongTexts
+from lotlip.config import LongTexts, Pretrain
+from lotlip.data.images import Transform
+from lotlip.data.order import WINDOW, ExactOrder, Place, ResampledOrder
+from lotlip.data.tars import RawSample, Shards
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.files import read_json
 from lotlip.text import sample_window, split_sub_captions
 
-# Samples that wait to be drawn from; shards were shuffled whole when they were written.
-SHUFFLE_BUFFER = 2000
 
-RawSample = dict[str, Any]  # as webdataset gives it: "__key__", and a file's bytes by its ending
+class WorkerLost(RuntimeError):
+    """A worker process of the loader ended before its work did."""
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """What a worker hands over in place of a step: why there is none, for the training process to raise."""
+
+    message: str
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,41 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes; torch's DataLoader asks for it."""
+        return self._with(Tensor.pin_memory)
+
+    def by_length(self, parts: int) -> list[Batch]:
+        """The same samples in `parts` micro-batches, shorter texts first, each padded to its own longest.
+
+        The longest of a sample's long texts counts; of its raw caption where it has none.
+        """
+        lengths = self.raw_lengths if self.long_lengths is None else self.long_lengths
+        longest = lengths.view(len(self.keys), -1).amax(1)
+        return [self._part(rows) for rows in longest.argsort(stable=True).chunk(parts)]
+
+    def _part(self, rows: Tensor) -> Batch:
+        raw_lengths, long_ids, long_lengths = self.raw_lengths[rows], self.long_ids, self.long_lengths
+        if long_ids is not None and long_lengths is not None:
+            texts = torch.arange(len(long_ids)).view(len(self.keys), -1)[rows].flatten()
+            long_lengths = long_lengths[texts]
+            long_ids = long_ids[texts, : int(long_lengths.max())]
+        return Batch(
+            keys=[self.keys[row] for row in rows.tolist()],
+            images=self.images[rows],
+            raw_ids=self.raw_ids[rows, : int(raw_lengths.max())],
+            raw_lengths=raw_lengths,
+            long_ids=long_ids,
+            long_lengths=long_lengths,
+        )
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
         }
-        return replace(self, **moved)
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
@@ -80,7 +123,7 @@ class Rows:
         batch_size: of the global batch, over all processes and micro-batches.
         rank: this process.
         processes: how many there are.
-        accumulation: micro-batches per step; each is split over the processes.
+        accumulation: micro-batches per step.
     """
 
     batch_size: int
@@ -88,115 +131,221 @@ class Rows:
     processes: int = 1
     accumulation: int = 1
 
-    def slices(self) -> list[slice]:
-        """This process's rows of a global batch, a slice for each micro-batch."""
-        size = self.batch_size // (self.processes * self.accumulation)
-        starts = ((step * self.processes + self.rank) * size for step in range(self.accumulation))
-        return [slice(start, start + size) for start in starts]
+    @property
+    def own(self) -> slice:
+        """This process's rows of a global batch."""
+        size = self.batch_size // self.processes
+        return slice(self.rank * size, (self.rank + 1) * size)
 
 
-def batches(
-    shards: list[Path],
-    rows: Rows,
-    tokenizer: TextTokenizer,
-    long_texts: LongTexts,
-    seed: int,
-    epoch: int,
-    transform: Callable[[bytes], np.ndarray] | None = None,
-    skip: int = 0,
-) -> Iterator[Batch]:
-    """One epoch of micro-batches: each sample once, but for the rest that fills no batch.
+class Loader:
+    """Batches of shards: which sample stands where depends on seed, epoch and the data set alone.
 
-    Which samples stand in a global batch, and which long texts are drawn for them, depends on `seed` and `epoch` alone:
-    not on how many processes or micro-batches share the work.
+    It does not depend on how many workers, processes or micro-batches share the work, so a run may resume with others,
+    at any step, without passing over those before it. Workers are processes that read, decode and tokenize ahead; each
+    makes whole steps, in turn.
 
     Args:
-        shards: tars with `key.json` and `key.npy` or an image.
-        rows: the part of each global batch that this process decodes.
+        shards: folder with `index.json` and its tars: `key.json`, and `key.npy` or an image.
+        settings: of the ablation: `loader` and `long_texts`.
         tokenizer: of the text tower.
-        long_texts: what to draw from the long captions.
         seed: of the run.
-        epoch: counts from 0.
+        rows: the part of each global batch that this process decodes.
         transform: encoded image → pixels [3, H, W]; None takes the stored features.
-        skip: global batches to pass over, for a run that resumes inside an epoch.
+
+    Attributes:
+        steps_per_epoch: global batches in an epoch; the rest that fills no batch is left out.
 
     Raises:
-        ValueError: a sample lacks its stored feature.
+        ValueError: an epoch has fewer samples than a batch, or no key begins as one of the weights does.
     """
-    order = random.Random(f"{seed}/{epoch}")
-    parse = partial(parse_sample, long_texts=long_texts, draw=f"{seed}/{epoch}", transform=transform)
-    yield from wds.DataPipeline(
-        wds.SimpleShardList(order.sample([str(path) for path in shards], len(shards))),
-        partial(wds.tarfile_samples, select_files=partial(_is_used, features=transform is None)),
-        wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=order),
-        partial(_own_rows, rows=rows, skip=skip),
-        partial(_parsed, parse=parse),
-        wds.map(partial(collate, tokenizer=tokenizer)),
-    )
+
+    def __init__(
+        self,
+        shards: Path,
+        settings: Pretrain,
+        tokenizer: TextTokenizer,
+        seed: int,
+        rows: Rows,
+        transform: Transform | None = None,
+    ) -> None:
+        listed = read_json(shards / "index.json")["splits"]["train"]["shards"]
+        paths = [shards / f"{shard['name']}.tar" for shard in listed]
+        self._settings, self._rows = settings.loader, rows
+        self._shards = Shards(paths, [shard["samples"] for shard in listed], opened=2 * WINDOW)
+        self._order = ExactOrder(self._shards, seed)
+        if self._settings.epochs == "resampled":
+            drawn, weights = self._settings.samples_per_epoch, self._settings.weights
+            self._order = ResampledOrder(self._shards, seed, drawn, weights)
+        self.steps_per_epoch = self._order.samples // rows.batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(
+                f"{shards} has {self._order.samples} training samples, fewer than a batch of {rows.batch_size}; "
+                "set pretrain.batch_size lower"
+            )
+        self._members = ("json", "npy" if transform is None else "image")
+        self._parse = partial(parse_sample, long_texts=settings.long_texts, transform=transform)
+        self._collate = partial(collate, tokenizer=tokenizer)
+
+    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+        """The micro-batches of this process for the global steps first … last − 1, counted from 0 over all epochs.
+
+        Its workers end when it does, or when it is closed.
+
+        Raises:
+            ValueError: a sample or a shard cannot be used.
+            WorkerLost: a worker was killed.
+        """
+        workers = min(self._settings.workers, max(last - first, 0))
+        loader: DataLoader[list[Batch] | _Unusable] = DataLoader(
+            self._pipeline(first, last),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=self._settings.prefetch if workers else None,
+            worker_init_fn=_start_worker,
+            multiprocessing_context="fork" if workers else None,
+            pin_memory=torch.cuda.is_available(),
+        )
+        try:
+            for step in loader:
+                if isinstance(step, _Unusable):
+                    raise ValueError(step.message)
+                yield step
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise WorkerLost(
+                f"a worker of the loader ended too early ({str(error).splitlines()[0]}); if memory ran out, set "
+                "pretrain.loader.workers or pretrain.loader.prefetch lower"
+            ) from error
+
+    def _pipeline(self, first: int, last: int) -> wds.DataPipeline:
+        return wds.DataPipeline(
+            partial(_own_steps, first, last),
+            wds.map(self._places),  # of this process's rows
+            wds.map(self._read),  # one read a sample, of what is used
+            wds.map(self._parsed),  # decoded, long texts drawn
+            wds.map(self._batched),  # tokenized, like lengths together
+            _errors_handed_over,
+        )
+
+    def _places(self, step: int) -> list[Place]:
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        start, own = batch * self._rows.batch_size, self._rows.own
+        return list(self._order.places(epoch, start + own.start, start + own.stop))
+
+    def _read(self, places: list[Place]) -> list[tuple[RawSample, str]]:
+        return [(self._shards[place.shard].read(place.row, self._members), place.draw) for place in places]
+
+    def _parsed(self, group: list[tuple[RawSample, str]]) -> list[Sample]:
+        return [self._parse(raw, draw=draw) for raw, draw in group]
+
+    def _batched(self, samples: list[Sample]) -> list[Batch]:
+        batch = self._collate(samples)
+        return [batch] if self._rows.accumulation == 1 else batch.by_length(self._rows.accumulation)
 
 
-def _is_used(name: str, features: bool) -> bool:
-    """Whether a member of a shard is decoded at all: of image and stored feature it is one or the other."""
-    return name.endswith(".json") or name.endswith(".npy") == features
+def _own_steps(first: int, last: int) -> Iterator[int]:
+    """Every n-th step for each of n workers: torch's DataLoader asks them in turn."""
+    worker = get_worker_info()
+    yield from range(first, last) if worker is None else range(first + worker.id, last, worker.num_workers)
 
 
-def _own_rows(samples: Iterable[RawSample], rows: Rows, skip: int) -> Iterator[list[RawSample]]:
-    """Groups the stream into global batches and keeps this process's rows, one group per micro-batch."""
-    waiting: list[RawSample] = []
-    for sample in samples:
-        waiting.append(sample)
-        if len(waiting) == rows.batch_size:
-            if skip > 0:
-                skip -= 1
-            else:
-                yield from (waiting[part] for part in rows.slices())
-            waiting = []
+def _errors_handed_over(steps: Iterable[list[Batch]]) -> Iterator[list[Batch] | _Unusable]:
+    """Errors as values: raised in a worker, torch would wrap them in the worker's whole traceback."""
+    try:
+        yield from steps
+    except (ValueError, OSError) as error:
+        yield _Unusable(str(error))
 
 
-def _parsed(groups: Iterable[list[RawSample]], parse: Callable[[RawSample], Sample]) -> Iterator[list[Sample]]:
-    for group in groups:
-        yield [parse(sample) for sample in group]
+def _start_worker(_: int) -> None:
+    # Workers are the parallelism, and threads of the tokenizers library do not survive a fork.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
 def parse_sample(
     raw: RawSample,
     long_texts: LongTexts,
     draw: str,
-    transform: Callable[[bytes], np.ndarray] | None,
+    transform: Transform | None,
 ) -> Sample:
     """Decodes what is used of a sample and draws its long texts.
 
     An image that none of the captioners described keeps its place in the batch: its raw caption stands in.
 
     Args:
-        raw: as webdataset gives it.
+        raw: as `lotlip.data.tars` reads it.
         long_texts: what to draw.
         draw: where chance comes from, together with the key, so that draws do not depend on order.
-        transform: as in `batches`.
+        transform: as in `Loader`.
+
+    Raises:
+        ValueError: the sample lacks what is needed, or it cannot be read.
     """
-    key = raw["__key__"]
-    info = json.loads(raw["json"])
-    if transform is None:
-        if "npy" not in raw:
-            raise ValueError(
-                f"sample {key} in {raw['__url__']} has no stored feature; set shard.store_features to true"
-            )
-        image = np.load(io.BytesIO(raw["npy"]), allow_pickle=False)
-    else:
-        image = transform(next(value for name, value in raw.items() if name not in ("json", "npy") and name[0] != "_"))
+    key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
+    raw_caption, captions = _captions(raw["json"], place)
+    image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{draw}/{key}/image")
     long: list[list[str]] = []
     if long_texts.sub_captions:
-        captions = info["captions"]
         if long_texts.captioners:
             captions = {name: captions[name] for name in long_texts.captioners if name in captions}
         if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
-            captions = {"raw": split_sub_captions(info["raw"])}
+            captions = {"raw": raw_caption}
         rng = random.Random(f"{draw}/{key}")
         long = [
             sample_window(captions, long_texts.sub_captions, rng, long_texts.window)
             for _ in range(long_texts.per_image)
         ]
-    return Sample(key, image, split_sub_captions(info["raw"]), long)
+    return Sample(key, image, raw_caption, long)
+
+
+def _captions(data: bytes, place: str) -> tuple[list[str], dict[str, list[str]]]:
+    """The raw caption's sub-captions, and the long captions' by captioner."""
+    try:
+        info = json.loads(data)
+        return split_sub_captions(info["raw"]), dict(info["captions"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{place}: its .json has not `raw`, a caption, and `captions`, lists by captioner ({error!r}); "
+            "write the shard again"
+        ) from error
+
+
+def _feature(raw: RawSample, place: str) -> np.ndarray:
+    if "npy" not in raw:
+        raise ValueError(f"{place} has no stored feature; set shard.store_features to true")
+    try:
+        return _array(raw["npy"])
+    except ValueError as error:
+        raise ValueError(f"{place}: its .npy cannot be read ({error}); write the shard again") from error
+
+
+def _pixels(raw: RawSample, place: str, transform: Transform, draw: str) -> np.ndarray:
+    if "image" not in raw:
+        raise ValueError(f"{place} has no image; write the shard again, or set image_tower.features to stored")
+    try:
+        return transform(raw["image"], random.Random(draw))
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}; take it out, or write the shard again") from error
+
+
+def _array(data: bytes) -> np.ndarray:
+    """What np.load gives, but all features of a data set have one header, and it is read once."""
+    length = 10 + int.from_bytes(data[8:10], "little")
+    dtype, shape = _npy_header(data[:length])
+    return np.frombuffer(data, dtype, offset=length).reshape(shape)
+
+
+@lru_cache(maxsize=8)
+def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
+    file = io.BytesIO(header)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("its format is not version 1.0")
+    shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    if fortran or dtype.hasobject:
+        raise ValueError(f"an array of {dtype} in {'column' if fortran else 'row'} order is no feature")
+    return dtype, shape
 
 
 def collate(samples: list[Sample], tokenizer: TextTokenizer) -> Batch:
