@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from lotlip.data.images import decode_rgb, image_transform
+from lotlip.config import Augmentation
+from lotlip.data.images import decode_rgb, image_transform, random_box, training_transform
 
 PARITY = Path(__file__).parent / "data" / "parity" / "m2"
 
@@ -87,3 +90,75 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
 def test_a_broken_image_is_a_clear_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=f"not a readable image.*{len(data)} bytes"):
         decode_rgb(data)
+
+
+# --- in training --------------------------------------------------------------------------------------------------
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (50, 33), (32, 32)])
+def test_without_augmentation_training_sees_what_evaluation_sees(size: tuple[int, int]) -> None:
+    data = encoded(noise(*size))
+    pixels = training_transform(32)(data, random.Random(0))
+    assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
+
+
+@pytest.mark.parametrize("side", [20, 32, 75])
+def test_augmentation_that_takes_all_of_a_square_changes_nothing(side: int) -> None:
+    augmentation = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    data = encoded(noise(side, side))
+    pixels = training_transform(32, augmentation=augmentation)(data, random.Random(0))
+    assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
+
+
+def test_augmentation_follows_its_chance() -> None:
+    transform = training_transform(32, augmentation=Augmentation(scale=(0.3, 1.0)))
+    data = encoded(noise(60, 40))
+    first = transform(data, random.Random(1))
+    assert first.shape == (3, 32, 32) and first.dtype == np.float32
+    assert np.array_equal(transform(data, random.Random(1)), first)
+    assert not np.array_equal(transform(data, random.Random(2)), first)
+
+
+def test_a_piece_is_cut_out_and_resized_as_torchvision_does() -> None:
+    augmentation = Augmentation(scale=(0.3, 0.6))
+    image = noise(90, 60)
+    left, top, right, bottom = random_box(90, 60, augmentation, random.Random(3))
+    reference = RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC)
+    reference.get_params = lambda *_: (top, left, bottom - top, right - left)  # type: ignore[method-assign]
+    pixels = training_transform(32, (0, 0, 0), (1, 1, 1), augmentation)(encoded(image), random.Random(3))
+    assert np.array_equal((pixels * 255).round().transpose(1, 2, 0), np.asarray(reference(image)))
+
+
+def test_pieces_are_distributed_as_torchvision_s() -> None:
+    augmentation = Augmentation(scale=(0.2, 0.9), ratio=(0.5, 3.0))
+    rng = random.Random(0)
+    boxes = np.array([random_box(200, 100, augmentation, rng) for _ in range(4000)])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (200, 100)).all()
+    image = Image.new("RGB", (200, 100))
+    drawn = [RandomResizedCrop.get_params(image, [0.2, 0.9], [0.5, 3.0]) for _ in range(4000)]
+    reference = np.array([(left, top, left + w, top + h) for top, left, h, w in drawn])
+    np.testing.assert_allclose(boxes.mean(0), reference.mean(0), atol=5)  # of 200 pixels
+    np.testing.assert_allclose(boxes.std(0), reference.std(0), atol=5)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((300, 10), (143, 0, 156, 10)), ((10, 300), (0, 143, 10, 156)), ((40, 36), (0, 0, 40, 36))]
+)
+def test_where_no_piece_fits_it_is_the_centre(size: tuple[int, int], box: tuple[int, ...]) -> None:
+    """A ratio that ten draws hardly meet, and pictures that are too wide, too narrow, and between."""
+    assert random_box(*size, Augmentation(scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3)), Always(0.0)) == box
+
+
+class Always(random.Random):
+    """Draws that are always the lowest or the highest, for pieces that never fit."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.value = value
+
+    def random(self) -> float:
+        return self.value

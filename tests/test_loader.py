@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from lotlip.config import LongTexts
-from lotlip.data.images import decode_rgb
-from lotlip.data.loader import Batch, Rows, batches
+from lotlip.config import Augmentation, LongTexts, Pretrain
+from lotlip.data.images import Transform, decode_rgb, training_transform
+from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
+from lotlip.data.tars import index_path, write_index
 from lotlip.data.tokenizer import TextTokenizer
 from tests.conftest import TinySample, TinyWorld, write_shards, write_tar
 
@@ -21,15 +33,23 @@ CLS, SEP, CORNER = 101, 102, 30522
 ONE = LongTexts(sub_captions=1)
 
 
-def epoch(
-    shards: list[Path],
+def loader(
+    shards: Path,
     rows: Rows | None = None,
     long_texts: LongTexts = ONE,
     seed: int = 0,
-    epoch: int = 0,
-    **more: Any,
-) -> list[Batch]:
-    return list(batches(shards, rows or Rows(8), TOKENIZER, long_texts, seed, epoch, **more))
+    transform: Transform | None = None,
+    **settings: Any,
+) -> Loader:
+    """Without workers, so that a test reads in its own process; `settings` are of the section `loader`."""
+    config = Pretrain(long_texts=long_texts, loader={"workers": 0, **settings})
+    return Loader(shards, config, TOKENIZER, seed, rows or Rows(8), transform)
+
+
+def epoch(shards: Path, *args: Any, epoch: int = 0, **more: Any) -> list[Batch]:
+    found = loader(shards, *args, **more)
+    first = epoch * found.steps_per_epoch
+    return [batch for step in found.steps(first, first + found.steps_per_epoch) for batch in step]
 
 
 def keys(found: list[Batch]) -> list[str]:
@@ -60,22 +80,30 @@ def encoded(*sub_captions: str) -> tuple[int, ...]:
     return tuple(TOKENIZER.encode([list(sub_captions)])[0])
 
 
-@pytest.mark.parametrize("shards", [1, 3, 5])
-def test_an_epoch_has_every_sample_once(tmp_path, tiny_samples, shards):
+@pytest.fixture
+def small_windows(monkeypatch) -> None:
+    """Two shards a window, so that a small data set has several."""
+    monkeypatch.setattr("lotlip.data.order.WINDOW", 2)
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
+@pytest.mark.parametrize(("shards", "workers"), [(1, 0), (1, 3), (3, 0), (5, 0), (5, 2)])
+def test_an_epoch_has_every_sample_once(tmp_path, tiny_samples, small_windows, shards, workers):
     folder = write_shards(tmp_path, tiny_samples, shards)
-    found = epoch(sorted(folder.glob("*.tar")))
-    assert [len(batch.keys) for batch in found] == [8] * 6
-    assert Counter(keys(found)) == Counter(sample.key for sample in tiny_samples)
+    for number in (0, 1):
+        found = epoch(folder, epoch=number, workers=workers)
+        assert [len(batch.keys) for batch in found] == [8] * 6
+        assert Counter(keys(found)) == Counter(sample.key for sample in tiny_samples)
 
 
 def test_the_rest_that_fills_no_batch_is_left_out(tiny_world):
-    found = epoch(tiny_world.train_shards(), Rows(10))
+    found = epoch(tiny_world.shards, Rows(10))
     assert [len(batch.keys) for batch in found] == [10] * 4
     assert len(set(keys(found))) == 40
 
 
 def test_epochs_and_seeds_differ_and_each_repeats_exactly(tiny_world):
-    shards = tiny_world.train_shards()
+    shards = tiny_world.shards
     first = rows_of(epoch(shards))
     assert rows_of(epoch(shards)) == first
     assert keys(epoch(shards, epoch=1)) != keys(epoch(shards))
@@ -87,52 +115,83 @@ def test_epochs_and_seeds_differ_and_each_repeats_exactly(tiny_world):
 def test_samples_are_mixed_over_shards(tmp_path, tiny_samples):
     folder = write_shards(tmp_path, tiny_samples, 4)
     origin = {sample.key: number % 4 for number, sample in enumerate(tiny_samples)}
-    assert all(len({origin[key] for key in batch.keys}) > 1 for batch in epoch(sorted(folder.glob("*.tar"))))
+    assert all(len({origin[key] for key in batch.keys}) > 1 for batch in epoch(folder))
 
 
-@pytest.mark.parametrize(("processes", "accumulation"), [(2, 1), (1, 2), (2, 2), (4, 1)])
-def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, processes, accumulation):
-    shards = tiny_world.train_shards()
-    whole = rows_of(epoch(shards))
-    shares = [epoch(shards, Rows(8, rank, processes, accumulation)) for rank in range(processes)]
-    assert all(len(share) == 6 * accumulation for share in shares)
-    # micro-batch by micro-batch, the first process's rows first
-    together = [share[number] for number in range(6 * accumulation) for share in shares]
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
+def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, small_windows, processes, workers):
+    whole = rows_of(epoch(tiny_world.shards))
+    shares = [epoch(tiny_world.shards, Rows(8, rank, processes), workers=workers) for rank in range(processes)]
+    together = [share[number] for number in range(6) for share in shares]
     assert rows_of(together) == whole
 
 
-def test_a_run_resumes_at_the_right_batch(tiny_world):
-    shards = tiny_world.train_shards()
-    whole = epoch(shards)
-    for skip in (1, 5):
-        assert rows_of(epoch(shards, skip=skip)) == rows_of(whole[skip:])
-    assert epoch(shards, skip=6) == []
-    part = Rows(8, rank=1, processes=2, accumulation=2)
-    assert rows_of(epoch(shards, part, skip=4)) == rows_of(epoch(shards, part)[8:])
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("long_texts", [LongTexts(sub_captions=3, per_image=2), LongTexts(sub_captions=0)])
+def test_micro_batches_are_the_same_samples_with_like_lengths_together(tiny_world, processes, long_texts):
+    for rank in range(processes):
+        whole = loader(tiny_world.shards, Rows(24, rank, processes), long_texts)
+        split = loader(tiny_world.shards, Rows(24, rank, processes, accumulation=3), long_texts)
+        for (batch,), parts in zip(whole.steps(0, 2), split.steps(0, 2), strict=True):
+            assert [len(part.keys) for part in parts] == [8 // processes] * 3
+            assert sorted(samples_of(parts)) == sorted(samples_of([batch]))
+            longest = [lengths_of(part) for part in parts]
+            assert [length for part in longest for length in part] == sorted(lengths_of(batch))
+            for part, lengths in zip(parts, longest, strict=True):
+                ids = part.raw_ids if part.long_ids is None else part.long_ids
+                assert ids.shape[1] == max(lengths)
+
+
+def samples_of(found: list[Batch]) -> list[tuple[Any, ...]]:
+    """As `rows_of`, with or without long texts."""
+    if any(batch.long_ids is None for batch in found):
+        found = [replace(batch, long_ids=batch.raw_ids, long_lengths=batch.raw_lengths) for batch in found]
+    return rows_of(found)
+
+
+def lengths_of(batch: Batch) -> list[int]:
+    lengths = batch.raw_lengths if batch.long_lengths is None else batch.long_lengths
+    return [int(row.max()) for row in lengths.view(len(batch.keys), -1)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"epochs": "resampled", "weights": {"red": 5.0}}])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_at_any_step(tiny_world, small_windows, settings, workers):
+    whole = list(loader(tiny_world.shards, **settings).steps(0, 14))  # two epochs and a piece of the third
+    for first in (1, 5, 6, 11):
+        rest = list(loader(tiny_world.shards, workers=workers, **settings).steps(first, 14))
+        assert [rows_of(step) for step in rest] == [rows_of(step) for step in whole[first:]]
+    assert list(loader(tiny_world.shards, workers=workers).steps(3, 3)) == []
+
+
+def test_fewer_samples_than_a_batch_are_an_error(tiny_world):
+    with pytest.raises(ValueError, match=r"has 48 training samples, fewer than a batch of 49; set pretrain.batch_size"):
+        loader(tiny_world.shards, Rows(49))
 
 
 def test_stored_features_and_pixels_are_those_of_the_sample(tiny_world: TinyWorld):
-    for batch in epoch(tiny_world.train_shards()):
+    for batch in epoch(tiny_world.shards):
         for key, image in zip(batch.keys, batch.images, strict=True):
             assert np.array_equal(image.numpy(), tiny_world.samples[key].feature)
 
-    def corner(data: bytes) -> np.ndarray:
+    def corner(data: bytes, _: random.Random | None = None) -> np.ndarray:
         return np.array(decode_rgb(data).getpixel((0, 0)), dtype=np.float32)
 
-    for shards in (tiny_world.train_shards(), sorted(tiny_world.pixel_shards.glob("*.tar"))):
+    for shards in (tiny_world.shards, tiny_world.pixel_shards):
         for batch in epoch(shards, transform=corner):
             for key, image in zip(batch.keys, batch.images, strict=True):
                 assert np.array_equal(image.numpy(), corner(tiny_world.samples[key].image))
 
 
-def test_a_sample_without_its_feature_says_how_to_get_one(tiny_world):
-    shard = sorted(tiny_world.pixel_shards.glob("*.tar"))[:1]
-    with pytest.raises(ValueError, match=r"sample \S+ in \S+train-000000.tar has no stored feature; set shard.store_f"):
-        epoch(shard)
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sample_without_its_feature_says_how_to_get_one(tiny_world, workers):
+    with pytest.raises(ValueError, match=r"^sample \S+ in \S+train-00000\d.tar has no stored feature; set shard"):
+        epoch(tiny_world.pixel_shards, workers=workers)
 
 
 def test_raw_captions_come_whole_and_long_texts_from_the_captions(tiny_world: TinyWorld):
-    for key, _, raw, long in rows_of(epoch(tiny_world.train_shards(), long_texts=LongTexts(sub_captions=2))):
+    for key, _, raw, long in rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=2))):
         info = tiny_world.samples[key].info
         assert raw == encoded(info["raw"])
         windows = {encoded(*parts[i : i + 2]) for parts in info["captions"].values() for i in range(len(parts) - 1)}
@@ -142,9 +201,7 @@ def test_raw_captions_come_whole_and_long_texts_from_the_captions(tiny_world: Ti
 def test_only_the_captioners_that_are_named_are_drawn_from(tiny_world: TinyWorld):
     found = {}
     for names in (["llava"], ["gpt"], ["llava", "gpt"], []):
-        found[tuple(names)] = rows_of(
-            epoch(tiny_world.train_shards(), long_texts=LongTexts(sub_captions=1, captioners=names))
-        )
+        found[tuple(names)] = rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=1, captioners=names)))
     for names in (("llava",), ("gpt",)):
         for key, _, _, long in found[names]:
             assert long[0] in {encoded(part) for part in tiny_world.samples[key].info["captions"][names[0]]}
@@ -163,9 +220,9 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
         described("other", tiny_samples[2], "a car. it is red", {"gpt": ["not asked for"]}),
         described("all", tiny_samples[3], "a boat", {"llava": ["a long boat"]}),
     ]
-    shard = write_tar(tmp_path / "train-000000.tar", samples)
+    shards = write_shards(tmp_path, samples, 1)
     long_texts = LongTexts(sub_captions=3, captioners=["llava"])
-    found = {row[0]: row[3] for row in rows_of(epoch([shard], Rows(4), long_texts))}
+    found = {row[0]: row[3] for row in rows_of(epoch(shards, Rows(4), long_texts))}
     assert found == {
         "none": (encoded("a dog", "it runs"),),
         "empty": (encoded("a cat", "it sits"),),
@@ -175,7 +232,7 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
 
 
 def test_without_long_texts_there_are_none(tiny_world):
-    found = epoch(tiny_world.train_shards(), long_texts=LongTexts(sub_captions=0))
+    found = epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=0))
     assert all(batch.long_ids is None and batch.long_lengths is None for batch in found)
     assert found[0].texts["long_ids"] is None
 
@@ -185,8 +242,7 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
         described(f"s{number}", tiny_samples[number], "raw", {"llava": [word] * 3})
         for number, word in enumerate(["red", "green", "blue", "white"])
     ]
-    shard = write_tar(tmp_path / "train-000000.tar", samples)
-    (batch,) = epoch([shard], Rows(4), LongTexts(sub_captions=1, per_image=3))
+    (batch,) = epoch(write_shards(tmp_path, samples, 1), Rows(4), LongTexts(sub_captions=1, per_image=3))
     assert batch.long_ids is not None and batch.long_ids.shape[0] == 12
     for key, *_, long in rows_of([batch]):
         word = ["red", "green", "blue", "white"][int(key[1])]
@@ -194,16 +250,260 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
 
 
 def test_several_long_texts_are_drawn_apart(tiny_world):
-    found = rows_of(epoch(tiny_world.train_shards(), long_texts=LongTexts(sub_captions=1, per_image=2)))
+    found = rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=1, per_image=2)))
     assert all(len(long) == 2 for *_, long in found)
     assert any(long[0] != long[1] for *_, long in found)
 
 
 def test_short_and_long_texts_are_padded_apart(tiny_world):
-    for batch in epoch(tiny_world.train_shards(), long_texts=LongTexts(sub_captions=3)):
+    for batch in epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=3)):
         assert batch.long_ids is not None and batch.long_lengths is not None
         assert batch.raw_ids.shape == (8, batch.raw_lengths.max())
         assert batch.long_ids.shape == (8, batch.long_lengths.max())
         assert batch.long_ids.shape[1] > batch.raw_ids.shape[1]
         assert (batch.long_ids[:, 0] == CLS).all() and (batch.raw_ids[:, 1] == CORNER).all()
         assert all(row[-1] == SEP for row in texts(batch.long_ids, batch.long_lengths))
+
+
+# --- resampled epochs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shards", [1, 5])
+def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windows, shards):
+    folder = write_shards(tmp_path, tiny_samples, shards)
+    weights = {"b": 2.0, "blue-": 6.0}  # blue is drawn six times as often as red, black and brown twice
+    found = keys(
+        epoch(folder, Rows(100), LongTexts(sub_captions=0), epochs="resampled", samples_per_epoch=6000, weights=weights)
+    )
+    assert len(found) == 6000
+    drawn = Counter(key.split("-")[0] for key in found)
+    expected = {"red": 1, "green": 1, "white": 1, "black": 2, "brown": 2, "blue": 6}
+    for colour, weight in expected.items():
+        share = weight / sum(expected.values())
+        assert abs(drawn[colour] / 6000 - share) < 4 * (share * (1 - share) / 6000) ** 0.5  # four standard errors
+    of_blue = Counter(key for key in found if key.startswith("blue"))
+    assert len(of_blue) == 8 and max(of_blue.values()) < 1.3 * min(of_blue.values())
+
+
+def test_a_resampled_epoch_has_as_many_draws_as_samples_and_repeats_some(tiny_world):
+    found = epoch(tiny_world.shards, epochs="resampled")
+    assert len(keys(found)) == 48
+    assert 1 < len(set(keys(found))) < 48
+    assert rows_of(epoch(tiny_world.shards, epochs="resampled", workers=2)) == rows_of(found)
+    assert keys(epoch(tiny_world.shards, epochs="resampled", epoch=1)) != keys(found)
+
+
+def test_a_sample_that_is_drawn_again_brings_other_texts(tiny_world):
+    texts_of: dict[str, set[Any]] = {}
+    for row in rows_of(epoch(tiny_world.shards, Rows(48), epochs="resampled", samples_per_epoch=480)):
+        texts_of.setdefault(row[0], set()).add(row[3])
+    assert all(len(found) > 1 for found in texts_of.values())
+
+
+def test_a_weight_that_is_nobodys_is_an_error(tiny_world):
+    with pytest.raises(ValueError, match=r"weights: no sample's key begins with 'cc3m', 'rred'; keys are as \w+-\w+, "):
+        loader(tiny_world.shards, epochs="resampled", weights={"red": 2.0, "rred": 2.0, "cc3m": 1.0})
+
+
+# --- what is read -------------------------------------------------------------------------------------------------
+
+
+def test_the_order_is_the_same_on_every_machine(tiny_world):
+    """Written down, so that no version of a library changes the batches of a run that goes on."""
+    assert keys(epoch(tiny_world.shards))[:4] == ["black-boat", "white-boat", "green-house", "red-dog"]
+    resampled = keys(epoch(tiny_world.shards, epochs="resampled"))
+    assert resampled[:4] == [
+        "red-bird",
+        "white-dog",
+        "blue-house",
+        "white-house",
+    ]
+
+
+def test_with_stored_features_no_image_is_read(tiny_world, monkeypatch):
+    read: list[tuple[int, bytes]] = []
+
+    def pread(file: int, size: int, offset: int) -> bytes:
+        data = original(file, size, offset)
+        read.append((size, data))
+        return data
+
+    original = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    epoch(tiny_world.shards)
+    assert len(read) == 48  # one read a sample
+    assert not any(sample.image[:8] in data for _, data in read for sample in tiny_world.samples.values())
+
+
+def test_tars_with_and_without_an_index_give_the_same(tmp_path, tiny_samples):
+    """As others write them: other names, files in another order, some of them of no use here."""
+    without, indexed = (write_shards(tmp_path / name, tiny_samples, 2) for name in ("without", "indexed"))
+    for path in indexed.glob("*.tar"):
+        write_index(path)
+    assert rows_of(epoch(indexed)) == rows_of(epoch(without))
+    foreign = write_shards(tmp_path / "foreign", tiny_samples, 2)
+    for number, name in enumerate(("train-000000.tar", "train-000001.tar")):
+        with tarfile.open(foreign / name, "w", format=tarfile.PAX_FORMAT) as tar:
+            add(tar, "__meta__/a.json", b"{}")
+            for sample in tiny_samples[number::2]:
+                feature = io.BytesIO()
+                np.save(feature, sample.feature)
+                folder = f"{'long' * 40}/0.1/{sample.key}"
+                add(tar, f"{folder}.JPG", b"not looked at")
+                add(tar, f"{folder}.json", json.dumps(sample.info).encode())
+                add(tar, f"{folder}.npy", feature.getvalue())
+                add(tar, f"{folder}.txt", b"a caption")
+    found = [(key.rpartition("/")[2], *rest) for key, *rest in rows_of(epoch(foreign))]
+    assert [row[:3] for row in found] == [row[:3] for row in rows_of(epoch(without))]  # texts are drawn by key
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+def test_a_stale_index_is_an_error(tmp_path, tiny_samples):
+    folder = write_shards(tmp_path, tiny_samples, 1)
+    shard = folder / "train-000000.tar"
+    write_index(shard)
+    with shard.open("ab") as file:
+        file.write(bytes(10240))
+    with pytest.raises(ValueError, match=r"train-000000.index.arrow is stale: it is of a tar of \d+ bytes, and"):
+        epoch(folder)
+    index_path(shard).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"train-000000.index.arrow is not an index of a tar .*; remove it"):
+        epoch(folder)
+    index_path(shard).unlink()
+    assert len(epoch(folder)) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_that_are_not_as_listed_are_errors(tmp_path, tiny_samples, workers):
+    folder = write_shards(tmp_path, tiny_samples, 2)
+    shard = folder / "train-000000.tar"
+    write_tar(shard, tiny_samples[:3])
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar has 3 samples, and index.json says 24; write the"):
+        epoch(folder, workers=workers)
+    shard.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not an uncompressed tar"):
+        epoch(folder, workers=workers)
+    shard.unlink()
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not there, but index.json lists it"):
+        epoch(folder, workers=workers)
+
+
+def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_samples):
+    folder = write_shards(tmp_path, tiny_samples, 1)
+    steps = loader(folder).steps(0, 6)
+    next(steps)
+    os.truncate(folder / "train-000000.tar", 600)
+    with pytest.raises(ValueError, match=r"train-000000.tar ends inside sample \S+: it was cut off"):
+        next(steps)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ({"json": b"{", "npy": b"", "png": b""}, "its .json has not `raw`, a caption"),
+        ({"json": b'{"raw": "a"}', "npy": b"", "png": b""}, "its .json has not `raw`, .* and `captions`"),
+        ({"json": b'{"raw": "a", "captions": {}}', "npy": b"x" * 40}, "its .npy cannot be read"),
+        ({"json": b'{"raw": "a", "captions": {}}', "npy": b"\x93NUMPY\x01\x00"}, "its .npy cannot be read"),
+        ({"npy": b"", "png": b""}, "1 samples have no .json .k.; take them out"),
+    ],
+)
+def test_a_broken_sample_is_named(tmp_path, members, message):
+    folder = write_shards(tmp_path, [], 1)
+    with tarfile.open(folder / "train-000000.tar", "w") as tar:
+        for ending, data in members.items():
+            add(tar, f"k.{ending}", data)
+    listed = {"splits": {"train": {"shards": [{"name": "train-000000", "samples": 1}]}}}
+    (folder / "index.json").write_text(json.dumps(listed))
+    with pytest.raises(ValueError, match=rf"^(sample k in )?\S+train-000000.tar: {message}"):
+        epoch(folder, Rows(1))
+
+
+def test_objects_are_never_unpickled(tmp_path, tiny_samples):
+    objects = replace(tiny_samples[0], feature=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"its .npy cannot be read \(an array of object"):
+        epoch(write_shards(tmp_path, [objects], 1), Rows(1))
+
+
+def test_a_broken_image_names_its_sample(tmp_path, tiny_samples):
+    folder = write_shards(tmp_path, [replace(tiny_samples[0], image=b"not a picture")], 1)
+    with pytest.raises(ValueError, match=rf"^sample {tiny_samples[0].key} in \S+: not a readable image .13 bytes"):
+        epoch(folder, Rows(1), transform=training_transform(16), workers=1)
+
+
+def test_augmentation_is_drawn_by_seed_epoch_and_key(tiny_world):
+    transform = training_transform(16, augmentation=Augmentation(scale=(0.2, 1.0)))
+
+    def bytes_of(image: torch.Tensor) -> bytes:
+        return image.numpy().tobytes()
+
+    def pixels(**more: Any) -> dict[str, bytes]:
+        found = epoch(tiny_world.pixel_shards, transform=transform, **more)
+        images = [image for batch in found for image in batch.images]
+        return dict(zip(keys(found), map(bytes_of, images), strict=True))
+
+    first = pixels()
+    assert pixels(workers=2) == first
+    for other in (pixels(epoch=1), pixels(seed=1)):
+        assert all(other[key] != first[key] for key in first)
+
+
+# --- workers ------------------------------------------------------------------------------------------------------
+
+
+def children() -> list[psutil.Process]:
+    return psutil.Process().children()
+
+
+def test_workers_end_with_the_steps(tiny_world):
+    assert not children()
+    steps = loader(tiny_world.shards, workers=2).steps(0, 1000)
+    next(steps)
+    assert len(children()) == 2
+    steps.close()
+    assert not children()
+    list(loader(tiny_world.shards, workers=2).steps(0, 4))
+    assert not children()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_is_an_error(tiny_world):
+    steps = loader(tiny_world.shards, workers=2).steps(0, 10**6)
+    next(steps)
+    children()[0].kill()
+    with pytest.raises(WorkerLost, match=r"a worker of the loader ended too early .*; if memory ran out, set"):
+        list(steps)
+
+
+ORPHANS = """
+import os, signal, sys
+from pathlib import Path
+import psutil
+from lotlip.config import Pretrain
+from lotlip.data.loader import Loader, Rows
+from lotlip.data.tokenizer import TextTokenizer
+
+tokenizer = TextTokenizer("bert-base-uncased")
+tokenizer(["a red dog"] * 100)  # on threads, which a fork does not take along
+steps = Loader(Path(sys.argv[1]), Pretrain(loader={"workers": 2}), tokenizer, 0, Rows(8)).steps(0, 10**6)
+next(steps)
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_workers_are_quiet_and_end_with_a_process_that_is_killed(tiny_world):
+    program = [sys.executable, "-c", ORPHANS, str(tiny_world.shards)]
+    done = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")
+    workers = [int(pid) for pid in done.stdout.split()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 60
+    while any(psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie" for pid in workers):
+        assert time.monotonic() < deadline, "workers outlived the process that started them"
+        time.sleep(0.1)

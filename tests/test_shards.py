@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import webdataset as wds
 from PIL import Image
 
 from lotlip import shards
+from lotlip.data.tars import index_path, scan_tar
 from lotlip.partitions import finished, unit_names, write_captions, write_index, write_partition
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.shards import (
@@ -250,6 +252,28 @@ def test_the_marker_is_written_last(world, tmp_path):
     with pytest.raises(RuntimeError):
         write(world, tmp_path, plan, features=lambda _: (_ for _ in ()).throw(RuntimeError("out of memory")))
     assert finished_shard(plan.name, tmp_path) is None
+
+
+def test_an_index_says_where_the_samples_lie(world, tmp_path):
+    plan = plans(world)[0]
+    spoil(world, plan.samples[2][1])
+    write(world, tmp_path, plan)
+    shard = tmp_path / f"{plan.name}.tar"
+    with pa.ipc.open_file(index_path(shard)) as file:
+        index = file.read_all().to_pylist()
+    assert index == scan_tar(shard).to_pylist()
+    data, samples = shard.read_bytes(), read(shard)
+    assert [row["key"] for row in index] == list(samples)
+    for row in index:
+        for member, ending in (("json", "json"), ("npy", "npy"), ("image", "png")):
+            start = row[f"{member}_offset"]
+            assert data[start : start + row[f"{member}_size"]] == samples[row["key"]][ending]
+
+
+def test_the_index_of_a_shard_without_features_has_no_place_for_them(world, tmp_path):
+    plan = plans(world)[0]
+    write(world, tmp_path, plan, features=None)
+    assert {row["npy_offset"] for row in scan_tar(tmp_path / f"{plan.name}.tar").to_pylist()} == {0}
 
 
 def test_statistics_are_means_over_the_split(world):

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -206,18 +208,21 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
+        steps = _started(loader)
         try:
-            for step in loader:
+            for step in steps:
                 if isinstance(step, _Unusable):
                     raise ValueError(step.message)
                 yield step
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:  # the last two: while its tensors were fetched
+            if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             raise WorkerLost(
-                f"a worker of the loader ended too early ({str(error).splitlines()[0]}); if memory ran out, set "
+                f"a worker of the loader ended too early ({error}); if memory ran out, set "
                 "pretrain.loader.workers or pretrain.loader.prefetch lower"
             ) from error
+        finally:
+            del steps  # this ends the workers
 
     def _pipeline(self, first: int, last: int) -> wds.DataPipeline:
         return wds.DataPipeline(
@@ -257,6 +262,18 @@ def _errors_handed_over(steps: Iterable[list[Batch]]) -> Iterator[list[Batch] | 
         yield from steps
     except (ValueError, OSError) as error:
         yield _Unusable(str(error))
+
+
+def _started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Starts a loader's workers; its next step, within seconds, tells that one was lost.
+
+    torch has a signal handler tell it at once, which raises wherever the training process happens to be.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    steps = iter(loader)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    return steps
 
 
 def _start_worker(_: int) -> None:

@@ -45,7 +45,7 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
     """Finds the samples of a tar by reading the headers of its files: the index, with the columns of `COLUMNS`.
 
     Raises:
-        ValueError: it is not a whole, uncompressed tar, or a sample has no .json or has one twice.
+        ValueError: it is not there or not an uncompressed tar, or a sample has no .json or has one twice.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -68,7 +68,7 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
     except FileNotFoundError as error:
         raise ValueError(f"{tar} is not there, but index.json lists it; write the shards again") from error
     except tarfile.TarError as error:
-        raise ValueError(f"{tar} is not a whole, uncompressed tar ({error}); write it again") from error
+        raise ValueError(f"{tar} is not an uncompressed tar ({error}); write it again") from error
     incomplete = [row["key"] for row in rows if not row["json_offset"]]
     if incomplete:
         raise ValueError(f"{tar}: {len(incomplete)} samples have no .json ({', '.join(incomplete[:3])}); take them out")
