@@ -78,6 +78,7 @@ Batches = Callable[[], Iterable[Any]]
 def write_data(folder: Path, samples: int, shards: int, image_size: int) -> None:
     """Shards that both read: key.json, key.npy, key.jpg, and the raw caption again as key.txt for open_clip."""
     rng, noise = random.Random(0), np.random.default_rng(0)
+    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough to differ
     sizes = [len(range(number, samples, shards)) for number in range(shards)]
     names = [f"train-{number:06d}" for number in range(shards)]
     for name, size in zip(names, sizes, strict=True):
@@ -90,7 +91,7 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int) -> None
                 feature = io.BytesIO()
                 np.save(feature, noise.standard_normal(WIDTH, dtype=np.float32))
                 tar.add(f"{key}.npy", feature.getvalue())
-                tar.add(f"{key}.jpg", _picture(noise, image_size))
+                tar.add(f"{key}.jpg", rng.choice(pictures))
                 tar.add(f"{key}.txt", raw.encode())
         write_index(path)
     listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
@@ -116,14 +117,18 @@ def _picture(noise: np.random.Generator, size: int) -> bytes:
 # --- both ways ----------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, workers: int, batch: int, transform: Transform | None) -> Iterator[Any]:
+def ours(
+    folder: Path, workers: int, batch: int, tokenizer: TextTokenizer, transform: Transform | None
+) -> Iterator[Any]:
     """An epoch of this project's loader."""
     settings = Pretrain(long_texts=LongTexts(), loader=LoaderSettings(workers=workers))
-    loader = Loader(folder, settings, TextTokenizer("bert-base-uncased"), 0, Rows(batch), transform)
+    loader = Loader(folder, settings, tokenizer, 0, Rows(batch), transform)
     return loader.steps(0, loader.steps_per_epoch)
 
 
-def open_clip_images(folder: Path, workers: int, batch: int, samples: int, augmented: bool) -> Iterable[Any]:
+def open_clip_images(
+    folder: Path, workers: int, batch: int, tokenizer: Any, samples: int, augmented: bool
+) -> Iterable[Any]:
     """An epoch of open_clip's pipeline, in the order of `get_wds_dataset`."""
     args = SimpleNamespace(
         train_data="::".join(map(str, sorted(folder.glob("*.tar")))),
@@ -135,13 +140,11 @@ def open_clip_images(folder: Path, workers: int, batch: int, samples: int, augme
         world_size=1,
     )
     preprocess = open_clip.image_transform(SIDE, is_train=augmented)
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
     return open_clip_data.get_wds_dataset(args, preprocess, True, floor=True, tokenizer=tokenizer).dataloader
 
 
-def open_clip_features(folder: Path, workers: int, batch: int, samples: int) -> Iterable[Any]:
+def open_clip_features(folder: Path, workers: int, batch: int, tokenizer: Any, samples: int) -> Iterable[Any]:
     """The same steps with the stored .npy in place of the picture."""
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
     steps = [
         wds.SimpleShardList([str(path) for path in sorted(folder.glob("*.tar"))]),
         wds.split_by_worker,
@@ -187,10 +190,12 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, samples, shards, image_size)
-        own, theirs = partial(ours, folder, workers, batch), partial(open_clip_images, folder, workers, batch, samples)
+        own = partial(ours, folder, workers, batch, TextTokenizer("bert-base-uncased"))
+        clip_tokenizer = open_clip.get_tokenizer("ViT-B-32")
+        theirs = partial(open_clip_images, folder, workers, batch, clip_tokenizer, samples)
         ways: dict[str, Batches] = {
             "ours, features": partial(own, None),
-            "open_clip, features": partial(open_clip_features, folder, workers, batch, samples),
+            "open_clip, features": partial(open_clip_features, folder, workers, batch, clip_tokenizer, samples),
             "ours, centre": partial(own, training_transform(SIDE)),
             "open_clip, centre": partial(theirs, False),
             "ours, augmented": partial(own, training_transform(SIDE, augmentation=Augmentation())),

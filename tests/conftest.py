@@ -65,9 +65,6 @@ class TinyWorld:
     pixel_shards: Path  # the same samples without stored features
     samples: dict[str, TinySample]
 
-    def train_shards(self) -> list[Path]:
-        return sorted(self.shards.glob("train-*.tar"))
-
 
 def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> Path:
     """A shard, written without the project's own writer, so that reader and writer are tested apart."""

@@ -20,6 +20,7 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from lotlip.config import Loader as LoaderSettings
 from lotlip.config import LongTexts, Pretrain
 from lotlip.data.images import Transform
 from lotlip.data.order import WINDOW, ExactOrder, Place, ResampledOrder
@@ -175,10 +176,7 @@ class Loader:
         paths = [shards / f"{shard['name']}.tar" for shard in listed]
         self._settings, self._rows = settings.loader, rows
         self._shards = Shards(paths, [shard["samples"] for shard in listed], opened=2 * WINDOW)
-        self._order = ExactOrder(self._shards, seed)
-        if self._settings.epochs == "resampled":
-            drawn, weights = self._settings.samples_per_epoch, self._settings.weights
-            self._order = ResampledOrder(self._shards, seed, drawn, weights)
+        self._order = _order(self._shards, seed, settings.loader)
         self.steps_per_epoch = self._order.samples // rows.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
@@ -218,7 +216,7 @@ class Loader:
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             raise WorkerLost(
-                f"a worker of the loader ended too early ({error}); if memory ran out, set "
+                f"a worker of the loader ended too early ({str(error).partition(chr(10))[0]}); if memory ran out, set "
                 "pretrain.loader.workers or pretrain.loader.prefetch lower"
             ) from error
         finally:
@@ -248,6 +246,12 @@ class Loader:
     def _batched(self, samples: list[Sample]) -> list[Batch]:
         batch = self._collate(samples)
         return [batch] if self._rows.accumulation == 1 else batch.by_length(self._rows.accumulation)
+
+
+def _order(shards: Shards, seed: int, settings: LoaderSettings) -> ExactOrder:
+    if settings.epochs == "exact":
+        return ExactOrder(shards, seed)
+    return ResampledOrder(shards, seed, settings.samples_per_epoch, settings.weights)
 
 
 def _own_steps(first: int, last: int) -> Iterator[int]:
