@@ -281,7 +281,7 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _start_worker(_: int) -> None:
-    # Workers are the parallelism, and threads of the tokenizers library do not survive a fork.
+    # Workers are the parallelism: the tokenizers library would start a thread for each core in every one of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
