@@ -110,7 +110,7 @@ def test_what_does_not_fit_says_what_to_change():
     mended = planned(CC3M, differences={"processes": 1, "batch_size": 8192, "accumulation": accumulation})
     assert sum(mended.memory.values()) <= 80e9 and mended.remedy == ""
     assert describe(whole, "x")[-1] == f"does not fit: {whole.remedy}"
-    hopeless = planned(CC3M, differences={"batch_size": 1_048_576})
+    hopeless = plan(CC3M, CC3M.ablation("lotlip"), Gpu(memory=1e9))
     assert hopeless.remedy.startswith("take more GPUs or lower pretrain.batch_size")
 
 

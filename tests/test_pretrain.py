@@ -43,6 +43,7 @@ TINY: dict[str, Any] = {
     "batch_size": 8,
     "log_every": 1,
     "checkpoint_every": 1000,
+    "loader": {"workers": 0},
     "text": {"config": TEXT, "context_length": 32},
     "long_texts": {"sub_captions": 2},
     "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2},
@@ -251,7 +252,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     tiny_world, tmp_path, processes, zero_stage, accumulation, precision
 ):
     """With dropout, in the middle of an epoch, the last process killed: the same weights, bit for bit."""
-    differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes})
+    differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader": {"workers": 1}})
     differences |= {"zero_stage": zero_stage, "accumulation": accumulation, "precision": precision}
     job, whole = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
     finish(start(whole, tmp_path / "whole", processes))

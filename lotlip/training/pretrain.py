@@ -22,7 +22,8 @@ import torch.distributed as dist
 
 import lotlip
 from lotlip.config import Pretrain
-from lotlip.data.loader import Batch, Loader, Rows, Transform
+from lotlip.data.images import Transform, training_transform
+from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
@@ -148,7 +149,6 @@ class Trainer:
 
     def _open_image_tower(self) -> tuple[ImageTower, Transform]:
         """The image tower in the loop, and what makes pixels of pictures."""
-        from lotlip.data.images import training_transform
         from lotlip.models.image_tower import load_image_tower
 
         tower = load_image_tower(Path(self.job.image_tower))
@@ -309,7 +309,7 @@ def run(job_file: str) -> str | None:
     config = Pretrain.model_validate(job.config)
     try:
         main(job, config)
-    except (TrainingStopped, ValueError) as error:
+    except (TrainingStopped, ValueError, WorkerLost) as error:
         return f"error: {error}"
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):
