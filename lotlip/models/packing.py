@@ -120,7 +120,7 @@ def _attention(own: Any, hidden: Tensor, masks: Sequence[Tensor]) -> Tensor:
     found = []
     for mask, group in zip(masks, groups, strict=True):
         number, length = mask.shape[0], mask.shape[-1]
-        inputs = [tokens.view(number, length, heads, -1).transpose(1, 2) for tokens in group]  # [n, heads, l, H/heads]
-        attended = scaled_dot_product_attention(*inputs, attn_mask=mask, dropout_p=dropout)
+        query, key, value = (tokens.view(number, length, heads, -1).transpose(1, 2) for tokens in group)
+        attended = scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         found.append(attended.transpose(1, 2).reshape(number * length, -1))
     return torch.cat(found)
