@@ -35,7 +35,7 @@ TEXT_TOWERS: dict[str, dict[str, int]] = {"bert-base": {}, "demo": DEMO}
 IMAGE_SIZE, CORNER_TOKENS, WORDS = 224, 2, 30522
 CHECKED = 4  # images whose loss both sides compute
 ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
-MATRIX_SIZES = (1024, 2048, 4096)
+MATRIX_SIZES = (512, 1024, 2048)
 
 Texts = list[list[int]]
 
