@@ -11,9 +11,7 @@ training waits for data is of steps of a given length in which the processor is 
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import random
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,41 +21,19 @@ from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import open_clip
 import webdataset as wds
 from open_clip_train import data as open_clip_data
-from PIL import Image
 from tqdm import tqdm
 
+from benchmarks.data import write_data
 from lotlip.config import Augmentation, LongTexts, Pretrain
 from lotlip.config import Loader as LoaderSettings
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.loader import Loader, Rows
-from lotlip.data.tars import write_index
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import write_json
-from lotlip.partitions import TarWriter
 
 SIDE, WIDTH = 224, 768  # of the tower's pictures, and of its features
-CAPTIONERS = ("instructblip", "llava", "sharegpt4v")
-WORDS = [
-    "the",
-    "of",
-    "on",
-    "in",
-    "with",
-    "near",
-    "behind",
-    "red",
-    "small",
-    "wooden",
-    "dark",
-    "visible",
-    "two",
-    "several",
-]
-WORDS += ["dog", "house", "tree", "street", "table", "window", "person", "sky", "background", "standing", "sitting"]
 
 # A pair that is compared: ours, open_clip's.
 PAIRS = {
@@ -70,48 +46,6 @@ PAIRS = {
 open_clip_data.tar_file_expander = partial(open_clip_data.tar_file_expander, eof_value=None)
 
 Batches = Callable[[], Iterable[Any]]
-
-
-# --- the data -----------------------------------------------------------------------------------------------------
-
-
-def write_data(folder: Path, samples: int, shards: int, image_size: int) -> None:
-    """Shards that both read: key.json, key.npy, key.jpg, and the raw caption again as key.txt for open_clip."""
-    rng, noise = random.Random(0), np.random.default_rng(0)
-    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough to differ
-    sizes = [len(range(number, samples, shards)) for number in range(shards)]
-    names = [f"train-{number:06d}" for number in range(shards)]
-    for name, size in zip(names, sizes, strict=True):
-        path = folder / f"{name}.tar"
-        with path.open("wb") as file, TarWriter(file) as tar:
-            for number in range(size):
-                key, raw = f"{name}-{number:06d}", _sentence(rng)
-                captions = {captioner: [_sentence(rng) for _ in range(8)] for captioner in CAPTIONERS}
-                tar.add(f"{key}.json", json.dumps({"raw": raw, "captions": captions}).encode())
-                feature = io.BytesIO()
-                np.save(feature, noise.standard_normal(WIDTH, dtype=np.float32))
-                tar.add(f"{key}.npy", feature.getvalue())
-                tar.add(f"{key}.jpg", rng.choice(pictures))
-                tar.add(f"{key}.txt", raw.encode())
-        write_index(path)
-    listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
-    write_json(folder / "index.json", {"splits": {"train": {"samples": samples, "shards": listed}}})
-
-
-def _sentence(rng: random.Random) -> str:
-    return " ".join(rng.choices(WORDS, k=rng.randint(8, 14)))
-
-
-def _picture(noise: np.random.Generator, size: int) -> bytes:
-    """Noise of every scale, the coarse strongest, as in photographs: some 3 bits a pixel as JPEG."""
-    pixels = np.full((size, size, 3), 128.0)
-    for cells, strength in ((4, 60), (16, 30), (64, 12), (size, 6)):
-        coarse = noise.standard_normal((cells, cells, 3)).clip(-3, 3) * 42 + 128
-        layer = Image.fromarray(coarse.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-        pixels += (np.asarray(layer, dtype=np.float64) - 128) * strength / 42
-    file = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-    return file.getvalue()
 
 
 # --- both ways ----------------------------------------------------------------------------------------------------
@@ -189,7 +123,7 @@ def measure(
     """Every way's samples per second and share of waiting, and ours over open_clip's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_data(folder, samples, shards, image_size)
+        write_data(folder, samples, shards, image_size, WIDTH)
         own = partial(ours, folder, workers, batch, TextTokenizer("bert-base-uncased"))
         clip_tokenizer = open_clip.get_tokenizer("ViT-B-32")
         theirs = partial(open_clip_images, folder, workers, batch, clip_tokenizer, samples)

@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 
 from benchmarks.data import write_data
 from flows.processes import end_group, launch, start_group
-from lotlip.config import Pretrain
+from lotlip.config import LocalLaunch, Pretrain
 from lotlip.files import read_json, write_json
 from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 
@@ -98,7 +98,7 @@ def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: ran
         RuntimeError: training failed by itself.
     """
     process = start_group(
-        launch(MODULE, [str(job)], processes), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        launch(MODULE, [str(job)], processes, LocalLaunch()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     errors: list[str] = []
     reader = threading.Thread(target=lambda: errors.extend(process.stderr))

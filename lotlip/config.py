@@ -370,7 +370,7 @@ Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch
 
 
 # Settings of `Pretrain` that say how the work is done, not what is learned.
-HOW = {
+HOW: Any = {
     "accumulation": True,
     "processes": True,
     "launch": True,

@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,32 +43,46 @@ class NullSink:
 
 
 class MlflowSink:
-    """Sends curves to a run of MLflow, some steps at a time: a write to the store costs as much as a training step."""
+    """Sends curves to a run of MLflow, some steps at a time and from a thread of its own.
+
+    A write to the store costs as much as a training step, and importing MLflow as much as all else that starting takes.
+    """
 
     def __init__(self, uri: str, run_id: str, steps_held: int = 10) -> None:
-        self._client = _client(uri)
-        self._run_id = run_id
+        self._uri, self._run_id = uri, run_id
         self._steps_held = steps_held
         self._held: list[tuple[int, int, dict[str, float]]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._sending: list[Future[None]] = []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Takes the values of one step; sends them with those held so far when there are enough."""
         self._held.append((int(time.time() * 1000), step, dict(metrics)))
         if len(self._held) >= self._steps_held:
-            self.close()
+            self._send()
 
     def close(self) -> None:
-        """Sends what is held."""
+        """Sends what is held and waits until all has arrived; what could not be sent is an error."""
+        self._send()
+        self._thread.shutdown()
+        for sent in self._sending:
+            sent.result()
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        self._sending = [sent for sent in self._sending if not sent.done() or sent.result()]  # an error comes up here
+        if held:
+            self._sending.append(self._thread.submit(self._log, held))
+
+    def _log(self, held: list[tuple[int, int, dict[str, float]]]) -> None:
         from mlflow.entities import Metric
 
         points = [
             Metric(f"train.{name}", value, when, step)
-            for when, step, metrics in self._held
+            for when, step, metrics in held
             for name, value in metrics.items()
         ]
-        self._held = []
-        if points:
-            self._client.log_batch(self._run_id, metrics=points)
+        _client(self._uri).log_batch(self._run_id, metrics=points)
 
 
 def open_sink(uri: str, run_id: str | None) -> Sink:

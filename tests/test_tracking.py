@@ -87,11 +87,20 @@ def test_a_sink_sends_every_step(store, experiment, client):
     sink = MlflowSink(store, run_id, steps_held=5)
     for number, point in enumerate(HISTORY, start=1):
         sink.log({"loss": point["loss"]}, int(point["step"]))
+        sink._thread.submit(lambda: None).result()  # what was handed to the thread before has been sent
         assert len(curve(client, run_id)) == number // 5 * 5  # held back until there are enough
     sink.close()
     assert curve(client, run_id) == expected()
     sink.close()
     assert curve(client, run_id) == expected()
+
+
+def test_what_cannot_be_sent_is_an_error(store, experiment):
+    Tracker(store, experiment)
+    sink = MlflowSink(store, "0" * 32)
+    sink.log({"loss": 1.0}, 1)
+    with pytest.raises(Exception, match="0000"):
+        sink.close()
 
 
 def test_history_is_not_sent_twice(store, experiment, client):

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -187,7 +187,7 @@ class Loader:
         self._parse = partial(parse_sample, long_texts=settings.long_texts, transform=transform)
         self._collate = partial(collate, tokenizer=tokenizer)
 
-    def steps(self, first: int, last: int) -> Iterator[list[Batch]]:
+    def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of this process for the global steps first … last − 1, counted from 0 over all epochs.
 
         Its workers end when it does, or when it is closed.

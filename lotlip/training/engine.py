@@ -121,8 +121,7 @@ class Engine:
     def __init__(
         self, model: LotlipForPreTraining, config: Pretrain, seed: int, frozen_tower: ImageTower | None = None
     ) -> None:
-        import deepspeed
-
+        deepspeed = import_deepspeed()
         settings = config.optimizer
         optimizer = torch.optim.AdamW(
             parameter_groups(model, settings.weight_decay),
@@ -233,14 +232,24 @@ def _carried(output: Mapping[str, Tensor], features: Mapping[str, Tensor], numbe
     return total
 
 
+def import_deepspeed() -> Any:
+    """DeepSpeed, but not MLflow with it, which its autotuner imports whole: a fifth of what starting takes."""
+    absent = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
+
+
 def initialise_processes(config: Pretrain) -> None:
     """Joins the processes that train together; one process makes a group of its own.
 
     Raises:
         ValueError: the launcher started another number of processes than params.yaml says.
     """
-    import deepspeed
-
+    deepspeed = import_deepspeed()
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = "0"  # any free one

@@ -29,13 +29,14 @@ from pathlib import Path
 from prefect import flow
 
 from flows.processes import launch, run_group
+from lotlip.config import LocalLaunch
 
 
 @flow
 def training(job: str) -> None:
     folder = Path(job).parent
     with (folder / "lines").open("w", buffering=1) as lines:
-        command = launch("lotlip.training.pretrain", [job], 2)
+        command = launch("lotlip.training.pretrain", [job], 2, LocalLaunch())
         run_group(command, lambda line: print(line, file=lines), folder / "errors.log")
 
 
