@@ -223,9 +223,8 @@ def _terms(
     block = partial(_block, scale=scale, bias=bias, contrast=contrast[0])
     size = max(1, logits_at_once // (kinds * len(images)))
     blocks = []
-    for start in range(0, rows, size):
-        some = slice(start, start + size)
-        arguments = (images, texts[some], None if text_mask is None else text_mask[some], own[some])
+    masks = [None] * -(-rows // size) if text_mask is None else text_mask.split(size)
+    for arguments in zip([images] * len(masks), texts.split(size), masks, own.split(size), strict=True):
         if size < rows:
             blocks.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:

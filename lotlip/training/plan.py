@@ -473,7 +473,7 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
     if wanted is None:
         return texts * length * (layers * layer + 2 * hidden * size + dropped)
     layer += hidden * size
-    after = (4 * hidden + 2 * inner) * size + 4 * FP32  # of what follows attention
+    after = (5 * hidden + 2 * inner) * size + 4 * FP32  # of what follows attention, the last states among it
     narrow = min(wanted / length, 1)
     return texts * length * (layers * layer - (1 - narrow) * after + 2 * hidden * size + dropped)
 

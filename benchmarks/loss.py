@@ -1,0 +1,90 @@
+"""Memory and time of the contrastive loss at a large batch, in several processes: `python -m benchmarks.loss`.
+
+Each process has its share of the batch: image features and, for each image, the features of its texts, as the towers
+would leave them. What it then takes more, at its peak, to have the gradients of all of them is the loss's own.
+`--at-once` says how many logits exist at a time; a huge number computes them all at once, as usual code does. `--json`
+prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch.nn.functional import normalize
+
+from lotlip.losses import LOGITS_AT_ONCE, lotlip_loss
+
+GB = 1e9
+
+
+def measure(batch: int, kinds: int, width: int, logits_at_once: int) -> dict[str, float]:
+    """In one of the processes: bytes that its features take, bytes more at the loss's peak, seconds."""
+    torch.manual_seed(dist.get_rank())
+    own = batch // dist.get_world_size()
+    images = normalize(torch.randn(own, width), dim=-1).requires_grad_()
+    texts = normalize(torch.randn(own, kinds, width), dim=-1).requires_grad_()
+    scale = torch.tensor([14.3], requires_grad=True)
+    before = psutil.Process().memory_info().rss
+    started = time.monotonic()
+    loss = lotlip_loss(images, texts, scale, logits_at_once=logits_at_once)["loss"]
+    loss.backward()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "features_bytes": images.nbytes + texts.nbytes,
+        "more_bytes": peak - before,
+        "seconds": time.monotonic() - started,
+        "loss": loss.item(),
+    }
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    """One of the processes; the first prints what each found."""
+    torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // arguments.processes))
+    dist.init_process_group("gloo")
+    found: list[Any] = [None] * arguments.processes
+    dist.all_gather_object(found, measure(arguments.batch, arguments.kinds, arguments.width, arguments.at_once))
+    if dist.get_rank() == 0:
+        print(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Starts the processes; gives the most that any of them took."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
+    command = [sys.executable, *launcher, "-m", "benchmarks.loss", "--worker", *sys.argv[1:]]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    most = {name: max(each[name] for each in found) for name in found[0]}
+    return {"batch": arguments.batch, "processes": arguments.processes, "at_once": arguments.at_once, **most}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=16384, help="images, over all processes")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--kinds", type=int, default=4, help="texts' features of an image: 1 + K (m + 1)")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--at-once", type=int, default=LOGITS_AT_ONCE, help="logits")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.worker:
+        worker(given)
+    else:
+        result = main(given)
+        print(
+            json.dumps(result)
+            if given.json
+            else f"a batch of {result['batch']:,} in {result['processes']} processes: features "
+            f"{result['features_bytes'] / GB:.2f} GB a process, {result['more_bytes'] / GB:.2f} GB more for loss and "
+            f"gradients, {result['seconds']:.1f} s"
+        )
