@@ -167,3 +167,40 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path, tiny_
         pixel_shards=write_shards(folder / "pixels", tiny_samples, 3, features=False),
         samples={sample.key: sample for sample in tiny_samples},
     )
+
+
+@pytest.fixture(scope="session")
+def process_group() -> Iterator[dict[str, str]]:
+    """This process as a group of its own, which DeepSpeed joins once; gives the environment that it set for it."""
+    import torch
+
+    from lotlip.config import Pretrain
+    from lotlip.training.engine import initialise_processes
+
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PATH")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names[:-1]:
+            patch.setenv(name, "")  # so that what training sets is unset at the end
+            patch.delenv(name)
+        patch.setenv("PATH", os.environ["PATH"])
+        initialise_processes(Pretrain())
+        environment = {name: os.environ[name] for name in names}
+    yield environment
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def group(process_group: dict[str, str]) -> Iterator[None]:
+    """Lets the tests of a module train in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in process_group.items():
+            patch.setenv(name, value)
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(group: None, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A plain run of 12 steps and two seeds, which others are compared with."""
+    from tests.training import tiny_job, train
+
+    return train(tiny_job(tiny_world, tmp_path_factory.mktemp("base")), seeds=(0, 1))

@@ -38,7 +38,7 @@ from lotlip.training.plan import (
 )
 from tests.conftest import TinyWorld
 from tests.saved_tensors import SavedTensors
-from tests.test_pretrain import tiny_job
+from tests.training import tiny_job
 
 ROOT = Path(__file__).parent.parent
 DEMO = load_params(ROOT / "params.yaml")

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lotlip.config import Pretrain, load_params, merge
-from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
 from lotlip.training.engine import deepspeed_config
+from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
 
 ROOT = Path(__file__).parent.parent
 PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")

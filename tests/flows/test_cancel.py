@@ -17,7 +17,7 @@ import pytest
 from flows.servers import api_address, free_port, prefect_server
 from lotlip.config import Pretrain
 from lotlip.files import write_json
-from tests.test_pretrain import TINY
+from tests.training import TINY
 
 pytestmark = pytest.mark.slow
 

@@ -19,7 +19,7 @@ from flows.servers import free_port
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch
 from tests.conftest import TinyWorld
-from tests.test_pretrain import losses, tiny_job
+from tests.training import losses, tiny_job
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "lotlip.training.pretrain"

@@ -1,0 +1,189 @@
+"""Runs that are killed, resumed by others, stopped, or hang."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from lotlip.config import Pretrain, merge
+from lotlip.data.loader import Batch
+from lotlip.tracking import NullSink
+from lotlip.training.engine import Engine, StepResult
+from lotlip.training.pretrain import ChanceWatch, Job, Trainer, TrainingStopped
+from tests.training import DROPOUT, finish, losses, same, same_to, start, tiny_job, train, trainers, wait_for, weights
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "zero_stage", "accumulation", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
+)
+def test_a_killed_run_resumes_as_if_nothing_had_happened(
+    tiny_world, tmp_path, processes, zero_stage, accumulation, precision
+):
+    """With dropout, in the middle of an epoch, the last process killed: the same weights, bit for bit."""
+    differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader": {"workers": 1}})
+    differences |= {"zero_stage": zero_stage, "accumulation": accumulation, "precision": precision}
+    job, whole = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
+    finish(start(whole, tmp_path / "whole", processes))
+    process = start(job, tmp_path / "killed", processes)
+    wait_for(process, "step 10/40")
+    trainers(process)[-1].kill()
+    process.communicate()
+    assert process.returncode != 0
+    assert not Path(job.out).exists()
+    assert 1 <= len(list((Path(job.scratch) / "checkpoints-0").glob("step-*[0-9]"))) <= 3  # two, and one too old
+
+    out = finish(start(job, tmp_path / "killed", processes))
+    assert "goes on after step" in out and "step 1/40" not in out
+    assert losses(job) == losses(whole)
+    assert same(weights(job), weights(whole))
+    assert not (Path(job.scratch) / "checkpoints-0").exists()
+
+
+def interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains in this process and stops in the middle of a step."""
+    with monkeypatch.context() as patch:
+        step = Engine.step
+
+        def interrupt(self: Engine, batches: list[Batch], number: int) -> StepResult:
+            if number == after:
+                raise KeyboardInterrupt
+            return step(self, batches, number)
+
+        patch.setattr(Engine, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(job)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_one_process_goes_on_where_two_were(base, tiny_world, tmp_path, zero_stage):
+    differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage, "steps": 12}
+    two = tiny_job(tiny_world, tmp_path, differences)
+    process = start(two, tmp_path, processes=2)
+    wait_for(process, "step 8/12")
+    trainers(process)[0].kill()
+    process.communicate()
+    one = train(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}))
+    assert losses(one) == pytest.approx(losses(base), abs=1e-5)
+    assert same_to(weights(one), weights(base), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_two_processes_go_on_where_one_was(base, tiny_world, tmp_path, monkeypatch, zero_stage):
+    interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
+    differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage}
+    two = tiny_job(tiny_world, tmp_path, differences)
+    assert "goes on after step 6" in finish(start(two, tmp_path, processes=2))
+    assert losses(two) == pytest.approx(losses(base), abs=1e-5)
+    assert same_to(weights(two), weights(base), 1e-3)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypatch, capfd):
+    job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
+    interrupted(job, 9, monkeypatch)
+    folder = Path(job.scratch) / "checkpoints-0"
+    assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000008"]
+    half = folder / "step-000000010.partial"  # as a machine leaves it that dies while it writes
+    half.mkdir()
+    (half / "weights.safetensors").write_bytes(b"half")
+    train(job)
+    assert "goes on after step 8" in capfd.readouterr().out
+    assert losses(job) == losses(base)
+    assert same(weights(job), weights(base))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named(group, tiny_world, tmp_path, monkeypatch):
+    job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
+    interrupted(job, 5, monkeypatch)
+    newest = Path(job.scratch) / "checkpoints-0" / "step-000000004"
+    data = (newest / "exp_avg.safetensors").read_bytes()
+    (newest / "exp_avg.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"checkpoint \S+step-000000004 cannot be gone on from: .*; remove it, and"):
+        train(job)
+    shutil.rmtree(newest)
+    train(job)
+    assert len(losses(job)) == 12
+
+
+@pytest.mark.slow
+def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_world, tmp_path):
+    job = tiny_job(tiny_world, tmp_path)
+    trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
+    trainer._checkpoint(1)
+    with torch.no_grad():
+        trainer.engine.model.text.proj.weight[0, 0] = math.inf
+    message = (
+        r"1 weights are no numbers after step 2, such as text.proj.weight; the last good checkpoint is \S+step-0+1;"
+    )
+    with pytest.raises(TrainingStopped, match=message):
+        trainer._checkpoint(2)
+    assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000000001"]
+
+
+@pytest.mark.parametrize(
+    ("recalls", "stuck_at"),
+    [
+        ([0.1] * 20, 10),  # chance is 1/8
+        ([0.9] * 5 + [0.1] * 15, 10),  # only the later half counts
+        ([0.1] * 5 + [0.9] * 15, None),
+        ([0.9] * 10 + [0.1] * 10, 20),  # a model that collapses
+        ([0.1] * 9, None),
+        ([0.5] * 20, None),
+    ],
+)
+def test_a_run_at_chance_is_seen(recalls, stuck_at):
+    watch = ChanceWatch(10, batch_size=8)
+    found = [step for step, recall in enumerate(recalls, start=1) if watch.stuck(step, recall)]
+    assert (found[0] if found else None) == stuck_at
+    assert not any(ChanceWatch(0, 8).stuck(step, recall) for step, recall in enumerate(recalls, start=1))
+
+
+def test_what_is_no_more_than_luck_counts_as_chance():
+    for recall, stuck in ((0.02, True), (0.08, False)):  # of 32 × 10 guesses, 5 are right, give or take 11 at most
+        watch = ChanceWatch(20, batch_size=64)
+        assert [watch.stuck(step, recall) for step in range(1, 21)][-1] is stuck
+
+
+def test_a_watch_goes_on_where_it_was():
+    recalls = [0.1] * 5 + [0.1, 0.9, 0.9, 0.1, 0.9]
+    watch = ChanceWatch(10, batch_size=8)
+    for step, recall in enumerate(recalls[:7], start=1):
+        watch.stuck(step, recall)
+    resumed = ChanceWatch(10, batch_size=8)
+    resumed.load_state(json.loads(json.dumps(watch.state())))
+    for step, recall in enumerate(recalls[7:], start=8):
+        assert watch.stuck(step, recall) == resumed.stuck(step, recall)
+    assert watch.recall == resumed.recall == pytest.approx(0.58)
+
+
+@pytest.mark.slow
+def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
+    differences = {"stop_at_chance_after": 8, "optimizer": {"learning_rate": 1e-9}}
+    with pytest.raises(
+        TrainingStopped, match=r"after 8 steps a text finds its image among the batch's 8 no more often"
+    ):
+        train(tiny_job(tiny_world, tmp_path, differences))
+
+
+@pytest.mark.slow
+def test_a_hung_peer_ends_the_run(tiny_world, tmp_path):
+    job = tiny_job(tiny_world, tmp_path, {"processes": 2, "steps": 1000, "peer_timeout_seconds": 4})
+    process = start(job, tmp_path, processes=2)
+    wait_for(process, "step 10/1000")
+    hung = trainers(process)[1]
+    hung.suspend()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "process 0 of 2 lost another one, which ended or did not answer for 4 s (pretrain.peer_timeout" in errors
+    assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE

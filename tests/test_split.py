@@ -1,0 +1,107 @@
+"""Loss and gradients are the same however the work is split: by processes, micro-batches, ZeRO."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lotlip.config import Optimizer, Pretrain, merge
+from lotlip.files import read_json
+from lotlip.models.saving import load_model
+from lotlip.tracking import NullSink
+from lotlip.training.engine import initialise_processes
+from lotlip.training.pretrain import Trainer
+from tests.conftest import TinyWorld
+from tests.training import ROOT, finish, losses, start, tiny_job, train, weights
+
+SPLITS = [
+    {"zero_stage": stage, "accumulation": accumulation, "similarity": similarity}
+    for stage in (0, 1, 2, 3)
+    for accumulation in (1, 2)
+    for similarity in ("cosine", "late-interaction")
+]
+
+
+def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
+    """Writes what the first step of each of `SPLITS` had: its loss and, as the optimizer's first moment, gradients."""
+    for number, split in enumerate(SPLITS):
+        late = {"text": {"corner_tokens": 0}} if split["similarity"] == "late-interaction" else {}
+        job = tiny_job(world, folder / f"{number}", merge({"processes": processes, **split}, late))
+        trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+        result = trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
+        trainer.checkpoints.save(trainer.engine.deepspeed, 1, {"loss": result.loss, "recall": result.recall})
+
+
+def first_step(folder: Path, number: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    written = folder / f"{number}" / "scratch" / "checkpoints-0" / "step-000000001"
+    moments = load_file(written / "exp_avg.safetensors")
+    beta = Optimizer().betas[0]
+    return read_json(written / "state.json"), {name: value / (1 - beta) for name, value in moments.items()}
+
+
+@pytest.fixture(scope="module")
+def one_process_steps(group: None, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    one_step(tiny_world, folder, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_process_steps(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    arguments = [str(tiny_world.image_tower), str(tiny_world.shards), str(tiny_world.pixel_shards), str(folder)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    subprocess.run([sys.executable, *launcher, "-m", "tests.test_split", *arguments], cwd=ROOT, check=True)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(SPLITS)), ids=[" ".join(map(str, split.values())) for split in SPLITS])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
+    one_process_steps, two_process_steps, number, processes
+):
+    """Against one process, one micro-batch, no ZeRO."""
+    plain = SPLITS.index({**SPLITS[number], "zero_stage": 0, "accumulation": 1})
+    expected, expected_gradients = first_step(one_process_steps, plain)
+    found, gradients = first_step(one_process_steps if processes == 1 else two_process_steps, number)
+    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert found["recall"] == expected["recall"]
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    assert any(gradient.abs().max() > 1e-2 for gradient in expected_gradients.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [3])
+def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
+    job = tiny_job(tiny_world, tmp_path, {"processes": 2, "zero_stage": zero_stage})
+    finish(start(job, tmp_path, processes=2))
+    assert losses(job) == pytest.approx(losses(base), abs=1e-5)
+    for name, value in weights(base).items():
+        torch.testing.assert_close(weights(job)[name], value, atol=1e-3, rtol=0)
+    load_model(job.model_folder(0))
+
+
+@pytest.mark.slow
+def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_path):
+    """Both towers' gradients cross the processes; how each variant's loss does is tested with the losses."""
+    clip = {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
+    differences = {"steps": 3, **clip}
+    one = train(tiny_job(tiny_world, tmp_path / "one", differences))
+    two = tiny_job(tiny_world, tmp_path / "two", merge(differences, {"processes": 2}))
+    finish(start(two, tmp_path / "two", processes=2))
+    assert losses(two) == pytest.approx(losses(one), abs=1e-5)
+
+
+if __name__ == "__main__":  # as `two_process_steps` starts it
+    tower, shards, pixels, out = map(Path, sys.argv[1:])
+    initialise_processes(Pretrain(processes=2))
+    one_step(TinyWorld(tower, shards, pixels, {}), out, 2)
+    torch.distributed.destroy_process_group()

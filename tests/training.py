@@ -1,0 +1,108 @@
+"""Training runs of the tiny world, for the tests of training: in this process, in one of its own, in two together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors.torch import load_file
+
+from lotlip.config import Pretrain, merge
+from lotlip.files import read_json
+from lotlip.tracking import NullSink
+from lotlip.training.pretrain import Job, Trainer
+from tests.conftest import TEXT, TinyWorld
+
+ROOT = Path(__file__).parent.parent
+TINY: dict[str, Any] = {
+    "steps": 12,
+    "batch_size": 8,
+    "log_every": 1,
+    "checkpoint_every": 1000,
+    "loader": {"workers": 0},
+    "text": {"config": TEXT, "context_length": 32},
+    "long_texts": {"sub_captions": 2},
+    "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2},
+}
+DROPOUT = {"text": {"config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}}
+
+
+def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
+    given = {
+        "ablation": "tiny",
+        "config": Pretrain.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
+        "shards": str(world.shards),
+        "image_tower": str(world.image_tower),
+        "scratch": str(folder / "scratch"),
+        "out": str(folder / "out"),
+        "tracking_uri": "",
+        "run_ids": {},
+    }
+    return Job(**{**given, **more})
+
+
+def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
+    """Training as the flow starts it."""
+    file = folder / "job.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(vars(job)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *launcher, "-m", "lotlip.training.pretrain", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """What a run that must succeed wrote."""
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    return out
+
+
+def history(job: Job, seed: int = 0) -> list[dict[str, float]]:
+    return read_json(job.model_folder(seed) / "history.json")
+
+
+def losses(job: Job, seed: int = 0) -> list[float]:
+    return [point["loss"] for point in history(job, seed)]
+
+
+def weights(job: Job, seed: int = 0) -> dict[str, torch.Tensor]:
+    return load_file(job.model_folder(seed) / "model.safetensors")
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def same_to(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float) -> bool:
+    return first.keys() == second.keys() and all(
+        torch.allclose(value, second[name], atol=tolerance, rtol=0) for name, value in first.items()
+    )
+
+
+def train(job: Job, seeds: Sequence[int] = (0,)) -> Job:
+    """Trains in this process."""
+    for seed in seeds:
+        Trainer(job, Pretrain.model_validate(job.config), seed, NullSink()).train()
+    return job
+
+
+def wait_for(process: subprocess.Popen[str], words: str) -> None:
+    """Until a line of the process has the words."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if words in line:
+            return
+    raise AssertionError(f"it ended without a line with {words!r}: {process.communicate()[1]}")
+
+
+def trainers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """The training processes: what was started, or the launcher's children."""
+    started = psutil.Process(process.pid)
+    return [child for child in started.children() if "lotlip.training.pretrain" in child.cmdline()] or [started]
