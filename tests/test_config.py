@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lotlip.config import ConfigError, Params, load_params, merge
+from lotlip.config import HOW, ConfigError, Params, Pretrain, load_params, merge
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -248,3 +248,37 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     assert configs["long-clip"].text.stretch is not None
     assert configs["long-clip"].text.stretch.stretched == 248
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels
+
+
+def test_how_the_work_is_done_decides_nothing():
+    changed = Pretrain(
+        batch_size=64,
+        processes=2,
+        accumulation=4,
+        zero_stage=2,
+        launch={"kind": "rendezvous", "nodes": 2, "endpoint": "a:1"},
+        log_every=1,
+        checkpoint_every=1,
+        stop_at_chance_after=1,
+        peer_timeout_seconds=1,
+        max_final_loss_share=2,
+        loader={"workers": 7, "prefetch": 1},
+    )
+    assert changed.deciding() == Pretrain().deciding()
+    assert HOW.keys() <= Pretrain.model_fields.keys()
+    for difference in ({"steps": 1}, {"precision": "bf16"}, {"loader": {"epochs": "resampled"}}, {"seeds": [1]}):
+        assert Pretrain.model_validate(difference).deciding() != Pretrain().deciding()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_tower": {"augmentation": {}}}, "stored features have none; set features to computed"),
+        ({"image_tower": {"features": "computed", "augmentation": {"scale": [0.9, 0.5]}}}, r"\[0.9, 0.5\] is no range"),
+        ({"loader": {"weights": {"a": 2}}}, "weights need epochs: resampled"),
+        ({"loader": {"samples_per_epoch": 10}}, "samples_per_epoch need epochs: resampled"),
+    ],
+)
+def test_settings_of_the_loader_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Pretrain.model_validate(settings)
