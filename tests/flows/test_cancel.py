@@ -15,9 +15,8 @@ import psutil
 import pytest
 
 from flows.servers import api_address, free_port, prefect_server
-from lotlip.config import Pretrain
 from lotlip.files import write_json
-from tests.training import TINY
+from tests.training import tiny_job
 
 pytestmark = pytest.mark.slow
 
@@ -64,20 +63,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]
 @pytest.fixture
 def job(tiny_world, tmp_path: Path) -> Path:
     """A job of two processes, each with a worker of its loader, that takes much longer than the test."""
-    settings = {**TINY, "steps": 100000, "processes": 2, "loader": {"workers": 1}}
-    write_json(
-        tmp_path / "job.json",
-        {
-            "ablation": "tiny",
-            "config": Pretrain.model_validate(settings).model_dump(mode="json"),
-            "shards": str(tiny_world.shards),
-            "image_tower": str(tiny_world.image_tower),
-            "scratch": str(tmp_path / "scratch"),
-            "out": str(tmp_path / "out"),
-            "tracking_uri": "",
-            "run_ids": {},
-        },
-    )
+    settings = {"steps": 100000, "processes": 2, "loader": {"workers": 1}}
+    write_json(tmp_path / "job.json", vars(tiny_job(tiny_world, tmp_path, settings)))
     return tmp_path / "job.json"
 
 
