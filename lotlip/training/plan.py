@@ -531,7 +531,7 @@ def storage(
             members.append(128 + FP32 * towers.model.config.embed_dim)
         sample = sum(512 + 512 * math.ceil(size / 512) for size in members)  # tar: a header, whole blocks
         assumed.append(f"{IMAGE_BYTES / 1e3:.0f} kB for a picture and {JSON_BYTES / 1e3:.0f} kB for its texts, stored")
-    checkpoint = checkpoint_bytes(config, towers.trained)
+    checkpoint = float(3 * FP32 * towers.trained)  # weights and AdamW's moments, whatever precision and ZeRO are
     frozen = sum(value.numel() for value in towers.image.parameters()) if config.image_tower.frozen else 0
     total = {"shards": float(sample * images)} if images else {}
     return {
@@ -541,12 +541,6 @@ def storage(
         "checkpoints at once": (KEPT + 1) * checkpoint,
         "model": float(FP32 * (towers.trained + frozen)),
     }
-
-
-def checkpoint_bytes(config: Pretrain, trained: int) -> float:
-    """Of all processes together: the weights, AdamW's moments and, under ZeRO, the optimizer's fp32 weights."""
-    zero = deepspeed_config(config)["zero_optimization"]["stage"] > 0
-    return trained * (_size(config) + 2 * FP32 + zero * FP32)
 
 
 # --- for a reader -------------------------------------------------------------------------------------------------
