@@ -258,13 +258,15 @@ def spoiled(folder: Path, samples: list[TinySample], which: int) -> Path:
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_no_number_stops_the_run(base, tiny_world, tiny_samples, tmp_path):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run(tiny_world, tiny_samples, tmp_path, processes):
+    """Every process says the same, also of a sample that another one had."""
     shards = spoiled(tmp_path / "shards", tiny_samples, 20)
-    job = tiny_job(tiny_world, tmp_path, shards=str(shards))
-    process = start(job, tmp_path)
+    job = tiny_job(tiny_world, tmp_path, {"processes": processes}, shards=str(shards))
+    process = start(job, tmp_path, processes)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
-    (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    (message,) = {line for line in errors.splitlines() if line.startswith("error: ")}
     assert message.startswith("error: tiny, seed 0: the loss is nan at step ")
     assert tiny_samples[20].key in message
     assert not Path(job.out).exists()
