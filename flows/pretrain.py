@@ -41,7 +41,7 @@ def pretrain(ablation: str) -> None:
             "config": settings,
             "data_hash": data,
             "git_commit": git_commit(),
-            "fingerprints": {str(seed): f"{stage.fingerprint}-{seed}" for seed in config.seeds},
+            "fingerprints": {str(seed): f"{stage.fingerprint}-{ablation}-{seed}" for seed in config.seeds},
         }
         runs = tracker.ensure_runs(run)
     write_json(stage.out / "run.json", run)

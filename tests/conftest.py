@@ -177,7 +177,7 @@ def process_group() -> Iterator[dict[str, str]]:
     from lotlip.config import Pretrain
     from lotlip.training.engine import initialise_processes
 
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PATH")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_EXTENSIONS_DIR", "PATH")
     with pytest.MonkeyPatch.context() as patch:
         for name in names[:-1]:
             patch.setenv(name, "")  # so that what training sets is unset at the end

@@ -8,6 +8,7 @@ gradient back. Memory holds the activations of one micro-batch, and loss and gra
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -36,6 +37,10 @@ SHARED = ("logit_scale", "logit_bias")
 
 # Gradients that are exchanged at a time. ZeRO makes room for so many, however few there are: by default half a billion.
 BUCKET = 50_000_000
+
+
+# Where what DeepSpeed builds is kept, in a folder for each Python environment.
+EXTENSIONS = Path.home() / ".cache" / "lotlip" / "torch_extensions"
 
 
 class NotFinite(FloatingPointError):
@@ -253,8 +258,11 @@ def initialise_processes(config: Pretrain) -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = "0"  # any free one
-    # DeepSpeed builds its op with the first ninja it finds; another version than last time would build it anew
+    # DeepSpeed builds an operation for CPUs, with the first ninja it finds; by another ninja, or for another environment,
+    # it would build it anew each time, while everybody else waits
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS / environment))
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
     if together > 1:  # a launcher gives each of several a single thread, or all of them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
