@@ -258,8 +258,8 @@ def initialise_processes(config: Pretrain) -> None:
     if "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ["MASTER_PORT"] = "0"  # any free one
-    # DeepSpeed builds an operation for CPUs, with the first ninja it finds; by another ninja, or for another environment,
-    # it would build it anew each time, while everybody else waits
+    # DeepSpeed builds an operation for CPUs with the first ninja it finds; by another ninja, or for another environment
+    # in turn, it would build it anew each time, while everybody else waits
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS / environment))
