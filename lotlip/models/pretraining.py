@@ -74,13 +74,13 @@ class LotlipForPreTraining(LotlipModel):
             tokens, mask = self.encode_text_tokens(*long)
             of_long = tokens.reshape(len(texts), -1, *tokens.shape[1:])  # [B, K, L', D]
             length = max(texts.shape[2], of_long.shape[2])
-            texts = torch.cat([_padded(texts, length), _padded(of_long, length)], dim=1)
-            masks = torch.cat([_padded(masks, length), _padded(mask.reshape(of_long.shape[:3]), length)], dim=1)
+            texts = torch.cat([padded(texts, length), padded(of_long, length)], dim=1)
+            masks = torch.cat([padded(masks, length), padded(mask.reshape(of_long.shape[:3]), length)], dim=1)
         found = normalize(images, dim=-1) if self.image is None else self.encode_image_patches(images.to(self.dtype))
         return {"image_features": found, "text_features": texts, "text_mask": masks}
 
 
-def _padded(tensor: Tensor, length: int) -> Tensor:
+def padded(tensor: Tensor, length: int) -> Tensor:
     """[B, K, L, …] → [B, K, length, …], zeros at the end."""
     wider = tensor.new_zeros(*tensor.shape[:2], length, *tensor.shape[3:])
     wider[:, :, : tensor.shape[2]] = tensor

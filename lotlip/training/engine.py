@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from lotlip.config import Optimizer, Pretrain
 from lotlip.data.loader import Batch
 from lotlip.losses import lotlip_loss
+from lotlip.models.pretraining import LotlipForPreTraining, padded
 
 if TYPE_CHECKING:
     from lotlip.models.image_tower import ImageTower
-    from lotlip.models.pretraining import LotlipForPreTraining
 
 # What there is one of, not one for each sample.
 SHARED = ("logit_scale", "logit_bias")
@@ -214,10 +214,7 @@ def _alike(parts: list[Tensor]) -> list[Tensor]:
     if parts[0].ndim < 3 or len({part.shape[2:3] for part in parts}) == 1:
         return parts
     longest = max(part.shape[2] for part in parts)
-    wider = [part.new_zeros(*part.shape[:2], longest, *part.shape[3:]) for part in parts]
-    for whole, part in zip(wider, parts, strict=True):
-        whole[:, :, : part.shape[2]] = part
-    return wider
+    return [padded(part, longest) for part in parts]
 
 
 def _carried(output: Mapping[str, Tensor], features: Mapping[str, Tensor], number: int, batches: int) -> Tensor:
