@@ -266,12 +266,18 @@ class Trainer:
         model = self.engine.model
         trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
         if dist.get_rank() == 0:
+            # a tower in training has buffers, too, which bf16 has rounded
+            buffers = {
+                name: (value.float() if value.is_floating_point() else value).cpu()
+                for name, value in model.state_dict().items()
+                if name not in trained
+            }
             model_config = model.config
             model_config.provenance = self._provenance()
             frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
             with whole(self.job.model_folder(self.seed)) as folder:
                 folder.mkdir()
-                save_model(model_config, model.state_dict() | trained, self.tokenizer, folder, frozen)
+                save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
                 write_json(folder / "history.json", self.history)
             self.checkpoints.remove()
         dist.barrier()
