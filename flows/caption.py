@@ -31,10 +31,9 @@ def caption(captioner: str) -> None:
     author = open_captioner(captioner, settings, config.tokenizer)
     sizes = {unit["name"]: unit["written"] for unit in read_index(source)["units"]}
 
-    def write(name: str) -> UnitReport:
-        return finished(name, stage.out) or write_captions(
-            name, author.caption(read_records(source, name)), sizes[name], stage.out
-        )
+    def write(name: str) -> list[UnitReport]:
+        done = finished(name, stage.out)
+        return [done or write_captions(name, author.caption(read_records(source, name)), sizes[name], stage.out)]
 
     reports = stage.fan_out(unit_names(source), write, name=str, size=lambda name: sizes[name])
     index = write_index(stage.out, reports, revision=author.revision, prompt=author.prompt)

@@ -6,7 +6,7 @@ from prefect import flow
 
 from flows.stage import Stage, main
 from lotlip.config import load_params
-from lotlip.partitions import finished, write_index, write_partition
+from lotlip.partitions import finished_unit, write_index, write_partitions
 from lotlip.records import Unit, UnitReport
 from lotlip.sources import open_source
 
@@ -20,8 +20,8 @@ def ingest() -> None:
     source = open_source(config.source)
     units = source.units(config.partition_size)
 
-    def write(unit: Unit) -> UnitReport:
-        return finished(unit, stage.out) or write_partition(unit, source.read(unit), stage.out)
+    def write(unit: Unit) -> list[UnitReport]:
+        return finished_unit(unit, stage.out) or write_partitions(unit, source.read(unit), stage.out, source.split)
 
     reports = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     index = write_index(stage.out, reports)

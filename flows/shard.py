@@ -43,10 +43,9 @@ def shard() -> None:
         with stage.clock.measure("imports"):
             features = frozen_features(params.paths.image_tower)
 
-    def write(plan: ShardPlan) -> UnitReport:
-        return finished_shard(plan.name, stage.out) or write_shard(
-            plan, ingest, captions, stage.out, features, config.feature_batch_size
-        )
+    def write(plan: ShardPlan) -> list[UnitReport]:
+        done = finished_shard(plan.name, stage.out)
+        return [done or write_shard(plan, ingest, captions, stage.out, features, config.feature_batch_size)]
 
     plans = {split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed) for split in SPLITS}
     every = [plan for split in SPLITS for plan in plans[split]]

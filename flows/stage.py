@@ -106,7 +106,11 @@ class Stage:
         self.gate_report = SCRATCH / "gates" / self.label
 
     def fan_out(
-        self, units: Sequence[T], work: Callable[[T], UnitReport], name: Callable[[T], str], size: Callable[[T], int]
+        self,
+        units: Sequence[T],
+        work: Callable[[T], list[UnitReport]],
+        name: Callable[[T], str],
+        size: Callable[[T], int],
     ) -> list[UnitReport]:
         """Runs `work` on every unit as a Prefect task, some at a time, each retried.
 
@@ -114,9 +118,12 @@ class Stage:
 
         Args:
             units: pieces of work that are done whole.
-            work: does one; returns at once what a finished unit's marker says.
+            work: does one; returns at once what a finished unit's markers say.
             name: of a unit.
             size: items in a unit.
+
+        Returns:
+            What `work` returned, in the order of the units.
 
         Raises:
             OSError: the disk is full or read-only: no other unit would fare better.
@@ -130,7 +137,8 @@ class Stage:
                 retry_delay_seconds=settings.retry_delay_seconds,
             )
             futures[run.submit(_Opaque(partial(work, unit)))] = unit
-        reports, started = {}, time.monotonic()
+        reports: dict[str, list[UnitReport]] = {}
+        started = time.monotonic()
         for future in as_completed(list(futures)):
             unit = futures[future]
             try:
@@ -140,10 +148,10 @@ class Stage:
                     raise
                 self.log.warning("%s: %s failed for good: %s", self.label, name(unit), error)
                 failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
-                reports[name(unit)] = UnitReport(name(unit), size(unit), 0, "", 0, failures)
+                reports[name(unit)] = [UnitReport(name(unit), size(unit), 0, "", 0, failures)]
             left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
             self.log.info("%s: %d of %d units, %.0f s left", self.label, len(reports), len(futures), left)
-        return [reports[name(unit)] for unit in units]
+        return [report for unit in units for report in reports[name(unit)]]
 
     def publish(self, out: Path) -> None:
         """Puts the scratch's output in its place, whole, and drops what other settings left behind."""
@@ -194,12 +202,12 @@ class Stage:
 class _Opaque:
     """Hides a callable's contents from Prefect, which would search a task's arguments for futures."""
 
-    def __init__(self, call: Callable[[], UnitReport]) -> None:
+    def __init__(self, call: Callable[[], list[UnitReport]]) -> None:
         self.call = call
 
 
 @task(name="unit", cache_policy=NO_CACHE)
-def _run_unit(work: _Opaque) -> UnitReport:
+def _run_unit(work: _Opaque) -> list[UnitReport]:
     return work.call()
 
 

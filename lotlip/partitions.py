@@ -1,7 +1,8 @@
 """What ingest and caption leave on disk: a tar of images, tables of captions, and a marker for every finished unit.
 
-A unit `train/part-00000` is `train/part-00000.tar` and `.parquet` (ingest) or `.parquet` alone (a captioner), and
-`train/part-00000.json`, its report. The report is written last: where it is, the unit is whole.
+A partition `train/part-00000` is `train/part-00000.tar` and `.parquet` (ingest) or `.parquet` alone (a captioner), and
+`train/part-00000.json`, its report. The report is written last: where it is, the partition is whole. A unit of ingest
+whose items are of several splits leaves a partition in each; that of the first of `SPLITS` is marked last, for all.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lotlip.files import read_json, remove, sha256_files, sha256_json, whole, write_json
-from lotlip.records import KEY_PATTERN, Caption, Failure, ImageRecord, Unit, UnitReport
+from lotlip.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, Remark, Unit, UnitReport
 
 MARKER = ".json"
 SHOWN_FAILURES = 100
@@ -79,31 +81,84 @@ class TarWriter:
 # --- ingest -------------------------------------------------------------------------------------------------------
 
 
-def write_partition(unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path) -> UnitReport:
-    """Writes a unit's images and their table; one image is in memory at a time.
+def write_partitions(
+    unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path, split_of: Callable[[str], str]
+) -> list[UnitReport]:
+    """Writes a unit's images and their tables, a partition for each split; one image is in memory at a time.
 
     Args:
-        unit: whose `items` these are, one for one.
+        unit: what is read.
         items: as `Source.read` gives them.
         folder: of the stage.
+        split_of: a key's split; not asked where the unit has one.
+
+    Returns:
+        A report for each split of the unit that has items, in the order of `SPLITS`; the first has one in any case.
 
     Raises:
         ValueError: a key that cannot name a sample.
-        AssertionError: `items` has not one for each of the unit's.
+        AssertionError: a unit with a split, and not as many `items` as it has.
     """
-    tar_path, table_path = folder / f"{unit.name}.tar", folder / f"{unit.name}.parquet"
-    remove(folder / f"{unit.name}{MARKER}")
-    rows: list[dict[str, Any]] = []
-    failures: list[Failure] = []
-    with whole(tar_path) as tar_partial, whole(table_path) as table_partial:
-        with tar_partial.open("wb") as file, TarWriter(file) as tar:
-            for item in items:
-                if isinstance(item, Failure):
-                    failures.append(item)
-                else:
-                    rows.append(_row(item, tar))
-        pq.write_table(pa.Table.from_pylist(rows, RECORDS), table_partial)
-    return _finish(unit.name, folder, len(unit.items), len(rows), failures, [tar_path, table_path])
+    splits = SPLITS if unit.split is None else (unit.split,)
+    for split in splits:
+        remove(folder / f"{unit.partition(split)}{MARKER}")
+    with ExitStack() as stack:
+        writers: dict[str, _Partition] = {}
+        for item in items:
+            split = split_of(item.key) if unit.split is None else unit.split
+            if split not in writers:
+                writers[split] = stack.enter_context(_Partition(folder / unit.partition(split)))
+            writers[split].add(item)
+        if splits[0] not in writers:
+            writers[splits[0]] = stack.enter_context(_Partition(folder / unit.partition(splits[0])))
+    reports = []
+    for split in reversed([split for split in splits if split in writers]):
+        written = writers[split]
+        read = written.read if unit.split is None else len(unit.items)
+        name, failures = unit.partition(split), written.failures
+        reports.append(_finish(name, folder, read, len(written.rows), failures, written.files, written.remarks))
+    return reports[::-1]
+
+
+class _Partition(AbstractContextManager["_Partition"]):
+    """The tar and table of one split of a unit, whole when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = [path.with_name(f"{path.name}{ending}") for ending in (".tar", ".parquet")]
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[Failure] = []
+        self.remarks: list[Remark] = []
+
+    def __enter__(self) -> _Partition:
+        self._stack = ExitStack()
+        tar, self._table = (self._stack.enter_context(whole(path)) for path in self.files)
+        self._tar = self._stack.enter_context(TarWriter(self._stack.enter_context(tar.open("wb"))))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            pq.write_table(pa.Table.from_pylist(self.rows, RECORDS), self._table)
+        return self._stack.__exit__(*error)
+
+    @property
+    def read(self) -> int:
+        return len(self.rows) + len(self.failures)
+
+    def add(self, item: ImageRecord | Failure) -> None:
+        if isinstance(item, Failure):
+            self.failures.append(item)
+        else:
+            self.rows.append(_row(item, self._tar))
+            self.remarks += item.remarks
+
+
+def finished_unit(unit: Unit, folder: Path) -> list[UnitReport] | None:
+    """The reports of a unit that `write_partitions` wrote whole; None where it did not."""
+    if unit.split is not None:
+        report = finished(unit.name, folder)
+        return None if report is None else [report]
+    found = [report for split in SPLITS if (report := finished(unit.partition(split), folder))]
+    return found if found and found[0].name == unit.partition(SPLITS[0]) else None
 
 
 def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
@@ -180,17 +235,23 @@ def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None)
 
 
 def _finish(
-    name: str, folder: Path, read: int, written: int, failures: list[Failure], files: Sequence[Path]
+    name: str,
+    folder: Path,
+    read: int,
+    written: int,
+    failures: list[Failure],
+    files: Sequence[Path],
+    remarks: Sequence[Remark] = (),
 ) -> UnitReport:
     size = sum(file.stat().st_size for file in files)
-    report = UnitReport(name, read, written, sha256_files(files), size, failures)
+    report = UnitReport(name, read, written, sha256_files(files), size, failures, list(remarks))
     write_json(folder / f"{name}{MARKER}", report.to_json())
     return report
 
 
-def finished(unit: Unit | str, folder: Path) -> UnitReport | None:
-    """The report of a unit that was written whole; None where it was not."""
-    marker = folder / f"{unit if isinstance(unit, str) else unit.name}{MARKER}"
+def finished(name: str, folder: Path) -> UnitReport | None:
+    """The report of a partition that was written whole; None where it was not."""
+    marker = folder / f"{name}{MARKER}"
     return UnitReport.from_json(read_json(marker)) if marker.is_file() else None
 
 
@@ -214,12 +275,15 @@ def write_index(folder: Path, reports: Sequence[UnitReport], **more: Any) -> dic
 def totals(reports: Sequence[UnitReport]) -> dict[str, Any]:
     """The sums over units that every index has, the first of the failures, and one hash over the units' hashes."""
     failures = [failure for report in reports for failure in report.failures]
+    remarks = [remark for report in reports for remark in report.remarks]
     return {
         "read": sum(report.read for report in reports),
         "written": sum(report.written for report in reports),
         "failed": len(failures),
         "failure_kinds": dict(sorted(Counter(failure.kind for failure in failures).items())),
         "failures": [asdict(failure) for failure in failures[:SHOWN_FAILURES]],
+        "remark_kinds": dict(sorted(Counter(remark.kind for remark in remarks).items())),
+        "remarks": [asdict(remark) for remark in remarks[:SHOWN_FAILURES]],
         "hash": sha256_json([[report.name, report.sha256] for report in reports]),
     }
 

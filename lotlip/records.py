@@ -13,6 +13,27 @@ SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something to be told of an item.
+
+    Attributes:
+        key: the sample's key (or its file's name where it never got one).
+        where: the file, member or row that it is about, as a person would look it up.
+        reason: one line for a person.
+        kind: one word for counting: "unreadable", "empty", "encoding", "duplicate", "missing", …
+    """
+
+    key: str
+    where: str
+    reason: str
+    kind: str
+
+
+class Failure(Remark):
+    """An item that did not come through a stage, and why."""
+
+
+@dataclass(frozen=True)
 class ImageRecord:
     """One image with the caption it came with.
 
@@ -25,6 +46,7 @@ class ImageRecord:
         height: pixels.
         sha256: of `image`, in hex.
         scene: what is in the picture, where the source knows it (the generated scenes do).
+        remarks: what is odd about it, though it came through: a file that is not what its name says.
     """
 
     key: str
@@ -35,6 +57,7 @@ class ImageRecord:
     height: int
     sha256: str
     scene: dict[str, Any] | None = None
+    remarks: tuple[Remark, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,40 +86,28 @@ class Caption:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """An item that did not come through a stage, and why.
-
-    Attributes:
-        key: the sample's key (or its file's name where it never got one).
-        where: the file, member or row at fault, as a person would look it up.
-        reason: one line for a person.
-        kind: one word for counting: "unreadable", "empty", "encoding", "duplicate", "missing", …
-    """
-
-    key: str
-    where: str
-    reason: str
-    kind: str
-
-
-@dataclass(frozen=True)
 class Unit:
     """A piece of a stage's work that is done whole, retried whole and never redone: a partition.
 
     Attributes:
-        split: one of `SPLITS`.
-        index: counts the units of a split from 0.
-        items: what the source reads for it (scene numbers, file names, …).
+        split: one of `SPLITS`, of all its items. None: the source tells each item's split by its key, the unit becomes
+            a partition for each split, and how many items it has is known when it was read.
+        index: counts the units of a split (or of all, where they have none) from 0.
+        items: what the source reads for it (scene numbers, file names, the name of a tar, …).
     """
 
-    split: str
+    split: str | None
     index: int
     items: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Its path in the stage's folder, without an ending: "train/part-00000"."""
-        return f"{self.split}/part-{self.index:05d}"
+        """For a person: "train/part-00000", or "part-00000" where it has no split."""
+        return f"part-{self.index:05d}" if self.split is None else self.partition(self.split)
+
+    def partition(self, split: str) -> str:
+        """Path of a split's partition in the stage's folder, without an ending: "train/part-00000"."""
+        return f"{split}/part-{self.index:05d}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +119,7 @@ class UnitReport:
         read: items that went in.
         written: items that came out.
         failures: the others.
+        remarks: about those that came out.
         sha256: of the unit's files, in hex.
         bytes: of the unit's files.
     """
@@ -118,6 +130,7 @@ class UnitReport:
     sha256: str
     bytes: int
     failures: list[Failure] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.read != self.written + len(self.failures):
@@ -133,4 +146,5 @@ class UnitReport:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> UnitReport:
         """The inverse of `to_json`."""
-        return cls(**{**data, "failures": [Failure(**failure) for failure in data["failures"]]})
+        failures = [Failure(**failure) for failure in data["failures"]]
+        return cls(**{**data, "failures": failures, "remarks": [Remark(**remark) for remark in data["remarks"]]})

@@ -19,10 +19,11 @@ from lotlip.models.configuration import LotlipConfig
 from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.pretraining import LotlipForPreTraining
-from lotlip.partitions import write_captions, write_partition
+from lotlip.partitions import write_captions
 from lotlip.records import Caption, ImageRecord, Unit
 from lotlip.sources.scenes import generate_scene
 from tests.conftest import TEXT, TinySample
+from tests.partitions import write_partition
 
 TOKENIZER = TextTokenizer("bert-base-uncased", 32)
 BERT = "bert-base-uncased"

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from lotlip.config import FolderSource as Settings
-from lotlip.partitions import write_partition
 from lotlip.records import KEY_PATTERN, Failure, ImageRecord, Unit
 from lotlip.sources import open_source
 from lotlip.sources.folder import FolderSource
+from tests.partitions import write_partition
 
 
 def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: tuple[int, int] = (4, 3)) -> Path:

@@ -18,6 +18,7 @@ from PIL import Image
 from lotlip.partitions import (
     RECORDS,
     finished,
+    finished_unit,
     read_captions,
     read_image,
     read_index,
@@ -26,9 +27,10 @@ from lotlip.partitions import (
     unit_names,
     write_captions,
     write_index,
-    write_partition,
+    write_partitions,
 )
-from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
+from lotlip.records import Caption, Failure, ImageRecord, Remark, Unit, UnitReport
+from tests.partitions import write_partition
 
 
 def record(key: str, shade: int = 0, scene: dict | None = None) -> ImageRecord:
@@ -97,7 +99,7 @@ def test_bytes_depend_on_the_items_alone(tmp_path):
 def test_a_lost_item_is_noticed(tmp_path):
     with pytest.raises(AssertionError, match="lost without a reason"):
         write_partition(unit(2), [record("k0")], tmp_path)
-    assert finished(unit(2), tmp_path) is None
+    assert finished_unit(unit(2), tmp_path) is None
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "ä"])
@@ -117,19 +119,52 @@ def test_a_unit_that_breaks_off_leaves_nothing_and_is_done_again(tmp_path):
     write_partition(unit(1), [record("k0")], tmp_path)
     with pytest.raises(ConnectionError):  # a second try that breaks off does not pass for the first
         write_partition(unit(2), broken(), tmp_path)
-    assert finished(unit(2), tmp_path) is None
+    assert finished_unit(unit(2), tmp_path) is None
 
 
 def test_the_marker_is_the_report(tmp_path):
-    assert finished(unit(1), tmp_path) is None
+    assert finished_unit(unit(1), tmp_path) is None
     report = write_partition(unit(1), [record("k0")], tmp_path)
-    assert finished(unit(1), tmp_path) == finished("train/part-00000", tmp_path) == report
+    assert finished_unit(unit(1), tmp_path) == [finished("train/part-00000", tmp_path)] == [report]
 
 
 def test_a_unit_in_which_all_failed_can_be_read(tmp_path):
     report = write_partition(unit(1), [BROKEN], tmp_path)
     assert report.written == 0
     assert list(read_records(tmp_path, report.name)) == []
+
+
+def test_a_unit_of_several_splits_leaves_a_partition_in_each(tmp_path):
+    keys = ["a0", "b1", "a2", "c3", "b4"]
+    items: list[ImageRecord | Failure] = [record(key, number) for number, key in enumerate(keys[:4])]
+    items.append(replace(BROKEN, key="b4"))
+    whole_tar = Unit(None, 7, ("00007.tar",))
+
+    def split(key: str) -> str:
+        return {"a": "train", "b": "test", "c": "val"}[key[0]]
+
+    assert finished_unit(whole_tar, tmp_path) is None
+    reports = write_partitions(whole_tar, items, tmp_path, split)
+    assert [(report.name, report.read, report.written) for report in reports] == [
+        ("train/part-00007", 2, 2),
+        ("val/part-00007", 1, 1),
+        ("test/part-00007", 2, 1),
+    ]
+    assert list(read_records(tmp_path, "test/part-00007")) == [items[1]]
+    assert finished_unit(whole_tar, tmp_path) == reports
+    (tmp_path / "train/part-00007.json").unlink()  # as after a kill: it is marked last, for all
+    assert finished_unit(whole_tar, tmp_path) is None
+    only_test = write_partitions(whole_tar, [items[1]], tmp_path, split)
+    assert [(report.name, report.written) for report in only_test] == [("train/part-00007", 0), ("test/part-00007", 1)]
+    assert unit_names(tmp_path) == ["test/part-00007", "train/part-00007"]
+
+
+def test_remarks_are_kept_and_counted(tmp_path):
+    remark = Remark("k0", "k0.jpg", "it is a PNG", "renamed")
+    report = write_partition(unit(1), [replace(record("k0"), remarks=(remark,))], tmp_path)
+    assert finished(report.name, tmp_path).remarks == [remark]
+    index = write_index(tmp_path, [report])
+    assert (index["remark_kinds"], index["remarks"][0]["reason"]) == ({"renamed": 1}, "it is a PNG")
 
 
 def test_units_are_named_in_order_and_by_split(tmp_path):

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lotlip import shards
 from lotlip.data.tars import index_path, scan_tar
-from lotlip.partitions import finished, unit_names, write_captions, write_index, write_partition
+from lotlip.partitions import finished, unit_names, write_captions, write_index
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.shards import (
     ShardPlan,
@@ -29,6 +29,7 @@ from lotlip.shards import (
     write_shard,
     write_shard_index,
 )
+from tests.partitions import write_partition
 
 PARTITIONS = {"train": 3, "val": 1}
 PER_PARTITION = 4

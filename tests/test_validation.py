@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from lotlip.config import CaptionStage, Evaluate, Ingest, Pretrain, ScenesTower, Shard, TimmTower
-from lotlip.partitions import read_index, write_captions, write_index, write_partition
+from lotlip.partitions import read_index, write_captions, write_index
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.shards import plan_shards, write_shard, write_shard_index
 from lotlip.validation import (
@@ -32,6 +32,7 @@ from lotlip.validation import (
     gate_shard,
     run_gate,
 )
+from tests.partitions import write_partition
 
 KEYS = {f"{split}/part-00000": [f"{split}-{number}" for number in range(10)] for split in ("train", "val")}
 BROKEN = Failure("train-9", "train-9.png", "the image is broken", "unreadable")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 from lotlip import config
 from lotlip.records import Caption, Failure, ImageRecord
@@ -15,10 +15,13 @@ class Captioner(Protocol):
     Attributes:
         revision: of the model or the table behind it; every caption carries it.
         prompt: what is asked for each image; empty where nothing is asked.
+        about: all that decides a caption's text besides the image, as plain JSON: captions written under another
+            prompt, model, revision or way of decoding are kept apart.
     """
 
     revision: str
     prompt: str
+    about: dict[str, Any]
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """A caption for each image, or why there is none: one for one, in their order."""

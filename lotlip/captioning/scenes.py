@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from lotlip.config import SceneCaptioner as CaptionerConfig
 from lotlip.records import Caption, Failure, ImageRecord
@@ -173,6 +175,8 @@ class SceneCaptioner:
         self.name = name
         self.config = config
         self.count_tokens = count_tokens
+        words = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        self.about = {**config.model_dump(mode="json", exclude={"path"}), "revision": REVISION, "module": words}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """One caption for each record, in order; a record without a scene graph is a failure.

@@ -35,6 +35,7 @@ class TableCaptioner:
         self._texts = _texts(_read(settings.path), name, settings.path)
         with settings.path.open("rb") as file:
             self.revision = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()[:12]
+        self.about = {"kind": settings.kind, "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """Each image's caption, or why there is none."""

@@ -13,10 +13,13 @@ class Source(Protocol):
     """Images with raw captions, cut into units that can be read apart, in any order and by any process."""
 
     def units(self, partition_size: int) -> list[Unit]:
-        """The units, of at most `partition_size` items of one split each; the same list at every call."""
+        """The units, the same list at every call; of at most `partition_size` items, where the source can cut it."""
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """What became of each of the unit's items: one for one, in their order."""
+
+    def split(self, key: str) -> str:
+        """Which of `SPLITS` a sample is in; asked where a unit has no split of its own."""
 
 
 def open_source(settings: config.ScenesSource | config.FolderSource) -> Source:

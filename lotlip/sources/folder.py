@@ -39,7 +39,7 @@ class FolderSource:
         """The sorted items of each split, `partition_size` at a time."""
         items: dict[str, list[str]] = {split: [] for split in SPLITS}
         for item in self._items:
-            items[self._split(_key(item))].append(item)
+            items[self.split(_key(item))].append(item)
         return [
             Unit(split, index, tuple(items[split][start : start + partition_size]))
             for split in SPLITS
@@ -51,7 +51,8 @@ class FolderSource:
         for item in unit.items:
             yield self._read(item)
 
-    def _split(self, key: str) -> str:
+    def split(self, key: str) -> str:
+        """By chance, which depends on the key and the seed."""
         digest = hashlib.sha256(f"{self._settings.split_seed}:{key}".encode()).digest()
         place = int.from_bytes(digest[:8], "big") / 2**64
         if place < self._settings.test_share:

@@ -477,8 +477,13 @@ class SceneSource:
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """Draws the scenes of a unit, in order."""
+        assert unit.split is not None  # `units` gives each one
         for item in unit.items:
             yield self._record(unit.split, int(item))
+
+    def split(self, key: str) -> str:
+        """The key begins with it."""
+        return key.partition("-")[0]
 
     def _record(self, split: str, number: int) -> ImageRecord:
         size = self.config.image_size

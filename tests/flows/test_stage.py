@@ -69,21 +69,21 @@ def fan_out(stage: Stage, work):
 def test_a_unit_is_retried(stage: Stage) -> None:
     tries = {"a": 0, "b": 0}
 
-    def work(unit: str) -> UnitReport:
+    def work(unit: str) -> list[UnitReport]:
         tries[unit] += 1
         if unit == "a" and tries[unit] < 3:
             raise ConnectionError("lost")
-        return UnitReport(unit, 3, 3, "hash", 1)
+        return [UnitReport(unit, 3, 3, "hash", 1)]
 
     assert [report.written for report in fan_out(stage, work)] == [3, 3]
     assert tries == {"a": 3, "b": 1}
 
 
 def test_a_unit_that_fails_for_good_is_recorded_with_its_reason(stage: Stage) -> None:
-    def work(unit: str) -> UnitReport:
+    def work(unit: str) -> list[UnitReport]:
         if unit == "b":
             raise ConnectionError("lost")
-        return UnitReport(unit, 3, 3, "hash", 1)
+        return [UnitReport(unit, 3, 3, "hash", 1)]
 
     good, bad = fan_out(stage, work)
     assert good.written == 3
@@ -92,7 +92,7 @@ def test_a_unit_that_fails_for_good_is_recorded_with_its_reason(stage: Stage) ->
 
 
 def test_a_full_disk_ends_the_stage(stage: Stage) -> None:
-    def work(unit: str) -> UnitReport:
+    def work(unit: str) -> list[UnitReport]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-00000.tar")
 
     with pytest.raises(OSError, match=r"No space left on device: 'part-00000\.tar'"):
