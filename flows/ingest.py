@@ -8,6 +8,7 @@ from flows.stage import Stage, main
 from lotlip.config import load_params
 from lotlip.partitions import finished_unit, write_index, write_partitions
 from lotlip.records import Unit, UnitReport
+from lotlip.repeats import unique_partitions
 from lotlip.sources import open_source
 
 
@@ -18,17 +19,18 @@ def ingest() -> None:
     config = params.ingest
     stage = Stage("ingest", params, config.model_dump(mode="json"))
     source = open_source(config.source)
-    units = source.units(config.partition_size)
+    units, folder = source.units(config.partition_size), stage.scratch / "units"
 
     def write(unit: Unit) -> list[UnitReport]:
-        return finished_unit(unit, stage.out) or write_partitions(unit, source.read(unit), stage.out, source.split)
+        return finished_unit(unit, folder) or write_partitions(unit, source.read(unit), folder, source.split)
 
-    reports = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
+    written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
+    reports = unique_partitions(folder, written, stage.out, evaluation={})
     index = write_index(stage.out, reports)
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_ingest
 
-        checks = gate_ingest(config, stage.out, reports, stage.gate_report)
+        checks = gate_ingest(config, stage.out, reports, len(units), (), stage.gate_report)
     stage.publish(params.paths.ingest)
     stage.record(index["read"], checks, index)
 

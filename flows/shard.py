@@ -12,11 +12,13 @@ from prefect import flow
 from flows.stage import Stage, hash_of, main
 from lotlip.config import load_params
 from lotlip.data.tokenizer import count_tokens
+from lotlip.partitions import unit_names
 from lotlip.records import UnitReport
 from lotlip.shards import (
     Features,
     ShardPlan,
     finished_shard,
+    group_reader,
     plan_shards,
     shard_statistics,
     training_vocabulary,
@@ -45,11 +47,15 @@ def shard() -> None:
 
     def write(plan: ShardPlan) -> list[UnitReport]:
         done = finished_shard(plan.name, stage.out)
-        return [done or write_shard(plan, ingest, captions, stage.out, features, config.feature_batch_size)]
+        return [done or write_shard(plan, group(plan.partitions), stage.out, features, config.feature_batch_size)]
 
-    plans = {split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed) for split in SPLITS}
+    plans = {
+        split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
+        for split in SPLITS
+    }
+    group = group_reader(ingest, captions)
     every = [plan for split in SPLITS for plan in plans[split]]
-    done = stage.fan_out(every, write, name=lambda plan: plan.name, size=lambda plan: len(plan.samples))
+    done = stage.fan_out(every, write, name=lambda plan: plan.name, size=len)
     by_name = {report.name: report for report in done}
     reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
     tokenizer = params.pretrain.text.tokenizer
@@ -61,10 +67,12 @@ def shard() -> None:
         vocabulary=training_vocabulary(ingest, captions, "train", tokenizer),
     )
     with stage.clock.measure("gate"):
+        from lotlip.inspection import held_out_images
         from lotlip.validation import gate_shard
 
-        expected = sum(len(plan.samples) for plan in every)
-        checks = gate_shard(config, stage.out, index, expected, stage.gate_report)
+        expected = sum(map(len, every))
+        held_out = held_out_images(ingest, unit_names(ingest))
+        checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
     stage.publish(params.paths.shards)
     stage.record(index["written"], checks, index)
 

@@ -97,7 +97,10 @@ class Ingest(Section):
 
     source: Source
     partition_size: Count = 1000
-    max_failure_share: Share = Field(0.01, description="of the items; more fails the gate")
+    max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
+    max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
+    max_repeated_caption_share: Share = Field(0.9, description="of the raw captions that are word for word another's")
+    max_constant_share: Share = Field(0.05, description="of the images looked at that are one colour all over")
 
 
 # --- image tower --------------------------------------------------------------------------------------------------
@@ -176,11 +179,13 @@ class CaptionStage(Section):
 class Shard(Section):
     """Images, raw and long captions and the frozen tower's features, as WebDataset tars."""
 
-    samples_per_shard: Count = 1000
+    samples_per_shard: Count = Field(1000, description="at most")
+    max_bytes: Count = Field(1_000_000_000, description="of a shard, about")
     seed: int = 0
     store_features: bool = Field(True, description="run the frozen tower once, here, instead of at every step")
     feature_batch_size: Count = 250
     max_failure_share: Share = 0.01
+    max_uncaptioned_share: Share = Field(0.05, description="of the samples that no captioner described")
 
 
 # --- pretrain -----------------------------------------------------------------------------------------------------

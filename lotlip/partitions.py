@@ -7,20 +7,22 @@ whose items are of several splits leaves a partition in each; that of the first 
 
 from __future__ import annotations
 
-import io
 import json
-import tarfile
+import os
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lotlip.data.tars import TarWriter
 from lotlip.files import read_json, remove, sha256_files, sha256_json, whole, write_json
 from lotlip.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, Remark, Unit, UnitReport
 
@@ -54,28 +56,6 @@ CAPTIONS = pa.schema(
         ("prompt", pa.string()),
     ]
 )
-
-
-class TarWriter:
-    """A tar whose bytes depend on nothing but names, contents and their order."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self._tar = tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
-
-    def __enter__(self) -> TarWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._tar.close()
-
-    def add(self, name: str, data: bytes) -> int:
-        """Appends a member; returns the offset of its first byte in the file."""
-        member = tarfile.TarInfo(name)  # its time, owner and mode are constants
-        member.size = len(data)
-        self._tar.addfile(member, io.BytesIO(data))
-        padded = -(-len(data) // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-        return self._file.tell() - padded
 
 
 # --- ingest -------------------------------------------------------------------------------------------------------
@@ -150,6 +130,48 @@ class _Partition(AbstractContextManager["_Partition"]):
         else:
             self.rows.append(_row(item, self._tar))
             self.remarks += item.remarks
+
+
+def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mapping[int, tuple[str, str]]) -> UnitReport:
+    """Puts a finished partition of images into another folder, without some of its rows; the tar is linked.
+
+    Args:
+        folder: where it is.
+        report: its own.
+        out: where it goes.
+        dropped: number of a row → kind and reason of the `Failure` that it becomes.
+
+    Returns:
+        Its report there.
+    """
+    name = report.name
+    files = [out / f"{name}.tar", out / f"{name}.parquet"]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    _link(folder / f"{name}.tar", files[0])
+    if not dropped:
+        _link(folder / f"{name}.parquet", files[1])
+        write_json(out / f"{name}{MARKER}", report.to_json())
+        return report
+    table = pq.read_table(folder / f"{name}.parquet")
+    keep = np.ones(len(table), dtype=bool)
+    keep[list(dropped)] = False
+    with whole(files[1]) as partial:
+        pq.write_table(table.filter(pa.array(keep)), partial)
+    rows = table.select(["key", "extension"]).take(sorted(dropped)).to_pylist()
+    failures = [
+        Failure(row["key"], f"{name}.tar: {row['key']}.{row['extension']}", reason, kind)
+        for row, (_, (kind, reason)) in zip(rows, sorted(dropped.items()), strict=True)
+    ]
+    gone = {failure.key for failure in failures}
+    remarks = [remark for remark in report.remarks if remark.key not in gone]
+    return _finish(name, out, report.read, int(keep.sum()), [*report.failures, *failures], files, remarks)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a filesystem without links
+        shutil.copyfile(source, target)
 
 
 def finished_unit(unit: Unit, folder: Path) -> list[UnitReport] | None:

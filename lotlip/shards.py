@@ -9,35 +9,37 @@ from __future__ import annotations
 
 import io
 import json
-import random
+import os
+import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from PIL import Image
 
-from lotlip.data.tars import write_index
-from lotlip.files import remove, sha256_files, whole, write_json
-from lotlip.partitions import (
-    MARKER,
-    TarWriter,
-    finished,
-    read_captions,
-    read_image,
-    read_index,
-    read_table,
-    totals,
-    unit_names,
-)
-from lotlip.records import Failure, UnitReport
+from lotlip.data.tars import write_samples
+from lotlip.files import remove, write_json
+from lotlip.partitions import MARKER, finished, read_captions, read_index, read_table, totals, unit_names
+from lotlip.records import SPLITS, Failure, UnitReport
 from lotlip.text import split_sub_captions
 
 DONE = ".done.json"
 
-# Partitions that are shuffled together. More would mix no better, and a shard would have to open all of them.
-MIXED_PARTITIONS = 64
+# Partitions that are shuffled together and read at once; training mixes shards once more (`lotlip.data.order`).
+MIXED_PARTITIONS = 16
+
+# What a sample takes in a tar besides its image, about: headers, texts, the feature.
+_BESIDES = 8192
+
+# Partitions whose texts stand for all when it is asked which words training has.
+VOCABULARY_PARTITIONS = 64
 
 # Encodes pictures as features [n, D] float32.
 Features = Callable[[list[Image.Image]], np.ndarray]
@@ -45,49 +47,40 @@ Features = Callable[[list[Image.Image]], np.ndarray]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into a shard.
+    """What goes into a shard: some places in the order of chance that a group of partitions has.
 
     Attributes:
         name: of the shard: "train-000000".
-        samples: the partition and the key of each sample, in the shard's order.
+        partitions: of the group.
+        seed: of the group's order.
+        start, stop: of the places.
     """
 
     name: str
-    samples: tuple[tuple[str, str], ...]
+    partitions: tuple[str, ...]
+    seed: tuple[int, ...]
+    start: int
+    stop: int
 
-
-@dataclass(frozen=True)
-class _Sample:
-    """A sample without its image's bytes; `partition`, `offset` and `size` say where they lie."""
-
-    key: str
-    partition: str
-    extension: str
-    raw_caption: str
-    sha256: str
-    offset: int
-    size: int
-    captions: dict[str, list[str]]
-
-    def json(self) -> bytes:
-        content = {"raw": self.raw_caption, "captions": self.captions, "sha256": self.sha256}
-        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+    def __len__(self) -> int:
+        return self.stop - self.start
 
 
 def plan_shards(
-    ingest: Path, captions: Mapping[str, Path], split: str, samples_per_shard: int, seed: int
+    ingest: Path, captions: Mapping[str, Path], split: str, samples_per_shard: int, seed: int, max_bytes: int = 2**40
 ) -> list[ShardPlan]:
-    """Shuffles the keys of a split and cuts them into shards.
+    """Shuffles the samples of a split and cuts them into shards.
 
-    The partitions are shuffled, then the keys of every `MIXED_PARTITIONS` of them together: a shard draws from that
-    many (or, where it spans two such groups, twice as many), however large the data set. Memory grows with the keys.
+    The partitions are shuffled, then the samples of every `MIXED_PARTITIONS` of them together; a shard is of one such
+    group. Memory is that of a group, however large the data set.
 
     Args:
         ingest: folder of the ingest stage.
         captions: captioner's name → folder of its captions.
         split: of `lotlip.records.SPLITS`.
-        samples_per_shard: in every shard but the last.
+        samples_per_shard: at most.
         seed: of the order.
+        max_bytes: of a shard, about: it has one sample at least.
 
     Raises:
         ValueError: a captioner has not gone through all partitions. (One that it went through and that failed as a
@@ -101,29 +94,121 @@ def plan_shards(
                 f"{folder}: {captioner} has not gone through {len(missing)} partitions of {ingest} "
                 f"({', '.join(missing[:5])}); run the caption stage again"
             )
-    rng = random.Random(f"{seed}:{split}")
-    rng.shuffle(partitions)
-    samples: list[tuple[str, str]] = []
-    for start in range(0, len(partitions), MIXED_PARTITIONS):
-        group = partitions[start : start + MIXED_PARTITIONS]
-        mixed = [(name, key) for name in group for key in read_table(ingest, name, ["key"])["key"]]
-        rng.shuffle(mixed)
-        samples += mixed
-    starts = range(0, len(samples), samples_per_shard)
-    return [
-        ShardPlan(f"{split}-{index:06d}", tuple(samples[start : start + samples_per_shard]))
-        for index, start in enumerate(starts)
-    ]
+    chance = (seed, SPLITS.index(split))
+    shuffled = [partitions[number] for number in np.random.default_rng(chance).permutation(len(partitions))]
+    plans: list[ShardPlan] = []
+    for first in range(0, len(shuffled), MIXED_PARTITIONS):
+        group = tuple(shuffled[first : first + MIXED_PARTITIONS])
+        sizes = np.concatenate([read_table(ingest, name, ["size"])["size"].to_numpy() for name in group])
+        own = (*chance, first)
+        for start, stop in _cut(sizes[_order(own, len(sizes))] + _BESIDES, samples_per_shard, max_bytes):
+            plans.append(ShardPlan(f"{split}-{len(plans):06d}", group, own, start, stop))
+    return plans
 
 
-def write_shard(
-    plan: ShardPlan,
-    ingest: Path,
-    captions: Mapping[str, Path],
-    folder: Path,
-    features: Features | None,
-    batch_size: int,
-) -> UnitReport:
+def _order(seed: Sequence[int], samples: int) -> np.ndarray:
+    return np.random.default_rng([*seed, 1]).permutation(samples)
+
+
+def _cut(sizes: np.ndarray, most: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `most` samples whose sizes add up to at most `max_bytes`, or that are of one sample."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        stop = min(max(stop, start + 1), start + most, len(sizes))
+        yield start, stop
+        start = stop
+
+
+class Group:
+    """All that is known of the samples of some partitions, but for their images, which stay on the disk.
+
+    Args:
+        ingest: folder of the ingest stage.
+        captions: captioner's name → folder of its captions.
+        partitions: names.
+    """
+
+    def __init__(self, ingest: Path, captions: Mapping[str, Path], partitions: Sequence[str]) -> None:
+        self._partitions = partitions
+        self._tars = [os.open(ingest / f"{name}.tar", os.O_RDONLY) for name in partitions]
+        weakref.finalize(self, _close, self._tars)
+        self._captioners = sorted(captions)
+        columns = ["key", "extension", "raw_caption", "sha256", "offset", "size"]
+        tables = []
+        for number, name in enumerate(partitions):
+            table = pq.read_table(ingest / f"{name}.parquet", columns=columns)
+            for captioner in self._captioners:
+                table = table.append_column(captioner, self._sub_captions(captions[captioner], name, table["key"]))
+            tables.append(table.append_column("partition", pa.array([number] * len(table), pa.int32())))
+        self._samples = pa.concat_tables(tables).combine_chunks()
+
+    def _sub_captions(self, folder: Path, partition: str, keys: pa.ChunkedArray) -> pa.ChunkedArray:
+        """A captioner's sub-captions for each key; null where it has none."""
+        if finished(partition, folder) is None:  # it failed as a whole; others may have it
+            return pa.chunked_array([pa.nulls(len(keys), pa.list_(pa.string()))])
+        table = pq.read_table(folder / f"{partition}.parquet", columns=["key", "sub_captions"])
+        return table["sub_captions"].take(pc.index_in(keys, table["key"].combine_chunks()))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def samples(self, rows: np.ndarray) -> list[_Sample]:
+        """The samples of some rows, without their images."""
+        found = []
+        for row in self._samples.take(rows).to_pylist():
+            long = {name: row[name] for name in self._captioners if row[name] is not None}
+            place = (row["partition"], row["offset"], row["size"])
+            found.append(_Sample(row["key"], row["extension"], row["raw_caption"], row["sha256"], long, *place))
+        return found
+
+    def image(self, sample: _Sample) -> bytes:
+        """A sample's encoded image."""
+        return os.pread(self._tars[sample.partition], sample.size, sample.offset)
+
+    def where(self, sample: _Sample) -> str:
+        """Where the image of a sample is, for a person."""
+        return f"{self._partitions[sample.partition]}.tar: {sample.key}.{sample.extension}"
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def group_reader(ingest: Path, captions: Mapping[str, Path]) -> Callable[[tuple[str, ...]], Group]:
+    """A function that reads a group of partitions; the last one is kept, for the group's other shards."""
+    kept = lru_cache(maxsize=1)(lambda partitions: Group(ingest, captions, partitions))
+    turn = threading.Lock()
+
+    def read(partitions: tuple[str, ...]) -> Group:
+        with turn:  # else several threads would read the same
+            return kept(partitions)
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample without its image's bytes; `partition`, `offset` and `size` say where they lie."""
+
+    key: str
+    extension: str
+    raw_caption: str
+    sha256: str
+    captions: dict[str, list[str]]
+    partition: int
+    offset: int
+    size: int
+
+    def json(self) -> bytes:
+        content = {"raw": self.raw_caption, "captions": self.captions, "sha256": self.sha256}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+
+
+def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features | None, batch_size: int) -> UnitReport:
     """Writes a shard; `batch_size` images are in memory at a time.
 
     A sample keeps the long captions that it has. It becomes a `Failure` when its image cannot be decoded
@@ -131,8 +216,7 @@ def write_shard(
 
     Args:
         plan: what goes in.
-        ingest: folder of the ingest stage.
-        captions: captioner's name → folder of its captions.
+        group: its partitions, as `group_reader` reads them.
         folder: where the shard goes.
         features: encodes pictures as [n, D] float32; None: images are passed on unopened, without features.
         batch_size: pictures encoded at once.
@@ -142,22 +226,19 @@ def write_shard(
     """
     path, marker = folder / f"{plan.name}.tar", folder / f"{plan.name}{DONE}"
     remove(marker)
-    samples = _collect(plan, ingest, captions)
+    rows = _order(plan.seed, len(group))[plan.start : plan.stop]
     failures: list[Failure] = []
-    with whole(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
-        for start in range(0, len(samples), batch_size):
-            for item in _encoded(samples[start : start + batch_size], ingest, features):
+    with write_samples(path) as tar:
+        for start in range(0, len(rows), batch_size):
+            for item in _encoded(group.samples(rows[start : start + batch_size]), group, features):
                 if isinstance(item, Failure):
                     failures.append(item)
                     continue
                 sample, image, feature = item
-                tar.add(f"{sample.key}.json", sample.json())
-                if feature is not None:
-                    tar.add(f"{sample.key}.npy", _npy(feature))
-                tar.add(f"{sample.key}.{sample.extension}", image)
-    write_index(path)
-    written = len(samples) - len(failures)
-    report = UnitReport(plan.name, len(plan.samples), written, sha256_files([path]), path.stat().st_size, failures)
+                npy = None if feature is None else _npy(feature)
+                tar.add(sample.key, sample.json(), npy, image, sample.extension)
+    written = len(rows) - len(failures)
+    report = UnitReport(plan.name, len(rows), written, tar.sha256, path.stat().st_size, failures)
     write_json(marker, report.to_json())
     return report
 
@@ -167,34 +248,11 @@ def finished_shard(name: str, folder: Path) -> UnitReport | None:
     return finished(name + DONE.removesuffix(MARKER), folder)
 
 
-def _collect(plan: ShardPlan, ingest: Path, captions: Mapping[str, Path]) -> list[_Sample]:
-    """The plan's samples in its order; tables are read a partition at a time, and only the rows needed are kept."""
-    keys: dict[str, set[str]] = {}
-    for partition, key in plan.samples:
-        keys.setdefault(partition, set()).add(key)
-    found: dict[tuple[str, str], _Sample] = {}
-    for partition, wanted in keys.items():
-        long: dict[str, dict[str, list[str]]] = {key: {} for key in wanted}
-        for captioner in sorted(captions):
-            if finished(partition, captions[captioner]) is None:  # it failed as a whole; others may have it
-                continue
-            table = read_captions(captions[captioner], partition, ["key", "sub_captions"])
-            table = table[table["key"].isin(wanted)]
-            for key, sub_captions in zip(table["key"], table["sub_captions"], strict=True):
-                long[key][captioner] = sub_captions
-        columns = ["key", "extension", "raw_caption", "sha256", "offset", "size"]
-        table = read_table(ingest, partition, columns)
-        for row in table[table["key"].isin(wanted)].to_dict("records"):
-            fields = {str(name): value for name, value in row.items()}
-            found[partition, row["key"]] = _Sample(partition=partition, captions=long[row["key"]], **fields)
-    return [found[sample] for sample in plan.samples]
-
-
 def _encoded(
-    samples: Sequence[_Sample], ingest: Path, features: Features | None
+    samples: Sequence[_Sample], group: Group, features: Features | None
 ) -> Iterator[tuple[_Sample, bytes, np.ndarray | None] | Failure]:
     """Each sample with its image's bytes and feature [D], or why it has none; failures may come first."""
-    images = [read_image(ingest, sample.partition, sample.offset, sample.size) for sample in samples]
+    images = [group.image(sample) for sample in samples]
     if features is None:
         yield from ((sample, image, None) for sample, image in zip(samples, images, strict=True))
         return
@@ -206,7 +264,7 @@ def _encoded(
         try:
             pictures.append(decode_rgb(image))
         except ValueError as error:
-            yield _failure(sample, f"the image cannot be decoded: {error}", "unreadable")
+            yield Failure(sample.key, group.where(sample), f"the image cannot be decoded: {error}", "unreadable")
         else:
             kept.append((sample, image))
     if not kept:
@@ -220,11 +278,8 @@ def _encoded(
         if np.isfinite(row).all():
             yield sample, image, row
         else:
-            yield _failure(sample, "the image tower's feature has a NaN or an infinity", "not-finite")
-
-
-def _failure(sample: _Sample, reason: str, kind: str) -> Failure:
-    return Failure(sample.key, f"{sample.partition}.tar: {sample.key}.{sample.extension}", reason, kind)
+            reason = "the image tower's feature has a NaN or an infinity"
+            yield Failure(sample.key, group.where(sample), reason, "not-finite")
 
 
 def _npy(feature: np.ndarray) -> bytes:
@@ -301,6 +356,8 @@ def write_shard_index(
 def training_vocabulary(ingest: Path, captions: Mapping[str, Path], split: str, tokenizer: str) -> list[int]:
     """Ids of the word pieces that the texts of a split use, sorted: what evaluation texts may be made of.
 
+    Of the first `VOCABULARY_PARTITIONS`: more texts hardly have other pieces, and tokenizing takes its time.
+
     Args:
         ingest: folder of the ingest stage.
         captions: captioner's name → folder of its captions.
@@ -310,9 +367,9 @@ def training_vocabulary(ingest: Path, captions: Mapping[str, Path], split: str, 
     from lotlip.data.tokenizer import used_tokens
 
     used: set[int] = set()
-    for name in unit_names(ingest, split):
+    for name in unit_names(ingest, split)[:VOCABULARY_PARTITIONS]:
         used |= used_tokens(tokenizer, read_table(ingest, name, ["raw_caption"])["raw_caption"])
     for folder in captions.values():
-        for name in unit_names(folder, split):
+        for name in unit_names(folder, split)[:VOCABULARY_PARTITIONS]:
             used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"])
     return sorted(used)

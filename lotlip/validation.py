@@ -1,7 +1,7 @@
 """The gate after each stage: Great Expectations suites over small tables of statistics, and what a person reads of it.
 
 A stage's tables have a row per unit, and its `stage` table one row for all, read a partition at a time: a gate's
-memory does not grow with the data (but for eight bytes a key, to see that none comes twice).
+memory does not grow with the data.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-import tarfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -21,9 +20,19 @@ import numpy as np
 import pandas as pd
 
 from lotlip import config
-from lotlip.files import sha256_files
+from lotlip.inspection import (
+    PARTITION,
+    SHARD,
+    Fact,
+    blank,
+    held_out_images,
+    inspect_partition,
+    inspect_shard,
+    read_keys,
+)
 from lotlip.partitions import read_captions, read_table, totals
-from lotlip.records import UnitReport
+from lotlip.records import Failure, UnitReport
+from lotlip.repeats import count_repeats, hashes
 
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
@@ -213,56 +222,92 @@ def _failures(found: Mapping[str, Any], limit: float) -> tuple[dict[str, float],
     return {"failure_share": share}, _one("failure_share", what, high=limit, percent=True, detail=detail)
 
 
-def _repeated(parts: Sequence[pd.Series]) -> int:
-    """How many values come again, in any of the parts; 64-bit hashes stand for the values."""
-    hashes = [pd.util.hash_pandas_object(part, index=False).to_numpy() for part in parts]
-    every = np.concatenate([np.empty(0, np.uint64), *hashes])
-    return len(every) - len(np.unique(every))
+def _share(column: str, what: str, limit: float) -> Expectation:
+    """A table's one value is there, and a share of at most `limit`."""
+    return _one(column, f"share of {what} is at most {_percent(limit)}", high=limit, percent=True)
+
+
+def _fact(fact: Fact) -> Expectation:
+    return _each(fact.column, fact.what, fact.low, fact.high)
+
+
+def _rows(rows: Sequence[Mapping[str, Any]], facts: Sequence[Fact], about: str, *more: str) -> pd.DataFrame:
+    """Rows of numbers as a table, which has its columns though it may have no rows; None is a gap."""
+    numbers = [*(fact.column for fact in facts), *more]
+    return pd.DataFrame(rows, columns=[about, *numbers]).astype(dict.fromkeys(numbers, float))
+
+
+def _repeated(folder: Path, names: Sequence[str], column: str, values: int) -> int:
+    """How many values of a column come again, in any of the partitions, of about so many."""
+    return count_repeats(len(names), lambda part: hashes(read_table(folder, names[part], [column])[column]), values)
 
 
 # --- one gate per stage -------------------------------------------------------------------------------------------
 
 
-def gate_ingest(settings: config.Ingest, folder: Path, reports: Sequence[UnitReport], report: Path) -> list[Check]:
-    """Every item is accounted for, every key is one image's, and captions and images are there.
+def gate_ingest(
+    settings: config.Ingest,
+    folder: Path,
+    reports: Sequence[UnitReport],
+    units: int,
+    evaluation: Collection[str],
+    report: Path,
+) -> list[Check]:
+    """Every item is accounted for, every key and image comes once, and none that is evaluated on is trained on.
+
+    Args:
+        settings: the stage's.
+        folder: where the partitions are.
+        reports: of all partitions, and of units that failed as a whole.
+        units: how many there were to read.
+        evaluation: hashes of images, beside the held-out splits', that must not be trained on.
+        report: scratch folder.
 
     Raises:
         GateFailed: see `run_gate`, as for every gate below.
     """
-    rows, keys = [], []
-    for unit in _with_something(reports):
-        table = read_table(folder, unit.name, ["key", "raw_caption", "width", "height", "offset", "size"])
-        keys.append(table["key"])
-        tar_bytes = (folder / f"{unit.name}.tar").stat().st_size
-        rows.append(
-            {
-                "unit": unit.name,
-                "rows_off": len(table) - unit.written,
-                "empty_captions": _blank(table["raw_caption"]),
-                "smallest_side": table[["width", "height"]].min(axis=None),
-                "cut_images": int((table["offset"] + table["size"] > tar_bytes).sum()),
-            }
-        )
+    there = _with_something(reports)
+    names = [unit.name for unit in there]
+    held_out = held_out_images(folder, names) | set(evaluation)
+    rows = [inspect_partition(folder, unit.name, unit.written, held_out) for unit in there]
+    table = _rows(rows, PARTITION, "unit", "opened", "constant")
+    whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
+    written = sum(unit.written for unit in reports)
+    again = {column: _repeated(folder, whole, column, written) for column in ("key", "sha256", "raw_caption")}
     failures, few_failures = _failures(totals(reports), settings.max_failure_share)
-    train = sum(unit.written for unit in reports if unit.name.startswith("train/"))
-    tables = {
-        "stage": pd.DataFrame([{"stage": "ingest", "train": train, "repeated_keys": _repeated(keys), **failures}]),
-        "units": pd.DataFrame(rows, columns=["unit", "rows_off", "empty_captions", "smallest_side", "cut_images"]),
+    stage = {
+        "stage": "ingest",
+        "train": sum(unit.written for unit in reports if unit.name.startswith("train/")),
+        "repeated_keys": again["key"],
+        "repeated_images": again["sha256"],
+        "repeated_captions": again["raw_caption"] / max(written, 1),
+        "constant_share": table["constant"].sum() / max(table["opened"].sum(), 1),
+        "broken_units": sum(failure.kind in BROKEN_UNIT for failure in _one_each(reports)) / max(units, 1),
+        **failures,
     }
     suites = {
         "stage": [
             few_failures,
+            _share("broken_units", "source files that are broken or cut off", settings.max_broken_unit_share),
             _one("train", "the train split has images", low=1),
             _one("repeated_keys", "no key comes twice", high=0),
+            _one("repeated_images", "no image comes twice", high=0),
+            _share("repeated_captions", "raw captions that repeat another", settings.max_repeated_caption_share),
+            _share("constant_share", "images looked at that are one colour all over", settings.max_constant_share),
         ],
-        "units": [
-            _each("rows_off", "a partition's table has a row for every image written", 0, 0),
-            _each("empty_captions", "a partition has no empty raw caption", high=0),
-            _each("smallest_side", "images are at least 1 pixel wide and high", low=1),
-            _each("cut_images", "a partition's tar has every image whole", high=0),
-        ],
+        "units": [_fact(fact) for fact in PARTITION],
     }
-    return run_gate("ingest", tables, suites, report)
+    return run_gate("ingest", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
+
+
+# Kinds of failures that tell of a whole file of the source; its items were not all counted.
+BROKEN_UNIT = ("unit", "truncated", "unreadable-shard")
+
+
+def _one_each(reports: Sequence[UnitReport]) -> Iterator[Failure]:
+    """The failures, but one alone for a unit that failed as a whole."""
+    for unit in reports:
+        yield from unit.failures[:1] if not unit.sha256 else unit.failures
 
 
 def gate_image_tower(
@@ -295,16 +340,15 @@ def gate_caption(
     settings: config.CaptionStage, folder: Path, reports: Sequence[UnitReport], report: Path
 ) -> list[Check]:
     """One captioner's captions are there, are the image's alone, and are not the same over and over."""
-    rows, keys, texts = [], [], []
+    rows = []
+    names = [unit.name for unit in _with_something(reports)]
     for unit in _with_something(reports):
-        table = read_captions(folder, unit.name, ["key", "text", "sub_captions"])
-        keys.append(table["key"])
-        texts.append(table["text"])
+        table = read_captions(folder, unit.name, ["text", "sub_captions"])
         rows.append(
             {
                 "unit": unit.name,
                 "rows_off": len(table) - unit.written,
-                "empty_texts": _blank(table["text"]),
+                "empty_texts": blank(table["text"]),
                 "unsplit": int((table["sub_captions"].map(len) == 0).sum()),
             }
         )
@@ -314,8 +358,8 @@ def gate_caption(
     stage = {
         "stage": "caption",
         "captions": captions,
-        "repeated_keys": _repeated(keys),
-        "repeated_share": _repeated(texts) / max(captions, 1),
+        "repeated_keys": _repeated(folder, names, "key", captions),
+        "repeated_share": _repeated(folder, names, "text", captions) / max(captions, 1),
         **failures,
     }
     tables = {
@@ -340,66 +384,56 @@ def gate_caption(
 
 
 def gate_shard(
-    settings: config.Shard, folder: Path, index: Mapping[str, Any], expected_samples: int, report: Path
+    settings: config.Shard,
+    folder: Path,
+    index: Mapping[str, Any],
+    expected_samples: int,
+    held_out: Collection[str],
+    report: Path,
 ) -> list[Check]:
-    """The shards on disk are those of the index, and every sample that was planned is in one or has failed."""
-    rows, keys = [], []
-    for split in index["splits"].values():
-        for shard in split["shards"]:
-            row, shard_keys = _shard_row(settings, folder / f"{shard['name']}.tar", shard)
-            rows.append(row)
-            keys.append(shard_keys)
+    """The shards on disk are those of the index, and every sample that was planned is in one or has failed.
+
+    Args:
+        settings: the stage's.
+        folder: where the shards are.
+        index: their index.json.
+        expected_samples: that were planned.
+        held_out: hashes of the images that must not be trained on.
+        report: scratch folder.
+    """
+    shards = [shard for split in index["splits"].values() for shard in split["shards"]]
+    rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in shards]
+    whole = [folder / f"{row['shard']}.tar" for row in rows if row["places_off"] == 0]
     failures, few_failures = _failures(index, settings.max_failure_share)
+    table = _rows(rows, SHARD, "shard", "samples", "uncaptioned")
+    samples = index["written"]
     stage = {
         "stage": "shard",
-        "samples": index["written"] + index["failed"],
-        "repeated_keys": _repeated(keys),
+        "samples": samples + index["failed"],
+        "repeated_keys": count_repeats(len(whole), lambda shard: hashes(read_keys(whole[shard])), samples),
         "train": index["splits"].get("train", {}).get("samples", 0),
+        "widths": len({width for row in rows for width in row["widths"]}),
+        "uncaptioned": table["uncaptioned"].sum() / max(samples, 1),
         **failures,
     }
     expected = f"samples written and failed are the {expected_samples} that were planned"
     largest = settings.samples_per_shard
+    described = [_share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share)]
     suites = {
         "stage": [
             few_failures,
             _one("samples", expected, expected_samples, expected_samples),
             _one("train", "the train split has samples", low=1),
             _one("repeated_keys", "no key comes twice", high=0),
+            _one("widths", "all features have one width (as many as this)", high=1),
+            *(described if set(index["statistics"]) - {"raw"} else []),  # where there are captioners
         ],
         "shards": [
-            _each("bytes_off", "a shard's file has the size that the index says", 0, 0),
-            _each("hash_off", "a shard's file has the hash that the index says", high=0),
+            *(_fact(fact) for fact in SHARD),
             _each("samples", f"a shard has from 1 to {largest} samples", 1, largest),
-            _each("samples_off", "a shard has the samples that the index says", 0, 0),
-            _each("incomplete", "every sample of a shard has all its parts", high=0),
         ],
     }
-    columns = ["shard", "samples", "samples_off", "incomplete", "bytes_off", "hash_off"]
-    tables = {"stage": pd.DataFrame([stage]), "shards": pd.DataFrame(rows, columns=columns)}
-    return run_gate("shard", tables, suites, report)
-
-
-def _shard_row(settings: config.Shard, path: Path, shard: Mapping[str, Any]) -> tuple[dict[str, Any], pd.Series]:
-    """How a shard on disk differs from its line of the index, and its keys; no file is one of 0 bytes."""
-    size = path.stat().st_size if path.is_file() else 0
-    same = size == shard["bytes"] and sha256_files([path]) == shard["sha256"]
-    members = pd.Series(_members(path) if same else [], dtype="str")
-    parts = members.str.partition(".")[0].value_counts() if len(members) else pd.Series(dtype="int64")
-    row = {
-        "shard": shard["name"],
-        "samples": shard["samples"],
-        # a file that is not the index's is not worth opening
-        "samples_off": len(parts) - shard["samples"] if same else None,
-        "incomplete": int((parts != (3 if settings.store_features else 2)).sum()),
-        "bytes_off": size - shard["bytes"],
-        "hash_off": int(not same),
-    }
-    return row, pd.Series(parts.index, dtype="str")
-
-
-def _members(path: Path) -> list[str]:
-    with tarfile.open(path) as tar:
-        return tar.getnames()
+    return run_gate("shard", {"stage": pd.DataFrame([stage]), "shards": table}, suites, report)
 
 
 def gate_pretrain(settings: config.Pretrain, history: pd.DataFrame, guess_loss: float, report: Path) -> list[Check]:
@@ -535,7 +569,3 @@ class _References(HTMLParser):
 def _with_something(reports: Sequence[UnitReport]) -> list[UnitReport]:
     """Units that have a table to look at; of one that failed as a whole only its failures are there."""
     return [unit for unit in reports if unit.written]
-
-
-def _blank(texts: pd.Series) -> int:
-    return int((texts.fillna("").str.strip() == "").sum())

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +25,7 @@ from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.shards import (
     ShardPlan,
     finished_shard,
+    group_reader,
     plan_shards,
     shard_statistics,
     write_shard,
@@ -90,7 +92,19 @@ def redness(pictures: list[Image.Image]) -> np.ndarray:
 
 
 def write(world: World, folder: Path, plan: ShardPlan, features: Callable | None = redness, batch_size: int = 2):
-    return write_shard(plan, world.ingest, world.captions, folder, features, batch_size)
+    return write_shard(plan, group_reader(world.ingest, world.captions)(plan.partitions), folder, features, batch_size)
+
+
+def samples(world: World, plan: ShardPlan) -> list[tuple[str, str]]:
+    """The partition and key of each sample of a plan, in the shard's order."""
+    with TemporaryDirectory() as folder:
+        write(world, Path(folder), plan, features=None)
+        return [(partition_of(key), key) for key in read(Path(folder, f"{plan.name}.tar"))]
+
+
+def partition_of(key: str) -> str:
+    split, index, _ = key.split("-")
+    return f"{split}/part-{int(index):05d}"
 
 
 def read(path: Path) -> dict[str, dict[str, bytes]]:
@@ -100,26 +114,35 @@ def read(path: Path) -> dict[str, dict[str, bytes]]:
 def test_a_plan_has_every_sample_of_its_split_once(world):
     planned = plans(world)
     assert [plan.name for plan in planned] == ["train-000000", "train-000001", "train-000002"]
-    assert [len(plan.samples) for plan in planned] == [5, 5, 2]
-    samples = [sample for plan in planned for sample in plan.samples]
-    assert len(set(samples)) == len(samples)
-    assert {key for _, key in samples} == {key for key in world.images if key.startswith("train")}
-    assert all(name == f"train/part-{int(key.split('-')[1]):05d}" for name, key in samples)
+    assert list(map(len, planned)) == [5, 5, 2]
+    found = [key for plan in planned for _, key in samples(world, plan)]
+    assert sorted(found) == sorted(key for key in world.images if key.startswith("train"))
 
 
 def test_a_plan_depends_on_the_seed_alone_and_mixes_partitions(world):
     assert plans(world) == plans(world)
-    assert plans(world, seed=1) != plans(world)
-    assert len({name for name, _ in plans(world)[0].samples}) > 1
+    orders = [[key for _, key in samples(world, plans(world, seed=seed)[0])] for seed in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2]
+    assert len({name for name, _ in samples(world, plans(world)[0])}) > 1
 
 
 def test_a_shard_draws_from_a_bounded_number_of_partitions(world, monkeypatch):
     monkeypatch.setattr(shards, "MIXED_PARTITIONS", 1)
     planned = plans(world, size=PER_PARTITION)
-    assert [len({name for name, _ in plan.samples}) for plan in planned] == [1, 1, 1]
-    assert Counter(key for plan in planned for _, key in plan.samples) == Counter(
+    drawn = [samples(world, plan) for plan in planned]
+    assert [len({name for name, _ in shard}) for shard in drawn] == [1, 1, 1]
+    assert Counter(key for shard in drawn for _, key in shard) == Counter(
         key for key in world.images if key.startswith("train")
     )
+
+
+def test_a_shard_is_of_a_bounded_size(world, tmp_path):
+    most = 3 * (shards._BESIDES + 100)  # an image has fewer than 100 bytes
+    planned = plan_shards(world.ingest, world.captions, "train", 5, 0, max_bytes=most)
+    assert list(map(len, planned)) == [3, 3, 3, 3]
+    assert all(write(world, tmp_path, plan).bytes < most for plan in planned)
+    tiny = plan_shards(world.ingest, world.captions, "train", 5, 0, max_bytes=1)
+    assert list(map(len, tiny)) == [1] * 12  # a sample is never left out for its size
 
 
 def test_a_split_without_images_has_no_shards(world):
@@ -148,7 +171,7 @@ def test_captions_of_a_partition_that_failed_as_a_whole_are_missing_from_its_sam
     for ending in (".json", ".parquet"):
         (world.captions["gpt"] / f"train/part-00001{ending}").unlink()
     for plan in plans(world):
-        assert write(world, tmp_path, plan).written == len(plan.samples)
+        assert write(world, tmp_path, plan).written == len(plan)
         for key, sample in read(tmp_path / f"{plan.name}.tar").items():
             written = set(json.loads(sample["json"])["captions"])
             assert written == ({"llava"} if key.startswith(("train-1", "train-0-0")) else {"llava", "gpt"})
@@ -158,10 +181,10 @@ def test_samples_have_all_that_is_known_of_them(world, tmp_path):
     folder = tmp_path / "shards"
     for plan in plans(world):
         report = write(world, folder, plan)
-        assert (report.name, report.read, report.written) == (plan.name, len(plan.samples), len(plan.samples))
-        samples = read(folder / f"{plan.name}.tar")
-        assert list(samples) == [key for _, key in plan.samples]
-        for key, sample in samples.items():
+        assert (report.name, report.read, report.written) == (plan.name, len(plan), len(plan))
+        found = read(folder / f"{plan.name}.tar")
+        assert list(found) == [key for _, key in samples(world, plan)]
+        for key, sample in found.items():
             long = {"llava": [f"l {key}", "two"], "gpt": [f"g {key}"]}
             if key == "train-0-0":
                 del long["gpt"]
@@ -212,21 +235,22 @@ def spoil(world: World, key: str) -> None:
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_a_broken_image_fails_alone(world, tmp_path, batch_size):
     plan = plans(world)[0]
-    partition, key = plan.samples[2]
+    planned = [key for _, key in samples(world, plan)]
+    key = planned[2]
     spoil(world, key)
     report = write(world, tmp_path, plan, batch_size=batch_size)
     (failure,) = report.failures
-    assert (failure.key, failure.kind, failure.where) == (key, "unreadable", f"{partition}.tar: {key}.png")
-    samples = read(tmp_path / f"{plan.name}.tar")
-    assert list(samples) == [other for _, other in plan.samples if other != key]
-    for other, sample in samples.items():  # features still belong to their pictures
+    assert (failure.key, failure.kind, failure.where) == (key, "unreadable", f"{partition_of(key)}.tar: {key}.png")
+    found = read(tmp_path / f"{plan.name}.tar")
+    assert list(found) == [other for other in planned if other != key]
+    for other, sample in found.items():  # features still belong to their pictures
         assert np.load(io.BytesIO(sample["npy"]))[0] == list(world.images).index(other)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_feature_that_is_no_number_fails_alone(world, tmp_path, value):
     plan = plans(world)[0]
-    shade = list(world.images).index(plan.samples[1][1])
+    shade = list(world.images).index(samples(world, plan)[1][1])
 
     def features(pictures: list[Image.Image]) -> np.ndarray:
         rows = redness(pictures)
@@ -234,7 +258,7 @@ def test_a_feature_that_is_no_number_fails_alone(world, tmp_path, value):
         return rows
 
     report = write(world, tmp_path, plan, features)
-    assert [(failure.key, failure.kind) for failure in report.failures] == [(plan.samples[1][1], "not-finite")]
+    assert [(failure.key, failure.kind) for failure in report.failures] == [(samples(world, plan)[1][1], "not-finite")]
     assert report.written == 4
 
 
@@ -257,18 +281,18 @@ def test_the_marker_is_written_last(world, tmp_path):
 
 def test_an_index_says_where_the_samples_lie(world, tmp_path):
     plan = plans(world)[0]
-    spoil(world, plan.samples[2][1])
+    spoil(world, samples(world, plan)[2][1])
     write(world, tmp_path, plan)
     shard = tmp_path / f"{plan.name}.tar"
     with pa.ipc.open_file(index_path(shard)) as file:
         index = file.read_all().to_pylist()
     assert index == scan_tar(shard).to_pylist()
-    data, samples = shard.read_bytes(), read(shard)
-    assert [row["key"] for row in index] == list(samples)
+    data, found = shard.read_bytes(), read(shard)
+    assert [row["key"] for row in index] == list(found)
     for row in index:
         for member, ending in (("json", "json"), ("npy", "npy"), ("image", "png")):
             start = row[f"{member}_offset"]
-            assert data[start : start + row[f"{member}_size"]] == samples[row["key"]][ending]
+            assert data[start : start + row[f"{member}_size"]] == found[row["key"]][ending]
 
 
 def test_the_index_of_a_shard_without_features_has_no_place_for_them(world, tmp_path):

@@ -7,7 +7,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,17 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.config import CaptionStage, Evaluate, Ingest, Pretrain, ScenesTower, Shard, TimmTower
-from lotlip.partitions import read_index, write_captions, write_index
+from lotlip.config import CaptionStage, Evaluate, Pretrain, ScenesTower, TimmTower
+from lotlip.partitions import write_captions
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
-from lotlip.shards import plan_shards, write_shard, write_shard_index
 from lotlip.validation import (
     Check,
     GateFailed,
     gate_caption,
     gate_evaluate,
     gate_image_tower,
-    gate_ingest,
     gate_pretrain,
     gate_report,
-    gate_shard,
     run_gate,
 )
 from tests.partitions import write_partition
@@ -136,72 +133,6 @@ def test_a_gate_is_quick_and_quiet(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# --- ingest -------------------------------------------------------------------------------------------------------
-
-INGEST = Ingest(source={"kind": "folder", "path": "images"}, max_failure_share=0.05)
-
-
-def test_ingest_passes(tmp_path):
-    reports = ingest(tmp_path, {"train/part-00000": [*map(record, KEYS["train/part-00000"][:9]), BROKEN]})
-    checks = gate_ingest(INGEST, tmp_path, reports, tmp_path / "report")
-    assert checks[0] == Check("share of items that failed is at most 5 %", "5 % (1 unreadable)", True)
-    assert len(checks) == 7
-
-
-@pytest.mark.parametrize(
-    ("items", "line"),
-    [
-        (
-            [record("t0"), BROKEN, BROKEN, replace(BROKEN, kind="empty")],
-            "share of items that failed is at most 5 %: found 21.4 % (1 empty, 2 unreadable)",
-        ),
-        ([record("t0"), record("val-3")], "no key comes twice: found 1"),
-        ([record("t0", raw_caption=" ")], "no empty raw caption: found 1 of 2 do not: train/part-00000 (1)"),
-        ([record("t0", width=0)], "at least 1 pixel wide and high: found 1 of 2 do not: train/part-00000 (0)"),
-    ],
-    ids=["failures", "repeated-key", "empty-caption", "no-width"],
-)
-def test_ingest_fails_on(tmp_path, items, line):
-    reports = ingest(tmp_path, {"train/part-00000": items})
-    assert line in found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
-
-
-def lost(name: str, count: int) -> UnitReport:
-    """The report of a unit that failed as a whole: it has no files."""
-    return UnitReport(name, count, 0, "", 0, [replace(BROKEN, kind="unit")] * count)
-
-
-def test_a_unit_that_failed_as_a_whole_counts_as_failures(tmp_path):
-    few, many = lost("train/part-00001", 1), lost("train/part-00001", 5)
-    reports = ingest(tmp_path / "ingest")
-    assert gate_ingest(INGEST, tmp_path / "ingest", [*reports, few], tmp_path / "r")[0].observed == "4.76 % (1 unit)"
-    assert "found 20 % (5 unit)" in found(
-        lambda report: gate_ingest(INGEST, tmp_path / "ingest", [*reports, many], report), tmp_path / "r"
-    )
-    long = captions(tmp_path / "llava")
-    assert gate_caption(CAPTION, tmp_path / "llava", [*long, few], tmp_path / "r")[0].observed == "4.76 % (1 unit)"
-
-
-def test_ingest_fails_without_anything_to_train_on(tmp_path):
-    reports = ingest(tmp_path)[1:]
-    assert "train split has images" in found(lambda to: gate_ingest(INGEST, tmp_path, reports, to), tmp_path / "report")
-    assert "train split has images" in found(lambda to: gate_ingest(INGEST, tmp_path, [], to), tmp_path / "report")
-
-
-def test_ingest_fails_on_a_tar_cut_short(tmp_path):
-    reports = ingest(tmp_path)
-    tar = tmp_path / "val/part-00000.tar"
-    tar.write_bytes(tar.read_bytes()[:5000])
-    line = found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
-    assert "every image whole: found 1 of 2 do not: val/part-00000" in line
-
-
-def test_ingest_fails_on_a_table_of_other_rows(tmp_path):
-    reports = [replace(report, written=9, read=9) for report in ingest(tmp_path)]
-    line = found(lambda report: gate_ingest(INGEST, tmp_path, reports, report), tmp_path / "report")
-    assert "a row for every image written: found 2 of 2 do not" in line
-
-
 # --- image tower --------------------------------------------------------------------------------------------------
 
 FEATURES = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
@@ -273,95 +204,6 @@ def test_caption_fails_without_captions(tmp_path):
     assert "there are captions" in found(
         lambda report: gate_caption(CAPTION, tmp_path, [], report), tmp_path / "report"
     )
-
-
-# --- shard --------------------------------------------------------------------------------------------------------
-
-SHARD = Shard(samples_per_shard=4, max_failure_share=0.1)
-
-
-@dataclass
-class Shards:
-    folder: Path
-    index: dict[str, Any]
-
-    def gate(self, expected: int = 20, settings: Shard = SHARD) -> Callable[[Path], list[Check]]:
-        return lambda report: gate_shard(settings, self.folder, self.index, expected, report)
-
-
-def features(pictures: list) -> np.ndarray:
-    return np.ones((len(pictures), 2), dtype=np.float32)
-
-
-@pytest.fixture
-def shards(tmp_path) -> Shards:
-    ingest(tmp_path / "ingest")
-    write_index(tmp_path / "llava", captions(tmp_path / "llava"))
-    long, folder = {"llava": tmp_path / "llava"}, tmp_path / "shards"
-    reports = {
-        split: [
-            write_shard(plan, tmp_path / "ingest", long, folder, features, 4)
-            for plan in plan_shards(tmp_path / "ingest", long, split, SHARD.samples_per_shard, 0)
-        ]
-        for split in ("train", "val")
-    }
-    write_shard_index(folder, reports, {})
-    return Shards(folder, read_index(folder))
-
-
-def test_shard_passes(shards, tmp_path):
-    assert all(check.success for check in shards.gate()(tmp_path / "report"))
-
-
-def test_shard_fails_on_lost_samples(shards, tmp_path):
-    assert "are the 21 that were planned: found 20" in found(shards.gate(21), tmp_path / "report")
-
-
-def test_shard_fails_on_a_file_that_is_gone(shards, tmp_path):
-    (shards.folder / "val-000001.tar").unlink()
-    with pytest.raises(GateFailed, match=r"size that the index says: found 1 of 6 do not: val-000001 \(-\d+\)"):
-        shards.gate()(tmp_path / "report")
-
-
-def test_shard_fails_on_a_flipped_bit(shards, tmp_path):
-    path = shards.folder / "train-000002.tar"
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(bytes(data))
-    line = found(shards.gate(), tmp_path / "report")
-    assert "hash that the index says: found 1 of 6 do not: train-000002" in line
-
-
-def test_shard_fails_without_training_samples(shards, tmp_path):
-    del shards.index["splits"]["train"]
-    assert "the train split has samples: found 0" in found(shards.gate(), tmp_path / "report")
-
-
-def test_shard_fails_on_a_key_in_two_shards(shards, tmp_path):
-    shards.index["splits"]["val"]["shards"].append(shards.index["splits"]["val"]["shards"][0])
-    assert "no key comes twice: found 4" in found(shards.gate(), tmp_path / "report")
-
-
-def test_shard_fails_on_shards_that_are_too_large(shards, tmp_path):
-    line = found(shards.gate(settings=Shard(samples_per_shard=3)), tmp_path / "report")
-    assert "from 1 to 3 samples: found 4 of 6 do not" in line
-
-
-def test_shard_fails_on_many_failures(shards, tmp_path):
-    shards.index.update(written=17, failed=3, failure_kinds={"unreadable": 3})
-    assert "at most 10 %: found 15 % (3 unreadable)" in found(shards.gate(), tmp_path / "report")
-
-
-def test_shard_fails_on_an_index_that_counts_otherwise(shards, tmp_path):
-    shards.index["splits"]["val"]["shards"][2]["samples"] = 1
-    line = found(shards.gate(), tmp_path / "report")
-    assert "the samples that the index says: found 1 of 6 do not: val-000002 (1)" in line
-
-
-def test_shard_fails_on_samples_without_features(shards, tmp_path):
-    ends = "all its parts: found 6 of 6 do not: train-000000 (4), train-000001 (4), train-000002 (2), …"
-    settings = SHARD.model_copy(update={"store_features": False})  # a part too many is not right either
-    assert ends in found(shards.gate(settings=settings), tmp_path / "report")
 
 
 # --- pretrain -----------------------------------------------------------------------------------------------------

@@ -6,18 +6,20 @@ and is mapped into memory, so that a process pays for the rows it looks at. A ta
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tarfile
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 
-from lotlip.files import whole
+from lotlip.files import remove, whole
 
 INDEX = ".index.arrow"
 
@@ -75,15 +77,103 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
     return pa.RecordBatch.from_pylist(rows, COLUMNS)
 
 
-def write_index(tar: Path) -> Path:
-    """Scans a tar and writes its index beside it, with the tar's size, by which a stale one is known."""
-    index = scan_tar(tar).replace_schema_metadata({"bytes": str(tar.stat().st_size)})
+def write_index(tar: Path, index: pa.RecordBatch | None = None) -> Path:
+    """Writes a tar's index beside it, with the tar's size, by which a stale one is known; scans it for want of one."""
+    index = scan_tar(tar) if index is None else index
+    index = index.replace_schema_metadata({"bytes": str(tar.stat().st_size)})
     with whole(index_path(tar)) as partial, pa.ipc.new_file(str(partial), index.schema) as file:
         file.write_batch(index)
     return index_path(tar)
 
 
-def _read_index(tar: Path, size: int) -> pa.RecordBatch:
+class TarWriter:
+    """A tar whose bytes depend on nothing but names, contents and their order.
+
+    Attributes:
+        bytes: written so far.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def __enter__(self) -> TarWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # the end of a tar, as tarfile and GNU tar have it
+            end = self.bytes + 2 * tarfile.BLOCKSIZE
+            self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
+
+    def add(self, name: str, data: bytes) -> int:
+        """Appends a member; returns the offset of its first byte in the file."""
+        member = tarfile.TarInfo(name)  # its time, owner and mode are constants
+        member.size = len(data)
+        self._write(member.tobuf(tarfile.GNU_FORMAT))
+        offset = self.bytes
+        self._write(data)
+        self._write(bytes(-len(data) % tarfile.BLOCKSIZE))
+        return offset
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written, as `lotlip.files.sha256_files` has it."""
+        return hashlib.sha256(self._digest.digest()).hexdigest()
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self.bytes += len(data)
+
+
+class SampleWriter:
+    """Appends samples to a tar and keeps where they lie."""
+
+    def __init__(self, tar: TarWriter) -> None:
+        self._tar = tar
+        self._rows: list[dict[str, Any]] = []
+
+    def add(self, key: str, json: bytes, npy: bytes | None, image: bytes, extension: str) -> None:
+        """A sample's files; `npy` is left out where it is None."""
+        row: dict[str, Any] = {**dict.fromkeys(COLUMNS.names, 0), "key": key}
+        for member, ending, data in (("json", "json", json), ("npy", "npy", npy), ("image", extension, image)):
+            if data is not None:
+                row[f"{member}_offset"] = self._tar.add(f"{key}.{ending}", data)
+                row[f"{member}_size"] = len(data)
+        self._rows.append(row)
+
+    @property
+    def index(self) -> pa.RecordBatch:
+        """As `scan_tar` would find it."""
+        return pa.RecordBatch.from_pylist(self._rows, COLUMNS)
+
+    @property
+    def sha256(self) -> str:
+        """Of the tar, as `lotlip.files.sha256_files` has it."""
+        return self._tar.sha256
+
+
+@contextmanager
+def write_samples(path: Path) -> Iterator[SampleWriter]:
+    """Writes a tar of samples and its index; both are there, whole, when the block ends well."""
+    remove(index_path(path))  # one of an older tar would be stale
+    with whole(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
+        samples = SampleWriter(tar)
+        yield samples
+    write_index(path, samples.index)
+
+
+def read_index(tar: Path, size: int) -> pa.RecordBatch:
+    """A tar's index, with the columns of `COLUMNS`, mapped into memory.
+
+    Args:
+        tar: whose index it is.
+        size: of the tar.
+
+    Raises:
+        ValueError: it is not such an index, or one of a tar of another size.
+    """
     path = index_path(tar)
     try:
         index = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
@@ -117,7 +207,7 @@ class TarSamples:
             raise ValueError(f"{path} is not there, but index.json lists it; write the shards again") from error
         weakref.finalize(self, os.close, self._file)
         indexed = index_path(path).is_file()
-        index = _read_index(path, os.fstat(self._file).st_size) if indexed else scan_tar(path)
+        index = read_index(path, os.fstat(self._file).st_size) if indexed else scan_tar(path)
         self.keys = index.column("key")
         self._places = {
             member: (index.column(f"{member}_offset").to_numpy(), index.column(f"{member}_size").to_numpy())

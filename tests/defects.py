@@ -1,0 +1,184 @@
+"""A small world that went through ingest, caption and shard without a defect, and ways to plant one in it."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from lotlip.captioning import open_captioner
+from lotlip.config import CaptionStage, Ingest, Shard
+from lotlip.data.tars import scan_tar, write_samples
+from lotlip.files import write_json
+from lotlip.inspection import held_out_images
+from lotlip.partitions import finished, read_index, read_records, unit_names, write_captions, write_index
+from lotlip.partitions import write_partitions as write_unit
+from lotlip.records import UnitReport
+from lotlip.repeats import unique_partitions
+from lotlip.shards import group_reader, plan_shards, write_shard, write_shard_index
+from lotlip.sources import open_source
+from lotlip.validation import Check, gate_caption, gate_ingest, gate_shard
+
+SPLITS = ("train", "val", "test")
+INGEST = Ingest(
+    source={
+        "kind": "scenes", "path": "lotlip/sources/scenes.py", "image_size": 32, "train": 120, "val": 20, "test": 40
+    },
+    partition_size=40,
+)  # fmt: skip
+STYLES = ("instructblip", "llava")
+CAPTION = CaptionStage(
+    captioners={
+        name: {"kind": "scenes", "path": "lotlip/captioning/scenes.py", "style": name} for name in STYLES
+    }
+)  # fmt: skip
+SHARD = Shard(samples_per_shard=30)
+Sample = dict[str, Any]  # "key", "json" (a dict), "npy" (an array or None), "image" (bytes)
+
+
+def features(pictures: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture.resize((2, 2)), dtype=np.float32).ravel() for picture in pictures])
+
+
+@dataclass
+class World:
+    """The folders of a run, with what the gates are told besides.
+
+    Attributes:
+        folder: has ingest, captions/<captioner>, shards.
+        evaluation: hashes of images of an evaluation set.
+        broken: reports of units that failed as a whole.
+    """
+
+    folder: Path
+    evaluation: set[str] = field(default_factory=set)
+    broken: list[UnitReport] = field(default_factory=list)
+
+    @property
+    def ingest(self) -> Path:
+        return self.folder / "ingest"
+
+    @property
+    def shards(self) -> Path:
+        return self.folder / "shards"
+
+    def captions(self, captioner: str) -> Path:
+        return self.folder / "captions" / captioner
+
+    def copy(self, folder: Path) -> World:
+        shutil.copytree(self.folder, folder)
+        return World(folder)
+
+    # --- the gates ---
+
+    def gate_ingest(self, report: Path) -> list[Check]:
+        reports = [*_reports(self.ingest), *self.broken]
+        return gate_ingest(INGEST, self.ingest, reports, len(reports), self.evaluation, report)
+
+    def gate_caption(self, report: Path, captioner: str = "llava") -> list[Check]:
+        folder = self.captions(captioner)
+        return gate_caption(CAPTION, folder, [*_reports(folder), *self.broken], report)
+
+    def gate_shard(self, report: Path) -> list[Check]:
+        held_out = held_out_images(self.ingest, unit_names(self.ingest)) | self.evaluation
+        return gate_shard(SHARD, self.shards, read_index(self.shards), 140, held_out, report)
+
+    # --- ways to plant a defect ---
+
+    def edit(self, path: str, change: Callable[[pd.DataFrame], Any]) -> None:
+        """Changes a partition's table; what `change` returns takes its place, if anything."""
+        file = self.folder / f"{path}.parquet"
+        schema = pq.read_schema(file)
+        table = pq.read_table(file).to_pandas()
+        changed = change(table)
+        table = table if changed is None else changed
+        pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
+
+    def report(self, path: str, **changes: Any) -> None:
+        """Changes what a partition's marker says."""
+        marker = self.folder / f"{path}.json"
+        write_json(marker, json.loads(marker.read_text()) | changes)
+
+    def reshard(self, name: str, change: Callable[[list[Sample]], Any]) -> None:
+        """Writes a shard again with other samples, its line of index.json too: as by a program with a fault."""
+        path = self.shards / f"{name}.tar"
+        data = path.read_bytes()
+        samples = []
+        for row in scan_tar(path).to_pylist():
+            part = {kind: data[row[f"{kind}_offset"] :][: row[f"{kind}_size"]] for kind in ("json", "npy", "image")}
+            npy = np.load(io.BytesIO(part["npy"]))
+            samples.append({"key": row["key"], "json": json.loads(part["json"]), "npy": npy, "image": part["image"]})
+        changed = change(samples)
+        samples = samples if changed is None else changed
+        with write_samples(path) as tar:
+            for sample in samples:
+                npy = None if sample["npy"] is None else _npy(sample["npy"])
+                tar.add(sample["key"], json.dumps(sample["json"]).encode(), npy, sample["image"], "png")
+        self.index(name, bytes=path.stat().st_size, sha256=tar.sha256, samples=len(samples))
+
+    def index(self, name: str, **changes: Any) -> None:
+        """Changes a shard's line of index.json."""
+        index = read_index(self.shards)
+        for shard in index["splits"][name.partition("-")[0]]["shards"]:
+            if shard["name"] == name:
+                shard.update(changes)
+        write_json(self.shards / "index.json", index)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
+def _reports(folder: Path) -> list[UnitReport]:
+    return [report for name in unit_names(folder) if (report := finished(name, folder))]
+
+
+def build(folder: Path) -> World:
+    """The world without a defect, made by the code of the stages."""
+    world, source = World(folder), open_source(INGEST.source)
+    units = source.units(INGEST.partition_size)
+    written = [
+        report
+        for unit in units
+        for report in write_unit(unit, source.read(unit), folder / "units", source.split)
+    ]  # fmt: skip
+    reports = unique_partitions(folder / "units", written, world.ingest, {})
+    shutil.rmtree(folder / "units")
+    write_index(world.ingest, reports)
+    for name in STYLES:
+        author = open_captioner(name, CAPTION.captioners[name], CAPTION.tokenizer)
+        out = world.captions(name)
+        done = [
+            write_captions(unit, author.caption(read_records(world.ingest, unit)), _written(world, unit), out)
+            for unit in unit_names(world.ingest)
+        ]
+        write_index(out, done)
+    captions = {name: world.captions(name) for name in STYLES}
+    group = group_reader(world.ingest, captions)
+    shards = {
+        split: [
+            write_shard(plan, group(plan.partitions), world.shards, features, 16)
+            for plan in plan_shards(world.ingest, captions, split, SHARD.samples_per_shard, 0)
+        ]
+        for split in SPLITS[:2]
+    }
+    write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}})
+    return world
+
+
+def _written(world: World, unit: str) -> int:
+    report = finished(unit, world.ingest)
+    assert report is not None
+    return report.written

@@ -1,0 +1,319 @@
+"""Seeded defects: the gate of the stage finds each, says what it found, and clean data raises nothing."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lotlip.partitions import read_table
+from lotlip.records import Failure, UnitReport
+from lotlip.validation import GateFailed
+from tests.defects import World, build
+
+TRAIN, OTHER, TEST = "ingest/train/part-00000", "ingest/train/part-00001", "ingest/test/part-00000"
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture
+def world(clean: World, tmp_path: Path) -> World:
+    return clean.copy(tmp_path / "world")
+
+
+def test_clean_data_raise_nothing(clean: World, tmp_path: Path) -> None:
+    for stage in ("ingest", "caption", "shard"):
+        checks = getattr(clean, f"gate_{stage}")(tmp_path / stage)
+        assert checks and all(check.success for check in checks)
+
+
+def setting(column: str, value: Any, rows: slice = slice(0, 1)) -> Callable[[pd.DataFrame], None]:
+    """Gives a column of some rows another value."""
+
+    def change(table: pd.DataFrame) -> None:
+        table[column] = table[column].astype(object)
+        table.iloc[rows, table.columns.get_loc(column)] = value
+
+    return change
+
+
+def copied(world: World, source: str, target: str, columns: list[str]) -> None:
+    """Gives the first row of a table what the first row of another has."""
+    row = read_table(world.folder, source, columns).iloc[0]
+    world.edit(target, lambda table: [setting(column, row[column])(table) for column in columns] and None)
+
+
+def repicture(world: World, unit: str, picture: Callable[[int], bytes]) -> None:
+    """Overwrites the images of a partition in its tar, table and hashes along with them; they must not be longer."""
+    import hashlib
+
+    tar = world.folder / f"{unit}.tar"
+    data = bytearray(tar.read_bytes())
+
+    def change(table: pd.DataFrame) -> None:
+        for row, (offset, size) in enumerate(zip(table["offset"], table["size"], strict=True)):
+            image = picture(row)
+            assert len(image) <= size
+            data[offset : offset + len(image)] = image
+            table.loc[row, ["size", "sha256"]] = [len(image), hashlib.sha256(image).hexdigest()]
+
+    world.edit(unit, change)
+    tar.write_bytes(data)
+
+
+def png(shade: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (shade, shade, shade)).save(file, "png")
+    return file.getvalue()
+
+
+def cut(path: Path, share: float = 0.5) -> None:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def failures(kind: str, count: int) -> list[dict[str, str]]:
+    return [vars(Failure(f"k{number}", f"0000{number}.tar", "it is broken", kind)) for number in range(count)]
+
+
+def swap_places(table: pd.DataFrame) -> None:
+    """Each image's place becomes the next one's, as by an index that is off by one."""
+    for column in ("offset", "size"):
+        table[column] = np.roll(table[column], 1)
+
+
+def leak(world: World) -> None:
+    copied(world, TEST, TRAIN, ["sha256"])
+
+
+INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
+    "null raw captions": (
+        lambda world: world.edit(TRAIN, setting("raw_caption", None)),
+        "no empty raw caption: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "blank raw captions": (
+        lambda world: world.edit(TEST, setting("raw_caption", " \n", slice(0, 3))),
+        "no empty raw caption: found 1 of 5 do not: test/part-00000 (3)",
+    ),
+    "raw captions all alike": (
+        lambda world: [
+            world.edit(f"ingest/{split}/part-0000{index}", setting("raw_caption", "an image", slice(None)))
+            for split, index in (("train", 0), ("train", 1), ("train", 2), ("val", 0), ("test", 0))
+        ],
+        "raw captions that repeat another is at most 90 %: found 99.4 %",
+    ),
+    "a key in two partitions": (
+        lambda world: copied(world, OTHER, TRAIN, ["key"]),
+        "no key comes twice: found 1",
+    ),
+    "an image in two partitions": (
+        lambda world: repicture_as(world, TRAIN, OTHER),
+        "no image comes twice: found 1",
+    ),
+    "an evaluation image among the training images": (
+        lambda world: repicture_as(world, TRAIN, TEST),
+        "no training image is one that is evaluated on: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "an image of a benchmark among the training images": (
+        lambda world: world.evaluation.update(read_table(world.folder, OTHER, ["sha256"])["sha256"][:2]),
+        "no training image is one that is evaluated on: found 1 of 5 do not: train/part-00001 (2)",
+    ),
+    "wrong image sizes": (
+        lambda world: world.edit(TRAIN, setting("width", 31, slice(None))),
+        "as wide and high as their partition's table says: found 1 of 5 do not: train/part-00000 (32)",
+    ),
+    "images without a width": (
+        lambda world: world.edit(TRAIN, setting("width", 0)),
+        "at least 1 pixel wide and high: found 1 of 5 do not: train/part-00000 (0)",
+    ),
+    "images that are other images": (
+        lambda world: world.edit(TRAIN, swap_places),
+        "the images in a partition's tar are those that its table has hashes of: found 1 of 5",
+    ),
+    "constant images": (
+        lambda world: repicture(world, TRAIN, png),
+        "images looked at that are one colour all over is at most 5 %: found 2",
+    ),
+    "an image that cannot be decoded": (
+        lambda world: repicture(world, TRAIN, lambda row: b"no picture %d" % row),
+        "the images in a partition's tar can be decoded: found 1 of 5 do not: train/part-00000 (32)",
+    ),
+    "a tar cut off": (
+        lambda world: cut(world.folder / f"{TRAIN}.tar"),
+        "every image whole: found 1 of 5 do not: train/part-00000",
+    ),
+    "a tar that is gone": (
+        lambda world: (world.folder / f"{TRAIN}.tar").unlink(),
+        "a partition's tar and table are there: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "rows that are gone": (
+        lambda world: world.edit(OTHER, lambda table: table.iloc[3:]),
+        "a row for every image written: found 1 of 5 do not: train/part-00001 (-3)",
+    ),
+    "many failures": (
+        lambda world: world.report(TRAIN, read=44, failures=failures("unreadable", 4)),
+        "share of items that failed is at most 1 %: found 2.17 % (4 unreadable)",
+    ),
+    "many tars cut off": (
+        lambda world: world.report(TRAIN, read=41, failures=failures("truncated", 1)),
+        "source files that are broken or cut off is at most 5 %: found 20 %",
+    ),
+    "a unit that failed as a whole": (
+        lambda world: world.broken.append(
+            UnitReport("part-00009", 1, 0, "", 0, [Failure("part-00009", "9.tar", "gone", "unit")])
+        ),
+        "source files that are broken or cut off is at most 5 %: found 16.7 %",
+    ),
+    "nothing to train on": (
+        lambda world: [path.unlink() for path in (world.ingest / "train").glob("*.json")],
+        "the train split has images: found 0",
+    ),
+}  # fmt: skip
+
+
+def repicture_as(world: World, target: str, source: str) -> None:
+    """Gives the first image of a partition the bytes of another's; the smaller of the two takes the larger's place."""
+    tables = {unit: read_table(world.folder, unit, ["offset", "size", "sha256"]) for unit in (source, target)}
+    row = tables[source]["size"].idxmin()
+    offset, size, sha256 = tables[source].loc[row]
+    image = (world.folder / f"{source}.tar").read_bytes()[offset : offset + size]
+    there = int(tables[target]["size"].idxmax())
+    tar = world.folder / f"{target}.tar"
+    data = bytearray(tar.read_bytes())
+    start = tables[target].loc[there, "offset"]
+    data[start : start + size] = image
+    tar.write_bytes(data)
+
+    def change(table: pd.DataFrame) -> None:
+        table.loc[there, ["size", "sha256"]] = [size, sha256]
+
+    world.edit(target, change)
+
+
+@pytest.mark.parametrize(("plant", "line"), INGEST.values(), ids=INGEST)
+def test_ingest_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
+    plant(world)
+    assert line in told(world.gate_ingest, tmp_path / "report")
+
+
+def told(gate: Callable[[Path], Any], report: Path) -> str:
+    with pytest.raises(GateFailed) as raised:
+        gate(report)
+    assert "FAILED" in (report / "gate.md").read_text()
+    return str(raised.value)
+
+
+# --- shard --------------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = "train-000000", "train-000001"
+
+
+def changing(name: str, sample: int = 0, **values: Any) -> Callable[[World], None]:
+    """Gives a sample of a shard other parts; a function is given the part as it is."""
+
+    def change(samples: list[dict[str, Any]]) -> None:
+        for part, value in values.items():
+            samples[sample][part] = value(samples[sample][part]) if callable(value) else value
+
+    return lambda world: world.reshard(name, change)
+
+
+def swapped_images(samples: list[dict[str, Any]]) -> None:
+    images = [sample["image"] for sample in samples]
+    for sample, image in zip(samples, images[1:] + images[:1], strict=True):
+        sample["image"] = image
+
+
+def twice(world: World) -> None:
+    kept: list[dict[str, Any]] = []
+    world.reshard(FIRST, lambda samples: kept.append(samples[0]))
+    world.reshard(SECOND, lambda samples: [*samples[1:], kept[0]])
+
+
+def unworded(samples: list[dict[str, Any]]) -> None:
+    for sample in samples:
+        sample["json"]["captions"] = {}
+
+
+def grown(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [*samples, {**samples[0], "key": "train-999999"}]
+
+
+SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
+    "a shard that is gone": (
+        lambda world: (world.shards / f"{SECOND}.tar").unlink(),
+        "size that the index says: found 1 of 5 do not: train-000001 (-",
+    ),
+    "a shard cut off": (
+        lambda world: cut(world.shards / f"{SECOND}.tar"),
+        "size that the index says: found 1 of 5 do not: train-000001 (-",
+    ),
+    "a flipped bit": (
+        lambda world: flip(world.shards / f"{FIRST}.tar"),
+        "hash that the index says: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "a stale index.json": (
+        lambda world: world.index(FIRST, samples=29),
+        "the samples that the index says: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "a stale index of places": (
+        lambda world: (world.shards / f"{SECOND}.index.arrow").rename(world.shards / f"{FIRST}.index.arrow"),
+        ".index.arrow says where its samples lie: found 2 of 5 do not: train-000000 (1), train-000001 (1)",
+    ),
+    "a sample without its feature": (changing(FIRST, npy=None), "all its parts: found 1 of 5 do not: train-000000"),
+    "features with NaN": (
+        changing(FIRST, 3, npy=lambda values: values * np.nan),
+        "no NaN or infinity: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "features of another tower": (
+        changing(FIRST, npy=lambda values: values[:5]),
+        "all features have one width (as many as this): found 2",
+    ),
+    "a sample without its image": (changing(FIRST, image=b""), "all its parts: found 1 of 5 do not: train-000000"),
+    "images that are other images": (
+        lambda world: world.reshard(SECOND, swapped_images),
+        "those that its samples have hashes of: found 1 of 5 do not: train-000001 (30)",
+    ),
+    "a sample in two shards": (twice, "no key comes twice: found 1"),
+    "an evaluation image among the training samples": (
+        lambda world: leak(world) or changing(FIRST, json=lambda content: leaked(world, content))(world),
+        "no training image is one that is evaluated on: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "a sample without a raw caption": (
+        changing(FIRST, json=lambda content: content | {"raw": " "}),
+        "every sample of a shard has a raw caption: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "samples that no captioner described": (
+        lambda world: world.reshard(FIRST, unworded),
+        "samples without a long caption is at most 5 %: found 21.4 %",
+    ),
+    "a shard that is too large": (
+        lambda world: world.reshard(FIRST, grown),
+        "a shard has from 1 to 30 samples: found 1 of 5 do not: train-000000 (31)",
+    ),
+}  # fmt: skip
+
+
+def leaked(world: World, content: dict[str, Any]) -> dict[str, Any]:
+    return content | {"sha256": read_table(world.folder, TEST, ["sha256"])["sha256"][0]}
+
+
+@pytest.mark.parametrize(("plant", "line"), SHARDS.values(), ids=SHARDS)
+def test_shard_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
+    plant(world)
+    assert line in told(world.gate_shard, tmp_path / "report")
