@@ -1,0 +1,138 @@
+"""Values that come again are found in any number of turns; of images and keys that do, the right one stays."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from lotlip.partitions import finished, read_records, read_table
+from lotlip.records import Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.repeats import count_repeats, hashes, repeats, unique_partitions
+from tests.partitions import write_partition
+
+
+def found(parts: list[list[int]], at_once: int) -> list[list[int]]:
+    values = [np.array(part, dtype=np.uint64) for part in parts]
+    total = sum(map(len, parts))
+    return sorted(row for rows in repeats(len(parts), values.__getitem__, total, at_once) for row in rows.tolist())
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
+def test_each_value_but_the_first_of_its_kind_is_found(at_once):
+    parts = [[7, 8, 7], [], [9, 8, 7], [2**64 - 1]]
+    assert found(parts, at_once) == [[0, 2, 0, 0], [2, 1, 0, 1], [2, 2, 0, 0]]
+    assert found([], at_once) == found([[1, 2]], at_once) == []
+
+
+def test_turns_are_those_of_all_at_once():
+    rng = np.random.default_rng(0)
+    values = [rng.integers(0, 3000, 500, dtype=np.uint64) for _ in range(8)]
+    parts = [part.tolist() for part in values]
+    assert found(parts, 600) == found(parts, 10**6)
+    assert count_repeats(8, values.__getitem__, 4000) == 4000 - len(np.unique(np.concatenate(values)))
+
+
+def test_no_more_than_what_is_asked_for_is_held(monkeypatch):
+    rng = np.random.default_rng(1)
+    values = [rng.integers(0, 2**63, 1000, dtype=np.uint64) for _ in range(10)]
+    sizes = []
+    argsort = np.argsort
+    monkeypatch.setattr(np, "argsort", lambda value, **more: sizes.append(len(value)) or argsort(value, **more))
+    list(repeats(10, values.__getitem__, 10_000, at_once=1000))
+    assert len(sizes) == 10 and max(sizes) < 1200
+
+
+def test_hashes_tell_values_apart():
+    assert len(np.unique(hashes(pd.Series(["a", "b", "a", None])))) == 3
+
+
+# --- partitions ---------------------------------------------------------------------------------------------------
+
+
+def record(key: str, shade: int) -> ImageRecord:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), (shade, 0, 0)).save(file, "png")
+    remark = Remark(key, f"{key}.jpg", "it is a PNG", "renamed")
+    return ImageRecord(
+        key, file.getvalue(), "png", key, 4, 4, hashlib.sha256(file.getvalue()).hexdigest(), remarks=(remark,)
+    )
+
+
+def write(folder: Path, units: dict[str, list[ImageRecord | Failure]]) -> list[UnitReport]:
+    reports = []
+    for name, items in units.items():
+        split, _, index = name.partition("/")
+        reports.append(write_partition(Unit(split, int(index), tuple(map(str, range(len(items))))), items, folder))
+    return reports
+
+
+def keys(folder: Path, name: str) -> list[str]:
+    return list(read_table(folder, name, ["key"])["key"])
+
+
+def test_of_equal_images_the_evaluated_one_stays_and_else_the_first(tmp_path):
+    units = {
+        "train/0": [record("a", 1), record("b", 2), record("c", 3)],
+        "train/1": [record("d", 2), record("e", 4), record("f", 4)],
+        "val/0": [record("g", 3)],
+        "test/0": [record("h", 4)],
+    }
+    reports = write(tmp_path / "units", units)
+    unique = unique_partitions(tmp_path / "units", reports, tmp_path / "out", {})
+    assert [report.name for report in unique] == [report.name for report in reports]
+    assert keys(tmp_path / "out", "train/part-00000") == ["a", "b"]
+    assert keys(tmp_path / "out", "train/part-00001") == []
+    assert keys(tmp_path / "out", "val/part-00000") == ["g"]
+    assert keys(tmp_path / "out", "test/part-00000") == ["h"]
+    (lost,) = unique[0].failures
+    assert (lost.key, lost.kind, lost.where) == ("c", "duplicate", "train/part-00000.tar: c.png")
+    assert lost.reason == "it is the same image as g in val/part-00000"
+    assert [failure.reason for failure in unique[1].failures] == [
+        "it is the same image as b in train/part-00000",
+        "it is the same image as h in test/part-00000",
+        "it is the same image as h in test/part-00000",
+    ]
+    assert (unique[1].read, unique[1].written, unique[1].remarks) == (3, 0, [])
+    assert [remark.key for remark in unique[0].remarks] == ["a", "b"]
+    assert [finished(report.name, tmp_path / "out") for report in unique] == unique
+    assert [one.image for one in read_records(tmp_path / "out", "train/part-00000")] == [
+        one.image for one in units["train/0"][:2]
+    ]
+
+
+def test_what_repeats_a_dropped_row_is_kept(tmp_path):
+    reports = write(
+        tmp_path / "units", {"train/0": [record("a", 1)], "train/1": [record("a", 2)], "train/2": [record("b", 2)]}
+    )
+    unique = unique_partitions(tmp_path / "units", reports, tmp_path / "out", {})
+    assert [report.written for report in unique] == [1, 0, 1]
+    assert unique[1].failures[0].reason == "its key is taken by a in train/part-00000"
+
+
+def test_an_image_of_an_evaluation_set_is_not_trained_on(tmp_path):
+    units = {"train/0": [record("a", 1), record("b", 2)], "test/0": [record("c", 3)]}
+    evaluation = {units["train/0"][1].sha256: "urban/7.png", units["test/0"][0].sha256: "urban/8.png"}
+    unique = unique_partitions(tmp_path / "units", write(tmp_path / "units", units), tmp_path / "out", evaluation)
+    (lost,) = unique[0].failures
+    assert (lost.key, lost.kind, lost.reason) == ("b", "evaluation", "it is in an evaluation set: urban/7.png")
+    assert keys(tmp_path / "out", "test/part-00000") == ["c"]  # it is evaluated on, too
+
+
+def test_units_stay_as_they_are_so_that_it_can_be_done_again(tmp_path):
+    units = {"train/0": [record("a", 1)], "train/1": [record("b", 1)]}
+    reports = write(tmp_path / "units", units)
+    lost = UnitReport("part-00009", 1, 0, "", 0, [Failure("part-00009", "9.tar", "gone", "unit")])
+    before = {path: path.read_bytes() for path in (tmp_path / "units").rglob("*") if path.is_file()}
+    first = unique_partitions(tmp_path / "units", [*reports, lost], tmp_path / "out", {})
+    (tmp_path / "out" / "train" / "part-00001.json").unlink()  # as after a kill
+    assert unique_partitions(tmp_path / "units", [*reports, lost], tmp_path / "out", {}) == first
+    assert first[-1] == lost
+    assert {path: path.read_bytes() for path in (tmp_path / "units").rglob("*") if path.is_file()} == before
+    assert json.loads((tmp_path / "out/train/part-00001.json").read_text())["written"] == 0
