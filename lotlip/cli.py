@@ -188,6 +188,42 @@ def search(
 
 
 @app.command()
+def verify(
+    folder: Annotated[
+        Path,
+        typer.Argument(metavar="DIR", help="What ingest, a captioner or the shard stage left."),
+    ],
+    held_out: Annotated[
+        list[Path] | None,
+        typer.Option(help="Images that must not be trained on: a folder of them, or of ingest.", metavar="DIR"),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Look a data set over again, file by file and sample by sample; what is wrong with it is printed, and status 1."""
+    from tqdm import tqdm
+
+    from lotlip.sources.evaluation import image_hashes
+    from lotlip.verify import verify
+
+    contents = verify(folder, image_hashes(held_out or ()))
+    problems = []
+    with tqdm(contents.problems, total=contents.units, unit=" units", file=sys.stderr, disable=None) as looked:
+        for found in looked:
+            problems += found
+            for problem in [] if as_json else found:
+                tqdm.write(f"{problem.where}: {problem.what}")
+    if as_json:
+        told = [problem._asdict() for problem in problems]
+        typer.echo(json.dumps({"kind": contents.kind, "samples": contents.samples, "problems": told}))
+    elif not problems:
+        typer.echo(f"{folder}: {contents.samples:,} {contents.kind}, all as index.json says")
+    else:
+        typer.echo(f"{folder}: {len(problems)} problems", err=True)
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def plan(
     params: Annotated[Path, typer.Option(help="The configuration.", metavar="FILE")] = Path("params.yaml"),
     profile: Annotated[

@@ -174,7 +174,7 @@ def build(folder: Path) -> World:
         ]
         for split in SPLITS[:2]
     }
-    write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}})
+    write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}}, features=True)
     return world
 
 

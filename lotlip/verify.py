@@ -1,0 +1,175 @@
+"""Looks a finished folder over again, file by file and sample by sample: `lotlip verify`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lotlip.data.tars import INDEX
+from lotlip.files import sha256_files, sha256_json
+from lotlip.inspection import (
+    CAPTIONS,
+    HASH,
+    PARTITION,
+    SHARD,
+    Fact,
+    held_out_images,
+    inspect_captions,
+    inspect_partition,
+    inspect_shard,
+    read_keys,
+)
+from lotlip.partitions import MARKER, finished, read_index, read_table
+from lotlip.repeats import hashes, repeats
+from lotlip.shards import DONE, finished_shard
+
+
+class Problem(NamedTuple):
+    """Something that is not as it should be.
+
+    Attributes:
+        where: the unit, shard or file.
+        what: what is wrong with it.
+    """
+
+    where: str
+    what: str
+
+
+class Contents(NamedTuple):
+    """A folder that is looked over.
+
+    Attributes:
+        kind: "images", "captions" or "shards".
+        units: how many there are to look at.
+        samples: in them, as index.json says.
+        problems: finds them, a unit at a time; gives an empty list for a unit that is in order.
+    """
+
+    kind: str
+    units: int
+    samples: int
+    problems: Iterator[list[Problem]]
+
+
+def verify(folder: Path, held_out: Collection[str] = ()) -> Contents:
+    """Looks over what ingest, a captioner or the shard stage left.
+
+    Every file is compared with its hash, every image is opened, every sample's texts and feature are read, keys and
+    images are compared with all others, and files that index.json does not know are told. Memory is that of a unit.
+
+    Args:
+        folder: of the stage; it has an index.json.
+        held_out: hashes of images that must not be among those trained on.
+
+    Raises:
+        ValueError: it has no index.json, or one of another kind.
+    """
+    index = read_index(folder)
+    if "splits" in index:
+        shards = [shard for split in index["splits"].values() for shard in split["shards"]]
+        return Contents("shards", len(shards) + 1, index["written"], _shards(folder, index, shards, held_out))
+    if "units" not in index:
+        raise ValueError(f"{folder / 'index.json'} is not of ingest, of a captioner or of shards")
+    units = [unit for unit in index["units"] if unit["sha256"]]  # of one that failed as a whole there is no file
+    images = any((folder / f"{unit['name']}.tar").is_file() for unit in units)
+    found = _images(folder, index, units, held_out) if images else _captions(folder, index, units)
+    return Contents("images" if images else "captions", len(units) + 1, index["written"], found)
+
+
+Units = Sequence[Mapping[str, Any]]
+
+
+def _images(folder: Path, index: Mapping[str, Any], units: Units, held_out: Collection[str]) -> Iterator[list[Problem]]:
+    names = [unit["name"] for unit in units]
+    whole = [name for name in names if (folder / f"{name}.parquet").is_file()]
+    own = held_out_images(folder, whole) | set(held_out)
+    for unit in units:
+        row = inspect_partition(folder, unit["name"], unit["written"], own, looked_at=None)
+        yield _problems(unit["name"], row | _hash_off(folder, unit, (".tar", ".parquet")), (HASH, *PARTITION))
+    last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (".tar", ".parquet", MARKER)})
+    last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key")
+    last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], index, "image")
+    yield last
+
+
+def _captions(folder: Path, index: Mapping[str, Any], units: Units) -> Iterator[list[Problem]]:
+    names = [unit["name"] for unit in units]
+    for unit in units:
+        row = inspect_captions(folder, unit["name"], unit["written"])
+        yield _problems(unit["name"], row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
+    whole = [name for name in names if (folder / f"{name}.parquet").is_file()]
+    yield [
+        *_index_problems(folder, index, {f"{name}{end}" for name in names for end in (".parquet", MARKER)}),
+        *_again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key"),
+    ]
+
+
+def _shards(
+    folder: Path, index: Mapping[str, Any], shards: Units, held_out: Collection[str]
+) -> Iterator[list[Problem]]:
+    whole = []
+    for shard in shards:
+        row = inspect_shard(folder, shard, index["features"], held_out, looked_at=None)
+        if row["places_off"] == 0:
+            whole.append(shard["name"])
+        found = _problems(shard["name"], row, SHARD)
+        report = finished_shard(shard["name"], folder)
+        if report is None or report.sha256 != shard["sha256"]:
+            found.append(Problem(shard["name"], f"{shard['name']}{DONE} is missing, or of another file"))
+        yield found
+    known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, DONE)}
+    last = [] if sum(shard["samples"] for shard in shards) == index["written"] else [_miscounted(index)]
+    yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), index, "key")]
+
+
+def _hash_off(folder: Path, unit: Mapping[str, Any], endings: Sequence[str]) -> dict[str, int | None]:
+    files = [folder / f"{unit['name']}{ending}" for ending in endings]
+    there = all(file.is_file() for file in files)
+    return {"hash_off": int(sha256_files(files) != unit["sha256"]) if there else None}
+
+
+def _problems(where: str, row: Mapping[str, Any], facts: Sequence[Fact]) -> list[Problem]:
+    return [
+        Problem(where, f"it should hold that {fact.what}; found {row[fact.column]:g}")
+        for fact in facts
+        if not fact.holds(row[fact.column])
+    ]
+
+
+def _index_problems(folder: Path, index: Mapping[str, Any], known: Collection[str]) -> list[Problem]:
+    """Where index.json differs from the units' own reports, and files that it does not know."""
+    found = _strays(folder, known)
+    reports = {unit["name"]: finished(unit["name"], folder) for unit in index["units"] if unit["sha256"]}
+    for unit in index["units"]:
+        report = reports.get(unit["name"])
+        if unit["sha256"] and (report is None or report.sha256 != unit["sha256"]):
+            found.append(Problem(unit["name"], f"{unit['name']}{MARKER} is missing, or of other files"))
+    same = index["hash"] == sha256_json([[unit["name"], unit["sha256"]] for unit in index["units"]])
+    if not same or sum(unit["written"] for unit in index["units"]) != index["written"]:
+        found.append(_miscounted(index))
+    return found
+
+
+def _miscounted(index: Mapping[str, Any]) -> Problem:
+    return Problem("index.json", f"its {index['written']} samples or its hash are not those of what it lists")
+
+
+def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [Problem(file, "index.json does not know this file") for file in files if file not in {*known, "index.json"}]
+
+
+def _again(names: Sequence[str], values: Callable[[str], Any], index: Mapping[str, Any], what: str) -> list[Problem]:
+    """The first of the values that come again, and how many more there are."""
+    shown: list[Problem] = []
+    count = 0
+    for found in repeats(len(names), lambda part: hashes(values(names[part])), index["written"]):
+        count += len(found)
+        for part, row, first_part, first_row in found[: max(0, 10 - len(shown))].tolist():
+            first = values(names[first_part])[first_row]
+            shown.append(Problem(names[part], f"the {what} of row {row} is that of {first} in {names[first_part]}"))
+    if count > len(shown):
+        shown.append(Problem("…", f"{count - len(shown)} more come twice"))
+    return shown

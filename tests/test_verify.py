@@ -1,0 +1,145 @@
+"""`lotlip verify`: silent about a data set that is in order, and plain about each thing that is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lotlip.cli import app
+from lotlip.partitions import read_table
+from lotlip.verify import verify
+from tests.defects import World, build
+from tests.test_defects import changing, flip, setting, swap_places
+
+FOLDERS = ("ingest", "captions/llava", "shards")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture
+def world(clean: World, tmp_path: Path) -> World:
+    return clean.copy(tmp_path / "world")
+
+
+def told(folder: Path) -> list[str]:
+    return [f"{problem.where}: {problem.what}" for found in verify(folder).problems for problem in found]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
+    done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
+    assert done.exit_code == 0, done.output
+    samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 shards"}[folder]
+    assert f"{clean.folder / folder}: {samples}, all as index.json says" in done.stdout
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"index\.json is not there"):
+        verify(tmp_path)
+    (tmp_path / "index.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not of ingest, of a captioner or of shards"):
+        verify(tmp_path)
+
+
+DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
+    "a table that was changed": (
+        "ingest",
+        lambda world: world.edit("ingest/val/part-00000", setting("raw_caption", "Other.")),
+        "val/part-00000: it should hold that a unit's files have the hash that the index says; found 1",
+    ),
+    "an image of another": (
+        "ingest",
+        lambda world: world.edit("ingest/train/part-00000", swap_places),
+        "train/part-00000: it should hold that the images in a partition's tar are those that its table has hashes of",
+    ),
+    "a tar that is gone": (
+        "ingest",
+        lambda world: (world.ingest / "test/part-00000.tar").unlink(),
+        "test/part-00000: it should hold that a partition's tar and table are there; found 1",
+    ),
+    "a key that comes twice": (
+        "ingest",
+        lambda world: world.edit("ingest/val/part-00000", setting("key", "train-000003")),
+        "val/part-00000: the key of row 0 is that of train-000003 in train/part-00000",
+    ),
+    "a file that nobody knows": (
+        "ingest",
+        lambda world: (world.ingest / "train/part-00000.tar.partial").touch(),
+        "train/part-00000.tar.partial: index.json does not know this file",
+    ),
+    "a marker that is gone": (
+        "captions/llava",
+        lambda world: (world.captions("llava") / "val/part-00000.json").unlink(),
+        "val/part-00000: val/part-00000.json is missing, or of other files",
+    ),
+    "captions that were changed": (
+        "captions/llava",
+        lambda world: world.edit("captions/llava/val/part-00000", setting("text", " ")),
+        "val/part-00000: it should hold that a partition has no empty caption; found 1",
+    ),
+    "a table of captions that is gone": (
+        "captions/llava",
+        lambda world: (world.captions("llava") / "val/part-00000.parquet").unlink(),
+        "val/part-00000: it should hold that a partition's table is there; found 1",
+    ),
+    "a flipped bit": (
+        "shards",
+        lambda world: flip(world.shards / "val-000000.tar"),
+        "val-000000: it should hold that a shard's file has the hash that the index says; found 1",
+    ),
+    "a shard that was written again": (
+        "shards",
+        changing("train-000001", json=lambda content: content | {"raw": "Other."}),
+        "train-000001: train-000001.done.json is missing, or of another file",
+    ),
+    "an index of places that is gone": (
+        "shards",
+        lambda world: (world.shards / "train-000001.index.arrow").unlink(),
+        "train-000001: it should hold that a shard's .index.arrow says where its samples lie; found 1",
+    ),
+    "an index that counts otherwise": (
+        "shards",
+        lambda world: world.index("train-000001", samples=12),
+        "index.json: its 140 samples or its hash are not those of what it lists",
+    ),
+}
+
+
+@pytest.mark.parametrize(("folder", "plant", "line"), DEFECTS.values(), ids=DEFECTS)
+def test_it_tells_of(world: World, folder: str, plant: Callable[[World], Any], line: str) -> None:
+    plant(world)
+    assert any(line in said for said in told(world.folder / folder)), told(world.folder / folder)
+
+
+def test_every_image_is_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lotlip.data import images
+
+    decode, opened = images.decode_rgb, []
+    monkeypatch.setattr(images, "decode_rgb", lambda data: opened.append(1) or decode(data))
+    assert told(world.ingest) == []
+    assert len(opened) == 180
+
+
+def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
+    pictures = tmp_path / "benchmark"
+    pictures.mkdir()
+    row = read_table(world.ingest, "train/part-00001", ["offset", "size"]).iloc[5]
+    data = (world.ingest / "train/part-00001.tar").read_bytes()[row["offset"] :][: row["size"]]
+    (pictures / "7.png").write_bytes(data)
+    shutil.copy(world.ingest / "train/part-00000.json", pictures)  # no image
+    for folder in (world.ingest, world.shards):
+        done = CliRunner().invoke(app, ["verify", str(folder), "--held-out", str(pictures), "--json"])
+        assert done.exit_code == 1
+        (problem,) = json.loads(done.stdout)["problems"]
+        assert problem["what"] == "it should hold that no training image is one that is evaluated on; found 1"
+    done = CliRunner().invoke(app, ["verify", str(world.shards), "--held-out", str(world.ingest)])
+    assert done.exit_code == 0, done.output
