@@ -23,10 +23,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 import lotlip
 from lotlip.config import Params, load_params
 from lotlip.files import remove, sha256_files, sha256_json, write_json
-from lotlip.records import Failure, UnitReport
+from lotlip.records import DATA_DOCS, Failure, UnitReport
 from lotlip.validation import Check, GateFailed
 
 SCRATCH = Path(".lotlip")
+
+# Four megabytes of films and fonts that Great Expectations puts beside each of its pages.
+_DECORATION = shutil.ignore_patterns("*.gif", "fonts")
 T = TypeVar("T")
 
 
@@ -172,7 +175,7 @@ class Stage:
         index: Mapping[str, Any] | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
-        """Writes what the report says of the stage: time, throughput, counts and what the gate checked.
+        """Writes what the report says of the stage: time, throughput, counts, what the gate checked and its pages.
 
         Args:
             samples: images (or texts, or training samples) that went through.
@@ -196,7 +199,12 @@ class Stage:
             "gate": [vars(check) for check in checks],
             "notes": notes or {},
         }
-        write_json(self.params.paths.stages / f"{self.label}.json", data)
+        stages = self.params.paths.stages
+        write_json(stages / f"{self.label}.json", data)
+        pages = self.gate_report / "data_docs"
+        if pages.is_dir():
+            remove(stages / DATA_DOCS / self.label)
+            shutil.copytree(pages, stages / DATA_DOCS / self.label, ignore=_DECORATION)
 
 
 class _Opaque:

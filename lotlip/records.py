@@ -11,6 +11,9 @@ KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 SPLITS = ("train", "val", "test")
 
+# Folder of Great Expectations' pages beside the records of the stages, and in the report.
+DATA_DOCS = "data-docs"
+
 
 @dataclass(frozen=True)
 class Remark:

@@ -514,7 +514,7 @@ def gate_evaluate(settings: config.Evaluate, scores: pd.DataFrame, report: Path)
 
 
 def gate_report(page: Path, images: int, report: Path) -> list[Check]:
-    """The page is there, shows its images, and needs no other file.
+    """The page is there, shows its images, needs no other file, and its links to files lead somewhere.
 
     Args:
         page: the HTML file.
@@ -525,16 +525,21 @@ def gate_report(page: Path, images: int, report: Path) -> list[Check]:
     if page.is_file():
         found.feed(page.read_text(encoding="utf-8"))
     outside = ", ".join(found.outside[:SHOWN_ROWS])
+    broken = [link for link in found.links if not (page.parent / link).is_file()][:SHOWN_ROWS]
     row = {
         "page": page.name,
         "bytes": page.stat().st_size if page.is_file() else 0,
         "images": found.images,
         "outside": len(found.outside),
+        "broken_links": len(broken),
     }
     checks = [
         _one("bytes", f"{page.name} is there and is not empty (bytes)", low=1),
         _one("images", f"{page.name} shows at least {images} images", low=images),
         _one("outside", f"{page.name} needs no other file", high=0, detail=outside),
+        _one(
+            "broken_links", f"{page.name} links to files that are there", high=0, detail=", ".join(broken[:SHOWN_ROWS])
+        ),
     ]
     return run_gate("report", {"stage": pd.DataFrame([row])}, {"stage": checks}, report)
 
@@ -550,14 +555,17 @@ class _References(HTMLParser):
         super().__init__()
         self.images = 0
         self.outside: list[str] = []
+        self.links: list[str] = []  # to files beside it
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.images += tag == "img"
         for name, value in attrs:
-            here = value is None or value.startswith(("data:", "#"))
-            link = tag == "a" and value is not None and value.startswith(("http://", "https://"))
-            if name in ("src", "href", "srcset") and not here and not link:
-                self.outside.append(str(value))
+            if name in ("src", "href", "srcset") and value is not None and not value.startswith(("data:", "#")):
+                web = value.startswith(("http://", "https://"))
+                if tag != "a":
+                    self.outside.append(value)
+                elif not web:
+                    self.links.append(value)
             elif name == "style":
                 self.outside += _LOADED_BY_STYLE.findall(value or "")
 

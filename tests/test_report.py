@@ -95,6 +95,7 @@ def write_pictures(root, params, count=3):
         blob += file.getvalue()
     (folder / "part-00000.tar").write_bytes(blob)
     pd.DataFrame(rows).to_parquet(folder / "part-00000.parquet")
+    (folder / "part-00000.json").write_text("{}")
     for captioner in params.caption.captioners:
         folder = root / params.paths.captions / captioner / "test"
         folder.mkdir(parents=True)
@@ -763,3 +764,15 @@ def test_broken_json_is_an_error_that_names_the_file(tmp_path):
     (tmp_path / params.paths.metrics / "gamma.json").write_text("{")
     with pytest.raises(ValueError, match=r"gamma\.json is not JSON"):
         load_inputs(params, tmp_path)
+
+
+def test_pages_of_the_gates_come_with_the_report(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    pages = tmp_path / params.paths.stages / "data-docs" / "ingest"
+    pages.mkdir(parents=True)
+    (pages / "index.html").write_text("what the gate looked at")
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    assert '<a href="data-docs/ingest/index.html">Data Docs</a>' in page.read_text()
+    assert "data-docs/shard" not in page.read_text()
+    assert (page.parent / "data-docs/ingest/index.html").read_text() == "what the gate looked at"

@@ -345,7 +345,6 @@ def test_report_passes(tmp_path):
         '<script src="http://example.org/a.js"></script>',
         '<link rel="stylesheet" href="https://example.org/a.css">',
         '<img src="figures/a.png">',
-        '<a href="table.csv">table</a>',
         "<style>@import url('https://example.org/a.css')</style>",
         '<style>@import "a.css";</style>',
         '<p style="background: url(figures/a.png)">',
@@ -368,3 +367,13 @@ def test_report_fails_on_missing_images(tmp_path):
 def test_report_fails_without_a_page(tmp_path):
     line = found(lambda report: gate_report(tmp_path / "index.html", 0, report), tmp_path / "report")
     assert "index.html is there and is not empty (bytes): found 0" in line
+
+
+def test_report_fails_on_a_link_to_nowhere(tmp_path):
+    page = tmp_path / "index.html"
+    page.write_text(PAGE + '<a href="data-docs/ingest/index.html">pages</a>')
+    line = "links to files that are there: found 1 (data-docs/ingest/index.html)"
+    assert line in found(lambda report: gate_report(page, 1, report), tmp_path / "report")
+    (tmp_path / "data-docs" / "ingest").mkdir(parents=True)
+    (tmp_path / "data-docs" / "ingest" / "index.html").touch()
+    gate_report(page, 1, tmp_path / "report")

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lotlip.config import Params, Pretrain
 from lotlip.files import read_json
+from lotlip.records import DATA_DOCS
 
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
 
@@ -76,6 +77,7 @@ class StageRecord:
         failure_kinds: kind → number of failures.
         gate: what was expected, each with "what", "observed" and "success".
         notes: other figures by name.
+        data_docs: folder of Great Expectations' pages of it; None where there are none.
     """
 
     label: str
@@ -87,6 +89,7 @@ class StageRecord:
     failure_kinds: dict[str, int] = field(default_factory=dict)
     gate: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
+    data_docs: Path | None = None
 
     @property
     def orchestration_share(self) -> float:
@@ -218,16 +221,16 @@ def _stages(params: Params, root: Path, missing: list[str]) -> list[StageRecord]
     if absent:
         missing.append(f"records of stages: {', '.join(absent)}")
     known = StageRecord.__dataclass_fields__
-    return [
-        StageRecord(label, **{key: value for key, value in read_json(path).items() if key in known})
-        for label, path in paths.items()
-        if path.exists()
-    ]
+    records = []
+    for label, path in paths.items():
+        if path.exists():
+            pages = path.parent / DATA_DOCS / label
+            told = {key: value for key, value in read_json(path).items() if key in known}
+            records.append(StageRecord(label, **told, data_docs=pages if (pages / "index.html").is_file() else None))
+    return records
 
 
 # --- contact sheet ------------------------------------------------------------------------------------------------
-
-PARTITION = "test/part-00000"
 
 
 def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
@@ -237,38 +240,53 @@ def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
     if params.report.contact_sheet == 0:
         return []
     ingest = root / params.paths.ingest
-    if not (ingest / f"{PARTITION}.parquet").exists():
-        missing.append(f"contact sheet: {params.paths.ingest / PARTITION}.parquet is not there")
-        return []
-    captions: dict[str, dict[str, str]] = {}
-    for name in params.caption.captioners:
-        folder = root / params.paths.captions / name
-        if not (folder / f"{PARTITION}.parquet").exists():
-            missing.append(f"contact sheet: no captions of {name} for {PARTITION}")
-            continue
-        table = partitions.read_captions(folder, PARTITION, ["key", "text"])
-        for key, text in zip(table["key"], table["text"], strict=True):
-            captions.setdefault(key, {})[name] = text
-    rows = partitions.read_table(ingest, PARTITION).head(params.report.contact_sheet).to_dict("records")
-    pictures = []
-    for row in rows:
-        image = partitions.read_image(ingest, PARTITION, row["offset"], row["size"])
-        jpeg = _jpeg(image, row.get("scene"))
-        pictures.append(Picture(row["key"], jpeg, row["raw_caption"], captions.get(row["key"], {})))
+    names = partitions.unit_names(ingest, "test")
+    if not names:
+        missing.append(f"contact sheet: {params.paths.ingest / 'test'} has no partition")
+    silent: dict[str, None] = {}
+    pictures: list[Picture] = []
+    for name in names:
+        rows = partitions.read_table(ingest, name).head(params.report.contact_sheet - len(pictures)).to_dict("records")
+        captions = _long_captions(params, root, name, silent)
+        for row in rows:
+            image = partitions.read_image(ingest, name, row["offset"], row["size"])
+            jpeg = _jpeg(image, row.get("scene"))
+            pictures.append(Picture(row["key"], jpeg, row["raw_caption"], captions.get(row["key"], {})))
+        if len(pictures) == params.report.contact_sheet:
+            break
+    missing += silent
     return pictures
+
+
+def _long_captions(params: Params, root: Path, name: str, silent: dict[str, None]) -> dict[str, dict[str, str]]:
+    """Key → captioner → long caption, of a partition; `silent` gets a line for a captioner that has none for it."""
+    from lotlip import partitions
+
+    captions: dict[str, dict[str, str]] = {}
+    for captioner in params.caption.captioners:
+        folder = root / params.paths.captions / captioner
+        if not (folder / f"{name}.parquet").exists():
+            silent[f"contact sheet: no captions of {captioner} for {name}"] = None
+            continue
+        table = partitions.read_captions(folder, name, ["key", "text"])
+        for key, text in zip(table["key"], table["text"], strict=True):
+            captions.setdefault(key, {})[captioner] = text
+    return captions
 
 
 def _jpeg(image: bytes, scene: Any) -> bytes:
     """A picture of at most PICTURE_SIZE pixels; a scene is drawn anew, sharper than the model sees it."""
     from PIL import Image
 
+    from lotlip.data.images import decode_rgb
+
     if isinstance(scene, str):
         from lotlip.sources.scenes import Scene, render
 
         picture = render(Scene.from_json(json.loads(scene)), size=PICTURE_SIZE)
     else:
-        picture = Image.open(io.BytesIO(image))
+        picture = decode_rgb(image)
         picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.convert("RGB").save(buffer, "JPEG", quality=85)
+    picture.save(buffer, "JPEG", quality=85)
     return buffer.getvalue()

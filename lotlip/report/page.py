@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shutil
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lotlip.files import remove, whole
+from lotlip.records import DATA_DOCS
 from lotlip.report import figures, groups, results, stages, tables
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.tables import Cell, Table
@@ -30,13 +32,17 @@ class Bar:
 
 
 def build_report(inputs: ReportInputs, out: Path) -> Path:
-    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/figures/*.png` and
-    `out/tables/*.csv`; figures and tables of an earlier report are removed. Returns the page's path.
+    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/figures/*.png`,
+    `out/tables/*.csv` and `out/data-docs`, the gates' pages; what an earlier report had of them is removed. Returns
+    the page's path.
     """
     context = _context(inputs)
-    for name in ("figures", "tables"):
+    for name in ("figures", "tables", DATA_DOCS):
         remove(out / name)
         (out / name).mkdir(parents=True)
+    for stage in inputs.stages:
+        if stage.data_docs:
+            shutil.copytree(stage.data_docs, out / DATA_DOCS / stage.label)
     for figure in context["all_figures"]:
         (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
     for table in context["all_tables"]:
