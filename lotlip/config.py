@@ -9,6 +9,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -159,7 +160,45 @@ class TableCaptioner(Section):
     path: Path
 
 
-Captioner = Annotated[SceneCaptioner | TableCaptioner, Field(discriminator="kind")]
+class EndpointCaptioner(Section):
+    """A multimodal LLM behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+
+    kind: Literal["endpoint"]
+    path: Path = Field(description="the module that asks the server; DVC watches it")
+    url: str = Field(description="of the API, with its version: http://127.0.0.1:8000/v1")
+    model: Annotated[str, Field(min_length=1)] = Field(description="the server's name for it")
+    revision: Annotated[str, Field(min_length=1)] = Field(
+        description="of the model's weights, as the server was started with; part of every caption's revision"
+    )
+    prompt: Annotated[str, Field(min_length=1)] = "Describe this image in detail."
+    max_tokens: Count = Field(512, description="longest caption, in the model's tokens")
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    seed: int = 0
+    concurrency: Count = Field(
+        16, description="requests in flight from a process, whatever number of units it works on"
+    )
+    timeout_seconds: Positive = Field(120, description="a request that brings nothing for so long is tried again")
+    retries: NonNegative = Field(
+        5, description="tries after the first, for a request; half a second, one, two, … apart"
+    )
+
+    @model_validator(mode="after")
+    def _usable_url(self) -> EndpointCaptioner:
+        try:
+            parts = urlsplit(self.url)
+            usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # of a port that is no number
+            usable = False
+        # The message does not repeat it: it may hold a password.
+        if not usable or parts.query or parts.fragment:
+            raise ValueError("url is no address of an API; write one like http://127.0.0.1:8000/v1")
+        if "@" in parts.netloc:
+            raise ValueError("url holds a password; leave it out and set LOTLIP_ENDPOINT_KEY in the environment")
+        return self
+
+
+Captioner = Annotated[SceneCaptioner | TableCaptioner | EndpointCaptioner, Field(discriminator="kind")]
 
 
 class CaptionStage(Section):

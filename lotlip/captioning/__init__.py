@@ -27,7 +27,9 @@ class Captioner(Protocol):
         """A caption for each image, or why there is none: one for one, in their order."""
 
 
-def open_captioner(name: str, settings: config.SceneCaptioner | config.TableCaptioner, tokenizer: str) -> Captioner:
+def open_captioner(
+    name: str, settings: config.SceneCaptioner | config.TableCaptioner | config.EndpointCaptioner, tokenizer: str
+) -> Captioner:
     """The captioner that `caption.captioners.<name>` of params.yaml describes.
 
     Args:
@@ -36,7 +38,7 @@ def open_captioner(name: str, settings: config.SceneCaptioner | config.TableCapt
         tokenizer: whose word pieces are counted.
 
     Raises:
-        ValueError: its file or the tokenizer cannot be used.
+        ValueError: its file, its server's address or the tokenizer cannot be used. No server is asked yet.
     """
     from lotlip.data.tokenizer import count_tokens
 
@@ -44,6 +46,11 @@ def open_captioner(name: str, settings: config.SceneCaptioner | config.TableCapt
         from lotlip.captioning.scenes import SceneCaptioner
 
         return SceneCaptioner(name, settings, count_tokens(tokenizer))
+
+    if isinstance(settings, config.EndpointCaptioner):
+        from lotlip.captioning.endpoint import EndpointCaptioner
+
+        return EndpointCaptioner(name, settings, count_tokens(tokenizer))
 
     from lotlip.captioning.table import TableCaptioner
 
