@@ -25,6 +25,7 @@ from lotlip.captioning import open_captioner
 from lotlip.captioning.endpoint import EndpointCaptioner
 from lotlip.config import ConfigError, load_params
 from lotlip.config import EndpointCaptioner as Settings
+from lotlip.partitions import finished, read_captions, write_captions
 from lotlip.records import Caption, Failure, ImageRecord
 from tests.captioning_server import (
     MODEL,
@@ -242,7 +243,7 @@ def test_a_server_that_fails_all_of_a_sudden_is_no_reason_to_give_pictures_up():
 
 
 def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_path):
-    port = free_port()
+    port, unit = free_port(), "train/part-00000"
     author = captioner(f"http://127.0.0.1:{port}/v1", concurrency=3, retries=1)
     server = _start_server(port)
     try:
@@ -254,13 +255,15 @@ def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_pat
         ):
             list(given)
         with pytest.raises(ConnectionError):  # still gone
-            list(author.caption(records(40)))
+            write_captions(unit, author.caption(records(40)), 40, tmp_path)
+        assert finished(unit, tmp_path) is None
         server = _start_server(port)
-        found = list(author.caption(records(40)))
+        report = write_captions(unit, author.caption(records(40)), 40, tmp_path)
     finally:
         end_group(server)
     assert_all_there(first, 5)
-    assert_all_there(found, 40)
+    assert (finished(unit, tmp_path), report.written) == (report, 40)
+    assert list(read_captions(tmp_path, unit)["text"]) == [words_for(picture(number)) for number in range(40)]
 
 
 def _start_server(port: int) -> subprocess.Popen:
