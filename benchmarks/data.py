@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lotlip.data.tars import write_index
+from lotlip.data.tars import TarWriter, write_index
 from lotlip.files import write_json
-from lotlip.partitions import TarWriter
 
 CAPTIONERS = ("instructblip", "llava", "sharegpt4v")
 WORDS = [
@@ -45,8 +44,8 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
         path = folder / f"{name}.tar"
         with path.open("wb") as file, TarWriter(file) as tar:
             for number in range(size):
-                key, raw = f"{name}-{number:06d}", _sentence(rng)
-                captions = {captioner: [_sentence(rng) for _ in range(8)] for captioner in CAPTIONERS}
+                key, raw = f"{name}-{number:06d}", sentence(rng)
+                captions = {captioner: [sentence(rng) for _ in range(8)] for captioner in CAPTIONERS}
                 tar.add(f"{key}.json", json.dumps({"raw": raw, "captions": captions}).encode())
                 feature = io.BytesIO()
                 np.save(feature, noise.standard_normal(width, dtype=np.float32))
@@ -58,7 +57,8 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
     write_json(folder / "index.json", {"features": True, "splits": {"train": {"samples": samples, "shards": listed}}})
 
 
-def _sentence(rng: random.Random) -> str:
+def sentence(rng: random.Random) -> str:
+    """Eight to fourteen words."""
     return " ".join(rng.choices(WORDS, k=rng.randint(8, 14)))
 
 

@@ -1,0 +1,224 @@
+"""How fast shards are written, and in how much memory: `python -m benchmarks.shard`.
+
+It makes small JPEGs with a raw and three long captions each, as files and as the partitions that ingest and captioners
+leave, and writes tars of 1,000 samples from them in three ways: ours (from partitions: shuffled, hashed, indexed), with
+webdataset's `ShardWriter` (from the files, in their order) and with GNU tar (the same files, in their order). A round
+runs each way once; rates are medians over rounds, ratios medians of each round's. Then ours alone, with a quarter, half
+and all of the samples. Memory is the peak of a process that does all that the stages do with partitions but for drawing
+and captioning pictures: what comes twice, both gates, shards and statistics, with some partitions and with ten times as
+many. `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import webdataset as wds
+from PIL import Image
+
+from benchmarks.data import CAPTIONERS, sentence
+from lotlip.config import Ingest, Shard
+from lotlip.inspection import held_out_images
+from lotlip.partitions import finished, read_index, unit_names, write_captions, write_index, write_partitions
+from lotlip.records import Caption, ImageRecord, Unit, UnitReport
+from lotlip.repeats import unique_partitions
+from lotlip.shards import group_reader, plan_shards, shard_statistics, write_shard, write_shard_index
+
+PER_SHARD = 1000
+MEMORY_PARTITION = 250  # samples in a partition where memory is measured
+
+
+def records(samples: int) -> list[ImageRecord]:
+    """Small JPEGs, all different, with raw captions."""
+    rng, noise = random.Random(0), np.random.default_rng(0)
+    found = []
+    for number in range(samples):
+        pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        image = file.getvalue()
+        sha256 = hashlib.sha256(image).hexdigest()
+        found.append(ImageRecord(f"s{number:08d}", image, "jpg", sentence(rng), 96, 96, sha256))
+    return found
+
+
+def write_data(folder: Path, samples: int, partition: int) -> None:
+    """`folder/ingest` and `folder/captions/<captioner>`, in partitions of so many samples."""
+    rng = random.Random(1)
+    every = records(samples)
+    reports: dict[str, list[UnitReport]] = {name: [] for name in ("ingest", *CAPTIONERS)}
+    for index, start in enumerate(range(0, samples, partition)):
+        part = every[start : start + partition]
+        split = "test" if index == 0 and samples > partition else "train"
+        unit = Unit(split, index, tuple(record.key for record in part))
+        reports["ingest"] += write_partitions(unit, part, folder / "ingest", split_of=str)
+        for name in CAPTIONERS:
+            texts = [[sentence(rng) for _ in range(8)] for _ in part]
+            captions = [
+                Caption(record.key, name, ". ".join(text), text, 90, "stop", "r", "")
+                for record, text in zip(part, texts, strict=True)
+            ]
+            reports[name].append(write_captions(unit.name, captions, len(part), folder / "captions" / name))
+    write_index(folder / "ingest", reports["ingest"])
+    for name in CAPTIONERS:
+        write_index(folder / "captions" / name, reports[name])
+
+
+# --- three ways ---------------------------------------------------------------------------------------------------
+
+
+def ours(data: Path, out: Path) -> list[UnitReport]:
+    """All shards of the training split."""
+    captions = {name: data / "captions" / name for name in CAPTIONERS}
+    group = group_reader(data / "ingest", captions)
+    plans = plan_shards(data / "ingest", captions, "train", PER_SHARD, 0)
+    return [write_shard(plan, group(plan.partitions), out, None, 250) for plan in plans]
+
+
+def with_webdataset(files: list[str], folder: Path, out: Path) -> None:
+    """The same samples by webdataset's own writer."""
+    out.mkdir(parents=True, exist_ok=True)
+    with wds.ShardWriter(str(out / "train-%06d.tar"), maxcount=PER_SHARD, verbose=0) as sink:
+        for key in files:
+            content = json.loads((folder / f"{key}.json").read_bytes())
+            sink.write({"__key__": key, "json": content, "jpg": (folder / f"{key}.jpg").read_bytes()})
+
+
+def with_gnu_tar(files: list[str], folder: Path, out: Path) -> None:
+    """The same files by GNU tar."""
+    out.mkdir(parents=True, exist_ok=True)
+    for number, start in enumerate(range(0, len(files), PER_SHARD)):
+        names = "\n".join(f"{key}.{end}" for key in files[start : start + PER_SHARD] for end in ("json", "jpg"))
+        command = ["tar", "--create", f"--file={out / f'train-{number:06d}.tar'}", f"--directory={folder}"]
+        subprocess.run([*command, "--files-from=-"], input=names, text=True, check=True)
+
+
+def unpack(shards: Path, folder: Path) -> list[str]:
+    """The shards' samples as files; returns their keys."""
+    keys = []
+    folder.mkdir()
+    for sample in wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=False):
+        keys.append(sample["__key__"])
+        for end in ("json", "jpg"):
+            (folder / f"{keys[-1]}.{end}").write_bytes(sample[end])
+    return sorted(keys)
+
+
+def seconds(way: Callable[[Path], Any], folder: Path) -> float:
+    out = folder / "out"
+    start = time.perf_counter()
+    way(out)
+    taken = time.perf_counter() - start
+    shutil.rmtree(out)
+    return taken
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def all_stages(data: Path) -> None:
+    """What ingest, shard and their gates do with partitions that are there."""
+    from lotlip.validation import gate_ingest, gate_shard
+
+    ingest, shards = data / "unique", data / "shards"
+    reports = [report for name in unit_names(data / "ingest") if (report := finished(name, data / "ingest"))]
+    unique = unique_partitions(data / "ingest", reports, ingest, {})
+    write_index(ingest, unique)
+    settings = Ingest(source={"kind": "folder", "path": data})
+    gate_ingest(settings, ingest, unique, len(unique), (), data / "gate")
+    captions = {name: data / "captions" / name for name in CAPTIONERS}
+    group = group_reader(ingest, captions)
+    plans = plan_shards(ingest, captions, "train", PER_SHARD, 0)
+    written = [write_shard(plan, group(plan.partitions), shards, None, 250) for plan in plans]
+    statistics = shard_statistics(ingest, captions, "train", len)
+    write_shard_index(shards, {"train": written}, statistics, features=False)
+    held_out = held_out_images(ingest, unit_names(ingest))
+    sizes = Shard(samples_per_shard=PER_SHARD, store_features=False)
+    gate_shard(sizes, shards, read_index(shards), sum(map(len, plans)), held_out, data / "gate")
+
+
+def peak_memory(partitions: int) -> float:
+    """MB of a process of its own that runs `all_stages`."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_data(Path(folder), partitions * MEMORY_PARTITION, MEMORY_PARTITION)
+        command = [sys.executable, "-m", "benchmarks.shard", "--stages", folder]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        return float(done.stdout) / 1000
+
+
+def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
+    """Rates in samples/s and ratios by way; seconds per 1,000 samples by share of the samples; peak memory in MB."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_data(folder / "data", samples, 1000)
+        ours(folder / "data", folder / "shards")
+        files = unpack(folder / "shards", folder / "files")
+        shutil.rmtree(folder / "shards")
+        ways: dict[str, Callable[[Path], Any]] = {
+            "ours": lambda out: ours(folder / "data", out),
+            "webdataset": lambda out: with_webdataset(files, folder / "files", out),
+            "GNU tar": lambda out: with_gnu_tar(files, folder / "files", out),
+        }
+        taken: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(rounds):
+            for way, write in ways.items():
+                taken[way].append(seconds(write, folder))
+        growth = {}
+        for part in (samples // 4, samples // 2, samples):
+            write_data(folder / str(part), part, 1000)
+            times = [seconds(lambda out, part=part: ours(folder / str(part), out), folder) for _ in range(rounds)]
+            growth[part] = 1000 * median(times) / part
+    return {
+        "samples": samples,
+        "samples_per_second": {way: len(files) / median(times) for way, times in taken.items()},
+        "ours_to": {
+            way: median(other / own for other, own in zip(taken[way], taken["ours"], strict=True))
+            for way in ("webdataset", "GNU tar")
+        },
+        "seconds_per_1000": growth,
+        "peak_megabytes": {count: peak_memory(count) for count in (partitions, 10 * partitions)},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--partitions", type=int, default=20, help="where memory is measured, and ten times as many")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stages:
+        all_stages(options.stages)
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+        return
+    found = measure(options.samples, options.rounds, options.partitions)
+    if options.json:
+        print(json.dumps(found))
+        return
+    for way, rate in found["samples_per_second"].items():
+        ratio = f"   ours: {found['ours_to'][way]:.2f} times" if way in found["ours_to"] else ""
+        print(f"{way:12} {rate:8,.0f} samples/s{ratio}")
+    for count, taken in found["seconds_per_1000"].items():
+        print(f"ours, {count:7,} samples: {taken:.3f} s per 1,000")
+    for count, peak in found["peak_megabytes"].items():
+        print(f"peak memory with {count:5,} partitions: {peak:,.0f} MB")
+
+
+if __name__ == "__main__":
+    main()
