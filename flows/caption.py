@@ -9,7 +9,7 @@ from prefect import flow
 from flows.stage import Stage, StageFailed, hash_of, main
 from lotlip.captioning import open_captioner
 from lotlip.config import load_params
-from lotlip.files import sha256_files
+from lotlip.files import sha256_tree
 from lotlip.partitions import finished, read_index, read_records, unit_names, write_captions, write_index
 from lotlip.records import UnitReport
 
@@ -26,7 +26,7 @@ def caption(captioner: str) -> None:
     if captioner not in config.captioners:
         raise StageFailed(f"no captioner {captioner!r} in params.yaml; there are: {', '.join(config.captioners)}")
     settings = config.captioners[captioner]
-    inputs = {"ingest": hash_of(source / "index.json"), "path": sha256_files([settings.path])}
+    inputs = {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
     stage = Stage("caption", params, settings.model_dump(mode="json"), inputs, captioner)
     author = open_captioner(captioner, settings, config.tokenizer)
     sizes = {unit["name"]: unit["written"] for unit in read_index(source)["units"]}

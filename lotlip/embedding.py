@@ -242,7 +242,7 @@ def _encode_images(
         except ValueError as error:
             return name, str(error)
 
-    for batch in in_batches(_ahead(prepare, files, 2 * batch_size), batch_size):
+    for batch in in_batches(ahead(prepare, files, 2 * batch_size), batch_size):
         left_out += [(name, found) for name, found in batch if isinstance(found, str)]
         good = [(name, found) for name, found in batch if not isinstance(found, str)]
         yield Rows([name for name, _ in good], None, embedder.prepared(pixels for _, pixels in good))
@@ -288,7 +288,7 @@ def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield batch
 
 
-def _ahead(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+def ahead(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
     """Like `map`, but threads are up to `depth` items ahead of who asks."""
     waiting: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))

@@ -64,6 +64,18 @@ def sha256_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def sha256_tree(path: Path) -> str:
+    """One hash over a file, or over a folder's files with their names and places in it, in hex.
+
+    Hidden files and folders do not count: they are what tools leave beside the data.
+    """
+    if path.is_file():
+        return sha256_files([path])
+    files = {file.relative_to(path).as_posix(): file for file in sorted(path.rglob("*")) if file.is_file()}
+    shown = {name: file for name, file in files.items() if not any(part.startswith(".") for part in name.split("/"))}
+    return sha256_json({name: sha256_files([file]) for name, file in shown.items()})
+
+
 def sha256_json(data: Any) -> str:
     """A hash of plain JSON data that does not depend on the order of keys, in hex."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()

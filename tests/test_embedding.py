@@ -293,7 +293,7 @@ def test_threads_are_ahead_but_not_far():
             asked.append(number)
             yield number
 
-    found = embedding._ahead(lambda number: number * number, items(), 5)
+    found = embedding.ahead(lambda number: number * number, items(), 5)
     assert next(found) == 0
     assert len(asked) == 6
     assert [next(found), next(found)] == [1, 4]
@@ -303,7 +303,7 @@ def test_threads_are_ahead_but_not_far():
 
 def test_an_error_in_a_thread_comes_out():
     with pytest.raises(ZeroDivisionError):
-        list(embedding._ahead(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
+        list(embedding.ahead(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lotlip.files import PARTIAL, read_json, remove, sha256_files, sha256_json, whole, write_json
+from lotlip.files import PARTIAL, read_json, remove, sha256_files, sha256_json, sha256_tree, whole, write_json
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -132,3 +132,18 @@ def test_the_hash_of_files_is_of_their_contents_in_order(tmp_path):
     assert sha256_files(reversed(here)) != sha256_files(here)
     assert sha256_files(shifted) != sha256_files(here)
     assert sha256_files(here[:1]) != sha256_files(here)
+
+
+def test_a_folder_s_hash_is_of_names_and_contents(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a").write_text("1")
+    (tmp_path / "deep" / "b").write_text("2")
+    before = sha256_tree(tmp_path)
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / ".cache" / "lock").touch()
+    assert sha256_tree(tmp_path) == before
+    (tmp_path / "deep" / "b").rename(tmp_path / "deep" / "c")
+    renamed = sha256_tree(tmp_path)
+    (tmp_path / "deep" / "c").write_text("3")
+    assert len({before, renamed, sha256_tree(tmp_path)}) == 3
+    assert sha256_tree(tmp_path / "a") == sha256_files([tmp_path / "a"])
