@@ -198,7 +198,112 @@ class EndpointCaptioner(Section):
         return self
 
 
-Captioner = Annotated[SceneCaptioner | TableCaptioner | EndpointCaptioner, Field(discriminator="kind")]
+# The paper's three, as their own keys of an entry. It says only that they are asked for a detailed description: the
+# words are those that LLaVA was taught detailed descriptions with (arXiv 2304.08485, the first of its list). How the
+# text is decoded is not said either: InstructBLIP's is its model card's, the others' is greedy.
+DESCRIBE = "Describe the following image in detail."
+PRESETS: dict[str, dict[str, Any]] = {
+    "instructblip-vicuna-7b": {
+        "model": "Salesforce/instructblip-vicuna-7b",
+        "revision": "19103d0c5b5263c8a7891012e08573439fb6607f",
+        "prompt": DESCRIBE,
+        "max_new_tokens": 256,
+        "num_beams": 5,
+        "repetition_penalty": 1.5,
+        "dtype": "bfloat16",
+        "batch_size": 32,
+    },
+    "llava-1.5-13b": {
+        "model": "llava-hf/llava-1.5-13b-hf",
+        "revision": "5dda2880bda009266dda7c4baff660b95ca64540",
+        "prompt": DESCRIBE,
+        "max_new_tokens": 256,
+        "dtype": "bfloat16",
+        "batch_size": 32,
+    },
+    # Its weights on the hub are in another code's layout, so the model is for the user to name. The whole prompt is
+    # Vicuna's conversation, as its authors' code has it: a converted folder need not have a chat template.
+    "sharegpt4v-13b": {
+        "prompt": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+        f"helpful, detailed, and polite answers to the user's questions. USER: <image>\n{DESCRIBE} ASSISTANT:",
+        "max_new_tokens": 256,
+        "dtype": "bfloat16",
+        "batch_size": 32,
+    },
+}
+
+
+class TransformersCaptioner(Section):
+    """A multimodal language model of the transformers library, from the model hub or a folder.
+
+    What the entry does not say is the preset's, where it names one.
+    """
+
+    kind: Literal["transformers"]
+    path: Path = Field(
+        description="the model's folder, or lotlip/captioning/mllm.py for a model of the hub; DVC watches it"
+    )
+    preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = None
+    model: str = Field(description="its name on the hub, OWNER/NAME; for a model in a folder, the same as path")
+    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
+        None, description="the hub's commit; a folder's is the hash of its files"
+    )
+    prompt: Annotated[str, Field(min_length=1)] = Field(
+        DESCRIBE, description="the question; or, where it has the model's image token in it, all that the model is told"
+    )
+    max_new_tokens: Count = Field(256, description="a caption that has not ended by then is cut")
+    num_beams: Count = Field(1, description="1: no beam search")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0, tokens are drawn by chance")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="tokens are drawn from so much of the chance")
+    repetition_penalty: Positive = Field(1.0, description="1: none")
+    length_penalty: float = Field(1.0, description="of beams: above 0 longer texts win, below it shorter ones")
+    seed: int = Field(0, description="of what is drawn by chance")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on the CPU"
+    )
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
+        "auto", description="auto: spread over all GPUs that the process sees, the CPU where there is none"
+    )
+    batch_size: Count = Field(8, description="images at a time; halved where they do not fit into the GPU's memory")
+
+    @property
+    def in_a_folder(self) -> bool:
+        """Whether the model is in the folder `path`, not on the hub."""
+        return Path(self.model) == self.path
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_the_preset(cls, data: Any) -> Any:
+        name = data.get("preset") if isinstance(data, dict) else None
+        if not isinstance(name, str) or name not in PRESETS:
+            return data
+        preset = dict(PRESETS[name])
+        if "model" in data:
+            preset.pop("revision", None)  # is another model's
+        if "model" not in {**preset, **data}:
+            raise ValueError(
+                f"preset {name} has no model, since no hub repository has its weights as transformers reads "
+                "them; set model and path to a folder of converted weights (docs/captioning.md says how)"
+            )
+        return {**preset, **data}
+
+    @model_validator(mode="after")
+    def _possible(self) -> TransformersCaptioner:
+        if not self.in_a_folder and self.revision is None:
+            raise ValueError(
+                f"model {self.model} is on the hub, where it may change; set revision to a commit of it (40 hex "
+                "digits). A model in a folder has the folder's name as model and as path"
+            )
+        if self.in_a_folder and self.revision is not None:
+            raise ValueError(f"the model in {self.path} has the hash of its files as revision; leave revision out")
+        if self.temperature and self.num_beams > 1:
+            raise ValueError("temperature is for drawing by chance, num_beams for search; set one of them, not both")
+        return self
+
+
+Captioner = Annotated[
+    SceneCaptioner | TableCaptioner | TransformersCaptioner | EndpointCaptioner, Field(discriminator="kind")
+]
 
 
 class CaptionStage(Section):

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lotlip.config import HOW, ConfigError, Params, Pretrain, load_params, merge
+from lotlip.config import HOW, PRESETS, ConfigError, Params, Pretrain, TransformersCaptioner, load_params, merge
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -282,3 +282,49 @@ def test_how_the_work_is_done_decides_nothing():
 def test_settings_of_the_loader_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
         Pretrain.model_validate(settings)
+
+
+# --- captioners of transformers ---------------------------------------------------------------------------------------
+
+MLLM = {"kind": "transformers", "path": "lotlip/captioning/mllm.py"}
+COMMIT = "0123456789" * 4
+
+
+def mllm(folder: Path, entry: dict[str, Any]) -> TransformersCaptioner:
+    found = load(folder, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}}).caption.captioners["mine"]
+    assert isinstance(found, TransformersCaptioner)
+    return found
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if "model" in PRESETS[name]])
+def test_a_preset_gives_what_the_entry_does_not_say(tmp_path, preset):
+    plain, other = mllm(tmp_path, {"preset": preset}), mllm(tmp_path, {"preset": preset, "max_new_tokens": 7})
+    assert {name: getattr(plain, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert other == plain.model_copy(update={"max_new_tokens": 7})
+    assert TransformersCaptioner.model_validate(plain.model_dump()) == plain
+
+
+def test_every_preset_can_be_had_from_a_folder(tmp_path):
+    for preset in PRESETS:
+        found = mllm(tmp_path, {"preset": preset, "model": "weights/mine", "path": "weights/mine/"})
+        assert found.in_a_folder
+        assert (found.revision, found.prompt) == (None, PRESETS[preset]["prompt"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"preset": "sharegpt4v-13b"}, ": preset sharegpt4v-13b has no model, .* set model and path to a folder"),
+        ({"preset": "llava-1.5-13b", "model": "me/llava"}, ": model me/llava is on the hub, .* set revision"),
+        ({"model": "me/llava"}, ": model me/llava is on the hub, .* set revision to a commit"),
+        ({"model": "me/llava", "revision": "main"}, r"\.revision: .*not 'main'"),
+        ({"model": "here", "path": "here", "revision": COMMIT}, ": the model in here has the hash of its files"),
+        ({"model": "me/llava", "revision": COMMIT, "temperature": 1, "num_beams": 2}, ": temperature is for drawing"),
+        ({"model": "me/llava", "revision": COMMIT, "device": "tpu"}, r"\.device: .*not 'tpu'"),
+        ({"preset": "llava", "model": "me/llava", "revision": COMMIT}, r"\.preset: .*'llava-1\.5-13b'.*not 'llava'"),
+        ({}, r"\.model: missing; it has no default"),
+    ],
+)
+def test_a_model_that_cannot_be_meant_is_refused(tmp_path, entry, message):
+    (line,) = complaints(tmp_path, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}})
+    assert re.match(rf"caption\.captioners\.mine{message}", line)

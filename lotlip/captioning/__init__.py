@@ -13,23 +13,23 @@ class Captioner(Protocol):
     """Describes images in detail.
 
     Attributes:
-        revision: of the model or the table behind it; every caption carries it.
         prompt: what is asked for each image; empty where nothing is asked.
         about: all that decides a caption's text besides the image, as plain JSON: captions written under another
             prompt, model, revision or way of decoding are kept apart.
     """
 
-    revision: str
     prompt: str
     about: dict[str, Any]
+
+    @property
+    def revision(self) -> str:
+        """Of the model or the table behind it; every caption carries it."""
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """A caption for each image, or why there is none: one for one, in their order."""
 
 
-def open_captioner(
-    name: str, settings: config.SceneCaptioner | config.TableCaptioner | config.EndpointCaptioner, tokenizer: str
-) -> Captioner:
+def open_captioner(name: str, settings: config.Captioner, tokenizer: str) -> Captioner:
     """The captioner that `caption.captioners.<name>` of params.yaml describes.
 
     Args:
@@ -38,7 +38,7 @@ def open_captioner(
         tokenizer: whose word pieces are counted.
 
     Raises:
-        ValueError: its file, its server's address or the tokenizer cannot be used. No server is asked yet.
+        ValueError: its file, its model, its server's address or the tokenizer cannot be used. No server is asked yet.
     """
     from lotlip.data.tokenizer import count_tokens
 
@@ -51,6 +51,11 @@ def open_captioner(
         from lotlip.captioning.endpoint import EndpointCaptioner
 
         return EndpointCaptioner(name, settings, count_tokens(tokenizer))
+
+    if isinstance(settings, config.TransformersCaptioner):
+        from lotlip.captioning.mllm import TransformersCaptioner
+
+        return TransformersCaptioner(name, settings, count_tokens(tokenizer))
 
     from lotlip.captioning.table import TableCaptioner
 
