@@ -311,9 +311,10 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
             source, **where, use_safetensors=True, dtype=dtype, device_map=device if gpu else None
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ValueError(
             f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
-            f"with safetensors weights and without code of its own: {str(error).strip().splitlines()[0]}"
+            f"with safetensors weights and without code of its own: {reason}"
         ) from error
     for name in ("patch_size", "num_query_tokens"):
         if getattr(processor, name, 0) is None:
