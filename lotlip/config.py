@@ -199,8 +199,8 @@ class EndpointCaptioner(Section):
 
 
 # The paper's three, as their own keys of an entry. It says only that they are asked for a detailed description: the
-# words are those that LLaVA was taught detailed descriptions with (arXiv 2304.08485, the first of its list). How the
-# text is decoded is not said either: InstructBLIP's is its model card's, the others' is greedy.
+# words are one of the questions that LLaVA was taught detailed descriptions with (arXiv 2304.08485). How the text is
+# decoded is not said either: InstructBLIP's is its model card's, the others' is greedy.
 DESCRIBE = "Describe the following image in detail."
 PRESETS: dict[str, dict[str, Any]] = {
     "instructblip-vicuna-7b": {

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BertConfig,
 
 from lotlip.captioning import mllm, open_captioner
 from lotlip.captioning.mllm import TransformersCaptioner
+from lotlip.config import PRESETS
 from lotlip.config import TransformersCaptioner as Settings
 from lotlip.data.images import decode_rgb
 from lotlip.records import Caption, Failure, ImageRecord
@@ -27,6 +31,7 @@ FAMILIES = {"llava": save_llava, "llava-next": save_llava_next, "instructblip": 
 SHAPES = [(40, 30), (30, 75), (90, 25), (31, 31), (64, 64)]
 RECORDS = [picture(number, *SHAPES[number % len(SHAPES)]) for number in range(24)]
 NEW_TOKENS = 16
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -332,3 +337,39 @@ def test_a_model_that_does_not_say_how_a_text_ends_is_named():
     with pytest.raises(ValueError, match="tiny does not say which token ends a text"):
         mllm._ends(model, silent)
     assert mllm._ends(model, SimpleNamespace(eos_token_id=7)) == [7]
+
+
+# --- the paper's third ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_documented_conversion_of_sharegpt4v_writes_what_the_original_has(llava, tmp_path):
+    """A tiny LLaVA is taken apart into the layout of ShareGPT4V's repositories, and put together again."""
+    whole = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)
+    language, vision = tmp_path / "language", tmp_path / "vision"
+    parts = whole.model
+    parts.vision_tower.save_pretrained(vision)
+    words = IDS["<image>"]  # the image's token is the last
+    weights = {f"model.{name}": weight for name, weight in parts.language_model.state_dict().items()}
+    weights |= {"lm_head.weight": whole.lm_head.weight[:words].clone()}
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][:words].clone()
+    for old, new in ((0, parts.multi_modal_projector.linear_1), (2, parts.multi_modal_projector.linear_2)):
+        weights |= {f"model.mm_projector.{old}.{name}": weight for name, weight in new.state_dict().items()}
+    AutoProcessor.from_pretrained(llava).tokenizer.save_pretrained(language)
+    settings = whole.config.text_config.to_dict() | {"model_type": "share4v", "vocab_size": words}
+    (language / "config.json").write_text(json.dumps(settings))
+    torch.save(weights, language / "pytorch_model-00001-of-00001.bin")
+
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "captioning.md").read_text(), re.DOTALL)
+    (tmp_path / "convert.py").write_text(code)
+    out = tmp_path / "converted"
+    subprocess.run([sys.executable, tmp_path / "convert.py", language, vision, out], check=True)
+
+    converted = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.bfloat16)
+    before, after = whole.state_dict(), converted.state_dict()
+    assert before.keys() == after.keys()
+    rows = {"lm_head.weight", "model.language_model.embed_tokens.weight"}  # the image's own are new
+    assert all(torch.equal(before[name], after[name]) for name in before.keys() - rows)
+    assert all(torch.equal(before[name][:words], after[name][:words]) for name in rows)
+    author = captioner(out, prompt=PRESETS["sharegpt4v-13b"]["prompt"])
+    assert all(isinstance(item, Caption) for item in author.caption(RECORDS[:5]))

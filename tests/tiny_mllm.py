@@ -34,12 +34,12 @@ from transformers import (
 
 from lotlip.records import ImageRecord
 
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = (
     "a the red green blue old small large round house tree dog cat man woman street lake sky stands sits runs near "
     "under above behind and of with is are two three light dark describe following image in detail USER ASSISTANT : ."
 )
-IDS = {word: number for number, word in enumerate([*SPECIAL, *WORDS.split()])}
+IDS = {word: number for number, word in enumerate([*SPECIAL, *WORDS.split(), "<image>"])}
 CHAT = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"

@@ -296,15 +296,8 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         raise ValueError(f"torch finds no GPU for the device {device}; set it to auto or cpu")
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
-    # never code from the hub, and never pickled weights
-    where: dict[str, Any] = (
-        {"trust_remote_code": False}
-        if in_a_folder
-        else {
-            "revision": revision,
-            "trust_remote_code": False,
-        }
-    )
+    # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
+    where: dict[str, Any] = {"trust_remote_code": False, **({} if in_a_folder else {"revision": revision})}
     try:
         processor = AutoProcessor.from_pretrained(source, **where)
         model: Any = AutoModelForImageTextToText.from_pretrained(
