@@ -142,7 +142,7 @@ class TransformersCaptioner:
                         f"image {keys[0]} does not fit into the GPU's memory beside {self._settings.model}; lower "
                         f"max_new_tokens or num_beams of caption.captioners.{self._name}, or let it see more GPUs"
                     ) from error
-                mllm.fits = len(images) // 2
+                mllm.fits = min(mllm.fits, len(images) // 2)
             # not in the handler: the error's traceback holds what filled the memory
             torch.cuda.empty_cache()
             log.warning("%s: %d images do not fit into memory, %d from here on", self._name, len(images), mllm.fits)
