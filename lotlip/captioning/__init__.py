@@ -14,16 +14,20 @@ class Captioner(Protocol):
 
     Attributes:
         prompt: what is asked for each image; empty where nothing is asked.
-        about: all that decides a caption's text besides the image, as plain JSON: captions written under another
-            prompt, model, revision or way of decoding are kept apart.
     """
 
     prompt: str
-    about: dict[str, Any]
 
     @property
     def revision(self) -> str:
         """Of the model or the table behind it; every caption carries it."""
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All that decides a caption's text besides the image, as plain JSON.
+
+        Captions written under another prompt, model, revision or way of decoding are kept apart.
+        """
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """A caption for each image, or why there is none: one for one, in their order."""
