@@ -18,7 +18,7 @@ def ingest() -> None:
     params = load_params()
     config = params.ingest
     stage = Stage("ingest", params, config.model_dump(mode="json"))
-    source = open_source(config.source)
+    source = open_source(config.source, config.images)
     units, folder = source.units(config.partition_size), stage.scratch / "units"
 
     def write(unit: Unit) -> list[UnitReport]:

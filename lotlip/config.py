@@ -74,29 +74,98 @@ class ScenesSource(Section):
     test: Count = 1000
 
 
-class FolderSource(Section):
-    """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+class SplitByKey(Section):
+    """A source that leaves the split to chance: it depends on a sample's key and the seed, and on nothing else."""
 
-    kind: Literal["folder"]
-    path: Path
     val_share: Share = 0.05
     test_share: Share = 0.1
     split_seed: int = 0
 
     @model_validator(mode="after")
-    def _some_left_to_train(self) -> FolderSource:
+    def _some_left_to_train(self) -> SplitByKey:
         if self.val_share + self.test_share >= 1:
             raise ValueError("val_share + test_share must stay below 1, so that something is left to train on")
         return self
 
 
-Source = Annotated[ScenesSource | FolderSource, Field(discriminator="kind")]
+class FolderSource(SplitByKey):
+    """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+
+    kind: Literal["folder"]
+    path: Path
+
+
+class WebDatasetSource(SplitByKey):
+    """Tars of images with their captions, as img2dataset's `output_format=webdataset` leaves them."""
+
+    kind: Literal["webdataset"]
+    path: Path = Field(description="a folder of tars, a tar, or a text file with the address of tars in each line")
+    images: Annotated[list[str], Field(min_length=1)] = Field(
+        ["jpg", "jpeg", "png", "webp"], description="endings of the members that may be a sample's image, best first"
+    )
+    caption: str | None = Field("txt", description="ending of the member that holds the raw caption; null: none does")
+    caption_field: str | None = Field(
+        "caption", description="field of a sample's json that holds the raw caption where `caption` gives none"
+    )
+    key: str | None = Field(
+        None,
+        description="field of its json that a sample is called by, such as `url`; without it, its name in the tar",
+    )
+
+    @model_validator(mode="after")
+    def _some_caption(self) -> WebDatasetSource:
+        if self.caption is None and self.caption_field is None:
+            raise ValueError("caption and caption_field are both null; one of them must say where raw captions are")
+        return self
+
+
+class ParquetSource(SplitByKey):
+    """Parquet files, a row for each image; the image itself is in the row, or a file below `images`."""
+
+    kind: Literal["parquet"]
+    path: Path = Field(description="a file, or a folder of them")
+    image: str = Field("image", description="column of encoded images ({bytes, path} too), or of paths below `images`")
+    images: Path | None = Field(None, description="folder that the image column's paths start from")
+    caption: str = Field("caption", description="column of the raw caption")
+    key: str | None = Field(None, description="column that a sample is called by; without it, its image's path or row")
+
+
+class CsvSource(SplitByKey):
+    """CSV files (UTF-8, a header line), a row for each image; the images are files below `images`."""
+
+    kind: Literal["csv"]
+    path: Path = Field(description="a file, or a folder of them")
+    image: str = Field("image", description="column of paths below `images`")
+    images: Path = Field(description="folder that the image column's paths start from")
+    caption: str = Field("caption", description="column of the raw caption")
+    key: str | None = Field(None, description="column that a sample is called by; without it, its image's path")
+
+
+Source = Annotated[
+    ScenesSource | FolderSource | WebDatasetSource | ParquetSource | CsvSource, Field(discriminator="kind")
+]
+
+
+class Images(Section):
+    """What an image must be to come in, and how it is stored."""
+
+    min_side: Count = Field(1, description="pixels; smaller ones are failures")
+    max_pixels: Annotated[int, Field(ge=1, le=2**28)] = Field(
+        100_000_000, description="width × height; larger ones are failures, before they are decoded"
+    )
+    max_bytes: Count = Field(100_000_000, description="of the encoded image; larger ones are failures, never read")
+    shorter_side: Count | None = Field(None, description="pixels that a larger one is brought to; smaller ones stay")
+    encoding: Literal["keep", "jpeg", "png", "webp"] = Field(
+        "keep", description="keep: the file as it is; others: the picture that a viewer shows, without metadata"
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="of JPEG and WebP that are written here")
 
 
 class Ingest(Section):
     """Brings images and raw captions in, as partitions."""
 
     source: Source
+    images: Images = Images()
     partition_size: Count = 1000
     max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
     max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
@@ -154,10 +223,16 @@ class SceneCaptioner(Section):
 
 
 class TableCaptioner(Section):
-    """Long captions that were written before: a Parquet or CSV file with the columns key, captioner, text."""
+    """Long captions that were written before, in Parquet or CSV files."""
 
     kind: Literal["table"]
-    path: Path
+    path: Path = Field(description="a file, or a folder of them; a subfolder's name comes before its keys")
+    key: str = Field("key", description="column of the images' keys, or of the paths or addresses that gave them")
+    captioner: str | None = Field("captioner", description="column that says whose row it is; null: all are this one's")
+    text: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "text", description="column of the caption, or several that are put together as one text"
+    )
+    repeated: Literal["error", "first"] = Field("error", description="what a second row for a key is")
 
 
 class EndpointCaptioner(Section):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from lotlip.config import FolderSource as Settings
+from lotlip.config import Images
 from lotlip.records import KEY_PATTERN, Failure, ImageRecord, Unit
 from lotlip.sources import open_source
 from lotlip.sources.folder import FolderSource
@@ -31,7 +32,7 @@ def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: 
 
 
 def open_folder(root: Path, **settings: float) -> FolderSource:
-    return FolderSource(Settings(kind="folder", path=root, **settings))
+    return FolderSource(Settings(kind="folder", path=root, **settings), Images())
 
 
 def read_all(root: Path) -> dict[str, ImageRecord | Failure]:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 
 from lotlip import evaluation
 from lotlip.captioning.scenes import SceneCaptioner
+from lotlip.config import Images, ScenesSource
 from lotlip.config import SceneCaptioner as CaptionerConfig
-from lotlip.config import ScenesSource
 from lotlip.evaluation.scenes import SHAPES, label, long_text, shape_prompts, short_text
 from lotlip.records import Caption, Failure, ImageRecord, Unit
 from lotlip.sources.scenes import (
@@ -38,7 +38,7 @@ def pieces(text: str) -> list[str]:
 
 @lru_cache
 def records(count: int) -> tuple[ImageRecord, ...]:
-    source = SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), image_size=32))
+    source = SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), image_size=32), Images())
     unit = Unit("train", 0, tuple(str(number) for number in range(count)))
     return tuple(record for record in source.read(unit) if isinstance(record, ImageRecord))
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.config import ScenesSource
+from lotlip.config import Images, ScenesSource
 from lotlip.records import KEY_PATTERN, ImageRecord, Unit
 from lotlip.sources.scenes import (
     COLOURS,
@@ -36,7 +36,7 @@ SCENES = [generate_scene(0, "test", number) for number in range(1000)]
 
 
 def source(**values: object) -> SceneSource:
-    return SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), **values))
+    return SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), **values), Images())
 
 
 # --- scene graphs -------------------------------------------------------------------------------------------------

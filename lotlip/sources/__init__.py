@@ -16,23 +16,40 @@ class Source(Protocol):
         """The units, the same list at every call; of at most `partition_size` items, where the source can cut it."""
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
-        """What became of each of the unit's items: one for one, in their order."""
+        """What became of each of the unit's items: one for one, in their order.
+
+        Raises:
+            OSError: the unit could not be read to its end and may be, at another try.
+        """
 
     def split(self, key: str) -> str:
         """Which of `SPLITS` a sample is in; asked where a unit has no split of its own."""
 
 
-def open_source(settings: config.ScenesSource | config.FolderSource) -> Source:
+def open_source(settings: config.Source, images: config.Images | None = None) -> Source:
     """The source that `ingest.source` of params.yaml describes.
+
+    Args:
+        settings: the source's.
+        images: what an image must be, and how it is stored: `ingest.images`.
 
     Raises:
         ValueError: there is nothing to read where it points.
     """
+    images = images or config.Images()
     if isinstance(settings, config.ScenesSource):
         from lotlip.sources.scenes import SceneSource
 
-        return SceneSource(settings)
+        return SceneSource(settings, images)
+    if isinstance(settings, config.FolderSource):
+        from lotlip.sources.folder import FolderSource
 
-    from lotlip.sources.folder import FolderSource
+        return FolderSource(settings, images)
+    if isinstance(settings, config.WebDatasetSource):
+        from lotlip.sources.webdataset import WebDatasetSource
 
-    return FolderSource(settings)
+        return WebDatasetSource(settings, images)
+
+    from lotlip.sources.table import TableSource
+
+    return TableSource(settings, images)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lotlip.config import ScenesSource
+from lotlip.config import Images, ScenesSource
 from lotlip.records import Failure, ImageRecord, Unit
+from lotlip.sources.intake import Intake
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]
@@ -463,8 +463,9 @@ class SceneSource:
     Items are the numbers of scenes; train, validation and test scenes come from streams of chance of their own.
     """
 
-    def __init__(self, config: ScenesSource) -> None:
+    def __init__(self, config: ScenesSource, images: Images) -> None:
         self.config = config
+        self._intake = Intake(images)
 
     def units(self, partition_size: int) -> list[Unit]:
         """The splits, cut into partitions of at most `partition_size` scenes."""
@@ -485,22 +486,14 @@ class SceneSource:
         """The key begins with it."""
         return key.partition("-")[0]
 
-    def _record(self, split: str, number: int) -> ImageRecord:
-        size = self.config.image_size
+    def _record(self, split: str, number: int) -> ImageRecord | Failure:
         scene = generate_scene(self.config.seed, split, number)
         file = io.BytesIO()
-        render(scene, size).save(file, format="PNG")
-        image = file.getvalue()
-        return ImageRecord(
-            key=f"{split}-{number:06d}",
-            image=image,
-            extension="png",
-            raw_caption=raw_caption(scene, random.Random(f"{self.config.seed}/{split}/{number}/caption")),
-            width=size,
-            height=size,
-            sha256=hashlib.sha256(image).hexdigest(),
-            scene=scene.to_json(),
-        )
+        render(scene, self.config.image_size).save(file, format="PNG")
+        caption = raw_caption(scene, random.Random(f"{self.config.seed}/{split}/{number}/caption"))
+        key = f"{split}-{number:06d}"
+        record = self._intake(key, key, file.getvalue(), caption, "png")
+        return replace(record, scene=scene.to_json()) if isinstance(record, ImageRecord) else record
 
 
 # --- what a picture can be asked ----------------------------------------------------------------------------------
