@@ -5,16 +5,30 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.numpy import load_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from lotlip.config import Augmentation
-from lotlip.data.images import decode_rgb, image_transform, random_box, training_transform
+from lotlip.config import Augmentation, Images
+from lotlip.data.images import (
+    MAX_PIXELS,
+    TooManyPixels,
+    decode_rgb,
+    image_transform,
+    open_image,
+    random_box,
+    to_rgb,
+    training_transform,
+)
 
 PARITY = Path(__file__).parent / "data" / "parity" / "m2"
 
@@ -90,6 +104,160 @@ def test_sixteen_bit_grey_keeps_its_brightness() -> None:
 def test_a_broken_image_is_a_clear_error(data: bytes) -> None:
     with pytest.raises(ValueError, match=f"not a readable image.*{len(data)} bytes"):
         decode_rgb(data)
+
+
+# A picture whose every turn is another, and each EXIF orientation's way from it to what is stored.
+CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 0, 0], [255, 255, 255]]], np.uint8)
+STORED = {
+    1: CORNERS,
+    2: CORNERS[:, ::-1],
+    3: CORNERS[::-1, ::-1],
+    4: CORNERS[::-1],
+    5: CORNERS.swapaxes(0, 1),
+    6: np.rot90(CORNERS, 1),
+    7: CORNERS[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90(CORNERS, -1),
+}
+
+
+@pytest.mark.parametrize("form", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_every_orientation_is_turned_upright_once(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(Image.fromarray(np.ascontiguousarray(STORED[orientation])), form, exif=exif, **options)
+    shown = decode_rgb(data)
+    np.testing.assert_array_equal(np.asarray(shown), CORNERS)
+    np.testing.assert_array_equal(np.asarray(to_rgb(shown)), CORNERS)
+
+
+def test_broken_exif_data_hides_no_picture_and_nothing_is_printed() -> None:
+    """In a process of its own: pytest has warnings of its own."""
+    data = encoded(Image.new("RGB", (8, 4), "blue"), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01")
+    code = (
+        "import sys; from lotlip.data.images import decode_rgb; "
+        "print(decode_rgb(sys.stdin.buffer.read()).getpixel((0, 0))[2] > 250)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=data, capture_output=True, check=True)
+    assert (done.stdout, done.stderr) == (b"True\n", b"")
+
+
+def test_large_pictures_are_a_matter_of_our_own_limit() -> None:
+    """Pillow would warn from 89 million pixels on; what it warns of is never printed, nor relied on."""
+    data = encoded(Image.new("1", (10000, 9000)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert open_image(data).size == (10000, 9000)
+    assert not caught
+    with pytest.raises(TooManyPixels, match="10000 × 9000 pixels are more than 89999999"):
+        decode_rgb(data, max_pixels=89_999_999)
+    assert Images.model_fields["max_pixels"].metadata[-1].le == MAX_PIXELS
+
+
+def test_nothing_is_decoded_that_would_start_another_program() -> None:
+    with pytest.raises(ValueError, match="none of JPEG, PNG"):
+        decode_rgb(encoded(Image.new("RGB", (4, 4)), "EPS"))
+
+
+RED, GREY = (200, 30, 60), 90
+
+
+def profile(swapped: bool) -> bytes:
+    """A colour profile: sRGB's, or one of another name in which red and blue are exchanged."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if not swapped:
+        return data
+    data = data.replace("sRGB".encode("utf-16-be"), "RBGs".encode("utf-16-be"))
+    return data.replace(b"rXYZ", b"tmpX").replace(b"bXYZ", b"rXYZ").replace(b"tmpX", b"bXYZ")
+
+
+@pytest.mark.parametrize(("form", "tolerance"), [("PNG", 2), ("JPEG", 6), ("WEBP", 6), ("TIFF", 2)])
+@pytest.mark.parametrize("swapped", [False, True])
+def test_an_embedded_colour_profile_decides_the_colours(form: str, tolerance: int, swapped: bool) -> None:
+    shown = decode_rgb(encoded(Image.new("RGB", (16, 16), RED), form, icc_profile=profile(swapped)))
+    np.testing.assert_allclose(shown.getpixel((8, 8)), RED[::-1] if swapped else RED, atol=tolerance)
+    assert to_rgb(shown).getpixel((8, 8)) == shown.getpixel((8, 8))
+
+
+def test_what_is_transparent_keeps_its_profile() -> None:
+    shown = decode_rgb(encoded(Image.new("RGBA", (2, 2), (*RED, 255)), icc_profile=profile(True)))
+    np.testing.assert_allclose(shown.getpixel((0, 0)), RED[::-1], atol=2)
+    assert decode_rgb(encoded(Image.new("RGBA", (2, 2), (*RED, 0)), icc_profile=profile(True))).getpixel((0, 0)) == (
+        255, 255, 255,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("data", [b"no profile", b"", profile(True)[:200]])
+def test_a_broken_profile_leaves_the_colours_as_they_are(data: bytes) -> None:
+    assert decode_rgb(encoded(Image.new("RGB", (4, 4), RED), icc_profile=data)).getpixel((0, 0)) == RED
+
+
+def test_a_profile_for_other_colours_than_the_picture_s_is_left_alone() -> None:
+    shown = decode_rgb(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", icc_profile=profile(True)))
+    assert shown.getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_cmyk_jpegs_are_stored_inverted_and_shown_as_they_are_meant() -> None:
+    """Adobe's programs store the inverse, with a marker that says so; Pillow writes them like that, too."""
+    data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
+    assert b"Adobe" in data
+    np.testing.assert_allclose(decode_rgb(data).getpixel((8, 8)), (255, 0, 0), atol=4)
+
+
+def deep_png(samples: list[int], kind: int) -> bytes:
+    """One pixel of 16 bits a sample, written by hand: grey (kind 0), RGB (2), grey (4) or RGB (6) with alpha."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    pixel = struct.pack(f">{len(samples)}H", *samples)
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" + pixel)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize(
+    ("samples", "kind", "shown"),
+    [
+        ([0x8000], 0, (128, 128, 128)),
+        ([200], 0, (1, 1, 1)),  # nearly black, though it would be light grey in 8 bits
+        ([0xFFFF, 0x8080, 0x0101], 2, (255, 128, 1)),
+        ([0x4040, 0xFFFF], 4, (64, 64, 64)),
+        ([0x4040, 0], 4, (255, 255, 255)),
+        ([0xFFFF, 0x8080, 0x0101, 0xFFFF], 6, (255, 128, 1)),
+        ([0xFFFF, 0x8080, 0x0101, 0], 6, (255, 255, 255)),
+    ],
+)
+def test_sixteen_bits_are_cut_to_eight(samples: list[int], kind: int, shown: tuple[int, int, int]) -> None:
+    np.testing.assert_allclose(decode_rgb(deep_png(samples, kind)).getpixel((0, 0)), shown, atol=1)
+
+
+@pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
+def test_of_an_animation_the_first_picture_is_shown(form: str) -> None:
+    later = [Image.new("RGB", (16, 16), colour) for colour in ("blue", "green")]
+    options = {"lossless": True} if form == "WEBP" else {}
+    data = encoded(Image.new("RGB", (16, 16), "red"), form, save_all=True, append_images=later, **options)
+    assert decode_rgb(data).getpixel((8, 8)) == (255, 0, 0)
+
+
+def test_one_bit_and_grey_with_alpha() -> None:
+    image = Image.new("1", (2, 1))
+    image.putpixel((1, 0), 1)
+    assert [decode_rgb(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+    for alpha, shown in ((255, GREY), (0, 255), (128, 172)):
+        found = decode_rgb(encoded(Image.new("LA", (1, 1), (GREY, alpha)))).getpixel((0, 0))
+        np.testing.assert_allclose(found, (shown,) * 3, atol=1)
+
+
+def test_a_palette_of_bytes_of_transparency_blends_with_white() -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255, 0, 0, 0])
+    for place in range(3):
+        image.putpixel((place, 0), place)
+    shown = decode_rgb(encoded(image, transparency=bytes([255, 0, 128])))
+    found = [shown.getpixel((x, 0)) for x in range(3)]
+    np.testing.assert_allclose(found, [(255, 0, 0), (255, 255, 255), (127, 127, 127)], atol=1)
 
 
 # --- in training --------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 from pathlib import Path, PurePosixPath
 
 from lotlip import config
+from lotlip.data.images import ENDINGS
 from lotlip.records import KEY_PATTERN
 
 _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_-]")
@@ -26,8 +27,6 @@ def key_of(name: str, prefix: str = "") -> str:
     >>> key_of("dogs/My dog.v2.PNG"), key_of("./0.jpg", "cc3m"), key_of("v1.5")
     ('dogs_My_dog_v2', 'cc3m_0', 'v1_5')
     """
-    from lotlip.data.images import ENDINGS
-
     name = name.strip()
     if "://" in name:
         key = "url-" + hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]

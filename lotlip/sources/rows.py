@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NamedTuple, Protocol
 
 _LONGEST_LINE = 2**20  # bytes; a longer one is read in pieces, which are no rows
 
@@ -29,8 +29,7 @@ class Range:
     count: int
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One row.
 
     Attributes:
@@ -112,15 +111,21 @@ class ParquetTable:
 
     unit = "row"
 
-    def __init__(self, path: Path, batch_size: int = 64) -> None:
+    def __init__(self, path: Path) -> None:
         import pyarrow.parquet as pq
 
         self.path = path
-        self._batch_size = batch_size
         # pre_buffer would hold a whole row group
         self._file = pq.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.columns = list(self.schema.names)
+
+    def is_text(self, column: str) -> bool:
+        """Whether a column holds texts."""
+        from pyarrow.types import is_large_string, is_string
+
+        kind = self.schema.field(column).type
+        return is_string(kind) or is_large_string(kind)
 
     def ranges(self, size: int) -> Iterator[Range]:
         total = self._file.metadata.num_rows
@@ -129,13 +134,15 @@ class ParquetTable:
 
     def rows(self, columns: Sequence[str], part: Range | None = None) -> Iterator[Row]:
         metadata = self._file.metadata
+        # few at a time where rows may hold images
+        size = 4096 if all(map(self.is_text, columns)) else 64
         start, end = (part.start, part.start + part.count) if part else (0, metadata.num_rows)
         first = 0  # row of the group
         for group in range(metadata.num_row_groups):
             place, first = first, first + metadata.row_group(group).num_rows
             if first <= start or place >= end:
                 continue
-            for batch in self._file.iter_batches(self._batch_size, [group], list(columns), use_threads=False):
+            for batch in self._file.iter_batches(size, [group], list(columns), use_threads=False):
                 low, high = max(start - place, 0), min(end - place, batch.num_rows)
                 if low < high:
                     yield from self._rows(batch.slice(low, high - low), columns, place + low)
@@ -143,7 +150,7 @@ class ParquetTable:
 
     def _rows(self, batch: Any, columns: Sequence[str], place: int) -> Iterator[Row]:
         try:
-            found = batch.to_pylist()
+            found = zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
         except UnicodeDecodeError as error:  # one text spoils the batch
             if batch.num_rows == 1:
                 yield Row(place + 1, problem=(f"a text is not UTF-8: {error.reason}", "encoding"))
@@ -152,7 +159,7 @@ class ParquetTable:
                 yield from self._rows(batch.slice(row, 1), columns, place + row)
             return
         for row, values in enumerate(found):
-            yield Row(place + row + 1, tuple(values[column] for column in columns))
+            yield Row(place + row + 1, values)
 
 
 class CsvTable:
@@ -199,12 +206,12 @@ class CsvTable:
                     reason = f"it has {len(found)} fields, and the header {len(self.columns)}"
                     yield Row(number, problem=(reason, "row"))
                 else:
-                    values = tuple(found[index] for index in indices)
-                    bad = [column for column, value in zip(columns, values, strict=True) if not _is_text(value)]
-                    if bad:
-                        yield Row(number, problem=(f"{', '.join(bad)} is not UTF-8", "encoding"))
-                    else:
+                    values = tuple([found[index] for index in indices])
+                    if all(map(_is_text, values)):
                         yield Row(number, values)
+                    else:
+                        bad = [column for column, value in zip(columns, values, strict=True) if not _is_text(value)]
+                        yield Row(number, problem=(f"{', '.join(bad)} is not UTF-8", "encoding"))
 
     @staticmethod
     def _records(file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
@@ -242,6 +249,8 @@ class CsvTable:
 
 def _is_text(value: str) -> bool:
     """Whether it came from UTF-8."""
+    if value.isascii():
+        return True
     try:
         value.encode()
     except UnicodeEncodeError:

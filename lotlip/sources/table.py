@@ -75,7 +75,7 @@ class TableSource:
         import pyarrow.types as kinds
 
         kind = table.schema.field(self._settings.image).type
-        if kinds.is_string(kind) or kinds.is_large_string(kind):
+        if table.is_text(self._settings.image):
             if self._images is None:
                 raise ValueError(
                     f"{path}: column {self._settings.image} holds paths; set ingest.source.images in params.yaml to "

@@ -92,13 +92,14 @@ class WebDatasetSource:
                         name, reason, kind = sample
                         yield Failure(key_of(name, prefix), f"{where}: {printable(name)}", reason, kind)
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
-            yield Failure(key_of(address), where, f"the tar cannot be read: {error}", "unreadable-shard")
+            yield Failure(where, where, f"the tar cannot be read: {error}", "unreadable-shard")
         except (_Cut, tarfile.TarError, EOFError) as error:
             if begun:
                 place = f"after {printable(last)}, its last whole sample" if last else "before its first sample ends"
-                yield Failure(key_of(last or address, prefix), where, f"the tar is cut {place}: {error}", "truncated")
+                key = key_of(last, prefix) if last else where
+                yield Failure(key, where, f"the tar is cut {place}: {error}", "truncated")
             else:
-                yield Failure(key_of(address), where, f"the file is no tar: {error}", "unreadable-shard")
+                yield Failure(where, where, f"the file is no tar: {error}", "unreadable-shard")
 
     def _samples(self, tar: tarfile.TarFile) -> Iterator[_Sample | tuple[str, str, str]]:
         """Samples, once the next one or the tar's end shows that they are whole; else a name, a reason and its kind."""
