@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
+from lotlip.captioning.table import TableCaptioner
 from lotlip.config import Pretrain, load_params, merge
+from lotlip.sources import open_source
 from lotlip.training.engine import deepspeed_config
 from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
+from tests.test_table_source import DREAMLIP, write_csv
+from tests.test_webdataset_source import picture, write_tar
 
 ROOT = Path(__file__).parent.parent
 PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")
@@ -65,3 +70,30 @@ def test_deepspeed_is_told_what_fits_the_gpus(profile, gpus):
 @pytest.mark.parametrize("gpus", GPUS)
 def test_the_lines_for_gpus_are_lines_of_params_yaml(gpus):
     assert Pretrain.model_validate({"batch_size": 1024, **of_gpus(gpus)}).processes == gpus
+
+
+@pytest.mark.parametrize("profile", PAPER)
+def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile, tmp_path, monkeypatch):
+    """Both laid out as the profile says; tars have names of their own, and what they share is the images' address."""
+    params = load_params(ROOT / "profiles" / f"{profile}.yaml")
+    monkeypatch.chdir(tmp_path)
+    captions = next(iter(params.caption.captioners.values())).path
+    merged = captions.suffix != ".csv"
+    for data in ("cc3m", "cc12m") if merged else ("",):
+        urls = [f"https://example.org/{data}/{number}.jpg?x={number}" for number in range(3)]
+        table = captions / data / "table.csv" if merged else captions
+        write_csv(table, [DREAMLIP, *[[url, f"raw {url}", *(f"{c} {url}" for c in DREAMLIP[2:])] for url in urls]])
+        members = {}
+        for number, url in enumerate(reversed(urls)):
+            info = {"url": url, "key": f"{number:09d}", "caption": f"raw {url}"}
+            members |= {f"{number:09d}.jpg": picture(), f"{number:09d}.txt": f"raw {url}".encode()}
+            members[f"{number:09d}.json"] = json.dumps(info).encode()
+        write_tar(params.ingest.source.path / data / "00000.tar", members)
+    source = open_source(params.ingest.source, params.ingest.images)
+    records = [record for unit in source.units(params.ingest.partition_size) for record in source.read(unit)]
+    assert len(records) == (6 if merged else 3)
+    assert {record.key.split("url-")[0] for record in records} == ({"cc3m_", "cc12m_"} if merged else {""})
+    for name, column in (("instructblip", "longIB"), ("llava", "longLLA"), ("sharegpt4v", "longSV")):
+        author = TableCaptioner(name, params.caption.captioners[name], len)
+        for record, caption in zip(records, author.caption(records), strict=True):
+            assert caption.text == record.raw_caption.replace("raw", f"{column}_captions")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -12,6 +15,7 @@ from lotlip.captioning import open_captioner
 from lotlip.captioning.table import TableCaptioner
 from lotlip.config import TableCaptioner as Settings
 from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.sources.keys import key_of
 
 ROWS = [
     ("k0", "llava", "A dog. It runs.\n"),
@@ -116,6 +120,74 @@ def test_a_broken_file_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read"):
         captioner(tmp_path / name)
+
+
+def test_columns_and_captioner_may_have_other_names(tmp_path):
+    path = tmp_path / "t.csv"
+    urls = ["https://example.org/a.jpg", "https://example.org/b.jpg"]
+    rows = {
+        "url": urls,
+        "s": ["Short", ""],
+        "l": ["Long. Text", "B"],
+    }
+    pd.DataFrame(rows).to_csv(path, index=False)
+    settings = Settings(kind="table", path=path, key="url", captioner=None, text=["s", "l"])
+    mine = TableCaptioner("mine", settings, words)
+    found = list(mine.caption(record(key_of(url)) for url in rows["url"]))
+    assert [caption.sub_captions for caption in found] == [["Short", "Long", "Text"], ["B"]]
+    assert found[0].text == "Short\nLong. Text"
+    other = TableCaptioner("mine", settings.model_copy(update={"text": "l"}), words)
+    assert mine.about != other.about and mine.revision == other.revision
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_folder_of_tables_is_one_and_subfolders_come_before_the_keys(tmp_path, ending):
+    for place, text in (("cc3m", "three"), ("cc12m", "twelve"), (".", "none")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        table(tmp_path / place / f"t.{ending}", [("k0", "llava", text)])
+    llava = captioner(tmp_path)
+    found = [caption.text for caption in llava.caption(map(record, ["cc12m_k0", "cc3m_k0", "k0"]))]
+    assert found == ["twelve", "three", "none"]
+    table(tmp_path / f"cc3m/t.{ending}", [("k0", "llava", "changed")])
+    assert captioner(tmp_path).revision != llava.revision
+
+
+def test_the_first_of_repeated_rows_may_be_taken(tmp_path):
+    rows = [("k0", "llava", "First"), ("k0", "llava", "Second"), ("k1", "llava", "Third")]
+    settings = Settings(kind="table", path=table(tmp_path / "t.csv", rows), repeated="first")
+    found = TableCaptioner("llava", settings, words).caption(map(record, ["k0", "k1"]))
+    assert [caption.text for caption in found] == ["First", "Third"]
+
+
+def test_a_row_that_is_cut_names_its_line(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("key,captioner,text\nk0,llava,a\nk1,llava\n")
+    with pytest.raises(ValueError, match=r"t\.csv cannot be read as csv: line 3: it has 2 fields, and the header 3"):
+        captioner(path)
+
+
+def test_many_threads_may_ask_at_once(tmp_path):
+    keys = [f"k{number}" for number in range(500)]
+    llava = captioner(table(tmp_path / "t.parquet", [(key, "llava", f"text of {key}") for key in keys]))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda key: next(llava.caption([record(key)])).text, keys * 4))
+    assert found == [f"text of {key}" for key in keys] * 4
+
+
+def test_memory_does_not_grow_with_the_table(tmp_path):
+    """A table of 150 MB, which pandas would hold twice over; SQLite's own share is at most 64 MB."""
+    path = tmp_path / "t.csv"
+    with path.open("w") as file:
+        file.write("key,captioner,text\n")
+        file.writelines(f"k{number},llava,{'word ' * 400}\n" for number in range(75_000))
+    code = (
+        "import resource, sys; from pathlib import Path; from lotlip.captioning.table import TableCaptioner; "
+        "from lotlip.config import TableCaptioner as Settings; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak(); "
+        "TableCaptioner('llava', Settings(kind='table', path=Path(sys.argv[1])), len); print(peak() - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, check=True, text=True)
+    assert int(done.stdout) < 110
 
 
 def test_open_captioner_counts_word_pieces(tmp_path):

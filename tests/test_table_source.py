@@ -1,0 +1,300 @@
+"""Parquet and CSV files with a row for each image, and the published tables of long captions beside them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from lotlip.captioning.table import TableCaptioner
+from lotlip.config import CsvSource, Images, ParquetSource
+from lotlip.config import TableCaptioner as TableSettings
+from lotlip.partitions import read_records, write_partitions
+from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.sources import open_source
+from lotlip.sources.keys import key_of
+from lotlip.sources.rows import Range, open_table
+from lotlip.sources.table import TableSource
+
+
+def picture(form: str = "PNG", colour: str = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (6, 4), colour).save(file, form)
+    return file.getvalue()
+
+
+def add(folder: Path, name: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture())
+    return path
+
+
+def write_csv(path: Path, rows: list[list[str]], **options: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, **options).writerows(rows)
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list], row_group_size: int = 100) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+    return path
+
+
+def csv_source(path: Path, images: Path, **settings: object) -> TableSource:
+    found = open_source(CsvSource(kind="csv", path=path, images=images, **settings))
+    assert isinstance(found, TableSource)
+    return found
+
+
+def parquet_source(path: Path, limits: Images | None = None, **settings: object) -> TableSource:
+    found = open_source(ParquetSource(kind="parquet", path=path, **settings), limits)
+    assert isinstance(found, TableSource)
+    return found
+
+
+def read_all(source: TableSource, size: int = 2) -> list[ImageRecord | Failure]:
+    return [item for unit in source.units(size) for item in source.read(unit)]
+
+
+def kinds(items: list[ImageRecord | Failure]) -> list[tuple[str, str]]:
+    """Key and kind of failure of each item, none for a record."""
+    return [(item.key, item.kind if isinstance(item, Failure) else "") for item in items]
+
+
+# --- CSV ----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_of_a_csv_file_come_in(tmp_path):
+    for name in ("0000000/0000008.jpg", "dogs/My dog.v2.PNG"):
+        add(tmp_path / "images", name)
+    rows = [["image", "caption"], ["0000000/0000008.jpg", "a\n red  dot"], ["dogs/My dog.v2.PNG", 'a "dog", red']]
+    table = write_csv(tmp_path / "t.csv", rows)
+    first, second = read_all(csv_source(table, tmp_path / "images"))
+    assert isinstance(first, ImageRecord) and isinstance(second, ImageRecord)
+    assert (first.key, first.raw_caption, first.extension) == ("0000000_0000008", "a red dot", "png")
+    assert [remark.kind for remark in first.remarks] == ["renamed"]
+    assert first.remarks[0].where == f"{table}: line 2"
+    assert (second.key, second.raw_caption, second.remarks) == ("dogs_My_dog_v2", 'a "dog", red', ())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_units_are_all_rows_whatever_is_in_their_fields(tmp_path, size, end):
+    texts = [
+        "plain",
+        'a "quoted" word',
+        "two\nlines",
+        "win\r\ndows",
+        "é ü 漢字",
+        "a, b",
+        "",
+        "x" * 5000,
+        "\n\n\n",
+    ]
+    rows = [["key", "text"], *[[f"k{number}", text] for number, text in enumerate(texts)]]
+    table = open_table(write_csv(tmp_path / "t.csv", rows, lineterminator=end))
+    whole = [row.values for row in table.rows(["text", "key"])]
+    assert whole == [(text, key) for key, text in rows[1:]]
+    parts = list(table.ranges(size))
+    assert [part.count for part in parts[:-1]] == [size] * (len(parts) - 1)
+    assert [row.values for part in parts for row in table.rows(["text", "key"], part)] == whole
+    numbers = [row.number for part in parts for row in table.rows(["key"], part)]
+    assert numbers == [row.number for row in table.rows(["key"])]
+    lines = (tmp_path / "t.csv").read_bytes().split(b"\n")
+    assert all(lines[number - 1].startswith(b"k") for number in numbers)
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbf"a,b",c\n\n1,2\n\n\n3,4\n')
+    table = open_table(tmp_path / "t.csv")
+    assert table.columns == ["a,b", "c"]
+    assert [(row.number, row.values) for row in table.rows(["c"])] == [(3, ("2",)), (6, ("4",))]
+    assert list(table.ranges(1)) == [Range(12, 3, 1), Range(18, 6, 1)]
+
+
+def test_a_bad_row_costs_itself_only(tmp_path):
+    for number in range(9):
+        add(tmp_path / "images", f"{number}.png")
+    lines = [b"image,caption", b"0.png,a", b"1.png,a,b", b"2.png", b"3.png,K\xe4se", b"4.png,a", b'5.png,"never closed']
+    filler = [b"x" * 1000] * 140  # more than a field may have
+    (tmp_path / "t.csv").write_bytes(b"\n".join([*lines, *filler, b"6.png,a", b"7.png,a"]) + b"\n")
+    for size in (1, 2, 100):
+        found = read_all(csv_source(tmp_path / "t.csv", tmp_path / "images"), size)
+        by_kind = [kind for _, kind in kinds(found)]
+        assert by_kind[:6] == ["", "row", "row", "encoding", "", "row"]
+        assert set(by_kind[6:-2]) <= {"row"}
+        assert kinds(found)[-2:] == [("6", ""), ("7", "")]
+        assert found[1].where == f"{tmp_path}/t.csv: line 3" and "it has 3 fields, and the header 2" in found[1].reason
+        assert found[3].where == f"{tmp_path}/t.csv: line 5" and found[3].key == "t-000000005"
+        assert found[5].where == f"{tmp_path}/t.csv: line 7"
+
+
+def test_images_outside_of_their_folder_are_unsafe(tmp_path):
+    add(tmp_path, "secret.png")
+    add(tmp_path / "images", "fine.png")
+    (tmp_path / "images/link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "images/inner.png").symlink_to(tmp_path / "images/fine.png")
+    (tmp_path / "images/way").symlink_to(tmp_path)
+    os.mkfifo(tmp_path / "images/pipe.png")
+    paths = [f"{tmp_path}/secret.png", "../secret.png", "a/../../secret.png", "link.png", "way/secret.png", "C:\\x.png"]
+    others = ["inner.png", "gone.png", "pipe.png", "nul\0.png", "x" * 300 + ".png", ""]
+    rows = [["image", "caption"], *[[path, "a"] for path in [*paths, *others]]]
+    found = read_all(csv_source(write_csv(tmp_path / "t.csv", rows), tmp_path / "images"))
+    expected = ["", "missing", "unreadable", "missing", "unreadable", "missing"]
+    assert [kind for _, kind in kinds(found)] == ["unsafe"] * 6 + expected
+
+
+def test_a_folder_of_tables_may_hold_the_images_too(tmp_path):
+    """One path for DVC to watch; a table that lies among the images is none of the source's."""
+    for name in ("a.png", "b.png"):
+        add(tmp_path / "data/images", name)
+    write_csv(tmp_path / "data/cc3m/t.csv", [["image", "caption"], ["a.png", "a"]])
+    write_csv(tmp_path / "data/cc12m/t.csv", [["image", "caption"], ["a.png", "a"], ["b.png", "b"], ["b.png", "c"]])
+    write_csv(tmp_path / "data/images/other.csv", [["no", "columns"]])
+    source = csv_source(tmp_path / "data", tmp_path / "data/images")
+    expected = [("cc12m_a", ""), ("cc12m_b", ""), ("cc12m_b", "duplicate"), ("cc3m_a", "")]
+    assert kinds(read_all(source, 10)) == expected
+    assert [unit.name for unit in source.units(2)] == ["part-00000", "part-00001", "part-00002"]
+
+
+def test_what_is_not_there_is_told_with_what_is(tmp_path):
+    table = write_csv(tmp_path / "t.csv", [["Image Path", "raw_caption"], ["a.png", "a"]])
+    (tmp_path / "images").mkdir()
+    with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, raw_caption\); set image"):
+        csv_source(table, tmp_path / "images")
+    with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.images"):
+        csv_source(table, tmp_path / "nowhere", image="Image Path", caption="raw_caption")
+    with pytest.raises(ValueError, match=r"gone\.csv is not there; set ingest\.source\.path"):
+        csv_source(tmp_path / "gone.csv", tmp_path)
+    with pytest.raises(ValueError, match=r"images has no table; set ingest\.source\.path"):
+        csv_source(tmp_path / "images", tmp_path)
+    twice = write_csv(tmp_path / "u.csv", [["image", "image", "caption"]])
+    with pytest.raises(ValueError, match="more than one column image"):
+        csv_source(twice, tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", "bild;größe\n".encode("utf-16")])
+def test_a_file_without_a_header_is_named(tmp_path, content):
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"t\.csv cannot be read as csv"):
+        csv_source(tmp_path / "t.csv", tmp_path)
+
+
+# --- Parquet ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 100])
+def test_encoded_images_in_a_parquet_file_come_in(tmp_path, size):
+    images = [picture("PNG"), picture("WEBP"), None, b"cut", picture("JPEG")] * 3
+    captions = ["a", "b", "c", "d", None] * 3
+    table = write_parquet(tmp_path / "t.parquet", {"image": images, "caption": captions}, row_group_size=4)
+    found = read_all(parquet_source(table), size)
+    expected = ["", "", "missing", "unreadable", "missing"] * 3
+    assert kinds(found) == [(f"t-{number:09d}", kind) for number, kind in enumerate(expected, 1)]
+    assert (found[1].extension, found[1].raw_caption) == ("webp", "b")
+    assert found[3].where == f"{table}: row 4"
+
+
+def test_images_as_the_datasets_library_has_them(tmp_path):
+    add(tmp_path / "images", "c.png")
+    images = [
+        {"bytes": picture(), "path": "deep/a.png"},
+        {"bytes": picture(), "path": None},
+        {"bytes": None, "path": "c.png"},
+        {"bytes": None, "path": None},
+        None,
+    ]
+    table = write_parquet(tmp_path / "t.parquet", {"image": images, "caption": list("abcde")})
+    rest = [("t-000000004", "missing"), ("t-000000005", "missing")]
+    assert kinds(read_all(parquet_source(table))) == [("deep_a", ""), ("t-000000002", ""), ("c", "missing"), *rest]
+    found = kinds(read_all(parquet_source(table, images=tmp_path / "images")))
+    assert found == [("deep_a", ""), ("t-000000002", ""), ("c", ""), *rest]
+
+
+def test_a_column_may_say_what_a_sample_is_called(tmp_path):
+    url = "https://example.org/a.jpg"
+    columns = {"jpg": [picture()] * 4, "txt": ["a"] * 4, "url": [url, url, None, "7"]}
+    table = write_parquet(tmp_path / "data/cc3m/t.parquet", columns)
+    found = read_all(parquet_source(table.parent.parent, image="jpg", caption="txt", key="url"), 10)
+    key = key_of(url, "cc3m")
+    assert kinds(found) == [(key, ""), (key, "duplicate"), ("cc3m_t-000000003", "missing"), ("cc3m_7", "")]
+    numbers = write_parquet(tmp_path / "n.parquet", {"image": [picture()], "caption": ["a"], "id": [7]})
+    assert kinds(read_all(parquet_source(numbers, key="id"))) == [("7", "")]
+
+
+def test_a_text_that_is_not_utf8_costs_its_row_only(tmp_path):
+    captions = pa.array([b"a", b"K\xe4se", b"c"], pa.binary()).view(pa.string())
+    table = write_parquet(tmp_path / "t.parquet", {"image": [picture()] * 3, "caption": captions})
+    assert [kind for _, kind in kinds(read_all(parquet_source(table), 10))] == ["", "encoding", ""]
+
+
+def test_limits_reach_the_rows(tmp_path):
+    table = write_parquet(tmp_path / "t.parquet", {"image": [picture()], "caption": ["a"]})
+    assert [kind for _, kind in kinds(read_all(parquet_source(table, Images(max_bytes=9))))] == ["too-large"]
+
+
+def test_a_column_that_holds_no_images_is_told(tmp_path):
+    paths = write_parquet(tmp_path / "p.parquet", {"image": ["a.png"], "caption": ["a"]})
+    with pytest.raises(ValueError, match=r"column image holds paths; set ingest\.source\.images"):
+        parquet_source(paths)
+    numbers = write_parquet(tmp_path / "n.parquet", {"image": [1.5], "caption": ["a"]})
+    with pytest.raises(ValueError, match="column image holds double, neither encoded images nor paths"):
+        parquet_source(numbers)
+    (tmp_path / "b.parquet").write_bytes(b"not parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet cannot be read as parquet"):
+        parquet_source(tmp_path / "b.parquet")
+
+
+# --- DreamLIP's tables --------------------------------------------------------------------------------------------
+
+DREAMLIP = [
+    "Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions",
+    "shortLLA_captions", "longLLA_captions",
+]  # fmt: skip
+
+
+def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
+    rows = [DREAMLIP]
+    for number in range(5):
+        path = f"0000000/{number:07d}.jpg"
+        add(tmp_path / "cc3m/images", path)
+        texts = [f'{column} of {number}, "quoted".\nSecond line' for column in DREAMLIP[2:]]
+        rows.append([path, f"raw of {number}", *texts])
+    rows[4][5] = ""  # one ShareGPT4V caption is missing
+    table = write_csv(tmp_path / "cc3m/cc3m_3long_3short_1raw_captions.csv", rows)
+    settings = CsvSource(
+        kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="raw_caption"
+    )
+    source = open_source(settings)
+    out = tmp_path / "out"
+    for unit in source.units(2):
+        write_partitions(unit, source.read(unit), out, source.split)
+    parts = sorted(path.relative_to(out).as_posix()[:-5] for path in out.glob("*/part-*.json"))
+    records = [record for part in parts for record in read_records(out, part)]
+    assert sorted(record.key for record in records) == [f"0000000_{number:07d}" for number in range(5)]
+    for short in ("IB", "SV", "LLA"):
+        about = TableSettings(
+            kind="table",
+            path=table,
+            key="Image Path",
+            captioner=None,
+            text=[f"short{short}_captions", f"long{short}_captions"],
+        )
+        author = TableCaptioner(short.lower(), about, len)
+        for record, caption in zip(records, author.caption(records), strict=True):
+            assert isinstance(caption, Caption)
+            number = int(record.key[-7:])
+            assert record.raw_caption == f"raw of {number}"
+            words = [f'short{short}_captions of {number}, "quoted"', "Second line"]
+            if (short, number) != ("SV", 3):
+                words += [f'long{short}_captions of {number}, "quoted"', "Second line"]
+            assert (caption.captioner, caption.sub_captions) == (short.lower(), words)
