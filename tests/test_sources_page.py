@@ -1,0 +1,58 @@
+"""docs/sources.md: its lines are lines of params.yaml, and it has every setting and every kind of failure."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lotlip import config
+from lotlip.config import load_params, merge
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
+BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join([*block, *next(iter(block.values()))]))
+def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
+    demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    if "source" in block.get("ingest", {}):
+        del demo["ingest"]["source"]
+    if "captioners" in block.get("caption", {}):
+        del demo["caption"]["captioners"]
+        demo["ablations"] = {"lotlip": {}}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(merge(demo, block)), encoding="utf-8")
+    load_params(tmp_path / "params.yaml")
+
+
+def test_every_kind_of_source_is_shown():
+    shown = {block["ingest"]["source"]["kind"] for block in BLOCKS if "source" in block.get("ingest", {})}
+    assert shown == {"folder", "webdataset", "parquet", "csv"}
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        config.FolderSource,
+        config.WebDatasetSource,
+        config.ParquetSource,
+        config.CsvSource,
+        config.Images,
+        config.TableCaptioner,
+    ],
+)
+def test_every_setting_is_there(section):
+    missing = [name for name in section.model_fields if not re.search(rf"`{name}`|\b{name}: ", PAGE)]
+    assert missing == []
+
+
+def test_every_kind_of_failure_and_remark_is_there_and_no_other():
+    code = "".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "lotlip/sources").glob("*.py")))
+    made = set(re.findall(r'(?:Failure\(|Remark\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code))
+    described = set(re.findall(r"^\| `([a-z-]+)` \|", PAGE, flags=re.MULTILINE))
+    assert described - {"unit"} == {kind for kind in described if f'"{kind}"' in code} - {"unit"}
+    assert made <= described
+    assert len(made) > 8
