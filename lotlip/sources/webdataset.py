@@ -78,7 +78,7 @@ class WebDatasetSource:
         begun, last = False, ""
         try:
             with (
-                closing(_Stream(address)) as stream,
+                closing(_Stream(_opened(address))) as stream,
                 tarfile.open(
                     fileobj=stream, mode="r|*", tarinfo=_Member, encoding="utf-8", errors="surrogateescape"
                 ) as tar,
@@ -214,8 +214,8 @@ class _Stream(io.RawIOBase):
     Whatever a store raises is an OSError, so that the unit is tried again.
     """
 
-    def __init__(self, address: str) -> None:
-        self._file = _opened(address)
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
 
     def read(self, size: int = -1) -> bytes:
         """At most `size` bytes. A whole tar says itself where it ends, so nobody asks for more than there is."""
