@@ -10,6 +10,7 @@ from lotlip.partitions import finished_unit, write_index, write_partitions
 from lotlip.records import Unit, UnitReport
 from lotlip.repeats import unique_partitions
 from lotlip.sources import open_source
+from lotlip.sources.evaluation import image_hashes
 
 
 @flow(name="ingest")
@@ -25,12 +26,13 @@ def ingest() -> None:
         return finished_unit(unit, folder) or write_partitions(unit, source.read(unit), folder, source.split)
 
     written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
-    reports = unique_partitions(folder, written, stage.out, evaluation={})
+    evaluation = image_hashes(config.evaluation_images, config.images)
+    reports = unique_partitions(folder, written, stage.out, evaluation)
     index = write_index(stage.out, reports)
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_ingest
 
-        checks = gate_ingest(config, stage.out, reports, len(units), (), stage.gate_report)
+        checks = gate_ingest(config, stage.out, reports, len(units), evaluation, stage.gate_report)
     stage.publish(params.paths.ingest)
     stage.record(index["read"], checks, index)
 

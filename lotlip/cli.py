@@ -202,10 +202,11 @@ def verify(
     """Look a data set over again, file by file and sample by sample; what is wrong with it is printed, and status 1."""
     from tqdm import tqdm
 
+    from lotlip.config import Images
     from lotlip.sources.evaluation import image_hashes
     from lotlip.verify import verify
 
-    contents = verify(folder, image_hashes(held_out or ()))
+    contents = verify(folder, image_hashes(held_out or (), Images()))
     problems = []
     with tqdm(contents.problems, total=contents.units, unit=" units", file=sys.stderr, disable=None) as looked:
         for found in looked:

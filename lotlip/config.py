@@ -167,6 +167,9 @@ class Ingest(Section):
     source: Source
     images: Images = Images()
     partition_size: Count = 1000
+    evaluation_images: list[Path] = Field(
+        [], description="folders of images (of a benchmark, say) that are left out of the training split"
+    )
     max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
     max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
     max_repeated_caption_share: Share = Field(0.9, description="of the raw captions that are word for word another's")

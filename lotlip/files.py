@@ -79,11 +79,3 @@ def sha256_tree(path: Path) -> str:
 def sha256_json(data: Any) -> str:
     """A hash of plain JSON data that does not depend on the order of keys, in hex."""
     return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
-
-
-def files_of(path: Path) -> list[Path]:
-    """The file itself, or all that are below a folder, sorted; hidden ones left out."""
-    if not path.is_dir():
-        return [path]
-    below = (found for found in path.rglob("*") if found.is_file())
-    return sorted(found for found in below if not any(part.startswith(".") for part in found.relative_to(path).parts))

@@ -6,26 +6,34 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from lotlip import config
 from lotlip.inspection import held_out_images
 from lotlip.partitions import unit_names
-from lotlip.sources.folder import _find_images
+from lotlip.records import ImageRecord
+from lotlip.sources.folder import find_images
+from lotlip.sources.intake import Intake
 
 
-def image_hashes(folders: Iterable[Path]) -> dict[str, str]:
-    """The sha256 of each image → where it is.
+def image_hashes(folders: Iterable[Path], images: config.Images) -> dict[str, str]:
+    """The sha256 of each image, as it is and as ingest would store it → where it is.
 
     Args:
         folders: of images; or of an ingest stage, whose images of other splits than train are meant.
+        images: how ingest stores images: what it resizes and encodes anew has other bytes.
 
     Raises:
         ValueError: a folder is not there, or has no image.
     """
+    intake = Intake(images)
     found: dict[str, str] = {}
     for folder in folders:
         if (folder / "index.json").is_file():
             found |= dict.fromkeys(held_out_images(folder, unit_names(folder)), str(folder))
             continue
-        for name in _find_images(folder):
-            with (folder / name).open("rb") as file:
-                found[hashlib.file_digest(file, "sha256").hexdigest()] = str(folder / name)
+        for name in find_images(folder, "name folders of images that must not be trained on, or none"):
+            data = (folder / name).read_bytes()
+            stored = intake(name, name, data, caption="-")
+            found[hashlib.sha256(data).hexdigest()] = str(folder / name)
+            if isinstance(stored, ImageRecord):
+                found[stored.sha256] = str(folder / name)
     return found

@@ -28,7 +28,7 @@ class FolderSource:
         self._settings = settings
         self._intake = Intake(images)
         self._root = settings.path
-        self._items = _find_images(self._root)  # paths below the root
+        self._items = find_images(self._root)  # paths below the root
         self._duplicates = _duplicates(self._items)
 
     def units(self, partition_size: int) -> list[Unit]:
@@ -69,11 +69,17 @@ class FolderSource:
         return self._intake(key, where, image, caption, path.suffix[1:])
 
 
-def _find_images(root: Path) -> list[str]:
-    """Paths of the images below `root`, sorted, with `/` on every system."""
+REMEDY = "set ingest.source.path in params.yaml to a folder of images, each with a .txt of the same stem"
+
+
+def find_images(root: Path, remedy: str = REMEDY) -> list[str]:
+    """Paths of the images below `root`, sorted, with `/` on every system; hidden ones are left out.
+
+    Raises:
+        ValueError: it is not there or has no image; the message ends with the remedy.
+    """
     from lotlip.data.images import ENDINGS
 
-    remedy = "set ingest.source.path in params.yaml to a folder of images, each with a .txt of the same stem"
     if not root.is_dir():
         raise ValueError(f"the folder {root} is not there; {remedy}")
     found = []
