@@ -56,6 +56,9 @@ class Paths(Section):
     models: Path = Path("models")
     metrics: Path = Path("metrics")
     stages: Path = Path("metrics/stages")
+    caption_store: Path = Field(
+        Path("data/caption-store"), description="captions that were written once, kept whatever changes; not DVC's"
+    )
     report: Path = Path("report")
 
 
@@ -384,15 +387,56 @@ Captioner = Annotated[
 ]
 
 
+class Quality(Section):
+    """Rules that drop captions, each with its limit; null or false: off. What is measured is stored in any case.
+
+    By default only what is certainly bad is dropped. They are asked in this order.
+    """
+
+    refusal: bool = Field(True, description="the captioner says that it cannot describe the image")
+    control: NonNegative | None = Field(0, description="most control characters")
+    mojibake: NonNegative | None = Field(0, description="most places that were decoded by the wrong encoding")
+    repetition: Share | None = Field(0.5, description="largest share of runs of four words that were there before")
+    short: NonNegative | None = Field(3, description="fewest words")
+    long: Count | None = Field(None, description="most words")
+    truncated: bool = Field(False, description="the caption was cut off, or its last sentence has no end")
+    disagreement: Share | None = Field(None, description="smallest share of the raw caption's content words")
+
+
+class Ray(Section):
+    """Where Ray's workers are, for `task_runner: ray`."""
+
+    address: str | None = Field(
+        None, description="of a Ray cluster that runs; null: one on this machine, for the time of the flow"
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="that a captioner is given")
+
+
 class CaptionStage(Section):
     """Long captions for every image, by each captioner."""
 
     captioners: dict[Name, Captioner] = {}
     tokenizer: str = "bert-base-uncased"
-    max_failure_share: Share = 0.02
+    quality: Quality = Quality()
+    max_failure_share: Share = Field(0.02, description="of the images, captions that `quality` drops not counted")
+    max_filtered_share: Share = Field(0.1, description="of the captions that `quality` drops; more fails the gate")
+    max_truncated_share: Share = Field(0.5, description="of the captions that are cut off; more fails the gate")
     max_repeated_share: Share = Field(
         0.2, description="of the captions that are word for word another's; more fails the gate"
     )
+    max_missing_partitions: Share = Field(
+        0.0, description="of the partitions that have no caption; more fails the gate"
+    )
+    max_length_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.5, description="of a partition's mean number of words to that of the median partition, or the other way round"
+    )
+    min_agreement_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.5,
+        description="times as many words as with the next images' raw captions that captions share with their "
+        "own; certainly less fails the gate: they were swapped",
+    )
+    task_runner: Literal["threads", "ray"] = Field("threads", description="where partitions are captioned")
+    ray: Ray = Ray()
 
 
 # --- shard --------------------------------------------------------------------------------------------------------

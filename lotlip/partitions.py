@@ -44,6 +44,7 @@ RECORDS = pa.schema(
     ]
 )
 
+# The second half is null where nobody measured: see `MeasuredCaption`.
 CAPTIONS = pa.schema(
     [
         ("key", pa.string()),
@@ -54,6 +55,15 @@ CAPTIONS = pa.schema(
         ("finish_reason", pa.string()),
         ("revision", pa.string()),
         ("prompt", pa.string()),
+        ("words", pa.int32()),
+        ("repetition", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("control", pa.int32()),
+        ("mojibake", pa.int32()),
+        ("refusal", pa.string()),
+        ("agreement", pa.float64()),
+        ("own_agreement", pa.float64()),
+        ("next_agreement", pa.float64()),
     ]
 )
 
@@ -219,14 +229,17 @@ def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:
 # --- caption ------------------------------------------------------------------------------------------------------
 
 
-def write_captions(name: str, items: Iterable[Caption | Failure], read: int, folder: Path) -> UnitReport:
+def write_captions(
+    name: str, items: Iterable[Caption | Failure], read: int, folder: Path, schema: pa.Schema = CAPTIONS
+) -> UnitReport:
     """Writes the captions of a unit.
 
     Args:
         name: of the unit, as ingest calls it.
-        items: as `Captioner.caption` gives them.
+        items: as `Captioner.caption` gives them, or captions with their measures.
         read: images that the captioner was given.
         folder: of the captioner.
+        schema: the columns.
 
     Raises:
         AssertionError: `items` has not one for each image.
@@ -241,7 +254,7 @@ def write_captions(name: str, items: Iterable[Caption | Failure], read: int, fol
         else:
             rows.append(asdict(item))
     with whole(path) as partial:
-        pq.write_table(pa.Table.from_pylist(rows, CAPTIONS), partial)
+        pq.write_table(pa.Table.from_pylist(rows, schema), partial)
     return _finish(name, folder, read, len(rows), failures, [path])
 
 

@@ -89,6 +89,34 @@ class Caption:
 
 
 @dataclass(frozen=True)
+class MeasuredCaption(Caption):
+    """A caption with what `lotlip.captioning.quality` measures of it.
+
+    Attributes:
+        words: in the text.
+        repetition: share of its runs of four words that were there before.
+        truncated: it was cut off, or has no end.
+        control: control characters in it.
+        mojibake: places in it that were decoded wrongly.
+        refusal: the phrase by which the captioner refuses; empty where it does not.
+        agreement: share of the raw caption's content words that it has; None where that has none.
+        own_agreement: the same, of the words that the next image's raw caption has not: mean over the next few images.
+        next_agreement: share that it has of the next image's raw caption's words that its own has not: mean over those.
+            Both are None where none of them has words to be told apart by.
+    """
+
+    words: int
+    repetition: float
+    truncated: bool
+    control: int
+    mojibake: int
+    refusal: str
+    agreement: float | None
+    own_agreement: float | None
+    next_agreement: float | None
+
+
+@dataclass(frozen=True)
 class Unit:
     """A piece of a stage's work that is done whole, retried whole and never redone: a partition.
 
