@@ -1,0 +1,187 @@
+"""Captions are kept by what wrote them and of which images, and nothing is captioned twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lotlip.captioning.partition import Captioning
+from lotlip.captioning.store import CaptionStore, Partition
+from lotlip.config import CaptionStage
+from lotlip.files import read_json
+from lotlip.partitions import read_captions, read_table
+from lotlip.records import Caption, Failure, ImageRecord, Unit
+from lotlip.text import split_sub_captions
+from tests.partitions import write_partition
+from tests.test_validation import record
+
+KEYS = ["k0", "k1", "k2", "k3"]
+
+
+class Author:
+    """Says what it is asked about; some images it cannot describe, and some of those another time."""
+
+    revision, prompt = "r1", "Describe it."
+
+    def __init__(self, failures: dict[str, str] | None = None, breaks_at: str = "") -> None:
+        self.about: dict[str, Any] = {"revision": self.revision, "prompt": self.prompt}
+        self.failures = failures or {}
+        self.breaks_at = breaks_at
+        self.asked: list[str] = []
+
+    def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
+        for item in records:
+            self.asked.append(item.key)
+            if item.key == self.breaks_at:
+                raise ConnectionError("the server is gone")
+            if item.key in self.failures:
+                yield Failure(item.key, item.key, "cannot", self.failures[item.key])
+            else:
+                text = f"Here is {item.raw_caption}. It is \ud800seen."
+                yield Caption(item.key, "llava", text, split_sub_captions(text), 5, "stop", self.revision, self.prompt)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_partition(Unit("train", 0, tuple(KEYS)), map(record, KEYS), tmp_path / "ingest")
+    return tmp_path / "ingest"
+
+
+def partition_of(source: Path) -> Partition:
+    report = read_json(source / "train/part-00000.json")
+    return Partition(report["name"], report["written"], report["sha256"])
+
+
+def texts(store: CaptionStore, partition: Partition) -> dict[str, str]:
+    return {caption.key: caption.text for caption in store.read(partition)}
+
+
+def test_a_partition_is_captioned_once(source, tmp_path):
+    store, author, partition = CaptionStore(tmp_path / "store", "llava", {"a": 1}), Author(), partition_of(source)
+    store.describe()
+    first = store.captioned(partition, source, author)
+    assert author.asked == KEYS
+    assert store.captioned(partition, source, author) == first
+    assert author.asked == KEYS
+    assert texts(store, partition)["k1"] == "Here is raw k1. It is \ufffdseen."
+    assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
+
+
+def test_another_prompt_is_another_folder_and_going_back_finds_the_former(source, tmp_path):
+    partition, author = partition_of(source), Author()
+    stores = [CaptionStore(tmp_path / "store", "llava", {"prompt": prompt}) for prompt in ("one", "two", "one")]
+    for store in stores:
+        store.captioned(partition, source, author)
+    assert author.asked == KEYS * 2
+    assert stores[0].folder == stores[2].folder != stores[1].folder
+
+
+def test_other_images_under_the_same_name_are_captioned_anew(source, tmp_path):
+    store, author = CaptionStore(tmp_path / "store", "llava", {}), Author()
+    store.captioned(partition_of(source), source, author)
+    before = partition_of(source)
+    write_partition(Unit("train", 0, ("k8", "k9")), map(record, ["k8", "k9"]), source)
+    store.captioned(partition_of(source), source, author)
+    assert author.asked == [*KEYS, "k8", "k9"]
+    assert list(texts(store, before)) == KEYS
+
+
+def test_an_exception_leaves_nothing_and_the_next_try_begins_anew(source, tmp_path):
+    store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
+    with pytest.raises(ConnectionError):
+        store.captioned(partition, source, Author(breaks_at="k2"))
+    assert not [path for path in store.folder.rglob("*") if path.is_file()]
+    author = Author()
+    assert store.captioned(partition, source, author).written == 4
+    assert author.asked == KEYS
+
+
+def test_failures_that_are_final_are_kept_and_passing_ones_are_tried_again(source, tmp_path):
+    store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
+    first = store.captioned(partition, source, Author({"k0": "unreadable", "k2": "server"}))
+    assert [failure.kind for failure in first.failures] == ["unreadable", "server"]
+    author = Author()
+    second = store.captioned(partition, source, author)
+    assert author.asked == ["k2"]
+    assert (second.read, second.written) == (4, 3)
+    assert [failure.key for failure in second.failures] == ["k0"]
+    assert list(texts(store, partition)) == ["k1", "k2", "k3"]
+    store.captioned(partition, source, author)
+    assert author.asked == ["k2"]
+
+
+def test_a_damaged_partition_is_written_anew(source, tmp_path):
+    store, author, partition = CaptionStore(tmp_path / "store", "llava", {}), Author(), partition_of(source)
+    store.captioned(partition, source, author)
+    (path,) = store.folder.rglob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-1])
+    store.captioned(partition, source, author)
+    assert author.asked == KEYS * 2
+    assert list(texts(store, partition)) == KEYS
+
+
+@pytest.mark.parametrize("change", [lambda items: items[:-1], lambda items: [*items, items[0]]])
+def test_a_captioner_that_skips_or_doubles_an_image_is_noticed(source, tmp_path, change):
+    class Wrong(Author):
+        def caption(self, records):
+            return iter(change(list(super().caption(records))))
+
+    with pytest.raises(AssertionError, match="lost without a reason"):
+        CaptionStore(tmp_path / "store", "llava", {}).captioned(partition_of(source), source, Wrong())
+
+
+# --- what is published --------------------------------------------------------------------------------------------
+
+
+def captioning(tmp_path: Path, out: str, **changes: Any) -> Captioning:
+    """Captions from a table: `k0` to `k2` have one, the last of them is short."""
+    table = tmp_path / "captions.csv"
+    if not table.exists():
+        rows = ["k0,llava,Here is raw k0. It runs.", "k1,llava,A raw thing that runs on", "k2,llava,Two words."]
+        table.write_text("\n".join(["key,captioner,text", *rows]) + "\n")
+    settings = {"captioners": {"llava": {"kind": "table", "path": str(table)}}, **changes}
+    stage = CaptionStage.model_validate(settings)
+    return Captioning("llava", stage, tmp_path / "ingest", tmp_path / "store", tmp_path / out)
+
+
+def test_a_partition_is_published_with_measures_and_failures(source, tmp_path):
+    (report,) = captioning(tmp_path, "out")(partition_of(source))
+    assert (report.name, report.read, report.written) == ("train/part-00000", 4, 2)
+    assert {failure.key: failure.kind for failure in report.failures} == {"k2": "short", "k3": "missing"}
+    rows = read_captions(tmp_path / "out", "train/part-00000").set_index("key")
+    assert rows.loc["k0", "sub_captions"] == ["Here is raw k0", "It runs"]
+    assert rows["words"].tolist() == [6, 6]
+    assert rows["truncated"].tolist() == [False, True]
+    assert rows["agreement"].tolist() == [1.0, 1.0]
+
+
+def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_path):
+    captioning(tmp_path, "out")(partition_of(source))
+    (stored,) = (tmp_path / "store").rglob("*.parquet")
+    before = stored.stat().st_mtime_ns
+    (report,) = captioning(tmp_path, "other", quality={"short": None, "truncated": True})(partition_of(source))
+    assert {failure.key: failure.kind for failure in report.failures} == {"k1": "truncated", "k3": "missing"}
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.parquet")] == [before]
+    assert list(read_table(tmp_path / "other", "train/part-00000")["key"]) == ["k0", "k2"]
+
+
+def test_a_published_partition_is_not_done_again(source, tmp_path):
+    work, partition = captioning(tmp_path, "out"), partition_of(source)
+    first = work(partition)
+    assert work(replace(partition, sha256="0" * 64)) == first
+
+
+def test_a_captioner_is_opened_once_in_a_process(source, tmp_path):
+    assert captioning(tmp_path, "out").author() is captioning(tmp_path, "other").author()
+
+
+def test_the_work_travels_to_other_processes(source, tmp_path):
+    import pickle
+
+    work = captioning(tmp_path, "out")
+    assert pickle.loads(pickle.dumps(work))(partition_of(source)) == work(partition_of(source))
