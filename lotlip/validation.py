@@ -20,12 +20,14 @@ import numpy as np
 import pandas as pd
 
 from lotlip import config
+from lotlip.captioning.quality import RULES, Agreement
 from lotlip.inspection import (
+    CAPTIONS,
     PARTITION,
     SHARD,
     Fact,
-    blank,
     held_out_images,
+    inspect_captions,
     inspect_partition,
     inspect_shard,
     read_keys,
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
 
 SHOWN_ROWS = 3
+ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
 
 # Great Expectations keeps its context in a global, so one gate runs at a time.
 _gate = threading.Lock()
@@ -339,48 +342,107 @@ def gate_image_tower(
 def gate_caption(
     settings: config.CaptionStage, folder: Path, reports: Sequence[UnitReport], report: Path
 ) -> list[Check]:
-    """One captioner's captions are there, are the image's alone, and are not the same over and over."""
-    rows = []
-    names = [unit.name for unit in _with_something(reports)]
-    for unit in _with_something(reports):
-        table = read_captions(folder, unit.name, ["text", "sub_captions"])
-        rows.append(
-            {
-                "unit": unit.name,
-                "rows_off": len(table) - unit.written,
-                "empty_texts": blank(table["text"]),
-                "unsplit": int((table["sub_captions"].map(len) == 0).sum()),
-            }
-        )
-    failures, few_failures = _failures(totals(reports), settings.max_failure_share)
+    """One captioner's captions are there, are the images' own, and are neither broken nor the same over and over."""
+    units = _with_something(reports)
+    names = [unit.name for unit in units]
+    rows, agreements = [], {}
+    for unit in units:
+        measured = read_captions(folder, unit.name, ["words", "truncated", "own_agreement", "next_agreement"])
+        agreements[unit.name] = Agreement.of(measured)
+        enough = len(measured) >= ENOUGH_CAPTIONS
+        row = {
+            "words": float(measured["words"].astype(float).mean()) if enough else None,
+            "truncated": int(measured["truncated"].eq(True).sum()),
+        }
+        rows.append(inspect_captions(folder, unit.name, unit.written) | row)
+    table = _rows(rows, CAPTIONS, "unit", "words", "truncated")
+    table["length_ratio"] = _from_median(table["words"])
     captions = sum(unit.written for unit in reports)
-    limit = settings.max_repeated_share
+    found = totals(reports)
+    filtered = {rule: count for rule, count in found["failure_kinds"].items() if rule in RULES}
+    others = {kind: count for kind, count in found["failure_kinds"].items() if kind not in RULES}
+    failures, few_failures = _failures(
+        {**found, "failed": sum(others.values()), "failure_kinds": others}, settings.max_failure_share
+    )
+    missing = [unit.name for unit in reports if not unit.written and (not unit.sha256 or unit.read >= ENOUGH_CAPTIONS)]
+    swapped, agreeing = _swapped(agreements, settings.min_agreement_ratio)
+    written = captions + sum(filtered.values())
     stage = {
         "stage": "caption",
         "captions": captions,
+        "filtered_share": sum(filtered.values()) / max(written, 1),
+        "truncated_share": table["truncated"].sum() / max(captions, 1),
+        "missing_share": len(missing) / max(len(reports), 1),
         "repeated_keys": _repeated(folder, names, "key", captions),
         "repeated_share": _repeated(folder, names, "text", captions) / max(captions, 1),
+        "swapped": len(swapped),
         **failures,
     }
-    tables = {
-        "stage": pd.DataFrame([stage]),
-        "units": pd.DataFrame(rows, columns=["unit", "rows_off", "empty_texts", "unsplit"]),
+    shares = {
+        "filtered_share": ("captions that quality's rules drop", settings.max_filtered_share),
+        "truncated_share": ("captions that are cut off", settings.max_truncated_share),
+        "missing_share": ("partitions without any caption", settings.max_missing_partitions),
+        "repeated_share": ("captions that repeat another word for word", settings.max_repeated_share),
     }
-    what = f"share of captions that repeat another word for word is at most {_percent(limit)}"
+    details = {
+        "filtered_share": ", ".join(f"{count} {rule}" for rule, count in filtered.items()),
+        "missing_share": _names(missing),
+    }
+    lengths = f"a partition's mean length is within {settings.max_length_ratio:g} times the median partition's"
     suites = {
         "stage": [
             few_failures,
             _one("captions", "there are captions", low=1),
             _one("repeated_keys", "no image has two captions", high=0),
-            _one("repeated_share", what, high=limit, percent=True),
+            *(
+                _one(
+                    name,
+                    f"share of {what} is at most {_percent(limit)}",
+                    high=limit,
+                    percent=True,
+                    detail=details.get(name, ""),
+                )
+                for name, (what, limit) in shares.items()
+            ),
+            _one(
+                "swapped",
+                f"captions are their own images': they share {settings.min_agreement_ratio:g} times as many words with "
+                "their raw captions as with the next ones' (partitions that do not)",
+                high=0,
+                detail=agreeing,
+            ),
         ],
         "units": [
-            _each("rows_off", "a partition's table has a row for every caption written", 0, 0),
-            _each("empty_texts", "a partition has no empty caption", high=0),
-            _each("unsplit", "every caption of a partition has at least 1 sub-caption", high=0),
+            *(_fact(fact) for fact in CAPTIONS),
+            _each("length_ratio", lengths, high=settings.max_length_ratio),
         ],
     }
-    return run_gate("caption", tables, suites, report)
+    return run_gate("caption", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
+
+
+def _from_median(means: pd.Series) -> pd.Series:
+    """How many times a partition's mean is the median of all, or the other way round; none where it has none."""
+    means = means.astype(float)
+    ratio = means / means.median()
+    return pd.concat([ratio, 1 / ratio], axis=1).max(axis=1, skipna=False)
+
+
+def _swapped(agreements: Mapping[str, Agreement], ratio: float) -> tuple[list[str], str]:
+    """Partitions whose captions are certainly not their images' own (or "all together"), and what was found."""
+    together = sum(agreements.values(), Agreement())
+    verdicts = {name: agreement.is_own(ratio) for name, agreement in agreements.items()}
+    swapped = [name for name, own in verdicts.items() if own is False]
+    if not swapped and together.is_own(ratio) is False:
+        swapped = ["all together"]
+    unknown = [name for name, own in verdicts.items() if own is None]
+    parts = [str(together), *([_names(swapped)] if swapped else [])]
+    if unknown:
+        parts.append(f"could not tell for {len(unknown)} of {len(verdicts)} partitions: few captions to compare")
+    return swapped, "; ".join(parts)
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN_ROWS]) + (", …" if len(names) > SHOWN_ROWS else "")
 
 
 def gate_shard(

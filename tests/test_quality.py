@@ -1,0 +1,359 @@
+"""What is measured of captions, the rules that drop some, and swapped captions in worlds of several kinds."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from lotlip import validation
+from lotlip.captioning.quality import (
+    RULES,
+    Agreement,
+    assess,
+    broken_rule,
+    content_words,
+    is_truncated,
+    measure,
+    measured,
+    mojibake,
+    refusal,
+    repetition,
+    summarise,
+)
+from lotlip.config import CaptionStage, Quality
+from lotlip.partitions import read_captions, write_captions
+from lotlip.records import Caption, Failure, MeasuredCaption, UnitReport
+from lotlip.validation import Check, GateFailed, gate_caption
+from tests.test_scene_captioner import RATES, captioner, records
+
+
+def caption(text: str, key: str = "k", finish_reason: str = "stop") -> Caption:
+    return Caption(key, "llava", text, [text], 1, finish_reason, "r", "")
+
+
+def of(text: str, raw: str = "", neighbours: Sequence[str] = (), **changes: str) -> MeasuredCaption:
+    return measure(caption(text, **changes), content_words(raw), [content_words(other) for other in neighbours])
+
+
+# --- measures -----------------------------------------------------------------------------------------------------
+
+
+def test_repetition_is_the_share_of_runs_of_four_words_that_were_there_before():
+    assert repetition(["a", "b", "c", "d"]) == 0
+    assert repetition(["a", "b", "c"]) == repetition([]) == 0
+    assert repetition(["a", "b", "c", "d", "a", "b", "c", "d"]) == pytest.approx(1 / 5)
+    assert repetition(["the"] * 103) == pytest.approx(0.99)
+
+
+@pytest.mark.parametrize("text", ["A dog.", "A dog!", 'He says "go."', "A dog (and a cat.) ", "It **ends.**\n", "So…"])
+def test_a_sentence_with_an_end_is_not_cut_off(text):
+    assert not is_truncated(text, "stop")
+    assert is_truncated(text, "length")
+
+
+@pytest.mark.parametrize("text", ["A dog runs on the", "A dog,", ""])
+def test_a_sentence_without_an_end_is_cut_off(text):
+    assert is_truncated(text, "stop")
+
+
+def test_control_characters_are_counted_and_ends_of_lines_are_none():
+    assert of("A dog.\n\tIt runs.\r\n").control == 0
+    assert of("A\x00 dog\x1b[0m \x85.").control == 3
+
+
+@pytest.mark.parametrize("text", ["A café – “naïve” … 20 °C, ½ £5, 5 €, Ærø, ÅÄÖ, São Paulo, 東京, Привет.", "A dog’s"])
+def test_text_of_any_language_is_no_mojibake(text):
+    assert mojibake(text) == 0
+
+
+@pytest.mark.parametrize("text", ["A cafÃ© in the sun", "The dogâ€™s nose", "a lost \ufffd letter"])
+def test_text_that_was_decoded_wrongly_is_mojibake(text):
+    assert mojibake(text) >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("As an AI language\nmodel, I describe only text.", "as an ai language model"),
+        ("I’m sorry, but I can't help with that.", "i'm sorry, but i"),
+        ("Unfortunately I cannot see the image you mention.", "i cannot see the image"),
+        ("A sign reads: sorry, but I love you. A man cannot see the image behind him.", ""),
+        ("A dog asks for help.", ""),
+    ],
+)
+def test_refusals_are_found_by_their_phrases(text, phrase):
+    assert refusal(text) == phrase
+
+
+def test_content_words_are_alike_in_all_their_forms():
+    words = content_words("Two smiling women's houses, running dogs; babies & CAFÉS in 2019")
+    assert words == content_words("a smiles woman house run dog baby cafe two") - {"woman"} | content_words("women")
+    assert content_words("the image of a photo on 12 12 2019, with all of it") == frozenset()
+    assert content_words("glasses boxes churches dishes") == content_words("glass box church dish")
+    assert content_words("grass bus tennis") == {"gras" + "s", "bus", "tennis"}
+
+
+def test_agreement_is_the_share_of_the_raw_captions_words_and_null_where_it_has_none():
+    assert of("A brown dog is running on the beach.", "dog runs on beach at sunset").agreement == pytest.approx(3 / 4)
+    assert of("A dog.", "IMG_2019 of the").agreement == pytest.approx(0.0)
+    assert of("A dog.", "12 of the 2019").agreement is None
+
+
+def test_only_words_that_tell_neighbours_apart_are_held_against_one_another():
+    found = of("A red house and a tree.", "a red house", ["a red boat", "a green house", "a red house", "12"])
+    assert (found.agreement, found.own_agreement, found.next_agreement) == (1, 1, 0)
+    alike = of("A red house.", "a red house", ["the red house", "red house 7"])
+    assert (alike.agreement, alike.own_agreement, alike.next_agreement) == (1, None, None)
+
+
+# --- rules --------------------------------------------------------------------------------------------------------
+
+BAD = {
+    "refusal": (of("As an AI language model, I cannot."), 'refuses: "as an ai language model"'),
+    "control": (of("A\x07 dog runs here."), "1 control characters, more than 0"),
+    "mojibake": (of("A cafÃ© stands here."), "1 places of mojibake, more than 0"),
+    "repetition": (of("a b c d " * 20), "0.948 of its runs of 4 words are repeated, more than 0.5"),
+    "short": (of("A dog."), "2 words, fewer than 3"),
+    "long": (of("word. " * 21), "21 words, more than 20"),
+    "truncated": (of("A dog runs on", finish_reason="length"), "is cut off after 4 words, finish reason 'length'"),
+    "disagreement": (of("A dog runs.", "a cat"), "has 0 of the raw caption's words, less than 0.1"),
+}
+ALL = {"refusal": True, "control": 0, "mojibake": 0, "repetition": 0.5, "short": 3, "long": 20}
+ALL |= {"truncated": True, "disagreement": 0.1}
+OFF: dict = {rule: False if rule in ("refusal", "truncated") else None for rule in ALL}
+
+
+def test_every_rule_is_tried_here():
+    assert set(BAD) == set(RULES) == set(ALL)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_drops_what_breaks_it_with_number_and_limit(rule):
+    bad, reason = BAD[rule]
+    only = Quality(**{**OFF, rule: ALL[rule]})
+    assert broken_rule(bad, only) == Failure("k", "llava", reason, rule)
+    assert broken_rule(of("A dog runs here.", "a dog"), Quality(**ALL)) is None
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_is_off_drops_nothing(rule):
+    assert broken_rule(BAD[rule][0], Quality(**OFF)) is None
+
+
+def test_a_caption_that_breaks_several_rules_is_counted_once():
+    bad = of("As an AI model \x07 cafÃ©")
+    assert [item.kind for item in assess([bad], Quality(**ALL)) if isinstance(item, Failure)] == ["refusal"]
+
+
+def test_a_raw_caption_without_words_is_no_disagreement():
+    assert broken_rule(of("A dog runs here.", "12"), Quality(disagreement=1.0)) is None
+
+
+@pytest.mark.parametrize("style", RATES)
+def test_the_demo_loses_no_caption(style):
+    raw = {record.key: record.raw_caption for record in records(1000)}
+    found = list(measured(captioner(style).caption(records(1000)), raw))  # type: ignore[arg-type]
+    assert Counter(type(item) for item in assess(found, Quality())) == {MeasuredCaption: 1000}
+    assert not any(item.truncated for item in found)
+    assert max(item.repetition for item in found) < 0.25  # far from the limit
+
+
+# --- the whole ----------------------------------------------------------------------------------------------------
+
+
+def table(captions: Sequence[MeasuredCaption]) -> pd.DataFrame:
+    return pd.DataFrame([vars(item) for item in captions])
+
+
+def test_a_summary_is_that_of_the_whole_table_whatever_its_parts():
+    rng = random.Random(0)
+    found = [of("word " * rng.randrange(4, 40) + ".", rng.choice(["word", "else", "12"])) for _ in range(500)]
+    whole = table(found)
+    summary = summarise([whole[:1], whole[1:300], whole[300:]], {"short": 3, "unreadable": 9})
+    assert summary == summarise([whole], {"short": 3, "unreadable": 9})
+    assert summary["captions"] == 503
+    assert summary["filtered"]["short"] == 3
+    for name in ("words", "repetition", "agreement"):
+        values = whole[name].dropna().astype(float).round(3)
+        assert summary[name]["mean"] == pytest.approx(values.mean(), abs=1e-3)
+        for quantile, share in (("p05", 0.05), ("median", 0.5), ("p95", 0.95)):
+            assert summary[name][quantile] == values.quantile(share, interpolation="lower")
+
+
+def test_a_summary_of_nothing_is_nothing():
+    summary = summarise([], {})
+    assert (summary["captions"], summary["truncated_share"], summary["words"]["mean"]) == (0, 0.0, None)
+
+
+# --- swapped captions ---------------------------------------------------------------------------------------------
+
+NOUNS = (
+    "dog cat horse bridge river lamp street market boat harbour mountain forest snow field tractor farmer child kite "
+    "beach umbrella chair table kitchen window cup coffee cake plate fork garden flower bee butterfly fence gate "
+    "tower clock train station platform luggage airport plane pilot cloud sunset lake swan duck bicycle helmet road "
+    "truck crane building worker hammer shelf book library student desk laptop keyboard guitar singer stage crowd "
+    "stadium player ball goal referee net racket court pool swimmer towel elephant zoo lion giraffe rock cliff wave"
+)
+ADJECTIVES = "red old small large wooden bright dark green blue white empty busy quiet wet young modern"
+
+
+def web(rng: random.Random, worth: float) -> tuple[str, str]:
+    """A raw caption as of the web, and a long one that has `worth` of its words beside those of its own."""
+    seen = [f"{rng.choice(ADJECTIVES.split())} {noun}" for noun in rng.sample(NOUNS.split(), 9)]
+    told = [
+        thing if rng.random() < worth else f"{rng.choice(ADJECTIVES.split())} {rng.choice(NOUNS.split())}"
+        for thing in seen[:3]
+    ]
+    long = f"The image shows a {seen[0]} near a {seen[1]}. There is a {seen[2]} behind the {seen[3]}. "
+    long += f"In the background, a {seen[4]} and a {seen[5]} can be seen. The {seen[6]} adds to the scene."
+    return f"{told[0]} with {told[1]} and {told[2]}, {rng.randrange(1990, 2024)}", long
+
+
+def alike(rng: random.Random) -> tuple[str, str]:
+    """Raw captions that are the same but for a number."""
+    return f"Wedding of Ann and Carl, {rng.randrange(9999)}", web(rng, 1)[1] + " It may be a wedding."
+
+
+def wordless(rng: random.Random) -> tuple[str, str]:
+    return f"IMG {rng.randrange(9999)}".replace("IMG", ""), web(rng, 1)[1]
+
+
+def partition(pair: Callable[[random.Random], tuple[str, str]], size: int, seed: int, shift: int) -> pd.DataFrame:
+    """A partition's measured captions; the caption of each is that of the image `shift` places further."""
+    rng = random.Random(seed)
+    pairs = [pair(rng) for _ in range(size)]
+    texts = [long for _, long in pairs[shift:] + pairs[:shift]]
+    captions = [caption(text, str(number)) for number, text in enumerate(texts)]
+    return table(list(measured(captions, {str(number): raw for number, (raw, _) in enumerate(pairs)})))
+
+
+@pytest.mark.parametrize("worth", [1.0, 0.5, 0.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_swapped_captions_of_the_web_are_seen_and_true_ones_are_not_taken_for_swapped(worth, seed):
+    for shift, own in ((0, True), (1, False), (500, False)):
+        found = Agreement.of(partition(lambda rng: web(rng, worth), 1000, seed, shift))
+        assert found.is_own(1.5) is own, f"{shift}: {found}"
+
+
+@pytest.mark.parametrize("style", RATES)
+@pytest.mark.parametrize("shift", [1, 50])
+def test_swapped_captions_of_the_demo_are_seen(style, shift):
+    raw = {record.key: record.raw_caption for record in records(100)}
+    texts = list(captioner(style).caption(records(100)))
+    swapped = [replace(texts[(place + shift) % 100], key=key) for place, key in enumerate(raw)]  # type: ignore[type-var]
+    assert Agreement.of(table(list(measured(swapped, raw)))).is_own(1.5) is False  # type: ignore[arg-type]
+    assert Agreement.of(table(list(measured(texts, raw)))).is_own(1.5) is True  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("pair", [alike, wordless])
+@pytest.mark.parametrize("shift", [0, 1])
+def test_raw_captions_that_say_nothing_tell_nothing(pair, shift):
+    found = Agreement.of(partition(pair, 300, 0, shift))
+    assert found.is_own(1.5) is None
+    assert str(found) == "no raw captions to tell apart by their words"
+
+
+def test_a_few_captions_are_never_called_swapped():
+    for seed in range(50):
+        assert Agreement.of(partition(lambda rng: web(rng, 0.3), 12, seed, 0)).is_own(1.5) is not False
+
+
+def test_agreements_of_parts_add_up_to_that_of_the_whole():
+    parts = [partition(lambda rng: web(rng, 0.5), size, size, 0) for size in (30, 200)]
+    together = Agreement.of(parts[0]) + Agreement.of(parts[1])
+    whole = Agreement.of(pd.concat(parts))
+    assert vars(together) == pytest.approx(vars(whole))
+
+
+# --- the gate -----------------------------------------------------------------------------------------------------
+
+STAGE = CaptionStage(max_filtered_share=0.1, max_truncated_share=0.2)
+
+
+def written(folder: Path, shifts: Sequence[int] = (0, 0, 0), size: int = 200, worth: float = 0.6) -> list[UnitReport]:
+    """Partitions of the web's captions; some may be swapped."""
+    reports = []
+    for number, shift in enumerate(shifts):
+        name = f"train/part-{number:05d}"
+        rows = partition(lambda rng: web(rng, worth), size, number, shift).to_dict("records")
+        items = [MeasuredCaption(**{**row, "key": f"{number}-{row['key']}"}) for row in rows]  # type: ignore[misc]
+        reports.append(write_captions(name, items, size, folder))
+    return reports
+
+
+def failing(settings: CaptionStage, folder: Path, reports: Sequence[UnitReport]) -> list[str]:
+    with pytest.raises(GateFailed) as raised:
+        gate_caption(settings, folder, reports, folder / "report")
+    return [line for line in str(raised.value).splitlines() if line.startswith("  - ")]
+
+
+def named(checks: Sequence[Check], words: str) -> Check:
+    (check,) = [check for check in checks if words in check.what]
+    return check
+
+
+def test_good_captions_pass_and_the_gate_says_what_it_saw(tmp_path):
+    checks = gate_caption(STAGE, tmp_path, written(tmp_path), tmp_path / "report")
+    assert "of the next ones' (600 captions)" in named(checks, "own images'").observed
+
+
+def test_one_swapped_partition_of_three_is_named(tmp_path):
+    (line,) = failing(STAGE, tmp_path, written(tmp_path, (0, 7, 0)))
+    assert "captions are their own images'" in line
+    assert "train/part-00001" in line and "train/part-00000" not in line
+
+
+def test_swapped_captions_in_partitions_too_small_to_tell_are_seen_together(tmp_path):
+    reports = written(tmp_path, [3] * 30, size=9, worth=1.0)
+    (line,) = failing(STAGE, tmp_path, reports)
+    assert "all together" in line and "could not tell for" in line
+
+
+def test_too_few_captions_to_tell_pass_and_the_gate_says_so(tmp_path):
+    checks = gate_caption(STAGE, tmp_path, written(tmp_path, (1, 1), size=4), tmp_path / "report")
+    assert "could not tell for 2 of 2 partitions: few captions to compare" in named(checks, "own images'").observed
+
+
+def test_a_partition_of_other_lengths_is_named(tmp_path):
+    reports = written(tmp_path)
+    long = table([of("word " * 90 + ".", key=str(number)) for number in range(40)]).to_dict("records")
+    reports.append(write_captions("val/part-00000", [MeasuredCaption(**row) for row in long], 40, tmp_path))  # type: ignore[misc]
+    lines = failing(STAGE.model_copy(update={"max_repeated_share": 1.0}), tmp_path, reports)
+    assert len(lines) == 1 and "mean length is within 1.5 times" in lines[0] and "val/part-00000" in lines[0]
+
+
+def test_what_rules_drop_has_a_limit_of_its_own(tmp_path):
+    reports = written(tmp_path)
+    dropped = [Failure(f"d{number}", "llava", "2 words, fewer than 3", "short") for number in range(60)]
+    few = replace(reports[0], read=260, failures=dropped)
+    checks = gate_caption(STAGE, tmp_path, [few, *reports[1:]], tmp_path / "report")
+    assert named(checks, "rules drop").observed == "9.09 % (60 short)"
+    assert checks[0].observed == "0 %"
+    many = replace(reports[0], read=320, failures=dropped * 2)
+    (line,) = failing(STAGE, tmp_path, [many, *reports[1:]])
+    assert "quality's rules drop is at most 10 %: found 16.7 % (120 short)" in line
+
+
+def test_too_many_captions_that_are_cut_off_fail(tmp_path):
+    reports = written(tmp_path)
+    rows = read_captions(tmp_path, "train/part-00000").assign(truncated=True).to_dict("records")
+    reports[0] = write_captions("train/part-00000", [MeasuredCaption(**row) for row in rows], 200, tmp_path)  # type: ignore[misc]
+    (line,) = failing(STAGE, tmp_path, reports)
+    assert "captions that are cut off is at most 20 %: found 33.3 %" in line
+
+
+def test_repeated_texts_are_counted_the_same_in_any_number_of_passes(tmp_path, monkeypatch):
+    def items() -> Iterator[Caption]:
+        for number in range(300):
+            yield caption(f"Text {number % 170}.", str(number))
+
+    reports = [write_captions(f"train/part-{part:05d}", items(), 300, tmp_path) for part in range(2)]
+    assert validation._repeated_in(tmp_path, reports, "text") == 430
+    monkeypatch.setattr(validation, "HASHES_AT_ONCE", 37)
+    assert validation._repeated_in(tmp_path, reports, "text") == 430
