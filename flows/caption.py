@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
+from typing import Any
 
 from prefect import flow
 
-from flows.stage import Stage, StageFailed, hash_of, main
-from lotlip.captioning import open_captioner
-from lotlip.config import load_params
+from flows.cluster import on_ray
+from flows.stage import Stage, StageFailed, hash_of, main, on_threads
+from lotlip.captioning.partition import Captioning
+from lotlip.captioning.quality import summarise
+from lotlip.captioning.store import Partition
+from lotlip.config import Params, load_params
 from lotlip.files import sha256_tree
-from lotlip.partitions import finished, read_index, read_records, unit_names, write_captions, write_index
-from lotlip.records import UnitReport
+from lotlip.partitions import read_captions, read_index, totals, write_index
 
 
 @flow(name="caption", flow_run_name="caption-{captioner}")
@@ -27,23 +31,30 @@ def caption(captioner: str) -> None:
         raise StageFailed(f"no captioner {captioner!r} in params.yaml; there are: {', '.join(config.captioners)}")
     settings = config.captioners[captioner]
     inputs = {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
-    stage = Stage("caption", params, settings.model_dump(mode="json"), inputs, captioner)
-    author = open_captioner(captioner, settings, config.tokenizer)
-    sizes = {unit["name"]: unit["written"] for unit in read_index(source)["units"]}
-
-    def write(name: str) -> list[UnitReport]:
-        done = finished(name, stage.out)
-        return [done or write_captions(name, author.caption(read_records(source, name)), sizes[name], stage.out)]
-
-    reports = stage.fan_out(unit_names(source), write, name=str, size=lambda name: sizes[name])
-    index = write_index(stage.out, reports, revision=author.revision, prompt=author.prompt)
+    deciding = [part.model_dump(mode="json") for part in (settings, config.quality)] + [config.tokenizer]
+    stage = Stage("caption", params, deciding, inputs, captioner)
+    work = Captioning(captioner, config, source, params.paths.caption_store, stage.out)
+    author, store = work.author(), work.stored()
+    store.describe()
+    stage.log.info("captions that were written before are taken from %s", store.folder)
+    there = (unit for unit in read_index(source)["units"] if unit["sha256"])  # not those that failed as a whole
+    units = [Partition(unit["name"], unit["written"], unit["sha256"]) for unit in there]
+    reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
+    tables = (read_captions(stage.out, report.name) for report in reports if report.written)
+    quality = summarise(tables, totals(reports)["failure_kinds"])
+    index = write_index(stage.out, reports, revision=author.revision, prompt=author.prompt, quality=quality)
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_caption
 
         checks = gate_caption(config, stage.out, reports, stage.gate_report)
     stage.publish(params.paths.captions / captioner)
-    stage.record(index["read"], checks, index, {"revision": author.revision})
+    stage.record(index["read"], checks, index, {"revision": author.revision, "quality": quality})
+
+
+def running(params: Params) -> AbstractContextManager[Any]:
+    """Where partitions are captioned, as `caption.task_runner` says."""
+    return on_ray(params) if params.caption.task_runner == "ray" else on_threads(params)
 
 
 if __name__ == "__main__":
-    main(caption, *sys.argv[1:])
+    main(caption, *sys.argv[1:], running=running)

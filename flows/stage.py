@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -121,7 +121,8 @@ class Stage:
 
         Args:
             units: pieces of work that are done whole.
-            work: does one; returns at once what a finished unit's markers say.
+            work: does one; returns at once what a finished unit's markers say. Where units run in other processes,
+                it is sent to them: a function of a module or a small frozen object, no closure.
             name: of a unit.
             size: items in a unit.
 
@@ -208,10 +209,19 @@ class Stage:
 
 
 class _Opaque:
-    """Hides a callable's contents from Prefect, which would search a task's arguments for futures."""
+    """A unit's work, in this folder, for any process of any machine that has the folder.
 
-    def __init__(self, call: Callable[[], list[UnitReport]]) -> None:
-        self.call = call
+    It hides the work's contents from Prefect, which would search a task's arguments for futures.
+    """
+
+    def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
+        self.work = work
+        self.folder = Path.cwd()
+
+    def call(self) -> list[UnitReport]:
+        if Path.cwd() != self.folder:  # a cluster's worker starts elsewhere
+            os.chdir(self.folder)
+        return self.work()
 
 
 @task(name="unit", cache_policy=NO_CACHE)
@@ -244,16 +254,32 @@ class _NoTraceback(logging.Filter):
         return not isinstance(error, EXPECTED)
 
 
-def main(stage: Flow[..., Any], *arguments: str) -> None:
-    """Runs a stage's flow as a program, `python -m flows.STAGE [ITEM]`; a failure is status 1 and one clear line."""
+@contextmanager
+def on_threads(params: Params) -> Iterator[Any]:
+    """Units run in threads of this process, `orchestration.workers` at a time."""
+    yield ThreadPoolTaskRunner(max_workers=params.orchestration.workers)
+
+
+def main(
+    stage: Flow[..., Any],
+    *arguments: str,
+    running: Callable[[Params], AbstractContextManager[Any]] = on_threads,
+) -> None:
+    """Runs a stage's flow as a program, `python -m flows.STAGE [ITEM]`; a failure is status 1 and one clear line.
+
+    Args:
+        stage: the flow.
+        arguments: of the flow.
+        running: gives Prefect's runner of units, for the time that the flow takes.
+    """
     tracebacks = bool(os.environ.get("LOTLIP_TRACEBACK"))
     if not tracebacks:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
             logging.getLogger(name).addFilter(_NoTraceback())
     try:
-        runner: Any = ThreadPoolTaskRunner(max_workers=load_params().orchestration.workers)
-        _clock.call()
-        stage.with_options(task_runner=runner)(*arguments)
+        with running(load_params()) as runner:
+            _clock.call()
+            stage.with_options(task_runner=runner)(*arguments)
     except EXPECTED as error:
         if tracebacks:
             raise

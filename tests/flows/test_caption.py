@@ -1,0 +1,217 @@
+"""Stage `caption` as users run it: killed half way, with other rules, on threads and on Ray."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from lotlip.config import CaptionStage
+from lotlip.partitions import read_captions, read_index, unit_names
+from tests.flows.conftest import ROOT, Workspace, tiny
+
+HOW = {"task_runner", "ray"}
+
+
+def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
+    watched = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["caption"]["do"]["params"]
+    deciding = {f"caption.{name}" for name in set(CaptionStage.model_fields) - HOW - {"captioners"}}
+    assert set(watched) == deciding | {"caption.captioners.${key}"}
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))], ids=lambda p: p.stem
+)
+def test_what_dvc_watches_is_written_out(path):
+    # DVC knows no defaults
+    assert set(CaptionStage.model_fields) - HOW <= set(yaml.safe_load(path.read_text())["caption"])
+
+
+# --- in a checkout ------------------------------------------------------------------------------------------------
+
+COUNTING = """    def _caption(self, record: ImageRecord) -> Caption | Failure:
+        import os, time
+        time.sleep({seconds})
+        with open("calls", "a") as calls:
+            calls.write(f"{{record.key}} {{os.getpid()}}\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def workspace(make_workspace) -> Workspace:
+    """A world of 330 images in partitions of 30, and captioners that tell of every caption they write."""
+    workspace: Workspace = make_workspace()
+    workspace.change(tiny)
+    workspace.change(lambda params: params["ingest"].update(partition_size=30))
+    workspace.python("flows.ingest")
+    slow(workspace, 0)
+    return workspace
+
+
+def slow(workspace: Workspace, seconds: float) -> None:
+    """Has each caption take some time."""
+    head = "    def _caption(self, record: ImageRecord) -> Caption | Failure:\n"
+    text = (ROOT / "lotlip" / "captioning" / "scenes.py").read_text()
+    assert head in text
+    counting = text.replace(head, COUNTING.format(seconds=seconds))
+    (workspace.folder / "lotlip" / "captioning" / "scenes.py").write_text(counting)
+
+
+def calls(workspace: Workspace) -> list[list[str]]:
+    """Key and process of every caption that was written, and forgets them."""
+    path = workspace.folder / "calls"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def forget(workspace: Workspace) -> None:
+    (workspace.folder / "calls").unlink(missing_ok=True)
+
+
+def run_on(workspace: Workspace, runner: str, **quality: Any) -> None:
+    workspace.change(lambda params: params["caption"].update(task_runner=runner, quality=quality))
+
+
+def begin(workspace: Workspace, captioner: str) -> subprocess.Popen[bytes]:
+    log = (workspace.folder / "flow.log").open("w")
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.caption", captioner],
+        cwd=workspace.folder,
+        env=workspace.environment,
+        start_new_session=True,
+        stdout=log,
+        stderr=log,
+    )
+
+
+def await_calls(workspace: Workspace, number: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    while len(calls(workspace)) < number:
+        assert process.poll() is None, (workspace.folder / "flow.log").read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def published(workspace: Workspace, captioner: str) -> dict[str, bytes]:
+    folder = workspace.folder / "data" / "captions" / captioner
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def keys(workspace: Workspace, captioner: str) -> list[str]:
+    folder = workspace.folder / "data" / "captions" / captioner
+    return [key for name in unit_names(folder) for key in read_captions(folder, name, ["key"])["key"]]
+
+
+@pytest.mark.slow
+def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow(workspace) -> None:
+    slow(workspace, 0.02)
+    forget(workspace)
+    run_on(workspace, "threads")
+    process = begin(workspace, "llava")
+    await_calls(workspace, 150, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    store = workspace.folder / "data" / "caption-store" / "llava"
+    finished = {path: path.stat().st_mtime_ns for path in store.rglob("part-*.json")}
+    assert 0 < len(finished) < 11
+    assert not (workspace.folder / "data" / "captions" / "llava").exists()
+
+    workspace.python("flows.caption", "llava")
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
+    counted = Counter(key for key, _ in calls(workspace))
+    assert len(counted) == len(keys(workspace, "llava")) == len(set(keys(workspace, "llava"))) == 330
+    # two partitions were being written when the flow was killed
+    assert sum(counted.values()) <= 330 + 2 * 30
+
+    forget(workspace)
+    run_on(workspace, "threads", long=120)
+    workspace.python("flows.caption", "llava", check=False)  # so many are dropped that the gate may not like it
+    workspace.change(lambda params: params["caption"].update(max_filtered_share=1.0))
+    workspace.python("flows.caption", "llava")
+    index = read_index(workspace.folder / "data" / "captions" / "llava")
+    assert index["failure_kinds"] == {"long": index["failed"]}
+    assert index["quality"]["filtered"]["long"] == index["failed"] > 0
+    assert calls(workspace) == []
+
+    workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(seed=5))
+    workspace.python("flows.caption", "llava")
+    assert len(calls(workspace)) == 330
+    assert len([folder for folder in store.iterdir() if folder.is_dir()]) == 2
+    forget(workspace)
+    workspace.change(lambda params: params["caption"]["captioners"]["llava"].pop("seed"))
+    workspace.python("flows.caption", "llava")
+    assert calls(workspace) == []
+
+
+@pytest.mark.slow
+def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace) -> None:
+    slow(workspace, 0.05)
+    run_on(workspace, "threads")
+    workspace.python("flows.caption", "sharegpt4v")
+    expected = published(workspace, "sharegpt4v")
+    for path in sorted((workspace.folder / "data" / "caption-store").rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    forget(workspace)
+
+    run_on(workspace, "ray")
+    process = begin(workspace, "sharegpt4v")
+    await_calls(workspace, 100, process)
+    flow = psutil.Process(process.pid)
+    ray = [child for child in flow.children(recursive=True) if "ray" in " ".join(child.cmdline())]
+    listening = {
+        connection.laddr.ip
+        for child in ray
+        for connection in child.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    key, victim = calls(workspace)[-1]
+    assert int(victim) in {child.pid for child in ray}
+    os.kill(int(victim), signal.SIGKILL)
+    assert process.wait(240) == 0, (workspace.folder / "flow.log").read_text()
+
+    assert published(workspace, "sharegpt4v") == expected
+    written = calls(workspace)
+    counted = Counter(key for key, _ in written)
+    assert len({worker for _, worker in written}) >= 3  # another took the killed one's place
+    assert len(counted) == 330 and sum(counted.values()) <= 330 + 30
+    assert counted[key] == 2
+    _, alive = psutil.wait_procs(ray, timeout=30)
+    assert not alive
+
+
+@pytest.mark.slow
+def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
+    slow(workspace, 0.2)
+    forget(workspace)
+    run_on(workspace, "ray")
+    process = begin(workspace, "instructblip")
+    await_calls(workspace, 1, process)
+    started = [
+        child for child in psutil.Process(process.pid).children(recursive=True) if "ray" in " ".join(child.cmdline())
+    ]
+    assert started
+    process.kill()
+    process.wait()
+    try:  # its agents look for the others for a minute first
+        _, alive = psutil.wait_procs(started, timeout=150)
+        assert not alive
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # Prefect's temporary server among them
+
+
+def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
+    from flows.cluster import on_ray
+    from flows.stage import StageFailed
+    from lotlip.config import load_params
+
+    monkeypatch.setitem(sys.modules, "prefect_ray", None)
+    with pytest.raises(StageFailed, match=r"prefect_ray is not installed: pip install 'lotlip\[ray\]'"):
+        on_ray(load_params(ROOT / "params.yaml")).__enter__()
