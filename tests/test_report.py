@@ -16,7 +16,7 @@ from lotlip.config import Params
 from lotlip.report import build_report, groups, load_inputs
 from lotlip.report.figures import colours, context_figures
 from lotlip.report.results import benchmark_tables
-from lotlip.report.stages import cost_table, training_table
+from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables go by configuration.
@@ -776,3 +776,19 @@ def test_pages_of_the_gates_come_with_the_report(tmp_path):
     assert '<a href="data-docs/ingest/index.html">Data Docs</a>' in page.read_text()
     assert "data-docs/shard" not in page.read_text()
     assert (page.parent / "data-docs/ingest/index.html").read_text() == "what the gate looked at"
+
+
+def test_the_quality_of_captions_stands_in_a_table_by_captioner(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    assert quality_table(load_inputs(params, tmp_path)).rows == []
+    path = tmp_path / params.paths.stages / "caption-llava.json"
+    spread = {"mean": 80.25, "p05": 20.0, "median": 81.0, "p95": 140.0}
+    quality = {"captions": 200, "filtered": {"refusal": 0, "short": 5}, "truncated_share": 0.125, "words": spread}
+    quality |= {"repetition": {**spread, "mean": 0.05}, "agreement": dict.fromkeys(spread)}
+    write_json(path, {**json.loads(path.read_text()), "notes": {"quality": quality}})
+    (row,) = quality_table(load_inputs(params, tmp_path)).rows
+    expected = ["llava", "200", "80.2", "20", "140", "5.0 %", "–", "12.5 %", "0.0 %", "2.5 %"]
+    assert [cell.text.replace("\u00a0", " ") for cell in row] == expected
+    build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    assert "Quality of long captions" in (tmp_path / "report" / "index.html").read_text()

@@ -84,6 +84,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     context_figures = figures.context_figures(inputs)
     made = {
         "data": stages.statistics_table(inputs),
+        "quality": stages.quality_table(inputs),
         "tower": stages.accuracy_table(inputs),
         "times": stages.stages_table(inputs),
         "failures": stages.failures_table(inputs),

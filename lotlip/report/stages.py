@@ -44,6 +44,46 @@ def accuracy_table(inputs: ReportInputs) -> Table:
     return Table("image-tower", "What the image tower knows", note, columns, rows)
 
 
+def quality_table(inputs: ReportInputs) -> Table:
+    """What each captioner's captions are like, and the share that each rule dropped; from the notes of the stages."""
+    found = {
+        stage.label.removeprefix("caption-"): stage.notes["quality"]
+        for stage in inputs.stages
+        if stage.label.startswith("caption-") and stage.notes.get("quality")
+    }
+    rules = list(dict.fromkeys(rule for quality in found.values() for rule in quality["filtered"]))
+    columns = [
+        Column("captioner", "Captioner", numeric=False),
+        Column("captions", "Captions"),
+        Column("words", "Words, mean"),
+        Column("words_p05", "5 %"),
+        Column("words_p95", "95 %"),
+        Column("repetition", "Repetition"),
+        Column("agreement", "Agreement"),
+        Column("truncated", "Cut off"),
+        *(Column(rule, rule, group="Dropped") for rule in rules),
+    ]
+    rows = [
+        [
+            words(name),
+            number(quality["captions"]),
+            number(quality["words"]["mean"], "{:.1f}"),
+            *(number(quality["words"][quantile]) for quantile in ("p05", "p95")),
+            percent(quality["repetition"]["mean"]),
+            percent(quality["agreement"]["mean"]),
+            percent(quality["truncated_share"]),
+            *(percent(quality["filtered"][rule] / max(quality["captions"], 1)) for rule in rules),
+        ]
+        for name, quality in found.items()
+    ]
+    note = (
+        "Repetition is the mean share of runs of four words that were there before in the caption, agreement that of "
+        "the raw caption's content words that the caption has. Rules are in caption.quality of params.yaml; all but "
+        "the shares of what they dropped is of the captions that they kept."
+    )
+    return Table("caption-quality", "Quality of long captions", note, columns, rows)
+
+
 def stages_table(inputs: ReportInputs) -> Table:
     """Time, throughput, counts and the orchestration's share, for each stage."""
     columns = [
