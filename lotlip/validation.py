@@ -343,18 +343,18 @@ def gate_caption(
     settings: config.CaptionStage, folder: Path, reports: Sequence[UnitReport], report: Path
 ) -> list[Check]:
     """One captioner's captions are there, are the images' own, and are neither broken nor the same over and over."""
-    units = _with_something(reports)
-    names = [unit.name for unit in units]
     rows, agreements = [], {}
-    for unit in units:
+    for unit in _with_something(reports):
+        row = inspect_captions(folder, unit.name, unit.written)
+        rows.append(row)
+        if row["missing_files"]:
+            continue
         measured = read_captions(folder, unit.name, ["words", "truncated", "own_agreement", "next_agreement"])
         agreements[unit.name] = Agreement.of(measured)
         enough = len(measured) >= ENOUGH_CAPTIONS
-        row = {
-            "words": float(measured["words"].astype(float).mean()) if enough else None,
-            "truncated": int(measured["truncated"].eq(True).sum()),
-        }
-        rows.append(inspect_captions(folder, unit.name, unit.written) | row)
+        row["words"] = float(measured["words"].astype(float).mean()) if enough else None
+        row["truncated"] = int(measured["truncated"].eq(True).sum())
+    names = list(agreements)
     table = _rows(rows, CAPTIONS, "unit", "words", "truncated")
     table["length_ratio"] = _from_median(table["words"])
     captions = sum(unit.written for unit in reports)

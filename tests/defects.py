@@ -6,7 +6,7 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lotlip.captioning import open_captioner
+from lotlip.captioning.partition import Captioning
+from lotlip.captioning.quality import assess, measured
+from lotlip.captioning.store import Partition
 from lotlip.config import CaptionStage, Ingest, Shard
 from lotlip.data.tars import scan_tar, write_samples
 from lotlip.files import write_json
 from lotlip.inspection import held_out_images
-from lotlip.partitions import finished, read_index, read_records, unit_names, write_captions, write_index
+from lotlip.partitions import finished, read_captions, read_index, read_table, unit_names, write_captions, write_index
 from lotlip.partitions import write_partitions as write_unit
-from lotlip.records import UnitReport
+from lotlip.records import Caption, UnitReport
 from lotlip.repeats import unique_partitions
 from lotlip.shards import group_reader, plan_shards, write_shard, write_shard_index
 from lotlip.sources import open_source
+from lotlip.text import split_sub_captions
 from lotlip.validation import Check, gate_caption, gate_ingest, gate_shard
 
 SPLITS = ("train", "val", "test")
@@ -95,6 +98,16 @@ class World:
 
     # --- ways to plant a defect ---
 
+    def recaption(self, unit: str, change: Callable[[list[Caption]], list[Caption]]) -> None:
+        """Has other captions come from the captioner `llava` for a partition; they are measured and filtered."""
+        folder = self.captions("llava")
+        names = [field.name for field in fields(Caption)]
+        written = [Caption(**row) for row in read_captions(folder, unit, names).to_dict("records")]
+        images = read_table(self.ingest, unit, ["key", "raw_caption"])
+        captions = [replace(caption, sub_captions=split_sub_captions(caption.text)) for caption in change(written)]
+        kept = assess(measured(captions, dict(zip(images["key"], images["raw_caption"], strict=True))), CAPTION.quality)
+        write_captions(unit, kept, len(captions), folder)
+
     def edit(self, path: str, change: Callable[[pd.DataFrame], Any]) -> None:
         """Changes a partition's table; what `change` returns takes its place, if anything."""
         file = self.folder / f"{path}.parquet"
@@ -158,13 +171,9 @@ def build(folder: Path) -> World:
     shutil.rmtree(folder / "units")
     write_index(world.ingest, reports)
     for name in STYLES:
-        author = open_captioner(name, CAPTION.captioners[name], CAPTION.tokenizer)
         out = world.captions(name)
-        done = [
-            write_captions(unit, author.caption(read_records(world.ingest, unit)), _written(world, unit), out)
-            for unit in unit_names(world.ingest)
-        ]
-        write_index(out, done)
+        work = Captioning(name, CAPTION, world.ingest, folder / "store", out)
+        write_index(out, [done for report in reports for done in work(_partition(report))])
     captions = {name: world.captions(name) for name in STYLES}
     group = group_reader(world.ingest, captions)
     shards = {
@@ -178,7 +187,5 @@ def build(folder: Path) -> World:
     return world
 
 
-def _written(world: World, unit: str) -> int:
-    report = finished(unit, world.ingest)
-    assert report is not None
-    return report.written
+def _partition(report: UnitReport) -> Partition:
+    return Partition(report.name, report.written, report.sha256)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from lotlip.partitions import read_table
-from lotlip.records import Failure, UnitReport
+from lotlip.records import Caption, Failure, UnitReport
 from lotlip.validation import GateFailed
 from tests.defects import World, build
 
@@ -216,6 +217,115 @@ def told(gate: Callable[[Path], Any], report: Path) -> str:
         gate(report)
     assert "FAILED" in (report / "gate.md").read_text()
     return str(raised.value)
+
+
+# --- caption ------------------------------------------------------------------------------------------------------
+
+UNITS = ("train/part-00000", "train/part-00001", "train/part-00002", "val/part-00000", "test/part-00000")
+LLAVA = "captions/llava/train/part-00000"
+
+
+def saying(text: Callable[[str], str], units: Sequence[str] = UNITS[:1], every: int = 1) -> Callable[[World], None]:
+    """Every so many-th caption of some partitions has another text, made of its own."""
+
+    def change(captions: list[Caption]) -> list[Caption]:
+        return [
+            caption if number % every else replace(caption, text=text(caption.text))
+            for number, caption in enumerate(captions)
+        ]
+
+    def plant(world: World) -> None:
+        for unit in units:
+            world.recaption(unit, change)
+
+    return plant
+
+
+def next_ones(captions: list[Caption]) -> list[Caption]:
+    texts = [caption.text for caption in captions]
+    return [replace(caption, text=text) for caption, text in zip(captions, texts[1:] + texts[:1], strict=True)]
+
+
+def without_a_captioner(world: World) -> None:
+    """A partition that a captioner failed with as a whole."""
+    for ending in (".json", ".parquet"):
+        (world.folder / f"{LLAVA}{ending}").unlink()
+    lost = [Failure(f"{number}", "train/part-00000", "the server is gone", "unit") for number in range(40)]
+    world.broken.append(UnitReport("train/part-00000", 40, 0, "", 0, lost))
+
+
+CAPTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
+    "captions of the next images": (
+        lambda world: world.recaption(UNITS[0], next_ones),
+        "captions are their own images': they share 1.5 times as many words",
+    ),
+    "a captioner missing in a partition": (
+        without_a_captioner,
+        "share of partitions without any caption is at most 0 %: found 20 % (train/part-00000)",
+    ),
+    "null texts": (
+        lambda world: world.edit(LLAVA, setting("text", None)),
+        "a partition has no empty caption: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "one text for all": (
+        saying(lambda _: "A picture of a thing in a place."),
+        "captions that repeat another word for word is at most 20 %: found 21.7 %",
+    ),
+    "texts cut off": (
+        saying(lambda text: text[: len(text) * 2 // 3].rstrip(" ."), UNITS[:3]),
+        "captions that are cut off is at most 50 %: found 66.7 %",
+    ),
+    "mojibake": (
+        saying(lambda text: text.replace(" ", "â€™ ", 1), UNITS, every=4),
+        "captions that quality's rules drop is at most 10 %: found 25 % (45 mojibake)",
+    ),
+    "control characters": (
+        saying(lambda text: text.replace(" ", "\x08 ", 1), UNITS, every=4),
+        "captions that quality's rules drop is at most 10 %: found 25 % (45 control)",
+    ),
+    "refusals": (
+        saying(lambda _: "I'm sorry, but I cannot see the image.", UNITS, every=4),
+        "captions that quality's rules drop is at most 10 %: found 25 % (45 refusal)",
+    ),
+    "loops": (
+        saying(lambda text: text + " And on the left there is a tree" * 30 + ".", UNITS, every=4),
+        "captions that quality's rules drop is at most 10 %: found 25 % (45 repetition)",
+    ),
+    "texts of a word": (
+        saying(lambda _: "Tree.", UNITS, every=4),
+        "captions that quality's rules drop is at most 10 %: found 25 % (45 short)",
+    ),
+    "lengths that shift": (
+        saying(lambda text: " ".join(text.split(". ")[:2]) + "."),
+        "a partition's mean length is within 1.5 times the median partition's: found 1 of 5",
+    ),
+    "two captions for an image": (
+        lambda world: world.edit(LLAVA, lambda table: setting("key", table["key"][1])(table)),
+        "no image has two captions: found 1",
+    ),
+    "captions without sub-captions": (
+        lambda world: world.edit(LLAVA, lambda table: table.at.__setitem__((0, "sub_captions"), [])),
+        "every caption of a partition has at least 1 sub-caption: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "rows that are gone": (
+        lambda world: world.edit(LLAVA, lambda table: table.iloc[1:]),
+        "a row for every caption written: found 1 of 5 do not: train/part-00000 (-1)",
+    ),
+    "a table that is gone": (
+        lambda world: (world.folder / f"{LLAVA}.parquet").unlink(),
+        "a partition's table is there: found 1 of 5 do not: train/part-00000 (1)",
+    ),
+    "many failures": (
+        lambda world: world.report(LLAVA, read=50, failures=failures("unreadable", 10)),
+        "share of items that failed is at most 2 %: found 5.26 % (10 unreadable)",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("plant", "line"), CAPTIONS.values(), ids=CAPTIONS)
+def test_caption_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
+    plant(world)
+    assert line in told(world.gate_caption, tmp_path / "report")
 
 
 # --- shard --------------------------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from lotlip import validation
 from lotlip.captioning.quality import (
     RULES,
     Agreement,
@@ -346,14 +345,3 @@ def test_too_many_captions_that_are_cut_off_fail(tmp_path):
     reports[0] = write_captions("train/part-00000", [MeasuredCaption(**row) for row in rows], 200, tmp_path)  # type: ignore[misc]
     (line,) = failing(STAGE, tmp_path, reports)
     assert "captions that are cut off is at most 20 %: found 33.3 %" in line
-
-
-def test_repeated_texts_are_counted_the_same_in_any_number_of_passes(tmp_path, monkeypatch):
-    def items() -> Iterator[Caption]:
-        for number in range(300):
-            yield caption(f"Text {number % 170}.", str(number))
-
-    reports = [write_captions(f"train/part-{part:05d}", items(), 300, tmp_path) for part in range(2)]
-    assert validation._repeated_in(tmp_path, reports, "text") == 430
-    monkeypatch.setattr(validation, "HASHES_AT_ONCE", 37)
-    assert validation._repeated_in(tmp_path, reports, "text") == 430
