@@ -81,3 +81,89 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     scores = json.loads((workspace.folder / "metrics" / "lit.json").read_text())["benchmarks"]["own"]
     assert scores["protocol"]["short_texts"] == scores["protocol"]["images"] > 0
     assert "long.text_to_image.r1" not in scores["seeds"]["0"]
+
+
+def tar_of(path: Path, samples: dict[str, tuple[bytes, str, str]]) -> None:
+    """A tar as img2dataset writes it: image, caption and address of each sample."""
+    import io
+    import tarfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for key, (image, caption, url) in samples.items():
+            info = json.dumps({"caption": caption, "url": url, "key": key}).encode()
+            for ending, data in (("jpg", image), ("txt", caption.encode()), ("json", info)):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def test_published_data_with_some_dirt(make_workspace) -> None:
+    """img2dataset's tars and DreamLIP's table: from raw files to shards that `lotlip verify` finds in order."""
+    import csv
+    import io
+
+    from lotlip.config import WebDatasetSource
+    from lotlip.sources.keys import key_of, split_of
+    from lotlip.sources.scenes import generate_scene, render
+
+    workspace = make_workspace()
+    raw = workspace.folder / "raw"
+
+    def picture(number: int, form: str = "JPEG") -> bytes:
+        file = io.BytesIO()
+        render(generate_scene(7, "train", number), 64).save(file, form)
+        return file.getvalue()
+
+    def address(number: int) -> str:
+        return f"https://example.org/{number}.jpg"
+
+    rows = []
+    for tar in range(4):
+        samples = {}
+        for number in range(tar * 30, tar * 30 + 30):
+            url = address(number)
+            samples[f"{tar:05d}{number:04d}"] = (picture(number), f"A picture of number {number}.", url)
+            rows.append([url, f"Number {number} in long. It has a second sentence, number {number * 7}."])
+        if tar == 0:
+            first = next(iter(samples))
+            samples[first] = (picture(0, "PNG"), *samples[first][1:])  # not what its name says
+        if tar == 1:
+            last = list(samples)[-1]
+            samples[last] = (picture(35), *samples[last][1:])  # the picture of another sample
+            broken = list(samples)[3]
+            samples[broken] = (b"no picture", *samples[broken][1:])
+        tar_of(raw / "images" / f"{tar:05d}.tar", samples)
+    cut = raw / "images" / "00003.tar"
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    benchmark = raw / "benchmark"
+    benchmark.mkdir()
+    source = WebDatasetSource(kind="webdataset", path=raw / "images")
+    leaked = next(number for number in range(60, 90) if split_of(key_of(address(number)), source) == "train")
+    (benchmark / "a.jpg").write_bytes(picture(leaked))
+    with (raw / "captions.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["Image Path", "longSV_captions"], *rows])
+
+    def published(params):
+        params["ingest"]["source"] = {"kind": "webdataset", "path": "raw/images", "key": "url"}
+        params["ingest"] |= {"max_failure_share": 0.2, "max_broken_unit_share": 0.25}
+        params["ingest"]["evaluation_images"] = ["raw/benchmark"]
+        columns = {"key": "Image Path", "captioner": None, "text": "longSV_captions"}
+        params["caption"]["captioners"] = {"sharegpt4v": {"kind": "table", "path": "raw/captions.csv", **columns}}
+        params["shard"] |= {"store_features": False, "samples_per_shard": 40}
+        params["ablations"] = {"lotlip": {}}
+
+    workspace.change(published)
+    workspace.python("flows.ingest")
+    index = json.loads((workspace.folder / "data/ingest/index.json").read_text())
+    kinds = index["failure_kinds"]
+    assert kinds == {"duplicate": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
+    assert index["remark_kinds"] == {"renamed": 1}
+    assert index["read"] == index["written"] + sum(kinds.values())
+    workspace.python("flows.caption", "sharegpt4v")
+    workspace.python("flows.shard")
+    for folder in ("ingest", "captions/sharegpt4v", "shards"):
+        verify = ("-c", "from lotlip.cli import run; run()", "verify", f"data/{folder}", "--held-out", "raw/benchmark")
+        assert "all as index.json says" in workspace.run(sys.executable, *verify).stdout
+    shards = json.loads((workspace.folder / "data/shards/index.json").read_text())
+    assert shards["statistics"]["sharegpt4v"]["sub_captions_per_text"] == 2.0
