@@ -1,4 +1,4 @@
-"""A captioning server on loopback that fails as real ones do, and a tiny MLLM for `transformers serve`.
+"""A captioning server on loopback that fails as real ones do.
 
 `python -m tests.captioning_server PORT` runs it as a process, which can be killed.
 """
@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 MODEL = "tiny/llava"
@@ -198,61 +197,6 @@ class CaptioningServer(ThreadingHTTPServer):
 
     def handle_error(self, *_: object) -> None:
         pass  # clients that give up, as tests have them do
-
-
-def save_tiny_mllm(folder: Path) -> Path:
-    """Saves a LLaVA of random weights that fits into a megabyte, with processor and chat template."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:", "Describe", "this", "image", "in"]
-    words += ["detail.", "a", "red", "green", "blue", "dog", "cat", "house", "tree", "is", "on", "the", "left", "."]
-    pieces = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
-    pieces.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=pieces,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-    )
-    template = (
-        "{% for message in messages %}USER: {% for part in message['content'] %}"
-        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-        "ASSISTANT:"
-    )
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-        tokenizer,
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=template,
-    )
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    settings = LlavaConfig(
-        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
-        text_config=LlamaConfig(**sizes, vocab_size=len(words), bos_token_id=1, eos_token_id=2, pad_token_id=0),
-        image_token_id=4,
-        image_seq_length=4,
-    )
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration(settings)
-    for parameter in model.parameters():  # wide enough that pictures make a difference
-        parameter.data.normal_(0, 0.5)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
 
 
 if __name__ == "__main__":

@@ -34,7 +34,6 @@ from tests.captioning_server import (
     broken,
     dropped,
     halved,
-    save_tiny_mllm,
     saying,
     silent,
     soon,
@@ -484,7 +483,9 @@ def test_an_address_that_cannot_be_used_is_an_error_that_does_not_show_a_passwor
 
 @pytest.mark.slow
 def test_transformers_serve_captions_pictures(tmp_path):
-    model, port = save_tiny_mllm(tmp_path / "tiny-llava"), free_port()
+    from tests.tiny_mllm import save_llava
+
+    model, port = save_llava(tmp_path / "tiny-llava"), free_port()
     url = f"http://127.0.0.1:{port}"
     given = [record(number, picture(number * 13_000)) for number in range(6)]  # of colours far apart
     environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
