@@ -1,0 +1,176 @@
+"""The stages that make data: ingest, image tower, shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lotlip.config.section import Count, Positive, Section, Share
+
+# --- ingest -------------------------------------------------------------------------------------------------------
+
+
+class ScenesSource(Section):
+    """The demo's world: pictures drawn from a seed, with their scene graphs."""
+
+    kind: Literal["scenes"]
+    path: Path = Field(description="the module that draws the scenes; DVC watches it")
+    seed: int = 0
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64
+    train: Count = 8000
+    val: Count = 500
+    test: Count = 1000
+
+
+class SplitByKey(Section):
+    """A source that leaves the split to chance: it depends on a sample's key and the seed, and on nothing else."""
+
+    val_share: Share = 0.05
+    test_share: Share = 0.1
+    split_seed: int = 0
+
+    @model_validator(mode="after")
+    def _some_left_to_train(self) -> SplitByKey:
+        if self.val_share + self.test_share >= 1:
+            raise ValueError("val_share + test_share must stay below 1, so that something is left to train on")
+        return self
+
+
+class FolderSource(SplitByKey):
+    """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+
+    kind: Literal["folder"]
+    path: Path
+
+
+class WebDatasetSource(SplitByKey):
+    """Tars of images with their captions, as img2dataset's `output_format=webdataset` leaves them."""
+
+    kind: Literal["webdataset"]
+    path: Path = Field(description="a folder of tars, a tar, or a text file with the address of tars in each line")
+    images: Annotated[list[str], Field(min_length=1)] = Field(
+        ["jpg", "jpeg", "png", "webp"], description="endings of the members that may be a sample's image, best first"
+    )
+    caption: str | None = Field("txt", description="ending of the member that holds the raw caption; null: none does")
+    caption_field: str | None = Field(
+        "caption", description="field of a sample's json that holds the raw caption where `caption` gives none"
+    )
+    key: str | None = Field(
+        None,
+        description="field of its json that a sample is called by, such as `url`; without it, its name in the tar",
+    )
+
+    @model_validator(mode="after")
+    def _some_caption(self) -> WebDatasetSource:
+        if self.caption is None and self.caption_field is None:
+            raise ValueError("caption and caption_field are both null; one of them must say where raw captions are")
+        return self
+
+
+class ParquetSource(SplitByKey):
+    """Parquet files, a row for each image; the image itself is in the row, or a file below `images`."""
+
+    kind: Literal["parquet"]
+    path: Path = Field(description="a file, or a folder of them")
+    image: str = Field("image", description="column of encoded images ({bytes, path} too), or of paths below `images`")
+    images: Path | None = Field(None, description="folder that the image column's paths start from")
+    caption: str = Field("caption", description="column of the raw caption")
+    key: str | None = Field(None, description="column that a sample is called by; without it, its image's path or row")
+
+
+class CsvSource(SplitByKey):
+    """CSV files (UTF-8, a header line), a row for each image; the images are files below `images`."""
+
+    kind: Literal["csv"]
+    path: Path = Field(description="a file, or a folder of them")
+    image: str = Field("image", description="column of paths below `images`")
+    images: Path = Field(description="folder that the image column's paths start from")
+    caption: str = Field("caption", description="column of the raw caption")
+    key: str | None = Field(None, description="column that a sample is called by; without it, its image's path")
+
+
+Source = Annotated[
+    ScenesSource | FolderSource | WebDatasetSource | ParquetSource | CsvSource, Field(discriminator="kind")
+]
+
+
+class Images(Section):
+    """What an image must be to come in, and how it is stored."""
+
+    min_side: Count = Field(1, description="pixels; smaller ones are failures")
+    max_pixels: Annotated[int, Field(ge=1, le=2**28)] = Field(
+        100_000_000, description="width × height; larger ones are failures, before they are decoded"
+    )
+    max_bytes: Count = Field(100_000_000, description="of the encoded image; larger ones are failures, never read")
+    shorter_side: Count | None = Field(None, description="pixels that a larger one is brought to; smaller ones stay")
+    encoding: Literal["keep", "jpeg", "png", "webp"] = Field(
+        "keep", description="keep: the file as it is; others: the picture that a viewer shows, without metadata"
+    )
+    quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="of JPEG and WebP that are written here")
+
+
+class Ingest(Section):
+    """Brings images and raw captions in, as partitions."""
+
+    source: Source
+    images: Images = Images()
+    partition_size: Count = 1000
+    evaluation_images: list[Path] = Field(
+        [], description="folders of images (of a benchmark, say) that are left out of the training split"
+    )
+    max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
+    max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
+    max_repeated_caption_share: Share = Field(0.9, description="of the raw captions that are word for word another's")
+    max_constant_share: Share = Field(0.05, description="of the images looked at that are one colour all over")
+
+
+# --- image tower --------------------------------------------------------------------------------------------------
+
+
+class ScenesTower(Section):
+    """A small ViT trained on the attributes of scenes of its own; stands for ImageNet-21k pretraining."""
+
+    kind: Literal["scenes"]
+    scenes: Count = 12000
+    seed: int = 1
+    width: Count = 128
+    depth: Count = 2
+    heads: Count = 8
+    patch_size: Count = 16
+    image_size: Annotated[int, Field(ge=32, le=512)] = 64
+    epochs: Count = 5
+    batch_size: Count = 64
+    learning_rate: Positive = 2e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    min_accuracy: Share = Field(
+        0.6, description="mean over attributes, on scenes it was not trained on; less fails the gate"
+    )
+
+
+class TimmTower(Section):
+    """A pretrained image tower from timm, as the paper's `vit_base_patch16_224.augreg_in21k`."""
+
+    kind: Literal["timm"]
+    model: str
+    checkpoint: Path | None = Field(None, description="local safetensors file; without one timm asks the model hub")
+    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+
+
+ImageTower = Annotated[ScenesTower | TimmTower, Field(discriminator="kind")]
+
+
+# --- shard --------------------------------------------------------------------------------------------------------
+
+
+class Shard(Section):
+    """Images, raw and long captions and the frozen tower's features, as WebDataset tars."""
+
+    samples_per_shard: Count = Field(1000, description="at most")
+    max_bytes: Count = Field(1_000_000_000, description="of a shard, about")
+    seed: int = 0
+    store_features: bool = Field(True, description="run the frozen tower once, here, instead of at every step")
+    feature_batch_size: Count = 250
+    max_failure_share: Share = 0.01
+    max_uncaptioned_share: Share = Field(0.05, description="of the samples that no captioner described")

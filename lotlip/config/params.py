@@ -1,0 +1,245 @@
+"""The whole of params.yaml, its ablations, and what is said of a file that cannot be used."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from lotlip.config.caption import CaptionStage
+from lotlip.config.data import ImageTower, Ingest, Shard
+from lotlip.config.pretrain import LongTexts, Pretrain
+from lotlip.config.section import ConfigError, Count, Name, NonNegative, Section, SectionT, Share
+
+
+class Paths(Section):
+    """Where each stage writes, relative to the project's root; dvc.yaml reads the same names."""
+
+    ingest: Path = Path("data/ingest")
+    image_tower: Path = Path("data/image-tower")
+    captions: Path = Path("data/captions")
+    shards: Path = Path("data/shards")
+    models: Path = Path("models")
+    metrics: Path = Path("metrics")
+    stages: Path = Path("metrics/stages")
+    caption_store: Path = Field(
+        Path("data/caption-store"), description="captions that were written once, kept whatever changes; not DVC's"
+    )
+    report: Path = Path("report")
+
+
+# --- evaluate, report ---------------------------------------------------------------------------------------------
+
+
+class ScenesBenchmark(Section):
+    """Held-out scenes: long and short texts in wording that training never had, and prompts for the shape."""
+
+    kind: Literal["scenes"]
+    split: Literal["val", "test"] = "test"
+    size: Count = Field(description="scenes in the split; another number is an error")
+    max_unseen_tokens: Share = Field(0.01, description="share of the texts' word pieces that no training text has")
+
+
+class HeldOutBenchmark(Section):
+    """Held-out images of the data set itself: its raw captions, and its long captions where there are any."""
+
+    kind: Literal["held-out"]
+    split: Literal["val", "test"] = "test"
+
+
+Benchmark = Annotated[ScenesBenchmark | HeldOutBenchmark, Field(discriminator="kind")]
+
+
+class Evaluate(Section):
+    """Zero-shot retrieval and classification of each trained model."""
+
+    batch_size: Count = 250
+    benchmarks: dict[Name, Benchmark]
+    min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="times chance that short-text R@1 must reach; less fails the gate"
+    )
+
+
+class Report(Section):
+    """The page that a person reads at the end."""
+
+    title: str = "LoTLIP"
+    note: str = Field("", description="said in plain words at the top of the page")
+    contact_sheet: NonNegative = Field(12, description="pictures shown with their captions")
+
+
+class Tracking(Section):
+    """MLflow; MLFLOW_TRACKING_URI in the environment goes before `uri`."""
+
+    uri: str = "sqlite:///mlflow.db"
+    experiment: str = "lotlip"
+
+
+class Orchestration(Section):
+    """Prefect's side of every stage."""
+
+    workers: Count = Field(2, description="units that run at the same time")
+    retries: NonNegative = Field(2, description="tries after the first, for a unit")
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = 1.0
+
+
+class Params(Section):
+    """The whole of params.yaml."""
+
+    paths: Paths = Paths()
+    ingest: Ingest
+    image_tower: ImageTower
+    caption: CaptionStage = CaptionStage()
+    shard: Shard = Shard()
+    pretrain: Pretrain = Pretrain()
+    evaluate: Evaluate
+    report: Report = Report()
+    tracking: Tracking = Tracking()
+    orchestration: Orchestration = Orchestration()
+    ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
+
+    @model_validator(mode="after")
+    def _ablations_resolve(self) -> Params:
+        if not self.ablations:
+            raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
+        problems: list[str] = []
+        for name in self.ablations:
+            try:
+                problems += self._caption_problems(name, self.ablation(name).long_texts)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError("ablations cannot be used:", problems)
+        return self
+
+    def _caption_problems(self, name: str, long_texts: LongTexts) -> list[str]:
+        """What an ablation asks of the caption stage that it does not have."""
+        known = self.caption.captioners
+        if long_texts.sub_captions and not known:
+            return [
+                f"ablations.{name} draws long texts, but caption.captioners is empty: "
+                "add a captioner, or set long_texts.sub_captions to 0"
+            ]
+        unknown = sorted(set(long_texts.captioners) - set(known))
+        if unknown:
+            there = ", ".join(known) or "none"
+            return [f"ablations.{name} draws from {', '.join(unknown)}, but caption.captioners has {there}"]
+        return []
+
+    def ablation(self, name: str) -> Pretrain:
+        """`pretrain` with the differences of one ablation.
+
+        Raises:
+            ConfigError: no such ablation, or one of its keys or values is wrong.
+        """
+        if name not in self.ablations:
+            raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.ablations)}")
+        base = self.pretrain.model_dump(mode="json", exclude_unset=True)
+        place = f"ablations.{name}"
+        return _validated(Pretrain, merge(base, self.ablations[name]), place, under=place)
+
+
+def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `differences` laid over it, mapping by mapping; any other value replaces the one below."""
+    merged = dict(base)
+    for key, value in differences.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one level of dotted names.
+
+    >>> flatten({"text": {"corner_tokens": 2}, "steps": 5})
+    {'text.corner_tokens': 2, 'steps': 5}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def load_params(path: Path | str = "params.yaml") -> Params:
+    """Reads params.yaml.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or has keys or values that cannot be used.
+    """
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is not there; run from the project's root, or copy a file of profiles/ to it"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} must be a mapping of sections, one per stage")
+    return _validated(Params, data, str(path))
+
+
+def _validated(model: type[SectionT], data: Mapping[str, Any], place: str, under: str = "") -> SectionT:
+    """`data` as a section that stands at the key `under` of params.yaml."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        problems = [line for problem in error.errors() for line in _explain(model, dict(problem), under)]
+        raise ConfigError(f"{place} cannot be used:", problems) from None
+
+
+def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[str]:
+    """One of pydantic's complaints as lines for a person."""
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause.problems
+    keys, known = _place(model, problem["loc"])
+    where = ".".join([under, *keys] if under else keys)
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return [f"{where}: unknown key{hint} (known here: {', '.join(known)})"]
+    if problem["type"] == "missing":
+        return [f"{where}: missing; it has no default"]
+    if problem["type"] == "union_tag_not_found":
+        return [f"{where}.kind: missing; it has no default"]
+    message = problem["msg"].removeprefix("Value error, ")
+    given = problem.get("input")
+    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    return [f"{where}: {message}{shown}" if where else message]
+
+
+def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
+    """Pydantic's location as the keys that lead there in params.yaml, and the keys that are known beside the last."""
+    kind: Any = model
+    keys: list[str] = []
+    known: list[str] = []
+    for part in location:
+        if get_origin(kind) is Annotated:
+            kind = get_args(kind)[0]
+        chosen = [option for option in get_args(kind) if _has_tag(option, part)]
+        if chosen:  # a discriminated union adds the chosen kind's tag to the location
+            kind = chosen[0]
+            continue
+        keys.append(str(part))
+        known = []
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            known = sorted(kind.model_fields)
+            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+        else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
+            kind = next(reversed(get_args(kind)), None)
+    return keys, known
+
+
+def _has_tag(option: Any, tag: Any) -> bool:
+    if not (isinstance(option, type) and issubclass(option, BaseModel) and "kind" in option.model_fields):
+        return False
+    return tag in get_args(option.model_fields["kind"].annotation)
