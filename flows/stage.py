@@ -18,12 +18,13 @@ import psutil
 from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
+from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import lotlip
 from lotlip.config import Params, load_params
 from lotlip.files import remove, sha256_files, sha256_json, write_json
-from lotlip.records import DATA_DOCS, Failure, UnitReport
+from lotlip.records import DATA_DOCS, Failure, UnitReport, Unusable
 from lotlip.validation import Check, GateFailed
 
 SCRATCH = Path(".lotlip")
@@ -131,6 +132,7 @@ class Stage:
 
         Raises:
             OSError: the disk is full or read-only: no other unit would fare better.
+            Unusable: as a unit says of what all of them need.
         """
         settings = self.params.orchestration
         futures = {}
@@ -139,6 +141,7 @@ class Stage:
                 task_run_name=f"{self.label}: {name(unit)}",
                 retries=settings.retries,
                 retry_delay_seconds=settings.retry_delay_seconds,
+                retry_condition_fn=_may_pass,
             )
             futures[run.submit(_Opaque(partial(work, unit)))] = unit
         reports: dict[str, list[UnitReport]] = {}
@@ -148,7 +151,8 @@ class Stage:
             try:
                 reports[name(unit)] = future.result()
             except Exception as error:
-                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+                full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+                if full or isinstance(error, Unusable):
                     raise
                 self.log.warning("%s: %s failed for good: %s", self.label, name(unit), error)
                 failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
@@ -227,6 +231,11 @@ class _Opaque:
 @task(name="unit", cache_policy=NO_CACHE)
 def _run_unit(work: _Opaque) -> list[UnitReport]:
     return work.call()
+
+
+def _may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether what made a unit fail may be gone at the next try."""
+    return not isinstance(state.result(raise_on_failure=False), Unusable)
 
 
 def code_hash() -> str:

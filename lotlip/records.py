@@ -15,6 +15,10 @@ SPLITS = ("train", "val", "test")
 DATA_DOCS = "data-docs"
 
 
+class Unusable(ValueError):
+    """Something that every unit needs cannot be used: the stage ends at once, and a person mends it."""
+
+
 @dataclass(frozen=True)
 class Remark:
     """Something to be told of an item.

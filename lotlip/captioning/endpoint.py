@@ -22,7 +22,7 @@ from PIL import Image
 
 from lotlip import config
 from lotlip.data.images import decode_rgb
-from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import split_sub_captions
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class EndpointCaptioner:
         Up to twice `concurrency` images are held in memory: so many, that a slow one does not keep others waiting.
 
         Raises:
-            ValueError: the server cannot be used as params.yaml has it.
+            Unusable: the server cannot be used as params.yaml has it.
             ConnectionError: the server is gone, or too busy for a single caption; try the unit again later.
         """
         self.check()
@@ -136,7 +136,7 @@ class EndpointCaptioner:
         """Asks the server, the first time, whether it serves the model and captions a trial picture.
 
         Raises:
-            ValueError: it cannot be reached, refuses the key, or does not serve the model.
+            Unusable: it cannot be reached, refuses the key, or does not serve the model.
             ConnectionError: it fails for a reason that may pass.
         """
         import openai
@@ -240,7 +240,7 @@ class EndpointCaptioner:
         """What the server lists; None where it does not tell.
 
         Raises:
-            ValueError: it cannot be reached, refuses the key, or lists models and not this one.
+            Unusable: it cannot be reached, refuses the key, or lists models and not this one.
         """
         import openai
 
@@ -248,7 +248,7 @@ class EndpointCaptioner:
         try:
             models = [found.id for found in client.models.list().data]
         except openai.APIConnectionError as error:
-            raise ValueError(
+            raise Unusable(
                 f"{url} does not answer: {self._told(error)}; start the server there, or set `url` of {self._place} "
                 "in params.yaml to where it is"
             ) from None
@@ -263,24 +263,24 @@ class EndpointCaptioner:
         if "@" in model or (_is_folder(model) and not any(map(_is_folder, models))):
             log.warning("%s does not list %s, which it is asked for; it lists: %s", url, model, _joined(models))
             return models
-        raise ValueError(
+        raise Unusable(
             f"{url} does not serve {model!r}; it has: {_joined(models)}; set `model` of {self._place} in params.yaml "
             "to one of them, or start the server with that model"
         )
 
     def _unusable(self, error: openai.APIError, models: list[str] | None) -> Exception:
-        """Why the server cannot be used; a ValueError where the user has to mend something."""
+        """Why the server cannot be used; a Unusable where the user has to mend something."""
         url, reason = self.settings.url, self._told(error)
         if getattr(error, "status_code", None) in (401, 403):
             had = "the key in the environment" if _key() != NO_KEY else "requests without a key"
-            return ValueError(f"{url} refuses {had}: {reason}; set {KEYS[0]} in the environment to the server's key")
+            return Unusable(f"{url} refuses {had}: {reason}; set {KEYS[0]} in the environment to the server's key")
         has = "" if models is None else f" (it lists: {_joined(models)})"
         if _fault(error) == "server":
             return ConnectionError(
                 f"{url} cannot caption a trial picture with {self.settings.model!r}{has}: {reason}; "
                 "look at the server's log"
             )
-        return ValueError(
+        return Unusable(
             f"{url} does not take requests for {self.settings.model!r}{has}: {reason}; set `url`, `model` and "
             f"`max_tokens` of {self._place} in params.yaml to what it serves, or start it with that model"
         )

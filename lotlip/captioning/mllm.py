@@ -16,7 +16,7 @@ from lotlip import config
 from lotlip.data.images import decode_rgb
 from lotlip.embedding import ahead, in_batches
 from lotlip.files import sha256_tree
-from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import split_sub_captions
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class TransformersCaptioner:
         Some batches of encoded images are in memory at a time, and a few decoded ones.
 
         Raises:
-            ValueError: the model cannot be loaded, or not even one image fits into the GPU's memory.
+            Unusable: the model cannot be loaded, or not even one image fits into the GPU's memory.
         """
         mllm = _load(self._settings, self.revision)
         for batch in ahead(partial(self._prepare, mllm), self._batches(mllm, records), _AHEAD):
@@ -138,7 +138,7 @@ class TransformersCaptioner:
                 return mllm.answers(inputs or mllm.inputs(images, self.prompt), keys, self._settings)
             except torch.OutOfMemoryError as error:
                 if len(images) == 1:
-                    raise ValueError(
+                    raise Unusable(
                         f"image {keys[0]} does not fit into the GPU's memory beside {self._settings.model}; lower "
                         f"max_new_tokens or num_beams of caption.captioners.{self._name}, or let it see more GPUs"
                     ) from error
@@ -293,7 +293,7 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
 
     gpu = torch.cuda.is_available() and device != "cpu"
     if device.startswith("cuda") and not gpu:
-        raise ValueError(f"torch finds no GPU for the device {device}; set it to auto or cpu")
+        raise Unusable(f"torch finds no GPU for the device {device}; set it to auto or cpu")
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
     # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
@@ -305,13 +305,13 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ValueError(
+        raise Unusable(
             f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
             f"with safetensors weights and without code of its own: {reason}"
         ) from error
     for name in ("patch_size", "num_query_tokens"):
         if getattr(processor, name, 0) is None:
-            raise ValueError(
+            raise Unusable(
                 f"the processor of {source} ({revision}) does not say its {name}, since an old version of transformers "
                 "saved it; take a later revision, or save it again with what the model's config.json has"
             )
@@ -323,7 +323,7 @@ def _ends(model: Any, tokenizer: Any) -> list[int]:
     known = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
     ids = next((found for place in known if (found := place.eos_token_id) is not None), None)
     if ids is None:
-        raise ValueError(f"{model.name_or_path} does not say which token ends a text; add it to generation_config.json")
+        raise Unusable(f"{model.name_or_path} does not say which token ends a text; add it to generation_config.json")
     return [ids] if isinstance(ids, int) else list(ids)
 
 

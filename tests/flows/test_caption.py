@@ -14,6 +14,7 @@ import psutil
 import pytest
 import yaml
 
+from flows.servers import free_port
 from lotlip.config import CaptionStage
 from lotlip.partitions import read_captions, read_index, unit_names
 from tests.flows.conftest import ROOT, Workspace, tiny
@@ -215,3 +216,18 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(StageFailed, match=r"prefect_ray is not installed: pip install 'lotlip\[ray\]'"):
         on_ray(load_params(ROOT / "params.yaml")).__enter__()
+
+
+@pytest.mark.slow
+def test_a_server_that_is_not_there_is_one_clear_line(workspace: Workspace) -> None:
+    before = (workspace.folder / "params.yaml").read_text()
+    gone = {"kind": "endpoint", "path": "lotlip/captioning/endpoint.py", "model": "tiny", "revision": "1"}
+    gone["url"] = f"http://127.0.0.1:{free_port()}/v1"
+    workspace.change(lambda params: params["caption"]["captioners"].update(gone=gone))
+    done = workspace.python("flows.caption", "gone", check=False)
+    (workspace.folder / "params.yaml").write_text(before)
+    assert done.returncode == 1
+    assert f"error in caption gone: {gone['url']} does not answer" in done.stderr
+    assert "start the server there, or set `url` of caption.captioners.gone" in done.stderr
+    assert "Retry" not in done.stderr  # no unit was tried again for it
+    assert "Traceback" not in done.stderr

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,7 +20,7 @@ from flows.servers import free_port, is_free, prefect_server
 from flows.stage import Stage, StageFailed, hash_of
 from flows.warm import SOCKET, warm
 from lotlip.config import load_params
-from lotlip.records import UnitReport
+from lotlip.records import UnitReport, Unusable
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,9 @@ def stage(monkeypatch, tmp_path: Path) -> Stage:
 class FakeTask:
     """Runs a unit at once, with its retries, as Prefect's would."""
 
-    def with_options(self, task_run_name: str, retries: int, retry_delay_seconds: float) -> "FakeTask":
+    def with_options(
+        self, task_run_name: str, retries: int, retry_delay_seconds: float, retry_condition_fn: Any
+    ) -> "FakeTask":
         self.retries = retries
         return self
 
@@ -96,6 +99,14 @@ def test_a_full_disk_ends_the_stage(stage: Stage) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "part-00000.tar")
 
     with pytest.raises(OSError, match=r"No space left on device: 'part-00000\.tar'"):
+        fan_out(stage, work)
+
+
+def test_what_no_unit_can_use_ends_the_stage(stage: Stage) -> None:
+    def work(unit: str) -> list[UnitReport]:
+        raise Unusable("http://127.0.0.1:8000/v1 does not answer")
+
+    with pytest.raises(Unusable, match="does not answer"):
         fan_out(stage, work)
 
 
