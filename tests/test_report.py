@@ -772,8 +772,11 @@ def test_pages_of_the_gates_come_with_the_report(tmp_path):
     pages = tmp_path / params.paths.stages / "data-docs" / "ingest"
     pages.mkdir(parents=True)
     (pages / "index.html").write_text("what the gate looked at")
+    (pages / "validations/units/__none__/2026").mkdir(parents=True)
+    (pages / "validations/units/__none__/2026/ingest-units.html").touch()
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
-    assert '<a href="data-docs/ingest/index.html">Data Docs</a>' in page.read_text()
+    assert '<a href="data-docs/ingest/index.html">all Data Docs</a>' in page.read_text()
+    assert '<a href="data-docs/ingest/validations/units/__none__/2026/ingest-units.html">units</a>' in page.read_text()
     assert "data-docs/shard" not in page.read_text()
     assert (page.parent / "data-docs/ingest/index.html").read_text() == "what the gate looked at"
 

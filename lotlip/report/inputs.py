@@ -92,6 +92,16 @@ class StageRecord:
     data_docs: Path | None = None
 
     @property
+    def pages(self) -> dict[str, str]:
+        """Name of each table that the gate looked at → its page in `data_docs`; these need nothing from the web."""
+        if self.data_docs is None:
+            return {}
+        found = sorted(self.data_docs.glob("validations/*/**/*.html"))
+        return {
+            page.relative_to(self.data_docs).parts[1]: page.relative_to(self.data_docs).as_posix() for page in found
+        }
+
+    @property
     def orchestration_share(self) -> float:
         """Of the stage's seconds; NaN when they are not known."""
         known = self.orchestration_seconds and self.seconds > 0
