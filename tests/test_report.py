@@ -791,7 +791,7 @@ def test_the_quality_of_captions_stands_in_a_table_by_captioner(tmp_path):
     quality |= {"repetition": {**spread, "mean": 0.05}, "agreement": dict.fromkeys(spread)}
     write_json(path, {**json.loads(path.read_text()), "notes": {"quality": quality}})
     (row,) = quality_table(load_inputs(params, tmp_path)).rows
-    expected = ["llava", "200", "80.2", "20", "140", "5.0 %", "–", "12.5 %", "0.0 %", "2.5 %"]
+    expected = ["llava", "200", "80.2", "20", "140", "5.0 %", "–", "12.5 %", "2.5 %", "2.5 %"]
     assert [cell.text.replace("\u00a0", " ") for cell in row] == expected
     build_report(load_inputs(params, tmp_path), tmp_path / "report")
     assert "Quality of long captions" in (tmp_path / "report" / "index.html").read_text()

@@ -51,7 +51,8 @@ def quality_table(inputs: ReportInputs) -> Table:
         for stage in inputs.stages
         if stage.label.startswith("caption-") and stage.notes.get("quality")
     }
-    rules = list(dict.fromkeys(rule for quality in found.values() for rule in quality["filtered"]))
+    # a column for each rule that dropped something
+    rules = list(dict.fromkeys(rule for each in found.values() for rule, count in each["filtered"].items() if count))
     columns = [
         Column("captioner", "Captioner", numeric=False),
         Column("captions", "Captions"),
@@ -61,6 +62,7 @@ def quality_table(inputs: ReportInputs) -> Table:
         Column("repetition", "Repetition"),
         Column("agreement", "Agreement"),
         Column("truncated", "Cut off"),
+        Column("dropped", "all", group="Dropped"),
         *(Column(rule, rule, group="Dropped") for rule in rules),
     ]
     rows = [
@@ -72,7 +74,10 @@ def quality_table(inputs: ReportInputs) -> Table:
             percent(quality["repetition"]["mean"]),
             percent(quality["agreement"]["mean"]),
             percent(quality["truncated_share"]),
-            *(percent(quality["filtered"][rule] / max(quality["captions"], 1)) for rule in rules),
+            *(
+                percent(count / max(quality["captions"], 1))
+                for count in (sum(quality["filtered"].values()), *(quality["filtered"][rule] for rule in rules))
+            ),
         ]
         for name, quality in found.items()
     ]
