@@ -24,8 +24,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 import lotlip
 from lotlip.config import Params, load_params
 from lotlip.files import remove, sha256_files, sha256_json, write_json
+from lotlip.gate import Check, GateFailed
 from lotlip.records import DATA_DOCS, Failure, UnitReport, Unusable
-from lotlip.validation import Check, GateFailed
 
 SCRATCH = Path(".lotlip")
 

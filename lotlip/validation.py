@@ -6,12 +6,8 @@ memory does not grow with the data.
 
 from __future__ import annotations
 
-import logging
-import os
 import re
-import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +17,7 @@ import pandas as pd
 
 from lotlip import config
 from lotlip.captioning.quality import RULES, Agreement
+from lotlip.gate import SHOWN_ROWS, Check, each, in_percent, one, run_gate, share
 from lotlip.inspection import (
     CAPTIONS,
     PARTITION,
@@ -39,199 +36,18 @@ from lotlip.repeats import count_repeats, hashes
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
 
-SHOWN_ROWS = 3
 ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
-
-# Great Expectations keeps its context in a global, so one gate runs at a time.
-_gate = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that a gate looked at, in words for a person.
-
-    Attributes:
-        what: what should hold: "share of items that failed is at most 1 %".
-        observed: what was found: "0.3 %".
-        success: whether it holds.
-    """
-
-    what: str
-    observed: str
-    success: bool
-
-
-class GateFailed(RuntimeError):
-    """A stage's results are not good enough to go on; the message lists what was found and where the report is."""
-
-
-# --- any gate -----------------------------------------------------------------------------------------------------
-
-
-def run_gate(
-    stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], report: Path
-) -> list[Check]:
-    """Validates every table with its suite; writes `gate.md` and, under `data_docs/`, Great Expectations' pages.
-
-    Args:
-        stage: name for the report.
-        tables: table's name → its rows; the first column says what a row is about.
-        suites: table's name → expectations, each with `meta["what"]`: what should hold, in plain words.
-        report: scratch folder.
-
-    Returns:
-        A check per expectation, in order.
-
-    Raises:
-        GateFailed: one of them does not hold, or could not be looked at.
-    """
-    with _gate:
-        checks = _validate(stage, tables, suites, report / "data_docs")
-    _write_report(stage, checks, report)
-    failed = [check for check in checks if not check.success]
-    if failed:
-        lines = "\n".join(f"  - {check.what}: found {check.observed}" for check in failed)
-        raise GateFailed(
-            f"the gate after {stage} failed, nothing was published:\n{lines}\nReport: {report / 'gate.md'}"
-        )
-    return checks
-
-
-def _validate(
-    stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], docs: Path
-) -> list[Check]:
-    """Looks at every table; builds the pages."""
-    context, gx = _context(docs)
-    source = context.data_sources.add_pandas(stage)
-    checks: list[Check] = []
-    for name, suite in suites.items():
-        table = tables[name].reset_index(drop=True)
-        batch = source.add_dataframe_asset(name).add_batch_definition_whole_dataframe("all")
-        expectations = context.suites.add(gx.ExpectationSuite(name, expectations=list(suite)))
-        definition = context.validation_definitions.add(
-            gx.ValidationDefinition(name=f"{stage}-{name}", data=batch, suite=expectations)
-        )
-        about = str(table.columns[0])
-        result = definition.run(
-            batch_parameters={"dataframe": table},
-            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [about]},
-        )
-        checks += [_check(item, about) for item in result.results]
-    context.build_data_docs(site_names=["gate"])
-    return checks
-
-
-def _context(docs: Path) -> tuple[Any, Any]:
-    """A context of Great Expectations that keeps nothing on disk but the pages in `docs`, and asks nobody."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
-    import great_expectations as gx
-
-    # it would tell of every temporary folder
-    logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
-    context: Any = gx.get_context(mode="ephemeral")  # its types are narrower than what it takes
-    context.variables.progress_bars = {"globally": False}
-    site = {
-        "class_name": "SiteBuilder",
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())},
-    }
-    context.add_data_docs_site("gate", site)
-    return context, gx
-
-
-def _check(item: Any, about: str) -> Check:
-    """One of Great Expectations' results, in words."""
-    meta = item.expectation_config.meta or {}
-    what = meta.get("what") or item.expectation_config.type
-    if not item.result:
-        return Check(what, f"could not be looked at: {_reason(item.exception_info)}", False)
-    show = _percent if meta.get("percent") else _plain
-    found = item.result
-    if "observed_value" in found:
-        detail = f" ({meta['detail']})" if meta.get("detail") else ""
-        return Check(what, show(found["observed_value"]) + detail, bool(item.success))
-    rows = found.get("unexpected_index_list") or []
-    column = item.expectation_config.kwargs["column"]
-    shown = ", ".join(f"{row[about]} ({show(row[column])})" for row in rows[:SHOWN_ROWS])
-    more = ", …" if len(rows) > SHOWN_ROWS else ""
-    observed = f"{len(rows)} of {found['element_count']} do not: {shown}{more}" if rows else "all do"
-    return Check(what, observed, bool(item.success))
-
-
-def _reason(exception: Mapping[str, Any]) -> str:
-    """Why an expectation could not be looked at; Great Expectations says it per metric, or at once."""
-    parts = [exception, *(part for part in exception.values() if isinstance(part, Mapping))]
-    return next((part["exception_message"] for part in parts if part.get("exception_message")), "no reason given")
-
-
-def _plain(value: Any) -> str:
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        return "nothing"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _percent(value: Any) -> str:
-    return f"{100 * value:.3g} %" if value is not None and np.isfinite(value) else _plain(value)
-
-
-def _write_report(stage: str, checks: Sequence[Check], report: Path) -> None:
-    passed = sum(check.success for check in checks)
-    lines = [
-        f"# Gate after {stage}: {'passed' if passed == len(checks) else 'FAILED'}",
-        "",
-        f"{passed} of {len(checks)} checks hold. Details: [Data Docs](data_docs/index.html).",
-        "",
-        "| | What should hold | Found |",
-        "|---|---|---|",
-        *(
-            f"| {'ok' if check.success else '**no**'} | {_cell(check.what)} | {_cell(check.observed)} |"
-            for check in checks
-        ),
-    ]
-    report.mkdir(parents=True, exist_ok=True)
-    (report / "gate.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
-
-
-# --- expectations, with their words -------------------------------------------------------------------------------
-
-
-def _each(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
-    """In every row where the column has a value, it is from `low` to `high`; both count. `words` as of `_one`."""
-    from great_expectations import expectations as gxe
-
-    meta = {"what": what, **words}
-    return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=low, max_value=high, meta=meta)
-
-
-def _one(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
-    """A table's one value is there, and from `low` to `high`.
-
-    `words` are for the person: `percent=True` shows the value so, `detail` is said beside it.
-    """
-    from great_expectations import expectations as gxe
-
-    return gxe.ExpectColumnMaxToBeBetween(column=column, min_value=low, max_value=high, meta={"what": what, **words})
 
 
 def _failures(found: Mapping[str, Any], limit: float) -> tuple[dict[str, float], Expectation]:
     """The share of a stage's items that failed (by `totals`, or by an index that has them), and what it may be."""
-    share = found["failed"] / found["read"] if found["read"] else 0.0
+    failed = found["failed"] / found["read"] if found["read"] else 0.0
     detail = ", ".join(f"{count} {kind}" for kind, count in found["failure_kinds"].items())
-    what = f"share of items that failed is at most {_percent(limit)}"
-    return {"failure_share": share}, _one("failure_share", what, high=limit, percent=True, detail=detail)
-
-
-def _share(column: str, what: str, limit: float) -> Expectation:
-    """A table's one value is there, and a share of at most `limit`."""
-    return _one(column, f"share of {what} is at most {_percent(limit)}", high=limit, percent=True)
+    return {"failure_share": failed}, share("failure_share", "items that failed", limit, detail=detail)
 
 
 def _fact(fact: Fact) -> Expectation:
-    return _each(fact.column, fact.what, fact.low, fact.high)
+    return each(fact.column, fact.what, fact.low, fact.high)
 
 
 def _rows(rows: Sequence[Mapping[str, Any]], facts: Sequence[Fact], about: str, *more: str) -> pd.DataFrame:
@@ -291,12 +107,12 @@ def gate_ingest(
     suites = {
         "stage": [
             few_failures,
-            _share("broken_units", "source files that are broken or cut off", settings.max_broken_unit_share),
-            _one("train", "the train split has images", low=1),
-            _one("repeated_keys", "no key comes twice", high=0),
-            _one("repeated_images", "no image comes twice", high=0),
-            _share("repeated_captions", "raw captions that repeat another", settings.max_repeated_caption_share),
-            _share("constant_share", "images looked at that are one colour all over", settings.max_constant_share),
+            share("broken_units", "source files that are broken or cut off", settings.max_broken_unit_share),
+            one("train", "the train split has images", low=1),
+            one("repeated_keys", "no key comes twice", high=0),
+            one("repeated_images", "no image comes twice", high=0),
+            share("repeated_captions", "raw captions that repeat another", settings.max_repeated_caption_share),
+            share("constant_share", "images looked at that are one colour all over", settings.max_constant_share),
         ],
         "units": [_fact(fact) for fact in PARTITION],
     }
@@ -327,14 +143,14 @@ def gate_image_tower(
     spread = float(features.std(axis=0).max()) if np.isfinite(features).all() else None
     stage: dict[str, Any] = {"stage": "image_tower", "not_finite": int((~np.isfinite(features)).sum())}
     checks = [
-        _one("not_finite", "features have no NaN or infinity", high=0),
-        _one("spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6),
+        one("not_finite", "features have no NaN or infinity", high=0),
+        one("spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6),
     ]
     if isinstance(settings, config.ScenesTower):
         stage["accuracy"] = float(np.mean(list(accuracy.values()))) if accuracy else None
-        detail = ", ".join(f"{name} {_percent(value)}" for name, value in accuracy.items())
-        what = f"mean accuracy over attributes is at least {_percent(settings.min_accuracy)}"
-        checks.append(_one("accuracy", what, low=settings.min_accuracy, percent=True, detail=detail))
+        detail = ", ".join(f"{name} {in_percent(value)}" for name, value in accuracy.items())
+        what = f"mean accuracy over attributes is at least {in_percent(settings.min_accuracy)}"
+        checks.append(one("accuracy", what, low=settings.min_accuracy, percent=True, detail=detail))
     table = pd.DataFrame([{**stage, "spread": spread}])
     return run_gate("image_tower", {"stage": table}, {"stage": checks}, report)
 
@@ -392,19 +208,10 @@ def gate_caption(
     suites = {
         "stage": [
             few_failures,
-            _one("captions", "there are captions", low=1),
-            _one("repeated_keys", "no image has two captions", high=0),
-            *(
-                _one(
-                    name,
-                    f"share of {what} is at most {_percent(limit)}",
-                    high=limit,
-                    percent=True,
-                    detail=details.get(name, ""),
-                )
-                for name, (what, limit) in shares.items()
-            ),
-            _one(
+            one("captions", "there are captions", low=1),
+            one("repeated_keys", "no image has two captions", high=0),
+            *(share(name, what, limit, detail=details.get(name, "")) for name, (what, limit) in shares.items()),
+            one(
                 "swapped",
                 f"captions are their own images': they share {settings.min_agreement_ratio:g} times as many words with "
                 "their raw captions as with the next ones' (partitions that do not)",
@@ -414,7 +221,7 @@ def gate_caption(
         ],
         "units": [
             *(_fact(fact) for fact in CAPTIONS),
-            _each("length_ratio", lengths, high=settings.max_length_ratio),
+            each("length_ratio", lengths, high=settings.max_length_ratio),
         ],
     }
     return run_gate("caption", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
@@ -480,19 +287,19 @@ def gate_shard(
     }
     expected = f"samples written and failed are the {expected_samples} that were planned"
     largest = settings.samples_per_shard
-    described = [_share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share)]
+    described = [share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share)]
     suites = {
         "stage": [
             few_failures,
-            _one("samples", expected, expected_samples, expected_samples),
-            _one("train", "the train split has samples", low=1),
-            _one("repeated_keys", "no key comes twice", high=0),
-            _one("widths", "all features have one width (as many as this)", high=1),
+            one("samples", expected, expected_samples, expected_samples),
+            one("train", "the train split has samples", low=1),
+            one("repeated_keys", "no key comes twice", high=0),
+            one("widths", "all features have one width (as many as this)", high=1),
             *(described if set(index["statistics"]) - {"raw"} else []),  # where there are captioners
         ],
         "shards": [
             *(_fact(fact) for fact in SHARD),
-            _each("samples", f"a shard has from 1 to {largest} samples", 1, largest),
+            each("samples", f"a shard has from 1 to {largest} samples", 1, largest),
         ],
     }
     return run_gate("shard", {"stage": pd.DataFrame([stage]), "shards": table}, suites, report)
@@ -520,15 +327,15 @@ def gate_pretrain(settings: config.Pretrain, history: pd.DataFrame, guess_loss: 
         "steps": steps[["place", "not_finite", "advance", "temperature"]],
         "seeds": seeds,
     }
-    lowest = f"mean loss of a seed's last 10 % of rows is at most {_percent(limit)} of guessing's ({guess_loss:.4g})"
+    lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({guess_loss:.4g})"
     suites = {
-        "stage": [_one("untrained", "every seed has a curve", high=0)],
+        "stage": [one("untrained", "every seed has a curve", high=0)],
         "steps": [
-            _each("not_finite", "loss and temperature are numbers at every step", high=0),
-            _each("advance", "steps go up", low=1),
-            _each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
+            each("not_finite", "loss and temperature are numbers at every step", high=0),
+            each("advance", "steps go up", low=1),
+            each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
         ],
-        "seeds": [_each("final_share", lowest, high=limit, percent=True)],
+        "seeds": [each("final_share", lowest, high=limit, percent=True)],
     }
     return run_gate("pretrain", tables, suites, report)
 
@@ -565,12 +372,12 @@ def gate_evaluate(settings: config.Evaluate, scores: pd.DataFrame, report: Path)
         "short": short,
     }
     suites = {
-        "stage": [_one("short", "R@1 of short text was measured", low=1)],
+        "stage": [one("short", "R@1 of short text was measured", low=1)],
         "scores": [
-            _each("unknown", "every score is a number", high=0),
-            _each("value", "every score is from 0 to 1", 0, 1),
+            each("unknown", "every score is a number", high=0),
+            each("value", "every score is from 0 to 1", 0, 1),
         ],
-        "short": [_each("over_chance", f"R@1 of short text is at least {lowest:g} times chance", low=lowest)],
+        "short": [each("over_chance", f"R@1 of short text is at least {lowest:g} times chance", low=lowest)],
     }
     return run_gate("evaluate", tables, suites, report)
 
@@ -596,10 +403,10 @@ def gate_report(page: Path, images: int, report: Path) -> list[Check]:
         "broken_links": len(broken),
     }
     checks = [
-        _one("bytes", f"{page.name} is there and is not empty (bytes)", low=1),
-        _one("images", f"{page.name} shows at least {images} images", low=images),
-        _one("outside", f"{page.name} needs no other file", high=0, detail=outside),
-        _one(
+        one("bytes", f"{page.name} is there and is not empty (bytes)", low=1),
+        one("images", f"{page.name} shows at least {images} images", low=images),
+        one("outside", f"{page.name} needs no other file", high=0, detail=outside),
+        one(
             "broken_links", f"{page.name} links to files that are there", high=0, detail=", ".join(broken[:SHOWN_ROWS])
         ),
     ]

@@ -22,6 +22,7 @@ from lotlip.captioning.store import Partition
 from lotlip.config import CaptionStage, Ingest, Shard
 from lotlip.data.tars import scan_tar, write_samples
 from lotlip.files import write_json
+from lotlip.gate import Check
 from lotlip.inspection import held_out_images
 from lotlip.partitions import finished, read_captions, read_index, read_table, unit_names, write_captions, write_index
 from lotlip.partitions import write_partitions as write_unit
@@ -30,7 +31,7 @@ from lotlip.repeats import unique_partitions
 from lotlip.shards import group_reader, plan_shards, write_shard, write_shard_index
 from lotlip.sources import open_source
 from lotlip.text import split_sub_captions
-from lotlip.validation import Check, gate_caption, gate_ingest, gate_shard
+from lotlip.validation import gate_caption, gate_ingest, gate_shard
 
 SPLITS = ("train", "val", "test")
 INGEST = Ingest(

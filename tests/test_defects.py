@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from lotlip.gate import GateFailed
 from lotlip.partitions import read_table
 from lotlip.records import Caption, Failure, UnitReport
-from lotlip.validation import GateFailed
 from tests.defects import World, build
 
 TRAIN, OTHER, TEST = "ingest/train/part-00000", "ingest/train/part-00001", "ingest/test/part-00000"

@@ -26,9 +26,10 @@ from lotlip.captioning.quality import (
     summarise,
 )
 from lotlip.config import CaptionStage, Quality
+from lotlip.gate import Check, GateFailed
 from lotlip.partitions import read_captions, write_captions
 from lotlip.records import Caption, Failure, MeasuredCaption, UnitReport
-from lotlip.validation import Check, GateFailed, gate_caption
+from lotlip.validation import gate_caption
 from tests.test_scene_captioner import RATES, captioner, records
 
 

@@ -17,17 +17,15 @@ import pytest
 from PIL import Image
 
 from lotlip.config import CaptionStage, Evaluate, Pretrain, ScenesTower, TimmTower
+from lotlip.gate import Check, GateFailed, run_gate
 from lotlip.partitions import write_captions
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.validation import (
-    Check,
-    GateFailed,
     gate_caption,
     gate_evaluate,
     gate_image_tower,
     gate_pretrain,
     gate_report,
-    run_gate,
 )
 from tests.partitions import write_partition
 
