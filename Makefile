@@ -17,10 +17,10 @@ reproduce: setup ## run the whole pipeline on the offline demo; ends with a repo
 	@python -m flows.reproduce
 
 test: setup ## pass all tests, with coverage
-	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --cov --cov-report=term:skip-covered
+	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
 
 test-fast: setup ## pass the tests that take seconds
-	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile -m "not slow"
+	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 lint: setup ## ruff, ruff format, mypy
 	@ruff check .

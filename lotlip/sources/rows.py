@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 _LONGEST_LINE = 2**20  # bytes; a longer one is read in pieces, which are no rows
+_LONGEST_FIELD = 2**17  # characters; so far a quote runs that nobody closes
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ class CsvTable:
     def _records(file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
         """First byte, first line and fields of each record from where the file stands; blank lines are none.
 
-        A quote that nobody closes runs to csv's limit for a field, and what it ran over is one error.
+        A quote that nobody closes runs to the limit for a field, and what it ran over is one error.
 
         Args:
             file: at the beginning of a record.
@@ -236,6 +237,7 @@ class CsvTable:
         reader = csv.reader(lines())
         while True:
             start, first = place, line + 1
+            csv.field_size_limit(_LONGEST_FIELD)  # the limit is the process's: others may have set their own
             try:
                 fields = next(reader)
             except StopIteration:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -105,8 +106,15 @@ def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
     request = urllib.request.Request(
         f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+    for seconds in (1, 2, 4, 8, 0):
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:  # 503: its database is busy, and clients are to ask again
+            if error.code != 503 or not seconds:
+                raise
+            time.sleep(seconds)
+    raise AssertionError
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
