@@ -217,9 +217,10 @@ def verify(
         told = [problem._asdict() for problem in problems]
         typer.echo(json.dumps({"kind": contents.kind, "samples": contents.samples, "problems": told}))
     elif not problems:
-        typer.echo(f"{folder}: {contents.samples:,} {contents.kind}, all as index.json says")
+        things = "samples" if contents.kind == "shards" else contents.kind
+        typer.echo(f"{folder}: {contents.samples:,} {things}, all as index.json says")
     else:
-        typer.echo(f"{folder}: {len(problems)} problems", err=True)
+        typer.echo(f"{folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
     if problems:
         raise typer.Exit(1)
 

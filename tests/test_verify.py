@@ -38,7 +38,7 @@ def told(folder: Path) -> list[str]:
 def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
     done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
     assert done.exit_code == 0, done.output
-    samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 shards"}[folder]
+    samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 samples"}[folder]
     assert f"{clean.folder / folder}: {samples}, all as index.json says" in done.stdout
 
 
