@@ -9,12 +9,15 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 from PIL import Image
+
+if TYPE_CHECKING:
+    from tests.defects import World
 
 # Tests share the machine's cores with one another: a thread each, set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -204,3 +207,17 @@ def base(group: None, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFa
     from tests.training import tiny_job, train
 
     return train(tiny_job(tiny_world, tmp_path_factory.mktemp("base")), seeds=(0, 1))
+
+
+@pytest.fixture(scope="session")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A data set without a defect; tests leave it as it is."""
+    from tests.defects import build
+
+    return build(tmp_path_factory.mktemp("clean"))
+
+
+@pytest.fixture
+def world(clean: World, tmp_path: Path) -> World:
+    """A copy of it, to plant a defect in."""
+    return clean.copy(tmp_path / "world")

@@ -16,19 +16,9 @@ from PIL import Image
 from lotlip.gate import GateFailed
 from lotlip.partitions import read_table
 from lotlip.records import Caption, Failure, UnitReport
-from tests.defects import World, build
+from tests.defects import World
 
 TRAIN, OTHER, TEST = "ingest/train/part-00000", "ingest/train/part-00001", "ingest/test/part-00000"
-
-
-@pytest.fixture(scope="session")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build(tmp_path_factory.mktemp("clean"))
-
-
-@pytest.fixture
-def world(clean: World, tmp_path: Path) -> World:
-    return clean.copy(tmp_path / "world")
 
 
 def test_clean_data_raise_nothing(clean: World, tmp_path: Path) -> None:

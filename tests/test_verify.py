@@ -14,20 +14,10 @@ from typer.testing import CliRunner
 from lotlip.cli import app
 from lotlip.partitions import read_table
 from lotlip.verify import verify
-from tests.defects import World, build
+from tests.defects import World
 from tests.test_defects import changing, flip, setting, swap_places
 
 FOLDERS = ("ingest", "captions/llava", "shards")
-
-
-@pytest.fixture(scope="module")
-def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return build(tmp_path_factory.mktemp("clean"))
-
-
-@pytest.fixture
-def world(clean: World, tmp_path: Path) -> World:
-    return clean.copy(tmp_path / "world")
 
 
 def told(folder: Path) -> list[str]:

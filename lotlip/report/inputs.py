@@ -96,10 +96,8 @@ class StageRecord:
         """Name of each table that the gate looked at → its page in `data_docs`; these need nothing from the web."""
         if self.data_docs is None:
             return {}
-        found = sorted(self.data_docs.glob("validations/*/**/*.html"))
-        return {
-            page.relative_to(self.data_docs).parts[1]: page.relative_to(self.data_docs).as_posix() for page in found
-        }
+        pages = (page.relative_to(self.data_docs) for page in sorted(self.data_docs.glob("validations/*/**/*.html")))
+        return {page.parts[1]: page.as_posix() for page in pages}
 
     @property
     def orchestration_share(self) -> float:
