@@ -26,7 +26,8 @@ def evaluate(ablation: str) -> None:
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
         from lotlip.evaluation.benchmarks import open_benchmark
-        from lotlip.evaluation.evaluate import chances, encode_images, protocol, unseen_share
+        from lotlip.evaluation.encoders import LotlipEncoder
+        from lotlip.evaluation.evaluate import chances, images_of, protocol, unseen_share
         from lotlip.evaluation.evaluate import evaluate as score
         from lotlip.evaluation.flops import flops_by_context
         from lotlip.models.saving import load_model
@@ -47,14 +48,15 @@ def evaluate(ablation: str) -> None:
         model, tokenizer = load_model(folder / f"seed-{seed}")
         parameters = {"text_tower": count_parameters(model.text), "image_tower": count_parameters(model.image_tower)}
         flops = flops or flops_by_context(model.config)
+        encoder = LotlipEncoder(model, tokenizer, config.batch_size)
         for benchmark in benchmarks:
             name = benchmark.name
             if name not in images or not frozen:  # all seeds share a frozen tower
-                images[name] = encode_images(model, benchmark, config.batch_size)
+                images[name] = encoder.images(images_of(benchmark))
             if name not in results:
                 unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
                 about = {
-                    **protocol(model, benchmark),
+                    **protocol(encoder, benchmark),
                     "unseen_token_share": unseen,
                     "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
                     "command": f"python -m flows.evaluate {ablation}",
@@ -63,11 +65,14 @@ def evaluate(ablation: str) -> None:
                     "protocol": about,
                     "chance": chances(benchmark),
                     "seeds": {},
+                    "intervals": {},
                     "weights_sha256": {},
                 }
-            results[name]["seeds"][str(seed)] = score(model, tokenizer, benchmark, images[name], config.batch_size)
+            found = score(encoder, benchmark, images[name])
+            results[name]["seeds"][str(seed)] = dict(found.values)
+            results[name]["intervals"][str(seed)] = {metric: list(ends) for metric, ends in found.intervals.items()}
             results[name]["weights_sha256"][str(seed)] = sha256_files([folder / f"seed-{seed}" / "model.safetensors"])
-            texts += sum(len(found.texts) for found in benchmark.retrieval.values())
+            texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
         stage.log.info("evaluate-%s: seed %s done", ablation, seed)
     scores = {
         "ablation": ablation,

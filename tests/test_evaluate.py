@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lotlip.config import HeldOutBenchmark, Paths, Pretrain, ScenesBenchmark
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchmark
-from lotlip.evaluation.evaluate import chances, encode_images, encode_texts, evaluate, unseen_share
+from lotlip.evaluation.encoders import LotlipEncoder
+from lotlip.evaluation.evaluate import chances, evaluate, images_of, unseen_share
 from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.initialisation import build_for_pretraining
@@ -56,7 +58,11 @@ def understanding() -> LotlipModel:
 
 
 def benchmark(retrieval: dict[str, Texts], prompts: Prompts | None = None, images: int = 4) -> Benchmark:
-    return Benchmark("toy", "test", Path("nowhere"), [("test/part-00000", 0, 0)] * images, retrieval, prompts)
+    return Benchmark("toy", [str(number) for number in range(images)], lambda _: b"", retrieval, prompts)
+
+
+def scored(model: LotlipModel, asked: Benchmark, images: Tensor, batch_size: int) -> Mapping[str, float]:
+    return evaluate(LotlipEncoder(model, TOKENIZER, batch_size), asked, images).values
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -67,7 +73,7 @@ def test_a_model_that_understands_is_always_right():
         {"short": Texts([f"a {word} thing" for word in WORDS], [0, 1, 2, 3])},
         Prompts([[f"the {word} one", f"all {word}"] for word in WORDS], [0, 1, 2, 3]),
     )
-    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=3)
+    scores = scored(understanding(), asked, torch.eye(4), 3)
     assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
     assert scores["short.text_to_image.median_rank"] == 1
     assert scores["classification.top1"] == scores["classification.top5"] == 1
@@ -82,10 +88,10 @@ def test_late_interaction_finds_what_its_patches_show():
         Prompts([["red", "all red", "it is red"], ["green"], ["blue"], ["white"]], [0, 1, 2, 3]),
     )
     model: LotlipModel = WordByWordModel()  # type: ignore[assignment]
-    scores = evaluate(model, TOKENIZER, asked, patches, batch_size=3)
+    scores = scored(model, asked, patches, 3)
     assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
     assert scores["classification.top1"] == 1
-    wrong = evaluate(model, TOKENIZER, asked, patches.roll(1, dims=0), batch_size=3)
+    wrong = scored(model, asked, patches.roll(1, dims=0), 3)
     assert wrong["short.text_to_image.r1"] == wrong["classification.top1"] == 0
 
 
@@ -95,7 +101,7 @@ def test_each_mistake_counts():
         {"short": Texts(["red", "green", "white", "blue"], [0, 1, 2, 3])},
         Prompts([["red"], ["green"], ["blue"], ["white"]], [1, 0, 2, 3]),
     )
-    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    scores = scored(understanding(), asked, torch.eye(4), 10)
     assert scores["short.text_to_image.r1"] == 0.5
     assert scores["short.text_to_image.r5"] == 1
     assert scores["classification.top1"] == 0.5
@@ -103,13 +109,13 @@ def test_each_mistake_counts():
 
 def test_texts_belong_to_the_images_that_they_name():
     asked = benchmark({"short": Texts(["blue", "red", "white", "green"], [2, 0, 3, 1])})
-    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    scores = scored(understanding(), asked, torch.eye(4), 10)
     assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
 
 
 def test_images_without_a_long_text_are_left_out_of_the_long_texts_only():
     asked = benchmark({"short": Texts(list(WORDS), [0, 1, 2, 3]), "long": Texts(["white", "green"], [3, 1])})
-    scores = evaluate(understanding(), TOKENIZER, asked, torch.eye(4), batch_size=10)
+    scores = scored(understanding(), asked, torch.eye(4), 10)
     assert scores["long.image_to_text.r1"] == scores["long.text_to_image.r1"] == 1
     chance = chances(asked)
     assert chance["short.text_to_image.r1"] == pytest.approx(1 / 4)
@@ -123,7 +129,7 @@ def test_chances_are_those_of_guessing():
         {f"short.{way}.r{k}": k / 40 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
         | {"classification.top1": 1 / 8, "classification.top5": 5 / 8}
     )
-    same = evaluate(understanding(), TOKENIZER, asked, torch.ones(40, 4), batch_size=40)
+    same = scored(understanding(), asked, torch.ones(40, 4), 40)
     # features that are all the same are guesses: "a" is no word that the model knows, each gets nothing
     assert same["classification.top1"] == pytest.approx(1 / 8)
     assert same["short.text_to_image.r5"] == pytest.approx(5 / 40)
@@ -147,17 +153,17 @@ def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     model = build_for_pretraining(Pretrain.model_validate(settings), tiny_tower).eval()
     tokenizer = TextTokenizer(BERT, 32, 1)
     texts = ["red", "a very long text. about a red house. and a dog", "", "green tree", "blue"]
-    whole, mask = encode_texts(model, tokenizer, texts, 100)
+    whole, mask = LotlipEncoder(model, tokenizer, 100).texts(texts)
     assert whole.shape == (5, 32)
     assert mask is None
     torch.testing.assert_close(whole.norm(dim=1), torch.ones(5))
-    torch.testing.assert_close(encode_texts(model, tokenizer, texts, batch_size)[0], whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(LotlipEncoder(model, tokenizer, batch_size).texts(texts)[0], whole, atol=1e-5, rtol=0)
     assert not whole.requires_grad
     model.config.similarity = "late-interaction"
-    tokens, mask = encode_texts(model, tokenizer, texts, 100)
+    tokens, mask = LotlipEncoder(model, tokenizer, 100).texts(texts)
     assert tokens.shape[:2] == mask.shape
     assert mask.sum(dim=1).tolist() == tokenizer(texts)[1].tolist()
-    again, same_mask = encode_texts(model, tokenizer, texts, batch_size)
+    again, same_mask = LotlipEncoder(model, tokenizer, batch_size).texts(texts)
     torch.testing.assert_close(again, tokens, atol=1e-5, rtol=0)
     assert torch.equal(same_mask, mask)
 
@@ -204,7 +210,7 @@ def caption(sample: TinySample, captioner: str, tokens: int) -> Caption:
 
 def test_held_out_images_come_with_their_captions(held):
     asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, ["llava", "gpt"])
-    assert list(asked.images()) == [sample.image for sample in held.samples]
+    assert list(images_of(asked)) == [sample.image for sample in held.samples]
     assert asked.retrieval["short"] == Texts([sample.info["raw"] for sample in held.samples], [0, 1, 2, 3, 4])
     keys = [sample.key for sample in held.samples]
     # the longest of each image's; the first image has none
@@ -259,10 +265,10 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
 def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_size):
     asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
     model = with_pictures(tiny_tower)
-    features = encode_images(model, asked, batch_size)
+    features = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
     expected = torch.stack([torch.from_numpy(sample.feature) for sample in held.samples])
     torch.testing.assert_close(features, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
     model.config.similarity = "late-interaction"
-    patches = encode_images(model, asked, batch_size)
+    patches = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
     assert patches.shape == (5, 16, 32)
     torch.testing.assert_close(patches.norm(dim=-1), torch.ones(5, 16))

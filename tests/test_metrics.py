@@ -30,7 +30,7 @@ def token_case(images=30, per_image=2, patches=3, length=5, dim=6, seed=0):
 
 def test_perfect_features_find_everything():
     features = torch.eye(12)
-    found = retrieval(features, features, torch.arange(12))
+    found = retrieval(features, features, torch.arange(12)).values
     assert found == {
         f"{way}.{name}": 1.0
         for way in ("image_to_text", "text_to_image")
@@ -45,7 +45,7 @@ def test_known_ranks():
     # texts 0 and 1 point at their images, text 2 at image 3 (its own is second), text 3 at image 0 (its own is last)
     at = torch.tensor([0.0, 0.4, 1.1, -0.1])
     text = torch.stack([at.cos(), at.sin()], dim=1)
-    found = retrieval(image, text, torch.arange(4), ks=(1, 2, 3, 4))
+    found = retrieval(image, text, torch.arange(4), ks=(1, 2, 3, 4)).values
     assert [found[f"text_to_image.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.5, 0.75, 0.75, 1.0])
     assert found["text_to_image.median_rank"] == pytest.approx(1.5)  # ranks 1, 1, 2, 4
     # image 3 at 1.2: texts by distance 2, 1, 0, 3: rank 4; image 2 at 0.8: text 2 first; 1 and 0 find theirs
@@ -56,7 +56,7 @@ def test_any_of_an_images_texts_counts():
     image = torch.eye(2)
     # image 0's second text points at it, its first at image 1; image 1's only text points at image 1, but less
     text = torch.tensor([[0.1, 1.0], [1.0, 0.0], [0.5, 1.0]])
-    found = retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,))
+    found = retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,)).values
     assert found["image_to_text.r1"] == pytest.approx(0.5)  # image 1 finds image 0's first text before its own
     assert found["text_to_image.r1"] == pytest.approx(2 / 3)
     assert found["image_to_text.median_rank"] == pytest.approx(1.5)
@@ -67,7 +67,7 @@ def test_any_of_an_images_texts_counts():
 def test_constant_features_score_chance(per_image, k):
     images = 37
     text_image = torch.arange(images).repeat_interleave(per_image)
-    found = retrieval(torch.ones(images, 9), torch.ones(images * per_image, 9), text_image, chunk=8)
+    found = retrieval(torch.ones(images, 9), torch.ones(images * per_image, 9), text_image, chunk=8).values
     assert found[f"image_to_text.r{k}"] == pytest.approx(chance(images, per_image, k))
     assert found[f"text_to_image.r{k}"] == pytest.approx(chance(images, 1, k))
     assert found["text_to_image.median_rank"] == pytest.approx((images + 1) / 2)
@@ -79,7 +79,7 @@ def test_expected_value_is_the_mean_over_fair_orders():
     image = torch.eye(6)
     text = torch.randint(0, 2, (12, 6), generator=generator) + 0.01
     text_image = torch.arange(6).repeat(2)
-    expected = retrieval(image, text, text_image, ks=(1, 3))
+    expected = retrieval(image, text, text_image, ks=(1, 3)).values
     similarity = torch.nn.functional.normalize(text, dim=1) @ image.T  # [T, I]
     noisy = similarity + 1e-4 * torch.rand(3000, *similarity.shape, generator=generator)  # [draws, T, I]
     images_found = noisy.argsort(dim=2, descending=True) == text_image[:, None]
@@ -96,17 +96,18 @@ def test_expected_value_is_the_mean_over_fair_orders():
 @pytest.mark.parametrize("chunk", [1, 7, 40, 4096])
 def test_chunks_change_nothing(chunk):
     image, text, text_image = random_case()
-    assert retrieval(image, text, text_image, chunk=chunk) == pytest.approx(retrieval(image, text, text_image))
+    expected = retrieval(image, text, text_image).values
+    assert retrieval(image, text, text_image, chunk=chunk).values == pytest.approx(expected)
 
 
 def test_order_and_length_of_features_change_nothing():
     image, text, text_image = random_case()
-    expected = retrieval(image, text, text_image)
+    expected = retrieval(image, text, text_image).values
     generator = torch.Generator().manual_seed(2)
     images, texts = torch.randperm(len(image), generator=generator), torch.randperm(len(text), generator=generator)
     new_place = images.argsort()
     lengths = 0.1 + torch.rand(len(text), 1, generator=generator)
-    shuffled = retrieval(image[images] * 3, (text * lengths)[texts], new_place[text_image[texts]])
+    shuffled = retrieval(image[images] * 3, (text * lengths)[texts], new_place[text_image[texts]]).values
     assert shuffled == pytest.approx(expected)
     assert 0.1 < expected["text_to_image.r1"] < 0.9, "the case must leave room for a mistake"
 
@@ -116,7 +117,7 @@ def test_agrees_with_open_clip():
     image, text, text_image = random_case(per_image=1)
     image, text = (torch.nn.functional.normalize(features, dim=1) for features in (image, text))
     reference = train.get_clip_metrics(image, text, torch.tensor(100.0))
-    found = retrieval(image, text, text_image, chunk=11)
+    found = retrieval(image, text, text_image, chunk=11).values
     for way in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
             assert found[f"{way}.r{k}"] == pytest.approx(reference[f"{way}_R@{k}"])
@@ -135,14 +136,14 @@ def test_classification_by_hand():
     classes = torch.eye(7)
     images = torch.eye(7) + 0.5 * torch.eye(7).roll(1, dims=1)
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])  # the last two are wrong
-    found = classification(images, classes, labels, chunk=3)
+    found = classification(images, classes, labels, chunk=3).values
     assert found["top1"] == pytest.approx(5 / 7)
     # the wrong labels tie with four other classes of similarity 0, behind two: places 3, 4, 5 of 5 equal ones
     assert found["top5"] == pytest.approx((5 + 2 * 3 / 5) / 7)
 
 
 def test_constant_features_classify_by_chance():
-    found = classification(torch.ones(10, 4), torch.ones(20, 4), torch.arange(10))
+    found = classification(torch.ones(10, 4), torch.ones(20, 4), torch.arange(10)).values
     assert found == pytest.approx({"top1": 1 / 20, "top5": 5 / 20})
 
 
@@ -177,7 +178,7 @@ def test_labels_without_a_class_are_refused():
 
 def test_late_interaction_ranks_by_each_ways_own_similarity():
     image, text, text_image, mask = token_case()
-    found = retrieval(image, text, text_image, ks=(1, 3), text_mask=mask)
+    found = retrieval(image, text, text_image, ks=(1, 3), text_mask=mask).values
     unit = torch.nn.functional.normalize
     to_text, to_image = late_interaction(unit(image, dim=-1), unit(text, dim=-1), mask)
     for way, similarity, own in (
@@ -197,29 +198,29 @@ def test_late_interaction_ranks_by_each_ways_own_similarity():
 def test_one_patch_and_one_token_are_cosine():
     image, text, text_image = random_case()
     mask = torch.ones(len(text), 1, dtype=torch.bool)
-    late = retrieval(image[:, None], text[:, None], text_image, text_mask=mask)
-    assert late == pytest.approx(retrieval(image, text, text_image))
+    late = retrieval(image[:, None], text[:, None], text_image, text_mask=mask).values
+    assert late == pytest.approx(retrieval(image, text, text_image).values)
     labels = torch.arange(40) % 20
-    late = classification(image[:, None], text[:20, None], labels, text_mask=mask[:20])
-    assert late == pytest.approx(classification(image, text[:20], labels))
+    late = classification(image[:, None], text[:20, None], labels, text_mask=mask[:20]).values
+    assert late == pytest.approx(classification(image, text[:20], labels).values)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_chunks_of_late_interaction_change_nothing(chunk):
     image, text, text_image, mask = token_case()
-    expected = retrieval(image, text, text_image, text_mask=mask)
-    assert retrieval(image, text, text_image, chunk=chunk, text_mask=mask) == pytest.approx(expected)
+    expected = retrieval(image, text, text_image, text_mask=mask).values
+    assert retrieval(image, text, text_image, chunk=chunk, text_mask=mask).values == pytest.approx(expected)
     prompt_class = torch.arange(60) % 12
-    expected = classification(image, text, text_image[::2] % 12, text_mask=mask, prompt_class=prompt_class)
-    found = classification(image, text, text_image[::2] % 12, chunk, text_mask=mask, prompt_class=prompt_class)
+    expected = classification(image, text, text_image[::2] % 12, text_mask=mask, prompt_class=prompt_class).values
+    found = classification(image, text, text_image[::2] % 12, chunk, text_mask=mask, prompt_class=prompt_class).values
     assert found == pytest.approx(expected)
 
 
 def test_padding_and_length_of_tokens_change_nothing():
     image, text, text_image, mask = token_case()
-    expected = retrieval(image, text, text_image, text_mask=mask)
+    expected = retrieval(image, text, text_image, text_mask=mask).values
     padded = (3 * text).masked_fill(~mask[..., None], math.nan)
-    assert retrieval(image / 2, padded, text_image, text_mask=mask) == pytest.approx(expected)
+    assert retrieval(image / 2, padded, text_image, text_mask=mask).values == pytest.approx(expected)
 
 
 def test_nan_in_a_token_or_a_patch_is_refused():
@@ -243,10 +244,10 @@ def test_a_classs_prompts_are_averaged_by_their_similarities():
     prompt_class = torch.tensor([0, 1, 0, 2])
     # image → class: [(0.5 + 0.5) / 2, (0.6 + 0.8) / 2, 1] and [(0.6 + 0.8) / 2, 1, 0.8]
     for labels, expected in (([2, 1], 1.0), ([1, 0], 0.0), ([2, 2], 0.5)):
-        found = classification(images, prompts, torch.tensor(labels), text_mask=mask, prompt_class=prompt_class)
+        found = classification(images, prompts, torch.tensor(labels), text_mask=mask, prompt_class=prompt_class).values
         assert found["top1"] == expected
     # the sum instead of the mean would put the first class ahead for the second image: 1.4
-    found = classification(images, prompts, torch.tensor([2, 0]), text_mask=mask, prompt_class=prompt_class)
+    found = classification(images, prompts, torch.tensor([2, 0]), text_mask=mask, prompt_class=prompt_class).values
     assert found["top1"] == 0.5
 
 

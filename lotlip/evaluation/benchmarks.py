@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lotlip import config
 from lotlip.partitions import read_captions, read_image, read_table, unit_names
+
+if TYPE_CHECKING:
+    from lotlip.sources.scenes import Scene
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,24 @@ class Benchmark:
     """Images with what is asked of them.
 
     Attributes:
-        name: in params.yaml.
-        split: whose images these are.
-        places: where each image's bytes lie: partition, offset and size.
-        source: folder of the partitions.
+        name: that scores are filed under; a partial run's ends in "-partial", so that the word is wherever they are.
+        images: name of each image, unique.
+        read: number of an image → its encoded bytes.
         retrieval: "long" and "short" → texts.
         prompts: for classification; None where there are no classes.
+        max_unseen_tokens: share of the texts' word pieces that no training text may have; None where any may.
+        about: what its protocol says of it, such as "split" and "version".
+        scenes: of each image, where it is a generated one and all is known of it; else none.
     """
 
     name: str
-    split: str
-    source: Path
-    places: list[tuple[str, int, int]]
+    images: Sequence[str]
+    read: Callable[[int], bytes]
     retrieval: Mapping[str, Texts]
     prompts: Prompts | None = None
     max_unseen_tokens: float | None = None
-    about: Mapping[str, str] = field(default_factory=dict)
-
-    def images(self) -> Iterator[bytes]:
-        """The encoded images, one in memory at a time."""
-        return (read_image(self.source, *place) for place in self.places)
+    about: Mapping[str, str | int] = field(default_factory=dict)
+    scenes: Sequence[Scene] = ()
 
 
 def open_benchmark(name: str, settings: config.Benchmark, paths: config.Paths, captioners: list[str]) -> Benchmark:
@@ -75,60 +77,80 @@ def open_benchmark(name: str, settings: config.Benchmark, paths: config.Paths, c
     return _held_out(name, settings, paths, captioners)
 
 
-def _rows(source: Path, split: str, column: str) -> tuple[list[tuple[str, int, int]], list[tuple[str, str | None]]]:
-    """Places of a split's images, and each one's key with one more column."""
-    places, values = [], []
+@dataclass(frozen=True)
+class _Split:
+    """The images of a split of partitions.
+
+    Attributes:
+        keys: name of each.
+        column: another column of theirs.
+        places: where each one's bytes lie: partition, offset and size.
+        source: folder of the partitions.
+    """
+
+    keys: list[str]
+    column: list[str | None]
+    places: list[tuple[str, int, int]]
+    source: Path
+
+    def read(self, number: int) -> bytes:
+        return read_image(self.source, *self.places[number])
+
+
+def _split(source: Path, split: str, column: str) -> _Split:
+    found = _Split([], [], [], source)
     for unit in unit_names(source, split):
         table = read_table(source, unit, ["key", "offset", "size", column])
-        places += [(unit, int(offset), int(size)) for offset, size in zip(table["offset"], table["size"], strict=True)]
-        values += list(zip(table["key"], table[column], strict=True))
-    return places, values
+        found.keys.extend(table["key"])
+        found.column.extend(table[column])
+        found.places.extend((unit, int(at), int(size)) for at, size in zip(table["offset"], table["size"], strict=True))
+    return found
 
 
 def _scenes(name: str, settings: config.ScenesBenchmark, source: Path) -> Benchmark:
     from lotlip.evaluation.scenes import label, long_text, shape_prompts, short_text
     from lotlip.sources.scenes import Scene
 
-    places, rows = _rows(source, settings.split, "scene")
-    if len(places) != settings.size:
+    images = _split(source, settings.split, "scene")
+    if len(images.keys) != settings.size:
         raise ValueError(
-            f"benchmark {name}: {source}/{settings.split} has {len(places)} scenes, but "
+            f"benchmark {name}: {source}/{settings.split} has {len(images.keys)} scenes, but "
             f"evaluate.benchmarks.{name}.size is {settings.size}; scores of another size cannot be compared"
         )
-    if not all(isinstance(scene, str) for _, scene in rows):
+    if not all(isinstance(scene, str) for scene in images.column):
         raise ValueError(f"benchmark {name}: the images in {source} are not generated scenes; use `kind: held-out`")
-    scenes = [Scene.from_json(json.loads(str(scene))) for _, scene in rows]
+    scenes = [Scene.from_json(json.loads(str(scene))) for scene in images.column]
     every = list(range(len(scenes)))
     return Benchmark(
         name=name,
-        split=settings.split,
-        source=source,
-        places=places,
+        images=images.keys,
+        read=images.read,
         retrieval={
             "long": Texts([long_text(scene) for scene in scenes], every),
             "short": Texts([short_text(scene) for scene in scenes], every),
         },
         prompts=Prompts(shape_prompts(), [label(scene) for scene in scenes]),
         max_unseen_tokens=settings.max_unseen_tokens,
-        about={"texts": "frames that no training caption uses, words that they do use"},
+        about={"split": settings.split, "texts": "frames that no training caption uses, words that they do use"},
+        scenes=scenes,
     )
 
 
 def _held_out(name: str, settings: config.HeldOutBenchmark, paths: config.Paths, captioners: list[str]) -> Benchmark:
     """Raw captions as short texts; as long text of an image the one of its captions with the most tokens."""
-    places, rows = _rows(paths.ingest, settings.split, "raw_caption")
-    if not places:
+    images = _split(paths.ingest, settings.split, "raw_caption")
+    if not images.keys:
         raise ValueError(
             f"benchmark {name}: no image is in the split {settings.split!r}; raise its share in params.yaml"
         )
-    retrieval = {"short": Texts([str(caption) for _, caption in rows], list(range(len(rows))))}
+    retrieval = {"short": Texts([str(caption) for caption in images.column], list(range(len(images.keys))))}
     longest: dict[str, tuple[int, str]] = {}
     for captioner in captioners:
         for unit in unit_names(paths.captions / captioner, settings.split):
             table = read_captions(paths.captions / captioner, unit, ["key", "text", "tokens"])
             for key, text, tokens in zip(table["key"], table["text"], table["tokens"], strict=True):
                 longest[key] = max(longest.get(key, (0, "")), (int(tokens), text))
-    described = [(index, longest[key][1]) for index, (key, _) in enumerate(rows) if key in longest]
+    described = [(index, longest[key][1]) for index, key in enumerate(images.keys) if key in longest]
     if described:
         retrieval["long"] = Texts([text for _, text in described], [index for index, _ in described])
-    return Benchmark(name, settings.split, paths.ingest, places, retrieval)
+    return Benchmark(name, images.keys, images.read, retrieval, about={"split": settings.split})

@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
-from lotlip.data.images import decode_rgb, image_transform
-from lotlip.data.tokenizer import TextTokenizer, used_tokens
-from lotlip.embedding import in_batches
+from lotlip.data.tokenizer import used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts
-from lotlip.evaluation.metrics import chance, class_features, classification, retrieval
-from lotlip.models.lotlip import LotlipModel
+from lotlip.evaluation.encoders import Encoder
+from lotlip.evaluation.metrics import Scores, chance, class_features, classification, retrieval
 
 KS = (1, 5, 10)
 
 
-def evaluate(
-    model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark, images: Tensor, batch_size: int
-) -> dict[str, float]:
+def evaluate(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> Scores:
     """Every score of a model on a benchmark, by name: "long.text_to_image.r1", "classification.top1", …
 
     Args:
-        model: with the text tower to score.
-        tokenizer: its own.
+        encoder: the model.
         benchmark: what to ask.
-        images: the benchmark's images as `encode_images` gives them, [I, D] or, with late interaction, [I, P, D].
-        batch_size: texts encoded at a time.
+        images: features of the benchmark's images as the encoder gives them, [I, D] or [I, P, D].
     """
-    scores: dict[str, float] = {}
+    found = Scores()
     for kind, texts in benchmark.retrieval.items():
-        features, mask = encode_texts(model, tokenizer, texts.texts, batch_size)
+        features, mask = encoder.texts(texts.texts)
         asked, image = torch.tensor(texts.image).unique(return_inverse=True)  # not every image has a long text
-        found = retrieval(images[asked], features, image, KS, text_mask=mask)
-        scores |= {f"{kind}.{name}": value for name, value in found.items()}
+        found |= retrieval(images[asked], features, image, KS, text_mask=mask).under(kind)
     if benchmark.prompts:
-        found = _classify(model, tokenizer, benchmark.prompts, images, batch_size)
-        scores |= {f"classification.{name}": value for name, value in found.items()}
-    return scores
+        found |= _classify(encoder, benchmark.prompts, images).under("classification")
+    return found
 
 
-def _classify(
-    model: LotlipModel, tokenizer: TextTokenizer, prompts: Prompts, images: Tensor, batch_size: int
-) -> dict[str, float]:
+def images_of(benchmark: Benchmark) -> Iterator[bytes]:
+    """The encoded images of a benchmark, in order, one in memory at a time.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    return (benchmark.read(number) for number in range(len(benchmark.images)))
+
+
+def _classify(encoder: Encoder, prompts: Prompts, images: Tensor) -> Scores:
     """A class is the mean of its prompts' features or, with late interaction, of their similarities."""
     sizes = [len(texts) for texts in prompts.classes]
-    features, mask = encode_texts(model, tokenizer, [text for texts in prompts.classes for text in texts], batch_size)
+    features, mask = encoder.texts([text for texts in prompts.classes for text in texts])
     labels = torch.tensor(prompts.labels)
     if mask is None:
         return classification(images, class_features(features.split(sizes)), labels)
@@ -90,58 +87,11 @@ def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]
     return share
 
 
-def protocol(model: LotlipModel, benchmark: Benchmark) -> dict[str, str | int]:
+def protocol(encoder: Encoder, benchmark: Benchmark) -> dict[str, str | int]:
     """How a score was measured, to be kept beside it: another size, length or preparation is another score."""
     return {
-        "split": benchmark.split,
-        "images": len(benchmark.places),
+        "images": len(benchmark.images),
         **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
-        "context_length": model.config.context_length,
-        "image_size": model.image_tower.spec.image_size,
-        "resize": "shorter side bicubic, centre crop",
-        "precision": str(model.dtype).removeprefix("torch."),
-        "similarity": model.config.similarity,
-        "text_preparation": "sub-captions joined by [SEP], cut at the context length",
         **benchmark.about,
+        **encoder.protocol(),
     }
-
-
-def encode_images(model: LotlipModel, benchmark: Benchmark, batch_size: int) -> Tensor:
-    """Normalised features of a benchmark's images, [I, D]; with late interaction those of their patches, [I, P, D]."""
-    spec = model.image_tower.spec
-    transform = image_transform(spec.image_size, spec.mean, spec.std)
-    by_patches = model.config.similarity == "late-interaction"
-    encode = model.encode_image_patches if by_patches else model.encode_image
-    with torch.inference_mode():
-        return torch.cat(
-            [
-                encode(torch.from_numpy(np.stack([transform(decode_rgb(image)) for image in batch])))
-                for batch in in_batches(benchmark.images(), batch_size)
-            ]
-        )
-
-
-def encode_texts(
-    model: LotlipModel, tokenizer: TextTokenizer, texts: Sequence[str], batch_size: int
-) -> tuple[Tensor, Tensor | None]:
-    """What evaluation compares with images, for short and long text alike (paper, section 4).
-
-    Returns:
-        Normalised features of [CLS], [T, D], and None; with late interaction those of all tokens, [T, L, D], and which
-        are no padding, [T, L].
-    """
-    by_tokens = model.config.similarity == "late-interaction"
-    rows: list[Tensor] = []
-    with torch.inference_mode():
-        for batch in in_batches(texts, batch_size):
-            ids, lengths = map(torch.from_numpy, tokenizer(batch))
-            if by_tokens:
-                tokens, mask = model.encode_text_tokens(ids, lengths)
-                rows += [own[real] for own, real in zip(tokens, mask, strict=True)]
-            else:
-                rows.append(model.encode_text(ids, lengths)[:, 0])
-    if not by_tokens:
-        return torch.cat(rows), None
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = pad_sequence(rows, batch_first=True)
-    return tokens, torch.arange(tokens.shape[1]) < lengths[:, None]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -17,6 +18,29 @@ TOLERANCE = 1e-6
 Rows = Callable[[slice], Tensor]  # some rows of a similarity matrix, [rows, G]
 
 
+@dataclass(frozen=True)
+class Scores:
+    """What was measured.
+
+    Attributes:
+        values: by name; shares from 0 to 1, and ranks from 1.
+        intervals: of those that have one, the ends of their 95 % confidence interval, by the same names.
+    """
+
+    values: Mapping[str, float] = field(default_factory=dict)
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+
+    def under(self, prefix: str) -> Scores:
+        """The same with names that begin with `prefix` and a dot."""
+        values, intervals = (
+            {f"{prefix}.{name}": value for name, value in found.items()} for found in (self.values, self.intervals)
+        )
+        return Scores(values, intervals)  # type: ignore[arg-type]
+
+    def __or__(self, other: Scores) -> Scores:
+        return Scores({**self.values, **other.values}, {**self.intervals, **other.intervals})
+
+
 def retrieval(
     image_features: Tensor,
     text_features: Tensor,
@@ -24,7 +48,7 @@ def retrieval(
     ks: Sequence[int] = (1, 5, 10),
     chunk: int = 1024,
     text_mask: Tensor | None = None,
-) -> dict[str, float]:
+) -> Scores:
     """Recall at k and median rank, both ways, by cosine similarity or late interaction.
 
     An image counts as found when any of its texts is among the first k. Among equal similarities the order is a fair
@@ -54,7 +78,9 @@ def retrieval(
         "image_to_text": _search(image_to_text, image_index, text_image, ks, chunk),
         "text_to_image": _search(text_to_image, text_image, image_index, ks, chunk),
     }
-    return {f"{direction}.{name}": value for direction, found in directions.items() for name, value in found.items()}
+    return Scores(
+        {f"{direction}.{name}": value for direction, found in directions.items() for name, value in found.items()}
+    )
 
 
 def classification(
@@ -64,7 +90,7 @@ def classification(
     chunk: int = 1024,
     text_mask: Tensor | None = None,
     prompt_class: Tensor | None = None,
-) -> dict[str, float]:
+) -> Scores:
     """Zero-shot accuracy: the share of images whose class is the most similar one, or among the first five.
 
     Equal similarities are ordered by a fair draw, as in `retrieval`.
@@ -98,7 +124,7 @@ def classification(
         _check_index(prompt_class, "prompt_class", "classes", len(class_features), classes)
         similarity = _class_means(similarity, prompt_class)
     found = _search(similarity, labels, torch.arange(classes, device=labels.device), (1, 5), chunk)
-    return {"top1": found["r1"], "top5": found["r5"]}
+    return Scores({"top1": found["r1"], "top5": found["r5"]})
 
 
 def class_features(prompt_features: Sequence[Tensor]) -> Tensor:
