@@ -795,3 +795,46 @@ def test_the_quality_of_captions_stands_in_a_table_by_captioner(tmp_path):
     assert [cell.text.replace("\u00a0", " ") for cell in row] == expected
     build_report(load_inputs(params, tmp_path), tmp_path / "report")
     assert "Quality of long captions" in (tmp_path / "report" / "index.html").read_text()
+
+
+# --- intervals ----------------------------------------------------------------------------------------------------
+
+
+def with_intervals(tmp_path, seeds):
+    """The report of a project whose R@1 have made-up intervals."""
+    params = make_params(pretrain={"seeds": seeds, "steps": 40, "text": {"config": {"hidden_size": 64}}})
+    write_project(tmp_path, params)
+    for name in params.ablations:
+        file = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(file.read_text())
+        for result in found["benchmarks"].values():
+            result["intervals"] = {
+                seed: {metric: [value / 2, value * 1.5] for metric, value in scores.items() if metric.endswith("r1")}
+                for seed, scores in result["seeds"].items()
+            }
+        write_json(file, found)
+    build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    return tmp_path / "report"
+
+
+def test_a_lone_seeds_scores_are_shown_with_their_intervals(tmp_path):
+    report = with_intervals(tmp_path, [3])
+    value = metrics_of(0, 3)["long.text_to_image.r1"]
+    span = f"[{50 * value:.1f}, {150 * value:.1f}]"
+    assert f"{100 * value:.1f}<small>{span}</small>" in (report / "index.html").read_text()
+    assert f"| {100 * value:.1f} {span} |" in (report / "report.md").read_text()
+    row = read_csv(report, "scenes-all")[0]
+    assert float(row["long.text_to_image.r1.low"]) == pytest.approx(value / 2)
+    assert float(row["long.text_to_image.r1.high"]) == pytest.approx(value * 1.5)
+    assert "long.text_to_image.median_rank.low" not in row
+
+
+def test_several_seeds_are_shown_with_their_spread(tmp_path):
+    report = with_intervals(tmp_path, [0, 1])
+    assert "<small>" not in (report / "index.html").read_text()
+    assert "long.text_to_image.r1.low" not in read_csv(report, "scenes-all")[0]
+
+
+def test_an_interval_of_ranks_is_no_percentage():
+    assert score([4.0], "long.text_to_image.mean_rank", (3.5, 4.75)).span == "[3.5, 4.8]"
+    assert score([0.4], "long.text_to_image.r1", (0.35, 0.475)).span == "[35.0, 47.5]"

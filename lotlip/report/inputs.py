@@ -26,15 +26,21 @@ class Benchmark:
         protocol: how it was measured: sizes, context length, precision, …
         chance: metric → the value that guessing has.
         seeds: seed → metric → value; fractions, except ranks.
+        intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
     """
 
     protocol: dict[str, Any]
     chance: dict[str, float]
     seeds: dict[int, dict[str, float]]
+    intervals: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
         return [self.seeds[seed][metric] for seed in sorted(self.seeds) if metric in self.seeds[seed]]
+
+    def interval(self, metric: str) -> tuple[float, float] | None:
+        """The metric's interval where there is one seed; of several, their spread tells more."""
+        return self.intervals.get(next(iter(self.seeds)), {}).get(metric) if len(self.seeds) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -182,6 +188,10 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             protocol=result.get("protocol", {}),
             chance=result.get("chance", {}),
             seeds={int(seed): metrics for seed, metrics in result["seeds"].items()},
+            intervals={
+                int(seed): {metric: (low, high) for metric, (low, high) in intervals.items()}
+                for seed, intervals in result.get("intervals", {}).items()
+            },
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }

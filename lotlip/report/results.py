@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lotlip.config import Pretrain
@@ -77,20 +77,28 @@ def results_table(
     benchmark: str,
     metrics: Sequence[str],
     main: bool = True,
+    published: Mapping[str, Mapping[str, float]] | None = None,
 ) -> Table:
-    """Ablations down, the `lead` columns and then metrics across; guessing is the reference row."""
+    """Ablations down, the `lead` columns and then metrics across; guessing and `published` models are references."""
+    found = [_results(a, benchmark) for a in ablations]
     scores = [
-        mark_best([score(_results(a, benchmark).values(metric), metric) for a in ablations], metric)
+        mark_best([score(result.values(metric), metric, result.interval(metric)) for result in found], metric)
         for metric in metrics
     ]
     columns = [column for column, _ in lead] + [metric_column(metric, main) for metric in metrics]
     rows = [list(row) for row in zip(*[cells for _, cells in lead], *scores, strict=True)]
-    guess = next((_results(a, benchmark).chance for a in ablations if _results(a, benchmark).chance), {})
-    reference = None
-    if guess:
-        blank = [Cell("guessing"), *(Cell("") for _ in lead[1:])]
-        reference = blank + [score([guess[metric]], metric) if metric in guess else number(None) for metric in metrics]
-    return Table(slug, title, note, columns, rows, reference)
+    guess = next((result.chance for result in found if result.chance), None)
+    known = {**({"guessing": guess} if guess else {}), **(published or {})}
+    blank = [Cell("") for _ in lead[1:]]
+    references = [
+        [
+            Cell(name),
+            *blank,
+            *(score([values[metric]], metric) if metric in values else number(None) for metric in metrics),
+        ]
+        for name, values in known.items()
+    ]
+    return Table(slug, title, note, columns, rows, references)
 
 
 def flops_known(ablations: Iterable[Ablation]) -> bool:
@@ -175,7 +183,7 @@ def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
         note = "What each changes, against the base, which is the section pretrain of params.yaml."
         title = "Other ablations" if shown else "Ablations"
         tables.append(table("others", title, note, others, [_names(others), _changes(others, base)]))
-    full = "Mean over seeds, with the standard deviation where there are several. R@k and top-k in percent."
+    full = "Mean over seeds with their standard deviation; of one seed, the 95 % interval. R@k and top-k in percent."
     tables.append(
         results_table(
             f"{benchmark}-all", "Every number", full, every, [_names(every)], benchmark, everything, main=False

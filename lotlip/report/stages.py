@@ -120,7 +120,7 @@ def stages_table(inputs: ReportInputs) -> Table:
         + [Cell("")] * 4
         + [duration(around), percent(around / whole if whole else None)]
     )
-    return Table("stages", "Time", note, columns, rows, total if rows else None)
+    return Table("stages", "Time", note, columns, rows, [total] if rows else [])
 
 
 def training_table(inputs: ReportInputs) -> Table:

@@ -7,7 +7,7 @@ import io
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ABSENT = "–"
@@ -21,12 +21,16 @@ class Cell:
         text: for a person.
         value: the number, or the mean of several; None where the cell is words.
         spread: standard deviation over seeds; None where there is one seed.
+        interval: ends of the value's 95 % confidence interval; None where it has none.
+        span: the interval as it is shown, "[12.1, 14.9]".
         best: of its column.
     """
 
     text: str
     value: float | None = None
     spread: float | None = None
+    interval: tuple[float, float] | None = None
+    span: str = ""
     best: bool = False
 
 
@@ -42,19 +46,19 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; `reference` is a row that takes no part in who is best, such as guessing."""
+    """A titled table; `references` are rows that take no part in who is best, such as guessing."""
 
     slug: str
     title: str
     note: str
     columns: list[Column]
     rows: list[list[Cell]]
-    reference: list[Cell] | None = None
+    references: list[list[Cell]] = field(default_factory=list)
 
     @property
     def all_rows(self) -> list[list[Cell]]:
-        """The rows, the reference last."""
-        return [*self.rows, self.reference] if self.reference else self.rows
+        """The rows, the references last."""
+        return [*self.rows, *self.references]
 
     @property
     def header_groups(self) -> list[tuple[str, int, bool]]:
@@ -68,22 +72,27 @@ class Table:
         return runs
 
     def to_csv(self) -> str:
-        """All numbers in full; a column `<key>.std` follows wherever a cell has a spread."""
-        spread = [any(row[i].spread is not None for row in self.all_rows) for i in range(len(self.columns))]
+        """All numbers in full; `<key>.std`, `<key>.low` and `<key>.high` follow a column wherever a cell has them."""
+        every = list(zip(*self.all_rows, strict=True)) or [() for _ in self.columns]
+        columns = [
+            numbers
+            for column, cells in zip(self.columns, every, strict=True)
+            for numbers in _csv_columns(column.key, cells)
+        ]
         file = io.StringIO()
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(_with_spread([column.key for column in self.columns], spread, "{}.std".format))
-        for row in self.all_rows:
-            line: list[Any] = []
-            for cell, has_spread in zip(row, spread, strict=True):
-                line.append(cell.text if cell.value is None else cell.value)
-                line += [cell.spread] if has_spread else []
-            writer.writerow(line)
+        csv.writer(file, lineterminator="\n").writerows(zip(*columns, strict=True))
         return file.getvalue()
 
 
-def _with_spread(keys: list[str], spread: list[bool], name: Any) -> list[str]:
-    return [part for key, more in zip(keys, spread, strict=True) for part in ([key, name(key)] if more else [key])]
+def _csv_columns(key: str, cells: Sequence[Cell]) -> list[list[Any]]:
+    """A column's values below their name, then what else its cells have."""
+    columns: list[list[Any]] = [[key, *(cell.text if cell.value is None else cell.value for cell in cells)]]
+    if any(cell.spread is not None for cell in cells):
+        columns.append([f"{key}.std", *(cell.spread for cell in cells)])
+    if any(cell.interval for cell in cells):
+        for end, name in enumerate(("low", "high")):
+            columns.append([f"{key}.{name}", *(cell.interval[end] if cell.interval else None for cell in cells)])
+    return columns
 
 
 # --- cells --------------------------------------------------------------------------------------------------------
@@ -129,17 +138,25 @@ def duration(seconds: float) -> Cell:
     return Cell(text, seconds)
 
 
-def score(values: Sequence[float], metric: str) -> Cell:
+def score(values: Sequence[float], metric: str, interval: tuple[float, float] | None = None) -> Cell:
     """A metric over seeds: percent with one decimal (ranks as they are), `mean ± standard deviation` of several.
 
     Not a number in one seed makes the whole cell unknown.
+
+    Args:
+        values: one for each seed.
+        metric: its name.
+        interval: of a lone seed's value; seeds tell more of several.
     """
     if not values or any(math.isnan(value) for value in values):
         return number(None)
     scale = 1 if is_rank(metric) else 100
     mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
     deviation = "" if spread is None else f" ± {scale * spread:.1f}"
-    return Cell(f"{scale * mean:.1f}{deviation}", mean, spread)
+    if interval is None or len(values) > 1:
+        return Cell(f"{scale * mean:.1f}{deviation}", mean, spread)
+    low, high = interval
+    return Cell(f"{scale * mean:.1f}", mean, interval=interval, span=f"[{scale * low:.1f}, {scale * high:.1f}]")
 
 
 def is_rank(metric: str) -> bool:
