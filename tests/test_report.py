@@ -838,3 +838,18 @@ def test_several_seeds_are_shown_with_their_spread(tmp_path):
 def test_an_interval_of_ranks_is_no_percentage():
     assert score([4.0], "long.text_to_image.mean_rank", (3.5, 4.75)).span == "[3.5, 4.8]"
     assert score([0.4], "long.text_to_image.r1", (0.35, 0.475)).span == "[35.0, 47.5]"
+
+
+# --- published scores ---------------------------------------------------------------------------------------------
+
+
+def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_path):
+    benchmarks = {name: {"kind": "held-out"} for name in ("urban-1k", "mine")}
+    params = make_params(evaluate={"benchmarks": benchmarks})
+    write_project(tmp_path, params)
+    build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "urban-1k-systems")}
+    assert list(rows)[-6:-4] == ["guessing", "CLIP B/32, 400M (published)"]
+    assert float(rows["LoTLIP B/16, 100M (published)"]["long.text_to_image.r1"]) == 0.848
+    assert not any("published" in row["ablation"] for row in read_csv(tmp_path / "report", "mine-systems"))
+    assert "not measured here" in (tmp_path / "report" / "report.md").read_text()

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lotlip.config import Pretrain
+from lotlip.evaluation.reference import REFERENCE, SOURCE
 from lotlip.report import groups
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
 from lotlip.report.tables import Cell, Column, Table, gigaflops, mark_best, number, score, words
@@ -112,8 +113,19 @@ def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
     everything = metric_names(every, benchmark)
     metrics = main_metrics(everything)
 
-    def table(slug: str, title: str, note: str, chosen: list[Ablation], lead: list[tuple[Column, list[Cell]]]) -> Table:
-        return results_table(f"{benchmark}-{slug}", title, note, chosen, lead, benchmark, metrics)
+    def table(
+        slug: str,
+        title: str,
+        note: str,
+        chosen: list[Ablation],
+        lead: list[tuple[Column, list[Cell]]],
+        published: Mapping[str, Mapping[str, float]] | None = None,
+    ) -> Table:
+        return results_table(f"{benchmark}-{slug}", title, note, chosen, lead, benchmark, metrics, published=published)
+
+    published = {
+        f"{found.model} (published)": found.scores[benchmark] for found in REFERENCE if benchmark in found.scores
+    }
 
     systems = groups.systems(every, base)
     corners = groups.corner_tokens(every, base)
@@ -126,10 +138,12 @@ def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
             table(
                 "systems",
                 "Systems",
-                "LiT reads raw captions only; LoTLIP adds long texts and corner tokens.",
+                "LiT reads raw captions only; LoTLIP adds long texts and corner tokens."
+                + (f" Rows so named were {SOURCE}." if published else ""),
                 systems,
                 [_names(systems), _column("system", "System", [groups.system(a.config, base) for a in systems])]
                 + ([_weights(systems)] if _weights_differ(systems) else []),
+                published,
             ),
         ),
         (
