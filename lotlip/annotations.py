@@ -10,6 +10,7 @@ import csv
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,9 +61,9 @@ def read_texts(path: Path, fields: Sequence[str] = (), split: str | None = None)
     """The texts of a file or folder, in order. JSONL, CSV and Parquet are streamed, a JSON file is read whole.
 
     Args:
-        path: a .json (a list of objects, a Karpathy split, one object, or DCI's `splits.json`), .jsonl, .csv,
-            .parquet or .txt (all of it is one text) file, or a folder of them: DCI's, Urban-1k's, IIW's, a stage's
-            partitions, or any folder in which all such files have one ending.
+        path: a .json (a list of objects, a Karpathy split, one object, or DCI's `splits.json`), .jsonl (or .jsonlines),
+            .csv, .parquet or .txt (all of it is one text) file, or a folder of them: DCI's, Urban-1k's, IIW's, a
+            stage's partitions, or any folder in which all such files have one ending.
         fields: names of the fields whose texts are read, each a text of its own; a dot leads into an object or (with
             a number, counted from 0) to an element of a list, and a list gives as many texts as it has. Where none
             is named, those of the formats above.
@@ -82,6 +83,29 @@ def read_texts(path: Path, fields: Sequence[str] = (), split: str | None = None)
         yield from _read_file(path, wanted, path.parent)
     if split is not None and split not in wanted.splits:
         raise ValueError(f"{path} has no split {split!r} (it has {_listed(sorted(wanted.splits))})")
+
+
+def read_records(path: Path) -> Iterator[tuple[int, Any]]:
+    """The records of a .json (a list of objects, a Karpathy split, or one object), .jsonl or .jsonlines file, in order.
+
+    Returns:
+        Number, from 1, and record, an object or whatever else stands there.
+
+    Raises:
+        ValueError: there is no such file, its ending is another, or it is broken.
+    """
+    with _readable(path):
+        yield from _READERS[path.suffix.lower()](path, _Wanted())
+
+
+def dci_annotations(splits: Path, split: str | None = None) -> list[Path]:
+    """The annotation files that DCI's `splits.json` names, each once, whether they are there or not.
+
+    Raises:
+        ValueError: it is not there, not DCI's, or a name leads out of its folder.
+    """
+    with _readable(splits):
+        return _dci_annotations(splits, _Wanted(split=split))
 
 
 class _Wanted:
@@ -144,15 +168,23 @@ def _is_partition(file: Path) -> bool:
 
 def _read_dci(path: Path, wanted: _Wanted) -> Iterator[Text]:
     """Every annotation that `splits.json` names, once."""
+    for file in _dci_annotations(path, wanted):
+        if not file.is_file():
+            raise ValueError(f"{path} names {file.name}, but {file} is not there")
+        yield from _read_file(file, _Wanted(wanted.fields), path.parent)
+
+
+def _dci_annotations(path: Path, wanted: _Wanted) -> list[Path]:
+    from lotlip.sources.keys import leaves
+
     splits = _load(path, path.read_text(encoding="utf-8-sig"))
     if not isinstance(splits, dict) or not all(isinstance(names, list) for names in splits.values()):
         raise ValueError(f"{path} is not DCI's: it should have a list of annotation files for each split")
-    names = dict.fromkeys(name for split, names in splits.items() if wanted.keeps(split) for name in names)
+    names = dict.fromkeys(str(name) for split, names in splits.items() if wanted.keeps(split) for name in names)
     for name in names:
-        file = path.parent / "annotations" / str(name)
-        if not file.is_file():
-            raise ValueError(f"{path} names {name}, but {file} is not there")
-        yield from _read_file(file, _Wanted(wanted.fields), path.parent)
+        if leaves(name):
+            raise ValueError(f"{path} names {name!r}, which leads out of its folder; find out who made it")
+    return [path.parent / "annotations" / name for name in names]
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -160,15 +192,22 @@ def _read_dci(path: Path, wanted: _Wanted) -> Iterator[Text]:
 
 def _read_file(path: Path, wanted: _Wanted, root: Path) -> Iterator[Text]:
     ending = path.suffix.lower()
-    if not path.is_file():
-        raise ValueError(f"{path} is not there")
-    if ending not in _ENDINGS:
-        raise ValueError(f"{path} has none of the endings {', '.join(_ENDINGS)}")
-    try:
+    with _readable(path, _ENDINGS):
         if ending == ".txt":
             yield _read_text(path, wanted, root)
         else:
             yield from _record_texts(path, _READERS[ending](path, wanted), wanted)
+
+
+@contextmanager
+def _readable(path: Path, endings: Sequence[str] = (".json", ".jsonl", ".jsonlines")) -> Iterator[None]:
+    """Complains of a file that is not there, has another ending, or turns out not to be UTF-8 when it is read."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not there")
+    if path.suffix.lower() not in endings:
+        raise ValueError(f"{path} has none of the endings {', '.join(endings)}")
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error.reason})") from error
 
@@ -176,7 +215,7 @@ def _read_file(path: Path, wanted: _Wanted, root: Path) -> Iterator[Text]:
 def _read_text(path: Path, wanted: _Wanted, root: Path) -> Text:
     if wanted.fields or wanted.split is not None:
         raise ValueError(f"{path} is one text, without fields or splits: leave --field and --split out")
-    return Text(path.relative_to(root).with_suffix("").as_posix(), _clean(path.read_text(encoding="utf-8-sig")))
+    return Text(path.relative_to(root).with_suffix("").as_posix(), clean(path.read_text(encoding="utf-8-sig")))
 
 
 def _read_json(path: Path, _: _Wanted) -> Iterator[tuple[int, Any]]:
@@ -246,6 +285,7 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Iterator[tuple[int, Any]]:
 _READERS: Mapping[str, Callable[[Path, _Wanted], Iterator[tuple[int, Any]]]] = {
     ".json": _read_json,
     ".jsonl": _read_jsonl,
+    ".jsonlines": _read_jsonl,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
 }
@@ -285,7 +325,7 @@ def _record_texts(path: Path, records: Iterator[tuple[int, Any]], wanted: _Wante
             if len(fields) > 1:
                 texts = [("", "\n".join(text for _, text in texts))]
             for index, text in texts:
-                yield Text(name + suffix + index, _clean(text))
+                yield Text(name + suffix + index, clean(text))
 
 
 def _name(record: Mapping[str, Any]) -> str:
@@ -329,7 +369,7 @@ def _values(value: Any, field: str) -> list[tuple[str, Any]]:
     return _values(value[first], rest)
 
 
-def _clean(text: str) -> str:
+def clean(text: str) -> str:
     """Half a surrogate pair, left by a caption that was cut inside an emoji, is not text that can be encoded."""
     return _SURROGATE.sub("\ufffd", text) if text.strip() else ""
 

@@ -345,7 +345,7 @@ def test_a_record_without_the_field_is_named(tmp_path, ending):
         ("a.csv", "key,text\nk,a\nl\n", r"a\.csv, record 2 \(line 3\) has 1 cells"),
         ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 4: broken CSV"),
         ("a.parquet", "no", r"a\.parquet cannot be read as Parquet"),
-        ("a.md", "a dog", r"a\.md has none of the endings \.json, \.jsonl, \.csv, \.parquet, \.txt"),
+        ("a.md", "a dog", r"a\.md has none of the endings \.json, \.jsonl, \.jsonlines, \.csv, \.parquet, \.txt"),
         ("splits.json", '{"train": 3}', r"splits\.json is not DCI's"),
         ("splits.json", '{"train": ["sa_1.json"]}', r"splits\.json names sa_1\.json, but .*/sa_1\.json is not there"),
     ],

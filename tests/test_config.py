@@ -86,6 +86,56 @@ def test_an_unknown_key_that_is_like_none_lists_those_of_the_chosen_kind_only(tm
     assert line == "ingest.source.zzz: unknown key (known here: kind, path, split_seed, test_share, val_share)"
 
 
+def test_an_entry_called_as_a_published_benchmark_is_that_one(tmp_path):
+    benchmarks = {
+        "urban-1k": {"folder": "data/urban"},
+        "mine": {"kind": "iiw", "folder": "data/iiw", "images": "data/sam", "partial": 20},
+        "coco": {"kind": "held-out"},
+        "dci": {"folder": "data/dci", "partial": True},
+    }
+    evaluate = load(tmp_path, {"evaluate": {"benchmarks": benchmarks}}).evaluate
+    found = {name: entry.kind for name, entry in evaluate.benchmarks.items()}
+    assert found == {"mine": "iiw", "urban-1k": "urban-1k", "coco": "held-out", "dci": "dci"}
+    assert evaluate.benchmarks["mine"].partial == 20
+    assert evaluate.benchmarks["dci"].partial is True
+    assert evaluate.benchmarks["urban-1k"].partial is False
+    assert sorted(evaluate.names) == ["coco", "dci-partial", "mine-partial", "urban-1k"]
+    again = load(tmp_path, {"evaluate": evaluate.model_dump(mode="json")}).evaluate
+    assert again == evaluate
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "line"),
+    [
+        (
+            "urban1k",
+            {"folder": "x"},
+            "evaluate.benchmarks.urban1k.kind: missing; it has no default (there are: scenes, ",
+        ),
+        (
+            "urban-1k",
+            {"folderr": "x", "folder": "x"},
+            "evaluate.benchmarks.urban-1k.folderr: unknown key; did you mean ",
+        ),
+        ("urban-1k", {}, "evaluate.benchmarks.urban-1k.folder: missing; it has no default"),
+        ("urban-1k", {"folder": "x", "partial": 0}, "evaluate.benchmarks.urban-1k.partial: true takes what is there, "),
+        (
+            "urban-1k",
+            {"folder": "x", "partial": "yes"},
+            "evaluate.benchmarks.urban-1k.partial: true takes what is there",
+        ),
+        (
+            "dci-partial",
+            {"kind": "dci", "folder": "x"},
+            "evaluate: benchmarks.dci-partial would look like a partial run",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_published_benchmark_is_said_once_and_in_its_place(tmp_path, name, entry, line):
+    (found,) = complaints(tmp_path, {"evaluate": {"benchmarks": {name: entry}}})
+    assert found.startswith(line)
+
+
 def test_all_complaints_stand_in_one_flat_list(tmp_path):
     differences = {"ablations": {"a": {"steps": 0, "text": {"corner_token": 1}}, "b": {"batch_size": 1}}}
     lines = complaints(tmp_path, differences)
@@ -122,7 +172,9 @@ def test_what_is_missing_is_named(tmp_path):
     base = {name: section for name, section in MINIMAL.items() if name != "ingest"}
     assert complaints(tmp_path, {}, base) == ["ingest: missing; it has no default"]
     base = {**MINIMAL, "ingest": {"source": {"path": "pictures"}}}
-    assert complaints(tmp_path, {}, base) == ["ingest.source.kind: missing; it has no default"]
+    assert complaints(tmp_path, {}, base) == [
+        "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv)"
+    ]
 
 
 def test_an_unknown_kind_lists_those_there_are(tmp_path):

@@ -31,12 +31,14 @@ from lotlip.config.data import (
     WebDatasetSource,
 )
 from lotlip.config.params import (
+    PARTIAL_RUN,
     Benchmark,
     Evaluate,
     HeldOutBenchmark,
     Orchestration,
     Params,
     Paths,
+    PublishedBenchmark,
     Report,
     ScenesBenchmark,
     Tracking,
@@ -66,6 +68,7 @@ from lotlip.config.section import ConfigError, Count, Name, NonNegative, Port, P
 __all__ = [
     "DESCRIBE",
     "HOW",
+    "PARTIAL_RUN",
     "PRESETS",
     "Augmentation",
     "Benchmark",
@@ -98,6 +101,7 @@ __all__ = [
     "Port",
     "Positive",
     "Pretrain",
+    "PublishedBenchmark",
     "Quality",
     "Ray",
     "RendezvousLaunch",

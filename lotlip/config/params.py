@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from lotlip.config.caption import CaptionStage
 from lotlip.config.data import ImageTower, Ingest, Shard
@@ -51,7 +51,29 @@ class HeldOutBenchmark(Section):
     split: Literal["val", "test"] = "test"
 
 
-Benchmark = Annotated[ScenesBenchmark | HeldOutBenchmark, Field(discriminator="kind")]
+PARTIAL_RUN = "-partial"  # the end of the name that a partial run's scores are filed under
+
+
+def _how_partial(value: Any) -> bool | int:
+    if isinstance(value, bool) or (isinstance(value, int) and value > 0):
+        return value
+    raise ValueError("true takes what is there, a number above 0 the first so many images of it, false all or nothing")
+
+
+class PublishedBenchmark(Section):
+    """A benchmark that others score on as well, held to its published size; an entry of its name needs no `kind`."""
+
+    kind: Literal["sharegpt4v-1k", "sharegpt4v-10k", "dci", "iiw", "urban-1k", "docci", "coco", "flickr30k", "imagenet"]
+    folder: Path = Field(description="of its annotations, laid out as docs/benchmarks.md says")
+    images: Path | None = Field(None, description="folder of its images, where that is another one")
+    partial: Annotated[bool | int, PlainValidator(_how_partial)] = Field(
+        False,
+        description="true: what is there, without what is missing; a number: the first so many images of that. The "
+        "scores are then filed under another name, which ends in -partial",
+    )
+
+
+Benchmark = Annotated[ScenesBenchmark | HeldOutBenchmark | PublishedBenchmark, Field(discriminator="kind")]
 
 
 class Evaluate(Section):
@@ -60,8 +82,40 @@ class Evaluate(Section):
     batch_size: Count = 250
     benchmarks: dict[Name, Benchmark]
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="times chance that short-text R@1 must reach; less fails the gate"
+        1.0,
+        description="times chance that each benchmark's R@1 of short text must reach (of long text, or top-1 accuracy, "
+        "where it has no short one); less fails the gate",
     )
+
+    @property
+    def names(self) -> list[str]:
+        """What the benchmarks' scores are filed under, in order."""
+        return [
+            name + PARTIAL_RUN if isinstance(settings, PublishedBenchmark) and settings.partial is not False else name
+            for name, settings in self.benchmarks.items()
+        ]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_kind(cls, data: Any) -> Any:
+        """An entry that is called as a published benchmark and has no kind is that benchmark."""
+        benchmarks = data.get("benchmarks") if isinstance(data, dict) else None
+        if not isinstance(benchmarks, dict):
+            return data
+        published = get_args(PublishedBenchmark.model_fields["kind"].annotation)
+        return data | {
+            "benchmarks": {
+                name: {"kind": name, **entry} if name in published and isinstance(entry, dict) else entry
+                for name, entry in benchmarks.items()
+            }
+        }
+
+    @model_validator(mode="after")
+    def _distinct_names(self) -> Evaluate:
+        for name in self.benchmarks:
+            if name.endswith(PARTIAL_RUN):
+                raise ValueError(f"benchmarks.{name} would look like a partial run; call it otherwise")
+        return self
 
 
 class Report(Section):
@@ -210,7 +264,7 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
     if problem["type"] == "missing":
         return [f"{where}: missing; it has no default"]
     if problem["type"] == "union_tag_not_found":
-        return [f"{where}.kind: missing; it has no default"]
+        return [f"{where}.kind: missing; it has no default (there are: {', '.join(known)})"]
     message = problem["msg"].removeprefix("Value error, ")
     given = problem.get("input")
     shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
@@ -218,14 +272,17 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
 
 
 def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """Pydantic's location as the keys that lead there in params.yaml, and the keys that are known beside the last."""
+    """Pydantic's location as the keys that lead there in params.yaml, and what is known there.
+
+    Those are the keys beside the last; where it leads to a section of one of several kinds, the kinds.
+    """
     kind: Any = model
     keys: list[str] = []
     known: list[str] = []
     for part in location:
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
-        chosen = [option for option in get_args(kind) if _has_tag(option, part)]
+        chosen = [option for option in get_args(kind) if part in _tags(option)]
         if chosen:  # a discriminated union adds the chosen kind's tag to the location
             kind = chosen[0]
             continue
@@ -236,10 +293,13 @@ def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str]
             kind = kind.model_fields[part].annotation if part in kind.model_fields else None
         else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
             kind = next(reversed(get_args(kind)), None)
-    return keys, known
+    if get_origin(kind) is Annotated:
+        kind = get_args(kind)[0]
+    return keys, [tag for option in get_args(kind) for tag in _tags(option)] or known
 
 
-def _has_tag(option: Any, tag: Any) -> bool:
+def _tags(option: Any) -> tuple[Any, ...]:
+    """The kinds that a section of a discriminated union can have."""
     if not (isinstance(option, type) and issubclass(option, BaseModel) and "kind" in option.model_fields):
-        return False
-    return tag in get_args(option.model_fields["kind"].annotation)
+        return ()
+    return get_args(option.model_fields["kind"].annotation)

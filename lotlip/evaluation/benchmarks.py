@@ -70,8 +70,12 @@ def open_benchmark(name: str, settings: config.Benchmark, paths: config.Paths, c
     """Reads a benchmark's texts; its images stay on disk.
 
     Raises:
-        ValueError: the split has another size than params.yaml says, or lacks what the benchmark needs.
+        ValueError: the benchmark has another size than it should, or lacks what it needs.
     """
+    if isinstance(settings, config.PublishedBenchmark):
+        from lotlip.evaluation.published import published_benchmark
+
+        return published_benchmark(settings.kind, settings.folder, settings.images, settings.partial, name)
     if isinstance(settings, config.ScenesBenchmark):
         return _scenes(name, settings, paths.ingest)
     return _held_out(name, settings, paths, captioners)

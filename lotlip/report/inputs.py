@@ -199,7 +199,7 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
         absent = sorted(set(wanted.seeds) - set(result.seeds))
         if absent:
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
-    for benchmark in sorted(set(params.evaluate.benchmarks) - set(benchmarks)):
+    for benchmark in sorted(set(params.evaluate.names) - set(benchmarks)):
         missing.append(f"metrics of {name}: none on {benchmark}")
     flops = {int(length): count for length, count in found.get("text_tower_flops", {}).items()}
     return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)

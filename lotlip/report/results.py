@@ -23,7 +23,7 @@ DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → imag
 def benchmark_names(inputs: ReportInputs) -> list[str]:
     """Benchmarks that have a result, in params.yaml's order, then any others."""
     found = {name for ablation in inputs.ablations for name in ablation.benchmarks}
-    wanted = [name for name in inputs.params.evaluate.benchmarks if name in found]
+    wanted = [name for name in inputs.params.evaluate.names if name in found]
     return [*wanted, *sorted(found - set(wanted))]
 
 

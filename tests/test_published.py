@@ -1,0 +1,507 @@
+"""Published benchmarks: a tiny folder in exactly the format of each, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from timm.data import ImageNetInfo
+
+from lotlip.config import Paths, Pretrain, PublishedBenchmark
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.evaluation import published
+from lotlip.evaluation.benchmarks import Benchmark, Texts, open_benchmark
+from lotlip.evaluation.encoders import LotlipEncoder
+from lotlip.evaluation.evaluate import chances, evaluate, images_of, protocol
+from lotlip.evaluation.published import FORMATS, published_benchmark
+from lotlip.evaluation.reference import REFERENCE
+from lotlip.models.initialisation import build_for_pretraining
+from tests.conftest import TEXT
+
+SIZE = 3  # images of a tiny benchmark
+LONG = ["A dog runs. It is brown.", "A cat sits.\nOn a mat.", "Two houses. A tree."]
+CAPTIONS = [[f"caption {caption} of image {image}" for caption in range(5)] for image in range(SIZE)]
+SYNSETS = ImageNetInfo("imagenet-1k").label_names()
+
+
+def write(path: Path, content: Any) -> Path:
+    """Bytes and text as they are, anything else as JSON; a list for a file of lines as JSON lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    else:
+        path.write_text("".join(json.dumps(record) + "\n" for record in content))
+    return path
+
+
+def image(path: Path) -> Path:
+    """A file that says where it is, so that each image is known by its bytes."""
+    return write(path, path.name.encode())
+
+
+# --- tiny folders in exactly the format ---------------------------------------------------------------------------
+
+
+def sharegpt4v(folder: Path) -> None:
+    records = [
+        {
+            "id": str(number),
+            "image": f"sa_000000/images/sa_{number}.jpg",
+            "conversations": [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": text}],
+        }
+        for number, text in enumerate(LONG)
+    ]
+    write(folder / "share4v_sam_10k.json", records)
+    for number in range(SIZE):
+        image(folder / f"sa_000000/images/sa_{number}.jpg")
+
+
+def dci(folder: Path) -> None:
+    inner = folder / "densely_captioned_images"
+    write(inner / "splits.json", {"train": ["2.json"], "valid": [], "test": ["0.json", "1.json"]})
+    for number, text in enumerate(LONG):
+        short, _, extra = text.partition("\n")
+        annotation = {"image": f"sa_{number}.jpg", "short_caption": short, "extra_caption": extra, "mask_data": {}}
+        write(inner / f"annotations/{number}.json", annotation)
+        image(inner / f"photos/sa_{number}.jpg")
+
+
+def iiw(folder: Path) -> None:
+    rest = {"IIW-P5B": "By a machine.", "metrics/Human Like": "Neutral"}
+    write(folder / "DOCCI_Test/data.jsonl", [{"image": "test_0", "IIW": LONG[0], "DOCCI": "Another.", **rest}])
+    write(folder / "IIW-400/data.jsonl", [{"image/key": "aar_test_1", "IIW": LONG[1], "objects": [], **rest}])
+    write(folder / "DCI_Test/data.jsonl", [{"image": "sa_2.jpg", "ex_id": "2-data.json", "IIW": LONG[2], **rest}])
+    for path in ("docci/test_0.jpg", "docci_aar/aar_test_1.jpg", "dci/sa_2.jpg"):
+        image(folder / path)
+
+
+def urban(folder: Path) -> None:
+    for number, text in enumerate(LONG):
+        write(folder / f"caption/{number}.txt", text.replace("\n", " ") + "\nA line that nobody's evaluation reads.")
+        image(folder / f"image/{number}.jpg")
+
+
+def docci(folder: Path) -> None:
+    records = [
+        {"example_id": f"test_{number}", "split": "test", "image_file": f"test_{number}.jpg", "description": text}
+        for number, text in enumerate(LONG)
+    ]
+    other = {"example_id": "train_0", "split": "train", "image_file": "train_0.jpg", "description": "Not asked."}
+    write(folder / "docci_descriptions.jsonlines", [other, *records])
+    for number in range(SIZE):
+        image(folder / f"images/test_{number}.jpg")
+
+
+def karpathy(folder: Path, name: str, below: str, filepath: dict[str, str]) -> None:
+    def record(number: int, split: str, sentences: list[str]) -> dict[str, Any]:
+        raw = [{"raw": sentence, "tokens": sentence.split(), "imgid": number} for sentence in sentences]
+        return {"filename": f"{number}.jpg", "split": split, "sentences": raw, "imgid": number, **filepath}
+
+    records = [record(number, "test", [*captions, "a sixth"]) for number, captions in enumerate(CAPTIONS)]
+    others = [record(9, "restval", ["not asked"] * 5), record(8, "val", ["not asked"] * 5)]
+    write(folder / f"dataset_{name}.json", {"images": [*others, *records], "dataset": name})
+    for number in range(SIZE):
+        image(folder / below / f"{number}.jpg")
+
+
+def imagenet(folder: Path) -> None:
+    for synset in SYNSETS:
+        (folder / "val" / synset).mkdir(parents=True)
+    for number, synset in enumerate(SYNSETS[:SIZE]):
+        image(folder / f"val/{synset}/ILSVRC2012_val_0000000{number}.JPEG")
+
+
+LAYOUTS: dict[str, Callable[[Path], None]] = {
+    "sharegpt4v-1k": sharegpt4v,
+    "sharegpt4v-10k": sharegpt4v,
+    "dci": dci,
+    "iiw": iiw,
+    "urban-1k": urban,
+    "docci": docci,
+    "coco": lambda folder: karpathy(folder, "coco", "val2014", {"filepath": "val2014"}),
+    "flickr30k": lambda folder: karpathy(folder, "flickr30k", "flickr30k-images", {}),
+    "imagenet": imagenet,
+}
+LONG_KINDS = [kind for kind, form in FORMATS.items() if form.kind == "long"]
+every_kind = pytest.mark.parametrize("kind", LAYOUTS)
+every_retrieval = pytest.mark.parametrize("kind", FORMATS)
+
+
+@pytest.fixture
+def folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny benchmark that is complete, since it was published with as many images."""
+    LAYOUTS[kind](tmp_path)
+    if kind in FORMATS:
+        monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE))
+    monkeypatch.setattr(published, "IMAGENET_SIZE", SIZE)
+    monkeypatch.setattr(published, "_IMAGENET_PER_CLASS", 0)
+    return tmp_path
+
+
+def files(folder: Path) -> list[Path]:
+    """The images, in their order."""
+    return sorted((path for path in folder.rglob("*") if path.suffix in (".jpg", ".JPEG")), key=lambda p: p.stem[-1])
+
+
+# --- what each gives ----------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_the_configuration_is_tested_here():
+    assert list(get_args(PublishedBenchmark.model_fields["kind"].annotation)) == list(LAYOUTS)
+
+
+@pytest.mark.parametrize("kind", LONG_KINDS)
+def test_long_texts_come_with_their_images(kind, folder):
+    asked = published_benchmark(kind, folder)
+    numbers = [int(data.decode().removesuffix(".jpg")[-1]) for data in images_of(asked)]
+    assert sorted(numbers) == list(range(SIZE))
+    texts = [LONG[number].replace("\n", " ") if kind == "urban-1k" else LONG[number] for number in numbers]
+    if kind == "dci":  # its parts are lines, an empty second one too
+        texts = [text if "\n" in text else text + "\n" for text in texts]
+    assert asked.retrieval == {"long": Texts(texts, [0, 1, 2])}
+    assert asked.name == kind and asked.prompts is None and asked.max_unseen_tokens is None
+
+
+@pytest.mark.parametrize("kind", ["coco", "flickr30k"])
+def test_each_image_has_its_first_five_captions(kind, folder):
+    asked = published_benchmark(kind, folder)
+    assert list(images_of(asked)) == [b"0.jpg", b"1.jpg", b"2.jpg"]
+    texts = [caption for captions in CAPTIONS for caption in captions]
+    assert asked.retrieval == {"short": Texts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
+
+
+@pytest.mark.parametrize("kind", ["imagenet"])
+def test_imagenet_s_labels_are_the_places_of_its_folders_among_the_class_names(kind, folder, monkeypatch):
+    monkeypatch.setattr(published, "IMAGENET_SIZE", 50_000)
+    late = image(folder / f"val/{SYNSETS[-1]}/ILSVRC2012_val_00000009.JPEG")
+    asked = published_benchmark(kind, folder, partial=True)
+    assert asked.prompts is not None
+    assert asked.prompts.labels == [0, 1, 2, 999]
+    assert list(images_of(asked))[-1] == late.name.encode()
+    assert asked.retrieval == {}
+    assert len(asked.prompts.classes) == 1000
+    assert {len(prompts) for prompts in asked.prompts.classes} == {80}
+    named = [asked.prompts.classes[label][0] for label in (0, 1, 999)]
+    assert named == ["a bad photo of a tench.", "a bad photo of a goldfish.", "a bad photo of a toilet paper."]
+    assert chances(asked)["classification.top5"] == 5 / 1000
+
+
+@pytest.mark.parametrize("kind", ["imagenet"])
+def test_the_first_images_of_imagenet_are_of_many_classes(kind, folder, monkeypatch):
+    monkeypatch.setattr(published, "IMAGENET_SIZE", 50_000)
+    for synset in SYNSETS[:SIZE]:
+        image(folder / f"val/{synset}/ILSVRC2012_val_00009999.JPEG")
+    asked = published_benchmark(kind, folder, partial=4)
+    assert asked.prompts is not None
+    assert asked.prompts.labels == [0, 1, 2, 0]
+
+
+def test_sharegpt4v_s_smaller_set_is_the_beginning_of_the_larger_one(tmp_path):
+    turns = [{"value": "?"}, {"value": "A dog."}]
+    write(tmp_path / "all.json", [{"image": f"{number}.jpg", "conversations": turns} for number in range(1200)])
+    for number in range(1200):
+        image(tmp_path / f"{number}.jpg")
+    asked = published_benchmark("sharegpt4v-1k", tmp_path)
+    assert list(asked.images) == [f"{number}.jpg" for number in range(1000)]
+    with pytest.raises(ValueError, match=r"there are 1,200 images with 1,200 texts, but 10,000 .* 10,000 texts were"):
+        published_benchmark("sharegpt4v-10k", tmp_path)
+
+
+@every_retrieval
+def test_images_may_lie_in_a_folder_of_their_own(kind, folder, tmp_path_factory):
+    apart = tmp_path_factory.mktemp("images")
+    whole = published_benchmark(kind, folder)
+    names = [Path(path) for path in whole.images]
+    for path in files(folder):
+        below = next((name for name in names if path.as_posix().endswith(name.as_posix())), Path(path.name))
+        if kind == "iiw":
+            below = Path(path.parent.name, path.name)
+        (apart / below).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(apart / below)
+    with pytest.raises(ValueError, match="3 images missing"):
+        published_benchmark(kind, folder, partial=False)
+    asked = published_benchmark(kind, folder, apart)
+    assert asked.about == whole.about
+    assert list(images_of(asked)) == [path.name.encode() for path in files(apart)] or kind == "dci"
+
+
+@every_kind
+def test_the_version_is_of_what_is_asked_wherever_it_lies(kind, folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    LAYOUTS[kind](elsewhere)
+    asked = published_benchmark(kind, folder)
+    assert published_benchmark(kind, elsewhere).about == asked.about
+    assert published_benchmark(kind, folder, partial=2).about["version"] != asked.about["version"]
+    assert set(asked.about) == {"split", "version"}
+
+
+# --- what is missing, comes twice or leads elsewhere --------------------------------------------------------------
+
+
+@every_kind
+def test_the_published_size_is_held(kind, tmp_path):
+    LAYOUTS[kind](tmp_path)
+    sizes = {"coco": "5,000 images with 25,000 texts", "flickr30k": "1,000 images with 5,000 texts"}
+    sizes |= {"sharegpt4v-1k": "1,000 images", "sharegpt4v-10k": "10,000", "dci": "7,805", "iiw": "612"}
+    sizes |= {"urban-1k": "1,000", "docci": "5,000"}
+    message = f"but {sizes[kind]}" if kind in sizes else r"1,000 classes incomplete: .*n01440764 has 1 of 50 images; .*"
+    with pytest.raises(ValueError, match=rf"^benchmark {kind}: .*{message}.* or ask for a partial run"):
+        published_benchmark(kind, tmp_path)
+
+
+@every_kind
+@pytest.mark.parametrize("partial", [False, True, 1])
+def test_more_than_was_published_is_another_set(kind, folder, monkeypatch, partial):
+    if kind in FORMATS:
+        monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE - 1))
+    monkeypatch.setattr(published, "IMAGENET_SIZE", SIZE - 1)
+    with pytest.raises(ValueError, match=r"there are 3 images.* more than the 2 images.* published: this is another"):
+        published_benchmark(kind, folder, partial=partial)
+
+
+@every_retrieval
+def test_a_missing_image_is_named_with_the_annotation_that_has_it(kind, folder):
+    gone = files(folder)[1]
+    gone.unlink()
+    with pytest.raises(
+        ValueError, match=rf"^benchmark mine: 1 images missing: .*{gone.name}, named in .*; complete it"
+    ):
+        published_benchmark(kind, folder, name="mine")
+
+
+def spoil(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the annotation of the image 1."""
+    for path in folder.rglob("*.json*"):
+        text = path.read_text()
+        if path.suffix == ".json":
+            data = json.loads(text)
+            records = data.get("images", [data]) if isinstance(data, dict) else data
+        else:
+            records = data = [json.loads(line) for line in text.splitlines()]
+        for record in records:
+            if "1" in str(
+                record.get("filename", record.get("image_file", record.get("image", record.get("image/key"))))
+            ):
+                change(record)
+        write(path, data)
+
+
+def blank(record: dict[str, Any]) -> None:
+    """No text, in one of the ways that data sets have it."""
+    if "conversations" in record:
+        record["conversations"].pop()
+    elif "sentences" in record:
+        record["sentences"] = [*record["sentences"][:2], {"raw": " "}]
+    elif "short_caption" in record:
+        record["extra_caption"] = None
+    elif "IIW" in record:
+        record["IIW"] = None
+    else:
+        del record["description"]
+
+
+@every_retrieval
+def test_a_missing_text_is_named(kind, folder):
+    spoil(folder, kind, blank)
+    (folder / "caption/1.txt").unlink(missing_ok=True)
+    have = "2 of 5" if FORMATS[kind].texts == 5 else "0 of 1"
+    message = rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; complete it, or ask"
+    with pytest.raises(ValueError, match=message):
+        published_benchmark(kind, folder)
+    asked = published_benchmark(kind, folder, partial=True)
+    assert asked.about["partial"] == "2 of 3 images, 1 annotations missing"
+
+
+def rename(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(record: dict[str, Any]) -> None:
+        record[next(field for field in ("filename", "image_file", "image/key", "image") if field in record)] = name
+
+    return change
+
+
+FROM_ANNOTATIONS = [kind for kind in FORMATS if kind != "urban-1k"]
+
+
+@pytest.mark.parametrize("kind", FROM_ANNOTATIONS)
+@pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg", "..\\secret.jpg"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_a_path_that_leads_out_of_its_folder_is_refused(kind, folder, name, partial):
+    if kind in ("iiw", "coco"):  # a path that begins with / is below a folder of theirs
+        name = name.replace("/etc", "../../etc")
+    spoil(folder, kind, rename(name))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        published_benchmark(kind, folder, partial=partial)
+
+
+@pytest.mark.parametrize("kind", ["dci"])
+def test_dci_s_annotations_cannot_lead_out_either(kind, folder):
+    write(folder / "densely_captioned_images/splits.json", {"test": ["../../other.json"]})
+    with pytest.raises(ValueError, match=r"'\.\./\.\./other\.json', which leads out of its folder"):
+        published_benchmark(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["dci"])
+def test_an_annotation_of_dci_that_is_not_there_is_named(kind, folder):
+    (folder / "densely_captioned_images/annotations/1.json").unlink()
+    with pytest.raises(ValueError, match=r"1 annotations missing: .*annotations/1\.json has 0 of 1 texts of 1\.json"):
+        published_benchmark(kind, folder)
+    assert len(published_benchmark(kind, folder, partial=True).images) == 2
+
+
+@pytest.mark.parametrize("kind", ["docci", "coco", "sharegpt4v-1k", "dci"])
+@pytest.mark.parametrize("partial", [False, True])
+def test_an_image_that_comes_twice_is_named(kind, folder, partial):
+    name = next(name for name in published_benchmark(kind, folder).images if name.endswith("0.jpg"))
+    spoil(folder, kind, rename(name.removeprefix("val2014/")))
+    with pytest.raises(ValueError, match=r"names .*0\.jpg, as .* did before; remove one of them"):
+        published_benchmark(kind, folder, partial=partial)
+
+
+@pytest.mark.parametrize("kind", FROM_ANNOTATIONS)
+@pytest.mark.parametrize("name", [None, ""])
+def test_a_record_without_an_image_is_named(kind, folder, name):
+    spoil(folder, kind, rename(name))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="names no image; mend it or remove it"):
+        published_benchmark(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["docci"])
+@pytest.mark.parametrize("name", ["\0.jpg", "x" * 5000])
+def test_a_name_that_no_file_can_have_is_a_missing_image(kind, folder, name):
+    spoil(folder, kind, rename(name))
+    with pytest.raises(ValueError, match="1 images missing"):
+        published_benchmark(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["imagenet"])
+def test_a_folder_that_is_no_class_of_imagenet_is_named(kind, folder):
+    image(folder / "val/n00000001/x.JPEG")
+    with pytest.raises(ValueError, match=r"n00000001/x\.JPEG is in no folder of a class of ImageNet-1k"):
+        published_benchmark(kind, folder, partial=True)
+
+
+@every_kind
+def test_a_folder_that_is_not_there_is_named(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere is not there; docs/benchmarks.md"):
+        published_benchmark(kind, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere is not there"):
+        published_benchmark(kind, tmp_path, tmp_path / "nowhere")
+
+
+@every_kind
+def test_an_empty_folder_is_an_error_however_much_was_asked_for(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"^benchmark {kind}: "):
+        published_benchmark(kind, tmp_path, partial=True)
+
+
+@every_retrieval
+def test_a_partial_run_needs_one_image(kind, folder):
+    for path in files(folder):
+        path.unlink()
+    with pytest.raises(ValueError, match="no image is there with all its texts; a partial run needs one at least"):
+        published_benchmark(kind, folder, partial=True)
+
+
+def test_of_several_json_files_the_known_one_is_read(tmp_path):
+    LAYOUTS["coco"](tmp_path)
+    write(tmp_path / "instances.json", {})
+    assert len(published_benchmark("coco", tmp_path, partial=True).images) == SIZE
+    (tmp_path / "dataset_coco.json").rename(tmp_path / "other.json")
+    with pytest.raises(ValueError, match=r"has 2 \.json files, instances\.json, other\.json, where one .* is needed"):
+        published_benchmark("coco", tmp_path, partial=True)
+
+
+@pytest.mark.parametrize("kind", ["urban-1k"])
+def test_a_caption_in_another_encoding_is_named(kind, folder):
+    write(folder / "caption/1.txt", "Ein Hund läuft.".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"caption/1\.txt is not UTF-8"):
+        published_benchmark(kind, folder, partial=True)
+
+
+@pytest.mark.parametrize("kind", ["urban-1k"])
+def test_half_a_character_is_replaced(kind, folder):
+    sharegpt4v(folder)
+    spoil(folder, kind, lambda record: record["conversations"][1].update(value="A dog \ud83d"))
+    texts = published_benchmark("sharegpt4v-1k", folder, partial=True).retrieval["long"].texts
+    assert texts[1] == "A dog \ufffd"
+
+
+@pytest.mark.parametrize("kind", ["urban-1k"])
+def test_an_image_that_goes_away_while_it_is_read_is_named(kind, folder):
+    asked = published_benchmark(kind, folder)
+    files(folder)[0].unlink()
+    with pytest.raises(ValueError, match=r"benchmark urban-1k: .*0\.jpg cannot be read"):
+        list(images_of(asked))
+
+
+# --- partial runs -------------------------------------------------------------------------------------------------
+
+
+@every_kind
+@pytest.mark.parametrize(("partial", "number"), [(True, 3), (2, 2), (99, 3)])
+def test_a_partial_run_says_so_wherever_its_scores_go(kind, folder, partial, number):
+    asked = published_benchmark(kind, folder, partial=partial)
+    assert asked.name == f"{kind}-partial"
+    assert len(asked.images) == len(list(images_of(asked))) == number
+    assert asked.about["partial"] == f"{number} of 3 images"
+    texts = [text for found in asked.retrieval.values() for text in found.texts]
+    assert len(texts) == (number * FORMATS[kind].texts if kind in FORMATS else 0)
+
+
+@every_retrieval
+def test_what_a_partial_run_left_out_is_counted(kind, folder):
+    files(folder)[0].unlink()
+    asked = published_benchmark(kind, folder, partial=True)
+    assert asked.about["partial"] == "2 of 3 images, 1 images missing"
+    assert b"0.jpg" not in [data[-5:] for data in images_of(asked)]
+
+
+# --- end to end ---------------------------------------------------------------------------------------------------
+
+
+def scored(asked: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, Any]]:
+    torch.manual_seed(0)
+    settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
+    model = build_for_pretraining(Pretrain.model_validate(settings), tower).eval()
+    encoder = LotlipEncoder(model, TextTokenizer("bert-base-uncased", 32, model.config.corner_tokens), 2)
+    found = evaluate(encoder, asked, encoder.images(images_of(asked)))
+    return dict(found.values), protocol(encoder, asked)
+
+
+@pytest.mark.parametrize("kind", ["coco", "imagenet", "dci"])
+def test_a_model_is_scored(kind, folder, tiny_tower, tiny_samples):
+    for path, sample in zip(files(folder), tiny_samples, strict=False):
+        path.write_bytes(sample.image)
+    settings = PublishedBenchmark(kind=kind, folder=folder, partial=True)
+    asked = open_benchmark("mine", settings, Paths(), [])
+    assert asked.name == "mine-partial"
+    if asked.prompts:  # the classes that are there, and two prompts of each: enough to see that all fits
+        classes = [prompts[:2] for prompts in asked.prompts.classes[:10]]
+        asked = replace(asked, prompts=replace(asked.prompts, classes=classes))
+    values, about = scored(asked, tiny_tower)
+    assert set(chances(asked)) <= set(values)
+    assert about["images"] == SIZE
+    assert about["partial"] == "3 of 3 images"
+    assert about.get("short_texts") == (15 if kind == "coco" else None)
+
+
+# --- published scores ---------------------------------------------------------------------------------------------
+
+
+def test_published_scores_are_of_known_benchmarks_and_metrics():
+    for reference in REFERENCE:
+        assert set(reference.scores) == {"dci", "iiw", "sharegpt4v-10k", "urban-1k"} <= set(FORMATS)
+        for scores in reference.scores.values():
+            assert set(scores) == {"long.image_to_text.r1", "long.text_to_image.r1"}
+            assert all(0.4 < share < 0.95 for share in scores.values())
+    (lotlip,) = [one for one in REFERENCE if one.model == "LoTLIP B/16, 100M"]
+    assert lotlip.scores["iiw"] == {"long.image_to_text.r1": 0.9428, "long.text_to_image.r1": 0.9265}
