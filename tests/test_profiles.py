@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
 from lotlip.captioning.table import TableCaptioner
-from lotlip.config import Pretrain, load_params, merge
+from lotlip.config import Pretrain, PublishedBenchmark, load_params, merge
 from lotlip.sources import open_source
 from lotlip.training.engine import deepspeed_config
 from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
@@ -42,6 +43,15 @@ def test_a_paper_profile_has_the_paper_s_towers(profile):
     }
     assert sum(trained.values()) == towers.trained
     assert all(value.is_meta for value in [*towers.model.parameters(), *towers.image.parameters()])
+
+
+@pytest.mark.parametrize("profile", PAPER)
+def test_a_paper_profile_scores_on_the_published_benchmarks_and_trains_on_none_of_their_images(profile):
+    params = load_params(ROOT / "profiles" / f"{profile}.yaml")
+    entries = [entry for entry in params.evaluate.benchmarks.values() if isinstance(entry, PublishedBenchmark)]
+    assert [entry.kind for entry in entries] == list(get_args(PublishedBenchmark.model_fields["kind"].annotation))
+    assert {entry.folder for entry in entries} == set(params.ingest.evaluation_images)
+    assert not any(entry.partial for entry in entries)
 
 
 @pytest.mark.parametrize("profile", PAPER)

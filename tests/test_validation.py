@@ -313,13 +313,28 @@ def test_evaluate_fails_on_short_text_at_chance(tmp_path):
     rows = scores()
     rows.loc[1, "value"] = 0.015
     line = found(evaluate(rows), tmp_path)
-    assert (
-        "short text is at least 2 times chance: found 1 of 4 do not: scenes short.text_to_image.r1 seed 0 (1.5)" in line
+    assert "is at least 2 times chance: found 1 of 4 do not: scenes short.text_to_image.r1 seed 0 (1.5)" in line
+
+
+@pytest.mark.parametrize("metric", ["long.image_to_text.r1", "classification.top1"])
+def test_evaluate_holds_long_text_and_classes_against_chance_where_there_is_no_short_text(tmp_path, metric):
+    other = scores().loc[[2, 5]].assign(benchmark="other", metric=metric)
+    rows = pd.concat([scores(), other], ignore_index=True)
+    assert all(check.success for check in evaluate(rows)(tmp_path))
+    rows.loc[7, "value"] = 0.015
+    assert f"is at least 2 times chance: found 1 of 6 do not: other {metric} seed 1 (1.5)" in found(
+        evaluate(rows), tmp_path
     )
 
 
-def test_evaluate_fails_without_short_text(tmp_path):
-    assert "R@1 of short text was measured: found 0" in found(evaluate(scores().loc[[2, 5]]), tmp_path)
+def test_evaluate_fails_on_a_benchmark_that_nothing_of_is_held_against_chance(tmp_path):
+    other = scores().loc[[2]].assign(benchmark="other", metric="long.image_to_text.r5")
+    line = found(evaluate(pd.concat([scores(), other])), tmp_path)
+    assert line == "every benchmark has R@1 or top-1 accuracy: found 1 (other)"
+
+
+def test_evaluate_fails_without_a_score(tmp_path):
+    assert "something was measured: found 0" in found(evaluate(scores()[:0]), tmp_path)
 
 
 # --- report -------------------------------------------------------------------------------------------------------
