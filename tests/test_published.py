@@ -171,6 +171,17 @@ def test_long_texts_come_with_their_images(kind, folder):
     assert asked.name == kind and asked.prompts is None and asked.max_unseen_tokens is None
 
 
+@pytest.mark.parametrize("kind", ["iiw"])
+def test_images_of_imageinwords_may_lie_beside_their_texts(kind, folder):
+    whole = published_benchmark(kind, folder)
+    for below, part in (("docci", "DOCCI_Test"), ("docci_aar", "IIW-400"), ("dci", "DCI_Test")):
+        for path in list((folder / below).iterdir()):
+            path.rename(folder / part / path.name)
+    asked = published_benchmark(kind, folder)
+    assert asked.about == whole.about
+    assert list(images_of(asked)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
+
+
 @pytest.mark.parametrize("kind", ["coco", "flickr30k"])
 def test_each_image_has_its_first_five_captions(kind, folder):
     asked = published_benchmark(kind, folder)

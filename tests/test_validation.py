@@ -322,9 +322,8 @@ def test_evaluate_holds_long_text_and_classes_against_chance_where_there_is_no_s
     rows = pd.concat([scores(), other], ignore_index=True)
     assert all(check.success for check in evaluate(rows)(tmp_path))
     rows.loc[7, "value"] = 0.015
-    assert f"is at least 2 times chance: found 1 of 6 do not: other {metric} seed 1 (1.5)" in found(
-        evaluate(rows), tmp_path
-    )
+    line = found(evaluate(rows), tmp_path)
+    assert f"is at least 2 times chance: found 1 of 6 do not: other {metric} seed 1 (1.5)" in line
 
 
 def test_evaluate_fails_on_a_benchmark_that_nothing_of_is_held_against_chance(tmp_path):

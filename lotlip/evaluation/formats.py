@@ -77,14 +77,15 @@ def _dci(folder: Path) -> Iterator[Described]:
             yield Described(image, str(image), [text], str(path))
 
 
-# ImageInWords' parts, and the folders that the method's authors copy their images to.
+# ImageInWords' parts, and the folders that the script of the method's authors copies their images to.
 _IIW = {"DOCCI_Test": "docci", "IIW-400": "docci_aar", "DCI_Test": "dci"}
 
 
 def _iiw(folder: Path) -> Iterator[Described]:
-    """ImageInWords' three parts that people wrote, one after the other."""
+    """ImageInWords' three parts that people wrote, one after the other; images lie beside a part or as in `_IIW`."""
     for part, images in _IIW.items():
         path = folder / part / "data.jsonl"
+        below = part if next((folder / part).glob("*.jpg"), None) else images
         for number, record in read_records(path):
             image = _at(record, "image") or _at(record, "image/key")
             if isinstance(image, str) and image:
@@ -92,7 +93,7 @@ def _iiw(folder: Path) -> Iterator[Described]:
                 name = f"{part}/{image}"
             else:
                 name = None
-            yield Described(name, f"{images}/{image}", [_at(record, "IIW")], f"{path}, record {number}")
+            yield Described(name, f"{below}/{image}", [_at(record, "IIW")], f"{path}, record {number}")
 
 
 def _urban(folder: Path) -> Iterator[Described]:
