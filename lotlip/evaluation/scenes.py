@@ -27,13 +27,23 @@ _SHAPE_PROMPTS = (
 
 def long_text(scene: Scene) -> str:
     """Describes all of a scene, a sentence for each thing; under 125 word pieces of bert-base-uncased."""
-    salient, setting = scene.salient, scene.setting
-    sentences = [
-        f"This is a picture {PLACES[setting.place]} {TIMES[setting.time]}",
-        f"The main object is the {salient.size} {salient.texture} {salient.colour} {salient.shape}",
+    setting = scene.setting
+    sentences = [f"This is a picture {PLACES[setting.place]} {TIMES[setting.time]}", *object_texts(scene)]
+    return ". ".join(sentences) + "."
+
+
+def object_texts(scene: Scene) -> list[str]:
+    """The sentences of `long_text` that name one object each: the salient one, then the small ones in their order."""
+    return [
+        f"The main object is the {salient_words(scene)}",
         *(_small_sentence(number, thing) for number, thing in enumerate(scene.objects)),
     ]
-    return ". ".join(sentences) + "."
+
+
+def salient_words(scene: Scene) -> str:
+    """The words of `long_text` that are the salient object's."""
+    salient = scene.salient
+    return f"{salient.size} {salient.texture} {salient.colour} {salient.shape}"
 
 
 def _small_sentence(number: int, thing: SceneObject) -> str:

@@ -86,6 +86,11 @@ class SceneObject:
     y: float
     tilt: float
 
+    @property
+    def disc(self) -> tuple[float, float, float]:
+        """Where it is: the centre and the radius of the circle around it, in shares of the picture's side."""
+        return self.x, self.y, _RADII[self.size]
+
 
 @dataclass(frozen=True)
 class Setting:

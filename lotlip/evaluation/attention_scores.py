@@ -1,0 +1,211 @@
+"""Where a model's attention goes, in numbers: on the objects that a text names, and over a long text's sub-captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lotlip.data.images import decode_rgb, image_transform
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.embedding import in_batches
+from lotlip.evaluation.attention import (
+    relevance_maps,
+    spread,
+    sub_caption_shares,
+    sub_captions,
+    text_attention,
+    where_words,
+)
+from lotlip.evaluation.benchmarks import Benchmark
+from lotlip.evaluation.metrics import Scores
+from lotlip.evaluation.scenes import object_texts, salient_words
+from lotlip.models.lotlip import LotlipModel
+from lotlip.sources.scenes import Scene, SceneObject
+
+IMAGES = 200  # enough for intervals of a few percent, and done in seconds
+RESAMPLES = 1000
+_FINENESS = 16  # points by which a patch's side is sampled to see how much of it an object covers
+
+
+@dataclass(frozen=True)
+class AttentionScores:
+    """What was measured.
+
+    Attributes:
+        scores: by name; see `object_scores` and `text_scores`.
+        left_out: what could not be measured ("images", "texts") → why, for a person.
+    """
+
+    scores: Scores
+    left_out: dict[str, str]
+
+
+def attention_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> AttentionScores:
+    """All that can be measured on a benchmark's first images."""
+    scores, left_out = Scores(), {}
+    try:
+        if benchmark.scenes:
+            scores |= object_scores(model, tokenizer, benchmark)
+        else:
+            left_out["images"] = "where the objects are in these images is not known"
+    except ValueError as error:
+        left_out["images"] = str(error)
+    try:
+        if "long" in benchmark.retrieval:
+            scores |= text_scores(model, tokenizer, benchmark)
+        else:
+            left_out["texts"] = "there are no long texts"
+    except ValueError as error:
+        left_out["texts"] = str(error)
+    return AttentionScores(scores, left_out)
+
+
+def maps_of(
+    model: LotlipModel, tokenizer: TextTokenizer, images: Sequence[bytes], texts: Sequence[str], batch_size: int = 32
+) -> Tensor:
+    """The relevance of the patches of encoded images, each for the text at its place, [B, G, G']."""
+    spec = model.image_tower.spec
+    transform = image_transform(spec.image_size, spec.mean, spec.std)
+    maps = []
+    for batch in in_batches(zip(images, texts, strict=True), batch_size):
+        pixels = torch.from_numpy(np.stack([transform(decode_rgb(image)) for image, _ in batch]))
+        ids, lengths = map(torch.from_numpy, tokenizer([text for _, text in batch]))
+        maps.append(relevance_maps(model, pixels, ids, lengths))
+    return torch.cat(maps)
+
+
+# --- scenes -------------------------------------------------------------------------------------------------------
+
+
+def object_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark, images: int = IMAGES) -> Scores:
+    """How much of the relevance of a scene's patches falls on the one object that a text names.
+
+    Args:
+        model: to ask.
+        tokenizer: its own.
+        benchmark: of scenes.
+        images: how many of its first scenes are asked for.
+
+    Returns:
+        Shares of relevance, the mean over scenes of the mean over their small objects: `on_named_object`;
+        `on_object_not_named`, on the same objects when the text names another small one of the scene; and
+        `named_object_area`, which is chance. Of the salient object: `on_salient_object` and `salient_object_area`. As
+        ratios of these, with a confidence interval over scenes: `on_named_object_over_chance`,
+        `on_named_object_over_not_named` and `on_salient_object_over_chance`.
+
+    Raises:
+        ValueError: as of `relevance_maps`.
+    """
+    scenes = benchmark.scenes[:images]
+    texts = [object_texts(scene) for scene in scenes]
+    encoded = [benchmark.read(number) for number, named in enumerate(texts) for _ in named]
+    maps = maps_of(model, tokenizer, encoded, [text for named in texts for text in named])
+    per_scene = maps.split([len(named) for named in texts])
+    found = torch.stack([on_objects(scene, each) for scene, each in zip(scenes, per_scene, strict=True)]).double()
+    names = (
+        "on_named_object", "on_object_not_named", "named_object_area", "on_salient_object", "salient_object_area",
+    )  # fmt: skip
+    columns = dict(zip(names, found.T, strict=True))
+    ratios = {
+        "on_named_object_over_chance": ("on_named_object", "named_object_area"),
+        "on_named_object_over_not_named": ("on_named_object", "on_object_not_named"),
+        "on_salient_object_over_chance": ("on_salient_object", "salient_object_area"),
+    }
+    measured = {name: ratio(columns[above], columns[below]) for name, (above, below) in ratios.items()}
+    return Scores(
+        {name: column.mean().item() for name, column in columns.items()}
+        | {name: value for name, (value, _) in measured.items()},
+        {name: interval for name, (_, interval) in measured.items()},
+    )
+
+
+def on_objects(scene: Scene, maps: Tensor) -> Tensor:
+    """What falls where in one scene.
+
+    Args:
+        scene: with n small objects, two at least.
+        maps: for the text of the salient object, then of each small one, [1 + n, G, G'].
+
+    Returns:
+        [5]: the share on a small object that the text names, on it when the text names another small one, and its
+        area, the means over small objects; the share on the salient object when it is named, and its area.
+    """
+    objects = coverage((scene.salient, *scene.objects), tuple(maps.shape[1:]))
+    share = maps.flatten(1) @ objects.flatten(1).T  # [text, object]
+    area = objects.mean(dim=(1, 2))
+    small = share[1:, 1:]
+    own = small.diagonal()
+    others = (small.sum(dim=0) - own) / (len(small) - 1)
+    return torch.stack([own.mean(), others.mean(), area[1:].mean(), share[0, 0], area[0]])
+
+
+def coverage(things: Iterable[SceneObject], grid: tuple[int, ...]) -> Tensor:
+    """The share of each patch that lies in the circle around each object: [N, G, G'], 0 … 1.
+
+    An even map has the object's area for its share on it, so that is chance.
+    """
+    rows, columns = ((torch.arange(size * _FINENESS) + 0.5) / (size * _FINENESS) for size in grid)
+    discs = torch.tensor([thing.disc for thing in things])[..., None, None]  # [N, 3, 1, 1]
+    x, y, radius = discs.unbind(dim=1)
+    inside = ((columns - x) ** 2 + (rows[:, None] - y) ** 2 <= radius**2).float()
+    return torch.nn.functional.avg_pool2d(inside, _FINENESS)
+
+
+def ratio(above: Tensor, below: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, tuple[float, float]]:
+    """The ratio of two means over the same scenes, [S] each, and its 95 % percentile bootstrap interval."""
+    drawn = torch.randint(len(above), (resamples, len(above)), generator=torch.Generator().manual_seed(seed))
+    samples = above[drawn].mean(dim=1) / below[drawn].mean(dim=1)
+    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
+    return (above.mean() / below.mean()).item(), (low, high)
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+def text_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark, texts: int = IMAGES) -> Scores:
+    """How evenly [CLS] and the corner tokens read the first long texts.
+
+    Returns:
+        `cls_entropy`, `corner1_entropy`, … over sub-captions, 1 where all have equal shares, and `length_entropy`, what
+        it would be if each token had the same share; of scenes also the share of attention on the words of the salient
+        object, `cls_on_salient_words`, `corner1_on_salient_words`, …, and `salient_words_length`, their share of the
+        tokens. Means over texts of two sub-captions or more. Nothing where there is no such text.
+
+    Raises:
+        ValueError: as of `text_attention`.
+    """
+    asked = benchmark.retrieval["long"]
+    tokens = 1 + model.config.corner_tokens + model.config.register_tokens
+    columns: dict[str, list[Tensor]] = {}
+    numbered = zip(asked.texts[:texts], asked.image[:texts], strict=True)
+    for batch in in_batches(numbered, 50):
+        ids, lengths = map(torch.from_numpy, tokenizer([text for text, _ in batch]))
+        attention, number = text_attention(model, ids, lengths), sub_captions(model, ids, lengths)
+        shares, by_length = sub_caption_shares(attention, number)
+        count = number.amax(dim=1) + 1
+        several = count > 1
+        found = _by_reader(spread(shares, count), "entropy") | {"length_entropy": spread(by_length, count)}
+        if benchmark.scenes:
+            phrases = [tokenizer.encode([salient_words(benchmark.scenes[image])])[0][tokens:-1] for _, image in batch]
+            words = [where_words(torch.tensor(phrase), row) for phrase, row in zip(phrases, ids, strict=True)]
+            salient = torch.stack(words)[:, None].float()  # [B, 1, L]
+            found |= _by_reader((attention * salient).sum(dim=-1), "on_salient_words")
+            found["salient_words_length"] = salient[:, 0].sum(dim=-1) / (number >= 0).sum(dim=-1)
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values[several].double())
+    means = {name: torch.cat(values) for name, values in columns.items()}
+    return Scores({name: values.mean().item() for name, values in means.items() if len(values)})
+
+
+def readers(number: int) -> list[str]:
+    """What those are called that read a text: [CLS] and the corner tokens, `number` in all."""
+    return ["cls", *(f"corner{corner}" for corner in range(1, number))]
+
+
+def _by_reader(values: Tensor, what: str) -> dict[str, Tensor]:
+    """Columns of [B, 1 + m], by name."""
+    return {f"{reader}_{what}": column for reader, column in zip(readers(values.shape[1]), values.T, strict=True)}
