@@ -9,7 +9,7 @@ from prefect import flow
 
 from flows.stage import Stage, hash_of, main
 from lotlip.config import load_params
-from lotlip.files import read_json, sha256_files, write_json
+from lotlip.files import read_json, sha256_files, whole, write_json
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
@@ -25,12 +25,14 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
+        from lotlip.evaluation.attention_scores import attention_scores
         from lotlip.evaluation.benchmarks import open_benchmark
         from lotlip.evaluation.encoders import LotlipEncoder
         from lotlip.evaluation.evaluate import chances, images_of, protocol, unseen_share
         from lotlip.evaluation.evaluate import evaluate as score
         from lotlip.evaluation.flops import flops_by_context
         from lotlip.models.saving import load_model
+        from lotlip.report.attention import attention_pictures
     run = read_json(folder / "run.json")
     seeds = run["config"]["seeds"]
     vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
@@ -39,6 +41,7 @@ def evaluate(ablation: str) -> None:
     parameters: dict[str, int] = {}
     flops: dict[int, int] = {}
     images: dict[str, Any] = {}
+    pictures: dict[str, bytes] = {}
     frozen = params.ablation(ablation).image_tower.frozen
     benchmarks = [
         open_benchmark(name, settings, paths, list(params.caption.captioners))
@@ -66,12 +69,17 @@ def evaluate(ablation: str) -> None:
                     "chance": chances(benchmark),
                     "seeds": {},
                     "intervals": {},
+                    "attention": {},
                     "weights_sha256": {},
                 }
             found = score(encoder, benchmark, images[name])
             results[name]["seeds"][str(seed)] = dict(found.values)
             results[name]["intervals"][str(seed)] = {metric: list(ends) for metric, ends in found.intervals.items()}
             results[name]["weights_sha256"][str(seed)] = sha256_files([folder / f"seed-{seed}" / "model.safetensors"])
+            results[name]["attention"][str(seed)] = attention_scores(model, tokenizer, benchmark).to_json()
+            if seed == seeds[0]:
+                drawn = attention_pictures(model, tokenizer, benchmark)
+                pictures |= {f"{name}-{kind}.png": png for kind, png in drawn.items()}
             texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
         stage.log.info("evaluate-%s: seed %s done", ablation, seed)
     scores = {
@@ -85,11 +93,16 @@ def evaluate(ablation: str) -> None:
         from lotlip.validation import gate_evaluate
 
         checks = gate_evaluate(config, score_table(results), stage.gate_report)
+    seen = paths.metrics / "attention" / ablation
+    with whole(seen) as partial:
+        partial.mkdir()
+        for file, png in pictures.items():
+            (partial / file).write_bytes(png)
     write_json(paths.metrics / f"{ablation}.json", scores)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker
 
-        Tracker(params.tracking.uri, params.tracking.experiment).log_scores(run, results, folder)
+        Tracker(params.tracking.uri, params.tracking.experiment).log_scores(run, results, folder, seen)
     stage.discard()
     stage.record(texts, checks)
 

@@ -185,7 +185,9 @@ class Tracker:
         ]
         self._client.log_batch(run_id, metrics=new)
 
-    def log_scores(self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path) -> None:
+    def log_scores(
+        self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path, attention: Path | None = None
+    ) -> None:
         """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
 
         The model becomes one of MLflow's, which `mlflow.pyfunc.load_model` loads and `mlflow models serve` serves; its
@@ -193,8 +195,10 @@ class Tracker:
 
         Args:
             model: run.json of the trained ablation.
-            results: benchmark → its "protocol", and its "seeds" → metric → value, as in metrics/<ablation>.json.
+            results: benchmark → its "protocol", its "seeds" → metric → value, and where there is any its "attention",
+                as in metrics/<ablation>.json.
             folder: of the trained ablation.
+            attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
         """
         from lotlip.report.figures import run_figures
 
@@ -205,10 +209,16 @@ class Tracker:
             tags = {"ablation": model["ablation"], "seed": seed}
             name = f"{model['ablation']}-seed{seed}"
             made = self.ensure_model(run_id, model["fingerprints"][seed], name, tags)
-            self.log_metrics(run_id, flatten(scores), made)
+            seen = {name: result.get("attention", {}).get(seed, {}) for name, result in results.items()}
+            numbers = {name: {"attention": found.get("values", {})} for name, found in seen.items()}
+            self.log_metrics(run_id, flatten(scores) | flatten(numbers), made)
             for benchmark, found in scores.items():
                 for file, image in run_figures(history, found).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)
+                if attention and seed == str(model["config"]["seeds"][0]):
+                    for picture in sorted(attention.glob(f"{benchmark}-*.png")):
+                        name = f"attention-{picture.name.removeprefix(f'{benchmark}-')}"
+                        self._log_file(run_id, picture.read_bytes(), f"figures/{benchmark}", name)
             protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
             self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)

@@ -172,6 +172,8 @@ def test_what_has_no_map_is_an_error_that_says_why() -> None:
     ids, lengths = tokens(make())
     with pytest.raises(ValueError, match="late interaction"):
         relevance_maps(make(similarity="late-interaction"), pixels(), ids, lengths)
+    with pytest.raises(ValueError, match="late interaction"):
+        text_attention(make(similarity="late-interaction"), ids, lengths)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):
         relevance_maps(make().train(), pixels(), ids, lengths)
     with pytest.raises(ValueError, match=r"model\.eval\(\)"):

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lotlip.models.corner_mask import corner_attention_mask
 from lotlip.models.lotlip import LotlipModel
@@ -39,11 +39,7 @@ def relevance_maps(model: LotlipModel, pixels: Tensor, input_ids: Tensor, length
     Raises:
         ValueError: the model compares token by token, is in training mode, or its attention cannot be seen.
     """
-    if model.config.similarity == "late-interaction":
-        raise ValueError(
-            "the relevance of patches is that for [CLS]'s feature, which a model of late interaction does not use"
-        )
-    _check_mode(model)
+    _check(model)
     trunk: Any = model.image_tower.trunk
     # what was made in inference mode cannot be differentiated through, so the pixels are copied out of it
     with torch.inference_mode(False):
@@ -117,9 +113,9 @@ def text_attention(model: LotlipModel, input_ids: Tensor, lengths: Tensor) -> Te
         fp32, [B, 1 + m, L]; rows of [CLS], Cor 1, …, Cor m, each sums to 1; all 0 for a text without words.
 
     Raises:
-        ValueError: the model is in training mode, or its encoder does not give its attention.
+        ValueError: the model compares token by token, is in training mode, or its encoder does not give its attention.
     """
-    _check_mode(model)
+    _check(model)
     with torch.no_grad():
         layers = text_layers(model.text, input_ids, lengths)[1]
     # rows of Π (1 + A) / 2; the halves make no difference to what is normalised
@@ -213,6 +209,8 @@ def where_words(words: Tensor, input_ids: Tensor) -> Tensor:
     return found
 
 
-def _check_mode(model: nn.Module) -> None:
+def _check(model: LotlipModel) -> None:
+    if model.config.similarity == "late-interaction":
+        raise ValueError("attention is followed back from [CLS]'s features, which late interaction does not compare")
     if model.training:
         raise ValueError("the model is in training mode, where dropout moves attention; call model.eval() first")

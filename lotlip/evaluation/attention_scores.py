@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ class AttentionScores:
 
     scores: Scores
     left_out: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON types: "values", "intervals" and "left_out"."""
+        intervals = {name: list(ends) for name, ends in self.scores.intervals.items()}
+        return {"values": dict(self.scores.values), "intervals": intervals, "left_out": self.left_out}
 
 
 def attention_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> AttentionScores:

@@ -90,7 +90,7 @@ def look_at_images(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benc
     for kind in ("short", "long"):
         if kind in benchmark.retrieval:
             texts = benchmark.retrieval[kind]
-            first = {image: text for image, text in reversed(list(zip(texts.image, texts.texts, strict=True)))}
+            first = dict(reversed(list(zip(texts.image, texts.texts, strict=True))))
             for image, text in first.items():
                 own = [text] if kind == "short" else split_sub_captions(text)[:SENTENCES]
                 asked.setdefault(image, []).extend(own)

@@ -50,7 +50,10 @@ STYLE: Any = {  # matplotlib types its keys one by one
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn figure; `slug` is its file name, `wide` when it takes the page's whole width."""
+    """A drawn figure.
+
+    `slug` is its file name; it is `wide` when it takes the page's whole width; without `svg` the page shows `png`.
+    """
 
     slug: str
     title: str

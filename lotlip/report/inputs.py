@@ -27,12 +27,16 @@ class Benchmark:
         chance: metric → the value that guessing has.
         seeds: seed → metric → value; fractions, except ranks.
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
+        attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
+        pictures: name → PNG, of where the first seed's attention goes.
     """
 
     protocol: dict[str, Any]
     chance: dict[str, float]
     seeds: dict[int, dict[str, float]]
     intervals: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    attention: dict[int, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
@@ -192,6 +196,8 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
                 int(seed): {metric: (low, high) for metric, (low, high) in intervals.items()}
                 for seed, intervals in result.get("intervals", {}).items()
             },
+            attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
+            pictures=_attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }
@@ -203,6 +209,11 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
         missing.append(f"metrics of {name}: none on {benchmark}")
     flops = {int(length): count for length, count in found.get("text_tower_flops", {}).items()}
     return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)
+
+
+def _attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
+    files = sorted(folder.glob(f"{benchmark}-*.png"))
+    return {file.stem.removeprefix(f"{benchmark}-"): file.read_bytes() for file in files}
 
 
 def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lotlip.files import remove, whole
 from lotlip.records import DATA_DOCS
-from lotlip.report import figures, groups, results, stages, tables
+from lotlip.report import attention_section, figures, groups, results, stages, tables
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.tables import Cell, Table
 
@@ -77,6 +77,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
             "headline": headline(inputs, name),
             "tables": results.benchmark_tables(inputs, name),
             "figures": figures.benchmark_figures(inputs, name),
+            "attention": attention_section.attention_table(inputs, name),
+            "seen": attention_section.attention_figures(inputs, name),
         }
         for name in results.benchmark_names(inputs)
     ]
@@ -94,6 +96,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     }
     other = {name: table if table.rows else None for name, table in made.items()}
     all_tables: list[Table] = [table for benchmark in benchmarks for table in benchmark["tables"]]
+    all_tables += [benchmark["attention"] for benchmark in benchmarks if benchmark["attention"]]
     return {
         "title": inputs.params.report.title,
         "note": inputs.params.report.note,
@@ -108,7 +111,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "context_figures": context_figures,
         **other,
         "all_figures": [
-            *(figure for benchmark in benchmarks for figure in benchmark["figures"]),
+            *(figure for benchmark in benchmarks for figure in [*benchmark["figures"], *benchmark["seen"]]),
             *context_figures,
             *([loss] if loss else []),
         ],

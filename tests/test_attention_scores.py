@@ -1,0 +1,238 @@
+"""Where attention goes in numbers and pictures: on scenes, where the truth is known, and in the report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.evaluation.attention_scores import (
+    attention_scores,
+    coverage,
+    object_scores,
+    on_objects,
+    ratio,
+    text_scores,
+)
+from lotlip.evaluation.benchmarks import Benchmark, Texts
+from lotlip.evaluation.scenes import long_text, object_texts, short_text
+from lotlip.models.lotlip import LotlipModel
+from lotlip.report import build_report, load_inputs
+from lotlip.report.attention import attention_pictures, look_at_images, look_at_texts, overlay
+from lotlip.sources.scenes import generate_scene, render
+from tests.test_attention import make
+from tests.test_report import make_params, write_project
+
+SCENES = [generate_scene(2024, "test", number) for number in range(4)]
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    render(SCENES[number], 64).save(file, "png")
+    return file.getvalue()
+
+
+def scenes_benchmark(read: Callable[[int], bytes] = png, **changes: Any) -> Benchmark:
+    every = list(range(len(SCENES)))
+    retrieval = {
+        "long": Texts([long_text(scene) for scene in SCENES], every),
+        "short": Texts([short_text(scene) for scene in SCENES], every),
+    }
+    names = [f"test-{number}" for number in every]
+    return Benchmark(**{"name": "scenes", "images": names, "read": read, "retrieval": retrieval, **changes})
+
+
+@pytest.fixture(scope="module")
+def model() -> LotlipModel:
+    return make(context_length=128)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> TextTokenizer:
+    return TextTokenizer("bert-base-uncased", 128, 2)
+
+
+def test_an_object_covers_what_is_drawn_of_it() -> None:
+    scene = SCENES[0]
+    grid = coverage((scene.salient, *scene.objects), (8, 8))
+    assert grid.shape == (1 + len(scene.objects), 8, 8)
+    for thing, covered in zip((scene.salient, *scene.objects), grid, strict=True):
+        x, y, radius = thing.disc
+        assert covered.mean().item() == pytest.approx(math.pi * radius**2, rel=0.02)  # all of it is in the picture
+        row, column = divmod(int(covered.argmax()), 8)
+        assert abs((column + 0.5) / 8 - x) < radius
+        assert abs((row + 0.5) / 8 - y) < radius
+
+
+def test_shares_on_objects_have_known_values() -> None:
+    scene = SCENES[0]
+    objects = coverage((scene.salient, *scene.objects), (32, 32))
+    area = objects.mean(dim=(1, 2))
+    even = torch.full_like(objects, 1 / 32**2)
+    expected = [area[1:].mean(), area[1:].mean(), area[1:].mean(), area[0], area[0]]
+    torch.testing.assert_close(on_objects(scene, even), torch.stack(expected))
+    right = (objects == 1).float()
+    right = right / right.sum(dim=(1, 2), keepdim=True)
+    torch.testing.assert_close(on_objects(scene, right)[[0, 1, 3]], torch.tensor([1.0, 0.0, 1.0]))
+    wrong = torch.cat([right[:1], right[1:].roll(1, dims=0)])  # each text's relevance is on another object
+    named, not_named, *_ = on_objects(scene, wrong).tolist()
+    assert named == pytest.approx(0, abs=1e-6)
+    assert not_named == pytest.approx(1 / (len(scene.objects) - 1))
+
+
+def test_a_ratio_has_an_interval_that_holds_it() -> None:
+    below = torch.linspace(1, 2, 50)
+    assert ratio(3 * below, below) == (pytest.approx(3), (pytest.approx(3), pytest.approx(3)))
+    noisy = 3 * below + torch.linspace(-1, 1, 50).sin()[torch.randperm(50, generator=torch.Generator().manual_seed(0))]
+    value, (low, high) = ratio(noisy, below)
+    assert low < value < high
+    assert ratio(noisy, below) == (value, (low, high))
+
+
+def test_a_text_for_each_object_is_a_sentence_of_the_long_text() -> None:
+    for scene in SCENES:
+        texts = object_texts(scene)
+        assert len(texts) == 1 + len(scene.objects)
+        for text, thing in zip(texts, (scene.salient, *scene.objects), strict=True):
+            assert text in long_text(scene)
+            assert thing.shape in text.split()
+
+
+def test_scores_on_scenes_are_shares_and_chance_is_the_area(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+    benchmark = scenes_benchmark(scenes=SCENES)
+    found = object_scores(model, tokenizer, benchmark)
+    values = dict(found.values)
+    ratios = {name: values.pop(name) for name in found.intervals}
+    assert all(0 < value < 1 for value in values.values())
+    areas = [np.mean([math.pi * thing.disc[2] ** 2 for thing in scene.objects]) for scene in SCENES]
+    assert values["named_object_area"] == pytest.approx(np.mean(areas), rel=0.02)
+    expected = values["on_named_object"] / values["named_object_area"]
+    assert ratios["on_named_object_over_chance"] == pytest.approx(expected, rel=1e-5)
+    for name, (low, high) in found.intervals.items():
+        assert low <= ratios[name] <= high
+
+
+def test_a_blind_model_scores_chance(tokenizer: TextTokenizer) -> None:
+    model = make(context_length=128)
+    for block in model.image_tower.trunk.blocks:  # type: ignore[union-attr]
+        torch.nn.init.zeros_(block.attn.proj.weight)
+    values = object_scores(model, tokenizer, scenes_benchmark(scenes=SCENES)).values
+    for name in ("on_named_object_over_chance", "on_named_object_over_not_named", "on_salient_object_over_chance"):
+        assert values[name] == pytest.approx(1, rel=1e-5)
+
+
+def test_reading_is_scored_for_cls_and_each_corner_token(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+    values = text_scores(model, tokenizer, scenes_benchmark(scenes=SCENES)).values
+    readers = ("cls", "corner1", "corner2")
+    assert set(values) == {
+        "length_entropy",
+        "salient_words_length",
+        *(f"{reader}_{what}" for reader in readers for what in ("entropy", "on_salient_words")),
+    }
+    assert all(0 < value < 1 for value in values.values())
+    words = [text.replace(".", " ").split() for text in (long_text(scene) for scene in SCENES)]
+    assert values["salient_words_length"] == pytest.approx(np.mean([4 / len(text) for text in words]), rel=0.1)
+
+
+def test_a_model_without_corner_tokens_is_read_by_cls_alone(tokenizer: TextTokenizer) -> None:
+    plain = TextTokenizer("bert-base-uncased", 128)
+    values = text_scores(make(corner_tokens=0, context_length=128), plain, scenes_benchmark(scenes=SCENES)).values
+    assert set(values) == {"length_entropy", "salient_words_length", "cls_entropy", "cls_on_salient_words"}
+
+
+def test_what_cannot_be_measured_has_a_reason(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+    without = scenes_benchmark(retrieval={"short": Texts(["a red dog"], [0])})
+    found = attention_scores(model, tokenizer, without).to_json()
+    assert found["values"] == {}
+    assert set(found["left_out"]) == {"images", "texts"}
+    late = make(similarity="late-interaction", context_length=128)
+    found = attention_scores(late, tokenizer, scenes_benchmark(scenes=SCENES)).to_json()
+    assert found["values"] == {}
+    assert all("late interaction" in reason for reason in found["left_out"].values())
+    assert attention_pictures(late, tokenizer, scenes_benchmark(scenes=SCENES)) == {}
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_relevance_is_red_where_it_is() -> None:
+    relevance = np.zeros((4, 4), dtype=np.float32)
+    relevance[0, 3] = 0.5
+    shown = np.asarray(overlay(Image.new("RGB", (80, 80), (200, 200, 200)), relevance)).astype(int)
+    redness = shown[..., 0] - shown[..., 1]
+    assert redness[10, 70] > 100
+    assert redness[60, 10] == 0
+    ringed = np.asarray(overlay(Image.new("RGB", (80, 80)), relevance, (0.5, 0.5, 0.25)))
+    assert ringed[40, 60].tolist() == [255, 255, 255]
+
+
+def test_pictures_show_the_first_images_and_texts(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+    benchmark = scenes_benchmark(scenes=SCENES)
+    first = look_at_images(model, tokenizer, benchmark)[0]
+    assert first.texts[0] == short_text(SCENES[0])
+    assert list(first.texts[2:]) == object_texts(SCENES[0])[: len(first.texts) - 2]
+    assert first.named[0] == first.named[2] == SCENES[0].salient.disc
+    assert first.named[1] is None  # the setting
+    assert first.named[3] == SCENES[0].objects[0].disc
+    read = look_at_texts(model, tokenizer, benchmark)[0]
+    assert list(read.shares) == ["[CLS]", "Cor 1", "Cor 2", "by length"]
+    assert list(read.sub_captions[1:]) == object_texts(SCENES[0])
+    pictures = attention_pictures(model, tokenizer, benchmark)
+    assert set(pictures) == {"relevance", "reading"}
+    assert pictures == attention_pictures(model, tokenizer, benchmark)
+    for picture in pictures.values():
+        assert min(Image.open(io.BytesIO(picture)).size) > 300
+
+
+def test_images_that_are_no_scenes_are_shown_as_they_are(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+    asked = {"short": Texts(["a dog", "another", "a cat"], [0, 0, 2]), "long": Texts(["It runs. It is red."], [0])}
+    seen = look_at_images(model, tokenizer, scenes_benchmark(retrieval=asked))
+    assert [list(image.texts) for image in seen] == [["a dog", "It runs", "It is red"], ["a cat"]]
+    assert seen[0].named == [None] * 3
+    assert set(attention_pictures(model, tokenizer, scenes_benchmark(retrieval=asked))) == {"relevance", "reading"}
+
+
+def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) -> None:
+    params = make_params()
+    write_project(tmp_path, params)
+    dot = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(dot, "png")
+    for name in ("alpha", "gamma"):
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        values = {"on_named_object": 0.1, "named_object_area": 0.04, "on_named_object_over_chance": 2.5}
+        values |= {"cls_entropy": 0.9, "length_entropy": 0.97} | ({"corner1_entropy": 0.8} if name == "gamma" else {})
+        intervals = {"on_named_object_over_chance": [2.25, 2.75]}
+        seen = {"values": values, "intervals": intervals, "left_out": {"texts": "too dark"} if name == "alpha" else {}}
+        data["benchmarks"]["scenes"]["attention"] = {"0": seen}
+        path.write_text(json.dumps(data))
+        folder = tmp_path / params.paths.metrics / "attention" / name
+        folder.mkdir(parents=True)
+        (folder / "scenes-relevance.png").write_bytes(dot.getvalue())
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    table = (tmp_path / "report" / "tables" / "scenes-attention.csv").read_text().splitlines()
+    assert table[0].startswith("ablation,on_named_object,on_named_object_over_chance,cls_entropy,corner1_entropy")
+    assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "even"]
+    assert table[3].split(",")[1:] == ["0.04", "1.0", "0.97", "0.97"]
+    for text in (page.read_text(), (page.parent / "report.md").read_text()):
+        assert "Where attention goes" in text
+        assert "2.50 [2.25, 2.75]" in text
+        assert "Left out of alpha: too dark." in text
+    assert (page.parent / "figures" / "scenes-attention-relevance-gamma.png").read_bytes() == dot.getvalue()
+    assert "LoTLIP: relevance of patches" in page.read_text()
+
+
+def test_a_report_without_attention_has_no_section_on_it(tmp_path: Path) -> None:
+    params = make_params()
+    write_project(tmp_path, params)
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    assert "Where attention goes" not in page.read_text()
