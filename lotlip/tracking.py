@@ -201,6 +201,7 @@ class Tracker:
             attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
         """
         from lotlip.report.figures import run_figures
+        from lotlip.report.inputs import attention_pictures
 
         for seed, run_id in self.ensure_runs(model).items():
             history = read_json(folder / f"seed-{seed}" / "history.json")
@@ -216,9 +217,8 @@ class Tracker:
                 for file, image in run_figures(history, found).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)
                 if attention and seed == str(model["config"]["seeds"][0]):
-                    for picture in sorted(attention.glob(f"{benchmark}-*.png")):
-                        name = f"attention-{picture.name.removeprefix(f'{benchmark}-')}"
-                        self._log_file(run_id, picture.read_bytes(), f"figures/{benchmark}", name)
+                    for kind, image in attention_pictures(attention, benchmark).items():
+                        self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
             protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
             self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)

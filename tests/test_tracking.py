@@ -188,6 +188,25 @@ def test_a_lost_store_is_rebuilt_from_files(store, experiment, client, tmp_path,
             assert client.list_artifacts(made.info.run_id, "figures/scenes")
 
 
+def test_where_attention_goes_is_logged_with_the_pictures_of_the_first_seed(store, experiment, client, tmp_path, saved):
+    results = scored()
+    results["scenes"]["attention"] = {
+        seed: {"values": {"on_named_object": share}, "intervals": {}, "left_out": {}}
+        for seed, share in (("0", 0.25), ("3", 0.5))
+    }
+    pictures = tmp_path / "attention"
+    pictures.mkdir()
+    for name in ("scenes-relevance", "scenes-val-relevance"):  # the second is of another benchmark
+        (pictures / f"{name}.png").write_bytes(name.encode())
+    Tracker(store, experiment).log_scores(trained(tmp_path, saved), results, tmp_path, pictures)
+    for run in runs(client, experiment):
+        seed = run.data.tags["seed"]
+        assert run.data.metrics["scenes.attention.on_named_object"] == {"0": 0.25, "3": 0.5}[seed]
+        files_there = {Path(file.path).name for file in client.list_artifacts(run.info.run_id, "figures/scenes")}
+        expected_files = {"loss.png", "recall.png"} | ({"attention-relevance.png"} if seed == "0" else set())
+        assert files_there == expected_files
+
+
 def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path, saved):
     run = trained(tmp_path, saved)
     before: dict[str, dict[str, bytes]] = {}

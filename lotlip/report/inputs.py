@@ -197,7 +197,7 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
                 for seed, intervals in result.get("intervals", {}).items()
             },
             attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
-            pictures=_attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
+            pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }
@@ -211,9 +211,10 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
     return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)
 
 
-def _attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
-    files = sorted(folder.glob(f"{benchmark}-*.png"))
-    return {file.stem.removeprefix(f"{benchmark}-"): file.read_bytes() for file in files}
+def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
+    """Name → PNG, of what the evaluate stage drew for a benchmark; no name has a hyphen, while benchmarks' may."""
+    named = {file: file.stem.rpartition("-") for file in sorted(folder.glob("*.png"))}
+    return {kind: file.read_bytes() for file, (of, _, kind) in named.items() if of == benchmark}
 
 
 def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:
