@@ -77,7 +77,7 @@ def roll_out(blocks: list[Tensor], first: int = 1) -> Tensor:
 @contextmanager
 def _attention_of(trunk: Any) -> Iterator[list[Tensor]]:
     """Lists the attention [B, h, T, T] of each of a ViT's blocks in the order in which it is computed."""
-    layers = [getattr(block, "attn", None) for block in getattr(trunk, "blocks", ())]
+    layers: list[Any] = [getattr(block, "attn", None) for block in getattr(trunk, "blocks", ())]
     if not layers or not all(hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop") for layer in layers):
         raise ValueError(f"{type(trunk).__name__} is no plain ViT of timm's, so its attention cannot be seen")
     attention: list[Tensor] = []

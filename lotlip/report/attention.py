@@ -89,11 +89,10 @@ def look_at_images(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benc
     asked: dict[int, list[str]] = {}
     for kind in ("short", "long"):
         if kind in benchmark.retrieval:
-            texts = benchmark.retrieval[kind]
-            first = dict(reversed(list(zip(texts.image, texts.texts, strict=True))))
+            own = benchmark.retrieval[kind]
+            first = dict(reversed(list(zip(own.image, own.texts, strict=True))))
             for image, text in first.items():
-                own = [text] if kind == "short" else split_sub_captions(text)[:SENTENCES]
-                asked.setdefault(image, []).extend(own)
+                asked.setdefault(image, []).extend([text] if kind == "short" else split_sub_captions(text)[:SENTENCES])
     seen = []
     for image in sorted(asked)[:IMAGES]:
         encoded, texts = benchmark.read(image), asked[image]
@@ -152,15 +151,18 @@ def draw_relevance(images: Sequence[SeenImage]) -> bytes:
     def draw(figure: Figure) -> None:
         panels = figure.subplots(len(images), columns, squeeze=False)
         for row, image in zip(panels, images, strict=True):
-            for axes in row:
-                axes.axis("off")
-            row[0].imshow(image.picture)
             named = image.named or [None] * len(image.texts)
-            for axes, text, relevance, disc in zip(row[1:], image.texts, image.maps, named, strict=False):
-                axes.imshow(overlay(image.picture, relevance, disc))
+            shown = [overlay(image.picture, *one) for one in zip(image.maps, named, strict=True)]
+            for axes, picture, text in zip(row, [image.picture, *shown], ["", *image.texts], strict=False):
+                axes.imshow(picture)
                 axes.set_title(_wrapped(text, 20, 4), fontsize=6.5)
+            for axes in row:
+                axes.grid(False)
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
 
-    return _png((1.3 * columns, 1.85 * len(images)), draw)
+    return _png((1.3 * columns, 1.95 * len(images)), draw)
 
 
 def draw_reading(texts: Sequence[ReadText]) -> bytes:
