@@ -148,7 +148,7 @@ def text_layers(tower: TextTower, input_ids: Tensor, lengths: Tensor) -> tuple[T
     if len(attention) != wanted or any(layer.shape[-2:] != seen.shape[-2:] for layer in attention):
         raise ValueError(
             f"a {encoder.config.model_type} encoder does not give the attention of each of its {wanted} layers; "
-            "bert, roberta, electra and albert do"
+            "those of bert, roberta, electra, distilbert and albert do"
         )
     return found.last_hidden_state, attention
 
