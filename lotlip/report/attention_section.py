@@ -11,19 +11,19 @@ from lotlip.report.figures import Figure
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
 from lotlip.report.tables import Cell, Column, Table, number, score, words
 
-_IMAGES, _TEXTS = "Relevance of patches", "Attention over sub-captions"
+_SMALL, _SALIENT = "On small objects, %", "On the salient one"
+_ENTROPY, _WORDS = "Entropy", "On salient words, %"
 _RATIO = "_over_"
 _COLUMNS = (
-    Column("on_named_object", "on the small object named, %", _IMAGES),
-    Column("on_object_not_named", "on one not named, %", _IMAGES),
-    Column("on_named_object_over_chance", "named ÷ chance", _IMAGES),
-    Column("on_named_object_over_not_named", "named ÷ not named", _IMAGES),
-    Column("on_salient_object", "on the salient one named, %", _IMAGES),
-    Column("on_salient_object_over_chance", "salient ÷ chance", _IMAGES),
-    Column("cls_entropy", "[CLS], entropy", _TEXTS),
-    Column("corner1_entropy", "Cor 1, entropy", _TEXTS),
-    Column("cls_on_salient_words", "[CLS], salient words, %", _TEXTS),
-    Column("corner1_on_salient_words", "Cor 1, salient words, %", _TEXTS),
+    Column("on_named_object", "named", _SMALL),
+    Column("on_object_not_named", "not named", _SMALL),
+    Column("on_named_object_over_chance", "÷ chance", _SMALL),
+    Column("on_salient_object", "%", _SALIENT),
+    Column("on_salient_object_over_chance", "÷ chance", _SALIENT),
+    Column("cls_entropy", "[CLS]", _ENTROPY),
+    Column("corner1_entropy", "Cor 1", _ENTROPY),
+    Column("cls_on_salient_words", "[CLS]", _WORDS),
+    Column("corner1_on_salient_words", "Cor 1", _WORDS),
 )
 # What each would be if relevance were the same everywhere and each token read alike.
 _EVEN = {
@@ -36,10 +36,10 @@ _EVEN = {
     "corner1_on_salient_words": "salient_words_length",
 }
 _NOTE = (
-    "Relevance: gradient-weighted attention roll-out through the image tower for a text that names one object; chance "
-    "is the object's share of the picture. Brackets: 95 % confidence interval over scenes, for one seed. Entropy of "
-    "attention roll-out through the text tower: 1 where all sub-captions have equal shares. Last row: relevance the "
-    "same everywhere, every token read alike."
+    "Relevance of patches, by gradient-weighted attention roll-out, that falls on an object when the text names it, or "
+    "another small one; chance is the object's share of the picture. Brackets: 95 % confidence interval over scenes, "
+    "for one seed. Attention over a long text, by roll-out: its entropy over sub-captions, 1 where all have equal "
+    "shares, and its share on the salient object's words. Last row: all patches and all tokens alike."
 )
 _FIGURES = {
     "relevance": (
