@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lotlip.files import sha256_files
+from lotlip.batches import ahead, in_batches
+from lotlip.files import weights_hash
 from lotlip.index import Rows, index_writer, nearest, open_index
 
 if TYPE_CHECKING:
@@ -22,9 +20,6 @@ if TYPE_CHECKING:
 KINDS = ("images", "texts")
 IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
-
-T = TypeVar("T")
-R = TypeVar("R")
 
 
 class Embedder:
@@ -36,6 +31,7 @@ class Embedder:
         batch_size: texts or images that the model takes at a time.
 
     Attributes:
+        encoder: the model as evaluation runs it.
         width: D, the size of a feature.
 
     Raises:
@@ -43,36 +39,24 @@ class Embedder:
     """
 
     def __init__(self, folder: Path, device: str = "auto", batch_size: int = 64) -> None:
-        from lotlip.data.images import image_transform
-        from lotlip.models.saving import load_model
+        from lotlip.evaluation.encoders import LotlipEncoder, Runner, choose_device
 
-        self._device = _device(device)
         self._batch_size = batch_size
-        model: Any  # transformers' `to` has a type that mypy cannot call
-        model, self._tokenizer = load_model(folder)
-        if model.config.similarity != "cosine":
+        self.encoder = LotlipEncoder.open(folder, Runner(batch_size, choose_device(device)))
+        config = self.encoder.model.config
+        if config.similarity != "cosine":
             raise ValueError(
-                f"the model in {folder} compares texts and images token by token ({model.config.similarity}): none of "
+                f"the model in {folder} compares texts and images token by token ({config.similarity}): none of "
                 "them has one feature to embed or to search by; take a model whose similarity is cosine"
             )
-        self._model = model.to(self._device)
-        spec = model.image_tower.spec
-        self._transform = image_transform(spec.image_size, spec.mean, spec.std)
-        self.width: int = model.config.embed_dim
+        self.width: int = config.embed_dim
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Normalised [CLS] features of texts, long or short (paper, section 4): float32 [N, D]."""
-        import torch
-
-        features = np.empty((len(texts), self.width), dtype=np.float32)
-        for start in range(0, len(texts), _WINDOW * self._batch_size):
-            ids, lengths = self._tokenizer(texts[start : start + _WINDOW * self._batch_size])
-            for batch in in_batches(lengths.argsort(kind="stable"), self._batch_size):
-                rows = torch.from_numpy(ids[batch, : lengths[batch[-1]]]).to(self._device)
-                with torch.inference_mode():
-                    found = self._model.encode_text(rows, torch.from_numpy(lengths[batch]).to(self._device))
-                features[start + np.array(batch)] = found[:, 0].cpu().numpy()
-        return features
+        if not texts:
+            return self._none
+        features, _ = self.encoder.texts(texts)
+        return features.numpy()
 
     def images(self, images: Iterable[Image.Image | bytes]) -> np.ndarray:
         """Normalised features of images, decoded or encoded: float32 [N, D].
@@ -88,45 +72,16 @@ class Embedder:
         Raises:
             ValueError: the image cannot be decoded.
         """
-        from lotlip.data.images import decode_rgb, to_rgb
-
-        return self._transform(decode_rgb(image) if isinstance(image, bytes) else to_rgb(image))
+        return self.encoder.prepare(image)
 
     def prepared(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
         """Normalised features of what `prepare` made: float32 [N, D]."""
-        import torch
+        features = [self.encoder.prepared(batch).numpy() for batch in in_batches(pictures, self._batch_size)]
+        return np.concatenate([self._none, *features])
 
-        features = [np.empty((0, self.width), dtype=np.float32)]
-        for batch in in_batches(pictures, self._batch_size):
-            pixels = torch.from_numpy(np.stack(batch)).to(self._device)
-            with torch.inference_mode():
-                features.append(self._model.encode_image(pixels).cpu().numpy())
-        return np.concatenate(features)
-
-
-def _device(name: str) -> str:
-    import torch
-
-    there = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if there else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not there:
-        raise ValueError("torch finds no GPU for the device cuda; choose auto or cpu")
-    return name
-
-
-def weights_hash(folder: Path) -> str:
-    """Of the weights of the model in a folder, in hex.
-
-    Raises:
-        ValueError: the folder has none.
-    """
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder} has no model: weights (*.safetensors) are not there")
-    return sha256_files(files)
+    @property
+    def _none(self) -> np.ndarray:
+        return np.empty((0, self.width), dtype=np.float32)
 
 
 # --- features into a file ---------------------------------------------------------------------------------------------
@@ -279,28 +234,6 @@ def _texts(source: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
 def _printable(name: str) -> str:
     """A name as text that can be written as UTF-8, whatever bytes it has on disk."""
     return name.encode("utf-8", "backslashreplace").decode()
-
-
-def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Items in lists of `size`; the last has what is left."""
-    left = iter(items)
-    while batch := list(islice(left, size)):
-        yield batch
-
-
-def ahead(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
-    """Like `map`, but threads are up to `depth` items ahead of who asks."""
-    waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -64,6 +64,18 @@ def sha256_files(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
+def weights_hash(folder: Path) -> str:
+    """Of the weights of the model in a folder, in hex.
+
+    Raises:
+        ValueError: the folder has none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder} has no model: weights (*.safetensors) are not there")
+    return sha256_files(files)
+
+
 def sha256_tree(path: Path) -> str:
     """One hash over a file, or over a folder's files with their names and places in it, in hex.
 

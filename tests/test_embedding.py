@@ -18,7 +18,9 @@ import torch
 from PIL import Image
 
 from lotlip import cli, embedding
+from lotlip.batches import ahead
 from lotlip.embedding import Embedder, Match, embed, search
+from lotlip.evaluation.encoders import choose_device
 from lotlip.models.saving import load_model
 from tests.conftest import COLOURS, THINGS, TinySample
 from tests.tiny_model import save_tiny_model
@@ -103,13 +105,13 @@ def test_text_features_are_the_models_own_in_the_order_given(model, text_feature
 
 def test_texts_of_like_length_are_encoded_together(embedder, monkeypatch):
     seen = []
-    encode = embedder._model.encode_text
+    encode = embedder.encoder.model.encode_text
 
     def watch(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
         seen.append((ids.shape, lengths.tolist()))
         return encode(ids, lengths)
 
-    monkeypatch.setattr(embedder._model, "encode_text", watch)
+    monkeypatch.setattr(embedder.encoder.model, "encode_text", watch)
     embedder.texts(["a " * length for length in (9, 1, 8, 2, 7, 3, 6, 4, 5, 1, 9, 2, 1)])
     assert [shape[0] for shape, _ in seen] == [3, 3, 3, 3, 1]
     window = [length for _, lengths in seen[:4] for length in lengths]
@@ -160,10 +162,10 @@ def test_the_device(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no GPU"):
         Embedder(model, "cuda")
-    assert embedding._device("auto") == "cpu"
+    assert choose_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert embedding._device("auto") == embedding._device("cuda") == "cuda"
-    assert embedding._device("cpu") == "cpu"
+    assert choose_device("auto") == choose_device("cuda") == "cuda"
+    assert choose_device("cpu") == "cpu"
 
 
 # --- into a file ------------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_threads_are_ahead_but_not_far():
             asked.append(number)
             yield number
 
-    found = embedding.ahead(lambda number: number * number, items(), 5)
+    found = ahead(lambda number: number * number, items(), 5)
     assert next(found) == 0
     assert len(asked) == 6
     assert [next(found), next(found)] == [1, 4]
@@ -303,7 +305,7 @@ def test_threads_are_ahead_but_not_far():
 
 def test_an_error_in_a_thread_comes_out():
     with pytest.raises(ZeroDivisionError):
-        list(embedding.ahead(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
+        list(ahead(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lotlip import config
+from lotlip.batches import ahead, in_batches
 from lotlip.data.images import decode_rgb
-from lotlip.embedding import ahead, in_batches
 from lotlip.files import sha256_tree
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import split_sub_captions
