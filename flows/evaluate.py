@@ -59,6 +59,7 @@ def evaluate(ablation: str) -> None:
             if name not in results:
                 unseen = unseen_share(benchmark, run["config"]["text"]["tokenizer"], vocabulary)
                 about = {
+                    "model": folder.as_posix(),
                     **protocol(encoder, benchmark),
                     "unseen_token_share": unseen,
                     "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),

@@ -188,6 +188,62 @@ def search(
 
 
 @app.command()
+def evaluate(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="A saved model's folder, a CLIP or SigLIP by name, open_clip:NAME:TAG."),
+    ],
+    benchmark: Annotated[list[str], typer.Option(help="Its name; may be given several times.", metavar="NAME")],
+    data: Annotated[list[Path], typer.Option(help="Its folder, in the same order.", metavar="DIR")],
+    images: Annotated[
+        list[Path] | None,
+        typer.Option(help="Its images' folder, in the same order, if they are elsewhere.", metavar="DIR"),
+    ] = None,
+    partial: Annotated[bool, typer.Option("--partial", help="A part will do, and is called so.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.", metavar="NAME")] = "fp32",
+    batch_size: Annotated[int, typer.Option(help="How many a model takes at a time.", min=1, metavar="N")] = 64,
+    out: Annotated[
+        Path | None, typer.Option(help="Write all scores and how they were measured, as JSON.", metavar="FILE")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of the table.")] = False,
+) -> None:
+    """Score models on benchmarks, side by side with what was published."""
+    import shlex
+
+    if len(benchmark) != len(data) or (images and len(images) != len(data)):
+        raise ValueError(
+            f"{len(benchmark)} --benchmark, {len(data)} --data, {len(images or ())} --images: give --data for each "
+            "--benchmark, and --images for each or for none"
+        )
+    from tqdm import tqdm
+
+    from lotlip.evaluation.compare import ask, compare, table, to_json
+    from lotlip.evaluation.encoders import open_encoder
+    from lotlip.files import write_json
+
+    asked = [ask(*of, partial) for of in zip(benchmark, data, images or [None] * len(data), strict=True)]
+    with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def start(model: str, name: str, items: int) -> None:
+            bar.reset(items)
+            bar.set_description(f"{model}, {name}")
+
+        # all are opened before any is scored: a wrong name is known before hours are spent
+        encoders = [(model, open_encoder(model, batch_size, device, precision, bar.update)) for model in models]
+        results = compare(encoders, asked, shlex.join(["lotlip", *sys.argv[1:]]), start)
+    if out:
+        write_json(out, to_json(results))
+    if as_json:
+        typer.echo(json.dumps(to_json(results)))
+        return
+    for line in table(results):
+        typer.echo(line)
+    if out:
+        typer.echo(f"written to {out}", err=True)
+
+
+@app.command()
 def verify(
     folder: Annotated[
         Path,

@@ -184,8 +184,8 @@ class LotlipEncoder:
         self, model: LotlipModel, tokenizer: TextTokenizer, run: Runner | int, folder: Path | None = None
     ) -> None:
         self._run = Runner(run) if isinstance(run, int) else run
-        self.model: Any = model  # transformers' `to` has a type that mypy cannot call
-        self.model = self.model.to(self._run.device)
+        moved: Any = model  # transformers' `to` has a type that mypy cannot call
+        self.model: Any = moved.to(self._run.device)
         self.tokenizer = tokenizer
         self._folder = folder
 

@@ -38,13 +38,13 @@ def save_model(
     frozen = load_file(image_tower / "model.safetensors") if image_tower else {}
     image = {f"image.{name}": weight for name, weight in frozen.items()}
     # a trained module may be rounded to bf16, and its config would tell readers to round the weights, too
-    with _without_bars():
+    with without_bars():
         LotlipModel(config, image_tower=False).save_pretrained(folder, state_dict={**image, **weights})
     LotlipProcessor.build(tokenizer, config).save_pretrained(folder)
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """transformers' progress bars are for files of many GB; whoever wants them elsewhere keeps them."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -63,7 +63,7 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
-    with _without_bars():
+    with without_bars():
         loaded: Any = LotlipModel.from_pretrained(folder, output_loading_info=True)
     model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}

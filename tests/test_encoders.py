@@ -1,0 +1,317 @@
+"""Models of any kind are encoded as their own libraries encode them, and say how."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from lotlip.data.images import decode_rgb
+from lotlip.evaluation.encoders import Runner, open_encoder
+from lotlip.files import weights_hash
+from lotlip.models.official import import_official
+from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
+from tests.test_processing import encoded, picture
+from tests.tiny_baselines import (
+    CLIP_LENGTH,
+    OPEN_CLIP_LENGTH,
+    SIGLIP_LENGTH,
+    SIZE,
+    register_open_clip,
+    save_clip,
+    save_open_clip,
+    save_siglip,
+)
+from tests.tiny_model import save_tiny_model
+
+TEXTS = [
+    "a red dog",
+    "there is a green tree and a white house on the red and blue house and the dog is there and there and there",
+    "blue",
+    "a white dog on a green house",
+    "",
+]
+KINDS = ("clip", "siglip", "open_clip", "lotlip", "official")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> dict[str, Path]:
+    """A folder for each kind of model; tests leave them as they are."""
+    root = tmp_path_factory.mktemp("models")
+    import_official(write_checkpoint("m2", root), root / "official", IMAGE_TOWER, write_text_config("m2", root))
+    return {
+        "clip": save_clip(root / "clip"),
+        "siglip": save_siglip(root / "siglip"),
+        "open_clip": save_open_clip(root / "open_clip", register_open_clip(root)),
+        "lotlip": save_tiny_model(root / "lotlip", tiny_tower),
+        "official": root / "official",
+    }
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    """Upright, lying and square ones; one is transparent, one small."""
+    sizes = [(51, 40), (30, 70), (24, 24), (90, 31)]
+    found = [encoded(picture(size=size, seed=seed)) for seed, size in enumerate(sizes)]
+    return [*found, encoded(picture("RGBA", (40, 33), seed=9)), encoded(picture(size=(9, 7), seed=10))]
+
+
+def decoded(images: list[bytes]) -> list[Image.Image]:
+    return [decode_rgb(image) for image in images]
+
+
+def by_transformers(folder: Path, texts: list[str], images: list[bytes], **padding: Any) -> tuple[Any, Any]:
+    """What the whole model compares, texts and images one by one."""
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=decoded(images), return_tensors="pt")
+    with torch.inference_mode():
+        found = [
+            model(**tokenizer([text], truncation=True, return_tensors="pt", **padding), **pixels) for text in texts
+        ]
+    return torch.cat([one.text_embeds for one in found]), found[0].image_embeds
+
+
+def by_open_clip(folder: Path, texts: list[str], images: list[bytes]) -> tuple[Any, Any]:
+    import open_clip
+
+    model, _, transform = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    with torch.inference_mode():
+        text = model.eval().encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(texts), normalize=True)
+        pixels = torch.stack([transform(image) for image in decoded(images)])
+        return text, model.encode_image(pixels, normalize=True)
+
+
+# --- features -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch_size", [2, 100])
+@pytest.mark.parametrize(
+    ("kind", "expect"),
+    [
+        ("clip", by_transformers),
+        ("siglip", lambda *given: by_transformers(*given, padding="max_length", return_attention_mask=False)),
+        ("open_clip", by_open_clip),
+        ("lotlip", by_transformers),
+        ("official", by_transformers),
+    ],
+)
+def test_features_are_those_of_the_models_own_library(models, images, kind, expect, batch_size):
+    expected_texts, expected_images = expect(models[kind], TEXTS, images)
+    encoder = open_encoder(str(models[kind]), batch_size, "cpu")
+    texts, mask = encoder.texts(TEXTS)
+    assert mask is None
+    torch.testing.assert_close(texts, expected_texts, atol=1e-5, rtol=0)
+    torch.testing.assert_close(encoder.images(iter(images)), expected_images, atol=1e-5, rtol=0)
+    assert torch.pdist(texts).min() > 1e-3  # or any order would do
+
+
+@pytest.mark.parametrize(("kind", "length"), [("clip", CLIP_LENGTH), ("open_clip", OPEN_CLIP_LENGTH)])
+def test_a_long_text_is_cut_and_keeps_its_end(models, kind, length):
+    """What is left is the text of so many words with a start and an end, and nothing behind it matters."""
+    encoder = open_encoder(str(models[kind]))
+    words = ["a", "b", "c", "d"] * 20
+    whole, cut, shorter = encoder.texts([" ".join(words[:number]) for number in (80, length - 2, length - 3)])[0]
+    torch.testing.assert_close(whole, cut)
+    assert (whole - shorter).norm() > 1e-2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_is_near_fp32_and_comes_back_as_fp32(models, images, kind):
+    exact, rounded = (open_encoder(str(models[kind]), precision=precision) for precision in ("fp32", "bf16"))
+    for found, expected in (
+        (rounded.texts(TEXTS)[0], exact.texts(TEXTS)[0]),
+        (rounded.images(images), exact.images(images)),
+    ):
+        assert found.dtype == expected.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        assert (found * expected).sum(dim=1).min() > 0.99
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
+    assert (exact.protocol()["precision"], rounded.protocol()["precision"]) == ("fp32", "bf16")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_batch_is_told(models, images, kind):
+    seen: list[int] = []
+    encoder = open_encoder(str(models[kind]), 2, on_batch=seen.append)
+    encoder.texts(TEXTS)
+    assert seen == [2, 2, 1]
+    encoder.images(images)
+    assert seen == [2, 2, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_broken_image_is_an_error(models, images, kind):
+    with pytest.raises(ValueError, match=r"not a readable image \(5 bytes\)"):
+        open_encoder(str(models[kind])).images([images[0], b"wrong"])
+
+
+# --- protocol -----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_of_this_project_tells_how_it_is_run(models):
+    about = open_encoder(str(models["official"])).protocol()
+    assert (about["kind"], about["context_length"], about["image_size"]) == ("lotlip", 128, 160)
+    assert about["weights_sha256"] == weights_hash(models["official"])
+    assert about["preprocessing"].startswith("shorter side to 160, bicubic, centre crop to 160, mean 0.481455, ")
+    assert about["model"] == str(models["official"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "length", "about", "preprocessing"),
+    [
+        (
+            "clip",
+            CLIP_LENGTH,
+            "transformers, clip",
+            "to shortest edge 24, bicubic, centre crop to height 24 × width 24",
+        ),
+        ("siglip", SIGLIP_LENGTH, "transformers, siglip", "to height 24 × width 24, bicubic, mean 0.5, 0.5, 0.5, std"),
+        (
+            "open_clip",
+            OPEN_CLIP_LENGTH,
+            "open_clip",
+            "shorter side to 24 × 24, bicubic, centre crop to 24 × 24, mean 0.5",
+        ),
+    ],
+)
+def test_other_models_tell_how_they_are_run(models, kind, length, about, preprocessing):
+    found = open_encoder(str(models[kind])).protocol()
+    assert (found["model"], found["kind"]) == (str(models[kind]), about)
+    assert (found["context_length"], found["image_size"], found["similarity"]) == (length, SIZE, "cosine")
+    assert preprocessing in found["preprocessing"]
+    assert f"torch {torch.__version__.partition('+')[0]}, " in found["libraries"]
+    json.dumps(found)
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip"])
+def test_the_hash_tells_one_weight_from_another(models, tmp_path, kind):
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(models[kind], tmp_path / "copy")
+    first = open_encoder(str(models[kind])).protocol()["weights_sha256"]
+    assert open_encoder(str(folder)).protocol()["weights_sha256"] == first
+    (file,) = folder.glob("*.safetensors")
+    weights = load_file(file)
+    weights["logit_scale"] += 0.5
+    save_file(weights, file, {"format": "pt"})
+    assert open_encoder(str(folder)).protocol()["weights_sha256"] != first
+
+
+# --- which model --------------------------------------------------------------------------------------------------
+
+
+def test_an_architecture_of_open_clip_with_a_file_is_the_same_as_its_folder(models, tmp_path, images):
+    name = register_open_clip(tmp_path, "tiny-file")
+    file = models["open_clip"] / "open_clip_model.safetensors"
+    named, folder = open_encoder(f"open_clip:{name}:{file}"), open_encoder(f"open_clip:local-dir:{models['open_clip']}")
+    torch.testing.assert_close(named.texts(TEXTS)[0], folder.texts(TEXTS)[0])
+    assert named.protocol()["weights_sha256"] == folder.protocol()["weights_sha256"]
+    assert named.protocol()["preprocessing"] != folder.protocol()["preprocessing"]  # open_clip's default, not its own
+
+
+def test_weights_in_torchs_format_are_read_as_tensors_alone(models, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = shutil.copytree(models["clip"], tmp_path / "copy")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    torch.testing.assert_close(
+        open_encoder(str(folder)).texts(TEXTS)[0], open_encoder(str(models["clip"])).texts(TEXTS)[0]
+    )
+    torch.save({**weights, "bad": Path("x")}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        open_encoder(str(folder))
+
+
+def bert(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
+
+
+def own_code(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": auto}))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
+
+
+def without_a_weight(folder: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (bert, "a bert gives no features of images and of texts to compare; a model is the folder"),
+        (own_code, "cannot be loaded: .*custom code"),
+        (without_a_weight, r"does not hold all weights of a clip: text_projection\.weight are not there"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: neither model"),
+        (lambda folder: (folder / "preprocessor_config.json").unlink(), "cannot be loaded: "),
+        (lambda folder: (folder / "config.json").unlink(), "neither a config.json with a model_type nor an open_clip"),
+    ],
+)
+def test_what_is_wrong_with_a_folder_is_said(models, tmp_path, spoil, message):
+    folder = shutil.copytree(models["clip"], tmp_path / "copy")
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as error:
+        open_encoder(str(folder))
+    assert str(folder) in str(error.value)
+    assert not (folder / "ran").exists()
+
+
+def test_the_code_of_a_tokenizer_is_not_run(models, tmp_path):
+    folder = shutil.copytree(models["open_clip"], tmp_path / "copy")
+    about = json.loads((folder / "open_clip_config.json").read_text())
+    about["model_cfg"]["text_cfg"] |= {"hf_tokenizer_name": "mine", "tokenizer_kwargs": {"trust_remote_code": True}}
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    auto = {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["code.Mine", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(auto))
+    (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Mine: pass")
+    with pytest.raises(ValueError, match="cannot be loaded: "):
+        open_encoder(str(folder))
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("nobody/nothing", "no folder nobody/nothing is there, and no model of that name can be had of Hugging Face"),
+        ("models/no/such", "no folder models/no/such is there"),
+        ("open_clip:ViT-B-33:openai", r"no architecture 'ViT-B-33'; did you mean .*ViT-B-32"),
+        ("open_clip:ViT-B-32", r"which weights is not said; give open_clip:ViT-B-32:FILE, or a tag .*openai, "),
+        ("open_clip:ViT-B-32:none", "'none' is none of its tags, and no file"),
+        ("open_clip:ViT-B-32:openai", r"open_clip:ViT-B-32:openai cannot be loaded: .*download"),
+        ("open_clip:hf-hub:nobody/nothing", "open_clip:hf-hub:nobody/nothing cannot be loaded"),
+    ],
+)
+def test_a_model_that_is_not_there_is_one_line(model, message):
+    with pytest.raises(ValueError, match=message) as error:
+        open_encoder(model)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_checkpoint_of_the_authors_must_be_imported_first(tmp_path):
+    with pytest.raises(ValueError, match="is a file; .*`lotlip import-official`"):
+        open_encoder(str(write_checkpoint("m2", tmp_path)))
+
+
+def test_wrong_arguments_are_errors(models):
+    with pytest.raises(ValueError, match="no precision 'fp8'; choose fp32 or bf16"):
+        Runner(precision="fp8")
+    with pytest.raises(ValueError, match="batch_size is 0"):
+        open_encoder(str(models["clip"]), 0)
+    with pytest.raises(ValueError, match="no device 'tpu'"):
+        open_encoder(str(models["clip"]), device="tpu")
