@@ -222,7 +222,8 @@ def evaluate(
     from lotlip.evaluation.encoders import open_encoder
     from lotlip.files import write_json
 
-    asked = [ask(*of, partial) for of in zip(benchmark, data, images or [None] * len(data), strict=True)]
+    elsewhere: list[Path | None] = [*images] if images else [None] * len(data)
+    asked = [ask(*of, partial) for of in zip(benchmark, data, elsewhere, strict=True)]
     with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
 
         def start(model: str, name: str, items: int) -> None:

@@ -304,7 +304,7 @@ def test_a_model_that_is_not_there_is_one_line(model, message):
 
 
 def test_a_checkpoint_of_the_authors_must_be_imported_first(tmp_path):
-    with pytest.raises(ValueError, match="is a file; .*`lotlip import-official`"):
+    with pytest.raises(ValueError, match=r"is a file; .*`lotlip import-official`"):
         open_encoder(str(write_checkpoint("m2", tmp_path)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lotlip import config
 from lotlip.evaluation.benchmarks import Benchmark, open_benchmark
@@ -57,8 +57,12 @@ def ask(name: str, data: Path, images: Path | None = None, partial: bool = False
     Raises:
         ValueError: there is no such benchmark, or its folder is not as it must be.
     """
+    published = get_args(config.PublishedBenchmark.model_fields["kind"].annotation)
+    if name in published:
+        wanted = config.PublishedBenchmark(kind=name, folder=data, images=images, partial=partial)  # type: ignore[arg-type]
+        return open_benchmark(name, wanted, config.Paths(), [])
     if name != SCENES:
-        raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}")
+        raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}, {', '.join(published)}")
     if images or partial:
         raise ValueError(f"{SCENES} have their images with them, and any number will do: leave out images and partial")
     units = read_index(data)["units"]

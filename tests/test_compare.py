@@ -1,0 +1,223 @@
+"""`lotlip evaluate`: models of any kind on the same benchmarks, in one table and in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lotlip.config import Paths, ScenesBenchmark
+from lotlip.evaluation.benchmarks import open_benchmark
+from lotlip.evaluation.compare import Result, ask, compare, table, to_json
+from lotlip.evaluation.encoders import open_encoder
+from lotlip.evaluation.evaluate import evaluate, images_of
+from lotlip.evaluation.metrics import Scores
+from lotlip.evaluation.reference import REFERENCE, SOURCE, Reference
+from lotlip.models.official import import_official
+from lotlip.partitions import write_index
+from lotlip.records import ImageRecord, Unit
+from lotlip.sources.scenes import generate_scene
+from tests.conftest import TinySample
+from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
+from tests.partitions import write_partition
+from tests.test_cli import program
+from tests.tiny_baselines import register_open_clip, save_clip, save_open_clip, save_siglip
+from tests.tiny_model import save_tiny_model
+
+SCENES = 7
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySample]) -> Path:
+    """What ingest left: scenes of the test split, and one of another. Their pictures are the tiny world's."""
+    folder = tmp_path_factory.mktemp("scenes") / "ingest"
+    reports = []
+    for split, samples in (("test", tiny_samples[:SCENES]), ("val", tiny_samples[SCENES : SCENES + 1])):
+        found = [
+            ImageRecord(one.key, one.image, "png", "", 16, 16, hashlib.sha256(one.image).hexdigest(), scene.to_json())
+            for number, one in enumerate(samples)
+            if (scene := generate_scene(0, split, number))
+        ]
+        reports.append(write_partition(Unit(split, 0, tuple(one.key for one in found)), found, folder))
+    write_index(folder, reports)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def urban(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySample]) -> Path:
+    """All 1,000 pictures of Urban-1k, though small ones and the same again and again."""
+    root = tmp_path_factory.mktemp("urban")
+    (root / "image").mkdir()
+    (root / "caption").mkdir()
+    for number in range(1000):
+        sample = tiny_samples[number % len(tiny_samples)]
+        (root / "image" / f"{number}.jpg").write_bytes(sample.image)
+        (root / "caption" / f"{number}.txt").write_text(f"{sample.info['raw']}. It is the number {number}.")
+    return root
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> list[str]:
+    """One of each kind."""
+    root = tmp_path_factory.mktemp("models")
+    import_official(write_checkpoint("m2", root), root / "official", IMAGE_TOWER, write_text_config("m2", root))
+    name = register_open_clip(root, "tiny-compared")
+    folder = save_open_clip(root / "open_clip", name)
+    found = [save_tiny_model(root / "ours", tiny_tower), root / "official", save_clip(root / "clip")]
+    return [*map(str, [*found, save_siglip(root / "siglip")]), f"open_clip:{name}:{folder}/open_clip_model.safetensors"]
+
+
+def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path, models, scenes):
+    out = tmp_path / "new" / "scores.json"
+    arguments = ["--benchmark", "scenes", "--data", scenes, "--device", "cpu", "--batch-size", 3, "--out", out]
+    assert program(monkeypatch, "evaluate", *models, *arguments) == 0
+    shown = capsys.readouterr()
+    found = json.loads(out.read_text())["results"]
+    assert [(one["model"], one["benchmark"]) for one in found] == [(model, "scenes") for model in models]
+    benchmark = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=SCENES), Paths(ingest=scenes), [])
+    lines = shown.out.splitlines()
+    for one, model, line in zip(found, models, lines[3:], strict=False):
+        encoder = open_encoder(model, 3, "cpu")
+        expected = evaluate(encoder, benchmark, encoder.images(images_of(benchmark)))
+        assert one["scores"] == pytest.approx(dict(expected.values))
+        about = one["protocol"]
+        assert (about["model"], about["benchmark"], about["images"], about["split"]) == (
+            model,
+            "scenes",
+            SCENES,
+            "test",
+        )
+        assert about["command"].startswith("lotlip evaluate ") and f"--data {scenes}" in about["command"]
+        for name in ("weights_sha256", "context_length", "image_size", "preprocessing", "precision", "similarity"):
+            assert about[name]
+        cells = line.split("  ")
+        assert cells[0].strip() == model
+        assert f"{100 * one['scores']['long.image_to_text.r1']:.1f}" in line
+        assert f"{100 * one['scores']['classification.top1']:.1f}" in line
+    assert lines[0].split() == ["scenes"]
+    assert "(published)" not in shown.out  # nothing was published on scenes
+    assert "items" in shown.err and f"{models[0]}, scenes" in shown.err
+
+
+def test_published_scores_stand_below_those_of_the_whole_benchmark(monkeypatch, capsys, models, scenes, urban):
+    arguments = ["--benchmark", "urban-1k", "--data", urban, "--benchmark", "scenes", "--data", scenes]
+    assert program(monkeypatch, "evaluate", models[0], *arguments) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["urban-1k", "scenes"]
+    published = [line for line in lines if "(published) " in line]
+    assert len(published) == 5
+    (lotlip,) = [line for line in published if line.startswith("LoTLIP B/16, 100M (published)")]
+    assert lotlip.split()[-2:] == ["88.8", "84.8"]
+    assert lotlip.index("88.8") == lines[1].index("long, i→t")
+    assert lines[-1] == f"(published): {SOURCE}"
+
+
+def test_a_partial_run_is_called_so_and_has_nothing_published_below_it(monkeypatch, capsys, tmp_path, models, urban):
+    part = tmp_path / "urban"
+    for kind, ending in (("image", "jpg"), ("caption", "txt")):
+        (part / kind).mkdir(parents=True)
+        for number in range(5):
+            (part / kind / f"{number}.{ending}").write_bytes((urban / kind / f"{number}.{ending}").read_bytes())
+    arguments = ["evaluate", models[0], "--benchmark", "urban-1k", "--data", part]
+    assert "but 1,000 images" in str(program(monkeypatch, *arguments))
+    capsys.readouterr()
+    assert program(monkeypatch, *arguments, "--partial") == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split() == ["urban-1k-partial"]
+    assert "published" not in shown
+    assert program(monkeypatch, *arguments, "--partial", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["results"][0]["benchmark"] == found["results"][0]["protocol"]["benchmark"] == "urban-1k-partial"
+    assert found["published"]["models"] == {}
+
+
+def test_images_may_lie_elsewhere(monkeypatch, capsys, tmp_path, models, urban):
+    (tmp_path / "texts" / "caption").mkdir(parents=True)
+    (tmp_path / "texts" / "caption" / "3.txt").write_text("a red dog")
+    arguments = ["--benchmark", "urban-1k", "--data", tmp_path / "texts", "--images", urban / "image", "--partial"]
+    assert program(monkeypatch, "evaluate", models[0], *arguments, "--json") == 0
+    (found,) = json.loads(capsys.readouterr().out)["results"]
+    assert (found["protocol"]["images"], found["protocol"]["long_texts"]) == (1, 1)
+
+
+def test_progress_counts_every_image_and_text(models, scenes):
+    seen: list[tuple[str, str, int]] = []
+    done: list[int] = []
+    encoders = [(model, open_encoder(model, 3, "cpu", on_batch=done.append)) for model in models[:3]]
+    compare(encoders, [ask("scenes", scenes)], "", lambda *started: seen.append(started))
+    assert [started[:2] for started in seen] == [(model, "scenes") for model in models[:3]]
+    assert sum(done) == sum(started[2] for started in seen)
+
+
+def result(model: str, benchmark: str, **scores: float) -> Result:
+    values = {name.replace("__", "."): score for name, score in scores.items()}
+    intervals = {name: (score - 0.02, score + 0.01) for name, score in values.items() if name.startswith("long")}
+    return Result(model, benchmark, Scores(values, intervals), {}, {"context_length": 77})
+
+
+RESULTS = [
+    result("ours", "dci", long__image_to_text__r1=0.641, long__text_to_image__r1=0.6263, long__text_to_image__r5=0.8),
+    result("ours", "imagenet", classification__top1=0.5),
+    result("theirs", "dci", long__image_to_text__r1=0.454, long__text_to_image__r1=0.43),
+    result("theirs", "imagenet", classification__top1=0.683),
+]
+
+
+def test_the_table():
+    references = [Reference("CLIP", {"dci": {"long.image_to_text.r1": 0.4545}}), Reference("X", {"coco": {"x": 1.0}})]
+    assert table(RESULTS, references) == [
+        "                  dci                                   imagenet",
+        "model             long, i→t          long, t→i          top-1",
+        "----------------  -----------------  -----------------  --------",
+        "ours              64.1 [62.1, 65.1]  62.6 [60.6, 63.6]  50.0",
+        "theirs            45.4 [43.4, 46.4]  43.0 [41.0, 44.0]  68.3",
+        "CLIP (published)  45.5",
+        "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; in brackets: 95 % confidence",
+        f"(published): {SOURCE}",
+    ]
+
+
+def test_json_has_all_scores_and_what_was_published():
+    found = json.loads(json.dumps(to_json(RESULTS)))
+    assert found["results"][0]["scores"]["long.text_to_image.r5"] == 0.8
+    assert found["results"][0]["intervals"]["long.text_to_image.r5"] == pytest.approx([0.78, 0.81])
+    assert found["results"][0]["protocol"] == {"context_length": 77}
+    assert list(found["published"]["models"]) == [reference.model for reference in REFERENCE]
+    assert all(list(scores) == ["dci"] for scores in found["published"]["models"].values())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "scene"], "there is no benchmark 'scene'; choose scenes, sharegpt4v-1k, "),
+        (["--benchmark", "scenes", "--benchmark", "dci"], "2 --benchmark, 1 --data, 0 --images: give --data for each"),
+        (["--benchmark", "scenes", "--partial"], "leave out images and partial"),
+        (["--benchmark", "scenes", "--precision", "fp8"], "no precision 'fp8'"),
+        (["--benchmark", "scenes", "no/such/model"], "no folder no/such/model is there"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_nothing_is_written(monkeypatch, tmp_path, models, scenes, arguments, message):
+    out = tmp_path / "scores.json"
+    told = program(monkeypatch, "evaluate", models[0], *arguments, "--data", scenes, "--out", out)
+    assert str(told).startswith("error: ") and message in str(told)
+    assert not out.exists()
+
+
+def test_scenes_need_a_test_split(tmp_path, tiny_samples):
+    with pytest.raises(ValueError, match="has not finished"):
+        ask("scenes", tmp_path)
+    write_index(tmp_path, [])
+    with pytest.raises(ValueError, match="has no scene in its test split"):
+        ask("scenes", tmp_path)
+
+
+def test_a_model_that_compares_token_by_token_is_scored(tmp_path, tiny_tower, scenes):
+    folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
+    encoder = open_encoder(str(folder), device="cpu")
+    (found,) = compare([("filip", encoder)], [ask("scenes", scenes)], "")
+    assert found.protocol["similarity"] == "late-interaction"
+    assert 0 <= found.scores.values["long.text_to_image.r1"] <= 1
+    assert torch.isfinite(torch.tensor(list(found.scores.values.values()))).all()
