@@ -160,7 +160,7 @@ def test_a_model_of_this_project_tells_how_it_is_run(models):
     about = open_encoder(str(models["official"])).protocol()
     assert (about["kind"], about["context_length"], about["image_size"]) == ("lotlip", 128, 160)
     assert about["weights_sha256"] == weights_hash(models["official"])
-    assert about["preprocessing"].startswith("shorter side to 160, bicubic, centre crop to 160, mean 0.481455, ")
+    assert about["preprocessing"].startswith("shorter side to 160, bicubic, centre crop to 160, mean 0.48145466, ")
     assert about["model"] == str(models["official"])
 
 
@@ -283,6 +283,19 @@ def test_the_code_of_a_tokenizer_is_not_run(models, tmp_path):
     with pytest.raises(ValueError, match="cannot be loaded: "):
         open_encoder(str(folder))
     assert not (folder / "ran").exists()
+
+
+def test_the_code_of_a_text_tower_is_not_run_even_if_the_terminal_says_yes(models, tmp_path, monkeypatch):
+    tower = shutil.copytree(models["clip"], tmp_path / "tower")
+    own_code(tower)
+    folder = shutil.copytree(models["open_clip"], tmp_path / "copy")
+    about = json.loads((folder / "open_clip_config.json").read_text())
+    about["model_cfg"]["text_cfg"] |= {"hf_model_name": str(tower)}
+    (folder / "open_clip_config.json").write_text(json.dumps(about))
+    monkeypatch.setattr("builtins.input", lambda _: "y")
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*custom code"):
+        open_encoder(str(folder))
+    assert not (tower / "ran").exists()
 
 
 @pytest.mark.parametrize(

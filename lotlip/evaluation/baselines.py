@@ -187,6 +187,7 @@ class OpenClipEncoder:
 
     def __init__(self, name: str, address: str, run: Runner) -> None:
         import open_clip
+        from transformers import AutoConfig
 
         self._name = name
         self._run = run
@@ -198,6 +199,8 @@ class OpenClipEncoder:
             text = (open_clip.get_model_config(made) or {}).get("text_cfg", {})
             # a model's own configuration could ask for its tokenizer's code to be run
             never = {_OWN_CODE: False} if text.get("hf_tokenizer_name") else {}
+            if text.get("hf_model_name"):  # open_clip would let the terminal decide about a text tower's code
+                AutoConfig.from_pretrained(text["hf_model_name"], **{_OWN_CODE: False})
             model, self._transform = open_clip.create_model_from_pretrained(
                 made, weights or None, device=run.device, weights_only=True
             )

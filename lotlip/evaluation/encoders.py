@@ -267,5 +267,5 @@ class LotlipEncoder:
 
 def preprocessing(resize: str, crop: str, mean: Sequence[float], std: Sequence[float]) -> str:
     """How pictures are prepared, in words."""
-    shift, scale = (", ".join(f"{value:g}" for value in values) for values in (mean, std))
+    shift, scale = (", ".join(f"{value:.8g}" for value in values) for values in (mean, std))
     return ", ".join(part for part in (resize, crop, f"mean {shift}", f"std {scale}") if part)
