@@ -67,7 +67,7 @@ def attention_table(inputs: ReportInputs, benchmark: str) -> Table | None:
     even = [number(1.0, "{:.2f}") if _RATIO in c.key else _cell(fullest, _EVEN[c.key]) for c in columns]
     note = " ".join([_NOTE, *_left_out(looked)])
     heads = [Column("ablation", "Ablation", numeric=False), *columns]
-    return Table(f"{benchmark}-attention", "Where attention goes", note, heads, rows, [Cell("even"), *even])
+    return Table(f"{benchmark}-attention", "Where attention goes", note, heads, rows, [[Cell("even"), *even]])
 
 
 def attention_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
