@@ -1,11 +1,13 @@
 """Retrieval and classification on features whose answers are known."""
 
 import math
+import statistics
 
 import pytest
 import torch
+from scipy.stats import binom
 
-from lotlip.evaluation.metrics import chance, class_features, classification, retrieval
+from lotlip.evaluation.metrics import chance, class_features, classification, retrieval, summary
 from lotlip.models.similarity import late_interaction
 
 
@@ -34,7 +36,7 @@ def test_perfect_features_find_everything():
     assert found == {
         f"{way}.{name}": 1.0
         for way in ("image_to_text", "text_to_image")
-        for name in ("r1", "r5", "r10", "median_rank")
+        for name in ("r1", "r5", "r10", "mean_rank", "median_rank")
     }
 
 
@@ -48,6 +50,7 @@ def test_known_ranks():
     found = retrieval(image, text, torch.arange(4), ks=(1, 2, 3, 4)).values
     assert [found[f"text_to_image.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.5, 0.75, 0.75, 1.0])
     assert found["text_to_image.median_rank"] == pytest.approx(1.5)  # ranks 1, 1, 2, 4
+    assert found["text_to_image.mean_rank"] == pytest.approx(2)
     # image 3 at 1.2: texts by distance 2, 1, 0, 3: rank 4; image 2 at 0.8: text 2 first; 1 and 0 find theirs
     assert [found[f"image_to_text.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.75, 0.75, 0.75, 1.0])
 
@@ -70,7 +73,9 @@ def test_constant_features_score_chance(per_image, k):
     found = retrieval(torch.ones(images, 9), torch.ones(images * per_image, 9), text_image, chunk=8).values
     assert found[f"image_to_text.r{k}"] == pytest.approx(chance(images, per_image, k))
     assert found[f"text_to_image.r{k}"] == pytest.approx(chance(images, 1, k))
-    assert found["text_to_image.median_rank"] == pytest.approx((images + 1) / 2)
+    assert found["text_to_image.median_rank"] == found["text_to_image.mean_rank"] == pytest.approx((images + 1) / 2)
+    others = images * per_image - per_image
+    assert found["image_to_text.mean_rank"] == pytest.approx(1 + others / (per_image + 1))
 
 
 def test_expected_value_is_the_mean_over_fair_orders():
@@ -84,20 +89,52 @@ def test_expected_value_is_the_mean_over_fair_orders():
     noisy = similarity + 1e-4 * torch.rand(3000, *similarity.shape, generator=generator)  # [draws, T, I]
     images_found = noisy.argsort(dim=2, descending=True) == text_image[:, None]
     texts_found = text_image[noisy.mT.argsort(dim=2, descending=True)] == torch.arange(6)[:, None]
-    for k in (1, 3):
-        drawn = {
-            "text_to_image": images_found[..., :k].any(dim=2).float().mean().item(),
-            "image_to_text": texts_found[..., :k].any(dim=2).float().mean().item(),
-        }
-        for way, mean in drawn.items():
-            assert expected[f"{way}.r{k}"] == pytest.approx(mean, abs=0.01)
+    for way, hits in (("text_to_image", images_found), ("image_to_text", texts_found)):
+        for k in (1, 3):
+            assert expected[f"{way}.r{k}"] == pytest.approx(hits[..., :k].any(dim=2).float().mean().item(), abs=0.01)
+        ranks = 1 + hits.int().argmax(dim=2).float()
+        assert expected[f"{way}.mean_rank"] == pytest.approx(ranks.mean().item(), abs=0.02)
+
+
+def tied_case(seed):
+    """Features of few values, so that many similarities tie; images have one to four texts, in no order."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, 3, (23, 3), generator=generator).float() + 0.5
+    text_image = torch.cat([torch.arange(23), torch.randint(0, 23, (30,), generator=generator)])
+    text = image[text_image] + torch.randint(0, 2, (53, 3), generator=generator)
+    return image, text, text_image[torch.randperm(53, generator=generator)]
+
+
+def by_the_whole_matrix(image, text, text_image, ks):
+    """The same scores by a sorted list for each query, in double precision."""
+    similarity = torch.nn.functional.normalize(image.double(), dim=1) @ torch.nn.functional.normalize(text.double()).T
+    found = {}
+    for way, matrix, queries, gallery in (
+        ("image_to_text", similarity, list(range(len(image))), text_image.tolist()),
+        ("text_to_image", similarity.T, text_image.tolist(), list(range(len(image)))),
+    ):
+        hits, ranks = dict.fromkeys(ks, 0.0), []
+        for row, query in zip(matrix.tolist(), queries, strict=True):
+            best = max(value for value, owner in zip(row, gallery, strict=True) if owner == query)
+            ahead = sum(value > best + 1e-6 for value in row)
+            as_good = [owner == query for value, owner in zip(row, gallery, strict=True) if abs(value - best) <= 1e-6]
+            own, equal = sum(as_good), len(as_good)
+            ranks.append(1 + ahead + (equal - own) / (own + 1))
+            for k in ks:
+                places = min(max(k - ahead, 0), equal)
+                hits[k] += 1 - math.comb(equal - own, places) / math.comb(equal, places)
+        found |= {f"{way}.r{k}": hits[k] / len(queries) for k in ks}
+        found |= {f"{way}.mean_rank": statistics.fmean(ranks), f"{way}.median_rank": statistics.median(ranks)}
+    return found
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 4096])
-def test_chunks_change_nothing(chunk):
-    image, text, text_image = random_case()
-    expected = retrieval(image, text, text_image).values
-    assert retrieval(image, text, text_image, chunk=chunk).values == pytest.approx(expected)
+def test_tiles_give_what_the_whole_matrix_gives(chunk):
+    for case in (random_case(), random_case(per_image=1, seed=3), tied_case(0), tied_case(1)):
+        expected = by_the_whole_matrix(*case, (1, 2, 5))
+        found = retrieval(*case, ks=(1, 2, 5), chunk=chunk)
+        assert found.values == pytest.approx(expected)
+        assert found.intervals.keys() == expected.keys()
 
 
 def test_order_and_length_of_features_change_nothing():
@@ -121,8 +158,22 @@ def test_agrees_with_open_clip():
     for way in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
             assert found[f"{way}.r{k}"] == pytest.approx(reference[f"{way}_R@{k}"])
+        assert found[f"{way}.mean_rank"] == pytest.approx(reference[f"{way}_mean_rank"])
         # theirs is rounded down to a whole rank
         assert math.floor(found[f"{way}.median_rank"]) == reference[f"{way}_median_rank"]
+
+
+def test_accuracy_agrees_with_scikit_learn():
+    """open_clip's own `accuracy` cannot be asked: it fails with NumPy 2."""
+    reference = pytest.importorskip("sklearn.metrics")
+    image, classes, _ = random_case(images=12, per_image=1)
+    image, classes = (torch.nn.functional.normalize(features, dim=1) for features in (image, classes))
+    labels = torch.arange(12).roll(2) % 9
+    found = classification(image, classes, labels, chunk=5).values
+    for k in (1, 5):
+        expected = reference.top_k_accuracy_score(labels, image @ classes.T, k=k, labels=range(12))
+        assert found[f"top{k}"] == pytest.approx(expected)
+    assert 0 < found["top1"] < found["top5"] < 1, "the case must leave room for a mistake"
 
 
 def test_chance_is_exact():
@@ -145,6 +196,71 @@ def test_classification_by_hand():
 def test_constant_features_classify_by_chance():
     found = classification(torch.ones(10, 4), torch.ones(20, 4), torch.arange(10)).values
     assert found == pytest.approx({"top1": 1 / 20, "top5": 5 / 20})
+
+
+# --- intervals ----------------------------------------------------------------------------------------------------
+
+
+def hits(share, number, seed=0):
+    return (torch.rand(number, generator=torch.Generator().manual_seed(seed)) < share).double()
+
+
+def interval(outcome, cluster=None, **settings):
+    every = torch.arange(len(outcome)) if cluster is None else cluster
+    return summary({"r1": outcome}, every, **settings).intervals["r1"]
+
+
+@pytest.mark.parametrize(("share", "number"), [(0.5, 1000), (0.9, 400), (0.02, 2000)])
+def test_the_interval_of_a_share_is_the_binomials(share, number):
+    outcome = hits(share, number)
+    ends = binom.ppf([0.025, 0.975], number, outcome.mean().item()) / number
+    assert interval(outcome, resamples=8000) == pytest.approx(ends, abs=1.5 / number)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say():
+    held = 0
+    for seed in range(300):
+        low, high = interval(hits(0.3, 300, seed), resamples=300, seed=seed)
+        held += low <= 0.3 <= high
+    assert 0.92 <= held / 300 <= 0.98  # 0.95 ± 2.4 standard deviations
+
+
+def test_texts_of_an_image_are_drawn_together():
+    """Five texts of an image that are all found or all missed say no more than one."""
+    outcome, image = hits(0.4, 300), torch.arange(300).repeat_interleave(5)
+    alone, together = interval(outcome), interval(outcome.repeat_interleave(5), image)
+    assert together == pytest.approx(alone)  # the same images are drawn
+    low, high = interval(outcome.repeat_interleave(5))
+    assert high - low == pytest.approx((alone[1] - alone[0]) / math.sqrt(5), rel=0.1)
+
+
+def test_intervals_of_ranks_are_those_of_plain_resampling():
+    generator = torch.Generator().manual_seed(0)
+    ranks = torch.randint(1, 40, (250,), generator=generator).double() ** 2
+    found = summary({"rank": ranks}, torch.arange(250), resamples=4000)
+    assert found.values == {"mean_rank": ranks.mean().item(), "median_rank": statistics.median(ranks.tolist())}
+    drawn = ranks[torch.randint(250, (4000, 250), generator=generator)]
+    for name, samples in (("mean_rank", drawn.mean(dim=1)), ("median_rank", drawn.quantile(0.5, dim=1))):
+        ends = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+        assert found.intervals[name] == pytest.approx(ends, rel=0.08)
+
+
+def test_a_median_between_two_values_is_their_mean():
+    ranks = torch.tensor([1.0, 2.0, 5.0, 9.0])
+    assert summary({"rank": ranks}, torch.arange(4)).values["median_rank"] == 3.5
+
+
+def test_equal_seeds_give_equal_intervals_and_no_resamples_none():
+    case = random_case()
+    assert retrieval(*case) == retrieval(*case)
+    assert retrieval(*case, seed=1).intervals != retrieval(*case).intervals
+    assert retrieval(*case, resamples=0).intervals == {}
+    every = classification(case[0], case[1][:20], torch.arange(40) % 20)
+    assert every.intervals.keys() == every.values.keys()
+    assert all(low < every.values[name] < high for name, (low, high) in every.intervals.items())
+
+
+# --- classification -----------------------------------------------------------------------------------------------
 
 
 def test_class_features_average_directions():

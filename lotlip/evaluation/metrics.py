@@ -1,21 +1,29 @@
-"""Zero-shot retrieval and classification as pure functions of features; a slab of the similarities exists at a time."""
+"""Zero-shot retrieval and classification as pure functions of features; a tile of the similarities exists at a time."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lotlip.models.similarity import late_interaction
+from lotlip.models.similarity import cosine, late_interaction
 
 # Cosines of equal features differ by this much at most, from the order in which a matrix product adds up.
 TOLERANCE = 1e-6
 
-Rows = Callable[[slice], Tensor]  # some rows of a similarity matrix, [rows, G]
+TILE = 512  # images and texts that are compared at a time: what is left of a product is still in the cache
+_OWN = 64  # images whose similarities to their own texts are looked up at a time
+RESAMPLES = 1000
+_WEIGHTS_AT_ONCE = 2**21  # of the bootstrap: 16 MB
+
+# Some images, some texts → how alike they are when an image looks for its text and when a text looks for its image,
+# [i, t] each; by cosine both are the same tensor.
+Compare = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -46,50 +54,57 @@ def retrieval(
     text_features: Tensor,
     text_image: Tensor,
     ks: Sequence[int] = (1, 5, 10),
-    chunk: int = 1024,
+    chunk: int = TILE,
     text_mask: Tensor | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Scores:
-    """Recall at k and median rank, both ways, by cosine similarity or late interaction.
+    """Recall at k, mean and median rank, both ways, by cosine similarity or late interaction.
 
     An image counts as found when any of its texts is among the first k. Among equal similarities the order is a fair
     draw, and the expected value over all draws is given: features that are all the same score exactly `chance`. Of
     several texts of an image, the rank is the first one's; the best possible rank is 1.
+
+    Each similarity is computed once and serves both directions. Intervals say what other images might have given, among
+    the same ones to choose from: images are drawn anew, each with all of its texts (`summary`).
 
     Args:
         image_features: [I, D], of any length; with `text_mask` those of the patches, [I, P, D].
         text_features: [T, D], of any length; T may be larger than I. With `text_mask` those of the tokens, [T, L, D].
         text_image: [T], the index of each text's image, 0 … I−1; every image has a text at least.
         ks: how many of the first ones count.
-        chunk: rows of the similarity matrix that exist at a time; changes memory, not the result.
+        chunk: images and texts that are compared at a time; changes memory and time, not the result.
         text_mask: bool, True at a text's tokens, [T, L]. With it similarity is FILIP's late interaction, each way by
             its own direction.
+        resamples, seed: of the intervals.
 
     Returns:
-        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, `image_to_text.median_rank` and
-        `text_to_image.median_rank`.
+        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, `….mean_rank` and `….median_rank`; all with
+        intervals.
 
     Raises:
         ValueError: shapes or indices do not fit, an image has no text, or a feature is not finite.
     """
-    image_index = torch.arange(len(image_features), device=text_image.device)
     _check_index(text_image, "text_image", "images", len(text_features), len(image_features))
-    image_to_text, text_to_image = _similarities(image_features, text_features, text_mask, "text_features")
-    directions = {
-        "image_to_text": _search(image_to_text, image_index, text_image, ks, chunk),
-        "text_to_image": _search(text_to_image, text_image, image_index, ks, chunk),
-    }
-    return Scores(
-        {f"{direction}.{name}": value for direction, found in directions.items() for name, value in found.items()}
-    )
+    order = text_image.argsort(stable=True)  # texts of an image side by side
+    compare = _comparison(image_features, text_features, text_mask, "text_features", order.to(text_features.device))
+    owner = text_image[order].to(image_features.device)
+    by_image, by_text = _search_both_ways(compare, owner, chunk)
+    images = torch.arange(len(image_features))
+    return summary(_outcomes(by_image, ks), images, resamples, seed).under("image_to_text") | summary(
+        _outcomes(by_text, ks), owner.cpu(), resamples, seed
+    ).under("text_to_image")
 
 
 def classification(
     image_features: Tensor,
     class_features: Tensor,
     labels: Tensor,
-    chunk: int = 1024,
+    chunk: int = TILE,
     text_mask: Tensor | None = None,
     prompt_class: Tensor | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> Scores:
     """Zero-shot accuracy: the share of images whose class is the most similar one, or among the first five.
 
@@ -105,9 +120,10 @@ def classification(
         prompt_class: [T], the index of each prompt's class, 0 … C−1. With it a class's similarity is the mean of its
             prompts' similarities, which is how FILIP ensembles (arXiv 2111.07783); without it each row of
             `class_features` is a class.
+        resamples, seed: of the intervals, as in `summary`; images are drawn anew.
 
     Returns:
-        `top1` and `top5` as fractions.
+        `top1` and `top5` as fractions, with intervals.
 
     Raises:
         ValueError: shapes or labels do not fit, or a feature is not finite.
@@ -119,12 +135,21 @@ def classification(
         raise ValueError(
             f"labels lie between {int(labels.min())} and {int(labels.max())}, classes in 0 … {classes - 1}"
         )
-    similarity, _ = _similarities(image_features, class_features, text_mask, "class_features")
+    compare = _comparison(image_features, class_features, text_mask, "class_features")
     if prompt_class is not None:
         _check_index(prompt_class, "prompt_class", "classes", len(class_features), classes)
-        similarity = _class_means(similarity, prompt_class)
-    found = _search(similarity, labels, torch.arange(classes, device=labels.device), (1, 5), chunk)
-    return Scores({"top1": found["r1"], "top5": found["r5"]})
+    found = []
+    for start in range(0, len(labels), chunk):
+        similarity = compare(slice(start, start + chunk), slice(None))[0]  # [chunk, C]
+        if prompt_class is not None:
+            similarity = _class_means(similarity, prompt_class)
+        label = labels[start : start + chunk, None].to(similarity.device)
+        tally = _Tally(similarity.gather(1, label)[:, 0])
+        tally.count(similarity.scatter(1, label, -math.inf), slice(None), 1)
+        found.append(tally.places(torch.ones(len(label))))
+    outcomes = _outcomes(_Places(*map(torch.cat, zip(*found, strict=True))), (1, 5))
+    named = {"top1": outcomes["r1"], "top5": outcomes["r5"]}
+    return summary(named, torch.arange(len(labels)), resamples, seed)
 
 
 def class_features(prompt_features: Sequence[Tensor]) -> Tensor:
@@ -149,40 +174,165 @@ def chance(images: int, texts_per_image: int, k: int) -> float:
     return 1 - math.comb(texts - texts_per_image, k) / math.comb(texts, k) if k < texts else 1.0
 
 
-def _similarities(
-    image_features: Tensor, text_features: Tensor, text_mask: Tensor | None, text_name: str
-) -> tuple[Rows, Rows]:
-    """The matrices in which an image looks for its text, [I, T], and a text for its image, [T, I].
+def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Scores:
+    """Means over queries, with 95 % confidence intervals by the percentile bootstrap.
 
-    Late interaction computes both directions and each gives one away: to keep both would take both matrices whole.
+    What belongs together is drawn together: a sample is as many clusters as there are, with replacement, each with all
+    of its queries. Equal seeds draw equal samples, so two systems' scores are on the same ones.
+
+    Args:
+        outcomes: by name, one number for each query, [Q]; those called "rank" give `mean_rank` and `median_rank`.
+        cluster: [Q], 0 … C−1: which queries belong together.
+        resamples: how many samples are drawn; with none there are no intervals.
+        seed: of the draws.
+
+    Returns:
+        a mean for each outcome, by the same names.
     """
+    names = ["mean_rank" if name == "rank" else name for name in outcomes]
+    values = torch.stack(list(outcomes.values()), dim=1).double()  # [Q, M]
+    ranks = outcomes.get("rank")
+    once = torch.ones(1, len(values), dtype=torch.float64)
+
+    def statistics(weights: Tensor) -> Tensor:  # [samples, Q] → [samples, names]
+        means = weights @ values / weights.sum(dim=1, keepdim=True)
+        return means if ranks is None else torch.cat([means, _medians(ranks.double(), weights)[:, None]], dim=1)
+
+    names += [] if ranks is None else ["median_rank"]
+    whole = dict(zip(names, statistics(once)[0].tolist(), strict=True))
+    if not resamples:
+        return Scores(whole)
+    samples = torch.cat([statistics(weights) for weights in _samples(cluster, resamples, seed)])
+    ends = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+    return Scores(whole, {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)})
+
+
+def _samples(cluster: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each query is in each of some samples of clusters, [samples, Q], until there are all."""
+    generator = torch.Generator().manual_seed(seed)
+    clusters = int(cluster.max()) + 1
+    at_once = max(1, _WEIGHTS_AT_ONCE // len(cluster))
+    for done in range(0, resamples, at_once):
+        samples = min(at_once, resamples - done)
+        drawn = torch.randint(clusters, (samples, clusters), generator=generator)
+        places = drawn + clusters * torch.arange(samples)[:, None]
+        counts = places.flatten().bincount(minlength=samples * clusters).view(samples, clusters)
+        yield counts[:, cluster].double()
+
+
+def _medians(values: Tensor, weights: Tensor) -> Tensor:
+    """The median of [Q] in each sample, as if a value were there as often as its weight says; [samples]."""
+    ordered, order = values.sort()
+    up_to = weights[:, order].cumsum(dim=1)  # [samples, Q]
+    total = up_to[:, -1:]
+    middle = torch.cat([(total - 1) // 2, total // 2], dim=1)  # one or two places, from 0
+    return ordered[torch.searchsorted(up_to, middle, right=True)].mean(dim=1)
+
+
+class _Places(NamedTuple):
+    """Where each query finds the first of its own; [Q] each, on the CPU.
+
+    Attributes:
+        ahead: others that are better than the best of its own.
+        own: of its own, those that are as good as the best of them.
+        others: others that are as good.
+    """
+
+    ahead: Tensor
+    own: Tensor
+    others: Tensor
+
+
+class _Tally:
+    """Counts what is better than the best of each query's own, and what is as good.
+
+    Args:
+        best: similarity of each query to the best of its own, [Q].
+    """
+
+    def __init__(self, best: Tensor) -> None:
+        self._best = best
+        self._better, self._good = torch.zeros_like(best).double(), torch.zeros_like(best).double()
+
+    def count(self, similarity: Tensor, queries: slice, dim: int) -> None:
+        """Takes in a tile in which a query's own are −∞; its gallery lies along `dim`."""
+        best = self._best[queries].unsqueeze(dim)
+        # As numbers, not as truth values: torch compares and counts those several times more slowly.
+        truth = torch.empty_like(similarity)
+        self._better[queries] += torch.gt(similarity, best + TOLERANCE, out=truth).sum(dim)
+        self._good[queries] += torch.ge(similarity, best - TOLERANCE, out=truth).sum(dim)
+
+    def places(self, own: Tensor) -> _Places:
+        """Of all tiles together; `own` is how many of its own are as good as the best, [Q]."""
+        return _Places(self._better.cpu(), own.double().cpu(), (self._good - self._better).cpu())
+
+
+def _search_both_ways(compare: Compare, owner: Tensor, chunk: int) -> tuple[_Places, _Places]:
+    """Where images find their texts, and texts their images.
+
+    owner is each text's image, [T], in rising order.
+    """
+    ends = [0, *owner.bincount().cumsum(0).tolist()]  # an image's texts are ends[i]:ends[i + 1]
+    images, texts = len(ends) - 1, len(owner)
+    place = torch.arange(texts, device=owner.device)
+    owns = []
+    for start in range(0, images, _OWN):
+        stop = min(start + _OWN, images)
+        mine = slice(ends[start], ends[stop])
+        found = compare(slice(start, stop), mine)
+        rows, columns = owner[mine] - start, place[mine] - mine.start
+        owns.append(torch.stack([similarity[rows, columns] for similarity in found]))
+    to_text, to_image = torch.cat(owns, dim=1)  # [T] each: similarity of each text and its image
+    best = to_text.new_full((images,), -math.inf).scatter_reduce(0, owner, to_text, "amax")
+    by_image, by_text = _Tally(best), _Tally(to_image)
+    for left in range(0, texts, chunk):
+        for top in range(0, images, chunk):
+            rows, columns = slice(top, min(top + chunk, images)), slice(left, min(left + chunk, texts))
+            found = compare(rows, columns)
+            mine = slice(max(ends[rows.start], columns.start), min(ends[rows.stop], columns.stop))
+            if mine.start < mine.stop:
+                for similarity in found:
+                    similarity[owner[mine] - top, place[mine] - left] = -math.inf
+            by_image.count(found[0], rows, 1)
+            by_text.count(found[1], columns, 0)
+    as_good = (to_text >= best[owner] - TOLERANCE).double()
+    own = torch.zeros_like(best).double().index_add_(0, owner, as_good)
+    return by_image.places(own), by_text.places(torch.ones(texts))
+
+
+def _outcomes(places: _Places, ks: Sequence[int]) -> dict[str, Tensor]:
+    """What `summary` averages: "r<k>" and "rank", expected over fair draws; [Q] each."""
+    hits = {f"r{k}": _expected_hits(k - places.ahead, places.own, places.others) for k in ks}
+    return {**hits, "rank": 1 + places.ahead + places.others / (places.own + 1)}
+
+
+def _comparison(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_mask: Tensor | None,
+    text_name: str,
+    order: Tensor | slice = slice(None),
+) -> Compare:
+    """Compares images with texts, which are numbered in `order`."""
     if text_mask is None:
-        images, texts = _normalised(image_features, "image_features"), _normalised(text_features, text_name)
-        return lambda rows: images[rows] @ texts.T, lambda rows: texts[rows] @ images.T
-    mask = text_mask
-    if text_features.ndim != 3 or mask.shape != text_features.shape[:2]:
+        images, texts = _normalised(image_features, "image_features"), _normalised(text_features, text_name)[order]
+        return lambda rows, columns: cosine(images[rows], texts[columns])
+    if text_features.ndim != 3 or text_mask.shape != text_features.shape[:2]:
         raise ValueError(
-            f"{text_name} {list(text_features.shape)} and text_mask {list(mask.shape)} do not fit; late interaction "
-            "needs [T, L, D] and [T, L]"
+            f"{text_name} {list(text_features.shape)} and text_mask {list(text_mask.shape)} do not fit; "
+            "late interaction needs [T, L, D] and [T, L]"
         )
+    mask = text_mask[order]
     patches = _normalised(image_features, "image_features", "[I, P, D]")
-    tokens = _normalised(text_features.masked_fill(~mask[..., None], 0), text_name, "[T, L, D]")
-    return (
-        lambda rows: late_interaction(patches[rows], tokens, mask)[0],
-        lambda rows: late_interaction(patches, tokens[rows], mask[rows])[1].T,
-    )
+    tokens = _normalised(text_features[order].masked_fill(~mask[..., None], 0), text_name, "[T, L, D]")
+    return lambda rows, columns: late_interaction(patches[rows], tokens[columns], mask[columns])
 
 
-def _class_means(similarity: Rows, prompt_class: Tensor) -> Rows:
+def _class_means(prompts: Tensor, prompt_class: Tensor) -> Tensor:
     """[I, C] from [I, T]: the mean over each class's prompts."""
-
-    def means(rows: slice) -> Tensor:
-        prompts = similarity(rows)
-        own_class = prompt_class.to(prompts.device)
-        count = own_class.bincount()
-        return prompts.new_zeros(len(prompts), len(count)).index_add_(1, own_class, prompts) / count
-
-    return means
+    own_class = prompt_class.to(prompts.device)
+    count = own_class.bincount()
+    return prompts.new_zeros(len(prompts), len(count)).index_add_(1, own_class, prompts) / count
 
 
 def _check_index(index: Tensor, name: str, groups: str, rows: int, number: int) -> None:
@@ -190,29 +340,6 @@ def _check_index(index: Tensor, name: str, groups: str, rows: int, number: int) 
         raise ValueError(f"{name} has shape {list(index.shape)}; it needs [{rows}], one per text")
     if not torch.equal(index.unique(), torch.arange(number, device=index.device)):
         raise ValueError(f"{name} must name each of the {groups} 0 … {number - 1} at least once, and no other")
-
-
-def _search(
-    similarities: Rows, query_group: Tensor, gallery_group: Tensor, ks: Sequence[int], chunk: int
-) -> dict[str, float]:
-    """Recall at each k and the median rank of the first gallery item that is of the query's group.
-
-    similarities gives rows of [Q, G]; query_group [Q] and gallery_group [G] say what belongs together.
-    """
-    counts = []
-    for start in range(0, len(query_group), chunk):
-        rows = slice(start, start + chunk)
-        similarity = similarities(rows)  # [chunk, G]
-        own = (query_group[rows, None] == gallery_group).to(similarity.device)  # [chunk, G]
-        best = similarity.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)  # [chunk, 1]
-        better = similarity > best + TOLERANCE
-        equal = (similarity >= best - TOLERANCE) & ~better
-        # none of the own ones is better than the best of them
-        counts.append(torch.stack([better.sum(1), (equal & own).sum(1), (equal & ~own).sum(1)]).cpu())
-    ahead, own_equal, others_equal = torch.cat(counts, dim=1).double()  # [Q] each
-    recall = {f"r{k}": _expected_hits(k - ahead, own_equal, others_equal).mean().item() for k in ks}
-    rank = 1 + ahead + others_equal / (own_equal + 1)  # [Q], expected over fair draws
-    return {**recall, "median_rank": rank.quantile(0.5).item()}
 
 
 def _expected_hits(places: Tensor, own: Tensor, others: Tensor) -> Tensor:
@@ -235,4 +362,4 @@ def _normalised(features: Tensor, name: str, shape: str = "[rows, D]") -> Tensor
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features).flatten(1).all(dim=1)).sum())
         raise ValueError(f"{name}: {bad} of {len(features)} rows are not finite; the model that made them is broken")
-    return F.normalize(features.float(), dim=-1)
+    return F.normalize(features.detach().float(), dim=-1)

@@ -1,0 +1,107 @@
+"""Time and memory of retrieval's scores, beside the plain product of the features: `python -m benchmarks.retrieval`.
+
+Features are random, as many as COCO's by default. Plain product and scores take turns, and the best of each counts: of
+wall time, and of CPU time, which work beside it disturbs less (least with `--threads 1`: threads that wait for one
+another are busy, too). Memory is that of another process: its peak beyond what it takes once torch has multiplied
+matrices and the features are there. `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from lotlip.evaluation.metrics import retrieval
+
+MB = 1e6
+
+
+def features(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
+    """Of images and texts, and each text's image."""
+    torch.manual_seed(0)
+    text_image = torch.arange(arguments.texts) % arguments.images
+    images = normalize(torch.randn(arguments.images, arguments.width), dim=-1)
+    return images, normalize(torch.randn(arguments.texts, arguments.width), dim=-1), text_image
+
+
+def spent(work: Callable[[], Any]) -> tuple[float, float]:
+    """Seconds of wall time and of CPU time."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def times(arguments: argparse.Namespace) -> dict[str, float]:
+    """The best seconds of each, over some rounds."""
+    images, texts, text_image = features(arguments)
+    ways: dict[str, Callable[[], Any]] = {
+        "product": lambda: images @ texts.T,
+        "scores": lambda: retrieval(images, texts, text_image, resamples=0),
+        "scores_and_intervals": lambda: retrieval(images, texts, text_image),
+    }
+    rounds = [{name: spent(work) for name, work in ways.items()} for _ in range(arguments.rounds)]
+    return {
+        f"{name}_{clock}_seconds": min(one[name][place] for one in rounds)
+        for name in ways
+        for place, clock in enumerate(("wall", "cpu"))
+    }
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, int]:
+    """In a process of its own: bytes of the features, and bytes beyond them at the peak."""
+    images, texts, text_image = features(arguments)
+    images[:64] @ texts[:64].T
+    before = psutil.Process().memory_info().rss
+    retrieval(images, texts, text_image)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"features_bytes": images.nbytes + texts.nbytes, "more_bytes": peak - before}
+
+
+def main(arguments: argparse.Namespace) -> dict[str, Any]:
+    """All figures."""
+    command = [sys.executable, "-m", "benchmarks.retrieval", "--measure-memory", *sys.argv[1:]]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"images": arguments.images, "texts": arguments.texts, "width": arguments.width, **times(arguments), **found}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.retrieval", description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=5_000)
+    parser.add_argument("--texts", type=int, default=25_000)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    if given.measure_memory:
+        print(json.dumps(memory(given)))
+    else:
+        result = main(given)
+        if given.json:
+            print(json.dumps(result))
+        else:
+            print(f"{given.images:,} images, {given.texts:,} texts, {given.width} numbers each")
+            for name, words in (
+                ("product", "plain product"),
+                ("scores", "scores"),
+                ("scores_and_intervals", "scores and intervals"),
+            ):
+                wall, cpu = (result[f"{name}_{clock}_seconds"] for clock in ("wall", "cpu"))
+                times_wall, times_cpu = wall / result["product_wall_seconds"], cpu / result["product_cpu_seconds"]
+                print(f"{words}: {wall:.2f} s, {times_wall:.2f} times; CPU time {cpu:.2f} s, {times_cpu:.2f} times")
+            print(
+                f"features {result['features_bytes'] / MB:.0f} MB, {result['more_bytes'] / MB:.0f} MB more at the peak"
+            )
