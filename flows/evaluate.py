@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 from prefect import flow
@@ -25,12 +26,14 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
+        from lotlip.data.tokenizer import token_counts
         from lotlip.evaluation.attention_scores import attention_scores
         from lotlip.evaluation.benchmarks import open_benchmark
         from lotlip.evaluation.encoders import LotlipEncoder
         from lotlip.evaluation.evaluate import chances, images_of, protocol, unseen_share
         from lotlip.evaluation.evaluate import evaluate as score
         from lotlip.evaluation.flops import flops_by_context
+        from lotlip.evaluation.reading import read_to_the_end
         from lotlip.models.saving import load_model
         from lotlip.report.attention import attention_pictures
     run = read_json(folder / "run.json")
@@ -76,6 +79,10 @@ def evaluate(ablation: str) -> None:
             found = score(encoder, benchmark, images[name])
             results[name]["seeds"][str(seed)] = dict(found.values)
             results[name]["intervals"][str(seed)] = {metric: list(ends) for metric, ends in found.intervals.items()}
+            if benchmark.scenes:
+                pieces = partial(token_counts, run["config"]["text"]["tokenizer"])
+                reading = read_to_the_end(encoder, benchmark.scenes, images[name], pieces)
+                results[name].setdefault("reading", {})[str(seed)] = reading.to_json()
             results[name]["weights_sha256"][str(seed)] = sha256_files([folder / f"seed-{seed}" / "model.safetensors"])
             results[name]["attention"][str(seed)] = attention_scores(model, tokenizer, benchmark).to_json()
             if seed == seeds[0]:
@@ -95,10 +102,10 @@ def evaluate(ablation: str) -> None:
 
         checks = gate_evaluate(config, score_table(results), stage.gate_report)
     seen = paths.metrics / "attention" / ablation
-    with whole(seen) as partial:
-        partial.mkdir()
+    with whole(seen) as unfinished:
+        unfinished.mkdir()
         for file, png in pictures.items():
-            (partial / file).write_bytes(png)
+            (unfinished / file).write_bytes(png)
     write_json(paths.metrics / f"{ablation}.json", scores)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker

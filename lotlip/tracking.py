@@ -195,8 +195,8 @@ class Tracker:
 
         Args:
             model: run.json of the trained ablation.
-            results: benchmark → its "protocol", its "seeds" → metric → value, and where there is any its "attention",
-                as in metrics/<ablation>.json.
+            results: benchmark → its "protocol", its "seeds" → metric → value, and where there are any its "attention" and
+                "reading" of each seed, as in metrics/<ablation>.json.
             folder: of the trained ablation.
             attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
         """
@@ -212,7 +212,12 @@ class Tracker:
             made = self.ensure_model(run_id, model["fingerprints"][seed], name, tags)
             seen = {name: result.get("attention", {}).get(seed, {}) for name, result in results.items()}
             numbers = {name: {"attention": found.get("values", {})} for name, found in seen.items()}
-            self.log_metrics(run_id, flatten(scores) | flatten(numbers), made)
+            read = {
+                f"{benchmark}.reading.hard_negatives.accuracy": reading[seed]["hard_negatives"]["accuracy"]["value"]
+                for benchmark, reading in ((name, result.get("reading")) for name, result in results.items())
+                if reading
+            }
+            self.log_metrics(run_id, flatten(scores) | flatten(numbers) | read, made)
             for benchmark, found in scores.items():
                 for file, image in run_figures(history, found).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)

@@ -11,6 +11,7 @@ from lotlip.data.tokenizer import used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts
 from lotlip.evaluation.encoders import Encoder
 from lotlip.evaluation.metrics import Scores, chance, class_features, classification, retrieval
+from lotlip.evaluation.reading import questions
 
 KS = (1, 5, 10)
 
@@ -76,6 +77,8 @@ def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]
     texts = [text for kind in benchmark.retrieval.values() for text in kind.texts]
     if benchmark.prompts:
         texts += [prompt for prompts in benchmark.prompts.classes for prompt in prompts]
+    if benchmark.scenes:
+        texts += [text for question in questions(benchmark.scenes) for text in question.changed]
     used = used_tokens(tokenizer, texts)
     share = len(used - set(vocabulary)) / max(len(used), 1)
     limit = benchmark.max_unseen_tokens

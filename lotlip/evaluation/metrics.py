@@ -19,7 +19,7 @@ TOLERANCE = 1e-6
 TILE = 512  # images and texts that are compared at a time: what is left of a product is still in the cache
 _OWN = 64  # images whose similarities to their own texts are looked up at a time
 RESAMPLES = 1000
-_WEIGHTS_AT_ONCE = 2**21  # of the bootstrap: 16 MB
+_DRAWS_AT_ONCE = 2**20  # of the bootstrap: 8 MB
 
 # Some images, some texts → how alike they are when an image looks for its text and when a text looks for its image,
 # [i, t] each; by cosine both are the same tensor.
@@ -79,21 +79,26 @@ def retrieval(
         resamples, seed: of the intervals.
 
     Returns:
-        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, `….mean_rank` and `….median_rank`; all with
-        intervals.
+        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, and `….mean_rank`, all with intervals;
+        `….median_rank`.
 
     Raises:
         ValueError: shapes or indices do not fit, an image has no text, or a feature is not finite.
     """
     _check_index(text_image, "text_image", "images", len(text_features), len(image_features))
     order = text_image.argsort(stable=True)  # texts of an image side by side
-    compare = _comparison(image_features, text_features, text_mask, "text_features", order.to(text_features.device))
+    compare = comparison(image_features, text_features, text_mask, "text_features", order.to(text_features.device))
     owner = text_image[order].to(image_features.device)
     by_image, by_text = _search_both_ways(compare, owner, chunk)
-    images = torch.arange(len(image_features))
-    return summary(_outcomes(by_image, ks), images, resamples, seed).under("image_to_text") | summary(
-        _outcomes(by_text, ks), owner.cpu(), resamples, seed
-    ).under("text_to_image")
+    found = Scores()
+    for direction, places, image in (
+        ("image_to_text", by_image, torch.arange(len(image_features))),
+        ("text_to_image", by_text, owner.cpu()),
+    ):
+        outcomes = _outcomes(places, ks)
+        median = Scores({"median_rank": outcomes["mean_rank"].quantile(0.5).item()})
+        found |= (summary(outcomes, image, resamples, seed) | median).under(direction)
+    return found
 
 
 def classification(
@@ -135,7 +140,7 @@ def classification(
         raise ValueError(
             f"labels lie between {int(labels.min())} and {int(labels.max())}, classes in 0 … {classes - 1}"
         )
-    compare = _comparison(image_features, class_features, text_mask, "class_features")
+    compare = comparison(image_features, class_features, text_mask, "class_features")
     if prompt_class is not None:
         _check_index(prompt_class, "prompt_class", "classes", len(class_features), classes)
     found = []
@@ -174,6 +179,37 @@ def chance(images: int, texts_per_image: int, k: int) -> float:
     return 1 - math.comb(texts - texts_per_image, k) / math.comb(texts, k) if k < texts else 1.0
 
 
+def comparison(
+    image_features: Tensor,
+    text_features: Tensor,
+    text_mask: Tensor | None,
+    text_name: str,
+    order: Tensor | slice = slice(None),
+) -> Compare:
+    """What compares some images with some texts, by cosine or late interaction.
+
+    Args:
+        image_features, text_features, text_mask: as of `retrieval`.
+        text_name: what an error calls the texts.
+        order: texts are numbered in this order, [T].
+
+    Raises:
+        ValueError: shapes do not fit, or a feature is not finite.
+    """
+    if text_mask is None:
+        images, texts = _normalised(image_features, "image_features"), _normalised(text_features, text_name)[order]
+        return lambda rows, columns: cosine(images[rows], texts[columns])
+    if text_features.ndim != 3 or text_mask.shape != text_features.shape[:2]:
+        raise ValueError(
+            f"{text_name} {list(text_features.shape)} and text_mask {list(text_mask.shape)} do not fit; "
+            "late interaction needs [T, L, D] and [T, L]"
+        )
+    mask = text_mask[order]
+    patches = _normalised(image_features, "image_features", "[I, P, D]")
+    tokens = _normalised(text_features[order].masked_fill(~mask[..., None], 0), text_name, "[T, L, D]")
+    return lambda rows, columns: late_interaction(patches[rows], tokens[columns], mask[columns])
+
+
 def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Scores:
     """Means over queries, with 95 % confidence intervals by the percentile bootstrap.
 
@@ -181,7 +217,7 @@ def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RE
     of its queries. Equal seeds draw equal samples, so two systems' scores are on the same ones.
 
     Args:
-        outcomes: by name, one number for each query, [Q]; those called "rank" give `mean_rank` and `median_rank`.
+        outcomes: by name, one number for each query, [Q].
         cluster: [Q], 0 … C−1: which queries belong together.
         resamples: how many samples are drawn; with none there are no intervals.
         seed: of the draws.
@@ -189,44 +225,31 @@ def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RE
     Returns:
         a mean for each outcome, by the same names.
     """
-    names = ["mean_rank" if name == "rank" else name for name in outcomes]
-    values = torch.stack(list(outcomes.values()), dim=1).double()  # [Q, M]
-    ranks = outcomes.get("rank")
-    once = torch.ones(1, len(values), dtype=torch.float64)
-
-    def statistics(weights: Tensor) -> Tensor:  # [samples, Q] → [samples, names]
-        means = weights @ values / weights.sum(dim=1, keepdim=True)
-        return means if ranks is None else torch.cat([means, _medians(ranks.double(), weights)[:, None]], dim=1)
-
-    names += [] if ranks is None else ["median_rank"]
-    whole = dict(zip(names, statistics(once)[0].tolist(), strict=True))
-    if not resamples:
-        return Scores(whole)
-    samples = torch.cat([statistics(weights) for weights in _samples(cluster, resamples, seed)])
-    ends = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
-    return Scores(whole, {name: (low, high) for name, (low, high) in zip(names, ends, strict=True)})
-
-
-def _samples(cluster: Tensor, resamples: int, seed: int) -> Iterator[Tensor]:
-    """How often each query is in each of some samples of clusters, [samples, Q], until there are all."""
-    generator = torch.Generator().manual_seed(seed)
     clusters = int(cluster.max()) + 1
-    at_once = max(1, _WEIGHTS_AT_ONCE // len(cluster))
+    every = torch.stack([*outcomes.values(), torch.ones(len(cluster))], dim=1).double()  # [Q, names + 1]: and a count
+    sums = every.new_zeros(clusters, every.shape[1]).index_add_(0, cluster, every)
+
+    def means(counts: Tensor) -> Tensor:  # how often each cluster is in each sample, [samples, C] → [samples, names]
+        totals = counts.double() @ sums
+        return totals[:, :-1] / totals[:, -1:]
+
+    values = dict(zip(outcomes, means(torch.ones(1, clusters))[0].tolist(), strict=True))
+    if not resamples:
+        return Scores(values)
+    drawn = torch.cat([means(counts) for counts in _samples(clusters, resamples, seed)])
+    ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+    return Scores(values, {name: (low, high) for name, (low, high) in zip(outcomes, ends, strict=True)})
+
+
+def _samples(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """How often each cluster is in each of some samples, [samples, C], until there are all."""
+    generator = torch.Generator().manual_seed(seed)
+    at_once = max(1, _DRAWS_AT_ONCE // clusters)
     for done in range(0, resamples, at_once):
         samples = min(at_once, resamples - done)
         drawn = torch.randint(clusters, (samples, clusters), generator=generator)
         places = drawn + clusters * torch.arange(samples)[:, None]
-        counts = places.flatten().bincount(minlength=samples * clusters).view(samples, clusters)
-        yield counts[:, cluster].double()
-
-
-def _medians(values: Tensor, weights: Tensor) -> Tensor:
-    """The median of [Q] in each sample, as if a value were there as often as its weight says; [samples]."""
-    ordered, order = values.sort()
-    up_to = weights[:, order].cumsum(dim=1)  # [samples, Q]
-    total = up_to[:, -1:]
-    middle = torch.cat([(total - 1) // 2, total // 2], dim=1)  # one or two places, from 0
-    return ordered[torch.searchsorted(up_to, middle, right=True)].mean(dim=1)
+        yield places.flatten().bincount(minlength=samples * clusters).view(samples, clusters)
 
 
 class _Places(NamedTuple):
@@ -301,31 +324,9 @@ def _search_both_ways(compare: Compare, owner: Tensor, chunk: int) -> tuple[_Pla
 
 
 def _outcomes(places: _Places, ks: Sequence[int]) -> dict[str, Tensor]:
-    """What `summary` averages: "r<k>" and "rank", expected over fair draws; [Q] each."""
+    """What `summary` averages: "r<k>" and "mean_rank", expected over fair draws; [Q] each."""
     hits = {f"r{k}": _expected_hits(k - places.ahead, places.own, places.others) for k in ks}
-    return {**hits, "rank": 1 + places.ahead + places.others / (places.own + 1)}
-
-
-def _comparison(
-    image_features: Tensor,
-    text_features: Tensor,
-    text_mask: Tensor | None,
-    text_name: str,
-    order: Tensor | slice = slice(None),
-) -> Compare:
-    """Compares images with texts, which are numbered in `order`."""
-    if text_mask is None:
-        images, texts = _normalised(image_features, "image_features"), _normalised(text_features, text_name)[order]
-        return lambda rows, columns: cosine(images[rows], texts[columns])
-    if text_features.ndim != 3 or text_mask.shape != text_features.shape[:2]:
-        raise ValueError(
-            f"{text_name} {list(text_features.shape)} and text_mask {list(text_mask.shape)} do not fit; "
-            "late interaction needs [T, L, D] and [T, L]"
-        )
-    mask = text_mask[order]
-    patches = _normalised(image_features, "image_features", "[I, P, D]")
-    tokens = _normalised(text_features[order].masked_fill(~mask[..., None], 0), text_name, "[T, L, D]")
-    return lambda rows, columns: late_interaction(patches[rows], tokens[columns], mask[columns])
+    return {**hits, "mean_rank": 1 + places.ahead + places.others / (places.own + 1)}
 
 
 def _class_means(prompts: Tensor, prompt_class: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ every word; the words of long texts are those of long captions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from lotlip.sources import scenes
 from lotlip.sources.scenes import PLACES, TIMES, Scene, SceneObject, with_articles
 
@@ -27,26 +29,36 @@ _SHAPE_PROMPTS = (
 
 def long_text(scene: Scene) -> str:
     """Describes all of a scene, a sentence for each thing; under 125 word pieces of bert-base-uncased."""
+    return as_text(sentences(scene))
+
+
+def as_text(told: Iterable[str]) -> str:
+    """Sentences one after another."""
+    return ". ".join(told) + "."
+
+
+def sentences(scene: Scene) -> list[str]:
+    """Of a long text: one on the setting, then `object_texts`."""
     setting = scene.setting
-    sentences = [f"This is a picture {PLACES[setting.place]} {TIMES[setting.time]}", *object_texts(scene)]
-    return ". ".join(sentences) + "."
+    return [f"This is a picture {PLACES[setting.place]} {TIMES[setting.time]}", *object_texts(scene)]
 
 
 def object_texts(scene: Scene) -> list[str]:
-    """The sentences of `long_text` that name one object each: the salient one, then the small ones in their order."""
+    """The sentences of a long text that name one object each: the salient one, then the small ones in their order."""
     return [
         f"The main object is the {salient_words(scene)}",
-        *(_small_sentence(number, thing) for number, thing in enumerate(scene.objects)),
+        *(small_sentence(number, thing) for number, thing in enumerate(scene.objects)),
     ]
 
 
 def salient_words(scene: Scene) -> str:
-    """The words of `long_text` that are the salient object's."""
+    """The words of a long text that are the salient object's."""
     salient = scene.salient
     return f"{salient.size} {salient.texture} {salient.colour} {salient.shape}"
 
 
-def _small_sentence(number: int, thing: SceneObject) -> str:
+def small_sentence(number: int, thing: SceneObject) -> str:
+    """A sentence on a small object; `number` chooses its frame, in turns."""
     frame = _SMALL_FRAMES[number % len(_SMALL_FRAMES)]
     position = f"{thing.position} side" if thing.position in ("left", "right") else thing.position
     words = {"texture": thing.texture, "colour": thing.colour, "shape": thing.shape}

@@ -29,6 +29,7 @@ class Benchmark:
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
         attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
         pictures: name → PNG, of where the first seed's attention goes.
+        reading: seed → what `lotlip.evaluation.reading.Reading` says; empty where images are no scenes.
     """
 
     protocol: dict[str, Any]
@@ -37,6 +38,7 @@ class Benchmark:
     intervals: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
     attention: dict[int, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
+    reading: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
@@ -198,6 +200,7 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             },
             attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
             pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
+            reading={int(seed): found for seed, found in result.get("reading", {}).items()},
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }

@@ -76,7 +76,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
             "name": name,
             "headline": headline(inputs, name),
             "tables": results.benchmark_tables(inputs, name),
-            "figures": figures.benchmark_figures(inputs, name),
+            "figures": [*figures.benchmark_figures(inputs, name), *figures.reading_figures(inputs, name)],
             "attention": attention_section.attention_table(inputs, name),
             "seen": attention_section.attention_figures(inputs, name),
         }
