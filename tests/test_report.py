@@ -14,7 +14,7 @@ from PIL import Image
 
 from lotlip.config import Params
 from lotlip.report import build_report, groups, load_inputs
-from lotlip.report.figures import colours, context_figures
+from lotlip.report.figures import colours, context_figures, reading_figures
 from lotlip.report.results import benchmark_tables
 from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
@@ -483,6 +483,60 @@ def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
     assert "scenes-context-length" not in [t.slug for t in benchmark_tables(inputs, "scenes")]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Context length: cost" in text and "recall and cost" not in text
+
+
+# --- reading to the end -------------------------------------------------------------------------------------------
+
+
+def reading_of(place, seed):
+    """Made-up answers: accuracy falls towards the end of the text, recall rises with its length."""
+
+    def share(value):
+        return {"value": value, "interval": [value - 0.02, value + 0.04]}
+
+    best = 0.7 + place / 100 + seed / 10
+    return {
+        "hard_negatives": {
+            "scenes": 50,
+            "accuracy": share(best - 0.1),
+            "by_position": [
+                {"position": n + 1, "tokens_before": 30 + 10 * n, "accuracy": share(best - n / 10)} for n in range(3)
+            ],
+            "by_attribute": [{"attribute": "colour", "scenes": 50, "accuracy": share(best - 0.1)}],
+        },
+        "lengths": [
+            {"sentences": n + 1, "tokens": 11 * (n + 1), "image_to_text": share(n / 5), "text_to_image": share(n / 6)}
+            for n in range(5)
+        ],
+    }
+
+
+def test_reading_to_the_end_is_drawn_and_told(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    for place, name in enumerate(params.ablations):
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(path.read_text())
+        found["benchmarks"]["scenes"]["reading"] = {str(seed): reading_of(place, seed) for seed in (0, 1)}
+        write_json(path, found)
+    inputs = load_inputs(params, tmp_path)
+    hard, lengths = reading_figures(inputs, "scenes")
+    assert {"LiT", "LiT + long texts", "LoTLIP", "accuracy (%)", "1", "2", "3"} <= set(drawn_words(hard))
+    # alpha, beta and gamma, the mean of seeds 0 and 1
+    told = "LiT 75.0 % and 55.0 %; LiT + long texts 76.0 % and 56.0 %; LoTLIP 77.0 % and 57.0 %"
+    assert "30 word pieces stand before it) and in the last (50)" in hard.note and told in hard.note
+    assert {"LoTLIP, image → text", "LoTLIP, text → image", "R@1 (%)", "5"} <= set(drawn_words(lengths))
+    assert "(on average 11 word pieces) and with all (55)" in lengths.note
+    assert "LoTLIP, text → image 0.0 % and 66.7 %" in lengths.note
+    report = build_report(inputs, tmp_path / "report").parent
+    for figure in (hard, lengths):
+        assert (report / "figures" / f"{figure.slug}.png").stat().st_size > 0
+        assert f"![{figure.title}](figures/{figure.slug}.png)\n\n{figure.note}" in (report / "report.md").read_text()
+        assert figure.title in (report / "index.html").read_text()
+
+
+def test_where_no_model_was_asked_to_read_nothing_is_drawn(inputs):
+    assert reading_figures(inputs, "scenes") == []
 
 
 def test_without_counted_operations_nothing_is_said_of_them(inputs, report):
