@@ -130,7 +130,10 @@ def import_official(
 def embed(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
     source: Annotated[
-        Path, typer.Argument(metavar="INPUT", help="Folder of images, or texts: .txt with one a line, or as for stats.")
+        Path,
+        typer.Argument(
+            metavar="INPUT", help="Images: a folder, or ingest's. Texts: .txt, one a line, or as for stats."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="What to write: .parquet, or .npy with its rows' names beside it.")],
     kind: Annotated[
@@ -141,6 +144,7 @@ def embed(
         list[str] | None,
         typer.Option(help="Name of a text field, as for stats; may be given several times.", metavar="NAME"),
     ] = None,
+    split: Annotated[str | None, typer.Option(help="Embed only this split.", metavar="NAME")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
     """Write the features of images or of texts, for `lotlip search` and anything else."""
@@ -155,7 +159,7 @@ def embed(
                 bar.reset(total)  # the model is loaded: the rate is counted from here
             bar.update(done - bar.n)
 
-        found = embed(model, source, out, kind, batch_size, field or (), device, show)
+        found = embed(model, source, out, kind, batch_size, field or (), split, device, show)
     for name, reason in found.left_out:
         typer.echo(f"{name} left out: {reason}", err=True)
     typer.echo(f"{out}: {found.rows:,} features of {found.width} numbers, {len(found.left_out)} left out", err=True)

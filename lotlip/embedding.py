@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,13 +11,13 @@ import numpy as np
 
 from lotlip.batches import ahead, in_batches
 from lotlip.files import weights_hash
-from lotlip.index import Rows, index_writer, nearest, open_index
+from lotlip.index import Index, Rows, index_writer, nearest, open_index
+from lotlip.pictures import Pictures, open_pictures, printable
 
 if TYPE_CHECKING:
     from PIL import Image
 
 KINDS = ("images", "texts")
-IMAGE_ENDINGS = (".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
 
 
@@ -109,22 +108,24 @@ def embed(
     kind: str | None = None,
     batch_size: int = 64,
     fields: Sequence[str] = (),
+    split: str | None = None,
     device: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embedded:
-    """Writes the features of the images of a folder, or of the texts of a file. The file is whole or not there.
+    """Writes the features of images, or of texts. The file is whole or not there.
 
     Features are written as they come, so that memory does not grow with their number. An image that cannot be read, or
     a text without a character, is left out.
 
     Args:
         model: folder of the saved model.
-        source: of images: a folder, whose folders are searched too, hidden ones not. Of texts: a .txt file with one on
-            each line, or whatever `lotlip.annotations.read_texts` reads.
-        out: a .parquet or .npy file, as of `lotlip.index`; an image is named by its path below `source`.
+        source: of images: a folder of them, or what ingest left, as for `lotlip.pictures.open_pictures`, which names
+            them. Of texts: a .txt file with one on each line, or whatever `lotlip.annotations.read_texts` reads.
+        out: a .parquet or .npy file, as of `lotlip.index`.
         kind: "images" or "texts"; where None, a folder has images and a file has texts.
         batch_size: items that the model takes at a time.
         fields: of the texts, as for `read_texts`.
+        split: only this one, of what has splits; all where None.
         device: as for `Embedder`.
         on_progress: told how many items are done, and of how many.
 
@@ -138,25 +139,29 @@ def embed(
         raise ValueError(f"batch_size is {batch_size}, and must be at least 1")
     left_out: list[tuple[str, str]] = []
     if kind == "images":
-        files = _image_files(source, fields)
-        total = len(files)
+        if fields:
+            raise ValueError("images have no fields: leave --field out, or say --kind texts")
+        pictures = open_pictures(source, split)
+        total = len(pictures.names)
     else:
         # reading texts takes little beside encoding them: what is broken is known before hours are spent
-        total = sum(1 for _ in _texts(source, fields))
+        total = sum(1 for _ in _texts(source, fields, split))
     embedder = Embedder(model, device, batch_size)
     about = {
         "model": str(model.resolve()),
         "weights_sha256": weights_hash(model),
         "kind": kind,
         "width": embedder.width,
+        "source": str(source.resolve()),
+        "split": split,
     }
     written = 0
     with index_writer(out, about) as write:
         on_progress(0, total)
         if kind == "images":
-            encoded = _encode_images(embedder, source, files, batch_size, left_out)
+            encoded = _encode_images(embedder, pictures, batch_size, left_out)
         else:
-            encoded = _encode_texts(embedder, _texts(source, fields), batch_size, left_out)
+            encoded = _encode_texts(embedder, _texts(source, fields, split), batch_size, left_out)
         for rows in encoded:
             write(rows)
             written += len(rows.names)
@@ -167,37 +172,18 @@ def embed(
     return Embedded(written, embedder.width, left_out)
 
 
-def _image_files(root: Path, fields: Sequence[str]) -> list[Path]:
-    """Images below a folder, sorted."""
-    if fields:
-        raise ValueError("images have no fields: leave --field out")
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder of images")
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in files if not name.startswith(".")]
-    images = sorted(file for file in found if file.suffix.lower() in IMAGE_ENDINGS)
-    if not images:
-        raise ValueError(f"the folder {root} has no image ({', '.join(IMAGE_ENDINGS)})")
-    return images
-
-
 def _encode_images(
-    embedder: Embedder, root: Path, files: list[Path], batch_size: int, left_out: list[tuple[str, str]]
+    embedder: Embedder, pictures: Pictures, batch_size: int, left_out: list[tuple[str, str]]
 ) -> Iterator[Rows]:
     """Encodes a batch of images while threads decode the next ones."""
 
-    def prepare(file: Path) -> tuple[str, np.ndarray | str]:
-        name = _printable(file.relative_to(root).as_posix())
+    def prepare(name: str) -> tuple[str, np.ndarray | str]:
         try:
-            return name, embedder.prepare(file.read_bytes())
-        except OSError as error:
-            return name, f"cannot be read: {error.strerror}"
+            return name, embedder.prepare(pictures.read(name))
         except ValueError as error:
             return name, str(error)
 
-    for batch in in_batches(ahead(prepare, files, 2 * batch_size), batch_size):
+    for batch in in_batches(ahead(prepare, pictures.names, 2 * batch_size), batch_size):
         left_out += [(name, found) for name, found in batch if isinstance(found, str)]
         good = [(name, found) for name, found in batch if not isinstance(found, str)]
         yield Rows([name for name, _ in good], None, embedder.prepared(pixels for _, pixels in good))
@@ -213,27 +199,22 @@ def _encode_texts(
         yield Rows([name for name, _ in good], found, embedder.texts(found))
 
 
-def _texts(source: Path, fields: Sequence[str]) -> Iterator[tuple[str, str]]:
+def _texts(source: Path, fields: Sequence[str], split: str | None) -> Iterator[tuple[str, str]]:
     """Name and text of each; a text without a character is ""."""
     from lotlip.annotations import read_texts
 
     if source.is_dir() or source.suffix.lower() != ".txt":
-        for name, text in read_texts(source, fields):
-            yield _printable(name), text
+        for name, text in read_texts(source, fields, split):
+            yield printable(name), text
         return
-    if fields:
-        raise ValueError(f"{source} has a text on each line, without fields: leave --field out")
+    if fields or split is not None:
+        raise ValueError(f"{source} has a text on each line, without fields or splits: leave --field and --split out")
     try:
         with source.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
-                yield _printable(f"{source.as_posix()}:{number}"), line.strip()
+                yield printable(f"{source.as_posix()}:{number}"), line.strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"{source} is not UTF-8 ({error.reason})") from error
-
-
-def _printable(name: str) -> str:
-    """A name as text that can be written as UTF-8, whatever bytes it has on disk."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -282,9 +263,14 @@ def search(
     if top < 1:
         raise ValueError(f"top is {top}, and must be at least 1")
     found = open_index(index)
-    embedder = Embedder(_maker(index, found.about, model), device, batch_size=1)
-    best = nearest(found.blocks(), _query(embedder, text, image), top)
-    rows = found.rows([row for _, row in best])
+    embedder = Embedder(maker(index, found.about, model), device, batch_size=1)
+    return matches(found, _query(embedder, text, image), top)
+
+
+def matches(index: Index, query: np.ndarray, top: int) -> list[Match]:
+    """The rows of an index that are nearest to a feature [D], as of `search`."""
+    best = nearest(index.blocks(), query, top)
+    rows = index.rows([row for _, row in best])
     return [Match(score, *rows[row]) for score, row in best]
 
 
@@ -297,8 +283,17 @@ def _query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarr
         raise ValueError(f"{image}: {error}") from error
 
 
-def _maker(index: Path, about: Any, given: Path | None) -> Path:
-    """The folder of the model that made an index."""
+def maker(index: Path, about: Mapping[str, Any], given: Path | None = None) -> Path:
+    """The folder of the model that made an index.
+
+    Args:
+        index: its file, for the messages.
+        about: what it says of itself.
+        given: where the model is now, if not where it was then.
+
+    Raises:
+        ValueError: the model is not there, or has other weights.
+    """
     folder = given or Path(about["model"])
     if not folder.is_dir():
         raise ValueError(f"{index} was made by a model in {folder}, which is not there; say with --model where it is")

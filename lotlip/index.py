@@ -30,7 +30,8 @@ class Index(NamedTuple):
     """An index on disk.
 
     Attributes:
-        about: "model", "weights_sha256", "kind" and "width", the D of its features.
+        about: "model", "weights_sha256", "kind" and "width", the D of its features; "source" and "split" of what was
+            embedded, in all but the oldest indexes.
         blocks: gives the features, some rows [N, D] at a time.
         rows: number of a row → its name and text.
     """
@@ -219,7 +220,7 @@ def _about(path: Path, data: bytes, key: str | None = None) -> Mapping[str, Any]
     try:
         about = json.loads(data)
         about = about[key] if key else about
-        return {name: about[name] for name in ("model", "weights_sha256", "kind", "width")}
+        return {**about, **{name: about[name] for name in ("model", "weights_sha256", "kind", "width")}}
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{path} does not say which model made it; write an index with `lotlip embed`") from error
 

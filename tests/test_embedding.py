@@ -23,6 +23,7 @@ from lotlip.embedding import Embedder, Match, embed, search
 from lotlip.evaluation.encoders import choose_device
 from lotlip.models.saving import load_model
 from tests.conftest import COLOURS, THINGS, TinySample
+from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model
 
 TEXTS = [
@@ -197,8 +198,24 @@ def test_the_images_of_a_folder(tmp_path, model, pictures, tiny_samples, image_f
     assert found.left_out[0][1].startswith("not a readable image (12 bytes)")
     assert found.left_out[1][1] == "cannot be read: No such file or directory"
     assert about.pop("weights_sha256") == embedding.weights_hash(model)
-    assert about == {"model": str(model.resolve()), "kind": "images", "width": 32}
+    source = {"source": str(pictures.resolve()), "split": None}
+    assert about == {"model": str(model.resolve()), "kind": "images", "width": 32, **source}
     assert seen == [(0, 9), (2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_pictures_and_texts_that_ingest_left(tmp_path, model, tiny_samples, image_features, split):
+    """Pictures are named by their keys; a split is embedded alone where one is asked for."""
+    source = ingested(tmp_path / "ingest", {sample.key: sample.image for sample in tiny_samples[:9]})
+    keys = [sample.key for sample in tiny_samples[(6 if split else 0) : 9]]
+    embed(model, source, tmp_path / "images.parquet", split=split)
+    names, _, features, about = read(tmp_path / "images.parquet")
+    assert sorted(names) == sorted(keys)
+    np.testing.assert_allclose(features, [image_features[name] for name in names], atol=1e-5)
+    assert (about["source"], about["split"]) == (str(source), split)
+    embed(model, source, tmp_path / "texts.parquet", kind="texts", split=split)
+    found = read(tmp_path / "texts.parquet")
+    assert (found[0], found[1]) == (names, [f"raw caption of {name}" for name in names])
 
 
 def test_the_name_of_a_file_may_be_any_bytes(tmp_path, model, tiny_samples):
@@ -273,6 +290,8 @@ def test_when_nothing_can_be_embedded_there_is_no_index(tmp_path, model):
         ("latin.txt", {}, r"latin\.txt is not UTF-8"),
         ("nothing.txt", {}, r"nothing\.txt"),
         ("pictures", {"fields": ["text"]}, "images have no fields"),
+        ("pictures", {"split": "test"}, "only that has splits: leave --split out"),
+        ("texts.txt", {"split": "test"}, "without fields or splits"),
         ("empty", {}, "empty has no image"),
     ],
 )

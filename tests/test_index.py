@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lotlip import index
 from lotlip.index import Rows, index_writer, nearest, open_index
 
-ABOUT = {"model": "models/lotlip", "weights_sha256": "abc", "kind": "texts", "width": 3}
+ABOUT = {"model": "models/lotlip", "weights_sha256": "abc", "kind": "texts", "width": 3, "source": "texts.txt"}
 ENDINGS = (".parquet", ".npy")
 
 
@@ -93,6 +93,12 @@ def test_parquet_is_written_in_groups(tmp_path, monkeypatch):
     assert table.schema.field("embedding").type.list_size == 3
     assert np.array_equal(np.array(table["embedding"].to_pylist(), dtype=np.float32), written)
     assert json.loads(table.schema.metadata[b"lotlip"]) == ABOUT
+
+
+def test_an_index_of_before_sources_were_remembered_is_read(tmp_path):
+    with index_writer(tmp_path / "index.npy", {name: ABOUT[name] for name in ABOUT if name != "source"}) as add:
+        add(Rows(["a"], ["b"], features(1)))
+    assert "source" not in open_index(tmp_path / "index.npy").about
 
 
 @pytest.mark.parametrize("rows", [1, 100_003])
