@@ -249,6 +249,40 @@ def evaluate(
 
 
 @app.command()
+def explore(
+    pictures_index: Annotated[
+        Path, typer.Argument(metavar="PICTURES_INDEX", help="What `lotlip embed` wrote of pictures.")
+    ],
+    texts: Annotated[Path | None, typer.Option(help="What it wrote of texts.", metavar="TEXTS_INDEX")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Where the model is now that made the index.", metavar="DIR")
+    ] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help="Where the pictures are now, if not where they were.", metavar="DIR")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Of the page; else a free one.", min=1, max=65535, metavar="N")
+    ] = None,
+    top: Annotated[int, typer.Option(help="How many pictures or texts to find.", min=1, metavar="N")] = 6,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+) -> None:
+    """Serve a page on loopback: texts find pictures, pictures find texts, maps show what was looked at."""
+    import threading
+    from contextlib import suppress
+
+    from lotlip.explore.explorer import Explorer
+
+    try:
+        from lotlip.explore.page import served
+    except ImportError as error:
+        raise ValueError(f"the page needs Gradio ({error}): pip install 'lotlip[explore]'") from error
+    with served(Explorer(pictures_index, texts, model, pictures, top, device), port) as address:
+        typer.echo(f"{address} (Ctrl+C ends it)", err=True)
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait()
+
+
+@app.command()
 def verify(
     folder: Annotated[
         Path,

@@ -16,6 +16,9 @@ from lotlip.pictures import Pictures, open_pictures, printable
 
 if TYPE_CHECKING:
     from PIL import Image
+    from torch import Tensor
+
+    from lotlip.models.lotlip import LotlipModel
 
 KINDS = ("images", "texts")
 _WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
@@ -81,6 +84,18 @@ class Embedder:
     @property
     def _none(self) -> np.ndarray:
         return np.empty((0, self.width), dtype=np.float32)
+
+    @property
+    def model(self) -> LotlipModel:
+        """The model itself, on its device."""
+        return self.encoder.model
+
+    def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """What the text tower takes of texts, on the model's device: ids [N, L], padded at the end, and lengths [N]."""
+        import torch
+
+        ids, lengths = (torch.from_numpy(part).to(self.model.device) for part in self.encoder.tokenizer(texts))
+        return ids, lengths
 
 
 # --- features into a file ---------------------------------------------------------------------------------------------

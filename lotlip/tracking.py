@@ -195,8 +195,8 @@ class Tracker:
 
         Args:
             model: run.json of the trained ablation.
-            results: benchmark → its "protocol", its "seeds" → metric → value, and where there are any its "attention" and
-                "reading" of each seed, as in metrics/<ablation>.json.
+            results: benchmark → its "protocol", its "seeds" → metric → value, and where there are any its "attention"
+                and "reading" of each seed, as in metrics/<ablation>.json.
             folder: of the trained ablation.
             attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
         """

@@ -1,0 +1,52 @@
+"""Relevance as heat over a picture, which shows on dark pictures and on light ones."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+_SIDE = 288  # pixels of the shorter side, as pictures are shown
+_GAP = 6
+_HEAT = np.array([225, 29, 72], dtype=np.float32)
+_LEAST_PEAK = 3.0  # times the even share: a map whose highest patch has less is not stretched to full heat
+
+
+def shown(picture: Image.Image) -> Image.Image:
+    """An RGB picture, whole, in the size in which the page shows it."""
+    scale = _SIDE / min(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    return picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def heat(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
+    """A picture in grey with the relevance of its patches in colour; what the model does not see of it is pale.
+
+    Grey is kept from black and white, so that heat is told apart from any picture below it.
+
+    Args:
+        picture: RGB.
+        relevance: of patches of the square in its centre, which the model sees, [G, G']; sums to 1.
+
+    Returns:
+        RGB, as large as `shown` makes it.
+    """
+    picture = shown(picture)
+    grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 60
+    peak = max(float(relevance.max()), _LEAST_PEAK / relevance.size)
+    square = Image.fromarray((relevance / peak).astype(np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
+    left, top = (picture.width - _SIDE) // 2, (picture.height - _SIDE) // 2
+    strength = np.zeros((picture.height, picture.width, 1), dtype=np.float32)
+    inside = (slice(top, top + _SIDE), slice(left, left + _SIDE))
+    strength[inside] = np.asarray(square)[..., None].clip(0, 1)
+    coloured = grey + (_HEAT - grey) * 0.85 * strength
+    pale = grey * 0.3 + 255 * 0.7
+    pale[inside] = coloured[inside]
+    return Image.fromarray(pale.round().astype(np.uint8))
+
+
+def beside(left: Image.Image, right: Image.Image) -> Image.Image:
+    """Two pictures of one height, side by side."""
+    both = Image.new("RGB", (left.width + _GAP + right.width, left.height), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + _GAP, 0))
+    return both
