@@ -26,13 +26,14 @@ _EXAMPLES = 4
 _KEPT_S = 3600  # pictures that the page has shown are deleted after so long, and when the server ends
 _HINT = (
     "Heat is relevance of patches for the text, by gradient-weighted attention roll-out; full heat is a picture's "
-    "hottest patch. The model sees the square in the centre."
+    "hottest patch, or three times the even share if that is more. The model sees the square in the centre."
 )
 # Gradio's galleries have square cells and scroll inside; here a cell is as high as its picture, and the page scrolls.
 _CSS = """
-.lotlip-gallery .grid-wrap {overflow: visible; max-height: none; padding: 0}
+.lotlip-gallery .grid-wrap {overflow: visible; min-height: 0 !important; max-height: none; padding: 0}
 .lotlip-gallery .grid-container {grid-template-rows: none !important; grid-auto-rows: auto !important}
 .lotlip-gallery .thumbnail-item {aspect-ratio: auto !important; height: auto !important}
+#texts * {font-family: var(--font) !important}
 .lotlip-text {white-space: pre-wrap} .lotlip-text s {opacity: .45}
 .lotlip-spread table {border-collapse: collapse; width: 100%} .lotlip-spread th {font-weight: 600}
 .lotlip-spread td, .lotlip-spread th {padding: .25rem .5rem; text-align: right; white-space: nowrap}
@@ -127,7 +128,7 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
     with gradio.Blocks(
         title="LoTLIP explorer", analytics_enabled=False, fill_width=True, delete_cache=(_KEPT_S, _KEPT_S)
     ) as page:
-        gradio.Markdown(f"# Explore\n`{explorer.folder}`: long texts find pictures, pictures find texts.")
+        gradio.Markdown(f"# Explore\n`{_near(explorer.folder)}`: long texts find pictures, pictures find texts.")
         with gradio.Tab("Text → pictures"):
             _text_tab(explorer)
         with gradio.Tab("Picture → texts"):
@@ -136,6 +137,12 @@ def build_page(explorer: Explorer) -> gradio.Blocks:
             else:
                 gradio.Markdown("There are no texts to find: start with `--texts` and an index of some.")
     return page
+
+
+def _near(folder: Path) -> Path:
+    """A folder as it is called from here, where it is below."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _text_tab(explorer: Explorer) -> None:
