@@ -267,6 +267,7 @@ def explore(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
     """Serve a page on loopback: texts find pictures, pictures find texts, maps show what was looked at."""
+    import signal
     import threading
     from contextlib import suppress
 
@@ -276,6 +277,7 @@ def explore(
         from lotlip.explore.page import served
     except ImportError as error:
         raise ValueError(f"the page needs Gradio ({error}): pip install 'lotlip[explore]'") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing of the page is left then, either
     with served(Explorer(pictures_index, texts, model, pictures, top, device), port) as address:
         typer.echo(f"{address} (Ctrl+C ends it)", err=True)
         with suppress(KeyboardInterrupt):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -171,6 +172,15 @@ def test_what_stands_in_a_text_is_no_markup(explorer):
     found = spread_html(explorer.look(Image.new("RGB", (16, 16)), text))
     assert "<img" not in found
     assert "&lt;img src=x&gt;" in found
+
+
+def test_a_port_that_is_taken_is_an_error_in_words(explorer):
+    from lotlip.explore.page import served
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"cannot be served on 127\.0\.0\.1: .*{port}.*choose another --port"):
+            served(explorer, port).__enter__()
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
