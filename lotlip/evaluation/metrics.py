@@ -310,14 +310,14 @@ def _search_both_ways(compare: Compare, owner: Tensor, chunk: int) -> tuple[_Pla
     by_image, by_text = _Tally(best), _Tally(to_image)
     for left in range(0, texts, chunk):
         for top in range(0, images, chunk):
-            rows, columns = slice(top, min(top + chunk, images)), slice(left, min(left + chunk, texts))
-            found = compare(rows, columns)
-            mine = slice(max(ends[rows.start], columns.start), min(ends[rows.stop], columns.stop))
-            if mine.start < mine.stop:
+            tile, across = slice(top, min(top + chunk, images)), slice(left, min(left + chunk, texts))
+            found = compare(tile, across)
+            together = slice(max(ends[tile.start], across.start), min(ends[tile.stop], across.stop))
+            if together.start < together.stop:
                 for similarity in found:
-                    similarity[owner[mine] - top, place[mine] - left] = -math.inf
-            by_image.count(found[0], rows, 1)
-            by_text.count(found[1], columns, 0)
+                    similarity[owner[together] - top, place[together] - left] = -math.inf
+            by_image.count(found[0], tile, 1)
+            by_text.count(found[1], across, 0)
     as_good = (to_text >= best[owner] - TOLERANCE).double()
     own = torch.zeros_like(best).double().index_add_(0, owner, as_good)
     return by_image.places(own), by_text.places(torch.ones(texts))

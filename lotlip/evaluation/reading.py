@@ -138,7 +138,8 @@ def questions(scenes: Sequence[Scene], seed: int = 0) -> list[Question]:
         attribute = min((name for name, values in free.items() if values), key=asked.__getitem__)
         asked[attribute] += 1
         place = chance.randrange(most)
-        wrong = replace(scene.objects[place], **{attribute: chance.choice(free[attribute])})
+        change: Any = {attribute: chance.choice(free[attribute])}  # one of the attributes that are words
+        wrong = replace(scene.objects[place], **change)
         others = sentences(scene)
         first = len(others) - most  # of the small objects
         truth = others.pop(first + place)
