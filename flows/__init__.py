@@ -14,7 +14,7 @@ os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
 os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
 # Without a server, a flow starts one for itself on a database that another flow may be using.
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "60")
+os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] != "flows.warm":

@@ -125,10 +125,12 @@ class _Server:
 
     def serve(self) -> None:
         """Until the owner ends; then ends every fork."""
+        self.events.register(self.owner, selectors.EVENT_READ, self._stop)
         for name in PRELOADED:
+            if self.events.select(0):  # the owner has ended already
+                os._exit(0)
             importlib.import_module(name)
         gc.freeze()  # the collector would write to, and so copy, what the forks share
-        self.events.register(self.owner, selectors.EVENT_READ, self._stop)
         self.events.register(self.listener, selectors.EVENT_READ, self._accept)
         with contextlib.suppress(_Stopped):
             while True:

@@ -1,26 +1,40 @@
-"""Checkouts of their own, small enough to run the whole pipeline in them."""
+"""A checkout of its own, small enough to run the whole pipeline in it, and what flows find running beside it."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from flows.servers import api_address, free_port, prefect_server
+from flows.warm import warm
+
 ROOT = Path(__file__).parents[2]
 COPIED = ("flows", "lotlip", ".dvcignore", "dvc.yaml", "params.yaml", "profiles")
+# Coverage makes a program's imports half as slow again: for programs that run no code of ours, or are killed.
+UNTRACED = {"COVERAGE_PROCESS_CONFIG": "", "COVERAGE_PROCESS_START": ""}
 TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 class Workspace:
-    """A checkout in a temporary folder, with git and DVC set up."""
+    """A checkout in a temporary folder, with git and DVC set up.
 
-    def __init__(self, folder: Path) -> None:
+    Attributes:
+        alone: the environment of a program that finds nothing running, as a user's in a fresh checkout.
+        environment: of one that finds a Prefect server and a warm process, as a stage's under `make reproduce`: either
+            takes longer to start than most flows here to run.
+    """
+
+    def __init__(self, folder: Path, database: Path) -> None:
         self.folder = folder
+        self.database = database
         folder.mkdir()
         for name in COPIED:
             source = ROOT / name
@@ -31,23 +45,41 @@ class Workspace:
         (folder / "data" / "captions").mkdir(parents=True)
         (folder / "data" / "captions" / ".gitkeep").touch()
         shutil.copy(ROOT / ".gitignore", folder)
-        self.environment = {
+        self.alone = {
             **{key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL", "PREFECT_HOME")},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),
             "COVERAGE_FILE": str(ROOT / ".coverage"),
             "COVERAGE_RCFILE": str(ROOT / "pyproject.toml"),
         }
+        self.environment = self.alone
         self.run("git", "init", "--quiet")
         self.run("dvc", "init", "--quiet")
         self.run("git", "add", "--all")
         self.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
+        self.renew()
 
-    def run(self, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    def renew(self) -> None:
+        """Makes it a fresh checkout again; what Python compiled stays, and Prefect's tables are there."""
+        self.run("git", "checkout", "--quiet", ".")
+        self.run("git", "clean", "-dffxq", "--exclude=__pycache__")
+        (self.folder / ".prefect").mkdir()
+        shutil.copy(self.database, self.folder / ".prefect")
+
+    def run(self, *command: str, check: bool = True, alone: bool = False, **more: str) -> Any:
+        """Runs a command to its end.
+
+        Args:
+            command: and its arguments.
+            check: whether it must end well.
+            alone: whether it finds nothing running.
+            more: of its environment.
+        """
+        traced = command[0] == sys.executable
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**self.environment, **environment},
+            env={**(self.alone if alone else self.environment), **({} if traced else UNTRACED), **more},
             capture_output=True,
             text=True,
             check=False,
@@ -57,8 +89,9 @@ class Workspace:
         )
         return done
 
-    def python(self, module: str, *arguments: str, check: bool = True, **environment: str) -> Any:
-        return self.run(sys.executable, "-m", module, *arguments, check=check, **environment)
+    def python(self, module: str, *arguments: str, **options: Any) -> Any:
+        """Runs a module as a program; `options` as of `run`."""
+        return self.run(sys.executable, "-m", module, *arguments, **options)
 
     def change(self, edit: Callable[[dict[str, Any]], None]) -> None:
         """Edits params.yaml."""
@@ -84,5 +117,53 @@ def tiny(params: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="session")
-def make_workspace(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Workspace]:
-    return lambda: Workspace(tmp_path_factory.mktemp("checkout") / "project")
+def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Prefect's tables with nothing in them, made once for all workers: it takes 15 s, which a copy saves a server."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "prefect"
+    with Path(f"{home}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not home.exists():
+            begun = Path(f"{home}.part")
+            command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+            environment = {**os.environ, **UNTRACED, "PREFECT_HOME": str(begun)}
+            subprocess.run(command, env=environment, capture_output=True, check=True)
+            begun.rename(home)
+    return home / "prefect.db"
+
+
+@pytest.fixture(scope="session")
+def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a Prefect server that every flow may use."""
+    home, port = tmp_path_factory.mktemp("prefect-home"), free_port()
+    shutil.copy(prefect_database, home)
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**UNTRACED, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}.items():
+                patch.setenv(name, value)
+            patch.chdir(home)
+            stack.enter_context(prefect_server(port))
+        yield api_address(port)
+
+
+@pytest.fixture(scope="session")
+def checkout(prefect_database: Path, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """The one checkout of this process, for a warm process runs the stages of one checkout alone."""
+    workspace = Workspace(tmp_path_factory.mktemp("checkout") / "project", prefect_database)
+    with ExitStack() as stack:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(workspace.folder)  # so that the warm process is this checkout's
+            environment = {**workspace.alone, "PREFECT_API_URL": prefect_api}
+            workspace.environment = stack.enter_context(warm(environment))
+        yield workspace
+
+
+@pytest.fixture(scope="session")
+def make_workspace(checkout: Workspace) -> Callable[[], Workspace]:
+    """Gives the checkout as if it were fresh. There is one: what was asked for before is gone."""
+
+    def make() -> Workspace:
+        checkout.renew()
+        return checkout
+
+    return make

@@ -8,20 +8,19 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from flows.servers import api_address, free_port, prefect_server
 from lotlip.files import write_json
+from tests.flows.conftest import ROOT, UNTRACED
 from tests.training import tiny_job
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 FLOW = """
 import sys
 from pathlib import Path
@@ -49,16 +48,11 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of a program that talks to a Prefect server of its own."""
-    port = free_port()
+def server(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a program that talks to a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
-    environment = {"PREFECT_API_URL": api_address(port), "PREFECT_HOME": str(home)}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(home)
-        patch.setenv("PREFECT_HOME", str(home))
-        with prefect_server(port):
-            yield {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
+    environment = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(home)}
+    return {**os.environ, **UNTRACED, **environment, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture
@@ -80,7 +74,7 @@ def running(job: Path) -> list[psutil.Process]:
     return found
 
 
-def await_that(condition: Callable[[], bool], what: str, seconds: float = 120) -> None:
+def await_that(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"
@@ -108,7 +102,7 @@ def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
     )
     for seconds in (1, 2, 4, 8, 0):
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:  # 503: its database is busy, and clients are to ask again
             if error.code != 503 or not seconds:
@@ -123,8 +117,8 @@ def test_a_flow_that_is_ended_takes_training_with_it(server, job, sign):
     await_that(lambda: trains(job), "training runs")
     assert len(running(job)) == 5
     flow.send_signal(sign)
-    flow.wait(60)
-    await_that(lambda: not running(job), f"all of {running(job)} have ended", 60)
+    flow.wait(300)
+    await_that(lambda: not running(job), f"all of {running(job)} have ended")
 
 
 def test_a_flow_that_is_cancelled_takes_training_with_it(server, job):
@@ -137,7 +131,7 @@ def test_a_flow_that_is_cancelled_takes_training_with_it(server, job):
         run = ask(server, f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"job": str(job)}})
         await_that(lambda: trains(job), "training runs")
         ask(server, f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
-        await_that(lambda: not running(job), "all of its processes have ended", 90)
+        await_that(lambda: not running(job), "all of its processes have ended")
         assert runner.poll() is None  # the program that serves goes on serving
     finally:
         for process in [*psutil.Process(runner.pid).children(recursive=True), runner]:

@@ -18,9 +18,10 @@ from flows import stage as stages
 from flows.processes import run_group
 from flows.servers import free_port, is_free, prefect_server
 from flows.stage import Stage, StageFailed, hash_of
-from flows.warm import SOCKET, warm
+from flows.warm import SOCKET
 from lotlip.config import load_params
 from lotlip.records import UnitReport, Unusable
+from tests.flows.conftest import UNTRACED, Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -152,7 +153,7 @@ def alive(process: int) -> bool:
 
 
 def await_dead(process: int) -> bool:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while alive(process) and time.monotonic() < deadline:
         time.sleep(0.02)
     return not alive(process)
@@ -191,19 +192,13 @@ def test_a_failed_process_says_why(tmp_path: Path) -> None:
 # --- the warm process -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def warm_environment():
-    with warm({**os.environ, "PYTHONPATH": str(ROOT)}) as environment:
-        yield environment
-
-
 @pytest.mark.slow
-def test_a_warm_fork_is_the_program_it_was_asked_to_be(warm_environment, tmp_path: Path) -> None:
+def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_path: Path) -> None:
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
     (tmp_path / "target.py").write_text(code)
     done = subprocess.run(
         [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', ['x'])"],
-        env={**warm_environment, "MARK": "here"},
+        env={**checkout.environment, "MARK": "here"},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -213,11 +208,11 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(warm_environment, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_warm_fork_ends_with_the_program_that_handed_over(warm_environment, tmp_path: Path) -> None:
+def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
         [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', [])"],
-        env=warm_environment,
+        env=checkout.environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
@@ -239,7 +234,7 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
             "with warm(dict(os.environ)) as environment:\n"
             f"    print(environment[{SOCKET!r}], flush=True)\n    time.sleep(600)",
         ],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **UNTRACED, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -247,7 +242,7 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
     (warm_process,) = (child.pid for child in psutil.Process(owner.pid).children())
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    deadline = time.monotonic() + 60  # it may be importing still
+    deadline = time.monotonic() + 300  # it may be importing still
     while alive(warm_process) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(warm_process)
@@ -286,12 +281,12 @@ def test_a_port_in_use_is_named() -> None:
         (lambda text: text.replace("partition_size: 1000", "partition_size: 0"), "greater than or equal to 1, not 0"),
     ],
 )
-def test_bad_parameters_are_one_clear_line(tmp_path: Path, edit, message: str) -> None:
+def test_bad_parameters_are_one_clear_line(checkout: Workspace, tmp_path: Path, edit, message: str) -> None:
     (tmp_path / "params.yaml").write_text(edit((ROOT / "params.yaml").read_text()))
     done = subprocess.run(
         [sys.executable, "-m", "flows.ingest"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=checkout.environment,
         capture_output=True,
         text=True,
         check=False,
