@@ -221,3 +221,9 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> World:
 def world(clean: World, tmp_path: Path) -> World:
     """A copy of it, to plant a defect in."""
     return clean.copy(tmp_path / "world")
+
+
+@pytest.fixture
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has gates leave out Great Expectations' pages, three quarters of their time; what is found is in their words."""
+    monkeypatch.setattr("lotlip.gate._write_pages", lambda context: None)

@@ -18,6 +18,8 @@ from lotlip.partitions import read_table
 from lotlip.records import Caption, Failure, UnitReport
 from tests.defects import World
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 TRAIN, OTHER, TEST = "ingest/train/part-00000", "ingest/train/part-00001", "ingest/test/part-00000"
 
 

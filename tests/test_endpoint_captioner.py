@@ -172,7 +172,7 @@ def test_nothing_is_left_behind_when_the_captions_are_not_wanted_any_more():
         given = captioner(server.url, concurrency=4).caption(records(1000))
         next(given)
         given.close()
-        assert time.monotonic() - started < 5
+        assert time.monotonic() - started < 15  # all of them take 25 s
         left = [thread.name for thread in threading.enumerate() if thread.name.startswith("caption-")]
         assert left == []
         assert _connections_to(server.server_port) == 0
@@ -181,11 +181,11 @@ def test_nothing_is_left_behind_when_the_captions_are_not_wanted_any_more():
 
 def test_a_request_in_flight_is_not_tried_again_when_the_captions_are_not_wanted_any_more():
     with CaptioningServer(spoilt(silent, 9, lambda number: number == 1)) as server:
-        given = captioner(server.url, concurrency=2, timeout_seconds=0.5, retries=9).caption(records(2))
+        given = captioner(server.url, concurrency=2, timeout_seconds=2, retries=9).caption(records(2))
         next(given)
         started = time.monotonic()
         given.close()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 12  # ten tries take 20 s
         assert server.tries[picture(1)] <= 2
 
 
@@ -207,7 +207,7 @@ def test_a_request_that_fails_is_tried_again_and_nothing_is_lost_or_doubled(faul
 
 def test_a_request_that_takes_too_long_is_tried_again():
     with CaptioningServer(spoilt(silent)) as server:
-        found = list(captioner(server.url, timeout_seconds=0.5).caption(records(7)))
+        found = list(captioner(server.url, timeout_seconds=2).caption(records(7)))
     assert_all_there(found, 7)
 
 
@@ -268,7 +268,7 @@ def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_pat
 def _start_server(port: int) -> subprocess.Popen:
     environment = {**os.environ, "SECONDS_EACH": "0.02"}
     server = start_group([sys.executable, "-m", "tests.captioning_server", str(port)], env=environment)
-    _await(f"http://127.0.0.1:{port}/v1/models", server, 20)
+    _await(f"http://127.0.0.1:{port}/v1/models", server, 300)
     return server
 
 
@@ -494,7 +494,7 @@ def test_transformers_serve_captions_pictures(tmp_path):
     with (tmp_path / "log").open("w") as log:
         server = start_group(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
     try:
-        _await(f"{url}/health", server, 120)
+        _await(f"{url}/health", server, 600)
         author = captioner(f"{url}/v1", model=str(model), max_tokens=12, concurrency=2)
         found = list(author.caption(given))
         again = list(author.caption(given))

@@ -264,7 +264,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_world, tiny_samples, tmp_pa
     shards = spoiled(tmp_path / "shards", tiny_samples, 20)
     job = tiny_job(tiny_world, tmp_path, {"processes": processes}, shards=str(shards))
     process = start(job, tmp_path, processes)
-    _, errors = process.communicate(timeout=300)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     (message,) = {line for line in errors.splitlines() if line.startswith("error: ")}
     assert message.startswith("error: tiny, seed 0: the loss is nan at step ")

@@ -32,6 +32,8 @@ from lotlip.records import Caption, Failure, MeasuredCaption, UnitReport
 from lotlip.validation import gate_caption
 from tests.test_scene_captioner import RATES, captioner, records
 
+pytestmark = pytest.mark.usefixtures("without_pages")
+
 
 def caption(text: str, key: str = "k", finish_reason: str = "stop") -> Caption:
     return Caption(key, "llava", text, [text], 1, finish_reason, "r", "")

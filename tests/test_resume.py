@@ -183,7 +183,7 @@ def test_a_hung_peer_ends_the_run(tiny_world, tmp_path):
     wait_for(process, "step 10/1000")
     hung = trainers(process)[1]
     hung.suspend()
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
     assert "process 0 of 2 lost another one, which ended or did not answer for 4 s (pretrain.peer_timeout" in errors
     assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE

@@ -36,7 +36,7 @@ from tests.conftest import TinySample
 from tests.tiny_model import save_tiny_model
 
 TEXTS = ["A red dog. It runs under the open sky.", "two white houses", "One cat sits. One cat sleeps. One runs."]
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
@@ -228,10 +228,8 @@ def server(folder: Path, scratch: Path) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--env-manager", "local"]
-    # the model's copy of the code is not what coverage looks for
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # uvicorn is found by its name
-    environment |= {"MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db", "PATH": path}
+    environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db", "PATH": path}
     with (scratch / "log").open("w") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1", "--port", str(port)],
@@ -267,7 +265,7 @@ def answers(address: str) -> bool:
 def ask(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(f"{address}/invocations", data, {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=300) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

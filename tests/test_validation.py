@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 from PIL import Image
 
 from lotlip.config import CaptionStage, Evaluate, Pretrain, ScenesTower, TimmTower
-from lotlip.gate import Check, GateFailed, run_gate
+from lotlip.gate import Check, GateFailed
 from lotlip.partitions import write_captions
 from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.validation import (
@@ -28,6 +26,9 @@ from lotlip.validation import (
     gate_report,
 )
 from tests.partitions import write_partition
+from tests.test_gate import found
+
+pytestmark = pytest.mark.usefixtures("without_pages")
 
 KEYS = {f"{split}/part-00000": [f"{split}-{number}" for number in range(10)] for split in ("train", "val")}
 BROKEN = Failure("train-9", "train-9.png", "the image is broken", "unreadable")
@@ -59,76 +60,6 @@ def ingest(folder: Path, items: dict[str, Sequence[ImageRecord | Failure]] | Non
 def captions(folder: Path, items: dict[str, Sequence[Caption | Failure]] | None = None) -> list[UnitReport]:
     every = {name: [caption(key) for key in keys] for name, keys in KEYS.items()} | (items or {})
     return [write_captions(name, unit, len(unit), folder) for name, unit in every.items()]
-
-
-def found(gate: Callable[[Path], list[Check]], report: Path) -> str:
-    """What a gate that fails says: its one bad check."""
-    with pytest.raises(GateFailed) as raised:
-        gate(report)
-    message = str(raised.value)
-    assert str(report / "gate.md") in message
-    lines = [line.removeprefix("  - ") for line in message.splitlines() if line.startswith("  - ")]
-    assert len(lines) == 1, message
-    return lines[0]
-
-
-# --- any gate -----------------------------------------------------------------------------------------------------
-
-
-def checked(table: dict[str, list], report: Path) -> list[Check]:
-    from great_expectations import expectations as gxe
-
-    suite = [gxe.ExpectColumnValuesToBeBetween(column="size", max_value=5, meta={"what": "size | is at most 5"})]
-    return run_gate("demo", {"units": pd.DataFrame(table)}, {"units": suite}, report)
-
-
-def test_a_gate_that_passes_leaves_a_report(tmp_path):
-    assert checked({"unit": ["a", "b"], "size": [1, 5]}, tmp_path) == [Check("size | is at most 5", "all do", True)]
-    report = (tmp_path / "gate.md").read_text()
-    assert report.startswith("# Gate after demo: passed")
-    assert "| ok | size \\| is at most 5 | all do |" in report
-    assert (tmp_path / "data_docs/index.html").is_file()
-    assert list((tmp_path / "data_docs/validations").rglob("*.html"))
-
-
-def test_a_gate_that_fails_names_the_rows(tmp_path):
-    table = {"unit": list("abcdef"), "size": [6, 1, 7, 8, 9, 5]}
-    line = found(lambda report: checked(table, report), tmp_path)
-    assert line == "size | is at most 5: found 4 of 6 do not: a (6), c (7), d (8), …"
-    assert "# Gate after demo: FAILED" in (tmp_path / "gate.md").read_text()
-    assert "| **no** |" in (tmp_path / "gate.md").read_text()
-
-
-def test_a_column_that_is_not_there_fails(tmp_path):
-    assert "could not be looked at" in found(lambda report: checked({"unit": ["a"]}, report), tmp_path)
-
-
-def test_a_second_try_replaces_the_report(tmp_path):
-    with pytest.raises(GateFailed):
-        checked({"unit": ["a"], "size": [6]}, tmp_path)
-    checked({"unit": ["a"], "size": [5]}, tmp_path)
-    assert "passed" in (tmp_path / "gate.md").read_text()
-    assert len(list((tmp_path / "data_docs/validations").rglob("*.html"))) == 1
-
-
-def test_gates_in_threads_do_not_mix(tmp_path):
-    def one(number: int) -> list[str]:
-        checks = checked({"unit": ["a"] * number, "size": [1] * number}, tmp_path / str(number))
-        return [check.observed for check in checks]
-
-    with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(one, range(1, 5))) == [["all do"]] * 4
-    assert all((tmp_path / f"{number}/data_docs/index.html").is_file() for number in range(1, 5))
-
-
-def test_a_gate_is_quick_and_quiet(tmp_path, capfd):
-    import great_expectations  # noqa: F401  (the import is not what is timed)
-
-    checked({"unit": ["a"], "size": [1]}, tmp_path)
-    start = time.perf_counter()
-    checked({"unit": ["a"] * 1000, "size": [1] * 1000}, tmp_path)
-    assert time.perf_counter() - start < 3
-    assert capfd.readouterr() == ("", "")
 
 
 # --- image tower --------------------------------------------------------------------------------------------------

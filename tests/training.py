@@ -59,7 +59,7 @@ def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
 
 def finish(process: subprocess.Popen[str]) -> str:
     """What a run that must succeed wrote."""
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return out
 

@@ -12,15 +12,22 @@ from typing import Any
 
 import pytest
 import yaml
+from coverage import Coverage
 
 from flows.servers import api_address, free_port, prefect_server
 from flows.warm import warm
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("flows", "lotlip", ".dvcignore", "dvc.yaml", "params.yaml", "profiles")
-# Coverage makes a program's imports half as slow again: for programs that run no code of ours, or are killed.
-UNTRACED = {"COVERAGE_PROCESS_CONFIG": "", "COVERAGE_PROCESS_START": ""}
 TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def traced() -> dict[str, str]:
+    """What has a program's lines counted where those of the tests are."""
+    if Coverage.current() is None:
+        return {}
+    data = os.environ.get("COVERAGE_FILE", str(ROOT / ".coverage"))
+    return {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_FILE": data}
 
 
 class Workspace:
@@ -49,8 +56,7 @@ class Workspace:
             **{key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL", "PREFECT_HOME")},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),
-            "COVERAGE_FILE": str(ROOT / ".coverage"),
-            "COVERAGE_RCFILE": str(ROOT / "pyproject.toml"),
+            **traced(),
         }
         self.environment = self.alone
         self.run("git", "init", "--quiet")
@@ -75,11 +81,13 @@ class Workspace:
             alone: whether it finds nothing running.
             more: of its environment.
         """
-        traced = command[0] == sys.executable
+        environment = self.alone if alone else self.environment
+        if command[0] != sys.executable:  # DVC's own lines are not counted, which takes as long again
+            environment = {key: value for key, value in environment.items() if key != "COVERAGE_PROCESS_START"}
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**(self.alone if alone else self.environment), **({} if traced else UNTRACED), **more},
+            env={**environment, **more},
             capture_output=True,
             text=True,
             check=False,
@@ -126,7 +134,7 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not home.exists():
             begun = Path(f"{home}.part")
             command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
-            environment = {**os.environ, **UNTRACED, "PREFECT_HOME": str(begun)}
+            environment = {**os.environ, "PREFECT_HOME": str(begun)}
             subprocess.run(command, env=environment, capture_output=True, check=True)
             begun.rename(home)
     return home / "prefect.db"
@@ -139,8 +147,8 @@ def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
     shutil.copy(prefect_database, home)
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            for name, value in {**UNTRACED, "PREFECT_HOME": str(home), "PREFECT_SERVER_UI_ENABLED": "false"}.items():
-                patch.setenv(name, value)
+            patch.setenv("PREFECT_HOME", str(home))
+            patch.setenv("PREFECT_SERVER_UI_ENABLED", "false")
             patch.chdir(home)
             stack.enter_context(prefect_server(port))
         yield api_address(port)

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from lotlip.files import write_json
-from tests.flows.conftest import ROOT, UNTRACED
+from tests.flows.conftest import ROOT
 from tests.training import tiny_job
 
 pytestmark = pytest.mark.slow
@@ -52,7 +52,7 @@ def server(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The environment of a program that talks to a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
     environment = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(home)}
-    return {**os.environ, **UNTRACED, **environment, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
 
 
 @pytest.fixture

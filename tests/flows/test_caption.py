@@ -18,7 +18,7 @@ from flows.servers import free_port
 from flows.warm import SOCKET
 from lotlip.config import CaptionStage
 from lotlip.partitions import read_captions, read_index, unit_names
-from tests.flows.conftest import ROOT, UNTRACED, Workspace, tiny
+from tests.flows.conftest import ROOT, Workspace, tiny
 
 HOW = {"task_runner", "ray"}
 
@@ -194,7 +194,7 @@ def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
     slow(workspace, 0.2)
     forget(workspace)
     run_on(workspace, "ray")
-    process = begin(workspace, "instructblip", {**workspace.environment, SOCKET: "", **UNTRACED})
+    process = begin(workspace, "instructblip", {**workspace.environment, SOCKET: ""})
     await_calls(workspace, 1, process)
     started = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "ray" in " ".join(child.cmdline())

@@ -19,6 +19,7 @@ from flows.servers import free_port
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch
 from tests.conftest import TinyWorld
+from tests.flows.conftest import traced
 from tests.training import losses, tiny_job
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_a_launch_that_cannot_be_used_says_why(launched, message):
 
 @contextmanager
 def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, **traced(), "PYTHONPATH": str(ROOT)}
     process = start_group(
         [sys.executable, "-m", "flows.join"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )

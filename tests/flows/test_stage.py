@@ -21,7 +21,7 @@ from flows.stage import Stage, StageFailed, hash_of
 from flows.warm import SOCKET
 from lotlip.config import load_params
 from lotlip.records import UnitReport, Unusable
-from tests.flows.conftest import UNTRACED, Workspace
+from tests.flows.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -234,7 +234,7 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
             "with warm(dict(os.environ)) as environment:\n"
             f"    print(environment[{SOCKET!r}], flush=True)\n    time.sleep(600)",
         ],
-        env={**os.environ, **UNTRACED, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
     )
