@@ -314,8 +314,9 @@ def _search_both_ways(compare: Compare, owner: Tensor, chunk: int) -> tuple[_Pla
             found = compare(tile, across)
             together = slice(max(ends[tile.start], across.start), min(ends[tile.stop], across.stop))
             if together.start < together.stop:
+                pairs = owner[together] - top, place[together] - left
                 for similarity in found:
-                    similarity[owner[together] - top, place[together] - left] = -math.inf
+                    similarity[pairs] = -math.inf
             by_image.count(found[0], tile, 1)
             by_text.count(found[1], across, 0)
     as_good = (to_text >= best[owner] - TOLERANCE).double()

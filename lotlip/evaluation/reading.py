@@ -138,15 +138,14 @@ def questions(scenes: Sequence[Scene], seed: int = 0) -> list[Question]:
         attribute = min((name for name, values in free.items() if values), key=asked.__getitem__)
         asked[attribute] += 1
         place = chance.randrange(most)
-        change: Any = {attribute: chance.choice(free[attribute])}  # one of the attributes that are words
-        wrong = replace(scene.objects[place], **change)
+        change: dict[str, Any] = {attribute: chance.choice(free[attribute])}
         others = sentences(scene)
         first = len(others) - most  # of the small objects
         truth = others.pop(first + place)
         starts = [others[: first + position] for position in range(most)]
         true, changed = (
             [as_text([*start, sentence, *others[len(start) :]]) for start in starts]
-            for sentence in (truth, small_sentence(place, wrong))
+            for sentence in (truth, small_sentence(place, replace(scene.objects[place], **change)))
         )
         found.append(Question(number, attribute, [as_text(start) for start in starts], true, changed))
     return found
@@ -218,11 +217,14 @@ def recall_by_length(
         encoder, scenes, images, token_counts: as of `read_to_the_end`.
     """
     told = [sentences(scene) for scene in scenes]
+    cut = [[as_text(some[:number]) for some in told] for number in range(1, max(map(len, told)) + 1)]
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in cut for text in texts))}
+    features, mask = encoder.texts(list(rows))  # once each: many first sentences are equal, and whole texts come again
     found = []
-    for number in range(1, max(map(len, told)) + 1):
-        texts = [as_text(some[:number]) for some in told]
-        features, mask = encoder.texts(texts)
-        scores = retrieval(images, features, torch.arange(len(images)), (1,), text_mask=mask)
+    for number, texts in enumerate(cut, start=1):
+        own = torch.tensor([rows[text] for text in texts], device=features.device)
+        own_mask = None if mask is None else mask[own]
+        scores = retrieval(images, features[own], torch.arange(len(images)), (1,), text_mask=own_mask)
         to_text, to_image = (
             Share(scores.values[name], scores.intervals[name]) for name in ("image_to_text.r1", "text_to_image.r1")
         )

@@ -65,7 +65,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Line:
-    """Points (x, mean, half the length of its bar) that belong together; hollow markers for what has no mask."""
+    """Points (x, mean, half the length of its bar) that belong together; hollow markers for what has no mask.
+
+    One without a label is not in the legend.
+    """
 
     label: str
     colour: str
@@ -174,7 +177,7 @@ def _draw_lines(
             xs,
             means,
             yerr=spreads if any(spreads) else None,
-            label=line.label,
+            label=line.label or None,
             color=line.colour,
             linestyle=(0, (4, 2)) if line.dashed else "-",
             marker="s" if line.dashed else "o",
@@ -221,6 +224,11 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
     ]
     tokens = [position["tokens_before"] for position in next(iter(answers.values()))[0]]
     told = "; ".join(f"{line.label} {line.points[0][1]:.1f} % and {line.points[-1][1]:.1f} %" for line in lines)
+    name, readings = list(found.items())[-1]
+    attributes = ", ".join(
+        f"{same[0]['attribute']} {100 * statistics.fmean(one['accuracy']['value'] for one in same):.1f} %"
+        for same in zip(*(reading["hard_negatives"]["by_attribute"] for reading in readings.values()), strict=True)
+    )
     slug = f"{benchmark}-hard-negatives"
     places = _places(lines)
 
@@ -231,8 +239,8 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
     note = (
         "One attribute of one small object is told wrong: the share of pictures that are nearer to the true text, by "
         "where that object's sentence stands among those on small objects. In the first place (on average "
-        f"{tokens[0]:.0f} word pieces stand before it) and in the last ({tokens[-1]:.0f}): {told}. The dotted line is "
-        "guessing; bars are 95 % intervals over pictures."
+        f"{tokens[0]:.0f} word pieces stand before it) and in the last ({tokens[-1]:.0f}): {told}. By what is wrong, "
+        f"{name}: {attributes}. The dotted line is guessing; bars are 95 % intervals over pictures."
     )
     return Figure(slug, "Does the model read to the end?", note, svg, png)
 
@@ -240,14 +248,13 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
 def _against_sentences(benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]]) -> Figure:
     lengths = {name: [reading["lengths"] for reading in readings.values()] for name, readings in found.items()}
     lines = [
-        _Line(f"{name}, {words}", SYSTEM_COLOURS[name], _over_seeds(of, "sentences", way), way == "text_to_image")
+        _Line("" if dashed else name, SYSTEM_COLOURS[name], _over_seeds(of, "sentences", way), dashed)
         for name, of in lengths.items()
-        for way, words in DIRECTIONS.items()
+        for way, dashed in (("image_to_text", False), ("text_to_image", True))
     ]
     tokens = [length["tokens"] for length in next(iter(lengths.values()))[0]]
-    told = "; ".join(
-        f"{line.label} {line.points[0][1]:.1f} % and {line.points[-1][1]:.1f} %" for line in lines if line.dashed
-    )
+    dashed_points = zip(lengths, (line.points for line in lines if line.dashed), strict=True)
+    told = "; ".join(f"{name} {points[0][1]:.1f} % and {points[-1][1]:.1f} %" for name, points in dashed_points)
     slug = f"{benchmark}-sentences"
     places = _places(lines)
 
@@ -256,8 +263,9 @@ def _against_sentences(benchmark: str, found: Mapping[str, Mapping[int, dict[str
 
     svg, png = _render(slug, SMALL, draw)
     note = (
-        "Long texts that end after so many sentences; shorter ones are whole. After the first (on average "
-        f"{tokens[0]:.0f} word pieces) and with all ({tokens[-1]:.0f}): {told}. Bars are 95 % intervals over pictures."
+        f"Long texts that end after so many sentences; shorter ones are whole. Solid: {DIRECTIONS['image_to_text']}; "
+        f"dashed: {DIRECTIONS['text_to_image']}, which is, after the first sentence (on average {tokens[0]:.0f} word "
+        f"pieces) and with all ({tokens[-1]:.0f}): {told}. Bars are 95 % intervals over pictures."
     )
     return Figure(slug, "Long text: R@1 against its length", note, svg, png)
 

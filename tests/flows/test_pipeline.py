@@ -39,6 +39,7 @@ def test_scores_stand_beside_their_protocol(reproduced: Workspace) -> None:
     assert found["protocol"]["context_length"] == 128
     assert set(found["chance"]) <= set(found["seeds"]["0"])
     assert len(found["weights_sha256"]["0"]) == 64
+    assert len(found["reading"]["0"]["hard_negatives"]["by_position"]) == 6
     assert scores["config"]["text"]["corner_tokens"] == 2
     assert json.loads((reproduced.folder / "metrics" / "lit.json").read_text())["config"]["text"]["corner_tokens"] == 0
 
@@ -71,6 +72,8 @@ def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> N
     found = json.loads((reproduced.folder / "metrics" / "lotlip.json").read_text())["benchmarks"]["scenes"]
     for name, value in found["seeds"]["0"].items():
         assert run.data.metrics[f"scenes.{name}"] == pytest.approx(value)
+    accuracy = found["reading"]["0"]["hard_negatives"]["accuracy"]["value"]
+    assert run.data.metrics["scenes.reading.hard_negatives.accuracy"] == pytest.approx(accuracy)
     for curve in ("loss", "temperature", "learning_rate", "samples_per_second"):
         assert [point.step for point in client.get_metric_history(run.info.run_id, f"train.{curve}")] == [2, 4, 6]
     assert {file.path for file in client.list_artifacts(run.info.run_id)} == {"figures"}
