@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,16 @@ def test_chances_are_those_of_guessing():
     # features that are all the same are guesses: "a" is no word that the model knows, each gets nothing
     assert same["classification.top1"] == pytest.approx(1 / 8)
     assert same["short.text_to_image.r5"] == pytest.approx(5 / 40)
+
+
+def test_guessing_finds_one_of_several_texts_more_often_than_their_image():
+    asked = benchmark({"short": Texts(["a"] * 20, [image for image in range(4) for _ in range(5)])})
+    chance = chances(asked)
+    assert chance["short.image_to_text.r1"] == chance["short.text_to_image.r1"] == pytest.approx(1 / 4)
+    assert chance["short.image_to_text.r5"] == pytest.approx(1 - math.comb(15, 5) / math.comb(20, 5))
+    assert chance["short.text_to_image.r5"] == 1
+    same = scored(understanding(), asked, torch.ones(4, 4), 20)
+    assert {name: same[name] for name in chance} == pytest.approx(chance)
 
 
 def test_few_classes_cannot_be_missed_among_five():

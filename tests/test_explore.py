@@ -14,7 +14,7 @@ from PIL import Image
 
 from lotlip.embedding import embed, search
 from lotlip.explore.explorer import Explorer
-from lotlip.explore.overlay import beside, heat, shown
+from lotlip.overlay import beside, heat, shown
 from lotlip.text import split_sub_captions
 from tests.conftest import TinySample
 from tests.partitions import ingested
@@ -155,11 +155,11 @@ def test_a_map_that_is_even_is_not_stretched_to_full_heat():
 
 def test_the_square_in_the_centre_is_what_the_model_sees():
     picture = Image.new("RGB", (200, 100), "black")
-    found = np.asarray(heat(picture, np.full((2, 2), 0.25, dtype=np.float32)))
+    found = np.asarray(heat(shown(picture), np.full((2, 2), 0.25, dtype=np.float32)))
     assert found.shape[1] == 2 * found.shape[0] == shown(picture).width
     pale = (found[..., 0] == found[..., 1]).all(axis=0)
     assert pale.tolist() == [abs(column + 0.5 - len(pale) / 2) > len(pale) / 4 for column in range(len(pale))]
-    both = beside(shown(picture), heat(picture, np.ones((1, 1), dtype=np.float32)))
+    both = beside(shown(picture), heat(shown(picture), np.ones((1, 1), dtype=np.float32)))
     assert both.height == found.shape[0]
 
 

@@ -56,12 +56,12 @@ def _classify(encoder: Encoder, prompts: Prompts, images: Tensor) -> Scores:
 
 def chances(benchmark: Benchmark) -> dict[str, float]:
     """What guessing scores, for every metric that is a share."""
-    scores = {
-        f"{kind}.{way}.r{k}": chance(len(set(texts.image)), 1, k)
-        for kind, texts in benchmark.retrieval.items()
-        for way in ("image_to_text", "text_to_image")
-        for k in KS
-    }
+    scores: dict[str, float] = {}
+    for kind, texts in benchmark.retrieval.items():
+        images = len(set(texts.image))
+        # exact where every image has as many texts, as in every benchmark here
+        each = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
+        scores |= {f"{kind}.{way}.r{k}": chance(images, number, k) for way, number in each.items() for k in KS}
     if benchmark.prompts:
         classes = len(benchmark.prompts.classes)
         scores |= {f"classification.top{k}": min(k / classes, 1.0) for k in (1, 5)}

@@ -18,7 +18,7 @@ from PIL import Image
 
 from lotlip.data.images import ENDINGS, decode_rgb
 from lotlip.explore.explorer import Explorer, Look, Reading
-from lotlip.explore.overlay import beside, heat, shown
+from lotlip.overlay import beside, heat, shown
 
 HOST = "127.0.0.1"
 MAX_UPLOAD = "64mb"
@@ -169,7 +169,10 @@ def _text_tab(explorer: Explorer) -> None:
     def find(text: str) -> tuple[_Shown, tuple[str, list[str]]]:
         found = explorer.find_pictures(text)
         pictures = [
-            (beside(shown(one.picture), heat(one.picture, one.relevance)), f"{one.match.score:.3f} · {one.match.name}")
+            (
+                beside(shown(one.picture), heat(shown(one.picture), one.relevance)),
+                f"{one.match.score:.3f} · {one.match.name}",
+            )
             for one in found
         ]
         return pictures, (text, [one.match.name for one in found])
@@ -280,8 +283,8 @@ def look_pictures(picture: Image.Image, look: Look, name: str) -> _Shown:
     maps = zip(look.relevance, look.sub_captions, strict=True)
     return [
         (shown(picture), name),
-        (heat(picture, look.whole), "the whole text"),
-        *((heat(picture, one), f"{number} · {text}") for number, (one, text) in enumerate(maps, start=1)),
+        (heat(shown(picture), look.whole), "the whole text"),
+        *((heat(shown(picture), one), f"{number} · {text}") for number, (one, text) in enumerate(maps, start=1)),
     ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lotlip.overlay import heat
 from lotlip.report.figures import INK, STYLE, SYSTEM_COLOURS
 from lotlip.text import split_sub_captions
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 IMAGES = 3
 SENTENCES = 6  # of a long text, the others have no place beside one another
 SIDE = 160  # pixels of a shown image
-_HEAT = (225, 29, 72)
 _DPI = 130
 
 Disc = tuple[float, float, float]  # x, y and radius in shares of a picture's side
@@ -131,13 +131,9 @@ def overlay(picture: Image, relevance: np.ndarray, named: Disc | None = None) ->
         relevance: of its patches.
         named: a circle to draw.
     """
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
-    largest = float(relevance.max())
-    small = Image.fromarray((relevance / largest if largest > 0 else relevance).astype(np.float32))
-    heat = np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC)).clip(0, 1)[..., None]
-    grey = 0.8 * np.asarray(picture.convert("L"), dtype=np.float32)[..., None] + 40
-    shown = Image.fromarray((grey * (1 - 0.85 * heat) + 0.85 * heat * np.array(_HEAT)).round().astype(np.uint8))
+    shown = heat(picture, relevance)
     if named:
         x, y, radius = (share * picture.width for share in named)
         ImageDraw.Draw(shown).ellipse((x - radius, y - radius, x + radius, y + radius), outline=(255, 255, 255))

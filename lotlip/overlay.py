@@ -24,19 +24,19 @@ def heat(picture: Image.Image, relevance: np.ndarray) -> Image.Image:
     Grey is kept from black and white, so that heat is told apart from any picture below it.
 
     Args:
-        picture: RGB.
+        picture: RGB, in the size in which it is shown.
         relevance: of patches of the square in its centre, which the model sees, [G, G']; sums to 1.
 
     Returns:
-        RGB, as large as `shown` makes it.
+        RGB, as large.
     """
-    picture = shown(picture)
+    side = min(picture.size)
     grey = np.asarray(picture.convert("L").convert("RGB"), dtype=np.float32) * 0.6 + 60
     peak = max(float(relevance.max()), _LEAST_PEAK / relevance.size)
-    square = Image.fromarray((relevance / peak).astype(np.float32)).resize((_SIDE, _SIDE), Image.Resampling.BILINEAR)
-    left, top = (picture.width - _SIDE) // 2, (picture.height - _SIDE) // 2
+    square = Image.fromarray((relevance / peak).astype(np.float32)).resize((side, side), Image.Resampling.BILINEAR)
+    left, top = (picture.width - side) // 2, (picture.height - side) // 2
     strength = np.zeros((picture.height, picture.width, 1), dtype=np.float32)
-    inside = (slice(top, top + _SIDE), slice(left, left + _SIDE))
+    inside = (slice(top, top + side), slice(left, left + side))
     strength[inside] = np.asarray(square)[..., None].clip(0, 1)
     coloured = grey + (_HEAT - grey) * 0.85 * strength
     pale = grey * 0.3 + 255 * 0.7

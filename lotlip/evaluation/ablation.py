@@ -1,0 +1,111 @@
+"""All that is measured of a trained ablation: its seeds' scores, how far they read, where their attention goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lotlip.data.tokenizer import token_counts
+from lotlip.evaluation.attention_scores import attention_scores
+from lotlip.evaluation.benchmarks import Benchmark
+from lotlip.evaluation.encoders import LotlipEncoder
+from lotlip.evaluation.evaluate import chances, evaluate, images_of, protocol, unseen_share
+from lotlip.evaluation.flops import flops_by_context
+from lotlip.evaluation.reading import read_to_the_end
+from lotlip.files import weights_hash
+from lotlip.models.saving import load_model
+from lotlip.report.attention import attention_pictures
+
+
+@dataclass
+class Measured:
+    """What was found.
+
+    Attributes:
+        results: benchmark → its "protocol" and "chance", and by seed: "seeds" (metric → value), "intervals",
+            "attention", "weights_sha256" and, of scenes, "reading"; plain JSON types.
+        pictures: <benchmark>-<name>.png → where the first seed's attention goes.
+        parameters: part of the model → number of parameters.
+        text_tower_flops: tokens of a text → floating-point operations of the text tower on it.
+        texts: that were scored, over all seeds.
+    """
+
+    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
+    parameters: dict[str, int] = field(default_factory=dict)
+    text_tower_flops: dict[int, int] = field(default_factory=dict)
+    texts: int = 0
+
+
+def measure(
+    folder: Path,
+    run: Mapping[str, Any],
+    benchmarks: Sequence[Benchmark],
+    vocabulary: Sequence[int],
+    about: Mapping[str, str],
+    batch_size: int,
+    on_seed: Callable[[int], object] = lambda seed: None,
+) -> Measured:
+    """Scores every seed of an ablation on every benchmark.
+
+    Args:
+        folder: of the trained ablation.
+        run: its run.json: "config", with "seeds", "text" and "image_tower".
+        benchmarks: what to ask.
+        vocabulary: word pieces that training texts have.
+        about: what else the protocol says, such as "command".
+        batch_size: images or texts encoded at a time.
+        on_seed: told of each seed that is done.
+
+    Raises:
+        ValueError: a benchmark's texts have more unseen word pieces than it allows, or an image cannot be read.
+    """
+    config, found = run["config"], Measured()
+    tokenizer = config["text"]["tokenizer"]
+    images: dict[str, Tensor] = {}
+    for seed in config["seeds"]:
+        own = folder / f"seed-{seed}"
+        encoder = LotlipEncoder(*load_model(own), batch_size)
+        model = encoder.model
+        found.parameters = {
+            name: sum(weight.numel() for weight in tower.parameters())
+            for name, tower in (("text_tower", model.text), ("image_tower", model.image_tower))
+        }
+        found.text_tower_flops = found.text_tower_flops or flops_by_context(model.config)
+        for benchmark in benchmarks:
+            name = benchmark.name
+            if name not in images or not config["image_tower"]["frozen"]:  # all seeds share a frozen tower
+                images[name] = encoder.images(images_of(benchmark))
+            if name not in found.results:
+                unseen = unseen_share(benchmark, tokenizer, vocabulary)
+                found.results[name] = {
+                    "protocol": {
+                        "model": folder.as_posix(),
+                        **protocol(encoder, benchmark),
+                        "unseen_token_share": unseen,
+                        **about,
+                    },
+                    "chance": chances(benchmark),
+                }
+                pictures = attention_pictures(model, encoder.tokenizer, benchmark)
+                found.pictures |= {f"{name}-{kind}.png": png for kind, png in pictures.items()}
+            scores = evaluate(encoder, benchmark, images[name])
+            of_seed: dict[str, Any] = {
+                "seeds": dict(scores.values),
+                "intervals": {metric: list(ends) for metric, ends in scores.intervals.items()},
+                "attention": attention_scores(model, encoder.tokenizer, benchmark).to_json(),
+                "weights_sha256": weights_hash(own),
+            }
+            if benchmark.scenes:
+                pieces = partial(token_counts, tokenizer)
+                of_seed["reading"] = read_to_the_end(encoder, benchmark.scenes, images[name], pieces).to_json()
+            for what, value in of_seed.items():
+                found.results[name].setdefault(what, {})[str(seed)] = value
+            found.texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
+        on_seed(seed)
+    return found
