@@ -236,6 +236,13 @@ def test_the_order_of_captioners_does_not_matter(held):
     assert open_benchmark("mine", settings, held.paths, ["gpt", "llava"]).retrieval == first.retrieval
 
 
+def test_a_benchmarks_version_tells_what_is_asked(held):
+    settings = HeldOutBenchmark(kind="held-out")
+    versions = [open_benchmark("mine", settings, held.paths, names).about["version"] for names in (["llava"], ["gpt"])]
+    again = open_benchmark("yours", settings, held.paths, ["llava"]).about["version"]
+    assert again == versions[0] != versions[1]
+
+
 def test_without_long_captions_there_are_short_texts_only(held):
     asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
     assert list(asked.retrieval) == ["short"]

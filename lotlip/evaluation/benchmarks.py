@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lotlip import config
+from lotlip.files import sha256_json
 from lotlip.partitions import read_captions, read_image, read_table, unit_names
 
 if TYPE_CHECKING:
@@ -125,17 +126,22 @@ def _scenes(name: str, settings: config.ScenesBenchmark, source: Path) -> Benchm
         raise ValueError(f"benchmark {name}: the images in {source} are not generated scenes; use `kind: held-out`")
     scenes = [Scene.from_json(json.loads(str(scene))) for scene in images.column]
     every = list(range(len(scenes)))
+    retrieval = {
+        "long": Texts([long_text(scene) for scene in scenes], every),
+        "short": Texts([short_text(scene) for scene in scenes], every),
+    }
     return Benchmark(
         name=name,
         images=images.keys,
         read=images.read,
-        retrieval={
-            "long": Texts([long_text(scene) for scene in scenes], every),
-            "short": Texts([short_text(scene) for scene in scenes], every),
-        },
+        retrieval=retrieval,
         prompts=Prompts(shape_prompts(), [label(scene) for scene in scenes]),
         max_unseen_tokens=settings.max_unseen_tokens,
-        about={"split": settings.split, "texts": "frames that no training caption uses, words that they do use"},
+        about={
+            "split": settings.split,
+            "version": _version(images.keys, retrieval),
+            "texts": "frames that no training caption uses, words that they do use",
+        },
         scenes=scenes,
     )
 
@@ -157,4 +163,14 @@ def _held_out(name: str, settings: config.HeldOutBenchmark, paths: config.Paths,
     described = [(index, longest[key][1]) for index, key in enumerate(images.keys) if key in longest]
     if described:
         retrieval["long"] = Texts([text for _, text in described], [index for index, _ in described])
-    return Benchmark(name, images.keys, images.read, retrieval, about={"split": settings.split})
+    about = {"split": settings.split, "version": _version(images.keys, retrieval)}
+    return Benchmark(name, images.keys, images.read, retrieval, about=about)
+
+
+def _version(images: Sequence[str], retrieval: Mapping[str, Texts]) -> str:
+    """Hash of the images' names and their texts: equal where the same is asked."""
+    asked = {
+        kind: sorted([images[image], text] for text, image in zip(texts.texts, texts.image, strict=True))
+        for kind, texts in retrieval.items()
+    }
+    return sha256_json(asked)
