@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lotlip.batches import in_batches
 from lotlip.data.images import decode_rgb, image_transform
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.embedding import in_batches
 from lotlip.evaluation.attention import (
     relevance_maps,
     spread,

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lotlip.embedding import in_batches
+from lotlip.batches import in_batches
 from lotlip.evaluation.encoders import Encoder
 from lotlip.evaluation.metrics import TOLERANCE, comparison, retrieval, summary
 from lotlip.evaluation.scenes import as_text, sentences, small_sentence
