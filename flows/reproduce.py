@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from flows.processes import end_group, ending_well, start_group
-from flows.servers import api_address, free_port, is_free, prefect_server
+from flows.servers import api_address, claimed_port, prefect_server
 from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
 from lotlip.config import Params, load_params
@@ -45,7 +45,7 @@ def reproduce(arguments: list[str]) -> None:
         stack.enter_context(ending_well())
         stack.enter_context(building_op())
         given = os.environ.get("PREFECT_API_URL")
-        port = PREFECT_PORT if is_free(PREFECT_PORT) else free_port()
+        port = stack.enter_context(claimed_port(PREFECT_PORT))
         api = given or api_address(port)
         # both take some seconds to come up, so they do it side by side
         environment = stack.enter_context(warm({**os.environ, "PREFECT_API_URL": api}))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from flows.processes import end_group, start_group
 from flows.stage import SCRATCH, StageFailed
@@ -35,6 +39,22 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return int(probe.getsockname()[1])
+
+
+@contextmanager
+def claimed_port(preferred: int) -> Iterator[int]:
+    """A port for a server of the block: the preferred one, unless it is in use or another such block has claimed it.
+
+    A server takes seconds to listen; without the claim, two that start at the same time would both find the port free.
+    """
+    claim = Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}-port-{preferred}.lock")
+    with claim.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield free_port()
+        else:
+            yield preferred if is_free(preferred) else free_port()
 
 
 def api_address(port: int) -> str:
@@ -86,20 +106,36 @@ def _server(name: str, command: Sequence[str], port: int, health: str, environme
         )
         try:
             address = f"http://{HOST}:{port}"
-            _await(name, address + health, process, log)
+            _await(name, address + health, port, process, log)
             yield address
         finally:
             end_group(process)
 
 
-def _await(name: str, address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def _await(name: str, address: str, port: int, process: subprocess.Popen[bytes], log: Path) -> None:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
             break
         try:
             with urllib.request.urlopen(address, timeout=5):  # noqa: S310 - an http address of this machine
-                return
+                if _listens(process.pid, port):  # and not somebody else's server, which may end at any time
+                    return
         except OSError:
-            time.sleep(0.2)
+            pass
+        time.sleep(0.2)
     raise StageFailed(f"{name} did not come up at {address}; what it wrote is in {log}")
+
+
+def _listens(pid: int, port: int) -> bool:
+    """Whether a process or one that it has started listens on a port."""
+    try:
+        parent = psutil.Process(pid)
+        family = [parent, *parent.children(recursive=True)]
+        return any(
+            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
+            for process in family
+            for connection in process.net_connections("tcp")
+        )
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,63 @@
+"""Servers on loopback: which port they take, and whose answer is believed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from flows import servers
+from flows.servers import claimed_port, free_port
+from flows.stage import StageFailed
+
+
+def test_two_that_start_at_the_same_time_take_different_ports():
+    port = free_port()
+    with claimed_port(port) as first, claimed_port(port) as second:
+        assert first == port
+        assert second != port
+    with claimed_port(port) as again:
+        assert again == port
+
+
+def test_a_port_that_is_in_use_is_not_taken(somebody: int):
+    with claimed_port(somebody) as port:
+        assert port != somebody
+
+
+def test_somebody_elses_server_is_not_taken_for_ours(somebody: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """It has come up between the look at the port and the start of ours, which then never listens."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(servers, "is_free", lambda port: True)
+    monkeypatch.setattr(servers, "PATIENCE_SECONDS", 2)
+    idle = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with pytest.raises(StageFailed, match="Ours did not come up"), servers._server("Ours", idle, somebody, "/", {}):
+        pass
+
+
+def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    port = free_port()
+    command = [sys.executable, "-m", "http.server", "--bind", servers.HOST, str(port)]
+    with servers._server("Ours", command, port, "/", {}) as address:
+        assert address == f"http://{servers.HOST}:{port}"
+
+
+@pytest.fixture
+def somebody():
+    """The port of a server of somebody else's."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer((servers.HOST, 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
