@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from lotlip.embedding import Embedder, Match, in_batches, maker, matches
+from lotlip.batches import in_batches
+from lotlip.embedding import Embedder, Match, maker, matches
 from lotlip.index import Index, open_index
 from lotlip.pictures import Pictures, open_pictures
 
