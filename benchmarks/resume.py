@@ -24,7 +24,8 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.data import write_data
-from flows.processes import end_group, launch, start_group
+from flows.guard import end_group, start_group
+from flows.processes import launch
 from lotlip.config import LocalLaunch, Pretrain
 from lotlip.files import read_json, write_json
 from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower

@@ -121,6 +121,13 @@ def principal_components(features: Tensor, number: int) -> Tensor:
     return (mean + centred @ directions @ directions.T).to(features.dtype)
 
 
+def feature_shares(features: int, raw_share: float | None) -> Tensor:
+    """What each of the N text features counts in the loss, the raw caption's first: [N], together 1."""
+    if raw_share is None or features == 1:
+        return torch.full((features,), 1 / features)
+    return torch.cat([torch.tensor([raw_share]), torch.full((features - 1,), (1 - raw_share) / (features - 1))])
+
+
 def lotlip_loss(
     image_features: Tensor,
     text_features: Tensor,
@@ -129,6 +136,7 @@ def lotlip_loss(
     logit_bias: Tensor | None = None,
     text_mask: Tensor | None = None,
     contrast: str = "softmax",
+    raw_share: float | None = None,
     raw_weight: float = 1.0,
     long_weight: float = 1.0,
     raw_components: int = 0,
@@ -149,6 +157,8 @@ def lotlip_loss(
         text_mask: bool, True at a text's tokens, [B, N, L]. With it image and text are compared by late interaction
             (FILIP, arXiv 2111.07783), without it by the cosine of one feature each.
         contrast: "softmax" (symmetric InfoNCE; paper, section 3.2) or "sigmoid" (SigLIP, arXiv 2303.15343).
+        raw_share: of the loss that the raw caption's feature has where there are others, which share the rest; None:
+            each of the N has 1/N, as in the paper.
         raw_weight: of the raw caption's term (the released code's `clip_lossweight`).
         long_weight: of the others' (its `declip_lossweight`).
         raw_components: the raw caption is contrasted with so many principal components of the image features
@@ -183,7 +193,7 @@ def lotlip_loss(
         terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
     else:
         terms, hits = compare(images, text_features, text_mask)
-    terms = terms / len(terms)  # [N]
+    terms = terms * feature_shares(len(terms), raw_share).to(terms)  # [N]
     raw, long = raw_weight * terms[0], long_weight * terms[1:].sum()
     return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
 

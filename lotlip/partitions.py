@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,16 @@ def read_image(folder: Path, name: str, offset: int, size: int) -> bytes:
     with (folder / f"{name}.tar").open("rb") as file:
         file.seek(offset)
         return file.read(size)
+
+
+def stored_images(
+    folder: Path, units: Iterable[str], column: str = "key"
+) -> Iterator[tuple[str, Any, Callable[[], bytes]]]:
+    """Of each image of some of ingest's units its key, another column of theirs, and what reads its bytes."""
+    for unit in units:
+        table = read_table(folder, unit, list(dict.fromkeys(["key", "offset", "size", column])))
+        for key, value, at, size in zip(table["key"], table[column], table["offset"], table["size"], strict=True):
+            yield key, value, partial(read_image, folder, unit, int(at), int(size))
 
 
 def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:

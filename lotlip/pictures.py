@@ -82,18 +82,11 @@ def _in_folder(root: Path) -> dict[str, Callable[[], bytes]]:
 
 
 def _in_partitions(folder: Path, units: list[str], split: str | None) -> dict[str, Callable[[], bytes]]:
-    from lotlip.partitions import read_image, read_table
+    from lotlip.partitions import stored_images
 
     splits = sorted({unit.split("/")[0] for unit in units})
     if split not in (None, *splits):
         raise ValueError(f"{folder} has no split {split!r} (it has {', '.join(splits)})")
 
-    def reader(unit: str, offset: int, size: int) -> Callable[[], bytes]:
-        return lambda: read_image(folder, unit, offset, size)
-
-    places = {}
-    for unit in (unit for unit in units if split in (None, unit.split("/")[0])):
-        table = read_table(folder, unit, ["key", "offset", "size"])
-        for key, offset, size in zip(table["key"], table["offset"], table["size"], strict=True):
-            places[key] = reader(unit, int(offset), int(size))
-    return places
+    wanted = (unit for unit in units if split in (None, unit.split("/")[0]))
+    return {key: read for key, _, read in stored_images(folder, wanted)}

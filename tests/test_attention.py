@@ -115,6 +115,13 @@ def test_a_map_changes_with_the_text(model: LotlipModel) -> None:
     assert (maps[0] - maps[1]).abs().max() > 0.01
 
 
+def test_images_may_have_several_texts_each(model: LotlipModel) -> None:
+    ids, lengths = tokens(model)
+    image = torch.tensor([1, 0, 1])
+    together = relevance_maps(model, pixels()[:2], ids, lengths, image)
+    torch.testing.assert_close(together, relevance_maps(model, pixels()[image], ids, lengths), atol=1e-6, rtol=1e-4)
+
+
 def test_the_model_is_left_as_it_was() -> None:
     model = make()
     ids, lengths = tokens(model)

@@ -24,8 +24,8 @@ from lotlip.evaluation.attention_scores import (
     text_scores,
 )
 from lotlip.evaluation.benchmarks import Benchmark, Texts
+from lotlip.evaluation.encoders import LotlipEncoder
 from lotlip.evaluation.scenes import long_text, object_texts, short_text
-from lotlip.models.lotlip import LotlipModel
 from lotlip.report import build_report, load_inputs
 from lotlip.report.attention import attention_pictures, look_at_images, look_at_texts, overlay
 from lotlip.sources.scenes import generate_scene, render
@@ -51,14 +51,14 @@ def scenes_benchmark(read: Callable[[int], bytes] = png, **changes: Any) -> Benc
     return Benchmark(**{"name": "scenes", "images": names, "read": read, "retrieval": retrieval, **changes})
 
 
-@pytest.fixture(scope="module")
-def model() -> LotlipModel:
-    return make(context_length=128)
+def encoder_of(corner_tokens: int = 2, **changes: Any) -> LotlipEncoder:
+    model = make(corner_tokens=corner_tokens, context_length=128, **changes)
+    return LotlipEncoder(model, TextTokenizer("bert-base-uncased", 128, corner_tokens), 8)
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> TextTokenizer:
-    return TextTokenizer("bert-base-uncased", 128, 2)
+def encoder() -> LotlipEncoder:
+    return encoder_of()
 
 
 def test_an_object_covers_what_is_drawn_of_it() -> None:
@@ -107,9 +107,9 @@ def test_a_text_for_each_object_is_a_sentence_of_the_long_text() -> None:
             assert thing.shape in text.split()
 
 
-def test_scores_on_scenes_are_shares_and_chance_is_the_area(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+def test_scores_on_scenes_are_shares_and_chance_is_the_area(encoder: LotlipEncoder) -> None:
     benchmark = scenes_benchmark(scenes=SCENES)
-    found = object_scores(model, tokenizer, benchmark)
+    found = object_scores(encoder, benchmark)
     values = dict(found.values)
     ratios = {name: values.pop(name) for name in found.intervals}
     assert all(0 < value < 1 for value in values.values())
@@ -121,17 +121,17 @@ def test_scores_on_scenes_are_shares_and_chance_is_the_area(model: LotlipModel, 
         assert low <= ratios[name] <= high
 
 
-def test_a_blind_model_scores_chance(tokenizer: TextTokenizer) -> None:
-    model = make(context_length=128)
-    for block in model.image_tower.trunk.blocks:  # type: ignore[union-attr]
+def test_a_blind_model_scores_chance() -> None:
+    encoder = encoder_of()
+    for block in encoder.model.image_tower.trunk.blocks:
         torch.nn.init.zeros_(block.attn.proj.weight)
-    values = object_scores(model, tokenizer, scenes_benchmark(scenes=SCENES)).values
+    values = object_scores(encoder, scenes_benchmark(scenes=SCENES)).values
     for name in ("on_named_object_over_chance", "on_named_object_over_not_named", "on_salient_object_over_chance"):
         assert values[name] == pytest.approx(1, rel=1e-5)
 
 
-def test_reading_is_scored_for_cls_and_each_corner_token(model: LotlipModel, tokenizer: TextTokenizer) -> None:
-    values = text_scores(model, tokenizer, scenes_benchmark(scenes=SCENES)).values
+def test_reading_is_scored_for_cls_and_each_corner_token(encoder: LotlipEncoder) -> None:
+    values = text_scores(encoder, scenes_benchmark(scenes=SCENES)).values
     readers = ("cls", "corner1", "corner2")
     assert set(values) == {
         "length_entropy",
@@ -143,22 +143,21 @@ def test_reading_is_scored_for_cls_and_each_corner_token(model: LotlipModel, tok
     assert values["salient_words_length"] == pytest.approx(np.mean([4 / len(text) for text in words]), rel=0.1)
 
 
-def test_a_model_without_corner_tokens_is_read_by_cls_alone(tokenizer: TextTokenizer) -> None:
-    plain = TextTokenizer("bert-base-uncased", 128)
-    values = text_scores(make(corner_tokens=0, context_length=128), plain, scenes_benchmark(scenes=SCENES)).values
+def test_a_model_without_corner_tokens_is_read_by_cls_alone() -> None:
+    values = text_scores(encoder_of(corner_tokens=0), scenes_benchmark(scenes=SCENES)).values
     assert set(values) == {"length_entropy", "salient_words_length", "cls_entropy", "cls_on_salient_words"}
 
 
-def test_what_cannot_be_measured_has_a_reason(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+def test_what_cannot_be_measured_has_a_reason(encoder: LotlipEncoder) -> None:
     without = scenes_benchmark(retrieval={"short": Texts(["a red dog"], [0])})
-    found = attention_scores(model, tokenizer, without).to_json()
+    found = attention_scores(encoder, without).to_json()
     assert found["values"] == {}
     assert set(found["left_out"]) == {"images", "texts"}
-    late = make(similarity="late-interaction", context_length=128)
-    found = attention_scores(late, tokenizer, scenes_benchmark(scenes=SCENES)).to_json()
+    late = encoder_of(similarity="late-interaction")
+    found = attention_scores(late, scenes_benchmark(scenes=SCENES)).to_json()
     assert found["values"] == {}
     assert all("late interaction" in reason for reason in found["left_out"].values())
-    assert attention_pictures(late, tokenizer, scenes_benchmark(scenes=SCENES)) == {}
+    assert attention_pictures(late, scenes_benchmark(scenes=SCENES)) == {}
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -175,30 +174,30 @@ def test_relevance_is_red_where_it_is() -> None:
     assert ringed[40, 60].tolist() == [255, 255, 255]
 
 
-def test_pictures_show_the_first_images_and_texts(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+def test_pictures_show_the_first_images_and_texts(encoder: LotlipEncoder) -> None:
     benchmark = scenes_benchmark(scenes=SCENES)
-    first = look_at_images(model, tokenizer, benchmark)[0]
+    first = look_at_images(encoder, benchmark)[0]
     assert first.texts[0] == short_text(SCENES[0])
     assert list(first.texts[2:]) == object_texts(SCENES[0])[: len(first.texts) - 2]
     assert first.named[0] == first.named[2] == SCENES[0].salient.disc
     assert first.named[1] is None  # the setting
     assert first.named[3] == SCENES[0].objects[0].disc
-    read = look_at_texts(model, tokenizer, benchmark)[0]
+    read = look_at_texts(encoder, benchmark)[0]
     assert list(read.shares) == ["[CLS]", "Cor 1", "Cor 2", "by length"]
     assert list(read.sub_captions[1:]) == object_texts(SCENES[0])
-    pictures = attention_pictures(model, tokenizer, benchmark)
+    pictures = attention_pictures(encoder, benchmark)
     assert set(pictures) == {"relevance", "reading"}
-    assert pictures == attention_pictures(model, tokenizer, benchmark)
+    assert pictures == attention_pictures(encoder, benchmark)
     for picture in pictures.values():
         assert min(Image.open(io.BytesIO(picture)).size) > 300
 
 
-def test_images_that_are_no_scenes_are_shown_as_they_are(model: LotlipModel, tokenizer: TextTokenizer) -> None:
+def test_images_that_are_no_scenes_are_shown_as_they_are(encoder: LotlipEncoder) -> None:
     asked = {"short": Texts(["a dog", "another", "a cat"], [0, 0, 2]), "long": Texts(["It runs. It is red."], [0])}
-    seen = look_at_images(model, tokenizer, scenes_benchmark(retrieval=asked))
+    seen = look_at_images(encoder, scenes_benchmark(retrieval=asked))
     assert [list(image.texts) for image in seen] == [["a dog", "It runs", "It is red"], ["a cat"]]
     assert seen[0].named == [None] * 3
-    assert set(attention_pictures(model, tokenizer, scenes_benchmark(retrieval=asked))) == {"relevance", "reading"}
+    assert set(attention_pictures(encoder, scenes_benchmark(retrieval=asked))) == {"relevance", "reading"}
 
 
 def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) -> None:
@@ -220,9 +219,11 @@ def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) 
         (folder / "scenes-relevance.png").write_bytes(dot.getvalue())
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
     table = (tmp_path / "report" / "tables" / "scenes-attention.csv").read_text().splitlines()
-    assert table[0].startswith("ablation,on_named_object,on_named_object_over_chance,cls_entropy,corner1_entropy")
+    ratio = "on_named_object_over_chance"
+    assert table[0] == f"ablation,on_named_object,{ratio},{ratio}.low,{ratio}.high,cls_entropy,corner1_entropy"
     assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "even"]
-    assert table[3].split(",")[1:] == ["0.04", "1.0", "0.97", "0.97"]
+    assert table[1].split(",")[2:5] == ["2.5", "2.25", "2.75"]
+    assert table[3].split(",")[1:] == ["0.04", "1.0", "", "", "0.97", "0.97"]
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
         assert "Where attention goes" in text
         assert "2.50 [2.25, 2.75]" in text

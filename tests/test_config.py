@@ -43,7 +43,7 @@ def complaints(folder: Path, differences: dict[str, Any], base: dict[str, Any] =
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_what_is_shipped_loads_and_every_ablation_resolves(file):
     params = load_params(file)
-    for name in params.ablations:
+    for name in params.names:
         assert params.ablation(name).batch_size >= 2
 
 
@@ -292,9 +292,11 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     page = (ROOT / "docs" / "method.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump({**demo, **yaml.safe_load(block)}), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(
+        yaml.safe_dump({**demo, "reproduce": {}, **yaml.safe_load(block)}), encoding="utf-8"
+    )
     params = load_params(tmp_path / "params.yaml")
-    configs = {name: params.ablation(name) for name in params.ablations}
+    configs = {name: params.ablation(name) for name in params.names}
     assert len(configs) == 14
     assert len({config.model_dump_json() for config in configs.values()}) == 14  # no two are the same
     assert configs["long-clip"].text.stretch is not None
@@ -380,3 +382,26 @@ def test_every_preset_can_be_had_from_a_folder(tmp_path):
 def test_a_model_that_cannot_be_meant_is_refused(tmp_path, entry, message):
     (line,) = complaints(tmp_path, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}})
     assert re.match(rf"caption\.captioners\.mine{message}", line)
+
+
+def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
+    later = {"long-clip": {"after": "lotlip", "pretrain": {"text": {"corner_tokens": 0}}}}
+    params = load(tmp_path, {"continued": later, "paths": {"models": "there"}})
+    assert params.names == ["lotlip", "long-clip"]
+    assert (params.ablation("long-clip").text.pretrained, params.ablation("long-clip").text.corner_tokens) == (
+        "there/lotlip",
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"continued": {"x": {"after": "nobody", "pretrain": {}}}}, "continued.x.after: no ablation 'nobody'"),
+        ({"continued": {"lotlip": {"after": "lotlip", "pretrain": {}}}}, "continued.lotlip is called as one of"),
+        ({"reproduce": {"ablations": ["nobody"]}}, "reproduce.ablations: no ablation 'nobody'"),
+        ({"continued": {"x": {"after": "lotlip", "pretrain": {"steps": -1}}}}, "continued.x.pretrain.steps"),
+    ],
+)
+def test_what_names_another_ablation_is_held_to_those_there_are(tmp_path, changes, said):
+    assert any(said in line for line in complaints(tmp_path, changes))

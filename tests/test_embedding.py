@@ -108,9 +108,9 @@ def test_texts_of_like_length_are_encoded_together(embedder, monkeypatch):
     seen = []
     encode = embedder.encoder.model.encode_text
 
-    def watch(ids: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    def watch(ids: torch.Tensor, lengths: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
         seen.append((ids.shape, lengths.tolist()))
-        return encode(ids, lengths)
+        return encode(ids, lengths, cls_only)
 
     monkeypatch.setattr(embedder.encoder.model, "encode_text", watch)
     embedder.texts(["a " * length for length in (9, 1, 8, 2, 7, 3, 6, 4, 5, 1, 9, 2, 1)])

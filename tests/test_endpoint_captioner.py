@@ -19,7 +19,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from flows.processes import end_group, start_group
+from flows.guard import end_group, start_group
 from flows.servers import free_port
 from lotlip.captioning import open_captioner
 from lotlip.captioning.endpoint import EndpointCaptioner

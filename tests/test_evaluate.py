@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lotlip.config import HeldOutBenchmark, Paths, Pretrain, ScenesBenchmark
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchmark
-from lotlip.evaluation.encoders import LotlipEncoder
-from lotlip.evaluation.evaluate import chances, evaluate, images_of, unseen_share
+from lotlip.evaluation.encoders import EachTextOnce, LotlipEncoder, Runner
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, images_of, unseen_share
 from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.initialisation import build_for_pretraining
@@ -38,7 +38,7 @@ class WordModel(nn.Module):
 
     config = LotlipConfig(TEXT)
 
-    def encode_text(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def encode_text(self, input_ids: Tensor, lengths: Tensor, cls_only: bool = False) -> Tensor:
         known = torch.tensor([TOKENIZER.encode([word])[0][1] for word in WORDS])
         return (input_ids[:, :, None] == known).sum(dim=1, keepdim=True).float()
 
@@ -290,3 +290,26 @@ def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_s
     patches = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
     assert patches.shape == (5, 16, 32)
     torch.testing.assert_close(patches.norm(dim=-1), torch.ones(5, 16))
+
+
+def test_an_image_that_cannot_be_decoded_is_named(held, tiny_tower):
+    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    spoilt = replace(asked, read=lambda number: b"wrong" if number == 3 else asked.read(number))
+    with pytest.raises(ValueError, match=f"benchmark mine: image {asked.images[3]}: not a readable image"):
+        image_features(LotlipEncoder(with_pictures(tiny_tower), TOKENIZER, 2), spoilt)
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "late-interaction"])
+def test_a_text_is_encoded_once_however_often_it_is_asked_for(tiny_tower, similarity):
+    model = with_pictures(tiny_tower)
+    model.config.similarity = similarity
+    encoded = []
+    plain = LotlipEncoder(model, TOKENIZER, Runner(2, on_batch=encoded.append))
+    once = EachTextOnce(LotlipEncoder(model, TOKENIZER, Runner(2, on_batch=encoded.append)))
+    first, again = ["red", "a red dog", "red"], ["a cat", "a red dog"]
+    for asked in (first, again):
+        (features, mask), (expected, expected_mask) = once.texts(asked), plain.texts(asked)
+        torch.testing.assert_close(features, expected, atol=1e-5, rtol=1e-4)
+        assert (mask is None) == (expected_mask is None)
+        assert mask is None or torch.equal(mask, expected_mask)
+    assert sum(encoded) == 3 + len(first) + len(again)

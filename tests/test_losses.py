@@ -130,6 +130,17 @@ def test_several_texts_are_the_mean_of_open_clips_losses():
     torch.testing.assert_close(found["raw"], expected[0] / 4)
 
 
+@pytest.mark.parametrize("features", [2, 4, 7])
+def test_the_raw_caption_has_its_share_however_many_features_there_are(features):
+    images, texts = random_features(number=features)
+    each = [lotlip_loss(images, texts[:, i : i + 1], SCALE)["loss"] for i in range(features)]
+    found = lotlip_loss(images, texts, SCALE, raw_share=0.4)
+    torch.testing.assert_close(found["raw"], 0.4 * each[0])
+    torch.testing.assert_close(found["loss"], 0.4 * each[0] + 0.6 * sum(each[1:]) / (features - 1))
+    alone = lotlip_loss(images, texts[:, :1], SCALE, raw_share=0.4)  # nobody to share with
+    torch.testing.assert_close(alone["loss"], each[0])
+
+
 def test_weights_scale_their_terms():
     images, texts = random_features()
     plain = lotlip_loss(images, texts, SCALE)

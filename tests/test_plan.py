@@ -124,7 +124,9 @@ def test_each_gpu_keeps_its_micro_batch():
 
 
 def test_an_unknown_pretrained_tower_says_how_to_get_it():
-    with pytest.raises(ValueError, match=r"text\.pretrained roberta-large are not known here; fetch it once"):
+    with pytest.raises(
+        ValueError, match=r"text\.pretrained roberta-large are not known here; train it first, fetch it once"
+    ):
         planned(CC3M, differences={"text": {"pretrained": "roberta-large"}})
 
 
@@ -133,7 +135,7 @@ def test_every_ablation_of_the_demo_can_be_planned():
         found = planned(DEMO, name, images=8000)
         assert found.remedy == ""
         assert sum(found.trained.values()) == build_towers(found.config, DEMO.image_tower).trained
-        assert json.loads(json.dumps(found.to_json()))["epochs"] == 320 * 64 / 8000
+        assert json.loads(json.dumps(found.to_json()))["epochs"] == DEMO.pretrain.steps * 64 / 8000
 
 
 # --- activations --------------------------------------------------------------------------------------------------

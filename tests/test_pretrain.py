@@ -25,9 +25,9 @@ from lotlip.training.engine import (
     learning_rate_share,
     parameter_groups,
 )
-from lotlip.training.pretrain import Job, Trainer
+from lotlip.training.pretrain import Job, Trainer, going_on
 from tests.conftest import TinySample, write_shards
-from tests.training import TINY, history, losses, same, start, tiny_job, train, weights
+from tests.training import TINY, finish, history, losses, same, start, tiny_job, train, weights
 
 # --- settings -----------------------------------------------------------------------------------------------------
 
@@ -246,6 +246,35 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
     assert model.text.positions == 20
     assert len(losses(job)) == 12
     assert all(map(math.isfinite, losses(job)))
+
+
+def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
+    config = Pretrain.model_validate({"text": {"pretrained": str(tmp_path)}})
+    assert going_on(config, 3).text.pretrained == str(tmp_path)  # a model's folder
+    (tmp_path / "run.json").touch()
+    (tmp_path / "seed-3").mkdir()
+    assert going_on(config, 3).text.pretrained == str(tmp_path / "seed-3")
+    with pytest.raises(ValueError, match="has no seed-4 to go on from; train it with the same seeds"):
+        going_on(config, 4)
+
+
+@pytest.mark.slow
+def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_path):
+    alone = train(tiny_job(tiny_world, tmp_path / "alone"), seeds=[2])
+    together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "seeds_at_once": 2})
+    finish(start(together, tmp_path / "together"))
+    assert losses(together, 2) == pytest.approx(losses(alone, 2), rel=1e-4)
+    assert losses(together, 0) != pytest.approx(losses(together, 1), rel=1e-4)
+
+
+@pytest.mark.slow
+def test_a_seed_that_stops_ends_those_beside_it_and_says_why(tiny_world, tiny_samples, tmp_path):
+    shards = spoiled(tmp_path / "shards", tiny_samples, 0)
+    changes = {"seeds": [0, 1], "seeds_at_once": 2, "steps": 100_000}
+    process = start(tiny_job(tiny_world, tmp_path, changes, shards=str(shards)), tmp_path)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1
+    assert "the broken image features of" in errors
 
 
 # --- the same, however the work is split ---------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import pytest
 import torch
@@ -16,7 +17,15 @@ from lotlip.captioning.scenes import SceneCaptioner
 from lotlip.config import SceneCaptioner as CaptionerConfig
 from lotlip.data.tokenizer import token_counts, used_tokens
 from lotlip.evaluation.metrics import retrieval
-from lotlip.evaluation.reading import ATTRIBUTES, hard_negatives, questions, read_to_the_end, recall_by_length
+from lotlip.evaluation.reading import (
+    ATTRIBUTES,
+    Quiz,
+    hard_negatives,
+    make_quiz,
+    questions,
+    read_to_the_end,
+    recall_by_length,
+)
 from lotlip.evaluation.scenes import long_text
 from lotlip.records import Caption, ImageRecord
 from lotlip.sources.scenes import COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, generate_scene
@@ -30,6 +39,11 @@ FACTS = {fact: n for n, fact in enumerate(itertools.product(TEXTURES, COLOURS, S
 
 def pieces(texts: Sequence[str]) -> list[int]:
     return token_counts(BERT, texts)
+
+
+@cache
+def quiz() -> Quiz:
+    return make_quiz(SCENES, pieces)
 
 
 def fact(sentence: str) -> tuple[str, str, str, str] | None:
@@ -139,7 +153,7 @@ def test_changed_texts_are_made_of_words_that_training_has():
 @pytest.mark.parametrize("token_by_token", [False, True])
 def test_a_model_that_reads_three_objects_guesses_on_the_others(token_by_token):
     reader = Reader(sentences=5, token_by_token=token_by_token)
-    found = hard_negatives(reader, questions(SCENES), reader.seen(SCENES), pieces)
+    found = hard_negatives(reader, quiz(), reader.seen(SCENES))
     assert [at.accuracy.value for at in found.by_position] == [1, 1, 1, 0.5, 0.5, 0.5]
     assert [at.accuracy.interval for at in found.by_position] == [(1, 1)] * 3 + [(0.5, 0.5)] * 3
     assert found.accuracy.value == 0.75
@@ -150,13 +164,13 @@ def test_a_model_that_reads_three_objects_guesses_on_the_others(token_by_token):
 def test_a_model_that_reads_all_is_right_and_one_that_reads_nothing_guesses():
     for sentences, accuracy in ((None, 1), (0, 0.5)):
         reader = Reader(sentences)
-        found = hard_negatives(reader, questions(SCENES), reader.seen(SCENES), pieces)
+        found = hard_negatives(reader, quiz(), reader.seen(SCENES))
         assert {at.accuracy.value for at in found.by_position} == {accuracy}
 
 
 def test_a_model_that_prefers_what_is_false_is_wrong():
     reader = Reader()
-    found = hard_negatives(reader, questions(SCENES), -reader.seen(SCENES), pieces)
+    found = hard_negatives(reader, quiz(), -reader.seen(SCENES))
     assert found.accuracy.value == 0
 
 
@@ -165,7 +179,7 @@ def test_intervals_are_of_images():
     reader, asked = Reader(), questions(SCENES)
     seen = reader.seen(SCENES)
     seen[[question.scene for question in asked[::2]]] = torch.eye(len(FACTS))[0]
-    found = hard_negatives(reader, asked, seen, pieces).accuracy
+    found = hard_negatives(reader, quiz(), seen).accuracy
     assert found.value == pytest.approx(0.75, abs=0.02)
     low, high = found.interval
     half = 1.96 * 0.25 / len(asked) ** 0.5  # each image scores 0.5 or 1, whatever the position
@@ -174,14 +188,14 @@ def test_intervals_are_of_images():
 
 def test_what_stands_before_a_sentence_is_counted():
     asked = questions(SCENES)
-    before = [at.tokens_before for at in hard_negatives(Reader(), asked, Reader().seen(SCENES), pieces).by_position]
+    before = [at.tokens_before for at in hard_negatives(Reader(), quiz(), Reader().seen(SCENES)).by_position]
     assert before[0] == pytest.approx(sum(pieces([question.before[0] for question in asked])) / len(asked))
     assert all(8 < later - earlier < 14 for earlier, later in itertools.pairwise(before))
 
 
 def test_recall_rises_until_the_model_stops_reading():
     reader = Reader(sentences=5)
-    found = recall_by_length(reader, SCENES, reader.seen(SCENES), pieces)
+    found = recall_by_length(reader, quiz(), reader.seen(SCENES))
     assert [at.sentences for at in found] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert found[0].text_to_image.value == found[1].text_to_image.value < 0.05  # of no small object
     values = [at.text_to_image.value for at in found]
@@ -193,7 +207,7 @@ def test_recall_rises_until_the_model_stops_reading():
 def test_whole_texts_score_as_long_texts_do():
     reader = Reader(sentences=4)
     seen, texts = reader.seen(SCENES), [long_text(scene) for scene in SCENES]
-    last = recall_by_length(reader, SCENES, seen, pieces)[-1]
+    last = recall_by_length(reader, quiz(), seen)[-1]
     expected = retrieval(seen, reader.texts(texts)[0], torch.arange(len(SCENES)), (1,))
     for way, share in (("image_to_text", last.image_to_text), ("text_to_image", last.text_to_image)):
         assert (share.value, share.interval) == (expected.values[f"{way}.r1"], expected.intervals[f"{way}.r1"])
@@ -201,7 +215,7 @@ def test_whole_texts_score_as_long_texts_do():
 
 def test_answers_are_plain_json():
     few = SCENES[:12]
-    found = read_to_the_end(Reader(), few, Reader().seen(few), pieces).to_json()
+    found = read_to_the_end(Reader(), make_quiz(few, pieces), Reader().seen(few)).to_json()
     assert found["hard_negatives"]["by_position"][0].keys() == {"position", "tokens_before", "accuracy"}
     assert found["hard_negatives"]["accuracy"]["value"] == 1
     assert found["lengths"][-1].keys() == {"sentences", "tokens", "image_to_text", "text_to_image"}

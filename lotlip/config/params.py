@@ -118,6 +118,19 @@ class Evaluate(Section):
         return self
 
 
+class Reproduce(Section):
+    """What `make reproduce` runs; `dvc repro` and `make reproduce-all` run every ablation."""
+
+    ablations: list[Name] = Field(default_factory=list, description="none named: all")
+
+
+class Continued(Section):
+    """An ablation that goes on from the trained models of another, each seed from its own."""
+
+    after: Name = Field(description="the ablation that is trained first")
+    pretrain: dict[str, Any] = Field(description="its differences from `pretrain`")
+
+
 class Report(Section):
     """The page that a person reads at the end."""
 
@@ -131,6 +144,38 @@ class Tracking(Section):
 
     uri: str = "sqlite:///mlflow.db"
     experiment: str = "lotlip"
+
+
+class Registry(Section):
+    """MLflow's model registry: which model of a sweep is kept under a name, if it passes the gate.
+
+    Metrics are called as in MLflow: the benchmark's name, then the metric's.
+    """
+
+    model: Name = "lotlip"
+    alias: Name = Field("champion", description="points at the last model that passed: models:/<model>@<alias>")
+    measure: str = Field(description="the metric that ranks models, such as scenes.long.text_to_image.r1")
+    least: dict[str, Share] = Field(description="metric → its least value; at least one on long text and one on short")
+    most_loss: Share = Field(
+        0.0, description="how far below the model that the alias points at each of these metrics may be"
+    )
+
+    @property
+    def uri(self) -> str:
+        """What `mlflow.pyfunc.load_model` loads it by."""
+        return f"models:/{self.model}@{self.alias}"
+
+    @model_validator(mode="after")
+    def _gate_on_both(self) -> Registry:
+        for family in ("long", "short"):
+            if not any(f".{family}." in name for name in self.least):
+                raise ValueError(
+                    f"least has no metric on {family} text, so a model could be kept that lost it; add one, "
+                    f"such as scenes.{family}.text_to_image.r1: 0.2"
+                )
+        if self.alias == "latest" or (self.alias[0] == "v" and self.alias[1:].isdigit()):
+            raise ValueError(f"MLflow keeps the alias {self.alias!r} for itself; call it otherwise")
+        return self
 
 
 class Orchestration(Section):
@@ -153,15 +198,44 @@ class Params(Section):
     evaluate: Evaluate
     report: Report = Report()
     tracking: Tracking = Tracking()
+    registry: Registry | None = Field(None, description="none: sweeps register no model")
     orchestration: Orchestration = Orchestration()
+    reproduce: Reproduce = Reproduce()
     ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
+    continued: dict[Name, Continued] = Field(default_factory=dict, description="ablations that go on from others")
+
+    @property
+    def names(self) -> list[str]:
+        """Of all ablations, those that go on from others last."""
+        return [*self.ablations, *self.continued]
 
     @model_validator(mode="after")
     def _ablations_resolve(self) -> Params:
         if not self.ablations:
             raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
-        problems: list[str] = []
-        for name in self.ablations:
+        problems = [
+            f"continued.{name} is called as one of ablations; call it otherwise"
+            for name in self.continued
+            if name in self.ablations
+        ]
+        there = f"there are: {', '.join(self.ablations)}"
+        problems += [
+            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there})"
+            for name, settings in self.continued.items()
+            if settings.after not in self.ablations
+        ]
+        problems += [
+            f"reproduce.ablations: no ablation {name!r} ({there})"
+            for name in self.reproduce.ablations
+            if name not in self.names
+        ]
+        problems += [
+            f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
+            f"{', '.join(self.evaluate.names)})"
+            for metric in ([self.registry.measure, *self.registry.least] if self.registry else [])
+            if metric.partition(".")[0] not in self.evaluate.names
+        ]
+        for name in self.names:
             try:
                 problems += self._caption_problems(name, self.ablation(name).long_texts)
             except ConfigError as error:
@@ -190,11 +264,14 @@ class Params(Section):
         Raises:
             ConfigError: no such ablation, or one of its keys or values is wrong.
         """
-        if name not in self.ablations:
-            raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.ablations)}")
         base = self.pretrain.model_dump(mode="json", exclude_unset=True)
-        place = f"ablations.{name}"
-        return _validated(Pretrain, merge(base, self.ablations[name]), place, under=place)
+        if name in self.ablations:
+            return _validated(Pretrain, merge(base, self.ablations[name]), f"ablations.{name}", f"ablations.{name}")
+        if name not in self.continued:
+            raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.names)}")
+        settings, place = self.continued[name], f"continued.{name}.pretrain"
+        start = {"text": {"pretrained": (self.paths.models / settings.after).as_posix()}}
+        return _validated(Pretrain, merge(merge(base, settings.pretrain), start), place, place)
 
 
 def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +315,20 @@ def load_params(path: Path | str = "params.yaml") -> Params:
         raise ConfigError(f"{path} is not YAML: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path} must be a mapping of sections, one per stage")
-    return _validated(Params, data, str(path))
+    return checked_params(data, str(path))
+
+
+def checked_params(data: Mapping[str, Any], place: str) -> Params:
+    """The content of a params.yaml, checked.
+
+    Args:
+        data: as read from YAML.
+        place: what it is called in complaints.
+
+    Raises:
+        ConfigError: keys or values that cannot be used.
+    """
+    return _validated(Params, data, place)
 
 
 def _validated(model: type[SectionT], data: Mapping[str, Any], place: str, under: str = "") -> SectionT:

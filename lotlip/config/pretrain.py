@@ -39,7 +39,8 @@ class TextTower(Section):
     tokenizer: str = "bert-base-uncased"
     pretrained: str | None = Field(
         None,
-        description="folder or hub name of a BERT-family model, or folder of a LoTLIP model; without one, `config`",
+        description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or of an ablation with a "
+        "model for each seed; without one, `config`",
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
@@ -139,6 +140,11 @@ class Loss(Section):
     contrast: Literal["softmax", "sigmoid"] = Field(
         "softmax", description="symmetric InfoNCE as CLIP and the paper have it, or SigLIP's pairs (arXiv 2303.15343)"
     )
+    raw_share: Share | None = Field(
+        None,
+        description="of the loss that the raw caption's feature has, the others sharing the rest; without it each of "
+        "the N features has 1/N, so that the raw caption counts the less the more of them there are",
+    )
     raw_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
     long_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
     raw_components: NonNegative = Field(
@@ -198,6 +204,7 @@ Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch
 HOW: Any = {
     "accumulation": True,
     "processes": True,
+    "seeds_at_once": True,
     "launch": True,
     "zero_stage": True,
     "log_every": True,
@@ -219,6 +226,9 @@ class Pretrain(Section):
         1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
     )
     processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
+    seeds_at_once: Count = Field(
+        1, description="seeds that train side by side, each on its share of the cores: small models leave cores idle"
+    )
     launch: Launch = Field(LocalLaunch(), description="how they are started, on how many machines; decides no result")
     precision: Literal["fp32", "bf16"] = "fp32"
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -278,6 +288,11 @@ class Pretrain(Section):
             raise ValueError(
                 f"processes {self.processes} is the number on all machines and not divisible by launch.nodes {nodes}; "
                 f"use {(self.processes // nodes + 1) * nodes}"
+            )
+        if self.seeds_at_once > 1 and self.processes > 1:
+            raise ValueError(
+                f"seeds_at_once {self.seeds_at_once} is for one process for each seed, not {self.processes}; "
+                "set one of the two to 1"
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} names one twice")

@@ -87,8 +87,8 @@ def token_counts(name: str, texts: Sequence[str]) -> list[int]:
 
 def used_tokens(name: str, texts: Iterable[str]) -> set[int]:
     """Ids of the word pieces that occur in texts."""
-    parts = [part for text in texts for part in split_sub_captions(text)]
-    encodings = word_pieces(name).encode_batch_fast(parts, add_special_tokens=False)
+    parts = {part for text in texts for part in split_sub_captions(text)}  # generated texts share many
+    encodings = word_pieces(name).encode_batch_fast(list(parts), add_special_tokens=False)
     return {index for encoding in encodings for index in encoding.ids}
 
 

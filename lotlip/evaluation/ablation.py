@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -13,10 +14,10 @@ from torch import Tensor
 from lotlip.data.tokenizer import token_counts
 from lotlip.evaluation.attention_scores import attention_scores
 from lotlip.evaluation.benchmarks import Benchmark
-from lotlip.evaluation.encoders import LotlipEncoder
-from lotlip.evaluation.evaluate import chances, evaluate, images_of, protocol, unseen_share
+from lotlip.evaluation.encoders import EachTextOnce, LotlipEncoder
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, protocol, unseen_share
 from lotlip.evaluation.flops import flops_by_context
-from lotlip.evaluation.reading import read_to_the_end
+from lotlip.evaluation.reading import make_quiz, read_to_the_end
 from lotlip.files import weights_hash
 from lotlip.models.saving import load_model
 from lotlip.report.attention import attention_pictures
@@ -40,6 +41,20 @@ class Measured:
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
     texts: int = 0
+
+
+def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Benchmark → metric → the mean over seeds, rounded, of R@1 and top-1 alone: what `dvc metrics show` shows.
+
+    Args:
+        results: as of `Measured`.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for benchmark, result in results.items():
+        seeds = list(result["seeds"].values())
+        main = [name for name in seeds[0] if name.rpartition(".")[2] in ("r1", "top1")]
+        found[benchmark] = {name: round(fmean(scores[name] for scores in seeds), 4) for name in main}
+    return found
 
 
 def measure(
@@ -68,6 +83,8 @@ def measure(
     config, found = run["config"], Measured()
     tokenizer = config["text"]["tokenizer"]
     images: dict[str, Tensor] = {}
+    pieces = partial(token_counts, tokenizer)
+    quizzes = {benchmark.name: make_quiz(benchmark.scenes, pieces) for benchmark in benchmarks if benchmark.scenes}
     for seed in config["seeds"]:
         own = folder / f"seed-{seed}"
         encoder = LotlipEncoder(*load_model(own), batch_size)
@@ -78,11 +95,12 @@ def measure(
         }
         found.text_tower_flops = found.text_tower_flops or flops_by_context(model.config)
         for benchmark in benchmarks:
-            name = benchmark.name
+            name, quiz, asked = benchmark.name, quizzes.get(benchmark.name), EachTextOnce(encoder)
             if name not in images or not config["image_tower"]["frozen"]:  # all seeds share a frozen tower
-                images[name] = encoder.images(images_of(benchmark))
+                images[name] = image_features(encoder, benchmark)
             if name not in found.results:
-                unseen = unseen_share(benchmark, tokenizer, vocabulary)
+                false = [text for question in quiz.questions for text in question.changed] if quiz else []
+                unseen = unseen_share(benchmark, tokenizer, vocabulary, false)
                 found.results[name] = {
                     "protocol": {
                         "model": folder.as_posix(),
@@ -92,18 +110,17 @@ def measure(
                     },
                     "chance": chances(benchmark),
                 }
-                pictures = attention_pictures(model, encoder.tokenizer, benchmark)
+                pictures = attention_pictures(encoder, benchmark)
                 found.pictures |= {f"{name}-{kind}.png": png for kind, png in pictures.items()}
-            scores = evaluate(encoder, benchmark, images[name])
+            scores = evaluate(asked, benchmark, images[name])
             of_seed: dict[str, Any] = {
                 "seeds": dict(scores.values),
                 "intervals": {metric: list(ends) for metric, ends in scores.intervals.items()},
-                "attention": attention_scores(model, encoder.tokenizer, benchmark).to_json(),
+                "attention": attention_scores(encoder, benchmark).to_json(),
                 "weights_sha256": weights_hash(own),
             }
-            if benchmark.scenes:
-                pieces = partial(token_counts, tokenizer)
-                of_seed["reading"] = read_to_the_end(encoder, benchmark.scenes, images[name], pieces).to_json()
+            if quiz:
+                of_seed["reading"] = read_to_the_end(asked, quiz, images[name]).to_json()
             for what, value in of_seed.items():
                 found.results[name].setdefault(what, {})[str(seed)] = value
             found.texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())

@@ -3,38 +3,71 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from lotlip.batches import in_batches
+from lotlip.evaluation.encoders import LotlipEncoder
 from lotlip.models.corner_mask import corner_attention_mask
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.text_tower import TextTower
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_IMAGES_AT_ONCE = 16  # attention of all of an image tower's blocks is held for each
+
 # --- images -------------------------------------------------------------------------------------------------------
 
 
-def relevance_maps(model: LotlipModel, pixels: Tensor, input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """How much each patch of an image matters for how well image and text i fit: gradient-weighted attention roll-out.
+def maps_of(encoder: LotlipEncoder, images: Iterable[Image | bytes], texts: Iterable[Sequence[str]]) -> list[Tensor]:
+    """The relevance of the patches of each image for each of its own texts, [N, G, G'] on the CPU.
+
+    Args:
+        encoder: the model.
+        images: decoded or not; some are in memory at a time.
+        texts: of each image, one at least.
+
+    Raises:
+        ValueError: as of `relevance_maps`, or an image cannot be decoded.
+    """
+    model, found = encoder.model, []
+    for batch in in_batches(zip(images, texts, strict=True), _IMAGES_AT_ONCE):
+        numbers = [len(own) for _, own in batch]
+        pixels = torch.from_numpy(np.stack([encoder.prepare(image) for image, _ in batch]))
+        ids, lengths = map(torch.from_numpy, encoder.tokenizer([text for _, own in batch for text in own]))
+        image = torch.arange(len(batch)).repeat_interleave(torch.tensor(numbers))
+        maps = relevance_maps(model, *(given.to(model.device) for given in (pixels, ids, lengths, image)))
+        found += maps.cpu().split(numbers)
+    return found
+
+
+def relevance_maps(
+    model: LotlipModel, pixels: Tensor, input_ids: Tensor, lengths: Tensor, image: Tensor | None = None
+) -> Tensor:
+    """How much each patch matters for how well a text and its image fit: gradient-weighted attention roll-out.
 
     As Chefer et al. compute it (arXiv 2103.15679, eq. 5 and 6): through the image tower's blocks relevance grows by
     R ← R + Ā R, where Ā is a block's attention times its gradient by the cosine of image and text, what is negative
     left out, the mean over heads; [CLS]'s row of R is the map. The model stays as it was, gradients included, and may
     be frozen; a caller's `inference_mode` does not matter. Attention of all blocks is kept at the same time, for
-    ViT-B/16 45 MB an image: mind the batch.
+    ViT-B/16 45 MB an image: mind the batch. An image's attention is computed once for all of its texts.
 
     Args:
         model: to ask, in evaluation mode; where it is, the inputs are.
         pixels: [B, 3, S, S], as `encode_image` takes them.
-        input_ids: a text for each image, padded at the end, [B, L].
-        lengths: tokens of each text, [B].
+        input_ids: texts, padded at the end, [N, L].
+        lengths: tokens of each text, [N].
+        image: each text's image, 0 … B−1, [N]; without it text i is image i's.
 
     Returns:
-        fp32, [B, G, G'], the grid of patches from the top left; nowhere negative, each sums to 1. A map is even where
-        no patch speaks for the text.
+        fp32, of each text [N, G, G'], the grid of patches from the top left; nowhere negative, each sums to 1. A map is
+        even where no patch speaks for the text.
 
     Raises:
         ValueError: the model compares token by token, is in training mode, or its attention cannot be seen.
@@ -44,18 +77,29 @@ def relevance_maps(model: LotlipModel, pixels: Tensor, input_ids: Tensor, length
     # what was made in inference mode cannot be differentiated through, so the pixels are copied out of it
     with torch.inference_mode(False):
         with torch.no_grad():
-            texts = model.encode_text(input_ids, lengths)[:, 0]
+            texts = model.encode_text(input_ids, lengths, cls_only=True)[:, 0]
         with torch.enable_grad(), _attention_of(trunk) as attention:
             # a start for gradients, where the tower is frozen
             images = model.encode_image(pixels.detach().clone().requires_grad_())
-            gradients = torch.autograd.grad((images * texts).sum(), attention)
-        rows = roll_out(
-            [(a.detach() * g).float().relu().mean(dim=1) for a, g in zip(attention, gradients, strict=True)]
-        )
-    patches = rows[:, 0, trunk.num_prefix_tokens :]
+        image = torch.arange(len(texts), device=texts.device) if image is None else image
+        rows = texts.new_empty(len(texts), attention[0].shape[-1], dtype=torch.float32)
+        for own in _one_of_each(image):
+            cosines = (images[image[own]] * texts[own]).sum()
+            gradients = torch.autograd.grad(cosines, attention, retain_graph=True)
+            seen = zip(attention, gradients, strict=True)
+            blocks = [(a.detach() * g)[image[own]].float().relu().mean(dim=1) for a, g in seen]
+            rows[own] = roll_out(blocks)[:, 0]
+    patches = rows[:, trunk.num_prefix_tokens :]
     total = patches.sum(dim=1, keepdim=True)
     maps = torch.where(total > 0, patches / total, 1 / patches.shape[1])
     return maps.unflatten(1, trunk.patch_embed.grid_size)
+
+
+def _one_of_each(image: Tensor) -> Iterator[Tensor]:
+    """Places of the texts, [N] in all, in groups in which no image comes twice: the first of each, the second, …"""
+    turn = (image == image[:, None]).tril(-1).sum(dim=1)
+    for number in range(int(turn.max()) + 1):
+        yield (turn == number).nonzero()[:, 0]
 
 
 def roll_out(blocks: list[Tensor], first: int = 1) -> Tensor:

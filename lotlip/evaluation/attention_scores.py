@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lotlip.batches import in_batches
-from lotlip.data.images import decode_rgb, image_transform
-from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluation.attention import (
-    relevance_maps,
+    maps_of,
     spread,
     sub_caption_shares,
     sub_captions,
@@ -22,13 +19,12 @@ from lotlip.evaluation.attention import (
     where_words,
 )
 from lotlip.evaluation.benchmarks import Benchmark
-from lotlip.evaluation.metrics import Scores
+from lotlip.evaluation.encoders import LotlipEncoder
+from lotlip.evaluation.metrics import Scores, ratios
 from lotlip.evaluation.scenes import object_texts, salient_words
-from lotlip.models.lotlip import LotlipModel
 from lotlip.sources.scenes import Scene, SceneObject
 
 IMAGES = 200  # enough for intervals of a few percent, and done in seconds
-RESAMPLES = 1000
 _FINENESS = 16  # points by which a patch's side is sampled to see how much of it an object covers
 
 
@@ -50,19 +46,19 @@ class AttentionScores:
         return {"values": dict(self.scores.values), "intervals": intervals, "left_out": self.left_out}
 
 
-def attention_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> AttentionScores:
+def attention_scores(encoder: LotlipEncoder, benchmark: Benchmark) -> AttentionScores:
     """All that can be measured on a benchmark's first images."""
     scores, left_out = Scores(), {}
     try:
         if benchmark.scenes:
-            scores |= object_scores(model, tokenizer, benchmark)
+            scores |= object_scores(encoder, benchmark)
         else:
             left_out["images"] = "where the objects are in these images is not known"
     except ValueError as error:
         left_out["images"] = str(error)
     try:
         if "long" in benchmark.retrieval:
-            scores |= text_scores(model, tokenizer, benchmark)
+            scores |= text_scores(encoder, benchmark)
         else:
             left_out["texts"] = "there are no long texts"
     except ValueError as error:
@@ -70,29 +66,14 @@ def attention_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Be
     return AttentionScores(scores, left_out)
 
 
-def maps_of(
-    model: LotlipModel, tokenizer: TextTokenizer, images: Sequence[bytes], texts: Sequence[str], batch_size: int = 32
-) -> Tensor:
-    """The relevance of the patches of encoded images, each for the text at its place, [B, G, G']."""
-    spec = model.image_tower.spec
-    transform = image_transform(spec.image_size, spec.mean, spec.std)
-    maps = []
-    for batch in in_batches(zip(images, texts, strict=True), batch_size):
-        pixels = torch.from_numpy(np.stack([transform(decode_rgb(image)) for image, _ in batch]))
-        ids, lengths = map(torch.from_numpy, tokenizer([text for _, text in batch]))
-        maps.append(relevance_maps(model, pixels, ids, lengths))
-    return torch.cat(maps)
-
-
 # --- scenes -------------------------------------------------------------------------------------------------------
 
 
-def object_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark, images: int = IMAGES) -> Scores:
+def object_scores(encoder: LotlipEncoder, benchmark: Benchmark, images: int = IMAGES) -> Scores:
     """How much of the relevance of a scene's patches falls on the one object that a text names.
 
     Args:
-        model: to ask.
-        tokenizer: its own.
+        encoder: of the model.
         benchmark: of scenes.
         images: how many of its first scenes are asked for.
 
@@ -108,20 +89,18 @@ def object_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Bench
     """
     scenes = benchmark.scenes[:images]
     texts = [object_texts(scene) for scene in scenes]
-    encoded = [benchmark.read(number) for number, named in enumerate(texts) for _ in named]
-    maps = maps_of(model, tokenizer, encoded, [text for named in texts for text in named])
-    per_scene = maps.split([len(named) for named in texts])
-    found = torch.stack([on_objects(scene, each) for scene, each in zip(scenes, per_scene, strict=True)]).double()
+    maps = maps_of(encoder, map(benchmark.read, range(len(scenes))), texts)
+    found = torch.stack([on_objects(scene, each) for scene, each in zip(scenes, maps, strict=True)]).double()
     names = (
         "on_named_object", "on_object_not_named", "named_object_area", "on_salient_object", "salient_object_area",
     )  # fmt: skip
     columns = dict(zip(names, found.T, strict=True))
-    ratios = {
+    parts = {
         "on_named_object_over_chance": ("on_named_object", "named_object_area"),
         "on_named_object_over_not_named": ("on_named_object", "on_object_not_named"),
         "on_salient_object_over_chance": ("on_salient_object", "salient_object_area"),
     }
-    measured = {name: ratio(columns[above], columns[below]) for name, (above, below) in ratios.items()}
+    measured = {name: ratio(columns[above], columns[below]) for name, (above, below) in parts.items()}
     return Scores(
         {name: column.mean().item() for name, column in columns.items()}
         | {name: value for name, (value, _) in measured.items()},
@@ -161,18 +140,16 @@ def coverage(things: Iterable[SceneObject], grid: tuple[int, ...]) -> Tensor:
     return torch.nn.functional.avg_pool2d(inside, _FINENESS)
 
 
-def ratio(above: Tensor, below: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, tuple[float, float]]:
-    """The ratio of two means over the same scenes, [S] each, and its 95 % percentile bootstrap interval."""
-    drawn = torch.randint(len(above), (resamples, len(above)), generator=torch.Generator().manual_seed(seed))
-    samples = above[drawn].mean(dim=1) / below[drawn].mean(dim=1)
-    low, high = samples.quantile(torch.tensor([0.025, 0.975], dtype=samples.dtype)).tolist()
-    return (above.mean() / below.mean()).item(), (low, high)
+def ratio(above: Tensor, below: Tensor) -> tuple[float, tuple[float, float]]:
+    """The ratio of two means over the same scenes, [S] each, and its 95 % confidence interval over scenes."""
+    (value,), ((low, high),) = ratios(above[:, None], below)
+    return value, (low, high)
 
 
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
-def text_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark, texts: int = IMAGES) -> Scores:
+def text_scores(encoder: LotlipEncoder, benchmark: Benchmark, texts: int = IMAGES) -> Scores:
     """How evenly [CLS] and the corner tokens read the first long texts.
 
     Returns:
@@ -184,12 +161,12 @@ def text_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchma
     Raises:
         ValueError: as of `text_attention`.
     """
-    asked = benchmark.retrieval["long"]
+    model, tokenizer, asked = encoder.model, encoder.tokenizer, benchmark.retrieval["long"]
     tokens = 1 + model.config.corner_tokens + model.config.register_tokens
     columns: dict[str, list[Tensor]] = {}
     numbered = zip(asked.texts[:texts], asked.image[:texts], strict=True)
     for batch in in_batches(numbered, 50):
-        ids, lengths = map(torch.from_numpy, tokenizer([text for text, _ in batch]))
+        ids, lengths = (torch.from_numpy(made).to(model.device) for made in tokenizer([text for text, _ in batch]))
         attention, number = text_attention(model, ids, lengths), sub_captions(model, ids, lengths)
         shares, by_length = sub_caption_shares(attention, number)
         count = number.amax(dim=1) + 1
@@ -197,7 +174,10 @@ def text_scores(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchma
         found = _by_reader(spread(shares, count), "entropy") | {"length_entropy": spread(by_length, count)}
         if benchmark.scenes:
             phrases = [tokenizer.encode([salient_words(benchmark.scenes[image])])[0][tokens:-1] for _, image in batch]
-            words = [where_words(torch.tensor(phrase), row) for phrase, row in zip(phrases, ids, strict=True)]
+            words = [
+                where_words(torch.tensor(phrase, device=row.device), row)
+                for phrase, row in zip(phrases, ids, strict=True)
+            ]
             salient = torch.stack(words)[:, None].float()  # [B, 1, L]
             found |= _by_reader((attention * salient).sum(dim=-1), "on_salient_words")
             found["salient_words_length"] = salient[:, 0].sum(dim=-1) / (number >= 0).sum(dim=-1)

@@ -6,11 +6,11 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lotlip import config
 from lotlip.files import sha256_json
-from lotlip.partitions import read_captions, read_image, read_table, unit_names
+from lotlip.partitions import read_captions, stored_images, unit_names
 
 if TYPE_CHECKING:
     from lotlip.sources.scenes import Scene
@@ -82,49 +82,25 @@ def open_benchmark(name: str, settings: config.Benchmark, paths: config.Paths, c
     return _held_out(name, settings, paths, captioners)
 
 
-@dataclass(frozen=True)
-class _Split:
-    """The images of a split of partitions.
-
-    Attributes:
-        keys: name of each.
-        column: another column of theirs.
-        places: where each one's bytes lie: partition, offset and size.
-        source: folder of the partitions.
-    """
-
-    keys: list[str]
-    column: list[str | None]
-    places: list[tuple[str, int, int]]
-    source: Path
-
-    def read(self, number: int) -> bytes:
-        return read_image(self.source, *self.places[number])
-
-
-def _split(source: Path, split: str, column: str) -> _Split:
-    found = _Split([], [], [], source)
-    for unit in unit_names(source, split):
-        table = read_table(source, unit, ["key", "offset", "size", column])
-        found.keys.extend(table["key"])
-        found.column.extend(table[column])
-        found.places.extend((unit, int(at), int(size)) for at, size in zip(table["offset"], table["size"], strict=True))
-    return found
+def _split(source: Path, split: str, column: str) -> tuple[list[str], list[Any], Callable[[int], bytes]]:
+    """Of the images of a split of partitions the names, another column, and what reads each by its number."""
+    found = list(stored_images(source, unit_names(source, split), column))
+    return [key for key, _, _ in found], [value for _, value, _ in found], lambda number: found[number][2]()
 
 
 def _scenes(name: str, settings: config.ScenesBenchmark, source: Path) -> Benchmark:
     from lotlip.evaluation.scenes import label, long_text, shape_prompts, short_text
     from lotlip.sources.scenes import Scene
 
-    images = _split(source, settings.split, "scene")
-    if len(images.keys) != settings.size:
+    keys, drawn, read = _split(source, settings.split, "scene")
+    if len(keys) != settings.size:
         raise ValueError(
-            f"benchmark {name}: {source}/{settings.split} has {len(images.keys)} scenes, but "
+            f"benchmark {name}: {source}/{settings.split} has {len(keys)} scenes, but "
             f"evaluate.benchmarks.{name}.size is {settings.size}; scores of another size cannot be compared"
         )
-    if not all(isinstance(scene, str) for scene in images.column):
+    if not all(isinstance(scene, str) for scene in drawn):
         raise ValueError(f"benchmark {name}: the images in {source} are not generated scenes; use `kind: held-out`")
-    scenes = [Scene.from_json(json.loads(str(scene))) for scene in images.column]
+    scenes = [Scene.from_json(json.loads(str(scene))) for scene in drawn]
     every = list(range(len(scenes)))
     retrieval = {
         "long": Texts([long_text(scene) for scene in scenes], every),
@@ -132,14 +108,14 @@ def _scenes(name: str, settings: config.ScenesBenchmark, source: Path) -> Benchm
     }
     return Benchmark(
         name=name,
-        images=images.keys,
-        read=images.read,
+        images=keys,
+        read=read,
         retrieval=retrieval,
         prompts=Prompts(shape_prompts(), [label(scene) for scene in scenes]),
         max_unseen_tokens=settings.max_unseen_tokens,
         about={
             "split": settings.split,
-            "version": _version(images.keys, retrieval),
+            "version": _version(keys, retrieval),
             "texts": "frames that no training caption uses, words that they do use",
         },
         scenes=scenes,
@@ -148,23 +124,23 @@ def _scenes(name: str, settings: config.ScenesBenchmark, source: Path) -> Benchm
 
 def _held_out(name: str, settings: config.HeldOutBenchmark, paths: config.Paths, captioners: list[str]) -> Benchmark:
     """Raw captions as short texts; as long text of an image the one of its captions with the most tokens."""
-    images = _split(paths.ingest, settings.split, "raw_caption")
-    if not images.keys:
+    keys, raw, read = _split(paths.ingest, settings.split, "raw_caption")
+    if not keys:
         raise ValueError(
             f"benchmark {name}: no image is in the split {settings.split!r}; raise its share in params.yaml"
         )
-    retrieval = {"short": Texts([str(caption) for caption in images.column], list(range(len(images.keys))))}
+    retrieval = {"short": Texts([str(caption) for caption in raw], list(range(len(keys))))}
     longest: dict[str, tuple[int, str]] = {}
     for captioner in captioners:
         for unit in unit_names(paths.captions / captioner, settings.split):
             table = read_captions(paths.captions / captioner, unit, ["key", "text", "tokens"])
             for key, text, tokens in zip(table["key"], table["text"], table["tokens"], strict=True):
                 longest[key] = max(longest.get(key, (0, "")), (int(tokens), text))
-    described = [(index, longest[key][1]) for index, key in enumerate(images.keys) if key in longest]
+    described = [(index, longest[key][1]) for index, key in enumerate(keys) if key in longest]
     if described:
         retrieval["long"] = Texts([text for _, text in described], [index for index, _ in described])
-    about = {"split": settings.split, "version": _version(images.keys, retrieval)}
-    return Benchmark(name, images.keys, images.read, retrieval, about=about)
+    about = {"split": settings.split, "version": _version(keys, retrieval)}
+    return Benchmark(name, keys, read, retrieval, about=about)
 
 
 def _version(images: Sequence[str], retrieval: Mapping[str, Texts]) -> str:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 from lotlip import config
 from lotlip.evaluation.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluation.encoders import Encoder
-from lotlip.evaluation.evaluate import chances, evaluate, images_of, protocol
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, protocol
 from lotlip.evaluation.metrics import Scores
 from lotlip.evaluation.reference import REFERENCE, SOURCE, Reference
 from lotlip.partitions import read_index
@@ -94,7 +94,7 @@ def compare(
     for name, encoder in models:
         for benchmark in benchmarks:
             on_start(name, benchmark.name, _items(benchmark))
-            scores = evaluate(encoder, benchmark, encoder.images(images_of(benchmark)))
+            scores = evaluate(encoder, benchmark, image_features(encoder, benchmark))
             about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), "command": command}
             results.append(Result(name, benchmark.name, scores, chances(benchmark), about))
     return results

@@ -40,7 +40,7 @@ class Encoder(Protocol):
         """Normalised features of encoded images, [I, D]; with late interaction those of their patches, [I, P, D].
 
         Raises:
-            ValueError: an image cannot be decoded.
+            UnreadableImage: one cannot be decoded.
         """
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
@@ -52,6 +52,43 @@ class Encoder(Protocol):
 
     def protocol(self) -> dict[str, str | int]:
         """What decides its features: context length, image size, preparation of images and texts, precision, …"""
+
+
+class EachTextOnce:
+    """Texts' features of an encoder, each made once however many measures ask for it.
+
+    Args:
+        encoder: that makes them.
+
+    Attributes:
+        protocol, images: the encoder's.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self._rows: dict[str, Tensor] = {}  # [D]; with late interaction those of its tokens, [l, D]
+        self.images, self.protocol = encoder.images, encoder.protocol
+
+    def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
+        """As of `Encoder`."""
+        if new := [text for text in dict.fromkeys(texts) if text not in self._rows]:
+            features, mask = self._encoder.texts(new)
+            rows = features if mask is None else [row[own] for row, own in zip(features, mask, strict=True)]
+            self._rows |= zip(new, rows, strict=True)
+        found = [self._rows[text] for text in texts]
+        return (torch.stack(found), None) if found[0].ndim == 1 else _padded(found)
+
+
+class UnreadableImage(ValueError):
+    """An image that cannot be decoded.
+
+    Attributes:
+        number: its place among those that were to be encoded.
+    """
+
+    def __init__(self, number: int, reason: str) -> None:
+        super().__init__(reason)
+        self.number = number
 
 
 @dataclass(frozen=True)
@@ -94,8 +131,19 @@ class Runner:
             return normalize(found.float(), dim=-1).cpu()
 
     def prepared(self, images: Iterable[bytes], prepare: Callable[[bytes], Any]) -> Iterator[list[Any]]:
-        """Images in batches, decoded and made ready by threads while the model runs."""
-        return in_batches(ahead(prepare, images, 2 * self.batch_size), self.batch_size)
+        """Images in batches, decoded and made ready by threads while the model runs.
+
+        Raises:
+            UnreadableImage: one cannot be decoded.
+        """
+
+        def made(numbered: tuple[int, bytes]) -> Any:
+            try:
+                return prepare(numbered[1])
+            except ValueError as error:
+                raise UnreadableImage(numbered[0], str(error)) from error
+
+        return in_batches(ahead(made, enumerate(images), 2 * self.batch_size), self.batch_size)
 
     def protocol(self, *libraries: str) -> dict[str, str | int]:
         """What of it decides features, with the versions of the libraries that make them."""
@@ -235,14 +283,10 @@ class LotlipEncoder:
             own = torch.from_numpy(ids[places, : lengths[places[-1]]]), torch.from_numpy(lengths[places])
             for place, row in zip(places, self._run.features(encode, *own), strict=True):
                 rows[place] = row[: lengths[place]] if self._token_by_token else row
-        if not self._token_by_token:
-            return torch.stack(rows), None
-        real = torch.from_numpy(lengths)[:, None]
-        padded = pad_sequence(rows, batch_first=True)
-        return padded, torch.arange(padded.shape[1]) < real
+        return _padded(rows) if self._token_by_token else (torch.stack(rows), None)
 
     def _cls(self, ids: Tensor, lengths: Tensor) -> Tensor:
-        return self.model.encode_text(ids, lengths)[:, 0]
+        return self.model.encode_text(ids, lengths, cls_only=True)[:, 0]
 
     def _tokens(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_text_tokens(ids, lengths)[0]
@@ -263,6 +307,12 @@ class LotlipEncoder:
             "similarity": self.model.config.similarity,
             **self._run.protocol("transformers", "timm", "pillow"),
         }
+
+
+def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows [l, D] of each text side by side, [T, L, D], and which are no padding, [T, L]."""
+    padded = pad_sequence(list(rows), batch_first=True)
+    return padded, torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def preprocessing(resize: str, crop: str, mean: Sequence[float], std: Sequence[float]) -> str:

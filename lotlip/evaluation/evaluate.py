@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lotlip.data.tokenizer import used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts
-from lotlip.evaluation.encoders import Encoder
+from lotlip.evaluation.encoders import Encoder, UnreadableImage
 from lotlip.evaluation.metrics import Scores, chance, class_features, classification, retrieval
-from lotlip.evaluation.reading import questions
 
 KS = (1, 5, 10)
 
@@ -32,6 +31,18 @@ def evaluate(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> Scores:
     if benchmark.prompts:
         found |= _classify(encoder, benchmark.prompts, images).under("classification")
     return found
+
+
+def image_features(encoder: Encoder, benchmark: Benchmark) -> Tensor:
+    """Features of a benchmark's images as the encoder gives them.
+
+    Raises:
+        ValueError: one cannot be read or decoded; it is named.
+    """
+    try:
+        return encoder.images(images_of(benchmark))
+    except UnreadableImage as error:
+        raise ValueError(f"benchmark {benchmark.name}: image {benchmark.images[error.number]}: {error}") from error
 
 
 def images_of(benchmark: Benchmark) -> Iterator[bytes]:
@@ -68,17 +79,21 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
     return scores
 
 
-def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]) -> float:
+def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int], others: Iterable[str] = ()) -> float:
     """Share of the word pieces of a benchmark's texts that no training text has: scores on such texts measure noise.
+
+    Args:
+        benchmark: with its texts and prompts.
+        tokenizer: whose word pieces they are.
+        vocabulary: word pieces that training texts have.
+        others: what else is asked.
 
     Raises:
         ValueError: it is more than the benchmark allows.
     """
-    texts = [text for kind in benchmark.retrieval.values() for text in kind.texts]
+    texts = [*others, *(text for kind in benchmark.retrieval.values() for text in kind.texts)]
     if benchmark.prompts:
         texts += [prompt for prompts in benchmark.prompts.classes for prompt in prompts]
-    if benchmark.scenes:
-        texts += [text for question in questions(benchmark.scenes) for text in question.changed]
     used = used_tokens(tokenizer, texts)
     share = len(used - set(vocabulary)) / max(len(used), 1)
     limit = benchmark.max_unseen_tokens

@@ -225,20 +225,38 @@ def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RE
     Returns:
         a mean for each outcome, by the same names.
     """
-    clusters = int(cluster.max()) + 1
-    every = torch.stack([*outcomes.values(), torch.ones(len(cluster))], dim=1).double()  # [Q, names + 1]: and a count
-    sums = every.new_zeros(clusters, every.shape[1]).index_add_(0, cluster, every)
+    columns = torch.stack([*outcomes.values()], dim=1).double()  # [Q, names]
+    queries = cluster.bincount()
+    sums = columns.new_zeros(len(queries), columns.shape[1]).index_add_(0, cluster, columns)
+    values, ends = ratios(sums, queries, resamples, seed)
+    return Scores(dict(zip(outcomes, values, strict=True)), dict(zip(outcomes, ends, strict=bool(resamples))))
 
-    def means(counts: Tensor) -> Tensor:  # how often each cluster is in each sample, [samples, C] → [samples, names]
-        totals = counts.double() @ sums
+
+def ratios(
+    above: Tensor, below: Tensor, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[list[float], list[tuple[float, float]]]:
+    """Ratios of sums over the same clusters, with their 95 % confidence intervals by the percentile bootstrap.
+
+    Args:
+        above: what each cluster adds to each ratio's numerator, [C, R].
+        below: what it adds to the denominator of all, [C].
+        resamples, seed: as of `summary`.
+
+    Returns:
+        each ratio, and the ends of each interval; no intervals with no resamples.
+    """
+    columns = torch.cat([above, below[:, None]], dim=1).double()
+
+    def found(counts: Tensor) -> Tensor:  # how often each cluster is in each sample, [samples, C] → [samples, R]
+        totals = counts.double() @ columns
         return totals[:, :-1] / totals[:, -1:]
 
-    values = dict(zip(outcomes, means(torch.ones(1, clusters))[0].tolist(), strict=True))
+    values = found(torch.ones(1, len(below)))[0].tolist()
     if not resamples:
-        return Scores(values)
-    drawn = torch.cat([means(counts) for counts in _samples(clusters, resamples, seed)])
+        return values, []
+    drawn = torch.cat([found(counts) for counts in _samples(len(below), resamples, seed)])
     ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
-    return Scores(values, {name: (low, high) for name, (low, high) in zip(outcomes, ends, strict=True)})
+    return values, [(low, high) for low, high in ends]
 
 
 def _samples(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:

@@ -113,6 +113,37 @@ class Question:
     changed: list[str]
 
 
+@dataclass(frozen=True)
+class Quiz:
+    """What every model is asked, made once for all of them.
+
+    Attributes:
+        questions: see `questions`.
+        before: word pieces of what stands before the sentence in question, by position the mean.
+        cut: long texts that end after one sentence, two, …: one for each scene.
+        tokens: word pieces of those, the mean.
+    """
+
+    questions: list[Question]
+    before: list[float]
+    cut: list[list[str]]
+    tokens: list[float]
+
+
+def make_quiz(scenes: Sequence[Scene], token_counts: TokenCounts) -> Quiz:
+    """Asks of some scenes.
+
+    Args:
+        scenes: of a benchmark's images.
+        token_counts: texts → word pieces of each, which say how far into a text a sentence stands.
+    """
+    asked = questions(scenes)
+    before = zip(*[token_counts(question.before) for question in asked], strict=True)
+    told = [sentences(scene) for scene in scenes]
+    cut = [[as_text(some[:number]) for some in told] for number in range(1, max(map(len, told)) + 1)]
+    return Quiz(asked, [fmean(counts) for counts in before], cut, [fmean(token_counts(texts)) for texts in cut])
+
+
 def questions(scenes: Sequence[Scene], seed: int = 0) -> list[Question]:
     """One question for each of the scenes with the most small objects, so that every position asks of the same ones.
 
@@ -156,35 +187,28 @@ def _values(scene: Scene, attribute: str) -> set[str]:
     return {getattr(thing, attribute) for thing in (scene.salient, *scene.objects)}
 
 
-def read_to_the_end(encoder: Encoder, scenes: Sequence[Scene], images: Tensor, token_counts: TokenCounts) -> Reading:
+def read_to_the_end(encoder: Encoder, quiz: Quiz, images: Tensor) -> Reading:
     """Asks a model both.
 
     Args:
         encoder: the model.
-        scenes: of the images.
-        images: features of the images as the encoder gives them, [I, D] or [I, P, D].
-        token_counts: texts → word pieces of each, which say how far into a text a sentence stands.
+        quiz: what to ask.
+        images: features of the quiz's images as the encoder gives them, [I, D] or [I, P, D].
     """
-    return Reading(
-        hard_negatives(encoder, questions(scenes), images, token_counts),
-        recall_by_length(encoder, scenes, images, token_counts),
-    )
+    return Reading(hard_negatives(encoder, quiz, images), recall_by_length(encoder, quiz, images))
 
 
-def hard_negatives(
-    encoder: Encoder, asked: Sequence[Question], images: Tensor, token_counts: TokenCounts
-) -> HardNegatives:
+def hard_negatives(encoder: Encoder, quiz: Quiz, images: Tensor) -> HardNegatives:
     """The share of images that are nearer to the true text than to the changed one; equally near counts half.
 
     Args:
-        encoder, images, token_counts: as of `read_to_the_end`.
-        asked: as `questions` makes them.
+        encoder, quiz, images: as of `read_to_the_end`.
     """
+    asked = quiz.questions
     batches = in_batches(asked, _QUESTIONS_AT_ONCE)
     right = torch.cat([_right(encoder, some, images) for some in batches])  # [Q, positions]
-    before = zip(*[token_counts(question.before) for question in asked], strict=True)
     by_position = [
-        AtPosition(number + 1, fmean(tokens), _share(right[:, number])) for number, tokens in enumerate(before)
+        AtPosition(number + 1, tokens, _share(right[:, number])) for number, tokens in enumerate(quiz.before)
     ]
     by_attribute = []
     for attribute in ATTRIBUTES:
@@ -208,27 +232,23 @@ def _right(encoder: Encoder, asked: Sequence[Question], images: Tensor) -> Tenso
     return torch.stack(rows).cpu()
 
 
-def recall_by_length(
-    encoder: Encoder, scenes: Sequence[Scene], images: Tensor, token_counts: TokenCounts
-) -> list[AtLength]:
+def recall_by_length(encoder: Encoder, quiz: Quiz, images: Tensor) -> list[AtLength]:
     """R@1 both ways when long texts end after one sentence, two, … up to all.
 
     Args:
-        encoder, scenes, images, token_counts: as of `read_to_the_end`.
+        encoder, quiz, images: as of `read_to_the_end`.
     """
-    told = [sentences(scene) for scene in scenes]
-    cut = [[as_text(some[:number]) for some in told] for number in range(1, max(map(len, told)) + 1)]
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in cut for text in texts))}
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in quiz.cut for text in texts))}
     features, mask = encoder.texts(list(rows))  # once each: many first sentences are equal, and whole texts come again
     found = []
-    for number, texts in enumerate(cut, start=1):
+    for number, (texts, tokens) in enumerate(zip(quiz.cut, quiz.tokens, strict=True), start=1):
         own = torch.tensor([rows[text] for text in texts], device=features.device)
         own_mask = None if mask is None else mask[own]
         scores = retrieval(images, features[own], torch.arange(len(images)), (1,), text_mask=own_mask)
         to_text, to_image = (
             Share(scores.values[name], scores.intervals[name]) for name in ("image_to_text.r1", "text_to_image.r1")
         )
-        found.append(AtLength(number, fmean(token_counts(texts)), to_text, to_image))
+        found.append(AtLength(number, tokens, to_text, to_image))
     return found
 
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from lotlip.batches import in_batches
 from lotlip.embedding import Embedder, Match, maker, matches
 from lotlip.index import Index, open_index
 from lotlip.pictures import Pictures, open_pictures
@@ -19,7 +18,6 @@ from lotlip.pictures import Pictures, open_pictures
 if TYPE_CHECKING:
     from PIL import Image
 
-_AT_A_TIME = 8  # maps; attention of all of an image tower's blocks is held for each
 _LOOKED_THROUGH = 256  # texts of the index, for examples
 
 
@@ -148,12 +146,15 @@ class Explorer:
         Raises:
             ValueError: the text is blank, or a picture of the index is not there any more.
         """
+        from lotlip.evaluation.attention import maps_of
+
         text = _not_blank(text)
         with self._lock:
             found = matches(self._pictures, self._embedder.texts([text])[0], self._top)
             pictures = [self.picture(match.name) for match in found]
-            maps = self._maps(pictures, [text] * len(found))
-        return [Found(*one) for one in zip(found, pictures, maps, strict=True)]
+            maps = maps_of(self._embedder.encoder, pictures, [[text]] * len(found))
+        shown = zip(found, pictures, maps, strict=True)
+        return [Found(match, picture, relevance[0].numpy()) for match, picture, relevance in shown]
 
     def find_texts(self, picture: Image.Image) -> list[Match]:
         """The texts nearest to a picture, best first.
@@ -193,7 +194,7 @@ class Explorer:
             place = attention.sub_captions(model, ids, lengths)  # [1, L]
             spans = _spans(place[0].tolist(), offsets)
             parts = [text[start:end] for start, end in spans]
-            whole, *maps = self._maps([picture] * (1 + len(parts)), [text, *parts])
+            whole, *maps = attention.maps_of(self._embedder.encoder, [picture], [[text, *parts]])[0].numpy()
             names = ["[CLS]", *(f"Cor {number + 1}" for number in range(model.config.corner_tokens))]
             silent = ""
             try:
@@ -206,19 +207,6 @@ class Explorer:
         return Look(
             whole, parts, grid, names, shares[0].cpu().numpy(), tokens[0].cpu().numpy(), spread[0].cpu().numpy(), silent
         )
-
-    def _maps(self, pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[np.ndarray]:
-        """Relevance of picture i's patches for text i, [G, G] each."""
-        import torch
-
-        from lotlip.evaluation.attention import relevance_maps
-
-        found: list[np.ndarray] = []
-        for batch in in_batches(zip(pictures, texts, strict=True), _AT_A_TIME):
-            ids, lengths = self._embedder.tokens([text for _, text in batch])
-            pixels = torch.from_numpy(np.stack([self._embedder.prepare(picture) for picture, _ in batch]))
-            found += list(relevance_maps(self._embedder.model, pixels.to(ids.device), ids, lengths).cpu().numpy())
-        return found
 
 
 def _index(path: Path, kind: str) -> Index:

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from lotlip.losses import lotlip_loss
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.packing import Texts
 from lotlip.models.similarity import cosine, late_interaction
 from lotlip.models.text_tower import TextTower
 
@@ -94,14 +95,15 @@ class LotlipModel(PreTrainedModel):
 
     # --- features -------------------------------------------------------------------------------------------------
 
-    def encode_text(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def encode_text(self, input_ids: Tensor, lengths: Tensor, cls_only: bool = False) -> Tensor:
         """Normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2).
 
         Args:
             input_ids: [B, L], padded at the end.
             lengths: tokens of each text, [B].
+            cls_only: only [CLS]'s are wanted, [B, 1, D], which takes less where it sees no corner token.
         """
-        return normalize(self.text(input_ids, lengths), dim=-1)
+        return normalize(self.text.encode(Texts(input_ids, lengths, cls_only))[0], dim=-1)
 
     def encode_text_tokens(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised features of every token [B, L, D], and which are no padding [B, L] (FILIP, section 3.1)."""

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -274,11 +275,14 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
     found: Any = AutoConfig.for_model(**sizes)
     if text.pretrained:
         try:
-            found = AutoConfig.from_pretrained(text.pretrained, local_files_only=True, **text.config)
+            seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model for each
+            found = AutoConfig.from_pretrained(
+                seeds[0] if seeds else text.pretrained, local_files_only=True, **text.config
+            )
         except OSError as error:
             if not text.pretrained.endswith("bert-base-uncased"):
                 raise ValueError(
-                    f"the sizes of text.pretrained {text.pretrained} are not known here; fetch it once "
+                    f"the sizes of text.pretrained {text.pretrained} are not known here; train it first, fetch it once "
                     f"(`hf download {text.pretrained}`), or name its folder"
                 ) from error
             if assumed is not None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import math
 import os
 import random
+import signal
 import sys
 import time
+import traceback
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 import psutil
@@ -29,7 +31,7 @@ from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
 from lotlip.tracking import Sink, open_sink
 from lotlip.training.checkpoint import Checkpoints, full_weights
-from lotlip.training.engine import Engine, NotFinite, StepResult, initialise_processes
+from lotlip.training.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 
 if TYPE_CHECKING:
     from lotlip.models.image_tower import ImageTower
@@ -141,7 +143,7 @@ class Trainer:
         rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), config.accumulation)
         self.loader = Loader(Path(job.shards), config, self.tokenizer, seed, rows, transform)
         seed_everything(seed)
-        model = build_for_pretraining(config, Path(job.image_tower))
+        model = build_for_pretraining(going_on(config, seed), Path(job.image_tower))
         self.engine = Engine(model, config, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
         self.history: list[dict[str, float]] = []
@@ -283,6 +285,21 @@ class Trainer:
         dist.barrier()
 
 
+def going_on(config: Pretrain, seed: int) -> Pretrain:
+    """The configuration of one seed: where `text.pretrained` is a trained ablation's folder, its model of that seed.
+
+    Raises:
+        ValueError: the ablation was not trained with this seed.
+    """
+    ablation = Path(config.text.pretrained or "")
+    if not (ablation / "run.json").is_file():
+        return config
+    own = ablation / f"seed-{seed}"
+    if not own.is_dir():
+        raise ValueError(f"text.pretrained {ablation} has no seed-{seed} to go on from; train it with the same seeds")
+    return config.model_copy(update={"text": config.text.model_copy(update={"pretrained": str(own)})})
+
+
 def seed_everything(seed: int) -> None:
     """Seeds every generator that training draws from."""
     random.seed(seed)
@@ -291,11 +308,10 @@ def seed_everything(seed: int) -> None:
 
 
 def main(job: Job, config: Pretrain) -> None:
-    """Trains every seed of a job that is not finished yet."""
+    """Trains every seed of a job that is not finished yet, one after another."""
     initialise_processes(config)
-    if dist.get_rank() == 0:
-        started = time.time() - psutil.Process().create_time()
-        write_json(Path(job.scratch) / "timing.json", {"imports": started})
+    if dist.get_rank() == 0 and config.seeds_at_once == 1:
+        _write_start(job)
     for seed in config.seeds:
         if job.model_folder(seed).is_dir():
             continue
@@ -303,6 +319,58 @@ def main(job: Job, config: Pretrain) -> None:
         with closing(open_sink(job.tracking_uri, run)) as sink:
             Trainer(job, config, seed, sink).train()
     dist.destroy_process_group()
+
+
+def _write_start(job: Job) -> None:
+    """Writes how long this process has taken to be ready."""
+    write_json(Path(job.scratch) / "timing.json", {"imports": time.time() - psutil.Process().create_time()})
+
+
+def side_by_side(job: Job, config: Pretrain) -> str | None:
+    """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
+
+    They are forks, which have nothing to import, and stay in this process's group, so that they end with it.
+
+    Returns:
+        What `run` gives.
+    """
+    import_deepspeed()
+    _write_start(job)
+    threads = max(1, (os.cpu_count() or 1) // min(config.seeds_at_once, len(config.seeds)))
+    waiting, running = list(config.seeds), set[int]()
+    stopped = None
+    while waiting or running:
+        while waiting and len(running) < config.seeds_at_once:
+            one = config.model_copy(update={"seeds": [waiting.pop(0)]})
+            child = os.fork()
+            if not child:
+                _become(job, one, threads)
+            running.add(child)
+        child, status = os.wait()
+        running.discard(child)
+        if status and stopped is None:
+            stopped = f"a seed's process ended with status {os.waitstatus_to_exitcode(status)}"
+            waiting.clear()
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    return stopped
+
+
+def _become(job: Job, config: Pretrain, threads: int) -> NoReturn:
+    """Makes a fork the process of one seed."""
+    status = 1
+    try:
+        torch.set_num_threads(threads)
+        reason = attempt(job, config)
+        if reason:
+            print(reason, file=sys.stderr)
+        status = int(bool(reason))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 # What gloo and NCCL say when another process does not answer, and when it is gone.
@@ -313,6 +381,11 @@ def run(job_file: str) -> str | None:
     """Does a job; gives the one line to end with where it stopped, None where it was done."""
     job = Job.read(Path(job_file))
     config = Pretrain.model_validate(job.config)
+    return side_by_side(job, config) if config.seeds_at_once > 1 else attempt(job, config)
+
+
+def attempt(job: Job, config: Pretrain) -> str | None:
+    """Does a job in this process; gives what `run` does."""
     try:
         main(job, config)
     except (TrainingStopped, ValueError, WorkerLost) as error:
