@@ -14,8 +14,11 @@ from PIL import Image
 
 from lotlip.config import Params
 from lotlip.report import build_report, groups, load_inputs
-from lotlip.report.figures import colours, context_figures, reading_figures
-from lotlip.report.results import benchmark_tables
+from lotlip.report.drawing import SMALL, Line, Point, draw_lines, render
+from lotlip.report.figures import colours, context_figures
+from lotlip.report.intervals import Estimate
+from lotlip.report.reading_figures import reading_figures
+from lotlip.report.sections import benchmark_sections, every_number
 from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
@@ -176,8 +179,12 @@ def inputs(project):
     return load_inputs(params, root)
 
 
+def tables(inputs):
+    return [*(section.table for section in benchmark_sections(inputs, "scenes")), every_number(inputs, "scenes")]
+
+
 def table(inputs, slug):
-    return next(t for t in benchmark_tables(inputs, "scenes") if t.slug == f"scenes-{slug}")
+    return next(t for t in tables(inputs) if t.slug == f"scenes-{slug}")
 
 
 def rows_of(inputs, slug):
@@ -260,11 +267,13 @@ def test_words_are_escaped(report):
 def test_markdown_refers_to_files_that_are_there(report):
     text = (report / "report.md").read_text()
     files = re.findall(r"\]\((?!index)([^)]+)\)", text)
-    assert {path.partition("/")[0] for path in files} == {"figures", "tables"}
+    assert {path.partition("/")[0] for path in files} == {"figures", "tables", "findings.json"}
     assert all((report / path).stat().st_size > 0 for path in files)
     assert {path.name for path in (report / "figures").iterdir()} == {
-        f"scenes-{x}-{family}.png" for x in ("sub-captions", "corner-tokens") for family in ("long", "short")
-    } | {"loss.png"}
+        "scenes-sub-captions.png",
+        "scenes-corner-tokens.png",
+        "loss.png",
+    }
 
 
 def test_markdown_tables_have_equal_rows(report):
@@ -317,7 +326,10 @@ def test_scene_is_drawn_anew(project, tmp_path):
 def test_tables_go_by_configuration(inputs):
     assert rows_of(inputs, "systems") == ["alpha", "beta", "gamma", "eta"]
     assert [row[1].text for row in table(inputs, "systems").rows] == ["LiT", "LiT + long texts", "LoTLIP", "LoTLIP"]
-    assert [row[2].text for row in table(inputs, "systems").rows][2:] == ["1 raw, 1 long", "2 raw, 1 long"]
+    assert [row[2].text for row in table(inputs, "systems").rows][2:] == [
+        "1/N for each feature",
+        "1/N for each feature, × 2 raw, 1 long",
+    ]
     assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]  # by m, mask on first
     assert [row[2].text for row in table(inputs, "corner-tokens").rows] == ["–", "on", "off", "on"]
     assert rows_of(inputs, "sub-captions") == ["alpha", "beta", "zeta", "gamma"]  # by m, then k
@@ -352,7 +364,7 @@ def test_nothing_is_left_out_when_all_differ(tmp_path):
     params = make_params(ablations=odd)
     write_project(tmp_path, params)
     inputs = load_inputs(params, tmp_path)
-    assert [t.slug for t in benchmark_tables(inputs, "scenes")] == ["scenes-others", "scenes-all"]
+    assert [t.slug for t in tables(inputs)] == ["scenes-others", "scenes-all"]
     assert rows_of(inputs, "others") == list(odd)
     build_report(inputs, tmp_path / "report")
 
@@ -480,7 +492,7 @@ def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
     words = drawn_words(figure)
     assert words.count("context length, tokens") == 1 and "512" in words
     assert not any("R@1" in word for word in words) and "ecall" not in figure.note
-    assert "scenes-context-length" not in [t.slug for t in benchmark_tables(inputs, "scenes")]
+    assert "scenes-context-length" not in [t.slug for t in tables(inputs)]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Context length: cost" in text and "recall and cost" not in text
 
@@ -616,12 +628,14 @@ def test_gigaflops(flops, text):
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
-def test_mean_and_deviation():
+def test_several_seeds_have_their_mean_and_half_of_its_t_interval():
     cell = score([0.40, 0.42, 0.47], "long.text_to_image.r1")
-    assert cell.text == "43.0 ± 3.6"  # sample standard deviation: sqrt((9 + 1 + 16) / 2) = 3.606
+    # sample standard deviation: sqrt((9 + 1 + 16) / 2) = 3.606; t of two degrees of freedom: 4.303, over sqrt(3)
+    assert cell.text == "43.0 ± 9.0"
     assert cell.value == pytest.approx(0.43) and cell.spread == pytest.approx(0.0360555)
+    assert cell.interval == pytest.approx((0.43 - 0.0895666, 0.43 + 0.0895666), abs=1e-6)
     assert score([0.4], "long.text_to_image.r1") == Cell("40.0", 0.4)
-    assert score([3.5, 4.5], "long.text_to_image.median_rank").text == "4.0 ± 0.7"
+    assert score([3.5, 4.5], "long.text_to_image.median_rank").text == "4.0 ± 6.4"  # 12.706 / 2
     assert score([], "long.text_to_image.r1").text == "–"
 
 
@@ -723,11 +737,26 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
     inputs = load_inputs(params, tmp_path)
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Nothing has been evaluated yet." in text
-    for piece in ("metrics of gamma", "loss curve of zeta", "data statistics", "contact sheet", "pretrain-eta"):
+    for piece in ("data statistics", "contact sheet", "records of stages: ingest"):
         assert any(piece in line for line in inputs.missing)
         assert piece in text
     assert Page(text).open == []
-    assert all(name in text for name in ABLATIONS)
+    assert inputs.not_run == list(ABLATIONS)
+    assert f"Not run: {', '.join(ABLATIONS)}; <code>make reproduce-all</code> runs everything." in text
+
+
+def test_what_was_not_run_is_one_line_and_no_error(tmp_path):
+    few = {name: ABLATIONS[name] for name in ("alpha", "beta", "gamma", "delta")}
+    write_project(tmp_path, make_params(ablations=few))
+    inputs = load_inputs(make_params(), tmp_path)
+    assert inputs.missing == [] and inputs.not_run == ["epsilon", "zeta", "eta", "theta"]
+    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "delta"]
+    shown = {section.table.slug: section.not_run for section in benchmark_sections(inputs, "scenes")}
+    assert shown == {"scenes-systems": ["eta"], "scenes-corner-tokens": ["epsilon"], "scenes-sub-captions": ["zeta"]}
+    page = build_report(inputs, tmp_path / "report")
+    for text in (page.read_text(), (page.parent / "report.md").read_text()):
+        assert "Not there" not in text
+        assert "Not run: epsilon, zeta, eta, theta; " in text and "Not run: epsilon." in text
 
 
 def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
@@ -742,8 +771,7 @@ def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
         "loss curve of zeta: no history.json for seed 1",
         "records of stages: shard",
     ]
-    assert "gamma" in rows_of(inputs, "systems")
-    assert table(inputs, "systems").rows[2][-1].text == "–"
+    assert rows_of(inputs, "systems") == ["alpha", "beta", "eta"]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert all(line in text for line in inputs.missing)
 
@@ -757,7 +785,7 @@ def test_metric_family_may_be_absent(tmp_path):
     )
     inputs = load_inputs(params, tmp_path)
     text = build_report(inputs, tmp_path / "report").read_text()
-    assert "Long text" not in text and "Short text" in text
+    assert "Long text, R@1" not in text and "Short text, R@1" in text
     assert table(inputs, "all").rows[0][-1].text == "–"
 
 
@@ -800,6 +828,20 @@ def test_failed_check_is_shown_open(tmp_path):
     write_json(path, record)
     text = build_report(load_inputs(params, tmp_path), tmp_path / "report").read_text()
     assert re.search(r"<details class=\"stage\" open><summary>ingest — <span class=\"no\">1 of 2 failed", text)
+
+
+def test_many_records_of_one_stage_are_folded_and_open_where_one_failed(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.stages / "pretrain-eta.json"
+    record = json.loads(path.read_text())
+    record["gate"][0]["success"] = False
+    write_json(path, record)
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    text = page.read_text()
+    assert '<details class="stage"><summary>evaluate, 8 times — <span class="yes">all passed' in text
+    assert '<details class="stage" open><summary>pretrain, 8 times — <span class="no">1 failed' in text
+    assert "- pretrain, 8 times: failed in pretrain-eta" in (page.parent / "report.md").read_text()
 
 
 def test_failures_without_a_kind_are_not_lost(tmp_path):
@@ -884,10 +926,30 @@ def test_a_lone_seeds_scores_are_shown_with_their_intervals(tmp_path):
     assert "long.text_to_image.median_rank.low" not in row
 
 
-def test_several_seeds_are_shown_with_their_spread(tmp_path):
+def test_several_seeds_have_an_interval_over_seeds_whatever_the_pictures_say(tmp_path):
     report = with_intervals(tmp_path, [0, 1])
-    assert "<small>" not in (report / "index.html").read_text()
-    assert "long.text_to_image.r1.low" not in read_csv(report, "scenes-all")[0]
+    values = [metrics_of(0, seed)["long.text_to_image.r1"] for seed in (0, 1)]
+    mean, half = sum(values) / 2, 12.7062 * abs(values[0] - values[1]) / 2
+    page = (report / "index.html").read_text()
+    assert f">{100 * mean:.1f} ± {100 * half:.1f}<" in page
+    assert "t interval over seeds" in page and "bootstrap" not in page
+    row = read_csv(report, "scenes-all")[0]
+    assert float(row["long.text_to_image.r1.low"]) == pytest.approx(mean - half, abs=1e-5)
+    assert float(row["long.text_to_image.r1.high"]) == pytest.approx(mean + half, abs=1e-5)
+
+
+def test_the_headline_has_a_whisker_where_the_interval_is(tmp_path):
+    page = (with_intervals(tmp_path, [3]) / "index.html").read_text()
+    value = metrics_of(0, 3)["long.text_to_image.r1"]
+    assert f'class="whisker" style="left: {50 * value:.2f}%; width: {100 * value:.2f}%"' in page
+    assert "bootstrap interval of a single seed" in page and "t interval over seeds (" not in page
+
+
+def test_a_value_at_the_very_end_of_its_interval_is_drawn():
+    ends = Estimate(99.5, 98.0, 99.5 - 1e-14)
+    line = Line("all", "#000000", [Point(1, ends), Point(2, Estimate(99.0, 99.0 + 1e-14, 100.0))])
+    svg, _ = render("ends", SMALL, lambda axes: draw_lines(axes, [line], [1, 2], "m", "R@1 (%)"))
+    assert "R@1 (%)" in svg
 
 
 def test_an_interval_of_ranks_is_no_percentage():

@@ -11,16 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lotlip.overlay import heat
-from lotlip.report.figures import INK, STYLE, SYSTEM_COLOURS
+from lotlip.report.drawing import INK, STYLE, SYSTEM_COLOURS
 from lotlip.text import split_sub_captions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL.Image import Image
 
-    from lotlip.data.tokenizer import TextTokenizer
     from lotlip.evaluation.benchmarks import Benchmark
-    from lotlip.models.lotlip import LotlipModel
+    from lotlip.evaluation.encoders import LotlipEncoder
 
 IMAGES = 3
 SENTENCES = 6  # of a long text, the others have no place beside one another
@@ -62,7 +61,7 @@ class ReadText:
     entropy: dict[str, float] = field(default_factory=dict)
 
 
-def attention_pictures(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> dict[str, bytes]:
+def attention_pictures(encoder: LotlipEncoder, benchmark: Benchmark) -> dict[str, bytes]:
     """Name → PNG, for the first images of a benchmark; what a model does not show is left out.
 
     `relevance`: a row for each image, a column for its short text and for each sentence of its long one. `reading`: how
@@ -74,7 +73,7 @@ def attention_pictures(model: LotlipModel, tokenizer: TextTokenizer, benchmark: 
         ("reading", draw_reading, look_at_texts),
     ):
         try:
-            seen: Any = look(model, tokenizer, benchmark)
+            seen: Any = look(encoder, benchmark)
         except ValueError:  # the reason stands beside the scores
             continue
         if seen:
@@ -82,9 +81,9 @@ def attention_pictures(model: LotlipModel, tokenizer: TextTokenizer, benchmark: 
     return pictures
 
 
-def look_at_images(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> list[SeenImage]:
+def look_at_images(encoder: LotlipEncoder, benchmark: Benchmark) -> list[SeenImage]:
     """The first images that have a text, each with its short text and the sentences of its long one."""
-    from lotlip.evaluation.attention_scores import maps_of
+    from lotlip.evaluation.attention import maps_of
 
     asked: dict[int, list[str]] = {}
     for kind in ("short", "long"):
@@ -93,29 +92,28 @@ def look_at_images(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benc
             first = dict(reversed(list(zip(own.image, own.texts, strict=True))))
             for image, text in first.items():
                 asked.setdefault(image, []).extend([text] if kind == "short" else split_sub_captions(text)[:SENTENCES])
-    seen = []
-    for image in sorted(asked)[:IMAGES]:
-        encoded, texts = benchmark.read(image), asked[image]
-        maps = maps_of(model, tokenizer, [encoded] * len(texts), texts).cpu().numpy()
-        named = _named(benchmark, image, texts)
-        seen.append(SeenImage(_square(benchmark, image, encoded), texts, maps, named))
-    return seen
+    first_images = sorted(asked)[:IMAGES]
+    encoded, texts = [benchmark.read(image) for image in first_images], [asked[image] for image in first_images]
+    return [
+        SeenImage(_square(benchmark, image, data), own, maps.numpy(), _named(benchmark, image, own))
+        for image, data, own, maps in zip(first_images, encoded, texts, maps_of(encoder, encoded, texts), strict=True)
+    ]
 
 
-def look_at_texts(model: LotlipModel, tokenizer: TextTokenizer, benchmark: Benchmark) -> list[ReadText]:
+def look_at_texts(encoder: LotlipEncoder, benchmark: Benchmark) -> list[ReadText]:
     """The first long texts, read by [CLS], by each corner token, and by one that reads every token alike."""
     import torch
 
     from lotlip.evaluation.attention import spread, sub_caption_shares, sub_captions, text_attention
 
-    read = []
+    model, read = encoder.model, []
     for text in benchmark.retrieval["long"].texts[:IMAGES] if "long" in benchmark.retrieval else ():
-        ids, lengths = map(torch.from_numpy, tokenizer([text]))
+        ids, lengths = (torch.from_numpy(made).to(model.device) for made in encoder.tokenizer([text]))
         number = sub_captions(model, ids, lengths)
         shares, by_length = sub_caption_shares(text_attention(model, ids, lengths), number)
-        rows = torch.cat([shares[0], by_length])  # [1 + m + 1, N]
+        rows = torch.cat([shares[0], by_length]).cpu()  # [1 + m + 1, N]
         names = ["[CLS]", *(f"Cor {corner}" for corner in range(1, len(rows) - 1)), "by length"]
-        entropy = spread(rows[None], number.amax(dim=1) + 1)[0].tolist()
+        entropy = spread(rows[None], number.amax(dim=1).cpu() + 1)[0].tolist()
         parts = split_sub_captions(text)[: rows.shape[1]]
         read.append(
             ReadText(parts, dict(zip(names, rows.numpy(), strict=True)), dict(zip(names, entropy, strict=True)))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lotlip.report import groups
-from lotlip.report.figures import Figure
+from lotlip.report.drawing import Figure
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.tables import Cell, Column, Table, number, score, words
+from lotlip.report.intervals import estimate
+from lotlip.report.tables import Cell, Column, Table, estimate_cell, number, score, words
 
 _SMALL, _SALIENT = "On small objects, %", "On the salient one"
 _ENTROPY, _WORDS = "Entropy", "On salient words, %"
@@ -38,8 +39,9 @@ _EVEN = {
 _NOTE = (
     "Relevance of patches, by gradient-weighted attention roll-out, that falls on an object when the text names it, or "
     "another small one; chance is the object's share of the picture. Brackets: 95 % confidence interval over scenes, "
-    "for one seed. Attention over a long text, by roll-out: its entropy over sub-captions, 1 where all have equal "
-    "shares, and its share on the salient object's words. Last row: all patches and all tokens alike."
+    "for one seed; ±: half of the 95 % t interval over seeds. Attention over a long text, by roll-out: its entropy "
+    "over sub-captions, 1 where all have equal shares, and its share on the salient object's words. Last row: all "
+    "patches and all tokens alike."
 )
 _FIGURES = {
     "relevance": (
@@ -94,18 +96,15 @@ def _all_values(result: Benchmark) -> list[dict[str, float]]:
 
 
 def _cell(result: Benchmark, key: str) -> Cell:
-    """The mean over seeds with its spread; of one seed's ratio, the interval."""
+    """The mean over seeds with its interval; of one seed's ratio, the interval over scenes."""
     values = _values(result, key)
     if not values or any(math.isnan(value) for value in values):
         return number(None)
     if _RATIO not in key and not key.endswith("_entropy"):
         return score(values, key)
-    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    after = "" if spread is None else f" ± {spread:.2f}"
-    ends = next(iter(result.attention.values())).get("intervals", {}).get(key)
-    if spread is None and ends:
-        after = f" [{ends[0]:.2f}, {ends[1]:.2f}]"
-    return Cell(f"{mean:.2f}{after}", mean, spread)
+    low, high = next(iter(result.attention.values())).get("intervals", {}).get(key, (None, None))
+    cell = estimate_cell(estimate(values, (low, high)), 1, "{:.2f}")
+    return replace(cell, text=f"{cell.text} {cell.span}".strip(), span="")  # in one line: the columns are narrow
 
 
 def _left_out(looked: Sequence[tuple[Ablation, Benchmark]]) -> list[str]:

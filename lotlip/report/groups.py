@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from lotlip.config import Pretrain, flatten
 from lotlip.report.inputs import Ablation
 
-CORNER_TOKENS, CORNER_MASK, SUB_CAPTIONS = "text.corner_tokens", "text.corner_mask", "long_texts.sub_captions"
-CONTEXT_LENGTH = "text.context_length"
-LOSS_WEIGHTS = {"loss.raw_weight", "loss.long_weight"}
+CORNER_TOKENS, CORNER_MASK, REGISTER_TOKENS = "text.corner_tokens", "text.corner_mask", "text.register_tokens"
+SUB_CAPTIONS, CAPTIONERS, CONTEXT_LENGTH = "long_texts.sub_captions", "long_texts.captioners", "text.context_length"
+LOSS_WEIGHTS = {"loss.raw_share", "loss.raw_weight", "loss.long_weight"}
 # These change when and how often something is written down or how work is spread, not what is learned.
-BOOKKEEPING = {"seeds", "log_every", "checkpoint_every", "max_final_loss_share", "processes", "zero_stage"}
-SYSTEMS = ("LiT", "LiT + long texts", "LoTLIP")
+BOOKKEEPING = {
+    "seeds",
+    "seeds_at_once",
+    "log_every",
+    "checkpoint_every",
+    "max_final_loss_share",
+    "processes",
+    "zero_stage",
+}
+# What makes a model go on from another's positions, as Long-CLIP does, and how long it does so: a fine-tuning's own.
+LONG_CLIP = ("text.pretrained", "text.stretch", "loss.raw_components", CONTEXT_LENGTH, "steps", "optimizer.")
+# What CLIP, SigLIP and FILIP do otherwise than LiT, and at which pace.
+BASELINE = ("image_tower.", "loss.contrast", "similarity")
+PACE = ("steps", "batch_size", "accumulation", "optimizer.")
+SYSTEMS = ("LiT", "LiT + long texts", "Long-CLIP", "LoTLIP")
 
 
 def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
@@ -27,16 +41,20 @@ def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
     if config.text.corner_tokens == 0:
         ignored.add(CORNER_MASK)
     if config.long_texts.sub_captions == 0:
-        ignored |= {key for key in ours if key.startswith("long_texts.")} - {SUB_CAPTIONS} | {"loss.long_weight"}
+        ignored |= {key for key in ours if key.startswith("long_texts.")} - {SUB_CAPTIONS}
+        ignored |= {"loss.long_weight", "loss.raw_share"}
     keys = [*ours, *(key for key in theirs if key not in ours)]
     return {key: ours.get(key) for key in keys if key not in ignored and ours.get(key) != theirs.get(key)}
 
 
 def system(config: Pretrain, base: Pretrain) -> str | None:
     """The system of the paper's comparison that a configuration is, whatever weights its loss has; None: no such."""
-    beyond = differences(config, base).keys() - LOSS_WEIGHTS
+    beyond = differences(config, base).keys() - LOSS_WEIGHTS - {CORNER_TOKENS, SUB_CAPTIONS}
     corners, parts = config.text.corner_tokens, config.long_texts.sub_captions
-    if beyond - {CORNER_TOKENS, SUB_CAPTIONS}:
+    if config.text.stretch and config.loss.raw_components:
+        known = corners == 0 and parts > 0 and all(key.startswith(LONG_CLIP) for key in beyond)
+        return "Long-CLIP" if known else None
+    if beyond:
         return None
     if corners == 0 and parts == 0:
         return "LiT"
@@ -48,11 +66,15 @@ def system(config: Pretrain, base: Pretrain) -> str | None:
 
 
 def systems(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
-    """LiT, LiT with long texts, LoTLIP; of each the one with the base's loss weights first."""
+    """LiT, LiT with long texts, Long-CLIP, LoTLIP; of each the one with the base's loss weights first."""
     kinds = {ablation.name: system(ablation.config, base) for ablation in ablations}
     chosen = [ablation for ablation in ablations if kinds[ablation.name]]
-    plain = {ablation.name: not differences(ablation.config, base).keys() & LOSS_WEIGHTS for ablation in chosen}
-    return sorted(chosen, key=lambda ablation: (SYSTEMS.index(str(kinds[ablation.name])), not plain[ablation.name]))
+    return sorted(chosen, key=lambda a: (SYSTEMS.index(str(kinds[a.name])), weighs_otherwise(a, base)))
+
+
+def weighs_otherwise(ablation: Ablation, base: Pretrain) -> bool:
+    """Whether its loss has other weights than the base's."""
+    return bool(differences(ablation.config, base).keys() & LOSS_WEIGHTS)
 
 
 def main_systems(ablations: list[Ablation], base: Pretrain) -> dict[str, Ablation]:
@@ -77,6 +99,55 @@ def sub_captions(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
         if differs <= {SUB_CAPTIONS} or (differs <= {SUB_CAPTIONS, CORNER_TOKENS} and not _corners(ablation)):
             chosen.append(ablation)
     return sorted(chosen, key=lambda a: (_corners(a), a.config.long_texts.sub_captions))
+
+
+def registers(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+    """Those with register tokens and none of the corner, and beside them those with as many corner tokens, and none.
+
+    By number, registers first; empty where none has registers.
+    """
+    alone = {CORNER_TOKENS, REGISTER_TOKENS}
+    alike = [a for a in ablations if differences(a.config, base).keys() <= alone]
+    having = [a for a in alike if a.config.text.register_tokens and not _corners(a)]
+    counts = {a.config.text.register_tokens for a in having} | {0}
+    corners = [a for a in alike if not a.config.text.register_tokens and _corners(a) in counts]
+    chosen = [*having, *corners] if having else []
+    return sorted(chosen, key=lambda a: (a.config.text.register_tokens + _corners(a), _corners(a)))
+
+
+def captioners(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+    """Those that differ in the captioners alone, single ones first; that which names none has all."""
+    chosen = [a for a in ablations if differences(a.config, base).keys() <= {CAPTIONERS}]
+    return sorted(chosen, key=lambda a: len(a.config.long_texts.captioners) or math.inf)
+
+
+def baselines(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+    """Those that contrast or compare otherwise or train the image tower, after what else is like them.
+
+    Empty where there are none. By texts, then by corner tokens.
+    """
+
+    def is_one(ablation: Ablation) -> bool:
+        differs = differences(ablation.config, base).keys() - {CORNER_TOKENS, SUB_CAPTIONS}
+        return method(ablation) != "LiT" and all(key.startswith(BASELINE + PACE) for key in differs)
+
+    def kind(ablation: Ablation) -> tuple[int, int]:
+        return ablation.config.long_texts.sub_captions, _corners(ablation)
+
+    found = [ablation for ablation in ablations if is_one(ablation)]
+    kinds = {kind(ablation) for ablation in found}
+    alone = {CORNER_TOKENS, SUB_CAPTIONS}
+    plain = [a for a in ablations if differences(a.config, base).keys() <= alone and kind(a) in kinds]
+    return sorted([*plain, *found], key=kind)
+
+
+def method(ablation: Ablation) -> str:
+    """Whose similarity, contrast or image tower it has, of those that learn from short captions: "LiT" for ours."""
+    if ablation.config.similarity == "late-interaction":
+        return "FILIP"
+    if ablation.config.loss.contrast == "sigmoid":
+        return "SigLIP"
+    return "LiT" if ablation.config.image_tower.frozen else "CLIP"
 
 
 def context_lengths(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
@@ -107,7 +178,7 @@ def masked_off(ablation: Ablation) -> bool:
 
 def in_words(differs: Mapping[str, Any]) -> str:
     """Differences as a person writes them: "m = 4", "mask off", "optimizer.learning_rate = 0.001"."""
-    symbols = {CORNER_TOKENS: "m", SUB_CAPTIONS: "k"}
+    symbols = {CORNER_TOKENS: "m", SUB_CAPTIONS: "k", REGISTER_TOKENS: "registers", CAPTIONERS: "captioners"}
     words = []
     for key, value in differs.items():
         if key == CORNER_MASK:

@@ -81,6 +81,7 @@ class StageRecord:
 
     Attributes:
         label: the record's file name: "ingest", "caption-llava", "pretrain-lotlip", …
+        stage: the stage that it is of: "ingest", "caption", "pretrain", …
         seconds: from start to end, orchestration included.
         samples: that it worked through.
         samples_per_second: as the stage measured it, over its work alone.
@@ -93,6 +94,7 @@ class StageRecord:
     """
 
     label: str
+    stage: str = ""
     seconds: float = math.nan
     samples: float = math.nan
     samples_per_second: float = math.nan
@@ -102,6 +104,11 @@ class StageRecord:
     gate: list[dict[str, Any]] = field(default_factory=list)
     notes: dict[str, Any] = field(default_factory=dict)
     data_docs: Path | None = None
+
+    @property
+    def failed_checks(self) -> list[dict[str, Any]]:
+        """What was expected in vain."""
+        return [check for check in self.gate if not check["success"]]
 
     @property
     def pages(self) -> dict[str, str]:
@@ -140,6 +147,7 @@ class ReportInputs:
         statistics: "raw" or a captioner → figures about its texts.
         pictures: the contact sheet.
         missing: a line for a person for each piece that is not there or out of date.
+        not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
     """
 
     params: Params
@@ -149,6 +157,12 @@ class ReportInputs:
     statistics: dict[str, dict[str, float]]
     pictures: list[Picture]
     missing: list[str]
+    not_run: list[str] = field(default_factory=list)
+
+    @property
+    def scored(self) -> list[Ablation]:
+        """The ablations that have results."""
+        return [ablation for ablation in self.ablations if ablation.benchmarks]
 
 
 def load_inputs(params: Params, root: Path) -> ReportInputs:
@@ -160,8 +174,12 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         ValueError: a file is not JSON.
     """
     missing: list[str] = []
-    ablations = [_ablation(params, root, name, missing) for name in params.ablations]
-    stages = _stages(params, root, missing)
+    not_run = [name for name in params.names if not _was_run(params, root, name)]
+    ablations = [
+        Ablation(name, params.ablation(name)) if name in not_run else _ablation(params, root, name, missing)
+        for name in params.names
+    ]
+    stages = _stages(params, root, not_run, missing)
     index = _optional_json(root, params.paths.shards / "index.json", "data statistics", missing) or {}
     return ReportInputs(
         params=params,
@@ -171,7 +189,15 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         statistics=index.get("statistics", {}),
         pictures=_pictures(params, root, missing),
         missing=missing,
+        not_run=not_run,
     )
+
+
+def _was_run(params: Params, root: Path, name: str) -> bool:
+    """Whether anything is there of an ablation: scores, a model, or a stage's record."""
+    labels = (f"{stage}-{name}.json" for stage in ("pretrain", "evaluate"))
+    paths = [params.paths.metrics / f"{name}.json", params.paths.models / name]
+    return any((root / path).exists() for path in [*paths, *(params.paths.stages / label for label in labels)])
 
 
 def _optional_json(root: Path, path: Path, what: str, missing: list[str]) -> Any:
@@ -240,14 +266,15 @@ def _history(folder: Path, seeds: list[int], name: str, missing: list[str]) -> d
     return {seed: read_json(path) for seed, path in paths.items() if path.exists()}
 
 
-def _stages(params: Params, root: Path, missing: list[str]) -> list[StageRecord]:
+def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) -> list[StageRecord]:
+    names = [name for name in params.names if name not in not_run]
     labels = [
         "ingest",
         "image-tower",
         *(f"caption-{name}" for name in params.caption.captioners),
         "shard",
-        *(f"pretrain-{name}" for name in params.ablations),
-        *(f"evaluate-{name}" for name in params.ablations),
+        *(f"pretrain-{name}" for name in names),
+        *(f"evaluate-{name}" for name in names),
     ]
     paths = {label: root / params.paths.stages / f"{label}.json" for label in labels}
     absent = [label for label, path in paths.items() if not path.exists()]

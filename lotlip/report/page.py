@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lotlip.files import remove, whole
+from lotlip.files import remove, whole, write_json
 from lotlip.records import DATA_DOCS
-from lotlip.report import attention_section, figures, groups, results, stages, tables
-from lotlip.report.inputs import Ablation, ReportInputs
+from lotlip.report import attention_section, figures, findings, groups, results, sections, stages, tables
+from lotlip.report.drawing import SYSTEM_COLOURS
+from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
+from lotlip.report.reading_figures import reading_figures
 from lotlip.report.tables import Cell, Table
 
 
@@ -28,13 +31,25 @@ class Bar:
     @property
     def width(self) -> float:
         """Of the bar, in percent of its track."""
-        return 100 * min(max(self.cell.value or 0.0, 0.0), 1.0)
+        return _on_track(self.cell.value or 0.0)
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Where on the track the interval begins, and how long it is, in percent."""
+        if self.cell.interval is None:
+            return None
+        low, high = map(_on_track, self.cell.interval)
+        return low, high - low
+
+
+def _on_track(share: float) -> float:
+    return 100 * min(max(share, 0.0), 1.0)
 
 
 def build_report(inputs: ReportInputs, out: Path) -> Path:
-    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/figures/*.png`,
-    `out/tables/*.csv` and `out/data-docs`, the gates' pages; what an earlier report had of them is removed. Returns
-    the page's path.
+    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/findings.json`,
+    `out/figures/*.png`, `out/tables/*.csv` and `out/data-docs`, the gates' pages; what an earlier report had of them is
+    removed. Returns the page's path.
     """
     context = _context(inputs)
     for name in ("figures", "tables", DATA_DOCS):
@@ -47,6 +62,7 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
         (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
     for table in context["all_tables"]:
         (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
+    write_json(out / "findings.json", {"test": findings.TEST, "findings": [one.as_json() for one in context["judged"]]})
     _render("report.md.j2", context, out / "report.md")
     page = out / "index.html"
     _render("page.html.j2", context, page)
@@ -55,6 +71,7 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
 
 def _render(template: str, context: dict[str, Any], path: Path) -> None:
     from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup, escape
 
     environment = Environment(
         loader=PackageLoader("lotlip.report", "templates"),
@@ -64,6 +81,7 @@ def _render(template: str, context: dict[str, Any], path: Path) -> None:
         lstrip_blocks=True,
     )
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
+    environment.filters["code"] = lambda text: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
     environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
     with whole(path) as partial:
         partial.write_text(environment.get_template(template).render(context), encoding="utf-8")
@@ -75,16 +93,19 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         {
             "name": name,
             "headline": headline(inputs, name),
-            "tables": results.benchmark_tables(inputs, name),
-            "figures": [*figures.benchmark_figures(inputs, name), *figures.reading_figures(inputs, name)],
+            "sections": sections.benchmark_sections(inputs, name),
+            "every": sections.every_number(inputs, name),
+            "figures": reading_figures(inputs, name),
             "attention": attention_section.attention_table(inputs, name),
             "seen": attention_section.attention_figures(inputs, name),
         }
         for name in results.benchmark_names(inputs)
     ]
+    judged = findings.judge_all(inputs) if benchmarks else []
     loss = figures.loss_figure(inputs)
     context_figures = figures.context_figures(inputs)
     made = {
+        "findings": findings.findings_table(judged),
         "data": stages.statistics_table(inputs),
         "quality": stages.quality_table(inputs),
         "tower": stages.accuracy_table(inputs),
@@ -95,8 +116,15 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "protocol": stages.protocol_table(inputs),
     }
     other = {name: table if table.rows else None for name, table in made.items()}
-    all_tables: list[Table] = [table for benchmark in benchmarks for table in benchmark["tables"]]
-    all_tables += [benchmark["attention"] for benchmark in benchmarks if benchmark["attention"]]
+    all_tables: list[Table] = [
+        table
+        for benchmark in benchmarks
+        for table in [
+            *(section.table for section in benchmark["sections"]),
+            benchmark["every"],
+            *([benchmark["attention"]] if benchmark["attention"] else []),
+        ]
+    ]
     return {
         "title": inputs.params.report.title,
         "note": inputs.params.report.note,
@@ -104,13 +132,18 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "tracking_uri": inputs.params.tracking.uri,
         "summary": summary(inputs),
         "missing": inputs.missing,
+        "not_run": sections.told_not_run(inputs.not_run),
+        "tally": findings.tally(judged) if judged else "",
+        "judged": judged,
+        "intervals": results.intervals_note(inputs.scored),
         "pictures": inputs.pictures,
-        "stages": inputs.stages,
+        "stages": stage_kinds(inputs),
         "benchmarks": benchmarks,
         "loss": loss,
         "context_figures": context_figures,
         **other,
         "all_figures": [
+            *(section.figure for benchmark in benchmarks for section in benchmark["sections"] if section.figure),
             *(figure for benchmark in benchmarks for figure in [*benchmark["figures"], *benchmark["seen"]]),
             *context_figures,
             *([loss] if loss else []),
@@ -119,17 +152,27 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     }
 
 
+def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageRecord]]]:
+    """The records, those of one stage together: (stage, its records)."""
+    kinds: dict[str, list[StageRecord]] = {}
+    for record in inputs.stages:
+        kinds.setdefault(record.stage or record.label, []).append(record)
+    return list(kinds.items())
+
+
 def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
-    """A panel per kind of text, in it a group of bars per direction: R@1 of the three systems, those that have it."""
+    """A panel per kind of text, in it a group of bars per direction: R@1 of the systems, those that have it."""
     systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
     panels: dict[str, list[dict[str, Any]]] = {}
     for metric in results.main_metrics(results.metric_names(systems.values(), benchmark)):
         members = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
         found = {name: result for name, result in members.items() if result.values(metric)}
-        cells = tables.mark_best([tables.score(result.values(metric), metric) for result in found.values()], metric)
+        cells = tables.mark_best(
+            [tables.score(result.values(metric), metric, result.interval(metric)) for result in found.values()], metric
+        )
         guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
         column = results.metric_column(metric, main=True)
-        bars = [Bar(name, cell, figures.SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
+        bars = [Bar(name, cell, SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
         group = {"title": column.label, "bars": bars, "chance": tables.percent(guess).text if guess else ""}
         panels.setdefault(column.group, []).append(group)
     return [{"title": title, "groups": members} for title, members in panels.items()]

@@ -1,15 +1,13 @@
-"""What was measured, as the paper's tables: systems, corner tokens, sub-captions, and whatever else was run."""
+"""Tables of scores: ablations down, what they differ in and what was measured across."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lotlip.config import Pretrain
-from lotlip.evaluation.reference import REFERENCE, SOURCE
-from lotlip.report import groups
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.tables import Cell, Column, Table, gigaflops, mark_best, number, score, words
+from lotlip.report.intervals import OVER_PICTURES, OVER_SEEDS
+from lotlip.report.tables import Cell, Column, Table, mark_best, number, score
 
 FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}
 FLOPS = Column("flops_per_text", "GFLOPs per text")
@@ -79,6 +77,7 @@ def results_table(
     metrics: Sequence[str],
     main: bool = True,
     published: Mapping[str, Mapping[str, float]] | None = None,
+    paper: str = "",
 ) -> Table:
     """Ablations down, the `lead` columns and then metrics across; guessing and `published` models are references."""
     found = [_results(a, benchmark) for a in ablations]
@@ -99,134 +98,17 @@ def results_table(
         ]
         for name, values in known.items()
     ]
-    return Table(slug, title, note, columns, rows, references)
+    return Table(slug, title, note, columns, rows, references, paper)
+
+
+def intervals_note(ablations: Iterable[Ablation]) -> str:
+    """What the intervals beside the scores are; empty where there are none."""
+    results = [result for ablation in ablations for result in ablation.benchmarks.values()]
+    several = any(len(result.seeds) > 1 for result in results)
+    alone = any(len(result.seeds) == 1 and result.intervals for result in results)
+    return " ".join([OVER_SEEDS] * several + [OVER_PICTURES] * alone)
 
 
 def flops_known(ablations: Iterable[Ablation]) -> bool:
     """Whether any has the operations on a text that fills its context."""
     return any(ablation.flops_per_text is not None for ablation in ablations)
-
-
-def benchmark_tables(inputs: ReportInputs, benchmark: str) -> list[Table]:
-    """The paper's tables for one benchmark, then every number there is; each ablation is in one of them at least."""
-    base, every = inputs.params.pretrain, inputs.ablations
-    everything = metric_names(every, benchmark)
-    metrics = main_metrics(everything)
-
-    def table(
-        slug: str,
-        title: str,
-        note: str,
-        chosen: list[Ablation],
-        lead: list[tuple[Column, list[Cell]]],
-        published: Mapping[str, Mapping[str, float]] | None = None,
-    ) -> Table:
-        return results_table(f"{benchmark}-{slug}", title, note, chosen, lead, benchmark, metrics, published=published)
-
-    published = {
-        f"{found.model} (published)": found.scores[benchmark] for found in REFERENCE if benchmark in found.scores
-    }
-
-    systems = groups.systems(every, base)
-    corners = groups.corner_tokens(every, base)
-    parts = groups.sub_captions(every, base)
-    contexts = groups.context_lengths(every, base)
-    m = Column("corner_tokens", "m")
-    candidates = [
-        (
-            systems,
-            table(
-                "systems",
-                "Systems",
-                "LiT reads raw captions only; LoTLIP adds long texts and corner tokens."
-                + (f" Rows so named were {SOURCE}." if published else ""),
-                systems,
-                [_names(systems), _column("system", "System", [groups.system(a.config, base) for a in systems])]
-                + ([_weights(systems)] if _weights_differ(systems) else []),
-                published,
-            ),
-        ),
-        (
-            corners,
-            table(
-                "corner-tokens",
-                "Corner tokens",
-                "m: number of corner tokens. The mask keeps them and [CLS] from seeing one another.",
-                corners,
-                [_names(corners), (m, [number(a.config.text.corner_tokens) for a in corners]), _masks(corners)],
-            ),
-        ),
-        (
-            parts,
-            table(
-                "sub-captions",
-                "Sub-captions",
-                "k: consecutive sub-captions in a long text; 0: raw captions only. m = 0 is LiT.",
-                parts,
-                [
-                    _names(parts),
-                    (m, [number(a.config.text.corner_tokens) for a in parts]),
-                    (Column("sub_captions", "k"), [number(a.config.long_texts.sub_captions) for a in parts]),
-                ],
-            ),
-        ),
-        (
-            contexts,
-            table(
-                "context-length",
-                "Context length",
-                "Context: the most tokens that are read of a text, in training and here."
-                + (f" {FLOPS_NOTE}" if flops_known(contexts) else ""),
-                contexts,
-                [
-                    _names(contexts),
-                    (Column("context_length", "Context"), [number(a.config.text.context_length) for a in contexts]),
-                ]
-                + ([(FLOPS, [gigaflops(a.flops_per_text) for a in contexts])] if flops_known(contexts) else []),
-            ),
-        ),
-    ]
-    # one row compares nothing
-    shown = [(chosen, made) for chosen, made in candidates if len(chosen) > 1]
-    seen = {ablation.name for chosen, _ in shown for ablation in chosen}
-    others = [ablation for ablation in every if ablation.name not in seen]
-    if shown and others:  # the base beside them, to compare with
-        others = [a for a in every if a in others or not groups.differences(a.config, base)]
-    tables = [made for _, made in shown]
-    if others:
-        note = "What each changes, against the base, which is the section pretrain of params.yaml."
-        title = "Other ablations" if shown else "Ablations"
-        tables.append(table("others", title, note, others, [_names(others), _changes(others, base)]))
-    full = "Mean over seeds with their standard deviation; of one seed, the 95 % interval. R@k and top-k in percent."
-    tables.append(
-        results_table(
-            f"{benchmark}-all", "Every number", full, every, [_names(every)], benchmark, everything, main=False
-        )
-    )
-    return tables
-
-
-def _column(key: str, label: str, texts: Iterable[object]) -> tuple[Column, list[Cell]]:
-    return Column(key, label, numeric=False), [words(text) for text in texts]
-
-
-def _names(ablations: Sequence[Ablation]) -> tuple[Column, list[Cell]]:
-    return _column("ablation", "Ablation", [ablation.name for ablation in ablations])
-
-
-def _masks(ablations: Sequence[Ablation]) -> tuple[Column, list[Cell]]:
-    states = ["" if not a.config.text.corner_tokens else "off" if groups.masked_off(a) else "on" for a in ablations]
-    return _column("corner_mask", "Mask", states)
-
-
-def _changes(ablations: Sequence[Ablation], base: Pretrain) -> tuple[Column, list[Cell]]:
-    return _column("changes", "Change", [groups.in_words(groups.differences(a.config, base)) for a in ablations])
-
-
-def _weights(ablations: Sequence[Ablation]) -> tuple[Column, list[Cell]]:
-    weights = [a.config.loss for a in ablations]
-    return _column("weights", "Loss weights", [f"{w.raw_weight:g} raw, {w.long_weight:g} long" for w in weights])
-
-
-def _weights_differ(ablations: Sequence[Ablation]) -> bool:
-    return len({(a.config.loss.raw_weight, a.config.loss.long_weight) for a in ablations}) > 1

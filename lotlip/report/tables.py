@@ -5,10 +5,11 @@ from __future__ import annotations
 import csv
 import io
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+from lotlip.report.intervals import Estimate, estimate
 
 ABSENT = "–"
 
@@ -22,8 +23,9 @@ class Cell:
         value: the number, or the mean of several; None where the cell is words.
         spread: standard deviation over seeds; None where there is one seed.
         interval: ends of the value's 95 % confidence interval; None where it has none.
-        span: the interval as it is shown, "[12.1, 14.9]".
+        span: the interval as it is shown, "[12.1, 14.9]", where `text` does not say it.
         best: of its column.
+        kind: of a word that has a colour of its own on the page.
     """
 
     text: str
@@ -32,6 +34,7 @@ class Cell:
     interval: tuple[float, float] | None = None
     span: str = ""
     best: bool = False
+    kind: str = ""
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,11 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A titled table; `references` are rows that take no part in who is best, such as guessing."""
+    """A titled table.
+
+    `references` are rows that take no part in who is best, such as guessing; `paper` says which of the paper's tables
+    or figures it is shaped after.
+    """
 
     slug: str
     title: str
@@ -54,6 +61,7 @@ class Table:
     columns: list[Column]
     rows: list[list[Cell]]
     references: list[list[Cell]] = field(default_factory=list)
+    paper: str = ""
 
     @property
     def all_rows(self) -> list[list[Cell]]:
@@ -139,24 +147,31 @@ def duration(seconds: float) -> Cell:
 
 
 def score(values: Sequence[float], metric: str, interval: tuple[float, float] | None = None) -> Cell:
-    """A metric over seeds: percent with one decimal (ranks as they are), `mean ± standard deviation` of several.
+    """A metric over seeds: percent with one decimal, ranks as they are; of several, `mean ± half the 95 % t interval`.
 
     Not a number in one seed makes the whole cell unknown.
 
     Args:
         values: one for each seed.
         metric: its name.
-        interval: of a lone seed's value; seeds tell more of several.
+        interval: of a lone seed's value; several seeds have their own.
     """
     if not values or any(math.isnan(value) for value in values):
         return number(None)
     scale = 1 if is_rank(metric) else 100
-    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-    deviation = "" if spread is None else f" ± {scale * spread:.1f}"
-    if interval is None or len(values) > 1:
-        return Cell(f"{scale * mean:.1f}{deviation}", mean, spread)
-    low, high = interval
-    return Cell(f"{scale * mean:.1f}", mean, interval=interval, span=f"[{scale * low:.1f}, {scale * high:.1f}]")
+    return estimate_cell(estimate(values, interval), scale, "{:.1f}")
+
+
+def estimate_cell(found: Estimate, scale: float, pattern: str) -> Cell:
+    """An estimate in one cell, shown `scale` times as large."""
+    text = pattern.format(scale * found.value)
+    if found.low is None or found.high is None:
+        return Cell(text, found.value)
+    interval = (found.low, found.high)
+    if found.spread is not None:
+        return Cell(f"{text} ± {pattern.format(scale * found.half)}", found.value, found.spread, interval)
+    low, high = (pattern.format(scale * end) for end in interval)
+    return Cell(text, found.value, interval=interval, span=f"[{low}, {high}]")
 
 
 def is_rank(metric: str) -> bool:

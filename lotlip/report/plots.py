@@ -1,0 +1,49 @@
+"""Tables that `dvc plots show` draws (dvc.yaml: plots): curves and first-place recalls of all ablations."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from lotlip.report.inputs import ReportInputs
+from lotlip.report.results import main_metrics, metric_names
+
+CURVES = ("loss", "recall_in_batch")
+
+
+def write_plots(inputs: ReportInputs, out: Path) -> None:
+    """Writes `curves.csv`, a row for each ablation, seed and step, and `scores.csv`, a row for each ablation's metric.
+
+    Scores are the seeds' means, in percent.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _write(
+        out / "curves.csv",
+        ("ablation", "seed", "step", *CURVES),
+        (
+            (ablation.name, seed, int(point["step"]), *(point.get(name, "") for name in CURVES))
+            for ablation in inputs.ablations
+            for seed, history in ablation.history.items()
+            for point in history
+        ),
+    )
+    _write(
+        out / "scores.csv",
+        ("ablation", "metric", "percent"),
+        (
+            (ablation.name, f"{benchmark}.{metric}", round(100 * fmean(values), 4))
+            for ablation in inputs.ablations
+            for benchmark, found in ablation.benchmarks.items()
+            for metric in main_metrics(metric_names([ablation], benchmark))
+            if (values := found.values(metric))
+        ),
+    )
+
+
+def _write(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

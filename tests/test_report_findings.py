@@ -1,0 +1,239 @@
+"""The paper's tables and findings in the report, of ablations whose names say nothing. All numbers here are made up."""
+
+import json
+
+import pytest
+
+from lotlip.report import build_report, load_inputs
+from lotlip.report.findings import CANNOT_TELL, CONTRADICTS, FINDINGS, NOT_RUN, SUPPORTS, judge_all
+from lotlip.report.measures import LONG, Measure
+from lotlip.report.sections import benchmark_sections
+from tests.test_report import Page, make_params, read_csv, write_project
+
+BASELINE = {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
+LIT_BY_K = ["short", "a1", "a2", "longs", "a4", "a5", "a6", "a7"]
+LOTLIP_BY_K = ["b0", "b1", "b2", "base", "b4", "b5", "b6", "b7"]
+CAPTIONERS = ("ib", "llava", "sv")
+
+
+def corners(m, **text):
+    return {"text": {"corner_tokens": m, **text}}
+
+
+# Every ablation of the paper; "base" is LoTLIP.
+PAPER = (
+    {"short": BASELINE, "longs": corners(0), "base": {}, "weighed": {"loss": {"raw_weight": 2.0}}}
+    | {f"m{m}": corners(m) for m in (1, 3, 4)}
+    | {"open": corners(2, corner_mask=False)}
+    | {f"a{k}": {**corners(0), "long_texts": {"sub_captions": k}} for k in (1, 2, 4, 5, 6, 7)}
+    | {f"b{k}": {"long_texts": {"sub_captions": k}} for k in (0, 1, 2, 4, 5, 6, 7)}
+    | {f"c{length}": {"text": {"context_length": length}} for length in (32, 64, 192)}
+    | {f"r{m}": corners(0, register_tokens=m) for m in (1, 2, 4)}
+    | {f"only-{name}": {"long_texts": {"captioners": [name]}} for name in CAPTIONERS}
+    | {
+        "trained": BASELINE | {"image_tower": {"frozen": False}},
+        "pairs": BASELINE | {"image_tower": {"frozen": False}, "loss": {"contrast": "sigmoid"}},
+        "tokens": BASELINE | {"image_tower": {"frozen": False}, "similarity": "late-interaction"},
+    }
+)
+STRETCHED = {
+    "after": "short",
+    "pretrain": corners(0, stretch={"positions": 32, "keep": 8, "factor": 6}) | {"loss": {"raw_components": 8}},
+}
+
+
+def paper_params(seeds=(0, 1, 2), ablations=PAPER, **changes):
+    return make_params(
+        pretrain={"seeds": list(seeds), "steps": 40, "text": {"config": {"hidden_size": 64}}},
+        caption={"captioners": {name: {"kind": "table", "path": f"{name}.csv"} for name in CAPTIONERS}},
+        ablations=ablations,
+        **{"continued": {"stretched": STRETCHED} if "short" in ablations else {}, **changes},
+    )
+
+
+def write_scores(root, params, long=None, short=None, top1=None):
+    """A project whose ablations score 50 %, but for those given (percent), and a little more with each seed."""
+    write_project(root, params)
+    given = {"long": long or {}, "short": short or {}, "top1": top1 or {}}
+    for name in params.names:
+        config = params.ablation(name)
+        seeds = {}
+        for seed in config.seeds:
+            value = {kind: (of.get(name, 50) + seed) / 100 for kind, of in given.items()}
+            ways = ("image_to_text", "text_to_image")
+            seeds[str(seed)] = {f"{kind}.{way}.r1": value[kind] for kind in ("long", "short") for way in ways}
+            seeds[str(seed)]["classification.top1"] = value["top1"]
+        found = {"protocol": {}, "chance": {}, "seeds": seeds}
+        result = {"ablation": name, "config": config.model_dump(mode="json"), "benchmarks": {"scenes": found}}
+        (root / params.paths.metrics / f"{name}.json").write_text(json.dumps(result))
+
+
+def judged(root, params, **scores):
+    write_scores(root, params, **scores)
+    found = judge_all(load_inputs(params, root))
+    return {(one.finding.slug, one.measure.slug): one for one in found}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root, params = tmp_path_factory.mktemp("paper"), paper_params()
+    write_scores(root, params)
+    inputs = load_inputs(params, root)
+    return inputs, build_report(inputs, root / "report").parent
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def test_every_table_of_the_paper_finds_its_ablations_by_configuration(whole):
+    inputs, _ = whole
+    tables = {section.table.title: section.table for section in benchmark_sections(inputs, "scenes")}
+    rows = {title: [row[0].text for row in table.rows] for title, table in tables.items()}
+    assert rows == {
+        "Systems": ["short", "longs", "stretched", "base", "weighed"],
+        "Corner tokens": ["longs", "m1", "base", "open", "m3", "m4"],
+        "Sub-captions": [*LIT_BY_K, *LOTLIP_BY_K],
+        "Context length": ["c32", "c64", "base", "c192"],
+        "Register tokens": ["longs", "r1", "m1", "r2", "base", "r4", "m4"],
+        "Captioners": ["only-ib", "only-llava", "only-sv", "base"],
+        "Loss baselines": ["short", "trained", "pairs", "tokens"],
+    }
+    assert [row[1].text for row in tables["Systems"].rows][2] == "Long-CLIP"
+    assert [row[1].text for row in tables["Loss baselines"].rows] == ["LiT", "CLIP", "SigLIP", "FILIP"]
+    assert [row[1].text for row in tables["Captioners"].rows] == [*CAPTIONERS, "all"]
+    papers = [table.paper for table in tables.values()]
+    assert papers == ["Table 2", "Table 3", "Figs. 2 and 5", "Fig. 4", "Table 7", "Table 9", ""]
+
+
+def test_the_page_of_many_ablations_is_whole_and_folds_what_its_figures_say(whole):
+    _, report = whole
+    text = (report / "index.html").read_text()
+    page = Page(text)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+    assert "<summary>The numbers: 16 rows</summary>" in text and "<summary>The numbers: 6 rows" not in text
+    assert "<summary>Training: 34 rows</summary>" in text
+    assert '<span class="chip cannot-tell">cannot tell</span>' in text
+    assert "Thin lines are all other ablations" in text
+    assert {"scenes-sub-captions.png", "scenes-corner-tokens.png", "scenes-context-length.png"} <= {
+        path.name for path in (report / "figures").iterdir()
+    }
+
+
+# --- findings -----------------------------------------------------------------------------------------------------
+
+
+def test_a_difference_that_is_the_same_in_every_seed_decides(tmp_path):
+    found = judged(tmp_path, paper_params(), long={"short": 10}, short={"short": 60, "base": 45}, top1={"base": 55})
+    teach = found["long-texts-teach-long", "long"]
+    # seeds differ by a point each, but both sides alike: paired, the difference is 40 in all of them
+    assert teach.by_seed == pytest.approx({0: 40, 1: 40, 2: 40})
+    assert teach.weights == {"longs": 1.0, "short": -1.0} and teach.verdict == SUPPORTS
+    assert found["long-texts-cost-short", "short"].verdict == SUPPORTS
+    assert found["corner-tokens-win-short-back", "short"].verdict == CONTRADICTS
+    assert found["corner-tokens-win-short-back", "classification"].verdict == SUPPORTS
+    assert found["long-texts-cost-short", "classification"].verdict == CANNOT_TELL  # 0 in every seed
+    assert found["better-than-long-clip", "short"].weights == {"base": 1.0, "stretched": -1.0}
+    assert not [one for one in found.values() if one.verdict == NOT_RUN]
+
+
+def test_seeds_that_do_not_agree_cannot_tell(tmp_path):
+    params = paper_params()
+    write_scores(tmp_path, params, long={"base": 58})
+    path = tmp_path / params.paths.metrics / "base.json"
+    data = json.loads(path.read_text())
+    data["benchmarks"]["scenes"]["seeds"]["2"]["long.text_to_image.r1"] = 0.38  # 50 % as the mean: −2 points
+    path.write_text(json.dumps(data))
+    found = {(one.finding.slug, one.measure.slug): one for one in judge_all(load_inputs(params, tmp_path))}
+    keep = found["corner-tokens-keep-long", "long"]
+    assert keep.by_seed == pytest.approx({0: 8, 1: 8, 2: -3})
+    # mean 4.333, deviation 6.351, t of two degrees of freedom 4.3027 over the root of three: ± 15.776
+    assert (keep.difference.low, keep.difference.high) == pytest.approx((4.3333 - 15.776, 4.3333 + 15.776), abs=1e-3)
+    assert keep.verdict == CANNOT_TELL and keep.reason == ""
+
+
+def test_one_seed_cannot_tell_and_says_why(tmp_path):
+    found = judged(tmp_path, paper_params(seeds=[4]), long={"short": 10})
+    one = found["long-texts-teach-long", "long"]
+    assert one.verdict == CANNOT_TELL and one.reason.startswith("one seed (4) has no interval")
+    assert one.difference.value == pytest.approx(40) and one.difference.low is None
+
+
+def test_what_was_not_run_is_not_judged(tmp_path):
+    found = judged(tmp_path, paper_params(ablations={"longs": corners(0), "base": {}}))
+    verdicts = {slug: one.verdict for (slug, _), one in found.items()}
+    assert verdicts.pop("corner-tokens-win-short-back") == verdicts.pop("corner-tokens-keep-long") == CANNOT_TELL
+    assert set(verdicts.values()) == {NOT_RUN}
+    assert found["mask", "long"].reason == "needs mask on − mask off, at the base's m"
+
+
+def test_another_loss_weight_does_not_stand_for_the_system(tmp_path):
+    found = judged(tmp_path, paper_params(ablations={"longs": corners(0), "weighed": PAPER["weighed"]}))
+    assert found["corner-tokens-keep-long", "long"].verdict == NOT_RUN
+
+
+def test_slopes_are_of_least_squares_and_gains_level_off(tmp_path):
+    rising = {"b1": 40, "b2": 44, "base": 51, "b7": 53}
+    costs = {"a1": 49, "a2": 48, "longs": 47, "a4": 46, "a5": 45, "a6": 44, "a7": 43}
+    lengths = {"c32": 20, "c64": 45, "c192": 50}
+    found = judged(tmp_path, paper_params(), long={**rising, **lengths}, short=costs)
+    slope = found["more-sub-captions-help-long", "long"]
+    assert slope.weights == pytest.approx({"b1": -0.5, "b2": 0.0, "base": 0.5}) and slope.verdict == SUPPORTS
+    assert slope.difference.value == pytest.approx(5.5)
+    level = found["sub-captions-level-off", "long"]
+    assert level.weights == {"base": 2.0, "b1": -1.0, "b7": -1.0}
+    assert level.difference.value == pytest.approx((51 - 40) - (53 - 51))
+    assert found["more-sub-captions-cost-more", "short"].difference.value == pytest.approx(1.0)
+    assert found["longer-context-helps", "long"].difference.value == pytest.approx(30)
+    # the half of the doublings from 32 to 192 is near 78
+    assert found["context-levels-off", "long"].weights == {"c64": 2.0, "c32": -1.0, "c192": -1.0}
+    assert found["corner-tokens-level-off", "long"].weights == {"base": 2.0, "longs": -1.0, "m4": -1.0}
+
+
+def test_registers_are_compared_at_equal_number_and_captioners_with_mean_and_best(tmp_path):
+    registers = {"r1": 41, "r2": 48, "r4": 40}
+    alone = {"only-ib": 48, "only-llava": 52, "only-sv": 44}
+    found = judged(tmp_path, paper_params(), long={**registers, **alone})
+    assert found["better-than-registers", "long"].difference.value == pytest.approx((9 + 2 + 10) / 3)
+    assert found["captioners-beat-mean", "long"].difference.value == pytest.approx(2)
+    assert found["captioners-beat-mean", "long"].verdict == SUPPORTS
+    best = found["captioners-beat-best", "long"]
+    assert best.weights == {"base": 1.0, "only-llava": -1.0} and best.verdict == CONTRADICTS
+
+
+def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):
+    _, report = whole
+    count = sum(len(finding.measures) for finding in FINDINGS)
+    data = json.loads((report / "findings.json").read_text())
+    assert len(data["findings"]) == count == len(read_csv(report, "findings"))
+    teach = data["findings"][0]
+    assert (teach["finding"], teach["measure"], teach["verdict"]) == ("long-texts-teach-long", "long", CANNOT_TELL)
+    assert teach["ablations"] == {"longs": 1.0, "short": -1.0} and teach["points"] == pytest.approx(0)
+    for text in ((report / "index.html").read_text(), (report / "report.md").read_text()):
+        assert f"it cannot tell for {count}" in text
+        assert f"not corrected for their number, {count}" in text and "longs − short" in text
+        assert all(finding.where in text for finding in FINDINGS)
+
+
+def test_several_benchmarks_are_one_measure_their_mean(tmp_path):
+    params = paper_params(evaluate={"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}})
+    write_scores(tmp_path, params, long={"short": 10})
+    for name in ("short", "longs"):
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        ways = {f"long.{way}.r1": 0.5 for way in ("image_to_text", "text_to_image")}
+        data["benchmarks"]["own"] = {"seeds": dict.fromkeys(("0", "1", "2"), ways)}
+        path.write_text(json.dumps(data))
+    found = judge_all(load_inputs(params, tmp_path))
+    teach = next(one for one in found if one.finding.slug == "long-texts-teach-long")
+    assert teach.benchmarks == ["own", "scenes"]
+    assert teach.by_seed == pytest.approx(dict.fromkeys((0, 1, 2), (0 + 40 + 0) / 2), abs=1)
+
+
+def test_a_number_that_is_none_is_not_averaged_over(tmp_path):
+    params = paper_params()
+    write_scores(tmp_path, params)
+    ablation = load_inputs(params, tmp_path).ablations[0]
+    ablation.benchmarks["scenes"].seeds[1]["long.text_to_image.r1"] = float("nan")
+    assert LONG.seeds(ablation, ["scenes"]) == pytest.approx({0: 50, 2: 52})
+    assert Measure("none", "none", ("no.such",)).seeds(ablation, ["scenes"]) == {}
