@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
 
+    from lotlip.config import Pretrain
+
 FINGERPRINT = "lotlip.fingerprint"
+NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 
 
@@ -95,14 +98,74 @@ class Tracker:
 
     Args:
         uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
-        experiment: its name; made when it is not there.
+        experiment: its name; made when it is not there, and described.
+        base: what ablations differ from, so that runs can tell how; None: they do not.
     """
 
-    def __init__(self, uri: str, experiment: str) -> None:
+    def __init__(self, uri: str, experiment: str, base: Pretrain | None = None) -> None:
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        self._base = base
         self._client = _client(self.uri)
         found = self._client.get_experiment_by_name(experiment)
         self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+        self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's own way into the store, for what is asked of it beyond runs."""
+        return self._client
+
+    def comparison_link(self, server: str, sweep: str | None = None, mode: str = "CHART") -> str:
+        """The address of MLflow's page that compares all runs, or a sweep's, after bringing its charts up to date.
+
+        Args:
+            server: MLflow's address.
+            sweep: its name; runs of it have the tag `sweep.<name>`.
+            mode: "CHART" or "TABLE".
+
+        Raises:
+            ValueError: the sweep's name has a mark that MLflow's filters cannot hold.
+        """
+        from lotlip import comparison
+
+        if sweep and not set(sweep).isdisjoint("'`\""):
+            raise ValueError(f"the sweep's name {sweep} has a quotation mark; call it otherwise")
+        self._arrange(sweep)
+        return comparison.address(server, self._experiment, sweep, mode)
+
+    def _arrange(self, sweep: str | None = None) -> None:
+        """Writes what the page of a comparison shows."""
+        from lotlip import comparison
+
+        found = self._client.search_runs(
+            [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=1000
+        )
+        runs = [comparison.ComparedRun(run.data.params, list(run.data.metrics), run.data.tags) for run in found]
+        self._tag_experiment({comparison.SHARED_VIEW + comparison.view_name(sweep): comparison.view(runs, sweep)})
+
+    def _about(self) -> str:
+        """The experiment in plain words, with links to its comparison."""
+        from lotlip import comparison
+
+        charts, table = (comparison.address("", self._experiment, None, mode)[1:] for mode in ("CHART", "TABLE"))
+        return (
+            "Every run is one seed of one ablation of LoTLIP: its parameters, curves and scores, and the model that it "
+            f"put out.\n\n**Compare them all: [charts]({charts}) · [table]({table})**\n\n"
+            "The tag `ablation` is the name in params.yaml; `data_hash` and `git_commit` say what a run was made from. "
+            "In metrics, `long` and `short` are the kinds of text and `r1` is R@1, as a fraction; `train.…` are curves."
+        )
+
+    def _tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Sets those tags of the experiment that have another value."""
+        known = self._client.get_experiment(self._experiment).tags
+        for key, value in tags.items():
+            if known.get(key) != value:
+                self._client.set_experiment_tag(self._experiment, key, value)
+
+    @property
+    def experiment_id(self) -> str:
+        """Of the experiment, as addresses of MLflow's UI have it."""
+        return self._experiment
 
     def ensure_run(self, fingerprint: str, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
         """The id of the run with this fingerprint, made when there is none.
@@ -132,12 +195,14 @@ class Tracker:
         Args:
             model: its run.json: ablation, config, data_hash, git_commit and the seeds' fingerprints.
         """
+        from lotlip.comparison import run_note
+
         about = {key: str(model[key]) for key in ("ablation", "data_hash", "git_commit")}
         return {
             seed: self.ensure_run(
                 fingerprint,
                 f"{model['ablation']}-seed{seed}",
-                {**about, "seed": seed},
+                {**about, "seed": seed, NOTE: run_note(model, seed, self._base)},
                 {**model["config"], "seed": seed},
             )
             for seed, fingerprint in model["fingerprints"].items()
@@ -187,7 +252,7 @@ class Tracker:
 
     def log_scores(
         self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path, attention: Path | None = None
-    ) -> None:
+    ) -> dict[str, str]:
         """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
 
         The model becomes one of MLflow's, which `mlflow.pyfunc.load_model` loads and `mlflow models serve` serves; its
@@ -195,15 +260,20 @@ class Tracker:
 
         Args:
             model: run.json of the trained ablation.
-            results: benchmark → its "protocol", its "seeds" → metric → value, and where there are any its "attention"
-                and "reading" of each seed, as in metrics/<ablation>.json.
+            results: benchmark → its "protocol", its "seeds" → metric → value, their "intervals", and where there are
+                any its "attention" and "reading" of each seed, as in metrics/<ablation>.json.
             folder: of the trained ablation.
             attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
+
+        Returns:
+            Seed → id of its run.
         """
+        from lotlip.comparison import run_note
         from lotlip.report.figures import run_figures
         from lotlip.report.inputs import attention_pictures
 
-        for seed, run_id in self.ensure_runs(model).items():
+        runs = self.ensure_runs(model)
+        for seed, run_id in runs.items():
             history = read_json(folder / f"seed-{seed}" / "history.json")
             self.log_history(run_id, history)
             scores = {benchmark: result["seeds"][seed] for benchmark, result in results.items()}
@@ -225,8 +295,11 @@ class Tracker:
                     for kind, image in attention_pictures(attention, benchmark).items():
                         self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
             protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
+            self.set_tags(run_id, {NOTE: run_note(model, seed, self._base, results)})
             self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)
+        self._arrange()
+        return runs
 
     def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
         """Sends those steps of a training history that the run lacks: not sent live, or lost with a killed process."""

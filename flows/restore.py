@@ -1,0 +1,55 @@
+"""Brings MLflow's store up to date from DVC's outputs: runs, curves, scores, figures and models, without training.
+
+After `git clone` and `dvc pull` there is all of it but the store; a store that was lost comes back in the same way.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from flows.stage import EXPECTED, StageFailed
+from lotlip.config import load_params
+from lotlip.files import read_json
+
+
+def restore() -> list[str]:
+    """Logs every trained ablation on disk, those that params.yaml no longer has included. Again changes nothing.
+
+    Returns:
+        The ablations' names.
+
+    Raises:
+        StageFailed: there is none.
+    """
+    params = load_params()
+    paths = params.paths
+    trained = sorted(paths.models.glob("*/run.json"))
+    if not trained:
+        raise StageFailed(f"{paths.models} has no trained ablation; `dvc pull` gets them, `dvc repro` trains them")
+    from lotlip.tracking import Tracker
+
+    tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
+    for file in trained:
+        model, folder = read_json(file), file.parent
+        name = model["ablation"]
+        measured = paths.metrics / f"{name}.json"
+        scores = read_json(measured) if measured.is_file() else None
+        if scores is None:
+            said = f"{measured} is not there, so it has no scores"
+        elif scores["fingerprints"] != model["fingerprints"]:
+            said = f"{measured} is of other models, so it has no scores; `dvc repro` measures these"
+            scores = None
+        else:
+            said = f"scores on {', '.join(scores['benchmarks'])}"
+        results = scores["benchmarks"] if scores else {}
+        for run_id in tracker.log_scores(model, results, folder, paths.metrics / "attention" / name).values():
+            tracker.set_tags(run_id, {"model": str(folder)})
+        print(f"{name}: {len(model['fingerprints'])} seeds, {said}", flush=True)
+    return [file.parent.name for file in trained]
+
+
+if __name__ == "__main__":
+    try:
+        print(f"MLflow has {len(restore())} ablations; `make ui` shows them")
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")

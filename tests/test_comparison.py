@@ -1,0 +1,177 @@
+"""What MLflow's page shows of a comparison, as the tag says it and as a browser draws it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+
+from flows.servers import free_port, mlflow_server
+from lotlip.comparison import SHARED_VIEW, ComparedRun, address, decode, run_note, view, view_name
+from lotlip.config import Pretrain
+from lotlip.tracking import NOTE, Tracker
+
+CHROMIUM = shutil.which("chromium")
+SCORES = ("scenes.long.text_to_image.r1", "scenes.short.text_to_image.r1", "scenes.long.text_to_image.r5")
+
+
+def run(ablation: str, seed: int = 0, **parameters: str) -> ComparedRun:
+    return ComparedRun(
+        {"seed": str(seed), **parameters}, [*SCORES, "train.loss"], {"ablation": ablation, "seed": str(seed)}
+    )
+
+
+def cards(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [card for card in state["compareRunCharts"] if card["type"] == kind]
+
+
+def test_charts_follow_what_differs_between_runs():
+    state = decode(
+        view([run("a", **{"text.corner_tokens": "0", "x": "1"}), run("b", **{"text.corner_tokens": "2", "x": "1"})])
+    )
+    assert [card["metricKey"] for card in cards(state, "BAR")] == list(SCORES[:2])  # long text first, R@5 folded away
+    assert {card["xaxis"]["key"] for card in cards(state, "SCATTER")} == {"text.corner_tokens"}  # and not x
+    assert cards(state, "PARALLEL") == []  # of one parameter, the scatter charts say it all
+    assert [card["metricKey"] for card in cards(state, "LINE")] == ["train.loss"]
+    assert state["selectedColumns"] == [
+        "tags.`ablation`",
+        "tags.`seed`",
+        "params.`text.corner_tokens`",
+        *(f"metrics.`{name}`" for name in SCORES[:2]),
+    ]
+    assert state["orderByKey"] == f"metrics.`{SCORES[0]}`"
+
+
+def test_all_that_differs_is_one_chart_of_parallel_coordinates():
+    state = decode(
+        view(
+            [
+                run("a", **{"other": "1", "long_texts.sub_captions": "0"}),
+                run("b", **{"other": "2", "long_texts.sub_captions": "3"}),
+            ]
+        )
+    )
+    (parallel,) = cards(state, "PARALLEL")
+    assert parallel["selectedParams"] == ["long_texts.sub_captions", "other"]  # the paper's first
+    assert parallel["selectedMetrics"] == list(SCORES[:2])
+
+
+def test_every_chart_has_its_section():
+    state = decode(view([run("a", **{"other": "1", "text.corner_mask": "True"}), run("b", **{"other": "2"})]))
+    known = {section["uuid"] for section in state["compareRunSections"]}
+    assert {card["metricSectionId"] for card in state["compareRunCharts"]} <= known
+    uuids = [card["uuid"] for card in state["compareRunCharts"]]
+    assert len(set(uuids)) == len(uuids)
+
+
+def test_seeds_are_averaged_unless_that_would_mix_settings():
+    several = [run("a", 0), run("a", 1), run("b", 0)]
+    grouped = decode(view(several))["groupBy"]
+    assert grouped == {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "ablation"}]}
+    assert decode(view([*several, run("a", 1, steps="9")]))["groupBy"] is None  # a seed twice
+    assert decode(view([run("a"), run("b")]))["groupBy"] is None
+
+
+def test_a_sweep_shows_its_runs_alone():
+    assert decode(view([run("a")], "night 1"))["searchFilter"] == "tags.`sweep.night 1` LIKE '%'"
+    assert decode(view([run("a")]))["searchFilter"] == ""
+    assert address("http://h:1/", "7", "a/b") == (
+        "http://h:1/#/experiments/7/runs?workflowType=machine_learning&compareRunsMode=CHART&viewStateShareKey=sweep-a%2Fb"
+    )
+
+
+def test_a_view_of_no_runs_can_be_opened():
+    assert decode(view([]))["compareRunCharts"] == []
+
+
+def test_many_parameters_fit_into_the_tag():
+    parameters = [{f"section.parameter_{j}": str(i * j) for j in range(60)} for i in range(1, 3)]
+    assert len(view([run("a", i, **each) for i, each in enumerate(parameters)])) < 20_000  # MLflow's limit
+
+
+def test_a_run_is_told_in_plain_words():
+    base = Pretrain()
+    config = base.model_copy(update={"text": base.text.model_copy(update={"corner_tokens": 4})}).model_dump(mode="json")
+    results = {
+        "scenes": {
+            "seeds": {"1": {"long.text_to_image.r1": 0.4821, "long.text_to_image.r5": 0.9}},
+            "intervals": {"1": {"long.text_to_image.r1": [0.451, 0.517]}},
+        }
+    }
+    note = run_note({"ablation": "lotlip-m4", "config": config}, "1", base, results)
+    assert "`lotlip-m4`, seed 1: 4 corner tokens behind the mask" in note
+    assert "Beside `pretrain` of params.yaml: m = 4." in note
+    assert "| scenes.long.text_to_image.r1 | 48.2 | 45.1 – 51.7 |" in note
+    assert "r5" not in note
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tracker]]:
+    """MLflow's server over a store with runs of two sweeps."""
+    folder = tmp_path_factory.mktemp("comparison")
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        patch.chdir(folder)
+        store = f"sqlite:///{folder / 'mlflow.db'}"
+        tracker = Tracker(store, "compared")
+        for corners in (0, 2, 4):
+            for sweep in ("first", "second"):
+                name = f"m{corners}-{sweep}"
+                parameters = {
+                    "text": {"corner_tokens": corners},
+                    "long_texts": {"sub_captions": corners + 1},
+                    "seed": 0,
+                }
+                tags = {"ablation": name, "seed": "0", f"sweep.{sweep}": "a flow run"}
+                run_id = tracker.ensure_run(name, name, tags, parameters)
+                tracker.log_metrics(run_id, dict.fromkeys(SCORES, 0.1 * (corners + 1)))
+                tracker.log_history(run_id, [{"step": step, "loss": 3.0 - step / 10} for step in (10, 20)])
+        yield stack.enter_context(mlflow_server(free_port(), store)), tracker
+
+
+def test_the_experiment_says_what_it_is(server):
+    address_, tracker = server
+    link = tracker.comparison_link(address_)
+    experiment = tracker.client.get_experiment_by_name("compared")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert link.removeprefix(f"{address_}/") in experiment.tags[NOTE]
+    before = dict(experiment.tags)
+    assert Tracker(tracker.uri, "compared").comparison_link(address_) == link
+    assert tracker.client.get_experiment_by_name("compared").tags == before
+    assert SHARED_VIEW + view_name(None) in before
+
+
+def test_a_sweep_that_no_filter_can_hold_is_refused(server):
+    with pytest.raises(ValueError, match="quotation mark"):
+        server[1].comparison_link(server[0], "tonight's")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
+def test_a_browser_shows_the_charts_without_a_click(server):
+    from playwright.sync_api import sync_playwright
+
+    link = server[1].comparison_link(server[0], "second")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1600, "height": 2400})
+        page.set_default_timeout(300_000)
+        page.goto(link, wait_until="commit")
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")  # what is in sight
+        shown = page.inner_text("body")
+        browser.close()
+    for title in (
+        "R@1 by everything that differs",
+        "R@1 by corner tokens",
+        "R@1 by sub-captions",
+        "Training",
+        "m4-second",
+    ):
+        assert title in shown
+    assert "3 matching runs" in " ".join(shown.split())
+    assert "-first" not in shown  # of the other sweep
+    assert "Error loading shared view" not in shown
