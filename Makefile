@@ -8,13 +8,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are worth keeping: a stage starts in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: reproduce test test-fast lint format ui setup lock clean help
+.PHONY: reproduce reproduce-all test test-fast lint format ui serve setup lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 reproduce: setup ## run the whole pipeline on the offline demo; ends with a report
 	@python -m flows.reproduce
+
+reproduce-all: setup ## the same with every ablation, for all tables of the paper
+	@python -m flows.reproduce --all
 
 test: setup ## pass all tests, with coverage
 	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
@@ -33,6 +36,9 @@ format: setup ## let ruff mend what it can
 
 ui: setup ## show Prefect and MLflow, and print both addresses
 	@python -m flows.ui
+
+serve: setup ## show both, with forms that start reproductions and sweeps
+	@python -m flows.serve
 
 setup: $(VENV)/.installed ## make .venv from the lock; nothing when nothing changed
 

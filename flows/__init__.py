@@ -16,8 +16,11 @@ os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNIN
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 
+# Programs of flows/ that a warm process does not take over: itself, and who watches that others end.
+_ALONE = ("flows.warm", "flows.guard")
+
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
-if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] != "flows.warm":
+if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] not in _ALONE:
     from flows.warm import hand_over
 
     hand_over(sys.orig_argv[2], sys.orig_argv[3:])

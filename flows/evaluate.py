@@ -25,7 +25,7 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
-        from lotlip.evaluation.ablation import measure
+        from lotlip.evaluation.ablation import measure, summary
         from lotlip.evaluation.benchmarks import open_benchmark
     run = read_json(folder / "run.json")
     benchmarks = [
@@ -49,6 +49,7 @@ def evaluate(ablation: str) -> None:
     scores = {
         "ablation": ablation,
         "config": run["config"],
+        "fingerprints": run["fingerprints"],
         "parameters": found.parameters,
         "text_tower_flops": found.text_tower_flops,
         "benchmarks": found.results,
@@ -63,10 +64,13 @@ def evaluate(ablation: str) -> None:
         for file, png in found.pictures.items():
             (unfinished / file).write_bytes(png)
     write_json(paths.metrics / f"{ablation}.json", scores)
+    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker
 
-        Tracker(params.tracking.uri, params.tracking.experiment).log_scores(run, found.results, folder, seen)
+        Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain).log_scores(
+            run, found.results, folder, seen
+        )
     stage.discard()
     stage.record(found.texts, checks)
 

@@ -11,7 +11,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from flows.processes import GUEST, HOST, end_group, ending_well, start_group
+from flows.guard import end_group, ending_well, start_group
+from flows.processes import GUEST, HOST
 from flows.stage import SCRATCH
 from lotlip.config import Launch, RendezvousLaunch
 from lotlip.files import read_json, write_json

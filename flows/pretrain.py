@@ -30,12 +30,12 @@ def pretrain(ablation: str) -> None:
     data = hash_of(paths.shards / "index.json")
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
-        inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).glob("*.safetensors")))
+        inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).rglob("*.safetensors")))
     stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker
 
-        tracker = Tracker(params.tracking.uri, params.tracking.experiment)
+        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
         run = {
             "ablation": ablation,
             "config": settings,
@@ -96,15 +96,16 @@ def guess_loss(config: Pretrain) -> float:
 
     Softmax: every one of the batch is as likely. Sigmoid: the bias alone says how many of the pairs belong together.
     """
-    long_texts = config.long_texts
-    features = config.text.corner_tokens + 1
-    long_features = long_texts.per_image * features if long_texts.sub_captions else 0
-    weights = config.loss.raw_weight + config.loss.long_weight * long_features
+    from lotlip.losses import feature_shares
+
+    long_texts, loss = config.long_texts, config.loss
+    long_features = long_texts.per_image * (config.text.corner_tokens + 1) if long_texts.sub_captions else 0
+    raw, *others = feature_shares(1 + long_features, loss.raw_share).tolist()
     batch = config.batch_size
     one = math.log(batch)
-    if config.loss.contrast == "sigmoid":  # each image's row: one pair of `batch` belongs together
+    if loss.contrast == "sigmoid":  # each image's row: one pair of `batch` belongs together
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
-    return one * weights / (1 + long_features)
+    return one * (loss.raw_weight * raw + loss.long_weight * sum(others))
 
 
 def git_commit() -> str:

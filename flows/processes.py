@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
+from flows.guard import end_group, start_group
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
 
-GRACE_SECONDS = 10
 TORCHRUN = "torch.distributed.run"
 HOST, GUEST = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"  # who keeps the store that all meet at
 
@@ -124,46 +120,3 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
         tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
         reasons = [line for line in tail if line.startswith("error: ")] or tail or [last]
         raise StageFailed(f"{reasons[-1].removeprefix('error: ')} (status {process.returncode}; all it wrote: {log})")
-
-
-def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Starts a command in a group of its own, which is told to end when this process does, even by SIGKILL.
-
-    Args:
-        command: and its arguments.
-        options: of subprocess.Popen.
-    """
-    return subprocess.Popen(command, start_new_session=True, preexec_fn=_end_with_parent, **options)
-
-
-# Looked up here, so that the fork of a threaded process does nothing but call it.
-_PRCTL = getattr(ctypes.CDLL(None), "prctl", None)
-_PR_SET_PDEATHSIG = 1
-
-
-def _end_with_parent() -> None:
-    if _PRCTL is not None:  # Linux
-        _PRCTL(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-@contextmanager
-def ending_well() -> Iterator[None]:
-    """Makes a SIGTERM an ordinary end of the program in the block, so that what it started is ended with it."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def end_group(process: subprocess.Popen[Any]) -> None:
-    """Ends what is left of a process's group: asks first, then kills."""
-    for sign in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sign)
-        except ProcessLookupError:
-            return
-        try:
-            process.wait(GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue

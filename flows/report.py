@@ -17,8 +17,10 @@ def report() -> None:
     stage = Stage("report", params, params.report.model_dump(mode="json"))
     with stage.clock.measure("imports"):
         from lotlip.report import build_report, load_inputs
+        from lotlip.report.plots import write_plots
     inputs = load_inputs(params, Path())
     page = build_report(inputs, stage.out)
+    write_plots(inputs, stage.out / "plots")
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_report
 

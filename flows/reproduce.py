@@ -6,11 +6,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from flows.processes import end_group, ending_well, start_group
+from flows.guard import end_group, ending_well, start_group
 from flows.servers import api_address, claimed_port, prefect_server
 from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
@@ -29,16 +29,17 @@ if builder is not None:
 """
 
 
-def reproduce(arguments: list[str]) -> None:
+def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one.
 
     Args:
-        arguments: handed on to `dvc repro`, such as a stage's name.
+        params: the project's.
+        runs: arguments of each `dvc repro`, one after another.
 
     Raises:
         StageFailed: a stage failed.
     """
-    params, started = load_params(), time.time()
+    started = time.time()
     # dvc.yaml says `python`, and DeepSpeed asks for `ninja`: both are those beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with ExitStack() as stack:
@@ -52,15 +53,38 @@ def reproduce(arguments: list[str]) -> None:
         if not given:
             stack.enter_context(prefect_server(port))
         print(f"Prefect: {api.removesuffix('/api')}", flush=True)
-        # in this program's own group, so that Ctrl-C reaches DVC, which then ends its stage and its lock file whole
-        dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *arguments], env=environment)
-        stack.callback(dvc.terminate)
-        status = dvc.wait()
+        for run in runs:
+            # in this program's own group, so that Ctrl-C reaches DVC, which then ends its stage and its lock file whole
+            dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *run], env=environment)
+            stack.callback(dvc.terminate)
+            status = dvc.wait()
+            if status:
+                break
     seconds = time.time() - started
     write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
     if status:
         raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
     print(closing_words(params, seconds))
+
+
+def asked_for(params: Params, arguments: list[str]) -> list[list[str]]:
+    """The runs of `dvc repro` that a command line asks for.
+
+    Args:
+        params: the project's.
+        arguments: none: the ablations of `reproduce` in params.yaml, with a report; `--all`: everything; anything else
+            is handed on to `dvc repro`, such as a stage's name.
+    """
+    if arguments == ["--all"]:
+        return [[]]
+    return [arguments] if arguments else of_ablations(params, params.reproduce.ablations)
+
+
+def of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
+    """The runs of `dvc repro` that score some ablations, and report all that is there; no name: everything."""
+    scores = [f"{'evaluate-continued' if name in params.continued else 'evaluate'}@{name}" for name in names]
+    # by its name alone, DVC would first run whatever the report could show
+    return [scores, ["--single-item", "report"]] if scores else [[]]
 
 
 @contextmanager
@@ -90,7 +114,8 @@ def closing_words(params: Params, seconds: float) -> str:
 
 if __name__ == "__main__":
     try:
-        reproduce(sys.argv[1:])
+        settings = load_params()
+        reproduce(settings, asked_for(settings, sys.argv[1:]))
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

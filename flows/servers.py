@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from flows.processes import end_group, start_group
+from flows.guard import end_group, start_group
 from flows.stage import SCRATCH, StageFailed
 
 HOST = "127.0.0.1"

@@ -263,6 +263,15 @@ class _NoTraceback(logging.Filter):
         return not isinstance(error, EXPECTED)
 
 
+def with_tracebacks() -> bool:
+    """Whether LOTLIP_TRACEBACK asks for tracebacks; where it does not, Prefect prints none for what a user can mend."""
+    asked = bool(os.environ.get("LOTLIP_TRACEBACK"))
+    if not asked:
+        for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
+            logging.getLogger(name).addFilter(_NoTraceback())
+    return asked
+
+
 @contextmanager
 def on_threads(params: Params) -> Iterator[Any]:
     """Units run in threads of this process, `orchestration.workers` at a time."""
@@ -281,10 +290,7 @@ def main(
         arguments: of the flow.
         running: gives Prefect's runner of units, for the time that the flow takes.
     """
-    tracebacks = bool(os.environ.get("LOTLIP_TRACEBACK"))
-    if not tracebacks:
-        for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
-            logging.getLogger(name).addFilter(_NoTraceback())
+    tracebacks = with_tracebacks()
     try:
         with running(load_params()) as runner:
             _clock.call()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -26,8 +27,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import lotlip
+
 SOCKET = "LOTLIP_WARM"
-CODE = str(Path(__file__).resolve().parent)  # a checkout's stages are not run by another checkout's code
 
 # What the stages import; every fork shares it.
 PRELOADED = (
@@ -49,6 +51,15 @@ PRELOADED = (
 )
 
 
+def code() -> str:
+    """What the project's code is here, in hex: a checkout's stages are not run by other code than its own."""
+    digest = hashlib.sha256()
+    for package in (Path(__file__).parent, Path(lotlip.__file__).parent):
+        for path in sorted(package.rglob("*.py")):
+            digest.update(f"{path.relative_to(package.parent)}\0".encode() + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
 # --- the side of the program that hands over ------------------------------------------------------------------------
 
 
@@ -67,7 +78,7 @@ def hand_over(module: str, arguments: list[str]) -> None:
             connection.connect(path)
         except OSError:  # its owner has ended
             return
-        request = {"code": CODE, "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
+        request = {"code": code(), "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
         data = json.dumps(request).encode()
         socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
         connection.sendall(data)
@@ -82,14 +93,15 @@ def hand_over(module: str, arguments: list[str]) -> None:
 
 
 @contextmanager
-def warm(environment: dict[str, str]) -> Iterator[dict[str, str]]:
+def warm(environment: dict[str, str], folder: Path | None = None) -> Iterator[dict[str, str]]:
     """Keeps a warm process for the block; gives the environment in which stages hand over to it.
 
     Args:
         environment: of the warm process and of the stages: Prefect reads its settings once, when it is imported.
+        folder: of the checkout whose code it runs; without one, where this program was started.
     """
-    with tempfile.TemporaryDirectory(prefix="lotlip-") as folder:
-        path = str(Path(folder) / "warm")
+    with tempfile.TemporaryDirectory(prefix="lotlip-") as scratch:
+        path = str(Path(scratch) / "warm")
         # listening from here on: clients wait in line until the imports are done, instead of doing their own
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
@@ -98,6 +110,7 @@ def warm(environment: dict[str, str]) -> Iterator[dict[str, str]]:
                 [sys.executable, "-m", "flows.warm", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 env=environment,
+                cwd=folder,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,
             )
@@ -120,6 +133,7 @@ class _Server:
     def __init__(self, listener: socket.socket, owner: IO[bytes]) -> None:
         self.listener = listener
         self.owner = owner
+        self.code = code()
         self.clients: dict[int, socket.socket] = {}  # by process
         self.events = selectors.DefaultSelector()
 
@@ -147,7 +161,7 @@ class _Server:
         client, _ = listener.accept()
         head, descriptors, _, _ = socket.recv_fds(client, 8, 3)
         request = json.loads(client.makefile("rb").read(int.from_bytes(head, "big")))
-        if request["code"] != CODE:
+        if request["code"] != self.code:
             client.sendall(b"other code\n")
         elif process := os.fork():
             with contextlib.suppress(OSError):  # whichever of the two is first

@@ -1,14 +1,17 @@
 """A checkout of its own, small enough to run the whole pipeline in it, and what flows find running beside it."""
 
+from __future__ import annotations
+
 import fcntl
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -16,6 +19,9 @@ from coverage import Coverage
 
 from flows.servers import api_address, free_port, prefect_server
 from flows.warm import warm
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
 COPIED = ("flows", "lotlip", ".dvcignore", "dvc.yaml", "params.yaml", "profiles")
@@ -101,6 +107,14 @@ class Workspace:
         """Runs a module as a program; `options` as of `run`."""
         return self.run(sys.executable, "-m", module, *arguments, **options)
 
+    def mlflow(self) -> MlflowClient:
+        """Its tracking store as it is now, in a copy: MLflow keeps connections to a file that `renew` has removed."""
+        from mlflow import MlflowClient
+
+        copy = Path(tempfile.mkdtemp(dir=self.folder.parent)) / "mlflow.db"
+        shutil.copy(self.folder / "mlflow.db", copy)
+        return MlflowClient(f"sqlite:///{copy}")
+
     def change(self, edit: Callable[[dict[str, Any]], None]) -> None:
         """Edits params.yaml."""
         path = self.folder / "params.yaml"
@@ -116,12 +130,20 @@ def tiny(params: dict[str, Any]) -> None:
     params["image_tower"] = {"kind": "scenes", "scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2}
     params["image_tower"] |= {"batch_size": 32, "min_accuracy": 0.0}
     params["shard"]["samples_per_shard"] = 100
-    params["pretrain"] |= {"steps": 6, "batch_size": 16, "log_every": 2, "max_final_loss_share": 2.0}
+    params["pretrain"] |= {
+        "seeds": [0],
+        "seeds_at_once": 1,
+        "steps": 6,
+        "batch_size": 16,
+        "log_every": 2,
+        "max_final_loss_share": 2.0,
+    }
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
     params["evaluate"]["min_score_over_chance"] = 0.0
     params["report"]["contact_sheet"] = 4
     params["ablations"] = {name: params["ablations"][name] for name in ("lit", "lotlip")}
+    params |= {"continued": {}, "reproduce": {}}
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def running(job: Path) -> list[psutil.Process]:
     return found
 
 
-def await_that(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
+def await_that(condition: Callable[[], bool], what: str, seconds: float = 1500) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain until {what}"

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from flows import join
-from flows.processes import end_group, launch, read_hostfile, run_group, start_group
+from flows.guard import end_group, start_group
+from flows.processes import launch, read_hostfile, run_group
 from flows.servers import free_port
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch

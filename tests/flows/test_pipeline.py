@@ -7,9 +7,12 @@ import sys
 
 import httpx
 import pytest
+import yaml
 
+from flows.reproduce import asked_for
 from flows.servers import PATIENCE_SECONDS, free_port, is_free
-from tests.flows.conftest import Workspace, tiny
+from lotlip.config import Reproduce, load_params
+from tests.flows.conftest import ROOT, Workspace, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -17,9 +20,29 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def reproduced(make_workspace) -> Workspace:
     workspace = make_workspace()
+    longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["continued"]
     workspace.change(tiny)
+    workspace.change(lambda params: params.update(continued=longer))
     workspace.output = workspace.python("flows.reproduce", alone=True).stdout
     return workspace
+
+
+@pytest.mark.parametrize(
+    ("chosen", "arguments", "runs"),
+    [
+        ([], [], [[]]),
+        (
+            ["lotlip", "long-clip"],
+            [],
+            [["evaluate@lotlip", "evaluate-continued@long-clip"], ["--single-item", "report"]],
+        ),
+        (["lotlip"], ["--all"], [[]]),
+        (["lotlip"], ["shard"], [["shard"]]),
+    ],
+)
+def test_what_is_reproduced(chosen: list[str], arguments: list[str], runs: list[list[str]]) -> None:
+    params = load_params(ROOT / "params.yaml").model_copy(update={"reproduce": Reproduce(ablations=chosen)})
+    assert asked_for(params, arguments) == runs
 
 
 def test_it_ends_with_a_report(reproduced: Workspace) -> None:
@@ -27,7 +50,7 @@ def test_it_ends_with_a_report(reproduced: Workspace) -> None:
     page = (reproduced.folder / "report" / "index.html").read_text()
     assert "This is the demo" in page
     assert "Not there, or out of date" not in page
-    for ablation in ("lit", "lotlip"):
+    for ablation in ("lit", "lotlip", "long-clip"):
         assert ablation in page
     assert (reproduced.folder / "report" / "report.md").is_file()
 
@@ -52,18 +75,16 @@ def test_every_flow_and_unit_is_in_prefect(reproduced: Workspace) -> None:
         ).fetchall()
         units = store.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()[0]
     once = dict.fromkeys(("image-tower", "ingest", "report", "shard"), 1)
-    assert {name: count for name, _, count in flows} == {**once, "caption": 3, "evaluate": 2, "pretrain": 2}
+    assert {name: count for name, _, count in flows} == {**once, "caption": 3, "evaluate": 3, "pretrain": 3}
     assert {state for _, state, _ in flows} == {"COMPLETED"}
     assert units == 5 + 3 * 5 + 4  # partitions, partitions by captioner, shards
 
 
 def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{reproduced.folder}/mlflow.db")
+    client = reproduced.mlflow()
     experiment = client.get_experiment_by_name("lotlip")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
-    assert set(runs) == {"lit-seed0", "lotlip-seed0"}
+    assert set(runs) == {"lit-seed0", "lotlip-seed0", "long-clip-seed0"}
     run = runs["lotlip-seed0"]
     assert run.info.status == "FINISHED"
     assert run.data.params["text.corner_tokens"] == "2"
@@ -100,7 +121,8 @@ def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> N
         reproduced.change(lambda params: params["report"].update(title="another"))
         assert stale() == {"report"}
         reproduced.change(lambda params: params["ablations"]["lit"].update(steps=5))
-        assert stale() == {"pretrain@lit", "report"}  # evaluate@lit follows when the model has changed
+        # evaluate@lit and what goes on from it follow when the model has changed
+        assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params.update(orchestration={"workers": 1}))
         assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params["caption"]["captioners"]["llava"].update(omission=0.5))
@@ -166,9 +188,11 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         text=True,
     )
     try:
-        said = [process.stdout.readline() for _ in range(3)]
+        said = [process.stdout.readline() for _ in range(4)]
         assert said[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
         assert said[1].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
+        assert said[2].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
+        assert "viewStateShareKey=comparison" in said[2]
         with httpx.Client(timeout=PATIENCE_SECONDS) as client:
             settings = client.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
             assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"

@@ -1,0 +1,316 @@
+"""Sweeps: which points a grid has, and what becomes of them when they are run, fail, are killed or cancelled."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from pydantic import ValidationError
+
+from flows.deployments import NIGHTLY, WEEKLY
+from flows.points import Point, Sweep, points, short
+from flows.servers import free_port
+from flows.workspaces import set_params
+from lotlip.config import ConfigError, Params, load_params
+from tests.flows.conftest import ROOT, Workspace, tiny
+from tests.flows.test_cancel import ask, await_that
+
+CORNERS, MASK, RATE = "pretrain.text.corner_tokens", "pretrain.text.corner_mask", "pretrain.optimizer.learning_rate"
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return load_params(ROOT / "params.yaml")
+
+
+def names(grid: list[Point]) -> list[str]:
+    return [point.experiment({}) for point in grid]
+
+
+def test_a_grid_has_a_point_for_each_configuration_and_seed(params):
+    grid = points(Sweep(name="grid", corner_tokens=[1, 2], sub_captions=[1, 3, 5], seeds=[0, 1]), params)
+    assert len(grid) == len(set(names(grid))) == 12
+    chosen = grid[-1].params.pretrain
+    assert (chosen.text.corner_tokens, chosen.long_texts.sub_captions, chosen.seeds) == (2, 5, [1])
+    assert grid[-1].configuration == {CORNERS: 2, "pretrain.long_texts.sub_captions": 5}
+
+
+def test_an_empty_sweep_is_params_yaml_with_each_of_its_seeds(params):
+    grid = points(Sweep(name="plain"), params)
+    assert [point.seed for point in grid] == params.pretrain.seeds
+    assert grid[0].params.pretrain.text == params.pretrain.text
+    assert grid[0].base == "lotlip"
+
+
+def test_points_that_mean_the_same_are_one(params):
+    assert len(points(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
+    drawn = {"pretrain.long_texts.per_image": [1, 2]}
+    assert len(points(Sweep(name="drawn", sub_captions=[0, 1], other=drawn, seeds=[0]), params)) == 3
+    assert len(points(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
+
+
+def test_a_point_is_called_the_same_whichever_sweep_asks_for_it(params):
+    there = params.pretrain.text.corner_tokens
+    asked = points(Sweep(name="one", corner_tokens=[there], seeds=[0]), params)
+    assert names(asked) == names(points(Sweep(name="two", seeds=[0]), params))
+    how = points(Sweep(name="how", other={"pretrain.accumulation": [2]}, seeds=[0]), params)
+    assert names(how) == names(asked)
+    assert names(points(Sweep(name="other", other={RATE: [0.5]}, seeds=[0]), params)) != names(asked)
+    (point,) = asked
+    assert point.experiment({"code": "a"}) != point.experiment({"code": "b"})
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_known_one(params):
+    with pytest.raises(
+        ConfigError, match=r"pretrain\.optimizer\.learning_rat: unknown key; did you mean 'learning_rate'"
+    ):
+        points(Sweep(name="typo", other={"pretrain.optimizer.learning_rat": [0.1]}), params)
+
+
+def test_all_that_is_wrong_with_a_grid_is_said_at_once(params):
+    with pytest.raises(ConfigError) as refused:
+        points(Sweep(name="wrong", other={RATE: [0.1, -1.0], "evaluate.batch_size": [0]}, seeds=[0]), params)
+    assert "learning_rate" in str(refused.value)
+    assert "batch_size" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"corner_tokens": [17]}, "less than or equal to 16"),
+        ({"other": {"tracking.uri": ["x"]}}, "what decides a result"),
+        ({"other": {RATE: []}}, "has no values"),
+        ({"other": {CORNERS: [1]}}, "list its values in corner_tokens"),
+        ({"parallelism": 0}, "greater than or equal to 1"),
+        ({"budget": 3}, "Extra inputs"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(wrong: dict[str, Any], reason: str):
+    with pytest.raises(ValidationError, match=reason):
+        Sweep.model_validate({"name": "wrong", **wrong})
+
+
+def test_the_scheduled_sweeps_fit_params_yaml(params):
+    assert 1 < len(points(NIGHTLY, params)) < len(points(WEEKLY, params))
+
+
+def test_columns_of_the_same_last_word_are_told_apart():
+    keys = ["pretrain.text.config.dropout", "evaluate.dropout", "pretrain.steps"]
+    assert [short(key, keys) for key in keys] == [keys[0], keys[1], "steps"]
+
+
+def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
+    before = (ROOT / "params.yaml").read_text()
+    path = tmp_path / "params.yaml"
+    path.write_text(before)
+    set_params(path, {CORNERS: 7, "pretrain.text.context_length": 96, "caption.captioners.llava.omission": 0.5})
+    lines, ours = path.read_text().splitlines(), ("corner_tokens: 7", "context_length: 96", "omission: 0.5")
+    assert {line.strip() for line in lines} - {line.strip() for line in before.splitlines()} == {
+        line.strip() for line in set(lines) - set(before.splitlines()) if any(part in line for part in ours)
+    }
+    assert len(lines) == len(before.splitlines()) + 1  # the context length was not there
+    changed = load_params(path)
+    assert (changed.pretrain.text.corner_tokens, changed.pretrain.text.context_length) == (7, 96)
+    assert changed.caption.captioners["llava"].omission == 0.5
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def swept(workspace: Workspace, settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
+    return workspace.python("flows.sweep", json.dumps({"retries": 0, **settings}), **options)
+
+
+def experiments(workspace: Workspace) -> dict[str, str]:
+    """Name → commit."""
+    lines = workspace.run("git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").stdout.splitlines()
+    return {line.split()[0].rpartition("/")[2]: line.split()[1] for line in lines}
+
+
+def artifact(workspace: Workspace, key: str) -> Any:
+    """What the newest artifact of Prefect's with this key holds."""
+    query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
+    (found,) = ask(workspace.environment, "artifacts/filter", query)
+    return json.loads(found["data"]) if found["type"] == "table" else found["data"]
+
+
+def tags(workspace: Workspace) -> dict[str, dict[str, str]]:
+    """Of each run in MLflow, by its name."""
+    client = workspace.mlflow()
+    found = client.search_runs([client.get_experiment_by_name("lotlip").experiment_id])
+    return {run.info.run_name: {**run.data.tags, "id": run.info.run_id} for run in found}
+
+
+def running(workspace: Workspace) -> list[str]:
+    """What runs in checkouts of points."""
+    found = []
+    for process in psutil.process_iter(["pid", "cwd", "cmdline", "status"]):
+        inside = (process.info["cwd"] or "").startswith(f"{workspace.folder}/.lotlip/sweeps/")
+        if inside and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(f"{process.info['pid']} {process.info['cmdline']}")
+    return found
+
+
+@pytest.fixture(scope="module")
+def done(make_workspace) -> Workspace:
+    """Two points, run at the same time."""
+    workspace = make_workspace()
+    workspace.change(tiny)
+    before = (workspace.folder / "params.yaml").read_text()
+    workspace.output = swept(workspace, {"name": "two", "corner_tokens": [0, 1], "parallelism": 2}).stdout
+    assert (workspace.folder / "params.yaml").read_text() == before
+    return workspace
+
+
+@pytest.mark.slow
+def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
+    assert [name.rpartition("-")[0] for name in sorted(experiments(done))] == ["m0-k3-c128-s0", "m1-k3-c128-s0"]
+    assert not list((done.folder / ".lotlip" / "sweeps").glob("*/project"))
+    name = max(experiments(done))
+    before = (done.folder / "params.yaml").read_text()
+    try:
+        done.python("flows.sweep", "--apply", name)
+        after = load_params(done.folder / "params.yaml")
+    finally:
+        (done.folder / "params.yaml").write_text(before)
+    assert after.pretrain.text.corner_tokens == 1
+    refused = done.python("flows.sweep", "--apply", "nothing", check=False)
+    assert refused.returncode == 1
+    assert "no experiment 'nothing'" in refused.stderr
+
+
+@pytest.mark.slow
+def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Workspace):
+    table = {row["point"]: row for row in artifact(done, "sweep-two")}
+    assert set(table) == set(experiments(done))
+    page = artifact(done, "sweep-two-result")
+    assert "python -m flows.sweep --apply m" in page
+    for name, found in tags(done).items():
+        row = table[name]
+        assert row["status"] == "done"
+        assert row["long.text_to_image.r1"].endswith("%")
+        assert found["id"] in row["MLflow"]
+        assert found["id"] in artifact(done, name)
+        assert found["point"] == name
+        base, _, run = found["sweep.two"].partition("/runs/flow-run/")
+        assert found["prefect.flow_run"] == found["sweep.two"]
+        assert base == done.environment["PREFECT_API_URL"].removesuffix("/api")
+        with httpx.Client() as client:
+            answer = client.get(f"{done.environment['PREFECT_API_URL']}/flow_runs/{run}").json()
+        assert (answer["name"], answer["state"]["type"]) == ("sweep-two", "COMPLETED")
+
+
+@pytest.mark.slow
+def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(done: Workspace):
+    before, rates = experiments(done), [0.001, 1e30, 2e30]
+    asked = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
+    ended = swept(done, asked, check=False)
+    assert ended.returncode == 1
+    assert "1 of 3 points failed" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    rows = artifact(done, "sweep-rates")
+    assert [row["status"] for row in rows] == ["found done", "failed", "left out"]
+    assert "error in pretrain lotlip" in rows[1]["reason"]
+    (tried,) = ask(done.environment, "task_runs/filter", {"task_runs": {"name": {"any_": [rows[1]["point"]]}}})
+    assert tried["run_count"] == 2
+    assert experiments(done) == before
+    assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["point"]])
+
+
+@pytest.fixture(scope="module")
+def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
+    """What `make serve` runs, beside a Prefect that is there."""
+    log = done.folder / ".lotlip" / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.serve"],
+            cwd=done.folder,
+            env={**done.environment, "MLFLOW_PORT": str(free_port())},
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        await_that(lambda: "Forms" in log.read_text() and len(deployed(done)) == 4, "the deployments are there")
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(300)
+
+
+def deployed(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """What can be started from Prefect's UI, by flow and name."""
+    api = workspace.environment
+    flows = {one["id"]: one["name"] for one in ask(api, "flows/filter", {})}
+    found = {f"{flows[one['flow_id']]}/{one['name']}": one for one in ask(api, "deployments/filter", {})}
+    return {name: one for name, one in found.items() if name.split("/")[0] in ("reproduce", "sweep")}
+
+
+def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.Response:
+    """Starts a deployment, as Prefect's form does."""
+    path = f"deployments/{deployed(workspace)[name]['id']}/create_flow_run"
+    with httpx.Client(base_url=workspace.environment["PREFECT_API_URL"], timeout=300) as client:
+        return client.post(f"/{path}", json={"parameters": parameters})
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("served")
+def test_the_forms_check_what_is_asked_for_and_schedules_are_off(done: Workspace):
+    schedules = {name: [one["active"] for one in form["schedules"]] for name, form in deployed(done).items()}
+    by_hand: dict[str, list[bool]] = {"reproduce/by-hand": [], "sweep/by-hand": []}
+    assert schedules == {**by_hand, "sweep/nightly": [False], "sweep/weekly": [False]}
+    wrong = start(done, "sweep/by-hand", {"settings": {"name": "x", "corner_tokens": [17]}})
+    assert wrong.status_code == 409
+    assert "17 is greater than the maximum of 16" in wrong.text
+    assert start(done, "reproduce/by-hand", {"what": "some"}).status_code == 409
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("served")
+def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
+    scores = done.folder / "metrics" / "lotlip.json"
+    assert not scores.exists()
+    run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).json()["id"]
+
+    def state() -> str:
+        return ask(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_type"]
+
+    await_that(lambda: state() in ("COMPLETED", "FAILED", "CRASHED"), "it has ended")
+    assert state() == "COMPLETED", (done.folder / ".lotlip" / "serve.log").read_text()[-2000:]
+    assert scores.exists()
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_killed_or_cancelled_takes_all_with_it_and_goes_on(done: Workspace, served):
+    steps = {"pretrain.steps": [600], "pretrain.checkpoint_every": [20], "pretrain.stop_at_chance_after": [0]}
+    asked = {"name": "long", "other": steps, "corner_tokens": [2], "retries": 0}
+    sweeps = done.folder / ".lotlip" / "sweeps"
+
+    def begun() -> bool:
+        return any(sweeps.glob("m2-*/project/.lotlip/work/pretrain-*/*/checkpoints-0/step-*[0-9]"))
+
+    command = [sys.executable, "-m", "flows.sweep", json.dumps(asked)]
+    process = subprocess.Popen(command, cwd=done.folder, env=done.environment, stdout=subprocess.DEVNULL)
+    await_that(begun, "the point has a checkpoint")
+    assert running(done)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    await_that(lambda: not running(done), "all of its processes have ended")
+
+    (point,) = sweeps.glob("m2-*")
+    run = start(done, "sweep/by-hand", {"settings": asked}).json()["id"]
+    await_that(lambda: "goes on after step" in (point / "log.txt").read_text(), "training goes on")
+    ask(done.environment, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    await_that(lambda: not running(done), "all of its processes have ended")
+    assert served.poll() is None
+
+    swept(done, asked)  # finishes what the first two began
+    assert artifact(done, "sweep-long")[0]["status"] == "done"
+    assert "goes on after step" in (point / "log.txt").read_text()
