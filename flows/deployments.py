@@ -13,7 +13,6 @@ from prefect.schedules import Cron, Schedule
 
 from flows import reproduce as reproduction
 from flows.points import Sweep
-from flows.stage import StageFailed
 from flows.sweep import sweep
 from lotlip.config import load_params
 
@@ -35,11 +34,13 @@ def reproduce(what: Literal["default", "all"] = "default", ablations: tuple[str,
     Args:
         what: "default" or "all".
         ablations: names in params.yaml, which go before `what`.
+
+    Raises:
+        ConfigError: params.yaml has no such ablation.
     """
     params = load_params()
-    unknown = sorted(set(ablations) - set(params.names))
-    if unknown:
-        raise StageFailed(f"no ablation {', '.join(unknown)} in params.yaml; there are: {', '.join(params.names)}")
+    for name in ablations:
+        params.ablation(name)  # complains of those that are not there
     chosen = list(ablations) or (params.reproduce.ablations if what == "default" else [])
     reproduction.reproduce(params, reproduction.of_ablations(params, chosen))
 

@@ -304,7 +304,7 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
         lines += [
             f"[All of its runs]({workshop.tracker.comparison_link(mlflow_address(workshop.tracker), settings.name)}), "
             "side by side in MLflow.",
-            *_registered(settings, workshop, [found.run_id for _, _, found in scored]),
+            *_registered(settings, workshop, found.run_id),
         ]
     lines += [f"- failed: {line}" for line in failed]
     text = "\n\n".join(lines)
@@ -314,13 +314,13 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
         raise StageFailed(f"{len(failed)} of {len(grid)} points failed:\n  - " + "\n  - ".join(failed))
 
 
-def _registered(settings: Sweep, workshop: Workshop, candidates: Sequence[str]) -> list[str]:
+def _registered(settings: Sweep, workshop: Workshop, run_id: str) -> list[str]:
     """Has the best run's model go through the gate of the registry; gives what became of it."""
     if workshop.params.registry is None:
         return []
-    from lotlip.registry import register_best
+    from lotlip.registry import register
 
-    made = register_best(workshop.tracker, candidates, workshop.params.registry, settings.name)
+    made = register(workshop.tracker, run_id, workshop.params.registry, settings.name)
     if made.uri:
         return [f"Its gate passed, so that `{made.uri}` loads version {made.version} in MLflow's registry."]
     return ["The registry's gate refused the best model:", *(f"- {reason}" for reason in made.refusals)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,58 +20,51 @@ LINEAGE = ("data_hash", "git_commit", "ablation", "seed")  # of a run's tags, th
 
 @dataclass(frozen=True)
 class Registration:
-    """What became of the best candidate.
+    """What became of a model.
 
     Attributes:
-        run_id: of the best candidate.
         uri: "models:/NAME@ALIAS", which now loads it; None where the gate refused it.
         version: of the model in the registry; None where the gate refused it.
         refusals: a line for each reason, with metric, value and bound.
     """
 
-    run_id: str
     uri: str | None
     version: str | None
     refusals: list[str]
 
 
-def register_best(
-    tracker: Tracker, candidates: Iterable[str], settings: Registry, sweep: str | None = None
-) -> Registration:
-    """Registers the best candidate and points the alias at it, unless the gate refuses it.
+def register(tracker: Tracker, run_id: str, settings: Registry, sweep: str | None = None) -> Registration:
+    """Registers a run's model and points the alias at it, unless the gate refuses it.
 
-    Settings are ranked by the mean of their seeds, so that one lucky seed does not decide between them; of the best
-    settings, the seed that scores highest is the candidate. The gate asks for the least values of `settings`, and that
-    the candidate is no worse than what the alias points at, in the same metrics. The same model is registered once.
+    The gate asks for the least values of `settings`, and that the model is no worse in the same metrics than what the
+    alias points at. The same model is registered once.
 
     Args:
-        tracker: whose store has the runs, and the registry.
-        candidates: ids of runs; those without scores, which failed, are passed over.
-        settings: name, alias, measure and gate.
-        sweep: named in the version's lineage.
+        tracker: whose store has the run, and the registry.
+        run_id: of the run.
+        settings: name, alias and gate.
+        sweep: of which it is the best; named in the version's lineage.
 
     Raises:
-        ValueError: no candidate has the scores that are asked for.
+        ValueError: the run lacks scores that the gate asks for, or the model.
     """
     client = tracker.client
-    runs = [client.get_run(run_id) for run_id in dict.fromkeys(candidates)]
-    asked = {settings.measure, *settings.least}
-    scored = [run for run in runs if asked <= run.data.metrics.keys()]
-    if not scored:
+    run = client.get_run(run_id)
+    missing = sorted(settings.least.keys() - run.data.metrics.keys())
+    if missing:
         raise ValueError(
-            f"of {len(runs)} runs none has all of {', '.join(sorted(asked))}, which `registry` of params.yaml asks "
-            "for; have them evaluated, or name metrics that they have"
+            f"run {run.info.run_name} ({run_id}) has no {', '.join(missing)}, which registry.least of params.yaml asks "
+            "for; have it evaluated, or name metrics that it has"
         )
-    best = _best(scored, settings.measure)
     current = _current(client, settings)
     there = client.get_run(current.run_id).data.metrics if current and current.run_id else {}
-    refusals = refused(best.data.metrics, there, settings)
+    refusals = refused(run.data.metrics, there, settings)
     if refusals:
-        return Registration(best.info.run_id, None, None, refusals)
-    version = _version(client, best, settings, sweep)
+        return Registration(None, None, refusals)
+    version = _version(client, run, settings, sweep)
     if current is None or current.version != version.version:
         client.set_registered_model_alias(settings.model, settings.alias, version.version)
-    return Registration(best.info.run_id, settings.uri, str(version.version), [])
+    return Registration(settings.uri, str(version.version), [])
 
 
 def refused(scores: Mapping[str, float], current: Mapping[str, float], settings: Registry) -> list[str]:
@@ -80,31 +73,20 @@ def refused(scores: Mapping[str, float], current: Mapping[str, float], settings:
     Args:
         scores: of the model.
         current: of the model that the alias points at; empty where there is none.
-        settings: measure and gate.
+        settings: the gate.
     """
     reasons = [
         f"{name} is {scores[name]:.4g}; registry.least asks for at least {bound:.4g}"
         for name, bound in settings.least.items()
         if scores[name] < bound
     ]
-    for name in dict.fromkeys([settings.measure, *settings.least]):
+    for name in settings.least:
         if name in current and scores[name] < current[name] - settings.most_loss:
             reasons.append(
                 f"{name} is {scores[name]:.4g}; {settings.uri} has {current[name]:.4g}, "
                 f"and registry.most_loss lets it lose {settings.most_loss:.4g}"
             )
     return reasons
-
-
-def _best(runs: Sequence[Run], measure: str) -> Run:
-    """The highest seed of the settings with the highest mean; of equals, the first."""
-    groups: dict[tuple[tuple[str, str], ...], list[Run]] = {}
-    for run in runs:
-        settings = {key: value for key, value in run.data.params.items() if key not in ("seed", "seeds")}
-        settings |= {key: run.data.tags.get(key, "") for key in ("ablation", "data_hash")}
-        groups.setdefault(tuple(sorted(settings.items())), []).append(run)
-    chosen = max(groups.values(), key=lambda seeds: sum(run.data.metrics[measure] for run in seeds) / len(seeds))
-    return max(chosen, key=lambda run: run.data.metrics[measure])
 
 
 def _current(client: MlflowClient, settings: Registry) -> ModelVersion | None:
@@ -130,7 +112,7 @@ def _version(client: MlflowClient, run: Run, settings: Registry, sweep: str | No
         if version.tags.get(FINGERPRINT) == fingerprint:
             return version
     model_id = outputs[-1].model_id
-    scores = {name: run.data.metrics[name] for name in dict.fromkeys([settings.measure, *settings.least])}
+    scores = {name: run.data.metrics[name] for name in settings.least}
     tags = {name: run.data.tags[name] for name in LINEAGE if name in run.data.tags}
     tags |= {FINGERPRINT: fingerprint, "params": json.dumps(run.data.params, sort_keys=True)}
     tags |= {name: f"{score:.6g}" for name, score in scores.items()}
@@ -150,8 +132,8 @@ def _about(settings: Registry) -> str:
     """The registered model in plain words."""
     bounds = ", ".join(f"{name} ≥ {bound:g}" for name, bound in settings.least.items())
     return (
-        f"The best model by {settings.measure}. `{settings.uri}` is the last that passed the gate: {bounds}, and no "
-        f'worse than the one before.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it: a table with the '
+        f"The best models of sweeps. `{settings.uri}` is the last that passed the gate: {bounds}, and no worse than "
+        f'the one before.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it: a table with the '
         "columns `text` and `image` in, normalised features out."
     )
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lotlip.config import Params, Registry, load_params
-from lotlip.registry import register_best
+from lotlip.registry import register
 from lotlip.tracking import FINGERPRINT, Tracker
 from tests.test_tracking import scored, trained
 from tests.tiny_model import save_tiny_model
@@ -37,13 +37,13 @@ def tracker(store: str) -> Tracker:
 
 @pytest.fixture
 def settings() -> Registry:
-    return Registry(model=f"model-{next(_numbers)}", measure=LONG, least={LONG: 0.3, SHORT: 0.2})
+    return Registry(model=f"model-{next(_numbers)}", least={LONG: 0.3, SHORT: 0.2})
 
 
-def candidate(tracker: Tracker, name: str, long: float, short: float, seed: int = 0, ablation: str = "") -> str:
+def candidate(tracker: Tracker, name: str, long: float, short: float) -> str:
     """A finished run with scores and a model."""
-    tags = {"ablation": ablation or name, "seed": str(seed), "data_hash": "d" * 16, "git_commit": "c" * 40}
-    run_id = tracker.ensure_run(name, name, tags, {"text": {"corner_tokens": 2}, "seed": seed})
+    tags = {"ablation": name, "seed": "0", "data_hash": "d" * 16, "git_commit": "c" * 40}
+    run_id = tracker.ensure_run(name, name, tags, {"text": {"corner_tokens": 2}, "seed": 0})
     tracker.log_metrics(run_id, {LONG: long, SHORT: short})
     tracker.ensure_model(run_id, name, name, tags)
     return run_id
@@ -53,13 +53,13 @@ def versions(tracker: Tracker, settings: Registry) -> list[Any]:
     return list(tracker.client.search_model_versions(f"name = '{settings.model}'"))
 
 
-def test_the_best_is_registered_with_its_lineage(tracker, settings):
-    runs = [candidate(tracker, f"a{next(_numbers)}", *scores) for scores in ((0.4, 0.3), (0.6, 0.25), (0.5, 0.9))]
-    found = register_best(tracker, runs, settings, "night")
-    assert (found.run_id, found.refusals) == (runs[1], [])
+def test_a_model_is_registered_with_its_lineage(tracker, settings):
+    run = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.25)
+    found = register(tracker, run, settings, "night")
+    assert found.refusals == []
     assert found.uri == f"models:/{settings.model}@champion"
     made = tracker.client.get_model_version_by_alias(settings.model, "champion")
-    assert made.run_id == runs[1]
+    assert made.run_id == run
     expected = {
         "data_hash": "d" * 16,
         "git_commit": "c" * 40,
@@ -69,20 +69,20 @@ def test_the_best_is_registered_with_its_lineage(tracker, settings):
         SHORT: "0.25",
     }
     assert expected.items() <= made.tags.items()
-    assert made.tags[FINGERPRINT] == tracker.client.get_run(runs[1]).data.tags[FINGERPRINT]
+    assert made.tags[FINGERPRINT] == tracker.client.get_run(run).data.tags[FINGERPRINT]
     assert json.loads(made.tags["params"]) == {"text.corner_tokens": "2", "seed": "0"}
     assert "best of sweep night" in made.description
 
 
 def test_the_same_model_is_registered_once(tracker, settings):
     run = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
-    assert register_best(tracker, [run], settings) == register_best(tracker, [run, run], settings)
+    assert register(tracker, run, settings) == register(tracker, run, settings)
     assert len(versions(tracker, settings)) == 1
 
 
 @pytest.mark.parametrize(("scores", "metric", "bound"), [((0.5, 0.1), SHORT, "0.2"), ((0.2, 0.5), LONG, "0.3")])
 def test_a_refusal_names_metric_value_and_bound(tracker, settings, scores, metric, bound):
-    found = register_best(tracker, [candidate(tracker, f"a{next(_numbers)}", *scores)], settings)
+    found = register(tracker, candidate(tracker, f"a{next(_numbers)}", *scores), settings)
     assert (found.uri, found.version) == (None, None)
     (reason,) = found.refusals
     assert reason == f"{metric} is {min(scores):.4g}; registry.least asks for at least {bound}"
@@ -92,27 +92,19 @@ def test_a_refusal_names_metric_value_and_bound(tracker, settings, scores, metri
 def test_what_the_alias_points_at_is_not_replaced_by_worse(tracker, settings):
     first = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
     worse = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.45)
-    register_best(tracker, [first], settings)
-    (reason,) = register_best(tracker, [worse], settings).refusals
+    register(tracker, first, settings)
+    (reason,) = register(tracker, worse, settings).refusals
     assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.most_loss lets it lose 0"
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == first
-    found = register_best(tracker, [worse], settings.model_copy(update={"most_loss": 0.05}))
+    found = register(tracker, worse, settings.model_copy(update={"most_loss": 0.05}))
     assert (found.version, found.refusals) == ("2", [])
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == worse
 
 
-def test_settings_are_ranked_by_the_mean_of_their_seeds(tracker, settings):
-    lucky = [candidate(tracker, f"l{next(_numbers)}", s, 0.5, i, "lucky") for i, s in enumerate((0.7, 0.3))]
-    steady = [candidate(tracker, f"s{next(_numbers)}", s, 0.5, i, "steady") for i, s in enumerate((0.59, 0.6))]
-    assert register_best(tracker, [*lucky, *steady], settings).run_id == steady[1]
-
-
-def test_runs_without_scores_are_passed_over(tracker, settings):
+def test_a_run_without_scores_is_complained_of(tracker, settings):
     failed = tracker.ensure_run(f"f{next(_numbers)}", "failed", {}, {})
-    run = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
-    assert register_best(tracker, [failed, run], settings).run_id == run
-    with pytest.raises(ValueError, match="of 1 runs none has all of"):
-        register_best(tracker, [failed], settings)
+    with pytest.raises(ValueError, match=f"has no {LONG}, {SHORT}, which registry.least"):
+        register(tracker, failed, settings)
 
 
 def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monkeypatch):
@@ -121,7 +113,7 @@ def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monk
     saved: Path = save_tiny_model(tmp_path / "saved", tiny_tower)
     runs = tracker.log_scores(trained(tmp_path, saved), scored(), tmp_path)
     easy = settings.model_copy(update={"least": {LONG: 0.1, SHORT: 0.1}})
-    found = register_best(tracker, [runs["3"]], easy)
+    found = register(tracker, runs["3"], easy)
     monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow puts the model's code there
     mlflow.set_tracking_uri(tracker.uri)
     try:
@@ -133,10 +125,10 @@ def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monk
 
 def test_a_gate_on_one_kind_of_text_alone_is_refused():
     raw = load_params(Path(__file__).parents[1] / "params.yaml").model_dump(mode="json", exclude_unset=True)
-    gate = {"measure": LONG, "least": {LONG: 0.1}}
+    gate = {"least": {LONG: 0.1}}
     with pytest.raises(ValueError, match="no metric on short text"):
         Params.model_validate(raw | {"registry": gate})
-    gate = {"measure": LONG, "least": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
+    gate = {"least": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
     with pytest.raises(ValueError, match=r"registry asks for other\.short"):
         Params.model_validate(raw | {"registry": gate})
 
@@ -144,4 +136,4 @@ def test_a_gate_on_one_kind_of_text_alone_is_refused():
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused():
     for alias in ("latest", "v1"):
         with pytest.raises(ValueError, match="for itself"):
-            Registry(alias=alias, measure=LONG, least={LONG: 0.1, SHORT: 0.1})
+            Registry(alias=alias, least={LONG: 0.1, SHORT: 0.1})

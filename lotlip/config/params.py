@@ -154,7 +154,6 @@ class Registry(Section):
 
     model: Name = "lotlip"
     alias: Name = Field("champion", description="points at the last model that passed: models:/<model>@<alias>")
-    measure: str = Field(description="the metric that ranks models, such as scenes.long.text_to_image.r1")
     least: dict[str, Share] = Field(description="metric → its least value; at least one on long text and one on short")
     most_loss: Share = Field(
         0.0, description="how far below the model that the alias points at each of these metrics may be"
@@ -232,7 +231,7 @@ class Params(Section):
         problems += [
             f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
             f"{', '.join(self.evaluate.names)})"
-            for metric in ([self.registry.measure, *self.registry.least] if self.registry else [])
+            for metric in (self.registry.least if self.registry else [])
             if metric.partition(".")[0] not in self.evaluate.names
         ]
         for name in self.names:

@@ -170,7 +170,6 @@ def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(home))
-            patch.setenv("PREFECT_SERVER_UI_ENABLED", "false")
             patch.chdir(home)
             stack.enter_context(prefect_server(port))
         yield api_address(port)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from lotlip.config import ConfigError, Params, load_params
 from tests.flows.conftest import ROOT, Workspace, tiny
 from tests.flows.test_cancel import ask, await_that
 
+CHROMIUM = shutil.which("chromium")
 CORNERS, MASK, RATE = "pretrain.text.corner_tokens", "pretrain.text.corner_mask", "pretrain.optimizer.learning_rate"
 
 
@@ -245,6 +249,12 @@ def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
         process.wait(300)
 
 
+def line(workspace: Workspace, what: str) -> str:
+    """The address that `make serve` printed behind a word."""
+    log = (workspace.folder / ".lotlip" / "serve.log").read_text()
+    return next(text.split()[1] for text in log.splitlines() if text.startswith(what))
+
+
 def deployed(workspace: Workspace) -> dict[str, dict[str, Any]]:
     """What can be started from Prefect's UI, by flow and name."""
     api = workspace.environment
@@ -285,6 +295,59 @@ def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
     await_that(lambda: state() in ("COMPLETED", "FAILED", "CRASHED"), "it has ended")
     assert state() == "COMPLETED", (done.folder / ".lotlip" / "serve.log").read_text()[-2000:]
     assert scores.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
+@pytest.mark.usefixtures("served")
+def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Workspace):
+    from playwright.sync_api import Page, expect, sync_playwright
+
+    kept = os.environ.get("LOTLIP_PICTURES")  # a folder for what the browser shows, such as docs
+
+    def picture(page: Page, name: str) -> None:
+        if kept:
+            page.wait_for_timeout(3000)  # until what moves has come to rest
+            page.screenshot(path=f"{kept}/{name}.png")
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        page.goto(line(done, "Forms"))
+        expect(page.get_by_text("by-hand")).to_have_count(2)
+        picture(page, "deployments")
+        page.goto(f"{line(done, 'Forms')}/deployment/{deployed(done)['sweep/by-hand']['id']}/run")
+        corners, name = (
+            page.locator(".schema-form-property", has=page.get_by_text(label, exact=True)).last
+            for label in ("Corner tokens (Optional)", "Name")
+        )
+        for place, number in enumerate(("1", "3")):
+            corners.get_by_role("button", name="Add item").click()
+            corners.get_by_role("spinbutton").nth(place).fill(number)
+        name = name.get_by_role("textbox")
+        name.fill("No Name")
+        page.get_by_role("button", name="Submit").click()
+        expect(page.get_by_text("does not match").first).to_be_visible()
+        name.fill("form")
+        picture(page, "form")
+        page.get_by_role("button", name="Submit").click()
+        page.locator("a[href*='/runs/flow-run/']").first.click()
+        expect(page.get_by_text("Completed").first).to_be_visible(timeout=900_000)
+        page.get_by_text("Artifacts", exact=True).click()
+        expect(page.get_by_text("1 done, 1 found done").first).to_be_visible()
+        picture(page, "sweep")
+        result = artifact(done, "sweep-form-result")
+        (link,) = re.findall(r"\((http[^)]*viewStateShareKey=sweep-form)\)", result)
+        page.set_viewport_size({"width": 1600, "height": 1200})
+        page.goto(link, wait_until="commit")
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 2")
+        shown = page.inner_text("body")
+        picture(page, "comparison")
+        browser.close()
+    assert "2 matching runs" in " ".join(shown.split())
+    assert "R@1 by corner tokens" in shown
 
 
 @pytest.mark.slow
