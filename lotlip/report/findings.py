@@ -384,7 +384,7 @@ FINDINGS = (
         "better-than-long-clip",
         "LoTLIP is better than Long-CLIP.",
         "Table 2",
-        "LoTLIP − Long-CLIP",
+        "LoTLIP − Long-CLIP, which has learned twice: first what it goes on from",
         (LONG, SHORT),
         _between("LoTLIP", "Long-CLIP"),
     ),
