@@ -137,6 +137,9 @@ class Engine:
         )
         self.config, self.seed = config, seed
         self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        if dist.get_world_size() == 1 and not self.deepspeed.zero_optimization_stage():
+            # DeepSpeed would copy all gradients to exchange them with nobody: an eighth of the demo's step
+            self.deepspeed.enable_backward_allreduce = False
         self.device: torch.device = self.deepspeed.device
         self.frozen_tower = None if frozen_tower is None else frozen_tower.to(self.device).eval().requires_grad_(False)
 
