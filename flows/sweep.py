@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -265,8 +265,8 @@ def _run_all(workshop: Workshop, grid: Sequence[Point], log: Any) -> list[Outcom
                 except Exception as error:
                     outcomes[name] = Outcome(FAILED, reason=str(error))
                     log.warning("%s failed for good: %s", name, error)
-                left = (time.monotonic() - started) / done * (len(grid) - done) / 60
-                log.info("%d of %d points: %s, about %.1f minutes left", done, len(grid), _counts(outcomes), left)
+                left = time_left(time.monotonic() - started, outcomes.values(), settings.parallelism)
+                log.info("%d of %d points: %s%s", done, len(grid), _counts(outcomes), left)
                 create_table_artifact(
                     _table(grid, names, outcomes), key=_key(f"sweep-{settings.name}"), description=_counts(outcomes)
                 )
@@ -274,6 +274,19 @@ def _run_all(workshop: Workshop, grid: Sequence[Point], log: Any) -> list[Outcom
             workshop.stop()
             raise
     return list(outcomes.values())
+
+
+def time_left(seconds: float, outcomes: Collection[Outcome], parallelism: int) -> str:
+    """How long the rest will take, in words; "" before a point was run: those that were found done tell nothing.
+
+    Those that run now are taken for half done.
+    """
+    every = [outcome.status for outcome in outcomes]
+    made, waiting = every.count(DONE) + every.count(FAILED), every.count(WAITING)
+    if not made or not waiting:
+        return ""
+    running = min(parallelism, waiting) / 2
+    return f", about {seconds / (made + running) * (waiting - running) / 60:.1f} minutes left"
 
 
 def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcomes: Sequence[Outcome]) -> None:

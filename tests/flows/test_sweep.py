@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.points import Point, Sweep, points, short
 from flows.servers import free_port
+from flows.sweep import DONE, FAILED, FOUND, WAITING, Outcome, time_left
 from flows.workspaces import set_params
 from lotlip.config import ConfigError, Params, load_params
 from tests.flows.conftest import ROOT, Workspace, tiny
@@ -104,6 +105,14 @@ def test_a_sweep_that_cannot_be_is_refused(wrong: dict[str, Any], reason: str):
 
 def test_the_scheduled_sweeps_fit_params_yaml(params):
     assert 1 < len(points(NIGHTLY, params)) < len(points(WEEKLY, params))
+
+
+def test_the_time_left_is_told_by_the_points_that_were_run():
+    done, found, waiting = Outcome(DONE), Outcome(FOUND), Outcome(WAITING)
+    assert time_left(60, [found, waiting, waiting], 2) == ""
+    assert time_left(180, [done, *[waiting] * 5], 2) == ", about 6.0 minutes left"  # one and two halves in 3 minutes
+    assert time_left(180, [done, Outcome(FAILED), *[found] * 9, waiting], 4) == ", about 0.6 minutes left"
+    assert time_left(180, [done, found], 2) == ""
 
 
 def test_columns_of_the_same_last_word_are_told_apart():
