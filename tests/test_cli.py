@@ -141,7 +141,7 @@ def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
     assert program(monkeypatch, "plan", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens_per_text"] == {"raw": 11.0, "long": 33.0}
-    assert (found["epochs"], found["storage_bytes"]["shards"]) == (40.0, 640 * 5000)
+    assert (found["epochs"], found["storage_bytes"]["shards"]) == (80.0, 640 * 5000)
 
 
 def test_a_plan_that_cannot_be_made_says_why(monkeypatch):
