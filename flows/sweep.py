@@ -27,7 +27,9 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import get_run_context
+from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, as_completed
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
@@ -42,6 +44,7 @@ from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
 
 SCORES = ("long.image_to_text.r1", "long.text_to_image.r1", "short.image_to_text.r1", "short.text_to_image.r1")
+DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a sweep ends
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
 
 
@@ -474,7 +477,11 @@ def main(arguments: Sequence[str]) -> None:
             stack.enter_context(prefect_server(port))
             stack.enter_context(temporary_settings({PREFECT_API_URL: api_address(port)}))
         print(f"Prefect: {(PREFECT_API_URL.value() or '').removesuffix('/api')}", flush=True)
-        sweep(settings)
+        try:
+            sweep(settings)
+        finally:  # the server ends next, and Prefect would try to reach it for a minute
+            for left in (APILogWorker, EventsWorker):
+                left.drain_all(timeout=DRAIN_SECONDS)
 
 
 def read_sweep(text: str) -> Sweep:
