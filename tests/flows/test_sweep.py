@@ -238,6 +238,13 @@ def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(
     assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["point"]])
 
 
+@pytest.mark.slow
+def test_a_sweep_tells_a_server_of_its_own_all_before_that_ends(done: Workspace):
+    ended = swept(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
+    assert "2 found done" in ended.stdout + ended.stderr
+    assert "Error logging to API" not in ended.stdout + ended.stderr
+
+
 @pytest.fixture(scope="module")
 def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
     """What `make serve` runs, beside a Prefect that is there."""
