@@ -476,12 +476,10 @@ def main(arguments: Sequence[str]) -> None:
             port = stack.enter_context(claimed_port(4200))
             stack.enter_context(prefect_server(port))
             stack.enter_context(temporary_settings({PREFECT_API_URL: api_address(port)}))
+            for left in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
+                stack.callback(left.drain_all, timeout=DRAIN_SECONDS)
         print(f"Prefect: {(PREFECT_API_URL.value() or '').removesuffix('/api')}", flush=True)
-        try:
-            sweep(settings)
-        finally:  # the server ends next, and Prefect would try to reach it for a minute
-            for left in (APILogWorker, EventsWorker):
-                left.drain_all(timeout=DRAIN_SECONDS)
+        sweep(settings)
 
 
 def read_sweep(text: str) -> Sweep:
