@@ -41,7 +41,7 @@ def cache_folder() -> Path:
 
 def _user_cache() -> Path:
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base and Path(base).is_absolute() else Path(os.path.expanduser("~/.cache"))) / "lotlip"
+    return (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "lotlip"
 
 
 def _private(folder: Path) -> Path:

@@ -54,19 +54,26 @@ def test_a_link_of_somebody_else_is_not_followed(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
-    with lock(tmp_path / "a.lock", "the stage"):
-        with (
-            pytest.raises(Locked, match=rf"the stage is in use by process {os.getpid()}"),
-            lock(tmp_path / "a.lock", "the stage"),
-        ):
-            pytest.fail("two hold it")
+    held = rf"the stage is in use by process {os.getpid()}"
+    with lock(tmp_path / "a.lock"), pytest.raises(Locked, match=held), lock(tmp_path / "a.lock", "the stage"):
+        pytest.fail("two hold it")
     with lock(tmp_path / "a.lock"):
         pass
 
 
+HOLDER = """
+import pathlib, sys
+from lotlip.caches import lock
+with lock(pathlib.Path("a.lock")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
-    code = "import sys, pathlib; from lotlip.caches import lock\nwith lock(pathlib.Path('a.lock')): print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
+    )
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with pytest.raises(Locked, match=str(holder.pid)), lock(tmp_path / "a.lock"):
