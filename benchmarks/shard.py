@@ -17,7 +17,6 @@ import io
 import json
 import random
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from PIL import Image
 
 from benchmarks.data import CAPTIONERS, sentence
 from lotlip.config import Ingest, Shard
+from lotlip.files import SCRATCH, remove
 from lotlip.inspection import held_out_images
 from lotlip.partitions import finished, read_index, unit_names, write_captions, write_index, write_partitions
 from lotlip.records import Caption, ImageRecord, Unit, UnitReport
@@ -120,11 +120,12 @@ def unpack(shards: Path, folder: Path) -> list[str]:
 
 
 def seconds(way: Callable[[Path], Any], folder: Path) -> float:
-    out = folder / "out"
+    out = folder / SCRATCH / "out"
+    out.parent.mkdir(exist_ok=True)
     start = time.perf_counter()
     way(out)
     taken = time.perf_counter() - start
-    shutil.rmtree(out)
+    remove(out)
     return taken
 
 
@@ -166,9 +167,9 @@ def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder / "data", samples, 1000)
-        ours(folder / "data", folder / "shards")
-        files = unpack(folder / "shards", folder / "files")
-        shutil.rmtree(folder / "shards")
+        ours(folder / "data", folder / SCRATCH / "shards")
+        files = unpack(folder / SCRATCH / "shards", folder / "files")
+        remove(folder / SCRATCH / "shards")
         ways: dict[str, Callable[[Path], Any]] = {
             "ours": lambda out: ours(folder / "data", out),
             "webdataset": lambda out: with_webdataset(files, folder / "files", out),

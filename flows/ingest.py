@@ -6,6 +6,7 @@ from prefect import flow
 
 from flows.stage import Stage, main
 from lotlip.config import load_params
+from lotlip.files import remove
 from lotlip.partitions import finished_unit, write_index, write_partitions
 from lotlip.records import Unit, UnitReport
 from lotlip.repeats import unique_partitions
@@ -27,6 +28,7 @@ def ingest() -> None:
 
     written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     evaluation = image_hashes(config.evaluation_images, config.images)
+    remove(stage.out)
     reports = unique_partitions(folder, written, stage.out, evaluation)
     index = write_index(stage.out, reports)
     with stage.clock.measure("gate"):

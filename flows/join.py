@@ -15,7 +15,7 @@ from flows.guard import end_group, ending_well, start_group
 from flows.processes import GUEST, HOST
 from flows.stage import SCRATCH
 from lotlip.config import Launch, RendezvousLaunch
-from lotlip.files import read_json, write_json
+from lotlip.files import read_json, remove, write_json
 
 ANNOUNCED = SCRATCH / "announced.json"
 POLL_SECONDS = 2
@@ -36,7 +36,7 @@ def announced(command: Sequence[str], how: Launch) -> Iterator[None]:
     try:
         yield
     finally:
-        ANNOUNCED.unlink(missing_ok=True)
+        remove(ANNOUNCED)
 
 
 def join() -> None:

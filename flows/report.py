@@ -6,8 +6,9 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.stage import Stage, main
+from flows.stage import Stage, check_input, main
 from lotlip.config import load_params
+from lotlip.files import remove
 
 
 @flow(name="report")
@@ -18,7 +19,14 @@ def report() -> None:
     with stage.clock.measure("imports"):
         from lotlip.report import build_report, load_inputs
         from lotlip.report.plots import write_plots
+    paths = params.paths
+    for folder in [paths.ingest, *(paths.captions / name for name in params.caption.captioners)]:
+        check_input(folder)
+    for folder in [*(paths.models / name for name in params.names), paths.image_tower]:
+        check_input(folder)
+    check_input(paths.shards, "index.json")
     inputs = load_inputs(params, Path())
+    remove(stage.out)
     page = build_report(inputs, stage.out)
     write_plots(inputs, stage.out / "plots")
     with stage.clock.measure("gate"):

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from flows.stage import SCRATCH, StageFailed
 from lotlip.config import flatten
-from lotlip.files import remove, whole
+from lotlip.files import move, remove, whole
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
 IDENTITY = {  # experiments are commits, and not every machine says who commits
@@ -194,11 +194,12 @@ class Experiment:
         project, kept = self.folder / "project", self.folder / "scratch"
         if (project / SCRATCH).is_dir():
             remove(kept)
-            (project / SCRATCH).rename(kept)
+            move(project / SCRATCH, kept)
         remove(project)
         snapshot.unpack(project, params)
         if kept.is_dir():
-            kept.rename(project / SCRATCH)
+            remove(project / SCRATCH)
+            move(kept, project / SCRATCH)
         set_params(project / "params.yaml", overrides)
         return project
 

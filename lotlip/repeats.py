@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lotlip.files import remove
 from lotlip.partitions import place_partition, read_table
 from lotlip.records import UnitReport
 
@@ -79,13 +78,12 @@ def unique_partitions(
     Args:
         units: folder that `write_partitions` filled; it stays as it is.
         reports: of all its partitions, and of units that failed as a whole.
-        out: a folder that is made anew.
+        out: a folder that is empty or not there.
         evaluation: sha256 of an image that must not be trained on → where it is.
 
     Returns:
         The reports as they are now, in their order.
     """
-    remove(out)
     names = sorted(
         (report.name for report in reports if report.sha256), key=lambda name: (_PRECEDENCE.index(_split(name)), name)
     )

@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
+import errno
 import json
+import os
+import shutil
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lotlip.files import PARTIAL, read_json, remove, sha256_files, sha256_json, sha256_tree, whole, write_json
+from lotlip import files
+from lotlip.files import (
+    PARTIAL,
+    RECORD,
+    SCRATCH,
+    Damaged,
+    NotOurs,
+    check_files,
+    check_free,
+    check_replaceable,
+    publish,
+    read_json,
+    recover,
+    remove,
+    remove_own,
+    sha256_files,
+    sha256_json,
+    sha256_tree,
+    whole,
+    write_json,
+)
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -41,11 +68,13 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path, error):
 
 def test_a_folder_replaces_a_folder(tmp_path):
     path = tmp_path / "folder"
-    (path / "old").mkdir(parents=True)
+    with whole(path) as partial:
+        partial.mkdir()
+        (partial / "old").touch()
     with whole(path) as partial:
         partial.mkdir()
         (partial / "new").touch()
-        assert (path / "old").is_dir()
+        assert (path / "old").is_file()
     assert [file.name for file in path.iterdir()] == ["new"]
 
 
@@ -73,15 +102,32 @@ def test_what_a_killed_process_left_does_not_get_in(tmp_path, as_folder):
 
 
 def test_remove_takes_files_folders_links_and_nothing(tmp_path):
-    kept = tmp_path / "kept"
+    scratch = tmp_path / SCRATCH
+    kept = scratch / "kept"
     (kept / "inner").mkdir(parents=True)
-    link = tmp_path / "link"
+    link = scratch / "link"
     link.symlink_to(kept)
     remove(link)
-    remove(tmp_path / "nothing")
+    remove(scratch / "nothing")
     assert (kept / "inner").is_dir()
+    (kept / "file").touch()
+    remove(kept / "file")
     remove(kept)
+    assert list(scratch.iterdir()) == []
+    remove(scratch)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_remove_takes_what_was_written_by_the_same_process(tmp_path):
+    write_json(tmp_path / "a.json", 1)
+    remove(tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+    write_json(tmp_path / "a.json", 1)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "mine").replace(tmp_path / "a.json")
+    with pytest.raises(NotOurs):
+        remove(tmp_path / "a.json")
+    remove(tmp_path / "a.json", ours=lambda path: path.read_text() == "mine")
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -147,3 +193,305 @@ def test_a_folder_s_hash_is_of_names_and_contents(tmp_path):
     (tmp_path / "deep" / "c").write_text("3")
     assert len({before, renamed, sha256_tree(tmp_path)}) == 3
     assert sha256_tree(tmp_path / "a") == sha256_files([tmp_path / "a"])
+
+
+# --- nothing foreign is removed or replaced -------------------------------------------------------------------------
+
+
+def publish_some(out: Path, place: str | None = None, **files: str) -> None:
+    """Publishes a folder as a stage does; `a__b` is file b in folder a."""
+    new = out.parent / ".lotlip" / "work" / out.name
+    for name, text in files.items():
+        (new / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
+        (new / name.replace("__", "/")).write_text(text)
+    publish(new, out, Path(place or out.name))
+
+
+def snapshot(folder: Path) -> dict[str, str | None]:
+    """Name of a file or folder → its text, its link's target, or None."""
+    found: dict[str, str | None] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_symlink():
+            found[name] = str(path.readlink())
+        else:
+            found[name] = path.read_text() if path.is_file() else None
+    return found
+
+
+NAMES = st.sampled_from(["a", "b", "deep/c", "deep/er/d", ".hidden", "index.json"])
+# What a user may have in the folder that a path leads to.
+FOREIGN = st.dictionaries(NAMES, st.sampled_from(["file", "folder", "link to file", "link to folder"]), max_size=4)
+TARGETS = (
+    *(".", "..", "/", "~", "", "user", "user/a", "user/deep", "published", "published/deep", "copy", "outside"),
+    *("link", "link/kept", "link/deep", "scratch-link", "scratch-link/kept", ".lotlip/link", ".lotlip/link/kept"),
+    *("published/..", "published/../user", ".lotlip/..", ".lotlip/../user", "../outside/kept", ".lotlip/link/deep/.."),
+)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    target=st.sampled_from(TARGETS),
+    user=FOREIGN,
+    mixed=FOREIGN,
+    how=st.sampled_from(["remove", "own", "whole file", "whole folder", "publish", "recover", "replaceable"]),
+    absolute=st.booleans(),
+)
+def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how, absolute):
+    base = tmp_path_factory.mktemp("case")
+    project, outside = base / "project", base / "outside"
+    for folder in (project, outside):
+        folder.mkdir()
+    (outside / "kept").write_text("outside")
+    (outside / "deep").mkdir()
+    (outside / "deep" / "kept").write_text("deep")
+    publish_some(project / "published", a="ours", deep__c="ours")
+    ours = set(snapshot(project))
+    foreign(project / "user", user, outside)
+    foreign(project / "published", {name: kind for name, kind in mixed.items() if name not in ("a", "deep/c")}, outside)
+    (project / "link").symlink_to(outside)
+    (project / ".lotlip" / "link").symlink_to(outside)
+    (project / "scratch-link").symlink_to(project / ".lotlip")
+    (project / "scratch-link.lotlip-note").write_text("the user's")
+    shutil.copytree(project / "published", project / "copy", symlinks=True)
+    before = {name: text for name, text in snapshot(base).items() if name.removeprefix("project/") not in ours}
+    # links in scratch are scratch, and may go; what they point to may not
+    before.pop("project/.lotlip/link")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        patch.setenv("HOME", str(outside))
+        path = Path(target).expanduser()
+        path = project / path if absolute else path
+        with contextlib.suppress(NotOurs, OSError, ValueError):
+            use(how, path)
+    after = snapshot(base)
+    lost = {name for name, text in before.items() if after.get(name, "gone") != text}
+    assert not lost
+
+
+def foreign(folder: Path, what: dict[str, str], outside: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, kind in what.items():
+        path = folder / name
+        with contextlib.suppress(FileExistsError, NotADirectoryError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if kind == "file":
+                path.write_text("the user's") if not os.path.lexists(path) else None
+            elif kind == "folder":
+                path.mkdir()
+            else:
+                path.symlink_to(outside / "kept" if kind.endswith("file") else outside)
+
+
+def use(how: str, path: Path) -> None:
+    if how == "remove":
+        remove(path)
+    elif how == "own":
+        remove_own(path)
+    elif how == "recover":
+        recover(path)
+    elif how == "replaceable":
+        check_replaceable(path)
+    elif how == "publish":
+        new = Path(".lotlip/new")
+        new.mkdir(parents=True, exist_ok=True)
+        (new / "x").write_text("new")
+        publish(new, path)
+    elif how == "whole folder":
+        with whole(path) as partial:
+            partial.mkdir()
+    else:  # commands ask first
+        check_free(path, lambda _: False)
+        with whole(path) as partial:
+            partial.write_text("new")
+
+
+def test_a_folder_that_a_stage_published_is_replaced_and_removed(tmp_path):
+    out = tmp_path / "out"
+    publish_some(out, a="1", deep__c="2")
+    publish_some(out, b="3")
+    assert set(snapshot(out)) == {"b", RECORD}
+    remove(out)
+    assert not out.exists()
+
+
+def test_a_user_s_file_in_a_published_folder_keeps_it_from_being_replaced(tmp_path):
+    out = tmp_path / "out"
+    publish_some(out, a="1")
+    (out / "notes.txt").write_text("mine")
+    before = snapshot(out)
+    with pytest.raises(NotOurs, match=r"notes\.txt"):
+        publish_some(out, a="2")
+    with pytest.raises(NotOurs, match=r"notes\.txt"):
+        remove(out)
+    assert snapshot(out) == before
+    assert remove_own(out) == ["notes.txt"]
+    assert snapshot(out) == {"notes.txt": "mine"}
+
+
+def test_a_renamed_copy_of_a_published_folder_is_the_user_s(tmp_path):
+    publish_some(tmp_path / "out", a="1")
+    shutil.copytree(tmp_path / "out", tmp_path / "mine")
+    with pytest.raises(NotOurs):
+        remove(tmp_path / "mine")
+    with pytest.raises(NotOurs):
+        remove_own(tmp_path / "mine")
+
+
+def test_published_bytes_depend_on_contents_alone(tmp_path):
+    for name in ("one", "two"):
+        publish_some(tmp_path / name / "out", b="2", a="1")
+    assert (tmp_path / "one/out" / RECORD).read_bytes() == (tmp_path / "two/out" / RECORD).read_bytes()
+
+
+@pytest.mark.parametrize("other_disk", [False, True])
+def test_a_kill_while_publishing_leaves_the_old_or_the_new_folder(tmp_path, monkeypatch, other_disk):
+    """Publishes in a child that is killed at its first, second, … change of the file system."""
+    out = tmp_path / "out"
+    for step in range(1, 40):
+        publish_some(out, a="old", b="old")
+        child = os.fork()
+        if not child:
+            dying(step, out, other_disk)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, -signal.SIGKILL)
+        recover(out)
+        found = snapshot(out)
+        assert found.pop(RECORD)
+        assert found in ({"a": "old", "b": "old"}, {"a": "new"})
+        check_files(out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lotlip", "out"]
+        remove(tmp_path / ".lotlip")
+        if status == 0:
+            assert found == {"a": "new"}
+            assert step > 3
+            return
+    pytest.fail("it never ended by itself")
+
+
+def dying(step: int, out: Path, other_disk: bool) -> None:
+    """Publishes in this process, which kills itself before its `step`th change of the file system."""
+    changes = 0
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal changes
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.copytree"):
+            changes += 1
+            if changes == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if (
+                other_disk
+                and event == "os.rename"
+                and ".lotlip/work" in str(arguments[0])
+                and str(out) == str(arguments[1])
+            ):
+                raise OSError(errno.EXDEV, "another disk")
+
+    sys.addaudithook(hook)
+    status = 1
+    try:
+        publish_some(out, a="new")
+        status = 0
+    finally:
+        os._exit(status)
+
+
+# --- where a user wants a file --------------------------------------------------------------------------------------
+
+
+def test_a_file_to_write_is_checked(tmp_path):
+    def ours(path: Path) -> bool:
+        return path.read_text() == "ours"
+
+    for name, text in (("ours", "ours"), ("theirs", "theirs")):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "ours")
+    check_free(tmp_path / "new" / "file.json", ours)
+    assert not (tmp_path / "new").exists()
+    check_free(tmp_path / "ours", ours)
+    check_free(tmp_path / "theirs", ours, force=True)
+    for name, force in (
+        ("theirs", False),
+        ("folder", True),
+        ("link", True),
+        (".", True),
+        ("theirs/file", True),
+        ("x" * 300, True),
+        ("../" * 30 + "proc/1/x", True),
+    ):
+        with pytest.raises(ValueError, match="--out"):
+            check_free(tmp_path / name, ours, force)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "link", "ours", "theirs"]
+
+
+# --- damage ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [10, 2**20 + 1])
+@pytest.mark.parametrize("remembered", [False, True])
+def test_a_flipped_byte_in_a_published_file_is_found(tmp_path, size, remembered):
+    memory = tmp_path / "memory.json" if remembered else None
+    out = tmp_path / "out"
+    publish_some(out, deep__a="x" * size, b="1")
+    check_files(out, memory=memory)
+    with (out / "deep/a").open("r+b") as file:
+        file.seek(size // 2)
+        file.write(b"y")
+    with pytest.raises(Damaged, match=r"out/deep/a is damaged.*dvc checkout"):
+        check_files(out, memory=memory)
+    check_files(out, within="b", memory=memory)
+    (out / "deep/a").unlink()
+    with pytest.raises(Damaged, match="out/deep/a is missing"):
+        check_files(out, memory=memory)
+
+
+def test_a_large_file_is_hashed_once_while_its_times_stay(tmp_path, monkeypatch):
+    out, memory, hashed = tmp_path / "out", tmp_path / "memory.json", []
+    publish_some(out, a="x" * 2**21)
+    entry = files._entry
+    monkeypatch.setattr(files, "_entry", lambda file: hashed.append(file) or entry(file))
+    for _ in range(3):
+        check_files(out, memory=memory)
+    assert hashed == [out / "a"]
+
+
+def test_a_folder_without_a_record_is_not_checked(tmp_path):
+    check_files(tmp_path)
+
+
+# --- the rule -------------------------------------------------------------------------------------------------------
+
+REMOVERS = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "move"}
+OS_CALLS = {"remove", "replace", "truncate"}
+# Module → calls that it may make, and why.
+ALLOWED = {
+    "lotlip/files.py": ("all", "the module itself"),
+}
+
+
+def removals(source: str) -> list[str]:
+    """Calls in a module that remove or rename files."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, value = node.func.attr, node.func.value
+            of_os = isinstance(value, ast.Name) and value.id in ("os", "shutil")
+            # str.replace takes two arguments, Path.replace one; wds.rename takes keywords
+            path_replace = name == "replace" and len(node.args) == 1 and not node.keywords
+            wds_rename = name == "rename" and node.keywords and not node.args
+            if (name in REMOVERS and not wds_rename) or (of_os and name in OS_CALLS) or path_replace:
+                found.append(f"{name} in line {node.lineno}")
+        if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
+            found += [f"import of {name.name}" for name in node.names if name.name in REMOVERS | OS_CALLS]
+    return found
+
+
+@pytest.mark.parametrize("package", ["lotlip", "flows", "benchmarks"])
+def test_files_are_removed_and_renamed_in_one_module_only(package):
+    root = Path(__file__).parents[1]
+    found = {
+        path.relative_to(root).as_posix(): removals(path.read_text(encoding="utf-8"))
+        for path in sorted((root / package).rglob("*.py"))
+    }
+    assert {name: calls for name, calls in found.items() if calls and name not in ALLOWED} == {}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lotlip.files import remove, whole, write_json
+from lotlip.files import whole, write_json
 from lotlip.records import DATA_DOCS
 from lotlip.report import attention_section, figures, findings, groups, results, sections, stages, tables
 from lotlip.report.drawing import SYSTEM_COLOURS
@@ -48,12 +48,11 @@ def _on_track(share: float) -> float:
 
 def build_report(inputs: ReportInputs, out: Path) -> Path:
     """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/findings.json`,
-    `out/figures/*.png`, `out/tables/*.csv` and `out/data-docs`, the gates' pages; what an earlier report had of them is
-    removed. Returns the page's path.
+    `out/figures/*.png`, `out/tables/*.csv` and `out/data-docs`, the gates' pages. `out` is empty or not
+    there. Returns the page's path.
     """
     context = _context(inputs)
     for name in ("figures", "tables", DATA_DOCS):
-        remove(out / name)
         (out / name).mkdir(parents=True)
     for stage in inputs.stages:
         if stage.data_docs:
