@@ -7,9 +7,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.stage import Stage, hash_of, main
+from flows.stage import Stage, check_input, hash_of, main
 from lotlip.config import load_params
-from lotlip.files import read_json, sha256_files, whole, write_json
+from lotlip.files import read_json, sha256_files, whole, write_json, write_record
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
@@ -27,6 +27,9 @@ def evaluate(ablation: str) -> None:
     with stage.clock.measure("imports"):
         from lotlip.evaluation.ablation import measure, summary
         from lotlip.evaluation.benchmarks import open_benchmark
+    for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
+        check_input(read)
+    check_input(paths.shards, "index.json")
     run = read_json(folder / "run.json")
     benchmarks = [
         open_benchmark(name, settings, paths, list(params.caption.captioners))
@@ -63,6 +66,7 @@ def evaluate(ablation: str) -> None:
         unfinished.mkdir()
         for file, png in found.pictures.items():
             (unfinished / file).write_bytes(png)
+        write_record(unfinished, seen)
     write_json(paths.metrics / f"{ablation}.json", scores)
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
     with stage.clock.measure("mlflow"):

@@ -12,9 +12,9 @@ from prefect import flow
 
 from flows.join import announced
 from flows.processes import launch, run_group
-from flows.stage import Stage, hash_of, main
+from flows.stage import Stage, hash_of, main, memory_of
 from lotlip.config import Pretrain, load_params
-from lotlip.files import read_json, sha256_files, write_json
+from lotlip.files import check_model, read_json, sha256_files, write_json
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{ablation}")
@@ -30,6 +30,7 @@ def pretrain(ablation: str) -> None:
     data = hash_of(paths.shards / "index.json")
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
+        check_model(Path(config.text.pretrained), memory_of)
         inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).rglob("*.safetensors")))
     stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
     with stage.clock.measure("mlflow"):

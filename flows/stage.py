@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,12 +22,15 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import lotlip
+from lotlip import files
+from lotlip.caches import lock
 from lotlip.config import Params, load_params
-from lotlip.files import remove, sha256_files, sha256_json, write_json
+from lotlip.files import check_files, publish, remove, sha256_files, sha256_json, whole, write_json, write_record
 from lotlip.gate import Check, GateFailed
+from lotlip.outputs import outputs, prepare
 from lotlip.records import DATA_DOCS, Failure, UnitReport, Unusable
 
-SCRATCH = Path(".lotlip")
+SCRATCH = Path(files.SCRATCH)
 
 # Four megabytes of films and fonts that Great Expectations puts beside each of its pages.
 _DECORATION = shutil.ignore_patterns("*.gif", "fonts")
@@ -80,7 +83,9 @@ _clock = Clock()
 
 
 class Stage:
-    """One run of a stage.
+    """One run of a stage. No other process runs the same one at the same time.
+
+    Before it does anything, it checks that all it will publish replaces nothing but its own earlier output.
 
     Args:
         name: of the stage: "ingest", "pretrain", …
@@ -93,6 +98,10 @@ class Stage:
         fingerprint: of settings, inputs and code. Scratch is kept under it, so that work killed half-way goes on where
             it was, and only there: other settings never find it.
         scratch: what is not published yet. `out` in it becomes the stage's output, whole.
+
+    Raises:
+        Locked: another process runs it.
+        NotOurs: a file or folder that no stage wrote is where this one would write.
     """
 
     def __init__(
@@ -103,6 +112,10 @@ class Stage:
         self.clock = _clock
         self.clock.begin()
         self.log = get_run_logger()
+        check_scratch()
+        hold(SCRATCH / "locks" / f"{self.label}.lock", f"stage {self.label}")
+        params.paths.check_links(Path())
+        prepare(outputs(params.paths, name, item))
         self.fingerprint = sha256_json({"settings": settings, "inputs": inputs or {}, "code": code_hash()})
         self.scratch = SCRATCH / "work" / self.label / self.fingerprint[:16]
         self.out = self.scratch / "out"
@@ -163,10 +176,9 @@ class Stage:
 
     def publish(self, out: Path) -> None:
         """Puts the scratch's output in its place, whole, and drops what other settings left behind."""
-        remove(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(self.out, out)
+        publish(self.out, out)
         self.discard()
+        files.note_files(out, memory_of(out))
         self.log.info("%s: wrote %s", self.label, out)
 
     def discard(self) -> None:
@@ -208,8 +220,10 @@ class Stage:
         write_json(stages / f"{self.label}.json", data)
         pages = self.gate_report / "data_docs"
         if pages.is_dir():
-            remove(stages / DATA_DOCS / self.label)
-            shutil.copytree(pages, stages / DATA_DOCS / self.label, ignore=_DECORATION)
+            copy = stages / DATA_DOCS / self.label
+            with whole(copy) as partial:
+                shutil.copytree(pages, partial, ignore=_DECORATION)
+                write_record(partial, copy)
 
 
 class _Opaque:
@@ -245,10 +259,74 @@ def code_hash() -> str:
 
 
 def hash_of(index: Path) -> str:
-    """The hash of a published folder's contents, from its index.json; a missing one names the stage to run."""
+    """The hash of a published folder's contents, from its index.json.
+
+    Raises:
+        StageFailed: there is none; the message names the command to run.
+        Damaged: a file in the folder is not what its stage wrote.
+    """
     if not index.is_file():
         raise StageFailed(f"{index} is not there; run `dvc repro` so that the stage that writes it runs first")
+    check_input(index.parent)
     return sha256_files([index])
+
+
+def check_input(folder: Path, within: str = "") -> None:
+    """Compares a folder that another stage published with its record; large files only if they were touched.
+
+    Args:
+        folder: that is read.
+        within: only files whose names begin with this.
+
+    Raises:
+        Damaged: a file is missing or has other contents.
+    """
+    if folder.is_dir():
+        check_files(folder, within, None if within else memory_of(folder))
+
+
+def memory_of(folder: Path) -> Path:
+    """Where it is remembered which files of a published folder were hashed."""
+    return SCRATCH / "checked" / f"{sha256_json(folder.absolute().as_posix())[:16]}.json"
+
+
+def check_scratch() -> None:
+    """Checks that scratch is in the project.
+
+    Raises:
+        StageFailed: it is a link: what is in it would not be known to be scratch.
+    """
+    if SCRATCH.is_symlink():
+        raise StageFailed(
+            f"{SCRATCH} is a link, but scratch must be a folder of the project; remove the link, and mount another "
+            "disk there if this one is too small"
+        )
+
+
+_held: dict[Path, ExitStack] = {}
+
+
+def hold(path: Path, what: str) -> None:
+    """Holds a lock until this process ends, or `release` is called.
+
+    Args:
+        path: of the lock file.
+        what: is locked, for the message.
+
+    Raises:
+        Locked: another process holds it.
+    """
+    path = path.absolute()
+    if path not in _held:
+        with ExitStack() as stack:
+            stack.enter_context(lock(path, what))
+            _held[path] = stack.pop_all()
+
+
+def release() -> None:
+    """Frees all locks that `hold` took."""
+    while _held:
+        _held.popitem()[1].close()
 
 
 # What a user can mend: shown as one line. LOTLIP_TRACEBACK=1 shows the traceback too.
@@ -299,3 +377,5 @@ def main(
         if tracebacks:
             raise
         sys.exit(f"error in {' '.join([stage.name, *arguments])}: {error}")
+    finally:
+        release()

@@ -19,7 +19,9 @@ from flows.processes import run_group
 from flows.servers import free_port, is_free, prefect_server
 from flows.stage import Stage, StageFailed, hash_of
 from flows.warm import SOCKET
-from lotlip.config import load_params
+from lotlip.caches import Locked
+from lotlip.config import ConfigError, load_params
+from lotlip.files import RECORD, Damaged, NotOurs
 from lotlip.records import UnitReport, Unusable
 from tests.flows.conftest import Workspace
 
@@ -34,6 +36,7 @@ def stage(monkeypatch, tmp_path: Path) -> Stage:
     monkeypatch.setattr(stages, "get_run_logger", lambda: __import__("logging").getLogger("test"))
     monkeypatch.setattr(stages, "_run_unit", FakeTask())
     monkeypatch.setattr(stages, "as_completed", list)
+    monkeypatch.setattr(stages, "_held", {})
     return Stage("ingest", params.model_copy(update={"orchestration": quick}), {"a": 1})
 
 
@@ -113,12 +116,95 @@ def test_what_no_unit_can_use_ends_the_stage(stage: Stage) -> None:
 
 def test_publishing_replaces_what_was_there(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "data" / "out"
-    out.mkdir(parents=True)
-    (out / "old").touch()
+    (stage.out / "old").touch()
+    stage.publish(out)
+    stage.out.mkdir(parents=True)
     (stage.out / "new").touch()
     stage.publish(out)
-    assert [path.name for path in out.iterdir()] == ["new"]
+    assert {path.name for path in out.iterdir()} == {"new", RECORD}
     assert not stage.scratch.parent.exists()
+
+
+def again(stage: Stage) -> Stage:
+    return Stage("ingest", stage.params, {"a": 1})
+
+
+def test_a_stage_refuses_a_folder_that_no_stage_wrote_before_it_works(stage: Stage) -> None:
+    Path("data/ingest").mkdir(parents=True)
+    again(stage)  # an empty one is nobody's
+    Path("data/ingest/mine").write_text("mine")
+    with pytest.raises(NotOurs, match="data/ingest"):
+        again(stage)
+    with pytest.raises(NotOurs, match="data/ingest"):
+        stage.publish(Path("data/ingest"))
+    assert Path("data/ingest/mine").read_text() == "mine"
+
+
+def test_a_stage_refuses_a_file_that_no_stage_wrote(stage: Stage) -> None:
+    record = Path("metrics/stages/ingest.json")
+    stage.record(10, [])
+    again(stage)
+    record.write_text('{"mine": 1}')
+    with pytest.raises(NotOurs, match=r"metrics/stages/ingest\.json"):
+        again(stage)
+    assert record.read_text() == '{"mine": 1}'
+
+
+def test_a_stage_refuses_links_that_lead_out_of_the_project(stage: Stage, tmp_path_factory) -> None:
+    outside = tmp_path_factory.mktemp("outside")
+    (outside / "ingest").mkdir()
+    Path("data").symlink_to(outside)
+    with pytest.raises(ConfigError, match=r"paths\.ingest"):
+        again(stage)
+    Path("data").unlink()
+    Path(".lotlip").rename(outside / "scratch")
+    Path(".lotlip").symlink_to(outside / "scratch")
+    with pytest.raises(StageFailed, match="link"):
+        again(stage)
+
+
+def test_a_stage_completes_what_a_killed_one_was_publishing(stage: Stage) -> None:
+    (stage.out / "old").touch()
+    stage.publish(Path("data/ingest"))
+    Path("data/ingest").rename("data/ingest.lotlip-old")
+    again(stage)
+    assert Path("data/ingest/old").exists()
+    assert [path.name for path in Path("data").iterdir()] == ["ingest"]
+
+
+HOLDER = """
+import pathlib, sys
+from lotlip.caches import lock
+with lock(pathlib.Path(".lotlip/locks/pretrain-lit.lock")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_stage_runs_in_one_process_at_a_time(stage: Stage) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        Stage("pretrain", stage.params, {}, item="lotlip")
+        with pytest.raises(Locked, match=f"stage pretrain-lit is in use by process {holder.pid}"):
+            Stage("pretrain", stage.params, {}, item="lit")
+    finally:
+        holder.communicate(b"")
+    Stage("pretrain", stage.params, {}, item="lit")
+
+
+def test_a_damaged_input_is_named_with_its_remedy(stage: Stage) -> None:
+    (stage.out / "index.json").write_text("{}")
+    (stage.out / "train.tar").write_text("x" * 2**21)
+    stage.publish(Path("data/ingest"))
+    before = hash_of(Path("data/ingest/index.json"))
+    with Path("data/ingest/train.tar").open("r+b") as file:
+        file.write(b"y")
+    with pytest.raises(Damaged, match=r"data/ingest/train\.tar is damaged.*dvc checkout"):
+        hash_of(Path("data/ingest/index.json"))
+    with Path("data/ingest/train.tar").open("r+b") as file:
+        file.write(b"x")
+    assert hash_of(Path("data/ingest/index.json")) == before
 
 
 def test_the_fingerprint_follows_settings_and_inputs(stage: Stage) -> None:
