@@ -206,6 +206,26 @@ class Ray(Section):
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="that a captioner is given")
 
 
+# Columns of partitions and inputs of stages, which stand beside the captioners' names.
+RESERVED_CAPTIONERS = frozenset(
+    {
+        "raw",
+        "key",
+        "extension",
+        "raw_caption",
+        "width",
+        "height",
+        "sha256",
+        "scene",
+        "offset",
+        "size",
+        "partition",
+        "ingest",
+        "image_tower",
+    }
+)
+
+
 class CaptionStage(Section):
     """Long captions for every image, by each captioner."""
 
@@ -231,3 +251,10 @@ class CaptionStage(Section):
     )
     task_runner: Literal["threads", "ray"] = Field("threads", description="where partitions are captioned")
     ray: Ray = Ray()
+
+    @model_validator(mode="after")
+    def _free_names(self) -> CaptionStage:
+        for name in self.captioners:
+            if name in RESERVED_CAPTIONERS:
+                raise ValueError(f"captioners.{name}: the name is reserved; choose another name")
+        return self

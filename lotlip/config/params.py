@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -15,9 +16,37 @@ from lotlip.config.data import ImageTower, Ingest, Shard
 from lotlip.config.pretrain import LongTexts, Pretrain
 from lotlip.config.section import ConfigError, Count, Name, NonNegative, Section, SectionT, Share
 
+# What the project consists of, and what its tools keep in it.
+_RESERVED = frozenset(
+    {
+        "lotlip",
+        "flows",
+        "tests",
+        "docs",
+        "benchmarks",
+        "infra",
+        "profiles",
+        "imported",
+        "mlruns",
+        "mlartifacts",
+        "params.yaml",
+        "dvc.yaml",
+        "dvc.lock",
+        "Makefile",
+        "README.md",
+        "LICENSE",
+        "pyproject.toml",
+        "requirements.lock",
+        "mlflow.db",
+    }
+)
+
 
 class Paths(Section):
-    """Where each stage writes, relative to the project's root; dvc.yaml reads the same names."""
+    """Where each stage writes, relative to the project's root; dvc.yaml reads the same names.
+
+    Each is a folder of its own inside the project: none is in another, except `stages` in `metrics`.
+    """
 
     ingest: Path = Path("data/ingest")
     image_tower: Path = Path("data/image-tower")
@@ -30,6 +59,54 @@ class Paths(Section):
         Path("data/caption-store"), description="captions that were written once, kept whatever changes; not DVC's"
     )
     report: Path = Path("report")
+
+    @model_validator(mode="after")
+    def _inside_and_disjoint(self) -> Paths:
+        named = {name: Path(os.path.normpath(path)) for name, path in self}
+        for name, path in self:
+            if path.is_absolute() or ".." in path.parts or not path.parts:
+                raise ValueError(f"{name} must be a folder inside the project, not {str(path)!r}")
+            if path.parts[0] in _RESERVED or path.parts[0].startswith("."):
+                raise ValueError(f"{name} is {str(path)!r}, but {path.parts[0]!r} is part of the project; name another")
+        for name, path in named.items():
+            for other, its in named.items():
+                nested = name == "stages" and other == "metrics" and path.parent == its
+                if name != other and not nested and path.is_relative_to(its):
+                    raise ValueError(f"{name} ({path}) is in {other} ({its}), but each must be a folder of its own")
+        if self.stages.parent == self.metrics and self.stages.name in ("summary", "attention"):
+            raise ValueError(f"stages ({self.stages}) has the name of a folder that metrics has; name another")
+        return self
+
+    def check_links(self, root: Path) -> None:
+        """Checks that no path leads out of the project.
+
+        Args:
+            root: of the project.
+
+        Raises:
+            ConfigError: one does, by a link.
+        """
+        real = root.resolve()
+        problems = []
+        for name, path in self:
+            step = root
+            for part in path.parts:
+                step = step / part
+                if not step.resolve().is_relative_to(real):
+                    problems.append(
+                        f"paths.{name}: {step} is a link that leads out of the project; name a folder in it"
+                    )
+                    break
+        if problems:
+            raise ConfigError("params.yaml cannot be used:", problems)
+
+    def overlaps(self, path: Path) -> str | None:
+        """The name of an output that a path is, is in, or contains; None where there is none."""
+        here = Path(os.path.relpath(path))
+        for name, own in self:
+            if here.is_relative_to(own) or own.is_relative_to(here):
+                return name
+        return None
 
 
 # --- evaluate, report ---------------------------------------------------------------------------------------------
@@ -229,6 +306,11 @@ class Params(Section):
             if name not in self.names
         ]
         problems += [
+            f"{key}: {path} overlaps with paths.{name}, which a stage replaces; move the data to another folder"
+            for key, path in self._inputs()
+            if (name := self.paths.overlaps(path))
+        ]
+        problems += [
             f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
             f"{', '.join(self.evaluate.names)})"
             for metric in (self.registry.least if self.registry else [])
@@ -242,6 +324,21 @@ class Params(Section):
         if problems:
             raise ConfigError("ablations cannot be used:", problems)
         return self
+
+    def _inputs(self) -> Iterator[tuple[str, Path]]:
+        """Files and folders of the user that stages read: key of params.yaml, path."""
+        source = getattr(self.ingest.source, "path", None)
+        if source is not None and "://" not in str(source):
+            yield "ingest.source.path", Path(source)
+        for number, path in enumerate(self.ingest.evaluation_images):
+            yield f"ingest.evaluation_images.{number}", path
+        for name, captioner in self.caption.captioners.items():
+            yield f"caption.captioners.{name}.path", captioner.path
+        for name, benchmark in self.evaluate.benchmarks.items():
+            if isinstance(benchmark, PublishedBenchmark):
+                yield f"evaluate.benchmarks.{name}.folder", benchmark.folder
+                if benchmark.images:
+                    yield f"evaluate.benchmarks.{name}.images", benchmark.images
 
     def _caption_problems(self, name: str, long_texts: LongTexts) -> list[str]:
         """What an ablation asks of the caption stage that it does not have."""
