@@ -50,5 +50,5 @@ lock: setup ## resolve the dependencies anew, with hashes and without any regist
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
 		--quiet --custom-compile-command "make lock" --output-file requirements.lock
 
-clean: ## remove what stages wrote and scratch; the environment and DVC's cache stay
-	@rm -rf data/ingest data/image-tower data/captions/*/ data/shards models metrics report .lotlip
+clean: setup ## remove what stages wrote, and scratch; your files, the environment and DVC's cache stay
+	@python -m flows.clean

@@ -1,0 +1,94 @@
+"""Removes what stages wrote, and scratch: `make clean`. Files that no stage wrote are kept, wherever they are."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+from lotlip.caches import lock
+from lotlip.config import Params, Paths, load_params
+from lotlip.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_own
+from lotlip.outputs import is_scores, is_stage_record, is_summary
+
+
+def clean(params: Params) -> Iterator[str]:
+    """Removes all stages' outputs and scratch.
+
+    Args:
+        params: the project's; its paths are relative to the current folder.
+
+    Yields:
+        A line for each folder or file that was removed, or that was kept.
+
+    Raises:
+        Locked: a stage is running.
+    """
+    paths = params.paths
+    paths.check_links(Path())
+    locks = Path(SCRATCH, "locks")
+    with ExitStack() as held:
+        for file in sorted(locks.glob("*.lock")):
+            held.enter_context(lock(file, f"stage {file.stem}"))
+        yield from _clean(paths)
+
+
+def _clean(paths: Paths) -> Iterator[str]:
+    for folder in _published(paths):
+        kept = remove_own(folder)
+        yield f"removed {folder}"
+        yield from (f"kept    {folder / name}: no stage wrote it" for name in kept)
+    for place, ours in (
+        (paths.stages, is_stage_record),
+        (paths.metrics / "summary", is_summary),
+        (paths.metrics, is_scores),
+    ):
+        for file in sorted(place.glob("*.json")):
+            if file.is_file() and ours(file):
+                remove(file, ours)
+                yield f"removed {file}"
+    scratch = Path(SCRATCH)
+    if scratch.is_symlink():
+        yield f"kept    {scratch}: it is a link"
+    elif scratch.is_dir():
+        for path in sorted(scratch.iterdir()):  # the folder itself may be where a disk is mounted
+            if path.name != "locks":  # a stage that starts now would else hold a lock that nobody sees
+                remove(path)
+        yield f"removed {scratch}"
+    for name, path in paths:
+        if name != "caption_store" and path.is_dir():
+            yield from (f"kept    {left}: no stage wrote it" for left in _left(path))
+
+
+def _published(paths: Paths) -> Iterator[Path]:
+    """The folders that stages have published, also those of captioners and ablations that params.yaml has no more."""
+    single = [paths.ingest, paths.image_tower, paths.shards, paths.report]
+    several = [paths.captions, paths.models, paths.metrics / "attention", paths.stages / "data-docs"]
+    names = {
+        parent / child.name.removesuffix(ASIDE).removesuffix(PARTIAL)
+        for parent in several
+        if parent.is_dir()
+        for child in parent.iterdir()
+    }
+    for folder in [*single, *sorted(names)]:
+        recover(folder)
+        if folder.is_symlink():
+            continue
+        if (folder / RECORD).is_file():
+            yield folder
+
+
+def _left(path: Path) -> Iterator[Path]:
+    """The files that are left in a folder of outputs."""
+    for base, _, names in os.walk(path):
+        yield from (Path(base) / name for name in sorted(names) if name != ".gitkeep")
+
+
+if __name__ == "__main__":
+    try:
+        for line in clean(load_params()):
+            print(line)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
