@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import tarfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lotlip.data.tars import INDEX
-from lotlip.files import sha256_files, sha256_json
+from lotlip.files import RECORD, sha256_files, sha256_json
 from lotlip.inspection import (
     CAPTIONS,
     HASH,
@@ -80,15 +81,45 @@ def verify(folder: Path, held_out: Collection[str] = ()) -> Contents:
 
 Units = Sequence[Mapping[str, Any]]
 
+# What damaged files raise in the libraries that read them.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, tarfile.TarError)
+
+
+def _look(folder: Path, name: str, endings: Sequence[str], look: Callable[[], list[Problem]]) -> list[Problem]:
+    """The problems of a unit; that it cannot be read is one of them."""
+    try:
+        return look()
+    except _UNREADABLE as error:
+        file = next((f"{name}{ending}" for ending in endings if not _readable(folder / f"{name}{ending}")), name)
+        return [Problem(name, f"{file} cannot be read: {' '.join(str(error).split())}")]
+
+
+def _readable(path: Path) -> bool:
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            pq.read_table(path)
+        else:
+            sha256_files([path])
+    except _UNREADABLE:
+        return False
+    return True
+
 
 def _images(folder: Path, index: Mapping[str, Any], units: Units, held_out: Collection[str]) -> Iterator[list[Problem]]:
     names = [unit["name"] for unit in units]
-    whole = [name for name in names if (folder / f"{name}.parquet").is_file()]
+    whole = [name for name in names if _has_table(folder, name)]
     own = held_out_images(folder, whole) | set(held_out)
+    endings = (".tar", ".parquet")
     for unit in units:
-        row = inspect_partition(folder, unit["name"], unit["written"], own, looked_at=None)
-        yield _problems(unit["name"], row | _hash_off(folder, unit, (".tar", ".parquet")), (HASH, *PARTITION))
-    last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (".tar", ".parquet", MARKER)})
+
+        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
+            row = inspect_partition(folder, unit["name"], unit["written"], own, looked_at=None)
+            return _problems(unit["name"], row | _hash_off(folder, unit, endings), (HASH, *PARTITION))
+
+        yield _look(folder, unit["name"], endings, look)
+    last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (*endings, MARKER)})
     last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key")
     last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], index, "image")
     yield last
@@ -97,28 +128,45 @@ def _images(folder: Path, index: Mapping[str, Any], units: Units, held_out: Coll
 def _captions(folder: Path, index: Mapping[str, Any], units: Units) -> Iterator[list[Problem]]:
     names = [unit["name"] for unit in units]
     for unit in units:
-        row = inspect_captions(folder, unit["name"], unit["written"])
-        yield _problems(unit["name"], row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
-    whole = [name for name in names if (folder / f"{name}.parquet").is_file()]
+
+        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
+            row = inspect_captions(folder, unit["name"], unit["written"])
+            return _problems(unit["name"], row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
+
+        yield _look(folder, unit["name"], (".parquet",), look)
+    whole = [name for name in names if _has_table(folder, name)]
     yield [
         *_index_problems(folder, index, {f"{name}{end}" for name in names for end in (".parquet", MARKER)}),
         *_again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key"),
     ]
 
 
+def _has_table(folder: Path, name: str) -> bool:
+    return (folder / f"{name}.parquet").is_file() and _readable(folder / f"{name}.parquet")
+
+
 def _shards(
     folder: Path, index: Mapping[str, Any], shards: Units, held_out: Collection[str]
 ) -> Iterator[list[Problem]]:
-    whole = []
+    whole: list[str] = []
     for shard in shards:
-        row = inspect_shard(folder, shard, index["features"], held_out, looked_at=None)
-        if row["places_off"] == 0:
-            whole.append(shard["name"])
-        found = _problems(shard["name"], row, SHARD)
-        report = finished_shard(shard["name"], folder)
-        if report is None or report.sha256 != shard["sha256"]:
-            found.append(Problem(shard["name"], f"{shard['name']}{DONE} is missing, or of another file"))
-        yield found
+
+        def look(shard: Mapping[str, Any] = shard) -> list[Problem]:
+            row = inspect_shard(folder, shard, index["features"], held_out, looked_at=None)
+            if row["places_off"] == 0:
+                whole.append(shard["name"])
+            return _problems(shard["name"], row, SHARD)
+
+        def marker(shard: Mapping[str, Any] = shard) -> list[Problem]:
+            report = finished_shard(shard["name"], folder)
+            if report is None or report.sha256 != shard["sha256"]:
+                return [Problem(shard["name"], f"{shard['name']}{DONE} is missing, or of another file")]
+            return []
+
+        yield [
+            *_look(folder, shard["name"], (".tar", INDEX), look),
+            *_look(folder, f"{shard['name']}{DONE}", (), marker),
+        ]
     known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, DONE)}
     last = [] if sum(shard["samples"] for shard in shards) == index["written"] else [_miscounted(index)]
     yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), index, "key")]
@@ -141,11 +189,15 @@ def _problems(where: str, row: Mapping[str, Any], facts: Sequence[Fact]) -> list
 def _index_problems(folder: Path, index: Mapping[str, Any], known: Collection[str]) -> list[Problem]:
     """Where index.json differs from the units' own reports, and files that it does not know."""
     found = _strays(folder, known)
-    reports = {unit["name"]: finished(unit["name"], folder) for unit in index["units"] if unit["sha256"]}
-    for unit in index["units"]:
-        report = reports.get(unit["name"])
-        if unit["sha256"] and (report is None or report.sha256 != unit["sha256"]):
-            found.append(Problem(unit["name"], f"{unit['name']}{MARKER} is missing, or of other files"))
+    for unit in (unit for unit in index["units"] if unit["sha256"]):
+
+        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
+            report = finished(unit["name"], folder)
+            if report is None or report.sha256 != unit["sha256"]:
+                return [Problem(unit["name"], f"{unit['name']}{MARKER} is missing, or of other files")]
+            return []
+
+        found += _look(folder, f"{unit['name']}{MARKER}", (), look)
     same = index["hash"] == sha256_json([[unit["name"], unit["sha256"]] for unit in index["units"]])
     if not same or sum(unit["written"] for unit in index["units"]) != index["written"]:
         found.append(_miscounted(index))
@@ -158,7 +210,11 @@ def _miscounted(index: Mapping[str, Any]) -> Problem:
 
 def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return [Problem(file, "index.json does not know this file") for file in files if file not in {*known, "index.json"}]
+    return [
+        Problem(file, "index.json does not know this file")
+        for file in files
+        if file not in {*known, "index.json", RECORD}
+    ]
 
 
 def _again(names: Sequence[str], values: Callable[[str], Any], index: Mapping[str, Any], what: str) -> list[Problem]:

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lotlip.cli import app
+from lotlip.files import RECORD
 from lotlip.partitions import read_table
 from lotlip.verify import verify
 from tests.defects import World
@@ -133,3 +134,26 @@ def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
         assert problem["what"] == "it should hold that no training image is one that is evaluated on; found 1"
     done = CliRunner().invoke(app, ["verify", str(world.shards), "--held-out", str(world.ingest)])
     assert done.exit_code == 0, done.output
+
+
+@pytest.mark.parametrize(
+    ("folder", "first", "second"),
+    [
+        ("ingest", "train/part-00000.parquet", "test/part-00000.json"),
+        ("captions/llava", "train/part-00000.parquet", "val/part-00000.json"),
+        ("shards", "train-000000.tar", "train-000001.done.json"),
+    ],
+)
+def test_every_unreadable_file_is_named(world: World, folder: str, first: str, second: str) -> None:
+    for name in (first, second):
+        path = world.folder / folder / name
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2])
+    found = told(world.folder / folder)
+    assert any(first.rpartition(".")[0] in line for line in found), found
+    assert any(second in line for line in found), found
+
+
+def test_the_record_of_a_stage_is_no_stray(world: World) -> None:
+    (world.ingest / RECORD).write_text("{}")
+    assert told(world.ingest) == []
