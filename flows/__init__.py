@@ -5,6 +5,10 @@ import sys
 from pathlib import Path
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
+from lotlip.console import print_anything
+
+if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("flows."):
+    print_anything()
 
 # Runs, logs and profiles of this checkout stay in it, so that `make ui` shows them.
 os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").resolve()))

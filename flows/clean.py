@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lotlip.caches import lock
 from lotlip.config import Params, Paths, load_params
+from lotlip.console import explain
 from lotlip.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_own
 from lotlip.outputs import is_scores, is_stage_record, is_summary
 
@@ -91,4 +92,4 @@ if __name__ == "__main__":
         for line in clean(load_params()):
             print(line)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {explain(error)}")

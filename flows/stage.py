@@ -25,6 +25,7 @@ import lotlip
 from lotlip import files
 from lotlip.caches import lock
 from lotlip.config import Params, load_params
+from lotlip.console import explain
 from lotlip.files import check_files, publish, remove, sha256_files, sha256_json, whole, write_json, write_record
 from lotlip.gate import Check, GateFailed
 from lotlip.outputs import outputs, prepare
@@ -376,6 +377,6 @@ def main(
     except EXPECTED as error:
         if tracebacks:
             raise
-        sys.exit(f"error in {' '.join([stage.name, *arguments])}: {error}")
+        sys.exit(f"error in {' '.join([stage.name, *arguments])}: {explain(error)}")
     finally:
         release()

@@ -13,19 +13,22 @@ from typing import Annotated
 
 import typer
 
+from lotlip.console import explain, print_anything
+
 app = typer.Typer(
     name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
 
 def run() -> None:
-    """The program's entry; what a user can mend is status 1 and one line, with LOTLIP_TRACEBACK=1 a traceback too."""
+    """The program's entry; an error that a user can fix is status 1 and one line (LOTLIP_TRACEBACK=1: a traceback)."""
+    print_anything()
     try:
         app(prog_name="lotlip")
     except (ValueError, OSError) as error:
         if os.environ.get("LOTLIP_TRACEBACK"):
             raise
-        sys.exit("error: " + " ".join(str(error).split()))
+        sys.exit("error: " + " ".join(explain(error).split()))
 
 
 def _show_version(asked: bool) -> None:
@@ -105,7 +108,7 @@ def import_official(
         str, typer.Option(help="A bundled name, a tokenizer.json or its folder.", metavar="NAME")
     ] = "bert-base-uncased",
     context_length: Annotated[int, typer.Option(help="Most tokens in a text.", min=1, metavar="N")] = 128,
-    force: Annotated[bool, typer.Option("--force", help="Replace what is in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that this command wrote.")] = False,
 ) -> None:
     """Turn a checkpoint of the LoTLIP authors into a model that transformers loads; the defaults are for their B/16."""
     from lotlip.models.image_tower import ImageTowerSpec
@@ -146,12 +149,17 @@ def embed(
     ] = None,
     split: Annotated[str | None, typer.Option(help="Embed only this split.", metavar="NAME")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that this command did not write.")] = False,
 ) -> None:
     """Write the features of images or of texts, for `lotlip search` and anything else."""
     from tqdm import tqdm
 
     from lotlip.embedding import embed
+    from lotlip.files import check_model
+    from lotlip.index import check_free_index
 
+    check_free_index(out, force)
+    check_model(model)
     with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
 
         def show(done: int, total: int) -> None:
@@ -211,6 +219,7 @@ def evaluate(
         Path | None, typer.Option(help="Write all scores and how they were measured, as JSON.", metavar="FILE")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of the table.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that this command did not write.")] = False,
 ) -> None:
     """Score models on benchmarks, side by side with what was published."""
     import shlex
@@ -220,11 +229,17 @@ def evaluate(
             f"{len(benchmark)} --benchmark, {len(data)} --data, {len(images or ())} --images: give --data for each "
             "--benchmark, and --images for each or for none"
         )
+    from lotlip.files import check_free, check_model, write_json
+    from lotlip.outputs import is_comparison
+
+    if out:
+        check_free(out, is_comparison, force)
+    for name in models:
+        check_model(Path(name))
     from tqdm import tqdm
 
     from lotlip.evaluation.compare import ask, compare, table, to_json
     from lotlip.evaluation.encoders import open_encoder
-    from lotlip.files import write_json
 
     elsewhere: list[Path | None] = [*images] if images else [None] * len(data)
     asked = [ask(*of, partial) for of in zip(benchmark, data, elsewhere, strict=True)]
@@ -237,14 +252,11 @@ def evaluate(
         # all are opened before any is scored: a wrong name is known before hours are spent
         encoders = [(model, open_encoder(model, batch_size, device, precision, bar.update)) for model in models]
         results = compare(encoders, asked, shlex.join(["lotlip", *sys.argv[1:]]), start)
-    if out:
-        write_json(out, to_json(results))
-    if as_json:
-        typer.echo(json.dumps(to_json(results)))
-        return
-    for line in table(results):
+    # printed first: the disk may have filled up since the file was checked
+    for line in [json.dumps(to_json(results))] if as_json else table(results):
         typer.echo(line)
     if out:
+        write_json(out, to_json(results))
         typer.echo(f"written to {out}", err=True)
 
 
@@ -272,7 +284,10 @@ def explore(
     from contextlib import suppress
 
     from lotlip.explore.explorer import Explorer
+    from lotlip.files import check_model
 
+    if model:
+        check_model(model)
     try:
         from lotlip.explore.page import served
     except ImportError as error:

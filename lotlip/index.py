@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lotlip.files import whole
+from lotlip.files import check_free, whole
 
 _GROUP = 4096  # rows of a Parquet file that are written, and later searched, at a time
 _BLOCK = 16384  # rows of a .npy file that are searched at a time
@@ -210,6 +210,46 @@ def _open_npy(path: Path) -> Index:
 
 def _names_file(path: Path) -> Path:
     return path.with_suffix(".names.jsonl")
+
+
+# --- where a user wants one -------------------------------------------------------------------------------------------
+
+
+def check_free_index(out: Path, force: bool = False) -> None:
+    """Checks, before any work is done, that an index can be written, and replaces nothing but an index.
+
+    Args:
+        out: of the index.
+        force: replace any regular file.
+
+    Raises:
+        ValueError: it cannot be written there.
+        NotOurs: another file is there.
+    """
+    _format(out)
+    check_free(out, _is_index, force)
+    if out.suffix == ".npy":
+        check_free(_names_file(out), _is_names, force, f"--out {out} also writes")
+
+
+def _is_index(path: Path) -> bool:
+    if path.suffix == ".npy":
+        return _is_names(_names_file(path))
+    import pyarrow.parquet as pq
+
+    try:
+        return _ABOUT.encode() in (pq.read_schema(path).metadata or {})
+    except (OSError, ValueError):
+        return False
+
+
+def _is_names(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            _about(path, file.readline(), _ABOUT)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 # --- either -----------------------------------------------------------------------------------------------------------

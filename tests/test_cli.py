@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 import lotlip
 from lotlip import cli
+from lotlip.console import explain, mount_of
 
 RUN = "import sys; from lotlip.cli import run; run()"
 
@@ -148,3 +150,125 @@ def test_a_plan_that_cannot_be_made_says_why(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "profiles/none.yaml is not there" in str(program(monkeypatch, "plan", "--profile", "none"))
     assert str(program(monkeypatch, "plan", "--gpus", 7)).startswith("error: 7 GPUs cannot train this: batch_size 64")
+
+
+# --- what a user names to be written ----------------------------------------------------------------------------------
+
+
+def never(*_: object, **__: object) -> None:
+    pytest.fail("work was begun")
+
+
+def outs(tmp_path: Path, ending: str) -> dict[str, Path]:
+    """Kind of place that cannot be written, or whose content is the user's → path."""
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "mine").write_text("mine")
+    (tmp_path / f"mine{ending}").write_text("{}")
+    (tmp_path / f"link{ending}").symlink_to(tmp_path / f"mine{ending}")
+    folder = tmp_path / f"folder{ending}"
+    folder.mkdir()
+    return {
+        "a folder": folder,
+        "in a file": tmp_path / f"mine{ending}" / f"x{ending}",
+        "a user's file": tmp_path / f"mine{ending}",
+        "a link": tmp_path / f"link{ending}",
+        "too long": tmp_path / f"{'x' * 250}{ending}",
+    }
+
+
+def contents(folder: Path) -> list[tuple[str, str]]:
+    return sorted((str(path), path.read_text() if path.is_file() else "") for path in folder.rglob("*"))
+
+
+def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
+    from lotlip.evaluation import compare
+
+    monkeypatch.setattr(compare, "ask", never)
+    places = {**outs(tmp_path, ".json"), "a bare folder": tmp_path / "results"}
+    before = contents(tmp_path)
+    for kind, out in places.items():
+        code = program(monkeypatch, "evaluate", "m", "--benchmark", "coco", "--data", tmp_path, "--out", out)
+        assert str(code).startswith(f"error: --out {out}"), kind
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
+    from lotlip import embedding
+
+    monkeypatch.setattr(embedding, "embed", never)
+    places = outs(tmp_path, ending)
+    (tmp_path / "beside.names.jsonl").write_text("mine")
+    before = contents(tmp_path)
+    for kind, out in places.items():
+        assert str(program(monkeypatch, "embed", "m", tmp_path, "--out", out)).startswith(f"error: --out {out}"), kind
+    if ending == ".npy":
+        code = program(monkeypatch, "embed", "m", tmp_path, "--out", tmp_path / "beside.npy")
+        assert "beside.names.jsonl" in str(code)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".npy"])
+def test_an_index_is_replaced_by_an_index(tmp_path, ending):
+    import numpy as np
+
+    from lotlip.index import Rows, check_free_index, index_writer
+
+    out = tmp_path / f"index{ending}"
+    for _ in range(2):
+        check_free_index(out)
+        about = {"model": "m", "weights_sha256": "0", "kind": "images", "width": 2}
+        with index_writer(out, about) as write:
+            write(Rows(["a"], np.zeros((1, 2), dtype=np.float32), None))
+
+
+def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(monkeypatch, capsys, tmp_path):
+    from lotlip import files
+    from lotlip.evaluation import compare
+
+    monkeypatch.setattr(compare, "ask", lambda *_: None)
+    monkeypatch.setattr(compare, "compare", lambda *_: [])
+    monkeypatch.setattr("lotlip.evaluation.encoders.open_encoder", lambda *_: None)
+    monkeypatch.setattr(compare, "table", lambda _: ["the table"])
+    out = tmp_path / "scores.json"
+    arguments = ["evaluate", "m", "--benchmark", "coco", "--data", tmp_path, "--out", out]
+    for _ in range(2):
+        assert program(monkeypatch, *arguments) == 0
+    out.write_text('["mine"]')
+    assert "--force" in str(program(monkeypatch, *arguments))
+    assert program(monkeypatch, *arguments, "--force") == 0
+    assert set(json.loads(out.read_text())) == {"results", "published"}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))
+
+    monkeypatch.setattr(files, "write_json", full)
+    capsys.readouterr()
+    message = str(program(monkeypatch, *arguments))
+    assert str(mount_of(tmp_path)) in message
+    assert str(out) in message
+    assert capsys.readouterr().out == "the table\n"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path, encoding):
+    path = tmp_path / "a→b.json"
+    path.write_text('[{"text": "a dog"}]')
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    for more in ([path], [tmp_path / "→.json"]):
+        command = [sys.executable, "-c", RUN, "stats", *map(str, more), str(path)]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert b"UnicodeEncodeError" not in done.stderr
+        assert b"Traceback" not in done.stderr
+        assert b"\\u2192" in done.stdout + done.stderr
+
+
+def test_a_full_disk_is_named(monkeypatch, tmp_path):
+    import shutil
+    from types import SimpleNamespace
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1024))
+    for error in (OSError(errno.ENOSPC, "No space left on device"), OSError(errno.EDQUOT, "Disk quota exceeded", "x")):
+        assert str(mount_of(Path.cwd())) in explain(error)
+        assert "MB left" in explain(error)
+    assert explain(OSError(errno.EACCES, "Permission denied")) == "[Errno 13] Permission denied"

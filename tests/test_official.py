@@ -421,11 +421,12 @@ def test_what_is_there_is_kept_unless_forced(imported, tmp_path):
     out.mkdir()
     import_official(file, out, IMAGE_TOWER, text)  # an empty folder is nobody's
     (out / "mine.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"--out .*out is not empty; name another folder, or replace it with --force"):
-        import_official(file, out, IMAGE_TOWER, text)
+    for force in (False, True):
+        with pytest.raises(ValueError, match=r"--out .*out"):
+            import_official(file, out, IMAGE_TOWER, text, force=force)
     assert (out / "mine.txt").read_text() == "mine"
+    (out / "mine.txt").unlink()
     import_official(file, out, IMAGE_TOWER, text, force=True)
-    assert not (out / "mine.txt").exists()
     assert load_model(out)[1].corner_tokens == 2
 
 

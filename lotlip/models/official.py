@@ -20,7 +20,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import whole
+from lotlip.files import NotOurs, check_free, check_replaceable, whole, write_record
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_tower import ImageTowerSpec
 from lotlip.models.lotlip import LotlipModel
@@ -83,7 +83,7 @@ def import_official(
             tell; without it, as BERT's.
         tokenizer: whose word pieces the text tower reads: a bundled name, a `tokenizer.json` or its folder.
         context_length: most tokens in a text.
-        force: an `out` that has something in it is replaced.
+        force: an `out` with an imported model in it is replaced; one with other files never is.
 
     Returns:
         The model's configuration, and the keys of `text_config` that are no fields of an encoder's configuration.
@@ -101,6 +101,7 @@ def import_official(
     config.provenance = {"name": out.resolve().name, "source": f"{file.name}, sha256 {digest}", **checkpoint.about}
     with whole(out.resolve()) as partial:
         save_model(config, weights, words, partial, image_tower=None)
+        write_record(partial, Path(out.resolve().name))
     return config, ignored
 
 
@@ -124,7 +125,12 @@ def _check_free(out: Path, inputs: list[Path], force: bool) -> None:
     if inside:  # the folder is replaced as a whole
         raise ValueError(f"--out {out} has {inside[0]} in it, which is read; name another folder")
     if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty; name another folder, or replace it with --force")
+        raise ValueError(f"--out {out} is not empty; name another folder, or replace an imported model with --force")
+    try:
+        check_replaceable(out.resolve())
+    except NotOurs as error:
+        raise NotOurs(f"--out {out} cannot be replaced: {error}") from error
+    check_free(out.resolve() / "config.json", lambda _: True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
