@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from lotlip.config import HOW, PRESETS, ConfigError, Params, Pretrain, TransformersCaptioner, load_params, merge
+from lotlip.config.params import checked_params
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -405,3 +406,62 @@ def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
 )
 def test_what_names_another_ablation_is_held_to_those_there_are(tmp_path, changes, said):
     assert any(said in line for line in complaints(tmp_path, changes))
+
+
+# --- paths and names --------------------------------------------------------------------------------------------------
+
+
+def demo(**paths: str) -> dict:
+    data = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text(encoding="utf-8"))
+    data["paths"] |= paths
+    return data
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *(".", "./", "..", "../x", "/tmp/x", "data/../..", "x/../../y", "data", "models/lit", "metrics"),
+        *("lotlip", "lotlip/x", ".git", ".dvc/x", ".lotlip/x", "tests", "docs", "params.yaml", "imported/b16"),
+    ],
+)
+def test_a_path_is_a_folder_of_its_own_inside_the_project(path: str) -> None:
+    with pytest.raises(ConfigError, match="report"):
+        checked_params(demo(report=path), "params.yaml")
+
+
+def test_paths_elsewhere_in_the_project_are_fine() -> None:
+    checked_params(demo(report="out/page", models="out/models", metrics="m", stages="m/stages"), "params.yaml")
+    checked_params(demo(stages="records"), "params.yaml")
+
+
+@pytest.mark.parametrize("path", ["data/ingest", "data/ingest/x", "report", "data", "."])
+def test_an_input_is_not_in_an_output(path: str) -> None:
+    data = demo()
+    data["ingest"]["source"] = {"kind": "folder", "path": path}
+    data["evaluate"]["benchmarks"]["coco"] = {"folder": path}
+    with pytest.raises(ConfigError, match=r"ingest\.source\.path: (.|\n)*evaluate\.benchmarks\.coco\.folder"):
+        checked_params(data, "params.yaml")
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize("where", ["ablations", "captioners", "benchmarks"])
+def test_names_that_no_file_can_have_are_errors(where: str) -> None:
+    data = demo()
+    if where == "ablations":
+        data["ablations"][LONG] = {}
+    elif where == "captioners":
+        data["caption"]["captioners"][LONG] = data["caption"]["captioners"]["llava"]
+    else:
+        data["evaluate"]["benchmarks"][LONG] = data["evaluate"]["benchmarks"]["scenes"]
+    with pytest.raises(ConfigError, match=rf"{where}\.{LONG}"):
+        checked_params(data, "params.yaml")
+
+
+@pytest.mark.parametrize("name", ["raw", "key", "size", "partition", "sha256", "offset", "ingest", "image_tower"])
+def test_captioners_are_not_named_like_columns(name: str) -> None:
+    data = demo()
+    data["caption"]["captioners"][name] = data["caption"]["captioners"]["llava"]
+    with pytest.raises(ConfigError, match=rf"captioners\.{name}"):
+        checked_params(data, "params.yaml")

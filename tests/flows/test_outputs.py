@@ -1,0 +1,140 @@
+"""What stages write: dvc.yaml and lotlip.outputs agree, foreign files survive `dvc repro` and `make clean`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from flows.clean import clean
+from lotlip.caches import Locked, lock
+from lotlip.config import load_params
+from lotlip.files import RECORD, publish, write_json
+from lotlip.outputs import outputs
+from tests.flows.conftest import ROOT, Workspace, tiny
+
+
+def declared() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+
+
+def outs(stage: dict[str, Any]) -> dict[str, Any]:
+    stage = stage.get("do", stage)
+    return {name: options for entry in [*stage["outs"], *stage.get("metrics", [])] for name, options in entry.items()}
+
+
+@pytest.mark.parametrize("stage", [name for name in declared() if name != "evaluate-continued"])
+def test_dvc_knows_the_outputs_of_a_stage_and_does_not_remove_them(stage: str) -> None:
+    paths = load_params(ROOT / "params.yaml").paths
+    item = "x" if "foreach" in declared()[stage] else None
+    own = outputs(paths, "pretrain" if stage == "continue" else stage, item)
+    found = outs(declared()[stage])
+    assert all(options == {"persist": True} for options in found.values())
+    named = {name.replace("${key}", "x") for name in found}
+    for key, path in paths:
+        named = {name.replace(f"${{paths.{key}}}", str(path)) for name in named}
+    expected = {str(path) for path in [*own.folders, *own.files]}
+    if stage == "report":  # which needs no record: it shows itself
+        expected = {str(paths.report)}
+    assert named == expected
+
+
+@pytest.mark.slow
+def test_a_folder_that_no_stage_wrote_survives_dvc_repro(make_workspace: Any) -> None:
+    workspace: Workspace = make_workspace()
+    workspace.change(tiny)
+    workspace.change(lambda params: params["paths"].update(ingest="notes"))
+    notes = workspace.folder / "notes"
+    notes.mkdir()
+    (notes / "mine.txt").write_text("mine")
+    failed = workspace.run("dvc", "repro", "ingest", check=False)
+    assert failed.returncode != 0
+    assert "error in ingest: notes is a folder that lotlip did not create" in failed.stderr
+    assert [path.name for path in notes.iterdir()] == ["mine.txt"]
+    (notes / "mine.txt").unlink()
+    workspace.run("dvc", "repro", "ingest")
+    first = (notes / RECORD).read_bytes()
+    workspace.change(lambda params: params["ingest"]["source"].update(seed=7))
+    workspace.run("dvc", "repro", "ingest")
+    assert (notes / RECORD).read_bytes() != first
+    (notes / "mine.txt").write_text("mine")
+    workspace.change(lambda params: params["ingest"]["source"].update(seed=8))
+    failed = workspace.run("dvc", "repro", "ingest", check=False)
+    assert "notes contains mine.txt" in failed.stderr
+    assert (notes / "mine.txt").read_text() == "mine"
+    assert (notes / "index.json").is_file()
+
+
+# --- make clean -----------------------------------------------------------------------------------------------------
+
+
+def published(out: Path) -> None:
+    new = Path(".lotlip/new")
+    new.mkdir(parents=True)
+    (new / "index.json").write_text("{}")
+    publish(new, out)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_clean_removes_what_stages_wrote_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text(encoding="utf-8")
+    if elsewhere:
+        text = text.replace("  models: models\n", "  models: out/models\n").replace(
+            "report: report\n", "report: page\n"
+        )
+    Path("params.yaml").write_text(text)
+    paths = load_params().paths
+    stages = [("ingest", None), ("image-tower", None), ("caption", "llava"), ("shard", None), ("report", None)]
+    stages += [(stage, "gone-from-params") for stage in ("pretrain", "evaluate")]
+    ours: list[Path] = []
+    for stage, item in stages:
+        own = outputs(paths, stage, item)
+        for folder in own.folders:
+            published(folder)
+        write_json(next(iter(own.files)), {"stage": stage, "seconds": 1, "gate": []})
+        ours += [*own.folders, next(iter(own.files))]
+    write_json(paths.metrics / "gone-from-params.json", {"ablation": "x", "benchmarks": {}, "fingerprints": {}})
+    write_json(paths.metrics / "summary" / "gone-from-params.json", {"scenes": {"r1": 0.5}})
+    ours += [paths.metrics / "gone-from-params.json", paths.metrics / "summary" / "gone-from-params.json"]
+    users = [
+        *(folder / "mine" for path in ours for folder in [path if path.is_dir() else path.parent]),
+        *(paths.models / "official" / name for name in ("b16/model.safetensors", "notes.json")),
+        *(paths.metrics / name for name in ("mine.json", "summary/mine.json", "stages/mine.json")),
+        Path("imported/b16/model.safetensors"),
+        paths.caption_store / "llava/about.json",
+        paths.captions / ".gitkeep",
+        Path(".venv/bin/python"),
+        Path("data/raw/1.jpg"),
+        Path("models-of-mine/x"),
+    ]
+    for file in users:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('["mine"]')
+    outside = tmp_path.parent / f"{tmp_path.name}-outside"
+    outside.mkdir()
+    (outside / "kept").write_text("kept")
+    (paths.models / "link").symlink_to(outside)
+    lines = list(clean(load_params()))
+    for file in users:
+        assert file.read_text() == '["mine"]', file
+        if paths.models in file.parents:
+            assert any(str(file) in line for line in lines if line.startswith("kept"))
+    assert (outside / "kept").read_text() == "kept"
+    assert (paths.models / "link").is_symlink()
+    assert not [path for path in tmp_path.rglob("index.json") if "outside" not in str(path)]
+    assert not [path for path in ours if path.is_file()]
+    assert [path.name for path in Path(".lotlip").iterdir()] == []
+
+
+def test_clean_waits_for_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    published(Path("models/lit"))
+    with lock(Path(".lotlip/locks/pretrain-lit.lock")), pytest.raises(Locked, match="pretrain-lit"):
+        list(clean(load_params()))
+    assert Path("models/lit/index.json").is_file()
