@@ -92,7 +92,7 @@ def write_partitions(
     """
     splits = SPLITS if unit.split is None else (unit.split,)
     for split in splits:
-        remove(folder / f"{unit.partition(split)}{MARKER}")
+        remove(folder / f"{unit.partition(split)}{MARKER}", ours=is_marker)
     with ExitStack() as stack:
         writers: dict[str, _Partition] = {}
         for item in items:
@@ -256,7 +256,7 @@ def write_captions(
         AssertionError: `items` has not one for each image.
     """
     path = folder / f"{name}.parquet"
-    remove(folder / f"{name}{MARKER}")
+    remove(folder / f"{name}{MARKER}", ours=is_marker)
     rows: list[dict[str, Any]] = []
     failures: list[Failure] = []
     for item in items:
@@ -299,6 +299,15 @@ def finished(name: str, folder: Path) -> UnitReport | None:
     """The report of a partition that was written whole; None where it was not."""
     marker = folder / f"{name}{MARKER}"
     return UnitReport.from_json(read_json(marker)) if marker.is_file() else None
+
+
+def is_marker(path: Path) -> bool:
+    """Whether a file is the report of a partition or shard."""
+    try:
+        UnitReport.from_json(read_json(path))
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError):
+        return False
+    return True
 
 
 def unit_names(folder: Path, split: str | None = None) -> list[str]:

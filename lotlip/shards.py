@@ -26,7 +26,7 @@ from PIL import Image
 
 from lotlip.data.tars import write_samples
 from lotlip.files import remove, write_json
-from lotlip.partitions import MARKER, finished, read_captions, read_index, read_table, totals, unit_names
+from lotlip.partitions import MARKER, finished, is_marker, read_captions, read_index, read_table, totals, unit_names
 from lotlip.records import SPLITS, Failure, UnitReport
 from lotlip.text import split_sub_captions
 
@@ -225,7 +225,7 @@ def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features 
         ValueError: `features` gives something else than a row per picture.
     """
     path, marker = folder / f"{plan.name}.tar", folder / f"{plan.name}{DONE}"
-    remove(marker)
+    remove(marker, ours=is_marker)
     rows = _order(plan.seed, len(group))[plan.start : plan.stop]
     failures: list[Failure] = []
     with write_samples(path) as tar:
