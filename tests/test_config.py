@@ -432,9 +432,10 @@ def test_a_path_is_a_folder_of_its_own_inside_the_project(path: str) -> None:
 def test_paths_elsewhere_in_the_project_are_fine() -> None:
     checked_params(demo(report="out/page", models="out/models", metrics="m", stages="m/stages"), "params.yaml")
     checked_params(demo(stages="records"), "params.yaml")
+    checked_params(demo(caption_store="/shared/captions"), "params.yaml")
 
 
-@pytest.mark.parametrize("path", ["data/ingest", "data/ingest/x", "report", "data", "."])
+@pytest.mark.parametrize("path", ["data/ingest", "data/ingest/x", "report", "data", ".", ".."])
 def test_an_input_is_not_in_an_output(path: str) -> None:
     data = demo()
     data["ingest"]["source"] = {"kind": "folder", "path": path}

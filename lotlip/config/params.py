@@ -45,7 +45,8 @@ _RESERVED = frozenset(
 class Paths(Section):
     """Where each stage writes, relative to the project's root; dvc.yaml reads the same names.
 
-    Each is a folder of its own inside the project: none is in another, except `stages` in `metrics`.
+    Each is a folder of its own inside the project: none is in another, except `stages` in `metrics`. Only
+    `caption_store` may be an absolute path.
     """
 
     ingest: Path = Path("data/ingest")
@@ -64,6 +65,9 @@ class Paths(Section):
     def _inside_and_disjoint(self) -> Paths:
         named = {name: Path(os.path.normpath(path)) for name, path in self}
         for name, path in self:
+            # the store is added to and never replaced; several checkouts may share one
+            if name == "caption_store" and path.is_absolute():
+                continue
             if path.is_absolute() or ".." in path.parts or not path.parts:
                 raise ValueError(f"{name} must be a folder inside the project, not {str(path)!r}")
             if path.parts[0] in _RESERVED or path.parts[0].startswith("."):
@@ -89,6 +93,8 @@ class Paths(Section):
         real = root.resolve()
         problems = []
         for name, path in self:
+            if name == "caption_store":
+                continue
             step = root
             for part in path.parts:
                 step = step / part
@@ -102,9 +108,10 @@ class Paths(Section):
 
     def overlaps(self, path: Path) -> str | None:
         """The name of an output that a path is, is in, or contains; None where there is none."""
-        here = Path(os.path.relpath(path))
+        here = Path(os.path.normpath(path.absolute()))
         for name, own in self:
-            if here.is_relative_to(own) or own.is_relative_to(here):
+            there = Path(os.path.normpath(own.absolute()))
+            if here.is_relative_to(there) or there.is_relative_to(here):
                 return name
         return None
 

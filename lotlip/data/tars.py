@@ -157,11 +157,20 @@ class SampleWriter:
 @contextmanager
 def write_samples(path: Path) -> Iterator[SampleWriter]:
     """Writes a tar of samples and its index; both are there, whole, when the block ends well."""
-    remove(index_path(path))  # one of an older tar would be stale
+    remove(index_path(path), ours=is_index)  # one of an older tar would be stale
     with whole(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
         samples = SampleWriter(tar)
         yield samples
     write_index(path, samples.index)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file is a tar's index."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return pa.ipc.open_file(file).schema.names == COLUMNS.names
+    except (OSError, ValueError):
+        return False
 
 
 def read_index(tar: Path, size: int) -> pa.RecordBatch:
