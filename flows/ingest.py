@@ -15,6 +15,7 @@ from lotlip.records import Unit, UnitReport
 from lotlip.repeats import unique_partitions
 from lotlip.sources import Source, open_source
 from lotlip.sources.evaluation import image_hashes
+from lotlip.sources.paths import check_ingest
 
 
 @flow(name="ingest")
@@ -22,6 +23,7 @@ def ingest() -> None:
     """Writes a partition for each unit of the source."""
     params = load_params()
     config = params.ingest
+    check_ingest(config)
     stage = Stage("ingest", params, config.model_dump(mode="json"))
     source = open_source(config.source, config.images)
     units, folder = source.units(config.partition_size), stage.scratch / "units"

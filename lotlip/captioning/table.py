@@ -92,7 +92,10 @@ class TableCaptioner:
             )
 
     def _rows(self, path: Path, others: set[str]) -> Iterator[tuple[str, str | None, str]]:
-        """Key, name where it is not the key, and text of this captioner's rows; the names of other captioners are added to `others`."""
+        """Key, name where it is not the key, and text of this captioner's rows.
+
+        The names of other captioners are added to `others`.
+        """
         settings, table = self._settings, open_table(path)
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
         whose = [] if settings.captioner is None else [settings.captioner]
@@ -152,9 +155,9 @@ class _Texts:
     def ambiguous(self) -> tuple[str, str, str] | None:
         """A key that rows of different names share, and two of those names; None where there is no such key."""
         self._index()
-        again = "SELECT key FROM texts GROUP BY key HAVING count(*) > 1"
         sql = (
-            f"SELECT key, min(coalesce(name, key)), max(coalesce(name, key)) FROM texts WHERE key IN ({again}) "
+            "SELECT key, min(coalesce(name, key)), max(coalesce(name, key)) FROM texts "
+            "WHERE key IN (SELECT key FROM texts GROUP BY key HAVING count(*) > 1) "
             "GROUP BY key HAVING min(coalesce(name, key)) <> max(coalesce(name, key)) LIMIT 1"
         )
         found: tuple[str, str, str] | None = self._base.execute(sql).fetchone()
