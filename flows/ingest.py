@@ -42,6 +42,8 @@ def ingest() -> None:
     evaluation = image_hashes(config.evaluation_images, config.images)
     reports = unique_partitions(folder, written, stage.out, evaluation)
     index = write_index(stage.out, reports)
+    if copies := index["failure_kinds"].get("duplicate-image"):
+        stage.log.info("ingest: %d of %d images are exact copies of others and are left out", copies, index["read"])
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_ingest
 

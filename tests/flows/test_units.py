@@ -429,3 +429,45 @@ def test_inputs_of_units_are_not_published(described: Path) -> None:
     for folder in ("data/ingest", "data/captions/mine", "data/shards"):
         assert not [name for name in files(folder) if "input" in name]
         assert not any(b'"input' in data for name, data in files(folder).items() if name.endswith(".json"))
+
+
+# --- gates of own data --------------------------------------------------------------------------------------------
+
+
+def test_exact_copies_are_counted_apart_and_pass_by_default(project: Path) -> None:
+    for number in range(40):
+        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+    ingest.fn()
+    index = read_index(Path("data/ingest"))
+    assert (index["read"], index["written"]) == (40, 20)
+    assert index["failure_kinds"] == {"duplicate-image": 20}
+
+
+def test_copies_have_a_limit_of_their_own(project: Path) -> None:
+    change(lambda params: params["ingest"].update(max_left_out_share=0.4))
+    for number in range(40):
+        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+    with pytest.raises(GateFailed, match=r"50 % \(20 duplicate-image\).*ingest\.max_left_out_share"):
+        ingest.fn()
+
+
+def test_keys_that_are_taken_still_are_failures(project: Path) -> None:
+    for number in range(10):
+        add(project / "my-images", f"{number}/a", number)
+        add(project / "my-images", f"{number}_a", 100 + number)
+    with pytest.raises(GateFailed, match=r"50 % \(10 duplicate\).*ingest\.max_failure_share"):
+        ingest.fn()
+
+
+def test_all_limits_that_fail_are_shown_with_their_keys(project: Path) -> None:
+    change(lambda params: params["ingest"].update(max_left_out_share=0, max_repeated_caption_share=0.1))
+    for number in range(20):
+        path = add(project / "my-images", f"{number:02d}", number, "the same")
+        if number < 5:
+            path.with_suffix(".txt").unlink()
+    add(project / "my-images", "copy", 19, "the same")
+    with pytest.raises(GateFailed) as raised:
+        ingest.fn()
+    message = str(raised.value)
+    for key in ("max_failure_share", "max_left_out_share", "max_repeated_caption_share"):
+        assert f"ingest.{key}" in message
