@@ -30,7 +30,11 @@ def caption(captioner: str) -> None:
     if captioner not in config.captioners:
         raise StageFailed(f"no captioner {captioner!r} in params.yaml; there are: {', '.join(config.captioners)}")
     settings = config.captioners[captioner]
-    inputs = {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
+
+    def inputs_now() -> dict[str, str]:
+        return {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
+
+    inputs = inputs_now()
     deciding = [part.model_dump(mode="json") for part in (settings, config.quality)] + [config.tokenizer]
     stage = Stage("caption", params, deciding, inputs, captioner)
     work = Captioning(captioner, config, source, params.paths.caption_store, stage.out)
@@ -40,6 +44,12 @@ def caption(captioner: str) -> None:
     there = (unit for unit in read_index(source)["units"] if unit["sha256"])  # not those that failed as a whole
     units = [Partition(unit["name"], unit["written"], unit["sha256"]) for unit in there]
     reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
+    changed = [name for name, value in inputs_now().items() if value != inputs[name]]
+    if changed:  # DVC hashes the inputs after this stage, so it would take the captions for those of the new ones
+        where = {"ingest": str(source), "path": str(settings.path)}
+        raise StageFailed(
+            f"{', '.join(where[name] for name in changed)} changed while it was read; run the stage again"
+        )
     tables = (read_captions(stage.out, report.name) for report in reports if report.written)
     quality = summarise(tables, totals(reports)["failure_kinds"])
     index = write_index(stage.out, reports, revision=author.revision, prompt=author.prompt, quality=quality)

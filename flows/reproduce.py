@@ -16,6 +16,7 @@ from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
 from lotlip.config import Params, load_params
 from lotlip.files import write_json
+from lotlip.sources.paths import check_sources
 
 PREFECT_PORT = 4200
 
@@ -38,7 +39,9 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
 
     Raises:
         StageFailed: a stage failed.
+        ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
+    check_sources(params)
     started = time.time()
     # dvc.yaml says `python`, and DeepSpeed asks for `ninja`: both are those beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

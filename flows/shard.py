@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from prefect import flow
 from flows.stage import Stage, hash_of, main
 from lotlip.config import load_params
 from lotlip.data.tokenizer import count_tokens
-from lotlip.partitions import unit_names
+from lotlip.files import sha256_json
+from lotlip.partitions import read_index, reuse_or_write, unit_names
 from lotlip.records import UnitReport
 from lotlip.shards import (
     Features,
@@ -46,12 +48,22 @@ def shard() -> None:
             features = frozen_features(params.paths.image_tower)
 
     def write(plan: ShardPlan) -> list[UnitReport]:
-        done = finished_shard(plan.name, stage.out)
-        return [done or write_shard(plan, group(plan.partitions), stage.out, features, config.feature_batch_size)]
+        made_from = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
+        return reuse_or_write(
+            plan.name,
+            sha256_json([asdict(plan), made_from, inputs.get("image_tower")]),
+            stage.out,
+            lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
+            lambda: [write_shard(plan, group(plan.partitions), stage.out, features, config.feature_batch_size)],
+        )
 
     plans = {
         split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
         for split in SPLITS
+    }
+    partitions = {
+        str(folder): {unit["name"]: unit["sha256"] for unit in read_index(folder)["units"]}
+        for folder in (ingest, *captions.values())
     }
     group = group_reader(ingest, captions)
     every = [plan for split in SPLITS for plan in plans[split]]

@@ -42,6 +42,7 @@ from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
+from lotlip.sources.paths import check_sources
 
 SCORES = ("long.image_to_text.r1", "long.text_to_image.r1", "short.image_to_text.r1", "short.text_to_image.r1")
 DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a sweep ends
@@ -231,6 +232,7 @@ def sweep(settings: Sweep) -> None:
     """
     log, root, params = get_run_logger(), Path.cwd(), load_params()
     grid = points(settings, params)
+    check_sources(params)
     log.info("sweep %s: %d points", settings.name, len(grid))
     environment = _environment()
     _bring_data(environment)

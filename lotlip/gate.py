@@ -30,11 +30,13 @@ class Check:
         what: what should hold: "share of items that failed is at most 1 %".
         observed: what was found: "0.3 %".
         success: whether it holds.
+        key: of params.yaml that sets the limit: "ingest.max_failure_share"; empty where nothing sets it.
     """
 
     what: str
     observed: str
     success: bool
+    key: str = ""
 
 
 class GateFailed(RuntimeError):
@@ -63,11 +65,16 @@ def run_gate(
     _write_report(stage, checks, report)
     failed = [check for check in checks if not check.success]
     if failed:
-        lines = "\n".join(f"  - {check.what}: found {check.observed}" for check in failed)
+        lines = "\n".join(f"  - {check.what}: found {check.observed}{_limit(check)}" for check in failed)
         raise GateFailed(
             f"the gate after {stage} failed, nothing was published:\n{lines}\nReport: {report / 'gate.md'}"
         )
     return checks
+
+
+def _limit(check: Check) -> str:
+    """Where the limit of a check is set."""
+    return f"; {check.key} in params.yaml sets the limit" if check.key else ""
 
 
 def _validate(
@@ -121,19 +128,20 @@ def _check(item: Any, about: str) -> Check:
     """One of Great Expectations' results, in words."""
     meta = item.expectation_config.meta or {}
     what = meta.get("what") or item.expectation_config.type
+    key = str(meta.get("key", ""))
     if not item.result:
-        return Check(what, f"could not be looked at: {_reason(item.exception_info)}", False)
+        return Check(what, f"could not be looked at: {_reason(item.exception_info)}", False, key)
     show = in_percent if meta.get("percent") else _plain
     found = item.result
     if "observed_value" in found:
         detail = f" ({meta['detail']})" if meta.get("detail") else ""
-        return Check(what, show(found["observed_value"]) + detail, bool(item.success))
+        return Check(what, show(found["observed_value"]) + detail, bool(item.success), key)
     rows = found.get("unexpected_index_list") or []
     column = item.expectation_config.kwargs["column"]
     shown = ", ".join(f"{row[about]} ({show(row[column])})" for row in rows[:SHOWN_ROWS])
     more = ", …" if len(rows) > SHOWN_ROWS else ""
     observed = f"{len(rows)} of {found['element_count']} do not: {shown}{more}" if rows else "all do"
-    return Check(what, observed, bool(item.success))
+    return Check(what, observed, bool(item.success), key)
 
 
 def _reason(exception: Mapping[str, Any]) -> str:
@@ -159,10 +167,11 @@ def _write_report(stage: str, checks: Sequence[Check], report: Path) -> None:
         "",
         f"{passed} of {len(checks)} checks hold. Details: [Data Docs](data_docs/index.html).",
         "",
-        "| | What should hold | Found |",
-        "|---|---|---|",
+        "| | What should hold | Found | Limit |",
+        "|---|---|---|---|",
         *(
-            f"| {'ok' if check.success else '**no**'} | {_cell(check.what)} | {_cell(check.observed)} |"
+            f"| {'ok' if check.success else '**no**'} | {_cell(check.what)} | {_cell(check.observed)} "
+            f"| {f'`{check.key}`' if check.key else ''} |"
             for check in checks
         ),
     ]
@@ -185,14 +194,18 @@ def each(column: str, what: str, low: float | None = None, high: float | None = 
 def one(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
     """A table's one value is there, and from `low` to `high`.
 
-    `words` are for the person: `percent=True` shows the value so, `detail` is said beside it.
+    `words` are for the person: `percent=True` shows the value so, `detail` is said beside it, `key` is the key of
+    params.yaml that sets the limit.
     """
     from great_expectations import expectations as gxe
 
     return gxe.ExpectColumnMaxToBeBetween(column=column, min_value=low, max_value=high, meta={"what": what, **words})
 
 
-def share(column: str, what: str, limit: float, detail: str = "") -> Expectation:
-    """A table's one value is there, and is a share of at most `limit`; `what` it is of, and `detail`, are in words."""
+def share(column: str, what: str, limit: float, key: str, detail: str = "") -> Expectation:
+    """A table's one value is there, and is a share of at most `limit`; `what` it is of, and `detail`, are in words.
+
+    `key` is the key of params.yaml that sets the limit.
+    """
     what = f"share of {what} is at most {in_percent(limit)}"
-    return one(column, what, high=limit, percent=True, detail=detail)
+    return one(column, what, high=limit, percent=True, detail=detail, key=key)

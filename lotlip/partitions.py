@@ -277,6 +277,48 @@ def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None)
     return table
 
 
+# --- units that are done once ---------------------------------------------------------------------------------------
+
+
+def reuse_or_write(
+    name: str,
+    inputs: str | None,
+    folder: Path,
+    finished: Callable[[], list[UnitReport] | None],
+    write: Callable[[], list[UnitReport]],
+) -> list[UnitReport]:
+    """Gives the reports of a unit that is finished and whose inputs are unchanged; else writes the unit.
+
+    The hash of the inputs is kept beside the outputs, not in them: what is published must not depend on the times of
+    files.
+
+    Args:
+        name: of the unit.
+        inputs: a hash of what the unit is made from, taken before it is written; None: unknown, so the unit is written.
+        folder: of the unit's outputs.
+        finished: gives the reports of the unit's outputs where they are whole.
+        write: writes the outputs and gives their reports.
+    """
+    record = _record_of_inputs(name, folder)
+    if inputs is not None and inputs == recorded_inputs(name, folder) and (reports := finished()):
+        return reports
+    remove(record)
+    reports = write()
+    if inputs is not None:
+        write_json(record, inputs)  # last: an interruption before it has the unit written again
+    return reports
+
+
+def recorded_inputs(name: str, folder: Path) -> str | None:
+    """The hash of the inputs that a unit in a folder was last written from; None where it is not known."""
+    record = _record_of_inputs(name, folder)
+    return read_json(record) if record.is_file() else None
+
+
+def _record_of_inputs(name: str, folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-inputs") / f"{name}.json"
+
+
 # --- markers and the index ----------------------------------------------------------------------------------------
 
 

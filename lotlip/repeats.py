@@ -72,8 +72,9 @@ def unique_partitions(
 
     Units are read apart and know nothing of one another, so this is done when all are there. Of images with equal
     bytes the first stays, that of the test split before that of the training split. What is dropped is a `Failure`:
-    "duplicate", or "evaluation" for a training image that is in an evaluation set. Tars are linked, not copied: the
-    image of a dropped row stays in its tar, and no table names it. Memory grows with what is dropped alone.
+    "duplicate" for a key, "duplicate-image" for an image, or "evaluation" for a training image that is in an evaluation
+    set. Tars are linked, not copied: the image of a dropped row stays in its tar, and no table names it. Memory grows
+    with what is dropped alone.
 
     Args:
         units: folder that `write_partitions` filled; it stays as it is.
@@ -95,7 +96,10 @@ def unique_partitions(
                 if sha256 in evaluation:
                     reason = f"it is in an evaluation set: {evaluation[sha256]}"
                     dropped.setdefault(name, {})[row] = ("evaluation", reason)
-    for column, what in (("key", "its key is taken by"), ("sha256", "it is the same image as")):
+    for column, kind, what in (
+        ("key", "duplicate", "its key is taken by"),
+        ("sha256", "duplicate-image", "it is the same image as"),
+    ):
 
         def read(part: int, column: str = column) -> np.ndarray:
             values = hashes(read_table(units, names[part], [column])[column])
@@ -109,7 +113,7 @@ def unique_partitions(
         for part, row, first_part, first_row in sorted(again):
             first = names[first_part]
             reason = f"{what} {key_of(first)[first_row]} in {first}"
-            dropped.setdefault(names[part], {})[row] = ("duplicate", reason)
+            dropped.setdefault(names[part], {})[row] = (kind, reason)
     return [
         place_partition(units, report, out, dropped.get(report.name, {})) if report.sha256 else report
         for report in reports

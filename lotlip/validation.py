@@ -39,11 +39,25 @@ if TYPE_CHECKING:
 ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
 
 
-def _failures(found: Mapping[str, Any], limit: float) -> tuple[dict[str, float], Expectation]:
-    """The share of a stage's items that failed (by `totals`, or by an index that has them), and what it may be."""
-    failed = found["failed"] / found["read"] if found["read"] else 0.0
-    detail = ", ".join(f"{count} {kind}" for kind, count in found["failure_kinds"].items())
-    return {"failure_share": failed}, share("failure_share", "items that failed", limit, detail=detail)
+def _failures(
+    found: Mapping[str, Any], limit: float, stage: str, apart: Collection[str] = ()
+) -> tuple[dict[str, float], Expectation]:
+    """The share of a stage's items that failed, and what it may be.
+
+    Args:
+        found: by `totals`, or an index that has them.
+        limit: `max_failure_share` of the stage.
+        stage: its section of params.yaml.
+        apart: kinds of failures that do not count, since they have a limit of their own.
+    """
+    kinds = {kind: count for kind, count in found["failure_kinds"].items() if kind not in apart}
+    failed = sum(kinds.values()) / found["read"] if found["read"] else 0.0
+    key = f"{stage}.max_failure_share"
+    return {"failure_share": failed}, share("failure_share", "items that failed", limit, key, _counts(kinds))
+
+
+def _counts(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.items())
 
 
 def _fact(fact: Fact) -> Expectation:
@@ -93,9 +107,12 @@ def gate_ingest(
     whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
     written = sum(unit.written for unit in reports)
     again = {column: _repeated(folder, whole, column, written) for column in ("key", "sha256", "raw_caption")}
-    failures, few_failures = _failures(totals(reports), settings.max_failure_share)
+    found = totals(reports)
+    failures, few_failures = _failures(found, settings.max_failure_share, "ingest", LEFT_OUT)
+    left_out = {kind: count for kind, count in found["failure_kinds"].items() if kind in LEFT_OUT}
     stage = {
         "stage": "ingest",
+        "left_out": sum(left_out.values()) / max(found["read"], 1),
         "train": sum(unit.written for unit in reports if unit.name.startswith("train/")),
         "repeated_keys": again["key"],
         "repeated_images": again["sha256"],
@@ -107,17 +124,42 @@ def gate_ingest(
     suites = {
         "stage": [
             few_failures,
-            share("broken_units", "source files that are broken or cut off", settings.max_broken_unit_share),
+            share(
+                "left_out",
+                "images left out as exact copies or evaluation images",
+                settings.max_left_out_share,
+                "ingest.max_left_out_share",
+                _counts(left_out),
+            ),
+            share(
+                "broken_units",
+                "source files that are broken or cut off",
+                settings.max_broken_unit_share,
+                "ingest.max_broken_unit_share",
+            ),
             one("train", "the train split has images", low=1),
             one("repeated_keys", "no key comes twice", high=0),
             one("repeated_images", "no image comes twice", high=0),
-            share("repeated_captions", "raw captions that repeat another", settings.max_repeated_caption_share),
-            share("constant_share", "images looked at that are one colour all over", settings.max_constant_share),
+            share(
+                "repeated_captions",
+                "raw captions that repeat another",
+                settings.max_repeated_caption_share,
+                "ingest.max_repeated_caption_share",
+            ),
+            share(
+                "constant_share",
+                "images looked at that are one colour all over",
+                settings.max_constant_share,
+                "ingest.max_constant_share",
+            ),
         ],
         "units": [_fact(fact) for fact in PARTITION],
     }
     return run_gate("ingest", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
 
+
+# Kinds of failures of images that are left out on purpose.
+LEFT_OUT = ("duplicate-image", "evaluation")
 
 # Kinds of failures that tell of a whole file of the source; its items were not all counted.
 BROKEN_UNIT = ("unit", "truncated", "unreadable-shard")
@@ -150,7 +192,11 @@ def gate_image_tower(
         stage["accuracy"] = float(np.mean(list(accuracy.values()))) if accuracy else None
         detail = ", ".join(f"{name} {in_percent(value)}" for name, value in accuracy.items())
         what = f"mean accuracy over attributes is at least {in_percent(settings.min_accuracy)}"
-        checks.append(one("accuracy", what, low=settings.min_accuracy, percent=True, detail=detail))
+        checks.append(
+            one(
+                "accuracy", what, low=settings.min_accuracy, percent=True, detail=detail, key="image_tower.min_accuracy"
+            )
+        )
     table = pd.DataFrame([{**stage, "spread": spread}])
     return run_gate("image_tower", {"stage": table}, {"stage": checks}, report)
 
@@ -176,10 +222,7 @@ def gate_caption(
     captions = sum(unit.written for unit in reports)
     found = totals(reports)
     filtered = {rule: count for rule, count in found["failure_kinds"].items() if rule in RULES}
-    others = {kind: count for kind, count in found["failure_kinds"].items() if kind not in RULES}
-    failures, few_failures = _failures(
-        {**found, "failed": sum(others.values()), "failure_kinds": others}, settings.max_failure_share
-    )
+    failures, few_failures = _failures(found, settings.max_failure_share, "caption", RULES)
     missing = [unit.name for unit in reports if not unit.written and (not unit.sha256 or unit.read >= ENOUGH_CAPTIONS)]
     swapped, agreeing = _swapped(agreements, settings.min_agreement_ratio)
     written = captions + sum(filtered.values())
@@ -195,13 +238,13 @@ def gate_caption(
         **failures,
     }
     shares = {
-        "filtered_share": ("captions that quality's rules drop", settings.max_filtered_share),
-        "truncated_share": ("captions that are cut off", settings.max_truncated_share),
-        "missing_share": ("partitions without any caption", settings.max_missing_partitions),
-        "repeated_share": ("captions that repeat another word for word", settings.max_repeated_share),
+        "filtered_share": ("captions that quality's rules drop", "max_filtered_share"),
+        "truncated_share": ("captions that are cut off", "max_truncated_share"),
+        "missing_share": ("partitions without any caption", "max_missing_partitions"),
+        "repeated_share": ("captions that repeat another word for word", "max_repeated_share"),
     }
     details = {
-        "filtered_share": ", ".join(f"{count} {rule}" for rule, count in filtered.items()),
+        "filtered_share": _counts(filtered),
         "missing_share": _names(missing),
     }
     lengths = f"a partition's mean length is within {settings.max_length_ratio:g} times the median partition's"
@@ -210,18 +253,22 @@ def gate_caption(
             few_failures,
             one("captions", "there are captions", low=1),
             one("repeated_keys", "no image has two captions", high=0),
-            *(share(name, what, limit, detail=details.get(name, "")) for name, (what, limit) in shares.items()),
+            *(
+                share(name, what, getattr(settings, limit), f"caption.{limit}", details.get(name, ""))
+                for name, (what, limit) in shares.items()
+            ),
             one(
                 "swapped",
                 f"captions are their own images': they share {settings.min_agreement_ratio:g} times as many words with "
                 "their raw captions as with the next ones' (partitions that do not)",
                 high=0,
                 detail=agreeing,
+                key="caption.min_agreement_ratio",
             ),
         ],
         "units": [
             *(_fact(fact) for fact in CAPTIONS),
-            each("length_ratio", lengths, high=settings.max_length_ratio),
+            each("length_ratio", lengths, high=settings.max_length_ratio, key="caption.max_length_ratio"),
         ],
     }
     return run_gate("caption", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
@@ -273,7 +320,7 @@ def gate_shard(
     shards = [shard for split in index["splits"].values() for shard in split["shards"]]
     rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in shards]
     whole = [folder / f"{row['shard']}.tar" for row in rows if row["places_off"] == 0]
-    failures, few_failures = _failures(index, settings.max_failure_share)
+    failures, few_failures = _failures(index, settings.max_failure_share, "shard")
     table = _rows(rows, SHARD, "shard", "samples", "uncaptioned")
     samples = index["written"]
     stage = {
@@ -287,7 +334,8 @@ def gate_shard(
     }
     expected = f"samples written and failed are the {expected_samples} that were planned"
     largest = settings.samples_per_shard
-    described = [share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share)]
+    key = "shard.max_uncaptioned_share"
+    described = [share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share, key)]
     suites = {
         "stage": [
             few_failures,
@@ -335,7 +383,7 @@ def gate_pretrain(settings: config.Pretrain, history: pd.DataFrame, guess_loss: 
             each("advance", "steps go up", low=1),
             each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
         ],
-        "seeds": [each("final_share", lowest, high=limit, percent=True)],
+        "seeds": [each("final_share", lowest, high=limit, percent=True, key="pretrain.max_final_loss_share")],
     }
     return run_gate("pretrain", tables, suites, report)
 
@@ -391,7 +439,12 @@ def gate_evaluate(settings: config.Evaluate, scores: pd.DataFrame, report: Path)
             each("value", "every score is from 0 to 1", 0, 1),
         ],
         "told_apart": [
-            each("over_chance", f"R@1 of short text (or of long, or top-1) is at least {lowest:g} times chance", lowest)
+            each(
+                "over_chance",
+                f"R@1 of short text (or of long, or top-1) is at least {lowest:g} times chance",
+                lowest,
+                key="evaluate.min_score_over_chance",
+            )
         ],
     }
     return run_gate("evaluate", tables, suites, report)

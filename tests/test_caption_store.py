@@ -173,7 +173,29 @@ def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_pat
 def test_a_published_partition_is_not_done_again(source, tmp_path):
     work, partition = captioning(tmp_path, "out"), partition_of(source)
     first = work(partition)
-    assert work(replace(partition, sha256="0" * 64)) == first
+    before = (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns
+    assert work(partition) == first
+    assert (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns == before
+
+
+def test_a_partition_is_published_again_when_its_images_changed(source, tmp_path):
+    work, partition = captioning(tmp_path, "out"), partition_of(source)
+    work(partition)
+    before = (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns
+    work(replace(partition, sha256="0" * 64))
+    assert (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns > before
+
+
+def test_an_image_that_the_server_failed_with_is_asked_for_again(source, tmp_path, monkeypatch):
+    from lotlip.captioning import table
+
+    lookup = table.TableCaptioner._caption
+    with monkeypatch.context() as patch:
+        patch.setattr(table.TableCaptioner, "_caption", lambda self, key: Failure(key, "there", "status 500", "server"))
+        (failed,) = captioning(tmp_path, "out")(partition_of(source))
+    assert table.TableCaptioner._caption is lookup
+    (report,) = captioning(tmp_path, "out")(partition_of(source))
+    assert (failed.written, report.written) == (0, 2)
 
 
 def test_a_captioner_is_opened_once_in_a_process(source, tmp_path):

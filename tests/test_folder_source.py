@@ -58,7 +58,7 @@ def test_an_image_and_its_caption_become_a_record(tmp_path):
     record = only(tmp_path)
     assert isinstance(record, ImageRecord)
     assert record == ImageRecord(
-        key="dogs_My_dog_v2",
+        key="dogs_My_dog_v2-7526bf664ed3",
         image=path.read_bytes(),
         extension="png",
         raw_caption="a dog on a lawn",
@@ -129,14 +129,13 @@ def test_a_folder_named_like_a_caption_is_a_failure(tmp_path):
 
 
 def test_of_files_with_one_key_the_first_stays(tmp_path):
-    names = ["a/b.png", "a_b.png", "a b.png", "a/b.jpg", "c.png"]
+    names = ["a/b.png", "a_b.png", "a/b.jpg", "c.png"]
     for name in names:
         add(tmp_path, name)
     results = read_all(tmp_path)
     kinds = {item: result.kind if isinstance(result, Failure) else "" for item, result in results.items()}
-    # a blank sorts before the slash and the underline
-    assert kinds == {"a b.png": "", "a/b.jpg": "duplicate", "a/b.png": "duplicate", "a_b.png": "duplicate", "c.png": ""}
-    assert "a b.png" in results["a_b.png"].reason
+    assert kinds == {"a/b.jpg": "", "a/b.png": "duplicate", "a_b.png": "duplicate", "c.png": ""}
+    assert "a/b.jpg" in results["a_b.png"].reason
 
 
 def test_duplicates_are_seen_across_units_and_by_another_process(tmp_path):
@@ -161,7 +160,7 @@ def test_a_file_name_that_is_not_text_does_no_harm(tmp_path):
     (unit,) = source.units(10)
     report = write_partition(unit, source.read(unit), tmp_path / "out")
     assert report.failures[0].where == "caf\\xe9.txt"
-    assert report.failures[0].key == "caf_"
+    assert report.failures[0].key.startswith("caf_-")
 
 
 def test_every_item_is_in_one_unit_of_one_split(tmp_path):

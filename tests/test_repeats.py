@@ -92,7 +92,7 @@ def test_of_equal_images_the_evaluated_one_stays_and_else_the_first(tmp_path):
     assert keys(tmp_path / "out", "val/part-00000") == ["g"]
     assert keys(tmp_path / "out", "test/part-00000") == ["h"]
     (lost,) = unique[0].failures
-    assert (lost.key, lost.kind, lost.where) == ("c", "duplicate", "train/part-00000.tar: c.png")
+    assert (lost.key, lost.kind, lost.where) == ("c", "duplicate-image", "train/part-00000.tar: c.png")
     assert lost.reason == "it is the same image as g in val/part-00000"
     assert [failure.reason for failure in unique[1].failures] == [
         "it is the same image as b in train/part-00000",

@@ -83,7 +83,7 @@ def test_rows_of_a_csv_file_come_in(tmp_path):
     assert (first.key, first.raw_caption, first.extension) == ("0000000_0000008", "a red dot", "png")
     assert [remark.kind for remark in first.remarks] == ["renamed"]
     assert first.remarks[0].where == f"{table}: line 2"
-    assert (second.key, second.raw_caption, second.remarks) == ("dogs_My_dog_v2", 'a "dog", red', ())
+    assert (second.key, second.raw_caption, second.remarks) == ("dogs_My_dog_v2-7526bf664ed3", 'a "dog", red', ())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])

@@ -12,9 +12,11 @@ from pydantic import TypeAdapter
 from lotlip import config
 from lotlip.captioning import Captioner, open_captioner
 from lotlip.captioning.quality import assess, measured
-from lotlip.captioning.store import CaptionStore, Partition
-from lotlip.partitions import finished, read_table, write_captions
+from lotlip.captioning.store import PASSING, CaptionStore, Partition
+from lotlip.files import sha256_json
+from lotlip.partitions import finished, read_table, reuse_or_write, write_captions
 from lotlip.records import UnitReport
+from lotlip.sources.paths import tree_state
 from lotlip.text import split_sub_captions
 
 _opening = threading.Lock()
@@ -39,19 +41,32 @@ class Captioning:
     out: Path
 
     def author(self) -> Captioner:
-        """The captioner, opened once in a process, however many threads ask."""
-        settings = TypeAdapter(config.Captioner).dump_json(self.stage.captioners[self.captioner])
+        """The captioner, opened once in a process, however many threads ask, and again when its file changed."""
+        settings = self.stage.captioners[self.captioner]
+        described = TypeAdapter(config.Captioner).dump_json(settings)
         with _opening:
-            return _opened(self.captioner, settings, self.stage.tokenizer)
+            return _opened(self.captioner, described, self.stage.tokenizer, tree_state(settings.path))
 
     def stored(self) -> CaptionStore:
         """The store of what the captioner wrote."""
         return CaptionStore(self.store, self.captioner, self.author().about)
 
     def __call__(self, partition: Partition) -> list[UnitReport]:
-        """Writes the partition's captions, or tells of them where it was done."""
-        done = finished(partition.name, self.out)
-        return [done or self._write(partition)]
+        """Writes the partition's captions, unless they are there and were made from the same images and captioner."""
+        inputs = sha256_json([partition.name, partition.images, partition.sha256, self.author().about])
+        return reuse_or_write(
+            partition.name,
+            inputs,
+            self.out,
+            lambda: self._finished(partition),
+            lambda: [self._write(partition)],
+        )
+
+    def _finished(self, partition: Partition) -> list[UnitReport] | None:
+        report = finished(partition.name, self.out)
+        if report is None or any(failure.kind in PASSING for failure in report.failures):
+            return None  # what failed because of the server may succeed now
+        return [report]
 
     def _write(self, partition: Partition) -> UnitReport:
         from lotlip.data.tokenizer import token_counts
@@ -71,5 +86,5 @@ class Captioning:
 
 
 @lru_cache(maxsize=1)
-def _opened(name: str, settings: bytes, tokenizer: str) -> Captioner:
+def _opened(name: str, settings: bytes, tokenizer: str, state: str) -> Captioner:
     return open_captioner(name, TypeAdapter(config.Captioner).validate_json(settings), tokenizer)

@@ -77,6 +77,12 @@ class TableCaptioner:
                 f"{self._path} has no rows of the captioner {self._name!r} (it has: {there}); "
                 "call the captioner in params.yaml as the table does, or give it another table"
             )
+        if ambiguous := self._texts.ambiguous():
+            key, one, other = ambiguous
+            raise ValueError(
+                f"{self._path} has rows of {self._name} for {one} and for {other}, which have the same key {key}; "
+                "rename one of the images, or remove the row of the one that is not in the data set"
+            )
         repeated = self._texts.repeated() if self._settings.repeated == "error" else []
         if repeated:
             shown = ", ".join(repeated[:5]) + (", …" if len(repeated) > 5 else "")
@@ -85,8 +91,11 @@ class TableCaptioner:
                 "for each, or take the first by `repeated: first`"
             )
 
-    def _rows(self, path: Path, others: set[str]) -> Iterator[tuple[str, str]]:
-        """Key and text of this captioner's rows; the names of other captioners are added to `others`."""
+    def _rows(self, path: Path, others: set[str]) -> Iterator[tuple[str, str | None, str]]:
+        """Key, name where it is not the key, and text of this captioner's rows.
+
+        The names of other captioners are added to `others`.
+        """
         settings, table = self._settings, open_table(path)
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
         whose = [] if settings.captioner is None else [settings.captioner]
@@ -107,7 +116,11 @@ class TableCaptioner:
                     continue
                 # null has no words
                 found = [str(text).strip() for text in rest if text is not None]
-                yield key_of(str(key), prefix), "\n".join(text for text in found if text)
+                name = str(key).removeprefix("./")
+                name = f"{prefix}/{name}" if prefix else name
+                made = key_of(str(key), prefix)
+                # no two addresses share a key
+                yield made, None if name == made or "://" in name else name, "\n".join(text for text in found if text)
         except (ValueError, OSError) as error:  # pyarrow raises kinds of both
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
@@ -120,13 +133,13 @@ class _Texts:
         self._base = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         self._lock = threading.Lock()
         self._base.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;")
-        self._base.execute("CREATE TABLE texts (key TEXT NOT NULL, text TEXT NOT NULL)")
+        self._base.execute("CREATE TABLE texts (key TEXT NOT NULL, name TEXT, text TEXT NOT NULL)")
         self._indexed = False
 
-    def add(self, rows: Iterable[tuple[str, str]]) -> None:
+    def add(self, rows: Iterable[tuple[str, str | None, str]]) -> None:
         """Appends rows, in their order."""
         self._base.execute("BEGIN")
-        self._base.executemany("INSERT INTO texts VALUES (?, ?)", rows)
+        self._base.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
         self._base.execute("COMMIT")
 
     def __len__(self) -> int:
@@ -138,6 +151,17 @@ class _Texts:
         self._index()
         sql = "SELECT key FROM texts GROUP BY key HAVING count(*) > 1 ORDER BY min(rowid)"
         return [key for (key,) in self._base.execute(sql)]
+
+    def ambiguous(self) -> tuple[str, str, str] | None:
+        """A key that rows of different names share, and two of those names; None where there is no such key."""
+        self._index()
+        sql = (
+            "SELECT key, min(coalesce(name, key)), max(coalesce(name, key)) FROM texts "
+            "WHERE key IN (SELECT key FROM texts GROUP BY key HAVING count(*) > 1) "
+            "GROUP BY key HAVING min(coalesce(name, key)) <> max(coalesce(name, key)) LIMIT 1"
+        )
+        found: tuple[str, str, str] | None = self._base.execute(sql).fetchone()
+        return found
 
     def get(self, key: str) -> str | None:
         """The text of the first row with a key; None where there is none."""

@@ -121,6 +121,11 @@ class Ingest(Section):
         [], description="folders of images (of a benchmark, say) that are left out of the training split"
     )
     max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
+    max_left_out_share: Share = Field(
+        0.9,
+        description="of the items that are left out as exact copies of another image or of one in evaluation_images; "
+        "they do not count for max_failure_share",
+    )
     max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
     max_repeated_caption_share: Share = Field(0.9, description="of the raw captions that are word for word another's")
     max_constant_share: Share = Field(0.05, description="of the images looked at that are one colour all over")

@@ -22,6 +22,16 @@ class Source(Protocol):
             OSError: the unit could not be read to its end and may be, at another try.
         """
 
+    def state(self, unit: Unit) -> str | None:
+        """A hash of all that decides what `read` gives besides the settings; file contents are not read for it.
+
+        It changes when an item is added, removed, renamed or replaced. None: the source cannot know whether the unit
+        changed, so the unit is read again.
+
+        Raises:
+            OSError: as for `read`.
+        """
+
     def split(self, key: str) -> str:
         """Which of `SPLITS` a sample is in; asked where a unit has no split of its own."""
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from lotlip import config
+from lotlip.files import sha256_json
 from lotlip.records import SPLITS, Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import key_of, printable, split_of
+from lotlip.sources.paths import file_state
 
 
 class FolderSource:
@@ -46,6 +49,14 @@ class FolderSource:
         """Each item's image, decoded once to be sure that it can be, and its caption."""
         for item in unit.items:
             yield self._read(item)
+
+    def state(self, unit: Unit) -> str:
+        """Of the items' images, captions and rivals for their keys."""
+        return sha256_json([unit.split, *map(self._state, unit.items)])
+
+    def _state(self, item: str) -> list[Any]:
+        path = self._root / item
+        return [item, file_state(path), file_state(path.with_suffix(".txt")), self._duplicates.get(item)]
 
     def split(self, key: str) -> str:
         """By chance, which depends on the key and the seed."""

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from lotlip.config import Images, ScenesSource
+from lotlip.files import sha256_json
 from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 
@@ -486,6 +487,10 @@ class SceneSource:
         assert unit.split is not None  # `units` gives each one
         for item in unit.items:
             yield self._record(unit.split, int(item))
+
+    def state(self, unit: Unit) -> str:
+        """The numbers of the scenes: with the settings, they decide the pictures."""
+        return sha256_json([unit.split, *unit.items])
 
     def split(self, key: str) -> str:
         """The key begins with it."""

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from lotlip import config
+from lotlip.files import sha256_json
 from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import is_key, key_of, leaves, prefix_of, printable, split_of
-from lotlip.sources.rows import ParquetTable, Range, Row, find_tables, open_table, require
+from lotlip.sources.paths import file_state
+from lotlip.sources.rows import ParquetTable, Range, Row, Table, find_tables, open_table, require
 
 
 class TableSource:
@@ -56,15 +58,33 @@ class TableSource:
         """By chance, which depends on the key and the seed."""
         return split_of(key, self._settings)
 
+    def state(self, unit: Unit) -> str:
+        """Of the unit's files of rows, and of the images that its rows name."""
+        found: list[Any] = [*unit.items]
+        for path, table, part in self._parts(unit):
+            found.append(file_state(path))
+            if self._images is not None:
+                found += [file_state(self._images / name) for name in self._named(table, part)]
+        return sha256_json(found)
+
+    def _named(self, table: Table, part: Range) -> Iterator[str]:
+        """Paths of the image files that a table's rows name."""
+        for row in table.rows([self._settings.image], part):
+            data, path = _image(row.values[0]) if row.problem is None else (None, "")
+            if path and data is None:
+                yield path
+
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """Each row's image and caption."""
+        for path, table, part in self._parts(unit):
+            keys: set[str] = set()
+            for row in table.rows(self._columns, part):
+                yield self._record(row, path, f"{printable(str(path))}: {table.unit} {row.number}", keys)
+
+    def _parts(self, unit: Unit) -> Iterator[tuple[Path, Table, Range]]:
         for item in unit.items:
             start, number, count, name = item.split(":", 3)
-            path = Path(name)
-            table = open_table(path)
-            keys: set[str] = set()
-            for row in table.rows(self._columns, Range(int(start), int(number), int(count))):
-                yield self._record(row, path, f"{printable(name)}: {table.unit} {row.number}", keys)
+            yield Path(name), open_table(Path(name)), Range(int(start), int(number), int(count))
 
     def _check(self, path: Path) -> None:
         """Makes sure that a table has the columns, and that the image's holds images."""

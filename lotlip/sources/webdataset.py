@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from lotlip import config
+from lotlip.files import sha256_json
 from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import is_key, key_of, leaves, prefix_of, printable, split_of
+from lotlip.sources.paths import file_state
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 _REMEDY = (
@@ -62,6 +64,15 @@ class WebDatasetSource:
     def split(self, key: str) -> str:
         """By chance, which depends on the key and the seed."""
         return split_of(key, self._settings)
+
+    def state(self, unit: Unit) -> str | None:
+        """Of the unit's tars, by size and times, or by what their store says of their version.
+
+        Raises:
+            OSError: the tar's store did not answer.
+        """
+        states = [_state(_parsed(tar)[1]) for tar in unit.items]
+        return None if None in states else sha256_json([*unit.items, *states])
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """Each sample of the unit's tar.
@@ -232,6 +243,33 @@ class _Stream(io.RawIOBase):
     def close(self) -> None:
         self._file.close()
         super().close()
+
+
+# What stores say of an object's version, the surest first.
+_VERSION = (
+    "ETag", "etag", "e_tag", "generation", "md5Hash", "content_md5", "Content-MD5", "Digest", "VersionId",
+    "LastModified", "last_modified", "Last-Modified", "updated", "mtime", "modified", "created",
+)  # fmt: skip
+
+
+def _state(address: str) -> list[Any] | str | None:
+    """What changes when a tar is replaced; None where its store has no such thing."""
+    if "://" not in address:
+        return file_state(Path(address))
+    from fsspec.core import url_to_fs
+
+    try:
+        system, path_there = url_to_fs(address)
+        system.invalidate_cache()  # it keeps what it once listed
+        about = system.info(path_there)
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        return type(error).__name__
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        raise OSError(f"{address} cannot be opened: {error!r}") from error
+    version = next((about[name] for name in _VERSION if about.get(name)), None)
+    return None if version is None else [about.get("size"), str(version)]
 
 
 def _opened(address: str) -> IO[bytes]:

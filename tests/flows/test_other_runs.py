@@ -160,7 +160,7 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
     workspace.python("flows.ingest")
     index = json.loads((workspace.folder / "data/ingest/index.json").read_text())
     kinds = index["failure_kinds"]
-    assert kinds == {"duplicate": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
+    assert kinds == {"duplicate-image": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
     assert index["remark_kinds"] == {"renamed": 1}
     assert index["read"] == index["written"] + sum(kinds.values())
     workspace.python("flows.caption", "sharegpt4v")

@@ -1,0 +1,473 @@
+"""Work units that an interrupted or failed run left: reused only while their inputs are unchanged."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import flows.ingest
+import flows.shard
+from flows import stage as stages
+from flows.caption import caption
+from flows.ingest import ingest
+from flows.shard import shard
+from flows.stage import StageFailed
+from lotlip.captioning.partition import Captioning
+from lotlip.gate import GateFailed
+from lotlip.partitions import read_captions, read_index, read_records, read_table, unit_names
+from tests.flows.test_stage import FakeTask
+
+ROOT = Path(__file__).parents[2]
+
+
+def picture(number: int) -> bytes:
+    """A small picture, another one for each number."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "png")
+    return file.getvalue()
+
+
+def add(folder: Path, name: str, number: int, text: str = "") -> Path:
+    path = folder / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(picture(number))
+    path.with_suffix(".txt").write_text(text or f"a picture of number {number}")
+    return path
+
+
+@pytest.fixture
+def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None) -> Path:
+    """A project in whose folder flows run as plain functions, without Prefect."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
+    monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
+    monkeypatch.setattr(stages, "_run_unit", FakeTask())
+    monkeypatch.setattr(stages, "as_completed", list)
+    change(lambda params: params.update(orchestration={"retries": 0, "retry_delay_seconds": 0}))
+    change(lambda params: params["ingest"].update(partition_size=10))
+    change(lambda params: params["ingest"]["source"].update(val_share=0, test_share=0))
+    return tmp_path
+
+
+def change(edit: Callable[[dict[str, Any]], Any]) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    edit(params)
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], module: Any, name: str, units: int = 1
+) -> None:
+    """Runs a stage that is stopped after some units."""
+    write = getattr(module, name)
+    done = 0
+
+    def stop(*arguments: Any, **more: Any) -> Any:
+        nonlocal done
+        if done == units:
+            raise KeyboardInterrupt
+        done += 1
+        return write(*arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, stop)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+
+
+def stopped_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
+    interrupted(monkeypatch, ingest.fn, flows.ingest, "write_partitions", units)
+
+
+def captions(folder: str = "data/ingest") -> dict[str, str]:
+    """Key → raw caption of all that was published."""
+    found = {}
+    for name in unit_names(Path(folder)):
+        table = read_table(Path(folder), name, ["key", "raw_caption"])
+        found |= dict(zip(table["key"], table["raw_caption"], strict=True))
+    return found
+
+
+def files(folder: str) -> dict[str, bytes]:
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+# --- ingest: a folder ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_added_after_an_interruption_is_read(project: Path, monkeypatch) -> None:
+    for number in range(2500):
+        add(project / "my-images", f"{number:04d}", number)
+    change(lambda params: params["ingest"].update(partition_size=1000))
+    stopped_ingest(monkeypatch)
+    add(project / "my-images", "0", 9999, "the new one")  # sorts first
+    ingest.fn()
+    found = captions()
+    assert len(found) == 2501
+    assert found["0"] == "the new one"
+
+
+def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
+    for number in range(30):
+        add(project / "my-images", f"{number:02d}", number)
+    stopped_ingest(monkeypatch, units=2)
+    add(project / "my-images", "29", 77, "other")
+    read: list[str] = []
+    write = flows.ingest.write_partitions
+
+    def counted(unit: Any, *more: Any) -> Any:
+        read.append(unit.name)
+        return write(unit, *more)
+
+    monkeypatch.setattr(flows.ingest, "write_partitions", counted)
+    ingest.fn()
+    assert read == ["train/part-00002"]
+    assert captions()["29"] == "other"
+
+
+@pytest.mark.parametrize("changed", ["image", "caption", "deleted", "same size and time"])
+def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monkeypatch, changed) -> None:
+    for number in range(20):
+        path = add(project / "my-images", f"{number:02d}", number)
+    path = project / "my-images" / "03.png"
+    text = path.with_suffix(".txt")
+    stopped_ingest(monkeypatch)
+    if changed == "image":
+        path.write_bytes(picture(500))
+    elif changed == "caption":
+        text.write_text("rewritten")
+    elif changed == "deleted":
+        path.unlink()
+        text.unlink()
+    else:
+        before = text.stat()
+        text.write_text("a picture of number X")
+        os.utime(text, ns=(before.st_atime_ns, before.st_mtime_ns))
+    ingest.fn()
+    records = {
+        one.key: one for name in unit_names(Path("data/ingest")) for one in read_records(Path("data/ingest"), name)
+    }
+    if changed == "deleted":
+        assert "03" not in records and len(records) == 19
+    elif changed == "image":
+        assert records["03"].image == picture(500)
+    else:
+        assert records["03"].raw_caption == text.read_text()
+
+
+def test_a_folder_that_was_repaired_after_its_gate_failed_passes(project: Path) -> None:
+    for number in range(20):
+        path = add(project / "my-images", f"{number:02d}", number)
+        if number < 10:
+            path.with_suffix(".txt").write_text("")
+    with pytest.raises(GateFailed):
+        ingest.fn()
+    for number in range(10):
+        path = project / "my-images" / f"{number:02d}.png"
+        if number % 2:
+            path.with_suffix(".txt").write_text(f"now it has caption {number}")
+        else:
+            path.unlink()
+            path.with_suffix(".txt").unlink()
+    ingest.fn()
+    assert len(captions()) == 15
+
+
+def test_a_key_that_became_free_is_taken_after_an_interruption(project: Path, monkeypatch) -> None:
+    """Whether an item is a duplicate depends on the items of other units."""
+    change(lambda params: params["ingest"].update(partition_size=1))
+    add(project / "my-images", "a/b", 1)
+    add(project / "my-images", "a_b", 2, "the second")
+    add(project / "my-images", "c", 3)
+    stopped_ingest(monkeypatch, units=2)
+    (project / "my-images/a/b.png").rename(project / "my-images/a/z.png")
+    (project / "my-images/a/b.txt").rename(project / "my-images/a/z.txt")
+    ingest.fn()
+    assert set(captions()) == {"a_z", "a_b", "c"}
+
+
+def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, monkeypatch) -> None:
+    for number in range(20):
+        add(project / "my-images", f"{number:02d}", number)
+    ingest.fn()
+    first = files("data/ingest")
+    for path in (project / "my-images").iterdir():
+        os.utime(path, (1, 1))
+    shutil.rmtree("data")
+    stopped_ingest(monkeypatch)
+    ingest.fn()
+    assert files("data/ingest") == first
+
+
+def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, monkeypatch) -> None:
+    for number in range(20):
+        add(project / "my-images", f"{number:02d}", number)
+    write = flows.ingest.write_partitions
+
+    def touched(unit: Any, *more: Any) -> Any:
+        reports = write(unit, *more)
+        add(project / "my-images", "05", 5, "rewritten meanwhile")
+        return reports
+
+    with monkeypatch.context() as patch:
+        patch.setattr(flows.ingest, "write_partitions", touched)
+        with pytest.raises(StageFailed, match="train/part-00000"):
+            ingest.fn()
+    assert not Path("data/ingest").exists()
+    ingest.fn()
+    assert captions()["05"] == "rewritten meanwhile"
+
+
+# --- ingest: other sources ----------------------------------------------------------------------------------------
+
+
+def tar_of(path: Path, numbers: range, text: str = "number") -> None:
+    import tarfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for number in numbers:
+            for ending, data in (("png", picture(number)), ("txt", f"{text} {number}".encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def use(**source: Any) -> None:
+    change(lambda params: params["ingest"].update(source={**source, "val_share": 0, "test_share": 0}))
+
+
+def test_a_tar_that_was_fetched_again_is_read_again(project: Path, monkeypatch) -> None:
+    use(kind="webdataset", path="raw", images=["png"])
+    for number in range(3):
+        tar_of(project / f"raw/{number}.tar", range(10 * number, 10 * number + 10))
+    stopped_ingest(monkeypatch, units=2)
+    size = (project / "raw/0.tar").stat().st_size
+    tar_of(project / "raw/0.tar", range(10), "NUMBER")
+    assert (project / "raw/0.tar").stat().st_size == size
+    ingest.fn()
+    assert captions()["000"] == "NUMBER 0"
+    assert captions()["010"] == "number 10"
+
+
+def test_a_tar_of_another_store_is_read_again_when_it_changed(project: Path, monkeypatch) -> None:
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    use(kind="webdataset", path="list.txt", images=["png"])
+    (project / "list.txt").write_text("memory://raw/{0..1}.tar\n")
+    for number in range(2):
+        tar_of(project / "one.tar", range(10 * number, 10 * number + 10))
+        system.pipe_file(f"/raw/{number}.tar", (project / "one.tar").read_bytes())
+    stopped_ingest(monkeypatch)
+    tar_of(project / "one.tar", range(10), "NUMBER")
+    system.pipe_file("/raw/0.tar", (project / "one.tar").read_bytes())
+    ingest.fn()
+    assert captions()["000"] == "NUMBER 0"
+
+
+def test_a_store_that_refused_a_tar_is_asked_again(project: Path) -> None:
+    use(kind="webdataset", path="list.txt", images=["png"])
+    (project / "list.txt").write_text("raw/0.tar\nraw/1.tar\n")
+    tar_of(project / "raw/0.tar", range(10))
+    with pytest.raises(GateFailed):
+        ingest.fn()
+    tar_of(project / "raw/1.tar", range(10, 20))
+    ingest.fn()
+    assert len(captions()) == 20
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "parquet of images"])
+@pytest.mark.parametrize("changed", ["row", "image"])
+def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypatch, kind, changed) -> None:
+    import pandas as pd
+
+    table = project / ("raw.csv" if kind == "csv" else "raw.parquet")
+    for number in range(20):
+        add(project / "images", f"{number:02d}", number)
+
+    def write(first: str, data: bytes) -> None:
+        images: list[Any] = [f"{number:02d}.png" for number in range(20)]
+        if kind == "parquet of images":
+            images = [{"bytes": None, "path": images[0]}] + [{"bytes": picture(n), "path": None} for n in range(1, 20)]
+        (project / "images/00.png").write_bytes(data)
+        frame = pd.DataFrame({"image": images, "caption": [first] + [f"row {n}" for n in range(1, 20)]})
+        frame["id"] = [f"k{number}" for number in range(20)]
+        frame.to_csv(table, index=False) if kind == "csv" else frame.to_parquet(table)
+
+    write("row 0", picture(0))
+    use(kind=kind.split()[0], path=table.name, images="images", key="id")
+    stopped_ingest(monkeypatch)
+    if changed == "row":
+        write("ROW 0", picture(0))
+    else:
+        (project / "images/00.png").write_bytes(picture(300))
+    ingest.fn()
+    (first,) = (
+        one
+        for name in unit_names(Path("data/ingest"))
+        for one in read_records(Path("data/ingest"), name)
+        if one.key == "k0"
+    )
+    assert (first.raw_caption, first.image) == (("ROW 0", picture(0)) if changed == "row" else ("row 0", picture(300)))
+
+
+# --- captions and shards ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def described(project: Path) -> Path:
+    """Thirty ingested pictures and a table of captions."""
+    for number in range(30):
+        add(project / "my-images", f"{number:02d}", number)
+    write_table(project, "It is")
+    entry = {"kind": "table", "path": "captions.csv"}
+    change(lambda params: params["caption"].update(captioners={"mine": entry}, max_repeated_share=1.0))
+    change(lambda params: params["shard"].update(store_features=False, samples_per_shard=10))
+    ingest.fn()
+    return project
+
+
+def write_table(project: Path, words: str) -> None:
+    rows = [f"{number:02d},mine,{words} a picture of number {number}. It has dots." for number in range(30)]
+    (project / "captions.csv").write_text("\n".join(["key,captioner,text", *rows]) + "\n")
+
+
+def long_captions() -> dict[str, str]:
+    folder = Path("data/captions/mine")
+    found = {}
+    for name in unit_names(folder):
+        table = read_captions(folder, name, ["key", "text"])
+        found |= dict(zip(table["key"], table["text"], strict=True))
+    return found
+
+
+def test_captions_follow_a_table_that_was_rewritten_after_an_interruption(described: Path, monkeypatch) -> None:
+    def run() -> None:
+        caption.fn("mine")
+
+    interrupted(monkeypatch, run, Captioning, "_write")
+    assert not Path("data/captions/mine").exists()
+    write_table(described, "Now it is")
+    caption.fn("mine")
+    assert all(text.startswith("Now it is") for text in long_captions().values())
+
+
+def test_a_table_that_changes_while_it_is_read_is_not_published(described: Path, monkeypatch) -> None:
+    write = Captioning._write
+
+    def rewritten(self: Captioning, partition: Any) -> Any:
+        report = write(self, partition)
+        write_table(described, "Now it is")
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Captioning, "_write", rewritten)
+        with pytest.raises(StageFailed, match=r"captions\.csv"):
+            caption.fn("mine")
+    assert not Path("data/captions/mine").exists()
+    caption.fn("mine")
+    assert all(text.startswith("Now it is") for text in long_captions().values())
+
+
+def test_captions_follow_partitions_that_changed_under_the_same_index(described: Path, monkeypatch) -> None:
+    """A unit compares its own inputs, whatever the stage's fingerprint covers."""
+    from dataclasses import replace
+
+    from lotlip.captioning.store import Partition
+    from lotlip.config import load_params
+
+    config = load_params().caption
+    work = Captioning("mine", config, Path("data/ingest"), Path("store"), Path("work/out"))
+    unit = read_index(Path("data/ingest"))["units"][0]
+    partition = Partition(unit["name"], unit["written"], unit["sha256"])
+    asked: list[str] = []
+    write = Captioning._write
+
+    def counted(self: Captioning, partition: Partition) -> Any:
+        asked.append(partition.sha256)
+        return write(self, partition)
+
+    monkeypatch.setattr(Captioning, "_write", counted)
+    first = work(partition)
+    assert work(partition) == first
+    work(replace(partition, sha256="0" * 64))
+    assert asked == [partition.sha256, "0" * 64]
+
+
+def test_shards_follow_captions_that_changed_after_an_interruption(described: Path, monkeypatch) -> None:
+    import tarfile
+
+    caption.fn("mine")
+    interrupted(monkeypatch, shard.fn, flows.shard, "write_shard")
+    write_table(described, "Now it is")
+    caption.fn("mine")
+    shard.fn()
+    texts = []
+    for path in Path("data/shards").glob("*.tar"):
+        with tarfile.open(path) as tar:
+            texts += [tar.extractfile(member).read() for member in tar if member.name.endswith(".json")]
+    assert len(texts) == 30
+    assert all(b"Now it is" in text for text in texts)
+
+
+def test_inputs_of_units_are_not_published(described: Path) -> None:
+    caption.fn("mine")
+    shard.fn()
+    for folder in ("data/ingest", "data/captions/mine", "data/shards"):
+        assert not [name for name in files(folder) if "input" in name]
+        assert not any(b'"input' in data for name, data in files(folder).items() if name.endswith(".json"))
+
+
+# --- gates of own data --------------------------------------------------------------------------------------------
+
+
+def test_exact_copies_are_counted_apart_and_pass_by_default(project: Path) -> None:
+    for number in range(40):
+        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+    ingest.fn()
+    index = read_index(Path("data/ingest"))
+    assert (index["read"], index["written"]) == (40, 20)
+    assert index["failure_kinds"] == {"duplicate-image": 20}
+
+
+def test_copies_have_a_limit_of_their_own(project: Path) -> None:
+    change(lambda params: params["ingest"].update(max_left_out_share=0.4))
+    for number in range(40):
+        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+    with pytest.raises(GateFailed, match=r"50 % \(20 duplicate-image\).*ingest\.max_left_out_share"):
+        ingest.fn()
+
+
+def test_keys_that_are_taken_still_are_failures(project: Path) -> None:
+    for number in range(10):
+        add(project / "my-images", f"{number}/a", number)
+        add(project / "my-images", f"{number}_a", 100 + number)
+    with pytest.raises(GateFailed, match=r"50 % \(10 duplicate\).*ingest\.max_failure_share"):
+        ingest.fn()
+
+
+def test_all_limits_that_fail_are_shown_with_their_keys(project: Path) -> None:
+    change(lambda params: params["ingest"].update(max_left_out_share=0, max_repeated_caption_share=0.1))
+    for number in range(20):
+        path = add(project / "my-images", f"{number:02d}", number, "the same")
+        if number < 5:
+            path.with_suffix(".txt").unlink()
+    add(project / "my-images", "copy", 19, "the same")
+    with pytest.raises(GateFailed) as raised:
+        ingest.fn()
+    message = str(raised.value)
+    for key in ("max_failure_share", "max_left_out_share", "max_repeated_caption_share"):
+        assert f"ingest.{key}" in message

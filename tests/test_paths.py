@@ -1,0 +1,149 @@
+"""Folders that DVC cannot hash are found first, with the entry and the key of params.yaml named."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lotlip.config import load_params
+from lotlip.sources.paths import check_ingest, check_sources, file_state
+from tests.test_folder_source import add
+
+ROOT = Path(__file__).parents[1]
+LATIN = os.fsdecode(b"caf\xe9.png")
+
+
+def dangling(folder: Path) -> None:
+    (folder / "b.png").symlink_to("nowhere.png")
+
+
+def circular(folder: Path) -> None:
+    (folder / "c.png").symlink_to("c.png")
+
+
+def circle_of_two(folder: Path) -> None:
+    (folder / "c.png").symlink_to("d.png")
+    (folder / "d.png").symlink_to("c.png")
+
+
+def hidden(folder: Path) -> None:
+    (folder / ".b").symlink_to("nowhere")
+
+
+def not_utf8(folder: Path) -> None:
+    try:
+        (folder / LATIN).touch()
+    except OSError:
+        pytest.skip("this file system refuses such names")
+
+
+def folder_not_utf8(folder: Path) -> None:
+    try:
+        (folder / os.fsdecode(b"f\xfc")).mkdir()
+    except OSError:
+        pytest.skip("this file system refuses such names")
+
+
+def pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.png")
+
+
+DEFECTS = [
+    (dangling, "b.png"), (circular, "c.png"), (circle_of_two, "d.png"), (hidden, ".b"), (not_utf8, "caf\\xe9.png"),
+    (folder_not_utf8, "f\\xfc"), (pipe, "pipe.png"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Own images, a table with images, evaluation images, a benchmark and a captioner's folder, all in order."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
+    for name in ("my-images", "evaluated", "bench", "bench-images", "tables"):
+        add(tmp_path / name, "deep/a.png")
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    params["ingest"]["evaluation_images"] = ["evaluated"]
+    params["evaluate"]["benchmarks"]["urban-1k"] = {"folder": "bench", "images": "bench-images"}
+    params["caption"]["captioners"] = {"mine": {"kind": "table", "path": "tables"}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    return tmp_path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems have no such entries")
+@pytest.mark.parametrize(("plant", "name"), DEFECTS, ids=[plant.__name__ for plant, _ in DEFECTS])
+@pytest.mark.parametrize(
+    ("folder", "key"),
+    [
+        ("my-images", "ingest.source.path"),
+        ("evaluated", "ingest.evaluation_images"),
+        ("bench", "evaluate.benchmarks.urban-1k.folder"),
+        ("bench-images", "evaluate.benchmarks.urban-1k.images"),
+        ("tables", "caption.captioners.mine.path"),
+    ],
+)
+def test_an_entry_that_dvc_cannot_hash_is_named_with_its_key(project, plant, name, folder, key):
+    plant(project / folder / "deep")
+    params = load_params()
+    with pytest.raises(ValueError) as raised:
+        check_sources(params)
+    message = str(raised.value)
+    assert f"{folder}/deep/{name}" in message
+    assert key in message
+    message.encode()
+    if key.startswith("ingest"):
+        with pytest.raises(ValueError, match=key):
+            check_ingest(params.ingest)
+
+
+def test_folders_in_order_pass_and_links_to_files_and_folders_do(project):
+    (project / "my-images/link.png").symlink_to("deep/a.png")
+    (project / "my-images/loop").symlink_to(".")
+    (project / "my-images/café 犬.png").touch()
+    check_sources(load_params())
+
+
+def test_a_path_that_is_itself_a_link_to_nowhere_is_named(project):
+    shutil.rmtree("my-images")
+    Path("my-images").symlink_to("gone")
+    with pytest.raises(ValueError, match=r"my-images.*ingest\.source\.path|ingest\.source\.path.*my-images"):
+        check_sources(load_params())
+
+
+def test_images_of_a_table_are_checked(project):
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    Path("t.csv").write_text("image,caption\n")
+    params["ingest"]["source"] = {"kind": "csv", "path": "t.csv", "images": "my-images"}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    dangling(project / "my-images")
+    with pytest.raises(ValueError, match=r"ingest\.source\.images"):
+        check_ingest(load_params().ingest)
+
+
+def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):
+    from flows import reproduce
+
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(reproduce.subprocess, "Popen", started)
+    monkeypatch.setattr(reproduce, "building_op", started)
+    dangling(project / "my-images")
+    with pytest.raises(ValueError, match=r"my-images/b\.png"):
+        reproduce.reproduce(load_params(), [[]])
+
+
+def test_the_state_of_a_file_follows_permissions_and_edits_that_keep_size_and_time(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("one")
+    first = file_state(path)
+    assert file_state(path) == first
+    status = path.stat()
+    path.write_text("two")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file_state(path) != first
+    path.unlink()
+    assert isinstance(file_state(path), str)
