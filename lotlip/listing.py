@@ -20,8 +20,18 @@ def is_hidden(path: str) -> bool:
     return any(part == _MACOS_FOLDER or (part.startswith(".") and part != "..") for part in parts)
 
 
-def files_below(root: Path) -> Iterator[Path]:
-    """The files of a folder and its subfolders, in no order; hidden ones and links to folders are left out."""
+def files_below(root: Path, leave: Path | None = None) -> Iterator[Path]:
+    """The files of a folder and its subfolders, in no order; hidden ones and links to folders are left out.
+
+    Args:
+        root: the folder.
+        leave: a folder that is not entered.
+    """
     for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not is_hidden(name)]
+        kept = (name for name in folders if not is_hidden(name))
+        folders[:] = [name for name in kept if leave is None or not _same(Path(folder, name), leave)]
         yield from (Path(folder, name) for name in names if not is_hidden(name))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
