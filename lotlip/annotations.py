@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lotlip.listing import files_below
+
 # A text's fields; where there are several, their contents are lines of one text.
 _Fields = tuple[str, ...]
 
@@ -143,8 +145,7 @@ def _read_folder(folder: Path, wanted: _Wanted) -> Iterator[Text]:
     for inner in ("annotations", "caption"):  # DCI's without its splits, Urban-1k's
         if (folder / inner).is_dir():
             folder = folder / inner
-    files = [file for file in folder.rglob("*") if file.suffix.lower() in _ENDINGS and file.is_file()]
-    files = sorted(file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+    files = sorted(file for file in files_below(folder) if file.suffix.lower() in _ENDINGS and file.is_file())
     partitions = [file for file in files if _is_partition(file)]
     if partitions:
         for file in partitions:
@@ -262,6 +263,8 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from lotlip.sources.rows import is_text
+
     try:
         with pq.ParquetFile(path) as file:
             schema = file.schema_arrow
@@ -271,9 +274,12 @@ def _read_parquet(path: Path, wanted: _Wanted) -> Iterator[tuple[int, Any]]:
                 if column not in schema.names:
                     raise ValueError(f"{path} has no field {field!r} (it has {_listed(schema.names)})")
                 columns.add(column)
-            readable = (pa.string(), pa.large_string(), pa.int64(), pa.int32())
             types = {name: schema.field(name).type for name in _NAMES if name in schema.names}
-            columns.update(name for name, kind in types.items() if kind in readable)
+            columns.update(
+                name
+                for name, kind in types.items()
+                if is_text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind)
+            )
             number = 0
             for batch in file.iter_batches(_BATCH, columns=sorted(columns)):
                 yield from enumerate(batch.to_pylist(), start=number + 1)
@@ -330,8 +336,10 @@ def _record_texts(path: Path, records: Iterator[tuple[int, Any]], wanted: _Wante
 
 def _name(record: Mapping[str, Any]) -> str:
     """What a record says of which image it is; "" where it does not."""
+    from lotlip.sources.rows import as_name
+
     found = (record.get(name) for name in _NAMES)
-    return next((str(name) for name in found if isinstance(name, str | int) and name != ""), "")
+    return next(filter(None, (as_name(name) for name in found if isinstance(name, str | int | float))), "")
 
 
 def _field_texts(record: Mapping[str, Any], field: str, where: str) -> list[tuple[str, str]]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lotlip.data.images import ENDINGS
+from lotlip.data.images import ENDINGS, OTHER_PICTURES
+from lotlip.listing import files_below
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,8 @@ def printable(name: str) -> str:
 
 
 def _in_folder(root: Path) -> dict[str, Callable[[], bytes]]:
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder) / name for name in files if not name.startswith(".")]
-    images = sorted(file for file in found if file.suffix.lower().removeprefix(".") in ENDINGS)
+    endings = {*ENDINGS, *OTHER_PICTURES}  # what cannot be read is to be counted
+    images = sorted(file for file in files_below(root) if file.suffix.lower().removeprefix(".") in endings)
     return {printable(file.relative_to(root).as_posix()): file.read_bytes for file in images}
 
 

@@ -22,6 +22,15 @@ def split_sub_captions(text: str) -> list[str]:
     return [part for part in (part.strip() for part in _ENDS.split(text)) if part]
 
 
+def has_words(text: str) -> bool:
+    """Whether a sub-caption of the text has a letter or a digit of any script; signs and emoji alone are no words.
+
+    >>> has_words("A dog."), has_words("..."), has_words("一只狗"), has_words("</s>")
+    (True, False, True, False)
+    """
+    return any(character.isalnum() for part in split_sub_captions(text) for character in part)
+
+
 def join_sub_captions(sub_captions: Sequence[str]) -> str:
     """Joins sub-captions into one text; `split_sub_captions` undoes it."""
     return ". ".join(sub_captions)

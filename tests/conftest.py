@@ -16,6 +16,8 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+from tests.plugins import heif_plugin, no_plugins  # noqa: F401 (fixtures)
+
 if TYPE_CHECKING:
     from tests.defects import World
 

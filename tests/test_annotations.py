@@ -388,3 +388,22 @@ def test_a_text_file_has_neither_fields_nor_splits(tmp_path):
 def test_a_table_without_splits_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json, record 1 has no field 'split': leave --split out"):
         read(write(tmp_path / "a.json", [{"text": "a"}]), split="test")
+
+
+def test_parquet_names_may_be_categories_or_floating_point_numbers(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    category = pa.dictionary(pa.int32(), pa.string())
+    texts = pa.array(["a dog"]).cast(category)
+    for column, expected in ((pa.array(["x.jpg"]).cast(category), "x.jpg"), (pa.array([7.0]), "7")):
+        pq.write_table(pa.table({"key": column, "text": texts}), tmp_path / "A.PARQUET")
+        assert list(read_texts(tmp_path / "A.PARQUET")) == [(expected, "a dog")]
+
+
+def test_what_macos_adds_to_a_folder_is_no_annotation(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a dog"}')
+    (tmp_path / "._a.jsonl").write_bytes(b"\0")
+    (tmp_path / "__MACOSX").mkdir()
+    (tmp_path / "__MACOSX/b.csv").write_bytes(b"\0")
+    assert [text for _, text in read_texts(tmp_path)] == ["a dog"]

@@ -160,6 +160,16 @@ def test_a_partition_is_published_with_measures_and_failures(source, tmp_path):
     assert rows["agreement"].tolist() == [1.0, 1.0]
 
 
+@pytest.mark.parametrize("stored_before", [False, True])
+def test_a_caption_without_words_is_never_published(source, tmp_path, monkeypatch, stored_before):
+    (tmp_path / "captions.csv").write_text("key,captioner,text\nk0,llava,!!! ???\nk1,llava,A dog\n")
+    if stored_before:
+        monkeypatch.setattr("lotlip.captioning.table.has_words", lambda text: True)
+    (report,) = captioning(tmp_path, "out", quality={"short": None})(partition_of(source))
+    assert report.written == 1
+    assert {failure.key: failure.kind for failure in report.failures}["k0"] == "empty"
+
+
 def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_path):
     captioning(tmp_path, "out")(partition_of(source))
     (stored,) = (tmp_path / "store").rglob("*.parquet")

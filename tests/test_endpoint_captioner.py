@@ -296,6 +296,7 @@ def _await(url: str, server: subprocess.Popen, seconds: float) -> None:
         (saying("", "content_filter"), "refused", "content filter"),
         (saying(None, refusal="I cannot do that"), "refused", "I cannot do that"),
         (saying(" \n"), "empty", "without words"),
+        (saying("!!! 🐕"), "empty", "without words"),
         (saying(None, "length"), "empty", "finish reason length"),
     ],
 )

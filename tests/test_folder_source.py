@@ -16,6 +16,7 @@ from lotlip.records import KEY_PATTERN, Failure, ImageRecord, Unit
 from lotlip.sources import open_source
 from lotlip.sources.folder import FolderSource
 from tests.partitions import write_partition
+from tests.plugins import AVIF, HEIC, JXL
 
 
 def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: tuple[int, int] = (4, 3)) -> Path:
@@ -79,9 +80,55 @@ def test_hidden_and_other_files_are_left_alone(tmp_path):
     add(tmp_path, ".hidden.png")
     add(tmp_path, ".cache/b.png")
     (tmp_path / "notes.md").write_text("no image")
-    (tmp_path / "alone.txt").write_text("a caption without an image")
+    (tmp_path / "README.txt").write_text("about the data set")
+    add(tmp_path, "__MACOSX/b.png")
+    add(tmp_path, "._a.png")
+    (tmp_path / ".DS_Store").write_bytes(b"x")
     (tmp_path / "sheet.pdf").write_text("Pillow writes these, but cannot read them")
     assert list(read_all(tmp_path)) == ["a.png"]
+
+
+def test_a_caption_without_an_image_is_a_failure(tmp_path):
+    add(tmp_path, "a.png")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep/alone.txt").write_text("a caption")
+    found = read_all(tmp_path)["deep/alone.txt"]
+    assert isinstance(found, Failure)
+    assert (found.kind, found.where) == ("missing", "deep/alone.txt")
+
+
+def test_endings_may_be_in_capitals(tmp_path):
+    add(tmp_path, "A.PNG", caption=None)
+    (tmp_path / "A.TXT").write_text("a dog")
+    assert only(tmp_path).raw_caption == "a dog"
+
+
+@pytest.mark.parametrize("ending", ["svg", "psd", "nef", "DNG", "ico", "tga"])
+def test_pictures_of_other_formats_are_failures(tmp_path, ending):
+    add(tmp_path, "a.png")
+    add(tmp_path, f"b.{ending}").write_bytes(b"8BPS or another format")
+    found = read_all(tmp_path)[f"b.{ending}"]
+    assert isinstance(found, Failure)
+    assert found.kind == "unreadable"
+
+
+@pytest.mark.parametrize("ending", ["heic", "HEIF", "jxl", "avif"])
+def test_pictures_that_need_a_plug_in_name_it(tmp_path, ending, no_plugins):
+    data = {"heic": HEIC, "HEIF": HEIC, "jxl": JXL, "avif": AVIF}[ending]
+    add(tmp_path, f"a.{ending}").write_bytes(data)
+    found = failure(tmp_path)
+    assert found.kind == "unreadable"
+    assert {"heic": "pillow-heif", "HEIF": "pillow-heif", "jxl": "pillow-jxl-plugin", "avif": "pillow-avif-plugin"}[
+        ending
+    ] in found.reason
+
+
+def test_pictures_are_read_with_an_installed_plug_in(tmp_path, heif_plugin):
+    path = add(tmp_path, "a.heic")
+    path.write_bytes(HEIC)
+    record = only(tmp_path)
+    assert isinstance(record, ImageRecord)
+    assert (record.image, record.extension, record.width) == (HEIC, "heic", 5)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 50])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 from safetensors.numpy import load_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
@@ -22,13 +22,17 @@ from lotlip.config import Augmentation, Images
 from lotlip.data.images import (
     MAX_PIXELS,
     TooManyPixels,
+    _centre,
     decode_rgb,
     image_transform,
     open_image,
     random_box,
+    resized,
     to_rgb,
     training_transform,
+    without_ends,
 )
+from tests.plugins import AVIF, HEIC, JXL
 
 PARITY = Path(__file__).parent / "data" / "parity" / "m2"
 
@@ -98,6 +102,146 @@ def test_every_mode_becomes_rgb(mode: str, value: object) -> None:
 def test_sixteen_bit_grey_keeps_its_brightness() -> None:
     grey = Image.fromarray(np.full((2, 2), 0x8000, dtype=np.uint16))
     assert decode_rgb(encoded(grey)).getpixel((0, 0)) == (128, 128, 128)
+
+
+GREYS = {
+    # mode → value of mid-grey and of white, as Pillow stores them
+    "L": (128, 255),
+    "P": (128, 255),
+    "LA": ((128, 255), (255, 255)),
+    "La": ((128, 255), (255, 255)),
+    "PA": ((128, 255), (255, 255)),
+    "RGB": ((128,) * 3, (255,) * 3),
+    "RGBA": ((*(128,) * 3, 255), (255,) * 4),
+    "RGBX": ((*(128,) * 3, 255), (255,) * 4),
+    "RGBa": ((*(128,) * 3, 255), (255,) * 4),
+    "CMYK": ((127,) * 3 + (0,), (0,) * 4),
+    "YCbCr": ((128,) * 3, (255, 128, 128)),
+    "HSV": ((0, 0, 128), (0, 0, 255)),
+    "LAB": ((137, 128, 128), (255, 128, 128)),
+    "I;16": (32896, 65535),
+    "I;16L": (32896, 65535),
+    "I;16B": (32896, 65535),
+}
+
+
+@pytest.mark.parametrize("mode", GREYS)
+def test_grey_and_white_keep_their_brightness_in_every_mode(mode: str) -> None:
+    for value, brightness in zip(GREYS[mode], (128, 255), strict=True):
+        if mode in ("P", "PA"):
+            image = Image.new(mode.replace("P", "L"), (3, 2), value).convert(mode)  # type: ignore[arg-type]
+        else:
+            image = Image.new(mode, (3, 2), value)  # type: ignore[arg-type]
+        shown = to_rgb(image)
+        np.testing.assert_allclose(shown.getpixel((1, 1)), (brightness,) * 3, atol=1, err_msg=mode)
+    assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "white"),
+    [
+        (np.float32, 1),
+        (np.float32, 255),
+        (np.float32, 4095),
+        (np.float32, 65535),
+        (np.int32, 255),
+        (np.int32, 4095),
+        (np.int32, 65535),
+    ],
+)
+@pytest.mark.parametrize("height", [2, 3000])
+def test_the_content_of_deep_pixels_decides_which_is_white(dtype: type, white: float, height: int) -> None:
+    pixels = np.full((height, 1500), white, dtype)
+    pixels[0, 0] = dtype(white / 2)
+    pixels[1, 0] = 0
+    shown = decode_rgb(encoded(Image.fromarray(pixels), "TIFF"))
+    found = [shown.getpixel((0, 0))[0], shown.getpixel((0, 1))[0], shown.getpixel((1499, height - 1))[0]]
+    np.testing.assert_allclose(found, [127.5, 0, 255], atol=1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1, 1e6])
+def test_deep_pixels_of_no_known_range_are_an_error(bad: float) -> None:
+    pixels = np.full((4, 4), 0.5, np.float32)
+    pixels[2, 2] = bad
+    with pytest.raises(ValueError, match="mode F"):
+        decode_rgb(encoded(Image.fromarray(pixels), "TIFF"))
+    if np.isfinite(bad):
+        with pytest.raises(ValueError, match="mode I"):
+            decode_rgb(encoded(Image.fromarray(np.full((4, 4), bad * 10, np.int32)), "TIFF"))
+
+
+def test_twelve_bits_in_a_tiff_are_twelve_bits() -> None:
+    packed = bytes([0xFF, 0xF8, 0x00])  # 4095 and 2048
+    tags = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 1)]
+    tags.append((279, 4, len(packed)))
+    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    data = struct.pack("<2sHI", b"II", 42, 12) + packed + b"\0" + struct.pack("<H", len(tags)) + entries + bytes(4)
+    shown = decode_rgb(data)
+    assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]
+
+
+def test_a_dark_portable_map_of_sixteen_bits_stays_dark() -> None:
+    assert decode_rgb(b"P5 1 1 65535\n" + bytes([0, 200])).getpixel((0, 0)) == (1, 1, 1)
+
+
+def test_what_is_transparent_in_sixteen_bits_is_white() -> None:
+    grey = Image.fromarray(np.array([[1000, 0]], np.uint16))
+    shown = decode_rgb(encoded(grey, transparency=1000))
+    assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 0]
+
+
+@pytest.mark.parametrize(
+    "change", [{254: 1}, {50706: b"\x01\x04\0\0"}], ids=["a reduced picture first", "a digital negative"]
+)
+def test_a_raw_file_of_a_camera_is_not_taken_for_its_preview(change: dict[int, object]) -> None:
+    data = encoded(Image.new("RGB", (4, 4), "red"), "TIFF", tiffinfo=change)
+    with pytest.raises(ValueError, match="raw file"):
+        decode_rgb(data)
+
+
+@pytest.mark.parametrize(
+    ("data", "package"), [(HEIC, "pillow-heif"), (JXL, "pillow-jxl-plugin"), (AVIF, "pillow-avif")]
+)
+def test_a_format_without_its_plug_in_is_an_error_that_names_the_plug_in(
+    data: bytes, package: str, no_plugins: None
+) -> None:
+    with pytest.raises(ValueError, match=f"pip install {package}"):
+        decode_rgb(data)
+
+
+def test_a_format_with_its_plug_in_is_read(heif_plugin: None) -> None:
+    assert decode_rgb(HEIC).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
+def test_avif_is_read_where_pillow_can() -> None:
+    np.testing.assert_allclose(
+        decode_rgb(encoded(Image.new("RGB", (8, 8), "red"), "AVIF")).getpixel((4, 4)), (255, 0, 0), atol=8
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (7, 3001), (3001, 8), (64, 2000)])
+def test_an_extremely_long_picture_becomes_the_same_square_in_little_memory(size: tuple[int, int]) -> None:
+    """The square is compared with the one that is cut out of the whole picture, resized."""
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image, sides = Image.fromarray(noise), []
+    whole = _centre(resized(image, 64), 64)
+    original = Image.Image.resize
+
+    def watch(self: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
+        sides.append(max(size))
+        return original(self, size, *rest, **options)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", watch)
+        pixels = image_transform(64, (0, 0, 0), (1, 1, 1))(image)
+    assert max(sides, default=0) <= 64
+    np.testing.assert_allclose(pixels * 255, np.asarray(whole).transpose(2, 0, 1), atol=1.01)
+
+
+def test_the_ends_of_an_extremely_long_picture_are_cut_off_on_both_sides() -> None:
+    assert without_ends(Image.new("RGB", (3, 1001))).size == (3, 25)
+    assert without_ends(Image.new("RGB", (80, 10))).size == (80, 10)
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>not found</html>", encoded(Image.new("RGB", (64, 64)))[:60]])

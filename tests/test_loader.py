@@ -408,6 +408,9 @@ def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_s
     [
         ({"json": b"{", "npy": b"", "png": b""}, "its .json has not `raw`, a caption"),
         ({"json": b'{"raw": "a"}', "npy": b"", "png": b""}, "its .json has not `raw`, .* and `captions`"),
+        ({"json": b'{"raw": "...", "captions": {}}', "npy": b""}, "its short caption .* has no words"),
+        ({"json": b'{"raw": "a", "captions": {"llava": ["a", " . "]}}', "npy": b""}, "a sub-caption of llava"),
+        ({"json": b'{"raw": "a", "captions": {"llava": [null]}}', "npy": b""}, "a sub-caption of llava"),
         ({"json": b'{"raw": "a", "captions": {}}', "npy": b"x" * 40}, "its .npy cannot be read"),
         ({"json": b'{"raw": "a", "captions": {}}', "npy": b"\x93NUMPY\x01\x00"}, "its .npy cannot be read"),
         ({"npy": b"", "png": b""}, "1 samples have no .json .k.; take them out"),

@@ -159,6 +159,17 @@ def test_every_kind_of_the_configuration_is_tested_here():
     assert list(get_args(PublishedBenchmark.model_fields["kind"].annotation)) == list(LAYOUTS)
 
 
+@every_kind
+def test_what_macos_leaves_beside_files_changes_nothing(kind, folder):
+    before = published_benchmark(kind, folder)
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07")
+        path.with_name(".DS_Store").write_bytes(b"\0")
+        image(folder / "__MACOSX" / path.relative_to(folder))
+    after = published_benchmark(kind, folder)
+    assert (after.images, after.about) == (before.images, before.about)
+
+
 @pytest.mark.parametrize("kind", LONG_KINDS)
 def test_long_texts_come_with_their_images(kind, folder):
     asked = published_benchmark(kind, folder)

@@ -24,6 +24,7 @@ from lotlip.captioning.quality import (
     refusal,
     repetition,
     summarise,
+    words_of,
 )
 from lotlip.config import CaptionStage, Quality
 from lotlip.gate import Check, GateFailed
@@ -348,3 +349,27 @@ def test_too_many_captions_that_are_cut_off_fail(tmp_path):
     reports[0] = write_captions("train/part-00000", [MeasuredCaption(**row) for row in rows], 200, tmp_path)  # type: ignore[misc]
     (line,) = failing(STAGE, tmp_path, reports)
     assert "captions that are cut off is at most 20 %: found 33.3 %" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A well-kept dog's house, no. 7.", 6),
+        ("Ein Käse für Ödön", 4),
+        ("Собака бежит по траве.", 4),
+        ("개가 잔디밭에서 달린다.", 3),
+        ("一只狗在草地上奔跑。", 9),
+        ("犬が芝生の上を走っている。", 12),
+        ("สุนัขวิ่งอยู่บนสนามหญ้า", 6),
+        ("狗 dog 狗", 3),
+    ],
+)
+def test_words_are_counted_in_scripts_without_blanks_too(text, words):
+    assert len(words_of(text)) == words
+
+
+@pytest.mark.parametrize("text", ["一只狗在草地上奔跑。", "犬が走っている。", "สุนัขวิ่งอยู่บนสนามหญ้า"])
+def test_the_default_rules_keep_captions_of_any_script(text):
+    (found,) = measured([caption(text)], {"k": "raw"})
+    assert broken_rule(found, Quality()) is None
+    assert not found.truncated

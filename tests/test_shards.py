@@ -295,6 +295,36 @@ def test_an_index_says_where_the_samples_lie(world, tmp_path):
             assert data[start : start + row[f"{member}_size"]] == found[row["key"]][ending]
 
 
+def test_joined_shards_are_scanned_to_the_end_of_the_last(world, tmp_path):
+    shards = []
+    for plan in plans(world)[:2]:
+        write(world, tmp_path, plan)
+        shards.append(tmp_path / f"{plan.name}.tar")
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(b"".join(shard.read_bytes() for shard in shards))
+    found = scan_tar(joined)
+    assert found.column("key").to_pylist() == [
+        key for shard in shards for key in scan_tar(shard).column("key").to_pylist()
+    ]
+    last = found.to_pylist()[-1]
+    start = last["json_offset"]
+    json.loads(joined.read_bytes()[start : start + last["json_size"]])
+
+
+@pytest.mark.parametrize(
+    "change", [lambda data: data[:-10240], lambda data: data[:3000], lambda data: data + b"x" * 600]
+)
+def test_a_shard_that_is_cut_off_or_followed_by_something_else_is_an_error(world, tmp_path, change):
+    plan = plans(world)[0]
+    write(world, tmp_path, plan)
+    shard = tmp_path / f"{plan.name}.tar"
+    data = shard.read_bytes()
+    data = data.rstrip(b"\0")
+    shard.write_bytes(change(data + bytes(-len(data) % 512 + 10240)))
+    with pytest.raises(ValueError, match=shard.name):
+        scan_tar(shard)
+
+
 def test_the_index_of_a_shard_without_features_has_no_place_for_them(world, tmp_path):
     plan = plans(world)[0]
     write(world, tmp_path, plan, features=None)

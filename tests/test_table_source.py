@@ -299,3 +299,72 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
             if (short, number) != ("SV", 3):
                 words += [f'long{short}_captions of {number}, "quoted"', "Second line"]
             assert (caption.captioner, caption.sub_captions) == (short.lower(), words)
+
+
+TEXT_TYPES = {
+    "string": pa.string(),
+    "large_string": pa.large_string(),
+    "string_view": pa.string_view(),
+    "category": pa.dictionary(pa.int32(), pa.string()),
+    "large category": pa.dictionary(pa.int8(), pa.large_string()),
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES)
+def test_columns_of_texts_may_be_of_any_arrow_type(tmp_path, kind):
+    add(tmp_path / "images", "a.png")
+    column = pa.array(["a.png"]).cast(TEXT_TYPES[kind])
+    path = write_parquet(tmp_path / "a.parquet", {"image": column, "caption": column, "key": column})
+    (found,) = read_all(parquet_source(path, images=tmp_path / "images", key="key"))
+    assert isinstance(found, ImageRecord)
+    assert (found.key, found.raw_caption) == ("a", "a.png")
+    captioner = TableCaptioner(
+        "llava", TableSettings(kind="table", path=path, captioner=None, text="caption"), lambda text: 1
+    )
+    assert isinstance(next(captioner.caption([found])), Caption)
+
+
+def test_numbers_that_became_floating_point_are_the_same_keys(tmp_path):
+    columns = {"image": [picture()] * 4, "caption": ["a"] * 4, "id": [1.0, 2.0, None, 2.5]}
+    found = read_all(parquet_source(write_parquet(tmp_path / "a.parquet", columns), key="id"))
+    assert [(item.key, getattr(item, "kind", "")) for item in found] == [
+        ("1", ""),
+        ("2", ""),
+        ("a-000000003", "missing"),
+        ("2_5", ""),
+    ]
+    path = write_parquet(tmp_path / "c.parquet", {"key": [1.0, 2.0, None], "text": ["a dog", "a cat", "nobody's"]})
+    captioner = TableCaptioner("llava", TableSettings(kind="table", path=path, captioner=None), lambda text: 1)
+    assert [item.text for item in captioner.caption(found[:2])] == ["a dog", "a cat"]
+
+
+def test_endings_of_tables_may_be_in_capitals(tmp_path):
+    add(tmp_path / "images", "A.PNG")
+    columns = {"image": ["A.PNG"], "caption": ["a"]}
+    write_parquet(tmp_path / "one/DATA.PARQUET", columns)
+    write_parquet(tmp_path / "one/._DATA.PARQUET", columns)
+    write_parquet(tmp_path / "one/__MACOSX/DATA.PARQUET", columns)
+    write_csv(tmp_path / "two/DATA.CSV", [["image", "caption"], ["A.PNG", "a"]])
+    for found in (
+        read_all(parquet_source(tmp_path / "one", images=tmp_path / "images")),
+        read_all(csv_source(tmp_path / "two", tmp_path / "images")),
+    ):
+        assert [(item.key, getattr(item, "kind", "")) for item in found] == [("A", "")]
+    path = write_parquet(tmp_path / "CAPTIONS.PARQUET", {"key": ["A.PNG"], "text": ["a dog"]})
+    captioner = TableCaptioner("llava", TableSettings(kind="table", path=path, captioner=None), lambda text: 1)
+    assert next(captioner.caption(found)).text == "a dog"
+
+
+def test_absolute_paths_are_read_inside_the_folder_of_images_only(tmp_path):
+    add(tmp_path / "images", "deep/a.png")
+    add(tmp_path, "outside.png")
+    (tmp_path / "images/link.png").symlink_to(tmp_path / "outside.png")
+    names = [
+        f"{tmp_path}/{name}"
+        for name in ("images/deep/a.png", "outside.png", "images/../outside.png", "images/link.png")
+    ]
+    path = write_csv(tmp_path / "a.csv", [["image", "caption"], *([name, "a"] for name in names)])
+    found = read_all(csv_source(path, tmp_path / "images"))
+    assert [getattr(item, "kind", "") for item in found] == ["", "unsafe", "unsafe", "unsafe"]
+    assert found[0].key == "deep_a"
+    assert "ingest.source.images" in found[1].reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -273,6 +274,56 @@ def test_rubbish_in_the_middle_of_a_tar_is_a_cut(tmp_path):
     assert [kind for _, kind in kinds(read_all(path))] == ["", "truncated"]
 
 
+JOINED = {"tar": "w", "tar.gz": "w:gz", "tar.bz2": "w:bz2", "tar.xz": "w:xz"}
+
+
+@pytest.mark.parametrize("ending", JOINED)
+@pytest.mark.parametrize("padding", [0, 512, 10240])
+def test_joined_tars_are_read_to_the_end_of_the_last(tmp_path, ending, padding):
+    parts = [
+        write_tar(tmp_path / f"{number}.{ending}", sample(number), JOINED[ending]).read_bytes() for number in range(3)
+    ]
+    path = tmp_path / "all" / f"a.{ending}"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(part + bytes(padding) for part in parts))
+    assert kinds(read_all(path)) == [(f"{number:09d}", "") for number in range(3)]
+
+
+def test_compressed_members_may_begin_anywhere_in_a_tar(tmp_path):
+    data = write_tar(tmp_path / "a.tar", samples(3)).read_bytes()
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(b"".join(gzip.compress(data[start : start + 777]) for start in range(0, len(data), 777)))
+    assert len(read_all(path)) == 3
+
+
+@pytest.mark.parametrize("ending", JOINED)
+@pytest.mark.parametrize("rubbish", [b"\n", b"x" * 3000, bytes(5000) + b"PK" + bytes(5000)])
+def test_what_follows_a_tar_and_is_none_is_a_failure(tmp_path, ending, rubbish):
+    path = write_tar(tmp_path / f"a.{ending}", samples(2), JOINED[ending])
+    path.write_bytes(path.read_bytes() + rubbish)
+    *whole, last = read_all(path)
+    assert kinds(whole) == [("000000000", ""), ("000000001", "")]
+    assert isinstance(last, Failure) and last.kind == "truncated" and "follows" in last.reason
+
+
+@pytest.mark.parametrize("ending", JOINED)
+def test_a_joined_tar_that_is_cut_is_a_failure(tmp_path, ending):
+    first = write_tar(tmp_path / f"a.{ending}", sample(0), JOINED[ending]).read_bytes()
+    path = write_tar(tmp_path / f"b.{ending}", sample(1), JOINED[ending])
+    data = path.read_bytes()
+    path.write_bytes(first + data[: len(data) // 2 if ending != "tar" else 700])
+    assert kinds(read_all(path))[0] == ("000000000", "")
+    assert kinds(read_all(path))[-1] == ("000000000", "truncated")
+
+
+def test_what_macos_adds_is_left_alone(tmp_path):
+    members = {"._a.jpg": b"x", "__MACOSX/._a.jpg": b"x", "__MACOSX/b.jpg": b"x", ".DS_Store": b"x", **sample(0)}
+    write_tar(tmp_path / "A.TAR", members)
+    write_tar(tmp_path / "._A.TAR", {"a.jpg": b"x"})
+    write_tar(tmp_path / "__MACOSX/a.tar", {"a.jpg": b"x"})
+    assert kinds(read_all(tmp_path)) == [("000000000", "")]
+
+
 def test_a_tar_that_cannot_be_read_at_all_is_one_failure_and_the_others_come_in(tmp_path):
     write_tar(tmp_path / "tars/0.tar", sample(0))
     (tmp_path / "tars/1.tar").write_bytes(b"<html>403</html>")
@@ -330,7 +381,10 @@ def test_tars_are_read_from_s3(tmp_path, s3):
         system.put_file(str(path), f"bucket/cc3m/{number:05d}.tar")
     cut = write_tar(tmp_path / "cut.tar", samples(2)).read_bytes()
     system.pipe_file("bucket/cut.tar", cut[: cut.index(b"000000001.json")])
+    joined = [write_tar(tmp_path / "one.tar.gz", sample(number), "w:gz").read_bytes() for number in (3, 4)]
+    system.pipe_file("bucket/joined.tar.gz", b"".join(joined))
     lines = ["cc3m = s3://bucket/cc3m/{00000..00001}.tar", "s3://bucket/cc3m/*2.tar", "s3://bucket/cut.tar"]
+    lines.append("s3://bucket/joined.tar.gz")
     (tmp_path / "list.txt").write_text("\n".join([*lines, "s3://bucket/gone.tar", "s3://nobody/gone.tar"]))
     found = read_all(tmp_path / "list.txt")
     assert kinds(found) == [
@@ -339,6 +393,8 @@ def test_tars_are_read_from_s3(tmp_path, s3):
         ("000000002", ""),
         ("000000000", ""),
         ("000000000", "truncated"),
+        ("000000003", ""),
+        ("000000004", ""),
         ("s3://bucket/gone.tar", "unreadable-shard"),
         ("s3://nobody/gone.tar", "unreadable-shard"),
     ]

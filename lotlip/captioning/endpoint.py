@@ -23,7 +23,7 @@ from PIL import Image
 from lotlip import config
 from lotlip.data.images import decode_rgb
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
-from lotlip.text import split_sub_captions
+from lotlip.text import has_words, split_sub_captions
 
 if TYPE_CHECKING:
     import httpx2
@@ -170,7 +170,7 @@ class EndpointCaptioner:
             said = choice.message.refusal or "its content filter stopped the caption"
             return _failure(record, f"{self._name} refused the picture: {self._clean(said)}", "refused")
         sub_captions = split_sub_captions(text)
-        if not sub_captions:
+        if not has_words(text):
             reason = f"{self._name} answered without words (finish reason {choice.finish_reason})"
             return _failure(record, reason, "empty")
         return Caption(

@@ -17,7 +17,7 @@ from lotlip.batches import ahead, in_batches
 from lotlip.data.images import decode_rgb
 from lotlip.files import sha256_tree
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
-from lotlip.text import split_sub_captions
+from lotlip.text import has_words, split_sub_captions
 
 if TYPE_CHECKING:
     import torch
@@ -152,7 +152,7 @@ class TransformersCaptioner:
 
     def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
         sub_captions = split_sub_captions(answer.text)
-        if not sub_captions:
+        if not has_words(answer.text):
             return Failure(record.key, record.key, f"{self._name} wrote no words", "empty")
         return Caption(
             key=record.key,

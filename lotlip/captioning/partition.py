@@ -15,9 +15,9 @@ from lotlip.captioning.quality import assess, measured
 from lotlip.captioning.store import PASSING, CaptionStore, Partition
 from lotlip.files import sha256_json
 from lotlip.partitions import finished, read_table, reuse_or_write, write_captions
-from lotlip.records import UnitReport
+from lotlip.records import Failure, MeasuredCaption, UnitReport
 from lotlip.sources.paths import tree_state
-from lotlip.text import split_sub_captions
+from lotlip.text import has_words, split_sub_captions
 
 _opening = threading.Lock()
 
@@ -82,7 +82,16 @@ class Captioning:
         images = read_table(self.source, partition.name, ["key", "raw_caption"])
         raw = dict(zip(images["key"], images["raw_caption"], strict=True))
         kept = assess(measured(counted, raw), self.stage.quality)
-        return write_captions(partition.name, [*report.failures, *kept], partition.images, self.out)
+        # an older version may have stored captions without words
+        items = [*report.failures, *map(_with_words, kept)]
+        return write_captions(partition.name, items, partition.images, self.out)
+
+
+def _with_words(item: MeasuredCaption | Failure) -> MeasuredCaption | Failure:
+    """A caption, or a failure of kind "empty" in its place where training could draw nothing from it."""
+    if isinstance(item, Failure) or has_words(item.text):
+        return item
+    return Failure(item.key, item.key, f"the caption of {item.captioner} has no words", "empty")
 
 
 @lru_cache(maxsize=1)

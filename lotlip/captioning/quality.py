@@ -21,16 +21,31 @@ from lotlip.records import Caption, Failure, MeasuredCaption
 NGRAM = 4  # words; of three, ordinary lists of like things repeat many
 NEIGHBOURS = 4  # images whose raw captions a caption is held against; of several, the mean spreads less
 
-_WORD = re.compile(r"\w+(?:['’-]\w+)*")
+# Scripts without blanks between words. A character of Chinese or Japanese counts as a word, and so do up to four
+# letters of Thai, Lao, Burmese or Khmer.
+_CHARACTERS = "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_UNSPACED = "\u0e01-\u0e4e\u0e81-\u0ecd\u1000-\u109f\u1780-\u17d3"
+_LETTER = rf"(?![{_CHARACTERS}{_UNSPACED}])\w"  # of any other script
+_WORD = re.compile(rf"[{_CHARACTERS}]|[{_UNSPACED}]{{1,4}}|(?:{_LETTER})+(?:['’-](?:{_LETTER})+)*")
 _LETTERS = re.compile(r"[^\W\d_]+")
+_NO_ENDS = re.compile(r"[\u0e01-\u0eff]\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # a tab and the two ends of a line are none
-_CLOSING = (".", "!", "?", "…")
-_AFTER_CLOSING = "\"'”’»)]*_ \t\r\n"  # quotes, brackets and Markdown's marks
+_CLOSING = (".", "!", "?", "…", "。", "．", "｡", "！", "？", "।", "؟", "۔")
+_AFTER_CLOSING = "\"'”’»)]*_」』）】 \t\r\n\u3000"  # quotes, brackets and Markdown's marks
 _SUFFIXES = ("ing", "ed")
 
 ENOUGH_PAIRS = 10  # captions of a partition, to say whether they were swapped
 
 # --- a caption's measures -----------------------------------------------------------------------------------------
+
+
+def words_of(text: str) -> list[str]:
+    """A text's words, in lower case; of scripts without blanks between words, pieces of about a word or less.
+
+    >>> words_of("A well-kept dog."), words_of("一只狗 A"), len(words_of("สุนัขวิ่งอยู่"))
+    (['a', 'well-kept', 'dog'], ['一', '只', '狗', 'a'], 4)
+    """
+    return _WORD.findall(text.casefold())
 
 
 def repetition(words: Sequence[str]) -> float:
@@ -40,8 +55,9 @@ def repetition(words: Sequence[str]) -> float:
 
 
 def is_truncated(text: str, finish_reason: str) -> bool:
-    """Whether the captioner was cut off, or the last sentence has no end."""
-    return finish_reason == "length" or not text.rstrip(_AFTER_CLOSING).endswith(_CLOSING)
+    """Whether the captioner was cut off, or the last sentence has no end. Thai and Lao do not mark ends."""
+    last = text.rstrip(_AFTER_CLOSING)
+    return finish_reason == "length" or not (last.endswith(_CLOSING) or _NO_ENDS.search(last))
 
 
 def mojibake(text: str) -> int:
@@ -116,7 +132,7 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
         raw: content words of the raw caption of its image.
         neighbours: those of the next images'.
     """
-    words = _WORD.findall(caption.text.casefold())
+    words = words_of(caption.text)
     content = content_words(caption.text)
     pairs = [(raw - other, other - raw) for other in neighbours]
     pairs = [(own, other) for own, other in pairs if own and other]

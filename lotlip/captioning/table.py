@@ -13,8 +13,8 @@ from lotlip import config
 from lotlip.files import sha256_files
 from lotlip.records import Caption, Failure, ImageRecord
 from lotlip.sources.keys import key_of, prefix_of
-from lotlip.sources.rows import find_tables, open_table, require
-from lotlip.text import split_sub_captions
+from lotlip.sources.rows import as_name, find_tables, open_table, require
+from lotlip.text import has_words, split_sub_captions
 
 ENDINGS = (".parquet", ".csv")
 
@@ -60,7 +60,7 @@ class TableCaptioner:
         if text is None:
             return Failure(key, str(self._path), f"no row has this key and the captioner {self._name}", "missing")
         sub_captions = split_sub_captions(text)
-        if not sub_captions:
+        if not has_words(text):
             return Failure(key, str(self._path), f"the text of {self._name} has no words", "empty")
         return Caption(
             key, self._name, text, sub_captions, self._count_tokens(text), "stop", self.revision, self.prompt
@@ -109,16 +109,15 @@ class TableCaptioner:
                 if row.problem is not None:
                     raise ValueError(f"{table.unit} {row.number}: {row.problem[0]}")
                 key, *rest = row.values
-                if key is None:
+                if not (name := as_name(key)):
                     continue  # nobody's
                 if whose and str(rest.pop(0)) != self._name:
                     others.add(str(row.values[1]))
                     continue
                 # null has no words
                 found = [str(text).strip() for text in rest if text is not None]
-                name = str(key).removeprefix("./")
-                name = f"{prefix}/{name}" if prefix else name
-                made = key_of(str(key), prefix)
+                name = f"{prefix}/{name.removeprefix('./')}" if prefix else name.removeprefix("./")
+                made = key_of(as_name(key), prefix)
                 # no two addresses share a key
                 yield made, None if name == made or "://" in name else name, "\n".join(text for text in found if text)
         except (ValueError, OSError) as error:  # pyarrow raises kinds of both
@@ -178,7 +177,7 @@ class _Texts:
 
 
 def _tables(path: Path) -> list[Path]:
-    if not path.is_dir() and path.suffix not in ENDINGS:
+    if not path.is_dir() and path.suffix.lower() not in ENDINGS:
         raise ValueError(f"{path}: a table of captions ends in .parquet or .csv; convert it to one of them")
     tables = find_tables(path, ENDINGS)
     if not tables or not tables[0].is_file():

@@ -51,7 +51,8 @@ class WebDatasetSource(SplitByKey):
     kind: Literal["webdataset"]
     path: Path = Field(description="a folder of tars, a tar, or a text file with the address of tars in each line")
     images: Annotated[list[str], Field(min_length=1)] = Field(
-        ["jpg", "jpeg", "png", "webp"], description="endings of the members that may be a sample's image, best first"
+        ["jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "jxl", "gif", "bmp", "tif", "tiff"],
+        description="endings of the members that may be a sample's image, best first",
     )
     caption: str | None = Field("txt", description="ending of the member that holds the raw caption; null: none does")
     caption_field: str | None = Field(
@@ -102,6 +103,9 @@ class Images(Section):
     min_side: Count = Field(1, description="pixels; smaller ones are failures")
     max_pixels: Annotated[int, Field(ge=1, le=2**28)] = Field(
         100_000_000, description="width × height; larger ones are failures, before they are decoded"
+    )
+    max_aspect_ratio: Annotated[float, Field(ge=1)] = Field(
+        30, description="of the longer to the shorter side; more extreme ones are failures"
     )
     max_bytes: Count = Field(100_000_000, description="of the encoded image; larger ones are failures, never read")
     shorter_side: Count | None = Field(None, description="pixels that a larger one is brought to; smaller ones stay")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import math
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -39,9 +40,30 @@ FORMATS = {
     "AVIF": ("avif", "avifs"),
     "JPEG2000": ("jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
     "PPM": ("ppm", "pgm", "pbm", "pnm"),
+    "HEIF": ("heic", "heif", "hif"),
+    "JXL": ("jxl",),
 }
 ENDINGS = {ending: name for name, endings in FORMATS.items() for ending in endings}
+# Pictures that are never read. They are counted, so that nobody takes them for images that came in.
+# fmt: off
+OTHER_PICTURES = frozenset((
+    "3fr", "ai", "arw", "bpg", "cr2", "cr3", "cur", "dcr", "dds", "dng", "emf", "eps", "exr", "hdp", "hdr", "icns",
+    "ico", "iiq", "jng", "jxr", "kdc", "mrw", "nef", "nrw", "orf", "pcx", "pef", "psb", "psd", "qoi", "raf", "ras",
+    "raw", "rw2", "rwl", "sgi", "sr2", "srw", "svg", "svgz", "tga", "wdp", "wmf", "x3f", "xcf",
+))
+# fmt: on
+# Formats that Pillow reads with a plug-in only (AVIF: where it was built without) → module and package.
+PLUGINS = {
+    "AVIF": ("pillow_avif", "pillow-avif-plugin"),
+    "HEIF": ("pillow_heif", "pillow-heif"),
+    "JXL": ("pillow_jxl", "pillow-jxl-plugin"),
+}
+_HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
+# Longer pictures are resized in their central part only: of 1 × 10,000 pixels the whole would take gigabytes.
+_EXTREME_RATIO = 8
 MAX_PIXELS = 2**28  # 0.8 GB as RGB; `ingest.images.max_pixels` is at most this
+
+_NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION = 254, 258, 50706  # tags of TIFF
 
 # EXIF's orientation → how the picture is turned to be seen.
 _TURNS = {
@@ -73,9 +95,12 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
         ValueError: the bytes are no image of one of `FORMATS`.
     """
     Image.init()
+    plugin = _needs_plugin(data)
+    if plugin and not _opener(plugin, data):
+        _load_plugin(plugin)
     for name in FORMATS:
-        factory, accepts = Image.OPEN.get(name, (None, None))
-        if factory is None or (accepts and accepts(data[:16]) is not True):
+        factory = _opener(name, data)
+        if factory is None:
             continue
         try:
             image = factory(io.BytesIO(data), "")
@@ -83,8 +108,51 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
             raise ValueError(f"its {name} header is broken: {error}") from error
         if image.width * image.height > max_pixels:
             raise TooManyPixels(f"{image.width} × {image.height} pixels are more than {max_pixels}")
+        if name == "TIFF" and _is_raw(image, data):
+            raise ValueError(
+                "it is a camera's raw file, of which only a preview could be read; convert it to PNG or JPEG"
+            )
         return image
+    if plugin:
+        raise ValueError(
+            f"it is {plugin}, which Pillow reads with a plug-in only; run `pip install {PLUGINS[plugin][1]}`"
+        )
     raise ValueError(f"it is none of {', '.join(FORMATS)}")
+
+
+def _opener(name: str, data: bytes) -> Callable[..., Any] | None:
+    """Pillow's class for a format; None where it has none or the data is of another format."""
+    factory, accepts = Image.OPEN.get(name, (None, None))
+    # it accepts with a message where Pillow was built without the format
+    return None if factory is None or (accepts and accepts(data[:16]) is not True) else factory
+
+
+def _needs_plugin(data: bytes) -> str | None:
+    """The format of `PLUGINS` that the data is of, by its first bytes."""
+    if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
+        return "JXL"
+    if data[4:8] != b"ftyp":
+        return None
+    end = min(int.from_bytes(data[:4], "big"), 256)
+    brands = {data[8:12], *(data[start : start + 4] for start in range(16, end, 4))}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    return "HEIF" if brands & _HEIF_BRANDS else None
+
+
+def _load_plugin(name: str) -> None:
+    """Registers a format's plug-in with Pillow, where it is installed."""
+    try:
+        module = importlib.import_module(PLUGINS[name][0])
+    except ImportError:
+        return
+    if name == "HEIF":  # the others register themselves
+        module.register_heif_opener()
+
+
+def _is_raw(image: Any, data: bytes) -> bool:
+    """Whether a TIFF is a camera's raw file: a DNG, a Canon, or one whose first picture is a reduced one."""
+    return image.tag_v2.get(_NEW_SUBFILE_TYPE) == 1 or _DNG_VERSION in image.tag_v2 or data[8:10] == b"CR"
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -107,18 +175,24 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as a viewer shows it, as an RGB image of its own.
 
-    Turned as its EXIF data says, its colours brought from the profile that it carries to sRGB, 16 bits cut to 8,
-    transparent parts on white.
+    Turned as its EXIF data says, its colours brought from the profile that it carries to sRGB, deeper pixels brought to
+    8 bits, transparent parts on white.
+
+    Raises:
+        ValueError: how bright its pixels are is not known.
     """
-    shown = _as_seen(_upright(image))
+    profile = image.info.get("icc_profile")
+    turned = _upright(image)
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        turned = _from_deep_grey(turned, _white(image), image.info.get("transparency"))
+    shown = _as_seen(turned, profile)
     shown.info.clear()  # it is turned, and its colours are sRGB's: nobody shall do so again
     return shown
 
 
-def _as_seen(image: Image.Image) -> Image.Image:
-    profile = image.info.get("icc_profile")
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-        image = _from_deep_grey(image)
+def _as_seen(image: Image.Image, profile: bytes | None) -> Image.Image:
+    if image.mode == "La":  # which Pillow converts to LA alone
+        image = image.convert("LA")
     if not image.has_transparency_data:
         return _in_srgb(image, profile)
     image = image.convert("RGBA")
@@ -161,13 +235,61 @@ def _transform_of(profile: bytes) -> tuple[str, ImageCmsTransform] | None:
         return None
 
 
-def _from_deep_grey(image: Image.Image) -> Image.Image:
-    # Pillow would cut 16-bit grey off at 255, which turns the picture white.
-    pixels = np.asarray(image, dtype=np.float64)
-    # How much is white is known for 16 bits only; other pixels tell by the largest of them.
-    small = not image.mode.startswith("I;16") and pixels.max(initial=0) <= 255
-    top = 255.0 if small else 65535.0
-    return Image.fromarray((pixels.clip(0, top) * (255 / top)).round().astype(np.uint8))
+def _white(image: Image.Image) -> float:
+    """The value of white in a picture of one deep channel, as far as its file says it; else its pixels decide.
+
+    32-bit pixels are often narrower ones in a wider type, so white is the largest value of the smallest of 8, 12 and
+    16 bits that holds them all. Floating-point pixels that are at most 1 are fractions of white.
+
+    Raises:
+        ValueError: a pixel is negative or not a number, or the pixels fit no such range.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if image.mode.startswith("I;16"):
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        return float(2**bits - 1)
+    if image.format == "PPM":  # Pillow has brought its pixels to 16 bits
+        return 65535.0
+    low, high = image.getextrema()
+    whites = (1.0, 255.0, 4095.0, 65535.0) if image.mode == "F" else (255.0, 4095.0, 65535.0)
+    white = next((white for white in whites if 0 <= low <= high <= white), None)  # type: ignore[operator]
+    if white is None or not _all_finite(image):
+        raise ValueError(
+            f"its pixels, of mode {image.mode}, are from {low} to {high}, and which of them is white is not known; "
+            "convert it to 8 or 16 bits"
+        )
+    return white
+
+
+def _all_finite(image: Image.Image) -> bool:
+    return image.mode != "F" or all(np.isfinite(np.asarray(strip)).all() for strip in _strips(image))
+
+
+def _strips(image: Image.Image) -> Iterator[Image.Image]:
+    """A picture in parts of whole rows, so that wide copies of its pixels stay small."""
+    rows = max(2**22 // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _from_deep_grey(image: Image.Image, white: float, transparent: Any) -> Image.Image:
+    """8-bit grey: Pillow would cut values off at 255, which turns the picture white.
+
+    Args:
+        image: of one channel of 16 or 32 bits.
+        white: its largest value.
+        transparent: the value that is transparent, None for none.
+    """
+    mode = "LA" if isinstance(transparent, int) else "L"
+    grey, top = Image.new(mode, image.size), 0
+    for strip in _strips(image):
+        pixels = np.asarray(strip, dtype=np.float64)
+        part = (pixels.clip(0, white) * (255 / white)).round().astype(np.uint8)
+        if mode == "LA":
+            part = np.dstack([part, np.where(pixels == transparent, 0, 255).astype(np.uint8)])
+        grey.paste(Image.fromarray(part), (0, top))
+        top += strip.height
+    return grey
 
 
 def image_transform(
@@ -181,7 +303,7 @@ def image_transform(
     the released code does with torchvision.
     """
     normalise = _normalisation(mean, std)
-    return lambda image: normalise(_centre(resized(image, image_size), image_size))
+    return lambda image: normalise(_square(image, image_size))
 
 
 def training_transform(
@@ -250,6 +372,40 @@ def resized(image: Image.Image, shorter: int) -> Image.Image:
     # The longer side is cut down to whole pixels, not rounded: as torchvision does.
     size = (shorter, shorter * height // width) if width <= height else (shorter * width // height, shorter)
     return image.resize(size, Image.Resampling.BICUBIC)
+
+
+def _square(image: Image.Image, side: int) -> Image.Image:
+    """The centre of the picture, `side` pixels wide and high, where the whole has been resized to its shorter side."""
+    width, height = image.size
+    if min(width, height) == side or max(width, height) <= _EXTREME_RATIO * min(width, height):
+        return _centre(resized(image, side), side)
+    whole = (side, side * height // width) if width <= height else (side * width // height, side)
+    lengths, starts, ends = image.size, [0, 0], [width, height]
+    box = [0.0, 0.0, float(width), float(height)]
+    long = int(height > width)
+    scale = lengths[long] / whole[long]
+    first = round((whole[long] - side) / 2) * scale
+    # What the filter takes of neighbouring pixels has to be in the part that is cut out.
+    reach = math.ceil(2 * max(scale, 1)) + 1
+    starts[long] = max(math.floor(first) - reach, 0)
+    ends[long] = min(math.ceil(first + side * scale) + reach, lengths[long])
+    box[long], box[long + 2] = first - starts[long], first + side * scale - starts[long]
+    part = image.crop((*starts, *ends))
+    return part.resize((side, side), Image.Resampling.BICUBIC, tuple(box))  # type: ignore[arg-type]
+
+
+def without_ends(image: Image.Image) -> Image.Image:
+    """An extremely long picture's central part; any other picture as it is.
+
+    For transforms that resize the whole and then cut out the centre, which needs gigabytes for pictures of a few pixels
+    by thousands.
+    """
+    width, height = image.size
+    longest = _EXTREME_RATIO * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(width - longest, 0) // 2, max(height - longest, 0) // 2
+    return image.crop((left, top, width - left, height - top))
 
 
 def _centre(image: Image.Image, side: int) -> Image.Image:

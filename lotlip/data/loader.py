@@ -325,12 +325,22 @@ def _captions(data: bytes, place: str) -> tuple[list[str], dict[str, list[str]]]
     """The raw caption's sub-captions, and the long captions' by captioner."""
     try:
         info = json.loads(data)
-        return split_sub_captions(info["raw"]), dict(info["captions"])
+        raw, captions = split_sub_captions(info["raw"]), dict(info["captions"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{place}: its .json has not `raw`, a caption, and `captions`, lists by captioner ({error!r}); "
             "write the shard again"
         ) from error
+    if not raw:
+        raise ValueError(
+            f"{place}: its short caption {info['raw']!r} has no words; remove it, or write the shard again"
+        )
+    for name, parts in captions.items():
+        if not all(isinstance(part, str) and split_sub_captions(part) for part in parts):
+            raise ValueError(
+                f"{place}: a sub-caption of {name} has no words or is not text; remove it, or write the shard again"
+            )
+    return raw, captions
 
 
 def _feature(raw: RawSample, place: str) -> np.ndarray:

@@ -20,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from lotlip.files import remove, whole
+from lotlip.listing import is_hidden
 
 INDEX = ".index.arrow"
 
@@ -34,6 +35,8 @@ COLUMNS = pa.schema(
 # A file's key ends at the first dot of its name, as webdataset has it; names as __this__ are its own.
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
+# A header that claims a longer name or a longer extension of itself is broken.
+_LONGEST_NAME = 2**20
 
 RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of the members that were asked for
 
@@ -43,17 +46,135 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(INDEX)
 
 
+class DamagedTar(ValueError):
+    """The bytes are not a whole tar: no tar at all, cut off, or followed by something else."""
+
+
+class _Header(tarfile.TarInfo):
+    """A member's header. tarfile takes a broken one for the end of the archive, and reads names of any length."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
+        try:
+            member = super().frombuf(buf, encoding, errors)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros that ends an archive
+            raise
+        except tarfile.HeaderError as error:
+            raise DamagedTar(str(error)) from error
+        size = member.size
+        if size < 0 or (size > _LONGEST_NAME and not (member.isreg() or member.isdir())):
+            raise DamagedTar(f"a header claims {size} bytes")
+        return member
+
+
+class TarStream:
+    """What tarfile needs of a file, for reading forward only; a short read is an error.
+
+    Args:
+        file: uncompressed, at its beginning.
+        seekable: whether `file.seek` skips what is not wanted; otherwise it is read and dropped.
+    """
+
+    def __init__(self, file: IO[bytes], seekable: bool = False) -> None:
+        self._file = file
+        self._seekable = seekable
+        self._next = b""  # read ahead by `more`
+        self._place = 0
+
+    def tell(self) -> int:
+        """Offset of the next byte."""
+        return self._place
+
+    def read(self, size: int) -> bytes:
+        """Exactly `size` bytes.
+
+        Raises:
+            DamagedTar: the file ends before.
+        """
+        data = self._up_to(size)
+        if len(data) < size:
+            raise DamagedTar("the file ends before the tar does")
+        return data
+
+    def seek(self, offset: int) -> int:
+        """Skips to a later offset.
+
+        Raises:
+            DamagedTar: the file ends before.
+        """
+        if offset < self._place:
+            raise ValueError(f"byte {offset} has been passed: the stream is at {self._place}")
+        if self._seekable:
+            self._file.seek(offset)
+            self._next, self._place = b"", offset
+        while self._place < offset:
+            self.read(min(offset - self._place, 2**20))
+        return offset
+
+    def more(self) -> bool:
+        """Whether anything but zeros follows; skips the blocks of zeros."""
+        while block := self._up_to(tarfile.BLOCKSIZE):
+            if block.strip(b"\0"):
+                self._next = block
+                self._place -= len(block)
+                return True
+        return False
+
+    def _up_to(self, size: int) -> bytes:
+        """`size` bytes; fewer only where the file ends."""
+        parts, missing = [self._next[:size]], size - len(self._next)
+        self._next = self._next[size:]
+        while missing > 0 and (data := self._file.read(min(missing, 2**20))):
+            parts.append(data)
+            missing -= len(data)
+        found = b"".join(parts)
+        self._place += len(found)
+        return found
+
+
+def archives(stream: TarStream) -> Iterator[tarfile.TarFile]:
+    """The archives of a file, one after the other: `cat` joins tars, and many readers stop at the end of the first.
+
+    Each must be read to its end before the next is asked for. Names that are not UTF-8 keep their bytes as surrogates.
+
+    Raises:
+        DamagedTar: something else than zeros or another archive follows an archive's end.
+        tarfile.TarError: as tarfile raises it.
+    """
+    first = True
+    while first or stream.more():
+        start = stream.tell()
+        try:
+            tar = tarfile.open(  # noqa: SIM115 (closed below)
+                fileobj=stream,  # type: ignore[call-overload]  # it asks for read, seek and tell
+                mode="r:",
+                tarinfo=_Header,
+                encoding="utf-8",
+                errors="surrogateescape",
+            )
+        except (DamagedTar, tarfile.TarError) as error:
+            if first:
+                raise
+            raise DamagedTar(f"after the archive's end, at byte {start}, follows what is no tar ({error})") from error
+        with tar:
+            yield tar
+        first = False
+
+
 def scan_tar(tar: Path) -> pa.RecordBatch:
     """Finds the samples of a tar by reading the headers of its files: the index, with the columns of `COLUMNS`.
 
+    Tars joined into one file are read to the end of the last.
+
     Raises:
-        ValueError: it is not there or not an uncompressed tar, or a sample has no .json or has one twice.
+        ValueError: it is not there, not an uncompressed tar or not a whole one, or a sample has no .json or has one
+            twice.
     """
     rows: list[dict[str, Any]] = []
     try:
-        with tarfile.open(tar, "r:") as members:
-            for member in members:
-                name = _NAME.fullmatch(member.name)
+        with tar.open("rb") as file:
+            for member in (member for archive in archives(TarStream(file, seekable=True)) for member in archive):
+                name = None if is_hidden(member.name) else _NAME.fullmatch(member.name)
                 if not member.isreg() or name is None or _RESERVED.match(member.name):
                     continue
                 key, ending = name.groups()
@@ -69,8 +190,8 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
                 rows[-1] |= {f"{kind}_offset": member.offset_data, f"{kind}_size": member.size}
     except FileNotFoundError as error:
         raise ValueError(f"{tar} is not there, but index.json lists it; write the shards again") from error
-    except tarfile.TarError as error:
-        raise ValueError(f"{tar} is not an uncompressed tar ({error}); write it again") from error
+    except (DamagedTar, tarfile.TarError) as error:
+        raise ValueError(f"{tar} is not a whole, uncompressed tar ({error}); write it again") from error
     incomplete = [row["key"] for row in rows if not row["json_offset"]]
     if incomplete:
         raise ValueError(f"{tar}: {len(incomplete)} samples have no .json ({', '.join(incomplete[:3])}); take them out")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lotlip.batches import in_batches
-from lotlip.data.images import decode_rgb
+from lotlip.data.images import decode_rgb, without_ends
 from lotlip.evaluation.encoders import ACCEPTED, OPEN_CLIP, Runner, preprocessing
 from lotlip.files import sha256_files
 
@@ -102,7 +102,10 @@ class TransformersEncoder:
         )
 
     def _prepare(self, image: bytes) -> dict[str, Tensor]:
-        return dict(self._processor(images=[decode_rgb(image)], return_tensors="pt"))
+        picture = decode_rgb(image)
+        if getattr(self._processor, "do_center_crop", False):
+            picture = without_ends(picture)
+        return dict(self._processor(images=[picture], return_tensors="pt"))
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, None]:
         """As of `Encoder`."""
@@ -214,7 +217,8 @@ class OpenClipEncoder:
         return torch.cat([self._run.features(self._model.encode_image, torch.stack(batch)) for batch in batches])
 
     def _prepare(self, image: bytes) -> Tensor:
-        return self._transform(decode_rgb(image))
+        picture = decode_rgb(image)
+        return self._transform(without_ends(picture) if self._preprocess.resize_mode == "shortest" else picture)
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, None]:
         """As of `Encoder`."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from lotlip.annotations import dci_annotations, read_records
+from lotlip.listing import is_hidden
 
 CAPTIONS = 5  # of an image of COCO and Flickr30k; a few have more, of which the first count
 
@@ -85,7 +86,7 @@ def _iiw(folder: Path) -> Iterator[Described]:
     """ImageInWords' three parts that people wrote, one after the other; images lie beside a part or as in `_IIW`."""
     for part, images in _IIW.items():
         path = folder / part / "data.jsonl"
-        below = part if next((folder / part).glob("*.jpg"), None) else images
+        below = part if _names(folder / part, ".jpg") else images
         for number, record in read_records(path):
             image = _at(record, "image") or _at(record, "image/key")
             if isinstance(image, str) and image:
@@ -98,8 +99,8 @@ def _iiw(folder: Path) -> Iterator[Described]:
 
 def _urban(folder: Path) -> Iterator[Described]:
     """Urban-1k: the text is the first line of an image's file, as in its authors' and in the method's evaluation."""
-    images = {path.stem for path in (folder / "image").glob("*.jpg")}
-    texts = {path.stem: path for path in (folder / "caption").glob("*.txt")}
+    images = {path.stem for path in _names(folder / "image", ".jpg")}
+    texts = {path.stem: path for path in _names(folder / "caption", ".txt")}
     for stem in sorted(images | set(texts)):
         text = _first_line(texts[stem]) if stem in texts else None
         yield Described(f"{stem}.jpg", f"{stem}.jpg", [text], str(folder / "caption" / f"{stem}.txt"))
@@ -137,11 +138,16 @@ def _karpathy(folder: Path, file: str) -> Iterator[Described]:
 
 def _annotations(folder: Path, name: str = "") -> Path:
     """The JSON file of a folder: the one of that name, or the only one."""
-    found = sorted(folder.glob("*.json"))
+    found = _names(folder, ".json")
     if len(found) != 1 and folder / name not in found:
         there = f"{len(found)} .json files, {', '.join(path.name for path in found[:3])}" if found else "no .json file"
         raise ValueError(f"{folder} has {there}, where one with the annotations is needed" + (name and f", {name}"))
     return folder / name if folder / name in found else found[0]
+
+
+def _names(folder: Path, ending: str) -> list[Path]:
+    """A folder's own files with an ending, sorted; hidden ones are left out."""
+    return sorted(path for path in folder.glob(f"*{ending}") if not is_hidden(path.name))
 
 
 def _at(value: Any, *path: str | int) -> Any:

@@ -32,7 +32,7 @@ def image_hashes(folders: Iterable[Path], images: config.Images) -> dict[str, st
             continue
         for name in find_images(folder, "name folders of images that must not be trained on, or none"):
             data = (folder / name).read_bytes()
-            stored = intake(name, name, data, caption="-")
+            stored = intake(name, name, data, caption="none")
             found[hashlib.sha256(data).hexdigest()] = str(folder / name)
             if isinstance(stored, ImageRecord):
                 found[stored.sha256] = str(folder / name)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from lotlip import config
 from lotlip.files import sha256_json
+from lotlip.listing import files_below
 from lotlip.records import SPLITS, Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import key_of, printable, split_of
@@ -19,9 +19,9 @@ class FolderSource:
     """Reads a directory and its subdirectories; links to directories are not followed.
 
     A sample's key is its path by `key_of`. Its split depends on nothing but key and seed, so new files leave the others
-    where they are. Hidden files, and files that are neither images nor captions, are left alone. An item that cannot be
-    used becomes a `Failure`: of one of the kinds of `Intake`, "missing" (no `.txt`) or "duplicate" (an earlier file, in
-    sorted order, has the same key).
+    where they are. Hidden files, and files that are neither pictures nor captions, are left alone. An item that cannot
+    be used becomes a `Failure`: of one of the kinds of `Intake`, "missing" (an image without a `.txt`, or a `.txt`
+    without an image) or "duplicate" (an earlier file, in sorted order, has the same key).
 
     Raises:
         ValueError: the directory is not there, or has no image.
@@ -31,7 +31,7 @@ class FolderSource:
         self._settings = settings
         self._intake = Intake(images)
         self._root = settings.path
-        self._items = find_images(self._root)  # paths below the root
+        self._items = _find_items(self._root)  # paths below the root
         self._duplicates = _duplicates(self._items)
 
     def units(self, partition_size: int) -> list[Unit]:
@@ -68,10 +68,13 @@ class FolderSource:
             first = printable(self._duplicates[item])
             return Failure(key, where, f"its key {key!r} is taken by {first}; rename one of them", "duplicate")
         path = self._root / item
+        if path.suffix.lower() == ".txt":
+            reason = "there is no image for the caption beside it; add the image or move the text out of the folder"
+            return Failure(key, where, reason, "missing")
         image = self._intake.read(key, where, path)
         if isinstance(image, Failure):
             return image
-        beside = path.with_suffix(".txt")
+        beside = next((file for file in map(path.with_suffix, _CAPTION) if file.exists()), path.with_suffix(".txt"))
         caption = self._intake.read(key, printable(beside.relative_to(self._root).as_posix()), beside)
         if isinstance(caption, Failure):
             if caption.kind != "missing":
@@ -93,18 +96,30 @@ def find_images(root: Path, remedy: str = REMEDY) -> list[str]:
 
     if not root.is_dir():
         raise ValueError(f"the folder {root} is not there; {remedy}")
-    found = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = Path(folder).relative_to(root)
-        found += [
-            (below / name).as_posix()
-            for name in files
-            if not name.startswith(".") and Path(name).suffix[1:].lower() in ENDINGS
-        ]
+    found = [file.relative_to(root).as_posix() for file in files_below(root) if file.suffix[1:].lower() in ENDINGS]
     if not found:
         raise ValueError(f"the folder {root} has no image; {remedy}")
     return sorted(found)
+
+
+_CAPTION = (".txt", ".TXT")
+_NO_CAPTIONS = {"readme", "license", "licence", "notice"}  # names of texts that come with data sets
+
+
+def _find_items(root: Path) -> list[str]:
+    """Paths of all that should be a sample: of images, pictures of other formats, and captions without either."""
+    from lotlip.data.images import ENDINGS, OTHER_PICTURES
+
+    find_images(root)  # raises where there is none
+    pictures, texts = set(), set()
+    for file in files_below(root):
+        ending = file.suffix[1:].lower()
+        if ending in ENDINGS or ending in OTHER_PICTURES:
+            pictures.add(file)
+        elif ending == "txt" and file.stem.lower() not in _NO_CAPTIONS:
+            texts.add(file)
+    captions = {picture.with_suffix(ending) for picture in pictures for ending in _CAPTION}
+    return sorted(file.relative_to(root).as_posix() for file in pictures | (texts - captions))
 
 
 def _duplicates(items: list[str]) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lotlip import config
 from lotlip.records import Failure, ImageRecord, Remark
+from lotlip.text import has_words
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -18,8 +19,9 @@ class Intake:
     """Checks encoded images and their captions, and stores them as `ingest.images` of params.yaml says.
 
     Failures are of the kinds "unreadable" (the image is broken or cut off, or no image), "bomb" (more pixels than
-    `max_pixels`), "too-small", "too-large" (more than `max_bytes`), "empty" (a caption without words), "encoding" (a
-    caption that is not UTF-8). An image that is not what its name says comes through with a remark, "renamed".
+    `max_pixels`), "too-small", "aspect-ratio" (longer than `max_aspect_ratio` allows), "too-large" (more than
+    `max_bytes`), "empty" (a caption without a letter or digit), "encoding" (a caption that is not UTF-8). An image that
+    is not what its name says comes through with a remark, "renamed".
     """
 
     def __init__(self, settings: config.Images) -> None:
@@ -47,14 +49,20 @@ class Intake:
         except UnicodeError as error:
             at = f"{error.reason} at byte {error.start}" if isinstance(error, UnicodeDecodeError) else "half a sign"
             return Failure(key, where, f"the caption is not UTF-8: {at}", "encoding")
-        if not text:
-            return Failure(key, where, "the caption is empty", "empty")
+        if not has_words(text):
+            reason = f"the caption has no words: {text[:40]!r}" if text else "the caption is empty"
+            return Failure(key, where, reason, "empty")
         try:
             with open_image(image, self._settings.max_pixels) as file:
                 name = "JPEG" if file.format == "MPO" else str(file.format)  # MPO: a JPEG with more pictures behind it
                 if min(file.size) < self._settings.min_side:
                     reason = f"{file.width} × {file.height} pixels: a side is below {self._settings.min_side}"
                     return Failure(key, where, reason, "too-small")
+                ratio = max(file.size) / min(file.size)
+                if ratio > self._settings.max_aspect_ratio:
+                    limit = f"ingest.images.max_aspect_ratio, {self._settings.max_aspect_ratio:g}"
+                    reason = f"{file.width} × {file.height} pixels: the ratio of the sides is above {limit}"
+                    return Failure(key, where, reason, "aspect-ratio")
                 file.load()
                 picture = to_rgb(file)
         except TooManyPixels as error:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import csv
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
+
+from lotlip.listing import files_below
 
 _LONGEST_LINE = 2**20  # bytes; a longer one is read in pieces, which are no rows
 _LONGEST_FIELD = 2**17  # characters; so far a quote runs that nobody closes
@@ -71,7 +73,7 @@ def open_table(path: Path) -> Table:
         ValueError: the file cannot be read as what its name says.
     """
     try:
-        return ParquetTable(path) if path.suffix == ".parquet" else CsvTable(path)
+        return ParquetTable(path) if path.suffix.lower() == ".parquet" else CsvTable(path)
     except (ValueError, OSError) as error:  # pyarrow raises kinds of both
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
@@ -80,12 +82,24 @@ def find_tables(path: Path, endings: Sequence[str], leave: Path | None = None) -
     """The file itself, or all tables below a folder, sorted; nothing hidden, and nothing below `leave`."""
     if not path.is_dir():
         return [path]
-    found = []
-    for folder, folders, names in os.walk(path):
-        kept = (name for name in folders if not name.startswith("."))
-        folders[:] = [name for name in kept if leave is None or not _same(Path(folder, name), leave)]
-        found += [Path(folder, name) for name in names if not name.startswith(".") and name.endswith(tuple(endings))]
-    return sorted(found)
+    return sorted(file for file in files_below(path, leave) if file.name.lower().endswith(tuple(endings)))
+
+
+def as_name(value: Any) -> str:
+    """What a cell calls a sample: its text, or a number's digits; "" where it has nothing.
+
+    A column of whole numbers becomes one of floating-point numbers where a row has none, so `1.0` is `1`.
+
+    >>> as_name(1.0), as_name(1.5), as_name(" a.jpg "), as_name(float("nan")), as_name(None)
+    ('1', '1.5', ' a.jpg ', '', '')
+    """
+    if value is None or value != value:  # not a number
+        return ""
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "replace")
+    if isinstance(value, float | Decimal) and value == value // 1:
+        return str(int(value))
+    return str(value)
 
 
 def require(table: Table, columns: Sequence[str], remedy: str) -> None:
@@ -103,8 +117,12 @@ def require(table: Table, columns: Sequence[str], remedy: str) -> None:
         raise ValueError(f"{table.path} has more than one column {', '.join(repeated)} (it has {there}); rename them")
 
 
-def _same(one: Path, other: Path) -> bool:
-    return other.exists() and one.samefile(other)
+def is_text(kind: Any) -> bool:
+    """Whether an Arrow type holds texts: plain, large or viewed strings, or a dictionary of them (pandas' category)."""
+    from pyarrow.types import is_dictionary, is_large_string, is_string, is_string_view
+
+    kind = kind.value_type if is_dictionary(kind) else kind
+    return is_string(kind) or is_large_string(kind) or is_string_view(kind)
 
 
 class ParquetTable:
@@ -123,10 +141,7 @@ class ParquetTable:
 
     def is_text(self, column: str) -> bool:
         """Whether a column holds texts."""
-        from pyarrow.types import is_large_string, is_string
-
-        kind = self.schema.field(column).type
-        return is_string(kind) or is_large_string(kind)
+        return is_text(self.schema.field(column).type)
 
     def ranges(self, size: int) -> Iterator[Range]:
         total = self._file.metadata.num_rows

@@ -12,7 +12,7 @@ from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import is_key, key_of, leaves, prefix_of, printable, split_of
 from lotlip.sources.paths import file_state
-from lotlip.sources.rows import ParquetTable, Range, Row, Table, find_tables, open_table, require
+from lotlip.sources.rows import ParquetTable, Range, Row, Table, as_name, find_tables, open_table, require
 
 
 class TableSource:
@@ -95,13 +95,16 @@ class TableSource:
         import pyarrow.types as kinds
 
         kind = table.schema.field(self._settings.image).type
+        kind = kind.value_type if kinds.is_dictionary(kind) else kind
         if table.is_text(self._settings.image):
             if self._images is None:
                 raise ValueError(
                     f"{path}: column {self._settings.image} holds paths; set ingest.source.images in params.yaml to "
                     "the folder that they start from"
                 )
-        elif not (kinds.is_binary(kind) or kinds.is_large_binary(kind) or kinds.is_struct(kind)):
+        elif not any(
+            test(kind) for test in (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_struct)
+        ):
             raise ValueError(
                 f"{path}: column {self._settings.image} holds {kind}, neither encoded images nor paths; set "
                 "ingest.source.image in params.yaml to the column of images"
@@ -114,7 +117,8 @@ class TableSource:
             return Failure(key_of(place, prefix), where, *row.problem)
         image, caption, *named = row.values
         data, path = _image(image)
-        name = str(named[0]) if named and named[0] is not None else "" if named else path or place
+        path = self._below(path)
+        name = as_name(named[0]) if named else path or place
         if not is_key(key_of(name)):
             reason = f"column {self._settings.key} has nothing that it could be called by"
             return Failure(key_of(place, prefix), where, reason, "missing")
@@ -129,6 +133,15 @@ class TableSource:
             return found
         return self._intake(key, where, found, caption, Path(path).suffix[1:])
 
+    def _below(self, path: str) -> str:
+        """A path as it is below the folder of images, where it is absolute and leads into it; else as it is."""
+        if self._images is None or not path.startswith("/"):
+            return path
+        try:
+            return Path(path).resolve().relative_to(self._images.resolve()).as_posix()
+        except (OSError, ValueError):  # it leads elsewhere, or no file can have such a name
+            return path
+
     def _file(self, key: str, where: str, path: str) -> bytes | Failure:
         """The image that a row has the path of."""
         if not path or self._images is None:
@@ -139,7 +152,8 @@ class TableSource:
         except (OSError, ValueError) as error:  # a name that no file can have
             return Failure(key, where, f"{printable(path)} is no path: {error}", "missing")
         if not inside:
-            return Failure(key, where, f"{printable(path)} leads out of {self._images}", "unsafe")
+            reason = f"{printable(path)} is not in ingest.source.images, {self._images}"
+            return Failure(key, where, reason, "unsafe")
         return self._intake.read(key, where, target)
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
 import glob
 import io
 import json
-import os
+import lzma
 import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
 from lotlip import config
+from lotlip.data.tars import DamagedTar, TarStream, archives
 from lotlip.files import sha256_json
+from lotlip.listing import files_below, is_hidden
 from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
 from lotlip.sources.keys import is_key, key_of, leaves, prefix_of, printable, split_of
@@ -30,12 +34,13 @@ _REMEDY = (
 _LINE = re.compile(r"(?:(?P<prefix>[A-Za-z0-9_-]+) = )?(?P<address>.+)")
 # A sample's name ends at the first dot of the file's name, as webdataset has it.
 _MEMBER = re.compile(r"(?P<sample>(?:[^/.][^/]*/)*[^/.]+)\.(?P<ending>[^/]+)")
-# A name or attribute of a member that takes more is no name.
-_LONGEST_NAME = 2**20
+_CHUNK = 2**16  # bytes of a compressed file that are read at a time
 
 
 class WebDatasetSource:
     """Reads tars from their beginning to their end; a tar is a unit, and nothing of it touches the disk.
+
+    Tars joined into one file, and compressed files joined into one, are read to the end of the last.
 
     Members that stand together and have one name up to its first dot are a sample. Its key is that name by `key_of`, or
     a field of its json, with the tar's folder below `path` (or the prefix in its line) before it. Hidden members, and
@@ -43,8 +48,8 @@ class WebDatasetSource:
 
     Failures are of the kinds of `Intake`, or "missing" (no image, no caption, or nothing to be called by), "duplicate"
     (the key came before in the tar), "too-large" (a member of more than `ingest.images.max_bytes`), "unsafe" (a name
-    that leads out of the tar, a link, a device), "truncated" (the tar is cut off: what is before the cut came in) and
-    "unreadable-shard" (a tar that is not there, is not allowed, or is none).
+    that leads out of the tar, a link, a device), "truncated" (the tar is cut off or followed by something else: what is
+    before came in) and "unreadable-shard" (a tar that is not there, is not allowed, or is none).
 
     Raises:
         ValueError: `path` leads to no tars.
@@ -88,14 +93,11 @@ class WebDatasetSource:
         where, keys = printable(address), set[str]()
         begun, last = False, ""
         try:
-            with (
-                closing(_Stream(_opened(address))) as stream,
-                tarfile.open(
-                    fileobj=stream, mode="r|*", tarinfo=_Member, encoding="utf-8", errors="surrogateescape"
-                ) as tar,
-            ):
-                begun = True
-                for sample in self._samples(tar):
+            with closing(_Stored(_opened(address))) as file:
+                for sample in self._samples(archives(TarStream(_uncompressed(file)))):
+                    begun = True
+                    if sample is None:
+                        continue
                     if isinstance(sample, _Sample):
                         yield self._record(sample, prefix, where, keys)
                         last = sample.name
@@ -104,16 +106,24 @@ class WebDatasetSource:
                         yield Failure(key_of(name, prefix), f"{where}: {printable(name)}", reason, kind)
         except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
             yield Failure(where, where, f"the tar cannot be read: {error}", "unreadable-shard")
-        except (_Cut, tarfile.TarError, EOFError) as error:
+        except (DamagedTar, tarfile.TarError) as error:
             if begun:
                 place = f"after {printable(last)}, its last whole sample" if last else "before its first sample ends"
                 key = key_of(last, prefix) if last else where
-                yield Failure(key, where, f"the tar is cut {place}: {error}", "truncated")
+                yield Failure(key, where, f"the tar is damaged {place}: {error}", "truncated")
             else:
                 yield Failure(where, where, f"the file is no tar: {error}", "unreadable-shard")
 
-    def _samples(self, tar: tarfile.TarFile) -> Iterator[_Sample | tuple[str, str, str]]:
-        """Samples, once the next one or the tar's end shows that they are whole; else a name, a reason and its kind."""
+    def _samples(self, tars: Iterator[tarfile.TarFile]) -> Iterator[_Sample | tuple[str, str, str] | None]:
+        """Samples, once the next one or the archive's end shows that they are whole; else a name, a reason, its kind.
+
+        None comes first of each archive: its beginning could be read.
+        """
+        for tar in tars:
+            yield None
+            yield from self._archive(tar)
+
+    def _archive(self, tar: tarfile.TarFile) -> Iterator[_Sample | tuple[str, str, str]]:
         sample: _Sample | None = None
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # tarfile would keep them all
@@ -121,7 +131,7 @@ class WebDatasetSource:
             if leaves(name):
                 yield name, "its name leads out of the tar", "unsafe"
                 continue
-            if member.isdir():
+            if member.isdir() or is_hidden(name):
                 continue
             if not member.isreg() or member.issparse():
                 yield name, "it is a link, a device or no plain file", "unsafe"
@@ -198,51 +208,116 @@ class _Sample:
     too_large: int = 0
 
 
-class _Cut(Exception):
-    """The tar does not go on as a tar does."""
-
-
-class _Member(tarfile.TarInfo):
-    """A member's header; tarfile takes a broken one for the end of the tar, and reads names of any length."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Member:
-        try:
-            member = super().frombuf(buf, encoding, errors)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the block of zeros that ends a tar
-            raise
-        except tarfile.HeaderError as error:
-            raise _Cut(str(error)) from error
-        size = member.size
-        if size < 0 or (size > _LONGEST_NAME and not (member.isreg() or member.isdir())):
-            raise _Cut(f"a header claims {size} bytes")
-        return member
-
-
-class _Stream(io.RawIOBase):
-    """A tar's bytes from its beginning on.
-
-    Whatever a store raises is an OSError, so that the unit is tried again.
-    """
+class _Stored:
+    """A store's file. Whatever the store raises is an OSError, so that the unit is tried again."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
+        self._head = b""
 
-    def read(self, size: int = -1) -> bytes:
-        """At most `size` bytes. A whole tar says itself where it ends, so nobody asks for more than there is."""
+    def peek(self, size: int) -> bytes:
+        """The next bytes, which stay to be read."""
+        while len(self._head) < size and (data := self._read(size)):
+            self._head += data
+        return self._head[:size]
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; none at the file's end."""
+        data, self._head = self._head[:size], self._head[size:]
+        return data or self._read(size)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read(self, size: int) -> bytes:
         try:
-            data = self._file.read(size)
+            return self._file.read(size)
         except OSError:
             raise
         except Exception as error:
             raise OSError(f"the store stopped to answer: {error!r}") from error
-        if not data:
-            raise _Cut("the file ends before the tar does")
-        return data
 
-    def close(self) -> None:
-        self._file.close()
-        super().close()
+
+class _Gzip:
+    """zlib's decompressor with the methods that those of bz2 and lzma have."""
+
+    def __init__(self) -> None:
+        self._zlib = zlib.decompressobj(wbits=31)
+
+    @property
+    def eof(self) -> bool:
+        return self._zlib.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        return self._zlib.unused_data
+
+    @property
+    def needs_input(self) -> bool:
+        return not self._zlib.unconsumed_tail
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        return self._zlib.decompress(self._zlib.unconsumed_tail + data, max_length)
+
+
+# How a compressed file begins → its decompressor.
+_DECOMPRESSORS: dict[bytes, Callable[[], Any]] = {
+    b"\x1f\x8b": _Gzip,
+    b"BZh": bz2.BZ2Decompressor,
+    b"\xfd7zXZ": lzma.LZMADecompressor,
+    b"\x5d\x00\x00\x80": lzma.LZMADecompressor,
+}
+
+
+class _Decompressed(io.RawIOBase):
+    """The contents of a compressed file, of all its members: `cat` joins compressed files, too."""
+
+    def __init__(self, file: _Stored, decompressor: Callable[[], Any]) -> None:
+        self._file = file
+        self._new = decompressor
+        self._decompressor = decompressor()
+        self._members = 1
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills a part of the buffer; 0 at the end of the last member.
+
+        Raises:
+            DamagedTar: the file is cut off or broken, or something else than zeros or another member follows.
+        """
+        while True:
+            if self._decompressor.eof:
+                data = self._decompressor.unused_data.lstrip(b"\0")
+                while not data:
+                    if not (data := self._file.read(_CHUNK)):
+                        return 0
+                    data = data.lstrip(b"\0")
+                self._decompressor = self._new()
+                self._members += 1
+            else:
+                data = self._file.read(_CHUNK) if self._decompressor.needs_input else b""
+            starved = self._decompressor.needs_input and not data
+            try:
+                found = self._decompressor.decompress(data, len(buffer))
+            except (zlib.error, lzma.LZMAError, OSError, EOFError) as error:
+                raise DamagedTar(f"{self._part} is broken ({error})") from error
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+            if starved and not self._decompressor.eof:
+                raise DamagedTar(f"the file ends before {self._part} does")
+
+    @property
+    def _part(self) -> str:
+        return "its compressed data" if self._members == 1 else "what follows its compressed data"
+
+
+def _uncompressed(file: _Stored) -> IO[bytes]:
+    head = file.peek(max(map(len, _DECOMPRESSORS)))
+    found = next((new for magic, new in _DECOMPRESSORS.items() if head.startswith(magic)), None)
+    return file if found is None else io.BufferedReader(_Decompressed(file, found), _CHUNK)  # type: ignore[return-value]
 
 
 # What stores say of an object's version, the surest first.
@@ -296,7 +371,7 @@ def _find_tars(path: Path) -> list[str]:
     """Lines as in the text file, one for each tar, in order."""
     if path.is_dir():
         tars = _tars_below(path)
-    elif path.name.endswith(TARS) and path.is_file():
+    elif path.name.lower().endswith(TARS) and path.is_file():
         tars = [str(path)]
     elif path.is_file():
         tars = list(_listed(path))
@@ -308,10 +383,7 @@ def _find_tars(path: Path) -> list[str]:
 
 
 def _tars_below(root: Path) -> list[str]:
-    found = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(folder, name) for name in names if name.endswith(TARS) and not name.startswith(".")]
+    found = (file for file in files_below(root) if file.name.lower().endswith(TARS))
     prefixes = {tar: prefix_of(tar, root) for tar in sorted(found)}
     return [f"{prefix} = {tar}" if prefix else str(tar) for tar, prefix in prefixes.items()]
 

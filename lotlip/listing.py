@@ -1,0 +1,37 @@
+"""The files of a folder, without those that nobody put there: the one rule for all that reads folders and tars."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+# macOS leaves `._NAME` (AppleDouble) and `.DS_Store` beside files, and the folder `__MACOSX` in archives.
+_MACOS_FOLDER = "__MACOSX"
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a part of a relative path begins with a dot, or is what macOS adds.
+
+    >>> is_hidden("dogs/._a.jpg"), is_hidden("__MACOSX/a.jpg"), is_hidden("./dogs/a.jpg"), is_hidden("../a.jpg")
+    (True, True, False, False)
+    """
+    parts = PurePosixPath(path).parts
+    return any(part == _MACOS_FOLDER or (part.startswith(".") and part != "..") for part in parts)
+
+
+def files_below(root: Path, leave: Path | None = None) -> Iterator[Path]:
+    """The files of a folder and its subfolders, in no order; hidden ones and links to folders are left out.
+
+    Args:
+        root: the folder.
+        leave: a folder that is not entered.
+    """
+    for folder, folders, names in os.walk(root):
+        kept = (name for name in folders if not is_hidden(name))
+        folders[:] = [name for name in kept if leave is None or not _same(Path(folder, name), leave)]
+        yield from (Path(folder, name) for name in names if not is_hidden(name))
+
+
+def _same(one: Path, other: Path) -> bool:
+    return other.exists() and one.samefile(other)
