@@ -23,6 +23,7 @@ from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables go by configuration.
+WAYS = ("image_to_text", "text_to_image")
 ABLATIONS = {
     "alpha": {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
     "beta": {"text": {"corner_tokens": 0}},
@@ -955,6 +956,31 @@ def test_a_value_at_the_very_end_of_its_interval_is_drawn():
 def test_an_interval_of_ranks_is_no_percentage():
     assert score([4.0], "long.text_to_image.mean_rank", (3.5, 4.75)).span == "[3.5, 4.8]"
     assert score([0.4], "long.text_to_image.r1", (0.35, 0.475)).span == "[35.0, 47.5]"
+
+
+# --- what repeated texts allow ------------------------------------------------------------------------------------
+
+
+def test_the_best_possible_score_and_the_repeats_are_beside_the_scores(tmp_path):
+    params = make_params(report={"contact_sheet": 0})
+    write_project(tmp_path, params)
+    for name in params.ablations:
+        file = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(file.read_text())
+        result = found["benchmarks"]["scenes"]
+        result["protocol"] |= {"short_texts": 288, "repeated_short_texts": 142, "repeated_images": 0}
+        result["ceiling"] = {f"short.{way}.r{k}": 0.5069 if k == 1 else 1.0 for way in WAYS for k in (1, 5)}
+        write_json(file, found)
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    for text in (page.read_text(), (page.parent / "report.md").read_text()):
+        assert "142 of 288 short texts" in text and "50.7 %" in text
+    assert "guessing 0.1\u00a0%, best possible 50.7\u00a0%" in page.read_text()
+    rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "scenes-systems")}
+    assert float(rows["best possible"]["short.image_to_text.r1"]) == 0.5069
+
+
+def test_nothing_is_said_of_the_best_possible_score_where_nothing_is_repeated(report):
+    assert "best possible" not in (report / "index.html").read_text()
 
 
 # --- published scores ---------------------------------------------------------------------------------------------

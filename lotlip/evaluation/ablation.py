@@ -15,7 +15,7 @@ from lotlip.data.tokenizer import token_counts
 from lotlip.evaluation.attention_scores import attention_scores
 from lotlip.evaluation.benchmarks import Benchmark
 from lotlip.evaluation.encoders import EachTextOnce, LotlipEncoder
-from lotlip.evaluation.evaluate import chances, evaluate, image_features, protocol, unseen_share
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, limits, protocol, unseen_share
 from lotlip.evaluation.flops import flops_by_context
 from lotlip.evaluation.reading import make_quiz, read_to_the_end
 from lotlip.files import weights_hash
@@ -28,7 +28,7 @@ class Measured:
     """What was found.
 
     Attributes:
-        results: benchmark → its "protocol" and "chance", and by seed: "seeds" (metric → value), "intervals",
+        results: benchmark → its "protocol", "chance" and "ceiling", and by seed: "seeds" (metric → value), "intervals",
             "attention", "weights_sha256" and, of scenes, "reading"; plain JSON types.
         pictures: <benchmark>-<name>.png → where the first seed's attention goes.
         parameters: part of the model → number of parameters.
@@ -101,14 +101,17 @@ def measure(
             if name not in found.results:
                 false = [text for question in quiz.questions for text in question.changed] if quiz else []
                 unseen = unseen_share(benchmark, tokenizer, vocabulary, false)
+                ceiling, repeats = limits(benchmark)
                 found.results[name] = {
                     "protocol": {
                         "model": folder.as_posix(),
                         **protocol(encoder, benchmark),
+                        **repeats,
                         "unseen_token_share": unseen,
                         **about,
                     },
                     "chance": chances(benchmark),
+                    "ceiling": ceiling,
                 }
                 pictures = attention_pictures(encoder, benchmark)
                 found.pictures |= {f"{name}-{kind}.png": png for kind, png in pictures.items()}

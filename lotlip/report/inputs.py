@@ -25,6 +25,7 @@ class Benchmark:
     Attributes:
         protocol: how it was measured: sizes, context length, precision, …
         chance: metric → the value that guessing has.
+        ceiling: recall → the best that repeated texts and images allow; empty where it is not known.
         seeds: seed → metric → value; fractions, except ranks.
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
         attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
@@ -39,6 +40,12 @@ class Benchmark:
     attention: dict[int, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     reading: dict[int, dict[str, Any]] = field(default_factory=dict)
+    ceiling: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def limited(self) -> bool:
+        """Whether repeated texts or images keep every model from a full score."""
+        return min(self.ceiling.values(), default=1.0) < 1
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
@@ -227,6 +234,7 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
             pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
             reading={int(seed): found for seed, found in result.get("reading", {}).items()},
+            ceiling=result.get("ceiling", {}),
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }

@@ -93,6 +93,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         {
             "name": name,
             "headline": headline(inputs, name),
+            "ceiling": results.ceiling_note(inputs, name),
             "sections": sections.benchmark_sections(inputs, name),
             "every": sections.every_number(inputs, name),
             "figures": reading_figures(inputs, name),
@@ -171,9 +172,15 @@ def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
             [tables.score(result.values(metric), metric, result.interval(metric)) for result in found.values()], metric
         )
         guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
+        best = next((result.ceiling[metric] for result in found.values() if result.ceiling.get(metric, 1.0) < 1), None)
         column = results.metric_column(metric, main=True)
         bars = [Bar(name, cell, SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
-        group = {"title": column.label, "bars": bars, "chance": tables.percent(guess).text if guess else ""}
+        group = {
+            "title": column.label,
+            "bars": bars,
+            "chance": tables.percent(guess).text if guess else "",
+            "ceiling": tables.percent(best).text if best else "",
+        }
         panels.setdefault(column.group, []).append(group)
     return [{"title": title, "groups": members} for title, members in panels.items()]
 
