@@ -113,9 +113,7 @@ class Knowing:
 def test_a_model_that_understands_reaches_the_ceiling_and_it_is_told_with_the_repeats():
     content = [b"1", b"2", b"3", b"3", b"4"]
     names = ["red", "red", "green", "green", "blue"]
-    asked = Benchmark(
-        "toy", [str(n) for n in range(5)], content.__getitem__, {"short": Texts(names, [0, 1, 2, 3, 4])}
-    )
+    asked = Benchmark("toy", [str(n) for n in range(5)], content.__getitem__, {"short": Texts(names, [0, 1, 2, 3, 4])})
     images = torch.stack([torch.eye(3)[Knowing.colours.index(name)] for name in names])
     limit, repeats = limits(asked)
     assert limit["short.text_to_image.r1"] == limit["short.image_to_text.r1"] == pytest.approx(3 / 5)

@@ -26,6 +26,10 @@ class Benchmark:
         protocol: how it was measured: sizes, context length, precision, …
         chance: metric → the value that guessing has.
         ceiling: recall → the best that repeated texts and images allow; empty where it is not known.
+        examples: kind of text → the first seed's "best" and "worst" retrievals, as of
+            `lotlip.evaluation.examples.retrieval_examples`.
+        example_images: number of an image in `examples` → JPEG.
+        not_drawn: what could not be drawn of it → why.
         seeds: seed → metric → value; fractions, except ranks.
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
         attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
@@ -41,6 +45,9 @@ class Benchmark:
     pictures: dict[str, bytes] = field(default_factory=dict)
     reading: dict[int, dict[str, Any]] = field(default_factory=dict)
     ceiling: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    example_images: dict[int, bytes] = field(default_factory=dict)
+    not_drawn: dict[str, str] = field(default_factory=dict)
 
     @property
     def limited(self) -> bool:
@@ -222,6 +229,8 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
     if found is None:
         return Ablation(name, wanted, history=history)
     config = _trained_with(found["config"], wanted, name, missing)
+    problems = root / params.paths.metrics / "attention" / name / "not-drawn.json"
+    not_drawn = read_json(problems) if problems.is_file() else {}
     benchmarks = {
         benchmark: Benchmark(
             protocol=result.get("protocol", {}),
@@ -235,6 +244,9 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
             reading={int(seed): found for seed, found in result.get("reading", {}).items()},
             ceiling=result.get("ceiling", {}),
+            examples=result.get("examples", {}),
+            example_images=_example_images(root / params.paths.metrics / "attention" / name / "images" / benchmark),
+            not_drawn=not_drawn.get(benchmark, {}),
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }
@@ -252,6 +264,11 @@ def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
     """Name → PNG, of what the evaluate stage drew for a benchmark; no name has a hyphen, while benchmarks' may."""
     named = {file: file.stem.rpartition("-") for file in sorted(folder.glob("*.png"))}
     return {kind: file.read_bytes() for file, (of, _, kind) in named.items() if of == benchmark}
+
+
+def _example_images(folder: Path) -> dict[int, bytes]:
+    """Number of an image → JPEG, of what the evaluate stage left."""
+    return {int(file.stem): file.read_bytes() for file in sorted(folder.glob("*.jpg"))}
 
 
 def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:
