@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from lotlip.config.caption import CaptionStage
-from lotlip.config.data import ImageTower, Ingest, Shard
+from lotlip.config.data import ImageTower, Ingest, ScenesSource, ScenesTower, Shard
 from lotlip.config.pretrain import LongTexts, Pretrain
 from lotlip.config.section import ConfigError, Count, Name, NonNegative, Section, SectionT, Share
 
@@ -207,6 +207,17 @@ class Params(Section):
     def names(self) -> list[str]:
         """Of all ablations, those that go on from others last."""
         return [*self.ablations, *self.continued]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What can be used but is probably not meant, a line each; shown by `lotlip plan`, the stages and the report."""
+        if isinstance(self.image_tower, ScenesTower) and not isinstance(self.ingest.source, ScenesSource):
+            return [
+                "image_tower.kind is scenes: that tower was trained on generated scenes alone and tells other pictures "
+                f"apart poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such as "
+                "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
+            ]
+        return []
 
     @model_validator(mode="after")
     def _ablations_resolve(self) -> Params:

@@ -15,6 +15,7 @@ from lotlip.config import Params, Pretrain
 from lotlip.files import read_json
 from lotlip.records import DATA_DOCS
 
+CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
 
 
@@ -162,6 +163,9 @@ class ReportInputs:
         pictures: the contact sheet.
         missing: a line for a person for each piece that is not there or out of date.
         not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
+        ingest: index.json of the ingest stage; empty where it is not there.
+        caption_words: "captions", how many raw captions were looked at, and quantiles of their words: "p05", "median",
+            "p95"; empty where there are none.
     """
 
     params: Params
@@ -172,6 +176,8 @@ class ReportInputs:
     pictures: list[Picture]
     missing: list[str]
     not_run: list[str] = field(default_factory=list)
+    ingest: dict[str, Any] = field(default_factory=dict)
+    caption_words: dict[str, float] = field(default_factory=dict)
 
     @property
     def scored(self) -> list[Ablation]:
@@ -204,7 +210,27 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         pictures=_pictures(params, root, missing),
         missing=missing,
         not_run=not_run,
+        ingest=_optional_json(root, params.paths.ingest / "index.json", "ingest's index", []) or {},
+        caption_words=_caption_words(root / params.paths.ingest),
     )
+
+
+def _caption_words(ingest: Path) -> dict[str, float]:
+    """Quantiles of the number of words of the first raw captions, of all splits."""
+    from lotlip import partitions
+
+    counts: list[int] = []
+    for name in partitions.unit_names(ingest):
+        captions = partitions.read_table(ingest, name, ["raw_caption"])["raw_caption"]
+        counts += [len(caption.split()) for caption in captions]
+        if len(counts) >= CAPTIONS_LOOKED_AT:
+            break
+    if not counts:
+        return {}
+    ordered = sorted(counts)
+    quantiles = {"p05": 0.05, "median": 0.5, "p95": 0.95}
+    at = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in quantiles.items()}
+    return {"captions": float(len(ordered)), **at}
 
 
 def _was_run(params: Params, root: Path, name: str) -> bool:
