@@ -152,7 +152,8 @@ def note(judged: Sequence[Judged]) -> str:
 def tally(judged: Sequence[Judged]) -> str:
     """How many of each verdict, as one sentence; those that were not run are not counted."""
     count = {verdict: sum(one.verdict == verdict for one in judged) for verdict in VERDICTS}
-    told = f"Of {len(judged) - count[NOT_RUN]} tests of the paper's findings, this run supports {count[SUPPORTS]} and contradicts "
+    run = len(judged) - count[NOT_RUN]
+    told = f"Of {run} tests of the paper's findings, this run supports {count[SUPPORTS]} and contradicts "
     told += f"{count[CONTRADICTS]}; it cannot tell for {count[CANNOT_TELL]}"
     return f"{told}. {not_run(judged)}".strip()
 
