@@ -238,7 +238,8 @@ class Pretrain(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0,
-        description="DeepSpeed's ZeRO stage: what is divided among processes (0: nothing, 1: optimizer states, 2: gradients too, 3: weights too)",
+        description="DeepSpeed's ZeRO stage, what processes divide among them: 0: nothing; 1: optimizer states; "
+        "2: gradients too; 3: weights too",
     )
     log_every: Count = Field(10, description="steps between two entries of the training curves")
     checkpoint_every: Count = Field(200, description="steps between two checkpoints")
