@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are worth keeping: a stage starts in half the time.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: reproduce reproduce-all test test-fast lint format ui serve setup lock clean help
+.PHONY: reproduce reproduce-all test test-fast lint format ui serve setup docs lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ setup: $(VENV)/.installed ## make .venv from the lock; nothing when nothing chan
 $(VENV)/.installed: requirements.lock pyproject.toml infra/setup.sh infra/uv.txt
 	@bash infra/setup.sh $(VENV)
 	@touch $@
+
+docs: setup ## write docs/params.md from the configuration types
+	@python -m lotlip.config.reference
 
 lock: setup ## resolve the dependencies anew, with hashes and without any registry's address
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \

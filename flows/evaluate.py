@@ -9,7 +9,7 @@ from prefect import flow
 
 from flows.stage import Stage, check_input, hash_of, main
 from lotlip.config import load_params
-from lotlip.files import read_json, sha256_files, whole, write_json, write_record
+from lotlip.files import read_json, sha256_files, write_json
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
@@ -25,7 +25,7 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
-        from lotlip.evaluation.ablation import measure, summary
+        from lotlip.evaluation.ablation import draw, measure, summary
         from lotlip.evaluation.benchmarks import open_benchmark
     for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(read)
@@ -61,14 +61,12 @@ def evaluate(ablation: str) -> None:
         from lotlip.validation import gate_evaluate
 
         checks = gate_evaluate(config, score_table(found.results), stage.gate_report)
-    seen = paths.metrics / "attention" / ablation
-    with whole(seen) as unfinished:
-        unfinished.mkdir()
-        for file, png in found.pictures.items():
-            (unfinished / file).write_bytes(png)
-        write_record(unfinished, seen)
     write_json(paths.metrics / f"{ablation}.json", scores)
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
+    seen = paths.metrics / "attention" / ablation
+    for benchmark, problems in draw(folder, run["config"], benchmarks, config.batch_size, seen, found.results).items():
+        for what, reason in problems.items():
+            stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
         from lotlip.tracking import Tracker
 

@@ -21,6 +21,8 @@ def image_tower() -> None:
 
         from lotlip.models.image_tower import save_image_tower
         from lotlip.training.image_tower import timm_tower, train_image_tower
+    for warning in params.warnings:
+        stage.log.warning("image-tower: %s", warning)
     accuracy: dict[str, float] = {}
     if isinstance(config, ScenesTower):
         started = time.monotonic()

@@ -366,6 +366,8 @@ def plan(
     file = Path("profiles", f"{profile}.yaml") if profile else params
     settings = load_params(file)
     config = settings.ablation(ablation)
+    for warning in settings.warnings:
+        typer.echo(f"warning: {warning}", err=True)
     if gpus:
         of_gpus = Path("infra", "gpus", f"{gpus}.yaml")
         differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8"))["pretrain"] if of_gpus.is_file() else {}

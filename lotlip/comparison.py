@@ -138,8 +138,9 @@ def run_note(
         model: run.json of the trained ablation.
         seed: that the run is of.
         base: what ablations differ from; None: not told.
-        results: benchmark → "seeds" and "intervals", as in metrics/<ablation>.json; the main ones are told with their
-            95 % intervals, which would be two more charts each as metrics of their own.
+        results: benchmark → "seeds", "intervals" and "ceiling", as in metrics/<ablation>.json; the main ones are told
+            with their 95 % intervals and, where repeated texts or images lower it, the best possible score. As metrics
+            of their own they would be three more charts each.
     """
     config = flatten(model["config"])
     m, k = config.get(CORNER_TOKENS, 0), config.get(SUB_CAPTIONS, 0)
@@ -155,15 +156,19 @@ def run_note(
     if base and trained:
         parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(trained, base))}.")
     rows = []
+    limited = any(min(result.get("ceiling", {}).values(), default=1.0) < 1 for result in (results or {}).values())
     for benchmark, result in (results or {}).items():
         scores, intervals = result["seeds"][seed], result.get("intervals", {}).get(seed, {})
         for metric in [*RECALLS, "classification.top1"]:
             if metric in scores:
                 low, high = intervals.get(metric, (None, None))
                 between = f"{100 * low:.1f} – {100 * high:.1f}" if low is not None and high is not None else ""
-                rows.append(f"| {benchmark}.{metric} | {100 * scores[metric]:.1f} | {between} |")
+                row = f"| {benchmark}.{metric} | {100 * scores[metric]:.1f} | {between} |"
+                rows.append(row + (f" {100 * result.get('ceiling', {}).get(metric, 1.0):.1f} |" if limited else ""))
     if rows:
-        parts.append("\n".join(["| score | % | 95 % interval |", "|---|---|---|", *rows]))
+        heads = ["| score | % | 95 % interval |", "|---|---|---|"]
+        heads = [heads[0] + " best possible |", heads[1] + "---|"] if limited else heads
+        parts.append("\n".join([*heads, *rows]))
     return "\n\n".join(parts)
 
 

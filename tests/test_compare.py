@@ -155,7 +155,7 @@ def test_progress_counts_every_image_and_text(models, scenes):
 def result(model: str, benchmark: str, **scores: float) -> Result:
     values = {name.replace("__", "."): score for name, score in scores.items()}
     intervals = {name: (score - 0.02, score + 0.01) for name, score in values.items() if name.startswith("long")}
-    return Result(model, benchmark, Scores(values, intervals), {}, {"context_length": 77})
+    return Result(model, benchmark, Scores(values, intervals), {}, {}, {"context_length": 77})
 
 
 RESULTS = [
@@ -178,6 +178,22 @@ def test_the_table():
         "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; in brackets: 95 % confidence",
         f"(published): {SOURCE}",
     ]
+
+
+def test_the_table_has_the_best_possible_score_where_repeats_lower_it():
+    protocol = {"images": 288, "short_texts": 288, "repeated_short_texts": 142, "repeated_images": 0}
+    ceiling = {"short.image_to_text.r1": 0.5069, "short.text_to_image.r1": 0.5069, "short.text_to_image.r5": 1.0}
+    scores = Scores({"short.image_to_text.r1": 0.25, "short.text_to_image.r1": 0.125})
+    found = [
+        Result("ours", "own", scores, {}, ceiling, protocol),
+        Result("ours", "imagenet", Scores({"classification.top1": 0.5}), {}, {}, {}),
+    ]
+    lines = table(found, [])
+    assert [line.split() for line in lines if line.startswith("best possible  ")] == [
+        ["best", "possible", "50.7", "50.7"]
+    ]
+    assert [line for line in lines if "142 of 288 short texts" in line and "own" in line]
+    assert to_json(found)["results"][0]["ceiling"] == ceiling
 
 
 def test_json_has_all_scores_and_what_was_published():

@@ -175,3 +175,13 @@ def test_a_browser_shows_the_charts_without_a_click(server):
     assert "3 matching runs" in " ".join(shown.split())
     assert "-first" not in shown  # of the other sweep
     assert "Error loading shared view" not in shown
+
+
+def test_the_note_has_the_best_possible_score_where_repeats_lower_it():
+    model = {"ablation": "lit", "config": {}}
+    scores = {"short.image_to_text.r1": 0.25, "short.text_to_image.r1": 0.125}
+    result = {"seeds": {"0": scores}, "ceiling": {"short.image_to_text.r1": 0.5069}}
+    note = run_note(model, "0", None, {"own": result})
+    assert "| own.short.image_to_text.r1 | 25.0 |  | 50.7 |" in note
+    assert "| own.short.text_to_image.r1 | 12.5 |  | 100.0 |" in note
+    assert "best possible" not in run_note(model, "0", None, {"own": {"seeds": {"0": scores}}})

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lotlip.captioning.table import TableCaptioner
-from lotlip.config import Pretrain, PublishedBenchmark, load_params, merge
+from lotlip.config import Pretrain, PublishedBenchmark, checked_params, load_params, merge
 from lotlip.sources import open_source
 from lotlip.training.engine import deepspeed_config
 from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
@@ -107,3 +107,17 @@ def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile
         author = TableCaptioner(name, params.caption.captioners[name], len)
         for record, caption in zip(records, author.caption(records), strict=True):
             assert caption.text == record.raw_caption.replace("raw", f"{column}_captions")
+
+
+def test_the_profile_for_own_images_has_a_tower_pretrained_on_photographs():
+    params = load_params(ROOT / "profiles" / "own-images.yaml")
+    assert params.image_tower.kind == "timm" and "in21k" in params.image_tower.model
+    assert params.warnings == []
+    assert build_towers(params.ablation("lit"), params.image_tower).image.width == 768
+
+
+def test_a_tower_of_generated_scenes_for_other_pictures_is_warned_of():
+    data = yaml.safe_load((ROOT / "profiles" / "own-images.yaml").read_text(encoding="utf-8"))
+    (warning,) = checked_params({**data, "image_tower": {"kind": "scenes"}}, "params.yaml").warnings
+    assert "image_tower" in warning and "ingest.source" in warning and "timm" in warning
+    assert load_params(ROOT / "params.yaml").warnings == []

@@ -23,6 +23,7 @@ from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables go by configuration.
+WAYS = ("image_to_text", "text_to_image")
 ABLATIONS = {
     "alpha": {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
     "beta": {"text": {"corner_tokens": 0}},
@@ -955,6 +956,113 @@ def test_a_value_at_the_very_end_of_its_interval_is_drawn():
 def test_an_interval_of_ranks_is_no_percentage():
     assert score([4.0], "long.text_to_image.mean_rank", (3.5, 4.75)).span == "[3.5, 4.8]"
     assert score([0.4], "long.text_to_image.r1", (0.35, 0.475)).span == "[35.0, 47.5]"
+
+
+# --- own data -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """The report of a folder of pictures with one ablation, and hostile texts in its captions and reasons."""
+    root = tmp_path_factory.mktemp("own")
+    params = make_params(
+        ablations={"lit": {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}},
+        evaluate={"benchmarks": {"own": {"kind": "held-out"}}},
+        caption={"captioners": {}},
+    )
+    write_project(root, params)
+    file = root / params.paths.metrics / "lit.json"
+    found = json.loads(file.read_text())
+    result = found["benchmarks"]["own"]
+    result["protocol"] |= {"short_texts": 288, "repeated_short_texts": 142, "repeated_images": 0}
+    result["ceiling"] = {f"short.{way}.r1": 0.5069 for way in WAYS}
+    one = {"text": "a <b>dog</b>\x00\x1b \ud800", "image": 0, "rank": 1.0, "found": [0, 1]}
+    result["examples"] = {"short": {"best": [one], "worst": [{**one, "text": "a lost cat", "image": 2, "rank": 77.5}]}}
+    write_json(file, found)
+    folder = root / params.paths.metrics / "attention" / "lit"
+    write_json(folder / "not-drawn.json", {"own": {"relevance": "no ink"}})
+    (folder / "images" / "own").mkdir(parents=True)
+    for number in range(2):
+        Image.new("RGB", (60, 40), (90 * number, 20, 60)).save(folder / "images" / "own" / f"{number}.jpg")
+    failures = [
+        {"kind": kind, "key": "", "where": f"my-images/{kind}-{n}.jpg", "reason": f"reason\x00 {n}"}
+        for kind in ("unreadable", "duplicate")
+        for n in range(5)
+    ]
+    index = {"read": 1000, "written": 990, "failed": 10, "failure_kinds": {"unreadable": 5, "duplicate": 5}}
+    units = [{"name": "train/part-00000", "written": 702}, {"name": "test/part-00000", "written": 288}]
+    write_json(root / params.paths.ingest / "index.json", {**index, "units": units, "failures": failures})
+    return build_report(load_inputs(params, root), root / "report").parent
+
+
+def test_a_report_on_own_data_starts_with_the_data_then_what_the_model_can_do(own):
+    page = Page((own / "index.html").read_text())
+    parts = ["data-section", "failure-examples", "pictures", "results-own", "examples-own", "attention-own", "curves"]
+    places = [page.ids.index(part) for part in [*parts, "gates", "protocol-section"]]
+    assert places == sorted(places)
+    assert page.open == [] and len(page.ids) == len(set(page.ids))
+    assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
+
+
+def test_findings_that_were_not_run_are_one_sentence(own):
+    page = (own / "index.html").read_text()
+    assert "the-findings" not in page and "not-run" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+    assert "further tests need ablations" in page and "further tests need ablations" in (own / "report.md").read_text()
+
+
+def test_the_data_are_told_with_failures_splits_copies_and_the_ceiling(own):
+    page = (own / "index.html").read_text()
+    for piece in ("my-images/unreadable-2.jpg", "my-images/duplicate-0.jpg", "images in split test", "142 of 288"):
+        assert piece in page
+    assert "my-images/unreadable-3.jpg" not in page, "three of each kind"
+    rows = {row["what"]: row["count"] for row in read_csv(own, "overview")}
+    assert float(rows["images in split test"]) == 288
+    assert float(rows["of these, copies of an earlier image or key"]) == 5
+
+
+def test_examples_have_their_rank_and_pictures_and_what_failed_is_named(own):
+    page = (own / "index.html").read_text()
+    assert "a lost cat" in page and "77.5" in page
+    assert page.count('class="right"') == 2  # its own picture, and that picture among the found
+    assert "lit, relevance: no ink" in page
+
+
+def test_a_page_has_no_characters_that_html_may_not_have(own):
+    for file in ("index.html", "report.md"):
+        text = (own / file).read_bytes().decode("utf-8")
+        assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufffe\uffff]", text)
+    page = (own / "index.html").read_text()
+    assert "a &lt;b&gt;dog&lt;/b&gt;\ufffd\ufffd \ufffd" in page
+    assert "reason\ufffd 0" in page
+
+
+def test_a_tower_of_scenes_is_warned_of(own):
+    assert "image_tower.kind is scenes" in (own / "index.html").read_text()
+
+
+# --- what repeated texts allow ------------------------------------------------------------------------------------
+
+
+def test_the_best_possible_score_and_the_repeats_are_beside_the_scores(tmp_path):
+    params = make_params(report={"contact_sheet": 0})
+    write_project(tmp_path, params)
+    for name in params.ablations:
+        file = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(file.read_text())
+        result = found["benchmarks"]["scenes"]
+        result["protocol"] |= {"short_texts": 288, "repeated_short_texts": 142, "repeated_images": 0}
+        result["ceiling"] = {f"short.{way}.r{k}": 0.5069 if k == 1 else 1.0 for way in WAYS for k in (1, 5)}
+        write_json(file, found)
+    page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
+    for text in (page.read_text(), (page.parent / "report.md").read_text()):
+        assert "142 of 288 short texts" in text and "50.7 %" in text
+    assert "guessing 0.1\u00a0%, best possible 50.7\u00a0%" in page.read_text()
+    rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "scenes-systems")}
+    assert float(rows["best possible"]["short.image_to_text.r1"]) == 0.5069
+
+
+def test_nothing_is_said_of_the_best_possible_score_where_nothing_is_repeated(report):
+    assert "best possible" not in (report / "index.html").read_text()
 
 
 # --- published scores ---------------------------------------------------------------------------------------------

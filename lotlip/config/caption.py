@@ -16,10 +16,10 @@ class SceneCaptioner(Section):
 
     kind: Literal["scenes"]
     path: Path = Field(description="the module that words the captions; DVC watches it")
-    style: Literal["instructblip", "llava", "sharegpt4v"]
+    style: Literal["instructblip", "llava", "sharegpt4v"] = Field(description="whose wording the captions imitate")
     omission: Share = Field(0.1, description="chance that an object is left out")
     error: Share = Field(0.03, description="chance that an attribute is told wrong")
-    seed: int = 0
+    seed: int = Field(0, description="of omissions, errors and wording")
 
 
 class TableCaptioner(Section):
@@ -45,11 +45,15 @@ class EndpointCaptioner(Section):
     revision: Annotated[str, Field(min_length=1)] = Field(
         description="of the model's weights, as the server was started with; part of every caption's revision"
     )
-    prompt: Annotated[str, Field(min_length=1)] = "Describe this image in detail."
+    prompt: Annotated[str, Field(min_length=1)] = Field(
+        "Describe this image in detail.", description="the question that is sent with each image"
+    )
     max_tokens: Count = Field(512, description="longest caption, in the model's tokens")
-    temperature: Annotated[float, Field(ge=0)] = 0.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: int = 0
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0, tokens are sampled")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="nucleus sampling: the share of the probability that tokens are sampled from"
+    )
+    seed: int = Field(0, description="of sampling, sent to the server")
     concurrency: Count = Field(
         16, description="requests in flight from a process, whatever number of units it works on"
     )
@@ -118,7 +122,9 @@ class TransformersCaptioner(Section):
     path: Path = Field(
         description="the model's folder, or lotlip/captioning/mllm.py for a model of the hub; DVC watches it"
     )
-    preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = None
+    preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = Field(
+        None, description="one of the paper's captioners, whose settings replace the defaults below"
+    )
     model: str = Field(description="its name on the hub, OWNER/NAME; for a model in a folder, the same as path")
     revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
         None, description="the hub's commit; a folder's is the hash of its files"
@@ -229,8 +235,12 @@ RESERVED_CAPTIONERS = frozenset(
 class CaptionStage(Section):
     """Long captions for every image, by each captioner."""
 
-    captioners: dict[Name, Captioner] = Field(default_factory=dict)
-    tokenizer: str = "bert-base-uncased"
+    captioners: dict[Name, Captioner] = Field(
+        default_factory=dict, description="name → who writes long captions; each runs on every image"
+    )
+    tokenizer: str = Field(
+        "bert-base-uncased", description="tokenizer that counts the captions' tokens: hub name or folder"
+    )
     quality: Quality = Quality()
     max_failure_share: Share = Field(0.02, description="of the images, captions that `quality` drops not counted")
     max_filtered_share: Share = Field(0.1, description="of the captions that `quality` drops; more fails the gate")

@@ -17,19 +17,19 @@ class ScenesSource(Section):
 
     kind: Literal["scenes"]
     path: Path = Field(description="the module that draws the scenes; DVC watches it")
-    seed: int = 0
-    image_size: Annotated[int, Field(ge=32, le=512)] = 64
-    train: Count = 8000
-    val: Count = 500
-    test: Count = 1000
+    seed: int = Field(0, description="of the drawing of the scenes")
+    image_size: Annotated[int, Field(ge=32, le=512)] = Field(64, description="pixels of a side")
+    train: Count = Field(8000, description="scenes in the training split")
+    val: Count = Field(500, description="scenes in the validation split")
+    test: Count = Field(1000, description="scenes in the test split")
 
 
 class SplitByKey(Section):
     """A source that leaves the split to chance: it depends on a sample's key and the seed, and on nothing else."""
 
-    val_share: Share = 0.05
-    test_share: Share = 0.1
-    split_seed: int = 0
+    val_share: Share = Field(0.05, description="share of the samples in the validation split")
+    test_share: Share = Field(0.1, description="share of the samples in the test split")
+    split_seed: int = Field(0, description="seed of the split; another one splits the samples differently")
 
     @model_validator(mode="after")
     def _some_left_to_train(self) -> SplitByKey:
@@ -42,7 +42,7 @@ class FolderSource(SplitByKey):
     """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
 
     kind: Literal["folder"]
-    path: Path
+    path: Path = Field(description="folder of the images; subfolders are read")
 
 
 class WebDatasetSource(SplitByKey):
@@ -118,9 +118,11 @@ class Images(Section):
 class Ingest(Section):
     """Brings images and raw captions in, as partitions."""
 
-    source: Source
+    source: Source = Field(description="where images and raw captions come from")
     images: Images = Images()
-    partition_size: Count = 1000
+    partition_size: Count = Field(
+        1000, description="images in a partition, the unit of work; not used for tars, where each tar is a unit"
+    )
     evaluation_images: list[Path] = Field(
         [], description="folders of images (of a benchmark, say) that are left out of the training split"
     )
@@ -142,17 +144,17 @@ class ScenesTower(Section):
     """A small ViT trained on the attributes of scenes of its own; stands for ImageNet-21k pretraining."""
 
     kind: Literal["scenes"]
-    scenes: Count = 12000
-    seed: int = 1
-    width: Count = 128
-    depth: Count = 2
-    heads: Count = 8
-    patch_size: Count = 16
-    image_size: Annotated[int, Field(ge=32, le=512)] = 64
-    epochs: Count = 5
-    batch_size: Count = 64
-    learning_rate: Positive = 2e-3
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    scenes: Count = Field(12000, description="generated scenes that the tower is trained on")
+    seed: int = Field(1, description="of these scenes and of the first weights")
+    width: Count = Field(128, description="size of the image feature")
+    depth: Count = Field(2, description="transformer layers")
+    heads: Count = Field(8, description="attention heads; must divide width")
+    patch_size: Count = Field(16, description="pixels of a patch's side, a power of two")
+    image_size: Annotated[int, Field(ge=32, le=512)] = Field(64, description="pixels of an image's side")
+    epochs: Count = Field(5, description="passes over the scenes")
+    batch_size: Count = Field(64, description="images in a training step")
+    learning_rate: Positive = Field(2e-3, description="highest learning rate")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.05, description="AdamW's weight decay")
     min_accuracy: Share = Field(
         0.6, description="mean over attributes, on scenes it was not trained on; less fails the gate"
     )
@@ -162,9 +164,11 @@ class TimmTower(Section):
     """A pretrained image tower from timm, as the paper's `vit_base_patch16_224.augreg_in21k`."""
 
     kind: Literal["timm"]
-    model: str
+    model: str = Field(description="name of a ViT with a [CLS] token in timm")
     checkpoint: Path | None = Field(None, description="local safetensors file; without one timm asks the model hub")
-    image_size: Annotated[int, Field(ge=32, le=1024)] = 224
+    image_size: Annotated[int, Field(ge=32, le=1024)] = Field(
+        224, description="pixels of a side; images are resized on their shorter side and cropped in the centre"
+    )
 
 
 ImageTower = Annotated[ScenesTower | TimmTower, Field(discriminator="kind")]
@@ -178,8 +182,8 @@ class Shard(Section):
 
     samples_per_shard: Count = Field(1000, description="at most")
     max_bytes: Count = Field(1_000_000_000, description="of a shard, about")
-    seed: int = 0
+    seed: int = Field(0, description="of the order in which samples are put into shards")
     store_features: bool = Field(True, description="run the frozen tower once, here, instead of at every step")
-    feature_batch_size: Count = 250
-    max_failure_share: Share = 0.01
+    feature_batch_size: Count = Field(250, description="images that the frozen tower encodes at a time")
+    max_failure_share: Share = Field(0.01, description="of the samples; more fails the gate")
     max_uncaptioned_share: Share = Field(0.05, description="of the samples that no captioner described")

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
 
 from lotlip.config.caption import CaptionStage
-from lotlip.config.data import ImageTower, Ingest, Shard
+from lotlip.config.data import ImageTower, Ingest, ScenesSource, ScenesTower, Shard
 from lotlip.config.pretrain import LongTexts, Pretrain
 from lotlip.config.section import ConfigError, Count, Name, NonNegative, Section, SectionT, Share
 
@@ -49,17 +49,17 @@ class Paths(Section):
     `caption_store` may be an absolute path.
     """
 
-    ingest: Path = Path("data/ingest")
-    image_tower: Path = Path("data/image-tower")
-    captions: Path = Path("data/captions")
-    shards: Path = Path("data/shards")
-    models: Path = Path("models")
-    metrics: Path = Path("metrics")
-    stages: Path = Path("metrics/stages")
+    ingest: Path = Field(Path("data/ingest"), description="images and raw captions, as partitions")
+    image_tower: Path = Field(Path("data/image-tower"), description="the image tower")
+    captions: Path = Field(Path("data/captions"), description="long captions, a folder for each captioner")
+    shards: Path = Field(Path("data/shards"), description="WebDataset tars that training reads")
+    models: Path = Field(Path("models"), description="trained models, a folder for each ablation")
+    metrics: Path = Field(Path("metrics"), description="scores of each ablation")
+    stages: Path = Field(Path("metrics/stages"), description="records of the stages' last runs")
     caption_store: Path = Field(
         Path("data/caption-store"), description="captions that were written once, kept whatever changes; not DVC's"
     )
-    report: Path = Path("report")
+    report: Path = Field(Path("report"), description="the report")
 
     @model_validator(mode="after")
     def _inside_and_disjoint(self) -> Paths:
@@ -123,7 +123,7 @@ class ScenesBenchmark(Section):
     """Held-out scenes: long and short texts in wording that training never had, and prompts for the shape."""
 
     kind: Literal["scenes"]
-    split: Literal["val", "test"] = "test"
+    split: Literal["val", "test"] = Field("test", description="split whose scenes are used")
     size: Count = Field(description="scenes in the split; another number is an error")
     max_unseen_tokens: Share = Field(0.01, description="share of the texts' word pieces that no training text has")
 
@@ -132,7 +132,7 @@ class HeldOutBenchmark(Section):
     """Held-out images of the data set itself: its raw captions, and its long captions where there are any."""
 
     kind: Literal["held-out"]
-    split: Literal["val", "test"] = "test"
+    split: Literal["val", "test"] = Field("test", description="split whose images are used")
 
 
 PARTIAL_RUN = "-partial"  # the end of the name that a partial run's scores are filed under
@@ -147,7 +147,9 @@ def _how_partial(value: Any) -> bool | int:
 class PublishedBenchmark(Section):
     """A benchmark that others score on as well, held to its published size; an entry of its name needs no `kind`."""
 
-    kind: Literal["sharegpt4v-1k", "sharegpt4v-10k", "dci", "iiw", "urban-1k", "docci", "coco", "flickr30k", "imagenet"]
+    kind: Literal[
+        "sharegpt4v-1k", "sharegpt4v-10k", "dci", "iiw", "urban-1k", "docci", "coco", "flickr30k", "imagenet"
+    ] = Field(description="which benchmark it is")
     folder: Path = Field(description="of its annotations, laid out as docs/benchmarks.md says")
     images: Path | None = Field(None, description="folder of its images, where that is another one")
     partial: Annotated[bool | int, PlainValidator(_how_partial)] = Field(
@@ -163,8 +165,8 @@ Benchmark = Annotated[ScenesBenchmark | HeldOutBenchmark | PublishedBenchmark, F
 class Evaluate(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
-    batch_size: Count = 250
-    benchmarks: dict[Name, Benchmark]
+    batch_size: Count = Field(250, description="images or texts that a model encodes at a time")
+    benchmarks: dict[Name, Benchmark] = Field(description="name → a benchmark that every ablation is scored on")
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="times chance that each benchmark's R@1 of short text must reach (of long text, or top-1 accuracy, "
@@ -218,7 +220,7 @@ class Continued(Section):
 class Report(Section):
     """The page that a person reads at the end."""
 
-    title: str = "LoTLIP"
+    title: str = Field("LoTLIP", description="title of the page")
     note: str = Field("", description="said in plain words at the top of the page")
     contact_sheet: NonNegative = Field(12, description="pictures shown with their captions")
 
@@ -226,8 +228,8 @@ class Report(Section):
 class Tracking(Section):
     """MLflow; MLFLOW_TRACKING_URI in the environment goes before `uri`."""
 
-    uri: str = "sqlite:///mlflow.db"
-    experiment: str = "lotlip"
+    uri: str = Field("sqlite:///mlflow.db", description="MLflow's tracking server or database")
+    experiment: str = Field("lotlip", description="name of the experiment that runs are filed under")
 
 
 class Registry(Section):
@@ -236,7 +238,7 @@ class Registry(Section):
     Metrics are called as in MLflow: the benchmark's name, then the metric's.
     """
 
-    model: Name = "lotlip"
+    model: Name = Field("lotlip", description="name of the registered model")
     alias: Name = Field("champion", description="points at the last model that passed: models:/<model>@<alias>")
     least: dict[str, Share] = Field(description="metric → its least value; at least one on long text and one on short")
     most_loss: Share = Field(
@@ -266,7 +268,7 @@ class Orchestration(Section):
 
     workers: Count = Field(2, description="units that run at the same time")
     retries: NonNegative = Field(2, description="tries after the first, for a unit")
-    retry_delay_seconds: Annotated[float, Field(ge=0)] = 1.0
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is tried again")
 
 
 class Params(Section):
@@ -274,7 +276,7 @@ class Params(Section):
 
     paths: Paths = Paths()
     ingest: Ingest
-    image_tower: ImageTower
+    image_tower: ImageTower = Field(description="where the pretrained image tower comes from")
     caption: CaptionStage = CaptionStage()
     shard: Shard = Shard()
     pretrain: Pretrain = Pretrain()
@@ -291,6 +293,17 @@ class Params(Section):
     def names(self) -> list[str]:
         """Of all ablations, those that go on from others last."""
         return [*self.ablations, *self.continued]
+
+    @property
+    def warnings(self) -> list[str]:
+        """Settings that are valid but probably not meant, a line each; `lotlip plan`, stages and report show them."""
+        if isinstance(self.image_tower, ScenesTower) and not isinstance(self.ingest.source, ScenesSource):
+            return [
+                "image_tower.kind is scenes: that tower was trained on generated scenes alone and tells other pictures "
+                f"apart poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such as "
+                "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
+            ]
+        return []
 
     @model_validator(mode="after")
     def _ablations_resolve(self) -> Params:

@@ -36,7 +36,7 @@ class Stretch(Section):
 class TextTower(Section):
     """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
 
-    tokenizer: str = "bert-base-uncased"
+    tokenizer: str = Field("bert-base-uncased", description="hub name or folder of a BERT tokenizer")
     pretrained: str | None = Field(
         None,
         description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or of an ablation with a "
@@ -45,7 +45,9 @@ class TextTower(Section):
     config: dict[str, Any] = Field(
         default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
     )
-    context_length: Annotated[int, Field(ge=8, le=512)] = 128
+    context_length: Annotated[int, Field(ge=8, le=512)] = Field(
+        128, description="the most tokens that are read of a text, in training and in evaluation"
+    )
     corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m")
     corner_mask: bool = Field(True, description="corner tokens and [CLS] see words only, not one another (section 3.2)")
     register_tokens: Annotated[int, Field(ge=0, le=16)] = Field(
@@ -107,7 +109,10 @@ class LongTexts(Section):
     per_image: Count = Field(1, description="K: long texts drawn for an image")
     sub_captions: NonNegative = Field(3, description="k: consecutive sub-captions in a long text; 0: raw captions only")
     captioners: list[Name] = Field(default_factory=list, description="whose captions to draw from; none named: all")
-    window: Window = "within-caption"
+    window: Window = Field(
+        "within-caption",
+        description="whether the sub-captions of a long text may come from several captions of an image",
+    )
 
 
 class Loader(Section):
@@ -157,11 +162,11 @@ class Loss(Section):
 class Optimizer(Section):
     """AdamW with warm-up and cosine decay; defaults are the released code's."""
 
-    learning_rate: Positive = 5e-4
-    betas: tuple[Share, Share] = (0.9, 0.98)
-    eps: Positive = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.2
-    warmup_steps: NonNegative = 50
+    learning_rate: Positive = Field(5e-4, description="highest learning rate, after warm-up")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the moments")
+    eps: Positive = Field(1e-6, description="AdamW's constant against division by zero")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="AdamW's weight decay")
+    warmup_steps: NonNegative = Field(50, description="steps in which the learning rate rises from 0")
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
 
 
@@ -183,7 +188,7 @@ class SlurmLaunch(Section):
     """torch's launcher on each node of the Slurm allocation that the stage runs in."""
 
     kind: Literal["slurm"]
-    nodes: Count
+    nodes: Count = Field(description="machines of the allocation that take part")
     port: Port = Field(29500, description="free on the first node, where the processes meet")
 
 
@@ -191,7 +196,7 @@ class RendezvousLaunch(Section):
     """torch's launcher here and, by `python -m flows.join`, on the other machines: Kubernetes' pods, or any."""
 
     kind: Literal["rendezvous"]
-    nodes: Count
+    nodes: Count = Field(description="machines that take part")
     endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] = Field(
         description="HOST:PORT of the machine that runs the stage, as the others know it"
     )
@@ -219,8 +224,8 @@ HOW: Any = {
 class Pretrain(Section):
     """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
-    seeds: Annotated[list[int], Field(min_length=1)] = Field([0])
-    steps: Count = 500
+    seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="a model is trained for each")
+    steps: Count = Field(500, description="optimizer steps")
     batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and accumulation steps")
     accumulation: Count = Field(
         1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
@@ -230,10 +235,14 @@ class Pretrain(Section):
         1, description="seeds that train side by side, each on its share of the cores: small models leave cores idle"
     )
     launch: Launch = Field(LocalLaunch(), description="how they are started, on how many machines; decides no result")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    log_every: Count = 10
-    checkpoint_every: Count = 200
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        0,
+        description="DeepSpeed's ZeRO stage, what processes divide among them: 0: nothing; 1: optimizer states; "
+        "2: gradients too; 3: weights too",
+    )
+    log_every: Count = Field(10, description="steps between two entries of the training curves")
+    checkpoint_every: Count = Field(200, description="steps between two checkpoints")
     text: TextTower = TextTower()
     long_texts: LongTexts = LongTexts()
     loader: Loader = Loader()

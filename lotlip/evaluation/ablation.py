@@ -15,12 +15,14 @@ from lotlip.data.tokenizer import token_counts
 from lotlip.evaluation.attention_scores import attention_scores
 from lotlip.evaluation.benchmarks import Benchmark
 from lotlip.evaluation.encoders import EachTextOnce, LotlipEncoder
-from lotlip.evaluation.evaluate import chances, evaluate, image_features, protocol, unseen_share
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, limits, protocol, unseen_share
+from lotlip.evaluation.examples import retrieval_examples, shown_images
 from lotlip.evaluation.flops import flops_by_context
 from lotlip.evaluation.reading import make_quiz, read_to_the_end
-from lotlip.files import weights_hash
+from lotlip.files import weights_hash, whole, write_json, write_record
 from lotlip.models.saving import load_model
-from lotlip.report.attention import attention_pictures
+from lotlip.report.attention import attention_pictures, small_jpeg
+from lotlip.report.drawing import in_one_line
 
 
 @dataclass
@@ -28,16 +30,15 @@ class Measured:
     """What was found.
 
     Attributes:
-        results: benchmark → its "protocol" and "chance", and by seed: "seeds" (metric → value), "intervals",
-            "attention", "weights_sha256" and, of scenes, "reading"; plain JSON types.
-        pictures: <benchmark>-<name>.png → where the first seed's attention goes.
+        results: benchmark → its "protocol", "chance" and "ceiling", and by seed: "seeds" (metric → value), "intervals",
+            "attention", "weights_sha256" and, of scenes, "reading"; the first seed's "examples" of retrieval; plain
+            JSON types.
         parameters: part of the model → number of parameters.
         text_tower_flops: tokens of a text → floating-point operations of the text tower on it.
         texts: that were scored, over all seeds.
     """
 
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
     texts: int = 0
@@ -101,17 +102,19 @@ def measure(
             if name not in found.results:
                 false = [text for question in quiz.questions for text in question.changed] if quiz else []
                 unseen = unseen_share(benchmark, tokenizer, vocabulary, false)
+                ceiling, repeats = limits(benchmark)
                 found.results[name] = {
                     "protocol": {
                         "model": folder.as_posix(),
                         **protocol(encoder, benchmark),
+                        **repeats,
                         "unseen_token_share": unseen,
                         **about,
                     },
                     "chance": chances(benchmark),
+                    "ceiling": ceiling,
                 }
-                pictures = attention_pictures(encoder, benchmark)
-                found.pictures |= {f"{name}-{kind}.png": png for kind, png in pictures.items()}
+                found.results[name]["examples"] = retrieval_examples(asked, benchmark, images[name])
             scores = evaluate(asked, benchmark, images[name])
             of_seed: dict[str, Any] = {
                 "seeds": dict(scores.values),
@@ -126,3 +129,49 @@ def measure(
             found.texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
         on_seed(seed)
     return found
+
+
+def draw(
+    folder: Path,
+    config: Mapping[str, Any],
+    benchmarks: Sequence[Benchmark],
+    batch_size: int,
+    out: Path,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, str]]:
+    """Draws the first seed's pictures, after its scores are safe: a picture that fails is named and left out.
+
+    Args:
+        folder: of the trained ablation.
+        config: it was trained with: "seeds".
+        benchmarks: that it was scored on.
+        batch_size: images or texts encoded at a time.
+        out: folder that is written whole: `<benchmark>-<name>.png`, where attention goes; `images/<benchmark>/<number>
+            .jpg`, the images of the examples; and `not-drawn.json` where something could not be drawn.
+        results: as of `Measured`, with the examples.
+
+    Returns:
+        Benchmark → what could not be drawn → why.
+    """
+    encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), batch_size)
+    problems: dict[str, dict[str, str]] = {}
+    with whole(out) as unfinished:
+        unfinished.mkdir()
+        for benchmark in benchmarks:
+            failed: dict[str, str] = {}
+            for name, png in attention_pictures(encoder, benchmark, failed.__setitem__).items():
+                (unfinished / f"{benchmark.name}-{name}.png").write_bytes(png)
+            examples = (results or {}).get(benchmark.name, {}).get("examples", {})
+            for number in shown_images(examples):
+                file = unfinished / "images" / benchmark.name / f"{number}.jpg"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    file.write_bytes(small_jpeg(benchmark, number))
+                except ValueError as error:  # it cannot be read or decoded
+                    failed[f"image {benchmark.images[number]}"] = in_one_line(error)
+            if failed:
+                problems[benchmark.name] = failed
+        if problems:
+            write_json(unfinished / "not-drawn.json", problems)
+        write_record(unfinished, out)
+    return problems

@@ -9,8 +9,9 @@ from typing import Any, get_args
 
 from lotlip import config
 from lotlip.evaluation.benchmarks import Benchmark, open_benchmark
+from lotlip.evaluation.ceiling import repeats_in_words
 from lotlip.evaluation.encoders import Encoder
-from lotlip.evaluation.evaluate import chances, evaluate, image_features, protocol
+from lotlip.evaluation.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluation.metrics import Scores
 from lotlip.evaluation.reference import REFERENCE, SOURCE, Reference
 from lotlip.partitions import read_index
@@ -35,6 +36,7 @@ class Result:
         benchmark: its name; a partial run's ends in "-partial".
         scores: all of them.
         chance: what guessing scores.
+        ceiling: the best that repeated texts and images allow for each recall.
         protocol: all that decides the scores.
     """
 
@@ -42,6 +44,7 @@ class Result:
     benchmark: str
     scores: Scores
     chance: dict[str, float]
+    ceiling: dict[str, float]
     protocol: dict[str, str | int]
 
 
@@ -91,12 +94,14 @@ def compare(
         ValueError: an image cannot be read.
     """
     results = []
+    limit = {benchmark.name: limits(benchmark) for benchmark in benchmarks}
     for name, encoder in models:
         for benchmark in benchmarks:
             on_start(name, benchmark.name, _items(benchmark))
             scores = evaluate(encoder, benchmark, image_features(encoder, benchmark))
-            about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), "command": command}
-            results.append(Result(name, benchmark.name, scores, chances(benchmark), about))
+            ceiling, repeats = limit[benchmark.name]
+            about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), **repeats, "command": command}
+            results.append(Result(name, benchmark.name, scores, chances(benchmark), ceiling, about))
     return results
 
 
@@ -121,6 +126,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
                 "scores": dict(result.scores.values),
                 "intervals": {name: list(ends) for name, ends in result.scores.intervals.items()},
                 "chance": result.chance,
+                "ceiling": result.ceiling,
                 "protocol": result.protocol,
             }
             for result in results
@@ -132,6 +138,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
 def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE) -> list[str]:
     """One table as lines: a row for each model, then for what was published; columns by benchmark, in percent.
 
+    Where repeated texts or images keep every model from 100 %, a row "best possible" follows the models.
     A partial run has its own name, so that no published score stands below it.
     """
     columns = list(
@@ -142,6 +149,10 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
         [model, *(_cell(found[model, benchmark], metric) for benchmark, metric in columns)]
         for model in dict.fromkeys(result.model for result in results)
     ]
+    limits = {(result.benchmark, metric): value for result in results for metric, value in result.ceiling.items()}
+    limited = [limits.get(column, 1.0) for column in columns]
+    if min(limited, default=1.0) < 1:
+        rows.append(["best possible", *("" if value == 1 else f"{100 * value:.1f}" for value in limited)])
     published = []
     for reference in references:
         scores = [reference.scores.get(benchmark, {}).get(metric) for benchmark, metric in columns]
@@ -154,7 +165,17 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
     ]
     lines = _aligned([*heads, *rows, *published])
     lines.append("R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; in brackets: 95 % confidence")
+    lines += _repeats(results)
     return [*lines, f"(published): {SOURCE}"] if published else lines
+
+
+def _repeats(results: Sequence[Result]) -> list[str]:
+    """A line for each benchmark whose ceiling is below 100 %: what is repeated in it."""
+    lines = {}
+    for result in results:
+        if min(result.ceiling.values(), default=1.0) < 1:
+            lines[result.benchmark] = f"best possible: {result.benchmark} has {repeats_in_words(result.protocol)}"
+    return list(lines.values())
 
 
 def _cell(scores: Scores, metric: str) -> str:

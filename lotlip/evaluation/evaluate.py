@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from lotlip.data.tokenizer import used_tokens
 from lotlip.evaluation.benchmarks import Benchmark, Prompts
+from lotlip.evaluation.ceiling import ceilings, repeated
 from lotlip.evaluation.encoders import Encoder, UnreadableImage
 from lotlip.evaluation.metrics import Scores, chance, class_features, classification, retrieval
 
@@ -77,6 +79,29 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
         classes = len(benchmark.prompts.classes)
         scores |= {f"classification.top{k}": min(k / classes, 1.0) for k in (1, 5)}
     return scores
+
+
+def limits(benchmark: Benchmark) -> tuple[dict[str, float], dict[str, int]]:
+    """What repeated texts and images leave to be scored: every image is read once.
+
+    Returns:
+        The ceiling of each recall, by the names that `evaluate` gives the scores; and how many texts of each kind, and
+        how many images, repeat an earlier one: "repeated_short_texts", "repeated_images". Nothing where there is no
+        retrieval.
+
+    Raises:
+        ValueError: an image cannot be read.
+    """
+    if not benchmark.retrieval:
+        return {}, {}
+    images = [hashlib.sha256(image).digest() for image in images_of(benchmark)]
+    ceiling: dict[str, float] = {}
+    repeats = {}
+    for kind, texts in benchmark.retrieval.items():
+        found = ceilings(texts.texts, texts.image, images, KS)
+        ceiling |= {f"{kind}.{metric}": value for metric, value in found.items()}
+        repeats[f"repeated_{kind}_texts"] = repeated(texts.texts)
+    return ceiling, {**repeats, "repeated_images": repeated(images)}
 
 
 def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int], others: Iterable[str] = ()) -> float:

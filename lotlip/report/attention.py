@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lotlip.overlay import heat
-from lotlip.report.drawing import INK, STYLE, SYSTEM_COLOURS
+from lotlip.report.drawing import INK, SYSTEM_COLOURS, in_one_line, literal, styled
 from lotlip.text import split_sub_captions
 
 if TYPE_CHECKING:
@@ -61,23 +61,33 @@ class ReadText:
     entropy: dict[str, float] = field(default_factory=dict)
 
 
-def attention_pictures(encoder: LotlipEncoder, benchmark: Benchmark) -> dict[str, bytes]:
+def attention_pictures(
+    encoder: LotlipEncoder, benchmark: Benchmark, on_failure: Callable[[str, str], object] = lambda name, reason: None
+) -> dict[str, bytes]:
     """Name → PNG, for the first images of a benchmark; what a model does not show is left out.
 
     `relevance`: a row for each image, a column for its short text and for each sentence of its long one. `reading`: how
-    [CLS] and the corner tokens spread over the sub-captions of the long texts.
+    [CLS] and the corner tokens spread over the sub-captions of the long texts. `on_failure` gets the name and the
+    reason of a picture that could not be drawn.
     """
     pictures = {}
+    seen: Any
     for name, draw, look in (
         ("relevance", draw_relevance, look_at_images),
         ("reading", draw_reading, look_at_texts),
     ):
         try:
-            seen: Any = look(encoder, benchmark)
+            seen = look(encoder, benchmark)
         except ValueError:  # the reason stands beside the scores
             continue
-        if seen:
-            pictures[name] = draw(seen)
+        except Exception as error:  # such as too little memory; no picture is worth a score
+            on_failure(name, in_one_line(error))
+            continue
+        try:
+            if seen:
+                pictures[name] = draw(seen)
+        except Exception as error:  # matplotlib raises many types
+            on_failure(name, in_one_line(error))
     return pictures
 
 
@@ -192,7 +202,23 @@ def draw_reading(texts: Sequence[ReadText]) -> bytes:
 
 
 def _wrapped(text: str, width: int, lines: int) -> str:
-    return "\n".join(textwrap.wrap(text, width, max_lines=lines, placeholder=" …"))
+    return "\n".join(textwrap.wrap(literal(text, 2 * width * lines), width, max_lines=lines, placeholder=" …"))
+
+
+def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
+    """An image of a benchmark, whole, with a longer side of SIDE pixels; a scene is drawn anew."""
+    if benchmark.scenes:
+        from lotlip.sources.scenes import render
+
+        picture = render(benchmark.scenes[image], SIDE)
+    else:
+        from lotlip.data.images import decode_rgb
+
+        picture = decode_rgb(benchmark.read(image))
+        picture.thumbnail((SIDE, SIDE))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()
 
 
 def _square(benchmark: Benchmark, image: int, encoded: bytes) -> Image:
@@ -220,10 +246,9 @@ def _named(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc 
 
 def _png(size: tuple[float, float], draw: Any) -> bytes:
     """Draws a figure of `size` inches; the same numbers give the same bytes."""
-    import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(STYLE):
+    with styled():
         canvas = Canvas(figsize=size, layout="constrained")
         draw(canvas)
         png = io.BytesIO()

@@ -75,13 +75,15 @@ def attention_table(inputs: ReportInputs, benchmark: str) -> Table | None:
 def attention_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
     """The main systems' pictures, those of one kind one after another."""
     main = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    main = main or {ablation.name: ablation for ablation in inputs.scored[:1]}
     figures = []
     for kind, (title, note) in _FIGURES.items():
         for system, ablation in main.items():
             png = ablation.benchmarks[benchmark].pictures.get(kind) if benchmark in ablation.benchmarks else None
-            if png:
+            problem = ablation.benchmarks[benchmark].not_drawn.get(kind, "") if benchmark in ablation.benchmarks else ""
+            if png or problem:
                 slug = f"{benchmark}-attention-{kind}-{ablation.name}"
-                figures.append(Figure(slug, f"{system}: {title}", note, "", png, wide=True))
+                figures.append(Figure(slug, f"{system}: {title}", note, "", png or b"", True, problem))
                 note = ""  # said once
     return figures
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
-from collections.abc import Callable, Sequence
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +24,9 @@ OTHER_COLOURS = (
     "#0891b2", "#be185d", "#65a30d", "#9333ea", "#0d9488", "#e11d48", "#2563eb", "#a16207", "#15803d", "#c026d3",
 )  # fmt: skip
 SMALL, WIDE, LOW = (4.6, 3.1), (9.4, 4.0), (9.4, 3.2)  # inches
+LONGEST = 60  # characters of a name in a figure
 STYLE: Any = {  # matplotlib types its keys one by one
+    "text.parse_math": False,  # dollar signs in captions are no formulas
     "font.size": 9.5,
     "svg.fonttype": "none",
     "text.color": INK,
@@ -49,6 +55,7 @@ class Figure:
     """A drawn figure.
 
     `slug` is its file name; it is `wide` when it takes the page's whole width; without `svg` the page shows `png`.
+    `problem` is the reason why it could not be drawn; it then has neither.
     """
 
     slug: str
@@ -57,6 +64,7 @@ class Figure:
     svg: str
     png: bytes
     wide: bool = False
+    problem: str = ""
 
 
 class Point(NamedTuple):
@@ -101,7 +109,7 @@ def draw_lines(
             xs,
             [one.value for one in found],
             yerr=(lower, upper) if any(lower) or any(upper) else None,
-            label=line.label or None,
+            label=literal(line.label) or None,
             color=line.colour,
             linestyle=(0, (4, 2)) if line.dashed else "-",
             marker="s" if line.dashed else "o",
@@ -129,12 +137,51 @@ def _range(values: Sequence[float]) -> tuple[float, float]:
     return max(low - pad, 0.0), min(high + pad, 101.0)
 
 
+def literal(text: str, longest: int = LONGEST) -> str:
+    """A text from data or params.yaml as a figure can show it: one line, no control characters, of limited length.
+
+    Figures do not read formulas in texts (`STYLE`), so all other characters stay as they are.
+    """
+    line = " ".join(text[: 4 * longest].split())
+    clean = "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in line)
+    return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"
+
+
+@contextmanager
+def styled(more: Any = None) -> Iterator[None]:
+    """The report's style for what is drawn inside; characters that the font lacks are boxes, without a warning."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE | (more or {})), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        warnings.filterwarnings("ignore", "Matplotlib currently does not support", UserWarning)  # some scripts
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
+        yield
+
+
+def drawn(
+    slug: str, title: str, note: str, size: tuple[float, float], *draws: Callable[[Axes], None], wide: bool = False
+) -> Figure:
+    """A figure as `render` draws it; where that fails, one that says why, so that the rest of the page is made."""
+    try:
+        svg, png = render(slug, size, *draws)
+    except Exception as error:  # matplotlib raises many types, and no figure is worth the others
+        reason = in_one_line(error)
+        logging.getLogger(__name__).warning("%s could not be drawn: %s", title, reason)
+        return Figure(slug, title, note, "", b"", wide, reason)
+    return Figure(slug, title, note, svg, png, wide)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error's message in one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def render(slug: str, size: tuple[float, float], *draws: Callable[[Axes], None]) -> tuple[str, bytes]:
     """Draws each panel once, side by side, under one legend; the same numbers give the same bytes."""
-    import matplotlib
     from matplotlib.figure import Figure as Canvas
 
-    with matplotlib.rc_context(STYLE | {"svg.hashsalt": slug}):
+    with styled({"svg.hashsalt": slug}):
         canvas = Canvas(figsize=size, layout="constrained")
         panels = canvas.subplots(1, len(draws), squeeze=False)[0]
         for draw, axes in zip(draws, panels, strict=True):
@@ -192,7 +239,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
                 places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2
     for (x, y, text, colour), place in zip(ordered, places, strict=True):
         axes.annotate(
-            text,
+            literal(text),
             xy=(x, y),
             xytext=(1.03, place),
             textcoords=axes.get_yaxis_transform(),

@@ -20,9 +20,9 @@ from lotlip.report.drawing import (
     Line,
     Point,
     draw_lines,
+    drawn,
     label_ends,
     places,
-    render,
 )
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import MEASURES, NOTE, Measure
@@ -98,16 +98,16 @@ def _panels(
     inputs: ReportInputs, slug: str, title: str, x_label: str, lines: Callable[[Measure], list[Line]]
 ) -> Figure | None:
     """A panel for each measure that there are several places of; None where there is no such."""
-    drawn = {measure: made for measure in MEASURES if len(places(made := lines(measure))) > 1}
-    if not drawn:
+    panels = {measure: made for measure in MEASURES if len(places(made := lines(measure))) > 1}
+    if not panels:
         return None
 
     def draw(measure: Measure, axes: Axes) -> None:
-        draw_lines(axes, drawn[measure], places(drawn[measure]), x_label, f"{measure.label} (%)")
+        draw_lines(axes, panels[measure], places(panels[measure]), x_label, f"{measure.label} (%)")
 
-    svg, png = render(slug, _PANELS[len(drawn)], *(partial(draw, measure) for measure in drawn))
-    note = f"{NOTE} {_bars(inputs)}"
-    return Figure(slug, title, note.strip(), svg, png, wide=len(drawn) > 1)
+    note = f"{NOTE} {_bars(inputs)}".strip()
+    draws = [partial(draw, measure) for measure in panels]
+    return drawn(slug, title, note, _PANELS[len(draws)], *draws, wide=len(draws) > 1)
 
 
 def _bars(inputs: ReportInputs) -> str:
@@ -129,11 +129,11 @@ def context_figures(inputs: ReportInputs) -> list[Figure]:
         if len(places(lines)) > 1:
             recalls[benchmark] = lines
     if not recalls:
-        drawn = [_context_figure(inputs, "context-length", "", [], [])]
+        found = [_context_figure(inputs, "context-length", "", [], [])]
     else:
         several = len(recalls) > 1
         counted = [a for a in members if a.flops_per_text]
-        drawn = [
+        found = [
             _context_figure(
                 inputs,
                 f"{benchmark}-context-length",
@@ -143,7 +143,7 @@ def context_figures(inputs: ReportInputs) -> list[Figure]:
             )
             for benchmark, lines in recalls.items()
         ]
-    return [figure for figure in drawn if figure]
+    return [figure for figure in found if figure]
 
 
 def _recall(members: Sequence[Ablation], benchmark: str, x: Callable[[Ablation], float]) -> list[Line]:
@@ -198,8 +198,8 @@ def _context_figure(
         notes += ["A dot marks a length that was trained with."] if dots else []
     if not panels:
         return None
-    svg, png = render(slug, LOW, *(draw for draws in panels.values() for draw in draws))
-    return Figure(slug, f"Context length: {' and '.join(panels)}{where}", " ".join(notes), svg, png, wide=True)
+    title = f"Context length: {' and '.join(panels)}{where}"
+    return drawn(slug, title, " ".join(notes), LOW, *(draw for draws in panels.values() for draw in draws), wide=True)
 
 
 def loss_figure(inputs: ReportInputs) -> Figure | None:
@@ -228,17 +228,16 @@ def loss_figure(inputs: ReportInputs) -> Figure | None:
         axes.margins(x=0.01)
         label_ends(axes, [(*curve[-1], name, palette[name]) for name, curve in curves.items() if name in named])
 
-    svg, png = render("loss", WIDE, draw)
     note = (
         "Mean over seeds. Curves compare only between ablations whose loss has the same terms: "
         "raw captions alone are an easier task than raw captions and long texts."
     )
     note += " Thin lines are all other ablations." if len(named) < len(curves) else ""
-    return Figure("loss", "Training loss", note, svg, png, wide=True)
+    return drawn("loss", "Training loss", note, WIDE, draw, wide=True)
 
 
 def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -> dict[str, bytes]:
-    """The figures of one run, for its tracker: file name → PNG.
+    """The figures of one run, for its tracker: file name → PNG. One that cannot be drawn is left out, with a warning.
 
     Args:
         history: the run's logged steps.
@@ -259,10 +258,8 @@ def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -
         axes.set_xlim(0, 100)
         axes.set_xlabel("recall (%)")
 
-    return {
-        "loss.png": render("loss", SMALL, draw_loss)[1],
-        "recall.png": render("recall", WIDE, draw_recall)[1],
-    }
+    made = [drawn("loss", "Training loss", "", SMALL, draw_loss), drawn("recall", "Recall", "", WIDE, draw_recall)]
+    return {f"{figure.slug}.png": figure.png for figure in made if figure.png}
 
 
 def _by_rank(name: str) -> tuple[str, int]:

@@ -150,15 +150,25 @@ def note(judged: Sequence[Judged]) -> str:
 
 
 def tally(judged: Sequence[Judged]) -> str:
-    """How many of each verdict, as one sentence."""
+    """How many of each verdict, as one sentence; those that were not run are not counted."""
     count = {verdict: sum(one.verdict == verdict for one in judged) for verdict in VERDICTS}
-    told = f"Of {len(judged)} tests of the paper's findings, this run supports {count[SUPPORTS]} and contradicts "
+    run = len(judged) - count[NOT_RUN]
+    told = f"Of {run} tests of the paper's findings, this run supports {count[SUPPORTS]} and contradicts "
     told += f"{count[CONTRADICTS]}; it cannot tell for {count[CANNOT_TELL]}"
-    return told + (f", and {count[NOT_RUN]} were not run." if count[NOT_RUN] else ".")
+    return f"{told}. {not_run(judged)}".strip()
+
+
+def not_run(judged: Sequence[Judged]) -> str:
+    """One sentence on the findings that nothing was run for; empty where there are none."""
+    missing = [one.finding.slug for one in judged if one.verdict == NOT_RUN]
+    if not missing:
+        return ""
+    names = ", ".join(dict.fromkeys(missing))
+    return f"{len(missing)} further tests need ablations or texts that were not run: {names}."
 
 
 def findings_table(judged: Sequence[Judged]) -> Table:
-    """A row for each verdict."""
+    """A row for each verdict on what was run."""
     columns = [
         Column("verdict", "This run", numeric=False),
         Column("says", "The paper's finding", numeric=False),
@@ -179,6 +189,7 @@ def findings_table(judged: Sequence[Judged]) -> Table:
             Cell(str(len(one.by_seed)), len(one.by_seed)),
         ]
         for one in judged
+        if one.verdict != NOT_RUN
     ]
     return Table("findings", "The paper's findings", note(judged), columns, rows)
 

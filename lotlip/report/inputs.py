@@ -15,6 +15,7 @@ from lotlip.config import Params, Pretrain
 from lotlip.files import read_json
 from lotlip.records import DATA_DOCS
 
+CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
 
 
@@ -25,6 +26,11 @@ class Benchmark:
     Attributes:
         protocol: how it was measured: sizes, context length, precision, …
         chance: metric → the value that guessing has.
+        ceiling: recall → the best that repeated texts and images allow; empty where it is not known.
+        examples: kind of text → the first seed's "best" and "worst" retrievals, as of
+            `lotlip.evaluation.examples.retrieval_examples`.
+        example_images: number of an image in `examples` → JPEG.
+        not_drawn: what could not be drawn of it → why.
         seeds: seed → metric → value; fractions, except ranks.
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
         attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
@@ -39,6 +45,15 @@ class Benchmark:
     attention: dict[int, dict[str, Any]] = field(default_factory=dict)
     pictures: dict[str, bytes] = field(default_factory=dict)
     reading: dict[int, dict[str, Any]] = field(default_factory=dict)
+    ceiling: dict[str, float] = field(default_factory=dict)
+    examples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
+    example_images: dict[int, bytes] = field(default_factory=dict)
+    not_drawn: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def limited(self) -> bool:
+        """Whether repeated texts or images keep every model from a full score."""
+        return min(self.ceiling.values(), default=1.0) < 1
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
@@ -148,6 +163,9 @@ class ReportInputs:
         pictures: the contact sheet.
         missing: a line for a person for each piece that is not there or out of date.
         not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
+        ingest: index.json of the ingest stage; empty where it is not there.
+        caption_words: "captions", how many raw captions were looked at, and quantiles of their words: "p05", "median",
+            "p95"; empty where there are none.
     """
 
     params: Params
@@ -158,6 +176,8 @@ class ReportInputs:
     pictures: list[Picture]
     missing: list[str]
     not_run: list[str] = field(default_factory=list)
+    ingest: dict[str, Any] = field(default_factory=dict)
+    caption_words: dict[str, float] = field(default_factory=dict)
 
     @property
     def scored(self) -> list[Ablation]:
@@ -190,7 +210,27 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         pictures=_pictures(params, root, missing),
         missing=missing,
         not_run=not_run,
+        ingest=_optional_json(root, params.paths.ingest / "index.json", "ingest's index", []) or {},
+        caption_words=_caption_words(root / params.paths.ingest),
     )
+
+
+def _caption_words(ingest: Path) -> dict[str, float]:
+    """Quantiles of the number of words of the first raw captions, of all splits."""
+    from lotlip import partitions
+
+    counts: list[int] = []
+    for name in partitions.unit_names(ingest):
+        captions = partitions.read_table(ingest, name, ["raw_caption"])["raw_caption"]
+        counts += [len(caption.split()) for caption in captions]
+        if len(counts) >= CAPTIONS_LOOKED_AT:
+            break
+    if not counts:
+        return {}
+    ordered = sorted(counts)
+    quantiles = {"p05": 0.05, "median": 0.5, "p95": 0.95}
+    at = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in quantiles.items()}
+    return {"captions": float(len(ordered)), **at}
 
 
 def _was_run(params: Params, root: Path, name: str) -> bool:
@@ -215,6 +255,8 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
     if found is None:
         return Ablation(name, wanted, history=history)
     config = _trained_with(found["config"], wanted, name, missing)
+    problems = root / params.paths.metrics / "attention" / name / "not-drawn.json"
+    not_drawn = read_json(problems) if problems.is_file() else {}
     benchmarks = {
         benchmark: Benchmark(
             protocol=result.get("protocol", {}),
@@ -227,6 +269,10 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
             pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
             reading={int(seed): found for seed, found in result.get("reading", {}).items()},
+            ceiling=result.get("ceiling", {}),
+            examples=result.get("examples", {}),
+            example_images=_example_images(root / params.paths.metrics / "attention" / name / "images" / benchmark),
+            not_drawn=not_drawn.get(benchmark, {}),
         )
         for benchmark, result in sorted(found["benchmarks"].items())
     }
@@ -244,6 +290,11 @@ def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
     """Name → PNG, of what the evaluate stage drew for a benchmark; no name has a hyphen, while benchmarks' may."""
     named = {file: file.stem.rpartition("-") for file in sorted(folder.glob("*.png"))}
     return {kind: file.read_bytes() for file, (of, _, kind) in named.items() if of == benchmark}
+
+
+def _example_images(folder: Path) -> dict[int, bytes]:
+    """Number of an image → JPEG, of what the evaluate stage left."""
+    return {int(file.stem): file.read_bytes() for file in sorted(folder.glob("*.jpg"))}
 
 
 def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:

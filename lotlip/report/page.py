@@ -13,7 +13,7 @@ from typing import Any
 
 from lotlip.files import whole, write_json
 from lotlip.records import DATA_DOCS
-from lotlip.report import attention_section, figures, findings, groups, results, sections, stages, tables
+from lotlip.report import attention_section, figures, findings, groups, overview, results, sections, stages, tables
 from lotlip.report.drawing import SYSTEM_COLOURS
 from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
 from lotlip.report.reading_figures import reading_figures
@@ -58,7 +58,8 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
         if stage.data_docs:
             shutil.copytree(stage.data_docs, out / DATA_DOCS / stage.label)
     for figure in context["all_figures"]:
-        (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
+        if figure.png:
+            (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
     for table in context["all_tables"]:
         (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
     write_json(out / "findings.json", {"test": findings.TEST, "findings": [one.as_json() for one in context["judged"]]})
@@ -83,7 +84,21 @@ def _render(template: str, context: dict[str, Any], path: Path) -> None:
     environment.filters["code"] = lambda text: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
     environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
     with whole(path) as partial:
-        partial.write_text(environment.get_template(template).render(context), encoding="utf-8")
+        partial.write_text(printable(environment.get_template(template).render(context)), encoding="utf-8")
+
+
+# What HTML may not contain: control characters but for tab, line feed and carriage return, lone surrogates, and code
+# points that are no characters.
+_NOT_IN_HTML = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"
+    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0x110000, 0x10000))
+    + "]"
+)
+
+
+def printable(text: str) -> str:
+    """The text with replacement characters for what HTML may not contain, which captions from files may have."""
+    return _NOT_IN_HTML.sub("\ufffd", text)
 
 
 def _context(inputs: ReportInputs) -> dict[str, Any]:
@@ -92,11 +107,14 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         {
             "name": name,
             "headline": headline(inputs, name),
+            "ceiling": results.ceiling_note(inputs, name),
             "sections": sections.benchmark_sections(inputs, name),
             "every": sections.every_number(inputs, name),
             "figures": reading_figures(inputs, name),
             "attention": attention_section.attention_table(inputs, name),
             "seen": attention_section.attention_figures(inputs, name),
+            "examples": overview.example_sections(inputs, name),
+            "not_drawn": _not_drawn(inputs, name),
         }
         for name in results.benchmark_names(inputs)
     ]
@@ -105,6 +123,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     context_figures = figures.context_figures(inputs)
     made = {
         "findings": findings.findings_table(judged),
+        "overview": overview.overview_table(inputs),
+        "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
         "quality": stages.quality_table(inputs),
         "tower": stages.accuracy_table(inputs),
@@ -133,6 +153,9 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "missing": inputs.missing,
         "not_run": sections.told_not_run(inputs.not_run),
         "tally": findings.tally(judged) if judged else "",
+        "data_first": overview.data_first(inputs, judged),
+        "findings_not_run": findings.not_run(judged),
+        "warnings": inputs.params.warnings,
         "judged": judged,
         "intervals": results.intervals_note(inputs.scored),
         "pictures": inputs.pictures,
@@ -149,6 +172,12 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         ],
         "all_tables": all_tables + [table for table in other.values() if table],
     }
+
+
+def _not_drawn(inputs: ReportInputs, benchmark: str) -> list[str]:
+    """A line for each picture of an ablation that could not be drawn, with its reason."""
+    found = [(a.name, a.benchmarks[benchmark].not_drawn) for a in inputs.scored if benchmark in a.benchmarks]
+    return [f"{name}, {what}: {reason}" for name, problems in found for what, reason in problems.items()]
 
 
 def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageRecord]]]:
@@ -170,9 +199,15 @@ def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
             [tables.score(result.values(metric), metric, result.interval(metric)) for result in found.values()], metric
         )
         guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
+        best = next((result.ceiling[metric] for result in found.values() if result.ceiling.get(metric, 1.0) < 1), None)
         column = results.metric_column(metric, main=True)
         bars = [Bar(name, cell, SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
-        group = {"title": column.label, "bars": bars, "chance": tables.percent(guess).text if guess else ""}
+        group = {
+            "title": column.label,
+            "bars": bars,
+            "chance": tables.percent(guess).text if guess else "",
+            "ceiling": tables.percent(best).text if best else "",
+        }
         panels.setdefault(column.group, []).append(group)
     return [{"title": title, "groups": members} for title, members in panels.items()]
 

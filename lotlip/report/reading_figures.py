@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lotlip.report import groups
-from lotlip.report.drawing import SMALL, SYSTEM_COLOURS, Figure, Line, Point, draw_lines, places, render
+from lotlip.report.drawing import SMALL, SYSTEM_COLOURS, Figure, Line, Point, draw_lines, drawn, places
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.intervals import estimate
 from lotlip.report.results import DIRECTIONS
@@ -50,7 +50,6 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
     def draw(axes: Axes) -> None:
         draw_lines(axes, lines, ticks, "place of the changed sentence", "accuracy (%)", level=50)
 
-    svg, png = render(slug, SMALL, draw)
     note = (
         "One attribute of one small object is told wrong: the share of pictures that are nearer to the true text, by "
         "where that object's sentence stands among those on small objects. In the first place (on average "
@@ -58,7 +57,7 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
         f"{name}: {attributes}. The dotted line is guessing; bars are 95 % intervals over "
         f"{_over(found)}."
     )
-    return Figure(slug, "Does the model read to the end?", note, svg, png)
+    return drawn(slug, "Does the model read to the end?", note, SMALL, draw)
 
 
 def _against_sentences(benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]]) -> Figure:
@@ -79,14 +78,13 @@ def _against_sentences(benchmark: str, found: Mapping[str, Mapping[int, dict[str
     def draw(axes: Axes) -> None:
         draw_lines(axes, lines, ticks, "sentences of the text", "R@1 (%)")
 
-    svg, png = render(slug, SMALL, draw)
     note = (
         f"Long texts that end after so many sentences; shorter ones are whole. Solid: {DIRECTIONS['image_to_text']}; "
         f"dashed: {DIRECTIONS['text_to_image']}, which is, after the first sentence (on average {tokens[0]:.0f} word "
         f"pieces) and with all ({tokens[-1]:.0f}): {told}. Bars are 95 % intervals "
         f"over {_over(found)}."
     )
-    return Figure(slug, "Long text: R@1 against its length", note, svg, png)
+    return drawn(slug, "Long text: R@1 against its length", note, SMALL, draw)
 
 
 def _over_seeds(readings: Sequence[Sequence[dict[str, Any]]], place: str, share: str) -> list[Point]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lotlip.evaluation.ceiling import repeats_in_words
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
 from lotlip.report.intervals import OVER_PICTURES, OVER_SEEDS
 from lotlip.report.tables import Cell, Column, Table, mark_best, number, score
@@ -15,6 +16,7 @@ FLOPS_NOTE = (
     "GFLOPs: the text tower's billions of floating-point operations on one text that fills the context, "
     "two for a multiply-add."
 )
+BEST_POSSIBLE = "best possible"
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
@@ -79,7 +81,9 @@ def results_table(
     published: Mapping[str, Mapping[str, float]] | None = None,
     paper: str = "",
 ) -> Table:
-    """Ablations down, the `lead` columns and then metrics across; guessing and `published` models are references."""
+    """Ablations down, the `lead` columns and then metrics across; below them guessing, the best possible
+    score where repeats lower it, and `published` models.
+    """
     found = [_results(a, benchmark) for a in ablations]
     scores = [
         mark_best([score(result.values(metric), metric, result.interval(metric)) for result in found], metric)
@@ -88,7 +92,8 @@ def results_table(
     columns = [column for column, _ in lead] + [metric_column(metric, main) for metric in metrics]
     rows = [list(row) for row in zip(*[cells for _, cells in lead], *scores, strict=True)]
     guess = next((result.chance for result in found if result.chance), None)
-    known = {**({"guessing": guess} if guess else {}), **(published or {})}
+    best = next((result.ceiling for result in found if result.limited), None)
+    known = {"guessing": guess, BEST_POSSIBLE: best, **(published or {})}
     blank = [Cell("") for _ in lead[1:]]
     references = [
         [
@@ -97,6 +102,7 @@ def results_table(
             *(score([values[metric]], metric) if metric in values else number(None) for metric in metrics),
         ]
         for name, values in known.items()
+        if values
     ]
     return Table(slug, title, note, columns, rows, references, paper)
 
@@ -107,6 +113,20 @@ def intervals_note(ablations: Iterable[Ablation]) -> str:
     several = any(len(result.seeds) > 1 for result in results)
     alone = any(len(result.seeds) == 1 and result.intervals for result in results)
     return " ".join([OVER_SEEDS] * several + [OVER_PICTURES] * alone)
+
+
+def ceiling_note(inputs: ReportInputs, benchmark: str) -> str:
+    """What repeated texts and images mean for a benchmark's scores; empty where nothing is repeated."""
+    result = next((a.benchmarks[benchmark] for a in inputs.scored if _results(a, benchmark).limited), None)
+    if result is None:
+        return ""
+    recalls = ", ".join(
+        f"{metric_column(metric, main=False).group.lower()} {100 * value:.1f} %"
+        for metric, value in result.ceiling.items()
+        if metric.endswith(".r1") and value < 1
+    )
+    text = f"The benchmark has {repeats_in_words(result.protocol)}: no model can tell these apart."
+    return f"{text} The best possible R@1 is therefore below 100 %: {recalls}." if recalls else text
 
 
 def flops_known(ablations: Iterable[Ablation]) -> bool:

@@ -61,6 +61,7 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     (workspace.folder / "params.yaml").write_text((workspace.folder / "profiles" / "own-images.yaml").read_text())
 
     def small(params):
+        params["image_tower"] = {"kind": "scenes"}  # the profile's own tower comes from the model hub
         params["image_tower"] |= {"scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2, "min_accuracy": 0.0}
         params["pretrain"] |= {"steps": 4, "batch_size": 16, "max_final_loss_share": 2.0}
         params["pretrain"]["text"]["config"] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,0 +1,35 @@
+"""docs/params.md: it is what the configuration types say, and every key has a meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lotlip.config.reference import PAGE, Group, groups, reference
+
+ROOT = Path(__file__).parent.parent
+GROUPS = list(groups())
+
+
+def test_the_page_is_current():
+    assert (ROOT / PAGE).read_text(encoding="utf-8") == reference(), "run `make docs` and commit docs/params.md"
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.name or 'file'}-{group.kind}")
+def test_every_key_has_a_meaning_and_a_type(group: Group):
+    assert group.about
+    assert [key.name for key in group.keys if not key.meaning or key.type == "any value"] == []
+
+
+def test_nested_sections_and_all_kinds_of_a_section_are_listed():
+    found = {(group.name, group.kind): {key.name: key for key in group.keys} for group in GROUPS}
+    assert {kind for name, kind in found if name == "ingest.source"} == {
+        "scenes", "folder", "webdataset", "parquet", "csv",
+    }  # fmt: skip
+    tower = found["pretrain.text", ""]
+    assert tower["pretrain.text.context_length"].default == "`128`"
+    assert tower["pretrain.text.context_length"].limits == "≥ 8; ≤ 512"
+    assert found["pretrain.text.stretch", ""]["pretrain.text.stretch.factor"].type == "integer"
+    assert found["evaluate.benchmarks.NAME", "scenes"]["evaluate.benchmarks.NAME.size"].default == "required"
+    assert ("caption.captioners.NAME", "endpoint") in found and ("registry", "") in found
