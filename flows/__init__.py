@@ -20,7 +20,7 @@ os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 _ALONE = ("flows.warm", "flows.guard")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
-if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] not in _ALONE:
+if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] not in _ALONE and "RANK" not in os.environ:
     from flows.warm import hand_over
 
     hand_over(sys.orig_argv[2], sys.orig_argv[3:])
