@@ -19,7 +19,7 @@ os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 
 # Programs of flows/ that a warm process does not take over: itself, DVC, and who watches that others end.
-_ALONE = ("flows.warm", "flows.guard", "flows.dvc")
+_ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")
 _program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else ""
 
 

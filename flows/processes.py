@@ -47,7 +47,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -
         return [sys.executable, *meeting, HOST, *program]
     if processes == 1:  # a warm one's, if there is one
         return [sys.executable, *program]
-    return [sys.executable, "-m", TORCHRUN, "--standalone", f"--nproc-per-node={processes}", *program]
+    return [sys.executable, "-m", "flows.together", str(processes), module, *arguments]
 
 
 def _torchrun(processes: int, nodes: int, endpoint: str) -> list[str]:
