@@ -42,7 +42,7 @@ def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]
     """
     tie = partial(_tie, os.getpid())
     start = partial(subprocess.Popen, command, start_new_session=True, preexec_fn=tie, **options)
-    # The kernel signals a child when the thread that started it ends. Only the main thread lasts as long as the process.
+    # The kernel signals a child when the thread that started it ends. The main thread lasts as long as the process.
     if threading.current_thread() is threading.main_thread():
         return start()
     return _starter(os.getpid())(start)

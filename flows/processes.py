@@ -105,21 +105,25 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last = ""
-    with log.open("w") as errors:
-        with group(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1) as process:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.strip():
-                    last = line.rstrip()
-                    on_line(last)
-            process.wait()
+    with (
+        log.open("w") as errors,
+        group(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                last = line.rstrip()
+                on_line(last)
+        process.wait()
     if process.returncode:
         reason = reason_of(log.read_text(encoding="utf-8", errors="replace")) or last
         raise StageFailed(f"{reason} (status {process.returncode}; all it wrote: {log})")
 
 
 # A line that says what ended a Python program: our own words, or the last line of a traceback.
-_ERROR = re.compile(r"(?:\[rank\d+\]:\s*)?(?:error: (?P<ours>.+)|(?P<raised>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::.*)?))")
+_ERROR = re.compile(
+    r"(?:\[rank\d+\]:\s*)?(?:error: (?P<ours>.+)|(?P<raised>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::.*)?))"
+)
 # What torchrun and DeepSpeed's launcher say of their workers' end, which is no reason.
 _LAUNCHER = ("ChildFailedError", "SignalException", "CalledProcessError")
 

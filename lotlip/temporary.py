@@ -70,9 +70,10 @@ def _short_base() -> Path:
     for base in bases:
         if len(os.fsencode(base)) <= SOCKET_BASE_BYTES and os.access(base, os.W_OK | os.X_OK):
             return base
+    others = ", ".join(map(str, bases[1:]))
     raise OSError(
-        f"no folder for sockets: TMPDIR {bases[0]} has more than {SOCKET_BASE_BYTES} characters, and /tmp, /var/tmp and "
-        "/dev/shm cannot be written to; set TMPDIR to a shorter path"
+        f"no folder for sockets: TMPDIR {bases[0]} has more than {SOCKET_BASE_BYTES} characters, and none of {others} "
+        "can be written to; set TMPDIR to a shorter path"
     )
 
 

@@ -35,7 +35,8 @@ for number in range(int(sys.argv[1])):
     for sign in rng.choice([[rng.choice(signals)], [signal.SIGINT, signal.SIGINT]]):
         os.kill(child, sign)
     _, status = os.waitpid(child, 0)
-    print(os.waitstatus_to_exitcode(status), os.path.exists(".dvc/tmp/rwlock") and open(".dvc/tmp/rwlock").read(), flush=True)
+    path = ".dvc/tmp/rwlock"
+    print(os.waitstatus_to_exitcode(status), os.path.exists(path) and open(path).read(), flush=True)
 """
 # DVC gets a signal while it writes the file of its locks.
 WORST_MOMENT = """
@@ -49,7 +50,7 @@ def dump(data, file):
     file.seek(0)
     json.dump(data, file)
 
-dvc.rwlock.json = type("", (), {"dump": dump, "load": json.load, "dumps": json.dumps, "loads": json.loads, "JSONDecodeError": json.JSONDecodeError})
+dvc.rwlock.json = type("", (), {**vars(json), "dump": dump})
 os.setpgid(0, 0)
 sys.exit(program.main(["repro"]))
 """
@@ -59,7 +60,8 @@ sys.exit(program.main(["repro"]))
 def project(tmp_path: Path) -> Path:
     """A DVC project without git, of stages that are as short as they can be."""
     stages = "".join(
-        f"  s{n}:\n    cmd: python -m flows.write o{n}\n    deps: [o{n - 1}]\n    outs: [o{n}]\n" for n in range(1, STAGES + 1)
+        f"  s{n}:\n    cmd: python -m flows.write o{n}\n    deps: [o{n - 1}]\n    outs: [o{n}]\n"
+        for n in range(1, STAGES + 1)
     )
     (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}")
     (tmp_path / "o0").write_text("0")
@@ -123,7 +125,9 @@ def test_a_damaged_lock_stays_while_another_dvc_runs(project):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
     lock.write_text("")
-    with subprocess.Popen(["dvc", "-c", "import sys; sys.stdin.read()"], executable=sys.executable, cwd=project, stdin=subprocess.PIPE):
+    with subprocess.Popen(
+        ["dvc", "-c", "import sys; sys.stdin.read()"], executable=sys.executable, cwd=project, stdin=subprocess.PIPE
+    ):
         assert not remove_damaged_lock(project)
     assert remove_damaged_lock(project)
     assert not lock.exists()

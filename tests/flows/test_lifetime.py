@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows import warm as warm_module
-from flows.guard import end_group, ending_well, guarded, start_group
+from flows.guard import end_group, ending_well, start_group
 from flows.warm import SOCKET, warm
 from tests.flows.conftest import ROOT
 
@@ -59,7 +59,12 @@ def server() -> psutil.Process:
 @contextmanager
 def program(environment: dict[str, str], *command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
     )
     try:
         yield process
@@ -113,7 +118,10 @@ def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
 
 
 def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
-    owner = f"import os, time\nfrom flows.warm import warm\nwith warm(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
+    owner = (
+        "import os, time\nfrom flows.warm import warm\n"
+        f"with warm(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
+    )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -126,7 +134,11 @@ def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monk
         process.wait()
         assert end(processes)
     assert left.is_dir() and left.parent == tmp_path
-    monkeypatch.setattr(warm_module, "start_group", lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options))
+    monkeypatch.setattr(
+        warm_module,
+        "start_group",
+        lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options),
+    )
     with warm({**os.environ, "PYTHONPATH": str(ROOT)}):
         assert not left.exists()
     assert not list(tmp_path.iterdir())
@@ -187,3 +199,24 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
                 os.kill(os.getpid(), more)
             cleaned = True
     assert cleaned
+
+
+def test_prefects_temporary_server_ends_with_a_killed_stage(tmp_path):
+    script = """
+import os, subprocess, sys
+from flows.stage import tie_temporary_server
+tie_temporary_server()
+from prefect.server.api.server import SubprocessASGIServer
+server = SubprocessASGIServer()
+server.port = server.find_available_port()
+process = server._run_uvicorn_command()
+print(os.getpid(), process.pid, flush=True)
+process.wait()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
+    with program(environment, "-c", script, cwd=tmp_path) as stage:
+        processes = started(stage)
+        assert "uvicorn" in " ".join(processes[1].cmdline())
+        stage.kill()
+        assert end(processes[1:])
