@@ -1,8 +1,10 @@
 """Prefect flows, one for each DVC stage: they open paths, fan out, gate and publish. The work itself is in lotlip."""
 
 import os
+import signal
 import sys
 from pathlib import Path
+from types import TracebackType
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
 from lotlip.console import print_anything
@@ -20,11 +22,28 @@ os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNIN
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
 
-# Programs of flows/ that a warm process does not take over: itself, and who watches that others end.
-_ALONE = ("flows.warm", "flows.guard")
+# Programs of flows/ that a warm process does not take over: itself, DVC, and who watches that others end.
+_ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")
+_program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else ""
+
+
+def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a program that Ctrl-C has interrupted by one line instead of a traceback."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("stopped", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+if _program.startswith("flows."):
+    sys.excepthook = _say_stopped
+    if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
+        sys.exit(128 + signal.SIGINT)
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
-if os.environ.get("LOTLIP_WARM") and sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2] not in _ALONE:
+# Not under a launcher, which watches the process that it started.
+if os.environ.get("LOTLIP_WARM") and _program and _program not in _ALONE and "RANK" not in os.environ:
     from flows.warm import hand_over
 
-    hand_over(sys.orig_argv[2], sys.orig_argv[3:])
+    hand_over(_program, sys.orig_argv[3:])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
-from flows.guard import end_group, start_group
+from flows.guard import group
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
 
@@ -31,7 +31,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -
     Raises:
         StageFailed: the hostfile has another number of slots, or there is no Slurm allocation.
     """
-    program = ["-m", module, *arguments]
+    program = ["-m", "flows.run", module, *arguments]
     if isinstance(how, HostfileLaunch):
         return [sys.executable, *_deepspeed(how, processes), *program[1:]]
     if isinstance(how, SlurmLaunch):
@@ -46,8 +46,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -
         meeting = _torchrun(processes, how.nodes, how.endpoint)
         return [sys.executable, *meeting, HOST, *program]
     if processes == 1:  # a warm one's, if there is one
-        return [sys.executable, "-m", "flows.run", module, *arguments]
-    return [sys.executable, "-m", TORCHRUN, "--standalone", f"--nproc-per-node={processes}", *program]
+        return [sys.executable, *program]
+    return [sys.executable, "-m", "flows.together", str(processes), module, *arguments]
 
 
 def _torchrun(processes: int, nodes: int, endpoint: str) -> list[str]:
@@ -101,22 +101,44 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
         log: file that keeps standard error.
 
     Raises:
-        StageFailed: the command failed; the message has the last lines it wrote.
+        StageFailed: the command failed; the message has its error, or the last line it wrote.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last = ""
-    with log.open("w") as errors:
-        process = start_group(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1)
-        try:
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.strip():
-                    last = line.rstrip()
-                    on_line(last)
-            process.wait()
-        finally:
-            end_group(process)
+    with (
+        log.open("w") as errors,
+        group(command, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1) as process,
+    ):
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.strip():
+                last = line.rstrip()
+                on_line(last)
+        process.wait()
     if process.returncode:
-        tail = [line for line in log.read_text(errors="replace").splitlines() if line.strip()][-5:]
-        reasons = [line for line in tail if line.startswith("error: ")] or tail or [last]
-        raise StageFailed(f"{reasons[-1].removeprefix('error: ')} (status {process.returncode}; all it wrote: {log})")
+        reason = reason_of(log.read_text(encoding="utf-8", errors="replace")) or last
+        raise StageFailed(f"{reason} (status {process.returncode}; all it wrote: {log})")
+
+
+# A line that says what ended a Python program: our own words, or the last line of a traceback.
+_ERROR = re.compile(
+    r"(?:\[rank\d+\]:\s*)?(?:error: (?P<ours>.+)|(?P<raised>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::.*)?))"
+)
+# What torchrun and DeepSpeed's launcher say of their workers' end, which is no reason.
+_LAUNCHER = ("ChildFailedError", "SignalException", "CalledProcessError")
+
+
+def reason_of(errors: str) -> str:
+    """The line of a program's standard error that says why it failed; the last line if none does, "" if it is empty.
+
+    The first of our own errors counts: the other processes fail because one did. torchrun follows it with a block of
+    its own, which says no more than that a process failed.
+    """
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    found = [match for line in lines if (match := _ERROR.fullmatch(line))]
+    if ours := [match["ours"] for match in found if match["ours"]]:
+        lost = "lost another one"  # as `lotlip.training.pretrain` says of a process that waited for the one that failed
+        return next((line for line in ours if lost not in line), ours[0])
+    raised = [match["raised"] for match in found if not any(name in match["raised"] for name in _LAUNCHER)]
+    plain = [line for line in lines if set(line) - set("=-* ")]
+    return [*plain[-1:], *raised[-1:]][-1] if plain else ""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
-from flows.guard import end_group, ending_well, start_group
+from flows.dvc import run_dvc
+from flows.guard import INTERRUPTED, ending_well
 from flows.servers import api_address, claimed_port, prefect_server
 from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
@@ -19,15 +19,6 @@ from lotlip.files import write_json
 from lotlip.sources.paths import check_sources
 
 PREFECT_PORT = 4200
-
-# DeepSpeed builds its communication op at first use. On a CPU that takes half a minute of one core, which the stages
-# before training leave idle. A GPU has no such op.
-_BUILD_OP = """
-from deepspeed.accelerator import get_accelerator
-builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-if builder is not None:
-    builder.load()
-"""
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
@@ -43,11 +34,10 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     """
     check_sources(params)
     started = time.time()
-    # dvc.yaml says `python`, and DeepSpeed asks for `ninja`: both are those beside this interpreter
+    # dvc.yaml says `python`, which is the one beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     with ExitStack() as stack:
         stack.enter_context(ending_well())
-        stack.enter_context(building_op())
         given = os.environ.get("PREFECT_API_URL")
         port = stack.enter_context(claimed_port(PREFECT_PORT))
         api = given or api_address(port)
@@ -57,10 +47,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
             stack.enter_context(prefect_server(port))
         print(f"Prefect: {api.removesuffix('/api')}", flush=True)
         for run in runs:
-            # in this program's own group, so that Ctrl-C reaches DVC, which then ends its stage and its lock file whole
-            dvc = subprocess.Popen([sys.executable, "-m", "dvc", "repro", *run], env=environment)
-            stack.callback(dvc.terminate)
-            status = dvc.wait()
+            status = run_dvc(["repro", *run], environment)
             if status:
                 break
     seconds = time.time() - started
@@ -90,19 +77,6 @@ def of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
     return [scores, ["--single-item", "report"]] if scores else [[]]
 
 
-@contextmanager
-def building_op() -> Iterator[None]:
-    """Has DeepSpeed's op built while the block runs; training waits for it by itself if it comes first."""
-    log = SCRATCH / "logs" / "deepspeed-op.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w") as output:
-        builder = start_group([sys.executable, "-c", _BUILD_OP], stdout=output, stderr=subprocess.STDOUT)
-        try:
-            yield
-        finally:
-            end_group(builder)
-
-
 def closing_words(params: Params, seconds: float) -> str:
     """What to look at next."""
     page = (params.paths.report / "index.html").resolve()
@@ -122,4 +96,5 @@ if __name__ == "__main__":
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the next run goes on from the last finished unit")
+        print("stopped; the next run resumes from the last finished unit", file=sys.stderr)
+        sys.exit(INTERRUPTED)

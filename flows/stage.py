@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
+from unittest.mock import patch
 
 import psutil
 from prefect import Flow, get_run_logger, task
@@ -22,6 +24,7 @@ from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import lotlip
+from flows.guard import start_group
 from lotlip import files
 from lotlip.caches import lock
 from lotlip.config import Params, load_params
@@ -351,6 +354,25 @@ def with_tracebacks() -> bool:
     return asked
 
 
+def tie_temporary_server() -> None:
+    """Has the server that Prefect starts for a flow, where PREFECT_API_URL names none, end with this process."""
+    from prefect.settings import PREFECT_API_URL
+
+    if PREFECT_API_URL.value():
+        return
+    from prefect.server.api import server as module
+
+    server = module.SubprocessASGIServer()  # the one that Prefect will use: there is one for each port
+    start = server._run_uvicorn_command
+    popen = SimpleNamespace(Popen=lambda args, **options: start_group(args, **options))
+
+    def start_tied() -> Any:
+        with patch.object(module, "subprocess", popen):
+            return start()
+
+    server._run_uvicorn_command = start_tied  # type: ignore[method-assign]
+
+
 @contextmanager
 def on_threads(params: Params) -> Iterator[Any]:
     """Units run in threads of this process, `orchestration.workers` at a time."""
@@ -371,6 +393,7 @@ def main(
     """
     tracebacks = with_tracebacks()
     try:
+        tie_temporary_server()
         with running(load_params()) as runner:
             _clock.call()
             stage.with_options(task_runner=runner)(*arguments)

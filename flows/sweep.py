@@ -394,7 +394,7 @@ def _bring_data(environment: Mapping[str, str]) -> None:
     log = SCRATCH / "sweeps" / "data.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        command = guarded([sys.executable, "-m", "dvc", "repro", "shard"])
+        command = guarded([sys.executable, "-m", "flows.dvc", "repro", "shard"])
         process = start_group(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             status = process.wait()

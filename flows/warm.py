@@ -20,7 +20,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +27,13 @@ from pathlib import Path
 from typing import IO, Any
 
 import lotlip
+from flows.guard import INTERRUPTED, start_group
+from lotlip.lifetime import end_with_parent
+from lotlip.temporary import temporary_folder
 
 SOCKET = "LOTLIP_WARM"
+# How long the warm process waits for a client's request, which the client sends at once.
+REQUEST_SECONDS = 10
 
 # What the stages import; every fork shares it.
 PRELOADED = (
@@ -76,17 +80,23 @@ def hand_over(module: str, arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(path)
+            request = {"code": code(), "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
+            data = json.dumps(request).encode()
+            socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
+            connection.sendall(data)
         except OSError:  # its owner has ended
             return
-        request = {"code": code(), "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
-        data = json.dumps(request).encode()
-        socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
-        connection.sendall(data)
-        answer = connection.makefile().readline().strip()
+        try:
+            answer = connection.makefile().readline().strip()
+        except ConnectionError:
+            answer = ""
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
     if answer == "other code":
         return
-    # no answer: the warm process was killed, and the stage with it
-    sys.exit(int(answer) if answer else 1)
+    if not answer:  # the warm process was killed, and the stage with it
+        sys.exit(f"error: {module}: the process that ran it was killed; if memory ran out, free some and run again")
+    sys.exit(int(answer))
 
 
 # --- the warm process -----------------------------------------------------------------------------------------------
@@ -100,19 +110,21 @@ def warm(environment: dict[str, str], folder: Path | None = None) -> Iterator[di
         environment: of the warm process and of the stages: Prefect reads its settings once, when it is imported.
         folder: of the checkout whose code it runs; without one, where this program was started.
     """
-    with tempfile.TemporaryDirectory(prefix="lotlip-") as scratch:
-        path = str(Path(scratch) / "warm")
+    if sys.platform != "linux":  # stages do their own imports: file descriptors of processes are Linux's alone
+        yield environment
+        return
+    with temporary_folder("warm", for_sockets=True) as scratch:
+        path = str(scratch / "socket")
         # listening from here on: clients wait in line until the imports are done, instead of doing their own
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
-            process = subprocess.Popen(
+            process = start_group(
                 [sys.executable, "-m", "flows.warm", str(listener.fileno())],
                 stdin=subprocess.PIPE,
                 env=environment,
                 cwd=folder,
                 pass_fds=[listener.fileno()],
-                start_new_session=True,
             )
         try:
             yield {**environment, SOCKET: path}
@@ -159,10 +171,14 @@ class _Server:
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        head, descriptors, _, _ = socket.recv_fds(client, 8, 3)
-        request = json.loads(client.makefile("rb").read(int.from_bytes(head, "big")))
-        if request["code"] != self.code:
-            client.sendall(b"other code\n")
+        request, descriptors = _request(client)
+        own = os.getpid()
+        if request is None:
+            client.close()
+        elif request["code"] != self.code:
+            with contextlib.suppress(OSError):
+                client.sendall(b"other code\n")
+            client.close()
         elif process := os.fork():
             with contextlib.suppress(OSError):  # whichever of the two is first
                 os.setpgid(process, process)
@@ -170,6 +186,7 @@ class _Server:
             self.events.register(os.pidfd_open(process), selectors.EVENT_READ, lambda fd: self._ended(process, fd))
             self.events.register(client, selectors.EVENT_READ, lambda _: _end(process))
         else:
+            end_with_parent(own)  # first of all: this process may be killed at any time
             self.events.close()
             self.listener.close()
             for other in (client, *self.clients.values()):
@@ -188,6 +205,25 @@ class _Server:
         with contextlib.suppress(OSError):
             client.sendall(f"{os.waitstatus_to_exitcode(status) % 256}\n".encode())
         client.close()
+
+
+def _request(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """What a client asks for, and its standard streams; None if the client ended, or hung, before it had asked."""
+    descriptors: list[int] = []
+    client.settimeout(REQUEST_SECONDS)
+    try:
+        head, descriptors, _, _ = socket.recv_fds(client, 8, 3)
+        while len(head) < 8 and (more := client.recv(8 - len(head))):
+            head += more
+        size = int.from_bytes(head, "big")
+        data = client.makefile("rb").read(size)
+        if len(head) < 8 or len(data) < size or len(descriptors) < 3:
+            return None, descriptors
+        return json.loads(data), descriptors
+    except OSError:
+        return None, descriptors
+    finally:
+        client.settimeout(None)
 
 
 class _Stopped(Exception):
@@ -222,6 +258,8 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        status = INTERRUPTED
     except BaseException:
         traceback.print_exc()
     finally:

@@ -205,7 +205,7 @@ class Experiment:
 
     def command(self, target: str, overrides: Mapping[str, Any]) -> list[str]:
         """What runs it in its checkout."""
-        return ["dvc", "exp", "run", "--name", self.name, "--message", json.dumps(dict(overrides)), target]
+        return ["flows.dvc", "exp", "run", "--name", self.name, "--message", json.dumps(dict(overrides)), target]
 
     def collect(self) -> None:
         """Takes the result over from its checkout, which is then removed.

@@ -31,6 +31,8 @@ _LAZY = {
 }
 __all__ = [*_LAZY, "__version__"]
 
+# Before any library looks for it.
+import_module("lotlip.home").ensure_home()
 import_module("lotlip._auto")
 
 

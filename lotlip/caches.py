@@ -31,9 +31,9 @@ def cache_folder() -> Path:
             return _private(folder)
         except OSError as error:
             raise OSError(f"{CACHE} is {folder}, which cannot be used: {error}; name a folder of your own") from error
-    for folder in (_user_cache(), Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}")):
+    for place in (_user_cache, lambda: Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}")):
         try:
-            return _private(folder)
+            return _private(place())  # a user without a home and a name has no such place: RuntimeError
         except (OSError, RuntimeError):
             continue
     return _private(Path(".lotlip/cache").resolve())

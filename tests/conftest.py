@@ -182,12 +182,11 @@ def process_group() -> Iterator[dict[str, str]]:
     from lotlip.config import Pretrain
     from lotlip.training.engine import initialise_processes
 
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCH_EXTENSIONS_DIR", "PATH")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     with pytest.MonkeyPatch.context() as patch:
-        for name in names[:-1]:
+        for name in (*names, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             patch.setenv(name, "")  # so that what training sets is unset at the end
             patch.delenv(name)
-        patch.setenv("PATH", os.environ["PATH"])
         initialise_processes(Pretrain())
         environment = {name: os.environ[name] for name in names}
     yield environment

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from lotlip.config import Pretrain, merge
+from flows.processes import launch
+from lotlip.config import LocalLaunch, Pretrain, merge
 from lotlip.files import read_json
 from lotlip.tracking import NullSink
 from lotlip.training.pretrain import Job, Trainer
@@ -52,8 +52,7 @@ def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
     file = folder / "job.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(vars(job)))
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [sys.executable, *launcher, "-m", "lotlip.training.pretrain", str(file)]
+    command = launch("lotlip.training.pretrain", [str(file)], processes, LocalLaunch())
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 

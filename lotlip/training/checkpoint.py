@@ -53,6 +53,10 @@ class Checkpoints:
         broken = sorted(
             name for part in (weights, *moments.values()) for name, value in part.items() if not value.isfinite().all()
         )
+        if dist.get_world_size() > 1:  # the first process alone has the weights, and all have to stop
+            found: list[list[str]] = [broken]
+            dist.broadcast_object_list(found)
+            broken = found[0]
         if broken:
             raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
         if dist.get_rank() == 0:

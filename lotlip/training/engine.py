@@ -8,7 +8,6 @@ gradient back. Memory holds the activations of one micro-batch, and loss and gra
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import random
@@ -16,9 +15,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,10 +36,6 @@ SHARED = ("logit_scale", "logit_bias")
 
 # Gradients that are exchanged at a time. ZeRO makes room for so many, however few there are: by default half a billion.
 BUCKET = 50_000_000
-
-
-# Where what DeepSpeed builds is kept, in a folder for each Python environment.
-EXTENSIONS = Path.home() / ".cache" / "lotlip" / "torch_extensions"
 
 
 class NotFinite(FloatingPointError):
@@ -251,23 +246,50 @@ def import_deepspeed() -> Any:
 def initialise_processes(config: Pretrain) -> None:
     """Joins the processes that train together; one process makes a group of its own.
 
+    Nothing listens on the network for one process, and on loopback only for several on one machine.
+
     Raises:
         ValueError: the launcher started another number of processes than params.yaml says.
     """
     deepspeed = import_deepspeed()
-    if "RANK" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = "0"  # any free one
-    # DeepSpeed builds an operation for CPUs with the first ninja it finds; by another ninja, or for another environment
-    # in turn, it would build it anew each time, while everybody else waits
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(EXTENSIONS / environment))
+    # On a CPU, DeepSpeed would compile an operation here, half a minute long, that only its inference engine calls.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    timeout = timedelta(seconds=config.peer_timeout_seconds)
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
     if together > 1:  # a launcher gives each of several a single thread, or all of them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
-    deepspeed.init_distributed(verbose=False, timeout=timedelta(seconds=config.peer_timeout_seconds))
+    if int(os.environ.get("WORLD_SIZE", "1")) == together and not dist.is_initialized():
+        _stay_on_loopback()
+    store: dist.Store | None = None  # a cluster's launcher has one
+    if file := os.environ.get("LOTLIP_STORE"):  # of `flows.together`
+        store = dist.FileStore(file, int(os.environ["WORLD_SIZE"]))
+    elif "RANK" not in os.environ:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        store = dist.HashStore()
+    if store is not None:
+        # DeepSpeed wants an address even where it finds a group
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        if not dist.is_initialized():
+            rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            backend = deepspeed.get_accelerator().communication_backend_name()
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    deepspeed.init_distributed(verbose=False, timeout=timeout)
     if dist.get_world_size() != config.processes:
         raise ValueError(
             f"{dist.get_world_size()} processes were started, but pretrain.processes is {config.processes}"
         )
+
+
+def _stay_on_loopback() -> None:
+    """Makes gloo and NCCL use the loopback interface, unless the environment names another."""
+    loopback = next(
+        (
+            name
+            for name, addresses in psutil.net_if_addrs().items()
+            if any(address.address == "127.0.0.1" for address in addresses)
+        ),
+        None,
+    )
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)

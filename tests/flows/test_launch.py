@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from flows import join
-from flows.guard import end_group, start_group
-from flows.processes import launch, read_hostfile, run_group
+from flows.guard import end_group, group, start_group
+from flows.processes import launch, read_hostfile, reason_of, run_group
 from flows.servers import free_port
 from flows.stage import StageFailed
 from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch
@@ -39,8 +40,7 @@ def hostfile(folder: Path, text: str) -> Path:
 def test_one_machine_needs_a_launcher_for_several_processes_only():
     assert launch("m", ["x"], 1, LocalLaunch())[1:] == ["-m", "flows.run", "m", "x"]
     command = launch("m", ["x"], 4, LocalLaunch())
-    assert "--standalone" in command and "--nproc-per-node=4" in command
-    assert command[-3:] == ["-m", "m", "x"]
+    assert command[1:] == ["-m", "flows.together", "4", "m", "x"]
 
 
 def test_a_hostfile_goes_to_deepspeed(tmp_path):
@@ -209,3 +209,74 @@ def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
     run_group(launch("process", [], 4, how), print, here / "errors.log")
     assert {path.name: path.read_text() for path in here.glob("rank-*")} == {f"rank-{rank}": "4" for rank in range(4)}
     assert (here / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_training_on_one_machine_listens_on_loopback_at_most(tiny_world, here, processes):
+    job = tiny_job(tiny_world, here, {"steps": 100000, "processes": processes})
+    (here / "job.json").write_text(json.dumps(vars(job)))
+    with group(launch(TRAINING, [str(here / "job.json")], processes, LocalLaunch()), stdout=subprocess.PIPE) as started:
+        assert started.stdout is not None
+        assert any(b"step 3/" in line for line in started.stdout)
+        launched = psutil.Process(started.pid)
+        family = [launched, *launched.children(recursive=True)]
+        addresses = [
+            connection.laddr.ip
+            for process in family
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    assert len(family) >= processes
+    assert set(addresses) <= {"127.0.0.1", "::1"}
+
+
+# --- reasons ------------------------------------------------------------------------------------------------------
+
+# What torch.distributed.run writes when a worker has ended with an error.
+TORCHRUN_BLOCK = """
+============================================================
+m FAILED
+------------------------------------------------------------
+Failures:
+[1]:
+  time      : 2026-11-28_05:00:00
+  host      : localhost
+  rank      : 1 (local_rank: 1)
+  exitcode  : 1 (pid: 2)
+  error_file: <N/A>
+  traceback : To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html
+------------------------------------------------------------
+Root Cause (first observed failure):
+[0]:
+  exitcode  : 1 (pid: 1)
+============================================================
+"""
+
+
+@pytest.mark.parametrize(
+    ("written", "reason"),
+    [
+        ("error: the shards are gone", "the shards are gone"),
+        ("error: x: process 1 of 2 lost another one, which\nerror: the disk is full", "the disk is full"),
+        ("Traceback (most recent call last):\n  x = 1\nKeyError: 'key'", "KeyError: 'key'"),
+        ("[rank1]: torch.OutOfMemoryError: CUDA out of memory", "torch.OutOfMemoryError: CUDA out of memory"),
+    ],
+)
+def test_the_reason_of_a_failure_is_found_before_torchruns_report(written, reason):
+    end = "Traceback (most recent call last):\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    assert reason_of(written + "\n" + end + TORCHRUN_BLOCK) == reason
+    assert reason_of(written) == reason
+
+
+def test_a_failure_without_an_error_has_its_last_line_as_reason():
+    assert reason_of("Segmentation fault\n=====\n") == "Segmentation fault"
+    assert reason_of("") == ""
+
+
+def test_the_first_process_that_fails_ends_the_others(here):
+    (here / "process.py").write_text(
+        "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('error: rank 1 cannot')\ntime.sleep(600)"
+    )
+    with pytest.raises(StageFailed, match="rank 1 cannot"):
+        run_group(launch("process", [], 2, LocalLaunch()), print, here / "errors.log")

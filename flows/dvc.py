@@ -1,0 +1,151 @@
+"""DVC as a program that may be interrupted at any moment: `python -m flows.dvc ARGUMENTS…`.
+
+DVC writes the file of its locks in place. A signal in that moment leaves it empty, and the next run refuses to start.
+So a signal to this program never interrupts DVC: it ends the stage that runs, and DVC then ends by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.guard import ENDING, INTERRUPTED, group
+from lotlip.files import remove
+
+STOPPING = "LOTLIP_STOPPING"  # in the environment of a stage that DVC starts after it was told to end
+STOP_SECONDS = 30
+
+
+def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs DVC to its end; gives its status.
+
+    If this program is interrupted, the running stage is ended, and DVC has STOP_SECONDS to end by itself.
+
+    Args:
+        arguments: of `dvc`.
+        environment: of DVC and its stages.
+    """
+    with group([sys.executable, "-m", "flows.dvc", *arguments], env=dict(environment)) as process:
+        try:
+            return process.wait()
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Has a `flows.dvc` end, and waits for it; one that does not end in time is left as it is."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        process.terminate()  # again and again: DVC may have started a stage at the moment of the last one
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+
+
+class _Stop:
+    """The handler of signals: ends the stage that runs, and lets none begin."""
+
+    def __init__(self) -> None:
+        self.signalled: set[int] = set()
+
+    def __call__(self, _sign: int, _frame: Any) -> None:
+        os.environ[STOPPING] = "1"
+        own = os.getpgrp()
+        for process in psutil.Process().children(recursive=True):
+            if process.pid in self.signalled:
+                continue
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == own:  # what a stage starts in another group, it ends itself
+                    self.signalled.add(process.pid)
+                    os.kill(process.pid, signal.SIGINT)
+
+
+def remove_damaged_lock(root: Path) -> bool:
+    """Removes DVC's file of locks if it cannot be read and no DVC runs in the project; gives whether it did.
+
+    DVC's other lock files are locked by the kernel: whatever is in them, they block nobody when their owner has ended.
+
+    Args:
+        root: of the DVC project.
+    """
+    folder = root / ".dvc" / "tmp"
+    path = folder / "rwlock"
+    if not _damaged(path):
+        return False
+    import zc.lockfile
+
+    try:
+        guard = zc.lockfile.LockFile(str(folder / "rwlock.lock"))  # as DVC does before it reads or writes the file
+    except zc.lockfile.LockError:
+        return False
+    try:
+        if not _damaged(path) or _others(root):
+            return False
+        remove(path)
+        return True
+    finally:
+        guard.close()
+
+
+def _damaged(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    return not isinstance(found, dict)
+
+
+def _others(root: Path) -> list[int]:
+    """Other processes of this machine that may be DVC in the project."""
+    family = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        if process.pid in family:
+            continue
+        try:
+            words = process.cmdline()
+            named = any(Path(word).name in ("dvc", "flows.dvc") for word in words[:4])
+            if named and process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(root):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:  # another user's: it may be
+            if named:
+                found.append(process.pid)
+    return found
+
+
+def _root(folder: Path) -> Path | None:
+    return next((place for place in (folder, *folder.parents) if (place / ".dvc").is_dir()), None)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs DVC in this process; gives its status."""
+    stop = _Stop()
+    for sign in ENDING:
+        if signal.getsignal(sign) != signal.SIG_IGN:
+            signal.signal(sign, stop)
+    root = _root(Path.cwd())
+    if root and remove_damaged_lock(root):
+        print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left unreadable", file=sys.stderr)
+    if STOPPING in os.environ:
+        return INTERRUPTED
+    from dvc.cli import main as dvc
+
+    status = dvc(list(arguments))
+    return INTERRUPTED if STOPPING in os.environ and status else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

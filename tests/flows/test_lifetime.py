@@ -1,0 +1,222 @@
+"""What ends, and what is left, when a process is killed: the warm process, its forks, what stages start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import warm as warm_module
+from flows.guard import end_group, ending_well, start_group
+from flows.warm import SOCKET, warm
+from tests.flows.conftest import ROOT
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+
+# A program that starts another one as stages do, and says who they are.
+PARENT = """
+import os, sys, time
+from flows.guard import start_group
+
+child = start_group([sys.executable, "-c", "import time; time.sleep(600)"])
+print(os.getpid(), child.pid, flush=True)
+time.sleep(600)
+"""
+# `python -m flows.warm` without the seconds that its imports take
+QUICK = "import socket, sys; from flows import warm; warm.PRELOADED = (); \
+warm._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
+
+
+@pytest.fixture
+def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+    """The environment of programs that find a warm process which has imported nothing."""
+
+    def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+        return start_group([command[0], "-c", QUICK, command[-1]], **options)
+
+    monkeypatch.setattr(warm_module, "start_group", start)
+    (tmp_path / "parent.py").write_text(PARENT)
+    with warm({**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}) as environment:
+        yield environment
+
+
+def server() -> psutil.Process:
+    """The warm process that this one has started."""
+    return next(child for child in psutil.Process().children() if QUICK in child.cmdline())
+
+
+@contextmanager
+def program(environment: dict[str, str], *command: str, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(
+        [sys.executable, *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def started(process: subprocess.Popen[str], count: int = 2) -> list[psutil.Process]:
+    """The processes whose numbers the program prints."""
+    assert process.stdout is not None
+    numbers = process.stdout.readline().split()
+    assert len(numbers) == count, process.communicate()[1]
+    return [psutil.Process(int(number)) for number in numbers]
+
+
+def end(processes: list[psutil.Process]) -> bool:
+    """Whether they all end by themselves; in a container, nobody may collect the status of those that have."""
+    deadline = time.monotonic() + 60
+    while alive := [process for process in processes if lives(process)]:
+        if time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def lives(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
+    with program(quick, "-m", "flows.run", "parent") as client:
+        processes = started(client)
+        assert processes[0].ppid() == server().pid
+        server().kill()
+        assert end(processes)
+        assert client.wait(60) == 1
+        assert "killed" in client.communicate()[1]
+
+
+def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
+    for sent in (b"", b"\0" * 3, (100).to_bytes(8, "big") + b"{"):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(quick[SOCKET])
+            if sent:
+                socket.send_fds(connection, [sent], [0, 1, 2])
+    with program(quick, "-m", "flows.run", "parent") as client:
+        assert started(client)[0].ppid() == server().pid
+
+
+def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
+    owner = (
+        "import os, time\nfrom flows.warm import warm\n"
+        f"with warm(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr("tempfile.tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("lotlip.temporary.SOCKET_BASE_BYTES", 90)
+    with program(environment, "-c", "import lotlip.temporary as t; t.SOCKET_BASE_BYTES = 90\n" + owner) as process:
+        assert process.stdout is not None
+        left = Path(process.stdout.readline().strip()).parent
+        processes = psutil.Process(process.pid).children()
+        process.kill()
+        process.wait()
+        assert end(processes)
+    assert left.is_dir() and left.parent == tmp_path
+    monkeypatch.setattr(
+        warm_module,
+        "start_group",
+        lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options),
+    )
+    with warm({**os.environ, "PYTHONPATH": str(ROOT)}):
+        assert not left.exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_program_ends_with_the_process_that_started_it(tmp_path):
+    with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", PARENT) as parent:
+        processes = started(parent)
+        parent.kill()
+        assert end(processes[1:])
+
+
+def test_a_program_started_in_a_thread_outlives_the_thread():
+    found: list[subprocess.Popen[Any]] = []
+    thread = threading.Thread(
+        target=lambda: found.append(start_group(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+    )
+    thread.start()
+    thread.join()
+    (process,) = found
+    try:
+        assert process.communicate(b"alive") == (b"alive", None)
+        assert process.returncode == 0
+    finally:
+        end_group(process)
+
+
+def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
+    script = "from lotlip.lifetime import end_with_parent; end_with_parent(1 << 30); print('goes on')"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stdout) == (128 + signal.SIGKILL, "")
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
+def test_a_guard_ends_all_that_its_command_started(sign):
+    """As a stage's servers and their workers: grandchildren that know nothing of their grandparent."""
+    owner = """
+from flows.guard import ending_well, group, guarded
+with ending_well(), group(guarded(["sh", "-c", "sleep 600 & echo $$ $!; wait"])) as process:
+    process.wait()
+"""
+    with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", owner) as parent:
+        processes = started(parent)
+        parent.send_signal(sign)
+        assert end(processes)
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
+    cleaned = False
+    kind: type[BaseException] = KeyboardInterrupt if sign == signal.SIGINT else SystemExit
+    with pytest.raises(kind), ending_well():
+        try:
+            os.kill(os.getpid(), sign)
+            signal.pause()
+        finally:
+            for more in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                os.kill(os.getpid(), more)
+            cleaned = True
+    assert cleaned
+
+
+def test_prefects_temporary_server_ends_with_a_killed_stage(tmp_path):
+    script = """
+import os, subprocess, sys
+from flows.stage import tie_temporary_server
+tie_temporary_server()
+from prefect.server.api.server import SubprocessASGIServer
+server = SubprocessASGIServer()
+server.port = server.find_available_port()
+process = server._run_uvicorn_command()
+print(os.getpid(), process.pid, flush=True)
+process.wait()
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
+    environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
+    with program(environment, "-c", script, cwd=tmp_path) as stage:
+        processes = started(stage)
+        assert "uvicorn" in " ".join(processes[1].cmdline())
+        stage.kill()
+        assert end(processes[1:])
