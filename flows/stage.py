@@ -290,9 +290,12 @@ def main(
         arguments: of the flow.
         running: gives Prefect's runner of units, for the time that the flow takes.
     """
+    from flows.servers import prefect_for_program  # which imports this module
+
     tracebacks = with_tracebacks()
     try:
-        with running(load_params()) as runner:
+        params = load_params()
+        with prefect_for_program(), running(params) as runner:
             _clock.call()
             stage.with_options(task_runner=runner)(*arguments)
     except EXPECTED as error:

@@ -27,24 +27,22 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import get_run_context
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, as_completed
-from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
 from flows.guard import end_group, ending_well, guarded, start_group
 from flows.points import Point, Sweep, points, short
-from flows.servers import HOST, api_address, claimed_port, prefect_server
+from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, with_tracebacks
 from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
+from lotlip.loopback import HOST
 
 SCORES = ("long.image_to_text.r1", "long.text_to_image.r1", "short.image_to_text.r1", "short.text_to_image.r1")
-DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a sweep ends
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
 
 
@@ -378,8 +376,11 @@ def _environment() -> dict[str, str]:
     """Of the programs that the sweep runs: they report to the same Prefect, and are no flow runs of its runner."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT__")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    # a flow run that Prefect started has them as settings
     if api := PREFECT_API_URL.value():
         environment["PREFECT_API_URL"] = api
+    if login := PREFECT_API_AUTH_STRING.value():
+        environment["PREFECT_API_AUTH_STRING"] = login.get_secret_value()
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
@@ -473,12 +474,10 @@ def main(arguments: Sequence[str]) -> None:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         if not PREFECT_API_URL.value():
-            port = stack.enter_context(claimed_port(4200))
-            stack.enter_context(prefect_server(port))
-            stack.enter_context(temporary_settings({PREFECT_API_URL: api_address(port)}))
-            for left in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
-                stack.callback(left.drain_all, timeout=DRAIN_SECONDS)
-        print(f"Prefect: {(PREFECT_API_URL.value() or '').removesuffix('/api')}", flush=True)
+            port, login = stack.enter_context(claimed_port(4200)), new_login()
+            stack.enter_context(prefect_server(port, login))
+            stack.enter_context(using_prefect(prefect_client(port, login)))
+            print_prefect(port, login)
         sweep(settings)
 
 
