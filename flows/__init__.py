@@ -17,6 +17,9 @@ os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 # That server is flows.servers' and asks for a password. Prefect's own would run commands for anybody on the machine.
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 
+# A server that has ended is given up after half a minute, not two and a half.
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
+
 # Programs of flows/ that a warm process does not take over: itself, and who watches that others end.
 _ALONE = ("flows.warm", "flows.guard")
 

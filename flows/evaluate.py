@@ -66,11 +66,11 @@ def evaluate(ablation: str) -> None:
     write_json(paths.metrics / f"{ablation}.json", scores)
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking import Tracker
+        from lotlip.tracking import Tracker, tolerated
 
-        Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain).log_scores(
-            run, found.results, folder, seen
-        )
+        tracking = params.tracking
+        with tolerated(tracking.uri, stage.log.warning):
+            Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
     stage.discard()
     stage.record(found.texts, checks)
 

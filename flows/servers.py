@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -134,8 +135,9 @@ def using_prefect(client: Mapping[str, str]) -> Iterator[None]:
             try:
                 yield
             finally:
-                for worker in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
-                    worker.drain_all(timeout=DRAIN_SECONDS)
+                if not is_free(urlsplit(client["PREFECT_API_URL"]).port or 0):  # it has not been killed
+                    for worker in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
+                        worker.drain_all(timeout=DRAIN_SECONDS)
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)

@@ -10,14 +10,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
 
+import httpx
 import psutil
 from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -260,7 +262,28 @@ class _NoTraceback(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        return not isinstance(error, EXPECTED)
+        return not isinstance(error, (*EXPECTED, httpx.TransportError))
+
+
+class _OneLine(logging.Filter):
+    """Says once, in one line, that Prefect's server has ended, instead of a traceback for each event."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "EventsWorker" not in record.getMessage():
+            return True
+        if self.said:
+            return False
+        self.said = True
+        record.msg, record.args = f"{no_answer()}; the stage goes on, and its page will lack what happens now", ()
+        record.exc_info = record.exc_text = None
+        return True
+
+
+def no_answer() -> str:
+    """That Prefect's server does not answer, with its address."""
+    return f"Prefect's server at {(PREFECT_API_URL.value() or '').removesuffix('/api')} does not answer"
 
 
 def with_tracebacks() -> bool:
@@ -269,6 +292,7 @@ def with_tracebacks() -> bool:
     if not asked:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
             logging.getLogger(name).addFilter(_NoTraceback())
+        logging.getLogger("prefect._internal.concurrency").addFilter(_OneLine())
     return asked
 
 
@@ -293,12 +317,30 @@ def main(
     from flows.servers import prefect_for_program  # which imports this module
 
     tracebacks = with_tracebacks()
+    finished = False
+
+    @wraps(stage.fn)  # Prefect names a run by the parameters
+    def body(*given: Any, **named: Any) -> None:
+        nonlocal finished
+        stage.fn(*given, **named)
+        finished = True
+
+    name = " ".join([stage.name, *arguments])
     try:
         params = load_params()
         with prefect_for_program(), running(params) as runner:
             _clock.call()
-            stage.with_options(task_runner=runner)(*arguments)
+            configured = stage.with_options(task_runner=runner)
+            configured.fn = body
+            configured(*arguments)
     except EXPECTED as error:
         if tracebacks:
             raise
-        sys.exit(f"error in {' '.join([stage.name, *arguments])}: {error}")
+        sys.exit(f"error in {name}: {error}")
+    except httpx.TransportError:
+        if finished:  # all is published; only the run's last state could not be sent
+            print(f"warning in {name}: {no_answer()}; the stage has finished, and its page shows it as running")
+            return
+        if tracebacks:
+            raise
+        sys.exit(f"error in {name}: {no_answer()}; start it and run again: finished units are kept")

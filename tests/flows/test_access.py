@@ -124,9 +124,10 @@ def send(method: str, address: str, data: Any, *options: str) -> tuple[int, str]
 
 
 def deployments(served: Served) -> dict[str, str]:
-    """Name → id; what somebody who is logged in sees."""
+    """Flow and name → id; what somebody who is logged in sees."""
     status, body = send("POST", f"{served.api}/deployments/filter", {}, "--user", served.login)
-    return {one["name"]: one["id"] for one in json.loads(body)} if status == 200 else {}
+    found = json.loads(body) if status == 200 else []
+    return {f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}": one["id"] for one in found}
 
 
 def chain(served: Served, deployment: str, mark: Path, *options: str) -> list[int]:
@@ -194,7 +195,7 @@ def attacked(served: Served, deployment: str, mark: Path) -> None:
 
 @needs_curl
 def test_nobody_else_can_run_commands_by_make_serve(serve: Served, tmp_path: Path):
-    deployment = deployments(serve)["by-hand"]
+    deployment = deployments(serve)["reproduce/by-hand"]
     attacked(serve, deployment, tmp_path / "mark")
     # the requests are right: with the printed login they are accepted, and the runner runs the command
     assert chain(serve, deployment, tmp_path / "mark", "--user", serve.login) == [200, 204, 201]
@@ -323,7 +324,7 @@ def test_a_page_of_another_site_can_do_nothing_in_a_browser_that_is_logged_in(
 ):
     from playwright.sync_api import expect, sync_playwright
 
-    deployment, mark = deployments(serve)["weekly"], tmp_path / "mark"
+    deployment, mark = deployments(serve)["sweep/weekly"], tmp_path / "mark"
     before = len(runs(serve)), pull_steps(serve, deployment)
     asked = {"api": serve.api, "deployment": deployment, "mark": str(mark)}
     with sync_playwright() as playwright:
