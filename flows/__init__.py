@@ -18,9 +18,13 @@ os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").resolve()))
 os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
 # A line for each unit is written by the stage; Prefect's own two for each task would drown it.
 os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
-# Without a server, a flow starts one for itself on a database that another flow may be using.
+# A stage run by itself has a server of its own, on a database that another one may be using.
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
-os.environ.setdefault("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", "600")
+# That server is flows.servers' and asks for a password. Prefect's own would run commands for anybody on the machine.
+os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
+
+# A server that has ended is given up after half a minute, not two and a half.
+os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
 
 # Programs of flows/ that a warm process does not take over: itself, DVC, and who watches that others end.
 _ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")

@@ -36,30 +36,11 @@ def on_ray(params: Params) -> Iterator[Any]:
         ) from error
     ray, orchestration = params.caption.ray, params.orchestration
     with ExitStack() as stack:
-        stack.enter_context(_server_for_workers())
         stack.enter_context(remote_options(num_cpus=1, num_gpus=ray.gpus_per_worker, max_retries=orchestration.retries))
         if ray.address:
             yield RayTaskRunner(address=ray.address)
         else:
             yield RayTaskRunner(init_kwargs=stack.enter_context(_ray_of_this_machine(orchestration.workers)))
-
-
-@contextmanager
-def _server_for_workers() -> Iterator[None]:
-    """Where PREFECT_API_URL names no server, has the flow start its temporary one now, and tells the workers of it.
-
-    Each of them would start another, on the same database.
-    """
-    from prefect.server.api.server import SubprocessASGIServer
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    if PREFECT_API_URL.value():
-        yield
-        return
-    server = SubprocessASGIServer()  # ends with the program, when all that Prefect has to tell is told
-    server.start()
-    with temporary_settings({PREFECT_API_URL: server.api_url}):
-        yield
 
 
 @contextmanager

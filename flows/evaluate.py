@@ -68,11 +68,11 @@ def evaluate(ablation: str) -> None:
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking import Tracker
+        from lotlip.tracking import Tracker, tolerated
 
-        Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain).log_scores(
-            run, found.results, folder, seen
-        )
+        tracking = params.tracking
+        with tolerated(tracking.uri, stage.log.warning):
+            Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
     stage.discard()
     stage.record(found.texts, checks)
 

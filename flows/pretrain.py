@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -33,18 +34,20 @@ def pretrain(ablation: str) -> None:
         check_model(Path(config.text.pretrained), memory_of)
         inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).rglob("*.safetensors")))
     stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
+    run = {
+        "ablation": ablation,
+        "config": settings,
+        "data_hash": data,
+        "git_commit": git_commit(),
+        "fingerprints": {str(seed): f"{stage.fingerprint}-{ablation}-{seed}" for seed in config.seeds},
+    }
+    runs: dict[str, str] = {}  # none where MLflow does not answer
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking import Tracker
+        from lotlip.tracking import Tracker, tolerated
 
-        tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
-        run = {
-            "ablation": ablation,
-            "config": settings,
-            "data_hash": data,
-            "git_commit": git_commit(),
-            "fingerprints": {str(seed): f"{stage.fingerprint}-{ablation}-{seed}" for seed in config.seeds},
-        }
-        runs = tracker.ensure_runs(run)
+        tracking = params.tracking
+        with tolerated(tracking.uri, stage.log.warning):
+            runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
     write_json(stage.out / "run.json", run)
     job_file = stage.scratch / "job.json"
     job = {
@@ -54,7 +57,7 @@ def pretrain(ablation: str) -> None:
         "image_tower": str(paths.image_tower),
         "scratch": str(stage.scratch),
         "out": str(stage.out),
-        "tracking_uri": tracker.uri,
+        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri,
         "run_ids": runs,
         "git_commit": run["git_commit"],
     }
@@ -64,8 +67,12 @@ def pretrain(ablation: str) -> None:
         with announced(command, config.launch):
             run_group(command, stage.log.info, stage.scratch / "errors.log")
     except BaseException:
-        for run_id in runs.values():
-            tracker.finish(run_id, "FAILED")
+        if runs:
+            with tolerated(tracking.uri, stage.log.warning):
+                tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+                for seed, run_id in runs.items():
+                    done = (stage.out / f"seed-{seed}" / "history.json").is_file()
+                    tracker.finish(run_id, "FINISHED" if done else "FAILED")
         raise
     timing = read_json(stage.scratch / "timing.json")
     stage.clock.add("imports", timing["imports"])
@@ -76,8 +83,10 @@ def pretrain(ablation: str) -> None:
         history = histories(stage.out, config.seeds)
         checks = gate_pretrain(config, history, guess_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
-    with stage.clock.measure("mlflow"):
-        for run_id in runs.values():
+    with stage.clock.measure("mlflow"), tolerated(tracking.uri, stage.log.warning):
+        tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+        for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
+            tracker.log_history(run_id, read_json(paths.models / ablation / f"seed-{seed}" / "history.json"))
             tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
             tracker.finish(run_id)
     trained = len(config.seeds) * config.steps * config.batch_size

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flows.dvc import run_dvc
 from flows.guard import INTERRUPTED, ending_well
-from flows.servers import api_address, claimed_port, prefect_server
+from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect
 from flows.stage import EXPECTED, SCRATCH, StageFailed
 from flows.warm import warm
 from lotlip.config import Params, load_params
@@ -40,12 +40,15 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         stack.enter_context(ending_well())
         given = os.environ.get("PREFECT_API_URL")
         port = stack.enter_context(claimed_port(PREFECT_PORT))
-        api = given or api_address(port)
+        login = new_login()
+        client = {} if given else prefect_client(port, login)
         # both take some seconds to come up, so they do it side by side
-        environment = stack.enter_context(warm({**os.environ, "PREFECT_API_URL": api}))
-        if not given:
-            stack.enter_context(prefect_server(port))
-        print(f"Prefect: {api.removesuffix('/api')}", flush=True)
+        environment = stack.enter_context(warm({**os.environ, **client}))
+        if given:
+            print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
+        else:
+            stack.enter_context(prefect_server(port, login))
+            print_prefect(port, login)
         for run in runs:
             status = run_dvc(["repro", *run], environment)
             if status:

@@ -5,9 +5,10 @@ After `git clone` and `dvc pull` there is all of it but the store; a store that 
 
 from __future__ import annotations
 
+import os
 import sys
 
-from flows.stage import EXPECTED, StageFailed
+from flows.stage import EXPECTED, StageFailed, with_tracebacks
 from lotlip.config import load_params
 from lotlip.files import read_json
 
@@ -53,3 +54,9 @@ if __name__ == "__main__":
         print(f"MLflow has {len(restore())} ablations; `make ui` shows them")
     except EXPECTED as error:
         sys.exit(f"error: {error}")
+    except Exception as error:  # MLflow's, of which there are many kinds
+        if with_tracebacks():
+            raise
+        from lotlip.tracking import failure
+
+        sys.exit(f"error: {failure(os.environ.get('MLFLOW_TRACKING_URI') or load_params().tracking.uri, error)}")

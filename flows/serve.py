@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from prefect import serve
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL
 
 from flows.deployments import deployments
 from flows.guard import ending_well
@@ -18,7 +18,8 @@ from flows.ui import shown
 
 def main() -> None:
     """Serves until Ctrl-C or a SIGTERM; what runs then is ended."""
-    with ending_well(), shown() as api, temporary_settings({PREFECT_API_URL: api}):
+    with ending_well(), shown():
+        api = PREFECT_API_URL.value() or ""
         print(f"Forms    {api.removesuffix('/api')}/deployments\nCtrl-C stops all.", flush=True)
         serve(*deployments(), print_starting_message=False)
 

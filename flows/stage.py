@@ -10,21 +10,20 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
-from unittest.mock import patch
 
+import httpx
 import psutil
 from prefect import Flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
+from prefect.settings import PREFECT_API_URL
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
 import lotlip
-from flows.guard import start_group
 from lotlip import files
 from lotlip.caches import lock
 from lotlip.config import Params, load_params
@@ -342,7 +341,28 @@ class _NoTraceback(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
-        return not isinstance(error, EXPECTED)
+        return not isinstance(error, (*EXPECTED, httpx.TransportError))
+
+
+class _OneLine(logging.Filter):
+    """Says once, in one line, that Prefect's server has ended, instead of a traceback for each event."""
+
+    said = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if "EventsWorker" not in record.getMessage():
+            return True
+        if self.said:
+            return False
+        self.said = True
+        record.msg, record.args = f"{no_answer()}; the stage goes on, and its page will lack what happens now", ()
+        record.exc_info = record.exc_text = None
+        return True
+
+
+def no_answer() -> str:
+    """That Prefect's server does not answer, with its address."""
+    return f"Prefect's server at {(PREFECT_API_URL.value() or '').removesuffix('/api')} does not answer"
 
 
 def with_tracebacks() -> bool:
@@ -351,26 +371,8 @@ def with_tracebacks() -> bool:
     if not asked:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
             logging.getLogger(name).addFilter(_NoTraceback())
+        logging.getLogger("prefect._internal.concurrency").addFilter(_OneLine())
     return asked
-
-
-def tie_temporary_server() -> None:
-    """Has the server that Prefect starts for a flow, where PREFECT_API_URL names none, end with this process."""
-    from prefect.settings import PREFECT_API_URL
-
-    if PREFECT_API_URL.value():
-        return
-    from prefect.server.api import server as module
-
-    server = module.SubprocessASGIServer()  # the one that Prefect will use: there is one for each port
-    start = server._run_uvicorn_command
-    popen = SimpleNamespace(Popen=lambda args, **options: start_group(args, **options))
-
-    def start_tied() -> Any:
-        with patch.object(module, "subprocess", popen):
-            return start()
-
-    server._run_uvicorn_command = start_tied  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -391,15 +393,35 @@ def main(
         arguments: of the flow.
         running: gives Prefect's runner of units, for the time that the flow takes.
     """
+    from flows.servers import prefect_for_program  # which imports this module
+
     tracebacks = with_tracebacks()
+    finished = False
+
+    @wraps(stage.fn)  # Prefect names a run by the parameters
+    def body(*given: Any, **named: Any) -> None:
+        nonlocal finished
+        stage.fn(*given, **named)
+        finished = True
+
+    name = " ".join([stage.name, *arguments])
     try:
-        tie_temporary_server()
-        with running(load_params()) as runner:
+        params = load_params()
+        with prefect_for_program(), running(params) as runner:
             _clock.call()
-            stage.with_options(task_runner=runner)(*arguments)
+            configured = stage.with_options(task_runner=runner)
+            configured.fn = body
+            configured(*arguments)
     except EXPECTED as error:
         if tracebacks:
             raise
-        sys.exit(f"error in {' '.join([stage.name, *arguments])}: {explain(error)}")
+        sys.exit(f"error in {name}: {explain(error)}")
+    except httpx.TransportError:
+        if finished:  # all is published; only the run's last state could not be sent
+            print(f"warning in {name}: {no_answer()}; the stage has finished, and its page shows it as running")
+            return
+        if tracebacks:
+            raise
+        sys.exit(f"error in {name}: {no_answer()}; start it and run again: finished units are kept")
     finally:
         release()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,31 +22,31 @@ from statistics import mean
 from threading import Event, Lock
 from typing import IO, Any
 
+import httpx
 import psutil
 import yaml
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.context import get_run_context
-from prefect.events.worker import EventsWorker
 from prefect.futures import PrefectFuture, as_completed
-from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_UI_URL
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
 from flows.guard import end_group, ending_well, guarded, start_group
 from flows.points import Point, Sweep, points, short
-from flows.servers import HOST, api_address, claimed_port, prefect_server
-from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, with_tracebacks
+from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
+from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, with_tracebacks
 from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
+from lotlip.loopback import HOST
 from lotlip.sources.paths import check_sources
+from lotlip.tracking import tolerated
 
 SCORES = ("long.image_to_text.r1", "long.text_to_image.r1", "short.image_to_text.r1", "short.text_to_image.r1")
-DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a sweep ends
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
 
 
@@ -89,11 +90,15 @@ class Workshop:
     def __init__(
         self, settings: Sweep, params: Params, snapshot: Snapshot, environment: Mapping[str, str], flow_run: str
     ) -> None:
-        from lotlip.tracking import Tracker
+        from lotlip.tracking import Tracker, failure
 
         self.settings, self.params, self.snapshot, self.flow_run = settings, params, snapshot, flow_run
         # made here, where the store's folder of artifacts is to be, before any point makes it elsewhere
-        self.tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
+        tracking = params.tracking
+        try:
+            self.tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+        except Exception as error:  # before anything has run, so that nothing is lost
+            raise StageFailed(failure(os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri, error)) from error
         self.environment = dict(environment)
         self.inputs = {
             "shards": hash_of(params.paths.shards / "index.json"),
@@ -187,21 +192,22 @@ class Workshop:
                     self._running.remove(process)
         self._go_on()
         if status:
-            raise StageFailed(f"{_reason(log)} (all it wrote: {log})")
+            raise StageFailed(f"{_reason(log, status)} (all it wrote: {log})")
         experiment.collect()
 
     def _result(self, point: Point, experiment: Experiment, status: str) -> Outcome:
         """The scores of a point that is done, whose run in MLflow is told of this sweep."""
         paths, base = self.params.paths, point.base
-        benchmark = next(iter(experiment.read(paths.metrics / f"{base}.json")["benchmarks"].values()))
-        scores = benchmark["seeds"][str(point.seed)]
+        benchmarks = experiment.read(paths.metrics / f"{base}.json")["benchmarks"]
+        scores = first_benchmark(benchmarks, point.params)["seeds"][str(point.seed)]
         stages = [experiment.read(paths.stages / f"{stage}-{base}.json") for stage in ("pretrain", "evaluate")]
         trained = experiment.read(paths.models / base / "run.json")
         tags = {f"sweep.{self.settings.name}": self.flow_run, "point": experiment.name}
         tags["mlflow.runName"] = experiment.name
         if status == DONE:
             tags["prefect.flow_run"] = self.flow_run
-        with self._lock:
+        run = address = ""
+        with self._lock, tolerated(self.tracker.uri, get_run_logger().warning):
             run = self.tracker.ensure_runs(trained)[str(point.seed)]
             self.tracker.set_tags(run, tags)
             address = run_address(self.tracker, run)
@@ -319,17 +325,23 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
             " whose seeds and comments stay:",
             f"    python -m flows.sweep --apply {name}",
         ]
-        lines += [
-            f"[All of its runs]({workshop.tracker.comparison_link(mlflow_address(workshop.tracker), settings.name)}), "
-            "side by side in MLflow.",
-            *_registered(settings, workshop, found.run_id),
-        ]
+        with tolerated(workshop.tracker.uri, lambda line: lines.append(f"- {line}")):
+            link = workshop.tracker.comparison_link(mlflow_address(workshop.tracker), settings.name)
+            lines.append(f"[All of its runs]({link}), side by side in MLflow.")
+            if found.run_id:
+                lines += _registered(settings, workshop, found.run_id)
     lines += [f"- failed: {line}" for line in failed]
     text = "\n\n".join(lines)
     create_markdown_artifact(text, key=_key(f"sweep-{settings.name}-result"), description="the best point")
     get_run_logger().info("%s", text)
     if failed:
         raise StageFailed(f"{len(failed)} of {len(grid)} points failed:\n  - " + "\n  - ".join(failed))
+
+
+def first_benchmark(results: Mapping[str, Any], params: Params) -> Any:
+    """What was measured on the first benchmark of params.yaml; JSON has them by name."""
+    names = [name + end for name in params.evaluate.benchmarks for end in ("", "-partial")]
+    return results[next(name for name in names if name in results)]
 
 
 def _registered(settings: Sweep, workshop: Workshop, run_id: str) -> list[str]:
@@ -380,8 +392,11 @@ def _environment() -> dict[str, str]:
     """Of the programs that the sweep runs: they report to the same Prefect, and are no flow runs of its runner."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT__")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
+    # a flow run that Prefect started has them as settings
     if api := PREFECT_API_URL.value():
         environment["PREFECT_API_URL"] = api
+    if login := PREFECT_API_AUTH_STRING.value():
+        environment["PREFECT_API_AUTH_STRING"] = login.get_secret_value()
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
@@ -401,7 +416,9 @@ def _bring_data(environment: Mapping[str, str]) -> None:
         finally:
             end_group(process)
     if status:
-        raise StageFailed(f"the data is not up to date and cannot be made so: {_reason(log)} (all of it: {log})")
+        raise StageFailed(
+            f"the data is not up to date and cannot be made so: {_reason(log, status)} (all of it: {log})"
+        )
 
 
 @contextmanager
@@ -419,13 +436,33 @@ def _warm_code(snapshot: Snapshot, environment: dict[str, str]) -> Iterator[dict
         remove(folder)
 
 
-def _reason(log: Path) -> str:
-    """The line of a log that says what went wrong, as far as one does."""
+# What a line that names an error looks like, the most telling kind first: a stage's own words, the last line of a
+# traceback, a logger's record, DVC's summary.
+_ERRORS = (
+    r"error in ",
+    r"error: ",
+    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Failed|Stopped)(?::|$)",
+    r"[\d:. -]+\| (?:ERROR|CRITICAL) ",
+    r"ERROR: ",
+)
+
+
+def _reason(log: Path, status: int) -> str:
+    """The line of a log that says what went wrong; where none does, how the program ended.
+
+    Args:
+        log: what the program wrote.
+        status: that it ended with; that of a program that a signal has ended is -N, or 128 + N behind a guard.
+    """
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    for word in ("error in ", "error: ", "ERROR: "):
-        if found := [line for line in lines if line.startswith(word)]:
+    for pattern in _ERRORS:
+        if found := [line for line in lines if re.match(pattern, line)]:
             return found[0]
-    return lines[-1] if lines else "it wrote nothing"
+    number = -status if status < 0 else status - 128
+    if number in set(signal.Signals):
+        out_of_memory = "; the machine may be out of memory" if number == signal.SIGKILL else ""
+        return f"it was ended by {signal.Signals(number).name}{out_of_memory}"
+    return f"it ended with status {status} and named no error"
 
 
 def _absolute(uri: str, root: Path) -> str:
@@ -475,12 +512,10 @@ def main(arguments: Sequence[str]) -> None:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         if not PREFECT_API_URL.value():
-            port = stack.enter_context(claimed_port(4200))
-            stack.enter_context(prefect_server(port))
-            stack.enter_context(temporary_settings({PREFECT_API_URL: api_address(port)}))
-            for left in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
-                stack.callback(left.drain_all, timeout=DRAIN_SECONDS)
-        print(f"Prefect: {(PREFECT_API_URL.value() or '').removesuffix('/api')}", flush=True)
+            port, login = stack.enter_context(claimed_port(4200)), new_login()
+            stack.enter_context(prefect_server(port, login))
+            stack.enter_context(using_prefect(prefect_client(port, login)))
+            print_prefect(port, login)
         sweep(settings)
 
 
@@ -507,5 +542,7 @@ if __name__ == "__main__":
         if with_tracebacks():
             raise
         sys.exit(f"error: {error}")
+    except httpx.TransportError:
+        sys.exit(f"error: {no_answer()}; start the same sweep again: finished points are kept")
     except KeyboardInterrupt:
         sys.exit("stopped; the same sweep again goes on from what is done")

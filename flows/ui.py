@@ -9,36 +9,40 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from flows.servers import api_address, mlflow_server, prefect_server
+from flows.servers import mlflow_server, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.stage import EXPECTED
 from lotlip.config import load_params
 from lotlip.tracking import Tracker
 
 
 @contextmanager
-def shown() -> Iterator[str]:
-    """Runs both servers on loopback for the block and prints their addresses; gives that of Prefect's API.
+def shown() -> Iterator[None]:
+    """Runs both servers on loopback for the block, which uses that Prefect, and prints their addresses and the login.
 
     PREFECT_PORT and MLFLOW_PORT in the environment choose other ports than 4200 and 5000. Where PREFECT_API_URL or
     MLFLOW_TRACKING_URI names a server, that one is used.
     """
     params, given = load_params(), os.environ.get("PREFECT_API_URL")
     store = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
+    login = new_login()
     with ExitStack() as stack:
-        port = int(os.environ.get("PREFECT_PORT", "4200"))
-        if not given:
-            stack.enter_context(prefect_server(port))
-        api = given or api_address(port)
-        print(f"Prefect  {api.removesuffix('/api')}", flush=True)
+        if given:
+            print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
+        else:
+            port = int(os.environ.get("PREFECT_PORT", "4200"))
+            stack.enter_context(prefect_server(port, login))
+            stack.enter_context(using_prefect(prefect_client(port, login)))
+            print_prefect(port, login)
         if store.startswith("http"):
             server = store
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
         else:
-            server = stack.enter_context(mlflow_server(int(os.environ.get("MLFLOW_PORT", "5000")), store))
-            print(f"MLflow   {server}", flush=True)
-        compared = Tracker(server, params.tracking.experiment).comparison_link(server)
+            server = stack.enter_context(mlflow_server(int(os.environ.get("MLFLOW_PORT", "5000")), store, login))
+            user, _, password = login.partition(":")
+            print(f"MLflow   {server}\n         when asked, log in as {user} with the password {password}", flush=True)
+        compared = Tracker(store, params.tracking.experiment).comparison_link(server)
         print(f"All runs {compared}", flush=True)
-        yield api
+        yield
 
 
 def show() -> None:

@@ -4,6 +4,8 @@ import os
 from importlib import import_module
 from typing import Any
 
+from lotlip.loopback import bypass_proxies
+
 __version__ = "0.1.0"
 
 # There may be no internet, and nobody asked to be counted: the libraries' telemetry is off unless it was set otherwise.
@@ -17,6 +19,8 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
 }.items():
     os.environ.setdefault(_name, _value)
+
+bypass_proxies()
 
 # Threads that wait for work spin, by default for long: beside any other program on the same cores, training was 8 times
 # slower for it (80 against 620 samples/s on two cores), and no faster alone.

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import os
 import tempfile
+import textwrap
 import time
-from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
+from urllib.parse import urlsplit
 
 from lotlip.config import flatten
 from lotlip.files import read_json
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel
+    from mlflow.entities import LoggedModel, Run
 
     from lotlip.config import Pretrain
 
 FINGERPRINT = "lotlip.fingerprint"
 NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
+PAGE = 1000  # runs that are asked for at a time
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 
 
@@ -49,14 +53,23 @@ class MlflowSink:
     """Sends curves to a run of MLflow, some steps at a time and from a thread of its own.
 
     A write to the store costs as much as a training step, and importing MLflow as much as all else that starting takes.
+
+    Args:
+        uri: of the tracking server or store.
+        run_id: of the run.
+        steps_held: how many steps are sent at a time.
+        warn: takes one line when the store fails, after which nothing more is sent: training must not end, nor wait,
+            because of its tracking. None: `close` raises the error.
     """
 
-    def __init__(self, uri: str, run_id: str, steps_held: int = 10) -> None:
+    def __init__(
+        self, uri: str, run_id: str, steps_held: int = 10, warn: Callable[[str], object] | None = None
+    ) -> None:
         self._uri, self._run_id = uri, run_id
-        self._steps_held = steps_held
+        self._steps_held, self._warn = steps_held, warn
         self._held: list[tuple[int, int, dict[str, float]]] = []
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
-        self._sending: list[Future[None]] = []
+        self._error: Exception | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Takes the values of one step; sends them with those held so far when there are enough."""
@@ -65,32 +78,70 @@ class MlflowSink:
             self._send()
 
     def close(self) -> None:
-        """Sends what is held and waits until all has arrived; what could not be sent is an error."""
+        """Sends what is held and waits until all has arrived, or sending has failed."""
         self._send()
         self._thread.shutdown()
-        for sent in self._sending:
-            sent.result()
+        if self._error and not self._warn:
+            raise self._error
 
     def _send(self) -> None:
         held, self._held = self._held, []
-        self._sending = [sent for sent in self._sending if not sent.done() or sent.result()]  # an error comes up here
         if held:
-            self._sending.append(self._thread.submit(self._log, held))
+            self._thread.submit(self._log, held)
 
     def _log(self, held: list[tuple[int, int, dict[str, float]]]) -> None:
-        from mlflow.entities import Metric
+        if self._error:
+            return
+        try:
+            from mlflow.entities import Metric
 
-        points = [
-            Metric(f"train.{name}", value, when, step)
-            for when, step, metrics in held
-            for name, value in metrics.items()
-        ]
-        _client(self._uri).log_batch(self._run_id, metrics=points)
+            points = [
+                Metric(f"train.{name}", value, when, step)
+                for when, step, metrics in held
+                for name, value in metrics.items()
+            ]
+            _client(self._uri).log_batch(self._run_id, metrics=points)
+        except Exception as error:
+            self._error = error
+            if self._warn:
+                self._warn(failure(self._uri, error))
 
 
-def open_sink(uri: str, run_id: str | None) -> Sink:
-    """The sink of a run; without a run, the one that does nothing."""
-    return MlflowSink(uri, run_id) if run_id else NullSink()
+def open_sink(uri: str, run_id: str | None, warn: Callable[[str], object]) -> Sink:
+    """The sink of a training run, which goes on if the store fails; without a run, the one that does nothing.
+
+    Args:
+        uri: of the tracking server or store.
+        run_id: of the run.
+        warn: takes one line when the store fails.
+    """
+    return MlflowSink(uri, run_id, warn=warn) if run_id else NullSink()
+
+
+def failure(uri: str, error: Exception) -> str:
+    """One line that names the store that failed, why, and what sends later what it lacks."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    if at:  # it may be a password
+        uri, reason = (text.replace(user + at, "") for text in (uri, reason))
+    return (
+        f"MLflow at {uri} failed: {textwrap.shorten(reason, 300)}; nothing but tracking is affected, and "
+        "`python -m flows.restore` sends what is missing"
+    )
+
+
+@contextmanager
+def tolerated(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
+    """Turns any failure of tracking in the block into a warning: results are on disk and can be sent later.
+
+    Args:
+        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
+        warn: takes the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        warn(failure(os.environ.get("MLFLOW_TRACKING_URI") or uri, error))
 
 
 class Tracker:
@@ -137,9 +188,15 @@ class Tracker:
         """Writes what the page of a comparison shows."""
         from lotlip import comparison
 
-        found = self._client.search_runs(
-            [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=1000
-        )
+        found: list[Run] = []
+        token = None
+        while page := self._client.search_runs(
+            [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=PAGE, page_token=token
+        ):
+            found += page
+            token = page.token
+            if not token:
+                break
         runs = [comparison.ComparedRun(run.data.params, list(run.data.metrics), run.data.tags) for run in found]
         self._tag_experiment({comparison.SHARED_VIEW + comparison.view_name(sweep): comparison.view(runs, sweep)})
 
@@ -350,6 +407,9 @@ def _has(fingerprint: str) -> str:
 
 
 def _client(uri: str) -> MlflowClient:
+    # MLflow tries for many minutes to reach a server that has ended
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)

@@ -108,6 +108,9 @@ def test_a_run_is_told_in_plain_words():
     assert "r5" not in note
 
 
+LOGIN = "lotlip:secret"
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tracker]]:
     """MLflow's server over a store with runs of two sweeps."""
@@ -130,7 +133,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trac
                 run_id = tracker.ensure_run(name, name, tags, parameters)
                 tracker.log_metrics(run_id, dict.fromkeys(SCORES, 0.1 * (corners + 1)))
                 tracker.log_history(run_id, [{"step": step, "loss": 3.0 - step / 10} for step in (10, 20)])
-        yield stack.enter_context(mlflow_server(free_port(), store)), tracker
+        yield stack.enter_context(mlflow_server(free_port(), store, LOGIN)), tracker
 
 
 def test_the_experiment_says_what_it_is(server):
@@ -160,7 +163,7 @@ def test_a_browser_shows_the_charts_without_a_click(server):
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1600, "height": 2400})
         page.set_default_timeout(300_000)
-        page.goto(link, wait_until="commit")
+        page.goto(link.replace("http://", f"http://{LOGIN}@"), wait_until="commit")
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")  # what is in sight
         shown = page.inner_text("body")
         browser.close()

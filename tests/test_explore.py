@@ -183,6 +183,20 @@ def test_a_port_that_is_taken_is_an_error_in_words(explorer):
             served(explorer, port).__enter__()
 
 
+def test_pages_of_other_sites_can_neither_read_nor_ask(explorer):
+    import httpx
+
+    from lotlip.explore.page import served
+
+    with served(explorer) as address:
+        for path in ("", "config", "gradio_api/upload"):
+            assert httpx.get(address + path, headers={"Host": "evil.example"}).status_code == 421
+            assert httpx.post(address + path, headers={"Origin": "http://evil.example"}).status_code == 403
+            assert httpx.post(address + path, headers={"Origin": "http://127.0.0.1:1"}).status_code == 403
+        assert httpx.get(address).status_code == 200
+        assert httpx.get(f"{address}config", headers={"Origin": address.rstrip("/")}).status_code == 200
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 

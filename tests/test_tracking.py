@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from mlflow import MlflowClient
 
 from lotlip.config import flatten
 from lotlip.files import write_json
-from lotlip.tracking import FINGERPRINT, LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink
+from lotlip.tracking import FINGERPRINT, LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink, tolerated
 from tests.tiny_model import save_tiny_model
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]
@@ -101,6 +103,71 @@ def test_what_cannot_be_sent_is_an_error(store, experiment):
     sink.log({"loss": 1.0}, 1)
     with pytest.raises(Exception, match="0000"):
         sink.close()
+
+
+@pytest.fixture
+def dead(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a server that has ended."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return f"http://user:hidden@127.0.0.1:{port}"
+
+
+def test_training_goes_on_without_its_store_and_says_so_once(dead):
+    said: list[str] = []
+    with closing(open_sink(dead, "0" * 32, said.append)) as sink:
+        for point in HISTORY * 5:
+            sink.log({"loss": point["loss"]}, int(point["step"]))
+    (line,) = said
+    assert f"MLflow at {dead.replace('user:hidden@', '')}" in line
+    assert "python -m flows.restore" in line
+    assert "\n" not in line
+    assert "hidden" not in line
+
+
+def test_a_store_that_fails_half_way_loses_no_steps_for_good(store, experiment, client):
+    """What was not sent live is sent when the store is back."""
+    tracker, said = Tracker(store, experiment), list[str]()
+    run_id = tracker.ensure_run("f", "n", {}, {})
+    sink = MlflowSink(store, run_id, steps_held=2, warn=said.append)
+    for point in HISTORY[:4]:
+        sink.log({"loss": point["loss"], "learning_rate": point["learning_rate"]}, int(point["step"]))
+    sink._thread.submit(lambda: None).result()
+    sink._run_id = "0" * 32  # as if it were gone
+    for point in HISTORY[4:]:
+        sink.log({"loss": point["loss"], "learning_rate": point["learning_rate"]}, int(point["step"]))
+    sink.close()
+    assert len(said) == 1
+    assert curve(client, run_id) == expected()[:4]
+    tracker.log_history(run_id, HISTORY)
+    assert curve(client, run_id) == expected()
+
+
+def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypatch):
+    said: list[str] = []
+    with tolerated("sqlite:///mlflow.db", said.append):
+        pass
+    assert said == []
+    with tolerated(dead, said.append):
+        Tracker(dead, "nothing")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", dead)
+    with tolerated("sqlite:///mlflow.db", said.append):
+        Tracker("sqlite:///mlflow.db", "nothing")
+    assert len(said) == 2
+    assert all("127.0.0.1" in line and "flows.restore" in line and "hidden" not in line for line in said)
+
+
+def test_a_comparison_sees_runs_beyond_the_first_page(store, experiment, monkeypatch):
+    monkeypatch.setattr("lotlip.tracking.PAGE", 2)
+    seen: list[Any] = []
+    monkeypatch.setattr("lotlip.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
+    tracker = Tracker(store, experiment)
+    for number in range(5):
+        tracker.ensure_run(f"f{number}", f"n{number}", {}, {})
+    tracker.comparison_link("http://127.0.0.1:5000")
+    assert seen == [5]
 
 
 def test_history_is_not_sent_twice(store, experiment, client):
@@ -308,7 +375,7 @@ def test_the_environment_goes_before_the_parameter(store, experiment, client, mo
 
 
 def test_without_a_run_nothing_is_tracked():
-    sink = open_sink("sqlite:////nowhere/at/all.db", None)
+    sink = open_sink("sqlite:////nowhere/at/all.db", None, print)
     assert isinstance(sink, NullSink)
     sink.log({"loss": 1.0}, 1)
     sink.close()
@@ -316,4 +383,4 @@ def test_without_a_run_nothing_is_tracked():
 
 def test_with_a_run_its_curves_go_there(store, experiment):
     run_id = Tracker(store, experiment).ensure_run("f", "n", {}, {})
-    assert isinstance(open_sink(store, run_id), MlflowSink)
+    assert isinstance(open_sink(store, run_id, print), MlflowSink)

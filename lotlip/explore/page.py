@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 
 import gradio
 from PIL import Image
+from starlette.middleware import Middleware
 
 from lotlip.data.images import ENDINGS, decode_rgb
 from lotlip.explore.explorer import Explorer, Look, Reading
+from lotlip.loopback import HOST, LoopbackOnly
 from lotlip.overlay import beside, heat, shown
 
-HOST = "127.0.0.1"
 MAX_UPLOAD = "64mb"
 _EXAMPLES = 4
 _KEPT_S = 3600  # pictures that the page has shown are deleted after so long, and when the server ends
@@ -86,7 +87,7 @@ def served(explorer: Explorer, port: int | None = None) -> Iterator[str]:
                 pwa=False,
                 ssr_mode=False,
                 state_session_capacity=64,
-                app_kwargs={"middleware": [_policy()]},
+                app_kwargs={"middleware": [Middleware(LoopbackOnly), Middleware(_Policy)]},
             )
         except OSError as error:
             raise ValueError(f"the page cannot be served on {HOST}: {error}; choose another --port") from error
@@ -103,24 +104,20 @@ def _theme() -> gradio.themes.Base:
     )
 
 
-def _policy() -> Any:
+class _Policy:
     """Middleware that sends `_POLICY` with every answer."""
-    from starlette.middleware import Middleware
 
-    class Policy:
-        def __init__(self, app: Any) -> None:
-            self.app = app
+    def __init__(self, app: Any) -> None:
+        self.app = app
 
-        async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-            async def answer(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    headers = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
-                    message = {**message, "headers": [*message["headers"], *headers]}
-                await send(message)
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        async def answer(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                headers = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
+                message = {**message, "headers": [*message["headers"], *headers]}
+            await send(message)
 
-            await self.app(scope, receive, answer)
-
-    return Middleware(Policy)
+        await self.app(scope, receive, answer)
 
 
 def build_page(explorer: Explorer) -> gradio.Blocks:

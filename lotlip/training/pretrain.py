@@ -316,9 +316,13 @@ def main(job: Job, config: Pretrain) -> None:
         if job.model_folder(seed).is_dir():
             continue
         run = job.run_ids.get(str(seed)) if dist.get_rank() == 0 else None
-        with closing(open_sink(job.tracking_uri, run)) as sink:
+        with closing(open_sink(job.tracking_uri, run, _warn)) as sink:
             Trainer(job, config, seed, sink).train()
     dist.destroy_process_group()
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", flush=True)
 
 
 def _write_start(job: Job) -> None:

@@ -17,13 +17,14 @@ import pytest
 import yaml
 from coverage import Coverage
 
-from flows.servers import api_address, free_port, prefect_server
+from flows.servers import free_port, new_login, prefect_client, prefect_server
 from flows.warm import warm
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[2]
+PREFECT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")
 COPIED = ("flows", "lotlip", ".dvcignore", "dvc.yaml", "params.yaml", "profiles")
 TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -59,7 +60,7 @@ class Workspace:
         (folder / "data" / "captions" / ".gitkeep").touch()
         shutil.copy(ROOT / ".gitignore", folder)
         self.alone = {
-            **{key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL", "PREFECT_HOME")},
+            **{key: value for key, value in os.environ.items() if key not in PREFECT},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),
             **traced(),
@@ -163,26 +164,28 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a Prefect server that every flow may use."""
-    home, port = tmp_path_factory.mktemp("prefect-home"), free_port()
+def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of programs that use a Prefect server, which every flow may use."""
+    home, port, login = tmp_path_factory.mktemp("prefect-home"), free_port(), new_login()
     shutil.copy(prefect_database, home)
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(home))
             patch.chdir(home)
-            stack.enter_context(prefect_server(port))
-        yield api_address(port)
+            stack.enter_context(prefect_server(port, login))
+        yield prefect_client(port, login)
 
 
 @pytest.fixture(scope="session")
-def checkout(prefect_database: Path, prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+def checkout(
+    prefect_database: Path, prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Workspace]:
     """The one checkout of this process, for a warm process runs the stages of one checkout alone."""
     workspace = Workspace(tmp_path_factory.mktemp("checkout") / "project", prefect_database)
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace.folder)  # so that the warm process is this checkout's
-            environment = {**workspace.alone, "PREFECT_API_URL": prefect_api}
+            environment = {**workspace.alone, **prefect_api}
             workspace.environment = stack.enter_context(warm(environment))
         yield workspace
 

@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from lotlip.files import write_json
+from lotlip.loopback import basic
 from tests.flows.conftest import ROOT
 from tests.training import tiny_job
 
@@ -48,10 +49,10 @@ if __name__ == "__main__":
 
 
 @pytest.fixture(scope="module")
-def server(prefect_api: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def server(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a program that talks to a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
-    environment = {"PREFECT_API_URL": prefect_api, "PREFECT_HOME": str(home)}
+    environment = {**prefect_api, "PREFECT_HOME": str(home)}
     return {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
 
 
@@ -97,9 +98,8 @@ def begin(environment: dict[str, str], job: Path, *arguments: str) -> subprocess
 
 def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
     """What Prefect's UI asks of its server."""
-    request = urllib.request.Request(
-        f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), {"Content-Type": "application/json"}
-    )
+    headers = {"Content-Type": "application/json", "Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
+    request = urllib.request.Request(f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), headers)
     for seconds in (1, 2, 4, 8, 0):
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:

@@ -201,17 +201,13 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
     assert cleaned
 
 
-def test_prefects_temporary_server_ends_with_a_killed_stage(tmp_path):
+def test_the_prefect_server_of_a_killed_stage_ends_with_it(tmp_path):
     script = """
-import os, subprocess, sys
-from flows.stage import tie_temporary_server
-tie_temporary_server()
-from prefect.server.api.server import SubprocessASGIServer
-server = SubprocessASGIServer()
-server.port = server.find_available_port()
-process = server._run_uvicorn_command()
-print(os.getpid(), process.pid, flush=True)
-process.wait()
+import os, signal, psutil
+from flows.servers import prefect_for_program
+with prefect_for_program():
+    print(os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
+    signal.pause()
 """
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -11,6 +13,7 @@ import pytest
 from flows import servers
 from flows.servers import claimed_port, free_port
 from flows.stage import StageFailed
+from lotlip.caches import cache_folder
 
 
 def test_two_that_start_at_the_same_time_take_different_ports():
@@ -20,6 +23,25 @@ def test_two_that_start_at_the_same_time_take_different_ports():
         assert second != port
     with claimed_port(port) as again:
         assert again == port
+
+
+def test_a_lock_that_another_user_made_a_link_is_not_followed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Not in the shared temporary folder, where anybody may put a link under the name, nor anywhere else."""
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    port = free_port()
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / f"lotlip-{os.getuid()}-port-{port}.lock").symlink_to(precious)
+    monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
+    with claimed_port(port) as claimed:
+        assert claimed == port
+    assert precious.read_text() == "kept"
+    (cache_folder() / f"port-{port}.lock").unlink()
+    (cache_folder() / f"port-{port}.lock").symlink_to(precious)
+    with pytest.raises(OSError, match=f"port-{port}.lock"), claimed_port(port):
+        pass
+    assert precious.read_text() == "kept"
 
 
 def test_a_port_that_is_in_use_is_not_taken(somebody: int):
@@ -33,7 +55,10 @@ def test_somebody_elses_server_is_not_taken_for_ours(somebody: int, tmp_path, mo
     monkeypatch.setattr(servers, "is_free", lambda port: True)
     monkeypatch.setattr(servers, "PATIENCE_SECONDS", 2)
     idle = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with pytest.raises(StageFailed, match="Ours did not come up"), servers._server("Ours", idle, somebody, "/", {}):
+    with (
+        pytest.raises(StageFailed, match="Ours did not come up"),
+        servers._server("Ours", idle, somebody, "/", {}, "a:b"),
+    ):
         pass
 
 
@@ -41,7 +66,7 @@ def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.Monke
     monkeypatch.chdir(tmp_path)
     port = free_port()
     command = [sys.executable, "-m", "http.server", "--bind", servers.HOST, str(port)]
-    with servers._server("Ours", command, port, "/", {}) as address:
+    with servers._server("Ours", command, port, "/", {}, "a:b") as address:
         assert address == f"http://{servers.HOST}:{port}"
 
 

@@ -356,7 +356,7 @@ def test_a_port_in_use_is_named() -> None:
         with pytest.raises(
             StageFailed, match=f"port {port} is in use, so Prefect cannot listen there; .*PREFECT_PORT="
         ):
-            prefect_server(port).__enter__()
+            prefect_server(port, "a:b").__enter__()
 
 
 @pytest.mark.parametrize(

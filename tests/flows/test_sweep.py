@@ -24,6 +24,7 @@ from flows.servers import free_port
 from flows.sweep import DONE, FAILED, FOUND, WAITING, Outcome, time_left
 from flows.workspaces import set_params
 from lotlip.config import ConfigError, Params, load_params
+from lotlip.loopback import basic
 from tests.flows.conftest import ROOT, Workspace, tiny
 from tests.flows.test_cancel import ask, await_that
 
@@ -148,6 +149,13 @@ def experiments(workspace: Workspace) -> dict[str, str]:
     return {line.split()[0].rpartition("/")[2]: line.split()[1] for line in lines}
 
 
+def prefect(workspace: Workspace) -> httpx.Client:
+    """A client of the workspace's Prefect server."""
+    environment = workspace.environment
+    headers = {"Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
+    return httpx.Client(base_url=environment["PREFECT_API_URL"], headers=headers, timeout=300)
+
+
 def artifact(workspace: Workspace, key: str) -> Any:
     """What the newest artifact of Prefect's with this key holds."""
     query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
@@ -216,8 +224,8 @@ def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Works
         base, _, run = found["sweep.two"].partition("/runs/flow-run/")
         assert found["prefect.flow_run"] == found["sweep.two"]
         assert base == done.environment["PREFECT_API_URL"].removesuffix("/api")
-        with httpx.Client() as client:
-            answer = client.get(f"{done.environment['PREFECT_API_URL']}/flow_runs/{run}").json()
+        with prefect(done) as client:
+            answer = client.get(f"/flow_runs/{run}").json()
         assert (answer["name"], answer["state"]["type"]) == ("sweep-two", "COMPLETED")
 
 
@@ -282,7 +290,7 @@ def deployed(workspace: Workspace) -> dict[str, dict[str, Any]]:
 def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.Response:
     """Starts a deployment, as Prefect's form does."""
     path = f"deployments/{deployed(workspace)[name]['id']}/create_flow_run"
-    with httpx.Client(base_url=workspace.environment["PREFECT_API_URL"], timeout=300) as client:
+    with prefect(workspace) as client:
         return client.post(f"/{path}", json={"parameters": parameters})
 
 
@@ -332,6 +340,8 @@ def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Wor
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
         page.goto(line(done, "Forms"))
+        page.get_by_placeholder("admin:pass").fill(done.environment["PREFECT_API_AUTH_STRING"])
+        page.get_by_role("button", name="Login").click()
         expect(page.get_by_text("by-hand")).to_have_count(2)
         picture(page, "deployments")
         page.goto(f"{line(done, 'Forms')}/deployment/{deployed(done)['sweep/by-hand']['id']}/run")
@@ -357,7 +367,9 @@ def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Wor
         result = artifact(done, "sweep-form-result")
         (link,) = re.findall(r"\((http[^)]*viewStateShareKey=sweep-form)\)", result)
         page.set_viewport_size({"width": 1600, "height": 1200})
-        page.goto(link, wait_until="commit")
+        log = (done.folder / ".lotlip" / "serve.log").read_text()
+        user, password = re.search(r"log in as (\S+) with the password (\S+)", log).groups()
+        page.goto(link.replace("http://", f"http://{user}:{password}@"), wait_until="commit")
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 2")
         shown = page.inner_text("body")
         picture(page, "comparison")

@@ -1,0 +1,384 @@
+"""Who can have Prefect's and MLflow's servers do what: not other users of the machine, nor pages of other sites."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows.servers import free_port, new_login, prefect_client, prefect_server, using_prefect
+from tests.flows.conftest import ROOT, traced
+from tests.flows.test_cancel import await_that
+
+pytestmark = pytest.mark.slow
+
+CHROMIUM = shutil.which("chromium")
+CURL = shutil.which("curl")
+needs_curl = pytest.mark.skipif(CURL is None, reason="curl is not installed")
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A program with servers, as its user sees it.
+
+    Attributes:
+        folder: where it runs.
+        prefect: address of Prefect's server.
+        login: that it printed.
+        mlflow: address of MLflow's server; "" where there is none.
+    """
+
+    folder: Path
+    prefect: str
+    login: str
+    mlflow: str = ""
+
+    @property
+    def api(self) -> str:
+        return f"{self.prefect}/api"
+
+
+@contextmanager
+def program(folder: Path, database: Path, *command: str) -> Iterator[Served]:
+    """Runs `make serve` or `make ui` in a folder with params.yaml."""
+    (folder / ".prefect").mkdir()
+    shutil.copy(database, folder / ".prefect")
+    shutil.copy(ROOT / "params.yaml", folder)
+    log = folder / "output.txt"
+    hidden = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME", "MLFLOW_TRACKING_URI")
+    environment = {
+        **{key: value for key, value in os.environ.items() if key not in hidden},
+        "PYTHONPATH": str(ROOT),
+        "PREFECT_PORT": str(free_port()),
+        "MLFLOW_PORT": str(free_port()),
+        **traced(),
+    }
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=folder, env=environment, stdout=output, stderr=output
+        )
+        try:
+            await_that(lambda: "Ctrl-C" in log.read_text() or process.poll() is not None, "the servers are up")
+            text = log.read_text()
+            assert process.poll() is None, text
+            found = re.search(r"Prefect  (\S+)\n.*paste (\S+)\n", text)
+            mlflow = re.search(r"MLflow   (\S+)", text)
+            assert found and mlflow
+            yield Served(folder, found[1], found[2], mlflow[1])
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.wait(300)
+
+
+@pytest.fixture(scope="module")
+def serve(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
+    with program(tmp_path_factory.mktemp("serve"), prefect_database, "flows.serve") as served:
+        await_that(lambda: len(deployments(served)) == 4, "the deployments are there")
+        yield served
+
+
+@pytest.fixture(scope="module")
+def ui(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
+    with program(tmp_path_factory.mktemp("ui"), prefect_database, "flows.ui") as served:
+        yield served
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["of reproduce and sweeps", "of a stage by itself"])
+def inner(request, tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
+    """The server that other programs run for themselves."""
+    folder = tmp_path_factory.mktemp("inner")
+    shutil.copy(prefect_database, folder)
+    port, login = free_port(), new_login()
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("PREFECT_HOME", str(folder))
+        patch.chdir(folder)
+        stack.enter_context(prefect_server(port, login, ui=request.param))
+        yield Served(folder, f"http://127.0.0.1:{port}", login)
+
+
+def curl(address: str, *options: str) -> tuple[int, str]:
+    """Status and body; status 0 where there was no answer."""
+    command = ["curl", "--silent", "--noproxy", "*", "--max-time", "60", "--write-out", "\n%{http_code}", *options]
+    done = subprocess.run([*command, address], capture_output=True, text=True, check=False)
+    body, _, status = done.stdout.rpartition("\n")
+    return int(status), body
+
+
+def send(method: str, address: str, data: Any, *options: str) -> tuple[int, str]:
+    return curl(address, "--request", method, "--json", json.dumps(data), *options)
+
+
+def deployments(served: Served) -> dict[str, str]:
+    """Flow and name → id; what somebody who is logged in sees."""
+    status, body = send("POST", f"{served.api}/deployments/filter", {}, "--user", served.login)
+    found = json.loads(body) if status == 200 else []
+    return {f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}": one["id"] for one in found}
+
+
+def chain(served: Served, deployment: str, mark: Path, *options: str) -> list[int]:
+    """Has a deployment's pull steps run a command that makes a file, and starts it; gives the statuses of each answer.
+
+    The flow's parameters are such that the flow itself does nothing.
+    """
+    steps = [{"prefect.deployments.steps.run_shell_script": {"script": f"touch {mark}"}}]
+    start = {"state": {"type": "SCHEDULED"}, "parameters": {"ablations": ["nothing"]}}
+    address = f"{served.api}/deployments"
+    return [
+        send("POST", f"{address}/filter", {}, *options)[0],
+        send("PATCH", f"{address}/{deployment}", {"pull_steps": steps}, *options)[0],
+        send("POST", f"{address}/{deployment}/create_flow_run", start, *options)[0],
+    ]
+
+
+def runs(served: Served) -> list[Any]:
+    status, body = send("POST", f"{served.api}/flow_runs/filter", {}, "--user", served.login)
+    assert status == 200
+    return list(json.loads(body))
+
+
+def pull_steps(served: Served, deployment: str) -> Any:
+    status, body = curl(f"{served.api}/deployments/{deployment}", "--user", served.login)
+    assert status == 200
+    return json.loads(body)["pull_steps"]
+
+
+def create_deployment(served: Served) -> str:
+    """One as `make serve` has them, on a server that has none; gives its id."""
+    status, body = send("POST", f"{served.api}/flows/", {"name": "here"}, "--user", served.login)
+    assert status in (200, 201)
+    made = {"name": "here", "flow_id": json.loads(body)["id"]}
+    status, body = send("POST", f"{served.api}/deployments/", made, "--user", served.login)
+    assert status in (200, 201)
+    return str(json.loads(body)["id"])
+
+
+REFUSED = [
+    ([], 401),
+    (["--user", "lotlip:guess"], 401),
+    (["--header", "Origin: http://evil.example"], 403),
+    (["--header", "Origin: null"], 403),
+    (["--header", "Host: evil.example"], 421),
+]
+
+
+def attacked(served: Served, deployment: str, mark: Path) -> None:
+    """Sends the chain as another user, another site's page and a rebound name would; nothing may come of it."""
+    before = len(runs(served)), pull_steps(served, deployment)
+    for options, status in REFUSED:
+        assert chain(served, deployment, mark, *options) == [status] * 3
+    # a page of another site in the browser of somebody who is logged in
+    for header in ("Origin: http://127.0.0.1:1", "Host: evil.example"):
+        refused = chain(served, deployment, mark, "--user", served.login, "--header", header)
+        assert set(refused) <= {403, 421}
+    assert (len(runs(served)), pull_steps(served, deployment)) == before
+    assert not mark.exists()
+    # what a browser asks first
+    preflight = ["--request", "OPTIONS", "--header", "Origin: http://evil.example"]
+    preflight += ["--header", "Access-Control-Request-Method: PATCH"]
+    assert curl(f"{served.api}/deployments/{deployment}", *preflight)[0] == 403
+
+
+@needs_curl
+def test_nobody_else_can_run_commands_by_make_serve(serve: Served, tmp_path: Path):
+    deployment = deployments(serve)["reproduce/by-hand"]
+    attacked(serve, deployment, tmp_path / "mark")
+    # the requests are right: with the printed login they are accepted, and the runner runs the command
+    assert chain(serve, deployment, tmp_path / "mark", "--user", serve.login) == [200, 204, 201]
+    await_that((tmp_path / "mark").exists, "the command has run")
+
+
+@needs_curl
+def test_nobody_else_can_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
+    deployment = create_deployment(ui)
+    attacked(ui, deployment, tmp_path / "mark")
+    assert chain(ui, deployment, tmp_path / "mark", "--user", ui.login) == [200, 204, 201]
+
+
+@needs_curl
+def test_nobody_else_can_use_the_server_of_a_run(inner: Served, tmp_path: Path):
+    deployment = create_deployment(inner)
+    attacked(inner, deployment, tmp_path / "mark")
+    assert chain(inner, deployment, tmp_path / "mark", "--user", inner.login) == [200, 204, 201]
+
+
+@needs_curl
+def test_nobody_else_can_use_mlflow(ui: Served, tmp_path: Path):
+    """Artifacts of an experiment may lie anywhere: whoever may make one can read and write this user's files."""
+    address = f"{ui.mlflow}/api/2.0/mlflow/experiments/create"
+    for number, (options, status) in enumerate(REFUSED):
+        made = {"name": f"evil-{number}", "artifact_location": str(tmp_path)}
+        assert send("POST", address, made, *options)[0] == status
+    logged_in = ["--user", ui.login, "--header", "Origin: http://127.0.0.1:1"]
+    assert send("POST", address, {"name": "evil"}, *logged_in)[0] == 403
+    for path in ("", "/health", "/ajax-api/3.0/mlflow/assistant/config", "/graphql"):
+        assert curl(ui.mlflow + path)[0] == 401
+    assert send("POST", address, {"name": "mine"}, "--user", ui.login)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
+def test_websockets_ask_for_the_login_and_the_origin(inner: Served, path: str):
+    from websockets.exceptions import ConnectionClosed, InvalidStatus
+    from websockets.sync.client import connect
+
+    address = f"{inner.api.replace('http', 'ws')}/{path}"
+
+    def answer(token: str | None, **options: Any) -> Any:
+        with connect(address, subprotocols=["prefect"], proxy=None, **options) as socket:  # type: ignore[list-item]
+            socket.send(json.dumps({"type": "auth", "token": token}))
+            return json.loads(socket.recv(60))
+
+    assert answer(inner.login)["type"] == "auth_success"
+    for token in (None, "lotlip:guess"):
+        with pytest.raises(ConnectionClosed):
+            answer(token)
+    with pytest.raises(InvalidStatus):
+        answer(inner.login, origin="http://evil.example")
+    with pytest.raises(InvalidStatus):
+        answer(inner.login, additional_headers={"Host": "evil.example"})
+    with connect(address, proxy=None) as socket, pytest.raises(ConnectionClosed):  # as clients of old
+        socket.recv(60)
+
+
+def test_the_login_is_on_no_command_line_and_in_no_file(serve: Served):
+    secret = serve.login.partition(":")[2]
+    assert len(secret) >= 20
+    assert not [p for p in psutil.process_iter(["cmdline"]) if secret in " ".join(p.info["cmdline"] or [])]
+    (serve.folder / "secret").write_text(secret)  # so that the search is seen to find it
+    printed = {serve.folder / "output.txt", serve.folder / "secret"}
+    found = {path for path in serve.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()}
+    assert found == printed
+
+
+PAGE = b"<!doctype html><title>evil</title>"
+ATTACK = """async ({api, deployment, mark}) => {
+    const found = [];
+    const steps = [{"prefect.deployments.steps.run_shell_script": {script: `touch ${mark}`}}];
+    const asked = [
+        [`${api}/deployments/filter`, "POST", {}],
+        [`${api}/deployments/${deployment}`, "PATCH", {pull_steps: steps}],
+        [`${api}/deployments/${deployment}/create_flow_run`, "POST", {state: {type: "SCHEDULED"}}],
+    ];
+    for (const [address, method, body] of asked) {
+        for (const options of [
+            {method, headers: {"Content-Type": "application/json"}, body: JSON.stringify(body)},
+            {method: method === "PATCH" ? "POST" : method, mode: "no-cors", body: JSON.stringify(body)},
+        ]) {
+            try {
+                const answer = await fetch(address, {credentials: "include", ...options});
+                found.push(answer.type === "opaque" ? 0 : answer.status);
+            } catch { found.push(0) }
+        }
+    }
+    found.push(await new Promise(resolve => {
+        const socket = new WebSocket(`${api.replace("http", "ws")}/events/out`, ["prefect"]);
+        socket.onopen = () => resolve(200);
+        socket.onerror = () => resolve(0);
+    }));
+    return found;
+}"""
+OWN = """async ({api, deployment}) => {
+    const headers = {Authorization: `Basic ${localStorage.getItem("prefect-password")}`};
+    const answer = await fetch(`${api}/deployments/${deployment}`, {headers});
+    return answer.status;
+}"""
+
+
+@pytest.fixture
+def elsewhere() -> Iterator[str]:
+    """The address of another site's page."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(PAGE)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@needs_curl
+@needs_chromium
+def test_a_page_of_another_site_can_do_nothing_in_a_browser_that_is_logged_in(
+    serve: Served, elsewhere: str, tmp_path: Path
+):
+    from playwright.sync_api import expect, sync_playwright
+
+    deployment, mark = deployments(serve)["sweep/weekly"], tmp_path / "mark"
+    before = len(runs(serve)), pull_steps(serve, deployment)
+    asked = {"api": serve.api, "deployment": deployment, "mark": str(mark)}
+    with sync_playwright() as playwright:
+        rebound = "--host-resolver-rules=MAP evil.example 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rebound])
+        context = browser.new_context()
+        page = context.new_page()
+        page.set_default_timeout(120_000)
+        page.goto(f"{serve.prefect}/deployments")
+        page.get_by_placeholder("admin:pass").fill(serve.login)  # as the printed text says
+        page.get_by_role("button", name="Login").click()
+        expect(page.get_by_text("weekly").first).to_be_visible(timeout=120_000)
+        assert page.evaluate(OWN, asked) == 200  # the same request of the own page
+        other = context.new_page()
+        for address in (elsewhere, elsewhere.replace("127.0.0.1", "evil.example")):
+            other.goto(address)
+            assert other.evaluate(ATTACK, asked) == [0] * 7
+        port = serve.prefect.rpartition(":")[2]
+        answer = other.goto(f"http://evil.example:{port}/api/health")
+        assert answer is not None and answer.status == 421
+        browser.close()
+    assert (len(runs(serve)), pull_steps(serve, deployment)) == before
+    assert not mark.exists()
+
+
+@needs_chromium
+def test_mlflows_page_works_with_the_printed_login(ui: Served):
+    from playwright.sync_api import expect, sync_playwright
+
+    user, _, password = ui.login.partition(":")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        context = browser.new_context(http_credentials={"username": user, "password": password})
+        page = context.new_page()
+        page.goto(f"{ui.mlflow}/#/experiments")
+        expect(page.get_by_text("lotlip", exact=True).first).to_be_visible(timeout=120_000)
+        browser.close()
+
+
+def test_flows_and_clients_use_the_login(inner: Served, tmp_path: Path):
+    """A flow in another process, with the environment that programs give to what they start."""
+    script = tmp_path / "flow.py"
+    script.write_text(
+        "import flows\nfrom prefect import flow\n\n\n@flow\ndef here() -> None:\n    pass\n\n\nhere()\nprint('ran')\n"
+    )
+    client = prefect_client(int(inner.prefect.rpartition(":")[2]), inner.login)
+    environment = {**os.environ, **client, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert "ran" in done.stdout, done.stderr
+    assert [run for run in runs(inner) if run["state_type"] == "COMPLETED"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PREFECT_API_AUTH_STRING", raising=False)
+        with using_prefect(client):
+            assert os.environ["PREFECT_API_AUTH_STRING"] == inner.login
+        assert "PREFECT_API_AUTH_STRING" not in os.environ

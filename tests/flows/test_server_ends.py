@@ -1,0 +1,83 @@
+"""What becomes of a stage whose Prefect server is killed while it runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from flows.servers import free_port, prefect_client
+from tests.flows.conftest import PREFECT, ROOT
+
+pytestmark = pytest.mark.slow
+
+STAGE = """
+from pathlib import Path
+
+import psutil
+from prefect import flow, get_run_logger, task
+
+from flows.stage import main
+
+
+@task
+def unit(number: int) -> int:
+    return number
+
+
+@flow
+def here(item: str) -> None:
+    get_run_logger().info("begins")
+    (server,) = [p for p in psutil.Process().children() if "flows.applications:prefect" in p.cmdline()]
+    server.kill()
+    server.wait()
+    assert [unit.submit(number).result() for number in range(3)] == [0, 1, 2]
+    Path("published").touch()
+
+
+main(here, "lotlip")
+"""
+
+
+def environment(home: Path) -> dict[str, str]:
+    mine = {key: value for key, value in os.environ.items() if key not in PREFECT}
+    return {**mine, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(home), "PREFECT_CLIENT_MAX_RETRIES": "0"}
+
+
+def run(folder: Path, script: str, **more: str) -> subprocess.CompletedProcess[str]:
+    shutil.copy(ROOT / "params.yaml", folder)
+    (folder / "stage.py").write_text(script)
+    return subprocess.run(
+        [sys.executable, "stage.py"],
+        cwd=folder,
+        env={**environment(folder / ".prefect"), **more},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_stage_goes_on_and_ends_well_when_its_server_is_killed(tmp_path: Path, prefect_database: Path):
+    (tmp_path / ".prefect").mkdir()
+    shutil.copy(prefect_database, tmp_path / ".prefect")
+    done = run(tmp_path, STAGE)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert (tmp_path / "published").exists()
+    assert "Traceback" not in said
+    (warning,) = [line for line in said.splitlines() if line.startswith("warning in here lotlip")]
+    assert "Prefect's server at http://127.0.0.1:" in warning
+
+
+def test_a_stage_that_finds_its_server_dead_fails_in_one_line(tmp_path: Path):
+    port = free_port()
+    done = run(tmp_path, STAGE, **prefect_client(port, "a:b"))
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error in here lotlip")]
+    assert f"http://127.0.0.1:{port}" in error
+    assert "Traceback" not in done.stdout + done.stderr
+    assert not (tmp_path / "published").exists()
