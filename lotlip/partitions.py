@@ -62,6 +62,7 @@ CAPTIONS = pa.schema(
         ("control", pa.int32()),
         ("mojibake", pa.int32()),
         ("refusal", pa.string()),
+        ("reasoning", pa.string()),
         ("agreement", pa.float64()),
         ("own_agreement", pa.float64()),
         ("next_agreement", pa.float64()),

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter
 from lotlip import config
 from lotlip.captioning import Captioner, open_captioner
 from lotlip.captioning.quality import assess, measured
+from lotlip.captioning.reasoning import cut_reasoning
 from lotlip.captioning.store import CaptionStore, Partition
 from lotlip.partitions import finished, read_table, write_captions
-from lotlip.records import UnitReport
+from lotlip.records import Caption, Failure, UnitReport
 from lotlip.text import split_sub_captions
 
 _opening = threading.Lock()
@@ -58,7 +59,9 @@ class Captioning:
 
         store = self.stored()
         report = store.captioned(partition, self.source, self.author())
-        captions = list(store.read(partition))
+        captions, empty = [], []
+        for caption in map(_without_reasoning, store.read(partition)):
+            (captions if isinstance(caption, Caption) else empty).append(caption)
         tokens = token_counts(self.stage.tokenizer, [caption.text for caption in captions])
         counted = (
             replace(caption, sub_captions=split_sub_captions(caption.text), tokens=number)
@@ -67,7 +70,18 @@ class Captioning:
         images = read_table(self.source, partition.name, ["key", "raw_caption"])
         raw = dict(zip(images["key"], images["raw_caption"], strict=True))
         kept = assess(measured(counted, raw), self.stage.quality)
-        return write_captions(partition.name, [*report.failures, *kept], partition.images, self.out)
+        return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
+
+
+def _without_reasoning(caption: Caption) -> Caption | Failure:
+    """A stored caption without reasoning: what was stored before captioners cut it off may have some."""
+    text = cut_reasoning(caption.text)
+    if text == caption.text.strip():
+        return caption
+    if not split_sub_captions(text):
+        reason = f"the stored text of {caption.captioner} is nothing but reasoning"
+        return Failure(caption.key, caption.key, reason, "empty")
+    return replace(caption, text=text)
 
 
 @lru_cache(maxsize=1)
