@@ -204,7 +204,8 @@ class Experiment:
 
     def command(self, target: str, overrides: Mapping[str, Any]) -> list[str]:
         """What runs it in its checkout."""
-        return ["dvc", "exp", "run", "--name", self.name, "--message", json.dumps(dict(overrides)), target]
+        message = json.dumps(dict(overrides), allow_nan=False)
+        return ["dvc", "exp", "run", "--name", self.name, "--message", message, target]
 
     def collect(self) -> None:
         """Takes the result over from its checkout, which is then removed.

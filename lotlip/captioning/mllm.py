@@ -17,6 +17,7 @@ from lotlip.batches import ahead, in_batches
 from lotlip.captioning.reasoning import cut_reasoning, has_marker, is_marker
 from lotlip.data.images import decode_rgb
 from lotlip.files import sha256_tree
+from lotlip.models.weights import check_weights
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import split_sub_captions
 
@@ -310,11 +311,18 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
     # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
-    where: dict[str, Any] = {"trust_remote_code": False, **({} if in_a_folder else {"revision": revision})}
+    where = {} if in_a_folder else {"revision": revision}
     try:
-        processor = AutoProcessor.from_pretrained(source, **where)
+        if in_a_folder:
+            check_weights(Path(source))
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **where)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, **where, use_safetensors=True, dtype=dtype, device_map=device if gpu else None
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map=device if gpu else None,
+            **where,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

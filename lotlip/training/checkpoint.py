@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lotlip.files import read_json, remove, sha256_files, whole, write_json
+from lotlip.models.weights import open_weights
 
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -215,7 +215,7 @@ def _put(engine: Any, folder: Path, step: int) -> None:
     _link_moments(engine)
     parameters = dict(engine.module.named_parameters())
     for file in ("weights", *MOMENTS):
-        with safe_open(folder / f"{file}.safetensors", framework="pt") as tensors:
+        with open_weights(folder / f"{file}.safetensors") as tensors:
             missing = sorted(parameters.keys() ^ set(tensors.keys()))
             if missing:
                 raise ValueError(
