@@ -38,8 +38,10 @@ class PlainLoop:
     """One image after another, without this project's code."""
 
     def __init__(self, folder: Path, prompt: str, tokens: int) -> None:
-        self.processor, self.tokens = AutoProcessor.from_pretrained(folder), tokens
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+        self.processor, self.tokens = AutoProcessor.from_pretrained(folder, trust_remote_code=False), tokens
+        self.model = AutoModelForImageTextToText.from_pretrained(
+            folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        )
         self.text = prompt
         if self.processor.chat_template:
             content = [{"type": "image"}, {"type": "text", "text": prompt}]
@@ -130,7 +132,7 @@ def main() -> None:
     as_json = arguments.pop("json")
     measured = measure(**arguments)
     given = {**arguments, "model": str(arguments["model"] or "tiny LLaVA")}
-    print(json.dumps({**given, **measured}) if as_json else table(measured))
+    print(json.dumps({**given, **measured}, allow_nan=False) if as_json else table(measured))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
             for number in range(size):
                 key, raw = f"{name}-{number:06d}", sentence(rng)
                 captions = {captioner: [sentence(rng) for _ in range(8)] for captioner in CAPTIONERS}
-                tar.add(f"{key}.json", json.dumps({"raw": raw, "captions": captions}).encode())
+                tar.add(f"{key}.json", json.dumps({"raw": raw, "captions": captions}, allow_nan=False).encode())
                 feature = io.BytesIO()
                 np.save(feature, noise.standard_normal(width, dtype=np.float32))
                 tar.add(f"{key}.npy", feature.getvalue())

@@ -172,7 +172,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")
     measured = measure(**arguments)
-    print(json.dumps({**arguments, **measured}) if as_json else table(measured, arguments["step_ms"]))
+    print(json.dumps({**arguments, **measured}, allow_nan=False) if as_json else table(measured, arguments["step_ms"]))
 
 
 if __name__ == "__main__":

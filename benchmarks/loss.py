@@ -53,7 +53,7 @@ def worker(arguments: argparse.Namespace) -> None:
     found: list[Any] = [None] * arguments.processes
     dist.all_gather_object(found, measure(arguments.batch, arguments.kinds, arguments.width, arguments.at_once))
     if dist.get_rank() == 0:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
     dist.destroy_process_group()
 
 
@@ -82,7 +82,7 @@ if __name__ == "__main__":
     else:
         result = main(given)
         print(
-            json.dumps(result)
+            json.dumps(result, allow_nan=False)
             if given.json
             else f"a batch of {result['batch']:,} in {result['processes']} processes: features "
             f"{result['features_bytes'] / GB:.2f} GB a process, {result['more_bytes'] / GB:.2f} GB more for loss and "

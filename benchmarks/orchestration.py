@@ -58,4 +58,4 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 
 if __name__ == "__main__":
     measured = measure()
-    print(json.dumps(measured) if "--json" in sys.argv[1:] else table(measured))
+    print(json.dumps(measured, allow_nan=False) if "--json" in sys.argv[1:] else table(measured))

@@ -27,7 +27,9 @@ class ReleasedStep(nn.Module):
         super().__init__()
         self.corner_tokens = model.config.corner_tokens
         self.visual = timm.create_model(vision, num_classes=0, global_pool="token").eval().requires_grad_(False)
-        self.encoder = AutoModel.from_config(model.config.text_config, attn_implementation="eager")
+        self.encoder = AutoModel.from_config(
+            model.config.text_config, attn_implementation="eager", trust_remote_code=False
+        )
         self.encoder.load_state_dict(model.text.transformer.state_dict())
         self.proj = nn.Linear(model.text.proj.in_features, model.config.embed_dim, bias=False)
         self.proj.load_state_dict(model.text.proj.state_dict())

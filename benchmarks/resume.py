@@ -157,7 +157,7 @@ if __name__ == "__main__":
     given = parser.parse_args()
     found = main(given)
     if given.json:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
     else:
         for kill in found["kills"]:
             print(f"kill -9 of {kill['process']}, {kill['when']}")

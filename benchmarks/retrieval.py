@@ -87,11 +87,11 @@ if __name__ == "__main__":
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     if given.measure_memory:
-        print(json.dumps(memory(given)))
+        print(json.dumps(memory(given), allow_nan=False))
     else:
         result = main(given)
         if given.json:
-            print(json.dumps(result))
+            print(json.dumps(result, allow_nan=False))
         else:
             print(f"{given.images:,} images, {given.texts:,} texts, {given.width} numbers each")
             for name, words in (

@@ -210,7 +210,7 @@ def main() -> None:
         return
     found = measure(options.samples, options.rounds, options.partitions)
     if options.json:
-        print(json.dumps(found))
+        print(json.dumps(found, allow_nan=False))
         return
     for way, rate in found["samples_per_second"].items():
         ratio = f"   ours: {found['ours_to'][way]:.2f} times" if way in found["ours_to"] else ""

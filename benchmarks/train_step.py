@@ -272,7 +272,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     found = measure(options)
-    print(json.dumps(found) if options.json else table(found))
+    print(json.dumps(found, allow_nan=False) if options.json else table(found))
 
 
 if __name__ == "__main__":

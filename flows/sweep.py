@@ -314,7 +314,8 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
     if scored:
         groups: dict[str, list[tuple[str, Outcome]]] = {}
         for point, name, found in scored:
-            groups.setdefault(json.dumps(point.configuration, sort_keys=True), []).append((name, found))
+            key = json.dumps(point.configuration, sort_keys=True, allow_nan=False)
+            groups.setdefault(key, []).append((name, found))
         chosen, members = max(groups.items(), key=lambda group: mean(found.measure for _, found in group[1]))
         name, found = max(members, key=lambda member: member[1].measure)
         average = mean(member.measure for _, member in members)

@@ -81,7 +81,7 @@ def hand_over(module: str, arguments: list[str]) -> None:
         try:
             connection.connect(path)
             request = {"code": code(), "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
-            data = json.dumps(request).encode()
+            data = json.dumps(request, allow_nan=False).encode()
             socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
             connection.sendall(data)
         except OSError:  # its owner has ended

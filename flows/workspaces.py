@@ -205,7 +205,8 @@ class Experiment:
 
     def command(self, target: str, overrides: Mapping[str, Any]) -> list[str]:
         """What runs it in its checkout."""
-        return ["flows.dvc", "exp", "run", "--name", self.name, "--message", json.dumps(dict(overrides)), target]
+        message = json.dumps(dict(overrides), allow_nan=False)
+        return ["flows.dvc", "exp", "run", "--name", self.name, "--message", message, target]
 
     def collect(self) -> None:
         """Takes the result over from its checkout, which is then removed.

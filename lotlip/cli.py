@@ -81,7 +81,7 @@ def stats(
         rows.append((str(file), found))
     total = sum((found for _, found in rows), Statistics())
     if as_json:
-        typer.echo(json.dumps(total.to_json()))
+        typer.echo(json.dumps(total.to_json(), allow_nan=False))
         return
     if len(rows) > 1:
         rows.append(("all", total))
@@ -192,7 +192,7 @@ def search(
 
     found = search(index, text, image, top, model, device)
     if as_json:
-        typer.echo(json.dumps([vars(match) for match in found]))
+        typer.echo(json.dumps([vars(match) for match in found], allow_nan=False))
         return
     for rank, match in enumerate(found, start=1):
         text = shorten(match.text or "", 100, placeholder=" …")
@@ -253,7 +253,7 @@ def evaluate(
         encoders = [(model, open_encoder(model, batch_size, device, precision, bar.update)) for model in models]
         results = compare(encoders, asked, shlex.join(["lotlip", *sys.argv[1:]]), start)
     # printed first: the disk may have filled up since the file was checked
-    for line in [json.dumps(to_json(results))] if as_json else table(results):
+    for line in [json.dumps(to_json(results), allow_nan=False)] if as_json else table(results):
         typer.echo(line)
     if out:
         write_json(out, to_json(results))
@@ -327,7 +327,7 @@ def verify(
                 tqdm.write(f"{problem.where}: {problem.what}")
     if as_json:
         told = [problem._asdict() for problem in problems]
-        typer.echo(json.dumps({"kind": contents.kind, "samples": contents.samples, "problems": told}))
+        typer.echo(json.dumps({"kind": contents.kind, "samples": contents.samples, "problems": told}, allow_nan=False))
     elif not problems:
         things = "samples" if contents.kind == "shards" else contents.kind
         typer.echo(f"{folder}: {contents.samples:,} {things}, all as index.json says")
@@ -379,7 +379,7 @@ def plan(
         images = images or images_by_name(file.stem)
     found = make_plan(settings, config, gpu, shards, images)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(json.dumps(found.to_json(), allow_nan=False))
         return
     for line in describe(found, f"{file.stem}, {ablation}"):
         typer.echo(line)

@@ -174,7 +174,7 @@ def run_note(
 
 def encode(state: Mapping[str, Any]) -> str:
     """A view's state as the tag's value."""
-    packed = zlib.compress(json.dumps(state, ensure_ascii=True, separators=(",", ":")).encode(), 9)
+    packed = zlib.compress(json.dumps(state, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode(), 9)
     return _DEFLATED + base64.b64encode(packed).decode()
 
 

@@ -24,6 +24,25 @@ KINDS = ("images", "texts")
 _WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
 
 
+class NotFiniteError(ValueError):
+    """A model gives features with NaN or infinity.
+
+    Attributes:
+        row: of the first such feature, among those that were asked for.
+    """
+
+    def __init__(self, model: Path, what: str, row: int, name: str = "") -> None:
+        super().__init__(
+            f"the model in {model} is broken: its feature of {name or f'{what} {row}'} has NaN or infinity; restore "
+            "the model's files, or train it again"
+        )
+        self.model, self.what, self.row = model, what, row
+
+    def of(self, names: Sequence[str]) -> NotFiniteError:
+        """The same error, with the item's name."""
+        return NotFiniteError(self.model, self.what, self.row, names[self.row])
+
+
 class Embedder:
     """A saved model, ready to turn texts and images into features of one space.
 
@@ -43,7 +62,7 @@ class Embedder:
     def __init__(self, folder: Path, device: str = "auto", batch_size: int = 64) -> None:
         from lotlip.evaluation.encoders import LotlipEncoder, Runner, choose_device
 
-        self._batch_size = batch_size
+        self._folder, self._batch_size = folder, batch_size
         self.encoder = LotlipEncoder.open(folder, Runner(batch_size, choose_device(device)))
         config = self.encoder.model.config
         if config.similarity != "cosine":
@@ -54,11 +73,15 @@ class Embedder:
         self.width: int = config.embed_dim
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Normalised [CLS] features of texts, long or short (paper, section 4): float32 [N, D]."""
+        """Normalised [CLS] features of texts, long or short (paper, section 4): float32 [N, D].
+
+        Raises:
+            NotFiniteError: a feature has NaN or infinity.
+        """
         if not texts:
             return self._none
         features, _ = self.encoder.texts(texts)
-        return features.numpy()
+        return self._finite(features.numpy(), "text")
 
     def images(self, images: Iterable[Image.Image | bytes]) -> np.ndarray:
         """Normalised features of images, decoded or encoded: float32 [N, D].
@@ -77,9 +100,19 @@ class Embedder:
         return self.encoder.prepare(image)
 
     def prepared(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
-        """Normalised features of what `prepare` made: float32 [N, D]."""
+        """Normalised features of what `prepare` made: float32 [N, D].
+
+        Raises:
+            NotFiniteError: a feature has NaN or infinity.
+        """
         features = [self.encoder.prepared(batch).numpy() for batch in in_batches(pictures, self._batch_size)]
-        return np.concatenate([self._none, *features])
+        return self._finite(np.concatenate([self._none, *features]), "image")
+
+    def _finite(self, features: np.ndarray, what: str) -> np.ndarray:
+        broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
+        if len(broken):
+            raise NotFiniteError(self._folder, what, int(broken[0]))
+        return features
 
     @property
     def _none(self) -> np.ndarray:
@@ -201,7 +234,12 @@ def _encode_images(
     for batch in in_batches(ahead(prepare, pictures.names, 2 * batch_size), batch_size):
         left_out += [(name, found) for name, found in batch if isinstance(found, str)]
         good = [(name, found) for name, found in batch if not isinstance(found, str)]
-        yield Rows([name for name, _ in good], None, embedder.prepared(pixels for _, pixels in good))
+        names = [name for name, _ in good]
+        try:
+            features = embedder.prepared(pixels for _, pixels in good)
+        except NotFiniteError as error:
+            raise error.of(names) from None
+        yield Rows(names, None, features)
 
 
 def _encode_texts(
@@ -210,8 +248,12 @@ def _encode_texts(
     for window in in_batches(texts, _WINDOW * batch_size):
         left_out += [(name, "the text is empty") for name, text in window if not text]
         good = [(name, text) for name, text in window if text]
-        found = [text for _, text in good]
-        yield Rows([name for name, _ in good], found, embedder.texts(found))
+        names, found = [name for name, _ in good], [text for _, text in good]
+        try:
+            features = embedder.texts(found)
+        except NotFiniteError as error:
+            raise error.of(names) from None
+        yield Rows(names, found, features)
 
 
 def _texts(source: Path, fields: Sequence[str], split: str | None) -> Iterator[tuple[str, str]]:

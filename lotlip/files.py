@@ -66,9 +66,17 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes."""
+    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes.
+
+    Raises:
+        ValueError: `data` has NaN or infinity, which JSON has not; the message names the file.
+    """
+    try:
+        text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be written as JSON: {error}") from error
     with whole(path) as partial:
-        partial.write_text(json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> Any:
@@ -79,7 +87,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # of JSON or of UTF-8
         raise ValueError(f"{path} is not JSON ({error}); remove it and run its stage again") from error
 
 
@@ -549,4 +557,4 @@ def sha256_tree(path: Path) -> str:
 
 def sha256_json(data: Any) -> str:
     """A hash of plain JSON data that does not depend on the order of keys, in hex."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()

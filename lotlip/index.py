@@ -59,12 +59,27 @@ def open_index(path: Path) -> Index:
     """Opens what `index_writer` wrote.
 
     Raises:
-        ValueError: it is not there, or not such a file.
+        ValueError: it is not there, or not such a file. Its blocks raise one where a feature has NaN or infinity, or
+            the file is damaged.
     """
     kind = _format(path)
     if not path.is_file():
         raise ValueError(f"the index {path} is not there; write it with `lotlip embed`")
-    return kind.opener(path)
+    index = kind.opener(path)
+    return index._replace(blocks=lambda: _finite(path, index.blocks()))
+
+
+def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    start = 0
+    for block in blocks:
+        broken = np.flatnonzero(~np.isfinite(block).all(axis=1))
+        if len(broken):
+            raise ValueError(
+                f"the index {path} is broken: row {start + int(broken[0])} has NaN or infinity; write it again with "
+                "`lotlip embed` and an intact model"
+            )
+        yield block
+        start += len(block)
 
 
 def nearest(blocks: Iterable[np.ndarray], query: np.ndarray, top: int) -> list[tuple[float, int]]:
@@ -96,7 +111,9 @@ def _write_parquet(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Ro
 
     text = [pa.field("text", pa.string())] if about["kind"] == "texts" else []
     embedding = pa.field("embedding", pa.list_(pa.float32(), about["width"]))
-    schema = pa.schema([pa.field("name", pa.string()), *text, embedding], metadata={_ABOUT: json.dumps(about)})
+    schema = pa.schema(
+        [pa.field("name", pa.string()), *text, embedding], metadata={_ABOUT: json.dumps(about, allow_nan=False)}
+    )
     held: list[pa.RecordBatch] = []
 
     # hardly a feature comes twice: a dictionary of them would only be tried and given up
@@ -124,15 +141,21 @@ def _open_parquet(path: Path) -> Index:
 
     try:
         file = pq.ParquetFile(path)
-    except pa.ArrowException as error:
-        raise ValueError(f"{path} cannot be read as Parquet ({error})") from error
+    except (pa.ArrowException, OSError) as error:
+        raise _damaged(path, "Parquet", error) from error
     schema, groups = file.schema_arrow, range(file.num_row_groups)
     about = _about(path, (schema.metadata or {}).get(_ABOUT.encode(), b"null"))
     columns = [name for name in ("name", "text") if name in schema.names]
 
+    def read(group: int, names: list[str]) -> pa.Table:
+        try:
+            return file.read_row_group(group, names)
+        except (pa.ArrowException, OSError) as error:  # a damaged page shows only when it is read
+            raise _damaged(path, "Parquet", error) from error
+
     def blocks() -> Iterator[np.ndarray]:
         for group in groups:
-            column = file.read_row_group(group, ["embedding"]).column(0).combine_chunks()
+            column = read(group, ["embedding"]).column(0).combine_chunks()
             yield column.flatten().to_numpy().reshape(-1, about["width"])
 
     def rows(wanted: Sequence[int]) -> dict[int, tuple[str, str | None]]:
@@ -141,7 +164,7 @@ def _open_parquet(path: Path) -> Index:
         for group in groups:
             end = start + file.metadata.row_group(group).num_rows
             if inside := [row for row in wanted if start <= row < end]:
-                table = file.read_row_group(group, columns).take([row - start for row in inside]).to_pylist()
+                table = read(group, columns).take([row - start for row in inside]).to_pylist()
                 found |= {row: (one["name"], one.get("text")) for row, one in zip(inside, table, strict=True)}
             start = end
         return found
@@ -168,9 +191,10 @@ def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows],
             array.write(rows.features.astype("<f4").tobytes())
             texts: Sequence[str | None] = rows.texts or [None] * len(rows.names)
             for name, text in zip(rows.names, texts, strict=True):
-                names.write(json.dumps({"name": name} if text is None else {"name": name, "text": text}) + "\n")
+                row = {"name": name} if text is None else {"name": name, "text": text}
+                names.write(json.dumps(row, allow_nan=False) + "\n")
 
-        names.write(json.dumps({_ABOUT: about}) + "\n")
+        names.write(json.dumps({_ABOUT: about}, allow_nan=False) + "\n")
         _write_header(array, 0, about["width"])
         yield write
         array.seek(0)
@@ -188,12 +212,14 @@ def _open_npy(path: Path) -> Index:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy array ({error})") from error
+        raise _damaged(path, "a NumPy array", error) from error
     with names.open("rb") as file:
         about = _about(names, file.readline(), _ABOUT)
         lines = sum(1 for _ in file)
     if array.shape != (lines, about["width"]):
         raise ValueError(f"{path} is of shape {array.shape}, but {names} names {lines} rows; write both anew")
+    if array.dtype != np.float32:
+        raise _damaged(path, "an index", f"its numbers are {array.dtype}")
 
     def blocks() -> Iterator[np.ndarray]:
         return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
@@ -202,7 +228,10 @@ def _open_npy(path: Path) -> Index:
         numbers = set(wanted)
         with names.open(encoding="utf-8") as file:
             lines = {row: line for row, line in enumerate(islice(file, 1, None)) if row in numbers}
-        found = {row: json.loads(line) for row, line in lines.items()}
+        try:
+            found = {row: json.loads(line) for row, line in lines.items()}
+        except ValueError as error:
+            raise _damaged(names, "JSON lines", error) from error
         return {row: (one["name"], one.get("text")) for row, one in found.items()}
 
     return Index(about, blocks, rows)
@@ -263,6 +292,10 @@ def _about(path: Path, data: bytes, key: str | None = None) -> Mapping[str, Any]
         return {**about, **{name: about[name] for name in ("model", "weights_sha256", "kind", "width")}}
     except (ValueError, TypeError, LookupError) as error:
         raise ValueError(f"{path} does not say which model made it; write an index with `lotlip embed`") from error
+
+
+def _damaged(path: Path, what: str, error: object) -> ValueError:
+    return ValueError(f"{path} cannot be read as {what} ({error}); it is damaged: write it again with `lotlip embed`")
 
 
 class _Format(NamedTuple):

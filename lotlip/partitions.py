@@ -62,6 +62,7 @@ CAPTIONS = pa.schema(
         ("control", pa.int32()),
         ("mojibake", pa.int32()),
         ("refusal", pa.string()),
+        ("reasoning", pa.string()),
         ("agreement", pa.float64()),
         ("own_agreement", pa.float64()),
         ("next_agreement", pa.float64()),
@@ -198,7 +199,7 @@ def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
     if not KEY_PATTERN.fullmatch(record.key):
         raise ValueError(f"{record.key!r} cannot be a sample's key: the source may use only letters, digits, _ and -")
     offset = tar.add(f"{record.key}.{record.extension}", record.image)
-    scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True)
+    scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True, allow_nan=False)
     row = {name: getattr(record, name) for name in ("key", "extension", "raw_caption", "width", "height", "sha256")}
     return {**row, "scene": scene, "offset": offset, "size": len(record.image)}
 

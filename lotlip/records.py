@@ -103,6 +103,7 @@ class MeasuredCaption(Caption):
         control: control characters in it.
         mojibake: places in it that were decoded wrongly.
         refusal: the phrase by which the captioner refuses; empty where it does not.
+        reasoning: the first sign that it is the captioner's reasoning, not its answer; empty if there is none.
         agreement: share of the raw caption's content words that it has; None where that has none.
         own_agreement: the same, of the words that the next image's raw caption has not: mean over the next few images.
         next_agreement: share that it has of the next image's raw caption's words that its own has not: mean over those.
@@ -115,6 +116,7 @@ class MeasuredCaption(Caption):
     control: int
     mojibake: int
     refusal: str
+    reasoning: str
     agreement: float | None
     own_agreement: float | None
     next_agreement: float | None

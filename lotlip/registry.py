@@ -114,7 +114,7 @@ def _version(client: MlflowClient, run: Run, settings: Registry, sweep: str | No
     model_id = outputs[-1].model_id
     scores = {name: run.data.metrics[name] for name in settings.least}
     tags = {name: run.data.tags[name] for name in LINEAGE if name in run.data.tags}
-    tags |= {FINGERPRINT: fingerprint, "params": json.dumps(run.data.params, sort_keys=True)}
+    tags |= {FINGERPRINT: fingerprint, "params": json.dumps(run.data.params, sort_keys=True, allow_nan=False)}
     tags |= {name: f"{score:.6g}" for name, score in scores.items()}
     if sweep:
         tags["sweep"] = sweep

@@ -205,7 +205,7 @@ class _Sample:
 
     def json(self) -> bytes:
         content = {"raw": self.raw_caption, "captions": self.captions, "sha256": self.sha256}
-        return json.dumps(content, sort_keys=True, ensure_ascii=False).encode()
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
 def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features | None, batch_size: int) -> UnitReport:

@@ -406,10 +406,38 @@ def _has(fingerprint: str) -> str:
     return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
 
 
+def check_store(uri: str) -> None:
+    """Opens MLflow's SQLite file, so that a damaged one is named; stores of other kinds are left to MLflow.
+
+    Raises:
+        ValueError: the file is damaged, or not SQLite's.
+    """
+    import sqlite3
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file():
+        return
+    base = sqlite3.connect(path)
+    try:
+        found = base.execute("PRAGMA quick_check(1)").fetchone()
+        problem = "" if found == ("ok",) else str(found[0])
+    except sqlite3.OperationalError:  # locked by another process, which can open it
+        problem = ""
+    except sqlite3.DatabaseError as error:
+        problem = str(error)
+    finally:
+        base.close()
+    if problem:
+        raise ValueError(
+            f"{path} is damaged ({' '.join(problem.split())}); move it away and rebuild it: python -m flows.restore"
+        )
+
+
 def _client(uri: str) -> MlflowClient:
     # MLflow tries for many minutes to reach a server that has ended
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
     from mlflow import MlflowClient
 
+    check_store(uri)
     return MlflowClient(tracking_uri=uri)

@@ -211,13 +211,16 @@ def gate_caption(
         rows.append(row)
         if row["missing_files"]:
             continue
-        measured = read_captions(folder, unit.name, ["words", "truncated", "own_agreement", "next_agreement"])
+        measured = read_captions(
+            folder, unit.name, ["words", "truncated", "reasoning", "own_agreement", "next_agreement"]
+        )
         agreements[unit.name] = Agreement.of(measured)
         enough = len(measured) >= ENOUGH_CAPTIONS
         row["words"] = float(measured["words"].astype(float).mean()) if enough else None
         row["truncated"] = int(measured["truncated"].eq(True).sum())
+        row["reasoning"] = int(measured["reasoning"].fillna("").ne("").sum())
     names = list(agreements)
-    table = _rows(rows, CAPTIONS, "unit", "words", "truncated")
+    table = _rows(rows, CAPTIONS, "unit", "words", "truncated", "reasoning")
     table["length_ratio"] = _from_median(table["words"])
     captions = sum(unit.written for unit in reports)
     found = totals(reports)
@@ -230,6 +233,7 @@ def gate_caption(
         "stage": "caption",
         "captions": captions,
         "filtered_share": sum(filtered.values()) / max(written, 1),
+        "reasoning_share": (table["reasoning"].sum() + filtered.get("reasoning", 0)) / max(written, 1),
         "truncated_share": table["truncated"].sum() / max(captions, 1),
         "missing_share": len(missing) / max(len(reports), 1),
         "repeated_keys": _repeated(folder, names, "key", captions),
@@ -239,6 +243,7 @@ def gate_caption(
     }
     shares = {
         "filtered_share": ("captions that quality's rules drop", "max_filtered_share"),
+        "reasoning_share": ("captions that show the model's reasoning", "max_reasoning_share"),
         "truncated_share": ("captions that are cut off", "max_truncated_share"),
         "missing_share": ("partitions without any caption", "max_missing_partitions"),
         "repeated_share": ("captions that repeat another word for word", "max_repeated_share"),

@@ -75,6 +75,51 @@ def pictures(tmp_path: Path, tiny_samples: list[TinySample]) -> Path:
     return root
 
 
+@pytest.fixture
+def overflowing(model: Path, tmp_path: Path) -> Path:
+    """A model whose weights are finite and whose features are not."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(model, tmp_path / "overflowing")
+    weights = load_file(folder / "model.safetensors")
+    for name in ("text.proj.weight", "image.trunk.norm.weight"):
+        weights[name].fill_(3e38)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_features_that_are_not_finite_are_an_error_that_names_the_model_and_the_item(overflowing, pictures, tmp_path):
+    texts = lines(tmp_path / "texts.txt", TEXTS[:3])
+    for source, item in ((pictures, "a.png"), (texts, f"{texts}:1")):
+        with pytest.raises(ValueError, match=rf"{overflowing}.*{item}"):
+            embed(overflowing, source, tmp_path / "index.parquet")
+        assert not (tmp_path / "index.parquet").exists()
+    for broken in (
+        Embedder(overflowing).texts,
+        lambda _: Embedder(overflowing).images([(pictures / "a.png").read_bytes()]),
+    ):
+        with pytest.raises(ValueError, match=str(overflowing)):
+            broken(TEXTS[:1])
+
+
+@pytest.mark.parametrize("arguments", [["search"], ["search", "--json"]])
+def test_a_search_with_a_model_that_is_not_finite_prints_no_scores(
+    model, overflowing, pictures, tmp_path, monkeypatch, capsys, arguments
+):
+    embed(model, pictures, tmp_path / "index.parquet")
+    monkeypatch.setattr(embedding, "weights_hash", lambda folder: "the same")
+    about = embedding.open_index(tmp_path / "index.parquet")
+    monkeypatch.setattr(
+        embedding, "open_index", lambda path: about._replace(about={**about.about, "weights_sha256": "the same"})
+    )
+    command = ["lotlip", arguments[0], str(tmp_path / "index.parquet"), "a dog", "--model", str(overflowing)]
+    monkeypatch.setattr(sys, "argv", [*command, *arguments[1:]])
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    assert str(overflowing) in str(ended.value)
+    assert capsys.readouterr().out == ""
+
+
 def lines(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     return path

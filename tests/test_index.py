@@ -126,6 +126,34 @@ def test_an_index_is_whole_or_not_there(tmp_path, ending):
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_feature_that_is_not_finite_is_an_error_that_names_the_index_and_the_row(tmp_path, ending, value):
+    path = tmp_path / f"index{ending}"
+    found = features(9)
+    found[5, 1] = value
+    with index_writer(path, {**ABOUT, "kind": "images"}) as add:
+        add(Rows([str(number) for number in range(9)], None, found))
+    with pytest.raises(ValueError, match=rf"{path}.*row 5"):
+        nearest(open_index(path).blocks(), found[0], 3)
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_index_that_is_cut_or_damaged_is_an_error_that_names_it(tmp_path, ending):
+    path = tmp_path / f"index{ending}"
+    write(path, 2000)
+    data = path.read_bytes()
+    for spoilt in (data[: len(data) // 2], b"", b"\xff" * 100, data[:100] + b"\xff" * 4000 + data[4100:]):
+        path.write_bytes(spoilt)
+        try:
+            index = open_index(path)
+            for block in index.blocks():
+                assert np.isfinite(block).all()
+            index.rows([0, 1999])
+        except ValueError as error:
+            assert str(path) in str(error)
+
+
 def test_another_ending_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"index\.csv has none of the endings \.parquet, \.npy"):
         index_writer(tmp_path / "index.csv", ABOUT)

@@ -119,6 +119,7 @@ def test_only_words_that_tell_neighbours_apart_are_held_against_one_another():
 
 BAD = {
     "refusal": (of("As an AI language model, I cannot."), 'refuses: "as an ai language model"'),
+    "reasoning": (of("Okay, let's see. There is a dog."), 'shows reasoning: "okay, let\'s"'),
     "control": (of("A\x07 dog runs here."), "1 control characters, more than 0"),
     "mojibake": (of("A cafÃ© stands here."), "1 places of mojibake, more than 0"),
     "repetition": (of("a b c d " * 20), "0.948 of its runs of 4 words are repeated, more than 0.5"),
@@ -127,9 +128,9 @@ BAD = {
     "truncated": (of("A dog runs on", finish_reason="length"), "is cut off after 4 words, finish reason 'length'"),
     "disagreement": (of("A dog runs.", "a cat"), "has 0 of the raw caption's words, less than 0.1"),
 }
-ALL = {"refusal": True, "control": 0, "mojibake": 0, "repetition": 0.5, "short": 3, "long": 20}
+ALL = {"refusal": True, "reasoning": True, "control": 0, "mojibake": 0, "repetition": 0.5, "short": 3, "long": 20}
 ALL |= {"truncated": True, "disagreement": 0.1}
-OFF: dict = {rule: False if rule in ("refusal", "truncated") else None for rule in ALL}
+OFF: dict = {rule: False if rule in ("refusal", "reasoning", "truncated") else None for rule in ALL}
 
 
 def test_every_rule_is_tried_here():

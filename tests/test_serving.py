@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import platform
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -218,6 +220,27 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
         save_served_model(tmp_path, tmp_path / "served")
 
 
+# --- the documented requests ------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+COMMANDS = [block for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) if "curl" in block]
+BODIES = [json.loads(body) for block in COMMANDS for body in re.findall(r"-d '(\{.*\})'", block)]
+
+
+def test_the_documented_requests_are_answered(client, embedder):
+    good, bad = BODIES
+    answer = client.post("/invocations", json=good)
+    assert answer.status_code == 200
+    texts = [row["text"] for row in good["dataframe_records"]]
+    np.testing.assert_allclose(answer.json()["predictions"], embedder.texts(texts), atol=1e-5)
+    refused = client.post("/invocations", json=bad)
+    assert refused.status_code == 400
+    reason = "row 0 has neither text nor image"
+    assert reason in refused.json()["message"]
+    assert refused.json()["error_code"] in PAGE
+    assert reason in PAGE
+
+
 # --- a real server ----------------------------------------------------------------------------------------------------
 
 
@@ -283,3 +306,9 @@ def test_mlflow_serves_it(tmp_path, served, images, features):
         assert (status, "row 1 has neither text nor image" in answer["message"]) == (400, True)
         assert ask(address, b"no JSON")[0] == 400
         assert ask(address, json.dumps({"dataframe_records": rows[:1]}).encode())[0] == 200  # and it goes on
+        if shutil.which("curl"):
+            (tmp_path / "house.png").write_bytes(images[0])
+            for command, number in zip(COMMANDS, (2, 1, None), strict=True):
+                shell = command.replace("http://127.0.0.1:5001", address)
+                told = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
+                assert len(json.loads(told.stdout).get("predictions", ())) == (number or 0), told.stdout

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 
 from lotlip import config
+from lotlip.captioning.reasoning import cut_reasoning
 from lotlip.data.images import decode_rgb
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import has_words, split_sub_captions
@@ -67,7 +68,8 @@ class EndpointCaptioner:
     """Asks a server for a caption of each image, some at a time.
 
     What an image is to blame for is a `Failure` for good: "unreadable", "rejected" (the server will not take it),
-    "refused" (a content filter, or the model itself) or "empty". What the server is to blame for is tried again, with
+    "refused" (a content filter, or the model itself), "empty" (no words, or nothing but reasoning) or "malformed" (an
+    answer of a type that has no text). What the server is to blame for is tried again, with
     growing pauses or as its Retry-After says. An image whose tries are all used up is a `Failure` of kind "server" if
     the server then captions a trial picture; if it does not, the server is gone and the whole unit fails.
 
@@ -89,7 +91,7 @@ class EndpointCaptioner:
         self.settings = settings
         self.prompt = settings.prompt
         self.revision = f"{settings.model}@{settings.revision}"
-        decoding = settings.model_dump(include={"max_tokens", "temperature", "top_p", "seed"})
+        decoding = settings.decoding
         self.about: dict[str, Any] = {
             "kind": settings.kind,
             "model": settings.model,
@@ -165,13 +167,24 @@ class EndpointCaptioner:
             choice = self._send(client, image).choices[0]
         except openai.APIError as error:
             return self._blame(client, record, error)
-        text = (choice.message.content or "").strip()
-        if choice.finish_reason == "content_filter" or choice.message.refusal:
-            said = choice.message.refusal or "its content filter stopped the caption"
+        finish_reason = str(choice.finish_reason)
+        try:
+            written, refused = _content(choice.message)
+        except TypeError as error:  # another try would cost as much and bring the same
+            return _failure(record, f"{self._name} gave a malformed answer: {error}", "malformed")
+        if finish_reason == "content_filter" or refused:
+            said = refused or "its content filter stopped the caption"
             return _failure(record, f"{self._name} refused the picture: {self._clean(said)}", "refused")
+        text = cut_reasoning(written)
         sub_captions = split_sub_captions(text)
         if not has_words(text):
-            reason = f"{self._name} answered without words (finish reason {choice.finish_reason})"
+            reasoned = bool(written.strip()) or _has_reasoning_field(choice.message)
+            reason = f"{self._name} answered without words (finish reason {finish_reason})"
+            if reasoned:
+                reason = (
+                    f"{self._name} answered with nothing but reasoning (finish reason {finish_reason}); turn reasoning "
+                    f"off, or raise max_tokens of {self._place}"
+                )
             return _failure(record, reason, "empty")
         return Caption(
             key=record.key,
@@ -179,7 +192,7 @@ class EndpointCaptioner:
             text=text,
             sub_captions=sub_captions,
             tokens=self._count_tokens(text),
-            finish_reason=choice.finish_reason,
+            finish_reason=finish_reason,
             revision=self.revision,
             prompt=self.prompt,
         )
@@ -282,7 +295,8 @@ class EndpointCaptioner:
             )
         return Unusable(
             f"{url} does not take requests for {self.settings.model!r}{has}: {reason}; set `url`, `model` and "
-            f"`max_tokens` of {self._place} in params.yaml to what it serves, or start it with that model"
+            f"`max_tokens` of {self._place} in params.yaml to what it serves, set a parameter that it does not take to "
+            "null, or start it with that model"
         )
 
     def _client(self) -> openai.OpenAI:
@@ -326,6 +340,39 @@ class EndpointCaptioner:
         key = _key()
         line = " ".join((text if key == NO_KEY else text.replace(key, "…")).split())
         return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"
+
+
+def _content(message: Any) -> tuple[str, str]:
+    """The text of an answer and, where the model refuses, its words; each may be empty.
+
+    `content` is a text or a list of parts, of which those of text are joined and those of reasoning are left out.
+
+    Raises:
+        TypeError: it is neither; the message says what it is.
+    """
+    content = message.content
+    refused = [message.refusal] if isinstance(message.refusal, str) else []
+    parts = content if isinstance(content, list) else [] if content is None else [content]
+    texts: list[str] = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) and part is not content else None
+        if isinstance(part, str):
+            texts.append(part)
+        elif kind == "refusal" and isinstance(part.get("refusal"), str):
+            refused.append(part["refusal"])
+        elif kind in ("text", "output_text") and isinstance(part.get("text"), str):
+            texts.append(part["text"])
+        elif kind not in ("thinking", "redacted_thinking", "reasoning"):
+            what = f"a part of type {kind!r}" if isinstance(kind, str) else type(part).__name__
+            raise TypeError(f"content has {what}, not text")
+    # half of a surrogate pair, which JSON can have, is no text that a tokenizer takes
+    whole = "".join(texts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return whole, " ".join(refused).strip()
+
+
+def _has_reasoning_field(message: Any) -> bool:
+    """Whether the server put reasoning beside the answer, as vLLM and SGLang do for models that they know."""
+    return any(getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
 
 
 def data_url(image: bytes) -> str:

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from lotlip import config
 from lotlip.batches import ahead, in_batches
+from lotlip.captioning.reasoning import cut_reasoning, has_marker, is_marker
 from lotlip.data.images import decode_rgb
 from lotlip.files import sha256_tree
+from lotlip.models.weights import check_weights
 from lotlip.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.text import has_words, split_sub_captions
 
@@ -153,7 +155,9 @@ class TransformersCaptioner:
     def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
         sub_captions = split_sub_captions(answer.text)
         if not has_words(answer.text):
-            return Failure(record.key, record.key, f"{self._name} wrote no words", "empty")
+            wrote = "nothing but reasoning" if answer.reasoned else "no words"
+            reason = f"{self._name} wrote {wrote} (finish reason {answer.finish_reason})"
+            return Failure(record.key, record.key, reason, "empty")
         return Caption(
             key=record.key,
             captioner=self._name,
@@ -187,8 +191,9 @@ class _Batch:
 
 @dataclass(frozen=True)
 class _Answer:
-    text: str
+    text: str  # without reasoning
     finish_reason: str
+    reasoned: bool
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -273,8 +278,17 @@ class _Mllm:
 
     def _answer(self, tokens: list[int]) -> _Answer:
         end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
-        text = self._processor.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
-        return _Answer(text, "length" if end is None else "stop")
+        tokenizer = self._processor.tokenizer
+        written = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if not has_marker(written):  # markers may be special tokens, which decoding leaves out
+            special = {
+                index
+                for index, token in tokenizer.added_tokens_decoder.items()
+                if token.special and not is_marker(token.content)
+            }
+            whole = tokenizer.decode([token for token in tokens[:end] if token not in special])
+            written = whole if has_marker(whole) else written
+        return _Answer(cut_reasoning(written), "length" if end is None else "stop", reasoned=has_marker(written))
 
 
 _loading = threading.Lock()
@@ -297,11 +311,18 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
     # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
-    where: dict[str, Any] = {"trust_remote_code": False, **({} if in_a_folder else {"revision": revision})}
+    where = {} if in_a_folder else {"revision": revision}
     try:
-        processor = AutoProcessor.from_pretrained(source, **where)
+        if in_a_folder:
+            check_weights(Path(source))
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **where)
         model: Any = AutoModelForImageTextToText.from_pretrained(
-            source, **where, use_safetensors=True, dtype=dtype, device_map=device if gpu else None
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map=device if gpu else None,
+            **where,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]

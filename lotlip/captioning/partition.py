@@ -12,10 +12,11 @@ from pydantic import TypeAdapter
 from lotlip import config
 from lotlip.captioning import Captioner, open_captioner
 from lotlip.captioning.quality import assess, measured
+from lotlip.captioning.reasoning import cut_reasoning
 from lotlip.captioning.store import PASSING, CaptionStore, Partition
 from lotlip.files import sha256_json
 from lotlip.partitions import finished, read_table, reuse_or_write, write_captions
-from lotlip.records import Failure, MeasuredCaption, UnitReport
+from lotlip.records import Caption, Failure, UnitReport
 from lotlip.sources.paths import tree_state
 from lotlip.text import has_words, split_sub_captions
 
@@ -73,7 +74,9 @@ class Captioning:
 
         store = self.stored()
         report = store.captioned(partition, self.source, self.author())
-        captions = list(store.read(partition))
+        captions, empty = [], []
+        for caption in map(_usable, store.read(partition)):
+            (captions if isinstance(caption, Caption) else empty).append(caption)
         tokens = token_counts(self.stage.tokenizer, [caption.text for caption in captions])
         counted = (
             replace(caption, sub_captions=split_sub_captions(caption.text), tokens=number)
@@ -82,16 +85,16 @@ class Captioning:
         images = read_table(self.source, partition.name, ["key", "raw_caption"])
         raw = dict(zip(images["key"], images["raw_caption"], strict=True))
         kept = assess(measured(counted, raw), self.stage.quality)
-        # an older version may have stored captions without words
-        items = [*report.failures, *map(_with_words, kept)]
-        return write_captions(partition.name, items, partition.images, self.out)
+        return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
 
 
-def _with_words(item: MeasuredCaption | Failure) -> MeasuredCaption | Failure:
-    """A caption, or a failure of kind "empty" in its place where training could draw nothing from it."""
-    if isinstance(item, Failure) or has_words(item.text):
-        return item
-    return Failure(item.key, item.key, f"the caption of {item.captioner} has no words", "empty")
+def _usable(caption: Caption) -> Caption | Failure:
+    """A stored caption without reasoning; a failure where no words are left. Earlier versions stored either."""
+    text = cut_reasoning(caption.text)
+    if not has_words(text):
+        reason = f"the stored text of {caption.captioner} has no words besides reasoning"
+        return Failure(caption.key, caption.key, reason, "empty")
+    return caption if text == caption.text.strip() else replace(caption, text=text)
 
 
 @lru_cache(maxsize=1)

@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 
 from lotlip import config
+from lotlip.captioning.reasoning import reasoning
 from lotlip.records import Caption, Failure, MeasuredCaption
 
 NGRAM = 4  # words; of three, ordinary lists of like things repeat many
@@ -144,6 +145,7 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
         control=len(_CONTROL.findall(caption.text)),
         mojibake=mojibake(caption.text),
         refusal=refusal(caption.text),
+        reasoning=reasoning(caption.text),
         agreement=agreement(raw, content),
         own_agreement=_mean([agreement(own, content) for own, _ in pairs]),
         next_agreement=_mean([agreement(other, content) for _, other in pairs]),
@@ -185,6 +187,8 @@ def _breaks(rule: str, caption: MeasuredCaption, limit: Any) -> str | None:
     match rule:
         case "refusal":
             return f'refuses: "{caption.refusal}"' if caption.refusal else None
+        case "reasoning":
+            return f'shows reasoning: "{caption.reasoning}"' if caption.reasoning else None
         case "truncated":
             ended = f"after {caption.words} words, finish reason {caption.finish_reason!r}"
             return f"is cut off {ended}" if caption.truncated else None

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lotlip import config
+from lotlip.captioning.reasoning import cut_reasoning
 from lotlip.files import sha256_files
 from lotlip.records import Caption, Failure, ImageRecord
 from lotlip.sources.keys import key_of, prefix_of
@@ -61,7 +62,7 @@ class TableCaptioner:
             return Failure(key, str(self._path), f"no row has this key and the captioner {self._name}", "missing")
         sub_captions = split_sub_captions(text)
         if not has_words(text):
-            return Failure(key, str(self._path), f"the text of {self._name} has no words", "empty")
+            return Failure(key, str(self._path), f"the text of {self._name} has no words besides reasoning", "empty")
         return Caption(
             key, self._name, text, sub_captions, self._count_tokens(text), "stop", self.revision, self.prompt
         )
@@ -115,7 +116,7 @@ class TableCaptioner:
                     others.add(str(row.values[1]))
                     continue
                 # null has no words
-                found = [str(text).strip() for text in rest if text is not None]
+                found = [cut_reasoning(str(text)) for text in rest if text is not None]
                 name = f"{prefix}/{name.removeprefix('./')}" if prefix else name.removeprefix("./")
                 made = key_of(as_name(key), prefix)
                 # no two addresses share a key

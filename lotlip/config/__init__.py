@@ -52,6 +52,7 @@ from lotlip.config.params import (
 )
 from lotlip.config.pretrain import (
     HOW,
+    TEXT_MODELS,
     Augmentation,
     HostfileLaunch,
     ImageSide,
@@ -74,6 +75,7 @@ __all__ = [
     "HOW",
     "PARTIAL_RUN",
     "PRESETS",
+    "TEXT_MODELS",
     "Augmentation",
     "Benchmark",
     "CaptionStage",

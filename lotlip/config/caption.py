@@ -48,12 +48,17 @@ class EndpointCaptioner(Section):
     prompt: Annotated[str, Field(min_length=1)] = Field(
         "Describe this image in detail.", description="the question that is sent with each image"
     )
-    max_tokens: Count = Field(512, description="longest caption, in the model's tokens")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0, tokens are sampled")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+    max_tokens: Count | None = Field(
+        512, description="longest caption, in the model's tokens; null, as each of the next four: not sent"
+    )
+    max_completion_tokens: Count | None = Field(
+        None, description="sent instead of max_tokens, to models that take no other; their reasoning counts too"
+    )
+    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="above 0, tokens are sampled")
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
         1.0, description="nucleus sampling: the share of the probability that tokens are sampled from"
     )
-    seed: int = Field(0, description="of sampling, sent to the server")
+    seed: int | None = Field(0, description="of sampling, sent to the server")
     concurrency: Count = Field(
         16, description="requests in flight from a process, whatever number of units it works on"
     )
@@ -61,6 +66,21 @@ class EndpointCaptioner(Section):
     retries: NonNegative = Field(
         5, description="tries after the first, for a request; half a second, one, two, … apart"
     )
+
+    @property
+    def decoding(self) -> dict[str, Any]:
+        """The parameters of a request that decide its text, without those that are not sent."""
+        names = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}
+        return self.model_dump(include=names, exclude_none=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_limit(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.get("max_completion_tokens") is None:
+            return data
+        if data.get("max_tokens") is not None:
+            raise ValueError("max_tokens and max_completion_tokens are the same limit; remove max_tokens")
+        return {**data, "max_tokens": None}
 
     @model_validator(mode="after")
     def _usable_url(self) -> EndpointCaptioner:
@@ -194,6 +214,7 @@ class Quality(Section):
     """
 
     refusal: bool = Field(True, description="the captioner says that it cannot describe the image")
+    reasoning: bool = Field(True, description="the text shows the captioner's reasoning about its task")
     control: NonNegative | None = Field(0, description="most control characters")
     mojibake: NonNegative | None = Field(0, description="most places that were decoded by the wrong encoding")
     repetition: Share | None = Field(0.5, description="largest share of runs of four words that were there before")
@@ -244,6 +265,9 @@ class CaptionStage(Section):
     quality: Quality = Quality()
     max_failure_share: Share = Field(0.02, description="of the images, captions that `quality` drops not counted")
     max_filtered_share: Share = Field(0.1, description="of the captions that `quality` drops; more fails the gate")
+    max_reasoning_share: Share = Field(
+        0.01, description="of the captions that show reasoning, dropped or not; more fails the gate"
+    )
     max_truncated_share: Share = Field(0.5, description="of the captions that are cut off; more fails the gate")
     max_repeated_share: Share = Field(
         0.2, description="of the captions that are word for word another's; more fails the gate"

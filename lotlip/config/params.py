@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, Field, PlainValidator, ValidationError, model_validator
+from pydantic import BaseModel, Field, PlainValidator, ValidationError, field_validator, model_validator
 
 from lotlip.config.caption import CaptionStage
 from lotlip.config.data import ImageTower, Ingest, ScenesSource, ScenesTower, Shard
@@ -215,6 +215,23 @@ class Continued(Section):
 
     after: Name = Field(description="the ablation that is trained first")
     pretrain: dict[str, Any] = Field(description="its differences from `pretrain`")
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _a_name(cls, after: Any) -> Any:
+        if isinstance(after, str) and ("/" in after or Path(after).is_dir()):
+            raise ValueError(
+                "is a folder; give the name of an ablation, or set text.pretrained of an ablation to the folder"
+            )
+        return after
+
+    @field_validator("pretrain")
+    @classmethod
+    def _the_same_text_tower(cls, pretrain: dict[str, Any]) -> dict[str, Any]:
+        text = pretrain.get("text")
+        if isinstance(text, dict) and text.get("config"):
+            raise ValueError("text.config has no effect on a text tower that is already trained; remove it")
+        return pretrain
 
 
 class Report(Section):

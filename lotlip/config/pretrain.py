@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lotlip.config.section import Count, Name, NonNegative, Port, Positive, Section, Share
 from lotlip.text import Window
@@ -33,6 +34,78 @@ class Stretch(Section):
         return self
 
 
+# Model types of transformers that can be the text tower: their attention takes a mask for each pair of tokens.
+TEXT_MODELS = (
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "nomic_bert", "lotlip",
+)  # fmt: skip
+
+# Options of transformers' from_pretrained. Beside fields of a configuration they would say what is loaded, from where,
+# and whether the code that comes with it is run.
+LOADING_OPTIONS = frozenset(
+    [
+        "adapter_kwargs",
+        "attn_implementation",
+        "auto_map",
+        "cache_dir",
+        "code_revision",
+        "config",
+        "config_class",
+        "custom_pipeline",
+        "device_map",
+        "device_mesh",
+        "distributed_config",
+        "dtype",
+        "experts_implementation",
+        "force_download",
+        "from_flax",
+        "from_tf",
+        "gguf_file",
+        "ignore_mismatched_sizes",
+        "key_mapping",
+        "load_in_4bit",
+        "load_in_8bit",
+        "local_files_only",
+        "low_cpu_mem_usage",
+        "max_memory",
+        "mirror",
+        "model_kwargs",
+        "name_or_path",
+        "offload_buffers",
+        "offload_folder",
+        "offload_state_dict",
+        "output_loading_info",
+        "pretrained_model_name_or_path",
+        "proxies",
+        "quantization_config",
+        "resume_download",
+        "return_unused_kwargs",
+        "revision",
+        "state_dict",
+        "subfolder",
+        "token",
+        "torch_dtype",
+        "tp_plan",
+        "tp_size",
+        "trust_remote_code",
+        "use_auth_token",
+        "use_kernels",
+        "use_safetensors",
+        "variant",
+        "weights_only",
+    ]
+)
+
+
+def loading_options(config: Any, under: str = "") -> list[str]:
+    """Keys of a nested configuration that are `LOADING_OPTIONS`, or private, as dotted names."""
+    if isinstance(config, list):
+        return [name for item in config for name in loading_options(item, under)]
+    if not isinstance(config, dict):
+        return []
+    own = [f"{under}{key}" for key in config if str(key) in LOADING_OPTIONS or str(key).startswith("_")]
+    return own + [name for key, value in config.items() for name in loading_options(value, f"{under}{key}.")]
+
+
 class TextTower(Section):
     """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
 
@@ -54,6 +127,35 @@ class TextTower(Section):
         0, description="learned tokens that are masked as words are and get no loss (Table 7)"
     )
     stretch: Stretch | None = Field(None, description="Long-CLIP: stretch the positions of `pretrained`")
+
+    @field_validator("config")
+    @classmethod
+    def _fields_only(cls, config: dict[str, Any]) -> dict[str, Any]:
+        if options := loading_options(config):
+            raise ValueError(
+                f"{', '.join(options)}: options of from_pretrained, not fields of a text encoder's configuration; "
+                "remove them"
+            )
+        return config
+
+    @field_validator("pretrained")
+    @classmethod
+    def _a_text_model(cls, pretrained: str | None) -> str | None:
+        """A folder that is there must be of a text model; a missing one may be trained first, or be a name."""
+        file = Path(pretrained or "", "config.json")
+        if pretrained and Path(pretrained).is_file():
+            raise ValueError("is a file; name a folder with config.json and model.safetensors")
+        if pretrained and file.is_file():
+            try:
+                kind = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+            except (ValueError, AttributeError) as error:
+                raise ValueError(f"{file} is damaged ({error}); restore it") from error
+            if kind not in TEXT_MODELS:
+                raise ValueError(
+                    f"is a model of type {kind!r}, which cannot be the text tower; supported are "
+                    f"{', '.join(TEXT_MODELS)}"
+                )
+        return pretrained
 
     @model_validator(mode="after")
     def _fits(self) -> TextTower:

@@ -59,7 +59,11 @@ def word_pieces(name: str) -> Tokenizer:
             f"no tokenizer {name!r}: {file} is not there; give a tokenizer.json, a folder with one, "
             f"or a bundled name ({', '.join(BUNDLED)})"
         )
-    tokenizer = Tokenizer.from_str(json.dumps(_without_ours(json.loads(file.read_text(encoding="utf-8")))))
+    try:
+        data = _without_ours(json.loads(file.read_text(encoding="utf-8")))
+        tokenizer = Tokenizer.from_str(json.dumps(data, allow_nan=False))
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ValueError(f"{file} is damaged or not a tokenizer ({error}); restore it") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
@@ -178,7 +182,9 @@ class TextTokenizer:
                 {"__type": "AddedToken", **token.__getstate__()} for token in added if token.content in self._extra
             ],
         }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(config, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
 
 
 def _special_tokens(name: str, pieces: Tokenizer) -> dict[str, str]:

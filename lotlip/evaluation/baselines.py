@@ -23,10 +23,10 @@ from lotlip.batches import in_batches
 from lotlip.data.images import decode_rgb, without_ends
 from lotlip.evaluation.encoders import ACCEPTED, OPEN_CLIP, Runner, preprocessing
 from lotlip.files import sha256_files
+from lotlip.models.weights import check_finite, check_weights
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 _LOCAL, _HUB = "local-dir:", "hf-hub:"  # how open_clip calls a folder, and a name of Hugging Face's
-_OWN_CODE = "trust_remote_code"
 # What a folder of transformers' or open_clip's is made of: no code.
 _PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 # Trained without an attention mask: padding is a part of the text, and the last position, padding or not, its feature.
@@ -77,15 +77,21 @@ class TransformersEncoder:
         with _named(name), without_bars():
             kind = _dual_encoder(folder)
             # no name of Hugging Face's: all is in the folder, and nothing else is looked for
-            load: dict[str, Any] = {_OWN_CODE: False, "local_files_only": True}
-            self._tokenizer = AutoTokenizer.from_pretrained(folder, **load)
-            self._processor = AutoImageProcessor.from_pretrained(folder, **load)
+            check_weights(folder)
+            self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            self._processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             model, info = AutoModel.from_pretrained(
-                folder, **load, dtype=torch.float32, weights_only=True, output_loading_info=True
+                folder,
+                trust_remote_code=False,
+                local_files_only=True,
+                dtype=torch.float32,
+                weights_only=True,
+                output_loading_info=True,
             )
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
             raise ValueError(f"{name} does not hold all weights of a {kind}: {missing} are not there")
+        check_finite(model.named_parameters(), name)
         self._model = model.to(run.device).eval()
         text = model.config.get_text_config()
         positions = getattr(text, "max_position_embeddings", self._tokenizer.model_max_length)
@@ -141,7 +147,7 @@ def _dual_encoder(folder: Path) -> str:
     """The kind of model that a folder has, if it encodes images and texts apart."""
     from transformers import MODEL_MAPPING, AutoConfig
 
-    config = AutoConfig.from_pretrained(folder, **{_OWN_CODE: False}, local_files_only=True)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     made = MODEL_MAPPING.get(type(config), None)
     if not all(hasattr(made, f"get_{side}_features") for side in ("image", "text")):
         raise ValueError(f"a {config.model_type} gives no features of images and of texts to compare; {ACCEPTED}")
@@ -201,13 +207,14 @@ class OpenClipEncoder:
         with _named(name):
             text = (open_clip.get_model_config(made) or {}).get("text_cfg", {})
             # a model's own configuration could ask for its tokenizer's code to be run
-            never = {_OWN_CODE: False} if text.get("hf_tokenizer_name") else {}
+            never = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
             if text.get("hf_model_name"):  # open_clip would let the terminal decide about a text tower's code
-                AutoConfig.from_pretrained(text["hf_model_name"], **{_OWN_CODE: False})
+                AutoConfig.from_pretrained(text["hf_model_name"], trust_remote_code=False)
             model, self._transform = open_clip.create_model_from_pretrained(
                 made, weights or None, device=run.device, weights_only=True
             )
             self._tokenizer = open_clip.get_tokenizer(made, **never)
+        check_finite(model.named_parameters(), name)
         self._model = model.eval()
         self._preprocess = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
 

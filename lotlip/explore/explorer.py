@@ -112,7 +112,7 @@ class Explorer:
         self._top = top
         self._embedder = Embedder(self.folder, device, batch_size=1)
         self._lock = threading.Lock()
-        self._whole_text = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        self._whole_text = _tokenizer(self.folder / "tokenizer.json")
         self._whole_text.no_truncation()
         self._whole_text.no_padding()
 
@@ -207,6 +207,13 @@ class Explorer:
         return Look(
             whole, parts, grid, names, shares[0].cpu().numpy(), tokens[0].cpu().numpy(), spread[0].cpu().numpy(), silent
         )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises Exception itself
+        raise ValueError(f"{path} is missing or damaged ({error}); restore it") from error
 
 
 def _index(path: Path, kind: str) -> Index:

@@ -82,5 +82,11 @@ def _table(values: Mapping[str, Any]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    shown = f"{value:.4g}" if isinstance(value, float) else value if isinstance(value, str) else json.dumps(value)
+    shown = (
+        f"{value:.4g}"
+        if isinstance(value, float)
+        else value
+        if isinstance(value, str)
+        else json.dumps(value, allow_nan=False)
+    )
     return shown.replace("|", "\\|").replace("\n", " ")

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
 from lotlip.data.images import MEAN, STD
 from lotlip.files import read_json, whole, write_json
+from lotlip.models.weights import read_weights
+
+# Options of timm's create_model that load something. A model's configuration may come from anyone.
+LOADING_OPTIONS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -81,12 +85,14 @@ def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTo
     """Builds the tower; its weights are random unless `pretrained` asks timm for them.
 
     Raises:
-        ValueError: timm has no such model, or it is not a ViT with a [CLS] token.
+        ValueError: timm has no such model, it is not a ViT with a [CLS] token, or `spec.kwargs` would load files.
     """
     if not timm.is_model(spec.timm_model):
         raise ValueError(
             f"timm {timm.__version__} has no model {spec.timm_model!r}; timm.list_models('vit*') names them"
         )
+    if options := [name for name in LOADING_OPTIONS if name in spec.kwargs]:
+        raise ValueError(f"kwargs of the image tower {spec.timm_model} load other files: remove {', '.join(options)}")
     arguments = {"num_classes": 0, "global_pool": "token", "img_size": spec.image_size, **spec.kwargs}
     try:
         trunk = timm.create_model(spec.timm_model, pretrained=pretrained, **arguments)
@@ -119,7 +125,7 @@ def load_image_tower(folder: Path) -> ImageTower:
         raise ValueError(f"{folder} has no image tower (no config.json); run the image_tower stage first")
     spec = ImageTowerSpec.from_json(read_json(folder / "config.json"))
     tower = build_image_tower(spec)
-    load_weights(tower, load_file(folder / "model.safetensors"), folder / "model.safetensors")
+    load_weights(tower, read_weights(folder / "model.safetensors"), folder / "model.safetensors")
     return tower.eval()
 
 

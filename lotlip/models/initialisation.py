@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
-from lotlip.config import Pretrain, Stretch
+from lotlip.config import TEXT_MODELS, Pretrain, Stretch
 from lotlip.config import TextTower as TextTowerSettings
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.text_tower import first_position, position_table
+from lotlip.models.weights import check_weights, open_weights, read_weights
 
 POSITIONS = "text.transformer.embeddings.position_embeddings.weight"
 
@@ -65,7 +64,7 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
     if start.earlier is not None:
         weights |= _other_weights(start.earlier, model, text)
     if not config.image_tower.frozen:
-        tower = load_file(image_tower / "model.safetensors")
+        tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
     model.load_state_dict({**model.state_dict(), **weights})
     return model.train()
@@ -106,19 +105,64 @@ def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) ->
     return _Start(encoder.config, weights, earlier)
 
 
+def text_config(name: str, changes: Mapping[str, Any], local_files_only: bool = False) -> PretrainedConfig:
+    """The configuration of a pretrained text tower, of one of `TEXT_MODELS` or of a LoTLIP model.
+
+    Args:
+        name: folder of the model, or its name on the hub.
+        changes: `text.config`, which go before what the model's own configuration says.
+        local_files_only: whether the hub's cache will do, and the hub is not asked.
+
+    Raises:
+        OSError: the hub does not have it, or not its cache.
+        ValueError: it is no folder with a model, or of a model that cannot be a text tower.
+    """
+    folder = Path(name)
+    if folder.is_file():
+        raise ValueError(f"text.pretrained {name} is a file; name a folder with config.json and model.safetensors")
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"text.pretrained {name} has no config.json; name the folder of a model")
+        _check_kind(name, read_json(folder / "config.json").get("model_type"))
+    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False, **changes)
+    _check_kind(name, config.model_type)
+    if isinstance(config, LotlipConfig):
+        given = config.text_config.to_dict()
+        other = [f"{key}: {value!r}" for key, value in changes.items() if given.get(key) != value]
+        if other:
+            raise ValueError(
+                f"text.config ({', '.join(other)}) differs from the text tower of text.pretrained {name}, which cannot "
+                "be changed; remove these keys, or set them to that model's values"
+            )
+    return config
+
+
+def _check_kind(name: str, kind: str | None) -> None:
+    if kind not in TEXT_MODELS:
+        raise ValueError(
+            f"text.pretrained {name} is a model of type {kind!r}, which cannot be the text tower; supported are "
+            f"{', '.join(TEXT_MODELS)}"
+        )
+
+
 def _open(name: str, changes: Mapping[str, Any]) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
     """The pretrained encoder and, where it comes from one, the LoTLIP model."""
     try:
-        config = AutoConfig.from_pretrained(name, **changes)
+        config = text_config(name, changes)
     except OSError as error:
         raise ValueError(
             f"text.pretrained {name} is neither a folder with a model nor one that the hub has: {error}; "
             "train it first, or mend the name"
         ) from error
+    check_weights(Path(name))
     if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, dtype=torch.float32)
+        earlier = LotlipForPreTraining.from_pretrained(
+            name, image_tower=False, dtype=torch.float32, trust_remote_code=False, weights_only=True
+        )
         return earlier.text.transformer, earlier
-    return AutoModel.from_pretrained(name, config=config, dtype=torch.float32), None
+    return AutoModel.from_pretrained(
+        name, config=config, dtype=torch.float32, trust_remote_code=False, weights_only=True
+    ), None
 
 
 def _fit_vocabulary(
@@ -198,5 +242,5 @@ def _other_weights(
 
 def _width(image_tower: Path) -> int:
     """D, from the weights on disk: building the tower would import timm, which takes 2 s."""
-    with safe_open(image_tower / "model.safetensors", framework="pt") as weights:
+    with open_weights(image_tower / "model.safetensors") as weights:
         return weights.get_slice("trunk.cls_token").get_shape()[-1]

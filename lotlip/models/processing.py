@@ -43,7 +43,7 @@ class LotlipProcessor(ProcessorMixin):
         image = config.image_config  # an ImageTowerSpec would import timm, which takes 2 s
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
-            of_text = PreTrainedTokenizerFast.from_pretrained(folder)
+            of_text = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         return cls(LotlipImageProcessor(image["image_size"], image.get("mean", MEAN), image.get("std", STD)), of_text)
 
 

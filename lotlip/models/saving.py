@@ -8,15 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import logging
 
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.files import read_json
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.processing import LotlipProcessor
+from lotlip.models.weights import check_finite, check_weights, read_weights
 
 
 def save_model(
@@ -35,7 +36,7 @@ def save_model(
         folder: where to write.
         image_tower: folder of the frozen tower, as `save_image_tower` left it, when its weights are not in `weights`.
     """
-    frozen = load_file(image_tower / "model.safetensors") if image_tower else {}
+    frozen = read_weights(image_tower / "model.safetensors") if image_tower else {}
     image = {f"image.{name}": weight for name, weight in frozen.items()}
     # a trained module may be rounded to bf16, and its config would tell readers to round the weights, too
     with without_bars():
@@ -59,16 +60,23 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     """A saved model, ready to evaluate, and its tokenizer.
 
     Raises:
-        ValueError: the folder has no model, or weights are missing in it or left over.
+        ValueError: the folder has no model, or weights are missing in it, left over, damaged or not finite.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != LotlipConfig.model_type:
+        raise ValueError(f"{folder} has a model of type {kind!r}, not a {LotlipConfig.model_type} model")
+    check_weights(folder)
     with without_bars():
-        loaded: Any = LotlipModel.from_pretrained(folder, output_loading_info=True)
+        loaded: Any = LotlipModel.from_pretrained(
+            folder, output_loading_info=True, trust_remote_code=False, weights_only=True
+        )
     model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise ValueError(f"{folder} does not hold this model's weights: {wrong}")
+    check_finite(model.named_parameters(), f"in {folder}")
     config = model.config
     return model.eval(), TextTokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens)
 
@@ -76,7 +84,7 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
 def copy_with_provenance(folder: Path, out: Path, more: Mapping[str, Any]) -> None:
     """Copies a saved model and tells more of where it comes from, such as its scores; weights stay as they are."""
     shutil.copytree(folder, out)
-    config = LotlipConfig.from_pretrained(folder)
+    config = LotlipConfig.from_pretrained(folder, trust_remote_code=False)
     config.provenance = {**(config.provenance or {}), **more}
     config.save_pretrained(out)
     (out / "README.md").write_text(model_card(config), encoding="utf-8")

@@ -113,7 +113,7 @@ def _encoder(config: PretrainedConfig) -> PreTrainedModel:
 
     try:
         # the only attention that takes the boolean [B, 1, L, L] mask as it is
-        return AutoModel.from_config(config, attn_implementation="sdpa")
+        return AutoModel.from_config(config, attn_implementation="sdpa", trust_remote_code=False)
     except ValueError as error:
         raise ValueError(
             f"a {config.model_type} model cannot be the text tower: {error}; take one whose attention takes a mask for "

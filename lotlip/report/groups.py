@@ -192,7 +192,7 @@ def _plain(value: Any) -> str:
     """A value as params.yaml has it: "true", "null", "[0.9, 0.98]"; words go without quotes."""
     if isinstance(value, list):
         return f"[{', '.join(map(_plain, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, allow_nan=False)
 
 
 def _corners(ablation: Ablation) -> int:

@@ -3,6 +3,9 @@
 Whatever training draws at random it draws from seed and step, and the learning rate follows from the step: so weights,
 the optimizer's two moments and the step are all there is to keep. DeepSpeed's own checkpoints come in pieces, as many
 as there were processes.
+
+Each checkpoint has a file of hashes, `sha256.json`, over all of its other files. A checkpoint that does not match its
+hashes is skipped when training resumes, and the one before it is loaded.
 """
 
 from __future__ import annotations
@@ -13,14 +16,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lotlip.files import read_json, remove, whole, write_json
+from lotlip.files import read_json, remove, sha256_files, whole, write_json
+from lotlip.models.weights import open_weights
 
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HASHES = "sha256.json"
+FILES = ("state.json", *(f"{name}.safetensors" for name in ("weights", *MOMENTS)))  # of a checkpoint, beside HASHES
 _NAME = "step-{:09d}"
 
 
@@ -33,6 +38,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._damaged: list[Path] = []
 
     def newest(self) -> Path | None:
         """The one of the latest step; None where there is none."""
@@ -47,16 +53,13 @@ class Checkpoints:
             more: what else is to be kept, as plain JSON.
 
         Raises:
-            FloatingPointError: a weight or moment is no number; the earlier checkpoints stay.
+            FloatingPointError: a weight or moment is not finite; the earlier checkpoints stay.
         """
         weights, moments = full_weights(engine), _full_moments(engine)
         broken = sorted(
             name for part in (weights, *moments.values()) for name, value in part.items() if not value.isfinite().all()
         )
-        if dist.get_world_size() > 1:  # the first process alone has the weights, and all have to stop
-            found: list[list[str]] = [broken]
-            dist.broadcast_object_list(found)
-            broken = found[0]
+        broken = _of_first_process(broken)  # only that one holds whole weights, and all of them have to stop
         if broken:
             raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
         if dist.get_rank() == 0:
@@ -66,37 +69,54 @@ class Checkpoints:
                 for name, values in moments.items():
                     save_file(values, partial / f"{name}.safetensors")
                 write_json(partial / "state.json", {"step": step, **more})
+                write_json(partial / HASHES, {name: sha256_files([partial / name]) for name in FILES})
                 for path in [*partial.iterdir(), partial]:  # on disk before it takes its name
                     _sync(path)
             _sync(self.folder)
+            for damaged in self._damaged:  # so that none of them takes the place of an intact one
+                if damaged.name != _NAME.format(step):
+                    remove(damaged)
+            self._damaged.clear()
             for old in sorted(self._all())[:-KEPT]:
                 remove(old)
         dist.barrier()
 
     def load(self, engine: Any) -> dict[str, Any] | None:
-        """Puts the newest checkpoint into an engine that has made no step yet. Every process has to call it.
+        """Loads the newest intact checkpoint into an engine that has made no step yet. Every process has to call it.
+
+        Damaged checkpoints are skipped with a warning. All processes load the same one: a checkpoint counts as intact
+        only if each of them reads it as it was written.
 
         Returns:
-            `step`, and what else was kept; None where there is no checkpoint.
+            `step`, and what else was kept; None if there is no intact checkpoint.
 
         Raises:
-            ValueError: a checkpoint is damaged, or of another model.
+            ValueError: a checkpoint is of another model.
         """
-        found: list[Path | None] = [self.newest() if dist.get_rank() == 0 else None]
-        if dist.get_world_size() > 1:
-            dist.broadcast_object_list(found)  # one process's view of a shared folder may be older than another's
-        folder = found[0]
-        if folder is None:
-            return None
-        try:
-            state = read_json(folder / "state.json")
-            _put(engine, folder, state["step"])
-        except Exception as error:  # safetensors, JSON and torch each have errors of their own
-            raise ValueError(
-                f"checkpoint {folder} cannot be gone on from: {error}; remove it, and training goes on from the one "
-                "before, or from the start"
-            ) from error
-        return state
+        # one process's view of a shared folder may be older than another's
+        folders = _of_first_process(sorted(self._all(), reverse=True))
+        for folder in folders:
+            problem = _first_problem(damage(folder))
+            if problem:
+                self._damaged.append(folder)
+                self._warn(folder, problem)
+                continue
+            try:
+                state = read_json(folder / "state.json")
+                _put(engine, folder, state["step"])
+            except Exception as error:  # safetensors, JSON and torch each have errors of their own
+                raise ValueError(
+                    f"cannot resume from checkpoint {folder}: {error}; remove the folder to resume from an earlier "
+                    "checkpoint, or to start again if there is none"
+                ) from error
+            return state
+        if folders and dist.get_rank() == 0:
+            print(f"warning: {self.folder} has no intact checkpoint; training starts at step 0", flush=True)
+        return None
+
+    def _warn(self, folder: Path, problem: str) -> None:
+        if dist.get_rank() == 0:
+            print(f"warning: skipped damaged checkpoint {folder}: {problem}", flush=True)
 
     def remove(self) -> None:
         """Removes them all: the run is over."""
@@ -104,6 +124,42 @@ class Checkpoints:
 
     def _all(self) -> list[Path]:
         return list(self.folder.glob("step-*[0-9]"))
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint on disk: the first file that does not match its hash; None if it is intact.
+
+    A changed file of hashes does not match the files either, so it needs no hash of its own.
+    """
+    try:
+        hashes = read_json(folder / HASHES)
+        if not isinstance(hashes, dict) or hashes.keys() != set(FILES):
+            return f"{HASHES} does not list {', '.join(FILES)}"
+        return next(
+            (f"{name} does not match its hash" for name in FILES if sha256_files([folder / name]) != hashes[name]), None
+        )
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+
+
+def _of_first_process(value: Any) -> Any:
+    """The first process's value, in all processes."""
+    if dist.get_world_size() == 1:
+        return value
+    shared = [value]
+    dist.broadcast_object_list(shared)
+    return shared[0]
+
+
+def _first_problem(problem: str | None) -> str | None:
+    """The problem of the first process that has one, in all processes; None if none has one."""
+    if dist.get_world_size() == 1:
+        return problem
+    problems: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    return next((found for found in problems if found), None)
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
@@ -159,7 +215,7 @@ def _put(engine: Any, folder: Path, step: int) -> None:
     _link_moments(engine)
     parameters = dict(engine.module.named_parameters())
     for file in ("weights", *MOMENTS):
-        with safe_open(folder / f"{file}.safetensors", framework="pt") as tensors:
+        with open_weights(folder / f"{file}.safetensors") as tensors:
             missing = sorted(parameters.keys() ^ set(tensors.keys()))
             if missing:
                 raise ValueError(

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lotlip.config import ScenesTower, TimmTower
 from lotlip.data.images import MEAN, STD
 from lotlip.models.image_tower import ImageTower, ImageTowerSpec, build_image_tower, load_weights
+from lotlip.models.weights import read_weights
 from lotlip.sources.scenes import attribute_classes, attribute_labels, generate_scene, render
 
 # Scenes for the accuracies, beyond those for training.
@@ -63,7 +63,12 @@ def timm_tower(config: TimmTower) -> ImageTower:
 def _with_checkpoint(tower: ImageTower, checkpoint: Path) -> ImageTower:
     if not checkpoint.is_file():
         raise ValueError(f"image_tower.checkpoint: {checkpoint} is not there")
-    weights = load_file(checkpoint)
+    weights = read_weights(checkpoint)
+    if whole := [name for name in weights if name.startswith(("text", "image.", "vision_model.", "visual."))]:
+        raise ValueError(
+            f"image_tower.checkpoint {checkpoint} holds a model of images and texts ({whole[0]}, …); give the weights "
+            "of timm's model alone"
+        )
     kept = {name: value for name, value in weights.items() if not name.startswith(("head.", "pre_logits."))}
     load_weights(tower.trunk, kept, checkpoint)
     return tower.eval()

@@ -28,6 +28,7 @@ from lotlip.evaluation.flops import text_tower_flops
 from lotlip.losses import LOGITS_AT_ONCE
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_tower import ImageTower, ImageTowerSpec, build_image_tower
+from lotlip.models.initialisation import text_config
 from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.text_tower import PACKED
 from lotlip.training.checkpoint import KEPT
@@ -276,9 +277,7 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
     if text.pretrained:
         try:
             seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model for each
-            found = AutoConfig.from_pretrained(
-                seeds[0] if seeds else text.pretrained, local_files_only=True, **text.config
-            )
+            found = text_config(str(seeds[0]) if seeds else text.pretrained, text.config, local_files_only=True)
         except OSError as error:
             if not text.pretrained.endswith("bert-base-uncased"):
                 raise ValueError(

@@ -1,0 +1,170 @@
+"""Checkpoints that were damaged after they were written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lotlip.config import Pretrain
+from lotlip.files import sha256_files, write_json
+from lotlip.tracking import NullSink
+from lotlip.training import checkpoint
+from lotlip.training.checkpoint import Checkpoints, full_weights
+from lotlip.training.pretrain import Trainer
+from tests.training import finish, losses, start, tiny_job, train, trainers, wait_for
+
+FILES = ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json", "sha256.json"]
+OLDER, NEWER = "step-000000001", "step-000000002"
+
+
+def flip(path: Path, place: float, bit: int = 0) -> None:
+    """Flips one bit of a file; `place` is a share of its length."""
+    data = bytearray(path.read_bytes())
+    data[min(int(place * len(data)), len(data) - 1)] ^= 1 << bit
+    path.write_bytes(data)
+
+
+DAMAGES: dict[str, Callable[[Path], None]] = {
+    "first bit flipped": lambda path: flip(path, 0),
+    "bit in the middle flipped": lambda path: flip(path, 0.5, 3),
+    "last byte flipped": lambda path: flip(path, 1, 6),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "one byte long": lambda path: path.write_bytes(path.read_bytes() + b"\n\n"),
+    "empty": lambda path: path.write_bytes(b""),
+    "missing": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def trainer(group, tiny_world, tmp_path_factory) -> Trainer:
+    """One that has written checkpoints after steps 1 and 2."""
+    job = tiny_job(tiny_world, tmp_path_factory.mktemp("trainer"))
+    made = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    steps = made.loader.steps(0, 2)
+    for step in (0, 1):
+        made.engine.step(next(steps), step)
+        made._checkpoint(step + 1)
+    return made
+
+
+@pytest.fixture
+def copy(trainer: Trainer, tmp_path: Path) -> Checkpoints:
+    shutil.copytree(trainer.checkpoints.folder, tmp_path / "checkpoints")
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def load(checkpoints: Checkpoints, trainer: Trainer) -> tuple[Any, dict[str, torch.Tensor]]:
+    state = checkpoints.load(trainer.engine.deepspeed)
+    return state, full_weights(trainer.engine.deepspeed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(trainer, copy, capsys, name):
+    shutil.move(copy.folder / NEWER, copy.folder.parent / NEWER)
+    _, expected = load(copy, trainer)
+    shutil.move(copy.folder.parent / NEWER, copy.folder / NEWER)
+    DAMAGES["bit in the middle flipped"](copy.folder / NEWER / name)
+    state, weights = load(copy, trainer)
+    assert state["step"] == 1
+    assert all(torch.equal(weights[key], value) for key, value in expected.items())
+    out = capsys.readouterr().out
+    assert "warning" in out
+    assert str(copy.folder / NEWER) in out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_damage_to_every_file_is_found(copy, name, how):
+    if name == "sha256.json" and how.startswith("one byte"):
+        pytest.skip("the end of the line of a JSON file says nothing")
+    DAMAGES[how](copy.folder / NEWER / name)
+    assert checkpoint.damage(copy.folder / NEWER)
+    assert checkpoint.damage(copy.folder / OLDER) is None
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_flipped_bit_is_found(tmp_path, name):
+    for file in checkpoint.FILES:
+        (tmp_path / file).write_bytes(f"what is in {file}".encode())
+    write_json(tmp_path / "sha256.json", {file: sha256_files([tmp_path / file]) for file in checkpoint.FILES})
+    assert checkpoint.damage(tmp_path) is None
+    data = (tmp_path / name).read_bytes()
+    for place in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[place] ^= 1 << bit
+            (tmp_path / name).write_bytes(changed)
+            assert checkpoint.damage(tmp_path), (place, bit)
+
+
+@pytest.mark.slow
+def test_training_starts_again_if_no_checkpoint_is_intact(trainer, copy, capsys):
+    for name in (OLDER, NEWER):
+        flip(copy.folder / name / "weights.safetensors", 0.5)
+    assert copy.load(trainer.engine.deepspeed) is None
+    out = capsys.readouterr().out
+    assert all(str(copy.folder / name) in out for name in (OLDER, NEWER))
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
+    flip(copy.folder / NEWER / "exp_avg.safetensors", 0.5)
+    copy.load(trainer.engine.deepspeed)
+    copy.save(trainer.engine.deepspeed, 3, {"history": [], "watch": []})
+    assert sorted(path.name for path in copy.folder.iterdir()) == [OLDER, "step-000000003"]
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_world, tmp_path):
+    other = tiny_job(tiny_world, tmp_path, {"text": {"config": {"hidden_size": 16}}})
+    made = Trainer(other, Pretrain.model_validate(other.config), 0, NullSink())
+    with pytest.raises(ValueError, match=NEWER):
+        trainer.checkpoints.load(made.engine.deepspeed)
+
+
+@pytest.mark.slow
+def test_two_processes_skip_the_same_damaged_checkpoint(base, tiny_world, tmp_path):
+    differences = {"checkpoint_every": 3, "processes": 2, "steps": 12}
+    job = tiny_job(tiny_world, tmp_path, differences)
+    process = start(job, tmp_path, processes=2)
+    wait_for(process, "step 8/12")
+    trainers(process)[0].kill()
+    process.communicate()
+    flip(Path(job.scratch) / "checkpoints-0" / "step-000000006" / "weights.safetensors", 0.5)
+    out = finish(start(job, tmp_path, processes=2))
+    assert out.count("step-000000006") == 1
+    assert "after step 3" in out
+    assert losses(job) == pytest.approx(losses(base), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(monkeypatch):
+    """The other process's view of the file system is damaged, this one's is not."""
+    monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
+
+    def gather(found: list[str | None], own: str | None) -> None:
+        found[:] = [own, "weights.safetensors does not match its hash"]
+
+    monkeypatch.setattr(checkpoint.dist, "all_gather_object", gather)
+    assert checkpoint._first_problem(None) == "weights.safetensors does not match its hash"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_without_manual_help_ends_like_an_uninterrupted_one(base, tiny_world, tmp_path, monkeypatch):
+    from tests.test_resume import interrupted
+
+    job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
+    interrupted(job, 9, monkeypatch)
+    flip(Path(job.scratch) / "checkpoints-0" / "step-000000008" / "weights.safetensors", 0.7)
+    train(job)
+    assert losses(job) == losses(base)
+    assert math.isfinite(losses(job)[-1])

@@ -1,0 +1,295 @@
+"""Reasoning of models: cut off by every captioner, and found where it cannot be cut off."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from lotlip.captioning.quality import broken_rule, measure
+from lotlip.captioning.reasoning import cut_reasoning, reasoning
+from lotlip.config import CaptionStage, Quality, TableCaptioner
+from lotlip.gate import GateFailed
+from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.validation import gate_caption
+from tests.captioning_server import CaptioningServer, saying
+from tests.test_endpoint_captioner import captioner, no_key, record, records, words  # noqa: F401 (a fixture)
+from tests.test_quality import written
+
+TEXT = "A red house stands by a lake. Two trees are behind it."
+WITH_AN_ANSWER = [
+    f"<think>Okay, a house.</think>\n\n{TEXT}",
+    f"<think>\n\n</think>\n\n{TEXT}",
+    f"Okay, the user wants a caption. A house.\n</think>\n{TEXT}",
+    f"<THINKING lang='en'>A house?</THINKING>{TEXT}",
+    f"<reasoning>A house.</reasoning>{TEXT}",
+    f"<think>I may use <think> tags.</think> then more </think>{TEXT}",
+    f"<think>one</think><think>two</think>{TEXT}",
+    f"<think>a house</think><answer>{TEXT}</answer>",
+    f"{TEXT}<think>and now",
+    f"[THINK]a house[/THINK]{TEXT}",
+    f"◁think▷a house◁/think▷{TEXT}",
+    f"<seed:think>a house</seed:think>{TEXT}",
+    f"<|begin_of_thought|>a house<|end_of_thought|><|begin_of_solution|>{TEXT}<|end_of_solution|>",
+    f"<|START_THINKING|>a house<|END_THINKING|><|START_RESPONSE|>{TEXT}<|END_RESPONSE|>",
+    f"<unused94>thought a house<unused95>{TEXT}",
+    f"<|channel|>analysis<|message|>A house.<|end|><|start|>assistant<|channel|>final<|message|>{TEXT}<|return|>",
+    f"<|channel|>analysis<|message|>A house.<|end|><|start|>assistant<|channel|>final<|message|>{TEXT}",
+    f"analysisA house it is.assistantfinal{TEXT}",
+    f"analysis A house it is. assistantfinal {TEXT}",
+]
+WITHOUT_AN_ANSWER = [
+    "<think>Okay, a house. It is",
+    "<think>Okay, a house.</think>",
+    "Okay, a house.</think>  ",
+    "<think>",
+    "<|channel|>analysis<|message|>A house. It",
+    "<|channel|>analysis<|message|>A house.<|end|><|start|>assistant<|channel|>final<|message|>",
+    "analysisWe see a house",
+]
+CLEAN = [
+    TEXT,
+    "I think <b>this</b> is a house; the sign says [STOP] and 5 < 6 > 4.",
+    "analysis of the picture shows a house.",
+    "A thinking man sits by the reasoning engine.",
+]
+
+
+@pytest.mark.parametrize("text", WITH_AN_ANSWER)
+def test_reasoning_is_cut_off_and_the_answer_stays(text):
+    assert cut_reasoning(text) == TEXT
+    assert cut_reasoning(TEXT) == TEXT
+
+
+@pytest.mark.parametrize("text", WITHOUT_AN_ANSWER)
+def test_nothing_is_left_of_a_text_that_is_all_reasoning(text):
+    assert cut_reasoning(text) == ""
+
+
+@pytest.mark.parametrize("text", CLEAN)
+def test_a_text_without_reasoning_stays_as_it_is(text):
+    assert cut_reasoning(f" {text}\n") == text
+    assert reasoning(text) == ""
+
+
+# --- captioners -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [WITH_AN_ANSWER[0], WITH_AN_ANSWER[2], WITH_AN_ANSWER[15]])
+def test_an_endpoint_s_caption_has_no_reasoning(text):
+    with CaptioningServer(lambda image, number: saying(text, reasoning_content="Okay, a house.")) as server:
+        (found,) = captioner(server.url).caption(records(1))
+    assert isinstance(found, Caption)
+    assert found.text == TEXT
+    assert found.sub_captions == ["A red house stands by a lake", "Two trees are behind it"]
+    assert found.tokens == words(TEXT)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [("<think>Okay, a house", {}), ("", {"reasoning_content": "Okay, a house"}), (None, {"reasoning": "A house"})],
+)
+def test_an_endpoint_s_answer_that_is_all_reasoning_is_a_failure_that_is_not_asked_again(text, field):
+    with CaptioningServer(lambda image, number: saying(text, "length", **field)) as server:
+        (found,) = captioner(server.url).caption(records(1))
+    assert isinstance(found, Failure)
+    assert found.kind == "empty"
+    assert "reasoning" in found.reason and "max_tokens" in found.reason
+    assert max(server.tries.values()) == 1
+
+
+def test_a_table_s_captions_have_no_reasoning(tmp_path):
+    from lotlip.captioning.table import TableCaptioner as Table
+
+    rows = {"key": ["k0", "k1", "k2"], "captioner": ["llava"] * 3}
+    pd.DataFrame({**rows, "text": [WITH_AN_ANSWER[0], WITHOUT_AN_ANSWER[0], TEXT]}).to_parquet(tmp_path / "t.parquet")
+    table = Table("llava", TableCaptioner(kind="table", path=tmp_path / "t.parquet"), words)
+    first, second, third = table.caption(records(3))
+    assert isinstance(first, Caption) and isinstance(third, Caption)
+    assert first.text == third.text == TEXT
+    assert isinstance(second, Failure)
+    assert second.kind == "empty"
+
+
+def test_each_column_of_a_table_is_cut_for_itself(tmp_path):
+    from lotlip.captioning.table import TableCaptioner as Table
+
+    data = {"key": ["k0"], "short": ["A house."], "long": [f"a house?</think>{TEXT}"]}
+    pd.DataFrame(data).to_parquet(tmp_path / "t.parquet")
+    settings = TableCaptioner(kind="table", path=tmp_path / "t.parquet", captioner=None, text=["short", "long"])
+    (found,) = Table("llava", settings, words).caption(records(1))
+    assert isinstance(found, Caption)
+    assert found.text == f"A house.\n{TEXT}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("special", [False, True])
+def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
+    """The markers may be ordinary words of the tokenizer, or special tokens that decoding leaves out."""
+    from transformers import AutoTokenizer
+
+    from lotlip.captioning.mllm import _Mllm
+    from tests.tiny_mllm import save_llava
+
+    tokenizer = AutoTokenizer.from_pretrained(save_llava(tmp_path / "llava"), trust_remote_code=False)
+    tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
+    mllm = object.__new__(_Mllm)
+    mllm._processor = type("Processor", (), {"tokenizer": tokenizer})()
+    mllm._ends = [tokenizer.eos_token_id]
+
+    def answer(text: str):
+        return mllm._answer([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+
+    plain = answer("a dog on the grass").text
+    assert answer("<think> a house by the sea </think> a dog on the grass").text == plain != ""
+    assert answer("a house by the sea </think> a dog on the grass").text == plain
+    nothing = answer("<think> a dog on the grass")
+    assert (nothing.text, nothing.reasoned) == ("", True)
+
+
+# --- what was stored before -------------------------------------------------------------------------------------------
+
+
+def test_reasoning_in_an_older_store_is_cut_off_when_it_is_published():
+    from lotlip.captioning.partition import _without_reasoning
+
+    stored = Caption("k0", "llava", WITH_AN_ANSWER[0], [], 0, "stop", "m@1", "What?")
+    assert _without_reasoning(stored) == replace(stored, text=TEXT)
+    assert _without_reasoning(replace(stored, text=TEXT)).text == TEXT
+    found = _without_reasoning(replace(stored, text=WITHOUT_AN_ANSWER[0]))
+    assert isinstance(found, Failure)
+    assert found.kind == "empty"
+
+
+# --- rule and gate ----------------------------------------------------------------------------------------------------
+
+LEFT = [
+    "Okay, let's see. There is a house by a lake and two trees.",
+    "The user wants me to describe the picture. I see a house.",
+    "So the user asks for details, and I need to describe the house.",
+    "Wait, the image also has a lake behind the house.",
+    "&lt;think&gt;A house&lt;/think&gt; A house by a lake.",
+    "A house by a lake.<|end|>",
+]
+
+
+@pytest.mark.parametrize("text", LEFT)
+def test_reasoning_that_could_not_be_cut_off_breaks_a_rule(text):
+    caption = measure(Caption("k", "llava", text, [text], 9, "stop", "m@1", ""), frozenset(), [])
+    failure = broken_rule(caption, Quality())
+    assert failure is not None
+    assert failure.kind == "reasoning"
+    assert caption.reasoning in failure.reason
+    assert broken_rule(caption, Quality(reasoning=False)) is None
+
+
+def test_captions_that_show_reasoning_fail_the_gate_whether_or_not_the_rule_drops_them(tmp_path, without_pages):
+    reports = written(tmp_path)
+    dropped = [Failure(f"d{number}", "llava", "shows reasoning", "reasoning") for number in range(20)]
+    spoilt = replace(reports[0], read=220, failures=dropped)
+    with pytest.raises(GateFailed, match=r"show the model's reasoning"):
+        gate_caption(CaptionStage(), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
+    gate_caption(CaptionStage(max_reasoning_share=0.1), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
+
+
+# --- answers of other shapes ------------------------------------------------------------------------------------------
+
+
+def parts(*found: object) -> list[object]:
+    return list(found)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        parts({"type": "text", "text": TEXT}),
+        parts({"type": "text", "text": TEXT[:30]}, {"type": "text", "text": TEXT[30:]}),
+        parts(
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "output_text", "text": TEXT}
+        ),
+        parts({"text": TEXT}),
+        parts(TEXT),
+    ],
+)
+def test_parts_of_an_answer_are_joined(content):
+    with CaptioningServer(lambda image, number: saying(content)) as server:
+        (found,) = captioner(server.url).caption(records(1))
+    assert isinstance(found, Caption)
+    assert found.text == TEXT
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (7, "malformed"),
+        ({"text": TEXT}, "malformed"),
+        (parts(7), "malformed"),
+        (parts({"type": "image_url", "image_url": {}}), "malformed"),
+        (parts({"type": "text", "text": None}), "malformed"),
+        (parts({"type": "refusal", "refusal": "I will not."}), "refused"),
+        (parts(), "empty"),
+        (True, "malformed"),
+    ],
+)
+def test_an_answer_that_no_other_try_would_change_is_one_failure_and_paid_for_once(content, kind):
+    with CaptioningServer(lambda image, number: saying(content)) as server:
+        found = list(captioner(server.url).caption(records(3)))
+    assert [getattr(item, "kind", None) for item in found] == [kind] * 3
+    assert max(server.tries.values()) == 1
+
+
+@pytest.mark.parametrize("number", [400, 413, 422])
+def test_a_request_that_a_server_refuses_is_not_sent_again(number):
+    from tests.captioning_server import status
+    from tests.test_endpoint_captioner import spoilt
+
+    with CaptioningServer(spoilt(status(number), 9)) as server:
+        found = list(captioner(server.url, retries=5).caption(records(2)))
+    assert [getattr(item, "kind", None) for item in found] == ["rejected", None]
+    assert max(server.tries.values()) == 1
+
+
+def test_half_of_a_surrogate_pair_does_not_stop_a_partition():
+    from lotlip.captioning.endpoint import EndpointCaptioner
+    from lotlip.data.tokenizer import count_tokens
+
+    with CaptioningServer(lambda image, number: saying("A red \ud83d house.")) as server:
+        author = captioner(server.url)
+        counted = EndpointCaptioner("llava", author.settings, count_tokens("bert-base-uncased"))
+        (found,) = counted.caption([record(0)])
+    assert isinstance(found, Caption)
+    assert found.text == "A red \ufffd house."
+
+
+# --- parameters that a model does not take ----------------------------------------------------------------------------
+
+
+def sent(**changes: object) -> dict[str, object]:
+    with CaptioningServer() as server:
+        list(captioner(server.url, **changes).caption(records(1)))
+    return {name: value for name, value in server.requests[-1].items() if name not in ("model", "messages")}
+
+
+def test_each_parameter_can_be_left_out_of_the_request():
+    whole = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert sent() == whole
+    for name in whole:
+        assert sent(**{name: None}) == {key: value for key, value in whole.items() if key != name}
+    assert sent(**dict.fromkeys(whole)) == {}
+
+
+def test_max_completion_tokens_takes_the_place_of_max_tokens():
+    assert sent(max_completion_tokens=4096, temperature=None, top_p=None, seed=None) == {"max_completion_tokens": 4096}
+    with pytest.raises(ValueError, match=r"max_completion_tokens.*remove max_tokens"):
+        captioner("http://127.0.0.1:1/v1", max_completion_tokens=9, max_tokens=9)
+
+
+def test_images_records_stay_in_order_with_failures_between(monkeypatch):
+    given = [record(number) for number in range(4)]
+    assert all(isinstance(one, ImageRecord) for one in given)
+    images = {given[1].image: "<think>hm", given[2].image: f"hm</think>{TEXT}"}
+    with CaptioningServer(lambda image, number: saying(images[image]) if image in images else None) as server:
+        found = list(captioner(server.url).caption(given))
+    assert [item.key for item in found] == ["k0", "k1", "k2", "k3"]
+    assert [type(item) for item in found] == [Caption, Failure, Caption, Caption]
