@@ -239,6 +239,6 @@ def test_the_table_sums_up() -> None:
     passed = Result(plan(0, 1), compared=True, seconds=3.0)
     skipped = Result(Spec(1, "disk", "TMPDIR", "full", 1), skipped="no root")
     text = table(table_rows([passed, skipped]))
-    assert "| kill | top | SIGKILL | 0 | 0 | 0 | 0 | 0 | 3 |" in text
+    assert "| kill | top | SIGKILL | 0 | 0 | 0 | 0 | 0 | 0 | 3 |" in text
     assert "full (skipped)" in text
     assert "| all |" in text.splitlines()[-1]

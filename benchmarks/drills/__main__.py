@@ -45,7 +45,17 @@ def main(arguments: argparse.Namespace) -> int:
     if not isolated:
         parallel = 1
         print("no namespaces here (they need root): one drill at a time, and none with a full disk", flush=True)
-    settings = Settings(folder, isolated, seed, tuple(arguments.kinds), arguments.count, deadline, arguments.first)
+    settings = Settings(
+        folder,
+        isolated,
+        seed,
+        tuple(arguments.kinds),
+        arguments.count,
+        deadline,
+        arguments.first,
+        arguments.kills,
+        arguments.prebuilt,
+    )
     results, reference = _run(settings, parallel)
     rows = table_rows(results)
     print(f"\n{table(rows)}\n")
@@ -78,6 +88,8 @@ class Settings:
         count: of drills; None: until the deadline.
         deadline: by the monotonic clock, after which no drill starts.
         first: number of the first drill.
+        kills: at most in one drill.
+        prebuilt: folder of what is put into the place before the first run.
     """
 
     folder: Path
@@ -87,6 +99,8 @@ class Settings:
     count: int | None
     deadline: float
     first: int
+    kills: int
+    prebuilt: Path | None
 
 
 def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any]]:
@@ -165,12 +179,12 @@ def _worker(found: Any, work: Any, settings: Settings, number: int, *arguments: 
 
 def _prepare(found: Any, settings: Settings, place: Place) -> None:
     place.clear()
-    found.put(("reference", prepare(place, settings.folder, PREPARATION_LIMIT_SECONDS)))
+    found.put(("reference", prepare(place, settings.folder, PREPARATION_LIMIT_SECONDS, settings.prebuilt)))
 
 
 def _drill(found: Any, settings: Settings, place: Place, reference: Any, numbers: Any) -> None:
     limit = max(LEAST_LIMIT_SECONDS, 3 * reference.seconds)
-    bench = Bench(place, settings.folder, reference, settings.isolated, limit)
+    bench = Bench(place, settings.folder, reference, settings.isolated, limit, kills=settings.kills)
     while time.monotonic() < settings.deadline:
         with numbers.get_lock():
             number = numbers.value
@@ -212,6 +226,7 @@ def table_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
                 "left_behind": 0,
                 "failed": 0,
                 "skipped": 0,
+                "slowest_stop": 0.0,
                 "seconds": 0.0,
             },
         )
@@ -222,18 +237,33 @@ def table_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
         row["left_behind"] += len(result.left)
         row["failed"] += not result.passed
         row["skipped"] += bool(result.skipped)
+        row["slowest_stop"] = max([row["slowest_stop"], *(hit.stopped_seconds for hit in result.disturbances)])
         row["seconds"] += result.seconds
     return [rows[key] for key in sorted(rows)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    names = ("drill", "target", "signal", "tried", "recovered", "identical", "left behind", "failed drills", "seconds")
-    keys = ("kind", "target", "how", "tried", "recovered", "identical", "left_behind", "failed", "seconds")
+    names = ["drill", "target", "signal", "tried", "recovered", "identical", "left behind", "failed drills"]
+    keys = [
+        "kind",
+        "target",
+        "how",
+        "tried",
+        "recovered",
+        "identical",
+        "left_behind",
+        "failed",
+        "slowest_stop",
+        "seconds",
+    ]
     total = {key: sum(row[key] for row in rows) for key in keys[3:]} | {"kind": "all", "target": "", "how": ""}
-    lines = [[*names], ["---"] * len(names)]
+    total["slowest_stop"] = max((row["slowest_stop"] for row in rows), default=0.0)
+    names += ["slowest stop (s)", "seconds"]
+    keys += ["slowest_stop", "seconds"]
+    lines = [names, ["---"] * len(names)]
     for row in [*rows, total]:
-        cells = [f"{row[key]:.0f}" if key == "seconds" else str(row[key]) for key in keys]
+        cells = [f"{row[key]:.0f}" if key in keys[-2:] else str(row[key]) for key in keys]
         if row.get("skipped"):
             cells[2] += " (skipped)"
         lines.append(cells)
@@ -260,6 +290,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, help="of all that is random; drawn and printed without it")
     parser.add_argument("--first", type=int, default=0, help="number of the first drill: repeats one with --count 1")
+    parser.add_argument("--kills", type=int, default=9, help="in one drill at most")
+    parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ to start from: what takes long")
     parser.add_argument("--parallel", type=int, help="drills at a time (default: 2 as root, else 1)")
     parser.add_argument("--folder", type=Path, help="new folder for all that is written (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")

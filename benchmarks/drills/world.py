@@ -274,18 +274,22 @@ class Run:
             raise TimeoutError(f"did not end within {seconds:.0f} s") from None
 
 
-def prepare(place: Place, folder: Path, limit: float) -> Reference:
+def prepare(place: Place, folder: Path, limit: float, prebuilt: Path | None = None) -> Reference:
     """Makes a checkout, runs it undisturbed, and keeps both states in `folder` as `fresh` and `done`.
 
     Args:
         place: where the checkout is made.
         folder: that takes the states, and the run's log.
         limit: seconds that the run may take.
+        prebuilt: folder of what takes long to make and is copied instead, such as DeepSpeed's operation in
+            `cache/torch_extensions` and Prefect's database in `project/.prefect`.
 
     Raises:
         RuntimeError: the run failed.
     """
     place.make()
+    if prebuilt:
+        subprocess.run(["cp", "-a", f"{prebuilt}/.", str(place.root)], check=True)
     place.copy_to(folder / "fresh")
     run = place.start(REPRODUCE, "reference", folder / "reference.log")
     starts: dict[str, float] = {}
