@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 from benchmarks.drills.__main__ import explain, table, table_rows
 from benchmarks.drills.drills import KILLS, KINDS, Bench, Drill, Result, Spec, plan
@@ -219,6 +220,48 @@ def test_a_child_that_outlives_its_killed_parent_is_counted(drill: Callable[...,
     assert any("process after" in line and "sleep" in line for line in result.left)
     assert not result.passed
     assert marked(result.spec.name, place.root) == []
+
+
+def test_a_drill_that_is_not_possible_here_says_so(place: Place, tmp_path: Path) -> None:
+    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
+    result = bench.run(Spec(0, "disk", "TMPDIR", "full", seed=1))
+    assert result.passed
+    assert "root" in result.skipped
+
+
+def test_damaged_input_that_goes_unnoticed_is_counted(place: Place, tmp_path: Path) -> None:
+    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
+    drill = Drill(bench, Spec(0, "flip", "output", "then the stage alone", seed=1))
+    _write(place.project / "report/report.md", "of damaged scores")
+    drill._nothing_false("shard")
+    assert drill.result.problems == []
+    drill._nothing_false("report")
+    assert "report/report.md" in drill.result.problems[0]
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_damage_changes_a_file(place: Place, tmp_path: Path, truncate: bool) -> None:
+    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
+    Drill(bench, Spec(0, "flip", "output", "", seed=1))._damage(
+        place.project / "data/shards/train-000000.tar", truncate
+    )
+    assert differences(bench.reference.outputs, place.project) == ["different: data/shards/train-000000.tar"]
+
+
+def test_rewinding_undoes_stages(place: Place) -> None:
+    lock = {"schema": "2.0", "stages": {}}
+    cache = place.project / ".dvc/cache/files/md5"
+    for stage, out, md5 in (("ingest", "data/ingest", "aa1.dir"), ("report", "report", "bb2.dir")):
+        lock["stages"][stage] = {"outs": [{"path": out, "md5": md5}]}
+        _write(cache / md5[:2] / md5[2:], json.dumps([{"md5": f"{md5[:2]}9", "relpath": "x"}]))
+        _write(cache / md5[:2] / "9", "x")
+    _write(place.project / "data/ingest/x", "x")
+    _write(place.project / "dvc.lock", yaml.safe_dump(lock))
+    place.rewind(["report"])
+    assert not (place.project / "report").exists()
+    assert (place.project / "data/ingest/x").is_file()
+    assert list(yaml.safe_load((place.project / "dvc.lock").read_text())["stages"]) == ["ingest"]
+    assert sorted(path.relative_to(cache).as_posix() for path in cache.glob("*/*")) == ["aa/1.dir", "aa/9"]
 
 
 def test_every_kind_comes_early_and_every_kill_comes() -> None:

@@ -35,10 +35,13 @@ PREPARATION_LIMIT_SECONDS = 1200.0
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the drills, prints the table and returns the exit status."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
     deadline = time.monotonic() + arguments.minutes * 60
     folder = Path(tempfile.mkdtemp(prefix="lotlip-drills-")) if arguments.folder is None else arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        sys.exit(f"error: {folder} is not empty; name a new folder")
     isolated = isolation.can_isolate()
     parallel = arguments.parallel or (2 if isolated else 1)
     print(f"seed {seed}; {parallel} at a time in {folder}", flush=True)
@@ -107,61 +110,60 @@ def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any
     """Makes the reference run, then runs drills in some workers; gives their results as far as they came."""
     context = multiprocessing.get_context("fork")
     found: Any = context.Queue()
-    _in_worker(context, found, _prepare, settings, 0)
-    kind, reference = found.get()
-    if kind == "error":
-        sys.exit(f"error: {reference}")
-    print(
-        f"an undisturbed run takes {reference.seconds:.0f} s and writes {len(reference.outputs)} files: "
-        + ", ".join(f"{name} {reference.duration(number):.0f} s" for number, name in enumerate(reference.stages)),
-        flush=True,
-    )
-    numbers = context.Value("i", settings.first)
-    workers = []
-    for worker in range(parallel):
-        workers.append(_in_worker(context, found, _drill, settings, worker, reference, numbers, wait=False))
     results: list[Result] = []
-    running = parallel
+    workers = [_in_worker(context, found, _prepare, settings, 0)]
     try:
-        while running:
-            try:
-                kind, content = found.get(timeout=5)
-            except queue.Empty:
-                running = sum(worker.is_alive() for worker in workers)
-                continue
-            if kind == "result":
-                results.append(content)
-                _progress(content, results, settings)
-            elif kind == "error":
-                sys.exit(f"error: {content}")
-            else:
-                running -= 1
+        kind, reference = _next(found, workers)
+        if kind != "reference":
+            sys.exit(f"error: {reference or 'the undisturbed run ended without a word'}")
+        workers.pop().join()
+        print(
+            f"an undisturbed run takes {reference.seconds:.0f} s and writes {len(reference.outputs)} files: "
+            + ", ".join(f"{name} {reference.duration(number):.0f} s" for number, name in enumerate(reference.stages)),
+            flush=True,
+        )
+        numbers = context.Value("i", settings.first)
+        workers += [_in_worker(context, found, _drill, settings, n, reference, numbers) for n in range(parallel)]
+        while (message := _next(found, workers))[0] == "result":
+            results.append(message[1])
+            _progress(message[1], results, settings)
+        if message[0] == "error":
+            sys.exit(f"error: {message[1]}")
     except KeyboardInterrupt:
         print("stopped; the table has what was done", file=sys.stderr)
+        if not results:
+            sys.exit(130)
     finally:
         for process in workers:
-            if process.is_alive():
-                process.terminate()
+            process.terminate()
+        for process in workers:
             process.join()
     seconds = {"seconds": reference.seconds, "stages": dict(zip(reference.stages, reference.starts, strict=True))}
     return sorted(results, key=lambda result: result.spec.number), seconds
 
 
-def _in_worker(context: Any, found: Any, work: Any, settings: Settings, *arguments: Any, wait: bool = True) -> Any:
-    """Starts a worker process, which sends what it finds; waits for its end if asked to."""
+def _in_worker(context: Any, found: Any, work: Any, settings: Settings, *arguments: Any) -> Any:
+    """Starts a worker process, which sends what it finds."""
     process = context.Process(target=_worker, args=(found, work, settings, *arguments))
     process.start()
-    if wait:
-        while process.is_alive() and found.empty():
-            time.sleep(0.1)
-        if found.empty():
-            found.put(("error", "the worker ended without a word"))
     return process
+
+
+def _next(found: Any, workers: Sequence[Any]) -> tuple[str, Any]:
+    """What a worker sends next; ("end", None) when all have ended."""
+    while True:
+        alive = any(worker.is_alive() for worker in workers)
+        try:
+            return found.get(timeout=1)
+        except queue.Empty:
+            if not alive:
+                return "end", None
 
 
 def _worker(found: Any, work: Any, settings: Settings, number: int, *arguments: Any) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an ordinary end, which ends what a drill has started
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process says when to end
+    # the main process says when to end; a handler, unlike SIG_IGN, is not inherited by the programs under test
+    signal.signal(signal.SIGINT, lambda *_: None)
     try:
         place = settings.folder / "place"
         place.mkdir(exist_ok=True)
@@ -185,14 +187,14 @@ def _prepare(found: Any, settings: Settings, place: Place) -> None:
 def _drill(found: Any, settings: Settings, place: Place, reference: Any, numbers: Any) -> None:
     limit = max(LEAST_LIMIT_SECONDS, 3 * reference.seconds)
     bench = Bench(place, settings.folder, reference, settings.isolated, limit, kills=settings.kills)
-    while time.monotonic() < settings.deadline:
+    parent = multiprocessing.parent_process()
+    while time.monotonic() < settings.deadline and parent is not None and parent.is_alive():
         with numbers.get_lock():
             number = numbers.value
             numbers.value += 1
         if settings.count is not None and number >= settings.first + settings.count:
             break
         found.put(("result", bench.run(plan(number, settings.seed, settings.kinds))))
-    found.put(("done", None))
 
 
 def _progress(result: Result, results: Sequence[Result], settings: Settings) -> None:
