@@ -197,7 +197,7 @@ def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], pl
     result = drill(after="sys.exit('cannot go on')")
     assert not result.passed
     assert [hit.recovered for hit in result.disturbances] == [False]
-    assert "cannot go on" in Path(result.kept, "log.txt").read_text()
+    assert "cannot go on" in Path(result.kept, "run-2.log").read_text()
     assert Path(result.kept, "project", "trace").is_file()
     (row,) = table_rows([result])
     assert (row["tried"], row["recovered"], row["identical"], row["failed"]) == (1, 0, 0, 1)

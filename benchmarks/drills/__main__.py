@@ -274,7 +274,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def explain(result: Result) -> str:
     """Why a drill failed, in some lines."""
-    lines = [f"FAILED {result.spec.name} ({result.state}); log: {result.kept}/log.txt"]
+    lines = [f"FAILED {result.spec.name} ({result.state}); logs: {result.kept}/run-*.log"]
     lines += [f"  {hit.moment}{'' if hit.recovered else ': NOT RECOVERED'}" for hit in result.disturbances]
     for name, found in (("problem", result.problems), ("output", result.different), ("left", result.left)):
         lines += [f"  {name}: {line}" for line in found[:8]]

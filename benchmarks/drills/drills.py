@@ -204,7 +204,7 @@ class Drill:
         self.chance = spec.chance()
         self.folder = bench.folder / "failed" / spec.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.log = self.folder / "log.txt"
+        self.runs = 0
         self.mounted: list[Path] = []
         self.when = 0.0  # of the first kill, in seconds of the reference run
         self.overlapped = False  # whether the last run was started beside remains of the one before
@@ -243,10 +243,11 @@ class Drill:
             self.place.rewind(self.reference.stages[stage:])
             self.result.state = f"before {self.reference.stages[stage]}"
 
-    def start(self, command: Sequence[str] = REPRODUCE, log: Path | None = None) -> Run:
-        """Starts a program."""
+    def start(self, command: Sequence[str] = REPRODUCE) -> Run:
+        """Starts a program, with a log of its own: what an earlier one has left may still write to its log."""
+        self.runs += 1
         self.overlapped = bool(marked(self.spec.name, self.place.root))
-        return self.place.start(command, self.spec.name, log or self.log)
+        return self.place.start(command, self.spec.name, self.folder / f"run-{self.runs}.log")
 
     def hit(self, moment: str) -> Disturbance:
         """Records a disturbance."""
@@ -300,7 +301,6 @@ class Drill:
         stage = self._uniform_moment(alone)
         self.restore(stage)
         command: Sequence[str] = self._alone(stage or 0) if alone else REPRODUCE
-        log_start = self.log.stat().st_size if self.log.exists() else 0
         for number in range(self.chance.randint((self.bench.kills + 1) // 2, self.bench.kills)):
             moment = self._moment(first=number == 0, alone=alone)
             run = self.start(command)
@@ -325,9 +325,10 @@ class Drill:
         if alone:
             self.settle()
             self._undisturbed()
-        text = self.log.read_text(errors="replace")[log_start:]
-        if "Traceback (most recent call last)" in text:
-            self.result.remarks.append(f"{text.count('Traceback (most recent call last)')} tracebacks")
+        texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("run-*.log"))}
+        traced = [name for name, text in texts.items() if "Traceback (most recent call last)" in text]
+        if traced:
+            self.result.remarks.append(f"tracebacks in {', '.join(traced)}")
         self.compare()
 
     def _uniform_moment(self, alone: bool) -> int | None:
@@ -506,7 +507,7 @@ class Drill:
         gap = self.chance.choice([0.0, self.chance.uniform(0, 3), self.chance.uniform(0, self.reference.startup + 5)])
         first = self.start(command)
         first.wait_for(lambda: first.seconds >= gap, gap + 60)
-        second = self.start(command, self.folder / "second.txt")
+        second = self.start(command)
         self.hit(f"a second {command[2]} after {gap:.1f} s")
         statuses = [self.end(first, self.bench.limit), self.end(second, self.bench.limit)]
         self.result.remarks.append(f"they ended with {statuses}")

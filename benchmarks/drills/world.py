@@ -212,7 +212,7 @@ class Run:
         place: the checkout's folders.
         command: the program and its arguments.
         marker: of the drill.
-        log: takes what the program prints; added to what is there.
+        log: file that takes what the program prints.
 
     Attributes:
         process: the program, leader of a group and session of its own.
@@ -221,10 +221,9 @@ class Run:
 
     def __init__(self, place: Place, command: Sequence[str], marker: str, log: Path) -> None:
         self.place, self.command, self.marker, self.log = place, command, marker, log
-        with log.open("ab") as output:
-            output.write(f"\n=== {time.strftime('%H:%M:%S')} {' '.join(command)}\n".encode())
+        with log.open("wb") as output:
+            output.write(f"=== {time.strftime('%H:%M:%S')} {' '.join(command)}\n".encode())
             output.flush()
-            self.offset = output.tell()
             self.started = time.monotonic()
             self.process = subprocess.Popen(
                 command,
@@ -238,9 +237,7 @@ class Run:
 
     def output(self) -> str:
         """What the program has printed so far."""
-        with self.log.open("rb") as file:
-            file.seek(self.offset)
-            return file.read().decode(errors="replace")
+        return self.log.read_text(errors="replace")
 
     @property
     def ended(self) -> bool:
