@@ -189,7 +189,7 @@ def drill(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 def test_a_run_that_recovers_passes(drill: Callable[..., Result]) -> None:
     result = drill()
     assert result.passed, explain(result)
-    assert len(result.disturbances) >= 5
+    assert len(result.disturbances) >= 6
     assert not result.kept
 
 

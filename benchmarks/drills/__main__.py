@@ -292,7 +292,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, help="of all that is random; drawn and printed without it")
     parser.add_argument("--first", type=int, default=0, help="number of the first drill: repeats one with --count 1")
-    parser.add_argument("--kills", type=int, default=9, help="in one drill at most")
+    parser.add_argument("--kills", type=int, default=12, help="in one drill at most")
     parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ to start from: what takes long")
     parser.add_argument("--parallel", type=int, help="drills at a time (default: 2 as root, else 1)")
     parser.add_argument("--folder", type=Path, help="new folder for all that is written (default: a temporary one)")

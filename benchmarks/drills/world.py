@@ -25,7 +25,16 @@ RUNNING = re.compile(r"^Running stage '(.+)':", re.MULTILINE)
 ENDING_SECONDS = 20.0  # in which what a stopped run leaves running must end
 
 # Not compared by name: what changes in them is no trace of a disturbance.
-_NOISY = (".git", ".prefect", ".lotlip/gates", ".lotlip/logs", ".dvc/cache/files", "mlruns", *OUTPUTS)
+_NOISY = (
+    ".git",
+    ".prefect",
+    ".lotlip/gates",
+    ".lotlip/logs",
+    ".dvc/cache/files",
+    ".dvc/cache/runs",
+    "mlruns",
+    *OUTPUTS,
+)
 
 
 @dataclass
@@ -178,8 +187,10 @@ class Place:
         strange = (path for path in cache.rglob("*") if path.is_file() and not _CACHED.fullmatch(_short(path, cache)))
         left += [f"in DVC's cache: {path.relative_to(cache)}" for path in sorted(strange)]
         lock = self.project / ".dvc" / "tmp" / "rwlock"
-        if lock.is_file() and lock.read_text().strip() not in ("{}",):
-            left.append(f"DVC's lock: {lock.read_text()[:200] or 'empty'}")
+        text = lock.read_text().strip() if lock.is_file() else "{}"
+        if text != "{}":
+            processes = sorted(set(re.findall(r'"pid": (\d+)', text)))
+            left.append(f"DVC's lock: {'held by ' + ', '.join(processes) if processes else text[:80] or 'empty'}")
         return left
 
     def start(self, command: Sequence[str], marker: str, log: Path) -> Run:
