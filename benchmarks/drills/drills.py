@@ -46,6 +46,7 @@ OTHERS = {
     "disk": (("project", "full"), ("scratch", "full"), ("TMPDIR", "full")),
 }
 GIGABYTE = 1 << 30
+TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True)
@@ -326,7 +327,7 @@ class Drill:
             self.settle()
             self._undisturbed()
         texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("run-*.log"))}
-        traced = [name for name, text in texts.items() if "Traceback (most recent call last)" in text]
+        traced = [name for name, text in texts.items() if TRACEBACK in text]
         if traced:
             self.result.remarks.append(f"tracebacks in {', '.join(traced)}")
         self.compare()
@@ -512,7 +513,10 @@ class Drill:
         first.wait_for(lambda: first.seconds >= gap, gap + 60)
         second = self.start(command)
         self.hit(f"a second {command[2]} after {gap:.1f} s")
-        statuses = [self.end(first, self.bench.limit), self.end(second, self.bench.limit)]
+        statuses = [self.end(run, self.bench.limit) for run in (first, second)]
+        for run, status in zip((first, second), statuses, strict=True):
+            if status and TRACEBACK in run.output():  # a refusal is one clear line
+                self.result.problems.append(f"one of the two failed with a traceback; see {run.log.name}")
         self.result.remarks.append(f"they ended with {statuses}")
         if 0 not in statuses:
             self.result.problems.append(f"neither of the two ended well: {statuses}")
