@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 
 from benchmarks.drills.__main__ import explain, table, table_rows
 from benchmarks.drills.drills import KILLS, KINDS, Bench, Drill, Result, Spec, plan
+from benchmarks.drills.isolation import can_isolate, isolate
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import MARKER, Found, end_all, marked, send, wait_until
 from benchmarks.drills.world import Place, Reference
@@ -177,10 +179,10 @@ def drill(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
     def run(after: str = "pass", start: str = "", seconds: float = 0.5, limit: float = 30.0) -> Result:
         _write(place.project / "program.py", PROGRAM.format(after=after, start=start, seconds=seconds))
-        monkeypatch.setattr("benchmarks.drills.drills.REPRODUCE", (sys.executable, "program.py"))
         monkeypatch.setattr(Drill, "_moment", lambda *_, **__: ("in a stage", "Running stage '", 1, 0.2))
         monkeypatch.setattr(Drill, "restore", lambda *_: None)
-        bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=limit, ending=0.5)
+        reference, command = _reference(place), (sys.executable, "program.py")
+        bench = Bench(place, tmp_path / "bench", reference, False, limit=limit, ending=0.5, command=command)
         return bench.run(Spec(0, "kill", "top", "SIGKILL", seed=1))
 
     return run
@@ -227,6 +229,44 @@ def test_a_drill_that_is_not_possible_here_says_so(place: Place, tmp_path: Path)
     result = bench.run(Spec(0, "disk", "TMPDIR", "full", seed=1))
     assert result.passed
     assert "root" in result.skipped
+
+
+# Needs ten megabytes for a while, and says what stopped it.
+LARGE = """
+import pathlib, sys
+big = pathlib.Path("big")
+try:
+    big.write_bytes(bytes(10_000_000))
+except OSError as error:
+    sys.exit(str(error))
+finally:
+    big.unlink()
+"""
+
+
+@pytest.mark.skipif(not can_isolate(), reason="mounting and namespaces need root")
+def test_a_full_disk_is_recovered_from(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(place.project / "program.py", LARGE)
+    monkeypatch.setattr(Drill, "restore", lambda *_: None)
+    command = (sys.executable, "program.py")
+    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=True, limit=30.0, command=command)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe()
+
+    def work() -> None:
+        isolate()
+        drill = Drill(bench, Spec(0, "disk", "project", "full", seed=1))
+        drill.run()
+        sender.send((drill.result, (drill.folder / "run-1.log").read_text()))
+        drill.clean_up()
+
+    process = context.Process(target=work)
+    process.start()
+    process.join(60)
+    assert receiver.poll(), "the drill ended without a result"
+    result, log = receiver.recv()
+    assert "No space left" in log
+    assert result.passed, explain(result)
 
 
 def test_damaged_input_that_goes_unnoticed_is_counted(place: Place, tmp_path: Path) -> None:

@@ -157,6 +157,7 @@ class Bench:
         limit: seconds that a run may take before it counts as hanging.
         ending: seconds in which a stopped run and what it started must have ended.
         kills: at most in one drill.
+        command: that is disturbed and run again.
     """
 
     def __init__(
@@ -168,9 +169,11 @@ class Bench:
         limit: float,
         ending: float = ENDING_SECONDS,
         kills: int = 12,
+        command: Sequence[str] = REPRODUCE,
     ) -> None:
         self.place, self.folder, self.reference, self.isolated = place, folder, reference, isolated
         self.limit, self.ending, self.kills = limit, ending, kills
+        self.command = command
 
     def run(self, spec: Spec) -> Result:
         """Runs one drill; keeps its checkout and log if it fails."""
@@ -244,11 +247,11 @@ class Drill:
             self.place.rewind(self.reference.stages[stage:])
             self.result.state = f"before {self.reference.stages[stage]}"
 
-    def start(self, command: Sequence[str] = REPRODUCE) -> Run:
+    def start(self, command: Sequence[str] | None = None) -> Run:
         """Starts a program, with a log of its own: what an earlier one has left may still write to its log."""
         self.runs += 1
         self.overlapped = bool(marked(self.spec.name, self.place.root))
-        return self.place.start(command, self.spec.name, self.folder / f"run-{self.runs}.log")
+        return self.place.start(command or self.bench.command, self.spec.name, self.folder / f"run-{self.runs}.log")
 
     def hit(self, moment: str) -> Disturbance:
         """Records a disturbance."""
@@ -274,13 +277,13 @@ class Drill:
             self.result.left += [f"listens on port {port}" for port in ports]
             end_all(self.spec.name, self.place.root)
 
-    def recover(self, command: Sequence[str] = REPRODUCE) -> None:
+    def recover(self) -> None:
         """Runs the command to its end; it must end well, which is the last disturbance's recovery.
 
         Raises:
             _Failed: it does not.
         """
-        run = self.start(command)
+        run = self.start()
         status = self.end(run, self.bench.limit)
         if status != 0:
             raise _Failed(f"the run after the disturbance ended with status {status}")
@@ -301,7 +304,7 @@ class Drill:
         alone = target == "alone"
         stage = self._uniform_moment(alone)
         self.restore(stage)
-        command: Sequence[str] = self._alone(stage or 0) if alone else REPRODUCE
+        command: Sequence[str] = self._alone(stage or 0) if alone else self.bench.command
         for number in range(self.chance.randint((self.bench.kills + 1) // 2, self.bench.kills)):
             moment = self._moment(first=number == 0, alone=alone)
             run = self.start(command)
@@ -507,7 +510,7 @@ class Drill:
     def _two(self) -> None:
         stage = self._stage("pretrain") if "pretrain" in self.spec.target else None
         self.restore(self.chance.randrange(len(self.reference.stages)) if stage is None else stage)
-        command = REPRODUCE if stage is None else self._alone(stage)
+        command = self.bench.command if stage is None else self._alone(stage)
         gap = self.chance.choice([0.0, self.chance.uniform(0, 3), self.chance.uniform(0, self.reference.startup + 5)])
         first = self.start(command)
         first.wait_for(lambda: first.seconds >= gap, gap + 60)
