@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import yaml
 from coverage import Coverage
 
 from flows.servers import free_port, new_login, prefect_client, prefect_server
 from flows.warm import warm
+from tests.tiny_pipeline import ROOT, change_params, copy_checkout
+from tests.tiny_pipeline import tiny as tiny  # tests import it from here
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-ROOT = Path(__file__).parents[2]
 PREFECT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")
-COPIED = ("flows", "lotlip", ".dvcignore", "dvc.yaml", "params.yaml", "profiles")
-TINY_TEXT = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def traced() -> dict[str, str]:
@@ -49,16 +47,7 @@ class Workspace:
     def __init__(self, folder: Path, database: Path) -> None:
         self.folder = folder
         self.database = database
-        folder.mkdir()
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-            else:
-                shutil.copy(source, folder / name)
-        (folder / "data" / "captions").mkdir(parents=True)
-        (folder / "data" / "captions" / ".gitkeep").touch()
-        shutil.copy(ROOT / ".gitignore", folder)
+        copy_checkout(folder)
         self.alone = {
             **{key: value for key, value in os.environ.items() if key not in PREFECT},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -118,33 +107,7 @@ class Workspace:
 
     def change(self, edit: Callable[[dict[str, Any]], None]) -> None:
         """Edits params.yaml."""
-        path = self.folder / "params.yaml"
-        params = yaml.safe_load(path.read_text())
-        edit(params)
-        path.write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-def tiny(params: dict[str, Any]) -> None:
-    """The demo, two ablations of it, in a minute."""
-    params["ingest"]["source"] |= {"train": 240, "val": 30, "test": 60}
-    params["ingest"]["partition_size"] = 100
-    params["image_tower"] = {"kind": "scenes", "scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2}
-    params["image_tower"] |= {"batch_size": 32, "min_accuracy": 0.0}
-    params["shard"]["samples_per_shard"] = 100
-    params["pretrain"] |= {
-        "seeds": [0],
-        "seeds_at_once": 1,
-        "steps": 6,
-        "batch_size": 16,
-        "log_every": 2,
-        "max_final_loss_share": 2.0,
-    }
-    params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
-    params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
-    params["evaluate"]["min_score_over_chance"] = 0.0
-    params["report"]["contact_sheet"] = 4
-    params["ablations"] = {name: params["ablations"][name] for name in ("lit", "lotlip")}
-    params |= {"continued": {}, "reproduce": {}}
+        change_params(self.folder, edit)
 
 
 @pytest.fixture(scope="session")
