@@ -74,9 +74,9 @@ class Captioning:
 
         store = self.stored()
         report = store.captioned(partition, self.source, self.author())
-        captions, empty = [], []
-        for caption in map(_usable, store.read(partition)):
-            (captions if isinstance(caption, Caption) else empty).append(caption)
+        usable = [_usable(caption) for caption in store.read(partition)]
+        captions = [item for item in usable if isinstance(item, Caption)]
+        empty = [item for item in usable if isinstance(item, Failure)]
         tokens = token_counts(self.stage.tokenizer, [caption.text for caption in captions])
         counted = (
             replace(caption, sub_captions=split_sub_captions(caption.text), tokens=number)
