@@ -21,8 +21,8 @@ from lotlip.records import Caption, Failure, MeasuredCaption
 NGRAM = 4  # words; of three, ordinary lists of like things repeat many
 NEIGHBOURS = 4  # images whose raw captions a caption is held against; of several, the mean spreads less
 
-# Scripts without blanks between words. A character of Chinese or Japanese counts as a word, and so do up to four letters
-# of Thai, Lao, Burmese or Khmer.
+# Scripts without blanks between words. A character of Chinese or Japanese counts as a word, and so do up to four
+# letters of Thai, Lao, Burmese or Khmer.
 _CHARACTERS = "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _UNSPACED = "\u0e01-\u0e4e\u0e81-\u0ecd\u1000-\u109f\u1780-\u17d3"
 _LETTER = rf"(?![{_CHARACTERS}{_UNSPACED}])\w"  # of any other script
