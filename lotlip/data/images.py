@@ -390,7 +390,7 @@ def _square(image: Image.Image, side: int) -> Image.Image:
     starts[long] = max(math.floor(first) - reach, 0)
     ends[long] = min(math.ceil(first + side * scale) + reach, lengths[long])
     box[long], box[long + 2] = first - starts[long], first + side * scale - starts[long]
-    part = image.crop((*starts, *ends))
+    part = image.crop((starts[0], starts[1], ends[0], ends[1]))
     return part.resize((side, side), Image.Resampling.BICUBIC, tuple(box))  # type: ignore[arg-type]
 
 
