@@ -201,6 +201,7 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
     assert cleaned
 
 
+@pytest.mark.slow
 def test_prefects_temporary_server_ends_with_a_killed_stage(tmp_path):
     script = """
 import os, subprocess, sys
