@@ -201,6 +201,7 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
     assert cleaned
 
 
+@pytest.mark.slow
 def test_the_prefect_server_of_a_killed_stage_ends_with_it(tmp_path):
     script = """
 import os, signal, psutil
