@@ -360,6 +360,11 @@ class _OneLine(logging.Filter):
         return True
 
 
+def unreachable(error: Exception) -> bool:
+    """Whether an error of Prefect's client is that its server does not answer."""
+    return isinstance(error, httpx.TransportError) or str(error).startswith("Failed to reach API")
+
+
 def no_answer() -> str:
     """That Prefect's server does not answer, with its address."""
     return f"Prefect's server at {(PREFECT_API_URL.value() or '').removesuffix('/api')} does not answer"
@@ -416,7 +421,9 @@ def main(
         if tracebacks:
             raise
         sys.exit(f"error in {name}: {explain(error)}")
-    except httpx.TransportError:
+    except (httpx.TransportError, RuntimeError) as error:
+        if not unreachable(error):
+            raise
         if finished:  # all is published; only the run's last state could not be sent
             print(f"warning in {name}: {no_answer()}; the stage has finished, and its page shows it as running")
             return

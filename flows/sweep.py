@@ -37,7 +37,7 @@ from pydantic import ValidationError
 from flows.guard import end_group, ending_well, guarded, start_group
 from flows.points import Point, Sweep, points, short
 from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
-from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, with_tracebacks
+from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, unreachable, with_tracebacks
 from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config import ConfigError, Params, load_params
@@ -543,7 +543,9 @@ if __name__ == "__main__":
         if with_tracebacks():
             raise
         sys.exit(f"error: {error}")
-    except httpx.TransportError:
+    except (httpx.TransportError, RuntimeError) as error:
+        if not unreachable(error):
+            raise
         sys.exit(f"error: {no_answer()}; start the same sweep again: finished points are kept")
     except KeyboardInterrupt:
         sys.exit("stopped; the same sweep again goes on from what is done")
