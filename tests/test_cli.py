@@ -219,7 +219,7 @@ def test_an_index_is_replaced_by_an_index(tmp_path, ending):
         check_free_index(out)
         about = {"model": "m", "weights_sha256": "0", "kind": "images", "width": 2}
         with index_writer(out, about) as write:
-            write(Rows(["a"], np.zeros((1, 2), dtype=np.float32), None))
+            write(Rows(["a"], None, np.zeros((1, 2), dtype=np.float32)))
 
 
 def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(monkeypatch, capsys, tmp_path):
