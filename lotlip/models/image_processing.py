@@ -91,8 +91,8 @@ def _picture(image: Any) -> Image.Image:
 
 def _data_of(url: str) -> bytes:
     """The bytes in a `data:image/…;base64,` URL."""
-    head, _, data = url.partition(",")
-    if not head.endswith(";base64"):
+    head, comma, data = url.partition(",")
+    if not comma or not head.endswith(";base64"):
         raise ValueError(f"{url[:40]!r}… is not a base64 data URL; give the picture's bytes or its path")
     try:
         return base64.b64decode("".join(data.split()), validate=True)
