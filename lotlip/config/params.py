@@ -219,7 +219,7 @@ class Continued(Section):
     @field_validator("after", mode="before")
     @classmethod
     def _a_name(cls, after: Any) -> Any:
-        if isinstance(after, str) and ("/" in after or Path(after).is_dir()):
+        if isinstance(after, str) and "/" in after:
             raise ValueError(
                 "is a folder; give the name of an ablation, or set text.pretrained of an ablation to the folder"
             )
