@@ -11,10 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lotlip.caches import Locked, lock
-from lotlip.files import remove
+from lotlip.files import OWNER, TEMPORARY, remove
 
-PREFIX = "lotlip-"
-OWNER = "owner.lock"
 # The kernel allows 107 bytes for the path of a socket. Ray appends up to 65, and the folder's own name takes 22.
 SOCKET_BASE_BYTES = 20
 # What Python's multiprocessing appends to the temporary folder, taken from those 107 bytes.
@@ -39,7 +37,7 @@ def temporary_folder(name: str, for_sockets: bool = False) -> Iterator[Path]:
     _clear_left(base)
     try:
         # made and locked under another name, so that nobody takes it for a left one
-        folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{name}-", dir=base))
+        folder = Path(tempfile.mkdtemp(prefix=f".{TEMPORARY}{name}-", dir=base))
     except OSError as error:
         raise OSError(error.errno, f"cannot write to {base} ({error.strerror}); {_remedy()}") from error
     try:
@@ -79,7 +77,7 @@ def _short_base() -> Path:
 
 def _clear_left(base: Path) -> None:
     """Removes this user's folders whose owner has ended."""
-    for folder in base.glob(f"{PREFIX}*"):
+    for folder in base.glob(f"{TEMPORARY}*"):
         try:
             status = folder.lstat()
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or not (folder / OWNER).is_file():
