@@ -429,7 +429,7 @@ def check_store(uri: str) -> None:
         base.close()
     if problem:
         raise ValueError(
-            f"{path} is damaged ({' '.join(problem.split())}); move it away and rebuild it: python -m flows.restore"
+            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it: python -m flows.restore"
         )
 
 
