@@ -4,7 +4,6 @@ Nothing here removes or replaces a file or folder that this project did not crea
 
 - by place: whatever is inside a folder `.lotlip`, which is scratch, without passing through a link;
 - by name: unfinished files and folders, which end in `.lotlip-partial`, and replaced ones, in `.lotlip-old`;
-- by lock file: a temporary folder is called `lotlip-…` and has a file `.lotlip-owner`, which its process locks;
 - by record: a published folder lists its files in `.lotlip-files.json`;
 - by memory: what `whole` wrote earlier in the same process.
 
@@ -27,8 +26,6 @@ SCRATCH = ".lotlip"
 PARTIAL = ".lotlip-partial"
 ASIDE = ".lotlip-old"
 RECORD = ".lotlip-files.json"
-TEMPORARY = "lotlip-"
-OWNER = ".lotlip-owner"
 
 # Files up to this size are hashed at every check: it costs no more than the look at their times.
 _SMALL = 2**20
@@ -154,7 +151,7 @@ def remove(path: Path, ours: Callable[[Path], bool] | None = None) -> None:
     if not os.path.lexists(path):
         return
     place = _place(path)
-    if _is_scratch(place) or place.name.endswith((PARTIAL, ASIDE)) or _is_temporary(place):
+    if _is_scratch(place) or place.name.endswith((PARTIAL, ASIDE)):
         _delete(place)
         return
     if place.is_symlink() or not place.is_dir():
@@ -286,14 +283,6 @@ def _place(path: Path) -> Path:
 def _is_scratch(place: Path) -> bool:
     """Whether a resolved place is a project's scratch, or in it."""
     return SCRATCH in place.parts and not (place.name == SCRATCH and place.is_symlink())
-
-
-def _is_temporary(place: Path) -> bool:
-    """Whether a resolved place is a temporary folder of this user (lotlip.temporary)."""
-    if not place.name.startswith((TEMPORARY, f".{TEMPORARY}")) or place.is_symlink() or not place.is_dir():
-        return False
-    owner = place / OWNER
-    return owner.is_file() and not owner.is_symlink() and place.stat().st_uid == os.getuid()
 
 
 def _delete(place: Path) -> None:

@@ -7,12 +7,14 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lotlip.caches import Locked, lock
-from lotlip.files import OWNER, TEMPORARY, remove
+from lotlip.files import ASIDE, remove
 
+PREFIX = "lotlip-"
+OWNER = "owner.lock"
 # The kernel allows 107 bytes for the path of a socket. Ray appends up to 65, and the folder's own name takes 22.
 SOCKET_BASE_BYTES = 20
 # What Python's multiprocessing appends to the temporary folder, taken from those 107 bytes.
@@ -37,7 +39,7 @@ def temporary_folder(name: str, for_sockets: bool = False) -> Iterator[Path]:
     _clear_left(base)
     try:
         # made and locked under another name, so that nobody takes it for a left one
-        folder = Path(tempfile.mkdtemp(prefix=f".{TEMPORARY}{name}-", dir=base))
+        folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{name}-", dir=base))
     except OSError as error:
         raise OSError(error.errno, f"cannot write to {base} ({error.strerror}); {_remedy()}") from error
     try:
@@ -45,7 +47,7 @@ def temporary_folder(name: str, for_sockets: bool = False) -> Iterator[Path]:
             folder = folder.rename(base / folder.name.removeprefix("."))
             yield folder
     finally:
-        remove(folder)
+        _remove(folder)
 
 
 def _remedy() -> str:
@@ -77,15 +79,28 @@ def _short_base() -> Path:
 
 def _clear_left(base: Path) -> None:
     """Removes this user's folders whose owner has ended."""
-    for folder in base.glob(f"{TEMPORARY}*"):
+    for folder in base.glob(f"{PREFIX}*"):
         try:
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or not (folder / OWNER).is_file():
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            if folder.name.endswith(ASIDE):
+                remove(folder)
+                continue
+            if not (folder / OWNER).is_file():
                 continue
             with _locked(folder):
-                remove(folder)
+                _remove(folder)
         except (Locked, OSError):
             continue
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder under a name that marks it as the project's; what is still being written to it may stay."""
+    aside = folder.with_name(folder.name + ASIDE)
+    folder.rename(aside)
+    with suppress(OSError):
+        remove(aside)
 
 
 @contextmanager

@@ -467,7 +467,7 @@ OS_CALLS = {"remove", "replace", "truncate"}
 # Module or package → why it may make such calls.
 ALLOWED = {
     "lotlip/files.py": "the module itself",
-    "lotlip/temporary.py": "a temporary folder gets its final name once it is locked",
+    "lotlip/temporary.py": "temporary folders get their names once they are locked, and others before they go",
     "benchmarks/drills": "damages and clears the checkouts that it made in a new folder of its own",
 }
 
