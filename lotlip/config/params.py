@@ -226,7 +226,7 @@ class Continued(Section):
     @field_validator("after", mode="before")
     @classmethod
     def _a_name(cls, after: Any) -> Any:
-        if isinstance(after, str) and "/" in after:
+        if isinstance(after, str) and "/" in after:  # a bare name may be an ablation and a folder, as `lotlip` is
             raise ValueError(
                 "is a folder; give the name of an ablation, or set text.pretrained of an ablation to the folder"
             )
@@ -345,7 +345,8 @@ class Params(Section):
         ]
         there = f"there are: {', '.join(self.ablations)}"
         problems += [
-            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there})"
+            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there}); to start from a folder, "
+            "set text.pretrained of an ablation to it"
             for name, settings in self.continued.items()
             if settings.after not in self.ablations
         ]
