@@ -90,7 +90,7 @@ def remove_damaged_lock(root: Path) -> bool:
     try:
         if not _damaged(path) or _others(root):
             return False
-        remove(path, ours=_damaged)
+        remove(path, _damaged)
         return True
     finally:
         guard.close()

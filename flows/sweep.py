@@ -517,7 +517,12 @@ def main(arguments: Sequence[str]) -> None:
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
-        sweep(settings)
+        try:
+            sweep(settings)
+        except (httpx.TransportError, RuntimeError) as error:
+            if not unreachable(error):
+                raise
+            raise StageFailed(f"{no_answer()}; start the same sweep again: finished points are kept") from error
 
 
 def read_sweep(text: str) -> Sweep:
@@ -543,9 +548,5 @@ if __name__ == "__main__":
         if with_tracebacks():
             raise
         sys.exit(f"error: {error}")
-    except (httpx.TransportError, RuntimeError) as error:
-        if not unreachable(error):
-            raise
-        sys.exit(f"error: {no_answer()}; start the same sweep again: finished points are kept")
     except KeyboardInterrupt:
         sys.exit("stopped; the same sweep again goes on from what is done")

@@ -61,25 +61,32 @@ class Paths(Section):
     )
     report: Path = Field(Path("report"), description="the report")
 
-    @model_validator(mode="after")
-    def _inside_and_disjoint(self) -> Paths:
+    def check(self) -> None:
+        """Checks that each is a folder of its own inside the project.
+
+        Raises:
+            ValueError: one is not; the message names its key.
+        """
         named = {name: Path(os.path.normpath(path)) for name, path in self}
         for name, path in self:
             # the store is added to and never replaced; several checkouts may share one
             if name == "caption_store" and path.is_absolute():
                 continue
             if path.is_absolute() or ".." in path.parts or not path.parts:
-                raise ValueError(f"{name} must be a folder inside the project, not {str(path)!r}")
+                raise ValueError(f"paths.{name} must be a folder inside the project, not {str(path)!r}")
             if path.parts[0] in _RESERVED or path.parts[0].startswith("."):
-                raise ValueError(f"{name} is {str(path)!r}, but {path.parts[0]!r} is part of the project; name another")
+                raise ValueError(
+                    f"paths.{name} is {str(path)!r}, but {path.parts[0]!r} is part of the project; name another"
+                )
         for name, path in named.items():
             for other, its in named.items():
                 nested = name == "stages" and other == "metrics" and path.parent == its
                 if name != other and not nested and path.is_relative_to(its):
-                    raise ValueError(f"{name} ({path}) is in {other} ({its}), but each must be a folder of its own")
+                    raise ValueError(
+                        f"paths.{name} ({path}) is in paths.{other} ({its}), but each must be a folder of its own"
+                    )
         if self.stages.parent == self.metrics and self.stages.name in ("summary", "attention"):
-            raise ValueError(f"stages ({self.stages}) has the name of a folder that metrics has; name another")
-        return self
+            raise ValueError(f"paths.stages ({self.stages}) has the name of a folder that metrics has; name another")
 
     def check_links(self, root: Path) -> None:
         """Checks that no path leads out of the project.
@@ -321,6 +328,11 @@ class Params(Section):
                 "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
             ]
         return []
+
+    @model_validator(mode="after")
+    def _own_folders(self) -> Params:
+        self.paths.check()
+        return self
 
     @model_validator(mode="after")
     def _ablations_resolve(self) -> Params:

@@ -155,7 +155,8 @@ class Trainer:
 
         tower = load_image_tower(Path(self.job.image_tower))
         spec = tower.spec
-        return tower, training_transform(spec.image_size, spec.mean, spec.std, self.config.image_tower.augmentation)
+        augmentation = self.config.image_tower.augmentation
+        return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
 
     def train(self) -> None:
         """Runs all steps that are left, then saves the model and its curves.
