@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
+from lotlip.caches import cache_folder, private_folder
 from lotlip.console import print_anything
 
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("flows."):
@@ -44,6 +45,16 @@ if _program.startswith("flows."):
     sys.excepthook = _say_stopped
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
         sys.exit(128 + signal.SIGINT)
+
+# DVC's default is /var/tmp/dvc, where every user of the machine can write. It unpickles what is there, so whoever
+# writes there can run code as the user of DVC.
+if "DVC_SITE_CACHE_DIR" not in os.environ:
+    try:
+        os.environ["DVC_SITE_CACHE_DIR"] = str(private_folder(cache_folder() / "dvc"))
+    except OSError as error:
+        if not _program.startswith("flows."):
+            raise
+        sys.exit(f"error: {error}")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 # Not under a launcher, which watches the process that it started.

@@ -40,6 +40,7 @@ from flows.servers import claimed_port, new_login, prefect_client, prefect_serve
 from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, unreachable, with_tracebacks
 from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
+from lotlip.caches import private_folder
 from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
 from lotlip.loopback import HOST
@@ -169,7 +170,7 @@ class Workshop:
         environment = {
             **self.environment,
             "MLFLOW_TRACKING_URI": _absolute(self.tracker.uri, self.snapshot.root),
-            "DVC_SITE_CACHE_DIR": str(project / ".dvc" / "tmp" / "site"),
+            "DVC_SITE_CACHE_DIR": str(private_folder(project.absolute() / ".dvc" / "tmp" / "site")),
         }
         with log.open("w") as output:
             with self._lock:

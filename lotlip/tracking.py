@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "lotlip.fingerprint"
 NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
+TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
 PAGE = 1000  # runs that are asked for at a time
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 

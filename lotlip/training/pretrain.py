@@ -29,7 +29,7 @@ from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
-from lotlip.tracking import Sink, open_sink
+from lotlip.tracking import TRACKING_WARNING, Sink, open_sink
 from lotlip.training.checkpoint import Checkpoints, full_weights
 from lotlip.training.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 
@@ -323,7 +323,7 @@ def main(job: Job, config: Pretrain) -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", flush=True)
+    print(f"{TRACKING_WARNING}{line}", flush=True)
 
 
 def _write_start(job: Job) -> None:
