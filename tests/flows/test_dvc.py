@@ -139,3 +139,12 @@ def test_a_whole_lock_stays(project):
     lock.write_text('{"write": {"o1": {"pid": 1, "cmd": "dvc"}}}')
     assert not remove_damaged_lock(project)
     assert lock.exists()
+
+
+def test_a_project_without_git_runs_and_takes_git_up_later(project):
+    (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
+    run(project, "-m", "flows.dvc", "repro")
+    assert (project / f"o{STAGES}").exists()
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    run(project, "-m", "flows.dvc", "status")
+    assert "no_scm" not in (project / ".dvc/config.local").read_text()
