@@ -34,7 +34,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
-from flows.guard import end_group, ending_well, guarded, start_group
+from flows.guard import INTERRUPTED, end_group, ending_well, guarded, start_group
 from flows.points import Point, Sweep, points, short
 from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, unreachable, with_tracebacks
@@ -550,4 +550,5 @@ if __name__ == "__main__":
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same sweep again goes on from what is done")
+        print("stopped; start the same sweep again: finished points are kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -156,3 +156,12 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
         folder for folder in site.parents if folder.is_relative_to(tmp_path) and not folder.stat().st_mode & 0o077
     ]
     assert tmp_path / "cache" / "dvc" in closed
+
+
+def test_a_project_without_git_runs_and_takes_git_up_later(project):
+    (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
+    run(project, "-m", "flows.dvc", "repro")
+    assert (project / f"o{STAGES}").exists()
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    run(project, "-m", "flows.dvc", "status")
+    assert "no_scm" not in (project / ".dvc/config.local").read_text()
