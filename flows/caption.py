@@ -35,7 +35,8 @@ def caption(captioner: str) -> None:
         return {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
 
     inputs = inputs_now()
-    deciding = [part.model_dump(mode="json") for part in (settings, config.quality)] + [config.tokenizer]
+    sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
+    deciding = [*sections, config.tokenizer, config.sentence_ends]
     stage = Stage("caption", params, deciding, inputs, captioner)
     work = Captioning(captioner, config, source, params.paths.caption_store, stage.out)
     author, store = work.author(), work.stored()
@@ -52,7 +53,14 @@ def caption(captioner: str) -> None:
         )
     tables = (read_captions(stage.out, report.name) for report in reports if report.written)
     quality = summarise(tables, totals(reports)["failure_kinds"])
-    index = write_index(stage.out, reports, revision=author.revision, prompt=author.prompt, quality=quality)
+    index = write_index(
+        stage.out,
+        reports,
+        revision=author.revision,
+        prompt=author.prompt,
+        quality=quality,
+        sentence_ends=config.sentence_ends,
+    )
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_caption
 

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 from prefect import flow
 
-from flows.stage import Stage, hash_of, main
+from flows.stage import Stage, StageFailed, hash_of, main
 from lotlip.config import load_params
 from lotlip.data.tokenizer import count_tokens
 from lotlip.files import sha256_json
@@ -27,6 +27,7 @@ from lotlip.shards import (
     write_shard,
     write_shard_index,
 )
+from lotlip.text import SentenceEnds, as_sentence_ends
 
 SPLITS = ("train", "val")  # the test split stays as ingested: evaluation reads it there
 
@@ -35,13 +36,15 @@ SPLITS = ("train", "val")  # the test split stays as ingested: evaluation reads 
 def shard() -> None:
     """Writes the shards of the training and validation splits, and what is in them."""
     params = load_params()
-    config, ingest = params.shard, params.paths.ingest
+    config, ingest, ends = params.shard, params.paths.ingest, params.caption.sentence_ends
     captions = {name: params.paths.captions / name for name in params.caption.captioners}
     inputs = {"ingest": hash_of(ingest / "index.json")}
     inputs |= {name: hash_of(folder / "index.json") for name, folder in captions.items()}
+    for name, folder in captions.items():
+        check_sentence_ends(name, folder, ends)
     if config.store_features:
         inputs["image_tower"] = hash_of(params.paths.image_tower / "model.safetensors")
-    stage = Stage("shard", params, config.model_dump(mode="json"), inputs)
+    stage = Stage("shard", params, [config.model_dump(mode="json"), ends], inputs)
     features = None
     if config.store_features:
         with stage.clock.measure("imports"):
@@ -74,9 +77,10 @@ def shard() -> None:
     index = write_shard_index(
         stage.out,
         reports,
-        shard_statistics(ingest, captions, "train", count_tokens(tokenizer)),
+        shard_statistics(ingest, captions, "train", count_tokens(tokenizer), ends),
         features=config.store_features,
-        vocabulary=training_vocabulary(ingest, captions, "train", tokenizer),
+        vocabulary=training_vocabulary(ingest, captions, "train", tokenizer, ends),
+        sentence_ends=ends,  # training and the models split texts as the shards say
     )
     with stage.clock.measure("gate"):
         from lotlip.inspection import held_out_images
@@ -87,6 +91,25 @@ def shard() -> None:
         checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
     stage.publish(params.paths.shards)
     stage.record(index["written"], checks, index)
+
+
+def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> None:
+    """Checks that a captioner's captions were split as params.yaml says.
+
+    Args:
+        captioner: its name.
+        folder: of its captions.
+        wanted: `caption.sentence_ends`.
+
+    Raises:
+        StageFailed: they were split otherwise.
+    """
+    found = as_sentence_ends(read_index(folder).get("sentence_ends"), str(folder / "index.json"))
+    if found != wanted:
+        raise StageFailed(
+            f"{folder} was split with sentence_ends {found!r}, but caption.sentence_ends of params.yaml is {wanted!r}; "
+            f"run `python -m flows.caption {captioner}` again"
+        )
 
 
 def frozen_features(folder: Path) -> Features:

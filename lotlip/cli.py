@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from lotlip.console import INTERRUPTED, explain, print_anything, say_stopped
+from lotlip.text import SentenceEnds
 
 app = typer.Typer(
     name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -66,6 +67,10 @@ def stats(
     tokenizer: Annotated[
         str, typer.Option(help="Whose tokens are counted: a bundled name, a tokenizer.json or its folder.")
     ] = "bert-base-uncased",
+    sentence_ends: Annotated[
+        SentenceEnds,
+        typer.Option(help="What ends a sub-caption: `.` (released), or all of Unicode's sentence ends (unicode)."),
+    ] = "released",
     split: Annotated[str | None, typer.Option(help="Count only this split.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all files together.")] = False,
 ) -> None:
@@ -80,7 +85,7 @@ def stats(
         with typer.progressbar(
             texts, label=str(file), show_pos=True, update_min_steps=1000, file=sys.stderr, hidden=quiet
         ) as counted:
-            found = text_statistics(counted, tokenizer)
+            found = text_statistics(counted, tokenizer, sentence_ends)
         if found.empty:
             typer.echo(f"{file}: {found.empty} skipped: null or empty", err=True)
         rows.append((str(file), found))

@@ -28,7 +28,7 @@ from lotlip.data.tars import write_samples
 from lotlip.files import remove, write_json
 from lotlip.partitions import MARKER, finished, is_marker, read_captions, read_index, read_table, totals, unit_names
 from lotlip.records import SPLITS, Failure, UnitReport
-from lotlip.text import split_sub_captions
+from lotlip.text import SentenceEnds, split_sub_captions
 
 DONE = ".done.json"
 
@@ -292,7 +292,11 @@ def _npy(feature: np.ndarray) -> bytes:
 
 
 def shard_statistics(
-    ingest: Path, captions: Mapping[str, Path], split: str, count_tokens: Callable[[str], int]
+    ingest: Path,
+    captions: Mapping[str, Path],
+    split: str,
+    count_tokens: Callable[[str], int],
+    sentence_ends: SentenceEnds = "released",
 ) -> dict[str, dict[str, float]]:
     """How long the texts of a split are (paper, Table 1), for the raw captions and for each captioner's.
 
@@ -301,6 +305,7 @@ def shard_statistics(
         captions: captioner's name → folder of its captions.
         split: of `lotlip.records.SPLITS`.
         count_tokens: counts a text's word pieces, special tokens not among them.
+        sentence_ends: splits the raw captions into sub-captions; the long ones are stored split.
 
     Returns:
         "raw" or captioner's name → images, texts (totals), sub_captions_per_text, tokens_per_text (means).
@@ -308,7 +313,8 @@ def shard_statistics(
     raw = np.zeros(3)
     for name in unit_names(ingest, split):
         texts = read_table(ingest, name, ["raw_caption"])["raw_caption"]
-        raw += [len(texts), sum(len(split_sub_captions(text)) for text in texts), sum(map(count_tokens, texts))]
+        parts = sum(len(split_sub_captions(text, sentence_ends)) for text in texts)
+        raw += [len(texts), parts, sum(map(count_tokens, texts))]
     statistics = {"raw": _means(*raw)}
     for captioner in sorted(captions):
         long = np.zeros(3)
@@ -353,7 +359,13 @@ def write_shard_index(
     return index
 
 
-def training_vocabulary(ingest: Path, captions: Mapping[str, Path], split: str, tokenizer: str) -> list[int]:
+def training_vocabulary(
+    ingest: Path,
+    captions: Mapping[str, Path],
+    split: str,
+    tokenizer: str,
+    sentence_ends: SentenceEnds = "released",
+) -> list[int]:
     """Ids of the word pieces that the texts of a split use, sorted: what evaluation texts may be made of.
 
     Of the first `VOCABULARY_PARTITIONS`: more texts hardly have other pieces, and tokenizing takes its time.
@@ -363,13 +375,14 @@ def training_vocabulary(ingest: Path, captions: Mapping[str, Path], split: str, 
         captions: captioner's name → folder of its captions.
         split: of `lotlip.records.SPLITS`.
         tokenizer: name of the word pieces.
+        sentence_ends: what ends a sentence; these characters are not counted.
     """
     from lotlip.data.tokenizer import used_tokens
 
     used: set[int] = set()
     for name in unit_names(ingest, split)[:VOCABULARY_PARTITIONS]:
-        used |= used_tokens(tokenizer, read_table(ingest, name, ["raw_caption"])["raw_caption"])
+        used |= used_tokens(tokenizer, read_table(ingest, name, ["raw_caption"])["raw_caption"], sentence_ends)
     for folder in captions.values():
         for name in unit_names(folder, split)[:VOCABULARY_PARTITIONS]:
-            used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"])
+            used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"], sentence_ends)
     return sorted(used)

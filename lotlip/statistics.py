@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lotlip.text import split_sub_captions
+from lotlip.text import SentenceEnds, split_sub_captions
 
 # Characters that are tokenised at once: enough for all cores, little memory however long or short the texts are.
 _BATCH = 1 << 18
@@ -52,12 +52,13 @@ class Statistics:
         return {name: getattr(self, name) for name in names}
 
 
-def text_statistics(texts: Iterable[str], tokenizer: str) -> Statistics:
+def text_statistics(texts: Iterable[str], tokenizer: str, sentence_ends: SentenceEnds = "released") -> Statistics:
     """Counts texts, their sub-captions and their word pieces; memory does not grow with the number of texts.
 
     Args:
         texts: captions; "" is one that is missing.
         tokenizer: name of the word pieces, or path of a tokenizer.
+        sentence_ends: splits texts into sub-captions; tokens are counted of the whole text.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -67,7 +68,7 @@ def text_statistics(texts: Iterable[str], tokenizer: str) -> Statistics:
     total = Statistics()
     for batch in _batches(texts):
         full = [text for text in batch if text]
-        sub_captions = sum(len(split_sub_captions(text)) for text in full)
+        sub_captions = sum(len(split_sub_captions(text, sentence_ends)) for text in full)
         total += Statistics(len(full), sub_captions, sum(token_counts(tokenizer, full)), len(batch) - len(full))
     return total
 

@@ -7,19 +7,69 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-# Sentence ends as the method's release splits them: newline, `</s>` and the full stop.
-_ENDS = re.compile(r"\n|</s>|\.")
-
 Window = Literal["within-caption", "across-captions"]
+SentenceEnds = Literal["released", "unicode"]
+
+# The inside of a character class: the characters with the property Sentence_Terminal of Unicode 16.0. It is written
+# out because `re` does not know the property, and so that a saved tokenizer does not change with a library's Unicode.
+_SENTENCE_TERMINAL = (
+    "!.?\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b"
+    "\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b4e\u1b4f"
+    "\u1b5a\u1b5b\u1b5e\u1b5f\u1b7d-\u1b7f\u1c3b\u1c3c\u1c7e\u1c7f\u2024\u203c\u203d\u2047-\u2049"
+    "\u2cf9-\u2cfb\u2e2e\u2e3c\u2e53\u2e54\u3002\ua4ff\ua60e\ua60f\ua6f3\ua6f7\ua876\ua877\ua8ce\ua8cf"
+    "\ua92f\ua9c8\ua9c9\uaa5d-\uaa5f\uaaf0\uaaf1\uabeb\ufe12\ufe15\ufe16\ufe52\ufe56\ufe57\uff01\uff0e"
+    "\uff1f\uff61\U00010a56\U00010a57\U00010f55-\U00010f59\U00010f86-\U00010f89\U00011047\U00011048"
+    "\U000110be-\U000110c1\U00011141-\U00011143\U000111c5\U000111c6\U000111cd\U000111de\U000111df"
+    "\U00011238\U00011239\U0001123b\U0001123c\U000112a9\U000113d4\U000113d5\U0001144b\U0001144c"
+    "\U000115c2\U000115c3\U000115c9-\U000115d7\U00011641\U00011642\U0001173c-\U0001173e\U00011944"
+    "\U00011946\U00011a42\U00011a43\U00011a9b\U00011a9c\U00011c41\U00011c42\U00011ef7\U00011ef8"
+    "\U00011f43\U00011f44\U00016a6e\U00016a6f\U00016af5\U00016b37\U00016b38\U00016b44\U00016d6e\U00016d6f"
+    "\U00016e98\U0001bc9f\U0001da88"
+)
+
+# What ends a sub-caption, by the value of `caption.sentence_ends`: regular expressions for `re` and for the tokenizers
+# library. "released" is what the method's released code splits at.
+SENTENCE_ENDS: dict[SentenceEnds, str] = {
+    "released": r"(?:\n|</s>|\.)",
+    "unicode": rf"(?:\n|</s>|[{_SENTENCE_TERMINAL}])",
+}
+_ENDS = {name: re.compile(pattern) for name, pattern in SENTENCE_ENDS.items()}
 
 
-def split_sub_captions(text: str) -> list[str]:
+def as_sentence_ends(value: object, place: str) -> SentenceEnds:
+    """A stored value of `sentence_ends`; None, as files from before the option have it, is "released".
+
+    Args:
+        value: as it was read.
+        place: the file that it was read from, for the error message.
+
+    Raises:
+        ValueError: it is neither None nor a key of `SENTENCE_ENDS`.
+    """
+    for name in SENTENCE_ENDS:
+        if value == name or (value is None and name == "released"):
+            return name
+    raise ValueError(
+        f"{place}: sentence_ends is {value!r}, not {' or '.join(SENTENCE_ENDS)}; update lotlip, or correct the file"
+    )
+
+
+def split_sub_captions(text: str, sentence_ends: SentenceEnds = "released") -> list[str]:
     """Splits a caption into its sub-captions (sentences), stripped, empty ones dropped (paper, section 3.1).
+
+    The characters that end a sentence are dropped.
+
+    Args:
+        text: a caption.
+        sentence_ends: what ends a sentence besides a newline and `</s>`: the full stop ("released"), or every
+            character with Unicode's property Sentence_Terminal, such as `.`, `!`, `?`, `。` and `।` ("unicode").
 
     >>> split_sub_captions("A red bicycle. It leans on a wall.")
     ['A red bicycle', 'It leans on a wall']
+    >>> split_sub_captions("一只狗。它在跑！", "unicode")
+    ['一只狗', '它在跑']
     """
-    return [part for part in (part.strip() for part in _ENDS.split(text)) if part]
+    return [part for part in (part.strip() for part in _ENDS[sentence_ends].split(text)) if part]
 
 
 def has_words(text: str) -> bool:
@@ -28,11 +78,12 @@ def has_words(text: str) -> bool:
     >>> has_words("A dog."), has_words("..."), has_words("一只狗"), has_words("</s>")
     (True, False, True, False)
     """
+    # With "unicode" the answer is the same: no sentence terminator is a letter or a digit.
     return any(character.isalnum() for part in split_sub_captions(text) for character in part)
 
 
 def join_sub_captions(sub_captions: Sequence[str]) -> str:
-    """Joins sub-captions into one text; `split_sub_captions` undoes it."""
+    """Joins sub-captions into one text; `split_sub_captions` undoes it, whatever `sentence_ends` is."""
     return ". ".join(sub_captions)
 
 

@@ -194,6 +194,17 @@ def test_pictures_show_the_first_images_and_texts(encoder: LotlipEncoder) -> Non
         assert min(Image.open(io.BytesIO(picture)).size) > 300
 
 
+def test_pictures_show_sub_captions_as_the_tokenizer_splits_them() -> None:
+    tokenizer = TextTokenizer("bert-base-uncased", 128, 2, sentence_ends="unicode")
+    encoder = LotlipEncoder(make(corner_tokens=2, context_length=128), tokenizer, 8)
+    benchmark = scenes_benchmark(retrieval={"long": Texts(["A dog! It runs? 它是红色的。"], [0])})
+    parts = ["A dog", "It runs", "它是红色的"]
+    assert list(look_at_images(encoder, benchmark)[0].texts) == parts
+    read = look_at_texts(encoder, benchmark)[0]
+    assert list(read.sub_captions) == parts
+    assert {len(shares) for shares in read.shares.values()} == {3}
+
+
 def test_images_that_are_no_scenes_are_shown_as_they_are(encoder: LotlipEncoder) -> None:
     asked = {"short": Texts(["a dog", "another", "a cat"], [0, 0, 2]), "long": Texts(["It runs. It is red."], [0])}
     seen = look_at_images(encoder, scenes_benchmark(retrieval=asked))

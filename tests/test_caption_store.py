@@ -180,6 +180,18 @@ def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_pat
     assert list(read_table(tmp_path / "other", "train/part-00000")["key"]) == ["k0", "k2"]
 
 
+def test_captions_are_split_by_the_rule_of_params_yaml_and_none_is_written_again(source, tmp_path):
+    text = "一只狗在草地上。它在跑！天空是蓝色的？"
+    (tmp_path / "captions.csv").write_text(f"key,captioner,text\nk0,llava,{text}\n", encoding="utf-8")
+    found, stored = {}, set()
+    for rule in ("released", "unicode"):
+        captioning(tmp_path, rule, sentence_ends=rule)(partition_of(source))
+        stored |= {path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.parquet")}
+        found[rule] = read_captions(tmp_path / rule, "train/part-00000").set_index("key").loc["k0", "sub_captions"]
+    assert found == {"released": [text], "unicode": ["一只狗在草地上", "它在跑", "天空是蓝色的"]}
+    assert len(stored) == 1
+
+
 def test_a_published_partition_is_not_done_again(source, tmp_path):
     work, partition = captioning(tmp_path, "out"), partition_of(source)
     first = work(partition)

@@ -6,9 +6,11 @@ import base64
 import io
 import json
 import random
+import struct
 import subprocess
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from lotlip.data.images import MEAN, RESIZES, STD, decode_rgb, image_transform, training_transform
+from lotlip.data.images import MEAN, RESIZES, STD, TooManyPixels, decode_rgb, image_transform, training_transform
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_processing import LotlipImageProcessor
@@ -43,6 +45,10 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     file = io.BytesIO()
     image.save(file, format=form, **options)
     return file.getvalue()
+
+
+def data_url(data: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(data).decode()
 
 
 def build() -> LotlipProcessor:
@@ -86,7 +92,7 @@ def every_way(image: Image.Image, folder: Path) -> dict[str, Any]:
         "bytes": data,
         "path": folder / "picture.png",
         "name": str(folder / "picture.png"),
-        "data URL": "data:image/png;base64," + base64.b64encode(data).decode(),
+        "data URL": data_url(data),
     }
 
 
@@ -157,7 +163,8 @@ def test_awkward_pictures_are_decoded_as_in_training(processor, tmp_path, kind):
     data = awkward()[kind]
     expected = image_transform(32, TOWER["mean"], TOWER["std"])(decode_rgb(data))
     (tmp_path / "picture").write_bytes(data)
-    for given in (data, Image.open(io.BytesIO(data)), tmp_path / "picture", str(tmp_path / "picture")):
+    ways = (data, Image.open(io.BytesIO(data)), tmp_path / "picture", str(tmp_path / "picture"), data_url(data))
+    for given in ways:
         assert np.array_equal(processor(images=given, return_tensors="np")["pixel_values"][0], expected)
         assert np.array_equal(processor.image_processor(given)["pixel_values"][0], expected)
 
@@ -173,6 +180,34 @@ def test_an_array_that_is_no_picture_is_refused(array):
 def test_what_cannot_be_read_is_refused(processor):
     with pytest.raises(ValueError, match="not a readable image"):
         processor(images=b"no picture")
+
+
+def test_a_data_url_has_the_same_limit_of_pixels_as_a_file(processor):
+    data = encoded(picture())
+    header = b"IHDR" + struct.pack(">II", 2**15, 2**15) + data[24:29]  # the length is before, the checksum after it
+    huge = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    for given in (huge, data_url(huge)):
+        with pytest.raises(TooManyPixels):
+            processor(images=given)
+
+
+@pytest.mark.parametrize(
+    "url", ["data:image/png,%89PNG", "data:image/png;base64,a", "data:image/png;base64,!!!!", "data:image/png;base64"]
+)
+def test_a_data_url_that_cannot_be_read_is_refused(processor, url):
+    with pytest.raises(ValueError, match="base64"):
+        processor(images=url)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9/a.png", "https://example.org/a.png", "HTTPS://example.org/a.png"])
+def test_a_web_address_is_refused_before_any_request(processor, monkeypatch, url):
+    def fetch(*_: object, **__: object) -> None:
+        raise AssertionError("it was fetched")
+
+    monkeypatch.setattr("httpx.get", fetch)
+    for prepare in (processor, processor.image_processor):
+        with pytest.raises(ValueError, match=f"{url}.*download"):
+            prepare(images=url)
 
 
 def test_options_are_refused_as_pictures_are_prepared_in_one_way(processor):

@@ -79,7 +79,7 @@ class Captioning:
         empty = [item for item in usable if isinstance(item, Failure)]
         tokens = token_counts(self.stage.tokenizer, [caption.text for caption in captions])
         counted = (
-            replace(caption, sub_captions=split_sub_captions(caption.text), tokens=number)
+            replace(caption, sub_captions=split_sub_captions(caption.text, self.stage.sentence_ends), tokens=number)
             for caption, number in zip(captions, tokens, strict=True)
         )
         images = read_table(self.source, partition.name, ["key", "raw_caption"])

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from lotlip.config.section import Count, Name, NonNegative, Positive, Section, Share
+from lotlip.text import SentenceEnds
 
 
 class SceneCaptioner(Section):
@@ -261,6 +262,11 @@ class CaptionStage(Section):
     )
     tokenizer: str = Field(
         "bert-base-uncased", description="tokenizer that counts the captions' tokens: hub name or folder"
+    )
+    sentence_ends: SentenceEnds = Field(
+        "released",
+        description="what ends a sub-caption besides a line end, in all stages and in the models: released: `.` only, "
+        "as in the released code; unicode: all of Unicode's sentence terminators (`.`, `!`, `?`, `。`, `।`, …)",
     )
     quality: Quality = Quality()
     max_failure_share: Share = Field(0.02, description="of the images, captions that `quality` drops not counted")

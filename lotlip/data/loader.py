@@ -27,7 +27,7 @@ from lotlip.data.order import WINDOW, ExactOrder, Place, ResampledOrder
 from lotlip.data.tars import RawSample, Shards
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json
-from lotlip.text import sample_window, split_sub_captions
+from lotlip.text import SentenceEnds, sample_window, split_sub_captions
 
 
 class WorkerLost(RuntimeError):
@@ -184,7 +184,12 @@ class Loader:
                 "set pretrain.batch_size lower"
             )
         self._members = ("json", "npy" if transform is None else "image")
-        self._parse = partial(parse_sample, long_texts=settings.long_texts, transform=transform)
+        self._parse = partial(
+            parse_sample,
+            long_texts=settings.long_texts,
+            transform=transform,
+            sentence_ends=tokenizer.sentence_ends,
+        )
         self._collate = partial(collate, tokenizer=tokenizer)
 
     def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
@@ -290,6 +295,7 @@ def parse_sample(
     long_texts: LongTexts,
     draw: str,
     transform: Transform | None,
+    sentence_ends: SentenceEnds = "released",
 ) -> Sample:
     """Decodes what is used of a sample and draws its long texts.
 
@@ -300,12 +306,13 @@ def parse_sample(
         long_texts: what to draw.
         draw: where chance comes from, together with the key, so that draws do not depend on order.
         transform: as in `Loader`.
+        sentence_ends: splits the raw caption into sub-captions; the long ones are stored split.
 
     Raises:
         ValueError: the sample lacks what is needed, or it cannot be read.
     """
     key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
-    raw_caption, captions = _captions(raw["json"], place)
+    raw_caption, captions = _captions(raw["json"], place, sentence_ends)
     image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{draw}/{key}/image")
     long: list[list[str]] = []
     if long_texts.sub_captions:
@@ -321,11 +328,11 @@ def parse_sample(
     return Sample(key, image, raw_caption, long)
 
 
-def _captions(data: bytes, place: str) -> tuple[list[str], dict[str, list[str]]]:
+def _captions(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[list[str], dict[str, list[str]]]:
     """The raw caption's sub-captions, and the long captions' by captioner."""
     try:
         info = json.loads(data)
-        raw, captions = split_sub_captions(info["raw"]), dict(info["captions"])
+        raw, captions = split_sub_captions(info["raw"], sentence_ends), dict(info["captions"])
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{place}: its .json has not `raw`, a caption, and `captions`, lists by captioner ({error!r}); "
@@ -336,7 +343,7 @@ def _captions(data: bytes, place: str) -> tuple[list[str], dict[str, list[str]]]
             f"{place}: its short caption {info['raw']!r} has no words; remove it, or write the shard again"
         )
     for name, parts in captions.items():
-        if not all(isinstance(part, str) and split_sub_captions(part) for part in parts):
+        if not all(isinstance(part, str) and split_sub_captions(part, sentence_ends) for part in parts):
             raise ValueError(
                 f"{place}: a sub-caption of {name} has no words or is not text; remove it, or write the shard again"
             )

@@ -19,7 +19,8 @@ from tokenizers.normalizers import Replace
 from tokenizers.normalizers import Sequence as Steps
 from tokenizers.processors import TemplateProcessing
 
-from lotlip.text import join_sub_captions, split_sub_captions
+from lotlip.files import read_json
+from lotlip.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, split_sub_captions
 
 # Shipped with the package, so that anyone's captions work offline (Apache-2.0).
 BUNDLED = ("bert-base-uncased",)
@@ -33,9 +34,9 @@ _SPECIAL = {
     "mask": ("[MASK]", "<mask>"),
 }
 
-# Sentence ends and white space as `split_sub_captions` sees them: str.strip takes \x1c to \x1f for white space, too.
+# White space as `split_sub_captions` sees it: str.strip takes \x1c to \x1f for white space, too.
 # The look-behind keeps the time linear where there is much white space.
-_END, _BLANK = r"(?:\n|</s>|\.)", r"[\s\x1c-\x1f]"
+_BLANK = r"[\s\x1c-\x1f]"
 _OUTER = rf"\A{_BLANK}+|(?<!{_BLANK}){_BLANK}+\z"
 _EXTRA = re.compile(r"\[(?:COR|REG)\.[0-9]+\]")
 
@@ -89,9 +90,9 @@ def token_counts(name: str, texts: Sequence[str]) -> list[int]:
     ]
 
 
-def used_tokens(name: str, texts: Iterable[str]) -> set[int]:
-    """Ids of the word pieces that occur in texts."""
-    parts = {part for text in texts for part in split_sub_captions(text)}  # generated texts share many
+def used_tokens(name: str, texts: Iterable[str], sentence_ends: SentenceEnds = "released") -> set[int]:
+    """Ids of the word pieces that occur in texts; what ends their sentences, as in `TextTokenizer`, is not counted."""
+    parts = {part for text in texts for part in split_sub_captions(text, sentence_ends)}  # generated texts share many
     encodings = word_pieces(name).encode_batch_fast(list(parts), add_special_tokens=False)
     return {index for encoding in encodings for index in encoding.ids}
 
@@ -109,14 +110,24 @@ class TextTokenizer:
         corner_tokens: m. Their ids follow the last word piece's.
         register_tokens: how many stand after the corner tokens (Table 7); their ids follow those.
         vocabulary_size: of the word pieces and special tokens; corner and register tokens are not counted.
+        sentence_ends: which characters become [SEP], as in `split_sub_captions`. A saved tokenizer's own rule is
+            replaced by this one.
         pad_id: what shorter texts are filled with.
 
     Raises:
         ValueError: the tokenizer is missing or not of the BERT family, or the context has no room for words.
     """
 
-    def __init__(self, name: str, context_length: int = 128, corner_tokens: int = 0, register_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        name: str,
+        context_length: int = 128,
+        corner_tokens: int = 0,
+        register_tokens: int = 0,
+        sentence_ends: SentenceEnds = "released",
+    ) -> None:
         self.name = name
+        self.sentence_ends = sentence_ends
         self.context_length = context_length
         self.corner_tokens = corner_tokens
         self.register_tokens = register_tokens
@@ -136,7 +147,7 @@ class TextTokenizer:
                 f"tokenizer {name!r} has no place for {', '.join(self._extra)}: its ids must be 0, 1, 2, … "
                 "without a gap, and none of its tokens may be called so"
             )
-        self._tokenizer = _with_ours(pieces, self._special, self._extra)
+        self._tokenizer = _with_ours(pieces, self._special, self._extra, sentence_ends)
         self._tokenizer.enable_truncation(context_length)
         self.pad_id = self._tokenizer.token_to_id(self._special["pad"])
 
@@ -199,7 +210,25 @@ def _special_tokens(name: str, pieces: Tokenizer) -> dict[str, str]:
     return found
 
 
-def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str]) -> Tokenizer:
+def saved_sentence_ends(folder: Path) -> SentenceEnds | None:
+    """What ends a sentence in the `tokenizer.json` that `TextTokenizer` saved in a folder; None in any other file.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    steps = (read_json(folder / "tokenizer.json").get("normalizer") or {}).get("normalizers", [])
+    if not _has_ours(steps):
+        return None
+    pattern = steps[0]["pattern"]["Regex"]
+    return next((name for name, end in SENTENCE_ENDS.items() if pattern.startswith(_before(end))), None)
+
+
+def _before(end: str) -> str:
+    """How the pattern begins that replaces white space and sentence ends."""
+    return rf"(?<!{_BLANK}){_BLANK}*{end}"
+
+
+def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str], sentence_ends: SentenceEnds) -> Tokenizer:
     """Word pieces with all that makes a caption the model's input, but for the context length.
 
     The tokenizer would look for special tokens first, and normalise the pieces between them one by one: each would lose
@@ -210,7 +239,9 @@ def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str]) -> 
         pieces: the word pieces.
         special: kind of each special token → its name.
         extra: names of corner and register tokens.
+        sentence_ends: what becomes [SEP]. Each has the full stop, which the steps below rely on.
     """
+    end = SENTENCE_ENDS[sentence_ends]
     tokenizer = Tokenizer.from_str(pieces.to_str())
     own, sep = pieces.normalizer, special["sep"]
     added = {token.content: token for token in pieces.get_added_tokens_decoder().values()}
@@ -225,7 +256,7 @@ def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str]) -> 
     names = [rf"(?<=\A{re.escape(name[:5])}){re.escape(name[5:])}\z" for name in extra]
     but_whole = "(?!" + "|".join([rf"(?<=\A{re.escape(sep)})\z", *names]) + ")"
     steps = [
-        Replace(Regex(rf"(?<!{_BLANK}){_BLANK}*{_END}{but_whole}(?:{_BLANK}|{_END}{but_whole})*"), "\n"),
+        Replace(Regex(rf"{_before(end)}{but_whole}(?:{_BLANK}|{end}{but_whole})*"), "\n"),
         Replace(Regex(_OUTER), ""),
         Replace("\n", sep),
         # no dot is left, but of an extra token's name: dots now mark special tokens on their way through `own`
@@ -252,10 +283,15 @@ def _in_normalised(name: str, token: AddedToken | None) -> AddedToken:
     return AddedToken(**{**flags, "content": name, "normalized": True})
 
 
+def _has_ours(steps: Sequence[Any]) -> bool:
+    """Whether the steps of a normaliser begin with those of `_with_ours`, whatever ends a sentence there."""
+    return {"type": "Replace", "pattern": {"Regex": _OUTER}, "content": ""} in steps[1:2]
+
+
 def _without_ours(data: dict[str, Any]) -> dict[str, Any]:
     """A `tokenizer.json` without what `_with_ours` added; any other as it is."""
     steps = (data["normalizer"] or {}).get("normalizers", [])
-    if {"type": "Replace", "pattern": {"Regex": _OUTER}, "content": ""} not in steps[1:2]:
+    if not _has_ours(steps):
         return data
     added = [token for token in data["added_tokens"] if not _EXTRA.fullmatch(token["content"])]
     moved = [token for token in added if re.escape(token["content"]) in steps[3]["pattern"]["Regex"]]

@@ -101,7 +101,7 @@ def measure(
                 images[name] = image_features(encoder, benchmark)
             if name not in found.results:
                 false = [text for question in quiz.questions for text in question.changed] if quiz else []
-                unseen = unseen_share(benchmark, tokenizer, vocabulary, false)
+                unseen = unseen_share(benchmark, tokenizer, vocabulary, false, encoder.tokenizer.sentence_ends)
                 ceiling, repeats = limits(benchmark)
                 found.results[name] = {
                     "protocol": {

@@ -13,6 +13,7 @@ from lotlip.evaluation.benchmarks import Benchmark, Prompts
 from lotlip.evaluation.ceiling import ceilings, repeated
 from lotlip.evaluation.encoders import Encoder, UnreadableImage
 from lotlip.evaluation.metrics import Scores, chance, class_features, classification, retrieval
+from lotlip.text import SentenceEnds
 
 KS = (1, 5, 10)
 
@@ -104,7 +105,13 @@ def limits(benchmark: Benchmark) -> tuple[dict[str, float], dict[str, int]]:
     return ceiling, {**repeats, "repeated_images": repeated(images)}
 
 
-def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int], others: Iterable[str] = ()) -> float:
+def unseen_share(
+    benchmark: Benchmark,
+    tokenizer: str,
+    vocabulary: Sequence[int],
+    others: Iterable[str] = (),
+    sentence_ends: SentenceEnds = "released",
+) -> float:
     """Share of the word pieces of a benchmark's texts that no training text has: scores on such texts measure noise.
 
     Args:
@@ -112,6 +119,7 @@ def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]
         tokenizer: whose word pieces they are.
         vocabulary: word pieces that training texts have.
         others: what else is asked.
+        sentence_ends: where the model's tokenizer ends a sentence; these characters are no word pieces to it.
 
     Raises:
         ValueError: it is more than the benchmark allows.
@@ -119,7 +127,7 @@ def unseen_share(benchmark: Benchmark, tokenizer: str, vocabulary: Sequence[int]
     texts = [*others, *(text for kind in benchmark.retrieval.values() for text in kind.texts)]
     if benchmark.prompts:
         texts += [prompt for prompts in benchmark.prompts.classes for prompt in prompts]
-    used = used_tokens(tokenizer, texts)
+    used = used_tokens(tokenizer, texts, sentence_ends)
     share = len(used - set(vocabulary)) / max(len(used), 1)
     limit = benchmark.max_unseen_tokens
     if limit is not None and share > limit:

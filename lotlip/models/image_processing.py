@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
-from transformers.image_utils import load_image
 
 from lotlip.data.images import MEAN, STD, check_resize, decode_rgb, image_transform, to_rgb
 from lotlip.models.configuration import LotlipConfig
@@ -53,12 +53,12 @@ class LotlipImageProcessor(BaseImageProcessor):
         """One picture or a list of them → `pixel_values` [B, 3, S, S] float32.
 
         Args:
-            images: PIL images, arrays [H, W, 3] of uint8, encoded files' bytes, paths or URLs.
+            images: PIL images, arrays [H, W, 3] of uint8, encoded files' bytes, paths or `data:image/…;base64,` URLs.
             return_tensors: "pt" for torch, "np" for NumPy.
             kwargs: refused, so that no option is passed over in silence.
 
         Raises:
-            ValueError: a picture cannot be read, or an option is unknown.
+            ValueError: a picture cannot be read or is a web address, or an option is unknown.
         """
         if kwargs:
             raise ValueError(
@@ -78,8 +78,11 @@ class LotlipImageProcessor(BaseImageProcessor):
 
 def _picture(image: Any) -> Image.Image:
     """As RGB."""
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:image/")):
-        return load_image(image)
+    if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
+        # transformers would fetch it without any limit of size, pixels or time
+        raise ValueError(f"{image} is a web address; download the picture, and give its bytes or its path")
+    if isinstance(image, str) and image.startswith("data:image/"):
+        return decode_rgb(_data_of(image))
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, bytes):
@@ -92,6 +95,19 @@ def _picture(image: Any) -> Image.Image:
             f"an array of {array.dtype} and shape {list(array.shape)} is no picture; give uint8 [height, width, 3]"
         )
     return Image.fromarray(array)
+
+
+def _data_of(url: str) -> bytes:
+    """The bytes in a `data:image/…;base64,` URL."""
+    head, _, data = url.partition(",")
+    if not head.endswith(";base64"):
+        raise ValueError(f"{url[:40]!r}… is not a base64 data URL; give the picture's bytes or its path")
+    try:
+        return base64.b64decode("".join(data.split()), validate=True)
+    except ValueError as error:
+        raise ValueError(
+            f"{url[:40]!r}… is not valid base64 ({error}); give the picture's bytes or its path"
+        ) from error
 
 
 # transformers looks for a torchvision backend first, and would warn that it takes another

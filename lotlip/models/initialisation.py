@@ -20,17 +20,21 @@ from lotlip.models.configuration import LotlipConfig
 from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.text_tower import first_position, position_table
 from lotlip.models.weights import check_weights, open_weights, read_weights
+from lotlip.text import SentenceEnds
 
 POSITIONS = "text.transformer.embeddings.position_embeddings.weight"
 
 
-def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTraining:
+def build_for_pretraining(
+    config: Pretrain, image_tower: Path, sentence_ends: SentenceEnds = "released"
+) -> LotlipForPreTraining:
     """A new model to train: its text tower from random or pretrained weights, corner and register tokens added.
 
     Args:
         config: section of params.yaml.
         image_tower: folder of the image tower, whose width is that of the shared space. Its weights come in only where
             they are trained.
+        sentence_ends: how the training texts are split into sub-captions.
 
     Raises:
         ValueError: tokenizer and encoder do not fit, the context length exceeds the encoder's positions, or a
@@ -51,6 +55,7 @@ def build_for_pretraining(config: Pretrain, image_tower: Path) -> LotlipForPreTr
             register_tokens=text.register_tokens,
             similarity=config.similarity,
             logit_bias=config.loss.contrast == "sigmoid",
+            sentence_ends=sentence_ends,
         ),
         image_tower=not config.image_tower.frozen,
     )

@@ -11,13 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
-from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.tokenizer import TextTokenizer, saved_sentence_ends
 from lotlip.files import read_json
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.processing import LotlipProcessor
 from lotlip.models.weights import check_finite, check_weights, read_weights
+from lotlip.text import as_sentence_ends
 
 
 def save_model(
@@ -60,7 +61,8 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     """A saved model, ready to evaluate, and its tokenizer.
 
     Raises:
-        ValueError: the folder has no model, or weights are missing in it, left over, damaged or not finite.
+        ValueError: the folder has no model, weights are missing in it, left over, damaged or not finite, or its
+            configuration and its tokenizer split sentences differently.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
@@ -78,7 +80,15 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
         raise ValueError(f"{folder} does not hold this model's weights: {wrong}")
     check_finite(model.named_parameters(), f"in {folder}")
     config = model.config
-    return model.eval(), TextTokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens)
+    ends = as_sentence_ends(config.sentence_ends, str(folder / "config.json"))
+    tokenizer = TextTokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens, ends)
+    saved = saved_sentence_ends(folder)
+    if saved not in (None, ends):
+        raise ValueError(
+            f"{folder}: sentence_ends is {ends!r} in config.json, but tokenizer.json splits sentences as {saved!r}; "
+            "restore the two files of one model"
+        )
+    return model.eval(), tokenizer
 
 
 def copy_with_provenance(folder: Path, out: Path, more: Mapping[str, Any]) -> None:

@@ -96,12 +96,15 @@ def look_at_images(encoder: LotlipEncoder, benchmark: Benchmark) -> list[SeenIma
     from lotlip.evaluation.attention import maps_of
 
     asked: dict[int, list[str]] = {}
+    ends = encoder.tokenizer.sentence_ends
     for kind in ("short", "long"):
         if kind in benchmark.retrieval:
             own = benchmark.retrieval[kind]
             first = dict(reversed(list(zip(own.image, own.texts, strict=True))))
             for image, text in first.items():
-                asked.setdefault(image, []).extend([text] if kind == "short" else split_sub_captions(text)[:SENTENCES])
+                asked.setdefault(image, []).extend(
+                    [text] if kind == "short" else split_sub_captions(text, ends)[:SENTENCES]
+                )
     first_images = sorted(asked)[:IMAGES]
     encoded, texts = [benchmark.read(image) for image in first_images], [asked[image] for image in first_images]
     return [
@@ -124,7 +127,7 @@ def look_at_texts(encoder: LotlipEncoder, benchmark: Benchmark) -> list[ReadText
         rows = torch.cat([shares[0], by_length]).cpu()  # [1 + m + 1, N]
         names = ["[CLS]", *(f"Cor {corner}" for corner in range(1, len(rows) - 1)), "by length"]
         entropy = spread(rows[None], number.amax(dim=1).cpu() + 1)[0].tolist()
-        parts = split_sub_captions(text)[: rows.shape[1]]
+        parts = split_sub_captions(text, encoder.tokenizer.sentence_ends)[: rows.shape[1]]
         read.append(
             ReadText(parts, dict(zip(names, rows.numpy(), strict=True)), dict(zip(names, entropy, strict=True)))
         )

@@ -29,6 +29,7 @@ from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
+from lotlip.text import as_sentence_ends
 from lotlip.tracking import TRACKING_WARNING, Sink, open_sink
 from lotlip.training.checkpoint import Checkpoints, full_weights
 from lotlip.training.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
@@ -136,14 +137,17 @@ class Trainer:
         self.job, self.config, self.seed, self.sink = job, config, seed, sink
         self.index = read_json(Path(job.shards) / "index.json")
         text = config.text
-        self.tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
+        ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
+        self.tokenizer = TextTokenizer(
+            text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens, ends
+        )
         tower, transform = None, None
         if config.from_pixels or not self.index["features"]:
             tower, transform = self._open_image_tower()
         rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), config.accumulation)
         self.loader = Loader(Path(job.shards), config, self.tokenizer, seed, rows, transform)
         seed_everything(seed)
-        model = build_for_pretraining(going_on(config, seed), Path(job.image_tower))
+        model = build_for_pretraining(going_on(config, seed), Path(job.image_tower), ends)
         self.engine = Engine(model, config, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
         self.history: list[dict[str, float]] = []

@@ -1,0 +1,285 @@
+"""`caption.sentence_ends`: one rule from the captions to the saved model, and nothing changes where it is not set."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import unicodedata
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Regex
+from tokenizers.normalizers import Replace
+from transformers import AutoProcessor, AutoTokenizer
+
+from lotlip import cli
+from lotlip.config import CaptionStage
+from lotlip.data.tokenizer import TextTokenizer, used_tokens
+from lotlip.embedding import Embedder, embed
+from lotlip.files import read_json
+from lotlip.models.saving import load_model
+from lotlip.statistics import text_statistics
+from lotlip.text import as_sentence_ends, has_words, join_sub_captions, split_sub_captions
+from tests.conftest import TinySample, TinyWorld, write_shards
+from tests.tiny_model import save_tiny_model
+from tests.training import tiny_job, train
+
+ROOT = Path(__file__).parent.parent
+BERT = "bert-base-uncased"
+CHINESE = "一只红色的狗。它在草地上跑！天空是蓝色的吗？"
+JAPANESE = "赤い犬がいます。草の上を走っています｡空は青いですか？はい．"
+MIXED = "A red dog! 它在跑。Is the sky blue? 是的．It is 3 o'clock.\n完"
+SUB_CAPTIONS = {
+    CHINESE: ["一只红色的狗", "它在草地上跑", "天空是蓝色的吗"],
+    JAPANESE: ["赤い犬がいます", "草の上を走っています", "空は青いですか", "はい"],
+    MIXED: ["A red dog", "它在跑", "Is the sky blue", "是的", "It is 3 o'clock", "完"],
+    "एक कुत्ता है। वह दौड़ता है॥": ["एक कुत्ता है", "वह दौड़ता है"],
+    "هذا كلب. هل يجري؟ نعم۔": ["هذا كلب", "هل يجري", "نعم"],
+    "。！？ …": ["…"],
+    "他说“你好。”然后走了。": ["他说“你好", "”然后走了"],
+    "สุนัขวิ่ง แมวนอน": ["สุนัขวิ่ง แมวนอน"],
+}
+# Texts with many sentence ends, white space and special tokens side by side.
+AWKWARD = [*"ab 。！？．｡.!?…।؟\n\t\u3000一犬”", "</s>", "[SEP]", "[MASK]", "[COR.1]"]
+awkward = st.lists(st.sampled_from(AWKWARD)).map("".join)
+
+
+@lru_cache
+def unicode_tokenizer() -> TextTokenizer:
+    return TextTokenizer(BERT, 48, 2, sentence_ends="unicode")
+
+
+# --- the rule ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", SUB_CAPTIONS)
+def test_sub_captions_end_at_every_sentence_terminator_which_is_dropped(text):
+    assert split_sub_captions(text, "unicode") == SUB_CAPTIONS[text]
+
+
+@given(st.text() | awkward)
+def test_the_default_is_the_released_rule(text):
+    released = [part for part in (part.strip() for part in re.split(r"\n|</s>|\.", text)) if part]
+    assert split_sub_captions(text) == split_sub_captions(text, "released") == released
+
+
+def test_the_terminators_are_those_of_unicode():
+    theirs = Replace(Regex(r"\p{Sentence_Terminal}"), "")
+    known = [character for character in map(chr, range(0x110000)) if unicodedata.category(character)[0] != "C"]
+    expected = {character for character in known if not theirs.normalize_str(character)}
+    assert {character for character in known if len(split_sub_captions(f"a{character}b", "unicode")) == 2} == expected
+
+
+@given(awkward)
+def test_split_undoes_join_and_finds_the_same_words(text):
+    parts = split_sub_captions(text, "unicode")
+    assert split_sub_captions(join_sub_captions(parts), "unicode") == parts
+    assert has_words(text) == any(character.isalnum() for part in parts for character in part)
+
+
+@pytest.mark.parametrize("value", ["Unicode", "", 1, ["unicode"]])
+def test_an_unknown_value_in_a_file_is_an_error_that_names_the_file(value):
+    with pytest.raises(ValueError, match=r"^index\.json: sentence_ends"):
+        as_sentence_ends(value, "index.json")
+    assert as_sentence_ends(None, "index.json") == "released"
+
+
+def test_an_unknown_value_in_params_yaml_is_an_error():
+    with pytest.raises(ValueError, match="sentence_ends"):
+        CaptionStage.model_validate({"sentence_ends": "chinese"})
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", [CHINESE, JAPANESE, MIXED])
+def test_a_sep_stands_between_sub_captions(text):
+    tokenizer = unicode_tokenizer()
+    plain = TextTokenizer(BERT, 48)
+    cls, sep = plain.encode([""])[0]
+    (ids,) = tokenizer.encode([text])
+    parts = [plain.encode([part])[0][1:-1] for part in SUB_CAPTIONS[text]]
+    assert ids == [cls, 30522, 30523, *(token for part in parts for token in [*part, sep])]
+    assert ids.count(sep) == len(SUB_CAPTIONS[text])
+    assert TextTokenizer(BERT, 48, 2).encode([text])[0].count(sep) < len(SUB_CAPTIONS[text])
+
+
+@given(awkward)
+def test_a_caption_and_its_sub_captions_have_the_same_ids(text):
+    parts = split_sub_captions(text, "unicode")
+    if not any(part in ("[COR.1]", "[SEP]") for part in (text, *parts)):  # a text that is a name and nothing else
+        assert unicode_tokenizer().encode([text]) == unicode_tokenizer().encode([parts])
+
+
+@pytest.mark.parametrize("first", ["released", "unicode"])
+@pytest.mark.parametrize("then", ["released", "unicode"])
+def test_a_saved_tokenizer_gets_the_rule_that_it_is_opened_with(tmp_path, first, then):
+    TextTokenizer(BERT, 48, 1, sentence_ends=first).save(tmp_path)
+    again = TextTokenizer(str(tmp_path), 48, 2, sentence_ends=then)
+    assert again.vocabulary_size == 30522
+    texts = list(SUB_CAPTIONS)
+    assert again.encode(texts) == TextTokenizer(BERT, 48, 2, sentence_ends=then).encode(texts)
+
+
+def test_terminators_are_no_used_tokens():
+    assert used_tokens(BERT, ["a dog!"]) > used_tokens(BERT, ["a dog!"], "unicode") == used_tokens(BERT, ["a dog"])
+
+
+# --- data to model ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_world: TinyWorld) -> TinyWorld:
+    """The tiny world in Chinese and English, as the shard stage leaves it with `unicode`."""
+
+    def told(sample: TinySample) -> TinySample:
+        captions = {"llava": split_sub_captions(CHINESE, "unicode"), "gpt": split_sub_captions(MIXED, "unicode")}
+        return replace(sample, info={**sample.info, "raw": CHINESE, "captions": captions})
+
+    samples = {key: told(sample) for key, sample in tiny_world.samples.items()}
+    shards = write_shards(tmp_path_factory.mktemp("unicode") / "shards", list(samples.values()), 3)
+    index = read_json(shards / "index.json")
+    (shards / "index.json").write_text(json.dumps({**index, "sentence_ends": "unicode"}))
+    return TinyWorld(tiny_world.image_tower, shards, tiny_world.pixel_shards, samples)
+
+
+@pytest.fixture(scope="module")
+def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[Path, TextTokenizer]:
+    """A trained model's folder, and the tokenizer that it was trained with."""
+    from lotlip.config import Pretrain
+    from lotlip.tracking import NullSink
+    from lotlip.training.pretrain import Trainer
+
+    job = tiny_job(world, tmp_path_factory.mktemp("trained"), {"steps": 2, "text": {"context_length": 48}})
+    trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    trainer.train()
+    return job.model_folder(0), trainer.tokenizer
+
+
+def test_training_splits_raw_captions_as_the_shards_say(world, trained):
+    folder, tokenizer = trained
+    assert tokenizer.sentence_ends == "unicode"
+    assert load_model(folder)[0].config.sentence_ends == "unicode"
+
+
+def test_the_loader_gives_ids_with_sep_between_sub_captions(world, trained):
+    from lotlip.config import Pretrain
+    from lotlip.data.loader import Loader, Rows
+
+    _, tokenizer = trained
+    settings = Pretrain.model_validate({"batch_size": 4, "loader": {"workers": 0}, "long_texts": {"sub_captions": 2}})
+    (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, Rows(4)).steps(0, 1)))
+    assert batch.raw_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
+    assert {row.tolist().count(102) for row in batch.long_ids} == {2}
+
+
+def test_every_way_to_the_model_gives_the_ids_of_training(trained, tmp_path):
+    folder, tokenizer = trained
+    texts = [CHINESE, JAPANESE, MIXED]
+    expected, _ = tokenizer(texts)
+    options = {"padding": True, "truncation": True, "return_tensors": "np"}
+    assert np.array_equal(AutoTokenizer.from_pretrained(folder)(texts, **options)["input_ids"], expected)
+    assert np.array_equal(AutoProcessor.from_pretrained(folder)(text=texts, return_tensors="np")["input_ids"], expected)
+    model, loaded = load_model(folder)
+    assert np.array_equal(loaded(texts)[0], expected)
+    (tmp_path / "texts.txt").write_text("\n".join([CHINESE, JAPANESE]) + "\n", encoding="utf-8")
+    embed(folder, tmp_path / "texts.txt", tmp_path / "index.parquet")
+    features = pq.read_table(tmp_path / "index.parquet")["embedding"].to_pylist()
+    split = [split_sub_captions(text, "unicode") for text in (CHINESE, JAPANESE)]
+    with torch.inference_mode():
+        rows = [torch.from_numpy(loaded([parts])[0]) for parts in split]
+        own = torch.cat([model.get_text_features(row).pooler_output for row in rows]).numpy()
+    np.testing.assert_allclose(np.asarray(features), own, atol=1e-6)
+    np.testing.assert_allclose(Embedder(folder).texts([CHINESE, JAPANESE]), own, atol=1e-6)
+
+
+def test_a_model_that_goes_on_from_another_splits_as_its_own_shards_say(trained, tiny_world, tmp_path):
+    folder, _ = trained
+    job = tiny_job(tiny_world, tmp_path, {"steps": 1, "text": {"context_length": 48, "pretrained": str(folder)}})
+    assert load_model(train(job).model_folder(0))[1].sentence_ends == "released"
+
+
+def test_shards_with_an_unknown_rule_are_refused(world, tmp_path, group):
+    shards = shutil.copytree(world.shards, tmp_path / "shards")
+    index = read_json(shards / "index.json")
+    (shards / "index.json").write_text(json.dumps({**index, "sentence_ends": "thai"}))
+    with pytest.raises(ValueError, match=r"index\.json: sentence_ends"):
+        train(tiny_job(world, tmp_path, shards=str(shards)))
+
+
+@pytest.fixture
+def old(tmp_path: Path, tiny_tower: Path) -> Path:
+    """A model from before the option."""
+    folder = save_tiny_model(tmp_path / "old", tiny_tower)
+    config = read_json(folder / "config.json")
+    del config["sentence_ends"]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_model_from_before_the_option_splits_as_released(old):
+    model, tokenizer = load_model(old)
+    assert model.config.sentence_ends == tokenizer.sentence_ends == "released"
+    texts = list(SUB_CAPTIONS)
+    assert tokenizer.encode(texts) == TextTokenizer(BERT, 32, 2).encode(texts)
+    assert AutoTokenizer.from_pretrained(old)(texts, truncation=True)["input_ids"] == tokenizer.encode(texts)
+
+
+@pytest.mark.parametrize("value", ["unicode", "thai"])
+def test_a_configuration_that_contradicts_its_tokenizer_is_refused(old, value):
+    config = read_json(old / "config.json")
+    (old / "config.json").write_text(json.dumps({**config, "sentence_ends": value}))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(old))}.*sentence_ends"):
+        load_model(old)
+
+
+# --- stages and commands ----------------------------------------------------------------------------------------------
+
+
+def test_the_stages_that_split_texts_are_stale_after_a_change_and_no_others():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    watching = {
+        name
+        for name, stage in stages.items()
+        if {"caption", "caption.sentence_ends"} & set(map(str, stage.get("do", stage).get("params", [])))
+    }
+    # The shards' index says how texts are split; training depends on it, and evaluation on the model.
+    assert watching == {"caption", "shard"}
+
+
+def test_shards_of_captions_that_were_split_otherwise_are_refused(tmp_path):
+    from flows.shard import check_sentence_ends
+    from flows.stage import StageFailed
+
+    (tmp_path / "index.json").write_text('{"units": []}')
+    check_sentence_ends("llava", tmp_path, "released")
+    with pytest.raises(StageFailed, match=r"caption\.sentence_ends.*flows\.caption llava"):
+        check_sentence_ends("llava", tmp_path, "unicode")
+    (tmp_path / "index.json").write_text('{"units": [], "sentence_ends": "unicode"}')
+    check_sentence_ends("llava", tmp_path, "unicode")
+
+
+def test_statistics_count_sub_captions_by_the_rule():
+    texts = [CHINESE, MIXED]
+    assert text_statistics(texts, BERT).sub_captions == 1 + 2
+    assert text_statistics(texts, BERT, "unicode").sub_captions == 3 + 6
+    assert text_statistics(texts, BERT, "unicode").tokens == text_statistics(texts, BERT).tokens
+
+
+@pytest.mark.parametrize(("option", "expected"), [([], 1.0), (["--sentence-ends", "unicode"], 3.0)])
+def test_stats_has_the_option(tmp_path, monkeypatch, capsys, option, expected):
+    (tmp_path / "captions.txt").write_text(CHINESE + "\n", encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["lotlip", "stats", str(tmp_path / "captions.txt"), "--json", *option])
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["sub_captions_per_text"] == expected
