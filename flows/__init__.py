@@ -1,13 +1,12 @@
 """Prefect flows, one for each DVC stage: they open paths, fan out, gate and publish. The work itself is in lotlip."""
 
 import os
-import signal
 import sys
 from pathlib import Path
-from types import TracebackType
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
-from lotlip.console import print_anything
+from lotlip.caches import cache_folder, private_folder
+from lotlip.console import INTERRUPTED, print_anything, say_stopped
 
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("flows."):
     print_anything()
@@ -30,20 +29,20 @@ os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
 _ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")
 _program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else ""
 
-
-def _say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a program that Ctrl-C has interrupted by one line instead of a traceback."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
-    print("stopped", file=sys.stderr)
-    sys.exit(128 + signal.SIGINT)
-
-
 if _program.startswith("flows."):
-    sys.excepthook = _say_stopped
+    sys.excepthook = say_stopped
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(INTERRUPTED)
+
+# DVC's default is /var/tmp/dvc, where every user of the machine can write. It unpickles what is there, so whoever
+# writes there can run code as the user of DVC.
+if "DVC_SITE_CACHE_DIR" not in os.environ:
+    try:
+        os.environ["DVC_SITE_CACHE_DIR"] = str(private_folder(cache_folder() / "dvc"))
+    except OSError as error:
+        if not _program.startswith("flows."):
+            raise
+        sys.exit(f"error: {error}")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 # Not under a launcher, which watches the process that it started.

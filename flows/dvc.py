@@ -90,10 +90,34 @@ def remove_damaged_lock(root: Path) -> bool:
     try:
         if not _damaged(path) or _others(root):
             return False
-        remove(path)
+        remove(path, _damaged)
         return True
     finally:
         guard.close()
+
+
+def match_git(root: Path) -> None:
+    """Lets DVC work without git where the project is no git repository, as a downloaded archive is, and only there.
+
+    The setting is in `.dvc/config.local`, which git ignores. It goes again when the project has become a repository.
+
+    Args:
+        root: of the DVC project.
+    """
+    from dvc.config import Config
+
+    local = root / ".dvc" / "config.local"
+    config = Config(str(local.parent), validate=False)
+    without = config.load_one("local").get("core", {}).get("no_scm", False) if local.is_file() else False
+    has_git = any((folder / ".git").exists() for folder in (root, *root.parents))  # where DVC looks
+    if without == (not has_git) or config.load_one("repo").get("core", {}).get("no_scm"):
+        return
+    with config.edit("local") as settings:
+        core = settings.setdefault("core", {})
+        if has_git:
+            core.pop("no_scm")
+        else:
+            core["no_scm"] = True
 
 
 def _damaged(path: Path) -> bool:
@@ -141,6 +165,8 @@ def main(arguments: Sequence[str]) -> int:
         print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left unreadable", file=sys.stderr)
     if STOPPING in os.environ:
         return INTERRUPTED
+    if root:
+        match_git(root)
     from dvc.cli import main as dvc
 
     status = dvc(list(arguments))

@@ -19,10 +19,10 @@ from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
 
+from lotlip.console import INTERRUPTED as INTERRUPTED
 from lotlip.lifetime import end_with_parent
 
 GRACE_SECONDS = 10
-INTERRUPTED = 128 + signal.SIGINT
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from flows.guard import end_group, ending_well, start_group
+from flows.guard import INTERRUPTED, end_group, ending_well, start_group
 from flows.processes import GUEST, HOST
 from flows.stage import SCRATCH
 from lotlip.config import Launch, RendezvousLaunch
@@ -69,4 +69,5 @@ if __name__ == "__main__":
         try:
             join()
         except KeyboardInterrupt:
-            sys.exit("stopped")
+            print("stopped", file=sys.stderr)
+            sys.exit(INTERRUPTED)

@@ -42,11 +42,24 @@ def pretrain(ablation: str) -> None:
         "fingerprints": {str(seed): f"{stage.fingerprint}-{ablation}-{seed}" for seed in config.seeds},
     }
     runs: dict[str, str] = {}  # none where MLflow does not answer
+    warnings: list[str] = []
+
+    def warn(line: str) -> None:  # once: each seed meets the same server
+        if not warnings:
+            stage.log.warning(line)
+        warnings.append(line)
+
+    def on_line(line: str) -> None:
+        if line.startswith(TRACKING_WARNING):
+            warn(line.removeprefix(TRACKING_WARNING))
+        else:
+            stage.log.info(line)
+
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking import Tracker, tolerated
+        from lotlip.tracking import TRACKING_WARNING, Tracker, tolerated
 
         tracking = params.tracking
-        with tolerated(tracking.uri, stage.log.warning):
+        with tolerated(tracking.uri, warn):
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
     write_json(stage.out / "run.json", run)
     job_file = stage.scratch / "job.json"
@@ -65,10 +78,10 @@ def pretrain(ablation: str) -> None:
     command = launch("lotlip.training.pretrain", [str(job_file)], config.processes, config.launch)
     try:
         with announced(command, config.launch):
-            run_group(command, stage.log.info, stage.scratch / "errors.log")
+            run_group(command, on_line, stage.scratch / "errors.log")
     except BaseException:
         if runs:
-            with tolerated(tracking.uri, stage.log.warning):
+            with tolerated(tracking.uri, warn):
                 tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
                 for seed, run_id in runs.items():
                     done = (stage.out / f"seed-{seed}" / "history.json").is_file()
@@ -83,7 +96,7 @@ def pretrain(ablation: str) -> None:
         history = histories(stage.out, config.seeds)
         checks = gate_pretrain(config, history, guess_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
-    with stage.clock.measure("mlflow"), tolerated(tracking.uri, stage.log.warning):
+    with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
         for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
             tracker.log_history(run_id, read_json(paths.models / ablation / f"seed-{seed}" / "history.json"))

@@ -11,7 +11,7 @@ from prefect import serve
 from prefect.settings import PREFECT_API_URL
 
 from flows.deployments import deployments
-from flows.guard import ending_well
+from flows.guard import INTERRUPTED, ending_well
 from flows.stage import EXPECTED
 from flows.ui import shown
 
@@ -30,4 +30,5 @@ if __name__ == "__main__":
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit(0)
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)

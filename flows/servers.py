@@ -21,6 +21,7 @@ from flows.guard import end_group, start_group
 from flows.stage import SCRATCH, StageFailed
 from lotlip.caches import Locked, cache_folder, lock
 from lotlip.loopback import HOST, NAMES, basic, origins
+from lotlip.tracking import check_store
 
 DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a program ends
 PATIENCE_SECONDS = 600  # a machine may be busy; a server that ends is told at once
@@ -175,7 +176,9 @@ def mlflow_server(port: int, store: str, login: str) -> Iterator[str]:
 
     Raises:
         StageFailed: the port is taken, or the server did not come up.
+        ValueError: the store is a damaged file.
     """
+    check_store(store)  # MLflow would end with a traceback in its log
     from mlflow.environment_variables import MLFLOW_SERVER_ALLOWED_HOSTS, MLFLOW_SERVER_CORS_ALLOWED_ORIGINS
     from mlflow.server import constants
 

@@ -120,7 +120,7 @@ def frozen_features(folder: Path) -> Features:
     from lotlip.models.image_tower import load_image_tower
 
     tower = load_image_tower(folder).eval()
-    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
+    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
     turn = threading.Lock()  # the tower uses all cores by itself
 
     def features(pictures: list[Image.Image]) -> np.ndarray:

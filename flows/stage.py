@@ -377,6 +377,7 @@ def with_tracebacks() -> bool:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
             logging.getLogger(name).addFilter(_NoTraceback())
         logging.getLogger("prefect._internal.concurrency").addFilter(_OneLine())
+        logging.raiseExceptions = False  # or each log that Prefect's server does not take prints an error of its own
     return asked
 
 
@@ -402,6 +403,7 @@ def main(
 
     tracebacks = with_tracebacks()
     finished = False
+    missing = ""  # names the server; its address is a setting of the block below
 
     @wraps(stage.fn)  # Prefect names a run by the parameters
     def body(*given: Any, **named: Any) -> None:
@@ -413,6 +415,7 @@ def main(
     try:
         params = load_params()
         with prefect_for_program(), running(params) as runner:
+            missing = no_answer()
             _clock.call()
             configured = stage.with_options(task_runner=runner)
             configured.fn = body
@@ -425,10 +428,10 @@ def main(
         if not unreachable(error):
             raise
         if finished:  # all is published; only the run's last state could not be sent
-            print(f"warning in {name}: {no_answer()}; the stage has finished, and its page shows it as running")
+            print(f"warning in {name}: {missing}; the stage has finished, and its page shows it as running")
             return
         if tracebacks:
             raise
-        sys.exit(f"error in {name}: {no_answer()}; start it and run again: finished units are kept")
+        sys.exit(f"error in {name}: {missing}; start it and run again: finished units are kept")
     finally:
         release()

@@ -34,12 +34,13 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
-from flows.guard import end_group, ending_well, guarded, start_group
+from flows.guard import INTERRUPTED, end_group, ending_well, guarded, start_group
 from flows.points import Point, Sweep, points, short
 from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.stage import EXPECTED, SCRATCH, StageFailed, code_hash, hash_of, no_answer, unreachable, with_tracebacks
 from flows.warm import SOCKET, warm
 from flows.workspaces import IDENTITY, Experiment, Snapshot, set_params
+from lotlip.caches import private_folder
 from lotlip.config import ConfigError, Params, load_params
 from lotlip.files import remove
 from lotlip.loopback import HOST
@@ -169,7 +170,7 @@ class Workshop:
         environment = {
             **self.environment,
             "MLFLOW_TRACKING_URI": _absolute(self.tracker.uri, self.snapshot.root),
-            "DVC_SITE_CACHE_DIR": str(project / ".dvc" / "tmp" / "site"),
+            "DVC_SITE_CACHE_DIR": str(private_folder(project.absolute() / ".dvc" / "tmp" / "site")),
         }
         with log.open("w") as output:
             with self._lock:
@@ -517,7 +518,12 @@ def main(arguments: Sequence[str]) -> None:
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
-        sweep(settings)
+        try:
+            sweep(settings)
+        except (httpx.TransportError, RuntimeError) as error:
+            if not unreachable(error):
+                raise
+            raise StageFailed(f"{no_answer()}; start the same sweep again: finished points are kept") from error
 
 
 def read_sweep(text: str) -> Sweep:
@@ -543,9 +549,6 @@ if __name__ == "__main__":
         if with_tracebacks():
             raise
         sys.exit(f"error: {error}")
-    except (httpx.TransportError, RuntimeError) as error:
-        if not unreachable(error):
-            raise
-        sys.exit(f"error: {no_answer()}; start the same sweep again: finished points are kept")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same sweep again goes on from what is done")
+        print("stopped; start the same sweep again: finished points are kept", file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from flows.guard import INTERRUPTED, ending_well
 from flows.servers import mlflow_server, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.stage import EXPECTED
 from lotlip.config import load_params
@@ -47,12 +47,9 @@ def shown() -> Iterator[None]:
 
 def show() -> None:
     """Shows both UIs; ends with Ctrl-C or a SIGTERM."""
-    stop = threading.Event()
-    for sign in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(sign, lambda *_: stop.set())
-    with shown():
+    with ending_well(), shown():
         print("Ctrl-C stops both.", flush=True)
-        stop.wait()
+        threading.Event().wait()
 
 
 if __name__ == "__main__":
@@ -60,3 +57,6 @@ if __name__ == "__main__":
         show()
     except EXPECTED as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)

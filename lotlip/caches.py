@@ -28,15 +28,15 @@ def cache_folder() -> Path:
     if named := os.environ.get(CACHE):
         folder = Path(named).expanduser()
         try:
-            return _private(folder)
+            return private_folder(folder)
         except OSError as error:
             raise OSError(f"{CACHE} is {folder}, which cannot be used: {error}; name a folder of your own") from error
     for place in (_user_cache, lambda: Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}")):
         try:
-            return _private(place())  # a user without a home and a name has no such place: RuntimeError
+            return private_folder(place())  # a user without a home and a name has no such place: RuntimeError
         except (OSError, RuntimeError):
             continue
-    return _private(Path(".lotlip/cache").resolve())
+    return private_folder(Path(".lotlip/cache").resolve())
 
 
 def _user_cache() -> Path:
@@ -44,7 +44,7 @@ def _user_cache() -> Path:
     return (Path(base) if base and Path(base).is_absolute() else Path("~/.cache").expanduser()) / "lotlip"
 
 
-def _private(folder: Path) -> Path:
+def private_folder(folder: Path) -> Path:
     """Makes a folder that only this user can write to, and returns it.
 
     Raises:

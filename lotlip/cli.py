@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lotlip.console import explain, print_anything
+from lotlip.console import INTERRUPTED, explain, print_anything, say_stopped
 from lotlip.text import SentenceEnds
 
 app = typer.Typer(
@@ -24,8 +24,13 @@ app = typer.Typer(
 def run() -> None:
     """The program's entry; an error that a user can fix is status 1 and one line (LOTLIP_TRACEBACK=1: a traceback)."""
     print_anything()
+    sys.excepthook = say_stopped
     try:
         app(prog_name="lotlip")
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # Typer's, on Ctrl-C
+            print("stopped", file=sys.stderr)
+        raise
     except (ValueError, OSError) as error:
         if os.environ.get("LOTLIP_TRACEBACK"):
             raise

@@ -5,10 +5,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import TracebackType
 
+INTERRUPTED = 128 + signal.SIGINT  # the status of a program that Ctrl-C ends
 FULL = (errno.ENOSPC, errno.EDQUOT)
 # Less than this is as good as full: a file of this size could not be written.
 _NEARLY_FULL = 16 * 2**20
@@ -19,6 +22,15 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a program that Ctrl-C has interrupted by one line instead of a traceback; for `sys.excepthook`."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("stopped", file=sys.stderr)
+    sys.exit(INTERRUPTED)
 
 
 def explain(error: BaseException) -> str:

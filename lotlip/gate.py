@@ -115,10 +115,12 @@ def _context(docs: Path) -> tuple[Any, Any]:
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
     context: Any = gx.get_context(mode="ephemeral")  # its types are narrower than what it takes
     context.variables.progress_bars = {"globally": False}
+    # Great Expectations would put variables of the environment in place of names after a dollar sign
+    place = str(docs.resolve()).replace("$", r"\$")
     site = {
         "class_name": "SiteBuilder",
         "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": str(docs.resolve())},
+        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": place},
     }
     context.add_data_docs_site("gate", site)
     return context, gx

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pwd
-from pathlib import Path
 
 
 def ensure_home() -> None:
@@ -25,8 +24,3 @@ def ensure_home() -> None:
             pwd.getpwuid(os.getuid())
         except KeyError:
             os.environ["USER"] = os.environ["LOGNAME"] = f"user-{os.getuid()}"
-    # DVC keeps its state there
-    if not os.access("/var/tmp", os.W_OK | os.X_OK):  # noqa: S108
-        from lotlip.caches import cache_folder
-
-        os.environ.setdefault("DVC_SITE_CACHE_DIR", str(Path(cache_folder()) / "dvc"))

@@ -7,11 +7,11 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lotlip.caches import Locked, lock
-from lotlip.files import remove
+from lotlip.files import ASIDE, remove
 
 PREFIX = "lotlip-"
 OWNER = "owner.lock"
@@ -47,7 +47,7 @@ def temporary_folder(name: str, for_sockets: bool = False) -> Iterator[Path]:
             folder = folder.rename(base / folder.name.removeprefix("."))
             yield folder
     finally:
-        remove(folder)
+        _remove(folder)
 
 
 def _remedy() -> str:
@@ -82,12 +82,25 @@ def _clear_left(base: Path) -> None:
     for folder in base.glob(f"{PREFIX}*"):
         try:
             status = folder.lstat()
-            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or not (folder / OWNER).is_file():
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                continue
+            if folder.name.endswith(ASIDE):
+                remove(folder)
+                continue
+            if not (folder / OWNER).is_file():
                 continue
             with _locked(folder):
-                remove(folder)
+                _remove(folder)
         except (Locked, OSError):
             continue
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder under a name that marks it as the project's; what is still being written to it may stay."""
+    aside = folder.with_name(folder.name + ASIDE)
+    folder.rename(aside)
+    with suppress(OSError):
+        remove(aside)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 FINGERPRINT = "lotlip.fingerprint"
 NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
+TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
 PAGE = 1000  # runs that are asked for at a time
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 
@@ -429,7 +430,7 @@ def check_store(uri: str) -> None:
         base.close()
     if problem:
         raise ValueError(
-            f"{path} is damaged ({' '.join(problem.split())}); move it away and rebuild it: python -m flows.restore"
+            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it: python -m flows.restore"
         )
 
 

@@ -150,7 +150,7 @@ def tiny_samples(tiny_tower: Path) -> list[TinySample]:
     from lotlip.models.image_tower import load_image_tower
 
     tower = load_image_tower(tiny_tower)
-    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std)
+    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
     kinds = [(colour, thing) for colour in COLOURS for thing in THINGS]
     images = [_picture(*kind) for kind in kinds]
     with torch.inference_mode():

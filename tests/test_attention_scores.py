@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lotlip.data.images import MEAN, RESIZES, image_transform, square
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluation.attention_scores import (
     attention_scores,
@@ -29,6 +30,7 @@ from lotlip.evaluation.scenes import long_text, object_texts, short_text
 from lotlip.report import build_report, load_inputs
 from lotlip.report.attention import attention_pictures, look_at_images, look_at_texts, overlay
 from lotlip.sources.scenes import generate_scene, render
+from tests.conftest import IMAGE_SIZE
 from tests.test_attention import make
 from tests.test_report import make_params, write_project
 
@@ -209,6 +211,19 @@ def test_images_that_are_no_scenes_are_shown_as_they_are(encoder: LotlipEncoder)
     assert [list(image.texts) for image in seen] == [["a dog", "It runs", "It is red"], ["a cat"]]
     assert seen[0].named == [None] * 3
     assert set(attention_pictures(encoder, scenes_benchmark(retrieval=asked))) == {"relevance", "reading"}
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_maps_are_drawn_on_the_square_that_the_model_sees(resize: str) -> None:
+    encoder = encoder_of(vit={"resize": resize})
+    picture, file = Image.linear_gradient("L").resize((90, 30)).convert("RGB"), io.BytesIO()
+    picture.save(file, "png")
+    one = scenes_benchmark(lambda _: file.getvalue(), retrieval={"short": Texts(["a dog"], [0])}, scenes=())
+    seen = look_at_images(encoder, one)[0]
+    assert seen.picture == square(picture, seen.picture.width, resize, MEAN)
+    assert np.array_equal(encoder.prepare(file.getvalue()), image_transform(IMAGE_SIZE, resize=resize)(picture))
+    told = encoder.protocol()["preprocessing"]
+    assert [word in str(told) for word in ("crop", "both sides", "padded")] == [resize == name for name in RESIZES]
 
 
 def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lotlip.config import Pretrain
-from lotlip.files import sha256_files, write_json
+from lotlip.files import SCRATCH, sha256_files, write_json
 from lotlip.tracking import NullSink
 from lotlip.training import checkpoint
 from lotlip.training.checkpoint import Checkpoints, full_weights
@@ -56,8 +56,9 @@ def trainer(group, tiny_world, tmp_path_factory) -> Trainer:
 
 @pytest.fixture
 def copy(trainer: Trainer, tmp_path: Path) -> Checkpoints:
-    shutil.copytree(trainer.checkpoints.folder, tmp_path / "checkpoints")
-    return Checkpoints(tmp_path / "checkpoints")
+    folder = tmp_path / SCRATCH / "checkpoints"
+    shutil.copytree(trainer.checkpoints.folder, folder)
+    return Checkpoints(folder)
 
 
 def load(checkpoints: Checkpoints, trainer: Trainer) -> tuple[Any, dict[str, torch.Tensor]]:

@@ -260,7 +260,8 @@ def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path, encoding):
         done = subprocess.run(command, capture_output=True, env=environment)
         assert b"UnicodeEncodeError" not in done.stderr
         assert b"Traceback" not in done.stderr
-        assert b"\\u2192" in done.stdout + done.stderr
+        # click takes ASCII for a misconfigured UTF-8
+        assert any(shown in done.stdout + done.stderr for shown in (b"\\u2192", "→".encode()))
 
 
 def test_a_full_disk_is_named(monkeypatch, tmp_path):

@@ -163,6 +163,29 @@ def test_the_square_in_the_centre_is_what_the_model_sees():
     assert both.height == found.shape[0]
 
 
+@pytest.mark.parametrize("size", [(200, 100), (100, 200)])
+def test_heat_covers_the_whole_picture_where_the_model_sees_all_of_it(size):
+    relevance = np.zeros((4, 4), dtype=np.float32)
+    relevance[:, 0] = relevance[:, 3] = 1 / 8
+    if size[1] > size[0]:
+        relevance = relevance.T.copy()
+    picture = shown(Image.new("RGB", size, "black"))
+    for resize in ("squash", "pad"):
+        found = np.asarray(heat(picture, relevance, resize)).astype(int)
+        assert found.shape[:2] == picture.size[::-1]
+        redder = found[..., 0] - found[..., 1]
+        along = redder.mean(axis=0 if size[0] > size[1] else 1)  # by place on the longer side
+        assert along[[0, -1]].min() > 60
+        assert along[len(along) // 2] == 0
+
+
+def test_relevance_of_padding_is_not_drawn():
+    relevance = np.zeros((8, 8), dtype=np.float32)
+    relevance[[0, 7]] = 1 / 16  # rows above and below a wide picture
+    found = np.asarray(heat(shown(Image.new("RGB", (200, 100), "black")), relevance, "pad")).astype(int)
+    assert (found[..., 0] == found[..., 1]).all()
+
+
 def test_what_stands_in_a_text_is_no_markup(explorer):
     from lotlip.explore.page import reading_html, spread_html
 

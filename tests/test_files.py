@@ -464,10 +464,16 @@ def test_a_folder_without_a_record_is_not_checked(tmp_path):
 
 REMOVERS = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "move"}
 OS_CALLS = {"remove", "replace", "truncate"}
-# Module → calls that it may make, and why.
+# Module or package → why it may make such calls.
 ALLOWED = {
-    "lotlip/files.py": ("all", "the module itself"),
+    "lotlip/files.py": "the module itself",
+    "lotlip/temporary.py": "temporary folders get their names once they are locked, and others before they go",
+    "benchmarks/drills": "damages and clears the checkouts that it made in a new folder of its own",
 }
+
+
+def is_allowed(name: str) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}/") for allowed in ALLOWED)
 
 
 def removals(source: str) -> list[str]:
@@ -494,4 +500,4 @@ def test_files_are_removed_and_renamed_in_one_module_only(package):
         path.relative_to(root).as_posix(): removals(path.read_text(encoding="utf-8"))
         for path in sorted((root / package).rglob("*.py"))
     }
-    assert {name: calls for name, calls in found.items() if calls and name not in ALLOWED} == {}
+    assert {name: calls for name, calls in found.items() if calls and not is_allowed(name)} == {}

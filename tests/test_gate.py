@@ -40,6 +40,14 @@ def test_a_gate_that_passes_leaves_a_report(tmp_path):
     assert list((tmp_path / "data_docs/validations").rglob("*.html"))
 
 
+def test_the_report_lies_in_its_folder_whatever_the_folder_is_called(tmp_path):
+    tmp_path = tmp_path / 'it\'s $HOME ${HOME}, "é"'
+    tmp_path.mkdir()
+    checked({"unit": ["a"], "size": [1]}, tmp_path)
+    assert (tmp_path / "data_docs/index.html").is_file()
+    assert list((tmp_path / "data_docs/validations").rglob("*.html"))
+
+
 def test_a_gate_that_fails_names_the_rows(tmp_path):
     table = {"unit": list("abcdef"), "size": [6, 1, 7, 8, 9, 5]}
     line = found(lambda report: checked(table, report), tmp_path)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import io
+import random
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from flows.shard import frozen_features
 from lotlip.config import ScenesTower, TimmTower
+from lotlip.config.pretrain import ImageSide
+from lotlip.data.images import RESIZES, image_transform
 from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
-from lotlip.training.image_tower import timm_tower, train_image_tower
+from lotlip.training.image_tower import scenes_spec, timm_tower, train_image_tower
+from lotlip.training.pretrain import Trainer
 
 PARITY = Path(__file__).parent / "data" / "parity"
 TINY = ImageTowerSpec("vit_scenes", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
@@ -40,6 +49,43 @@ def test_a_tower_survives_saving(tmp_path: Path) -> None:
     assert not loaded.training
     pictures = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(loaded(pictures), tower(pictures))
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_features_for_shards_and_pixels_for_training_follow_the_resize_mode(tmp_path: Path, resize: str) -> None:
+    spec = replace(TINY, resize=resize)
+    tower = build_image_tower(spec).eval()
+    save_image_tower(tower, spec, tmp_path / "tower")
+    noise = np.random.default_rng(0).integers(0, 256, (40, 120, 3), dtype=np.uint8)
+    picture, file = Image.fromarray(noise), io.BytesIO()
+    picture.save(file, "PNG")
+    pixels = image_transform(32, resize=resize)(picture)
+    with torch.inference_mode():
+        expected = tower(torch.from_numpy(pixels)[None]).numpy()
+    np.testing.assert_allclose(frozen_features(tmp_path / "tower")([picture]), expected, atol=1e-6)
+    job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageSide())
+    _, transform = Trainer._open_image_tower(SimpleNamespace(job=job, config=config))  # type: ignore[arg-type]
+    assert np.array_equal(transform(file.getvalue(), random.Random(0)), pixels)
+
+
+def test_a_tower_that_was_saved_without_a_resize_mode_crops() -> None:
+    older = {name: value for name, value in TINY.to_json().items() if name != "resize"}
+    assert ImageTowerSpec.from_json(older) == TINY
+    assert TINY.resize == "crop"
+
+
+def test_an_unknown_resize_mode_is_refused() -> None:
+    with pytest.raises(ValueError, match="unknown resize mode 'stretch'"):
+        ImageTowerSpec.from_json({**TINY.to_json(), "resize": "stretch"})
+
+
+def test_the_configured_resize_mode_is_part_of_the_tower(tmp_path: Path) -> None:
+    assert scenes_spec(ScenesTower(kind="scenes", resize="pad")).resize == "pad"
+    save_file(build_image_tower(ImageTowerSpec("test_vit", 32)).trunk.state_dict(), tmp_path / "vit.safetensors")
+    config = TimmTower(
+        kind="timm", model="test_vit", image_size=32, checkpoint=tmp_path / "vit.safetensors", resize="squash"
+    )
+    assert timm_tower(config).spec.resize == "squash"
 
 
 def test_a_missing_tower_names_the_stage_that_makes_it(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -19,8 +20,10 @@ from safetensors.numpy import load_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
 from lotlip.config import Augmentation, Images
+from lotlip.config.data import Resize
 from lotlip.data.images import (
     MAX_PIXELS,
+    RESIZES,
     TooManyPixels,
     _centre,
     decode_rgb,
@@ -28,6 +31,8 @@ from lotlip.data.images import (
     open_image,
     random_box,
     resized,
+    seen_box,
+    square,
     to_rgb,
     training_transform,
     without_ends,
@@ -69,6 +74,95 @@ def test_the_centre_is_kept() -> None:
     image.paste("white", (30, 0, 60, 30))
     pixels = image_transform(30, mean=(0, 0, 0), std=(1, 1, 1))(image)
     assert pixels.min() == 1
+
+
+# --- how a picture becomes a square -------------------------------------------------------------------------------
+
+BLACK_AND_WHITE = ((0, 0, 0), (1, 1, 1))  # mean and standard deviation: pixels stay in 0..1
+
+
+def edged(width: int, height: int) -> Image.Image:
+    """A grey picture with one red and one blue end."""
+    image = Image.new("RGB", (width, height), "grey")
+    end = max(width, height) // 10
+    long = (end, height) if width > height else (width, end)
+    image.paste("red", (0, 0, *long))
+    image.paste("blue", (width - long[0], height - long[1], width, height))
+    return image
+
+
+def colours(pixels: np.ndarray) -> set[str]:
+    red, green, blue = pixels
+    return {name for name, there in (("red", red - green > 0.6), ("blue", blue - green > 0.6)) if there.any()}
+
+
+def test_the_configuration_offers_every_resize_mode() -> None:
+    assert get_args(Resize) == RESIZES
+
+
+@pytest.mark.parametrize("size", [(90, 30), (30, 90)])
+def test_the_ends_of_a_picture_are_seen_unless_it_is_cropped(size: tuple[int, int]) -> None:
+    image = edged(*size)
+    assert colours(image_transform(32, *BLACK_AND_WHITE)(image)) == set()
+    for resize in ("squash", "pad"):
+        pixels = image_transform(32, *BLACK_AND_WHITE, resize)(image)
+        assert pixels.shape == (3, 32, 32)
+        assert colours(pixels) == {"red", "blue"}
+
+
+def test_padding_has_the_mean_colour_and_keeps_the_aspect_ratio() -> None:
+    pixels = image_transform(32, resize="pad")(Image.new("RGB", (64, 32), "white"))
+    np.testing.assert_allclose(pixels[:, [*range(8), *range(24, 32)]], 0, atol=0.01)  # of a standard deviation
+    assert pixels[:, 8:24].min() > 1
+
+
+@pytest.mark.parametrize("side", [20, 32, 75])
+def test_every_mode_agrees_on_square_pictures(side: int) -> None:
+    expected = image_transform(32)(noise(side, side))
+    for resize in RESIZES:
+        assert np.array_equal(image_transform(32, resize=resize)(noise(side, side)), expected)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (50, 33), (33, 7), (1, 9), (9, 1), (3, 900)])
+def test_the_default_is_the_shorter_side_resized_and_the_centre_kept(size: tuple[int, int]) -> None:
+    found = image_transform(64, *BLACK_AND_WHITE)(noise(*size))
+    assert np.array_equal(found, image_transform(64, *BLACK_AND_WHITE, "crop")(noise(*size)))
+    expected = np.asarray(_centre(resized(noise(*size), 64), 64)).transpose(2, 0, 1) / np.float32(255)
+    np.testing.assert_allclose(found, expected, atol=0 if max(size) <= 8 * min(size) else 1.01 / 255)
+
+
+@pytest.mark.parametrize("resize", ["squash", "pad"])
+@pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1), (3, 200), (200, 3)])
+def test_an_extremely_long_picture_stays_small_while_it_is_resized(resize: str, size: tuple[int, int]) -> None:
+    original, areas = Image.Image.resize, []
+
+    def watch(self: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
+        areas.append(size[0] * self.height)  # Pillow resizes rows first
+        return original(self, size, *rest, **options)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image.Image, "resize", watch)
+        pixels = image_transform(64, resize=resize)(Image.new("RGB", size, "red"))
+    assert pixels.shape == (3, 64, 64)
+    assert max(areas) <= max(size[0] * size[1], 64 * 64)
+
+
+def test_an_unknown_resize_mode_is_an_error() -> None:
+    for make in (image_transform, training_transform):
+        with pytest.raises(ValueError, match="unknown resize mode 'stretch'"):
+            make(32, resize="stretch")
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("size", [(300, 200), (200, 301), (64, 64), (31, 200)])
+def test_the_box_that_is_seen_is_what_becomes_the_square(resize: str, size: tuple[int, int]) -> None:
+    """The box is cut out of the picture by Pillow, which fills what is outside with black, and resized."""
+    x, y = np.meshgrid(np.linspace(50, 250, size[0]), np.linspace(50, 250, size[1]))
+    image = Image.fromarray(np.dstack([x, y, y]).astype(np.uint8))
+    box = seen_box(*size, resize)
+    expected = image.crop(box).resize((64, 64), Image.Resampling.BICUBIC)
+    difference = np.abs(np.asarray(square(image, 64, resize, (0, 0, 0)), float) - np.asarray(expected, float))
+    assert np.quantile(difference, 0.9) < 8
 
 
 def test_exif_rotation_is_followed() -> None:
@@ -416,6 +510,21 @@ def test_without_augmentation_training_sees_what_evaluation_sees(size: tuple[int
     data = encoded(noise(*size))
     pixels = training_transform(32)(data, random.Random(0))
     assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_training_sees_what_evaluation_sees_in_every_resize_mode(resize: str) -> None:
+    data = encoded(noise(50, 33))
+    pixels = training_transform(32, resize=resize)(data, random.Random(0))
+    assert np.array_equal(pixels, image_transform(32, resize=resize)(decode_rgb(data)))
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+def test_augmentation_takes_the_same_pieces_in_every_resize_mode(resize: str) -> None:
+    augmentation, data = Augmentation(scale=(0.3, 1.0)), encoded(noise(50, 33))
+    expected = training_transform(32, augmentation=augmentation)(data, random.Random(5))
+    pixels = training_transform(32, augmentation=augmentation, resize=resize)(data, random.Random(5))
+    assert np.array_equal(pixels, expected)
 
 
 @pytest.mark.parametrize("side", [20, 32, 75])

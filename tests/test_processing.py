@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
 
-from lotlip.data.images import MEAN, STD, TooManyPixels, decode_rgb, image_transform
+from lotlip.data.images import MEAN, RESIZES, STD, TooManyPixels, decode_rgb, image_transform, training_transform
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_processing import LotlipImageProcessor
@@ -107,6 +108,31 @@ def test_pixels_are_those_of_training_whatever_a_picture_comes_as(processor, tmp
         ):
             assert pixels.shape == (1, 3, 32, 32), kind
             assert np.array_equal(pixels[0], expected), kind
+
+
+@pytest.mark.parametrize("resize", RESIZES)
+@pytest.mark.parametrize("size", [(51, 40), (40, 90), (200, 33)])
+def test_the_saved_processor_gives_the_pixels_of_training_in_every_resize_mode(tmp_path, resize, size):
+    config = LotlipConfig(image_config={**TOWER, "resize": resize})
+    LotlipProcessor.build(text_tokenizer(), config).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "lotlip"}')
+    data = encoded(picture(size=size))
+    training = training_transform(32, TOWER["mean"], TOWER["std"], resize=resize)(data, random.Random(0))
+    for saved in (AutoImageProcessor.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)):
+        assert np.array_equal(saved(images=data, return_tensors="np")["pixel_values"][0], training)
+
+
+def test_a_processor_that_was_saved_without_a_resize_mode_crops(tmp_path):
+    LotlipImageProcessor(48).save_pretrained(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    saved = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in saved.items() if name != "resize"}))
+    assert AutoImageProcessor.from_pretrained(tmp_path).resize == "crop"
+
+
+def test_a_processor_with_an_unknown_resize_mode_is_refused():
+    with pytest.raises(ValueError, match="unknown resize mode 'stretch'"):
+        LotlipImageProcessor(48, resize="stretch")
 
 
 def test_a_batch_is_its_pictures(processor):
@@ -199,6 +225,7 @@ def test_the_image_processor_is_saved_by_itself(tmp_path):
         "image_size": 48,
         "image_mean": TOWER["mean"],
         "image_std": TOWER["std"],
+        "resize": "crop",
     }
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, LotlipImageProcessor)

@@ -292,13 +292,12 @@ def test_same_inputs_give_the_same_bytes(report, inputs, tmp_path):
         assert (tmp_path / path).read_bytes() == (report / path).read_bytes()
 
 
-def test_what_an_earlier_report_left_is_removed(inputs, tmp_path):
-    (tmp_path / "tables").mkdir()
-    (tmp_path / "tables" / "old.csv").write_text("")
-    (tmp_path / "data-docs.html").write_text("someone else's")
-    build_report(inputs, tmp_path)
-    assert not (tmp_path / "tables" / "old.csv").exists()
-    assert (tmp_path / "data-docs.html").exists()
+def test_a_report_is_not_built_into_a_folder_that_holds_one(inputs, tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "loss.png").write_text("an earlier figure")
+    with pytest.raises(FileExistsError):
+        build_report(inputs, tmp_path)
+    assert [path.read_text() for path in tmp_path.rglob("*.png")] == ["an earlier figure"]
 
 
 def test_pictures_are_small(inputs):

@@ -224,6 +224,7 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
 COMMANDS = [block for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) if "curl" in block]
+REFUSAL = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[-1])
 BODIES = [json.loads(body) for block in COMMANDS for body in re.findall(r"-d '(\{.*\})'", block)]
 
 
@@ -235,10 +236,7 @@ def test_the_documented_requests_are_answered(client, embedder):
     np.testing.assert_allclose(answer.json()["predictions"], embedder.texts(texts), atol=1e-5)
     refused = client.post("/invocations", json=bad)
     assert refused.status_code == 400
-    reason = "row 0 has neither text nor image"
-    assert reason in refused.json()["message"]
-    assert refused.json()["error_code"] in PAGE
-    assert reason in PAGE
+    assert refused.json() == REFUSAL
 
 
 # --- a real server ----------------------------------------------------------------------------------------------------
@@ -311,4 +309,7 @@ def test_mlflow_serves_it(tmp_path, served, images, features):
             for command, number in zip(COMMANDS, (2, 1, None), strict=True):
                 shell = command.replace("http://127.0.0.1:5001", address)
                 told = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
-                assert len(json.loads(told.stdout).get("predictions", ())) == (number or 0), told.stdout
+                if number is None:
+                    assert json.loads(told.stdout) == REFUSAL
+                else:
+                    assert len(json.loads(told.stdout)["predictions"]) == number, told.stdout

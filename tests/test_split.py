@@ -17,7 +17,7 @@ from lotlip.tracking import NullSink
 from lotlip.training.engine import initialise_processes
 from lotlip.training.pretrain import Trainer
 from tests.conftest import TinyWorld
-from tests.training import ROOT, finish, losses, start, tiny_job, train, weights
+from tests.training import ROOT, finish, losses, scratch, start, tiny_job, train, weights
 
 SPLITS = [
     {"zero_stage": stage, "accumulation": accumulation, "similarity": similarity}
@@ -38,7 +38,7 @@ def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
 
 
 def first_step(folder: Path, number: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    written = folder / f"{number}" / "scratch" / "checkpoints-0" / "step-000000001"
+    written = scratch(folder / f"{number}") / "checkpoints-0" / "step-000000001"
     moments = load_file(written / "exp_avg.safetensors")
     beta = Optimizer().betas[0]
     return read_json(written / "state.json"), {name: value / (1 - beta) for name, value in moments.items()}

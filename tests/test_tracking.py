@@ -19,7 +19,16 @@ from mlflow import MlflowClient
 
 from lotlip.config import flatten
 from lotlip.files import write_json
-from lotlip.tracking import FINGERPRINT, LONGEST_PARAMETER, MlflowSink, NullSink, Tracker, open_sink, tolerated
+from lotlip.tracking import (
+    FINGERPRINT,
+    LONGEST_PARAMETER,
+    MlflowSink,
+    NullSink,
+    Tracker,
+    check_store,
+    open_sink,
+    tolerated,
+)
 from tests.tiny_model import save_tiny_model
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]
@@ -143,6 +152,38 @@ def test_a_store_that_fails_half_way_loses_no_steps_for_good(store, experiment, 
     assert curve(client, run_id) == expected()[:4]
     tracker.log_history(run_id, HISTORY)
     assert curve(client, run_id) == expected()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "truncated in a page", "garbage", "a page of zeros"])
+def test_a_damaged_store_is_named_with_its_remedy(store, tmp_path, damage):
+    Tracker(store, "kept")
+    good = Path(store.removeprefix("sqlite:///")).read_bytes()
+    page, half = 4096, len(good) // 2
+    damaged = {
+        "truncated": good[: half // page * page],
+        "truncated in a page": good[: page + 7],
+        "garbage": b"garbage " * 1000,
+        "a page of zeros": good[: 4 * page] + bytes(page) + good[5 * page :],
+    }[damage]
+    file = tmp_path / "mlflow.db"
+    file.write_bytes(damaged)
+    address = f"sqlite:///{file}"
+    with pytest.raises(ValueError, match=r"mlflow\.db.*flows\.restore"):
+        Tracker(address, "lotlip")
+    said: list[str] = []
+    with tolerated(address, said.append):
+        Tracker(address, "lotlip")
+    assert len(said) == 1
+    assert str(file) in said[0]
+    assert "flows.restore" in said[0]
+    assert file.read_bytes() == damaged
+
+
+def test_a_store_that_is_not_a_file_or_is_not_there_yet_is_left_to_mlflow(store, tmp_path):
+    check_store(store)
+    check_store(f"sqlite:///{tmp_path / 'new.db'}")
+    assert not (tmp_path / "new.db").exists()
+    check_store("http://127.0.0.1:1")
 
 
 def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypatch):

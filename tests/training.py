@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from flows.processes import launch
 from lotlip.config import LocalLaunch, Pretrain, merge
-from lotlip.files import read_json
+from lotlip.files import SCRATCH, read_json
 from lotlip.tracking import NullSink
 from lotlip.training.pretrain import Job, Trainer
 from tests.conftest import TEXT, TinyWorld
@@ -33,13 +33,18 @@ TINY: dict[str, Any] = {
 DROPOUT = {"text": {"config": {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}}}
 
 
+def scratch(folder: Path) -> Path:
+    """Where a job in a folder keeps checkpoints; only in a project's scratch may they be removed by another process."""
+    return folder / SCRATCH / "work"
+
+
 def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
     given = {
         "ablation": "tiny",
         "config": Pretrain.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
         "shards": str(world.shards),
         "image_tower": str(world.image_tower),
-        "scratch": str(folder / "scratch"),
+        "scratch": str(scratch(folder)),
         "out": str(folder / "out"),
         "tracking_uri": "",
         "run_ids": {},

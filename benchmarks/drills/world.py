@@ -289,8 +289,8 @@ def prepare(place: Place, folder: Path, limit: float, prebuilt: Path | None = No
         place: where the checkout is made.
         folder: that takes the states, and the run's log.
         limit: seconds that the run may take.
-        prebuilt: folder of what takes long to make and is copied instead, such as DeepSpeed's operation in
-            `cache/torch_extensions` and Prefect's database in `project/.prefect`.
+        prebuilt: folder of what takes long to make and is copied instead, such as Prefect's database in
+            `project/.prefect`.
 
     Raises:
         RuntimeError: the run failed.

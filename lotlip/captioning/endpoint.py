@@ -178,7 +178,7 @@ class EndpointCaptioner:
         text = cut_reasoning(written)
         sub_captions = split_sub_captions(text)
         if not has_words(text):
-            reasoned = bool(written.strip()) or _has_reasoning_field(choice.message)
+            reasoned = text != written.strip() or _has_reasoning_field(choice.message)
             reason = f"{self._name} answered without words (finish reason {finish_reason})"
             if reasoned:
                 reason = (

@@ -140,6 +140,14 @@ class Ingest(Section):
 # --- image tower --------------------------------------------------------------------------------------------------
 
 
+# Names as in `lotlip.data.images.RESIZES`.
+Resize = Literal["crop", "squash", "pad"]
+_RESIZE = (
+    "how a picture becomes a square. crop: the shorter side is resized and the centre kept, as in the released code; "
+    "squash: both sides are resized, which changes the aspect ratio; pad: the whole picture, bars in the mean colour"
+)
+
+
 class ScenesTower(Section):
     """A small ViT trained on the attributes of scenes of its own; stands for ImageNet-21k pretraining."""
 
@@ -151,6 +159,7 @@ class ScenesTower(Section):
     heads: Count = Field(8, description="attention heads; must divide width")
     patch_size: Count = Field(16, description="pixels of a patch's side, a power of two")
     image_size: Annotated[int, Field(ge=32, le=512)] = Field(64, description="pixels of an image's side")
+    resize: Resize = Field("crop", description=_RESIZE)
     epochs: Count = Field(5, description="passes over the scenes")
     batch_size: Count = Field(64, description="images in a training step")
     learning_rate: Positive = Field(2e-3, description="highest learning rate")
@@ -166,9 +175,8 @@ class TimmTower(Section):
     kind: Literal["timm"]
     model: str = Field(description="name of a ViT with a [CLS] token in timm")
     checkpoint: Path | None = Field(None, description="local safetensors file; without one timm asks the model hub")
-    image_size: Annotated[int, Field(ge=32, le=1024)] = Field(
-        224, description="pixels of a side; images are resized on their shorter side and cropped in the centre"
-    )
+    image_size: Annotated[int, Field(ge=32, le=1024)] = Field(224, description="pixels of an image's side")
+    resize: Resize = Field("crop", description=_RESIZE)
 
 
 ImageTower = Annotated[ScenesTower | TimmTower, Field(discriminator="kind")]

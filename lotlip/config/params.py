@@ -61,25 +61,32 @@ class Paths(Section):
     )
     report: Path = Field(Path("report"), description="the report")
 
-    @model_validator(mode="after")
-    def _inside_and_disjoint(self) -> Paths:
+    def check(self) -> None:
+        """Checks that each is a folder of its own inside the project.
+
+        Raises:
+            ValueError: one is not; the message names its key.
+        """
         named = {name: Path(os.path.normpath(path)) for name, path in self}
         for name, path in self:
             # the store is added to and never replaced; several checkouts may share one
             if name == "caption_store" and path.is_absolute():
                 continue
             if path.is_absolute() or ".." in path.parts or not path.parts:
-                raise ValueError(f"{name} must be a folder inside the project, not {str(path)!r}")
+                raise ValueError(f"paths.{name} must be a folder inside the project, not {str(path)!r}")
             if path.parts[0] in _RESERVED or path.parts[0].startswith("."):
-                raise ValueError(f"{name} is {str(path)!r}, but {path.parts[0]!r} is part of the project; name another")
+                raise ValueError(
+                    f"paths.{name} is {str(path)!r}, but {path.parts[0]!r} is part of the project; name another"
+                )
         for name, path in named.items():
             for other, its in named.items():
                 nested = name == "stages" and other == "metrics" and path.parent == its
                 if name != other and not nested and path.is_relative_to(its):
-                    raise ValueError(f"{name} ({path}) is in {other} ({its}), but each must be a folder of its own")
+                    raise ValueError(
+                        f"paths.{name} ({path}) is in paths.{other} ({its}), but each must be a folder of its own"
+                    )
         if self.stages.parent == self.metrics and self.stages.name in ("summary", "attention"):
-            raise ValueError(f"stages ({self.stages}) has the name of a folder that metrics has; name another")
-        return self
+            raise ValueError(f"paths.stages ({self.stages}) has the name of a folder that metrics has; name another")
 
     def check_links(self, root: Path) -> None:
         """Checks that no path leads out of the project.
@@ -219,7 +226,7 @@ class Continued(Section):
     @field_validator("after", mode="before")
     @classmethod
     def _a_name(cls, after: Any) -> Any:
-        if isinstance(after, str) and ("/" in after or Path(after).is_dir()):
+        if isinstance(after, str) and "/" in after:  # a bare name may be an ablation and a folder, as `lotlip` is
             raise ValueError(
                 "is a folder; give the name of an ablation, or set text.pretrained of an ablation to the folder"
             )
@@ -323,6 +330,11 @@ class Params(Section):
         return []
 
     @model_validator(mode="after")
+    def _own_folders(self) -> Params:
+        self.paths.check()
+        return self
+
+    @model_validator(mode="after")
     def _ablations_resolve(self) -> Params:
         if not self.ablations:
             raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
@@ -333,7 +345,8 @@ class Params(Section):
         ]
         there = f"there are: {', '.join(self.ablations)}"
         problems += [
-            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there})"
+            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there}); to start from a folder, "
+            "set text.pretrained of an ablation to it"
             for name, settings in self.continued.items()
             if settings.after not in self.ablations
         ]

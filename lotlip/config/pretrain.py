@@ -195,7 +195,7 @@ class ImageSide(Section):
         description="a frozen tower's features: from the shards (where they hold them), or from pixels each step",
     )
     augmentation: Augmentation | None = Field(
-        None, description="of pictures that a step reads; without it, the centre as in evaluation"
+        None, description="of pictures that a step reads; without it, pictures are prepared as in evaluation"
     )
 
     @model_validator(mode="after")

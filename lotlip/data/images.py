@@ -28,6 +28,9 @@ Transform = Callable[[bytes, random.Random], np.ndarray]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has it
 
+# How a picture becomes a square. `lotlip.config.data.Resize` has the same names; this module imports no configuration.
+RESIZES = ("crop", "squash", "pad")
+
 # What is decoded, and how such files' names end; the first ending is the one that is written. Pillow reads more, some
 # of it by starting other programs (PostScript): nothing for pictures that come from outside.
 FORMATS = {
@@ -296,14 +299,19 @@ def image_transform(
     image_size: int,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
+    resize: str = "crop",
 ) -> Callable[[Image.Image], np.ndarray]:
     """What turns an RGB image into the tower's input, float32 [3, image_size, image_size].
 
-    The shorter side is resized (bicubic, antialiased), the centre cut out, pixels scaled to 0..1 and normalised: as
-    the released code does with torchvision.
+    The picture becomes a square (see `square`), pixels are scaled to 0..1 and normalised. With `crop`, the pixels are
+    those of the released code, which uses torchvision.
+
+    Raises:
+        ValueError: `resize` is not one of `RESIZES`.
     """
+    check_resize(resize)
     normalise = _normalisation(mean, std)
-    return lambda image: normalise(_square(image, image_size))
+    return lambda image: normalise(square(image, image_size, resize, mean))
 
 
 def training_transform(
@@ -311,15 +319,21 @@ def training_transform(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     augmentation: Augmentation | None = None,
+    resize: str = "crop",
 ) -> Transform:
     """What turns an encoded image into the tower's input in training, float32 [3, image_size, image_size].
 
     Without augmentation that is what evaluation sees, bit for bit; with it, a random piece of the picture, as
-    torchvision's RandomResizedCrop draws it (bicubic, antialiased). It raises ValueError as `decode_rgb` does.
+    torchvision's RandomResizedCrop draws it (bicubic, antialiased), whatever `resize` is. The transform raises
+    ValueError as `decode_rgb` does.
+
+    Raises:
+        ValueError: `resize` is not one of `RESIZES`.
     """
+    check_resize(resize)
     if augmentation is None:
-        centre = image_transform(image_size, mean, std)
-        return lambda data, _: centre(decode_rgb(data))
+        as_evaluated = image_transform(image_size, mean, std, resize)
+        return lambda data, _: as_evaluated(decode_rgb(data))
     normalise, size = _normalisation(mean, std), (image_size, image_size)
 
     def transform(data: bytes, rng: random.Random) -> np.ndarray:
@@ -374,7 +388,57 @@ def resized(image: Image.Image, shorter: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def _square(image: Image.Image, side: int) -> Image.Image:
+def check_resize(resize: str) -> None:
+    """Raises ValueError where `resize` is not one of `RESIZES`."""
+    if resize not in RESIZES:
+        raise ValueError(f"unknown resize mode {resize!r}; use one of {', '.join(RESIZES)}")
+
+
+def square(image: Image.Image, side: int, resize: str = "crop", mean: Sequence[float] = MEAN) -> Image.Image:
+    """An RGB picture as a square, resized with a bicubic, antialiased filter. All modes agree on square pictures.
+
+    Args:
+        image: RGB.
+        side: pixels of a side of the square.
+        resize: `crop` resizes the shorter side and keeps the centre; `squash` resizes both sides, which changes the
+            aspect ratio; `pad` resizes the longer side and fills the rest.
+        mean: colour of the padding, in 0..1, rounded to 8 bits.
+    """
+    if resize == "squash":
+        return _squashed(image, side)
+    if resize == "pad":
+        return _padded(image, side, mean)
+    return _cropped(image, side)
+
+
+def seen_box(width: int, height: int, resize: str = "crop") -> Box:
+    """The part of a picture that becomes the square, in the picture's pixels; with `pad`, it extends beyond them."""
+    if resize == "squash":
+        return 0, 0, width, height
+    side = max(width, height) if resize == "pad" else min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def _squashed(image: Image.Image, side: int) -> Image.Image:
+    if image.height > max(_EXTREME_RATIO * image.width, side):
+        # Pillow resizes rows first: a narrow picture would grow to the square's width at its full height
+        image = image.resize((image.width, side), Image.Resampling.BICUBIC)
+    return image.resize((side, side), Image.Resampling.BICUBIC)
+
+
+def _padded(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image:
+    longer = max(image.size)
+    size = tuple(max(1, round(length * side / longer)) for length in image.size)
+    whole = Image.new("RGB", (side, side), tuple(round(255 * min(max(value, 0), 1)) for value in mean))
+    whole.paste(
+        image.resize(size, Image.Resampling.BICUBIC),  # type: ignore[arg-type]
+        ((side - size[0]) // 2, (side - size[1]) // 2),
+    )
+    return whole
+
+
+def _cropped(image: Image.Image, side: int) -> Image.Image:
     """The centre of the picture, `side` pixels wide and high, where the whole has been resized to its shorter side."""
     width, height = image.size
     if min(width, height) == side or max(width, height) <= _EXTREME_RATIO * min(width, height):

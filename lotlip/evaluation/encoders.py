@@ -255,7 +255,7 @@ class LotlipEncoder:
     @cached_property
     def _transform(self) -> Callable[[Image.Image], np.ndarray]:
         spec = self.model.image_tower.spec
-        return image_transform(spec.image_size, spec.mean, spec.std)
+        return image_transform(spec.image_size, spec.mean, spec.std, spec.resize)
 
     def prepare(self, image: Image.Image | bytes) -> np.ndarray:
         """What the image tower takes of an image, float32 [3, S, S]: for threads to do beside the model.
@@ -294,15 +294,19 @@ class LotlipEncoder:
     def protocol(self) -> dict[str, str | int]:
         """As of `Encoder`."""
         spec = self.model.image_tower.spec
+        side = spec.image_size
+        steps = {
+            "crop": (f"shorter side to {side}, bicubic", f"centre crop to {side}"),
+            "squash": (f"both sides to {side}, bicubic", ""),
+            "pad": (f"longer side to {side}, bicubic", f"padded to {side} with the mean"),
+        }[spec.resize]
         where = {"model": str(self._folder), "weights_sha256": weights_hash(self._folder)} if self._folder else {}
         return {
             **where,
             "kind": "lotlip",
             "context_length": self.model.config.context_length,
-            "image_size": spec.image_size,
-            "preprocessing": preprocessing(
-                f"shorter side to {spec.image_size}, bicubic", f"centre crop to {spec.image_size}", spec.mean, spec.std
-            ),
+            "image_size": side,
+            "preprocessing": preprocessing(*steps, spec.mean, spec.std),
             "text_preparation": "sub-captions joined by [SEP], cut at the context length",
             "similarity": self.model.config.similarity,
             **self._run.protocol("transformers", "timm", "pillow"),

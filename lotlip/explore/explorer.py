@@ -134,6 +134,11 @@ class Explorer:
         return sorted((text or "" for _, text in first.values()), key=len, reverse=True)[:number]
 
     @property
+    def resize(self) -> str:
+        """How the model makes a square of a picture, one of `lotlip.data.images.RESIZES`."""
+        return self._embedder.model.image_tower.spec.resize
+
+    @property
     def has_texts(self) -> bool:
         """Whether texts can be found."""
         return self._texts is not None

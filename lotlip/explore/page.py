@@ -27,8 +27,13 @@ _EXAMPLES = 4
 _KEPT_S = 3600  # pictures that the page has shown are deleted after so long, and when the server ends
 _HINT = (
     "Heat is relevance of patches for the text, by gradient-weighted attention roll-out; full heat is a picture's "
-    "hottest patch, or three times the even share if that is more. The model sees the square in the centre."
+    "hottest patch, or three times the even share if that is more. The model sees "
 )
+_SEEN = {
+    "crop": "the square in the centre.",
+    "squash": "the whole picture, squashed to a square.",
+    "pad": "the whole picture, padded to a square.",
+}
 # Gradio's galleries have square cells and scroll inside; here a cell is as high as its picture, and the page scrolls.
 _CSS = """
 .lotlip-gallery .grid-wrap {overflow: visible; min-height: 0 !important; max-height: none; padding: 0}
@@ -157,7 +162,7 @@ def _text_tab(explorer: Explorer) -> None:
         with gradio.Column(scale=3, min_width=420):
             gradio.Markdown("**Nearest pictures**, and where the text looks in each. Choose one to see more below.")
             gallery = _gallery("pictures", columns=2)
-            gradio.Markdown(_HINT)
+            gradio.Markdown(_HINT + _SEEN[explorer.resize])
     details = _details("text")
 
     def read(text: str) -> str:
@@ -167,7 +172,7 @@ def _text_tab(explorer: Explorer) -> None:
         found = explorer.find_pictures(text)
         pictures = [
             (
-                beside(shown(one.picture), heat(shown(one.picture), one.relevance)),
+                beside(shown(one.picture), heat(shown(one.picture), one.relevance, explorer.resize)),
                 f"{one.match.score:.3f} · {one.match.name}",
             )
             for one in found
@@ -178,7 +183,7 @@ def _text_tab(explorer: Explorer) -> None:
         text, names = searched
         picture = explorer.picture(names[number])
         look = explorer.look(picture, text)
-        return look_pictures(picture, look, names[number]), spread_html(look)
+        return look_pictures(picture, look, names[number], explorer.resize), spread_html(look)
 
     def chosen(searched: tuple[str, list[str]], event: gradio.SelectData) -> tuple[_Shown, str]:
         return choose(searched, event.index)
@@ -209,7 +214,7 @@ def _picture_tab(explorer: Explorer) -> None:
                 buttons=[],
                 elem_id="texts",
             )
-            gradio.Markdown(_HINT)
+            gradio.Markdown(_HINT + _SEEN[explorer.resize])
     details = _details("picture")
 
     def find(file: str | None) -> tuple[Any, list[list[str]], list[str]]:
@@ -225,7 +230,7 @@ def _picture_tab(explorer: Explorer) -> None:
             return [], ""
         picture = decode_rgb(Path(file).read_bytes())
         look = explorer.look(picture, texts[number])
-        return look_pictures(picture, look, "the picture"), spread_html(look)
+        return look_pictures(picture, look, "the picture", explorer.resize), spread_html(look)
 
     def chosen(file: str | None, texts: list[str], event: gradio.SelectData) -> tuple[_Shown, str]:
         return choose(file, texts, event.index[0])
@@ -275,14 +280,11 @@ def _told(work: Callable[..., R]) -> Callable[..., R]:
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def look_pictures(picture: Image.Image, look: Look, name: str) -> _Shown:
+def look_pictures(picture: Image.Image, look: Look, name: str, resize: str) -> _Shown:
     """The picture, then with where the whole text looks, then with where each sub-caption does."""
-    maps = zip(look.relevance, look.sub_captions, strict=True)
-    return [
-        (shown(picture), name),
-        (heat(shown(picture), look.whole), "the whole text"),
-        *((heat(shown(picture), one), f"{number} · {text}") for number, (one, text) in enumerate(maps, start=1)),
-    ]
+    texts = ["the whole text", *(f"{number} · {text}" for number, text in enumerate(look.sub_captions, start=1))]
+    maps = zip([look.whole, *look.relevance], texts, strict=True)
+    return [(shown(picture), name), *((heat(shown(picture), one, resize), text) for one, text in maps)]
 
 
 def reading_html(text: str, reading: Reading) -> str:

@@ -58,7 +58,12 @@ def _summary(config: LotlipConfig) -> Iterator[str]:
     yield ""
     size = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     yield f"- text tower: {encoder.model_type}, {size}; {corner}"
-    yield f"- image tower: {image['timm_model']}, {image['image_size']} pixels"
+    resize = {
+        "crop": "the centre of a picture",
+        "squash": "the whole picture, squashed to a square",
+        "pad": "the whole picture, padded to a square",
+    }[image.get("resize", "crop")]
+    yield f"- image tower: {image['timm_model']}, {image['image_size']} pixels; it sees {resize}"
     yield f"- similarity: {config.similarity}{', logits with a bias' if config.logit_bias else ''}"
 
 

@@ -12,12 +12,12 @@ import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
-from lotlip.data.images import MEAN, STD, decode_rgb, image_transform, to_rgb
+from lotlip.data.images import MEAN, STD, check_resize, decode_rgb, image_transform, to_rgb
 from lotlip.models.configuration import LotlipConfig
 
 
 class LotlipImageProcessor(BaseImageProcessor):
-    """Pictures to normalised pixels: shorter side resized (bicubic), centre cut out (released code).
+    """Pictures to normalised pixels: a square, resized with a bicubic filter, by default the centre (released code).
 
     CLIP's own processor of transformers would cut out another centre where a side's length is odd.
 
@@ -25,6 +25,11 @@ class LotlipImageProcessor(BaseImageProcessor):
         image_size: pixels of a side.
         image_mean: of the channels, for pixels in 0..1.
         image_std: likewise.
+        resize: how a picture becomes a square: `crop`, `squash` or `pad`, as in `lotlip.data.images.square`. Saved
+            processors without it were trained with `crop`.
+
+    Raises:
+        ValueError: `resize` is unknown.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' own type)
@@ -34,12 +39,15 @@ class LotlipImageProcessor(BaseImageProcessor):
         image_size: int = 224,
         image_mean: Sequence[float] = MEAN,
         image_std: Sequence[float] = STD,
+        resize: str = "crop",
         **kwargs: Any,
     ) -> None:
+        check_resize(resize)
         super().__init__(**kwargs)
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
+        self.resize = resize
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """One picture or a list of them → `pixel_values` [B, 3, S, S] float32.
@@ -57,7 +65,7 @@ class LotlipImageProcessor(BaseImageProcessor):
                 f"LotlipImageProcessor has no options {', '.join(kwargs)}; pictures are prepared as trained"
             )
         pictures = self.fetch_images(images if isinstance(images, list | tuple) else [images])
-        transform = image_transform(self.image_size, self.image_mean, self.image_std)
+        transform = image_transform(self.image_size, self.image_mean, self.image_std, self.resize)
         pixels = np.stack([transform(picture) for picture in pictures])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
-from lotlip.data.images import MEAN, STD
+from lotlip.data.images import MEAN, STD, check_resize
 from lotlip.files import read_json, whole, write_json
 from lotlip.models.weights import read_weights
 
@@ -31,6 +31,10 @@ class ImageTowerSpec:
         kwargs: of that model, beyond its defaults; plain JSON types.
         image_size: pixels of a side.
         mean, std: of the channels, for pixels in 0..1.
+        resize: how a picture becomes a square, one of `lotlip.data.images.RESIZES`.
+
+    Raises:
+        ValueError: `resize` is unknown.
     """
 
     timm_model: str
@@ -38,6 +42,10 @@ class ImageTowerSpec:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     mean: tuple[float, float, float] = MEAN
     std: tuple[float, float, float] = STD
+    resize: str = "crop"
+
+    def __post_init__(self) -> None:
+        check_resize(self.resize)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""

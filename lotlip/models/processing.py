@@ -38,13 +38,16 @@ class LotlipProcessor(ProcessorMixin):
 
         Args:
             tokenizer: of the model.
-            config: whose image tower says how large pictures are.
+            config: its image tower says how pictures are prepared.
         """
         image = config.image_config  # an ImageTowerSpec would import timm, which takes 2 s
         with tempfile.TemporaryDirectory() as folder:
             tokenizer.save(Path(folder))
             of_text = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        return cls(LotlipImageProcessor(image["image_size"], image.get("mean", MEAN), image.get("std", STD)), of_text)
+        of_images = LotlipImageProcessor(
+            image["image_size"], image.get("mean", MEAN), image.get("std", STD), image.get("resize", "crop")
+        )
+        return cls(of_images, of_text)
 
 
 AutoProcessor.register(LotlipConfig, LotlipProcessor, exist_ok=True)

@@ -108,7 +108,7 @@ def look_at_images(encoder: LotlipEncoder, benchmark: Benchmark) -> list[SeenIma
     first_images = sorted(asked)[:IMAGES]
     encoded, texts = [benchmark.read(image) for image in first_images], [asked[image] for image in first_images]
     return [
-        SeenImage(_square(benchmark, image, data), own, maps.numpy(), _named(benchmark, image, own))
+        SeenImage(_square(encoder, benchmark, image, data), own, maps.numpy(), _named(benchmark, image, own))
         for image, data, own, maps in zip(first_images, encoded, texts, maps_of(encoder, encoded, texts), strict=True)
     ]
 
@@ -224,17 +224,16 @@ def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
     return file.getvalue()
 
 
-def _square(benchmark: Benchmark, image: int, encoded: bytes) -> Image:
+def _square(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encoded: bytes) -> Image:
     """What the model sees of an image, as it is to be shown; a scene is drawn anew, sharper than the model sees it."""
     if benchmark.scenes:
         from lotlip.sources.scenes import render
 
         return render(benchmark.scenes[image], SIDE)
-    from PIL import Image, ImageOps
+    from lotlip.data.images import decode_rgb, square
 
-    from lotlip.data.images import decode_rgb
-
-    return ImageOps.fit(decode_rgb(encoded), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    spec = encoder.model.image_tower.spec
+    return square(decode_rgb(encoded), SIDE, spec.resize, spec.mean)
 
 
 def _named(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc | None]:

@@ -11,6 +11,7 @@ hashes is skipped when training resumes, and the one before it is loaded.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,16 @@ class Checkpoints:
         if broken:
             raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
         if dist.get_rank() == 0:
-            with whole(self.folder / _NAME.format(step)) as partial:
+            # hashing takes longer than writing, so each file is hashed while the next ones are written
+            with whole(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
                 partial.mkdir(parents=True)
-                save_file(weights, partial / "weights.safetensors")
-                for name, values in moments.items():
-                    save_file(values, partial / f"{name}.safetensors")
                 write_json(partial / "state.json", {"step": step, **more})
-                write_json(partial / HASHES, {name: sha256_files([partial / name]) for name in FILES})
+                hashes = {"state.json": pool.submit(sha256_files, [partial / "state.json"])}
+                for name, values in {"weights": weights, **moments}.items():
+                    file = partial / f"{name}.safetensors"
+                    save_file(values, file)
+                    hashes[file.name] = pool.submit(sha256_files, [file])
+                write_json(partial / HASHES, {name: found.result() for name, found in hashes.items()})
                 for path in [*partial.iterdir(), partial]:  # on disk before it takes its name
                     _sync(path)
             _sync(self.folder)

@@ -46,7 +46,7 @@ def timm_tower(config: TimmTower) -> ImageTower:
     Raises:
         ValueError: the hub cannot be reached, or the weights do not fit.
     """
-    spec = ImageTowerSpec(config.model, config.image_size)
+    spec = ImageTowerSpec(config.model, config.image_size, resize=config.resize)
     if config.checkpoint is not None:
         return _with_checkpoint(build_image_tower(spec), config.checkpoint)
     try:
@@ -109,7 +109,7 @@ def scenes_spec(config: ScenesTower) -> ImageTowerSpec:
         "depth": config.depth,
         "num_heads": config.heads,
     }
-    return ImageTowerSpec("vit_scenes", config.image_size, kwargs)
+    return ImageTowerSpec("vit_scenes", config.image_size, kwargs, resize=config.resize)
 
 
 class _Heads(nn.Module):

@@ -249,7 +249,7 @@ def build_towers(config: Pretrain, image: ImageTowerSettings, assumed: list[str]
 
         spec = scenes_spec(image)
     else:
-        spec = ImageTowerSpec(image.model, image.image_size)
+        spec = ImageTowerSpec(image.model, image.image_size, resize=image.resize)
     with torch.device("meta"):
         tower = build_image_tower(spec)
         model = LotlipForPreTraining(

@@ -30,7 +30,7 @@ from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
 from lotlip.text import as_sentence_ends
-from lotlip.tracking import Sink, open_sink
+from lotlip.tracking import TRACKING_WARNING, Sink, open_sink
 from lotlip.training.checkpoint import Checkpoints, full_weights
 from lotlip.training.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 
@@ -159,7 +159,8 @@ class Trainer:
 
         tower = load_image_tower(Path(self.job.image_tower))
         spec = tower.spec
-        return tower, training_transform(spec.image_size, spec.mean, spec.std, self.config.image_tower.augmentation)
+        augmentation = self.config.image_tower.augmentation
+        return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
 
     def train(self) -> None:
         """Runs all steps that are left, then saves the model and its curves.
@@ -326,7 +327,7 @@ def main(job: Job, config: Pretrain) -> None:
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", flush=True)
+    print(f"{TRACKING_WARNING}{line}", flush=True)
 
 
 def _write_start(job: Job) -> None:

@@ -1,6 +1,5 @@
 """A few drills of every kind on the real pipeline."""
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -17,15 +16,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def prebuilt(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What would take the checkout of the drills a minute to make: Prefect's tables and DeepSpeed's operation."""
-    from lotlip.training.engine import EXTENSIONS
-
+    """What would take the checkout of the drills a minute to make: Prefect's tables."""
     folder = tmp_path_factory.mktemp("prebuilt")
     (folder / "project" / ".prefect").mkdir(parents=True)
     shutil.copy(prefect_database, folder / "project" / ".prefect")
-    built = EXTENSIONS / hashlib.sha256(sys.prefix.encode()).hexdigest()[:16]
-    if built.is_dir():
-        shutil.copytree(built, folder / "cache" / "torch_extensions", ignore=shutil.ignore_patterns("lock"))
     return folder
 
 

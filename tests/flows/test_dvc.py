@@ -139,3 +139,29 @@ def test_a_whole_lock_stays(project):
     lock.write_text('{"write": {"o1": {"pid": 1, "cmd": "dvc"}}}')
     assert not remove_damaged_lock(project)
     assert lock.exists()
+
+
+def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkeypatch):
+    """DVC makes folders for everybody to write to; one above them must be closed to others."""
+    monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("DVC_SITE_CACHE_DIR", "LOTLIP_WARM")
+    }
+    environment |= {"PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "DVC_NO_ANALYTICS": "1"}
+    command = [sys.executable, "-m", "flows.dvc", "doctor"]
+    said = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True).stdout
+    (site,) = [Path(line.partition(": ")[2]) for line in said.splitlines() if line.startswith("Repo.site_cache_dir")]
+    assert site.is_relative_to(tmp_path / "cache")
+    closed = [
+        folder for folder in site.parents if folder.is_relative_to(tmp_path) and not folder.stat().st_mode & 0o077
+    ]
+    assert tmp_path / "cache" / "dvc" in closed
+
+
+def test_a_project_without_git_runs_and_takes_git_up_later(project):
+    (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
+    run(project, "-m", "flows.dvc", "repro")
+    assert (project / f"o{STAGES}").exists()
+    subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
+    run(project, "-m", "flows.dvc", "status")
+    assert "no_scm" not in (project / ".dvc/config.local").read_text()

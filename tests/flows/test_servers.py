@@ -70,6 +70,16 @@ def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.Monke
         assert address == f"http://{servers.HOST}:{port}"
 
 
+def test_mlflow_does_not_start_over_a_damaged_store(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlflow.db").write_bytes(b"garbage " * 1000)
+    with (
+        pytest.raises(ValueError, match=r"mlflow\.db.*flows\.restore"),
+        servers.mlflow_server(free_port(), "sqlite:///mlflow.db", "a:b"),
+    ):
+        pass
+
+
 @pytest.fixture
 def somebody():
     """The port of a server of somebody else's."""

@@ -1,0 +1,157 @@
+"""Stages whose MLflow server is dead, or is killed while they run: models are published, runs are completed later."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from flows.servers import free_port, mlflow_server, new_login
+from tests.flows.conftest import Workspace
+from tests.flows.test_cancel import await_that
+from tests.tiny_pipeline import smallest
+
+if TYPE_CHECKING:
+    from mlflow.entities import Run
+
+pytestmark = pytest.mark.slow
+
+STEPS = 600
+
+
+def proxies() -> dict[str, str]:
+    """An environment that sends every request to a proxy that does not answer."""
+    dead = f"http://127.0.0.1:{free_port()}"
+    return {name: dead for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())}
+
+
+@pytest.fixture(scope="module")
+def sharded(make_workspace: Callable[[], Workspace]) -> Workspace:
+    """A workspace where everything before training has run."""
+    workspace = make_workspace()
+    workspace.change(smallest)
+    workspace.run("dvc", "repro", "--quiet", "shard", **proxies())
+    return workspace
+
+
+def change(workspace: Workspace, **pretrain: Any) -> None:
+    workspace.change(lambda params: params["pretrain"].update(pretrain))
+
+
+def warnings(output: str) -> list[str]:
+    return [line for line in output.splitlines() if "MLflow at" in line]
+
+
+def find_run(workspace: Workspace, seed: int) -> Run:
+    client = workspace.mlflow()
+    experiment = client.get_experiment_by_name("lotlip")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.seed = '{seed}'")
+    return run
+
+
+def logged_steps(workspace: Workspace, seed: int) -> list[int]:
+    run = find_run(workspace, seed)
+    return sorted(point.step for point in workspace.mlflow().get_metric_history(run.info.run_id, "train.loss"))
+
+
+def check_restored(workspace: Workspace, seed: int, steps: list[int]) -> None:
+    workspace.python("flows.restore", **proxies())
+    run = find_run(workspace, seed)
+    assert run.info.status == "FINISHED"
+    assert logged_steps(workspace, seed) == steps
+    assert run.outputs.model_outputs
+
+
+@contextmanager
+def started(workspace: Workspace, **more: str) -> Any:
+    """A training stage while it runs, its training in a process that can be found."""
+    environment = {name: value for name, value in workspace.environment.items() if name != "LOTLIP_WARM"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.pretrain", "lotlip"],
+        cwd=workspace.folder,
+        env={**environment, **more},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_models_are_published_without_an_mlflow_server_and_sent_later(sharded: Workspace):
+    change(sharded, seeds=[0, 1], steps=8, log_every=2)
+    address = f"http://127.0.0.1:{free_port()}"
+    done = sharded.python("flows.pretrain", "lotlip", MLFLOW_TRACKING_URI=address, **proxies())
+    (line,) = warnings(done.stdout + done.stderr)
+    assert f"MLflow at {address} " in line
+    assert "Traceback" not in done.stdout + done.stderr
+    for seed in (0, 1):
+        assert (sharded.folder / "models" / "lotlip" / f"seed-{seed}" / "model.safetensors").is_file()
+        check_restored(sharded, seed, [2, 4, 6, 8])
+
+
+def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_sent_later(
+    sharded: Workspace, monkeypatch: pytest.MonkeyPatch
+):
+    change(sharded, seeds=[2], steps=STEPS, log_every=1, checkpoint_every=STEPS)
+    port, login = free_port(), new_login()
+    user, _, password = login.partition(":")
+    monkeypatch.chdir(sharded.folder)
+    more = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password, **proxies()}
+    with (
+        mlflow_server(port, "sqlite:///mlflow.db", login) as address,
+        started(sharded, MLFLOW_TRACKING_URI=address, **more) as stage,
+    ):
+        await_that(lambda: begun(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
+        assert stage.poll() is None, stage.communicate()
+        (server,) = [p for p in psutil.Process().children(recursive=True) if "flows.applications:mlflow" in p.cmdline()]
+        server.kill()
+        output = stage.communicate()[0]
+    assert stage.returncode == 0, output
+    (line,) = warnings(output)
+    assert f"MLflow at {address} " in line
+    assert "Traceback" not in output
+    assert (sharded.folder / "models" / "lotlip" / "seed-2" / "model.safetensors").is_file()
+    assert 0 < len(logged_steps(sharded, 2)) < STEPS
+    check_restored(sharded, 2, list(range(1, STEPS + 1)))
+
+
+def begun(workspace: Workspace, seed: int) -> bool:
+    """Whether MLflow's store has a part of a seed's curve; cheaper than MLflow's client, for it is asked often."""
+    query = (
+        "SELECT 1 FROM metrics JOIN tags USING (run_uuid) "
+        "WHERE metrics.key = 'train.loss' AND tags.key = 'seed' AND tags.value = ?"
+    )
+    with closing(sqlite3.connect(f"file:{workspace.folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
+        try:
+            return store.execute(query, [str(seed)]).fetchone() is not None
+        except sqlite3.OperationalError:  # locked, or the tables are not there yet
+            return False
+
+
+def test_a_finished_seed_stays_finished_when_another_one_fails(sharded: Workspace):
+    change(sharded, seeds=[3, 4], steps=STEPS, log_every=100, checkpoint_every=STEPS)
+    work = sharded.folder / ".lotlip" / "work" / "pretrain-lotlip"
+    with started(sharded) as stage:
+        finished = lambda: [*work.glob("*/out/seed-3/history.json")]  # noqa: E731
+        await_that(lambda: bool(finished()) or stage.poll() is not None, "the first seed is trained")
+        assert stage.poll() is None, stage.communicate()
+        for process in psutil.Process(stage.pid).children(recursive=True):
+            if "lotlip.training.pretrain" in process.cmdline():
+                process.kill()
+        output = stage.communicate()[0]
+    assert stage.returncode == 1, output
+    assert find_run(sharded, 3).info.status == "FINISHED"
+    assert find_run(sharded, 4).info.status == "FAILED"
+    sharded.python("flows.pretrain", "lotlip")
+    assert find_run(sharded, 4).info.status == "FINISHED"

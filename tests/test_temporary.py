@@ -1,0 +1,61 @@
+"""Temporary folders: they go with their block, and what a killed process left goes at the next start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lotlip.temporary import temporary_folder
+
+HOLD = """
+import sys, time
+from lotlip.temporary import temporary_folder
+
+with temporary_folder("held") as folder:
+    (folder / "file").write_text("x")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_a_folder_with_all_in_it_goes_with_its_block(base: Path) -> None:
+    with temporary_folder("test") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("x")
+        assert folder.parent == base
+    assert list(base.iterdir()) == []
+
+
+def test_a_folder_goes_when_its_block_fails(base: Path) -> None:
+    with pytest.raises(KeyError), temporary_folder("test"):
+        raise KeyError
+    assert list(base.iterdir()) == []
+
+
+def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base: Path) -> None:
+    (base / "lotlip-mine").mkdir()
+    (base / "lotlip-mine" / "notes").write_text("x")
+    environment = {**os.environ, "TMPDIR": str(base)}
+    command = [sys.executable, "-c", HOLD]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            held = Path(holder.stdout.readline().strip())
+            with temporary_folder("test"):
+                assert (held / "file").is_file()  # its owner lives
+        finally:
+            holder.kill()
+    assert held.is_dir()
+    with temporary_folder("test"):
+        assert not held.exists()
+    assert [path.name for path in base.iterdir()] == ["lotlip-mine"]
