@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from unittest.mock import patch
 
 from flows.stage import StageFailed
 from lotlip.config import Params
+from lotlip.temporary import temporary_folder
 
 # Units are paths and reports are short: nearly nothing goes through Ray's store of objects. This is its least size.
 OBJECT_STORE_BYTES = 80 * 2**20
@@ -56,12 +56,11 @@ def _ray_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
     # a short name, since those of sockets in it may not be long; what a killed worker still writes may be left
-    folder = tempfile.TemporaryDirectory(prefix="lotlip-ray-", ignore_cleanup_errors=True)
-    with folder as name, patch.dict(os.environ, environment):
+    with temporary_folder("ray", for_sockets=True) as folder, patch.dict(os.environ, environment):
         yield {
             "num_cpus": workers,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
             "logging_level": "warning",
-            "_temp_dir": name,
+            "_temp_dir": str(folder),
         }

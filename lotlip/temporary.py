@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import stat
 import tempfile
@@ -17,8 +16,6 @@ PREFIX = "lotlip-"
 OWNER = "owner.lock"
 # The kernel allows 107 bytes for the path of a socket. Ray appends up to 65, and the folder's own name takes 22.
 SOCKET_BASE_BYTES = 20
-# What Python's multiprocessing appends to the temporary folder, taken from those 107 bytes.
-MULTIPROCESSING_BASE_BYTES = 70
 
 
 @contextmanager
@@ -101,22 +98,3 @@ def _remove(folder: Path) -> None:
     folder.rename(aside)
     with suppress(OSError):
         remove(aside)
-
-
-@contextmanager
-def short_sockets() -> Iterator[None]:
-    """Lets Python's multiprocessing make its sockets in a folder with a short path for the block, if TMPDIR is long.
-
-    Python 3.11 to 3.13 put them into TMPDIR, however long its path is.
-    """
-    if len(os.fsencode(tempfile.gettempdir())) <= MULTIPROCESSING_BASE_BYTES:
-        yield
-        return
-    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
-    with temporary_folder("mp", for_sockets=True) as folder:
-        before = settings.get("tempdir")
-        settings["tempdir"] = str(folder)
-        try:
-            yield
-        finally:
-            settings["tempdir"] = before

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit
 
 from lotlip.config import flatten
 from lotlip.files import read_json
+from lotlip.temporary import temporary_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -381,15 +381,17 @@ class Tracker:
             model_uuid=model.model_id,
             utc_time_created=datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).replace(tzinfo=None),
         )
-        with tempfile.TemporaryDirectory() as scratch:
-            save_served_model(folder, Path(scratch) / "model", provenance, identity)
-            self._client.log_model_artifacts(model.model_id, str(Path(scratch) / "model"))
+        with temporary_folder("tracking") as scratch:
+            save_served_model(folder, scratch / "model", provenance, identity)
+            self._client.log_model_artifacts(model.model_id, str(scratch / "model"))
         self._client.finalize_logged_model(model.model_id, "READY")
 
     def _log_file(self, run_id: str, content: bytes, under: str, name: str) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / name).write_bytes(content)
-            self._client.log_artifacts(run_id, folder, under)
+        with temporary_folder("tracking") as scratch:
+            folder = scratch / "artifacts"  # beside the owner's lock
+            folder.mkdir()
+            (folder / name).write_bytes(content)
+            self._client.log_artifacts(run_id, str(folder), under)
 
     def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Sets tags."""

@@ -59,3 +59,14 @@ def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base
     with temporary_folder("test"):
         assert not held.exists()
     assert [path.name for path in base.iterdir()] == ["lotlip-mine"]
+
+
+def test_all_temporary_folders_are_made_here() -> None:
+    root = Path(__file__).parents[1]
+    users = [
+        path.relative_to(root).as_posix()
+        for package in ("lotlip", "flows")
+        for path in (root / package).rglob("*.py")
+        if any(name in path.read_text(encoding="utf-8") for name in ("TemporaryDirectory", "mkdtemp", "mkstemp"))
+    ]
+    assert users == ["lotlip/temporary.py"]

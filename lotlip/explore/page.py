@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
@@ -21,6 +20,7 @@ from lotlip.data.images import ENDINGS, decode_rgb
 from lotlip.explore.explorer import Explorer, Look, Reading
 from lotlip.loopback import HOST, LoopbackOnly
 from lotlip.overlay import beside, heat, shown
+from lotlip.temporary import temporary_folder
 
 MAX_UPLOAD = "64mb"
 _EXAMPLES = 4
@@ -70,8 +70,8 @@ def served(explorer: Explorer, port: int | None = None) -> Iterator[str]:
     # settings of Gradio's in the environment could open the server to others, or files of this machine to the page
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
-    with tempfile.TemporaryDirectory(prefix="lotlip-explore-") as folder:
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+    with temporary_folder("explore") as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": str(folder)}
         page = build_page(explorer)
         page.queue(max_size=16, default_concurrency_limit=1, api_open=False)
         try:

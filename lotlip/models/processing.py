@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from transformers import (
     AutoProcessor,
     BaseImageProcessor,
@@ -17,6 +14,7 @@ from lotlip.data.images import MEAN, STD
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_processing import LotlipImageProcessor
+from lotlip.temporary import temporary_folder
 
 
 class LotlipProcessor(ProcessorMixin):
@@ -41,8 +39,8 @@ class LotlipProcessor(ProcessorMixin):
             config: its image tower says how pictures are prepared.
         """
         image = config.image_config  # an ImageTowerSpec would import timm, which takes 2 s
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save(Path(folder))
+        with temporary_folder("tokenizer") as folder:
+            tokenizer.save(folder)
             of_text = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         of_images = LotlipImageProcessor(
             image["image_size"], image.get("mean", MEAN), image.get("std", STD), image.get("resize", "crop")
