@@ -77,9 +77,7 @@ def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path,
     shown = capsys.readouterr()
     found = json.loads(out.read_text())["results"]
     assert [(one["model"], one["benchmark"]) for one in found] == [(model, "scenes") for model in models]
-    benchmark = open_benchmark(
-        "scenes", ScenesBenchmark(kind="scenes", size=SCENES), Paths().model_copy(update={"ingest": scenes}), []
-    )
+    benchmark = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=SCENES), Paths(ingest=scenes), [])
     lines = shown.out.splitlines()
     for one, model, line in zip(found, models, lines[3:], strict=False):
         encoder = open_encoder(model, 3, "cpu")

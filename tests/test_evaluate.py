@@ -198,7 +198,7 @@ class Held:
 
 @pytest.fixture
 def held(tmp_path: Path, tiny_samples: list[TinySample]) -> Held:
-    paths = Paths().model_copy(update={"ingest": tmp_path / "ingest", "captions": tmp_path / "captions"})
+    paths = Paths(ingest=tmp_path / "ingest", captions=tmp_path / "captions")
     samples = tiny_samples[:5]
     for number, part in enumerate((samples[:3], samples[3:])):
         unit = Unit("test", number, tuple(sample.key for sample in part))
@@ -268,7 +268,7 @@ def test_another_size_is_an_error(held, size):
 def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
     scenes = [generate_scene(0, "test", number) for number in range(3)]
     records = [record(sample, scene.to_json()) for sample, scene in zip(tiny_samples, scenes, strict=False)]
-    paths = Paths().model_copy(update={"ingest": tmp_path})
+    paths = Paths(ingest=tmp_path)
     write_partition(Unit("test", 0, tuple(item.key for item in records)), records, tmp_path)
     asked = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=3, max_unseen_tokens=0.5), paths, [])
     assert asked.retrieval["long"] == Texts([long_text(scene) for scene in scenes], [0, 1, 2])

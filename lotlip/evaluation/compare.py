@@ -73,8 +73,7 @@ def ask(name: str, data: Path, images: Path | None = None, partial: bool = False
     if not size:
         raise ValueError(f"{data} has no scene in its test split")
     settings = config.ScenesBenchmark(kind="scenes", size=size)
-    # --data may be outside the project, where no stage may write; it is only read
-    return open_benchmark(name, settings, config.Paths().model_copy(update={"ingest": data}), [])
+    return open_benchmark(name, settings, config.Paths(ingest=data), [])
 
 
 def compare(
