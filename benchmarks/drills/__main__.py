@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.out:
         data = {"seed": seed, "minutes": arguments.minutes, "reference": reference, "rows": rows}
         data["drills"] = [{**asdict(result), "passed": result.passed} for result in results]
-        arguments.out.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(data, indent=1, default=str, allow_nan=False) + "\n", encoding="utf-8")
     if not failed and arguments.folder is None:
         shutil.rmtree(folder)
     return int(bool(failed) or not results)

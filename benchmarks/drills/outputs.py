@@ -92,7 +92,7 @@ def _normalizer(name: str) -> Callable[[str], str] | None:
 
 
 def _json(text: str) -> str:
-    return json.dumps(_without_times(json.loads(text)), sort_keys=True)
+    return json.dumps(_without_times(json.loads(text)), sort_keys=True, allow_nan=False)
 
 
 def _without_times(data: Any) -> Any:
@@ -104,7 +104,7 @@ def _without_times(data: Any) -> Any:
 def _csv(text: str) -> str:
     rows = list(csv.reader(io.StringIO(text)))
     kept = [number for number, column in enumerate(rows[0] if rows else []) if column not in TIMES]
-    return json.dumps([[row[number] for number in kept if number < len(row)] for row in rows])
+    return json.dumps([[row[number] for number in kept if number < len(row)] for row in rows], allow_nan=False)
 
 
 _RUN_TIME = re.compile(r"\d{8}T\d{6}\.\d+Z")

@@ -121,7 +121,7 @@ def _type(kind: Any) -> str:
         return " or ".join(dict.fromkeys(options))
     origin = get_origin(bare)
     if origin is Literal:
-        return " or ".join(f"`{json.dumps(option)}`" for option in get_args(bare))
+        return " or ".join(f"`{json.dumps(option, allow_nan=False)}`" for option in get_args(bare))
     if origin is list:
         return f"list of {_type(get_args(bare)[0])}"
     if origin is tuple:
@@ -161,7 +161,7 @@ def _default(info: FieldInfo) -> str:
     if isinstance(value, BaseModel):
         return f"kind `{kind}`" if (kind := getattr(value, "kind", "")) else "the defaults below"
     plain = str(value) if isinstance(value, Path) else value
-    return f"`{json.dumps(plain, ensure_ascii=False)}`"
+    return f"`{json.dumps(plain, ensure_ascii=False, allow_nan=False)}`"
 
 
 def _meaning(info: FieldInfo) -> str:
