@@ -1,0 +1,72 @@
+"""The pipeline for users and in folders that are not the usual ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny_pipeline import ROOT, change_params, copy_checkout, smallest
+
+UID = 12345  # no name belongs to it
+# Read access to the interpreter, which may lie in another user's home; it does not let that user write anywhere.
+AS_NAMELESS = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+AS_NAMELESS += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+
+
+def shortest(params: dict[str, Any]) -> None:
+    smallest(params)
+    params["image_tower"]["scenes"] = 32
+    params["pretrain"] |= {"steps": 4, "log_every": 2, "checkpoint_every": 2, "processes": 2}
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that another user reaches; pytest's are for this user alone."""
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="places-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.getuid() != 0 or shutil.which("setpriv") is None,
+    reason="only root with setpriv (util-linux) becomes another user",
+)
+@pytest.mark.parametrize("home", [None, "/nonexistent"])
+def test_a_nameless_user_without_home_and_git_trains_in_a_folder_with_an_odd_name(home: str | None, public: Path):
+    project, temporary, extensions = (public / name for name in ('it\'s $HOME, "é"', "tmp", "extensions"))
+    copy_checkout(project)
+    change_params(project, shortest)
+    shutil.copytree(ROOT / ".dvc", project / ".dvc", ignore=shutil.ignore_patterns("tmp", "cache", "config.local"))
+    temporary.mkdir()
+    extensions.mkdir()
+    for folder in (public, *public.rglob("*")):
+        os.chown(folder, UID, UID)
+    environment = {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(project),
+        "OMP_NUM_THREADS": "1",
+        "TMPDIR": str(temporary),
+        "TORCH_EXTENSIONS_DIR": str(extensions),
+        **({} if home is None else {"HOME": home}),
+    }
+    done = subprocess.run(
+        [*AS_NAMELESS, sys.executable, "-m", "flows.reproduce", "pretrain@lotlip"],
+        cwd=project,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (project / "models/lotlip/seed-0/model.safetensors").is_file()
+    assert list(extensions.iterdir()) == []  # training compiles nothing
+    left = [path.name for path in temporary.glob("*lotlip-*")]
+    assert set(left) <= {f"lotlip-{UID}"}  # the cache
