@@ -48,7 +48,9 @@ def explain(error: BaseException) -> str:
     # a quota leaves space on the disk; then the disk of the file is the one
     shown = short or [mount_of(places[0])]
     said = "; ".join(f"{mount} (with {disks[mount]}) has {free[mount] / 2**20:,.0f} MB left" for mount in shown)
-    return f"{text}: {said}. Free some space there and run again"
+    in_temporary = places[0].is_relative_to(tempfile.gettempdir())
+    other = ", or set TMPDIR to a folder with space," if in_temporary else ""
+    return f"{text}: {said}. Free some space there{other} and run again"
 
 
 def mount_of(path: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import pandas as pd
 import pytest
 
 from lotlip.captioning import open_captioner
-from lotlip.captioning.table import TableCaptioner
+from lotlip.captioning.table import TableCaptioner, _Texts
 from lotlip.config import TableCaptioner as Settings
+from lotlip.console import explain
 from lotlip.records import Caption, Failure, ImageRecord
 from lotlip.sources.keys import key_of
 
@@ -195,3 +197,12 @@ def test_open_captioner_counts_word_pieces(tmp_path):
     llava = open_captioner("llava", Settings(kind="table", path=path), "bert-base-uncased")
     (found,) = llava.caption([record("k0")])
     assert found.tokens == 6  # full stops are word pieces, too
+
+
+def test_a_full_temporary_folder_is_named_with_its_remedy():
+    texts = _Texts()
+    texts._base.execute("PRAGMA max_page_count = 20")  # what SQLite says of it is what it says of a full disk
+    with pytest.raises(OSError, match="No space left") as full:
+        texts.add((f"key-{number}", None, "A dog runs. " * 50) for number in range(1000))
+    assert full.value.filename == tempfile.gettempdir()
+    assert "set TMPDIR" in explain(full.value)

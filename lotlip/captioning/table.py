@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -137,10 +141,15 @@ class _Texts:
         self._indexed = False
 
     def add(self, rows: Iterable[tuple[str, str | None, str]]) -> None:
-        """Appends rows, in their order."""
-        self._base.execute("BEGIN")
-        self._base.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
-        self._base.execute("COMMIT")
+        """Appends rows, in their order.
+
+        Raises:
+            OSError: the temporary folder is full.
+        """
+        with _in_temporary_folder():
+            self._base.execute("BEGIN")
+            self._base.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
+            self._base.execute("COMMIT")
 
     def __len__(self) -> int:
         (rows,) = self._base.execute("SELECT count(*) FROM texts").fetchone()
@@ -173,8 +182,18 @@ class _Texts:
     def _index(self) -> None:
         # after the rows, so that it is sorted once; SQLite does nothing where it is there
         if not self._indexed:
-            self._base.execute("CREATE INDEX by_key ON texts (key)")
+            with _in_temporary_folder():
+                self._base.execute("CREATE INDEX by_key ON texts (key)")
             self._indexed = True
+
+
+@contextmanager
+def _in_temporary_folder() -> Iterator[None]:
+    """Turns SQLite's error of a full disk, which names no place, into one that names the temporary folder."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", tempfile.gettempdir()) from error
 
 
 def _tables(path: Path) -> list[Path]:
