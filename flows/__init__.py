@@ -34,15 +34,16 @@ if _program.startswith("flows."):
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
         sys.exit(INTERRUPTED)
 
-# DVC's default is /var/tmp/dvc, where every user of the machine can write. It unpickles what is there, so whoever
-# writes there can run code as the user of DVC.
-if "DVC_SITE_CACHE_DIR" not in os.environ:
-    try:
-        os.environ["DVC_SITE_CACHE_DIR"] = str(private_folder(cache_folder() / "dvc"))
-    except OSError as error:
-        if not _program.startswith("flows."):
-            raise
-        sys.exit(f"error: {error}")
+# The defaults of DVC (/var/tmp/dvc) and of torch's compiler (a predictable name in TMPDIR) are folders that another
+# user of the machine can write to or make first. Both load code from there: pickles and compiled modules.
+for _variable, _name in {"DVC_SITE_CACHE_DIR": "dvc", "TORCHINDUCTOR_CACHE_DIR": "torchinductor"}.items():
+    if _variable not in os.environ:
+        try:
+            os.environ[_variable] = str(private_folder(cache_folder() / _name))
+        except OSError as error:
+            if not _program.startswith("flows."):
+                raise
+            sys.exit(f"error: {error}")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 # Not under a launcher, which watches the process that it started.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import stat
 import tempfile
@@ -98,3 +99,19 @@ def _remove(folder: Path) -> None:
     folder.rename(aside)
     with suppress(OSError):
         remove(aside)
+
+
+@contextmanager
+def multiprocessing_folder() -> Iterator[None]:
+    """Gives Python's multiprocessing a temporary folder for its sockets in the block; worker processes inherit it.
+
+    The folder that it would make itself stays in TMPDIR after a kill, and its path may be too long for a socket.
+    """
+    settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+    with temporary_folder("mp", for_sockets=True) as folder:
+        before = settings.get("tempdir")
+        settings["tempdir"] = str(folder)
+        try:
+            yield
+        finally:
+            settings["tempdir"] = before

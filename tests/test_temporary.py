@@ -70,3 +70,26 @@ def test_all_temporary_folders_are_made_here() -> None:
         if any(name in path.read_text(encoding="utf-8") for name in ("TemporaryDirectory", "mkdtemp", "mkstemp"))
     ]
     assert users == ["lotlip/temporary.py"]
+
+
+SOCKET = """
+from multiprocessing.connection import Listener
+from multiprocessing.util import get_temp_dir
+from lotlip.temporary import multiprocessing_folder
+
+with multiprocessing_folder():
+    Listener(family="AF_UNIX").close()
+    print(get_temp_dir())
+"""
+
+
+@pytest.mark.parametrize("length", [10, 94])
+def test_multiprocessing_has_its_sockets_whatever_tmpdir_is_and_leaves_nothing(tmp_path: Path, length: int) -> None:
+    base = tmp_path / ("x" * length)
+    base.mkdir()
+    environment = {**os.environ, "TMPDIR": str(base)}
+    command = [sys.executable, "-c", SOCKET]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.strip()).exists()
+    assert list(base.iterdir()) == []

@@ -29,6 +29,7 @@ from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
 from lotlip.models.initialisation import build_for_pretraining
+from lotlip.temporary import multiprocessing_folder
 from lotlip.text import as_sentence_ends
 from lotlip.tracking import TRACKING_WARNING, Sink, open_sink
 from lotlip.training.checkpoint import Checkpoints, full_weights
@@ -396,7 +397,8 @@ def run(job_file: str) -> str | None:
 def attempt(job: Job, config: Pretrain) -> str | None:
     """Does a job in this process; gives what `run` does."""
     try:
-        main(job, config)
+        with multiprocessing_folder():
+            main(job, config)
     except (TrainingStopped, ValueError, WorkerLost) as error:
         return f"error: {error}"
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
