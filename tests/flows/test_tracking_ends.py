@@ -134,11 +134,11 @@ def begun(workspace: Workspace, seed: int) -> bool:
         "SELECT 1 FROM metrics JOIN tags USING (run_uuid) "
         "WHERE metrics.key = 'train.loss' AND tags.key = 'seed' AND tags.value = ?"
     )
-    with closing(sqlite3.connect(f"file:{workspace.folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
-        try:
+    try:
+        with closing(sqlite3.connect(f"file:{workspace.folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
             return store.execute(query, [str(seed)]).fetchone() is not None
-        except sqlite3.OperationalError:  # locked, or the tables are not there yet
-            return False
+    except sqlite3.OperationalError:  # locked, or the file or its tables are not there yet
+        return False
 
 
 def test_a_finished_seed_stays_finished_when_another_one_fails(sharded: Workspace):
