@@ -61,8 +61,8 @@ def logged_steps(workspace: Workspace, seed: int) -> list[int]:
     return sorted(point.step for point in workspace.mlflow().get_metric_history(run.info.run_id, "train.loss"))
 
 
-def check_restored(workspace: Workspace, seed: int, steps: list[int]) -> None:
-    workspace.python("flows.restore", **proxies())
+def check_restored(workspace: Workspace, seed: int, steps: list[int], **more: str) -> None:
+    workspace.python("flows.restore", **proxies(), **more)
     run = find_run(workspace, seed)
     assert run.info.status == "FINISHED"
     assert logged_steps(workspace, seed) == steps
@@ -108,10 +108,10 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     port, login = free_port(), new_login()
     user, _, password = login.partition(":")
     monkeypatch.chdir(sharded.folder)
-    more = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password, **proxies()}
+    account = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     with (
         mlflow_server(port, "sqlite:///mlflow.db", login) as address,
-        started(sharded, MLFLOW_TRACKING_URI=address, **more) as stage,
+        started(sharded, MLFLOW_TRACKING_URI=address, **account, **proxies()) as stage,
     ):
         await_that(lambda: begun(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
         assert stage.poll() is None, stage.communicate()
@@ -125,7 +125,8 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     assert "Retrying" not in output
     assert (sharded.folder / "models" / "lotlip" / "seed-2" / "model.safetensors").is_file()
     assert 0 < len(logged_steps(sharded, 2)) < STEPS
-    check_restored(sharded, 2, list(range(1, STEPS + 1)))
+    with mlflow_server(port, "sqlite:///mlflow.db", login) as address:  # it is back
+        check_restored(sharded, 2, list(range(1, STEPS + 1)), MLFLOW_TRACKING_URI=address, **account)
 
 
 def begun(workspace: Workspace, seed: int) -> bool:
