@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import textwrap
 import time
@@ -440,6 +441,8 @@ def _client(uri: str) -> MlflowClient:
     # MLflow tries for many minutes to reach a server that has ended
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
+    # our own warning names the server once; each retry would add a line
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
     from mlflow import MlflowClient
 
     check_store(uri)
