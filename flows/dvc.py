@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -69,17 +69,20 @@ class _Stop:
                     os.kill(process.pid, signal.SIGINT)
 
 
-def remove_damaged_lock(root: Path) -> bool:
-    """Removes DVC's file of locks if it cannot be read and no DVC runs in the project; gives whether it did.
+def remove_stale_lock(root: Path) -> bool:
+    """Removes DVC's file of locks if it is unreadable, or names dead processes alone, and no DVC runs in the project.
 
     DVC's other lock files are locked by the kernel: whatever is in them, they block nobody when their owner has ended.
 
     Args:
         root: of the DVC project.
+
+    Returns:
+        Whether it was removed.
     """
     folder = root / ".dvc" / "tmp"
     path = folder / "rwlock"
-    if not _damaged(path):
+    if not _stale(path):
         return False
     import zc.lockfile
 
@@ -88,9 +91,9 @@ def remove_damaged_lock(root: Path) -> bool:
     except zc.lockfile.LockError:
         return False
     try:
-        if not _damaged(path) or _others(root):
+        if not _stale(path) or _others(root):
             return False
-        remove(path, _damaged)
+        remove(path, _stale)
         return True
     finally:
         guard.close()
@@ -120,14 +123,29 @@ def match_git(root: Path) -> None:
             core["no_scm"] = True
 
 
-def _damaged(path: Path) -> bool:
+def _stale(path: Path) -> bool:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     except ValueError:
         return True
-    return not isinstance(found, dict)
+    if not isinstance(found, dict):
+        return True
+    holders = list(_holders(found))
+    return bool(holders) and not any(map(psutil.pid_exists, holders))
+
+
+def _holders(entry: Any) -> Iterator[int]:
+    """The processes that a part of DVC's file of locks names."""
+    if isinstance(entry, dict):
+        if isinstance(entry.get("pid"), int):
+            yield entry["pid"]
+        for value in entry.values():
+            yield from _holders(value)
+    elif isinstance(entry, list):
+        for value in entry:
+            yield from _holders(value)
 
 
 def _others(root: Path) -> list[int]:
@@ -161,8 +179,8 @@ def main(arguments: Sequence[str]) -> int:
         if signal.getsignal(sign) != signal.SIG_IGN:
             signal.signal(sign, stop)
     root = _root(Path.cwd())
-    if root and remove_damaged_lock(root):
-        print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left unreadable", file=sys.stderr)
+    if root and remove_stale_lock(root):
+        print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left behind", file=sys.stderr)
     if STOPPING in os.environ:
         return INTERRUPTED
     if root:

@@ -281,8 +281,16 @@ def _place(path: Path) -> Path:
 
 
 def _is_scratch(place: Path) -> bool:
-    """Whether a resolved place is a project's scratch, or in it."""
-    return SCRATCH in place.parts and not (place.name == SCRATCH and place.is_symlink())
+    """Whether a resolved place is a project's scratch, or in it.
+
+    Of a place in the working directory, which is the project's root, only the parts below it count: the project itself
+    may be in a folder of that name, as those of sweeps are.
+    """
+    if place.name == SCRATCH and place.is_symlink():
+        return False
+    with suppress(FileNotFoundError, ValueError):  # no working directory any more; a place outside of it
+        return SCRATCH in place.relative_to(Path.cwd().resolve()).parts
+    return SCRATCH in place.parts
 
 
 def _delete(place: Path) -> None:

@@ -79,9 +79,13 @@ def is_scores(path: Path) -> bool:
 def is_summary(path: Path) -> bool:
     """Whether a file has an ablation's main scores: benchmark → metric → share."""
     found = _json(path)
-    return isinstance(found, dict) and all(
-        isinstance(scores, dict) and all(isinstance(value, (int, float)) for value in scores.values())
-        for scores in found.values()
+    return (
+        isinstance(found, dict)
+        and bool(found)
+        and all(
+            isinstance(scores, dict) and all(isinstance(value, (int, float)) for value in scores.values())
+            for scores in found.values()
+        )
     )
 
 

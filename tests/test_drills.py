@@ -21,6 +21,7 @@ from benchmarks.drills.isolation import can_isolate, isolate
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import MARKER, Found, end_all, marked, send, wait_until
 from benchmarks.drills.world import Place, Reference
+from lotlip.files import RECORD
 
 REPORT = """# Report
 | Stage | Time | Read | Share |
@@ -109,6 +110,17 @@ def test_times_do_not_count_as_differences(place: Place) -> None:
     assert differences(expected, project) == []
 
 
+def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(place: Place) -> None:
+    record = place.project / "models/lotlip" / RECORD
+    files = {"seed-0/history.json": {"bytes": 1, "sha256": "a"}}
+    _write(record, json.dumps({"files": files}))
+    expected = fingerprints(place.project)
+    _write(record, json.dumps({"files": {"seed-0/history.json": {"bytes": 2, "sha256": "b"}}}))
+    assert differences(expected, place.project) == []
+    _write(record, json.dumps({"files": files | {"more": {"bytes": 1, "sha256": "a"}}}))
+    assert differences(expected, place.project) == [f"different: models/lotlip/{RECORD}"]
+
+
 def test_a_second_validation_of_a_table_is_found(place: Place) -> None:
     expected = fingerprints(place.project)
     pages = place.project / "metrics/stages/data-docs/ingest"
@@ -121,7 +133,7 @@ def test_a_second_validation_of_a_table_is_found(place: Place) -> None:
     ("name", "text", "left"),
     [
         ("tmp/lotlip-abc/warm", "", "temporary file: lotlip-abc"),
-        ("project/models/lotlip.partial/weights", "", "partial: models/lotlip.partial"),
+        ("project/models/lotlip.lotlip-partial/weights", "", "unfinished: models/lotlip.lotlip-partial"),
         ("project/.lotlip/work/ingest/0/out/a", "", "scratch: .lotlip/work/ingest"),
         ("project/.dvc/tmp/rwlock", "", "DVC's lock: empty"),
         ("project/.dvc/tmp/rwlock", '{"data": {"write": {"pid": 1}}}', "DVC's lock: "),

@@ -236,12 +236,14 @@ TARGETS = (
     mixed=FOREIGN,
     how=st.sampled_from(["remove", "own", "whole file", "whole folder", "publish", "recover", "replaceable"]),
     absolute=st.booleans(),
+    inner=st.booleans(),
 )
-def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how, absolute):
+def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how, absolute, inner):
     base = tmp_path_factory.mktemp("case")
-    project, outside = base / "project", base / "outside"
+    name = ".lotlip/project" if inner else "project"  # scratch is what the project has, not what it is in
+    project, outside = base / name, base / "outside"
     for folder in (project, outside):
-        folder.mkdir()
+        folder.mkdir(parents=True)
     (outside / "kept").write_text("outside")
     (outside / "deep").mkdir()
     (outside / "deep" / "kept").write_text("deep")
@@ -254,9 +256,9 @@ def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how
     (project / "scratch-link").symlink_to(project / ".lotlip")
     (project / "scratch-link.lotlip-note").write_text("the user's")
     shutil.copytree(project / "published", project / "copy", symlinks=True)
-    before = {name: text for name, text in snapshot(base).items() if name.removeprefix("project/") not in ours}
+    before = {place: text for place, text in snapshot(base).items() if place.removeprefix(f"{name}/") not in ours}
     # links in scratch are scratch, and may go; what they point to may not
-    before.pop("project/.lotlip/link")
+    before.pop(f"{name}/.lotlip/link")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
         patch.setenv("HOME", str(outside))
@@ -265,7 +267,7 @@ def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how
         with contextlib.suppress(NotOurs, OSError, ValueError):
             use(how, path)
     after = snapshot(base)
-    lost = {name for name, text in before.items() if after.get(name, "gone") != text}
+    lost = {place for place, text in before.items() if after.get(place, "gone") != text}
     assert not lost
 
 

@@ -267,3 +267,23 @@ def test_a_folder_without_images_says_what_to_do(tmp_path):
 def test_open_source_finds_the_kind(tmp_path):
     add(tmp_path, "a.png")
     assert isinstance(open_source(Settings(kind="folder", path=tmp_path)), FolderSource)
+
+
+@pytest.mark.parametrize("ending", [".txt", ".TXT"])
+def test_a_caption_that_changes_changes_the_state_of_its_unit(tmp_path, ending):
+    add(tmp_path, "a.png", caption=None)
+    caption = tmp_path / f"a{ending}"
+    states = []
+    for text in ("a dog", "a large dog", None):
+        caption.unlink() if text is None else caption.write_text(text)
+        source = open_folder(tmp_path)
+        states.append([source.state(unit) for unit in source.units(10)])
+    assert len(set(map(tuple, states))) == 3
+
+
+def test_a_picture_that_pillow_reads_goes_before_one_that_takes_a_plug_in(tmp_path):
+    add(tmp_path, "a.jpg")
+    (tmp_path / "a.heic").write_bytes(HEIC)
+    found = read_all(tmp_path)
+    assert isinstance(found["a.jpg"], ImageRecord)
+    assert found["a.heic"].kind == "duplicate"

@@ -18,6 +18,7 @@ import yaml
 
 from benchmarks.drills.outputs import OUTPUTS, fingerprints
 from benchmarks.drills.processes import MARKER, POLL_SECONDS, end_all, marked, wait_until
+from lotlip.files import ASIDE, PARTIAL
 from tests.tiny_pipeline import change_params, copy_checkout, smallest
 
 REPRODUCE = (sys.executable, "-m", "flows.reproduce")
@@ -180,8 +181,8 @@ class Place:
         """Files that a finished run has left and the undisturbed run has not, and locks without a holder."""
         left = [f"temporary file: {name}" for name in sorted(_names(self.temporary) - reference.temporary)]
         left += [f"file: {name}" for name in sorted(self.files() - reference.files)]
-        partial = (path for path in self.project.rglob("*.partial") if ".git" not in path.parts)
-        left += [f"partial: {path.relative_to(self.project)}" for path in sorted(partial)]
+        unfinished = (path for ending in (PARTIAL, ASIDE) for path in self.project.rglob(f"*{ending}"))
+        left += [f"unfinished: {path.relative_to(self.project)}" for path in sorted(unfinished)]
         left += [f"scratch: .lotlip/work/{name}" for name in sorted(_names(self.project / ".lotlip" / "work"))]
         cache = self.project / ".dvc" / "cache" / "files" / "md5"
         strange = (path for path in cache.rglob("*") if path.is_file() and not _CACHED.fullmatch(_short(path, cache)))

@@ -56,7 +56,8 @@ class FolderSource:
 
     def _state(self, item: str) -> list[Any]:
         path = self._root / item
-        return [item, file_state(path), file_state(path.with_suffix(".txt")), self._duplicates.get(item)]
+        captions = [file_state(path.with_suffix(ending)) for ending in _CAPTION]
+        return [item, file_state(path), *captions, self._duplicates.get(item)]
 
     def split(self, key: str) -> str:
         """By chance, which depends on the key and the seed."""
@@ -123,7 +124,17 @@ def _find_items(root: Path) -> list[str]:
 
 
 def _duplicates(items: list[str]) -> dict[str, str]:
-    """Items whose key an earlier one has → that earlier one."""
+    """Items whose key another one has → that other one.
+
+    The first in sorted order has a key, but a format that Pillow reads goes before one that takes a plug-in, and before
+    pictures of other formats: phones leave `a.heic` beside `a.jpg`.
+    """
+    from lotlip.data.images import ENDINGS, PLUGINS
+
+    def readable(item: str) -> bool:
+        return ENDINGS.get(Path(item).suffix[1:].lower(), next(iter(PLUGINS))) not in PLUGINS
+
     first: dict[str, str] = {}
-    owners = ((item, first.setdefault(key_of(item), item)) for item in items)
-    return {item: owner for item, owner in owners if owner != item}
+    for item in sorted(items, key=lambda item: (not readable(item), item)):
+        first.setdefault(key_of(item), item)
+    return {item: owner for item in items if (owner := first[key_of(item)]) != item}

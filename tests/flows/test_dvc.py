@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.dvc import remove_damaged_lock
+from flows.dvc import remove_stale_lock
 from tests.flows.conftest import ROOT
 
 STAGES = 3
@@ -109,8 +109,11 @@ def test_none_of_fifty_interruptions_blocks_the_next_run(project):
     run(project, "-m", "dvc", "repro")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]"])
-def test_a_damaged_lock_of_a_dead_dvc_is_removed(project, content):
+DEAD = '{"o1": {"write": {"pid": 4194305, "cmd": "dvc"}}, "i": {"read": [{"pid": 4194305, "cmd": "dvc"}]}}'
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", DEAD])
+def test_a_stale_lock_of_a_dead_dvc_is_removed(project, content):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
     lock.write_text(content)
@@ -121,23 +124,23 @@ def test_a_damaged_lock_of_a_dead_dvc_is_removed(project, content):
     assert (project / f"o{STAGES}").exists()
 
 
-def test_a_damaged_lock_stays_while_another_dvc_runs(project):
+def test_a_stale_lock_stays_while_another_dvc_runs(project):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
     lock.write_text("")
     with subprocess.Popen(
         ["dvc", "-c", "import sys; sys.stdin.read()"], executable=sys.executable, cwd=project, stdin=subprocess.PIPE
     ):
-        assert not remove_damaged_lock(project)
-    assert remove_damaged_lock(project)
+        assert not remove_stale_lock(project)
+    assert remove_stale_lock(project)
     assert not lock.exists()
 
 
-def test_a_whole_lock_stays(project):
+def test_a_lock_of_a_live_process_stays(project):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
     lock.write_text('{"write": {"o1": {"pid": 1, "cmd": "dvc"}}}')
-    assert not remove_damaged_lock(project)
+    assert not remove_stale_lock(project)
     assert lock.exists()
 
 
