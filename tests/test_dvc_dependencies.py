@@ -25,6 +25,7 @@ MACHINERY = (
     "lotlip/lifetime.py",
     "lotlip/loopback.py",
     "lotlip/outputs.py",
+    "lotlip/temporary.py",
     "lotlip/tracking.py",
     "lotlip/validation.py",
 )

@@ -71,7 +71,7 @@ def test_thirty_dogs_and_thirty_cats_come_in_with_their_own_captions(tmp_path, f
     words = ("собака", "котики", "鳥", "魚", "été", "ète")
     names = [unicodedata.normalize(form, f"{word} {number}.png") for word in words for number in range(30)]
     for number, name in enumerate(names):
-        add(tmp_path / "images", name, name, size=(4 + number, 4))
+        add(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
     source = FolderSource(FolderSettings(kind="folder", path=tmp_path / "images"), Images())
     records = [item for unit in source.units(50) for item in source.read(unit)]
     assert not [item for item in records if isinstance(item, Failure)]

@@ -387,7 +387,7 @@ def test_shards_that_are_not_as_listed_are_errors(tmp_path, tiny_samples, worker
     with pytest.raises(ValueError, match=r"^\S+train-000000.tar has 3 samples, and index.json says 24; write the"):
         epoch(folder, workers=workers)
     shard.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not an uncompressed tar"):
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not a whole, uncompressed tar"):
         epoch(folder, workers=workers)
     shard.unlink()
     with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not there, but index.json lists it"):

@@ -133,9 +133,8 @@ def test_broken_images_and_empty_texts_are_failures_in_their_places(own_llava):
     settings["eos_token_id"] = list(IDS.values())  # whatever it writes first ends the text
     (own_llava / "generation_config.json").write_text(json.dumps(settings))
     found = list(captioner(own_llava).caption(RECORDS[:3]))
-    assert [(item.key, item.kind, item.reason) for item in found] == [
-        (f"k{number}", "empty", "tiny wrote no words") for number in range(3)
-    ]
+    assert [(item.key, item.kind) for item in found] == [(f"k{number}", "empty") for number in range(3)]
+    assert all("no words" in item.reason for item in found)
 
 
 def test_no_images_get_no_captions(llava):

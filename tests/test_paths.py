@@ -129,8 +129,8 @@ def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):
     def started(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(reproduce.subprocess, "Popen", started)
-    monkeypatch.setattr(reproduce, "building_op", started)
+    for name in ("warm", "prefect_server", "run_dvc"):
+        monkeypatch.setattr(reproduce, name, started)
     dangling(project / "my-images")
     with pytest.raises(ValueError, match=r"my-images/b\.png"):
         reproduce.reproduce(load_params(), [[]])

@@ -68,7 +68,7 @@ def test_nothing_is_left_of_a_text_that_is_all_reasoning(text):
 
 
 @pytest.mark.parametrize("text", CLEAN)
-def test_a_text_without_reasoning_stays_as_it_is(text):
+def test_a_text_usable_stays_as_it_is(text):
     assert cut_reasoning(f" {text}\n") == text
     assert reasoning(text) == ""
 
@@ -152,12 +152,12 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
 
 
 def test_reasoning_in_an_older_store_is_cut_off_when_it_is_published():
-    from lotlip.captioning.partition import _without_reasoning
+    from lotlip.captioning.partition import _usable
 
     stored = Caption("k0", "llava", WITH_AN_ANSWER[0], [], 0, "stop", "m@1", "What?")
-    assert _without_reasoning(stored) == replace(stored, text=TEXT)
-    assert _without_reasoning(replace(stored, text=TEXT)).text == TEXT
-    found = _without_reasoning(replace(stored, text=WITHOUT_AN_ANSWER[0]))
+    assert _usable(stored) == replace(stored, text=TEXT)
+    assert _usable(replace(stored, text=TEXT)).text == TEXT
+    found = _usable(replace(stored, text=WITHOUT_AN_ANSWER[0]))
     assert isinstance(found, Failure)
     assert found.kind == "empty"
 

@@ -331,7 +331,7 @@ def test_numbers_that_became_floating_point_are_the_same_keys(tmp_path):
         ("1", ""),
         ("2", ""),
         ("a-000000003", "missing"),
-        ("2_5", ""),
+        (key_of("2.5"), ""),
     ]
     path = write_parquet(tmp_path / "c.parquet", {"key": [1.0, 2.0, None], "text": ["a dog", "a cat", "nobody's"]})
     captioner = TableCaptioner("llava", TableSettings(kind="table", path=path, captioner=None), lambda text: 1)
