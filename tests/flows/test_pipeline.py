@@ -2,6 +2,7 @@
 
 import json
 import sqlite3
+import signal
 import subprocess
 import sys
 
@@ -188,12 +189,14 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         text=True,
     )
     try:
-        said = [process.stdout.readline() for _ in range(4)]
+        said = [process.stdout.readline() for _ in range(6)]
         assert said[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
-        assert said[1].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
-        assert said[2].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
-        assert "viewStateShareKey=comparison" in said[2]
-        with httpx.Client(timeout=PATIENCE_SECONDS) as client:
+        user, _, password = said[1].split()[-1].partition(":")
+        assert said[2].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
+        assert said[3].split()[-1] == password
+        assert said[4].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
+        assert "viewStateShareKey=comparison" in said[4]
+        with httpx.Client(timeout=PATIENCE_SECONDS, auth=(user, password)) as client:
             settings = client.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
             assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
             assert client.post(f"http://127.0.0.1:{prefect}/api/flow_runs/count", json={}).json() >= 10
@@ -203,6 +206,6 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         assert [experiment["name"] for experiment in found["experiments"]] == ["lotlip"]
     finally:
         process.terminate()
-    assert process.wait(PATIENCE_SECONDS) == 0
+    assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
     assert is_free(prefect)
     assert is_free(mlflow)
