@@ -1,8 +1,8 @@
 """The whole pipeline as a user runs it, on a tiny world."""
 
 import json
-import sqlite3
 import signal
+import sqlite3
 import subprocess
 import sys
 
