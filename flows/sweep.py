@@ -398,7 +398,7 @@ def _environment() -> dict[str, str]:
     if api := PREFECT_API_URL.value():
         environment["PREFECT_API_URL"] = api
     if login := PREFECT_API_AUTH_STRING.value():
-        environment["PREFECT_API_AUTH_STRING"] = login.get_secret_value()
+        environment["PREFECT_API_AUTH_STRING"] = login
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
