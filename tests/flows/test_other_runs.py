@@ -25,17 +25,14 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
     )
     scratch = workspace.folder / ".lotlip" / "work" / "ingest"
     deadline = time.monotonic() + 600
-    while len(finished := sorted(scratch.rglob("part-*.json"))) < 5:
+    while len(finished := sorted(scratch.glob("*/units/train/part-*.json"))) < 5:
         assert process.poll() is None, "the stage ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (workspace.folder / "data" / "ingest").exists()
-    written = {
-        path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished if path.parent.name == "train"
-    }
-    assert written
+    written = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished}
     workspace.python("flows.ingest")
     published = workspace.folder / "data" / "ingest" / "train"
     assert len(list(published.glob("part-*.json"))) == 48
