@@ -26,9 +26,9 @@ from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.logging import disable_progress_bar
 
-from lotlip.captioning.mllm import TransformersCaptioner
-from lotlip.config import TransformersCaptioner as Settings
-from lotlip.records import Caption, ImageRecord
+from lotlip.caption.captioners.transformers import TransformersCaptioner
+from lotlip.caption.config import TransformersCaptionerConfig as Settings
+from lotlip.data.records import Caption, ImageRecord
 from tests.tiny_mllm import save_llava
 
 SIZES = [(320, 240), (240, 320), (640, 480), (400, 400), (480, 270)]

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lotlip.core.files import write_json
 from lotlip.data.tars import TarWriter, write_index
-from lotlip.files import write_json
 
 CAPTIONERS = ("instructblip", "llava", "sharegpt4v")
 WORDS = [

@@ -27,11 +27,11 @@ from open_clip_train import data as open_clip_data
 from tqdm import tqdm
 
 from benchmarks.data import write_data
-from lotlip.config import Augmentation, LongTexts, Pretrain
-from lotlip.config import Loader as LoaderSettings
 from lotlip.data.images import Transform, training_transform
-from lotlip.data.loader import Loader, Rows
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import LoaderConfig as LoaderSettings
+from lotlip.pretrain.loader import Loader, Rows
 
 SIDE, WIDTH = 224, 768  # of the tower's pictures, and of its features
 
@@ -55,7 +55,7 @@ def ours(
     folder: Path, workers: int, batch: int, tokenizer: TextTokenizer, transform: Transform | None
 ) -> Iterator[Any]:
     """An epoch of this project's loader."""
-    settings = Pretrain(long_texts=LongTexts(), loader=LoaderSettings(workers=workers))
+    settings = PretrainConfig(long_texts=LongTextsConfig(), loader=LoaderSettings(workers=workers))
     loader = Loader(folder, settings, tokenizer, 0, Rows(batch), transform)
     return loader.steps(0, loader.steps_per_epoch)
 
@@ -132,7 +132,7 @@ def measure(
             "open_clip, features": partial(open_clip_features, folder, workers, batch, clip_tokenizer, samples),
             "ours, centre": partial(own, training_transform(SIDE)),
             "open_clip, centre": partial(theirs, False),
-            "ours, augmented": partial(own, training_transform(SIDE, augmentation=Augmentation())),
+            "ours, augmented": partial(own, training_transform(SIDE, augmentation=AugmentationConfig())),
             "open_clip, augmented": partial(theirs, True),
         }
         rates: dict[str, list[float]] = {way: [] for way in ways}

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
 
-from lotlip.losses import LOGITS_AT_ONCE, lotlip_loss
+from lotlip.objectives.contrastive import LOGITS_AT_ONCE, lotlip_loss
 
 GB = 1e9
 

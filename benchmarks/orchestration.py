@@ -10,9 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from flows.stage import SCRATCH
-from lotlip.config import load_params
-from lotlip.files import read_json
+from flows.runtime.stage import SCRATCH
+from lotlip.config.params import load_params
+from lotlip.core.files import read_json
 
 PARTS = ("imports", "prefect", "gate", "mlflow")
 

@@ -24,14 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.data import write_data
-from flows.guard import end_group, start_group
-from flows.processes import launch
-from lotlip.config import LocalLaunch, Pretrain
-from lotlip.files import read_json, write_json
-from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+from flows.runtime.processes import launch
+from flows.runtime.supervisor import end_group, start_group
+from lotlip.core.files import read_json, write_json
+from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+from lotlip.pretrain.config import LocalLaunch, PretrainConfig
 
 WIDTH = 64
-MODULE = "lotlip.training.pretrain"
+MODULE = "lotlip.train"
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -59,7 +59,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
     text = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 4 * WIDTH}
-    settings = Pretrain.model_validate(
+    settings = PretrainConfig.model_validate(
         {
             "steps": arguments.steps,
             "batch_size": 32,

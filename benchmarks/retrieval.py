@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lotlip.evaluation.metrics import retrieval
+from lotlip.evaluate.metrics import retrieval
 
 MB = 1e6
 

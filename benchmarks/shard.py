@@ -31,13 +31,14 @@ import webdataset as wds
 from PIL import Image
 
 from benchmarks.data import CAPTIONERS, sentence
-from lotlip.config import Ingest, Shard
-from lotlip.files import SCRATCH, remove
-from lotlip.inspection import held_out_images
-from lotlip.partitions import finished, read_index, unit_names, write_captions, write_index, write_partitions
-from lotlip.records import Caption, ImageRecord, Unit, UnitReport
-from lotlip.repeats import unique_partitions
-from lotlip.shards import group_reader, plan_shards, shard_statistics, write_shard, write_shard_index
+from lotlip.core.files import SCRATCH, remove
+from lotlip.data.duplicates import unique_partitions
+from lotlip.data.inspection import held_out_images
+from lotlip.data.partitions import finished, read_index, unit_names, write_captions, write_index, write_partitions
+from lotlip.data.records import Caption, ImageRecord, Unit, UnitReport
+from lotlip.ingest.config import IngestConfig
+from lotlip.shard.config import ShardConfig
+from lotlip.shard.shards import group_reader, plan_shards, shard_statistics, write_shard, write_shard_index
 
 PER_SHARD = 1000
 MEMORY_PARTITION = 250  # samples in a partition where memory is measured
@@ -134,13 +135,14 @@ def seconds(way: Callable[[Path], Any], folder: Path) -> float:
 
 def all_stages(data: Path) -> None:
     """What ingest, shard and their gates do with partitions that are there."""
-    from lotlip.validation import gate_ingest, gate_shard
+    from lotlip.ingest.gate import gate_ingest
+    from lotlip.shard.gate import gate_shard
 
     ingest, shards = data / "unique", data / "shards"
     reports = [report for name in unit_names(data / "ingest") if (report := finished(name, data / "ingest"))]
     unique = unique_partitions(data / "ingest", reports, ingest, {})
     write_index(ingest, unique)
-    settings = Ingest(source={"kind": "folder", "path": data})
+    settings = IngestConfig(source={"kind": "folder", "path": data})
     gate_ingest(settings, ingest, unique, len(unique), (), data / "gate")
     captions = {name: data / "captions" / name for name in CAPTIONERS}
     group = group_reader(ingest, captions)
@@ -149,7 +151,7 @@ def all_stages(data: Path) -> None:
     statistics = shard_statistics(ingest, captions, "train", len)
     write_shard_index(shards, {"train": written}, statistics, features=False)
     held_out = held_out_images(ingest, unit_names(ingest))
-    sizes = Shard(samples_per_shard=PER_SHARD, store_features=False)
+    sizes = ShardConfig(samples_per_shard=PER_SHARD, store_features=False)
     gate_shard(sizes, shards, read_index(shards), sum(map(len, plans)), held_out, data / "gate")
 
 

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from benchmarks.released_step import ReleasedStep
-from lotlip.losses import lotlip_loss
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.pretraining import LotlipForPreTraining
+from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.pretrain.model import LotlipForPreTraining
 
 DEMO = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
 TEXT_TOWERS: dict[str, dict[str, int]] = {"bert-base": {}, "demo": DEMO}

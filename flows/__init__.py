@@ -5,10 +5,22 @@ import sys
 from pathlib import Path
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
-from lotlip.caches import cache_folder, private_folder
-from lotlip.console import INTERRUPTED, print_anything, say_stopped
+from lotlip.core.caches import cache_folder, private_folder
+from lotlip.core.console import INTERRUPTED, print_anything, say_stopped
 
-if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("flows."):
+STAGES = ("ingest", "image-tower", "caption", "shard", "pretrain", "evaluate", "report")
+
+
+def stage_module(stage: str) -> str:
+    """The module that runs a stage as a program."""
+    return f"flows.stages.{stage.replace('-', '_')}"
+
+
+# The module that this process runs as a program, and its arguments; empty where it runs something else.
+_program, *_arguments = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else [""]
+if _program == "flows" and _arguments and _arguments[0] in STAGES:
+    _program, _arguments = stage_module(_arguments[0]), _arguments[1:]
+if _program.startswith("flows."):
     print_anything()
 
 # Runs, logs and profiles of this checkout stay in it, so that `make ui` shows them.
@@ -19,19 +31,19 @@ os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
 os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
 # A stage run by itself has a server of its own, on a database that another one may be using.
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
-# That server is flows.servers' and asks for a password. Prefect's own would run commands for anybody on the machine.
+# That server is that of flows.runtime.servers, which asks for a password. Prefect's own would run commands for any
+# user of the machine.
 os.environ.setdefault("PREFECT_SERVER_ALLOW_EPHEMERAL_MODE", "false")
 
 # A server that has ended is given up after half a minute, not two and a half.
 os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
 
 # Programs of flows/ that a warm process does not take over: itself, DVC, and who watches that others end.
-_ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")
-_program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else ""
+_ALONE = ("flows.runtime.fork_server", "flows.runtime.supervisor", "flows.runtime.dvc", "flows.runtime.local_launch")
 
 if _program.startswith("flows."):
     sys.excepthook = say_stopped
-    if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
+    if os.environ.get("LOTLIP_STOPPING") and _program != "flows.runtime.dvc":  # DVC is ending (flows.runtime.dvc)
         sys.exit(INTERRUPTED)
 
 # The defaults of DVC (/var/tmp/dvc) and of torch's compiler (a predictable name in TMPDIR) are folders that another
@@ -48,6 +60,6 @@ for _variable, _name in {"DVC_SITE_CACHE_DIR": "dvc", "TORCHINDUCTOR_CACHE_DIR":
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 # Not under a launcher, which watches the process that it started.
 if os.environ.get("LOTLIP_WARM") and _program and _program not in _ALONE and "RANK" not in os.environ:
-    from flows.warm import hand_over
+    from flows.runtime.fork_server import hand_over
 
-    hand_over(_program, sys.orig_argv[3:])
+    hand_over(_program, _arguments)

@@ -8,11 +8,12 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-from lotlip.caches import lock
-from lotlip.config import Params, Paths, load_params
-from lotlip.console import explain
-from lotlip.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_own
-from lotlip.outputs import is_scores, is_stage_record, is_summary
+from lotlip.config.outputs import is_scores, is_stage_record, is_summary
+from lotlip.config.params import Params, load_params
+from lotlip.core.caches import lock
+from lotlip.core.console import explain
+from lotlip.core.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_own
+from lotlip.core.paths import Paths
 
 
 def clean(params: Params) -> Iterator[str]:

@@ -12,9 +12,9 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.schedules import Cron, Schedule
 
 from flows import reproduce as reproduction
-from flows.points import Sweep
-from flows.sweep import sweep
-from lotlip.config import load_params
+from flows.sweep.sweep import sweep
+from flows.sweep.trials import Sweep
+from lotlip.config.params import load_params
 
 NIGHTLY = Sweep(name="nightly", corner_tokens=[0, 1, 2], sub_captions=[1, 3], seeds=[0], max_minutes=240)
 WEEKLY = Sweep(

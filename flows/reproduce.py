@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.dvc import run_dvc
-from flows.guard import INTERRUPTED, ending_well
-from flows.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect
-from flows.stage import EXPECTED, SCRATCH, StageFailed
-from flows.warm import warm
-from lotlip.config import Params, load_params
-from lotlip.files import write_json
-from lotlip.sources.paths import check_sources
+from flows.runtime.dvc import run_dvc
+from flows.runtime.fork_server import warm
+from flows.runtime.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect
+from flows.runtime.stage import EXPECTED, SCRATCH, StageFailed
+from flows.runtime.supervisor import ending_well
+from lotlip.config.params import Params, load_params
+from lotlip.core.console import INTERRUPTED
+from lotlip.core.files import write_json
+from lotlip.data.paths import check_inputs
 
 PREFECT_PORT = 4200
 
@@ -32,7 +33,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         StageFailed: a stage failed.
         ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
-    check_sources(params)
+    check_inputs(params.inputs())
     started = time.time()
     # dvc.yaml says `python`, which is the one beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

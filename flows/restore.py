@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 
-from flows.stage import EXPECTED, StageFailed, with_tracebacks
-from lotlip.config import load_params
-from lotlip.files import read_json
+from flows.runtime.stage import EXPECTED, StageFailed, with_tracebacks
+from lotlip.config.params import load_params
+from lotlip.core.files import read_json
 
 
 def restore() -> list[str]:
@@ -27,7 +27,7 @@ def restore() -> list[str]:
     trained = sorted(paths.models.glob("*/run.json"))
     if not trained:
         raise StageFailed(f"{paths.models} has no trained ablation; `dvc pull` gets them, `dvc repro` trains them")
-    from lotlip.tracking import Tracker
+    from lotlip.tracking.mlflow import Tracker
 
     tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
     for file in trained:
@@ -57,6 +57,6 @@ if __name__ == "__main__":
     except Exception as error:  # MLflow's, of which there are many kinds
         if with_tracebacks():
             raise
-        from lotlip.tracking import failure
+        from lotlip.tracking.mlflow import failure
 
         sys.exit(f"error: {failure(os.environ.get('MLFLOW_TRACKING_URI') or load_params().tracking.uri, error)}")

@@ -11,9 +11,10 @@ from prefect import serve
 from prefect.settings import PREFECT_API_URL
 
 from flows.deployments import deployments
-from flows.guard import INTERRUPTED, ending_well
-from flows.stage import EXPECTED
+from flows.runtime.stage import EXPECTED
+from flows.runtime.supervisor import ending_well
 from flows.ui import shown
+from lotlip.core.console import INTERRUPTED
 
 
 def main() -> None:

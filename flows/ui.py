@@ -8,11 +8,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from flows.guard import INTERRUPTED, ending_well
-from flows.servers import mlflow_server, new_login, prefect_client, prefect_server, print_prefect, using_prefect
-from flows.stage import EXPECTED
-from lotlip.config import load_params
-from lotlip.tracking import Tracker
+from flows.runtime.servers import mlflow_server, new_login, prefect_client, prefect_server, print_prefect, using_prefect
+from flows.runtime.stage import EXPECTED
+from flows.runtime.supervisor import ending_well
+from lotlip.config.params import load_params
+from lotlip.core.console import INTERRUPTED
+from lotlip.tracking.mlflow import Tracker
 
 
 @contextmanager

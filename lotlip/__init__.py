@@ -4,7 +4,7 @@ import os
 from importlib import import_module
 from typing import Any
 
-from lotlip.loopback import bypass_proxies
+from lotlip.core.loopback import bypass_proxies
 
 __version__ = "0.1.0"
 
@@ -36,7 +36,7 @@ _LAZY = {
 __all__ = [*_LAZY, "__version__"]
 
 # Before any library looks for it.
-import_module("lotlip.home").ensure_home()
+import_module("lotlip.core.home").ensure_home()
 import_module("lotlip._auto")
 
 

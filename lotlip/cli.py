@@ -13,8 +13,8 @@ from typing import Annotated
 
 import typer
 
-from lotlip.console import INTERRUPTED, explain, print_anything, say_stopped
-from lotlip.text import SentenceEnds
+from lotlip.core.console import INTERRUPTED, explain, print_anything, say_stopped
+from lotlip.data.text import SentenceEnds
 
 app = typer.Typer(
     name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
@@ -75,8 +75,8 @@ def stats(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all files together.")] = False,
 ) -> None:
     """Count texts, and sub-captions and tokens per text (paper, Table 1)."""
-    from lotlip.annotations import read_texts
-    from lotlip.statistics import Statistics, text_statistics
+    from lotlip.data.annotations import read_texts
+    from lotlip.data.statistics import Statistics, text_statistics
 
     rows = []
     for file in files:
@@ -121,8 +121,8 @@ def import_official(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that this command wrote.")] = False,
 ) -> None:
     """Turn a checkpoint of the LoTLIP authors into a model that transformers loads; the defaults are for their B/16."""
-    from lotlip.models.image_tower import ImageTowerSpec
-    from lotlip.models.official import WrongWeightsError, describe, import_official
+    from lotlip.importing.official import WrongWeightsError, describe, import_official
+    from lotlip.models.vision.image_tower import ImageTowerSpec
 
     typer.echo(f"reading {checkpoint}")
     spec = ImageTowerSpec(vision, image_size)
@@ -164,9 +164,9 @@ def embed(
     """Write the features of images or of texts, for `lotlip search` and anything else."""
     from tqdm import tqdm
 
-    from lotlip.embedding import embed
-    from lotlip.files import check_model
-    from lotlip.index import check_free_index
+    from lotlip.core.files import check_model
+    from lotlip.retrieval.embedding import embed
+    from lotlip.retrieval.index import check_free_index
 
     check_free_index(out, force)
     check_model(model)
@@ -198,7 +198,7 @@ def search(
     """Show the images or texts nearest to a text or to an image: rank, cosine, name."""
     from textwrap import shorten
 
-    from lotlip.embedding import search
+    from lotlip.retrieval.embedding import search
 
     found = search(index, text, image, top, model, device)
     if as_json:
@@ -239,8 +239,8 @@ def evaluate(
             f"{len(benchmark)} --benchmark, {len(data)} --data, {len(images or ())} --images: give --data for each "
             "--benchmark, and --images for each or for none"
         )
-    from lotlip.files import check_free, check_model, write_json
-    from lotlip.outputs import is_comparison
+    from lotlip.config.outputs import is_comparison
+    from lotlip.core.files import check_free, check_model, write_json
 
     if out:
         check_free(out, is_comparison, force)
@@ -248,8 +248,8 @@ def evaluate(
         check_model(Path(name))
     from tqdm import tqdm
 
-    from lotlip.evaluation.compare import ask, compare, table, to_json
-    from lotlip.evaluation.encoders import open_encoder
+    from lotlip.evaluate.compare import ask, compare, table, to_json
+    from lotlip.evaluate.encoders import open_encoder
 
     elsewhere: list[Path | None] = [*images] if images else [None] * len(data)
     asked = [ask(*of, partial) for of in zip(benchmark, data, elsewhere, strict=True)]
@@ -293,8 +293,8 @@ def explore(
     import threading
     from contextlib import suppress
 
+    from lotlip.core.files import check_model
     from lotlip.explore.explorer import Explorer
-    from lotlip.files import check_model
 
     if model:
         check_model(model)
@@ -324,11 +324,11 @@ def verify(
     """Look a data set over again, file by file and sample by sample; what is wrong with it is printed, and status 1."""
     from tqdm import tqdm
 
-    from lotlip.config import Images
-    from lotlip.sources.evaluation import image_hashes
+    from lotlip.ingest.config import ImagesConfig
+    from lotlip.ingest.evaluation_images import image_hashes
     from lotlip.verify import verify
 
-    contents = verify(folder, image_hashes(held_out or (), Images()))
+    contents = verify(folder, image_hashes(held_out or (), ImagesConfig()))
     problems = []
     with tqdm(contents.problems, total=contents.units, unit=" units", file=sys.stderr, disable=None) as looked:
         for found in looked:
@@ -368,10 +368,10 @@ def plan(
     """Show what a training run takes: steps, tokens, memory, storage, time. Nothing is trained."""
     import yaml
 
-    from lotlip.config import load_params
-    from lotlip.files import read_json
-    from lotlip.training.plan import Gpu, describe, images_by_name, on_gpus
-    from lotlip.training.plan import plan as make_plan
+    from lotlip.config.params import load_params
+    from lotlip.core.files import read_json
+    from lotlip.plan.plan import Gpu, describe, images_by_name, on_gpus
+    from lotlip.plan.plan import plan as make_plan
 
     file = Path("profiles", f"{profile}.yaml") if profile else params
     settings = load_params(file)

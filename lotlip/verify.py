@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lotlip.data.tars import INDEX
-from lotlip.files import RECORD, sha256_files, sha256_json
-from lotlip.inspection import (
+from lotlip.core.files import RECORD, sha256_files, sha256_json
+from lotlip.data.duplicates import hashes, repeats
+from lotlip.data.inspection import (
     CAPTIONS,
     HASH,
     PARTITION,
@@ -21,9 +21,9 @@ from lotlip.inspection import (
     inspect_shard,
     read_keys,
 )
-from lotlip.partitions import MARKER, finished, read_index, read_table
-from lotlip.repeats import hashes, repeats
-from lotlip.shards import DONE, finished_shard
+from lotlip.data.partitions import MARKER, finished, read_index, read_table
+from lotlip.data.tars import INDEX
+from lotlip.shard.shards import DONE, finished_shard
 
 
 class Problem(NamedTuple):

@@ -126,7 +126,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a frozen image tower, 32 wide."""
     import torch
 
-    from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+    from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 
     folder = tmp_path_factory.mktemp("tower") / "image-tower"
     kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -147,7 +147,7 @@ def tiny_samples(tiny_tower: Path) -> list[TinySample]:
     import torch
 
     from lotlip.data.images import decode_rgb, image_transform
-    from lotlip.models.image_tower import load_image_tower
+    from lotlip.models.vision.image_tower import load_image_tower
 
     tower = load_image_tower(tiny_tower)
     transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
@@ -179,15 +179,15 @@ def process_group() -> Iterator[dict[str, str]]:
     """This process as a group of its own, which DeepSpeed joins once; gives the environment that it set for it."""
     import torch
 
-    from lotlip.config import Pretrain
-    from lotlip.training.engine import initialise_processes
+    from lotlip.pretrain.config import PretrainConfig
+    from lotlip.pretrain.engine import initialise_processes
 
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     with pytest.MonkeyPatch.context() as patch:
         for name in (*names, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             patch.setenv(name, "")  # so that what training sets is unset at the end
             patch.delenv(name)
-        initialise_processes(Pretrain())
+        initialise_processes(PretrainConfig())
         environment = {name: os.environ[name] for name in names}
     yield environment
     torch.distributed.destroy_process_group()
@@ -227,4 +227,4 @@ def world(clean: World, tmp_path: Path) -> World:
 @pytest.fixture
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has gates leave out Great Expectations' pages, three quarters of their time; what is found is in their words."""
-    monkeypatch.setattr("lotlip.gate._write_pages", lambda context: None)
+    monkeypatch.setattr("lotlip.core.checks._write_pages", lambda context: None)

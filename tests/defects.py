@@ -16,37 +16,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from lotlip.captioning.partition import Captioning
-from lotlip.captioning.quality import assess, measured
-from lotlip.captioning.store import Partition
-from lotlip.config import CaptionStage, Ingest, Shard
+from lotlip.caption.config import CaptionConfig
+from lotlip.caption.gate import gate_caption
+from lotlip.caption.partition import Captioning
+from lotlip.caption.quality import assess, measured
+from lotlip.caption.store import Partition
+from lotlip.core.checks import Check
+from lotlip.core.files import write_json
+from lotlip.data.duplicates import unique_partitions
+from lotlip.data.inspection import held_out_images
+from lotlip.data.partitions import (
+    finished,
+    read_captions,
+    read_index,
+    read_table,
+    unit_names,
+    write_captions,
+    write_index,
+)
+from lotlip.data.partitions import write_partitions as write_unit
+from lotlip.data.records import Caption, UnitReport
 from lotlip.data.tars import scan_tar, write_samples
-from lotlip.files import write_json
-from lotlip.gate import Check
-from lotlip.inspection import held_out_images
-from lotlip.partitions import finished, read_captions, read_index, read_table, unit_names, write_captions, write_index
-from lotlip.partitions import write_partitions as write_unit
-from lotlip.records import Caption, UnitReport
-from lotlip.repeats import unique_partitions
-from lotlip.shards import group_reader, plan_shards, write_shard, write_shard_index
-from lotlip.sources import open_source
-from lotlip.text import split_sub_captions
-from lotlip.validation import gate_caption, gate_ingest, gate_shard
+from lotlip.data.text import split_sub_captions
+from lotlip.ingest.config import IngestConfig
+from lotlip.ingest.gate import gate_ingest
+from lotlip.ingest.sources import open_source
+from lotlip.shard.config import ShardConfig
+from lotlip.shard.gate import gate_shard
+from lotlip.shard.shards import group_reader, plan_shards, write_shard, write_shard_index
 
 SPLITS = ("train", "val", "test")
-INGEST = Ingest(
+INGEST = IngestConfig(
     source={
-        "kind": "scenes", "path": "lotlip/sources/scenes.py", "image_size": 32, "train": 120, "val": 20, "test": 40
+        "kind": "scenes", "path": "lotlip/demo/world.py", "image_size": 32, "train": 120, "val": 20, "test": 40
     },
     partition_size=40,
 )  # fmt: skip
 STYLES = ("instructblip", "llava")
-CAPTION = CaptionStage(
+CAPTION = CaptionConfig(
     captioners={
-        name: {"kind": "scenes", "path": "lotlip/captioning/scenes.py", "style": name} for name in STYLES
+        name: {"kind": "scenes", "path": "lotlip/demo/captioner.py", "style": name} for name in STYLES
     }
 )  # fmt: skip
-SHARD = Shard(samples_per_shard=30)
+SHARD = ShardConfig(samples_per_shard=30)
 Sample = dict[str, Any]  # "key", "json" (a dict), "npy" (an array or None), "image" (bytes)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from lotlip.partitions import write_partitions
-from lotlip.records import Failure, ImageRecord, Unit, UnitReport
+from lotlip.data.partitions import write_partitions
+from lotlip.data.records import Failure, ImageRecord, Unit, UnitReport
 
 
 def write_partition(unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path) -> UnitReport:

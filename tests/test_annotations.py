@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lotlip.annotations import Text, read_texts
-from lotlip.partitions import write_captions
-from lotlip.records import Caption
+from lotlip.data.annotations import Text, read_texts
+from lotlip.data.partitions import write_captions
+from lotlip.data.records import Caption
 
 CAPTIONS = ["raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions"]
 CAPTIONS += ["longSV_captions", "shortLLA_captions", "longLLA_captions"]
@@ -260,7 +260,7 @@ def test_images_in_a_parquet_file_are_not_read(tmp_path):
 
 
 def test_parquet_records_are_counted_over_batches(tmp_path, monkeypatch):
-    monkeypatch.setattr("lotlip.annotations._BATCH", 2)
+    monkeypatch.setattr("lotlip.data.annotations._BATCH", 2)
     path = table(tmp_path / "a.parquet", [{"text": str(number)} for number in range(5)])
     assert [name.rpartition(":")[2] for name, _ in read(path)] == ["1", "2", "3", "4", "5"]
 

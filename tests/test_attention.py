@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.evaluation.attention import (
+from lotlip.evaluate.attention import (
     relevance_maps,
     roll_out,
     spread,

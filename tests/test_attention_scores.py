@@ -16,20 +16,14 @@ from PIL import Image
 
 from lotlip.data.images import MEAN, RESIZES, image_transform, square
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.evaluation.attention_scores import (
-    attention_scores,
-    coverage,
-    object_scores,
-    on_objects,
-    ratio,
-    text_scores,
-)
-from lotlip.evaluation.benchmarks import Benchmark, Texts
-from lotlip.evaluation.encoders import LotlipEncoder
-from lotlip.evaluation.scenes import long_text, object_texts, short_text
-from lotlip.report import build_report, load_inputs
-from lotlip.report.attention import attention_pictures, look_at_images, look_at_texts, overlay
-from lotlip.sources.scenes import generate_scene, render
+from lotlip.demo.questions import long_text, object_texts, short_text
+from lotlip.demo.world import generate_scene, render
+from lotlip.evaluate.attention_pictures import attention_pictures, look_at_images, look_at_texts, overlay
+from lotlip.evaluate.attention_scores import attention_scores, coverage, object_scores, on_objects, ratio, text_scores
+from lotlip.evaluate.benchmarks import Benchmark, Texts
+from lotlip.evaluate.encoders import LotlipEncoder
+from lotlip.report.inputs import load_inputs
+from lotlip.report.page import build_report
 from tests.conftest import IMAGE_SIZE
 from tests.test_attention import make
 from tests.test_report import make_params, write_project

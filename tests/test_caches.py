@@ -1,4 +1,4 @@
-"""lotlip.caches: the user's folder and lock files."""
+"""lotlip.core.caches: the user's folder and lock files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from lotlip import caches
-from lotlip.caches import Locked, cache_folder, lock
+from lotlip.core import caches
+from lotlip.core.caches import Locked, cache_folder, lock
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +63,7 @@ def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
 
 HOLDER = """
 import pathlib, sys
-from lotlip.caches import lock
+from lotlip.core.caches import lock
 with lock(pathlib.Path("a.lock")):
     print("held", flush=True)
     sys.stdin.read()

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from lotlip.captioning.partition import Captioning
-from lotlip.captioning.store import CaptionStore, Partition
-from lotlip.config import CaptionStage
-from lotlip.files import read_json
-from lotlip.partitions import read_captions, read_table
-from lotlip.records import Caption, Failure, ImageRecord, Unit
-from lotlip.text import split_sub_captions
+from lotlip.caption.config import CaptionConfig
+from lotlip.caption.partition import Captioning
+from lotlip.caption.store import CaptionStore, Partition
+from lotlip.core.files import read_json
+from lotlip.data.partitions import read_captions, read_table
+from lotlip.data.records import Caption, Failure, ImageRecord, Unit
+from lotlip.data.text import split_sub_captions
 from tests.partitions import write_partition
 from tests.test_validation import record
 
@@ -145,7 +145,7 @@ def captioning(tmp_path: Path, out: str, **changes: Any) -> Captioning:
         rows = ["k0,llava,Here is raw k0. It runs.", "k1,llava,A raw thing that runs on", "k2,llava,Two words."]
         table.write_text("\n".join(["key,captioner,text", *rows]) + "\n")
     settings = {"captioners": {"llava": {"kind": "table", "path": str(table)}}, **changes}
-    stage = CaptionStage.model_validate(settings)
+    stage = CaptionConfig.model_validate(settings)
     return Captioning("llava", stage, tmp_path / "ingest", tmp_path / "store", tmp_path / out)
 
 
@@ -164,7 +164,7 @@ def test_a_partition_is_published_with_measures_and_failures(source, tmp_path):
 def test_a_caption_without_words_is_never_published(source, tmp_path, monkeypatch, stored_before):
     (tmp_path / "captions.csv").write_text("key,captioner,text\nk0,llava,!!! ???\nk1,llava,A dog\n")
     if stored_before:
-        monkeypatch.setattr("lotlip.captioning.table.has_words", lambda text: True)
+        monkeypatch.setattr("lotlip.caption.captioners.table.has_words", lambda text: True)
     (report,) = captioning(tmp_path, "out", quality={"short": None})(partition_of(source))
     assert report.written == 1
     assert {failure.key: failure.kind for failure in report.failures}["k0"] == "empty"
@@ -209,7 +209,7 @@ def test_a_partition_is_published_again_when_its_images_changed(source, tmp_path
 
 
 def test_an_image_that_the_server_failed_with_is_asked_for_again(source, tmp_path, monkeypatch):
-    from lotlip.captioning import table
+    from lotlip.caption.captioners import table
 
     lookup = table.TableCaptioner._caption
     with monkeypatch.context() as patch:

@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lotlip.evaluation.benchmarks import Benchmark, Texts
-from lotlip.evaluation.ceiling import ceilings, repeated
-from lotlip.evaluation.evaluate import evaluate, limits
-from lotlip.evaluation.metrics import Compare, _outcomes, _search_both_ways
+from lotlip.evaluate.benchmarks import Benchmark, Texts
+from lotlip.evaluate.ceiling import ceilings, repeated
+from lotlip.evaluate.evaluate import evaluate, limits
+from lotlip.evaluate.metrics import Compare, _outcomes, _search_both_ways
 
 KS = (1, 2, 3, 5)
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lotlip.config import Pretrain
-from lotlip.files import SCRATCH, sha256_files, write_json
-from lotlip.tracking import NullSink
-from lotlip.training import checkpoint
-from lotlip.training.checkpoint import Checkpoints, full_weights
-from lotlip.training.pretrain import Trainer
+from lotlip.core.files import SCRATCH, sha256_files, write_json
+from lotlip.pretrain import checkpoint
+from lotlip.pretrain.checkpoint import Checkpoints, full_weights
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.trainer import Trainer
+from lotlip.tracking.mlflow import NullSink
 from tests.training import finish, losses, start, tiny_job, train, trainers, wait_for
 
 FILES = ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json", "sha256.json"]
@@ -46,7 +46,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def trainer(group, tiny_world, tmp_path_factory) -> Trainer:
     """One that has written checkpoints after steps 1 and 2."""
     job = tiny_job(tiny_world, tmp_path_factory.mktemp("trainer"))
-    made = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    made = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
     steps = made.loader.steps(0, 2)
     for step in (0, 1):
         made.engine.step(next(steps), step)
@@ -127,7 +127,7 @@ def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_world, tmp_path):
     other = tiny_job(tiny_world, tmp_path, {"text": {"config": {"hidden_size": 16}}})
-    made = Trainer(other, Pretrain.model_validate(other.config), 0, NullSink())
+    made = Trainer(other, PretrainConfig.model_validate(other.config), 0, NullSink())
     with pytest.raises(ValueError, match=NEWER):
         trainer.checkpoints.load(made.engine.deepspeed)
 

@@ -13,7 +13,7 @@ import pytest
 
 import lotlip
 from lotlip import cli
-from lotlip.console import explain, mount_of
+from lotlip.core.console import explain, mount_of
 
 RUN = "import sys; from lotlip.cli import run; run()"
 
@@ -181,7 +181,7 @@ def contents(folder: Path) -> list[tuple[str, str]]:
 
 
 def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
-    from lotlip.evaluation import compare
+    from lotlip.evaluate import compare
 
     monkeypatch.setattr(compare, "ask", never)
     places = {**outs(tmp_path, ".json"), "a bare folder": tmp_path / "results"}
@@ -194,7 +194,7 @@ def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
 def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
-    from lotlip import embedding
+    from lotlip.retrieval import embedding
 
     monkeypatch.setattr(embedding, "embed", never)
     places = outs(tmp_path, ending)
@@ -212,7 +212,7 @@ def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
 def test_an_index_is_replaced_by_an_index(tmp_path, ending):
     import numpy as np
 
-    from lotlip.index import Rows, check_free_index, index_writer
+    from lotlip.retrieval.index import Rows, check_free_index, index_writer
 
     out = tmp_path / f"index{ending}"
     for _ in range(2):
@@ -223,12 +223,12 @@ def test_an_index_is_replaced_by_an_index(tmp_path, ending):
 
 
 def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(monkeypatch, capsys, tmp_path):
-    from lotlip import files
-    from lotlip.evaluation import compare
+    from lotlip.core import files
+    from lotlip.evaluate import compare
 
     monkeypatch.setattr(compare, "ask", lambda *_: None)
     monkeypatch.setattr(compare, "compare", lambda *_: [])
-    monkeypatch.setattr("lotlip.evaluation.encoders.open_encoder", lambda *_: None)
+    monkeypatch.setattr("lotlip.evaluate.encoders.open_encoder", lambda *_: None)
     monkeypatch.setattr(compare, "table", lambda _: ["the table"])
     out = tmp_path / "scores.json"
     arguments = ["evaluate", "m", "--benchmark", "coco", "--data", tmp_path, "--out", out]

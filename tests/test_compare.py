@@ -9,17 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lotlip.config import Paths, ScenesBenchmark
-from lotlip.evaluation.benchmarks import open_benchmark
-from lotlip.evaluation.compare import Result, ask, compare, table, to_json
-from lotlip.evaluation.encoders import open_encoder
-from lotlip.evaluation.evaluate import evaluate, images_of
-from lotlip.evaluation.metrics import Scores
-from lotlip.evaluation.reference import REFERENCE, SOURCE, Reference
-from lotlip.models.official import import_official
-from lotlip.partitions import write_index
-from lotlip.records import ImageRecord, Unit
-from lotlip.sources.scenes import generate_scene
+from lotlip.core.paths import Paths
+from lotlip.data.partitions import write_index
+from lotlip.data.records import ImageRecord, Unit
+from lotlip.demo.world import generate_scene
+from lotlip.evaluate.benchmarks import open_benchmark
+from lotlip.evaluate.compare import Result, ask, compare, table, to_json
+from lotlip.evaluate.config import SceneBenchmarkConfig
+from lotlip.evaluate.encoders import open_encoder
+from lotlip.evaluate.evaluate import evaluate, images_of
+from lotlip.evaluate.metrics import Scores
+from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
+from lotlip.importing.official import import_official
 from tests.conftest import TinySample
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
 from tests.partitions import write_partition
@@ -77,7 +78,7 @@ def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path,
     shown = capsys.readouterr()
     found = json.loads(out.read_text())["results"]
     assert [(one["model"], one["benchmark"]) for one in found] == [(model, "scenes") for model in models]
-    benchmark = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=SCENES), Paths(ingest=scenes), [])
+    benchmark = open_benchmark("scenes", SceneBenchmarkConfig(kind="scenes", size=SCENES), Paths(ingest=scenes), [])
     lines = shown.out.splitlines()
     for one, model, line in zip(found, models, lines[3:], strict=False):
         encoder = open_encoder(model, 3, "cpu")
@@ -111,7 +112,7 @@ def test_published_scores_stand_below_those_of_the_whole_benchmark(monkeypatch, 
     assert len(published) == 5
     (lotlip,) = [line for line in published if line.startswith("LoTLIP B/16, 100M (published)")]
     assert lotlip.split()[-2:] == ["88.8", "84.8"]
-    assert lotlip.index("88.8") == lines[1].index("long, i→t")
+    assert lotlip.retrieval.index("88.8") == lines[1].index("long, i→t")
     assert lines[-1] == f"(published): {SOURCE}"
 
 

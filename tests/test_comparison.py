@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from flows.servers import free_port, mlflow_server
-from lotlip.comparison import SHARED_VIEW, ComparedRun, address, decode, run_note, view, view_name
-from lotlip.config import Pretrain
-from lotlip.tracking import NOTE, Tracker
+from flows.runtime.servers import free_port, mlflow_server
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.tracking.comparison import SHARED_VIEW, ComparedRun, address, decode, run_note, view, view_name
+from lotlip.tracking.mlflow import NOTE, Tracker
 
 CHROMIUM = shutil.which("chromium")
 SCORES = ("scenes.long.text_to_image.r1", "scenes.short.text_to_image.r1", "scenes.long.text_to_image.r5")
@@ -93,7 +93,7 @@ def test_many_parameters_fit_into_the_tag():
 
 
 def test_a_run_is_told_in_plain_words():
-    base = Pretrain()
+    base = PretrainConfig()
     config = base.model_copy(update={"text": base.text.model_copy(update={"corner_tokens": 4})}).model_dump(mode="json")
     results = {
         "scenes": {

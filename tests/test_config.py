@@ -11,8 +11,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from lotlip.config import HOW, PRESETS, ConfigError, Params, Pretrain, TransformersCaptioner, load_params, merge
-from lotlip.config.params import checked_params
+from lotlip.caption.config import PRESETS, TransformersCaptionerConfig
+from lotlip.config.params import Params, checked_params, load_params
+from lotlip.core.section import ConfigError, merge
+from lotlip.pretrain.config import HOW, PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -306,7 +308,7 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
 
 
 def test_how_the_work_is_done_decides_nothing():
-    changed = Pretrain(
+    changed = PretrainConfig(
         batch_size=64,
         processes=2,
         accumulation=4,
@@ -319,10 +321,10 @@ def test_how_the_work_is_done_decides_nothing():
         max_final_loss_share=2,
         loader={"workers": 7, "prefetch": 1},
     )
-    assert changed.deciding() == Pretrain().deciding()
-    assert HOW.keys() <= Pretrain.model_fields.keys()
+    assert changed.deciding() == PretrainConfig().deciding()
+    assert HOW.keys() <= PretrainConfig.model_fields.keys()
     for difference in ({"steps": 1}, {"precision": "bf16"}, {"loader": {"epochs": "resampled"}}, {"seeds": [1]}):
-        assert Pretrain.model_validate(difference).deciding() != Pretrain().deciding()
+        assert PretrainConfig.model_validate(difference).deciding() != PretrainConfig().deciding()
 
 
 @pytest.mark.parametrize(
@@ -336,18 +338,18 @@ def test_how_the_work_is_done_decides_nothing():
 )
 def test_settings_of_the_loader_that_do_not_fit(settings, message):
     with pytest.raises(ValueError, match=message):
-        Pretrain.model_validate(settings)
+        PretrainConfig.model_validate(settings)
 
 
 # --- captioners of transformers ---------------------------------------------------------------------------------------
 
-MLLM = {"kind": "transformers", "path": "lotlip/captioning/mllm.py"}
+MLLM = {"kind": "transformers", "path": "lotlip/caption/captioners/transformers.py"}
 COMMIT = "0123456789" * 4
 
 
-def mllm(folder: Path, entry: dict[str, Any]) -> TransformersCaptioner:
+def mllm(folder: Path, entry: dict[str, Any]) -> TransformersCaptionerConfig:
     found = load(folder, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}}).caption.captioners["mine"]
-    assert isinstance(found, TransformersCaptioner)
+    assert isinstance(found, TransformersCaptionerConfig)
     return found
 
 
@@ -356,7 +358,7 @@ def test_a_preset_gives_what_the_entry_does_not_say(tmp_path, preset):
     plain, other = mllm(tmp_path, {"preset": preset}), mllm(tmp_path, {"preset": preset, "max_new_tokens": 7})
     assert {name: getattr(plain, name) for name in PRESETS[preset]} == PRESETS[preset]
     assert other == plain.model_copy(update={"max_new_tokens": 7})
-    assert TransformersCaptioner.model_validate(plain.model_dump()) == plain
+    assert TransformersCaptionerConfig.model_validate(plain.model_dump()) == plain
 
 
 def test_every_preset_can_be_had_from_a_folder(tmp_path):

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.gate import GateFailed
-from lotlip.partitions import read_table
-from lotlip.records import Caption, Failure, UnitReport
+from lotlip.core.checks import GateFailed
+from lotlip.data.partitions import read_table
+from lotlip.data.records import Caption, Failure, UnitReport
 from tests.defects import World
 
 pytestmark = pytest.mark.usefixtures("without_pages")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.report import drawing, figures
-from lotlip.report.attention import ReadText, SeenImage, draw_reading, draw_relevance
-from lotlip.report.drawing import SMALL, Line, Point, draw_lines, drawn, label_ends, literal, render
-from lotlip.report.intervals import Estimate
+from lotlip.evaluate.attention_pictures import ReadText, SeenImage, draw_reading, draw_relevance
+from lotlip.figures import charts as drawing
+from lotlip.figures.charts import SMALL, Line, Point, draw_lines, drawn, label_ends, literal, render
+from lotlip.figures.intervals import Estimate
+from lotlip.report import figures
 
 HOSTILE = {
     "two dollar signs": "a $ _ ^ { price of $ 5",
@@ -105,9 +106,9 @@ def test_the_figures_of_a_run_that_can_be_drawn_are_kept(monkeypatch, caplog):
 
 def test_a_benchmark_whose_pictures_fail_keeps_its_scores(monkeypatch, tmp_path, tiny_tower, tiny_samples):
     """The stage writes the scores first; what could not be drawn is written beside the pictures."""
-    from lotlip.evaluation import ablation
-    from lotlip.evaluation.benchmarks import Benchmark, Texts
-    from lotlip.report import attention
+    from lotlip.evaluate import ablation
+    from lotlip.evaluate import attention_pictures as attention
+    from lotlip.evaluate.benchmarks import Benchmark, Texts
     from tests.tiny_model import save_tiny_model
 
     save_tiny_model(tmp_path / "model" / "seed-0", tiny_tower)

@@ -21,7 +21,7 @@ from benchmarks.drills.isolation import can_isolate, isolate
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import MARKER, Found, end_all, marked, send, wait_until
 from benchmarks.drills.world import Place, Reference
-from lotlip.files import RECORD
+from lotlip.core.files import RECORD
 
 REPORT = """# Report
 | Stage | Time | Read | Share |
@@ -321,7 +321,7 @@ def test_every_kind_comes_early_and_every_kill_comes() -> None:
     assert {spec.kind for spec in specs[:5]} == set(KINDS)
     assert {(spec.target, spec.how) for spec in specs if spec.kind == "kill"} == set(KILLS)
     assert Counter(spec.kind for spec in specs).most_common(1)[0][0] == "kill"
-    assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows.pretrain"}
+    assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows.stages.pretrain"}
 
 
 def test_drills_follow_from_the_seed() -> None:

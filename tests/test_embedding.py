@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lotlip import cli, embedding
-from lotlip.batches import ahead
-from lotlip.embedding import Embedder, Match, embed, search
-from lotlip.evaluation.encoders import choose_device
+from lotlip import cli
+from lotlip.data.batches import ahead
+from lotlip.evaluate.encoders import choose_device
 from lotlip.models.saving import load_model
+from lotlip.retrieval import embedding
+from lotlip.retrieval.embedding import Embedder, Match, embed, search
 from tests.conftest import COLOURS, THINGS, TinySample
 from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model

@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lotlip.core.files import weights_hash
 from lotlip.data.images import decode_rgb
-from lotlip.evaluation.encoders import Runner, open_encoder
-from lotlip.files import weights_hash
-from lotlip.models.official import import_official
+from lotlip.evaluate.encoders import Runner, open_encoder
+from lotlip.importing.official import import_official
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
 from tests.test_processing import encoded, picture
 from tests.tiny_baselines import (

@@ -19,14 +19,15 @@ import psutil
 import pytest
 from PIL import Image
 
-from flows.guard import end_group, start_group
-from flows.servers import free_port
-from lotlip.captioning import open_captioner
-from lotlip.captioning.endpoint import EndpointCaptioner
-from lotlip.config import ConfigError, load_params
-from lotlip.config import EndpointCaptioner as Settings
-from lotlip.partitions import finished, read_captions, write_captions
-from lotlip.records import Caption, Failure, ImageRecord
+from flows.runtime.servers import free_port
+from flows.runtime.supervisor import end_group, start_group
+from lotlip.caption.captioners import open_captioner
+from lotlip.caption.captioners.endpoint import EndpointCaptioner
+from lotlip.caption.config import EndpointCaptionerConfig as Settings
+from lotlip.config.params import load_params
+from lotlip.core.section import ConfigError
+from lotlip.data.partitions import finished, read_captions, write_captions
+from lotlip.data.records import Caption, Failure, ImageRecord
 from tests.captioning_server import (
     MODEL,
     CaptioningServer,
@@ -71,7 +72,12 @@ def words(text: str) -> int:
 
 
 def captioner(url: str, **changes) -> EndpointCaptioner:
-    settings = {"path": "lotlip/captioning/endpoint.py", "url": url, "model": MODEL, "revision": "abc"} | changes
+    settings = {
+        "path": "lotlip/caption/captioners/endpoint.py",
+        "url": url,
+        "model": MODEL,
+        "revision": "abc",
+    } | changes
     return EndpointCaptioner("llava", Settings(kind="endpoint", **settings), words)
 
 

@@ -12,19 +12,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lotlip.config import HeldOutBenchmark, Paths, Pretrain, ScenesBenchmark
+from lotlip.core.paths import Paths
+from lotlip.data.partitions import write_captions
+from lotlip.data.records import Caption, ImageRecord, Unit
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
-from lotlip.evaluation.benchmarks import Benchmark, Prompts, Texts, open_benchmark
-from lotlip.evaluation.encoders import EachTextOnce, LotlipEncoder, Runner
-from lotlip.evaluation.evaluate import chances, evaluate, image_features, images_of, unseen_share
-from lotlip.evaluation.scenes import SHAPES, label, long_text, short_text
+from lotlip.demo.questions import SHAPES, label, long_text, short_text
+from lotlip.demo.world import generate_scene
+from lotlip.evaluate.benchmarks import Benchmark, Prompts, Texts, open_benchmark
+from lotlip.evaluate.config import HeldOutBenchmarkConfig, SceneBenchmarkConfig
+from lotlip.evaluate.encoders import EachTextOnce, LotlipEncoder, Runner
+from lotlip.evaluate.evaluate import chances, evaluate, image_features, images_of, unseen_share
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.pretraining import LotlipForPreTraining
-from lotlip.partitions import write_captions
-from lotlip.records import Caption, ImageRecord, Unit
-from lotlip.sources.scenes import generate_scene
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import TEXT, TinySample
 from tests.partitions import write_partition
 
@@ -161,7 +163,7 @@ def test_the_unseen_share_counts_pieces_of_all_texts_and_prompts():
 def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     torch.manual_seed(0)
     settings = {"text": {"config": TEXT, "context_length": 32, "corner_tokens": 1}}
-    model = build_for_pretraining(Pretrain.model_validate(settings), tiny_tower).eval()
+    model = build_for_pretraining(PretrainConfig.model_validate(settings), tiny_tower).eval()
     tokenizer = TextTokenizer(BERT, 32, 1)
     texts = ["red", "a very long text. about a red house. and a dog", "", "green tree", "blue"]
     whole, mask = LotlipEncoder(model, tokenizer, 100).texts(texts)
@@ -182,7 +184,7 @@ def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
 def with_pictures(tiny_tower: Path) -> LotlipForPreTraining:
     """A model with its image tower."""
     settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
-    return build_for_pretraining(Pretrain.model_validate(settings), tiny_tower).eval()
+    return build_for_pretraining(PretrainConfig.model_validate(settings), tiny_tower).eval()
 
 
 # --- benchmarks ---------------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ def caption(sample: TinySample, captioner: str, tokens: int) -> Caption:
 
 
 def test_held_out_images_come_with_their_captions(held):
-    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, ["llava", "gpt"])
+    asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, ["llava", "gpt"])
     assert list(images_of(asked)) == [sample.image for sample in held.samples]
     assert asked.retrieval["short"] == Texts([sample.info["raw"] for sample in held.samples], [0, 1, 2, 3, 4])
     keys = [sample.key for sample in held.samples]
@@ -231,38 +233,38 @@ def test_held_out_images_come_with_their_captions(held):
 
 
 def test_the_order_of_captioners_does_not_matter(held):
-    settings = HeldOutBenchmark(kind="held-out")
+    settings = HeldOutBenchmarkConfig(kind="held-out")
     first = open_benchmark("mine", settings, held.paths, ["llava", "gpt"])
     assert open_benchmark("mine", settings, held.paths, ["gpt", "llava"]).retrieval == first.retrieval
 
 
 def test_a_benchmarks_version_tells_what_is_asked(held):
-    settings = HeldOutBenchmark(kind="held-out")
+    settings = HeldOutBenchmarkConfig(kind="held-out")
     versions = [open_benchmark("mine", settings, held.paths, names).about["version"] for names in (["llava"], ["gpt"])]
     again = open_benchmark("yours", settings, held.paths, ["llava"]).about["version"]
     assert again == versions[0] != versions[1]
 
 
 def test_without_long_captions_there_are_short_texts_only(held):
-    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, [])
     assert list(asked.retrieval) == ["short"]
 
 
 def test_an_empty_split_is_an_error(held):
     with pytest.raises(ValueError, match="benchmark mine: no image is in the split 'val'"):
-        open_benchmark("mine", HeldOutBenchmark(kind="held-out", split="val"), held.paths, [])
+        open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out", split="val"), held.paths, [])
 
 
 def test_pictures_that_are_no_scenes_are_an_error(held):
     with pytest.raises(ValueError, match="are not generated scenes; use `kind: held-out`"):
-        open_benchmark("toy", ScenesBenchmark(kind="scenes", size=5), held.paths, [])
+        open_benchmark("toy", SceneBenchmarkConfig(kind="scenes", size=5), held.paths, [])
 
 
 @pytest.mark.parametrize("size", [4, 6])
 def test_another_size_is_an_error(held, size):
     message = rf"has 5 scenes, but evaluate\.benchmarks\.toy\.size is {size}; scores of another size cannot be compared"
     with pytest.raises(ValueError, match=message):
-        open_benchmark("toy", ScenesBenchmark(kind="scenes", size=size), held.paths, [])
+        open_benchmark("toy", SceneBenchmarkConfig(kind="scenes", size=size), held.paths, [])
 
 
 def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
@@ -270,7 +272,7 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
     records = [record(sample, scene.to_json()) for sample, scene in zip(tiny_samples, scenes, strict=False)]
     paths = Paths(ingest=tmp_path)
     write_partition(Unit("test", 0, tuple(item.key for item in records)), records, tmp_path)
-    asked = open_benchmark("scenes", ScenesBenchmark(kind="scenes", size=3, max_unseen_tokens=0.5), paths, [])
+    asked = open_benchmark("scenes", SceneBenchmarkConfig(kind="scenes", size=3, max_unseen_tokens=0.5), paths, [])
     assert asked.retrieval["long"] == Texts([long_text(scene) for scene in scenes], [0, 1, 2])
     assert asked.retrieval["short"] == Texts([short_text(scene) for scene in scenes], [0, 1, 2])
     assert asked.prompts is not None
@@ -281,7 +283,7 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_size):
-    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, [])
     model = with_pictures(tiny_tower)
     features = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
     expected = torch.stack([torch.from_numpy(sample.feature) for sample in held.samples])
@@ -293,7 +295,7 @@ def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_s
 
 
 def test_an_image_that_cannot_be_decoded_is_named(held, tiny_tower):
-    asked = open_benchmark("mine", HeldOutBenchmark(kind="held-out"), held.paths, [])
+    asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, [])
     spoilt = replace(asked, read=lambda number: b"wrong" if number == 3 else asked.read(number))
     with pytest.raises(ValueError, match=f"benchmark mine: image {asked.images[3]}: not a readable image"):
         image_features(LotlipEncoder(with_pictures(tiny_tower), TOKENIZER, 2), spoilt)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.config import FolderSource, Images
-from lotlip.partitions import write_partitions
-from lotlip.repeats import unique_partitions
-from lotlip.sources import open_source
-from lotlip.sources.evaluation import image_hashes
+from lotlip.data.duplicates import unique_partitions
+from lotlip.data.partitions import write_partitions
+from lotlip.ingest.config import FolderSourceConfig, ImagesConfig
+from lotlip.ingest.evaluation_images import image_hashes
+from lotlip.ingest.sources import open_source
 
 
 def picture(path: Path, seed: int) -> bytes:
@@ -26,20 +26,20 @@ def picture(path: Path, seed: int) -> bytes:
 def test_a_folder_of_images_is_hashed(tmp_path):
     data = picture(tmp_path / "urban" / "image" / "7.png", 1)
     (tmp_path / "urban" / "image" / "8.jpg").write_bytes(b"broken, but it may be in the training set as it is")
-    found = image_hashes([tmp_path / "urban"], Images())
+    found = image_hashes([tmp_path / "urban"], ImagesConfig())
     assert found[hashlib.sha256(data).hexdigest()] == str(tmp_path / "urban/image/7.png")
     assert len(found) == 2
 
 
 @pytest.mark.parametrize(
-    "images", [Images(), Images(shorter_side=20, encoding="webp", quality=80)], ids=["kept", "webp"]
+    "images", [ImagesConfig(), ImagesConfig(shorter_side=20, encoding="webp", quality=80)], ids=["kept", "webp"]
 )
 def test_what_is_evaluated_on_is_not_trained_on_however_it_is_stored(tmp_path, images):
     for number in range(4):
         picture(tmp_path / "raw" / f"{number}.png", number)
         (tmp_path / "raw" / f"{number}.txt").write_text(f"number {number}")
     picture(tmp_path / "benchmark" / "a.png", 2)
-    settings = FolderSource(kind="folder", path=tmp_path / "raw", val_share=0, test_share=0)
+    settings = FolderSourceConfig(kind="folder", path=tmp_path / "raw", val_share=0, test_share=0)
     source = open_source(settings, images)
     (unit,) = source.units(10)
     reports = write_partitions(unit, source.read(unit), tmp_path / "units", source.split)
@@ -51,4 +51,4 @@ def test_what_is_evaluated_on_is_not_trained_on_however_it_is_stored(tmp_path, i
 
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no image; name folders of images that must not be trained on"):
-        image_hashes([tmp_path], Images())
+        image_hashes([tmp_path], ImagesConfig())

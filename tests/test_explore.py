@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.embedding import embed, search
+from lotlip.data.text import split_sub_captions
 from lotlip.explore.explorer import Explorer
-from lotlip.overlay import beside, heat, shown
-from lotlip.text import split_sub_captions
+from lotlip.figures.overlay import beside, heat, shown
+from lotlip.retrieval.embedding import embed, search
 from tests.conftest import TinySample
 from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lotlip import files
-from lotlip.files import (
+from lotlip.core import files
+from lotlip.core.files import (
     PARTIAL,
     RECORD,
     SCRATCH,
@@ -468,8 +468,8 @@ REMOVERS = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "mov
 OS_CALLS = {"remove", "replace", "truncate"}
 # Module or package → why it may make such calls.
 ALLOWED = {
-    "lotlip/files.py": "the module itself",
-    "lotlip/temporary.py": "temporary folders get their names once they are locked, and others before they go",
+    "lotlip/core/files.py": "the module itself",
+    "lotlip/core/temporary.py": "temporary folders get their names once they are locked, and others before they go",
     "benchmarks/drills": "damages and clears the checkouts that it made in a new folder of its own",
 }
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from lotlip.evaluation.flops import CONTEXT_LENGTHS, flops_by_context, text_tower_flops
+from lotlip.evaluate.flops import CONTEXT_LENGTHS, flops_by_context, text_tower_flops
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text_tower import TextTower
 

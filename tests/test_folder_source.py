@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lotlip.config import FolderSource as Settings
-from lotlip.config import Images
-from lotlip.records import KEY_PATTERN, Failure, ImageRecord, Unit
-from lotlip.sources import open_source
-from lotlip.sources.folder import FolderSource
+from lotlip.data.records import KEY_PATTERN, Failure, ImageRecord, Unit
+from lotlip.ingest.config import FolderSourceConfig as Settings
+from lotlip.ingest.config import ImagesConfig
+from lotlip.ingest.sources import open_source
+from lotlip.ingest.sources.folder import FolderSource
 from tests.partitions import write_partition
 from tests.plugins import AVIF, HEIC, JXL
 
@@ -33,7 +33,7 @@ def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: 
 
 
 def open_folder(root: Path, **settings: float) -> FolderSource:
-    return FolderSource(Settings(kind="folder", path=root, **settings), Images())
+    return FolderSource(Settings(kind="folder", path=root, **settings), ImagesConfig())
 
 
 def read_all(root: Path) -> dict[str, ImageRecord | Failure]:

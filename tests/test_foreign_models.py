@@ -13,12 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lotlip.config import Continued, Pretrain, TextTower, TimmTower
-from lotlip.config.pretrain import LOADING_OPTIONS
-from lotlip.models.image_tower import ImageTowerSpec, build_image_tower
-from lotlip.models.initialisation import build_for_pretraining
+from lotlip.config.params import Continued
+from lotlip.data.weights import read_weights
+from lotlip.image_tower.config import TimmTowerConfig
 from lotlip.models.saving import load_model
-from lotlip.models.weights import read_weights
+from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.pretrain.config import LOADING_OPTIONS, PretrainConfig, TextTowerConfig
+from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TEXT
 from tests.tiny_model import save_tiny_model
 
@@ -73,13 +74,13 @@ def test_no_json_is_written_that_is_not_json():
 @pytest.mark.parametrize("name", sorted(LOADING_OPTIONS | {"_attn_implementation", "_name_or_path"}))
 def test_an_option_of_from_pretrained_in_text_config_is_an_error_that_names_it(name):
     with pytest.raises(ValueError, match=rf"(?s)config.*\b{name}\b"):
-        TextTower(config={name: True})
+        TextTowerConfig(config={name: True})
     with pytest.raises(ValueError, match=rf"(?s)config.*\binner\.{name}\b"):
-        TextTower(config={"inner": {name: True}})
+        TextTowerConfig(config={"inner": {name: True}})
 
 
 def test_fields_of_an_encoder_are_still_taken():
-    assert TextTower(config={**TEXT, "model_type": "electra"}).config["hidden_size"] == 32
+    assert TextTowerConfig(config={**TEXT, "model_type": "electra"}).config["hidden_size"] == 32
 
 
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg", "cache_dir", "pretrained"])
@@ -111,8 +112,8 @@ def bert(tmp_path: Path) -> Path:
     return tmp_path / "bert"
 
 
-def pretrain(**text: Any) -> Pretrain:
-    return Pretrain.model_validate({"text": {"context_length": 32, **text}})
+def pretrain(**text: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate({"text": {"context_length": 32, **text}})
 
 
 def test_the_code_of_a_text_tower_is_not_run(bert, tiny_tower, monkeypatch):
@@ -132,7 +133,7 @@ def test_a_text_tower_that_needs_its_own_code_is_an_error_and_the_code_is_not_ru
 
 
 def test_planning_does_not_run_the_code_of_a_text_tower(bert, monkeypatch):
-    from lotlip.training.plan import _encoder_config
+    from lotlip.plan.plan import _encoder_config
 
     monkeypatch.setattr("builtins.input", lambda _: "y")
     with_code(bert)
@@ -154,13 +155,13 @@ def test_the_code_of_a_saved_model_is_not_run(tiny_tower, tmp_path, monkeypatch)
 def test_a_model_that_is_no_text_tower_is_an_error_that_names_its_type(tmp_path, kind):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
     with pytest.raises(ValueError, match=rf"pretrained\n.*{kind!r}.*supported are bert, roberta"):
-        TextTower(pretrained=str(tmp_path))
+        TextTowerConfig(pretrained=str(tmp_path))
 
 
 def test_a_file_is_no_text_tower(tmp_path):
     (tmp_path / "model.pth").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"pretrained\n.*is a file"):
-        TextTower(pretrained=str(tmp_path / "model.pth"))
+        TextTowerConfig(pretrained=str(tmp_path / "model.pth"))
 
 
 def test_a_text_tower_s_folder_without_a_configuration_is_an_error(tmp_path, tiny_tower):
@@ -171,7 +172,7 @@ def test_a_text_tower_s_folder_without_a_configuration_is_an_error(tmp_path, tin
 def test_a_damaged_configuration_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "be')
     with pytest.raises(ValueError, match=rf"{tmp_path / 'config.json'} is damaged"):
-        TextTower(pretrained=str(tmp_path))
+        TextTowerConfig(pretrained=str(tmp_path))
 
 
 @pytest.mark.parametrize("after", ["models/lit", "/somewhere/models/lit"])
@@ -190,19 +191,19 @@ def test_the_encoder_of_a_continued_ablation_cannot_be_changed(tiny_tower, tmp_p
 
 
 def test_a_torch_checkpoint_is_no_image_tower(tmp_path):
-    from lotlip.training.image_tower import timm_tower
+    from lotlip.image_tower.timm import timm_tower
 
     torch.save({"cls_token": torch.zeros(1)}, tmp_path / "vit.pth")
     with pytest.raises(ValueError, match=rf"{tmp_path / 'vit.pth'} is a torch checkpoint.*convert"):
-        timm_tower(TimmTower(kind="timm", model="vit_tiny_patch16_224", checkpoint=tmp_path / "vit.pth"))
+        timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=tmp_path / "vit.pth"))
 
 
 def test_a_whole_model_is_no_image_tower(tiny_tower, tmp_path):
-    from lotlip.training.image_tower import timm_tower
+    from lotlip.image_tower.timm import timm_tower
 
     file = save_tiny_model(tmp_path / "model", tiny_tower) / "model.safetensors"
     with pytest.raises(ValueError, match=rf"{file} holds a model of images and texts"):
-        timm_tower(TimmTower(kind="timm", model="vit_tiny_patch16_224", checkpoint=file))
+        timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=file))
 
 
 # --- damaged files ----------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lotlip.gate import Check, GateFailed, run_gate
+from lotlip.core.checks import Check, GateFailed, run_gate
 
 
 def found(gate: Callable[[Path], list[Check]], report: Path) -> str:

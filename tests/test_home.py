@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = """
 import getpass, os, sys
 sys.path.insert(0, sys.argv[1])
-import lotlip.caches, lotlip.home
+import lotlip.core.caches, lotlip.core.home
 from pathlib import Path
 if sys.argv[2]:  # after the imports: Python itself may lie where that user cannot read
     os.setgroups([]); os.setgid(12345); os.setuid(12345)
@@ -21,7 +21,7 @@ if sys.argv[2]:  # after the imports: Python itself may lie where that user cann
         os.environ.pop(name, None)
     if sys.argv[3] != "unset":
         os.environ["HOME"] = sys.argv[3]
-lotlip.home.ensure_home()
+lotlip.core.home.ensure_home()
 (Path.home() / "probe").write_text("")
 print(Path.home(), getpass.getuser())
 """

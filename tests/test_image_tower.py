@@ -15,13 +15,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from flows.shard import frozen_features
-from lotlip.config import ScenesTower, TimmTower
-from lotlip.config.pretrain import ImageSide
+from flows.stages.shard import frozen_features
 from lotlip.data.images import RESIZES, image_transform
-from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
-from lotlip.training.image_tower import scenes_spec, timm_tower, train_image_tower
-from lotlip.training.pretrain import Trainer
+from lotlip.demo.tower import scenes_spec, train_image_tower
+from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
+from lotlip.image_tower.timm import timm_tower
+from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
+from lotlip.pretrain.config import ImageTowerTraining
+from lotlip.pretrain.trainer import Trainer
 
 PARITY = Path(__file__).parent / "data" / "parity"
 TINY = ImageTowerSpec("vit_scenes", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
@@ -63,7 +64,7 @@ def test_features_for_shards_and_pixels_for_training_follow_the_resize_mode(tmp_
     with torch.inference_mode():
         expected = tower(torch.from_numpy(pixels)[None]).numpy()
     np.testing.assert_allclose(frozen_features(tmp_path / "tower")([picture]), expected, atol=1e-6)
-    job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageSide())
+    job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageTowerTraining())
     _, transform = Trainer._open_image_tower(SimpleNamespace(job=job, config=config))  # type: ignore[arg-type]
     assert np.array_equal(transform(file.getvalue(), random.Random(0)), pixels)
 
@@ -80,9 +81,9 @@ def test_an_unknown_resize_mode_is_refused() -> None:
 
 
 def test_the_configured_resize_mode_is_part_of_the_tower(tmp_path: Path) -> None:
-    assert scenes_spec(ScenesTower(kind="scenes", resize="pad")).resize == "pad"
+    assert scenes_spec(SceneTowerConfig(kind="scenes", resize="pad")).resize == "pad"
     save_file(build_image_tower(ImageTowerSpec("test_vit", 32)).trunk.state_dict(), tmp_path / "vit.safetensors")
-    config = TimmTower(
+    config = TimmTowerConfig(
         kind="timm", model="test_vit", image_size=32, checkpoint=tmp_path / "vit.safetensors", resize="squash"
     )
     assert timm_tower(config).spec.resize == "squash"
@@ -112,7 +113,7 @@ def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
     weights = {name: torch.randn_like(value) for name, value in trunk.state_dict().items()}
     save_file({**weights, "head.weight": torch.zeros(1000, 64)}, tmp_path / "model.safetensors")
     tower = timm_tower(
-        TimmTower(kind="timm", model="test_vit", checkpoint=tmp_path / "model.safetensors", image_size=64)
+        TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "model.safetensors", image_size=64)
     )
     assert not tower.training
     torch.testing.assert_close(tower.trunk.state_dict()["norm.weight"], weights["norm.weight"])
@@ -120,7 +121,7 @@ def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_tower\.checkpoint.*nowhere"):
-        timm_tower(TimmTower(kind="timm", model="test_vit", checkpoint=tmp_path / "nowhere", image_size=64))
+        timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "nowhere", image_size=64))
 
 
 def test_an_unreachable_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,12 +130,12 @@ def test_an_unreachable_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("timm.create_model", unreachable)
     with pytest.raises(ValueError, match=r"no route to host.*image_tower\.checkpoint"):
-        timm_tower(TimmTower(kind="timm", model="test_vit"))
+        timm_tower(TimmTowerConfig(kind="timm", model="test_vit"))
 
 
 # --- the demo's training ------------------------------------------------------------------------------------------
 
-SMALL = ScenesTower(
+SMALL = SceneTowerConfig(
     kind="scenes", scenes=256, width=32, depth=1, heads=2, patch_size=16, image_size=32, epochs=5, batch_size=32
 )
 

@@ -19,8 +19,6 @@ from PIL import Image, ImageCms, features
 from safetensors.numpy import load_file
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 
-from lotlip.config import Augmentation, Images
-from lotlip.config.data import Resize
 from lotlip.data.images import (
     MAX_PIXELS,
     RESIZES,
@@ -37,6 +35,9 @@ from lotlip.data.images import (
     training_transform,
     without_ends,
 )
+from lotlip.image_tower.config import Resize
+from lotlip.ingest.config import ImagesConfig
+from lotlip.pretrain.config import AugmentationConfig
 from tests.plugins import AVIF, HEIC, JXL
 
 PARITY = Path(__file__).parent / "data" / "parity" / "m2"
@@ -390,7 +391,7 @@ def test_large_pictures_are_a_matter_of_our_own_limit() -> None:
     assert not caught
     with pytest.raises(TooManyPixels, match="10000 × 9000 pixels are more than 89999999"):
         decode_rgb(data, max_pixels=89_999_999)
-    assert Images.model_fields["max_pixels"].metadata[-1].le == MAX_PIXELS
+    assert ImagesConfig.model_fields["max_pixels"].metadata[-1].le == MAX_PIXELS
 
 
 def test_nothing_is_decoded_that_would_start_another_program() -> None:
@@ -521,7 +522,7 @@ def test_training_sees_what_evaluation_sees_in_every_resize_mode(resize: str) ->
 
 @pytest.mark.parametrize("resize", RESIZES)
 def test_augmentation_takes_the_same_pieces_in_every_resize_mode(resize: str) -> None:
-    augmentation, data = Augmentation(scale=(0.3, 1.0)), encoded(noise(50, 33))
+    augmentation, data = AugmentationConfig(scale=(0.3, 1.0)), encoded(noise(50, 33))
     expected = training_transform(32, augmentation=augmentation)(data, random.Random(5))
     pixels = training_transform(32, augmentation=augmentation, resize=resize)(data, random.Random(5))
     assert np.array_equal(pixels, expected)
@@ -529,14 +530,14 @@ def test_augmentation_takes_the_same_pieces_in_every_resize_mode(resize: str) ->
 
 @pytest.mark.parametrize("side", [20, 32, 75])
 def test_augmentation_that_takes_all_of_a_square_changes_nothing(side: int) -> None:
-    augmentation = Augmentation(scale=(1.0, 1.0), ratio=(1.0, 1.0))
+    augmentation = AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
     data = encoded(noise(side, side))
     pixels = training_transform(32, augmentation=augmentation)(data, random.Random(0))
     assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
 
 
 def test_augmentation_follows_its_chance() -> None:
-    transform = training_transform(32, augmentation=Augmentation(scale=(0.3, 1.0)))
+    transform = training_transform(32, augmentation=AugmentationConfig(scale=(0.3, 1.0)))
     data = encoded(noise(60, 40))
     first = transform(data, random.Random(1))
     assert first.shape == (3, 32, 32) and first.dtype == np.float32
@@ -545,7 +546,7 @@ def test_augmentation_follows_its_chance() -> None:
 
 
 def test_a_piece_is_cut_out_and_resized_as_torchvision_does() -> None:
-    augmentation = Augmentation(scale=(0.3, 0.6))
+    augmentation = AugmentationConfig(scale=(0.3, 0.6))
     image = noise(90, 60)
     left, top, right, bottom = random_box(90, 60, augmentation, random.Random(3))
     reference = RandomResizedCrop(32, interpolation=InterpolationMode.BICUBIC)
@@ -555,7 +556,7 @@ def test_a_piece_is_cut_out_and_resized_as_torchvision_does() -> None:
 
 
 def test_pieces_are_distributed_as_torchvision_s() -> None:
-    augmentation = Augmentation(scale=(0.2, 0.9), ratio=(0.5, 3.0))
+    augmentation = AugmentationConfig(scale=(0.2, 0.9), ratio=(0.5, 3.0))
     rng = random.Random(0)
     boxes = np.array([random_box(200, 100, augmentation, rng) for _ in range(4000)])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (200, 100)).all()
@@ -571,7 +572,7 @@ def test_pieces_are_distributed_as_torchvision_s() -> None:
 )
 def test_where_no_piece_fits_it_is_the_centre(size: tuple[int, int], box: tuple[int, ...]) -> None:
     """A ratio that ten draws hardly meet, and pictures that are too wide, too narrow, and between."""
-    assert random_box(*size, Augmentation(scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3)), Always(0.0)) == box
+    assert random_box(*size, AugmentationConfig(scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3)), Always(0.0)) == box
 
 
 class Always(random.Random):

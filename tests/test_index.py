@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotlip import index
-from lotlip.index import Rows, index_writer, nearest, open_index
+from lotlip.retrieval import index
+from lotlip.retrieval.index import Rows, index_writer, nearest, open_index
 
 ABOUT = {"model": "models/lotlip", "weights_sha256": "abc", "kind": "texts", "width": 3, "source": "texts.txt"}
 ENDINGS = (".parquet", ".npy")

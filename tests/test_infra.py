@@ -9,15 +9,15 @@ from pathlib import Path
 
 import yaml
 
-from lotlip.config import Pretrain, RendezvousLaunch, SlurmLaunch
+from lotlip.pretrain.config import PretrainConfig, RendezvousLaunch, SlurmLaunch
 
 INFRA = Path(__file__).parent.parent / "infra"
 
 
-def launch_in(text: str) -> Pretrain:
+def launch_in(text: str) -> PretrainConfig:
     """What a comment says that params.yaml says."""
     (line,) = re.findall(r"pretrain: (\{.*\}\})", text.replace("\n# ", " "))
-    return Pretrain.model_validate({"batch_size": 64, **yaml.safe_load(line)})
+    return PretrainConfig.model_validate({"batch_size": 64, **yaml.safe_load(line)})
 
 
 def test_the_slurm_job_is_shell_and_fits_its_launch():
@@ -64,5 +64,5 @@ def test_kubernetes_objects_fit_one_another_and_their_launch():
     (script,) = container["args"]
     subprocess.run(["bash", "-n", "-c", script], check=True)
     modules = re.findall(r"python -m (\w+\.\w+)", script)
-    assert modules == ["flows.reproduce", "flows.join"]
+    assert modules == ["flows.reproduce", "flows.runtime.agent"]
     assert all(importlib.util.find_spec(module) for module in modules)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lotlip.captioning.table import TableCaptioner
-from lotlip.config import FolderSource as FolderSettings
-from lotlip.config import Images
-from lotlip.config import TableCaptioner as TableSettings
-from lotlip.records import Caption, Failure, ImageRecord
-from lotlip.sources.folder import FolderSource
-from lotlip.sources.keys import is_key, key_of, prefix_of
+from lotlip.caption.captioners.table import TableCaptioner
+from lotlip.caption.config import TableCaptionerConfig as TableSettings
+from lotlip.data.keys import is_key, key_of, prefix_of
+from lotlip.data.records import Caption, Failure, ImageRecord
+from lotlip.ingest.config import FolderSourceConfig as FolderSettings
+from lotlip.ingest.config import ImagesConfig
+from lotlip.ingest.sources.folder import FolderSource
 from tests.test_folder_source import add
 
 
@@ -72,7 +72,7 @@ def test_thirty_dogs_and_thirty_cats_come_in_with_their_own_captions(tmp_path, f
     names = [unicodedata.normalize(form, f"{word} {number}.png") for word in words for number in range(30)]
     for number, name in enumerate(names):
         add(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
-    source = FolderSource(FolderSettings(kind="folder", path=tmp_path / "images"), Images())
+    source = FolderSource(FolderSettings(kind="folder", path=tmp_path / "images"), ImagesConfig())
     records = [item for unit in source.units(50) for item in source.read(unit)]
     assert not [item for item in records if isinstance(item, Failure)]
     table = captioner(tmp_path / "t.csv", [(name, f"Long text of {name}.") for name in reversed(names)])

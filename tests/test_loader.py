@@ -22,28 +22,28 @@ import psutil
 import pytest
 import torch
 
-from lotlip.config import Augmentation, LongTexts, Pretrain
 from lotlip.data.images import Transform, decode_rgb, training_transform
-from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tars import index_path, write_index
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
+from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
 from tests.conftest import TinySample, TinyWorld, write_shards, write_tar
 
 TOKENIZER = TextTokenizer("bert-base-uncased", 48, 1)
 CLS, SEP, CORNER = 101, 102, 30522
-ONE = LongTexts(sub_captions=1)
+ONE = LongTextsConfig(sub_captions=1)
 
 
 def loader(
     shards: Path,
     rows: Rows | None = None,
-    long_texts: LongTexts = ONE,
+    long_texts: LongTextsConfig = ONE,
     seed: int = 0,
     transform: Transform | None = None,
     **settings: Any,
 ) -> Loader:
     """Without workers, so that a test reads in its own process; `settings` are of the section `loader`."""
-    config = Pretrain(long_texts=long_texts, loader={"workers": 0, **settings})
+    config = PretrainConfig(long_texts=long_texts, loader={"workers": 0, **settings})
     return Loader(shards, config, TOKENIZER, seed, rows or Rows(8), transform)
 
 
@@ -84,7 +84,7 @@ def encoded(*sub_captions: str) -> tuple[int, ...]:
 @pytest.fixture
 def small_windows(monkeypatch) -> None:
     """Two shards a window, so that a small data set has several."""
-    monkeypatch.setattr("lotlip.data.order.WINDOW", 2)
+    monkeypatch.setattr("lotlip.pretrain.order.WINDOW", 2)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
@@ -129,7 +129,7 @@ def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, small_window
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("long_texts", [LongTexts(sub_captions=3, per_image=2), LongTexts(sub_captions=0)])
+@pytest.mark.parametrize("long_texts", [LongTextsConfig(sub_captions=3, per_image=2), LongTextsConfig(sub_captions=0)])
 def test_micro_batches_are_the_same_samples_with_like_lengths_together(tiny_world, processes, long_texts):
     for rank in range(processes):
         whole = loader(tiny_world.shards, Rows(24, rank, processes), long_texts)
@@ -192,7 +192,7 @@ def test_a_sample_without_its_feature_says_how_to_get_one(tiny_world, workers):
 
 
 def test_raw_captions_come_whole_and_long_texts_from_the_captions(tiny_world: TinyWorld):
-    for key, _, raw, long in rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=2))):
+    for key, _, raw, long in rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=2))):
         info = tiny_world.samples[key].info
         assert raw == encoded(info["raw"])
         windows = {encoded(*parts[i : i + 2]) for parts in info["captions"].values() for i in range(len(parts) - 1)}
@@ -202,7 +202,9 @@ def test_raw_captions_come_whole_and_long_texts_from_the_captions(tiny_world: Ti
 def test_only_the_captioners_that_are_named_are_drawn_from(tiny_world: TinyWorld):
     found = {}
     for names in (["llava"], ["gpt"], ["llava", "gpt"], []):
-        found[tuple(names)] = rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=1, captioners=names)))
+        found[tuple(names)] = rows_of(
+            epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=1, captioners=names))
+        )
     for names in (("llava",), ("gpt",)):
         for key, _, _, long in found[names]:
             assert long[0] in {encoded(part) for part in tiny_world.samples[key].info["captions"][names[0]]}
@@ -222,7 +224,7 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
         described("all", tiny_samples[3], "a boat", {"llava": ["a long boat"]}),
     ]
     shards = write_shards(tmp_path, samples, 1)
-    long_texts = LongTexts(sub_captions=3, captioners=["llava"])
+    long_texts = LongTextsConfig(sub_captions=3, captioners=["llava"])
     found = {row[0]: row[3] for row in rows_of(epoch(shards, Rows(4), long_texts))}
     assert found == {
         "none": (encoded("a dog", "it runs"),),
@@ -233,7 +235,7 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
 
 
 def test_without_long_texts_there_are_none(tiny_world):
-    found = epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=0))
+    found = epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=0))
     assert all(batch.long_ids is None and batch.long_lengths is None for batch in found)
     assert found[0].texts["long_ids"] is None
 
@@ -243,7 +245,7 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
         described(f"s{number}", tiny_samples[number], "raw", {"llava": [word] * 3})
         for number, word in enumerate(["red", "green", "blue", "white"])
     ]
-    (batch,) = epoch(write_shards(tmp_path, samples, 1), Rows(4), LongTexts(sub_captions=1, per_image=3))
+    (batch,) = epoch(write_shards(tmp_path, samples, 1), Rows(4), LongTextsConfig(sub_captions=1, per_image=3))
     assert batch.long_ids is not None and batch.long_ids.shape[0] == 12
     for key, *_, long in rows_of([batch]):
         word = ["red", "green", "blue", "white"][int(key[1])]
@@ -251,13 +253,13 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
 
 
 def test_several_long_texts_are_drawn_apart(tiny_world):
-    found = rows_of(epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=1, per_image=2)))
+    found = rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=1, per_image=2)))
     assert all(len(long) == 2 for *_, long in found)
     assert any(long[0] != long[1] for *_, long in found)
 
 
 def test_short_and_long_texts_are_padded_apart(tiny_world):
-    for batch in epoch(tiny_world.shards, long_texts=LongTexts(sub_captions=3)):
+    for batch in epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=3)):
         assert batch.long_ids is not None and batch.long_lengths is not None
         assert batch.raw_ids.shape == (8, batch.raw_lengths.max())
         assert batch.long_ids.shape == (8, batch.long_lengths.max())
@@ -274,7 +276,14 @@ def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windo
     folder = write_shards(tmp_path, tiny_samples, shards)
     weights = {"b": 2.0, "blue-": 6.0}  # blue is drawn six times as often as red, black and brown twice
     found = keys(
-        epoch(folder, Rows(100), LongTexts(sub_captions=0), epochs="resampled", samples_per_epoch=6000, weights=weights)
+        epoch(
+            folder,
+            Rows(100),
+            LongTextsConfig(sub_captions=0),
+            epochs="resampled",
+            samples_per_epoch=6000,
+            weights=weights,
+        )
     )
     assert len(found) == 6000
     drawn = Counter(key.split("-")[0] for key in found)
@@ -440,7 +449,7 @@ def test_a_broken_image_names_its_sample(tmp_path, tiny_samples):
 
 
 def test_augmentation_is_drawn_by_seed_epoch_and_key(tiny_world):
-    transform = training_transform(16, augmentation=Augmentation(scale=(0.2, 1.0)))
+    transform = training_transform(16, augmentation=AugmentationConfig(scale=(0.2, 1.0)))
 
     def bytes_of(image: torch.Tensor) -> bytes:
         return image.numpy().tobytes()
@@ -491,7 +500,7 @@ import os, signal, sys
 from pathlib import Path
 import psutil
 from lotlip.config import Pretrain
-from lotlip.data.loader import Loader, Rows
+from lotlip.pretrain.loader import Loader, Rows
 from lotlip.data.tokenizer import TextTokenizer
 
 tokenizer = TextTokenizer("bert-base-uncased")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lotlip.loopback import LoopbackOnly, basic, bypass_proxies
+from lotlip.core.loopback import LoopbackOnly, basic, bypass_proxies
 
 PORT = 4200
 

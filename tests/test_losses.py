@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from lotlip.losses import CONTRASTS, lotlip_loss, principal_components
-from lotlip.models.similarity import late_interaction
+from lotlip.objectives.contrastive import CONTRASTS, lotlip_loss, principal_components
+from lotlip.objectives.similarity import late_interaction
 
 SCALE = torch.tensor([2.0])
 BIAS = torch.tensor([-0.5])

@@ -7,8 +7,8 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from lotlip.evaluation.metrics import chance, class_features, classification, retrieval, summary
-from lotlip.models.similarity import late_interaction
+from lotlip.evaluate.metrics import chance, class_features, classification, retrieval, summary
+from lotlip.objectives.similarity import late_interaction
 
 
 def random_case(images=40, per_image=3, dim=16, seed=0):

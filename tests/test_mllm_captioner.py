@@ -19,12 +19,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BertConfig, BertModel
 
-from lotlip.captioning import mllm, open_captioner
-from lotlip.captioning.mllm import TransformersCaptioner
-from lotlip.config import PRESETS
-from lotlip.config import TransformersCaptioner as Settings
+from lotlip.caption.captioners import open_captioner
+from lotlip.caption.captioners import transformers as mllm
+from lotlip.caption.captioners.transformers import TransformersCaptioner
+from lotlip.caption.config import PRESETS
+from lotlip.caption.config import TransformersCaptionerConfig as Settings
 from lotlip.data.images import decode_rgb
-from lotlip.records import Caption, Failure, ImageRecord
+from lotlip.data.records import Caption, Failure, ImageRecord
 from tests.tiny_mllm import IDS, picture, save_instructblip, save_llava, save_llava_next
 
 FAMILIES = {"llava": save_llava, "llava-next": save_llava_next, "instructblip": save_instructblip}
@@ -265,7 +266,7 @@ def test_about_is_what_decides_a_text(llava):
     assert about == captioner(llava, batch_size=3, device="cpu").about
     assert about != captioner(llava, repetition_penalty=1.2).about
     commit = "0123456789" * 4
-    hub = captioner(Path("lotlip/captioning/mllm.py"), model="me/llava", revision=commit)
+    hub = captioner(Path("lotlip/caption/captioners/transformers.py"), model="me/llava", revision=commit)
     assert (hub.revision, hub.about["revision"], hub.about["model"]) == (commit, commit, "me/llava")
 
 

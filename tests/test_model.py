@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from lotlip.core.files import read_json
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import read_json
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from tests.conftest import IMAGE_SIZE, TEXT

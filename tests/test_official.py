@@ -18,9 +18,8 @@ from torch import Tensor
 from transformers import BertConfig, BertModel
 
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.models import official
-from lotlip.models.image_tower import ImageTowerSpec
-from lotlip.models.official import (
+from lotlip.importing import official
+from lotlip.importing.official import (
     RELEASED_IMAGE_TOWER,
     Checkpoint,
     WrongWeightsError,
@@ -31,6 +30,7 @@ from lotlip.models.official import (
     read_text_config,
 )
 from lotlip.models.saving import load_model
+from lotlip.models.vision.image_tower import ImageTowerSpec
 from tests.parity import IMAGE_TOWER, state_dict, write_checkpoint, write_text_config
 from tests.test_cli import program
 

@@ -15,7 +15,7 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from lotlip.partitions import (
+from lotlip.data.partitions import (
     RECORDS,
     finished,
     finished_unit,
@@ -29,7 +29,7 @@ from lotlip.partitions import (
     write_index,
     write_partitions,
 )
-from lotlip.records import Caption, Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.data.records import Caption, Failure, ImageRecord, Remark, Unit, UnitReport
 from tests.partitions import write_partition
 
 

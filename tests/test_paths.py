@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lotlip.config import load_params
-from lotlip.sources.paths import check_ingest, check_sources, file_state
+from lotlip.config.params import load_params
+from lotlip.data.paths import check_inputs, file_state
 from tests.test_folder_source import add
 
 ROOT = Path(__file__).parents[1]
@@ -89,28 +89,28 @@ def test_an_entry_that_dvc_cannot_hash_is_named_with_its_key(project, plant, nam
     plant(project / folder / "deep")
     params = load_params()
     with pytest.raises(ValueError) as raised:
-        check_sources(params)
+        check_inputs(params.inputs())
     message = str(raised.value)
     assert f"{folder}/deep/{name}" in message
     assert key in message
     message.encode()
     if key.startswith("ingest"):
         with pytest.raises(ValueError, match=key):
-            check_ingest(params.ingest)
+            check_inputs(params.ingest.inputs())
 
 
 def test_folders_in_order_pass_and_links_to_files_and_folders_do(project):
     (project / "my-images/link.png").symlink_to("deep/a.png")
     (project / "my-images/loop").symlink_to(".")
     (project / "my-images/café 犬.png").touch()
-    check_sources(load_params())
+    check_inputs(load_params().inputs())
 
 
 def test_a_path_that_is_itself_a_link_to_nowhere_is_named(project):
     shutil.rmtree("my-images")
     Path("my-images").symlink_to("gone")
     with pytest.raises(ValueError, match=r"my-images.*ingest\.source\.path|ingest\.source\.path.*my-images"):
-        check_sources(load_params())
+        check_inputs(load_params().inputs())
 
 
 def test_images_of_a_table_are_checked(project):
@@ -120,7 +120,7 @@ def test_images_of_a_table_are_checked(project):
     Path("params.yaml").write_text(yaml.safe_dump(params))
     dangling(project / "my-images")
     with pytest.raises(ValueError, match=r"ingest\.source\.images"):
-        check_ingest(load_params().ingest)
+        check_inputs(load_params().ingest.inputs())
 
 
 def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lotlip.pictures import open_pictures
+from lotlip.data.pictures import open_pictures
 from tests.partitions import ingested
 
 IMAGES = {f"key-{number}": f"picture {number}".encode() for number in range(7)}

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lotlip.config import Params, Pretrain, load_params, merge
-from lotlip.files import read_json
-from lotlip.losses import lotlip_loss
+from lotlip.config.params import Params, load_params
+from lotlip.core.files import read_json
+from lotlip.core.section import merge
+from lotlip.data.statistics import text_statistics
 from lotlip.models import packing
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.image_tower import ImageTowerSpec, build_image_tower
-from lotlip.models.pretraining import LotlipForPreTraining
-from lotlip.statistics import text_statistics
-from lotlip.training.plan import (
+from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.plan.plan import (
     Gpu,
     Texts,
     Towers,
@@ -36,6 +36,8 @@ from lotlip.training.plan import (
     state_bytes,
     text_lengths,
 )
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import TinyWorld
 from tests.saved_tensors import SavedTensors
 from tests.training import tiny_job
@@ -54,7 +56,7 @@ MINIMAL: dict[str, Any] = {
 
 def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any] | None = None, **more: Any):
     base = params.ablation(ablation).model_dump(mode="json", exclude_unset=True)
-    return plan(params, Pretrain.model_validate(merge(base, differences or {})), Gpu(), **more)
+    return plan(params, PretrainConfig.model_validate(merge(base, differences or {})), Gpu(), **more)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -66,13 +68,13 @@ def test_tokens_are_those_that_the_shards_have():
         "a": {"sub_captions_per_text": 10.0, "tokens_per_text": 200.0},
         "b": {"sub_captions_per_text": 2.0, "tokens_per_text": 30.0},
     }
-    config = Pretrain(long_texts={"sub_captions": 3, "per_image": 2})
+    config = PretrainConfig(long_texts={"sub_captions": 3, "per_image": 2})
     found = text_lengths(config, statistics)
     assert (found.raw, found.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has but two
     assert found.tokens == found.raw + 2 * found.long
-    one = Pretrain(long_texts={"sub_captions": 3, "captioners": ["a"]}, text={"context_length": 40})
+    one = PretrainConfig(long_texts={"sub_captions": 3, "captioners": ["a"]}, text={"context_length": 40})
     assert text_lengths(one, statistics).long == 40
-    assert text_lengths(Pretrain(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
+    assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
 
 
 def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
@@ -166,7 +168,7 @@ def test_an_image_tower_in_training_keeps_what_is_predicted():
     tower = build_image_tower(ImageTowerSpec("vit_base_patch16_224", 32, kwargs)).eval()
     with SavedTensors(tower) as saved:
         tower(torch.randn(8, 3, 32, 32))
-    config = Pretrain(batch_size=8, image_tower={"frozen": False})
+    config = PretrainConfig(batch_size=8, image_tower={"frozen": False})
     towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
     parts = activation_bytes(config, towers, Texts(8, 8, 0))
     assert parts["pictures and image activations"] == pytest.approx(saved.total, rel=0.1)
@@ -179,7 +181,7 @@ def test_the_loss_keeps_what_is_predicted():
     with SavedTensors() as saved:
         lotlip_loss(images, texts, torch.ones(1, requires_grad=True))
     features = images.nbytes + texts.nbytes
-    predicted = loss_bytes(Pretrain(batch_size=batch), Texts(8, 8, 1), width)
+    predicted = loss_bytes(PretrainConfig(batch_size=batch), Texts(8, 8, 1), width)
     assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
 
 
@@ -191,7 +193,7 @@ import json, sys
 import deepspeed, torch
 from torch import nn
 from lotlip.config import Pretrain
-from lotlip.training.engine import deepspeed_config, initialise_processes, parameter_groups
+from lotlip.pretrain.engine import deepspeed_config, initialise_processes, parameter_groups
 
 found = {}
 initialise_processes(Pretrain(processes=2, batch_size=2))
@@ -229,7 +231,7 @@ def test_two_processes_hold_what_is_predicted(tmp_path):
     trained = 8 * (256 * 256 + 256)
     for name, parts in read_json(tmp_path / "found.json").items():
         precision, stage = name.split()
-        config = Pretrain(processes=2, batch_size=2, precision=precision, zero_stage=int(stage))
+        config = PretrainConfig(processes=2, batch_size=2, precision=precision, zero_stage=int(stage))
         predicted = state_bytes(config, trained)
         assert {part: predicted[part] for part in parts} == pytest.approx(parts, rel=0.1), name
 
@@ -237,7 +239,7 @@ def test_two_processes_hold_what_is_predicted(tmp_path):
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_splits_what_its_stage_says(stage):
     """In bytes of a parameter, 4 processes, fp32: table 1 of the paper on ZeRO."""
-    config = Pretrain(processes=4, batch_size=4, zero_stage=stage)
+    config = PretrainConfig(processes=4, batch_size=4, zero_stage=stage)
     found = {name: value / 1e9 for name, value in state_bytes(config, 1_000_000_000).items()}
     assert found["weights"] == (1 if stage == 3 else 4)
     assert found["gradients"] == (4 if stage == 0 else 1)
@@ -250,12 +252,12 @@ def test_zero_splits_what_its_stage_says(stage):
 
 # --- a whole run --------------------------------------------------------------------------------------------------
 
-# Trains a job as `python -m lotlip.training.pretrain` does, and writes what autograd held and checkpoints weighed.
+# Trains a job as `python -m lotlip.train` does, and writes what autograd held and checkpoints weighed.
 MEASURED = """
 import json, sys
 import deepspeed
 from lotlip.training import pretrain
-from lotlip.training.checkpoint import Checkpoints
+from lotlip.pretrain.checkpoint import Checkpoints
 from tests.saved_tensors import SavedTensors
 
 saved, found = SavedTensors(), {}
@@ -298,7 +300,7 @@ def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
     tower = {"kind": "scenes", "image_size": 32, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
     params = Params.model_validate({**MINIMAL, "image_tower": tower})
     index = {**read_json(tiny_world.shards / "index.json"), "statistics": statistics(tiny_world)}
-    expected = plan(params, Pretrain.model_validate(job.config), Gpu(), index)
+    expected = plan(params, PretrainConfig.model_validate(job.config), Gpu(), index)
 
     history = read_json(job.model_folder(0) / "history.json")
     assert history[-1]["step"] == len(history) == expected.config.steps

@@ -14,18 +14,14 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from lotlip.config import Optimizer, Pretrain, merge
-from lotlip.files import read_json
-from lotlip.models.initialisation import build_for_pretraining
+from lotlip.core.files import read_json
+from lotlip.core.section import merge
 from lotlip.models.saving import load_model
-from lotlip.tracking import NullSink
-from lotlip.training.engine import (
-    deepspeed_config,
-    initialise_processes,
-    learning_rate_share,
-    parameter_groups,
-)
-from lotlip.training.pretrain import Job, Trainer, going_on
+from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
+from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_share, parameter_groups
+from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.trainer import Job, Trainer, going_on
+from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
 from tests.training import TINY, finish, history, losses, same, start, tiny_job, train, weights
 
@@ -33,13 +29,13 @@ from tests.training import TINY, finish, history, losses, same, start, tiny_job,
 
 
 def test_deepspeed_is_told_what_the_parameters_say():
-    config = Pretrain(
+    config = PretrainConfig(
         batch_size=48,
         processes=3,
         accumulation=4,
         zero_stage=2,
         precision="bf16",
-        optimizer=Optimizer(gradient_clipping=0.5),
+        optimizer=OptimizerConfig(gradient_clipping=0.5),
     )
     told = deepspeed_config(config)
     assert told["train_batch_size"] == 48
@@ -48,14 +44,14 @@ def test_deepspeed_is_told_what_the_parameters_say():
     assert told["gradient_clipping"] == 0.5
     assert told["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 50_000_000}
     assert told["bf16"] == {"enabled": True}
-    plain = deepspeed_config(Pretrain())
+    plain = deepspeed_config(PretrainConfig())
     assert (plain["bf16"], plain["zero_optimization"]["stage"]) == ({"enabled": False}, 0)
     # stage 0 would lose the exact weights
-    assert deepspeed_config(Pretrain(precision="bf16"))["zero_optimization"]["stage"] == 1
+    assert deepspeed_config(PretrainConfig(precision="bf16"))["zero_optimization"]["stage"] == 1
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
-    settings = Optimizer(warmup_steps=10)
+    settings = OptimizerConfig(warmup_steps=10)
     shares = [learning_rate_share(step, 110, settings) for step in range(111)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[4] == pytest.approx(0.5)
@@ -66,18 +62,18 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 
 def test_without_warmup_the_learning_rate_starts_at_its_peak():
-    settings = Optimizer(warmup_steps=0)
+    settings = OptimizerConfig(warmup_steps=0)
     assert learning_rate_share(0, 100, settings) == 1
     assert learning_rate_share(50, 100, settings) == pytest.approx(0.5)
 
 
 def test_a_warmup_longer_than_the_run_only_climbs():
-    shares = [learning_rate_share(step, 5, Optimizer(warmup_steps=10)) for step in range(6)]
+    shares = [learning_rate_share(step, 5, OptimizerConfig(warmup_steps=10)) for step in range(6)]
     assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 
 def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
-    model = build_for_pretraining(Pretrain.model_validate(TINY), tiny_tower)
+    model = build_for_pretraining(PretrainConfig.model_validate(TINY), tiny_tower)
     model.text.proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, others = parameter_groups(model, 0.2)
@@ -104,7 +100,7 @@ def test_history_has_every_step_and_the_model_loads(base):
     assert all(point.keys() == keys for point in points)
     assert all(math.isfinite(value) for point in points for value in point.values())
     assert points[0]["temperature"] == pytest.approx(0.07, rel=0.01)
-    expected = [2e-3 * learning_rate_share(step, 12, Optimizer(warmup_steps=2)) for step in range(12)]
+    expected = [2e-3 * learning_rate_share(step, 12, OptimizerConfig(warmup_steps=2)) for step in range(12)]
     assert [point["learning_rate"] for point in points] == pytest.approx(expected)
     assert all(0 <= point["data_wait_share"] <= 1 for point in points)
     model, tokenizer = load_model(base.model_folder(0))
@@ -186,7 +182,7 @@ def test_resampled_epochs_train(group, tiny_world, tmp_path):
     """Blue things are drawn nine times as often as the others, and an epoch is as long as was asked."""
     settings = {"epochs": "resampled", "samples_per_epoch": 400, "weights": {"blue-": 9.0}, "workers": 0}
     job = tiny_job(tiny_world, tmp_path, {"loader": settings})
-    trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
     assert trainer.loader.steps_per_epoch == 50
     keys = [key for (batch,) in trainer.loader.steps(0, 50) for key in batch.keys]
     assert np.mean([key.startswith("blue-") for key in keys]) == pytest.approx(9 / 14, abs=0.1)
@@ -240,7 +236,7 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
     text = {"pretrained": str(first.model_folder(0)), "stretch": {"positions": 8, "keep": 4, "factor": 4}}
     longer = {"text": {**text, "config": {}, "corner_tokens": 0, "context_length": 20}, "loss": {"raw_components": 3}}
     bare = {key: value for key, value in TINY.items() if key != "text"}
-    config = Pretrain.model_validate({**bare, **longer}).model_dump(mode="json")
+    config = PretrainConfig.model_validate({**bare, **longer}).model_dump(mode="json")
     job = train(tiny_job(tiny_world, tmp_path / "long", config=config))
     model, _ = load_model(job.model_folder(0))
     assert model.text.positions == 20
@@ -249,7 +245,7 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
 
 
 def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
-    config = Pretrain.model_validate({"text": {"pretrained": str(tmp_path)}})
+    config = PretrainConfig.model_validate({"text": {"pretrained": str(tmp_path)}})
     assert going_on(config, 3).text.pretrained == str(tmp_path)  # a model's folder
     (tmp_path / "run.json").touch()
     (tmp_path / "seed-3").mkdir()
@@ -313,7 +309,7 @@ def test_fewer_samples_than_a_batch_is_an_error(group, tiny_world, tiny_samples,
 @pytest.mark.slow
 def test_another_number_of_processes_than_configured_is_an_error(group):
     with pytest.raises(ValueError, match=r"1 processes were started, but pretrain\.processes is 2"):
-        initialise_processes(Pretrain(processes=2))
+        initialise_processes(PretrainConfig(processes=2))
 
 
 def test_a_job_survives_its_file(tiny_world, tmp_path):

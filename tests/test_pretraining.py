@@ -13,34 +13,35 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lotlip.config import Pretrain, Stretch, merge
+from lotlip.core.section import merge
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.losses import lotlip_loss
-from lotlip.models.initialisation import build_for_pretraining, stretch_positions
-from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.saving import save_model
+from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.pretrain.config import PretrainConfig, Stretch
+from lotlip.pretrain.initialisation import build_for_pretraining, stretch_positions
+from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import IMAGE_SIZE, TEXT
 
 TEXTS = ["a red dog. it runs", "one big white house under the sky", "cat"]
 
 
-def settings(text: dict[str, Any] | None = None, **more: Any) -> Pretrain:
-    return Pretrain.model_validate(
+def settings(text: dict[str, Any] | None = None, **more: Any) -> PretrainConfig:
+    return PretrainConfig.model_validate(
         merge({"text": {"config": TEXT, "context_length": 32}}, {"text": text or {}, **more})
     )
 
 
-def pretrained(folder: Path, **more: Any) -> Pretrain:
+def pretrained(folder: Path, **more: Any) -> PretrainConfig:
     """Settings that start from a folder and take its sizes."""
-    return Pretrain.model_validate({"text": {"pretrained": str(folder), "context_length": 32, **more}})
+    return PretrainConfig.model_validate({"text": {"pretrained": str(folder), "context_length": 32, **more}})
 
 
-def tokenizer_of(config: Pretrain) -> TextTokenizer:
+def tokenizer_of(config: PretrainConfig) -> TextTokenizer:
     text = config.text
     return TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
 
 
-def ids(config: Pretrain, texts: list[str] = TEXTS) -> tuple[Tensor, Tensor]:
+def ids(config: PretrainConfig, texts: list[str] = TEXTS) -> tuple[Tensor, Tensor]:
     found, lengths = tokenizer_of(config)(texts)
     return torch.from_numpy(found), torch.from_numpy(lengths)
 
@@ -49,7 +50,7 @@ def words(model: LotlipForPreTraining) -> Tensor:
     return model.text.transformer.get_input_embeddings().weight.detach()
 
 
-def batch(config: Pretrain, images: Tensor) -> dict[str, Tensor]:
+def batch(config: PretrainConfig, images: Tensor) -> dict[str, Tensor]:
     """Three images with a raw caption and two long texts each."""
     raw, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
     named = {"raw_ids": raw[0], "raw_lengths": raw[1], "long_ids": long[0], "long_lengths": long[1]}
@@ -209,7 +210,7 @@ def test_corner_tokens_are_added_to_a_saved_model(short, tiny_tower, tmp_path):
 
 
 def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
-    config = Pretrain.model_validate(
+    config = PretrainConfig.model_validate(
         {"text": {"pretrained": str(short[1]), "context_length": 12}, "loss": {"contrast": "sigmoid"}}
     )
     model = build_for_pretraining(config, tiny_tower)
@@ -219,7 +220,7 @@ def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
 
 
 def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
-    from lotlip.models.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+    from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 
     spec = ImageTowerSpec("vit_scenes", IMAGE_SIZE, {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2})
     save_image_tower(build_image_tower(spec), spec, tmp_path / "narrow")

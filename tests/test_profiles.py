@@ -9,11 +9,14 @@ from typing import get_args
 import pytest
 import yaml
 
-from lotlip.captioning.table import TableCaptioner
-from lotlip.config import Pretrain, PublishedBenchmark, checked_params, load_params, merge
-from lotlip.sources import open_source
-from lotlip.training.engine import deepspeed_config
-from lotlip.training.plan import Gpu, build_towers, on_gpus, parameters, plan
+from lotlip.caption.captioners.table import TableCaptioner
+from lotlip.config.params import checked_params, load_params
+from lotlip.core.section import merge
+from lotlip.evaluate.config import PublishedBenchmarkConfig
+from lotlip.ingest.sources import open_source
+from lotlip.plan.plan import Gpu, build_towers, on_gpus, parameters, plan
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.engine import deepspeed_config
 from tests.test_table_source import DREAMLIP, write_csv
 from tests.test_webdataset_source import picture, write_tar
 
@@ -48,8 +51,8 @@ def test_a_paper_profile_has_the_paper_s_towers(profile):
 @pytest.mark.parametrize("profile", PAPER)
 def test_a_paper_profile_scores_on_the_published_benchmarks_and_trains_on_none_of_their_images(profile):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
-    entries = [entry for entry in params.evaluate.benchmarks.values() if isinstance(entry, PublishedBenchmark)]
-    assert [entry.kind for entry in entries] == list(get_args(PublishedBenchmark.model_fields["kind"].annotation))
+    entries = [entry for entry in params.evaluate.benchmarks.values() if isinstance(entry, PublishedBenchmarkConfig)]
+    assert [entry.kind for entry in entries] == list(get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation))
     assert {entry.folder for entry in entries} == set(params.ingest.evaluation_images)
     assert not any(entry.partial for entry in entries)
 
@@ -79,7 +82,7 @@ def test_deepspeed_is_told_what_fits_the_gpus(profile, gpus):
 
 @pytest.mark.parametrize("gpus", GPUS)
 def test_the_lines_for_gpus_are_lines_of_params_yaml(gpus):
-    assert Pretrain.model_validate({"batch_size": 1024, **of_gpus(gpus)}).processes == gpus
+    assert PretrainConfig.model_validate({"batch_size": 1024, **of_gpus(gpus)}).processes == gpus
 
 
 @pytest.mark.parametrize("profile", PAPER)

@@ -12,15 +12,17 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-from lotlip.config import Paths, Pretrain, PublishedBenchmark
+from lotlip.core.paths import Paths
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.evaluation import published
-from lotlip.evaluation.benchmarks import Benchmark, Texts, open_benchmark
-from lotlip.evaluation.encoders import LotlipEncoder
-from lotlip.evaluation.evaluate import chances, evaluate, images_of, protocol
-from lotlip.evaluation.published import FORMATS, published_benchmark
-from lotlip.evaluation.reference import REFERENCE
-from lotlip.models.initialisation import build_for_pretraining
+from lotlip.evaluate import published
+from lotlip.evaluate.benchmarks import Benchmark, Texts, open_benchmark
+from lotlip.evaluate.config import PublishedBenchmarkConfig
+from lotlip.evaluate.encoders import LotlipEncoder
+from lotlip.evaluate.evaluate import chances, evaluate, images_of, protocol
+from lotlip.evaluate.published import FORMATS, published_benchmark
+from lotlip.evaluate.reference import REFERENCE
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TEXT
 
 SIZE = 3  # images of a tiny benchmark
@@ -156,7 +158,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def test_every_kind_of_the_configuration_is_tested_here():
-    assert list(get_args(PublishedBenchmark.model_fields["kind"].annotation)) == list(LAYOUTS)
+    assert list(get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation)) == list(LAYOUTS)
 
 
 @every_kind
@@ -493,7 +495,7 @@ def test_what_a_partial_run_left_out_is_counted(kind, folder):
 def scored(asked: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, Any]]:
     torch.manual_seed(0)
     settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
-    model = build_for_pretraining(Pretrain.model_validate(settings), tower).eval()
+    model = build_for_pretraining(PretrainConfig.model_validate(settings), tower).eval()
     encoder = LotlipEncoder(model, TextTokenizer("bert-base-uncased", 32, model.config.corner_tokens), 2)
     found = evaluate(encoder, asked, encoder.images(images_of(asked)))
     return dict(found.values), protocol(encoder, asked)
@@ -503,7 +505,7 @@ def scored(asked: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, A
 def test_a_model_is_scored(kind, folder, tiny_tower, tiny_samples):
     for path, sample in zip(files(folder), tiny_samples, strict=False):
         path.write_bytes(sample.image)
-    settings = PublishedBenchmark(kind=kind, folder=folder, partial=True)
+    settings = PublishedBenchmarkConfig(kind=kind, folder=folder, partial=True)
     asked = open_benchmark("mine", settings, Paths(), [])
     assert asked.name == "mine-partial"
     if asked.prompts:  # the classes that are there, and two prompts of each: enough to see that all fits

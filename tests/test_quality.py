@@ -11,7 +11,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lotlip.captioning.quality import (
+from lotlip.caption.config import CaptionConfig, QualityConfig
+from lotlip.caption.gate import gate_caption
+from lotlip.caption.quality import (
     RULES,
     Agreement,
     assess,
@@ -26,11 +28,9 @@ from lotlip.captioning.quality import (
     summarise,
     words_of,
 )
-from lotlip.config import CaptionStage, Quality
-from lotlip.gate import Check, GateFailed
-from lotlip.partitions import read_captions, write_captions
-from lotlip.records import Caption, Failure, MeasuredCaption, UnitReport
-from lotlip.validation import gate_caption
+from lotlip.core.checks import Check, GateFailed
+from lotlip.data.partitions import read_captions, write_captions
+from lotlip.data.records import Caption, Failure, MeasuredCaption, UnitReport
 from tests.test_scene_captioner import RATES, captioner, records
 
 pytestmark = pytest.mark.usefixtures("without_pages")
@@ -140,30 +140,30 @@ def test_every_rule_is_tried_here():
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_drops_what_breaks_it_with_number_and_limit(rule):
     bad, reason = BAD[rule]
-    only = Quality(**{**OFF, rule: ALL[rule]})
+    only = QualityConfig(**{**OFF, rule: ALL[rule]})
     assert broken_rule(bad, only) == Failure("k", "llava", reason, rule)
-    assert broken_rule(of("A dog runs here.", "a dog"), Quality(**ALL)) is None
+    assert broken_rule(of("A dog runs here.", "a dog"), QualityConfig(**ALL)) is None
 
 
 @pytest.mark.parametrize("rule", RULES)
 def test_a_rule_that_is_off_drops_nothing(rule):
-    assert broken_rule(BAD[rule][0], Quality(**OFF)) is None
+    assert broken_rule(BAD[rule][0], QualityConfig(**OFF)) is None
 
 
 def test_a_caption_that_breaks_several_rules_is_counted_once():
     bad = of("As an AI model \x07 cafÃ©")
-    assert [item.kind for item in assess([bad], Quality(**ALL)) if isinstance(item, Failure)] == ["refusal"]
+    assert [item.kind for item in assess([bad], QualityConfig(**ALL)) if isinstance(item, Failure)] == ["refusal"]
 
 
 def test_a_raw_caption_without_words_is_no_disagreement():
-    assert broken_rule(of("A dog runs here.", "12"), Quality(disagreement=1.0)) is None
+    assert broken_rule(of("A dog runs here.", "12"), QualityConfig(disagreement=1.0)) is None
 
 
 @pytest.mark.parametrize("style", RATES)
 def test_the_demo_loses_no_caption(style):
     raw = {record.key: record.raw_caption for record in records(1000)}
     found = list(measured(captioner(style).caption(records(1000)), raw))  # type: ignore[arg-type]
-    assert Counter(type(item) for item in assess(found, Quality())) == {MeasuredCaption: 1000}
+    assert Counter(type(item) for item in assess(found, QualityConfig())) == {MeasuredCaption: 1000}
     assert not any(item.truncated for item in found)
     assert max(item.repetition for item in found) < 0.25  # far from the limit
 
@@ -277,7 +277,7 @@ def test_agreements_of_parts_add_up_to_that_of_the_whole():
 
 # --- the gate -----------------------------------------------------------------------------------------------------
 
-STAGE = CaptionStage(max_filtered_share=0.1, max_truncated_share=0.2)
+STAGE = CaptionConfig(max_filtered_share=0.1, max_truncated_share=0.2)
 
 
 def written(folder: Path, shifts: Sequence[int] = (0, 0, 0), size: int = 200, worth: float = 0.6) -> list[UnitReport]:
@@ -291,7 +291,7 @@ def written(folder: Path, shifts: Sequence[int] = (0, 0, 0), size: int = 200, wo
     return reports
 
 
-def failing(settings: CaptionStage, folder: Path, reports: Sequence[UnitReport]) -> list[str]:
+def failing(settings: CaptionConfig, folder: Path, reports: Sequence[UnitReport]) -> list[str]:
     with pytest.raises(GateFailed) as raised:
         gate_caption(settings, folder, reports, folder / "report")
     return [line for line in str(raised.value).splitlines() if line.startswith("  - ")]
@@ -372,5 +372,5 @@ def test_words_are_counted_in_scripts_without_blanks_too(text, words):
 @pytest.mark.parametrize("text", ["一只狗在草地上奔跑。", "犬が走っている。", "สุนัขวิ่งอยู่บนสนามหญ้า"])
 def test_the_default_rules_keep_captions_of_any_script(text):
     (found,) = measured([caption(text)], {"k": "raw"})
-    assert broken_rule(found, Quality()) is None
+    assert broken_rule(found, QualityConfig()) is None
     assert not found.truncated

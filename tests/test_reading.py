@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from lotlip.captioning.scenes import SceneCaptioner
-from lotlip.config import SceneCaptioner as CaptionerConfig
+from lotlip.caption.config import SceneCaptionerConfig as CaptionerConfig
+from lotlip.data.records import Caption, ImageRecord
+from lotlip.data.text import split_sub_captions
 from lotlip.data.tokenizer import token_counts, used_tokens
-from lotlip.evaluation.metrics import retrieval
-from lotlip.evaluation.reading import (
+from lotlip.demo.captioner import SceneCaptioner
+from lotlip.demo.questions import long_text
+from lotlip.demo.world import COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, generate_scene
+from lotlip.evaluate.metrics import retrieval
+from lotlip.evaluate.reading import (
     ATTRIBUTES,
     Quiz,
     hard_negatives,
@@ -26,10 +30,6 @@ from lotlip.evaluation.reading import (
     read_to_the_end,
     recall_by_length,
 )
-from lotlip.evaluation.scenes import long_text
-from lotlip.records import Caption, ImageRecord
-from lotlip.sources.scenes import COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, generate_scene
-from lotlip.text import split_sub_captions
 
 SCENES = [generate_scene(7, "test", number) for number in range(120)]
 BERT = "bert-base-uncased"

@@ -7,12 +7,12 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from lotlip.captioning.quality import broken_rule, measure
-from lotlip.captioning.reasoning import cut_reasoning, reasoning
-from lotlip.config import CaptionStage, Quality, TableCaptioner
-from lotlip.gate import GateFailed
-from lotlip.records import Caption, Failure, ImageRecord
-from lotlip.validation import gate_caption
+from lotlip.caption.config import CaptionConfig, QualityConfig, TableCaptionerConfig
+from lotlip.caption.gate import gate_caption
+from lotlip.caption.quality import broken_rule, measure
+from lotlip.caption.reasoning import cut_reasoning, reasoning
+from lotlip.core.checks import GateFailed
+from lotlip.data.records import Caption, Failure, ImageRecord
 from tests.captioning_server import CaptioningServer, saying
 from tests.test_endpoint_captioner import captioner, no_key, record, records, words  # noqa: F401 (a fixture)
 from tests.test_quality import written
@@ -100,11 +100,11 @@ def test_an_endpoint_s_answer_that_is_all_reasoning_is_a_failure_that_is_not_ask
 
 
 def test_a_table_s_captions_have_no_reasoning(tmp_path):
-    from lotlip.captioning.table import TableCaptioner as Table
+    from lotlip.caption.captioners.table import TableCaptioner as Table
 
     rows = {"key": ["k0", "k1", "k2"], "captioner": ["llava"] * 3}
     pd.DataFrame({**rows, "text": [WITH_AN_ANSWER[0], WITHOUT_AN_ANSWER[0], TEXT]}).to_parquet(tmp_path / "t.parquet")
-    table = Table("llava", TableCaptioner(kind="table", path=tmp_path / "t.parquet"), words)
+    table = Table("llava", TableCaptionerConfig(kind="table", path=tmp_path / "t.parquet"), words)
     first, second, third = table.caption(records(3))
     assert isinstance(first, Caption) and isinstance(third, Caption)
     assert first.text == third.text == TEXT
@@ -113,11 +113,11 @@ def test_a_table_s_captions_have_no_reasoning(tmp_path):
 
 
 def test_each_column_of_a_table_is_cut_for_itself(tmp_path):
-    from lotlip.captioning.table import TableCaptioner as Table
+    from lotlip.caption.captioners.table import TableCaptioner as Table
 
     data = {"key": ["k0"], "short": ["A house."], "long": [f"a house?</think>{TEXT}"]}
     pd.DataFrame(data).to_parquet(tmp_path / "t.parquet")
-    settings = TableCaptioner(kind="table", path=tmp_path / "t.parquet", captioner=None, text=["short", "long"])
+    settings = TableCaptionerConfig(kind="table", path=tmp_path / "t.parquet", captioner=None, text=["short", "long"])
     (found,) = Table("llava", settings, words).caption(records(1))
     assert isinstance(found, Caption)
     assert found.text == f"A house.\n{TEXT}"
@@ -129,7 +129,7 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
     """The markers may be ordinary words of the tokenizer, or special tokens that decoding leaves out."""
     from transformers import AutoTokenizer
 
-    from lotlip.captioning.mllm import _Mllm
+    from lotlip.caption.captioners.transformers import _Mllm
     from tests.tiny_mllm import save_llava
 
     tokenizer = AutoTokenizer.from_pretrained(save_llava(tmp_path / "llava"), trust_remote_code=False)
@@ -152,7 +152,7 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
 
 
 def test_reasoning_in_an_older_store_is_cut_off_when_it_is_published():
-    from lotlip.captioning.partition import _usable
+    from lotlip.caption.partition import _usable
 
     stored = Caption("k0", "llava", WITH_AN_ANSWER[0], [], 0, "stop", "m@1", "What?")
     assert _usable(stored) == replace(stored, text=TEXT)
@@ -177,11 +177,11 @@ LEFT = [
 @pytest.mark.parametrize("text", LEFT)
 def test_reasoning_that_could_not_be_cut_off_breaks_a_rule(text):
     caption = measure(Caption("k", "llava", text, [text], 9, "stop", "m@1", ""), frozenset(), [])
-    failure = broken_rule(caption, Quality())
+    failure = broken_rule(caption, QualityConfig())
     assert failure is not None
     assert failure.kind == "reasoning"
     assert caption.reasoning in failure.reason
-    assert broken_rule(caption, Quality(reasoning=False)) is None
+    assert broken_rule(caption, QualityConfig(reasoning=False)) is None
 
 
 def test_captions_that_show_reasoning_fail_the_gate_whether_or_not_the_rule_drops_them(tmp_path, without_pages):
@@ -189,8 +189,8 @@ def test_captions_that_show_reasoning_fail_the_gate_whether_or_not_the_rule_drop
     dropped = [Failure(f"d{number}", "llava", "shows reasoning", "reasoning") for number in range(20)]
     spoilt = replace(reports[0], read=220, failures=dropped)
     with pytest.raises(GateFailed, match=r"show the model's reasoning"):
-        gate_caption(CaptionStage(), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
-    gate_caption(CaptionStage(max_reasoning_share=0.1), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
+        gate_caption(CaptionConfig(), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
+    gate_caption(CaptionConfig(max_reasoning_share=0.1), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
 
 
 # --- answers of other shapes ------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_a_request_that_a_server_refuses_is_not_sent_again(number):
 
 
 def test_half_of_a_surrogate_pair_does_not_stop_a_partition():
-    from lotlip.captioning.endpoint import EndpointCaptioner
+    from lotlip.caption.captioners.endpoint import EndpointCaptioner
     from lotlip.data.tokenizer import count_tokens
 
     with CaptioningServer(lambda image, number: saying("A red \ud83d house.")) as server:

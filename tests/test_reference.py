@@ -18,11 +18,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel
 
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.losses import lotlip_loss
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.image_tower import ImageTowerSpec, build_image_tower
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.pretraining import LotlipForPreTraining
+from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.pretrain.model import LotlipForPreTraining
 
 # --- the released algorithm, a caption, a pair of tokens and a feature at a time -------------------------------------
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from lotlip.config import Params, Registry, load_params
-from lotlip.registry import register
-from lotlip.tracking import FINGERPRINT, Tracker
+from lotlip.config.params import Params, load_params
+from lotlip.tracking.config import RegistryConfig
+from lotlip.tracking.mlflow import FINGERPRINT, Tracker
+from lotlip.tracking.registry import register
 from tests.test_tracking import scored, trained
 from tests.tiny_model import save_tiny_model
 
@@ -36,8 +37,8 @@ def tracker(store: str) -> Tracker:
 
 
 @pytest.fixture
-def settings() -> Registry:
-    return Registry(model=f"model-{next(_numbers)}", least={LONG: 0.3, SHORT: 0.2})
+def settings() -> RegistryConfig:
+    return RegistryConfig(model=f"model-{next(_numbers)}", least={LONG: 0.3, SHORT: 0.2})
 
 
 def candidate(tracker: Tracker, name: str, long: float, short: float) -> str:
@@ -49,7 +50,7 @@ def candidate(tracker: Tracker, name: str, long: float, short: float) -> str:
     return run_id
 
 
-def versions(tracker: Tracker, settings: Registry) -> list[Any]:
+def versions(tracker: Tracker, settings: RegistryConfig) -> list[Any]:
     return list(tracker.client.search_model_versions(f"name = '{settings.model}'"))
 
 
@@ -136,4 +137,4 @@ def test_a_gate_on_one_kind_of_text_alone_is_refused():
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused():
     for alias in ("latest", "v1"):
         with pytest.raises(ValueError, match="for itself"):
-            Registry(alias=alias, least={LONG: 0.1, SHORT: 0.1})
+            RegistryConfig(alias=alias, least={LONG: 0.1, SHORT: 0.1})

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.partitions import finished, read_records, read_table
-from lotlip.records import Failure, ImageRecord, Remark, Unit, UnitReport
-from lotlip.repeats import count_repeats, hashes, repeats, unique_partitions
+from lotlip.data.duplicates import count_repeats, hashes, repeats, unique_partitions
+from lotlip.data.partitions import finished, read_records, read_table
+from lotlip.data.records import Failure, ImageRecord, Remark, Unit, UnitReport
 from tests.partitions import write_partition
 
 

@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.config import Params
-from lotlip.report import build_report, groups, load_inputs
-from lotlip.report.drawing import SMALL, Line, Point, draw_lines, render
+from lotlip.config.params import Params
+from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
+from lotlip.figures.intervals import Estimate
+from lotlip.report import groups
 from lotlip.report.figures import colours, context_figures
-from lotlip.report.intervals import Estimate
+from lotlip.report.inputs import load_inputs
+from lotlip.report.page import build_report
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.sections import benchmark_sections, every_number
 from lotlip.report.stages import cost_table, quality_table, training_table
@@ -307,7 +309,7 @@ def test_pictures_are_small(inputs):
 
 
 def test_scene_is_drawn_anew(project, tmp_path):
-    from lotlip.sources.scenes import generate_scene
+    from lotlip.demo.world import generate_scene
 
     params = make_params()
     write_pictures(tmp_path, params)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from lotlip.report import build_report, load_inputs
 from lotlip.report.findings import CANNOT_TELL, CONTRADICTS, FINDINGS, NOT_RUN, SUPPORTS, judge_all
+from lotlip.report.inputs import load_inputs
 from lotlip.report.measures import LONG, Measure
+from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
 from tests.test_report import Page, make_params, read_csv, write_project
 

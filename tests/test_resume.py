@@ -10,11 +10,12 @@ import psutil
 import pytest
 import torch
 
-from lotlip.config import Pretrain, merge
-from lotlip.data.loader import Batch
-from lotlip.tracking import NullSink
-from lotlip.training.engine import Engine, StepResult
-from lotlip.training.pretrain import ChanceWatch, Job, Trainer, TrainingStopped
+from lotlip.core.section import merge
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.engine import Engine, StepResult
+from lotlip.pretrain.loader import Batch
+from lotlip.pretrain.trainer import ChanceWatch, Job, Trainer, TrainingStopped
+from lotlip.tracking.mlflow import NullSink
 from tests.training import DROPOUT, finish, losses, same, same_to, start, tiny_job, train, trainers, wait_for, weights
 
 
@@ -103,7 +104,7 @@ def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypa
 @pytest.mark.slow
 def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
-    trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
     trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
     trainer._checkpoint(1)
     with torch.no_grad():

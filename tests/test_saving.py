@@ -14,16 +14,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lotlip.config import Pretrain
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.models.initialisation import build_for_pretraining
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.pretraining import LotlipForPreTraining
 from lotlip.models.saving import copy_with_provenance, load_model, save_model
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import IMAGE_SIZE, TEXT, TinySample
 
 TEXTS = ["a red dog. it runs", "one big white house under the sky", "cat"]
-SETTINGS = Pretrain.model_validate({"text": {"config": TEXT, "context_length": 32, "register_tokens": 1}})
+SETTINGS = PretrainConfig.model_validate({"text": {"config": TEXT, "context_length": 32, "register_tokens": 1}})
 
 
 def prepared(tokenizer: TextTokenizer) -> tuple[Tensor, Tensor]:
@@ -58,7 +58,7 @@ def test_a_model_survives_saving(saved):
 
 
 def test_the_saved_image_tower_is_the_frozen_one(saved, tiny_tower):
-    from lotlip.models.image_tower import load_image_tower
+    from lotlip.models.vision.image_tower import load_image_tower
 
     frozen = load_file(tiny_tower / "model.safetensors")
     weights = load_file(saved[1] / "model.safetensors")
@@ -78,7 +78,7 @@ def test_who_may_read_the_rest_may_read_the_weights(saved):
 
 
 def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
-    settings = Pretrain.model_validate({**SETTINGS.model_dump(), "image_tower": {"frozen": False}})
+    settings = PretrainConfig.model_validate({**SETTINGS.model_dump(), "image_tower": {"frozen": False}})
     model = build_for_pretraining(settings, tiny_tower)
     with torch.no_grad():
         model.image_tower.trunk.cls_token += 1

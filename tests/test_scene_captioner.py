@@ -9,23 +9,15 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
-from lotlip import evaluation
-from lotlip.captioning.scenes import SceneCaptioner
-from lotlip.config import Images, ScenesSource
-from lotlip.config import SceneCaptioner as CaptionerConfig
-from lotlip.evaluation.scenes import SHAPES, label, long_text, shape_prompts, short_text
-from lotlip.records import Caption, Failure, ImageRecord, Unit
-from lotlip.sources.scenes import (
-    COLOURS,
-    PLACES,
-    POSITIONS,
-    TEXTURES,
-    TIMES,
-    Scene,
-    SceneSource,
-    generate_scene,
-)
-from lotlip.text import split_sub_captions
+from lotlip import evaluate as evaluation
+from lotlip.caption.config import SceneCaptionerConfig as CaptionerConfig
+from lotlip.data.records import Caption, Failure, ImageRecord, Unit
+from lotlip.data.text import split_sub_captions
+from lotlip.demo.captioner import SceneCaptioner
+from lotlip.demo.questions import SHAPES, label, long_text, shape_prompts, short_text
+from lotlip.demo.source import SceneSource
+from lotlip.demo.world import COLOURS, PLACES, POSITIONS, TEXTURES, TIMES, Scene, generate_scene
+from lotlip.ingest.config import ImagesConfig, SceneSourceConfig
 
 RATES = {"instructblip": (0.25, 0.05), "llava": (0.15, 0.04), "sharegpt4v": (0.05, 0.02)}
 TOKENIZER = Tokenizer.from_file(str(Path(evaluation.__file__).parents[1] / "data/bert-base-uncased/tokenizer.json"))
@@ -38,7 +30,7 @@ def pieces(text: str) -> list[str]:
 
 @lru_cache
 def records(count: int) -> tuple[ImageRecord, ...]:
-    source = SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), image_size=32), Images())
+    source = SceneSource(SceneSourceConfig(kind="scenes", path=Path("scenes.py"), image_size=32), ImagesConfig())
     unit = Unit("train", 0, tuple(str(number) for number in range(count)))
     return tuple(record for record in source.read(unit) if isinstance(record, ImageRecord))
 

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.config import Images, ScenesSource
-from lotlip.records import KEY_PATTERN, ImageRecord, Unit
-from lotlip.sources.scenes import (
+from lotlip.data.records import KEY_PATTERN, ImageRecord, Unit
+from lotlip.demo.world import (
     COLOURS,
     PLACES,
     POSITIONS,
@@ -31,12 +30,13 @@ from lotlip.sources.scenes import (
     render,
     with_articles,
 )
+from lotlip.ingest.config import ImagesConfig, SceneSourceConfig
 
 SCENES = [generate_scene(0, "test", number) for number in range(1000)]
 
 
 def source(**values: object) -> SceneSource:
-    return SceneSource(ScenesSource(kind="scenes", path=Path("scenes.py"), **values), Images())
+    return SceneSource(SceneSourceConfig(kind="scenes", path=Path("scenes.py"), **values), ImagesConfig())
 
 
 # --- scene graphs -------------------------------------------------------------------------------------------------

@@ -22,13 +22,13 @@ from tokenizers.normalizers import Replace
 from transformers import AutoProcessor, AutoTokenizer
 
 from lotlip import cli
-from lotlip.config import CaptionStage
+from lotlip.caption.config import CaptionConfig
+from lotlip.core.files import read_json
+from lotlip.data.statistics import text_statistics
+from lotlip.data.text import as_sentence_ends, has_words, join_sub_captions, split_sub_captions
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
-from lotlip.embedding import Embedder, embed
-from lotlip.files import read_json
 from lotlip.models.saving import load_model
-from lotlip.statistics import text_statistics
-from lotlip.text import as_sentence_ends, has_words, join_sub_captions, split_sub_captions
+from lotlip.retrieval.embedding import Embedder, embed
 from tests.conftest import TinySample, TinyWorld, write_shards
 from tests.tiny_model import save_tiny_model
 from tests.training import tiny_job, train
@@ -95,7 +95,7 @@ def test_an_unknown_value_in_a_file_is_an_error_that_names_the_file(value):
 
 def test_an_unknown_value_in_params_yaml_is_an_error():
     with pytest.raises(ValueError, match="sentence_ends"):
-        CaptionStage.model_validate({"sentence_ends": "chinese"})
+        CaptionConfig.model_validate({"sentence_ends": "chinese"})
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -155,12 +155,12 @@ def world(tmp_path_factory, tiny_world: TinyWorld) -> TinyWorld:
 @pytest.fixture(scope="module")
 def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[Path, TextTokenizer]:
     """A trained model's folder, and the tokenizer that it was trained with."""
-    from lotlip.config import Pretrain
-    from lotlip.tracking import NullSink
-    from lotlip.training.pretrain import Trainer
+    from lotlip.pretrain.config import PretrainConfig
+    from lotlip.pretrain.trainer import Trainer
+    from lotlip.tracking.mlflow import NullSink
 
     job = tiny_job(world, tmp_path_factory.mktemp("trained"), {"steps": 2, "text": {"context_length": 48}})
-    trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
     trainer.train()
     return job.model_folder(0), trainer.tokenizer
 
@@ -172,11 +172,13 @@ def test_training_splits_raw_captions_as_the_shards_say(world, trained):
 
 
 def test_the_loader_gives_ids_with_sep_between_sub_captions(world, trained):
-    from lotlip.config import Pretrain
-    from lotlip.data.loader import Loader, Rows
+    from lotlip.pretrain.config import PretrainConfig
+    from lotlip.pretrain.loader import Loader, Rows
 
     _, tokenizer = trained
-    settings = Pretrain.model_validate({"batch_size": 4, "loader": {"workers": 0}, "long_texts": {"sub_captions": 2}})
+    settings = PretrainConfig.model_validate(
+        {"batch_size": 4, "loader": {"workers": 0}, "long_texts": {"sub_captions": 2}}
+    )
     (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, Rows(4)).steps(0, 1)))
     assert batch.raw_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
     assert {row.tolist().count(102) for row in batch.long_ids} == {2}
@@ -257,8 +259,8 @@ def test_the_stages_that_split_texts_are_stale_after_a_change_and_no_others():
 
 
 def test_shards_of_captions_that_were_split_otherwise_are_refused(tmp_path):
-    from flows.shard import check_sentence_ends
-    from flows.stage import StageFailed
+    from flows.runtime.stage import StageFailed
+    from flows.stages.shard import check_sentence_ends
 
     (tmp_path / "index.json").write_text('{"units": []}')
     check_sentence_ends("llava", tmp_path, "released")

@@ -32,8 +32,8 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.pyfunc.scoring_server import init
 from packaging.requirements import Requirement
 
-from lotlip.embedding import Embedder
-from lotlip.serving import REQUIREMENTS, save_served_model
+from lotlip.retrieval.embedding import Embedder
+from lotlip.retrieval.serving import REQUIREMENTS, save_served_model
 from tests.conftest import TinySample
 from tests.tiny_model import save_tiny_model
 

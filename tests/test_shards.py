@@ -18,11 +18,11 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from lotlip import shards
+from lotlip.data.partitions import finished, unit_names, write_captions, write_index
+from lotlip.data.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.data.tars import index_path, scan_tar
-from lotlip.partitions import finished, unit_names, write_captions, write_index
-from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
-from lotlip.shards import (
+from lotlip.shard import shards
+from lotlip.shard.shards import (
     ShardPlan,
     finished_shard,
     group_reader,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lotlip.models.similarity import cosine, late_interaction
+from lotlip.objectives.similarity import cosine, late_interaction
 
 
 def random_case(

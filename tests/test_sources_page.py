@@ -8,8 +8,16 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lotlip import config
-from lotlip.config import load_params, merge
+from lotlip.caption.config import TableCaptionerConfig
+from lotlip.config.params import load_params
+from lotlip.core.section import merge
+from lotlip.ingest.config import (
+    CsvSourceConfig,
+    FolderSourceConfig,
+    ImagesConfig,
+    ParquetSourceConfig,
+    WebDatasetSourceConfig,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
@@ -36,12 +44,12 @@ def test_every_kind_of_source_is_shown():
 @pytest.mark.parametrize(
     "section",
     [
-        config.FolderSource,
-        config.WebDatasetSource,
-        config.ParquetSource,
-        config.CsvSource,
-        config.Images,
-        config.TableCaptioner,
+        FolderSourceConfig,
+        WebDatasetSourceConfig,
+        ParquetSourceConfig,
+        CsvSourceConfig,
+        ImagesConfig,
+        TableCaptionerConfig,
     ],
 )
 def test_every_setting_is_there(section):
@@ -50,7 +58,7 @@ def test_every_setting_is_there(section):
 
 
 def test_every_kind_of_failure_and_remark_is_there_and_no_other():
-    files = [*sorted((ROOT / "lotlip/sources").glob("*.py")), ROOT / "lotlip/repeats.py"]
+    files = [*sorted((ROOT / "lotlip/sources").glob("*.py")), ROOT / "lotlip/data/duplicates.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     made = set(re.findall(r'(?:Failure\(|Remark\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code))
     described = set(re.findall(r"^\| `([a-z-]+)` \|", PAGE, flags=re.MULTILINE))

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lotlip.config import Optimizer, Pretrain, merge
-from lotlip.files import read_json
+from lotlip.core.files import read_json
+from lotlip.core.section import merge
 from lotlip.models.saving import load_model
-from lotlip.tracking import NullSink
-from lotlip.training.engine import initialise_processes
-from lotlip.training.pretrain import Trainer
+from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
+from lotlip.pretrain.engine import initialise_processes
+from lotlip.pretrain.trainer import Trainer
+from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinyWorld
 from tests.training import ROOT, finish, losses, scratch, start, tiny_job, train, weights
 
@@ -32,7 +33,7 @@ def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
     for number, split in enumerate(SPLITS):
         late = {"text": {"corner_tokens": 0}} if split["similarity"] == "late-interaction" else {}
         job = tiny_job(world, folder / f"{number}", merge({"processes": processes, **split}, late))
-        trainer = Trainer(job, Pretrain.model_validate(job.config), 0, NullSink())
+        trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
         result = trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
         trainer.checkpoints.save(trainer.engine.deepspeed, 1, {"loss": result.loss, "recall": result.recall})
 
@@ -40,7 +41,7 @@ def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
 def first_step(folder: Path, number: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     written = scratch(folder / f"{number}") / "checkpoints-0" / "step-000000001"
     moments = load_file(written / "exp_avg.safetensors")
-    beta = Optimizer().betas[0]
+    beta = OptimizerConfig().betas[0]
     return read_json(written / "state.json"), {name: value / (1 - beta) for name, value in moments.items()}
 
 
@@ -102,6 +103,6 @@ def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_pat
 
 if __name__ == "__main__":  # as `two_process_steps` starts it
     tower, shards, pixels, out = map(Path, sys.argv[1:])
-    initialise_processes(Pretrain(processes=2))
+    initialise_processes(PretrainConfig(processes=2))
     one_step(TinyWorld(tower, shards, pixels, {}), out, 2)
     torch.distributed.destroy_process_group()

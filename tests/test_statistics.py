@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotlip import statistics
-from lotlip.statistics import Statistics, text_statistics
-from lotlip.text import split_sub_captions
+from lotlip.data import statistics
+from lotlip.data.statistics import Statistics, text_statistics
+from lotlip.data.text import split_sub_captions
 
 BERT = "bert-base-uncased"
 

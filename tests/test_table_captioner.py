@@ -12,12 +12,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from lotlip.captioning import open_captioner
-from lotlip.captioning.table import TableCaptioner, _Texts
-from lotlip.config import TableCaptioner as Settings
-from lotlip.console import explain
-from lotlip.records import Caption, Failure, ImageRecord
-from lotlip.sources.keys import key_of
+from lotlip.caption.captioners import open_captioner
+from lotlip.caption.captioners.table import TableCaptioner, _Texts
+from lotlip.caption.config import TableCaptionerConfig as Settings
+from lotlip.core.console import explain
+from lotlip.data.keys import key_of
+from lotlip.data.records import Caption, Failure, ImageRecord
 
 ROWS = [
     ("k0", "llava", "A dog. It runs.\n"),
@@ -183,7 +183,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
         file.write("key,captioner,text\n")
         file.writelines(f"k{number},llava,{'word ' * 400}\n" for number in range(75_000))
     code = (
-        "import resource, sys; from pathlib import Path; from lotlip.captioning.table import TableCaptioner; "
+        "import resource, sys; from pathlib import Path; from lotlip.caption.captioners.table import TableCaptioner; "
         "from lotlip.config import TableCaptioner as Settings; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak(); "
         "TableCaptioner('llava', Settings(kind='table', path=Path(sys.argv[1])), len); print(peak() - before)"

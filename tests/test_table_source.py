@@ -12,15 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from lotlip.captioning.table import TableCaptioner
-from lotlip.config import CsvSource, Images, ParquetSource
-from lotlip.config import TableCaptioner as TableSettings
-from lotlip.partitions import read_records, write_partitions
-from lotlip.records import Caption, Failure, ImageRecord
-from lotlip.sources import open_source
-from lotlip.sources.keys import key_of
-from lotlip.sources.rows import Range, open_table
-from lotlip.sources.table import TableSource
+from lotlip.caption.captioners.table import TableCaptioner
+from lotlip.caption.config import TableCaptionerConfig as TableSettings
+from lotlip.data.keys import key_of
+from lotlip.data.partitions import read_records, write_partitions
+from lotlip.data.records import Caption, Failure, ImageRecord
+from lotlip.data.rows import Range, open_table
+from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, ParquetSourceConfig
+from lotlip.ingest.sources import open_source
+from lotlip.ingest.sources.table import TableSource
 
 
 def picture(form: str = "PNG", colour: str = "red") -> bytes:
@@ -50,13 +50,13 @@ def write_parquet(path: Path, columns: dict[str, list], row_group_size: int = 10
 
 
 def csv_source(path: Path, images: Path, **settings: object) -> TableSource:
-    found = open_source(CsvSource(kind="csv", path=path, images=images, **settings))
+    found = open_source(CsvSourceConfig(kind="csv", path=path, images=images, **settings))
     assert isinstance(found, TableSource)
     return found
 
 
-def parquet_source(path: Path, limits: Images | None = None, **settings: object) -> TableSource:
-    found = open_source(ParquetSource(kind="parquet", path=path, **settings), limits)
+def parquet_source(path: Path, limits: ImagesConfig | None = None, **settings: object) -> TableSource:
+    found = open_source(ParquetSourceConfig(kind="parquet", path=path, **settings), limits)
     assert isinstance(found, TableSource)
     return found
 
@@ -240,7 +240,7 @@ def test_a_text_that_is_not_utf8_costs_its_row_only(tmp_path):
 
 def test_limits_reach_the_rows(tmp_path):
     table = write_parquet(tmp_path / "t.parquet", {"image": [picture()], "caption": ["a"]})
-    assert [kind for _, kind in kinds(read_all(parquet_source(table, Images(max_bytes=9))))] == ["too-large"]
+    assert [kind for _, kind in kinds(read_all(parquet_source(table, ImagesConfig(max_bytes=9))))] == ["too-large"]
 
 
 def test_a_column_that_holds_no_images_is_told(tmp_path):
@@ -272,7 +272,7 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
         rows.append([path, f"raw of {number}", *texts])
     rows[4][5] = ""  # one ShareGPT4V caption is missing
     table = write_csv(tmp_path / "cc3m/cc3m_3long_3short_1raw_captions.csv", rows)
-    settings = CsvSource(
+    settings = CsvSourceConfig(
         kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="raw_caption"
     )
     source = open_source(settings)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from lotlip.temporary import temporary_folder
+from lotlip.core.temporary import temporary_folder
 
 HOLD = """
 import sys, time
-from lotlip.temporary import temporary_folder
+from lotlip.core.temporary import temporary_folder
 
 with temporary_folder("held") as folder:
     (folder / "file").write_text("x")
@@ -69,13 +69,13 @@ def test_all_temporary_folders_are_made_here() -> None:
         for path in (root / package).rglob("*.py")
         if any(name in path.read_text(encoding="utf-8") for name in ("TemporaryDirectory", "mkdtemp", "mkstemp"))
     ]
-    assert users == ["lotlip/temporary.py"]
+    assert users == ["lotlip/core/temporary.py"]
 
 
 SOCKET = """
 from multiprocessing.connection import Listener
 from multiprocessing.util import get_temp_dir
-from lotlip.temporary import multiprocessing_folder
+from lotlip.core.temporary import multiprocessing_folder
 
 with multiprocessing_folder():
     Listener(family="AF_UNIX").close()

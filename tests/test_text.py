@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotlip.text import join_sub_captions, sample_window, split_sub_captions
+from lotlip.data.text import join_sub_captions, sample_window, split_sub_captions
 
 # What a sub-caption can be: stripped, not empty, no sentence end inside.
 sub_caption = st.text(min_size=1).map(

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from lotlip.config import flatten
-from lotlip.files import write_json
-from lotlip.tracking import (
+from lotlip.core.files import write_json
+from lotlip.core.section import flatten
+from lotlip.tracking.mlflow import (
     FINGERPRINT,
     LONGEST_PARAMETER,
     MlflowSink,
@@ -201,9 +201,9 @@ def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypat
 
 
 def test_a_comparison_sees_runs_beyond_the_first_page(store, experiment, monkeypatch):
-    monkeypatch.setattr("lotlip.tracking.PAGE", 2)
+    monkeypatch.setattr("lotlip.tracking.mlflow.PAGE", 2)
     seen: list[Any] = []
-    monkeypatch.setattr("lotlip.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
+    monkeypatch.setattr("lotlip.tracking.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
     tracker = Tracker(store, experiment)
     for number in range(5):
         tracker.ensure_run(f"f{number}", f"n{number}", {}, {})
@@ -350,7 +350,7 @@ def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path
 def test_a_model_is_loaded_from_the_store(store, experiment, client, tmp_path, saved, monkeypatch):
     import mlflow
 
-    from lotlip.embedding import Embedder
+    from lotlip.retrieval.embedding import Embedder
 
     Tracker(store, experiment).log_scores(trained(tmp_path, saved), scored(), tmp_path)
     made = logged_models(client, experiment)["3"]
@@ -380,7 +380,7 @@ def test_new_scores_take_the_place_of_the_old(store, experiment, client, tmp_pat
 def test_a_model_that_a_killed_process_left_is_finished(store, experiment, client, tmp_path, saved, monkeypatch):
     run = trained(tmp_path, saved)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("lotlip.serving.save_served_model", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("lotlip.retrieval.serving.save_served_model", Mock(side_effect=KeyboardInterrupt))
         Tracker(store, experiment).log_scores(run, scored(), tmp_path)
     (left,) = logged_models(client, experiment).values()
     assert left.status == "PENDING"

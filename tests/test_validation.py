@@ -14,17 +14,18 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.config import CaptionStage, Evaluate, Pretrain, ScenesTower, TimmTower
-from lotlip.gate import Check, GateFailed
-from lotlip.partitions import write_captions
-from lotlip.records import Caption, Failure, ImageRecord, Unit, UnitReport
-from lotlip.validation import (
-    gate_caption,
-    gate_evaluate,
-    gate_image_tower,
-    gate_pretrain,
-    gate_report,
-)
+from lotlip.caption.config import CaptionConfig
+from lotlip.caption.gate import gate_caption
+from lotlip.core.checks import Check, GateFailed
+from lotlip.data.partitions import write_captions
+from lotlip.data.records import Caption, Failure, ImageRecord, Unit, UnitReport
+from lotlip.evaluate.config import EvaluateConfig
+from lotlip.evaluate.gate import gate_evaluate
+from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
+from lotlip.image_tower.gate import gate_image_tower
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.gate import gate_pretrain
+from lotlip.report.gate import gate_report
 from tests.partitions import write_partition
 from tests.test_gate import found
 
@@ -68,21 +69,21 @@ FEATURES = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 
 
 def test_image_tower_passes(tmp_path):
-    checks = gate_image_tower(ScenesTower(kind="scenes"), {"shape": 0.8, "colour": 0.6}, FEATURES, tmp_path)
+    checks = gate_image_tower(SceneTowerConfig(kind="scenes"), {"shape": 0.8, "colour": 0.6}, FEATURES, tmp_path)
     assert checks[-1].observed == "70 % (shape 80 %, colour 60 %)"
-    gate_image_tower(TimmTower(kind="timm", model="vit"), {}, FEATURES, tmp_path)
+    gate_image_tower(TimmTowerConfig(kind="timm", model="vit"), {}, FEATURES, tmp_path)
 
 
 @pytest.mark.parametrize("accuracy", [{"shape": 0.8, "colour": 0.3}, {}])
 def test_image_tower_fails_on_low_accuracy(tmp_path, accuracy):
-    settings = ScenesTower(kind="scenes", min_accuracy=0.6)
+    settings = SceneTowerConfig(kind="scenes", min_accuracy=0.6)
     line = found(lambda report: gate_image_tower(settings, accuracy, FEATURES, report), tmp_path)
     assert "mean accuracy over attributes is at least 60 %: found " in line
     assert ("55 %" if accuracy else "nothing") in line
 
 
 def test_image_tower_fails_on_features_that_are_all_alike(tmp_path):
-    settings = TimmTower(kind="timm", model="vit")
+    settings = TimmTowerConfig(kind="timm", model="vit")
     line = found(lambda report: gate_image_tower(settings, {}, np.ones((8, 4)), report), tmp_path)
     assert "features differ from picture to picture" in line
 
@@ -92,12 +93,12 @@ def test_image_tower_fails_on_features_that_are_no_numbers(tmp_path, value):
     features = FEATURES.copy()
     features[3, 2] = value
     with pytest.raises(GateFailed, match="no NaN or infinity: found 1"):
-        gate_image_tower(TimmTower(kind="timm", model="vit"), {}, features, tmp_path)
+        gate_image_tower(TimmTowerConfig(kind="timm", model="vit"), {}, features, tmp_path)
 
 
 # --- caption ------------------------------------------------------------------------------------------------------
 
-CAPTION = CaptionStage(max_failure_share=0.1, max_repeated_share=0.2)
+CAPTION = CaptionConfig(max_failure_share=0.1, max_repeated_share=0.2)
 
 
 def test_caption_passes(tmp_path):
@@ -137,7 +138,7 @@ def test_caption_fails_without_captions(tmp_path):
 
 # --- pretrain -----------------------------------------------------------------------------------------------------
 
-PRETRAIN = Pretrain(seeds=[0, 1], max_final_loss_share=0.9)
+PRETRAIN = PretrainConfig(seeds=[0, 1], max_final_loss_share=0.9)
 
 
 def history() -> pd.DataFrame:
@@ -207,7 +208,7 @@ def test_pretrain_fails_on_a_seed_without_a_curve(tmp_path):
 
 # --- evaluate -----------------------------------------------------------------------------------------------------
 
-EVALUATE = Evaluate(benchmarks={"scenes": {"kind": "scenes", "size": 100}}, min_score_over_chance=2)
+EVALUATE = EvaluateConfig(benchmarks={"scenes": {"kind": "scenes", "size": 100}}, min_score_over_chance=2)
 
 
 def scores() -> pd.DataFrame:

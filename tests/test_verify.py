@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lotlip.cli import app
-from lotlip.files import RECORD
-from lotlip.partitions import read_table
+from lotlip.core.files import RECORD
+from lotlip.data.partitions import read_table
 from lotlip.verify import verify
 from tests.defects import World
 from tests.test_defects import changing, flip, setting, swap_places

@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lotlip.config import Images
-from lotlip.config import WebDatasetSource as Settings
-from lotlip.partitions import read_table, write_partitions
-from lotlip.records import Failure, ImageRecord
-from lotlip.sources import open_source
-from lotlip.sources.keys import key_of, split_of
-from lotlip.sources.webdataset import WebDatasetSource
+from lotlip.data.keys import key_of
+from lotlip.data.partitions import read_table, write_partitions
+from lotlip.data.records import Failure, ImageRecord
+from lotlip.ingest.config import ImagesConfig
+from lotlip.ingest.config import WebDatasetSourceConfig as Settings
+from lotlip.ingest.sources import open_source
+from lotlip.ingest.sources.webdataset import WebDatasetSource
+from lotlip.ingest.split import split_of
 
 URL = "https://example.org/a/{}.jpg?x=1&y=2"
 
@@ -51,13 +52,13 @@ def write_tar(path: Path, members: dict[str, bytes] | list[tuple[str, bytes]], m
     return path
 
 
-def source(path: Path, images: Images | None = None, **settings: object) -> WebDatasetSource:
+def source(path: Path, images: ImagesConfig | None = None, **settings: object) -> WebDatasetSource:
     found = open_source(Settings(kind="webdataset", path=path, **settings), images)
     assert isinstance(found, WebDatasetSource)
     return found
 
 
-def read_all(path: Path, images: Images | None = None, **settings: object) -> list[ImageRecord | Failure]:
+def read_all(path: Path, images: ImagesConfig | None = None, **settings: object) -> list[ImageRecord | Failure]:
     opened = source(path, images, **settings)
     return [item for unit in opened.units(2) for item in opened.read(unit)]
 
@@ -228,7 +229,7 @@ def test_nothing_leads_out_of_a_tar_or_touches_the_disk(tmp_path, monkeypatch):
 
 def test_a_member_above_the_limit_is_not_read(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"a.jpg": b"\0" * 5000, "a.txt": b"a", **sample(1)})
-    found = read_all(path, Images(max_bytes=4999))
+    found = read_all(path, ImagesConfig(max_bytes=4999))
     assert kinds(found) == [("a", "too-large"), ("000000001", "")]
 
 

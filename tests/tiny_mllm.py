@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lotlip.records import ImageRecord
+from lotlip.data.records import ImageRecord
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>"]
 WORDS = (

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from lotlip.core.files import read_json
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.files import read_json
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.saving import save_model

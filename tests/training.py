@@ -12,11 +12,12 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from flows.processes import launch
-from lotlip.config import LocalLaunch, Pretrain, merge
-from lotlip.files import SCRATCH, read_json
-from lotlip.tracking import NullSink
-from lotlip.training.pretrain import Job, Trainer
+from flows.runtime.processes import launch
+from lotlip.core.files import SCRATCH, read_json
+from lotlip.core.section import merge
+from lotlip.pretrain.config import LocalLaunch, PretrainConfig
+from lotlip.pretrain.trainer import Job, Trainer
+from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TEXT, TinyWorld
 
 ROOT = Path(__file__).parent.parent
@@ -41,7 +42,7 @@ def scratch(folder: Path) -> Path:
 def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
     given = {
         "ablation": "tiny",
-        "config": Pretrain.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
+        "config": PretrainConfig.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
         "shards": str(world.shards),
         "image_tower": str(world.image_tower),
         "scratch": str(scratch(folder)),
@@ -57,7 +58,7 @@ def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
     file = folder / "job.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(vars(job)))
-    command = launch("lotlip.training.pretrain", [str(file)], processes, LocalLaunch())
+    command = launch("lotlip.train", [str(file)], processes, LocalLaunch())
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 
 
@@ -93,7 +94,7 @@ def same_to(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tol
 def train(job: Job, seeds: Sequence[int] = (0,)) -> Job:
     """Trains in this process."""
     for seed in seeds:
-        Trainer(job, Pretrain.model_validate(job.config), seed, NullSink()).train()
+        Trainer(job, PretrainConfig.model_validate(job.config), seed, NullSink()).train()
     return job
 
 
@@ -109,4 +110,4 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
 def trainers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     """The training processes: what was started, or the launcher's children."""
     started = psutil.Process(process.pid)
-    return [child for child in started.children() if "lotlip.training.pretrain" in child.cmdline()] or [started]
+    return [child for child in started.children() if "lotlip.train" in child.cmdline()] or [started]

@@ -41,7 +41,7 @@ KILLS = (
 )
 OTHERS = {
     "checkpoint": (("newest", "bit flipped"), ("newest", "truncated")),
-    "two": (("flows.reproduce", "at once"), ("flows.pretrain", "at once")),
+    "two": (("flows.reproduce", "at once"), ("flows.stages.pretrain", "at once")),
     "flip": (("output", "then flows.reproduce"), ("output", "then the stage alone")),
     "disk": (("project", "full"), ("scratch", "full"), ("TMPDIR", "full")),
 }

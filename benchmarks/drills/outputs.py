@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lotlip.files import RECORD
+from lotlip.core.files import RECORD
 
 # What stages publish, relative to the checkout.
 OUTPUTS = (

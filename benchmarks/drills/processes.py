@@ -31,7 +31,7 @@ class Found:
     def role(self) -> str:
         """What it is in the pipeline, for reports."""
         words = self.command.split()
-        if "flows.warm" in words:
+        if "flows.runtime.fork_server" in words:
             return "warm"
         if ("prefect" in words and "server" in words) or "prefect.server.api.server:create_app" in self.command:
             return "server"

@@ -18,7 +18,7 @@ import yaml
 
 from benchmarks.drills.outputs import OUTPUTS, fingerprints
 from benchmarks.drills.processes import MARKER, POLL_SECONDS, end_all, marked, wait_until
-from lotlip.files import ASIDE, PARTIAL
+from lotlip.core.files import ASIDE, PARTIAL
 from tests.tiny_pipeline import change_params, copy_checkout, smallest
 
 REPRODUCE = (sys.executable, "-m", "flows.reproduce")

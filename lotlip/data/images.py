@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, ImageFile
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
-    from lotlip.config import Augmentation
+    from lotlip.pretrain.config import AugmentationConfig
 
 # Of the released models, and of CLIP's before them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -318,7 +318,7 @@ def training_transform(
     image_size: int,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
-    augmentation: Augmentation | None = None,
+    augmentation: AugmentationConfig | None = None,
     resize: str = "crop",
 ) -> Transform:
     """What turns an encoded image into the tower's input in training, float32 [3, image_size, image_size].
@@ -344,7 +344,7 @@ def training_transform(
     return transform
 
 
-def random_box(width: int, height: int, augmentation: Augmentation, rng: random.Random) -> Box:
+def random_box(width: int, height: int, augmentation: AugmentationConfig, rng: random.Random) -> Box:
     """A piece of a picture, drawn as torchvision's RandomResizedCrop does.
 
     Its share of the area is uniform, the logarithm of its ratio too. Where ten such pieces do not fit into the picture,

@@ -19,8 +19,8 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from lotlip.files import remove, whole
-from lotlip.listing import is_hidden
+from lotlip.core.files import remove, whole
+from lotlip.core.listing import is_hidden
 
 INDEX = ".index.arrow"
 
@@ -239,7 +239,7 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Of what was written, as `lotlip.files.sha256_files` has it."""
+        """Of what was written, as `lotlip.core.files.sha256_files` has it."""
         return hashlib.sha256(self._digest.digest()).hexdigest()
 
     def _write(self, data: bytes) -> None:
@@ -271,7 +271,7 @@ class SampleWriter:
 
     @property
     def sha256(self) -> str:
-        """Of the tar, as `lotlip.files.sha256_files` has it."""
+        """Of the tar, as `lotlip.core.files.sha256_files` has it."""
         return self._tar.sha256
 
 

@@ -19,8 +19,8 @@ from tokenizers.normalizers import Replace
 from tokenizers.normalizers import Sequence as Steps
 from tokenizers.processors import TemplateProcessing
 
-from lotlip.files import read_json
-from lotlip.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, split_sub_captions
+from lotlip.core.files import read_json
+from lotlip.data.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, split_sub_captions
 
 # Shipped with the package, so that anyone's captions work offline (Apache-2.0).
 BUNDLED = ("bert-base-uncased",)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tokenizers import Tokenizer
 
-from lotlip.embedding import Embedder, Match, maker, matches
-from lotlip.index import Index, open_index
-from lotlip.pictures import Pictures, open_pictures
+from lotlip.data.pictures import Pictures, open_pictures
+from lotlip.retrieval.embedding import Embedder, Match, maker, matches
+from lotlip.retrieval.index import Index, open_index
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -151,7 +151,7 @@ class Explorer:
         Raises:
             ValueError: the text is blank, or a picture of the index is not there any more.
         """
-        from lotlip.evaluation.attention import maps_of
+        from lotlip.evaluate.attention import maps_of
 
         text = _not_blank(text)
         with self._lock:
@@ -190,7 +190,7 @@ class Explorer:
         Raises:
             ValueError: the text is blank.
         """
-        from lotlip.evaluation import attention
+        from lotlip.evaluate import attention
 
         text = _not_blank(text)
         offsets = self._whole_text.encode(text).offsets

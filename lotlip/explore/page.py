@@ -16,11 +16,11 @@ import gradio
 from PIL import Image
 from starlette.middleware import Middleware
 
+from lotlip.core.loopback import HOST, LoopbackOnly
+from lotlip.core.temporary import temporary_folder
 from lotlip.data.images import ENDINGS, decode_rgb
 from lotlip.explore.explorer import Explorer, Look, Reading
-from lotlip.loopback import HOST, LoopbackOnly
-from lotlip.overlay import beside, heat, shown
-from lotlip.temporary import temporary_folder
+from lotlip.figures.overlay import beside, heat, shown
 
 MAX_UPLOAD = "64mb"
 _EXAMPLES = 4

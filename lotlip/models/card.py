@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lotlip.config import flatten
+from lotlip.core.section import flatten
 from lotlip.models.configuration import LotlipConfig
 
 _USE = """

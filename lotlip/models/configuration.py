@@ -20,7 +20,7 @@ class LotlipConfig(PretrainedConfig):
         register_tokens: learned tokens without a mask and a loss of their own (Table 7).
         similarity: "cosine" of one feature each, or FILIP's "late-interaction" (arXiv 2111.07783).
         logit_bias: whether the logits have a learned bias, as SigLIP's do (arXiv 2303.15343).
-        sentence_ends: where training split texts into sub-captions, as in `lotlip.text.split_sub_captions`; models
+        sentence_ends: where training split texts into sub-captions, as in `lotlip.data.text.split_sub_captions`; models
             from before this field split as released.
         provenance: how the weights came to be (training configuration, data, scores), for the model card.
     """

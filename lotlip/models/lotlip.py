@@ -16,15 +16,15 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from lotlip.losses import lotlip_loss
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.packing import Texts
-from lotlip.models.similarity import cosine, late_interaction
 from lotlip.models.text_tower import TextTower
+from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.objectives.similarity import cosine, late_interaction
 
 if TYPE_CHECKING:
-    from lotlip.models.image_tower import ImageTower
+    from lotlip.models.vision.image_tower import ImageTower
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
@@ -74,7 +74,7 @@ class LotlipModel(PreTrainedModel):
         self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS)) if config.logit_bias else None
         self.image: ImageTower | None = None
         if image_tower:
-            from lotlip.models.image_tower import ImageTowerSpec, build_image_tower  # timm takes 2 s to import
+            from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower  # timm takes 2 s to import
 
             self.image = build_image_tower(ImageTowerSpec.from_json(config.image_config))
         self.post_init()

@@ -10,11 +10,11 @@ from transformers import (
     ProcessorMixin,
 )
 
+from lotlip.core.temporary import temporary_folder
 from lotlip.data.images import MEAN, STD
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_processing import LotlipImageProcessor
-from lotlip.temporary import temporary_folder
 
 
 class LotlipProcessor(ProcessorMixin):

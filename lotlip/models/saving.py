@@ -11,14 +11,14 @@ from typing import Any
 from torch import Tensor
 from transformers.utils import logging
 
+from lotlip.core.files import read_json
+from lotlip.data.text import as_sentence_ends
 from lotlip.data.tokenizer import TextTokenizer, saved_sentence_ends
-from lotlip.files import read_json
+from lotlip.data.weights import check_finite, check_weights, read_weights
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.processing import LotlipProcessor
-from lotlip.models.weights import check_finite, check_weights, read_weights
-from lotlip.text import as_sentence_ends
 
 
 def save_model(

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lotlip.figures.charts import Figure
+from lotlip.figures.intervals import estimate
 from lotlip.report import groups
-from lotlip.report.drawing import Figure
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.intervals import estimate
 from lotlip.report.tables import Cell, Column, Table, estimate_cell, number, score, words
 
 _SMALL, _SALIENT = "On small objects, %", "On the salient one"

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from lotlip.report import groups
-from lotlip.report.drawing import (
+from lotlip.figures.charts import (
     INK,
     LOW,
     OTHER_COLOURS,
@@ -24,6 +23,7 @@ from lotlip.report.drawing import (
     label_ends,
     places,
 )
+from lotlip.report import groups
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import MEASURES, NOTE, Measure
 from lotlip.report.results import DIRECTIONS, benchmark_names

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lotlip.config import Pretrain
+from lotlip.figures.intervals import LEVEL, Estimate, estimate
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.report import groups
 from lotlip.report.inputs import Ablation, ReportInputs
-from lotlip.report.intervals import LEVEL, Estimate, estimate
 from lotlip.report.measures import LONG, NOTE, SHORT, TOP1, Measure
 from lotlip.report.tables import Cell, Column, Table, words
 
@@ -31,7 +31,7 @@ class Runs:
     """The ablations that have results, and what they differ from."""
 
     ablations: list[Ablation]
-    base: Pretrain
+    base: PretrainConfig
 
     @property
     def systems(self) -> dict[str, Ablation]:

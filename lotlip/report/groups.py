@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lotlip.config import Pretrain, flatten
+from lotlip.core.section import flatten
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.report.inputs import Ablation
 
 CORNER_TOKENS, CORNER_MASK, REGISTER_TOKENS = "text.corner_tokens", "text.corner_mask", "text.register_tokens"
@@ -31,7 +32,7 @@ PACE = ("steps", "batch_size", "accumulation", "optimizer.")
 SYSTEMS = ("LiT", "LiT + long texts", "Long-CLIP", "LoTLIP")
 
 
-def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
+def differences(config: PretrainConfig, base: PretrainConfig) -> dict[str, Any]:
     """Dotted key → value wherever `config` differs from `base` in a way that matters.
 
     Without corner tokens the mask does not matter; without long texts nothing about them does.
@@ -47,7 +48,7 @@ def differences(config: Pretrain, base: Pretrain) -> dict[str, Any]:
     return {key: ours.get(key) for key in keys if key not in ignored and ours.get(key) != theirs.get(key)}
 
 
-def system(config: Pretrain, base: Pretrain) -> str | None:
+def system(config: PretrainConfig, base: PretrainConfig) -> str | None:
     """The system of the paper's comparison that a configuration is, whatever weights its loss has; None: no such."""
     beyond = differences(config, base).keys() - LOSS_WEIGHTS - {CORNER_TOKENS, SUB_CAPTIONS}
     corners, parts = config.text.corner_tokens, config.long_texts.sub_captions
@@ -65,19 +66,19 @@ def system(config: Pretrain, base: Pretrain) -> str | None:
     return "LoTLIP" if corners == base.text.corner_tokens else None
 
 
-def systems(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def systems(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """LiT, LiT with long texts, Long-CLIP, LoTLIP; of each the one with the base's loss weights first."""
     kinds = {ablation.name: system(ablation.config, base) for ablation in ablations}
     chosen = [ablation for ablation in ablations if kinds[ablation.name]]
     return sorted(chosen, key=lambda a: (SYSTEMS.index(str(kinds[a.name])), weighs_otherwise(a, base)))
 
 
-def weighs_otherwise(ablation: Ablation, base: Pretrain) -> bool:
+def weighs_otherwise(ablation: Ablation, base: PretrainConfig) -> bool:
     """Whether its loss has other weights than the base's."""
     return bool(differences(ablation.config, base).keys() & LOSS_WEIGHTS)
 
 
-def main_systems(ablations: list[Ablation], base: Pretrain) -> dict[str, Ablation]:
+def main_systems(ablations: list[Ablation], base: PretrainConfig) -> dict[str, Ablation]:
     """System → the one ablation that stands for it in headlines."""
     found: dict[str, Ablation] = {}
     for ablation in systems(ablations, base):
@@ -85,13 +86,13 @@ def main_systems(ablations: list[Ablation], base: Pretrain) -> dict[str, Ablatio
     return found
 
 
-def corner_tokens(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def corner_tokens(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those that differ in corner tokens and their mask alone, by m, mask on before off."""
     chosen = [a for a in ablations if differences(a.config, base).keys() <= {CORNER_TOKENS, CORNER_MASK}]
     return sorted(chosen, key=lambda a: (a.config.text.corner_tokens, masked_off(a)))
 
 
-def sub_captions(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def sub_captions(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those that differ in k alone, with the base's corner tokens or with none, by m, then k."""
     chosen = []
     for ablation in ablations:
@@ -101,7 +102,7 @@ def sub_captions(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
     return sorted(chosen, key=lambda a: (_corners(a), a.config.long_texts.sub_captions))
 
 
-def registers(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def registers(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those with register tokens and none of the corner, and beside them those with as many corner tokens, and none.
 
     By number, registers first; empty where none has registers.
@@ -115,13 +116,13 @@ def registers(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
     return sorted(chosen, key=lambda a: (a.config.text.register_tokens + _corners(a), _corners(a)))
 
 
-def captioners(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def captioners(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those that differ in the captioners alone, single ones first; that which names none has all."""
     chosen = [a for a in ablations if differences(a.config, base).keys() <= {CAPTIONERS}]
     return sorted(chosen, key=lambda a: len(a.config.long_texts.captioners) or math.inf)
 
 
-def baselines(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def baselines(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those that contrast or compare otherwise or train the image tower, after what else is like them.
 
     Empty where there are none. By texts, then by corner tokens.
@@ -150,13 +151,13 @@ def method(ablation: Ablation) -> str:
     return "LiT" if ablation.config.image_tower.frozen else "CLIP"
 
 
-def context_lengths(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def context_lengths(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those that differ in the context length alone, shortest first."""
     chosen = [a for a in ablations if differences(a.config, base).keys() <= {CONTEXT_LENGTH}]
     return sorted(chosen, key=lambda a: a.config.text.context_length)
 
 
-def with_base_tower(ablations: list[Ablation], base: Pretrain) -> list[Ablation]:
+def with_base_tower(ablations: list[Ablation], base: PretrainConfig) -> list[Ablation]:
     """Those with counted operations whose text tower is the base's but for the context length, the base first.
 
     Where there is none, the first ablation with counted operations stands for it.

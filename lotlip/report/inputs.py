@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lotlip.config import Params, Pretrain
-from lotlip.files import read_json
-from lotlip.records import DATA_DOCS
+from lotlip.config.params import Params
+from lotlip.core.files import read_json
+from lotlip.data.records import DATA_DOCS
+from lotlip.pretrain.config import PretrainConfig
 
 CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
@@ -28,14 +29,14 @@ class Benchmark:
         chance: metric → the value that guessing has.
         ceiling: recall → the best that repeated texts and images allow; empty where it is not known.
         examples: kind of text → the first seed's "best" and "worst" retrievals, as of
-            `lotlip.evaluation.examples.retrieval_examples`.
+            `lotlip.evaluate.examples.retrieval_examples`.
         example_images: number of an image in `examples` → JPEG.
         not_drawn: what could not be drawn of it → why.
         seeds: seed → metric → value; fractions, except ranks.
         intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
         attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
         pictures: name → PNG, of where the first seed's attention goes.
-        reading: seed → what `lotlip.evaluation.reading.Reading` says; empty where images are no scenes.
+        reading: seed → what `lotlip.evaluate.reading.Reading` says; empty where images are no scenes.
     """
 
     protocol: dict[str, Any]
@@ -78,7 +79,7 @@ class Ablation:
     """
 
     name: str
-    config: Pretrain
+    config: PretrainConfig
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
@@ -217,7 +218,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
 
 def _caption_words(ingest: Path) -> dict[str, float]:
     """Quantiles of the number of words of the first raw captions, of all splits."""
-    from lotlip import partitions
+    import lotlip.data.partitions as partitions
 
     counts: list[int] = []
     for name in partitions.unit_names(ingest):
@@ -297,10 +298,10 @@ def _example_images(folder: Path) -> dict[int, bytes]:
     return {int(file.stem): file.read_bytes() for file in sorted(folder.glob("*.jpg"))}
 
 
-def _trained_with(stored: dict[str, Any], wanted: Pretrain, name: str, missing: list[str]) -> Pretrain:
+def _trained_with(stored: dict[str, Any], wanted: PretrainConfig, name: str, missing: list[str]) -> PretrainConfig:
     """The configuration beside the metrics, which is what they hold for; params.yaml may have moved on since."""
     try:
-        config = Pretrain.model_validate(stored)
+        config = PretrainConfig.model_validate(stored)
     except ValidationError:
         missing.append(f"metrics of {name}: their configuration is of another version of lotlip; run it again")
         return wanted
@@ -346,7 +347,7 @@ def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) 
 
 def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
     """The first pictures of the test split, drawn or scaled for the page, with what is said about them."""
-    from lotlip import partitions
+    import lotlip.data.partitions as partitions
 
     if params.report.contact_sheet == 0:
         return []
@@ -371,7 +372,7 @@ def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
 
 def _long_captions(params: Params, root: Path, name: str, silent: dict[str, None]) -> dict[str, dict[str, str]]:
     """Key → captioner → long caption, of a partition; `silent` gets a line for a captioner that has none for it."""
-    from lotlip import partitions
+    import lotlip.data.partitions as partitions
 
     captions: dict[str, dict[str, str]] = {}
     for captioner in params.caption.captioners:
@@ -392,7 +393,7 @@ def _jpeg(image: bytes, scene: Any) -> bytes:
     from lotlip.data.images import decode_rgb
 
     if isinstance(scene, str):
-        from lotlip.sources.scenes import Scene, render
+        from lotlip.demo.world import Scene, render
 
         picture = render(Scene.from_json(json.loads(scene)), size=PICTURE_SIZE)
     else:

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lotlip.figures.intervals import Estimate, estimate
 from lotlip.report.inputs import Ablation, Benchmark
-from lotlip.report.intervals import Estimate, estimate
 
 NOTE = "Retrieval: the mean of R@1 image → text and text → image; classification: top-1."
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lotlip.config import ScenesSource
+from lotlip.ingest.config import SceneSourceConfig
 from lotlip.report import groups
 from lotlip.report.findings import NOT_RUN, Judged
 from lotlip.report.inputs import ReportInputs
@@ -48,7 +48,7 @@ class Examples:
 
 def data_first(inputs: ReportInputs, judged: Sequence[Judged]) -> bool:
     """Whether the page starts with the data: it is a person's own, or none of the paper's findings was run."""
-    own = not isinstance(inputs.params.ingest.source, ScenesSource)
+    own = not isinstance(inputs.params.ingest.source, SceneSourceConfig)
     return own or all(one.verdict == NOT_RUN for one in judged)
 
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lotlip.files import whole, write_json
-from lotlip.records import DATA_DOCS
+from lotlip.core.files import whole, write_json
+from lotlip.data.records import DATA_DOCS
+from lotlip.figures.charts import SYSTEM_COLOURS
 from lotlip.report import attention_section, figures, findings, groups, overview, results, sections, stages, tables
-from lotlip.report.drawing import SYSTEM_COLOURS
 from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.tables import Cell, Table

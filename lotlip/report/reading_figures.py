@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lotlip.figures.charts import SMALL, SYSTEM_COLOURS, Figure, Line, Point, draw_lines, drawn, places
+from lotlip.figures.intervals import estimate
 from lotlip.report import groups
-from lotlip.report.drawing import SMALL, SYSTEM_COLOURS, Figure, Line, Point, draw_lines, drawn, places
 from lotlip.report.inputs import ReportInputs
-from lotlip.report.intervals import estimate
 from lotlip.report.results import DIRECTIONS
 
 if TYPE_CHECKING:

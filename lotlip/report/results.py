@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lotlip.evaluation.ceiling import repeats_in_words
+from lotlip.evaluate.ceiling import repeats_in_words
+from lotlip.figures.intervals import OVER_PICTURES, OVER_SEEDS
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.intervals import OVER_PICTURES, OVER_SEEDS
 from lotlip.report.tables import Cell, Column, Table, mark_best, number, score
 
 FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from lotlip.config import Pretrain
-from lotlip.evaluation.reference import REFERENCE, SOURCE
+from lotlip.evaluate.reference import REFERENCE, SOURCE
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.report import figures, groups
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
@@ -42,8 +42,8 @@ class Comparison:
     title: str
     paper: str
     note: str
-    choose: Callable[[list[Ablation], Pretrain], list[Ablation]]
-    lead: Callable[[list[Ablation], Pretrain], list[Lead]]
+    choose: Callable[[list[Ablation], PretrainConfig], list[Ablation]]
+    lead: Callable[[list[Ablation], PretrainConfig], list[Lead]]
     draw: Callable[[ReportInputs, str], figures.Figure | None] | None = None
 
 
@@ -145,11 +145,11 @@ def _parts(ablations: Sequence[Ablation]) -> Lead:
     return Column("sub_captions", "k"), [number(a.config.long_texts.sub_captions) for a in ablations]
 
 
-def _changes(ablations: Sequence[Ablation], base: Pretrain) -> Lead:
+def _changes(ablations: Sequence[Ablation], base: PretrainConfig) -> Lead:
     return _column("changes", "Change", [groups.in_words(groups.differences(a.config, base)) for a in ablations])
 
 
-def _weights(config: Pretrain) -> str:
+def _weights(config: PretrainConfig) -> str:
     """What counts how much in the loss, as a person says it."""
     loss = config.loss
     shares = "1/N for each feature" if loss.raw_share is None else f"{loss.raw_share:.0%} on raw captions"
@@ -157,39 +157,39 @@ def _weights(config: Pretrain) -> str:
     return shares + (f", × {loss.raw_weight:g} raw, {loss.long_weight:g} long" if weighted else "")
 
 
-def _of_systems(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_systems(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     leads = [_names(ablations), _column("system", "System", [groups.system(a.config, base) for a in ablations])]
     weights = [_weights(a.config) for a in ablations]
     return leads + ([_column("weights", "Loss weights", weights)] if len(set(weights)) > 1 else [])
 
 
-def _of_corner_tokens(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_corner_tokens(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     states = ["" if not a.config.text.corner_tokens else "off" if groups.masked_off(a) else "on" for a in ablations]
     return [_names(ablations), _corners(ablations), _column("corner_mask", "Mask", states)]
 
 
-def _of_sub_captions(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_sub_captions(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     return [_names(ablations), _corners(ablations), _parts(ablations)]
 
 
-def _of_context_lengths(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_context_lengths(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     lengths = [number(a.config.text.context_length) for a in ablations]
     leads = [_names(ablations), (Column("context_length", "Context"), lengths)]
     costs = [gigaflops(a.flops_per_text) for a in ablations]
     return leads + ([(FLOPS, costs)] if flops_known(ablations) else [])
 
 
-def _of_registers(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_registers(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     registers = Column("register_tokens", "Registers"), [number(a.config.text.register_tokens) for a in ablations]
     return [_names(ablations), registers, _corners(ablations, "Corner tokens")]
 
 
-def _of_captioners(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_captioners(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     whose = [", ".join(a.config.long_texts.captioners) or "all" for a in ablations]
     return [_names(ablations), _column("captioners", "Captioners", whose)]
 
 
-def _of_baselines(ablations: list[Ablation], base: Pretrain) -> list[Lead]:
+def _of_baselines(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
     kinds = [groups.system(a.config, base) or groups.method(a) for a in ablations]
     towers = ["frozen" if a.config.image_tower.frozen else "trained" for a in ablations]
     return [

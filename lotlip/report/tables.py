@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from lotlip.report.intervals import Estimate, estimate
+from lotlip.figures.intervals import Estimate, estimate
 
 ABSENT = "–"
 

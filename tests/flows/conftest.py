@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from coverage import Coverage
 
-from flows.servers import free_port, new_login, prefect_client, prefect_server
-from flows.warm import warm
+from flows.runtime.fork_server import warm
+from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server
 from tests.tiny_pipeline import ROOT, change_params, copy_checkout
 from tests.tiny_pipeline import tiny as tiny  # tests import it from here
 

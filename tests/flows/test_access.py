@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.servers import free_port, new_login, prefect_client, prefect_server, using_prefect
+from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server, using_prefect
 from tests.flows.conftest import ROOT, traced
 from tests.flows.test_cancel import await_that
 

@@ -15,8 +15,8 @@ from typing import Any
 import psutil
 import pytest
 
-from lotlip.files import write_json
-from lotlip.loopback import basic
+from lotlip.core.files import write_json
+from lotlip.core.loopback import basic
 from tests.flows.conftest import ROOT
 from tests.training import tiny_job
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.processes import launch, run_group
+from flows.runtime.processes import launch, run_group
 from lotlip.config import LocalLaunch
 
 
@@ -36,7 +36,7 @@ from lotlip.config import LocalLaunch
 def training(job: str) -> None:
     folder = Path(job).parent
     with (folder / "lines").open("w", buffering=1) as lines:
-        command = launch("lotlip.training.pretrain", [job], 2, LocalLaunch())
+        command = launch("lotlip.train", [job], 2, LocalLaunch())
         run_group(command, lambda line: print(line, file=lines), folder / "errors.log")
 
 
@@ -69,7 +69,7 @@ def running(job: Path) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         arguments = process.info["cmdline"] or []
-        trains = str(job) in arguments and "lotlip.training.pretrain" in arguments
+        trains = str(job) in arguments and "lotlip.train" in arguments
         if trains and process.info["status"] != psutil.STATUS_ZOMBIE:
             found.append(process)
     return found

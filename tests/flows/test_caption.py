@@ -14,10 +14,10 @@ import psutil
 import pytest
 import yaml
 
-from flows.servers import free_port
-from flows.warm import SOCKET
-from lotlip.config import CaptionStage
-from lotlip.partitions import read_captions, read_index, unit_names
+from flows.runtime.fork_server import SOCKET
+from flows.runtime.servers import free_port
+from lotlip.caption.config import CaptionConfig
+from lotlip.data.partitions import read_captions, read_index, unit_names
 from tests.flows.conftest import ROOT, Workspace, tiny
 
 HOW = {"task_runner", "ray"}
@@ -25,7 +25,7 @@ HOW = {"task_runner", "ray"}
 
 def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
     watched = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["caption"]["do"]["params"]
-    deciding = {f"caption.{name}" for name in set(CaptionStage.model_fields) - HOW - {"captioners"}}
+    deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - HOW - {"captioners"}}
     assert set(watched) == deciding | {"caption.captioners.${key}"}
 
 
@@ -34,7 +34,7 @@ def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
 )
 def test_what_dvc_watches_is_written_out(path):
     # DVC knows no defaults
-    assert set(CaptionStage.model_fields) - HOW <= set(yaml.safe_load(path.read_text())["caption"])
+    assert set(CaptionConfig.model_fields) - HOW <= set(yaml.safe_load(path.read_text())["caption"])
 
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
@@ -53,7 +53,7 @@ def workspace(make_workspace) -> Workspace:
     workspace: Workspace = make_workspace()
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=30))
-    workspace.python("flows.ingest")
+    workspace.python("flows.stages.ingest")
     slow(workspace, 0)
     return workspace
 
@@ -84,7 +84,7 @@ def run_on(workspace: Workspace, runner: str, **quality: Any) -> None:
 def begin(workspace: Workspace, captioner: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     log = (workspace.folder / "flow.log").open("w")
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.caption", captioner],
+        [sys.executable, "-m", "flows.stages.caption", captioner],
         cwd=workspace.folder,
         env=environment,
         start_new_session=True,
@@ -125,7 +125,7 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
     assert 0 < len(finished) < 11
     assert not (workspace.folder / "data" / "captions" / "llava").exists()
 
-    workspace.python("flows.caption", "llava")
+    workspace.python("flows.stages.caption", "llava")
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     counted = Counter(key for key, _ in calls(workspace))
     assert len(counted) == len(keys(workspace, "llava")) == len(set(keys(workspace, "llava"))) == 330
@@ -134,21 +134,21 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
 
     forget(workspace)
     run_on(workspace, "threads", long=120)
-    workspace.python("flows.caption", "llava", check=False)  # so many are dropped that the gate may not like it
+    workspace.python("flows.stages.caption", "llava", check=False)  # so many are dropped that the gate may not like it
     workspace.change(lambda params: params["caption"].update(max_filtered_share=1.0))
-    workspace.python("flows.caption", "llava")
+    workspace.python("flows.stages.caption", "llava")
     index = read_index(workspace.folder / "data" / "captions" / "llava")
     assert index["failure_kinds"] == {"long": index["failed"]}
     assert index["quality"]["filtered"]["long"] == index["failed"] > 0
     assert calls(workspace) == []
 
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(seed=5))
-    workspace.python("flows.caption", "llava")
+    workspace.python("flows.stages.caption", "llava")
     assert len(calls(workspace)) == 330
     assert len([folder for folder in store.iterdir() if folder.is_dir()]) == 2
     forget(workspace)
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].pop("seed"))
-    workspace.python("flows.caption", "llava")
+    workspace.python("flows.stages.caption", "llava")
     assert calls(workspace) == []
 
 
@@ -156,7 +156,7 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
 def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace) -> None:
     slow(workspace, 0.05)
     run_on(workspace, "threads")
-    workspace.python("flows.caption", "sharegpt4v")
+    workspace.python("flows.stages.caption", "sharegpt4v")
     expected = published(workspace, "sharegpt4v")
     for path in sorted((workspace.folder / "data" / "caption-store").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -209,9 +209,9 @@ def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
 
 
 def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
-    from flows.cluster import on_ray
-    from flows.stage import StageFailed
-    from lotlip.config import load_params
+    from flows.runtime.ray_runner import on_ray
+    from flows.runtime.stage import StageFailed
+    from lotlip.config.params import load_params
 
     monkeypatch.setitem(sys.modules, "prefect_ray", None)
     with pytest.raises(StageFailed, match=r"prefect_ray is not installed: pip install 'lotlip\[ray\]'"):
@@ -221,10 +221,10 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
 @pytest.mark.slow
 def test_a_server_that_is_not_there_is_one_clear_line(workspace: Workspace) -> None:
     before = (workspace.folder / "params.yaml").read_text()
-    gone = {"kind": "endpoint", "path": "lotlip/captioning/endpoint.py", "model": "tiny", "revision": "1"}
+    gone = {"kind": "endpoint", "path": "lotlip/caption/captioners/endpoint.py", "model": "tiny", "revision": "1"}
     gone["url"] = f"http://127.0.0.1:{free_port()}/v1"
     workspace.change(lambda params: params["caption"]["captioners"].update(gone=gone))
-    done = workspace.python("flows.caption", "gone", check=False)
+    done = workspace.python("flows.stages.caption", "gone", check=False)
     (workspace.folder / "params.yaml").write_text(before)
     assert done.returncode == 1
     assert f"error in caption gone: {gone['url']} does not answer" in done.stderr

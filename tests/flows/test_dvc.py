@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.dvc import remove_stale_lock
+from flows.runtime.dvc import remove_stale_lock
 from tests.flows.conftest import ROOT
 
 STAGES = 3
@@ -119,7 +119,7 @@ def test_a_stale_lock_of_a_dead_dvc_is_removed(project, content):
     lock.write_text(content)
     for name in ("lock", "rwlock.lock"):  # these hold nobody's lock any more, whatever they say
         (lock.parent / name).write_text("4194304\n")
-    done = run(project, "-m", "flows.dvc", "repro")
+    done = run(project, "-m", "flows.runtime.dvc", "repro")
     assert str(lock) in done.stderr
     assert (project / f"o{STAGES}").exists()
 
@@ -151,7 +151,7 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
         name: value for name, value in os.environ.items() if name not in ("DVC_SITE_CACHE_DIR", "LOTLIP_WARM")
     }
     environment |= {"PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "DVC_NO_ANALYTICS": "1"}
-    command = [sys.executable, "-m", "flows.dvc", "doctor"]
+    command = [sys.executable, "-m", "flows.runtime.dvc", "doctor"]
     said = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True).stdout
     (site,) = [Path(line.partition(": ")[2]) for line in said.splitlines() if line.startswith("Repo.site_cache_dir")]
     assert site.is_relative_to(tmp_path / "cache")
@@ -163,8 +163,8 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
 
 def test_a_project_without_git_runs_and_takes_git_up_later(project):
     (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
-    run(project, "-m", "flows.dvc", "repro")
+    run(project, "-m", "flows.runtime.dvc", "repro")
     assert (project / f"o{STAGES}").exists()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
-    run(project, "-m", "flows.dvc", "status")
+    run(project, "-m", "flows.runtime.dvc", "status")
     assert "no_scm" not in (project / ".dvc/config.local").read_text()

@@ -50,7 +50,7 @@ def test_a_command_of_lotlip_ends_in_one_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("module", "read"),
     [
-        ("flows.join", ".lotlip/announced.json"),
+        ("flows.runtime.agent", ".lotlip/announced.json"),
         ("flows.restore", "params.yaml"),
         ("flows.reproduce", "params.yaml"),
         ("flows.ui", "params.yaml"),

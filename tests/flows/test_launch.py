@@ -14,18 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from flows import join
-from flows.guard import end_group, group, start_group
-from flows.processes import launch, read_hostfile, reason_of, run_group
-from flows.servers import free_port
-from flows.stage import StageFailed
-from lotlip.config import HostfileLaunch, LocalLaunch, Pretrain, RendezvousLaunch, SlurmLaunch
+from flows.runtime import agent as join
+from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
+from flows.runtime.servers import free_port
+from flows.runtime.stage import StageFailed
+from flows.runtime.supervisor import end_group, group, start_group
+from lotlip.pretrain.config import HostfileLaunch, LocalLaunch, PretrainConfig, RendezvousLaunch, SlurmLaunch
 from tests.conftest import TinyWorld
 from tests.flows.conftest import traced
 from tests.training import losses, tiny_job
 
 ROOT = Path(__file__).parents[2]
-TRAINING = "lotlip.training.pretrain"
+TRAINING = "lotlip.train"
 
 
 def hostfile(folder: Path, text: str) -> Path:
@@ -38,9 +38,9 @@ def hostfile(folder: Path, text: str) -> Path:
 
 
 def test_one_machine_needs_a_launcher_for_several_processes_only():
-    assert launch("m", ["x"], 1, LocalLaunch())[1:] == ["-m", "flows.run", "m", "x"]
+    assert launch("m", ["x"], 1, LocalLaunch())[1:] == ["-m", "flows.runtime.run", "m", "x"]
     command = launch("m", ["x"], 4, LocalLaunch())
-    assert command[1:] == ["-m", "flows.together", "4", "m", "x"]
+    assert command[1:] == ["-m", "flows.runtime.local_launch", "4", "m", "x"]
 
 
 def test_a_hostfile_goes_to_deepspeed(tmp_path):
@@ -104,7 +104,7 @@ def test_each_try_meets_apart_and_one_machine_is_the_host():
 )
 def test_a_launch_that_cannot_be_used_says_why(launched, message):
     with pytest.raises(ValueError, match=message):
-        Pretrain(processes=8, launch=launched)
+        PretrainConfig(processes=8, launch=launched)
 
 
 # --- joining ------------------------------------------------------------------------------------------------------
@@ -114,7 +114,7 @@ def test_a_launch_that_cannot_be_used_says_why(launched, message):
 def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, **traced(), "PYTHONPATH": str(ROOT)}
     process = start_group(
-        [sys.executable, "-m", "flows.join"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "flows.runtime.agent"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )
     try:
         yield process
@@ -150,7 +150,7 @@ def test_other_launches_announce_nothing(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process that trains by itself."""
-    return train(tiny_world, tmp_path_factory.mktemp("alone"), Pretrain().launch, processes=1)
+    return train(tiny_world, tmp_path_factory.mktemp("alone"), PretrainConfig().launch, processes=1)
 
 
 def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import warm as warm_module
-from flows.guard import end_group, ending_well, start_group
-from flows.warm import SOCKET, warm
+from flows.runtime import fork_server as warm_module
+from flows.runtime.fork_server import SOCKET, warm
+from flows.runtime.supervisor import end_group, ending_well, start_group
 from tests.flows.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
@@ -27,13 +27,13 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tell
 # A program that starts another one as stages do, and says who they are.
 PARENT = """
 import os, sys, time
-from flows.guard import start_group
+from flows.runtime.supervisor import start_group
 
 child = start_group([sys.executable, "-c", "import time; time.sleep(600)"])
 print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
-# `python -m flows.warm` without the seconds that its imports take
+# `python -m flows.runtime.fork_server` without the seconds that its imports take
 QUICK = "import socket, sys; from flows import warm; warm.PRELOADED = (); \
 warm._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
 
@@ -98,7 +98,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
-    with program(quick, "-m", "flows.run", "parent") as client:
+    with program(quick, "-m", "flows.runtime.run", "parent") as client:
         processes = started(client)
         assert processes[0].ppid() == server().pid
         server().kill()
@@ -113,20 +113,20 @@ def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
             connection.connect(quick[SOCKET])
             if sent:
                 socket.send_fds(connection, [sent], [0, 1, 2])
-    with program(quick, "-m", "flows.run", "parent") as client:
+    with program(quick, "-m", "flows.runtime.run", "parent") as client:
         assert started(client)[0].ppid() == server().pid
 
 
 def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
     owner = (
-        "import os, time\nfrom flows.warm import warm\n"
+        "import os, time\nfrom flows.runtime.fork_server import warm\n"
         f"with warm(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     monkeypatch.setattr("tempfile.tempdir", None)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr("lotlip.temporary.SOCKET_BASE_BYTES", 90)
-    with program(environment, "-c", "import lotlip.temporary as t; t.SOCKET_BASE_BYTES = 90\n" + owner) as process:
+    monkeypatch.setattr("lotlip.core.temporary.SOCKET_BASE_BYTES", 90)
+    with program(environment, "-c", "import lotlip.core.temporary as t; t.SOCKET_BASE_BYTES = 90\n" + owner) as process:
         assert process.stdout is not None
         left = Path(process.stdout.readline().strip()).parent
         processes = psutil.Process(process.pid).children()
@@ -167,7 +167,7 @@ def test_a_program_started_in_a_thread_outlives_the_thread():
 
 
 def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
-    script = "from lotlip.lifetime import end_with_parent; end_with_parent(1 << 30); print('goes on')"
+    script = "from lotlip.core.lifetime import end_with_parent; end_with_parent(1 << 30); print('goes on')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGKILL, "")
 
@@ -176,7 +176,7 @@ def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
 def test_a_guard_ends_all_that_its_command_started(sign):
     """As a stage's servers and their workers: grandchildren that know nothing of their grandparent."""
     owner = """
-from flows.guard import ending_well, group, guarded
+from flows.runtime.supervisor import ending_well, group, guarded
 with ending_well(), group(guarded(["sh", "-c", "sleep 600 & echo $$ $!; wait"])) as process:
     process.wait()
 """
@@ -205,7 +205,7 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
 def test_the_prefect_server_of_a_killed_stage_ends_with_it(tmp_path):
     script = """
 import os, signal, psutil
-from flows.servers import prefect_for_program
+from flows.runtime.servers import prefect_for_program
 with prefect_for_program():
     print(os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True)), flush=True)
     signal.pause()

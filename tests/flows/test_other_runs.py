@@ -21,7 +21,7 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
     workspace.change(lambda params: params["ingest"].update(partition_size=5))
     workspace.change(lambda params: params.update(orchestration={"workers": 1}))
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.ingest"], cwd=workspace.folder, env=workspace.alone, start_new_session=True
+        [sys.executable, "-m", "flows.stages.ingest"], cwd=workspace.folder, env=workspace.alone, start_new_session=True
     )
     scratch = workspace.folder / ".lotlip" / "work" / "ingest"
     deadline = time.monotonic() + 600
@@ -33,7 +33,7 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
     process.wait()
     assert not (workspace.folder / "data" / "ingest").exists()
     written = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished}
-    workspace.python("flows.ingest")
+    workspace.python("flows.stages.ingest")
     published = workspace.folder / "data" / "ingest" / "train"
     assert len(list(published.glob("part-*.json"))) == 48
     for name, when in written.items():
@@ -43,7 +43,7 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
 
 def test_own_images(make_workspace, tmp_path: Path) -> None:
     """A folder of pictures with some that are broken, by the profile for it."""
-    from lotlip.sources.scenes import generate_scene, render
+    from lotlip.demo.world import generate_scene, render
 
     workspace = make_workspace()
     pictures = workspace.folder / "my-images"
@@ -68,7 +68,7 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     strict = workspace.folder / "params.yaml"
     lenient = strict.read_text()
     strict.write_text(lenient.replace("max_failure_share: 0.05", "max_failure_share: 0.01"))
-    done = workspace.python("flows.ingest", check=False)
+    done = workspace.python("flows.stages.ingest", check=False)
     assert "share of items that failed is at most 1 %: found 5 %" in done.stderr
     assert not (workspace.folder / "data" / "ingest").exists()
 
@@ -103,9 +103,10 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
     import csv
     import io
 
-    from lotlip.config import WebDatasetSource
-    from lotlip.sources.keys import key_of, split_of
-    from lotlip.sources.scenes import generate_scene, render
+    from lotlip.data.keys import key_of
+    from lotlip.demo.world import generate_scene, render
+    from lotlip.ingest.config import WebDatasetSourceConfig
+    from lotlip.ingest.split import split_of
 
     workspace = make_workspace()
     raw = workspace.folder / "raw"
@@ -138,7 +139,7 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
     benchmark = raw / "benchmark"
     benchmark.mkdir()
-    source = WebDatasetSource(kind="webdataset", path=raw / "images")
+    source = WebDatasetSourceConfig(kind="webdataset", path=raw / "images")
     leaked = next(number for number in range(60, 90) if split_of(key_of(address(number)), source) == "train")
     (benchmark / "a.jpg").write_bytes(picture(leaked))
     with (raw / "captions.csv").open("w", newline="") as file:
@@ -155,14 +156,14 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
         params |= {"continued": {}, "reproduce": {}}
 
     workspace.change(published)
-    workspace.python("flows.ingest")
+    workspace.python("flows.stages.ingest")
     index = json.loads((workspace.folder / "data/ingest/index.json").read_text())
     kinds = index["failure_kinds"]
     assert kinds == {"duplicate-image": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
     assert index["remark_kinds"] == {"renamed": 1}
     assert index["read"] == index["written"] + sum(kinds.values())
-    workspace.python("flows.caption", "sharegpt4v")
-    workspace.python("flows.shard")
+    workspace.python("flows.stages.caption", "sharegpt4v")
+    workspace.python("flows.stages.shard")
     for folder in ("ingest", "captions/sharegpt4v", "shards"):
         verify = ("-c", "from lotlip.cli import run; run()", "verify", f"data/{folder}", "--held-out", "raw/benchmark")
         assert "all as index.json says" in workspace.run(sys.executable, *verify).stdout

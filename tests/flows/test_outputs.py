@@ -1,4 +1,4 @@
-"""What stages write: dvc.yaml and lotlip.outputs agree, foreign files survive `dvc repro` and `make clean`."""
+"""What stages write: dvc.yaml and lotlip.config.outputs agree, foreign files survive `dvc repro` and `make clean`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from flows.clean import clean
-from lotlip.caches import Locked, lock
-from lotlip.config import load_params
-from lotlip.files import RECORD, publish, write_json
-from lotlip.outputs import outputs
+from lotlip.config.outputs import outputs
+from lotlip.config.params import load_params
+from lotlip.core.caches import Locked, lock
+from lotlip.core.files import RECORD, publish, write_json
 from tests.flows.conftest import ROOT, Workspace, tiny
 
 

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from flows.reproduce import asked_for
-from flows.servers import PATIENCE_SECONDS, free_port, is_free
-from lotlip.config import Reproduce, load_params
+from flows.runtime.servers import PATIENCE_SECONDS, free_port, is_free
+from lotlip.config.params import Reproduce, load_params
 from tests.flows.conftest import ROOT, Workspace, tiny
 
 pytestmark = pytest.mark.slow
@@ -166,7 +166,7 @@ def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
     kept = (reproduced.folder / "metrics" / "lit.json").read_bytes()
     try:
         reproduced.change(lambda params: params["evaluate"].update(min_score_over_chance=60))
-        done = reproduced.python("flows.evaluate", "lit", check=False)
+        done = reproduced.python("flows.stages.evaluate", "lit", check=False)
     finally:
         (reproduced.folder / "params.yaml").write_text(before)
     assert done.returncode == 1

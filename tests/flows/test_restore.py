@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lotlip.files import sha256_files
+from lotlip.core.files import sha256_files
 from tests.flows.conftest import Workspace, tiny
 
 pytestmark = pytest.mark.slow
@@ -104,7 +104,7 @@ def test_the_report_comes_with_the_outputs_and_can_be_made_again(pulled):
     assert "Running stage" not in run(workspace, clone, "-m", "dvc", "repro", "--dry")
     before = {file.relative_to(clone): file.read_bytes() for file in (clone / "report").rglob("*") if file.is_file()}
     assert len(before) > 5
-    run(workspace, clone, "-m", "flows.report")
+    run(workspace, clone, "-m", "flows.stages.report")
     after = {file.relative_to(clone): file.read_bytes() for file in (clone / "report").rglob("*") if file.is_file()}
     assert after == before
 

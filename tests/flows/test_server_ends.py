@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.servers import free_port, prefect_client
+from flows.runtime.servers import free_port, prefect_client
 from tests.flows.conftest import PREFECT, ROOT
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 from prefect import flow, get_run_logger, task
 
-from flows.stage import main
+from flows.runtime.stage import main
 
 
 @task
@@ -32,7 +32,7 @@ def unit(number: int) -> int:
 @flow
 def here(item: str) -> None:
     get_run_logger().info("begins")
-    (server,) = [p for p in psutil.Process().children() if "flows.applications:prefect" in p.cmdline()]
+    (server,) = [p for p in psutil.Process().children() if "flows.runtime.applications:prefect" in p.cmdline()]
     server.kill()
     server.wait()
     assert [unit.submit(number).result() for number in range(3)] == [0, 1, 2]

@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from flows import servers
-from flows.servers import claimed_port, free_port
-from flows.stage import StageFailed
-from lotlip.caches import cache_folder
+from flows.runtime import servers
+from flows.runtime.servers import claimed_port, free_port
+from flows.runtime.stage import StageFailed
+from lotlip.core.caches import cache_folder
 
 
 def test_two_that_start_at_the_same_time_take_different_ports():

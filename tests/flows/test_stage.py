@@ -14,15 +14,16 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import stage as stages
-from flows.processes import run_group
-from flows.servers import free_port, is_free, prefect_server
-from flows.stage import Stage, StageFailed, hash_of
-from flows.warm import SOCKET
-from lotlip.caches import Locked
-from lotlip.config import ConfigError, load_params
-from lotlip.files import RECORD, Damaged, NotOurs
-from lotlip.records import UnitReport, Unusable
+from flows.runtime import stage as stages
+from flows.runtime.fork_server import SOCKET
+from flows.runtime.processes import run_group
+from flows.runtime.servers import free_port, is_free, prefect_server
+from flows.runtime.stage import Stage, StageFailed, hash_of
+from lotlip.config.params import load_params
+from lotlip.core.caches import Locked
+from lotlip.core.files import RECORD, Damaged, NotOurs
+from lotlip.core.section import ConfigError
+from lotlip.data.records import UnitReport, Unusable
 from tests.flows.conftest import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +175,7 @@ def test_a_stage_completes_what_a_killed_one_was_publishing(stage: Stage) -> Non
 
 HOLDER = """
 import pathlib, sys
-from lotlip.caches import lock
+from lotlip.core.caches import lock
 with lock(pathlib.Path(".lotlip/locks/pretrain-lit.lock")):
     print("held", flush=True)
     sys.stdin.read()
@@ -283,7 +284,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
     (tmp_path / "target.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', ['x'])"],
+        [sys.executable, "-c", "from flows.runtime.fork_server import hand_over; hand_over('target', ['x'])"],
         env={**checkout.environment, "MARK": "here"},
         cwd=tmp_path,
         capture_output=True,
@@ -297,7 +298,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
 def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
-        [sys.executable, "-c", "from flows.warm import hand_over; hand_over('target', [])"],
+        [sys.executable, "-c", "from flows.runtime.fork_server import hand_over; hand_over('target', [])"],
         env=checkout.environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -316,7 +317,7 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import os, time\nfrom flows.warm import warm\n"
+            "import os, time\nfrom flows.runtime.fork_server import warm\n"
             "with warm(dict(os.environ)) as environment:\n"
             f"    print(environment[{SOCKET!r}], flush=True)\n    time.sleep(600)",
         ],
@@ -335,7 +336,7 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
-    from flows.warm import hand_over
+    from flows.runtime.fork_server import hand_over
 
     monkeypatch.setenv(SOCKET, "/nowhere/warm")
     hand_over("json.tool", [])  # returns
@@ -370,7 +371,7 @@ def test_a_port_in_use_is_named() -> None:
 def test_bad_parameters_are_one_clear_line(checkout: Workspace, tmp_path: Path, edit, message: str) -> None:
     (tmp_path / "params.yaml").write_text(edit((ROOT / "params.yaml").read_text()))
     done = subprocess.run(
-        [sys.executable, "-m", "flows.ingest"],
+        [sys.executable, "-m", "flows.stages.ingest"],
         cwd=tmp_path,
         env=checkout.environment,
         capture_output=True,

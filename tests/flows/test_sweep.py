@@ -19,12 +19,13 @@ import pytest
 from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
-from flows.points import Point, Sweep, points, short
-from flows.servers import free_port
-from flows.sweep import DONE, FAILED, FOUND, WAITING, Outcome, time_left
-from flows.workspaces import set_params
-from lotlip.config import ConfigError, Params, load_params
-from lotlip.loopback import basic
+from flows.runtime.servers import free_port
+from flows.sweep.sweep import DONE, FAILED, FOUND, WAITING, Outcome, time_left
+from flows.sweep.trials import Point, Sweep, points, short
+from flows.sweep.workspaces import set_params
+from lotlip.config.params import Params, load_params
+from lotlip.core.loopback import basic
+from lotlip.core.section import ConfigError
 from tests.flows.conftest import ROOT, Workspace, tiny
 from tests.flows.test_cancel import ask, await_that
 
@@ -140,7 +141,7 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
 
 
 def swept(workspace: Workspace, settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    return workspace.python("flows.sweep", json.dumps({"retries": 0, **settings}), **options)
+    return workspace.python("flows.sweep.sweep", json.dumps({"retries": 0, **settings}), **options)
 
 
 def experiments(workspace: Workspace) -> dict[str, str]:
@@ -198,12 +199,12 @@ def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
     name = max(experiments(done))
     before = (done.folder / "params.yaml").read_text()
     try:
-        done.python("flows.sweep", "--apply", name)
+        done.python("flows.sweep.sweep", "--apply", name)
         after = load_params(done.folder / "params.yaml")
     finally:
         (done.folder / "params.yaml").write_text(before)
     assert after.pretrain.text.corner_tokens == 1
-    refused = done.python("flows.sweep", "--apply", "nothing", check=False)
+    refused = done.python("flows.sweep.sweep", "--apply", "nothing", check=False)
     assert refused.returncode == 1
     assert "no experiment 'nothing'" in refused.stderr
 

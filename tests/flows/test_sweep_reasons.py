@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from flows.sweep import _reason, first_benchmark
-from lotlip.config import load_params
+from flows.sweep.sweep import _reason, first_benchmark
+from lotlip.config.params import load_params
 from tests.flows.conftest import ROOT
 
 INFO = "12:00:01.123 | INFO    | Flow run 'pretrain-lotlip' - lotlip seed 0: step 10/400"
-DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m flows.pretrain lotlip, exited with 1"
+DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m flows pretrain lotlip, exited with 1"
 
 
 @pytest.mark.parametrize(

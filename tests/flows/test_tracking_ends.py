@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from flows.servers import free_port, mlflow_server, new_login
+from flows.runtime.servers import free_port, mlflow_server, new_login
 from tests.flows.conftest import Workspace
 from tests.flows.test_cancel import await_that
 from tests.tiny_pipeline import smallest
@@ -74,7 +74,7 @@ def started(workspace: Workspace, **more: str) -> Any:
     """A training stage while it runs, its training in a process that can be found."""
     environment = {name: value for name, value in workspace.environment.items() if name != "LOTLIP_WARM"}
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.pretrain", "lotlip"],
+        [sys.executable, "-m", "flows.stages.pretrain", "lotlip"],
         cwd=workspace.folder,
         env={**environment, **more},
         stdout=subprocess.PIPE,
@@ -91,7 +91,7 @@ def started(workspace: Workspace, **more: str) -> Any:
 def test_models_are_published_without_an_mlflow_server_and_sent_later(sharded: Workspace):
     change(sharded, seeds=[0, 1], steps=8, log_every=2)
     address = f"http://127.0.0.1:{free_port()}"
-    done = sharded.python("flows.pretrain", "lotlip", MLFLOW_TRACKING_URI=address, **proxies())
+    done = sharded.python("flows.stages.pretrain", "lotlip", MLFLOW_TRACKING_URI=address, **proxies())
     (line,) = warnings(done.stdout + done.stderr)
     assert f"MLflow at {address} " in line
     assert "Traceback" not in done.stdout + done.stderr
@@ -115,7 +115,9 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     ):
         await_that(lambda: begun(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
         assert stage.poll() is None, stage.communicate()
-        (server,) = [p for p in psutil.Process().children(recursive=True) if "flows.applications:mlflow" in p.cmdline()]
+        (server,) = [
+            p for p in psutil.Process().children(recursive=True) if "flows.runtime.applications:mlflow" in p.cmdline()
+        ]
         server.kill()
         output = stage.communicate()[0]
     assert stage.returncode == 0, output
@@ -150,11 +152,11 @@ def test_a_finished_seed_stays_finished_when_another_one_fails(sharded: Workspac
         await_that(lambda: bool(finished()) or stage.poll() is not None, "the first seed is trained")
         assert stage.poll() is None, stage.communicate()
         for process in psutil.Process(stage.pid).children(recursive=True):
-            if "lotlip.training.pretrain" in process.cmdline():
+            if "lotlip.train" in process.cmdline():
                 process.kill()
         output = stage.communicate()[0]
     assert stage.returncode == 1, output
     assert find_run(sharded, 3).info.status == "FINISHED"
     assert find_run(sharded, 4).info.status == "FAILED"
-    sharded.python("flows.pretrain", "lotlip")
+    sharded.python("flows.stages.pretrain", "lotlip")
     assert find_run(sharded, 4).info.status == "FINISHED"

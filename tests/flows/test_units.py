@@ -15,16 +15,16 @@ import pytest
 import yaml
 from PIL import Image
 
-import flows.ingest
-import flows.shard
-from flows import stage as stages
-from flows.caption import caption
-from flows.ingest import ingest
-from flows.shard import shard
-from flows.stage import StageFailed
-from lotlip.captioning.partition import Captioning
-from lotlip.gate import GateFailed
-from lotlip.partitions import read_captions, read_index, read_records, read_table, unit_names
+import flows.stages.ingest
+import flows.stages.shard
+from flows.runtime import stage as stages
+from flows.runtime.stage import StageFailed
+from flows.stages.caption import caption
+from flows.stages.ingest import ingest
+from flows.stages.shard import shard
+from lotlip.caption.partition import Captioning
+from lotlip.core.checks import GateFailed
+from lotlip.data.partitions import read_captions, read_index, read_records, read_table, unit_names
 from tests.flows.test_stage import FakeTask
 
 ROOT = Path(__file__).parents[2]
@@ -87,7 +87,7 @@ def interrupted(
 
 
 def stopped_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
-    interrupted(monkeypatch, ingest.fn, flows.ingest, "write_partitions", units)
+    interrupted(monkeypatch, ingest.fn, flows.stages.ingest, "write_partitions", units)
 
 
 def captions(folder: str = "data/ingest") -> dict[str, str]:
@@ -125,13 +125,13 @@ def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
     stopped_ingest(monkeypatch, units=2)
     add(project / "my-images", "29", 77, "other")
     read: list[str] = []
-    write = flows.ingest.write_partitions
+    write = flows.stages.ingest.write_partitions
 
     def counted(unit: Any, *more: Any) -> Any:
         read.append(unit.name)
         return write(unit, *more)
 
-    monkeypatch.setattr(flows.ingest, "write_partitions", counted)
+    monkeypatch.setattr(flows.stages.ingest, "write_partitions", counted)
     ingest.fn()
     assert read == ["train/part-00002"]
     assert captions()["29"] == "other"
@@ -214,7 +214,7 @@ def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, 
 def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, monkeypatch) -> None:
     for number in range(20):
         add(project / "my-images", f"{number:02d}", number)
-    write = flows.ingest.write_partitions
+    write = flows.stages.ingest.write_partitions
 
     def touched(unit: Any, *more: Any) -> Any:
         reports = write(unit, *more)
@@ -222,7 +222,7 @@ def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, 
         return reports
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.ingest, "write_partitions", touched)
+        patch.setattr(flows.stages.ingest, "write_partitions", touched)
         with pytest.raises(StageFailed, match="train/part-00000"):
             ingest.fn()
     assert not Path("data/ingest").exists()
@@ -386,8 +386,8 @@ def test_captions_follow_partitions_that_changed_under_the_same_index(described:
     """A unit compares its own inputs, whatever the stage's fingerprint covers."""
     from dataclasses import replace
 
-    from lotlip.captioning.store import Partition
-    from lotlip.config import load_params
+    from lotlip.caption.store import Partition
+    from lotlip.config.params import load_params
 
     config = load_params().caption
     work = Captioning("mine", config, Path("data/ingest"), Path("store"), Path("work/out"))
@@ -411,7 +411,7 @@ def test_shards_follow_captions_that_changed_after_an_interruption(described: Pa
     import tarfile
 
     caption.fn("mine")
-    interrupted(monkeypatch, shard.fn, flows.shard, "write_shard")
+    interrupted(monkeypatch, shard.fn, flows.stages.shard, "write_shard")
     write_table(described, "Now it is")
     caption.fn("mine")
     shard.fn()

@@ -1,0 +1,1 @@
+"""What runs flows: processes, servers, launchers, DVC."""

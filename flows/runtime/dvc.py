@@ -1,0 +1,196 @@
+"""DVC as a program that may be interrupted at any moment: `python -m flows.runtime.dvc ARGUMENTS…`.
+
+DVC writes the file of its locks in place. A signal in that moment leaves it empty, and the next run refuses to start.
+So a signal to this program never interrupts DVC: it ends the stage that runs, and DVC then ends by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.runtime.supervisor import ENDING, group
+from lotlip.core.console import INTERRUPTED
+from lotlip.core.files import remove
+
+STOPPING = "LOTLIP_STOPPING"  # in the environment of a stage that DVC starts after it was told to end
+STOP_SECONDS = 30
+
+
+def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
+    """Runs DVC to its end; gives its status.
+
+    If this program is interrupted, the running stage is ended, and DVC has STOP_SECONDS to end by itself.
+
+    Args:
+        arguments: of `dvc`.
+        environment: of DVC and its stages.
+    """
+    with group([sys.executable, "-m", "flows.runtime.dvc", *arguments], env=dict(environment)) as process:
+        try:
+            return process.wait()
+        finally:
+            stop(process)
+
+
+def stop(process: subprocess.Popen[Any]) -> None:
+    """Has a `flows.runtime.dvc` end, and waits for it; one that does not end in time is left as it is."""
+    deadline = time.monotonic() + STOP_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        process.terminate()  # again and again: DVC may have started a stage at the moment of the last one
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(1)
+
+
+class _Stop:
+    """The handler of signals: ends the stage that runs, and lets none begin."""
+
+    def __init__(self) -> None:
+        self.signalled: set[int] = set()
+
+    def __call__(self, _sign: int, _frame: Any) -> None:
+        os.environ[STOPPING] = "1"
+        own = os.getpgrp()
+        for process in psutil.Process().children(recursive=True):
+            if process.pid in self.signalled:
+                continue
+            with suppress(ProcessLookupError, psutil.NoSuchProcess):
+                if os.getpgid(process.pid) == own:  # what a stage starts in another group, it ends itself
+                    self.signalled.add(process.pid)
+                    os.kill(process.pid, signal.SIGINT)
+
+
+def remove_stale_lock(root: Path) -> bool:
+    """Removes DVC's file of locks if it is unreadable, or names dead processes alone, and no DVC runs in the project.
+
+    DVC's other lock files are locked by the kernel: whatever is in them, they block nobody when their owner has ended.
+
+    Args:
+        root: of the DVC project.
+
+    Returns:
+        Whether it was removed.
+    """
+    folder = root / ".dvc" / "tmp"
+    path = folder / "rwlock"
+    if not _stale(path):
+        return False
+    import zc.lockfile
+
+    try:
+        guard = zc.lockfile.LockFile(str(folder / "rwlock.lock"))  # as DVC does before it reads or writes the file
+    except zc.lockfile.LockError:
+        return False
+    try:
+        if not _stale(path) or _others(root):
+            return False
+        remove(path, _stale)
+        return True
+    finally:
+        guard.close()
+
+
+def match_git(root: Path) -> None:
+    """Lets DVC work without git where the project is no git repository, as a downloaded archive is, and only there.
+
+    The setting is in `.dvc/config.local`, which git ignores. It goes again when the project has become a repository.
+
+    Args:
+        root: of the DVC project.
+    """
+    from dvc.config import Config
+
+    local = root / ".dvc" / "config.local"
+    config = Config(str(local.parent), validate=False)
+    without = config.load_one("local").get("core", {}).get("no_scm", False) if local.is_file() else False
+    has_git = any((folder / ".git").exists() for folder in (root, *root.parents))  # where DVC looks
+    if without == (not has_git) or config.load_one("repo").get("core", {}).get("no_scm"):
+        return
+    with config.edit("local") as settings:
+        core = settings.setdefault("core", {})
+        if has_git:
+            core.pop("no_scm")
+        else:
+            core["no_scm"] = True
+
+
+def _stale(path: Path) -> bool:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError:
+        return True
+    if not isinstance(found, dict):
+        return True
+    holders = list(_holders(found))
+    return bool(holders) and not any(map(psutil.pid_exists, holders))
+
+
+def _holders(entry: Any) -> Iterator[int]:
+    """The processes that a part of DVC's file of locks names."""
+    if isinstance(entry, dict):
+        if isinstance(entry.get("pid"), int):
+            yield entry["pid"]
+        for value in entry.values():
+            yield from _holders(value)
+    elif isinstance(entry, list):
+        for value in entry:
+            yield from _holders(value)
+
+
+def _others(root: Path) -> list[int]:
+    """Other processes of this machine that may be DVC in the project."""
+    family = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        if process.pid in family:
+            continue
+        try:
+            words = process.cmdline()
+            named = any(Path(word).name in ("dvc", "flows.runtime.dvc") for word in words[:4])
+            if named and process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(root):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
+            continue
+        except psutil.AccessDenied:  # another user's: it may be
+            if named:
+                found.append(process.pid)
+    return found
+
+
+def _root(folder: Path) -> Path | None:
+    return next((place for place in (folder, *folder.parents) if (place / ".dvc").is_dir()), None)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs DVC in this process; gives its status."""
+    stop = _Stop()
+    for sign in ENDING:
+        if signal.getsignal(sign) != signal.SIG_IGN:
+            signal.signal(sign, stop)
+    root = _root(Path.cwd())
+    if root and remove_stale_lock(root):
+        print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left behind", file=sys.stderr)
+    if STOPPING in os.environ:
+        return INTERRUPTED
+    if root:
+        match_git(root)
+    from dvc.cli import main as dvc
+
+    status = dvc(list(arguments))
+    return INTERRUPTED if STOPPING in os.environ and status else status
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

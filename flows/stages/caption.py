@@ -1,0 +1,78 @@
+"""Stage `caption`: one captioner's long captions for every image. DVC runs it once for each captioner."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import AbstractContextManager
+from typing import Any
+
+from prefect import flow
+
+from flows.runtime.ray_runner import on_ray
+from flows.runtime.stage import Stage, StageFailed, hash_of, main, on_threads
+from lotlip.caption.partition import Captioning
+from lotlip.caption.quality import summarise
+from lotlip.caption.store import Partition
+from lotlip.config.params import Params, load_params
+from lotlip.core.files import sha256_tree
+from lotlip.data.partitions import read_captions, read_index, totals, write_index
+
+
+@flow(name="caption", flow_run_name="caption-{captioner}")
+def caption(captioner: str) -> None:
+    """Writes a partition of captions for each partition of images.
+
+    Args:
+        captioner: its name in params.yaml.
+    """
+    params = load_params()
+    config, source = params.caption, params.paths.ingest
+    if captioner not in config.captioners:
+        raise StageFailed(f"no captioner {captioner!r} in params.yaml; there are: {', '.join(config.captioners)}")
+    settings = config.captioners[captioner]
+
+    def inputs_now() -> dict[str, str]:
+        return {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
+
+    inputs = inputs_now()
+    sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
+    deciding = [*sections, config.tokenizer, config.sentence_ends]
+    stage = Stage("caption", params, deciding, inputs, captioner)
+    work = Captioning(captioner, config, source, params.paths.caption_store, stage.out)
+    author, store = work.author(), work.stored()
+    store.describe()
+    stage.log.info("captions that were written before are taken from %s", store.folder)
+    there = (unit for unit in read_index(source)["units"] if unit["sha256"])  # not those that failed as a whole
+    units = [Partition(unit["name"], unit["written"], unit["sha256"]) for unit in there]
+    reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
+    changed = [name for name, value in inputs_now().items() if value != inputs[name]]
+    if changed:  # DVC hashes the inputs after this stage, so it would take the captions for those of the new ones
+        where = {"ingest": str(source), "path": str(settings.path)}
+        raise StageFailed(
+            f"{', '.join(where[name] for name in changed)} changed while it was read; run the stage again"
+        )
+    tables = (read_captions(stage.out, report.name) for report in reports if report.written)
+    quality = summarise(tables, totals(reports)["failure_kinds"])
+    index = write_index(
+        stage.out,
+        reports,
+        revision=author.revision,
+        prompt=author.prompt,
+        quality=quality,
+        sentence_ends=config.sentence_ends,
+    )
+    with stage.clock.measure("gate"):
+        from lotlip.caption.gate import gate_caption
+
+        checks = gate_caption(config, stage.out, reports, stage.gate_report)
+    stage.publish(params.paths.captions / captioner)
+    stage.record(index["read"], checks, index, {"revision": author.revision, "quality": quality})
+
+
+def running(params: Params) -> AbstractContextManager[Any]:
+    """Where partitions are captioned, as `caption.task_runner` says."""
+    return on_ray(params) if params.caption.task_runner == "ray" else on_threads(params)
+
+
+if __name__ == "__main__":
+    main(caption, *sys.argv[1:], running=running)

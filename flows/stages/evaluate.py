@@ -1,0 +1,95 @@
+"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once for each ablation."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from prefect import flow
+
+from flows.runtime.stage import Stage, check_input, hash_of, main
+from lotlip.config.params import load_params
+from lotlip.core.files import read_json, sha256_files, write_json
+
+
+@flow(name="evaluate", flow_run_name="evaluate-{ablation}")
+def evaluate(ablation: str) -> None:
+    """Writes the scores of an ablation with the protocol that they were measured by, and sends them to MLflow.
+
+    Args:
+        ablation: its name in params.yaml.
+    """
+    params = load_params()
+    config, paths = params.evaluate, params.paths
+    folder = paths.models / ablation
+    inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
+    stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
+    with stage.clock.measure("imports"):
+        from lotlip.evaluate.ablation import draw, measure, summary
+        from lotlip.evaluate.benchmarks import open_benchmark
+    for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
+        check_input(read)
+    check_input(paths.shards, "index.json")
+    run = read_json(folder / "run.json")
+    benchmarks = [
+        open_benchmark(name, settings, paths, list(params.caption.captioners))
+        for name, settings in config.benchmarks.items()
+    ]
+    about = {
+        "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
+        "command": f"python -m flows evaluate {ablation}",
+    }
+    vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
+    found = measure(
+        folder,
+        run,
+        benchmarks,
+        vocabulary,
+        about,
+        config.batch_size,
+        lambda seed: stage.log.info("evaluate-%s: seed %s done", ablation, seed),
+    )
+    scores = {
+        "ablation": ablation,
+        "config": run["config"],
+        "fingerprints": run["fingerprints"],
+        "parameters": found.parameters,
+        "text_tower_flops": found.text_tower_flops,
+        "benchmarks": found.results,
+    }
+    with stage.clock.measure("gate"):
+        from lotlip.evaluate.gate import gate_evaluate
+
+        checks = gate_evaluate(config, score_table(found.results), stage.gate_report)
+    write_json(paths.metrics / f"{ablation}.json", scores)
+    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
+    seen = paths.metrics / "attention" / ablation
+    for benchmark, problems in draw(folder, run["config"], benchmarks, config.batch_size, seen, found.results).items():
+        for what, reason in problems.items():
+            stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
+    with stage.clock.measure("mlflow"):
+        from lotlip.tracking.mlflow import Tracker, tolerated
+
+        tracking = params.tracking
+        with tolerated(tracking.uri, stage.log.warning):
+            Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
+    stage.discard()
+    stage.record(found.texts, checks)
+
+
+def score_table(results: dict[str, dict[str, Any]]) -> Any:
+    """The scores that are shares, a row for each (pandas.DataFrame): benchmark, seed, metric, value, chance."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {"benchmark": name, "seed": seed, "metric": metric, "value": scores[metric], "chance": chance}
+            for name, result in results.items()
+            for seed, scores in result["seeds"].items()
+            for metric, chance in result["chance"].items()
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main(evaluate, *sys.argv[1:])

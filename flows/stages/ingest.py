@@ -1,0 +1,81 @@
+"""Stage `ingest`: images and raw captions come in as partitions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from prefect import flow
+
+from flows.runtime.stage import Stage, StageFailed, main
+from lotlip.config.params import load_params
+from lotlip.core.files import remove
+from lotlip.data.duplicates import unique_partitions
+from lotlip.data.partitions import finished_unit, recorded_inputs, reuse_or_write, write_index, write_partitions
+from lotlip.data.paths import check_inputs
+from lotlip.data.records import Unit, UnitReport
+from lotlip.ingest.evaluation_images import image_hashes
+from lotlip.ingest.sources import Source, open_source
+
+
+@flow(name="ingest")
+def ingest() -> None:
+    """Writes a partition for each unit of the source."""
+    params = load_params()
+    config = params.ingest
+    check_inputs(config.inputs())
+    stage = Stage("ingest", params, config.model_dump(mode="json"))
+    source = open_source(config.source, config.images)
+    units, folder = source.units(config.partition_size), stage.scratch / "units"
+
+    def write(unit: Unit) -> list[UnitReport]:
+        return reuse_or_write(
+            unit.name,
+            source.state(unit),
+            folder,
+            lambda: finished_unit(unit, folder),
+            lambda: write_partitions(unit, source.read(unit), folder, source.split),
+        )
+
+    written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
+    _check_unchanged(open_source(config.source, config.images), units, config.partition_size, folder)
+    evaluation = image_hashes(config.evaluation_images, config.images)
+    remove(stage.out)
+    reports = unique_partitions(folder, written, stage.out, evaluation)
+    index = write_index(stage.out, reports)
+    if copies := index["failure_kinds"].get("duplicate-image"):
+        stage.log.info("ingest: %d of %d images are exact copies of others and are left out", copies, index["read"])
+    with stage.clock.measure("gate"):
+        from lotlip.ingest.gate import gate_ingest
+
+        checks = gate_ingest(config, stage.out, reports, len(units), evaluation, stage.gate_report)
+    stage.publish(params.paths.ingest)
+    stage.record(index["read"], checks, index)
+
+
+def _check_unchanged(source: Source, units: Sequence[Unit], partition_size: int, folder: Path) -> None:
+    """Makes sure that the source still is as it was when its units were read: DVC hashes it after this stage.
+
+    Raises:
+        StageFailed: an item was changed, added or removed meanwhile.
+    """
+
+    def changed(unit: Unit) -> bool:
+        before = recorded_inputs(unit.name, folder)
+        return before is not None and before != source.state(unit)
+
+    now = source.units(partition_size)
+    with ThreadPoolExecutor() as pool:  # for stores that take their time to answer
+        names = [unit.name for unit, differs in zip(units, pool.map(changed, units), strict=True) if differs]
+    names += sorted({unit.name for unit in units} ^ {unit.name for unit in now})
+    if names or now != units:
+        shown = ", ".join(names[:5] or ["other items"]) + (", …" if len(names) > 5 else "")
+        raise StageFailed(
+            f"ingest.source changed while it was read ({shown}); run the stage again when nothing writes to it: "
+            "only changed units are read again"
+        )
+
+
+if __name__ == "__main__":
+    main(ingest)

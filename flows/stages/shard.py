@@ -1,0 +1,135 @@
+"""Stage `shard`: images, all their captions and the frozen tower's features become WebDataset tars."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from prefect import flow
+
+from flows.runtime.stage import Stage, StageFailed, hash_of, main
+from lotlip.config.params import load_params
+from lotlip.core.files import sha256_json
+from lotlip.data.partitions import read_index, reuse_or_write, unit_names
+from lotlip.data.records import UnitReport
+from lotlip.data.text import SentenceEnds, as_sentence_ends
+from lotlip.data.tokenizer import count_tokens
+from lotlip.shard.shards import (
+    Features,
+    ShardPlan,
+    finished_shard,
+    group_reader,
+    plan_shards,
+    shard_statistics,
+    training_vocabulary,
+    write_shard,
+    write_shard_index,
+)
+
+SPLITS = ("train", "val")  # the test split stays as ingested: evaluation reads it there
+
+
+@flow(name="shard")
+def shard() -> None:
+    """Writes the shards of the training and validation splits, and what is in them."""
+    params = load_params()
+    config, ingest, ends = params.shard, params.paths.ingest, params.caption.sentence_ends
+    captions = {name: params.paths.captions / name for name in params.caption.captioners}
+    inputs = {"ingest": hash_of(ingest / "index.json")}
+    inputs |= {name: hash_of(folder / "index.json") for name, folder in captions.items()}
+    for name, folder in captions.items():
+        check_sentence_ends(name, folder, ends)
+    if config.store_features:
+        inputs["image_tower"] = hash_of(params.paths.image_tower / "model.safetensors")
+    stage = Stage("shard", params, [config.model_dump(mode="json"), ends], inputs)
+    features = None
+    if config.store_features:
+        with stage.clock.measure("imports"):
+            features = frozen_features(params.paths.image_tower)
+
+    def write(plan: ShardPlan) -> list[UnitReport]:
+        made_from = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
+        return reuse_or_write(
+            plan.name,
+            sha256_json([asdict(plan), made_from, inputs.get("image_tower")]),
+            stage.out,
+            lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
+            lambda: [write_shard(plan, group(plan.partitions), stage.out, features, config.feature_batch_size)],
+        )
+
+    plans = {
+        split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
+        for split in SPLITS
+    }
+    partitions = {
+        str(folder): {unit["name"]: unit["sha256"] for unit in read_index(folder)["units"]}
+        for folder in (ingest, *captions.values())
+    }
+    group = group_reader(ingest, captions)
+    every = [plan for split in SPLITS for plan in plans[split]]
+    done = stage.fan_out(every, write, name=lambda plan: plan.name, size=len)
+    by_name = {report.name: report for report in done}
+    reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
+    tokenizer = params.pretrain.text.tokenizer
+    index = write_shard_index(
+        stage.out,
+        reports,
+        shard_statistics(ingest, captions, "train", count_tokens(tokenizer), ends),
+        features=config.store_features,
+        vocabulary=training_vocabulary(ingest, captions, "train", tokenizer, ends),
+        sentence_ends=ends,  # training and the models split texts as the shards say
+    )
+    with stage.clock.measure("gate"):
+        from lotlip.data.inspection import held_out_images
+        from lotlip.shard.gate import gate_shard
+
+        expected = sum(map(len, every))
+        held_out = held_out_images(ingest, unit_names(ingest))
+        checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
+    stage.publish(params.paths.shards)
+    stage.record(index["written"], checks, index)
+
+
+def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> None:
+    """Checks that a captioner's captions were split as params.yaml says.
+
+    Args:
+        captioner: its name.
+        folder: of its captions.
+        wanted: `caption.sentence_ends`.
+
+    Raises:
+        StageFailed: they were split otherwise.
+    """
+    found = as_sentence_ends(read_index(folder).get("sentence_ends"), str(folder / "index.json"))
+    if found != wanted:
+        raise StageFailed(
+            f"{folder} was split with sentence_ends {found!r}, but caption.sentence_ends of params.yaml is {wanted!r}; "
+            f"run `python -m flows caption {captioner}` again"
+        )
+
+
+def frozen_features(folder: Path) -> Features:
+    """A function that gives the frozen tower's features, [n, D], of pictures; one call runs at a time."""
+    import torch
+
+    from lotlip.data.images import image_transform
+    from lotlip.models.vision.image_tower import load_image_tower
+
+    tower = load_image_tower(folder).eval()
+    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
+    turn = threading.Lock()  # the tower uses all cores by itself
+
+    def features(pictures: list[Image.Image]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack([transform(picture) for picture in pictures]))
+        with turn, torch.inference_mode():
+            return tower(pixels).numpy()
+
+    return features
+
+
+if __name__ == "__main__":
+    main(shard)

@@ -1,0 +1,1 @@
+"""Sweeps: trials over parameters, each in a checkout of its own."""

@@ -1,0 +1,168 @@
+"""What a sweep is asked for, and the points of its grid."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+
+from lotlip.config.params import Params, checked_params
+from lotlip.core.files import sha256_json
+from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, flatten, merge
+from lotlip.pretrain.config import PretrainConfig
+
+# Sections that decide a model or its scores. The others say where things lie, how they are run and shown.
+DECIDING = ("ingest", "image_tower", "caption", "shard", "pretrain", "evaluate")
+AXES = {
+    "corner_tokens": "pretrain.text.corner_tokens",
+    "corner_mask": "pretrain.text.corner_mask",
+    "sub_captions": "pretrain.long_texts.sub_captions",
+    "context_lengths": "pretrain.text.context_length",
+    "seeds": "pretrain.seeds",
+}
+Value = bool | int | float | str | list[bool | int | float | str]
+
+
+class Sweep(Section):
+    """A grid of configurations, each trained and evaluated with each seed; an empty list: as params.yaml has it."""
+
+    name: Name = Field(title="Name", description="runs in MLflow are found by the tag sweep.NAME")
+    corner_tokens: list[Annotated[int, Field(ge=0, le=16)]] = Field([], title="Corner tokens", description="m, 0 to 16")
+    corner_mask: list[bool] = Field([], title="Mask", description="corner tokens kept apart, or not")
+    sub_captions: list[NonNegative] = Field([], title="Sub-captions", description="k; 0: raw captions only")
+    context_lengths: list[Annotated[int, Field(ge=8, le=512)]] = Field(
+        [], title="Context lengths", description="tokens of a text, 8 to 512"
+    )
+    seeds: list[NonNegative] = Field([], title="Seeds", description="each is a run of its own")
+    other: dict[str, list[Value]] = Field(
+        {},
+        title="Other parameters",
+        description='dotted name in params.yaml → values: {"pretrain.optimizer.learning_rate": [0.0005, 0.001]}',
+    )
+    max_runs: Count | None = Field(None, title="Budget in runs", description="points that may be run; none: all")
+    max_minutes: Positive | None = Field(
+        None, title="Budget in minutes", description="after which no other point begins; none: no limit"
+    )
+    parallelism: Count = Field(1, title="Parallelism", description="points at a time")
+    retries: NonNegative = Field(1, title="Retries", description="tries after the first, for a point")
+
+    @model_validator(mode="after")
+    def _axes(self) -> Sweep:
+        for key, values in self.other.items():
+            section, _, rest = key.partition(".")
+            if section not in DECIDING or not rest:
+                raise ValueError(f"other.{key}: a sweep is over what decides a result, in {', '.join(DECIDING)}")
+            if not values:
+                raise ValueError(f"other.{key} has no values; name some, or leave it out")
+            for field, dotted in AXES.items():
+                if key == dotted:
+                    raise ValueError(f"other.{key}: list its values in {field}")
+        return self
+
+    @property
+    def axes(self) -> dict[str, list[Any]]:
+        """Dotted parameter → its values, of those that the sweep has values for, seeds excepted."""
+        named = {AXES[field]: getattr(self, field) for field in AXES if field != "seeds"}
+        return {key: values for key, values in {**named, **self.other}.items() if values}
+
+
+@dataclass(frozen=True)
+class Point:
+    """A configuration and a seed.
+
+    Attributes:
+        params: params.yaml as the point has it.
+        changes: dotted parameter → value, what is other than in the project's params.yaml or on an axis of the sweep.
+        base: the ablation that is `pretrain` without differences, which is what is trained.
+    """
+
+    params: Params
+    changes: dict[str, Any]
+    base: str
+
+    @property
+    def seed(self) -> int:
+        """Its only one."""
+        return self.params.pretrain.seeds[0]
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """Its changes without the seed: what is compared over seeds."""
+        return {key: value for key, value in self.changes.items() if key != AXES["seeds"]}
+
+    def identity(self) -> dict[str, Any]:
+        """All settings that decide its result, equal for points that mean the same."""
+        sections = {name: getattr(self.params, name).model_dump(mode="json") for name in DECIDING if name != "pretrain"}
+        return {**sections, "pretrain": _meaning(self.params.ablation(self.base))}
+
+    def experiment(self, inputs: Mapping[str, str]) -> str:
+        """The name of its experiment in DVC: the same, whichever sweep asks for it, and another for other data or code.
+
+        Args:
+            inputs: hashes of what decides its result beside settings.
+        """
+        text, long_texts = self.params.pretrain.text, self.params.pretrain.long_texts
+        mask = "" if text.corner_mask or not text.corner_tokens else "-no-mask"
+        shown = f"m{text.corner_tokens}{mask}-k{long_texts.sub_captions}-c{text.context_length}-s{self.seed}"
+        return f"{shown}-{sha256_json([self.identity(), dict(inputs)])[:8]}"
+
+
+def points(sweep: Sweep, params: Params) -> list[Point]:
+    """The grid, seeds innermost; points that mean the same are one.
+
+    Args:
+        sweep: what is asked for.
+        params: the project's params.yaml.
+
+    Raises:
+        ConfigError: no ablation is `pretrain` as it is, or a key or value is wrong; the message has all of them.
+    """
+    base = next((name for name, differences in params.ablations.items() if not differences), None)
+    if base is None:
+        raise ConfigError("a sweep trains `pretrain` as it is, which no ablation is; add `lotlip: {}` to ablations")
+    plain = params.model_dump(mode="json", exclude_unset=True)
+    axes, seeds = sweep.axes, sweep.seeds or params.pretrain.seeds
+    found: dict[str, Point] = {}
+    problems: list[str] = []
+    for values in itertools.product(*axes.values(), [[seed] for seed in seeds]):
+        changes = dict(zip([*axes, AXES["seeds"]], values, strict=True))
+        try:
+            point = Point(checked_params(with_changes(plain, changes), "params.yaml"), changes, base)
+            found.setdefault(sha256_json(point.identity()), point)
+        except ConfigError as error:
+            problems += [problem for problem in error.problems or [str(error)] if problem not in problems]
+    if problems:
+        raise ConfigError(f"sweep {sweep.name} cannot be run, params.yaml would have:", problems)
+    return list(found.values())
+
+
+def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration with other values for some dotted parameters."""
+    changed = dict(data)
+    for dotted, value in changes.items():
+        nested: Any = value
+        for key in reversed(dotted.split(".")):
+            nested = {key: nested}
+        changed = merge(changed, nested)
+    return changed
+
+
+def short(dotted: str, others: Sequence[str]) -> str:
+    """The last word of a dotted parameter, or all of it where another ends with the same word."""
+    last = dotted.rpartition(".")[2]
+    return dotted if any(other != dotted and other.rpartition(".")[2] == last for other in others) else last
+
+
+def _meaning(config: PretrainConfig) -> dict[str, Any]:
+    """What decides a result of `pretrain`, without what is of no effect beside the rest."""
+    settings = flatten(config.deciding())
+    idle: list[str] = []
+    if not config.text.corner_tokens:
+        idle.append("text.corner_mask")
+    if not config.long_texts.sub_captions:
+        idle += [key for key in settings if key.startswith("long_texts.") and key != "long_texts.sub_captions"]
+        idle.append("loss.long_weight")
+    return {key: value for key, value in settings.items() if key not in idle}

@@ -1,0 +1,1 @@
+"""Stage `caption`: long captions for every image."""

@@ -1,0 +1,206 @@
+"""Long captions that were written before: Parquet or CSV files with a row for each image."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import sqlite3
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lotlip.caption.config import TableCaptionerConfig
+from lotlip.caption.reasoning import cut_reasoning
+from lotlip.core.files import sha256_files
+from lotlip.data.keys import key_of, prefix_of
+from lotlip.data.records import Caption, Failure, ImageRecord
+from lotlip.data.rows import as_name, find_tables, open_table, require
+from lotlip.data.text import has_words, split_sub_captions
+
+ENDINGS = (".parquet", ".csv")
+
+
+class TableCaptioner:
+    """Looks captions up by the image's key, in the rows whose captioner is `name`.
+
+    The rows are read once, into an SQLite file of this process's own that is gone when it ends (in the folder that
+    TMPDIR names): memory does not grow with the table. An image without a row is a `Failure` of kind "missing", one
+    whose text has no words of kind "empty".
+
+    Raises:
+        ValueError: a file is missing, is neither Parquet nor CSV, has a row that cannot be read, or lacks a column;
+            there are no rows for this captioner, or two for one key.
+    """
+
+    prompt = ""
+
+    def __init__(self, name: str, settings: TableCaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+        self._name = name
+        self._settings = settings
+        self._path = settings.path
+        self._count_tokens = count_tokens
+        tables = _tables(settings.path)
+        self._texts = _Texts()
+        self._read(tables)
+        if settings.path.is_dir():
+            digest = sha256_files(tables)
+        else:
+            with settings.path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        self.revision = f"sha256:{digest[:12]}"
+        read_as = settings.model_dump(mode="json", exclude={"path"})
+        self.about: dict[str, Any] = {**read_as, "captioner_name": name, "revision": self.revision}
+
+    def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
+        """Each image's caption, or why there is none."""
+        for record in records:
+            yield self._caption(record.key)
+
+    def _caption(self, key: str) -> Caption | Failure:
+        text = self._texts.get(key)
+        if text is None:
+            return Failure(key, str(self._path), f"no row has this key and the captioner {self._name}", "missing")
+        sub_captions = split_sub_captions(text)
+        if not has_words(text):
+            return Failure(key, str(self._path), f"the text of {self._name} has no words besides reasoning", "empty")
+        return Caption(
+            key, self._name, text, sub_captions, self._count_tokens(text), "stop", self.revision, self.prompt
+        )
+
+    def _read(self, tables: list[Path]) -> None:
+        """Fills the index from all tables, and makes sure that it is clear."""
+        others: set[str] = set()
+        for path in tables:
+            self._texts.add(self._rows(path, others))
+        if not len(self._texts):
+            there = ", ".join(sorted(others)) or "none"
+            raise ValueError(
+                f"{self._path} has no rows of the captioner {self._name!r} (it has: {there}); "
+                "call the captioner in params.yaml as the table does, or give it another table"
+            )
+        if ambiguous := self._texts.ambiguous():
+            key, one, other = ambiguous
+            raise ValueError(
+                f"{self._path} has rows of {self._name} for {one} and for {other}, which have the same key {key}; "
+                "rename one of the images, or remove the row of the one that is not in the data set"
+            )
+        repeated = self._texts.repeated() if self._settings.repeated == "error" else []
+        if repeated:
+            shown = ", ".join(repeated[:5]) + (", …" if len(repeated) > 5 else "")
+            raise ValueError(
+                f"{self._path} has more than one row of {self._name} for {len(repeated)} keys ({shown}); keep one row "
+                "for each, or take the first by `repeated: first`"
+            )
+
+    def _rows(self, path: Path, others: set[str]) -> Iterator[tuple[str, str | None, str]]:
+        """Key, name where it is not the key, and text of this captioner's rows.
+
+        The names of other captioners are added to `others`.
+        """
+        settings, table = self._settings, open_table(path)
+        texts = [settings.text] if isinstance(settings.text, str) else settings.text
+        whose = [] if settings.captioner is None else [settings.captioner]
+        wanted = [settings.key, *whose, *texts]
+        require(
+            table, wanted, f"a table of captions has the columns {', '.join(wanted)}, or others that params.yaml names"
+        )
+        prefix = prefix_of(path, settings.path)
+        try:
+            for row in table.rows(wanted):
+                if row.problem is not None:
+                    raise ValueError(f"{table.unit} {row.number}: {row.problem[0]}")
+                key, *rest = row.values
+                if not (name := as_name(key)):
+                    continue  # nobody's
+                if whose and str(rest.pop(0)) != self._name:
+                    others.add(str(row.values[1]))
+                    continue
+                # null has no words
+                found = [cut_reasoning(str(text)) for text in rest if text is not None]
+                name = f"{prefix}/{name.removeprefix('./')}" if prefix else name.removeprefix("./")
+                made = key_of(as_name(key), prefix)
+                # no two addresses share a key
+                yield made, None if name == made or "://" in name else name, "\n".join(text for text in found if text)
+        except (ValueError, OSError) as error:  # pyarrow raises kinds of both
+            raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
+
+
+class _Texts:
+    """Key → text, in an SQLite file that nobody else sees; any thread may ask."""
+
+    def __init__(self) -> None:
+        # "": a file that SQLite makes and removes by itself
+        self._base = sqlite3.connect("", check_same_thread=False, isolation_level=None)
+        self._lock = threading.Lock()
+        self._base.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;")
+        self._base.execute("CREATE TABLE texts (key TEXT NOT NULL, name TEXT, text TEXT NOT NULL)")
+        self._indexed = False
+
+    def add(self, rows: Iterable[tuple[str, str | None, str]]) -> None:
+        """Appends rows, in their order.
+
+        Raises:
+            OSError: the temporary folder is full.
+        """
+        with _in_temporary_folder():
+            self._base.execute("BEGIN")
+            self._base.executemany("INSERT INTO texts VALUES (?, ?, ?)", rows)
+            self._base.execute("COMMIT")
+
+    def __len__(self) -> int:
+        (rows,) = self._base.execute("SELECT count(*) FROM texts").fetchone()
+        return int(rows)
+
+    def repeated(self) -> list[str]:
+        """Keys of more than one row, as they first come."""
+        self._index()
+        sql = "SELECT key FROM texts GROUP BY key HAVING count(*) > 1 ORDER BY min(rowid)"
+        return [key for (key,) in self._base.execute(sql)]
+
+    def ambiguous(self) -> tuple[str, str, str] | None:
+        """A key that rows of different names share, and two of those names; None where there is no such key."""
+        self._index()
+        sql = (
+            "SELECT key, min(coalesce(name, key)), max(coalesce(name, key)) FROM texts "
+            "WHERE key IN (SELECT key FROM texts GROUP BY key HAVING count(*) > 1) "
+            "GROUP BY key HAVING min(coalesce(name, key)) <> max(coalesce(name, key)) LIMIT 1"
+        )
+        found: tuple[str, str, str] | None = self._base.execute(sql).fetchone()
+        return found
+
+    def get(self, key: str) -> str | None:
+        """The text of the first row with a key; None where there is none."""
+        with self._lock:
+            self._index()
+            found = self._base.execute("SELECT text FROM texts WHERE key = ? ORDER BY rowid LIMIT 1", [key]).fetchone()
+        return None if found is None else str(found[0])
+
+    def _index(self) -> None:
+        # after the rows, so that it is sorted once; SQLite does nothing where it is there
+        if not self._indexed:
+            with _in_temporary_folder():
+                self._base.execute("CREATE INDEX by_key ON texts (key)")
+            self._indexed = True
+
+
+@contextmanager
+def _in_temporary_folder() -> Iterator[None]:
+    """Turns SQLite's error of a full disk, which names no place, into one that names the temporary folder."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", tempfile.gettempdir()) from error
+
+
+def _tables(path: Path) -> list[Path]:
+    if not path.is_dir() and path.suffix.lower() not in ENDINGS:
+        raise ValueError(f"{path}: a table of captions ends in .parquet or .csv; convert it to one of them")
+    tables = find_tables(path, ENDINGS)
+    if not tables or not tables[0].is_file():
+        there = "has no table" if path.is_dir() else "is not there"
+        raise ValueError(f"{path} {there}; set `path` of this captioner in params.yaml to the table of captions")
+    return tables

@@ -1,0 +1,390 @@
+"""Multimodal language models of the transformers library as captioners: batches of images of like cost."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lotlip.caption.config import TransformersCaptionerConfig
+from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
+from lotlip.core.files import sha256_tree
+from lotlip.data.batches import ahead, in_batches
+from lotlip.data.images import decode_rgb
+from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
+from lotlip.data.text import has_words, split_sub_captions
+from lotlip.data.weights import check_weights
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+_WINDOW = 16  # batches whose images, still encoded, are sorted by cost together
+_AHEAD = 2  # batches that threads decode and prepare while the model writes
+
+# Settings that say how the work is done, not what is written.
+_HOW = {"path", "preset", "device", "batch_size"}
+
+log = logging.getLogger(__name__)
+
+
+class TransformersCaptioner:
+    """Asks a model for a description of each image.
+
+    Opening one loads nothing. The model is loaded at the first caption, once in a process, however many captioners
+    share it; threads that caption at once take turns at it.
+
+    Attributes:
+        revision: the hub's commit, or the hash of the files in the model's folder.
+        prompt: the question.
+
+    Raises:
+        ValueError: the model's folder is not there or has no model, or a folder is in the way of a hub's name.
+    """
+
+    def __init__(self, name: str, settings: TransformersCaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+        self._name = name
+        self._settings = settings
+        self._count_tokens = count_tokens
+        self.prompt = settings.prompt
+        if settings.in_a_folder:
+            if not (settings.path / "config.json").is_file() or not any(settings.path.glob("*.safetensors")):
+                raise ValueError(
+                    f"{settings.path} has no model: config.json or weights (*.safetensors) are not there; set model "
+                    f"and path of caption.captioners.{name} to a folder that has them, or model to a hub's name"
+                )
+        elif Path(settings.model).exists():  # transformers would read it, whatever the revision says
+            raise ValueError(
+                f"caption.captioners.{name}.model {settings.model} is a folder here, so it cannot mean the hub's; set "
+                "path to it, too, or move it"
+            )
+
+    @cached_property
+    def revision(self) -> str:
+        """The hub's commit, or the hash of the files in the model's folder."""
+        return self._settings.revision or "sha256:" + sha256_tree(self._settings.path)[:12]
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        """All that decides a caption besides the image, up to rounding, as plain JSON."""
+        return {**self._settings.model_dump(mode="json", exclude=_HOW), "revision": self.revision}
+
+    def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
+        """One caption for each record, in order; what is written does not depend on the other records.
+
+        Some batches of encoded images are in memory at a time, and a few decoded ones.
+
+        Raises:
+            Unusable: the model cannot be loaded, or not even one image fits into the GPU's memory.
+        """
+        mllm = _load(self._settings, self.revision)
+        for batch in ahead(partial(self._prepare, mllm), self._batches(mllm, records), _AHEAD):
+            window = batch.window
+            window.items |= batch.failures
+            window.items |= self._captions(mllm, batch)
+            if len(window.items) == len(window.records):
+                yield from (window.items[place] for place in range(len(window.records)))
+
+    def _batches(self, mllm: _Mllm, records: Iterable[ImageRecord]) -> Iterator[tuple[_Window, list[int]]]:
+        """Places of images of like cost, of one window after another."""
+        size = self._settings.batch_size
+        for found in in_batches(records, size * _WINDOW):
+            window = _Window(found)
+            # Dearest first: what does not fit shows at once.
+            order = sorted(range(len(found)), key=lambda place: mllm.cost(found[place]), reverse=True)
+            for places in in_batches(order, size):
+                yield window, places
+
+    def _prepare(self, mllm: _Mllm, work: tuple[_Window, list[int]]) -> _Batch:
+        """Decodes a batch and makes the model's inputs of it; in a thread."""
+        window, places = work
+        batch = _Batch(window)
+        for place in places:
+            record = window.records[place]
+            try:
+                image = decode_rgb(record.image)
+            except ValueError as error:
+                batch.failures[place] = Failure(record.key, record.key, str(error), "unreadable")
+            else:
+                batch.places.append(place)
+                batch.images.append(image)
+        if batch.images:
+            batch.inputs = mllm.inputs(batch.images, self.prompt)
+        return batch
+
+    def _captions(self, mllm: _Mllm, batch: _Batch) -> dict[int, Caption | Failure]:
+        """The batch's captions by their places in the window."""
+        records = [batch.window.records[place] for place in batch.places]
+        answers = self._answers(mllm, batch.images, [record.key for record in records], batch.inputs)
+        return {
+            place: self._caption(record, answer)
+            for place, record, answer in zip(batch.places, records, answers, strict=True)
+        }
+
+    def _answers(
+        self, mllm: _Mllm, images: Sequence[Image.Image], keys: Sequence[str], inputs: Any = None
+    ) -> list[_Answer]:
+        """The model's answers, in as many parts as its GPU's memory makes necessary."""
+        import torch
+
+        if not images:
+            return []
+        if len(images) <= mllm.fits:
+            try:
+                return mllm.answers(inputs or mllm.inputs(images, self.prompt), keys, self._settings)
+            except torch.OutOfMemoryError as error:
+                if len(images) == 1:
+                    raise Unusable(
+                        f"image {keys[0]} does not fit into the GPU's memory beside {self._settings.model}; lower "
+                        f"max_new_tokens or num_beams of caption.captioners.{self._name}, or let it see more GPUs"
+                    ) from error
+                mllm.fits = min(mllm.fits, len(images) // 2)
+            # not in the handler: the error's traceback holds what filled the memory
+            torch.cuda.empty_cache()
+            log.warning("%s: %d images do not fit into memory, %d from here on", self._name, len(images), mllm.fits)
+        step = mllm.fits  # may get smaller on the way
+        parts = [slice(start, start + step) for start in range(0, len(images), step)]
+        return [answer for part in parts for answer in self._answers(mllm, images[part], keys[part])]
+
+    def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
+        sub_captions = split_sub_captions(answer.text)
+        if not has_words(answer.text):
+            wrote = "nothing but reasoning" if answer.reasoned else "no words"
+            reason = f"{self._name} wrote {wrote} (finish reason {answer.finish_reason})"
+            return Failure(record.key, record.key, reason, "empty")
+        return Caption(
+            key=record.key,
+            captioner=self._name,
+            text=answer.text,
+            sub_captions=sub_captions,
+            tokens=self._count_tokens(answer.text),
+            finish_reason=answer.finish_reason,
+            revision=self.revision,
+            prompt=self.prompt,
+        )
+
+
+@dataclass
+class _Window:
+    """Records that are sorted together, and what became of them, by their places."""
+
+    records: list[ImageRecord]
+    items: dict[int, Caption | Failure] = field(default_factory=dict)
+
+
+@dataclass
+class _Batch:
+    """Some of a window's images, decoded, with the model's inputs; and those that could not be decoded."""
+
+    window: _Window
+    places: list[int] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+    inputs: Any = None
+    failures: dict[int, Failure] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str  # without reasoning
+    finish_reason: str
+    reasoned: bool
+
+
+# --- the model --------------------------------------------------------------------------------------------------------
+
+
+class _Mllm:
+    """A loaded model with its processor.
+
+    Attributes:
+        fits: images that the GPU's memory is known not to be too small for.
+    """
+
+    def __init__(self, model: Any, processor: Any) -> None:
+        self.fits = sys.maxsize
+        self._model, self._processor = model, processor
+        self._generating, self._processing = threading.Lock(), threading.Lock()
+        tokenizer = processor.tokenizer
+        # The ends that generation stops at are given to it, so that it is known which they are.
+        self._ends = _ends(model, tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self._ends[0])
+        if not model.config.is_encoder_decoder:
+            tokenizer.padding_side = "left"  # what is written goes on from the prompt's last token
+
+    def cost(self, record: ImageRecord) -> tuple[int, int]:
+        """What an image costs: the prompt's tokens, where the processor can tell from a size, and pixels."""
+        tokens = getattr(self._processor, "_get_num_multimodal_tokens", None)  # as inference servers ask it
+        size = (record.height, record.width)
+        return tokens(image_sizes=[size]).num_image_tokens[0] if tokens else 0, record.width * record.height
+
+    def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:
+        """What the model is given for each image: padded token ids, their mask, pixels and what else it wants."""
+        image_token = str(getattr(self._processor, "image_token", ""))
+        whole = bool(image_token) and image_token in prompt
+        with self._processing:  # tokenizers change state when they pad
+            if whole or not getattr(self._processor, "chat_template", None):
+                return self._processor(
+                    images=list(images), text=[prompt] * len(images), padding=True, return_tensors="pt"
+                )
+            question = {"type": "text", "text": prompt}
+            return self._processor.apply_chat_template(
+                [[{"role": "user", "content": [{"type": "image", "image": image}, question]}] for image in images],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs={"padding": True},
+            )
+
+    def answers(self, inputs: Any, keys: Sequence[str], settings: TransformersCaptionerConfig) -> list[_Answer]:
+        """What the model writes after each of the prompts.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit into the GPU's memory together.
+        """
+        import torch
+
+        with self._generating, torch.inference_mode():
+            device, dtype = self._model.device, self._model.dtype
+            given = {
+                name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+                for name, value in inputs.items()
+            }
+            written = self._model.generate(
+                **given,
+                max_new_tokens=settings.max_new_tokens,
+                num_beams=settings.num_beams,
+                length_penalty=settings.length_penalty,
+                repetition_penalty=settings.repetition_penalty,
+                do_sample=False,  # chance comes from `_Chance`
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                logits_processor=_chance(settings, keys),
+                eos_token_id=self._ends,
+                pad_token_id=self._processor.tokenizer.pad_token_id,
+            ).cpu()
+        prompt = inputs["input_ids"]
+        if torch.equal(written[:, : prompt.shape[1]], prompt):  # most models, but not all, give it back
+            written = written[:, prompt.shape[1] :]
+        return [self._answer(row) for row in written.tolist()]
+
+    def _answer(self, tokens: list[int]) -> _Answer:
+        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        tokenizer = self._processor.tokenizer
+        written = tokenizer.decode(tokens[:end], skip_special_tokens=True)
+        if not has_marker(written):  # markers may be special tokens, which decoding leaves out
+            special = {
+                index
+                for index, token in tokenizer.added_tokens_decoder.items()
+                if token.special and not is_marker(token.content)
+            }
+            whole = tokenizer.decode([token for token in tokens[:end] if token not in special])
+            written = whole if has_marker(whole) else written
+        return _Answer(cut_reasoning(written), "length" if end is None else "stop", reasoned=has_marker(written))
+
+
+_loading = threading.Lock()
+
+
+def _load(settings: TransformersCaptionerConfig, revision: str) -> _Mllm:
+    """The model that the settings name; the process has one copy of it."""
+    with _loading:
+        return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, settings.device)
+
+
+@lru_cache(maxsize=1)
+def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: str) -> _Mllm:
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if device.startswith("cuda") and not gpu:
+        raise Unusable(f"torch finds no GPU for the device {device}; set it to auto or cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu else "float32"
+    # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
+    where = {} if in_a_folder else {"revision": revision}
+    try:
+        if in_a_folder:
+            check_weights(Path(source))
+        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **where)
+        model: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map=device if gpu else None,
+            **where,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise Unusable(
+            f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
+            f"with safetensors weights and without code of its own: {reason}"
+        ) from error
+    for name in ("patch_size", "num_query_tokens"):
+        if getattr(processor, name, 0) is None:
+            raise Unusable(
+                f"the processor of {source} ({revision}) does not say its {name}, since an old version of transformers "
+                "saved it; take a later revision, or save it again with what the model's config.json has"
+            )
+    return _Mllm(model.eval(), processor)
+
+
+def _ends(model: Any, tokenizer: Any) -> list[int]:
+    """The token ids that end a text."""
+    known = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
+    ids = next((found for place in known if (found := place.eos_token_id) is not None), None)
+    if ids is None:
+        raise Unusable(f"{model.name_or_path} does not say which token ends a text; add it to generation_config.json")
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+# --- chance -----------------------------------------------------------------------------------------------------------
+
+
+def _chance(settings: TransformersCaptionerConfig, keys: Sequence[str]) -> list[Any]:
+    """What turns the search for the likeliest token into a draw; nothing at temperature 0."""
+    if not settings.temperature:
+        return []
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+    steps: list[Any] = [TemperatureLogitsWarper(settings.temperature)]
+    if settings.top_p < 1:
+        steps.append(TopPLogitsWarper(settings.top_p))
+    return LogitsProcessorList([*steps, _Chance(settings.seed, keys)])
+
+
+class _Chance:
+    """Adds Gumbel noise to log-probabilities: the largest of them is then a draw from their distribution.
+
+    Each image has its own chance, which its key and the seed decide: its caption does not depend on what else is in
+    the batch, nor on what ran before.
+    """
+
+    def __init__(self, seed: int, keys: Sequence[str]) -> None:
+        self._seeds = [_number(f"{seed}/{key}") for key in keys]
+        self._generators: list[torch.Generator] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Scores [B, vocabulary] with noise."""
+        import torch
+
+        if not self._generators:
+            self._generators = [torch.Generator(scores.device).manual_seed(seed) for seed in self._seeds]
+        noise = torch.empty_like(scores)
+        for row, generator in zip(noise, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - noise.log()
+
+
+def _number(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

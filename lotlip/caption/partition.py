@@ -1,0 +1,102 @@
+"""One partition's captions: from the store or the captioner, then measured, filtered and written."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from lotlip.caption.captioners import Captioner, open_captioner
+from lotlip.caption.config import CaptionConfig, CaptionerConfig
+from lotlip.caption.quality import assess, measured
+from lotlip.caption.reasoning import cut_reasoning
+from lotlip.caption.store import PASSING, CaptionStore, Partition
+from lotlip.core.files import sha256_json
+from lotlip.data.partitions import finished, read_table, reuse_or_write, write_captions
+from lotlip.data.paths import tree_state
+from lotlip.data.records import Caption, Failure, UnitReport
+from lotlip.data.text import has_words, split_sub_captions
+
+_opening = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Captioning:
+    """All that captioning a partition takes, small enough to be sent to another process.
+
+    Attributes:
+        captioner: its name in params.yaml.
+        stage: `caption` of params.yaml.
+        source: folder of ingest.
+        store: of captions that were written once.
+        out: where the partition's captions go.
+    """
+
+    captioner: str
+    stage: CaptionConfig
+    source: Path
+    store: Path
+    out: Path
+
+    def author(self) -> Captioner:
+        """The captioner, opened once in a process, however many threads ask, and again when its file changed."""
+        settings = self.stage.captioners[self.captioner]
+        described = TypeAdapter(CaptionerConfig).dump_json(settings)
+        with _opening:
+            return _opened(self.captioner, described, self.stage.tokenizer, tree_state(settings.path))
+
+    def stored(self) -> CaptionStore:
+        """The store of what the captioner wrote."""
+        return CaptionStore(self.store, self.captioner, self.author().about)
+
+    def __call__(self, partition: Partition) -> list[UnitReport]:
+        """Writes the partition's captions, unless they are there and were made from the same images and captioner."""
+        inputs = sha256_json([partition.name, partition.images, partition.sha256, self.author().about])
+        return reuse_or_write(
+            partition.name,
+            inputs,
+            self.out,
+            lambda: self._finished(partition),
+            lambda: [self._write(partition)],
+        )
+
+    def _finished(self, partition: Partition) -> list[UnitReport] | None:
+        report = finished(partition.name, self.out)
+        if report is None or any(failure.kind in PASSING for failure in report.failures):
+            return None  # what failed because of the server may succeed now
+        return [report]
+
+    def _write(self, partition: Partition) -> UnitReport:
+        from lotlip.data.tokenizer import token_counts
+
+        store = self.stored()
+        report = store.captioned(partition, self.source, self.author())
+        usable = [_usable(caption) for caption in store.read(partition)]
+        captions = [item for item in usable if isinstance(item, Caption)]
+        empty = [item for item in usable if isinstance(item, Failure)]
+        tokens = token_counts(self.stage.tokenizer, [caption.text for caption in captions])
+        counted = (
+            replace(caption, sub_captions=split_sub_captions(caption.text, self.stage.sentence_ends), tokens=number)
+            for caption, number in zip(captions, tokens, strict=True)
+        )
+        images = read_table(self.source, partition.name, ["key", "raw_caption"])
+        raw = dict(zip(images["key"], images["raw_caption"], strict=True))
+        kept = assess(measured(counted, raw), self.stage.quality)
+        return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
+
+
+def _usable(caption: Caption) -> Caption | Failure:
+    """A stored caption without reasoning; a failure where no words are left. Earlier versions stored either."""
+    text = cut_reasoning(caption.text)
+    if not has_words(text):
+        reason = f"the stored text of {caption.captioner} has no words besides reasoning"
+        return Failure(caption.key, caption.key, reason, "empty")
+    return caption if text == caption.text.strip() else replace(caption, text=text)
+
+
+@lru_cache(maxsize=1)
+def _opened(name: str, settings: bytes, tokenizer: str, state: str) -> Captioner:
+    return open_captioner(name, TypeAdapter(CaptionerConfig).validate_json(settings), tokenizer)

@@ -1,0 +1,1 @@
+"""Files, locks, processes, checks: what cannot change a result."""

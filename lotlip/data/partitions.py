@@ -1,0 +1,398 @@
+"""What ingest and caption leave on disk: a tar of images, tables of captions, and a marker for every finished unit.
+
+A partition `train/part-00000` is `train/part-00000.tar` and `.parquet` (ingest) or `.parquet` alone (a captioner), and
+`train/part-00000.json`, its report. The report is written last: where it is, the partition is whole. A unit of ingest
+whose items are of several splits leaves a partition in each; that of the first of `SPLITS` is marked last, for all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lotlip.core.files import read_json, remove, sha256_files, sha256_json, whole, write_json
+from lotlip.data.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.data.tars import TarWriter
+
+MARKER = ".json"
+SHOWN_FAILURES = 100
+
+# `offset` and `size` say where the image's bytes lie in the tar, so that a shard can pick images at random.
+RECORDS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("extension", pa.string()),
+        ("raw_caption", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("sha256", pa.string()),
+        ("scene", pa.string()),  # JSON; null where the source does not know what is in the picture
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+    ]
+)
+
+# The second half is null where nobody measured: see `MeasuredCaption`.
+CAPTIONS = pa.schema(
+    [
+        ("key", pa.string()),
+        ("captioner", pa.string()),
+        ("text", pa.string()),
+        ("sub_captions", pa.list_(pa.string())),
+        ("tokens", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("revision", pa.string()),
+        ("prompt", pa.string()),
+        ("words", pa.int32()),
+        ("repetition", pa.float64()),
+        ("truncated", pa.bool_()),
+        ("control", pa.int32()),
+        ("mojibake", pa.int32()),
+        ("refusal", pa.string()),
+        ("reasoning", pa.string()),
+        ("agreement", pa.float64()),
+        ("own_agreement", pa.float64()),
+        ("next_agreement", pa.float64()),
+    ]
+)
+
+
+# --- ingest -------------------------------------------------------------------------------------------------------
+
+
+def write_partitions(
+    unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path, split_of: Callable[[str], str]
+) -> list[UnitReport]:
+    """Writes a unit's images and their tables, a partition for each split; one image is in memory at a time.
+
+    Args:
+        unit: what is read.
+        items: as `Source.read` gives them.
+        folder: of the stage.
+        split_of: a key's split; not asked where the unit has one.
+
+    Returns:
+        A report for each split of the unit that has items, in the order of `SPLITS`; the first has one in any case.
+
+    Raises:
+        ValueError: a key that cannot name a sample.
+        AssertionError: a unit with a split, and not as many `items` as it has.
+    """
+    splits = SPLITS if unit.split is None else (unit.split,)
+    for split in splits:
+        remove(folder / f"{unit.partition(split)}{MARKER}", ours=is_marker)
+    with ExitStack() as stack:
+        writers: dict[str, _Partition] = {}
+        for item in items:
+            split = split_of(item.key) if unit.split is None else unit.split
+            if split not in writers:
+                writers[split] = stack.enter_context(_Partition(folder / unit.partition(split)))
+            writers[split].add(item)
+        if splits[0] not in writers:
+            writers[splits[0]] = stack.enter_context(_Partition(folder / unit.partition(splits[0])))
+    reports = []
+    for split in reversed([split for split in splits if split in writers]):
+        written = writers[split]
+        read = written.read if unit.split is None else len(unit.items)
+        name, failures = unit.partition(split), written.failures
+        reports.append(_finish(name, folder, read, len(written.rows), failures, written.files, written.remarks))
+    return reports[::-1]
+
+
+class _Partition(AbstractContextManager["_Partition"]):
+    """The tar and table of one split of a unit, whole when the block ends well."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = [path.with_name(f"{path.name}{ending}") for ending in (".tar", ".parquet")]
+        self.rows: list[dict[str, Any]] = []
+        self.failures: list[Failure] = []
+        self.remarks: list[Remark] = []
+
+    def __enter__(self) -> _Partition:
+        self._stack = ExitStack()
+        tar, self._table = (self._stack.enter_context(whole(path)) for path in self.files)
+        self._tar = self._stack.enter_context(TarWriter(self._stack.enter_context(tar.open("wb"))))
+        return self
+
+    def __exit__(self, *error: Any) -> bool | None:
+        if error[0] is None:
+            pq.write_table(pa.Table.from_pylist(self.rows, RECORDS), self._table)
+        return self._stack.__exit__(*error)
+
+    @property
+    def read(self) -> int:
+        return len(self.rows) + len(self.failures)
+
+    def add(self, item: ImageRecord | Failure) -> None:
+        if isinstance(item, Failure):
+            self.failures.append(item)
+        else:
+            self.rows.append(_row(item, self._tar))
+            self.remarks += item.remarks
+
+
+def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mapping[int, tuple[str, str]]) -> UnitReport:
+    """Puts a finished partition of images into another folder, without some of its rows; the tar is linked.
+
+    Args:
+        folder: where it is.
+        report: its own.
+        out: where it goes.
+        dropped: number of a row → kind and reason of the `Failure` that it becomes.
+
+    Returns:
+        Its report there.
+    """
+    name = report.name
+    files = [out / f"{name}.tar", out / f"{name}.parquet"]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    _link(folder / f"{name}.tar", files[0])
+    if not dropped:
+        _link(folder / f"{name}.parquet", files[1])
+        write_json(out / f"{name}{MARKER}", report.to_json())
+        return report
+    table = pq.read_table(folder / f"{name}.parquet")
+    keep = np.ones(len(table), dtype=bool)
+    keep[list(dropped)] = False
+    with whole(files[1]) as partial:
+        pq.write_table(table.filter(pa.array(keep)), partial)
+    rows = table.select(["key", "extension"]).take(sorted(dropped)).to_pylist()
+    failures = [
+        Failure(row["key"], f"{name}.tar: {row['key']}.{row['extension']}", reason, kind)
+        for row, (_, (kind, reason)) in zip(rows, sorted(dropped.items()), strict=True)
+    ]
+    gone = {failure.key for failure in failures}
+    remarks = [remark for remark in report.remarks if remark.key not in gone]
+    return _finish(name, out, report.read, int(keep.sum()), [*report.failures, *failures], files, remarks)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a filesystem without links
+        shutil.copyfile(source, target)
+
+
+def finished_unit(unit: Unit, folder: Path) -> list[UnitReport] | None:
+    """The reports of a unit that `write_partitions` wrote whole; None where it did not."""
+    if unit.split is not None:
+        report = finished(unit.name, folder)
+        return None if report is None else [report]
+    found = [report for split in SPLITS if (report := finished(unit.partition(split), folder))]
+    return found if found and found[0].name == unit.partition(SPLITS[0]) else None
+
+
+def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
+    if not KEY_PATTERN.fullmatch(record.key):
+        raise ValueError(f"{record.key!r} cannot be a sample's key: the source may use only letters, digits, _ and -")
+    offset = tar.add(f"{record.key}.{record.extension}", record.image)
+    scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True, allow_nan=False)
+    row = {name: getattr(record, name) for name in ("key", "extension", "raw_caption", "width", "height", "sha256")}
+    return {**row, "scene": scene, "offset": offset, "size": len(record.image)}
+
+
+def read_table(folder: Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A unit's table; of `RECORDS` for ingest's units."""
+    return pq.read_table(folder / f"{name}.parquet", columns=None if columns is None else list(columns)).to_pandas()
+
+
+def read_image(folder: Path, name: str, offset: int, size: int) -> bytes:
+    """One image's bytes, from where the table says that they lie in the unit's tar."""
+    with (folder / f"{name}.tar").open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def stored_images(
+    folder: Path, units: Iterable[str], column: str = "key"
+) -> Iterator[tuple[str, Any, Callable[[], bytes]]]:
+    """Of each image of some of ingest's units its key, another column of theirs, and what reads its bytes."""
+    for unit in units:
+        table = read_table(folder, unit, list(dict.fromkeys(["key", "offset", "size", column])))
+        for key, value, at, size in zip(table["key"], table[column], table["offset"], table["size"], strict=True):
+            yield key, value, partial(read_image, folder, unit, int(at), int(size))
+
+
+def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:
+    """A unit's images with their raw captions, in order, one in memory at a time."""
+    rows = read_table(folder, name).to_dict("records")
+    with (folder / f"{name}.tar").open("rb") as file:
+        for row in rows:
+            file.seek(row.pop("offset"))
+            image = file.read(row.pop("size"))
+            scene = row.pop("scene")
+            known = json.loads(scene) if isinstance(scene, str) else None
+            yield ImageRecord(**{str(name): value for name, value in row.items()}, image=image, scene=known)
+
+
+# --- caption ------------------------------------------------------------------------------------------------------
+
+
+def write_captions(
+    name: str, items: Iterable[Caption | Failure], read: int, folder: Path, schema: pa.Schema = CAPTIONS
+) -> UnitReport:
+    """Writes the captions of a unit.
+
+    Args:
+        name: of the unit, as ingest calls it.
+        items: as `Captioner.caption` gives them, or captions with their measures.
+        read: images that the captioner was given.
+        folder: of the captioner.
+        schema: the columns.
+
+    Raises:
+        AssertionError: `items` has not one for each image.
+    """
+    path = folder / f"{name}.parquet"
+    remove(folder / f"{name}{MARKER}", ours=is_marker)
+    rows: list[dict[str, Any]] = []
+    failures: list[Failure] = []
+    for item in items:
+        if isinstance(item, Failure):
+            failures.append(item)
+        else:
+            rows.append(asdict(item))
+    with whole(path) as partial:
+        pq.write_table(pa.Table.from_pylist(rows, schema), partial)
+    return _finish(name, folder, read, len(rows), failures, [path])
+
+
+def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
+    """A unit's captions, with the columns of `CAPTIONS`; sub-captions are lists."""
+    table = read_table(folder, name, columns)
+    if "sub_captions" in table:
+        table["sub_captions"] = pd.Series([list(parts) for parts in table["sub_captions"]], table.index, object)
+    return table
+
+
+# --- units that are done once ---------------------------------------------------------------------------------------
+
+
+def reuse_or_write(
+    name: str,
+    inputs: str | None,
+    folder: Path,
+    finished: Callable[[], list[UnitReport] | None],
+    write: Callable[[], list[UnitReport]],
+) -> list[UnitReport]:
+    """Gives the reports of a unit that is finished and whose inputs are unchanged; else writes the unit.
+
+    The hash of the inputs is kept beside the outputs, not in them: what is published must not depend on the times of
+    files.
+
+    Args:
+        name: of the unit.
+        inputs: a hash of what the unit is made from, taken before it is written; None: unknown, so the unit is written.
+        folder: of the unit's outputs.
+        finished: gives the reports of the unit's outputs where they are whole.
+        write: writes the outputs and gives their reports.
+    """
+    record = _record_of_inputs(name, folder)
+    if inputs is not None and inputs == recorded_inputs(name, folder) and (reports := finished()):
+        return reports
+    remove(record)
+    reports = write()
+    if inputs is not None:
+        write_json(record, inputs)  # last: an interruption before it has the unit written again
+    return reports
+
+
+def recorded_inputs(name: str, folder: Path) -> str | None:
+    """The hash of the inputs that a unit in a folder was last written from; None where it is not known."""
+    record = _record_of_inputs(name, folder)
+    return read_json(record) if record.is_file() else None
+
+
+def _record_of_inputs(name: str, folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-inputs") / f"{name}.json"
+
+
+# --- markers and the index ----------------------------------------------------------------------------------------
+
+
+def _finish(
+    name: str,
+    folder: Path,
+    read: int,
+    written: int,
+    failures: list[Failure],
+    files: Sequence[Path],
+    remarks: Sequence[Remark] = (),
+) -> UnitReport:
+    size = sum(file.stat().st_size for file in files)
+    report = UnitReport(name, read, written, sha256_files(files), size, failures, list(remarks))
+    write_json(folder / f"{name}{MARKER}", report.to_json())
+    return report
+
+
+def finished(name: str, folder: Path) -> UnitReport | None:
+    """The report of a partition that was written whole; None where it was not."""
+    marker = folder / f"{name}{MARKER}"
+    return UnitReport.from_json(read_json(marker)) if marker.is_file() else None
+
+
+def is_marker(path: Path) -> bool:
+    """Whether a file is the report of a partition or shard."""
+    try:
+        UnitReport.from_json(read_json(path))
+    except (ValueError, TypeError, LookupError, AttributeError, AssertionError):
+        return False
+    return True
+
+
+def unit_names(folder: Path, split: str | None = None) -> list[str]:
+    """Names of the finished units of a split (of all splits where none is given), sorted."""
+    markers = folder.glob(f"{split or '*'}/part-*{MARKER}")
+    return sorted(marker.relative_to(folder).as_posix().removesuffix(MARKER) for marker in markers)
+
+
+def write_index(folder: Path, reports: Sequence[UnitReport], **more: Any) -> dict[str, Any]:
+    """Writes `index.json`: what the units have, what failed, and one hash for all; `more` is added as it is."""
+    units = [
+        {"name": report.name, "written": report.written, "bytes": report.bytes, "sha256": report.sha256}
+        for report in reports
+    ]
+    index = {"units": units, **totals(reports), **more}
+    write_json(folder / "index.json", index)
+    return index
+
+
+def totals(reports: Sequence[UnitReport]) -> dict[str, Any]:
+    """The sums over units that every index has, the first of the failures, and one hash over the units' hashes."""
+    failures = [failure for report in reports for failure in report.failures]
+    remarks = [remark for report in reports for remark in report.remarks]
+    return {
+        "read": sum(report.read for report in reports),
+        "written": sum(report.written for report in reports),
+        "failed": len(failures),
+        "failure_kinds": dict(sorted(Counter(failure.kind for failure in failures).items())),
+        "failures": [asdict(failure) for failure in failures[:SHOWN_FAILURES]],
+        "remark_kinds": dict(sorted(Counter(remark.kind for remark in remarks).items())),
+        "remarks": [asdict(remark) for remark in remarks[:SHOWN_FAILURES]],
+        "hash": sha256_json([[report.name, report.sha256] for report in reports]),
+    }
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """`index.json` of a stage's folder.
+
+    Raises:
+        ValueError: there is none: the stage did not finish.
+    """
+    path = folder / "index.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is not there: the stage that writes {folder} has not finished; run `dvc repro`")
+    return read_json(path)

@@ -1,0 +1,1 @@
+"""Stage `image-tower`: the pretrained image tower."""

@@ -1,0 +1,46 @@
+"""The gate after the image-tower stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lotlip.core.checks import Check, in_percent, one, run_gate
+from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+def gate_image_tower(
+    settings: SceneTowerConfig | TimmTowerConfig, accuracy: Mapping[str, float], features: np.ndarray, report: Path
+) -> list[Check]:
+    """The tower's features tell pictures apart, and the demo's tower has learned its attributes.
+
+    Args:
+        settings: the stage's.
+        accuracy: attribute → share told right, on scenes it was not trained on; empty for a tower from elsewhere.
+        features: of a few different pictures, [n, D].
+        report: scratch folder.
+    """
+    spread = float(features.std(axis=0).max()) if np.isfinite(features).all() else None
+    stage: dict[str, Any] = {"stage": "image_tower", "not_finite": int((~np.isfinite(features)).sum())}
+    checks = [
+        one("not_finite", "features have no NaN or infinity", high=0),
+        one("spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6),
+    ]
+    if isinstance(settings, SceneTowerConfig):
+        stage["accuracy"] = float(np.mean(list(accuracy.values()))) if accuracy else None
+        detail = ", ".join(f"{name} {in_percent(value)}" for name, value in accuracy.items())
+        what = f"mean accuracy over attributes is at least {in_percent(settings.min_accuracy)}"
+        checks.append(
+            one(
+                "accuracy", what, low=settings.min_accuracy, percent=True, detail=detail, key="image_tower.min_accuracy"
+            )
+        )
+    table = pd.DataFrame([{**stage, "spread": spread}])
+    return run_gate("image_tower", {"stage": table}, {"stage": checks}, report)

@@ -1,0 +1,43 @@
+"""A pretrained image tower from timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lotlip.data.weights import read_weights
+from lotlip.image_tower.config import TimmTowerConfig
+from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower, load_weights
+
+
+def timm_tower(config: TimmTowerConfig) -> ImageTower:
+    """Builds a pretrained tower by its name in timm, with the weights of a local file or of timm's hub.
+
+    Raises:
+        ValueError: the hub cannot be reached, or the weights do not fit.
+    """
+    spec = ImageTowerSpec(config.model, config.image_size, resize=config.resize)
+    if config.checkpoint is not None:
+        return _with_checkpoint(build_image_tower(spec), config.checkpoint)
+    try:
+        return build_image_tower(spec, pretrained=True).eval()
+    except ValueError:
+        raise
+    except Exception as error:  # the hub's client and the network below it raise many types
+        raise ValueError(
+            f"no weights for {config.model} from timm's hub ({type(error).__name__}: {error}); download its "
+            "model.safetensors elsewhere and name the file in image_tower.checkpoint"
+        ) from error
+
+
+def _with_checkpoint(tower: ImageTower, checkpoint: Path) -> ImageTower:
+    if not checkpoint.is_file():
+        raise ValueError(f"image_tower.checkpoint: {checkpoint} is not there")
+    weights = read_weights(checkpoint)
+    if whole := [name for name in weights if name.startswith(("text", "image.", "vision_model.", "visual."))]:
+        raise ValueError(
+            f"image_tower.checkpoint {checkpoint} holds a model of images and texts ({whole[0]}, …); give the weights "
+            "of timm's model alone"
+        )
+    kept = {name: value for name, value in weights.items() if not name.startswith(("head.", "pre_logits."))}
+    load_weights(tower.trunk, kept, checkpoint)
+    return tower.eval()

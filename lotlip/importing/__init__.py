@@ -1,0 +1,1 @@
+"""Converts released weights into models of this project."""

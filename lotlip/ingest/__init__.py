@@ -1,0 +1,1 @@
+"""Stage `ingest`: images with their short captions become partitions."""

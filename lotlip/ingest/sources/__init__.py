@@ -1,0 +1,70 @@
+"""Where images and their raw captions come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Protocol
+
+from lotlip.data.records import Failure, ImageRecord, Unit
+from lotlip.ingest.config import (
+    FolderSourceConfig,
+    ImagesConfig,
+    SceneSourceConfig,
+    SourceConfig,
+    WebDatasetSourceConfig,
+)
+
+
+class Source(Protocol):
+    """Images with raw captions, cut into units that can be read apart, in any order and by any process."""
+
+    def units(self, partition_size: int) -> list[Unit]:
+        """The units, the same list at every call; of at most `partition_size` items, where the source can cut it."""
+
+    def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
+        """What became of each of the unit's items: one for one, in their order.
+
+        Raises:
+            OSError: the unit could not be read to its end and may be, at another try.
+        """
+
+    def state(self, unit: Unit) -> str | None:
+        """A hash of all that decides what `read` gives besides the settings; file contents are not read for it.
+
+        It changes when an item is added, removed, renamed or replaced. None: the source cannot know whether the unit
+        changed, so the unit is read again.
+
+        Raises:
+            OSError: as for `read`.
+        """
+
+    def split(self, key: str) -> str:
+        """Which of `SPLITS` a sample is in; asked where a unit has no split of its own."""
+
+
+def open_source(settings: SourceConfig, images: ImagesConfig | None = None) -> Source:
+    """The source that `ingest.source` of params.yaml describes.
+
+    Args:
+        settings: the source's.
+        images: what an image must be, and how it is stored: `ingest.images`.
+
+    Raises:
+        ValueError: there is nothing to read where it points.
+    """
+    images = images or ImagesConfig()
+    if isinstance(settings, SceneSourceConfig):
+        return import_module("lotlip.demo.source").SceneSource(settings, images)
+    if isinstance(settings, FolderSourceConfig):
+        from lotlip.ingest.sources.folder import FolderSource
+
+        return FolderSource(settings, images)
+    if isinstance(settings, WebDatasetSourceConfig):
+        from lotlip.ingest.sources.webdataset import WebDatasetSource
+
+        return WebDatasetSource(settings, images)
+
+    from lotlip.ingest.sources.table import TableSource
+
+    return TableSource(settings, images)

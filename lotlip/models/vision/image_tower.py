@@ -1,0 +1,186 @@
+"""The image tower: a timm ViT whose [CLS] token, after the last norm, is the image's feature (paper, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from math import log2
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors.torch import save_file
+from timm.layers import PatchEmbed
+from timm.models import VisionTransformer, register_model
+from torch import Tensor, nn
+
+from lotlip.core.files import read_json, whole, write_json
+from lotlip.data.images import MEAN, STD, check_resize
+from lotlip.data.weights import read_weights
+
+# Options of timm's create_model that load something. A model's configuration may come from anyone.
+LOADING_OPTIONS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+
+
+@dataclass(frozen=True)
+class ImageTowerSpec:
+    """All that is needed to build an image tower and to prepare pictures for it.
+
+    Attributes:
+        timm_model: name of a ViT in timm, or `vit_scenes`.
+        kwargs: of that model, beyond its defaults; plain JSON types.
+        image_size: pixels of a side.
+        mean, std: of the channels, for pixels in 0..1.
+        resize: how a picture becomes a square, one of `lotlip.data.images.RESIZES`.
+
+    Raises:
+        ValueError: `resize` is unknown.
+    """
+
+    timm_model: str
+    image_size: int
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    resize: str = "crop"
+
+    def __post_init__(self) -> None:
+        check_resize(self.resize)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, as plain JSON types."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ImageTowerSpec:
+        """The inverse of `to_json`; what is left out is as in the released models."""
+        return cls(**{**data, **{name: tuple(data[name]) for name in ("mean", "std") if name in data}})
+
+
+class ImageTower(nn.Module):
+    """A timm ViT without its classifier.
+
+    Attributes:
+        trunk: the timm model.
+        spec: what it was built from.
+        width: D, the size of a feature.
+    """
+
+    def __init__(self, trunk: nn.Module, spec: ImageTowerSpec) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.spec = spec
+        self.width = int(trunk.num_features)  # type: ignore[arg-type]
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Pictures [B, 3, S, S], normalised → features of [CLS] [B, D], not normalised."""
+        return self.feature(self.hidden_states(pixel_values))
+
+    def hidden_states(self, pixel_values: Tensor) -> Tensor:
+        """The ViT's tokens after its last norm, [B, T, D]: [CLS] first, then other prefix tokens, then the patches."""
+        return self.trunk.forward_features(pixel_values)  # type: ignore[operator]
+
+    def feature(self, hidden: Tensor) -> Tensor:
+        """That of [CLS], [B, D], from hidden states [B, T, D]."""
+        return self.trunk.forward_head(hidden)  # type: ignore[operator]
+
+    def patches(self, hidden: Tensor) -> Tensor:
+        """Those of the patches, [B, P, D], from hidden states [B, T, D]."""
+        return hidden[:, self.trunk.num_prefix_tokens :]  # type: ignore[misc]
+
+
+def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTower:
+    """Builds the tower; its weights are random unless `pretrained` asks timm for them.
+
+    Raises:
+        ValueError: timm has no such model, it is not a ViT with a [CLS] token, or `spec.kwargs` would load files.
+    """
+    if not timm.is_model(spec.timm_model):
+        raise ValueError(
+            f"timm {timm.__version__} has no model {spec.timm_model!r}; timm.list_models('vit*') names them"
+        )
+    if options := [name for name in LOADING_OPTIONS if name in spec.kwargs]:
+        raise ValueError(f"kwargs of the image tower {spec.timm_model} load other files: remove {', '.join(options)}")
+    arguments = {"num_classes": 0, "global_pool": "token", "img_size": spec.image_size, **spec.kwargs}
+    try:
+        trunk = timm.create_model(spec.timm_model, pretrained=pretrained, **arguments)
+    except (TypeError, AssertionError) as error:  # timm says by either what a model cannot have, such as this pooling
+        raise ValueError(f"{spec.timm_model} cannot be an image tower, which is a ViT of timm's: {error}") from error
+    if getattr(trunk, "cls_token", None) is None:
+        raise ValueError(
+            f"{spec.timm_model} has no [CLS] token, whose feature stands for the image; choose another ViT"
+        )
+    return ImageTower(trunk, spec)
+
+
+def save_image_tower(tower: ImageTower, spec: ImageTowerSpec, folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors`; the folder is whole or not there."""
+    with whole(folder) as partial:
+        partial.mkdir()
+        save_file(
+            {name: value.contiguous() for name, value in tower.state_dict().items()}, partial / "model.safetensors"
+        )
+        write_json(partial / "config.json", spec.to_json())
+
+
+def load_image_tower(folder: Path) -> ImageTower:
+    """Reads what `save_image_tower` wrote, ready for inference.
+
+    Raises:
+        ValueError: the folder has no tower, or its weights are another's.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no image tower (no config.json); run the image_tower stage first")
+    spec = ImageTowerSpec.from_json(read_json(folder / "config.json"))
+    tower = build_image_tower(spec)
+    load_weights(tower, read_weights(folder / "model.safetensors"), folder / "model.safetensors")
+    return tower.eval()
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], place: Path) -> None:
+    """Loads weights that must fit exactly.
+
+    Raises:
+        ValueError: names or shapes differ; the message names the place and the first few.
+    """
+    have = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(name for name in have.keys() | given.keys() if have.get(name) != given.get(name))
+    if wrong:
+        first = "; ".join(f"{name}: model {have.get(name)}, file {given.get(name)}" for name in wrong[:3])
+        raise ValueError(f"{place} does not fit the model in {len(wrong)} of {len(have)} weights ({first})")
+    module.load_state_dict(dict(weights))
+
+
+# --- the demo's ViT -----------------------------------------------------------------------------------------------
+
+
+class ConvStem(PatchEmbed):
+    """Patches by a row of 3×3 convolutions of stride 2, which learn small objects faster than one large convolution."""
+
+    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **others: Any) -> None:
+        super().__init__(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **others)
+        halvings = int(log2(patch_size))
+        if 2**halvings != patch_size:
+            raise ValueError(f"patch_size {patch_size} is not a power of 2, which the stem's halvings need")
+        layers: list[nn.Module] = []
+        channels = in_chans
+        for step in range(halvings):
+            wider = embed_dim // 2 ** max(halvings - 2 - step, 0)
+            layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+            channels = wider
+        self.proj = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, 1))  # type: ignore[assignment]
+
+
+@register_model
+def vit_scenes(
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,  # timm hands over these three; there is nothing here that they would change
+    pretrained_cfg_overlay: Any = None,
+    cache_dir: Any = None,
+    **kwargs: Any,
+) -> VisionTransformer:
+    """A small ViT with a convolutional stem for the demo's scenes; every size is in `kwargs`."""
+    if pretrained:
+        raise ValueError("vit_scenes has no pretrained weights; the image_tower stage trains it")
+    return VisionTransformer(embed_layer=ConvStem, **kwargs)

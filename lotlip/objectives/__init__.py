@@ -1,0 +1,1 @@
+"""Training objectives: how texts and images are contrasted."""

@@ -1,0 +1,1 @@
+"""Stage `pretrain`: contrastive training of the text tower."""

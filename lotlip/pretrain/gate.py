@@ -1,0 +1,54 @@
+"""The gate after training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from lotlip.core.checks import Check, each, in_percent, one, run_gate
+from lotlip.pretrain.config import PretrainConfig
+
+if TYPE_CHECKING:
+    pass
+
+
+def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, guess_loss: float, report: Path) -> list[Check]:
+    """Training was sound at every step that was logged, and learned something.
+
+    Args:
+        settings: of the ablation.
+        history: columns seed, step, loss, temperature, learning_rate, samples_per_second; a row per logged step.
+        guess_loss: what guessing would lose.
+        report: scratch folder.
+    """
+    places = zip(history["seed"], history["step"], strict=True)
+    steps = history.assign(place=[f"seed {seed} step {step}" for seed, step in places])
+    steps["not_finite"] = (~np.isfinite(history[["loss", "temperature"]].astype(float))).sum(axis=1)
+    steps["advance"] = history.groupby("seed")["step"].diff()
+    trained = [seed for seed in settings.seeds if (history["seed"] == seed).any()]
+    final = [_final_loss(history.loc[history["seed"] == seed, "loss"]) / guess_loss for seed in trained]
+    seeds = pd.DataFrame({"seed": [f"seed {seed}" for seed in trained], "final_share": final})
+    limit = settings.max_final_loss_share
+    tables = {
+        "stage": pd.DataFrame([{"stage": "pretrain", "untrained": len(settings.seeds) - len(trained)}]),
+        "steps": steps[["place", "not_finite", "advance", "temperature"]],
+        "seeds": seeds,
+    }
+    lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({guess_loss:.4g})"
+    suites = {
+        "stage": [one("untrained", "every seed has a curve", high=0)],
+        "steps": [
+            each("not_finite", "loss and temperature are numbers at every step", high=0),
+            each("advance", "steps go up", low=1),
+            each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
+        ],
+        "seeds": [each("final_share", lowest, high=limit, percent=True, key="pretrain.max_final_loss_share")],
+    }
+    return run_gate("pretrain", tables, suites, report)
+
+
+def _final_loss(losses: pd.Series) -> float:
+    return float(losses.tail(max(len(losses) // 10, 1)).mean())

@@ -1,0 +1,416 @@
+"""Contrastive pretraining through DeepSpeed: the work of one training process.
+
+`python -m lotlip.train JOB.json` is the program, started once, or by a launcher once per process.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+
+import lotlip
+from lotlip.core.files import read_json, sha256_files, whole, write_json
+from lotlip.core.temporary import multiprocessing_folder
+from lotlip.data.images import Transform, training_transform
+from lotlip.data.text import as_sentence_ends
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.pretrain.checkpoint import Checkpoints, full_weights
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
+from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
+from lotlip.pretrain.sink import OpenSink, Sink
+
+if TYPE_CHECKING:
+    from lotlip.models.vision.image_tower import ImageTower
+
+
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the message says at which step, with which samples, and what is safe."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a training process needs to know, as JSON on disk.
+
+    Attributes:
+        ablation: name of the configuration.
+        config: `Pretrain`, resolved, as JSON.
+        shards: folder of the data set.
+        image_tower: folder of the frozen tower.
+        scratch: where checkpoints go, and how long starting took.
+        out: where finished seeds go.
+        tracking_uri: of MLflow.
+        run_ids: seed → MLflow run; a seed that is not named is not tracked.
+        git_commit: of the code, for the model card.
+    """
+
+    ablation: str
+    config: dict[str, Any]
+    shards: str
+    image_tower: str
+    scratch: str
+    out: str
+    tracking_uri: str
+    run_ids: dict[str, str]
+    git_commit: str = "unknown"
+
+    @classmethod
+    def read(cls, path: Path) -> Job:
+        """The job that a flow wrote."""
+        return cls(**read_json(path))
+
+    def model_folder(self, seed: int) -> Path:
+        """Where a seed's finished model stands."""
+        return Path(self.out) / f"seed-{seed}"
+
+
+class ChanceWatch:
+    """Tells when retrieval inside the batch stays at chance.
+
+    In each period of `period` steps its later half is looked at, so that a start that is no better than chance is
+    forgiven, and a model that collapses later is seen.
+
+    Args:
+        period: steps; 0: never stuck.
+        batch_size: images that a text has to choose from.
+
+    Attributes:
+        recall: mean over the half period that was looked at last.
+    """
+
+    def __init__(self, period: int, batch_size: int) -> None:
+        self.period, self.batch_size = period, batch_size
+        self.recall = math.nan
+        self._recalls: list[float] = []
+
+    def stuck(self, step: int, recall: float) -> bool:
+        """Takes the recall of a step, which counts from 1; True where that of half a period was no better than chance.
+
+        Better are five standard deviations of what guessing would find.
+        """
+        if not self.period:
+            return False
+        place = (step - 1) % self.period + 1
+        if 2 * place > self.period:
+            self._recalls.append(recall)
+        if place < self.period:
+            return False
+        self.recall = sum(self._recalls) / len(self._recalls)
+        chance, texts = 1 / self.batch_size, self.batch_size * len(self._recalls)
+        self._recalls = []
+        return self.recall <= chance + 5 * math.sqrt(chance * (1 - chance) / texts)
+
+    def state(self) -> list[float]:
+        """What a checkpoint keeps."""
+        return self._recalls
+
+    def load_state(self, state: list[float]) -> None:
+        """The inverse of `state`."""
+        self._recalls = state
+
+
+class Trainer:
+    """Trains one seed of one configuration, from the last checkpoint if there is one.
+
+    Args:
+        job: what to do.
+        config: the job's configuration.
+        seed: of weights, order and draws.
+        sink: where curves go; only the first process has a real one.
+    """
+
+    def __init__(self, job: Job, config: PretrainConfig, seed: int, sink: Sink) -> None:
+        self.job, self.config, self.seed, self.sink = job, config, seed, sink
+        self.index = read_json(Path(job.shards) / "index.json")
+        text = config.text
+        ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
+        self.tokenizer = TextTokenizer(
+            text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens, ends
+        )
+        tower, transform = None, None
+        if config.from_pixels or not self.index["features"]:
+            tower, transform = self._open_image_tower()
+        rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), config.accumulation)
+        self.loader = Loader(Path(job.shards), config, self.tokenizer, seed, rows, transform)
+        seed_everything(seed)
+        model = build_for_pretraining(going_on(config, seed), Path(job.image_tower), ends)
+        self.engine = Engine(model, config, seed, tower if config.image_tower.frozen else None)
+        self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
+        self.history: list[dict[str, float]] = []
+        self.watch = ChanceWatch(config.stop_at_chance_after, config.batch_size)
+
+    def _open_image_tower(self) -> tuple[ImageTower, Transform]:
+        """The image tower in the loop, and what makes pixels of pictures."""
+        from lotlip.models.vision.image_tower import load_image_tower
+
+        tower = load_image_tower(Path(self.job.image_tower))
+        spec = tower.spec
+        augmentation = self.config.image_tower.augmentation
+        return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
+
+    def train(self) -> None:
+        """Runs all steps that are left, then saves the model and its curves.
+
+        Raises:
+            TrainingStopped: the loss or a weight is not a number, or retrieval stays at chance.
+        """
+        first = self._resume()
+        started = mark = time.monotonic()
+        waited = 0.0
+        with closing(self.loader.steps(first, self.config.steps)) as steps:
+            for step in range(first, self.config.steps):
+                fetching = time.monotonic()
+                batches = next(steps)
+                waited += time.monotonic() - fetching
+                result = self._step(batches, step)
+                done = step + 1
+                if done % self.config.log_every == 0 or done == self.config.steps:
+                    now = time.monotonic()
+                    interval = done - max(first, self.history[-1]["step"] if self.history else 0)
+                    rate = interval * self.config.batch_size / (now - mark)
+                    self._log(step, result, rate, waited / (now - mark))
+                    left = (now - started) / (done - first) * (self.config.steps - done)
+                    self._say(done, result, left)
+                    mark, waited = now, 0.0
+                if done % self.config.checkpoint_every == 0 and done < self.config.steps:
+                    self._checkpoint(done)
+        self._save()
+
+    def _step(self, batches: list[Batch], step: int) -> StepResult:
+        try:
+            result = self.engine.step(batches, step)
+        except NotFinite as error:
+            whose = "the broken image features of " if error.broken else "the samples "
+            keys = ", ".join((error.broken or error.keys)[:8])
+            remedy = "take their images out" if error.broken else "try a lower pretrain.optimizer.learning_rate"
+            raise self._stopped(f"{error} at step {step + 1} with {whose}{keys}, …", remedy) from error
+        if self.watch.stuck(step + 1, result.recall):
+            raise self._stopped(
+                f"after {step + 1} steps a text finds its image among the batch's {self.config.batch_size} no more "
+                f"often than by chance ({self.watch.recall:.2%} of texts)",
+                "see whether captions and images belong together and pretrain.optimizer.learning_rate is right, or set "
+                "pretrain.stop_at_chance_after higher (0: never)",
+            )
+        return result
+
+    def _stopped(self, what: str, remedy: str) -> TrainingStopped:
+        newest = self.checkpoints.newest()
+        safe = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written before"
+        return TrainingStopped(f"{self.job.ablation}, seed {self.seed}: {what}; {safe}; {remedy}")
+
+    def _log(self, step: int, result: StepResult, rate: float, wait: float) -> None:
+        point = {
+            "step": step + 1,
+            "loss": result.loss,
+            "recall_in_batch": result.recall,
+            "temperature": math.exp(-self.engine.model.logit_scale.item()),
+            "learning_rate": self.engine.learning_rate(step),
+            "samples_per_second": rate,
+            "data_wait_share": wait,
+        }
+        self.history.append(point)
+        self.sink.log({name: value for name, value in point.items() if name != "step"}, step + 1)
+
+    def _say(self, step: int, result: StepResult, left: float) -> None:
+        if dist.get_rank() == 0:
+            print(
+                f"{self.job.ablation} seed {self.seed}: step {step}/{self.config.steps}, loss {result.loss:.3f}, "
+                f"{self.history[-1]['samples_per_second']:.0f} samples/s, {left:.0f} s left",
+                flush=True,
+            )
+
+    def _checkpoint(self, step: int) -> None:
+        try:
+            self.checkpoints.save(self.engine.deepspeed, step, {"history": self.history, "watch": self.watch.state()})
+        except FloatingPointError as error:
+            raise self._stopped(str(error), "try a lower pretrain.optimizer.learning_rate") from error
+
+    def _resume(self) -> int:
+        """Loads the newest checkpoint; returns the number of steps it has."""
+        state = self.checkpoints.load(self.engine.deepspeed)
+        if state is None:
+            return 0
+        self.history = state["history"]
+        self.watch.load_state(state["watch"])
+        if dist.get_rank() == 0:
+            print(f"{self.job.ablation} seed {self.seed}: goes on after step {state['step']}", flush=True)
+        return state["step"]
+
+    def _provenance(self) -> dict[str, Any]:
+        """What the model card tells of training."""
+        return {
+            "name": f"{self.job.ablation}, seed {self.seed}",
+            "ablation": self.job.ablation,
+            "seed": self.seed,
+            "pretraining": self.job.config,
+            "data": {
+                "sha256": sha256_files([Path(self.job.shards) / "index.json"]),
+                "samples": {split: found["samples"] for split, found in self.index["splits"].items()},
+                "statistics": self.index.get("statistics", {}),
+            },
+            "image_tower_sha256": sha256_files([Path(self.job.image_tower) / "model.safetensors"]),
+            "git_commit": self.job.git_commit,
+            "lotlip_version": lotlip.__version__,
+        }
+
+    def _save(self) -> None:
+        from lotlip.models.saving import save_model  # brings timm along, which is not needed before
+
+        model = self.engine.model
+        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
+        if dist.get_rank() == 0:
+            # a tower in training has buffers, too, which bf16 has rounded
+            buffers = {
+                name: (value.float() if value.is_floating_point() else value).cpu()
+                for name, value in model.state_dict().items()
+                if name not in trained
+            }
+            model_config = model.config
+            model_config.provenance = self._provenance()
+            frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
+            with whole(self.job.model_folder(self.seed)) as folder:
+                folder.mkdir()
+                save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
+                write_json(folder / "history.json", self.history)
+            self.checkpoints.remove()
+        dist.barrier()
+
+
+def going_on(config: PretrainConfig, seed: int) -> PretrainConfig:
+    """The configuration of one seed: where `text.pretrained` is a trained ablation's folder, its model of that seed.
+
+    Raises:
+        ValueError: the ablation was not trained with this seed.
+    """
+    ablation = Path(config.text.pretrained or "")
+    if not (ablation / "run.json").is_file():
+        return config
+    own = ablation / f"seed-{seed}"
+    if not own.is_dir():
+        raise ValueError(f"text.pretrained {ablation} has no seed-{seed} to go on from; train it with the same seeds")
+    return config.model_copy(update={"text": config.text.model_copy(update={"pretrained": str(own)})})
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator that training draws from."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def main(job: Job, config: PretrainConfig, open_sink: OpenSink) -> None:
+    """Trains every seed of a job that is not finished yet, one after another."""
+    initialise_processes(config)
+    if dist.get_rank() == 0 and config.seeds_at_once == 1:
+        _write_start(job)
+    for seed in config.seeds:
+        if job.model_folder(seed).is_dir():
+            continue
+        run = job.run_ids.get(str(seed)) if dist.get_rank() == 0 else None
+        with closing(open_sink(job.tracking_uri, run)) as sink:
+            Trainer(job, config, seed, sink).train()
+    dist.destroy_process_group()
+
+
+def _write_start(job: Job) -> None:
+    """Writes how long this process has taken to be ready."""
+    write_json(Path(job.scratch) / "timing.json", {"imports": time.time() - psutil.Process().create_time()})
+
+
+def side_by_side(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str | None:
+    """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
+
+    They are forks, which have nothing to import, and stay in this process's group, so that they end with it.
+
+    Returns:
+        What `run` gives.
+    """
+    import_deepspeed()
+    _write_start(job)
+    threads = max(1, (os.cpu_count() or 1) // min(config.seeds_at_once, len(config.seeds)))
+    waiting, running = list(config.seeds), set[int]()
+    stopped = None
+    while waiting or running:
+        while waiting and len(running) < config.seeds_at_once:
+            one = config.model_copy(update={"seeds": [waiting.pop(0)]})
+            child = os.fork()
+            if not child:
+                _become(job, one, threads, open_sink)
+            running.add(child)
+        child, status = os.wait()
+        running.discard(child)
+        if status and stopped is None:
+            stopped = f"a seed's process ended with status {os.waitstatus_to_exitcode(status)}"
+            waiting.clear()
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+    return stopped
+
+
+def _become(job: Job, config: PretrainConfig, threads: int, open_sink: OpenSink) -> NoReturn:
+    """Makes a fork the process of one seed."""
+    status = 1
+    try:
+        torch.set_num_threads(threads)
+        reason = attempt(job, config, open_sink)
+        if reason:
+            print(reason, file=sys.stderr)
+        status = int(bool(reason))
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# What gloo and NCCL say when another process does not answer, and when it is gone.
+PEER_ERRORS = ("timed out", "timeout", "closed by peer", "reset by peer", "remote process exited")
+
+
+def run(job_file: str, open_sink: OpenSink) -> str | None:
+    """Trains what a job file asks for.
+
+    Args:
+        job_file: JSON of a `Job`.
+        open_sink: opens where a seed's curves go.
+
+    Returns:
+        One line that says why it stopped; None where it finished.
+    """
+    job = Job.read(Path(job_file))
+    config = PretrainConfig.model_validate(job.config)
+    return side_by_side(job, config, open_sink) if config.seeds_at_once > 1 else attempt(job, config, open_sink)
+
+
+def attempt(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str | None:
+    """Does a job in this process; gives what `run` does."""
+    try:
+        with multiprocessing_folder():
+            main(job, config, open_sink)
+    except (TrainingStopped, ValueError, WorkerLost) as error:
+        return f"error: {error}"
+    except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
+        if not any(words in str(error).lower() for words in PEER_ERRORS):
+            raise
+        return (
+            f"error: {job.ablation}: process {os.environ.get('RANK')} of {config.processes} lost another one, which "
+            f"ended or did not answer for {config.peer_timeout_seconds:g} s (pretrain.peer_timeout_seconds): "
+            f"{str(error).splitlines()[0]}; run again, and training goes on from the last checkpoint"
+        )
+    return None

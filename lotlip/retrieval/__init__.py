@@ -1,0 +1,1 @@
+"""Embedding, search and serving with a trained model."""

@@ -1,0 +1,1 @@
+"""Stage `shard`: images, captions and frozen features become WebDataset tars."""

@@ -1,0 +1,397 @@
+"""Images, raw and long captions and the frozen tower's features, brought together as WebDataset tars.
+
+A sample is `key.json` (raw caption, long captions by captioner), `key.npy` (the image's feature, float32, where
+features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.index.arrow` says where
+its samples lie (`lotlip.data.tars`), and `train-000000.done.json` is its report; it is written last.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image
+
+from lotlip.core.files import remove, write_json
+from lotlip.data.partitions import (
+    MARKER,
+    finished,
+    is_marker,
+    read_captions,
+    read_index,
+    read_table,
+    totals,
+    unit_names,
+)
+from lotlip.data.records import SPLITS, Failure, UnitReport
+from lotlip.data.tars import write_samples
+from lotlip.data.text import SentenceEnds, split_sub_captions
+
+DONE = ".done.json"
+
+# Partitions that are shuffled together and read at once; training mixes shards once more (`lotlip.pretrain.order`).
+MIXED_PARTITIONS = 16
+
+# What a sample takes in a tar besides its image, about: headers, texts, the feature.
+_BESIDES = 8192
+
+# Partitions whose texts stand for all when it is asked which words training has.
+VOCABULARY_PARTITIONS = 64
+
+# Encodes pictures as features [n, D] float32.
+Features = Callable[[list[Image.Image]], np.ndarray]
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """What goes into a shard: some places in the order of chance that a group of partitions has.
+
+    Attributes:
+        name: of the shard: "train-000000".
+        partitions: of the group.
+        seed: of the group's order.
+        start, stop: of the places.
+    """
+
+    name: str
+    partitions: tuple[str, ...]
+    seed: tuple[int, ...]
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def plan_shards(
+    ingest: Path, captions: Mapping[str, Path], split: str, samples_per_shard: int, seed: int, max_bytes: int = 2**40
+) -> list[ShardPlan]:
+    """Shuffles the samples of a split and cuts them into shards.
+
+    The partitions are shuffled, then the samples of every `MIXED_PARTITIONS` of them together; a shard is of one such
+    group. Memory is that of a group, however large the data set.
+
+    Args:
+        ingest: folder of the ingest stage.
+        captions: captioner's name → folder of its captions.
+        split: of `lotlip.data.records.SPLITS`.
+        samples_per_shard: at most.
+        seed: of the order.
+        max_bytes: of a shard, about: it has one sample at least.
+
+    Raises:
+        ValueError: a captioner has not gone through all partitions. (One that it went through and that failed as a
+            whole is in its index; the caption stage's gate let it pass.)
+    """
+    partitions = unit_names(ingest, split)
+    for captioner, folder in captions.items():
+        missing = sorted(set(partitions) - {unit["name"] for unit in read_index(folder)["units"]})
+        if missing:
+            raise ValueError(
+                f"{folder}: {captioner} has not gone through {len(missing)} partitions of {ingest} "
+                f"({', '.join(missing[:5])}); run the caption stage again"
+            )
+    chance = (seed, SPLITS.index(split))
+    shuffled = [partitions[number] for number in np.random.default_rng(chance).permutation(len(partitions))]
+    plans: list[ShardPlan] = []
+    for first in range(0, len(shuffled), MIXED_PARTITIONS):
+        group = tuple(shuffled[first : first + MIXED_PARTITIONS])
+        sizes = np.concatenate([read_table(ingest, name, ["size"])["size"].to_numpy() for name in group])
+        own = (*chance, first)
+        for start, stop in _cut(sizes[_order(own, len(sizes))] + _BESIDES, samples_per_shard, max_bytes):
+            plans.append(ShardPlan(f"{split}-{len(plans):06d}", group, own, start, stop))
+    return plans
+
+
+def _order(seed: Sequence[int], samples: int) -> np.ndarray:
+    return np.random.default_rng([*seed, 1]).permutation(samples)
+
+
+def _cut(sizes: np.ndarray, most: int, max_bytes: int) -> Iterator[tuple[int, int]]:
+    """Ranges of at most `most` samples whose sizes add up to at most `max_bytes`, or that are of one sample."""
+    ends = np.cumsum(sizes)
+    start = 0
+    while start < len(sizes):
+        before = ends[start - 1] if start else 0
+        stop = int(np.searchsorted(ends, before + max_bytes, side="right"))
+        stop = min(max(stop, start + 1), start + most, len(sizes))
+        yield start, stop
+        start = stop
+
+
+class Group:
+    """All that is known of the samples of some partitions, but for their images, which stay on the disk.
+
+    Args:
+        ingest: folder of the ingest stage.
+        captions: captioner's name → folder of its captions.
+        partitions: names.
+    """
+
+    def __init__(self, ingest: Path, captions: Mapping[str, Path], partitions: Sequence[str]) -> None:
+        self._partitions = partitions
+        self._tars = [os.open(ingest / f"{name}.tar", os.O_RDONLY) for name in partitions]
+        weakref.finalize(self, _close, self._tars)
+        self._captioners = sorted(captions)
+        columns = ["key", "extension", "raw_caption", "sha256", "offset", "size"]
+        tables = []
+        for number, name in enumerate(partitions):
+            table = pq.read_table(ingest / f"{name}.parquet", columns=columns)
+            for captioner in self._captioners:
+                table = table.append_column(captioner, self._sub_captions(captions[captioner], name, table["key"]))
+            tables.append(table.append_column("partition", pa.array([number] * len(table), pa.int32())))
+        self._samples = pa.concat_tables(tables).combine_chunks()
+
+    def _sub_captions(self, folder: Path, partition: str, keys: pa.ChunkedArray) -> pa.ChunkedArray:
+        """A captioner's sub-captions for each key; null where it has none."""
+        if finished(partition, folder) is None:  # it failed as a whole; others may have it
+            return pa.chunked_array([pa.nulls(len(keys), pa.list_(pa.string()))])
+        table = pq.read_table(folder / f"{partition}.parquet", columns=["key", "sub_captions"])
+        return table["sub_captions"].take(pc.index_in(keys, table["key"].combine_chunks()))
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def samples(self, rows: np.ndarray) -> list[_Sample]:
+        """The samples of some rows, without their images."""
+        found = []
+        for row in self._samples.take(rows).to_pylist():
+            long = {name: row[name] for name in self._captioners if row[name] is not None}
+            place = (row["partition"], row["offset"], row["size"])
+            found.append(_Sample(row["key"], row["extension"], row["raw_caption"], row["sha256"], long, *place))
+        return found
+
+    def image(self, sample: _Sample) -> bytes:
+        """A sample's encoded image."""
+        return os.pread(self._tars[sample.partition], sample.size, sample.offset)
+
+    def where(self, sample: _Sample) -> str:
+        """Where the image of a sample is, for a person."""
+        return f"{self._partitions[sample.partition]}.tar: {sample.key}.{sample.extension}"
+
+
+def _close(files: Sequence[int]) -> None:
+    for file in files:
+        os.close(file)
+
+
+def group_reader(ingest: Path, captions: Mapping[str, Path]) -> Callable[[tuple[str, ...]], Group]:
+    """A function that reads a group of partitions; the last one is kept, for the group's other shards."""
+    kept = lru_cache(maxsize=1)(lambda partitions: Group(ingest, captions, partitions))
+    turn = threading.Lock()
+
+    def read(partitions: tuple[str, ...]) -> Group:
+        with turn:  # else several threads would read the same
+            return kept(partitions)
+
+    return read
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A sample without its image's bytes; `partition`, `offset` and `size` say where they lie."""
+
+    key: str
+    extension: str
+    raw_caption: str
+    sha256: str
+    captions: dict[str, list[str]]
+    partition: int
+    offset: int
+    size: int
+
+    def json(self) -> bytes:
+        content = {"raw": self.raw_caption, "captions": self.captions, "sha256": self.sha256}
+        return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
+
+
+def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features | None, batch_size: int) -> UnitReport:
+    """Writes a shard; `batch_size` images are in memory at a time.
+
+    A sample keeps the long captions that it has. It becomes a `Failure` when its image cannot be decoded
+    ("unreadable") or its feature has a NaN or an infinity ("not-finite").
+
+    Args:
+        plan: what goes in.
+        group: its partitions, as `group_reader` reads them.
+        folder: where the shard goes.
+        features: encodes pictures as [n, D] float32; None: images are passed on unopened, without features.
+        batch_size: pictures encoded at once.
+
+    Raises:
+        ValueError: `features` gives something else than a row per picture.
+    """
+    path, marker = folder / f"{plan.name}.tar", folder / f"{plan.name}{DONE}"
+    remove(marker, ours=is_marker)
+    rows = _order(plan.seed, len(group))[plan.start : plan.stop]
+    failures: list[Failure] = []
+    with write_samples(path) as tar:
+        for start in range(0, len(rows), batch_size):
+            for item in _encoded(group.samples(rows[start : start + batch_size]), group, features):
+                if isinstance(item, Failure):
+                    failures.append(item)
+                    continue
+                sample, image, feature = item
+                npy = None if feature is None else _npy(feature)
+                tar.add(sample.key, sample.json(), npy, image, sample.extension)
+    written = len(rows) - len(failures)
+    report = UnitReport(plan.name, len(rows), written, tar.sha256, path.stat().st_size, failures)
+    write_json(marker, report.to_json())
+    return report
+
+
+def finished_shard(name: str, folder: Path) -> UnitReport | None:
+    """The report of a shard that was written whole; None where it was not."""
+    return finished(name + DONE.removesuffix(MARKER), folder)
+
+
+def _encoded(
+    samples: Sequence[_Sample], group: Group, features: Features | None
+) -> Iterator[tuple[_Sample, bytes, np.ndarray | None] | Failure]:
+    """Each sample with its image's bytes and feature [D], or why it has none; failures may come first."""
+    images = [group.image(sample) for sample in samples]
+    if features is None:
+        yield from ((sample, image, None) for sample, image in zip(samples, images, strict=True))
+        return
+
+    from lotlip.data.images import decode_rgb
+
+    kept, pictures = [], []
+    for sample, image in zip(samples, images, strict=True):
+        try:
+            pictures.append(decode_rgb(image))
+        except ValueError as error:
+            yield Failure(sample.key, group.where(sample), f"the image cannot be decoded: {error}", "unreadable")
+        else:
+            kept.append((sample, image))
+    if not kept:
+        return
+    rows = np.asarray(features(pictures), dtype=np.float32)  # [n, D]
+    if rows.ndim != 2 or len(rows) != len(pictures):
+        raise ValueError(
+            f"the image tower gave features of shape {rows.shape} for {len(pictures)} pictures, not [n, D]"
+        )
+    for (sample, image), row in zip(kept, rows, strict=True):
+        if np.isfinite(row).all():
+            yield sample, image, row
+        else:
+            reason = "the image tower's feature has a NaN or an infinity"
+            yield Failure(sample.key, group.where(sample), reason, "not-finite")
+
+
+def _npy(feature: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, feature)
+    return buffer.getvalue()
+
+
+# --- what the shards have -----------------------------------------------------------------------------------------
+
+
+def shard_statistics(
+    ingest: Path,
+    captions: Mapping[str, Path],
+    split: str,
+    count_tokens: Callable[[str], int],
+    sentence_ends: SentenceEnds = "released",
+) -> dict[str, dict[str, float]]:
+    """How long the texts of a split are (paper, Table 1), for the raw captions and for each captioner's.
+
+    Args:
+        ingest: folder of the ingest stage.
+        captions: captioner's name → folder of its captions.
+        split: of `lotlip.data.records.SPLITS`.
+        count_tokens: counts a text's word pieces, special tokens not among them.
+        sentence_ends: splits the raw captions into sub-captions; the long ones are stored split.
+
+    Returns:
+        "raw" or captioner's name → images, texts (totals), sub_captions_per_text, tokens_per_text (means).
+    """
+    raw = np.zeros(3)
+    for name in unit_names(ingest, split):
+        texts = read_table(ingest, name, ["raw_caption"])["raw_caption"]
+        parts = sum(len(split_sub_captions(text, sentence_ends)) for text in texts)
+        raw += [len(texts), parts, sum(map(count_tokens, texts))]
+    statistics = {"raw": _means(*raw)}
+    for captioner in sorted(captions):
+        long = np.zeros(3)
+        for name in unit_names(captions[captioner], split):
+            table = read_table(captions[captioner], name, ["sub_captions", "tokens"])
+            long += [len(table), table["sub_captions"].map(len).sum(), table["tokens"].sum()]
+        statistics[captioner] = _means(*long)
+    return statistics
+
+
+def _means(texts: float, sub_captions: float, tokens: float) -> dict[str, float]:
+    """One text an image: a source has one raw caption for each, a captioner writes one."""
+    return {
+        "images": int(texts),
+        "texts": int(texts),
+        "sub_captions_per_text": float(sub_captions / max(texts, 1)),
+        "tokens_per_text": float(tokens / max(texts, 1)),
+    }
+
+
+def write_shard_index(
+    folder: Path, reports: Mapping[str, Sequence[UnitReport]], statistics: Mapping[str, Any], **more: Any
+) -> dict[str, Any]:
+    """Writes `index.json`: every split's shards, what failed, the statistics, one hash; `more` is added as it is.
+
+    A shard in which all failed is not listed, so that nobody looks for it; its failures count.
+    """
+    splits = {
+        split: {
+            "samples": sum(report.written for report in shards),
+            "shards": [
+                {"name": report.name, "samples": report.written, "bytes": report.bytes, "sha256": report.sha256}
+                for report in shards
+                if report.written
+            ],
+        }
+        for split, shards in reports.items()
+    }
+    every = [report for shards in reports.values() for report in shards]
+    index = {"splits": splits, **totals(every), "statistics": dict(statistics), **more}
+    write_json(folder / "index.json", index)
+    return index
+
+
+def training_vocabulary(
+    ingest: Path,
+    captions: Mapping[str, Path],
+    split: str,
+    tokenizer: str,
+    sentence_ends: SentenceEnds = "released",
+) -> list[int]:
+    """Ids of the word pieces that the texts of a split use, sorted: what evaluation texts may be made of.
+
+    Of the first `VOCABULARY_PARTITIONS`: more texts hardly have other pieces, and tokenizing takes its time.
+
+    Args:
+        ingest: folder of the ingest stage.
+        captions: captioner's name → folder of its captions.
+        split: of `lotlip.data.records.SPLITS`.
+        tokenizer: name of the word pieces.
+        sentence_ends: what ends a sentence; these characters are not counted.
+    """
+    from lotlip.data.tokenizer import used_tokens
+
+    used: set[int] = set()
+    for name in unit_names(ingest, split)[:VOCABULARY_PARTITIONS]:
+        used |= used_tokens(tokenizer, read_table(ingest, name, ["raw_caption"])["raw_caption"], sentence_ends)
+    for folder in captions.values():
+        for name in unit_names(folder, split)[:VOCABULARY_PARTITIONS]:
+            used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"], sentence_ends)
+    return sorted(used)

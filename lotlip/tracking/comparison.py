@@ -1,0 +1,244 @@
+"""What MLflow's pages show: a run in plain words; charts and columns of a comparison, chosen by what its runs have.
+
+MLflow's page takes its columns, order, filter, grouping and charts from a "shared view", a tag of the experiment that
+an address names. MLflow does not document the tag's contents; all that is known of them is in this module, was read
+from the page of the pinned version, and is tried in a browser by tests/test_comparison.py.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from pydantic import ValidationError
+
+from lotlip.core.section import flatten
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.report.groups import (
+    BOOKKEEPING,
+    CONTEXT_LENGTH,
+    CORNER_MASK,
+    CORNER_TOKENS,
+    SUB_CAPTIONS,
+    differences,
+    in_words,
+)
+
+SHARED_VIEW = "mlflow.sharedViewState."  # the tag's name, before the view's
+_DEFLATED = "deflate;"
+
+# Parameters by what a person calls them, in the order of charts.
+KNOWN = {
+    CORNER_TOKENS: "corner tokens",
+    CORNER_MASK: "mask",
+    SUB_CAPTIONS: "sub-captions",
+    CONTEXT_LENGTH: "context length",
+}
+OTHERS = 4  # charts of so many other parameters, at most
+RECALLS = [f"{family}.{way}.r1" for family in ("long", "short") for way in ("text_to_image", "image_to_text")]
+CURVES = ("train.loss", "train.recall_in_batch", "train.temperature", "train.samples_per_second")
+
+
+@dataclass(frozen=True)
+class ComparedRun:
+    """What of a run decides how it is compared."""
+
+    parameters: Mapping[str, str]
+    metrics: Collection[str]
+    tags: Mapping[str, str]
+
+
+def runs_of(sweep: str) -> str:
+    """MLflow's query for the runs of a sweep: each has a tag of the sweep's name, so that it may be of several."""
+    return f"tags.`sweep.{sweep}` LIKE '%'"
+
+
+def view_name(sweep: str | None) -> str:
+    """Of a sweep's view, or of that of all runs."""
+    return f"sweep-{sweep}" if sweep else "comparison"
+
+
+def address(server: str, experiment_id: str, sweep: str | None, mode: str = "CHART") -> str:
+    """Of the page that shows a view.
+
+    Args:
+        server: MLflow's address.
+        experiment_id: whose runs are compared.
+        sweep: whose runs alone; None: all.
+        mode: "CHART" or "TABLE".
+    """
+    query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={quote(view_name(sweep), safe='')}"
+    return f"{server.rstrip('/')}/#/experiments/{experiment_id}/runs?{query}"
+
+
+def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
+    """A shared view of runs, as MLflow's page reads it.
+
+    First R@1 of every run; then R@1 against each parameter in which runs differ, and all of them at once (parallel
+    coordinates); then curves; last and folded, every other metric. Seeds of an ablation are averaged where no two runs
+    have both the same ablation and the same seed.
+
+    Args:
+        runs: that are compared.
+        sweep: whose runs alone; None: all.
+    """
+    names = sorted({name for run in runs for name in run.metrics})
+    recalls = _recalls(names)
+    varied = _varied(runs)
+    sections: list[tuple[str, list[dict[str, Any]]]] = [("R@1", [_card("BAR", metricKey=name) for name in recalls])]
+    if len(varied) > 1:
+        sections.append(("R@1 by everything that differs", [_parallel(varied, recalls)]))
+    sections += [(f"R@1 by {KNOWN.get(key, key)}", [_scatter(key, name) for name in recalls]) for key in varied]
+    sections.append(("Training", [_line(name) for name in CURVES if name in names]))
+    sections = [(title, cards) for title, cards in sections if cards]
+    columns = [
+        *(f"tags.`{name}`" for name in ("ablation", "seed")),
+        *(f"params.`{key}`" for key in varied),
+        *(f"metrics.`{name}`" for name in recalls),
+        *(f"metrics.`{name}`" for name in names if name.endswith("classification.top1")),
+    ]
+    order = recalls[0] if recalls else None
+    state = {
+        "searchFilter": runs_of(sweep) if sweep else "",
+        "orderByKey": f"metrics.`{order}`" if order else "attributes.start_time",
+        "orderByAsc": False,
+        "selectedColumns": columns,
+        "columnOrder": columns,
+        "runsHiddenMode": "SHOW_ALL",
+        "groupBy": _averaged(runs),
+        "isAccordionReordered": True,  # or the page sorts sections by name
+        "compareRunSections": [
+            *(_section(title, columns=min(2, len(cards))) for title, cards in sections),
+            # where the page puts a chart for every metric that has none
+            *(_section(title, display=False, isReordered=False) for title in ("Model metrics", "System metrics")),
+        ],
+        "compareRunCharts": [
+            card | {"uuid": f"{title}: {number}", "metricSectionId": title}
+            for title, cards in sections
+            for number, card in enumerate(cards)
+        ],
+    }
+    return encode(state)
+
+
+def run_note(
+    model: Mapping[str, Any],
+    seed: str,
+    base: PretrainConfig | None = None,
+    results: Mapping[str, Mapping[str, Any]] | None = None,
+) -> str:
+    """A run in plain words, as Markdown.
+
+    Args:
+        model: run.json of the trained ablation.
+        seed: that the run is of.
+        base: what ablations differ from; None: not told.
+        results: benchmark → "seeds", "intervals" and "ceiling", as in metrics/<ablation>.json; the main ones are told
+            with their 95 % intervals and, where repeated texts or images lower it, the best possible score. As metrics
+            of their own they would be three more charts each.
+    """
+    config = flatten(model["config"])
+    m, k = config.get(CORNER_TOKENS, 0), config.get(SUB_CAPTIONS, 0)
+    corners = (
+        f"{m} corner tokens {'behind' if config.get(CORNER_MASK) else 'without'} the mask" if m else "no corner tokens"
+    )
+    texts = f"long texts of {k} sub-captions" if k else "raw captions alone"
+    parts = [f"`{model['ablation']}`, seed {seed}: {corners}, {texts}."]
+    try:
+        trained = PretrainConfig.model_validate(model["config"])
+    except ValidationError:  # of another version of lotlip
+        trained = None
+    if base and trained:
+        parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(trained, base))}.")
+    rows = []
+    limited = any(min(result.get("ceiling", {}).values(), default=1.0) < 1 for result in (results or {}).values())
+    for benchmark, result in (results or {}).items():
+        scores, intervals = result["seeds"][seed], result.get("intervals", {}).get(seed, {})
+        for metric in [*RECALLS, "classification.top1"]:
+            if metric in scores:
+                low, high = intervals.get(metric, (None, None))
+                between = f"{100 * low:.1f} – {100 * high:.1f}" if low is not None and high is not None else ""
+                row = f"| {benchmark}.{metric} | {100 * scores[metric]:.1f} | {between} |"
+                rows.append(row + (f" {100 * result.get('ceiling', {}).get(metric, 1.0):.1f} |" if limited else ""))
+    if rows:
+        heads = ["| score | % | 95 % interval |", "|---|---|---|"]
+        heads = [heads[0] + " best possible |", heads[1] + "---|"] if limited else heads
+        parts.append("\n".join([*heads, *rows]))
+    return "\n\n".join(parts)
+
+
+def encode(state: Mapping[str, Any]) -> str:
+    """A view's state as the tag's value."""
+    packed = zlib.compress(json.dumps(state, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode(), 9)
+    return _DEFLATED + base64.b64encode(packed).decode()
+
+
+def decode(value: str) -> dict[str, Any]:
+    """The state that a tag's value holds."""
+    state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(value.removeprefix(_DEFLATED))))
+    return state
+
+
+def _recalls(names: Sequence[str]) -> list[str]:
+    """R@1 on long and short text of every benchmark, long text first."""
+    return [name for metric in RECALLS for name in names if name.partition(".")[2] == metric]
+
+
+def _varied(runs: Sequence[ComparedRun]) -> list[str]:
+    """Parameters in which runs differ and that decide what is learned: the known ones first."""
+    values: dict[str, set[str]] = {}
+    for key in {key for run in runs for key in run.parameters} - BOOKKEEPING - {"seed"}:
+        values[key] = {run.parameters[key] for run in runs if key in run.parameters}
+    different = sorted(key for key, found in values.items() if len(found) > 1)
+    known = [key for key in KNOWN if key in different]
+    return known + [key for key in different if key not in KNOWN][:OTHERS]
+
+
+def _averaged(runs: Sequence[ComparedRun]) -> dict[str, Any] | None:
+    """How runs are grouped: the seeds of an ablation, unless that would mix runs of other settings."""
+    seeds = Counter((run.tags.get("ablation"), run.tags.get("seed")) for run in runs)
+    ablations = {ablation for ablation, _ in seeds}
+    if len(ablations) == len(seeds) or seeds.most_common(1)[0][1] > 1:
+        return None
+    return {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "ablation"}]}
+
+
+def _section(title: str, **settings: Any) -> dict[str, Any]:
+    return {"uuid": title, "name": title, "display": True, "isReordered": True} | settings
+
+
+def _card(kind: str, **settings: Any) -> dict[str, Any]:
+    return {"type": kind, "runsCountToCompare": 100, "deleted": False, "isGenerated": False} | settings
+
+
+def _line(metric: str) -> dict[str, Any]:
+    return _card(
+        "LINE",
+        metricKey=metric,
+        selectedMetricKeys=[metric],
+        lineSmoothness=0,
+        xAxisScaleType="linear",
+        scaleType="linear",
+        range={},
+        xAxisKey="step",
+        selectedXAxisMetricKey="",
+        yAxisKey="metric",
+        yAxisExpressions=[],
+        ignoreOutliers=False,
+        useGlobalXaxisKey=True,
+        useGlobalLineSmoothing=True,
+    )
+
+
+def _scatter(parameter: str, metric: str) -> dict[str, Any]:
+    return _card("SCATTER", xaxis={"key": parameter, "type": "PARAM"}, yaxis={"key": metric, "type": "METRIC"})
+
+
+def _parallel(parameters: Sequence[str], metrics: Sequence[str]) -> dict[str, Any]:
+    return _card("PARALLEL", selectedParams=parameters, selectedMetrics=metrics, showAllRuns=True)

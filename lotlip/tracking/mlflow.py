@@ -1,0 +1,430 @@
+"""MLflow: one run for each ablation and seed, found again by its fingerprint; and a sink that does nothing."""
+
+from __future__ import annotations
+
+import logging
+import os
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from lotlip.core.files import read_json
+from lotlip.core.section import flatten
+from lotlip.core.temporary import temporary_folder
+from lotlip.pretrain.sink import NullSink, Sink
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import LoggedModel, Run
+
+    from lotlip.pretrain.config import PretrainConfig
+
+FINGERPRINT = "lotlip.fingerprint"
+NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
+TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
+PAGE = 1000  # runs that are asked for at a time
+LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
+
+
+class MlflowSink:
+    """Sends curves to a run of MLflow, some steps at a time and from a thread of its own.
+
+    A write to the store costs as much as a training step, and importing MLflow as much as all else that starting takes.
+
+    Args:
+        uri: of the tracking server or store.
+        run_id: of the run.
+        steps_held: how many steps are sent at a time.
+        warn: takes one line when the store fails, after which nothing more is sent: training must not end, nor wait,
+            because of its tracking. None: `close` raises the error.
+    """
+
+    def __init__(
+        self, uri: str, run_id: str, steps_held: int = 10, warn: Callable[[str], object] | None = None
+    ) -> None:
+        self._uri, self._run_id = uri, run_id
+        self._steps_held, self._warn = steps_held, warn
+        self._held: list[tuple[int, int, dict[str, float]]] = []
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="mlflow")
+        self._error: Exception | None = None
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Takes the values of one step; sends them with those held so far when there are enough."""
+        self._held.append((int(time.time() * 1000), step, dict(metrics)))
+        if len(self._held) >= self._steps_held:
+            self._send()
+
+    def close(self) -> None:
+        """Sends what is held and waits until all has arrived, or sending has failed."""
+        self._send()
+        self._thread.shutdown()
+        if self._error and not self._warn:
+            raise self._error
+
+    def _send(self) -> None:
+        held, self._held = self._held, []
+        if held:
+            self._thread.submit(self._log, held)
+
+    def _log(self, held: list[tuple[int, int, dict[str, float]]]) -> None:
+        if self._error:
+            return
+        try:
+            from mlflow.entities import Metric
+
+            points = [
+                Metric(f"train.{name}", value, when, step)
+                for when, step, metrics in held
+                for name, value in metrics.items()
+            ]
+            _client(self._uri).log_batch(self._run_id, metrics=points)
+        except Exception as error:
+            self._error = error
+            if self._warn:
+                self._warn(failure(self._uri, error))
+
+
+def open_sink(uri: str, run_id: str | None, warn: Callable[[str], object]) -> Sink:
+    """The sink of a training run, which goes on if the store fails; without a run, the one that does nothing.
+
+    Args:
+        uri: of the tracking server or store.
+        run_id: of the run.
+        warn: takes one line when the store fails.
+    """
+    return MlflowSink(uri, run_id, warn=warn) if run_id else NullSink()
+
+
+def failure(uri: str, error: Exception) -> str:
+    """One line that names the store that failed, why, and what sends later what it lacks."""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    user, at, _ = urlsplit(uri).netloc.rpartition("@")
+    if at:  # it may be a password
+        uri, reason = (text.replace(user + at, "") for text in (uri, reason))
+    return (
+        f"MLflow at {uri} failed: {textwrap.shorten(reason, 300)}; nothing but tracking is affected, and "
+        "`python -m flows.restore` sends what is missing"
+    )
+
+
+@contextmanager
+def tolerated(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
+    """Turns any failure of tracking in the block into a warning: results are on disk and can be sent later.
+
+    Args:
+        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
+        warn: takes the line.
+    """
+    try:
+        yield
+    except Exception as error:
+        warn(failure(os.environ.get("MLFLOW_TRACKING_URI") or uri, error))
+
+
+class Tracker:
+    """Runs of one experiment. Logging twice under one fingerprint gives one run.
+
+    Args:
+        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
+        experiment: its name; made when it is not there, and described.
+        base: what ablations differ from, so that runs can tell how; None: they do not.
+    """
+
+    def __init__(self, uri: str, experiment: str, base: PretrainConfig | None = None) -> None:
+        self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
+        self._base = base
+        self._client = _client(self.uri)
+        found = self._client.get_experiment_by_name(experiment)
+        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+        self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow's own way into the store, for what is asked of it beyond runs."""
+        return self._client
+
+    def comparison_link(self, server: str, sweep: str | None = None, mode: str = "CHART") -> str:
+        """The address of MLflow's page that compares all runs, or a sweep's, after bringing its charts up to date.
+
+        Args:
+            server: MLflow's address.
+            sweep: its name; runs of it have the tag `sweep.<name>`.
+            mode: "CHART" or "TABLE".
+
+        Raises:
+            ValueError: the sweep's name has a mark that MLflow's filters cannot hold.
+        """
+        from lotlip.tracking import comparison
+
+        if sweep and not set(sweep).isdisjoint("'`\""):
+            raise ValueError(f"the sweep's name {sweep} has a quotation mark; call it otherwise")
+        self._arrange(sweep)
+        return comparison.address(server, self._experiment, sweep, mode)
+
+    def _arrange(self, sweep: str | None = None) -> None:
+        """Writes what the page of a comparison shows."""
+        from lotlip.tracking import comparison
+
+        found: list[Run] = []
+        token = None
+        while page := self._client.search_runs(
+            [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=PAGE, page_token=token
+        ):
+            found += page
+            token = page.token
+            if not token:
+                break
+        runs = [comparison.ComparedRun(run.data.params, list(run.data.metrics), run.data.tags) for run in found]
+        self._tag_experiment({comparison.SHARED_VIEW + comparison.view_name(sweep): comparison.view(runs, sweep)})
+
+    def _about(self) -> str:
+        """The experiment in plain words, with links to its comparison."""
+        from lotlip.tracking import comparison
+
+        charts, table = (comparison.address("", self._experiment, None, mode)[1:] for mode in ("CHART", "TABLE"))
+        return (
+            "Every run is one seed of one ablation of LoTLIP: its parameters, curves and scores, and the model that it "
+            f"put out.\n\n**Compare them all: [charts]({charts}) · [table]({table})**\n\n"
+            "The tag `ablation` is the name in params.yaml; `data_hash` and `git_commit` say what a run was made from. "
+            "In metrics, `long` and `short` are the kinds of text and `r1` is R@1, as a fraction; `train.…` are curves."
+        )
+
+    def _tag_experiment(self, tags: Mapping[str, str]) -> None:
+        """Sets those tags of the experiment that have another value."""
+        known = self._client.get_experiment(self._experiment).tags
+        for key, value in tags.items():
+            if known.get(key) != value:
+                self._client.set_experiment_tag(self._experiment, key, value)
+
+    @property
+    def experiment_id(self) -> str:
+        """Of the experiment, as addresses of MLflow's UI have it."""
+        return self._experiment
+
+    def ensure_run(self, fingerprint: str, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
+        """The id of the run with this fingerprint, made when there is none.
+
+        Args:
+            fingerprint: of configuration, data and code: what makes two runs the same.
+            name: shown in the UI.
+            tags: such as ablation and seed.
+            parameters: nested; shown as dotted names.
+        """
+        from mlflow.entities import Param, RunTag
+
+        found = self._client.search_runs([self._experiment], _has(fingerprint), max_results=1)
+        if found:
+            return found[0].info.run_id
+        run = self._client.create_run(self._experiment, run_name=name)
+        self._client.log_batch(
+            run.info.run_id,
+            params=[Param(key, str(value)[:LONGEST_PARAMETER]) for key, value in flatten(parameters).items()],
+            tags=[RunTag(key, value) for key, value in {**tags, FINGERPRINT: fingerprint}.items()],
+        )
+        return run.info.run_id
+
+    def ensure_runs(self, model: Mapping[str, Any]) -> dict[str, str]:
+        """Seed → id of its run, for a trained (or planned) ablation.
+
+        Args:
+            model: its run.json: ablation, config, data_hash, git_commit and the seeds' fingerprints.
+        """
+        from lotlip.tracking.comparison import run_note
+
+        about = {key: str(model[key]) for key in ("ablation", "data_hash", "git_commit")}
+        return {
+            seed: self.ensure_run(
+                fingerprint,
+                f"{model['ablation']}-seed{seed}",
+                {**about, "seed": seed, NOTE: run_note(model, seed, self._base)},
+                {**model["config"], "seed": seed},
+            )
+            for seed, fingerprint in model["fingerprints"].items()
+        }
+
+    def ensure_model(self, run_id: str, fingerprint: str, name: str, tags: Mapping[str, str]) -> LoggedModel:
+        """The model with this fingerprint, made as one that the run has put out when there is none.
+
+        Args:
+            run_id: of the run that trained it.
+            fingerprint: as of its run.
+            name: shown in the UI.
+            tags: such as ablation and seed.
+        """
+        from mlflow.entities import LoggedModelOutput
+
+        found = self._client.search_logged_models([self._experiment], _has(fingerprint), max_results=1)
+        if found:
+            model = found[0]
+        else:
+            every = {**tags, FINGERPRINT: fingerprint}
+            model = self._client.create_logged_model(self._experiment, name, run_id, every)
+        outputs = self._client.get_run(run_id).outputs
+        if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+        return model
+
+    def log_metrics(self, run_id: str, metrics: Mapping[str, float], model: LoggedModel | None = None) -> None:
+        """Sets final values, in one write.
+
+        Args:
+            run_id: of the run.
+            metrics: by name.
+            model: whose values these are, too; what it is known to score is not sent again.
+        """
+        from mlflow.entities import Metric
+
+        now, model_id = int(time.time() * 1000), model.model_id if model else None
+        points = (model and model.metrics) or []
+        known = {point.key: point.value for point in sorted(points, key=lambda point: point.timestamp)}  # the last
+        new = [
+            Metric(name, value, now, 0, model_id=model_id)
+            for name, value in metrics.items()
+            if known.get(name) != value
+        ]
+        self._client.log_batch(run_id, metrics=new)
+
+    def log_scores(
+        self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path, attention: Path | None = None
+    ) -> dict[str, str]:
+        """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
+
+        The model becomes one of MLflow's, which `mlflow.pyfunc.load_model` loads and `mlflow models serve` serves; its
+        configuration and its card tell the scores. A store that was lost is rebuilt by this.
+
+        Args:
+            model: run.json of the trained ablation.
+            results: benchmark → its "protocol", its "seeds" → metric → value, their "intervals", and where there are
+                any its "attention" and "reading" of each seed, as in metrics/<ablation>.json.
+            folder: of the trained ablation.
+            attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
+
+        Returns:
+            Seed → id of its run.
+        """
+        from lotlip.report.figures import run_figures
+        from lotlip.report.inputs import attention_pictures
+        from lotlip.tracking.comparison import run_note
+
+        runs = self.ensure_runs(model)
+        for seed, run_id in runs.items():
+            history = read_json(folder / f"seed-{seed}" / "history.json")
+            self.log_history(run_id, history)
+            scores = {benchmark: result["seeds"][seed] for benchmark, result in results.items()}
+            tags = {"ablation": model["ablation"], "seed": seed}
+            name = f"{model['ablation']}-seed{seed}"
+            made = self.ensure_model(run_id, model["fingerprints"][seed], name, tags)
+            seen = {name: result.get("attention", {}).get(seed, {}) for name, result in results.items()}
+            numbers = {name: {"attention": found.get("values", {})} for name, found in seen.items()}
+            read = {
+                f"{benchmark}.reading.hard_negatives.accuracy": reading[seed]["hard_negatives"]["accuracy"]["value"]
+                for benchmark, reading in ((name, result.get("reading")) for name, result in results.items())
+                if reading
+            }
+            self.log_metrics(run_id, flatten(scores) | flatten(numbers) | read, made)
+            for benchmark, found in scores.items():
+                for file, image in run_figures(history, found).items():
+                    self._log_file(run_id, image, f"figures/{benchmark}", file)
+                if attention and seed == str(model["config"]["seeds"][0]):
+                    for kind, image in attention_pictures(attention, benchmark).items():
+                        self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
+            protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
+            self.set_tags(run_id, {NOTE: run_note(model, seed, self._base, results)})
+            self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
+            self.finish(run_id)
+        self._arrange()
+        return runs
+
+    def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
+        """Sends those steps of a training history that the run lacks: not sent live, or lost with a killed process."""
+        known = {metric.step for metric in self._client.get_metric_history(run_id, "train.loss")}
+        sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)
+        for point in history:
+            if point["step"] not in known:
+                sink.log({name: value for name, value in point.items() if name != "step"}, int(point["step"]))
+        sink.close()
+
+    def _log_model(self, model: LoggedModel, folder: Path, provenance: Mapping[str, Any]) -> None:
+        """Writes a saved model as MLflow serves it; equal models give equal files, whenever they are written."""
+        from mlflow.models import Model
+
+        from lotlip.retrieval.serving import save_served_model
+
+        identity = Model(
+            artifact_path=model.artifact_location,
+            run_id=model.source_run_id,
+            model_id=model.model_id,
+            model_uuid=model.model_id,
+            utc_time_created=datetime.fromtimestamp(model.creation_timestamp / 1000, UTC).replace(tzinfo=None),
+        )
+        with temporary_folder("tracking") as scratch:
+            save_served_model(folder, scratch / "model", provenance, identity)
+            self._client.log_model_artifacts(model.model_id, str(scratch / "model"))
+        self._client.finalize_logged_model(model.model_id, "READY")
+
+    def _log_file(self, run_id: str, content: bytes, under: str, name: str) -> None:
+        with temporary_folder("tracking") as scratch:
+            folder = scratch / "artifacts"  # beside the owner's lock
+            folder.mkdir()
+            (folder / name).write_bytes(content)
+            self._client.log_artifacts(run_id, str(folder), under)
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Sets tags."""
+        for key, value in tags.items():
+            self._client.set_tag(run_id, key, value)
+
+    def finish(self, run_id: str, status: str = "FINISHED") -> None:
+        """Marks a run as ended, "FINISHED" or "FAILED"; one that had ended so keeps its time."""
+        if self._client.get_run(run_id).info.status != status:
+            self._client.set_terminated(run_id, status)
+
+
+def _has(fingerprint: str) -> str:
+    """MLflow's query for what has a fingerprint."""
+    return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
+
+
+def check_store(uri: str) -> None:
+    """Opens MLflow's SQLite file, so that a damaged one is named; stores of other kinds are left to MLflow.
+
+    Raises:
+        ValueError: the file is damaged, or not SQLite's.
+    """
+    import sqlite3
+
+    path = Path(uri.removeprefix("sqlite:///"))
+    if not uri.startswith("sqlite:///") or not path.is_file():
+        return
+    base = sqlite3.connect(path)
+    try:
+        found = base.execute("PRAGMA quick_check(1)").fetchone()
+        problem = "" if found == ("ok",) else str(found[0])
+    except sqlite3.OperationalError:  # locked by another process, which can open it
+        problem = ""
+    except sqlite3.DatabaseError as error:
+        problem = str(error)
+    finally:
+        base.close()
+    if problem:
+        raise ValueError(
+            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it: python -m flows.restore"
+        )
+
+
+def _client(uri: str) -> MlflowClient:
+    # MLflow tries for many minutes to reach a server that has ended
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
+    # our own warning names the server once; each retry would add a line
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    from mlflow import MlflowClient
+
+    check_store(uri)
+    return MlflowClient(tracking_uri=uri)
