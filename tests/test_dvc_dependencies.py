@@ -56,7 +56,7 @@ def stages_that_depend_on(file: str) -> set[str]:
     [
         ("lotlip/report/page.py", {"report"}),
         ("lotlip/importing/official.py", set()),
-        ("lotlip/ingest/config.py", {"ingest"}),
+        ("lotlip/ingest/config.py", {"ingest", "report"}),
         ("lotlip/image_tower/config.py", {"image-tower"}),
         ("lotlip/caption/config.py", {"caption"}),
         ("lotlip/shard/config.py", {"shard"}),
