@@ -59,7 +59,7 @@ for _variable, _name in {"DVC_SITE_CACHE_DIR": "dvc", "TORCHINDUCTOR_CACHE_DIR":
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
 # Not under a launcher, which watches the process that it started.
-if os.environ.get("LOTLIP_WARM") and _program and _program not in _ALONE and "RANK" not in os.environ:
-    from flows.runtime.fork_server import hand_over
+if os.environ.get("LOTLIP_FORK_SERVER") and _program and _program not in _ALONE and "RANK" not in os.environ:
+    from flows.runtime.fork_server import delegate
 
-    hand_over(_program, _arguments)
+    delegate(_program, _arguments)

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.runtime.dvc import run_dvc
-from flows.runtime.fork_server import warm
+from flows.runtime.fork_server import fork_server
 from flows.runtime.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect
 from flows.runtime.stage import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.supervisor import ending_well
@@ -44,7 +44,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         login = new_login()
         client = {} if given else prefect_client(port, login)
         # both take some seconds to come up, so they do it side by side
-        environment = stack.enter_context(warm({**os.environ, **client}))
+        environment = stack.enter_context(fork_server({**os.environ, **client}))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         else:
@@ -76,7 +76,7 @@ def asked_for(params: Params, arguments: list[str]) -> list[list[str]]:
 
 def of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
     """The runs of `dvc repro` that score some ablations, and report all that is there; no name: everything."""
-    scores = [f"{'evaluate-continued' if name in params.continued else 'evaluate'}@{name}" for name in names]
+    scores = [f"{'evaluate-finetune' if name in params.finetune else 'evaluate'}@{name}" for name in names]
     # by its name alone, DVC would first run whatever the report could show
     return [scores, ["--single-item", "report"]] if scores else [[]]
 

@@ -116,9 +116,11 @@ class World:
         folder = self.captions("llava")
         names = [field.name for field in fields(Caption)]
         written = [Caption(**row) for row in read_captions(folder, unit, names).to_dict("records")]
-        images = read_table(self.ingest, unit, ["key", "raw_caption"])
+        images = read_table(self.ingest, unit, ["key", "short_caption"])
         captions = [replace(caption, sub_captions=split_sub_captions(caption.text)) for caption in change(written)]
-        kept = assess(measured(captions, dict(zip(images["key"], images["raw_caption"], strict=True))), CAPTION.quality)
+        kept = assess(
+            measured(captions, dict(zip(images["key"], images["short_caption"], strict=True))), CAPTION.quality
+        )
         write_captions(unit, kept, len(captions), folder)
 
     def edit(self, path: str, change: Callable[[pd.DataFrame], Any]) -> None:

@@ -42,7 +42,7 @@ class Author:
             if item.key in self.failures:
                 yield Failure(item.key, item.key, "cannot", self.failures[item.key])
             else:
-                text = f"Here is {item.raw_caption}. It is \ud800seen."
+                text = f"Here is {item.short_caption}. It is \ud800seen."
                 yield Caption(item.key, "llava", text, split_sub_captions(text), 5, "stop", self.revision, self.prompt)
 
 

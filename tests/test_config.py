@@ -210,17 +210,21 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
             "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
         ),
         (
-            {"pretrain": {"text": {"stretch": {}}}},
-            "pretrain.text: stretch needs trained positions; name the text tower in pretrained",
+            {"pretrain": {"text": {"position_interpolation": {}}}},
+            "pretrain.text: position_interpolation needs trained positions; name the text tower in pretrained",
         ),
         (
-            {"pretrain": {"text": {"pretrained": "models/lit/seed-0", "context_length": 249, "stretch": {}}}},
-            "pretrain.text: stretch gives 248 positions, fewer than context_length 249; "
-            "raise stretch.factor or lower context_length",
+            {
+                "pretrain": {
+                    "text": {"pretrained": "models/lit/seed-0", "context_length": 249, "position_interpolation": {}}
+                }
+            },
+            "pretrain.text: position_interpolation gives 248 positions, fewer than context_length 249; "
+            "raise position_interpolation.factor or lower context_length",
         ),
         (
-            {"pretrain": {"text": {"pretrained": "a", "stretch": {"positions": 20}}}},
-            "pretrain.text.stretch: keep 20 leaves none of 20 positions to stretch; set it lower",
+            {"pretrain": {"text": {"pretrained": "a", "position_interpolation": {"positions": 20}}}},
+            "pretrain.text.position_interpolation: keep 20 leaves none of 20 positions to stretch; set it lower",
         ),
         (
             {"ablations": {"filip": {"similarity": "late-interaction"}}},
@@ -232,10 +236,10 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
                 "pretrain": {
                     "similarity": "late-interaction",
                     "text": {"corner_tokens": 0},
-                    "loss": {"raw_components": 8},
+                    "loss": {"image_components": 8},
                 }
             },
-            "pretrain: loss.raw_components are of one feature for each image, which late-interaction has not; "
+            "pretrain: loss.image_components are of one feature for each image, which late-interaction has not; "
             "set it to 0",
         ),
     ],
@@ -302,8 +306,8 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     configs = {name: params.ablation(name) for name in params.names}
     assert len(configs) == 14
     assert len({config.model_dump_json() for config in configs.values()}) == 14  # no two are the same
-    assert configs["long-clip"].text.stretch is not None
-    assert configs["long-clip"].text.stretch.stretched == 248
+    assert configs["long-clip"].text.position_interpolation is not None
+    assert configs["long-clip"].text.position_interpolation.interpolated == 248
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels
 
 
@@ -388,8 +392,8 @@ def test_a_model_that_cannot_be_meant_is_refused(tmp_path, entry, message):
 
 
 def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
-    later = {"long-clip": {"after": "lotlip", "pretrain": {"text": {"corner_tokens": 0}}}}
-    params = load(tmp_path, {"continued": later, "paths": {"models": "there"}})
+    later = {"long-clip": {"init_from": "lotlip", "pretrain": {"text": {"corner_tokens": 0}}}}
+    params = load(tmp_path, {"finetune": later, "paths": {"models": "there"}})
     assert params.names == ["lotlip", "long-clip"]
     assert (params.ablation("long-clip").text.pretrained, params.ablation("long-clip").text.corner_tokens) == (
         "there/lotlip",
@@ -400,10 +404,10 @@ def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"continued": {"x": {"after": "nobody", "pretrain": {}}}}, "continued.x.after: no ablation 'nobody'"),
-        ({"continued": {"lotlip": {"after": "lotlip", "pretrain": {}}}}, "continued.lotlip is called as one of"),
+        ({"finetune": {"x": {"init_from": "nobody", "pretrain": {}}}}, "finetune.x.init_from: no ablation 'nobody'"),
+        ({"finetune": {"lotlip": {"init_from": "lotlip", "pretrain": {}}}}, "finetune.lotlip is called as one of"),
         ({"reproduce": {"ablations": ["nobody"]}}, "reproduce.ablations: no ablation 'nobody'"),
-        ({"continued": {"x": {"after": "lotlip", "pretrain": {"steps": -1}}}}, "continued.x.pretrain.steps"),
+        ({"finetune": {"x": {"init_from": "lotlip", "pretrain": {"steps": -1}}}}, "finetune.x.pretrain.steps"),
     ],
 )
 def test_what_names_another_ablation_is_held_to_those_there_are(tmp_path, changes, said):

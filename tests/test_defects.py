@@ -96,16 +96,16 @@ def leak(world: World) -> None:
 
 INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
     "null raw captions": (
-        lambda world: world.edit(TRAIN, setting("raw_caption", None)),
+        lambda world: world.edit(TRAIN, setting("short_caption", None)),
         "no empty raw caption: found 1 of 5 do not: train/part-00000 (1)",
     ),
     "blank raw captions": (
-        lambda world: world.edit(TEST, setting("raw_caption", " \n", slice(0, 3))),
+        lambda world: world.edit(TEST, setting("short_caption", " \n", slice(0, 3))),
         "no empty raw caption: found 1 of 5 do not: test/part-00000 (3)",
     ),
     "raw captions all alike": (
         lambda world: [
-            world.edit(f"ingest/{split}/part-0000{index}", setting("raw_caption", "an image", slice(None)))
+            world.edit(f"ingest/{split}/part-0000{index}", setting("short_caption", "an image", slice(None)))
             for split, index in (("train", 0), ("train", 1), ("train", 2), ("val", 0), ("test", 0))
         ],
         "raw captions that repeat another is at most 90 %: found 99.4 %",

@@ -23,6 +23,7 @@ from lotlip.core.files import (
     SCRATCH,
     Damaged,
     NotOurs,
+    atomic_write,
     check_files,
     check_free,
     check_replaceable,
@@ -34,7 +35,6 @@ from lotlip.core.files import (
     sha256_files,
     sha256_json,
     sha256_tree,
-    whole,
     write_json,
 )
 
@@ -47,7 +47,7 @@ json_values = st.recursive(
 
 def test_a_file_appears_when_the_block_ends(tmp_path):
     path = tmp_path / "deep/er/file"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text("new")
         assert not path.exists()
         assert partial.parent == path.parent
@@ -59,7 +59,7 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
 def test_a_block_that_raises_leaves_the_old_file(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
-    with pytest.raises(error), whole(path) as partial:
+    with pytest.raises(error), atomic_write(path) as partial:
         partial.write_text("half")
         raise error
     assert path.read_text() == "old"
@@ -68,10 +68,10 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path, error):
 
 def test_a_folder_replaces_a_folder(tmp_path):
     path = tmp_path / "folder"
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.mkdir()
         (partial / "old").touch()
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.mkdir()
         (partial / "new").touch()
         assert (path / "old").is_file()
@@ -79,7 +79,7 @@ def test_a_folder_replaces_a_folder(tmp_path):
 
 
 def test_a_folder_half_written_is_removed(tmp_path):
-    with pytest.raises(RuntimeError), whole(tmp_path / "folder") as partial:
+    with pytest.raises(RuntimeError), atomic_write(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "half").touch()
         raise RuntimeError
@@ -94,7 +94,7 @@ def test_what_a_killed_process_left_does_not_get_in(tmp_path, as_folder):
         (left / "half").touch()
     else:
         left.write_text("half")
-    with whole(tmp_path / "out") as partial:
+    with atomic_write(tmp_path / "out") as partial:
         assert not partial.exists()
         partial.mkdir()
     assert list((tmp_path / "out").iterdir()) == []
@@ -300,11 +300,11 @@ def use(how: str, path: Path) -> None:
         (new / "x").write_text("new")
         publish(new, path)
     elif how == "whole folder":
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.mkdir()
     else:  # commands ask first
         check_free(path, lambda _: False)
-        with whole(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_text("new")
 
 

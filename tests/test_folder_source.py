@@ -62,7 +62,7 @@ def test_an_image_and_its_caption_become_a_record(tmp_path):
         key="dogs_My_dog_v2-7526bf664ed3",
         image=path.read_bytes(),
         extension="png",
-        raw_caption="a dog on a lawn",
+        short_caption="a dog on a lawn",
         width=7,
         height=5,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
@@ -72,7 +72,7 @@ def test_an_image_and_its_caption_become_a_record(tmp_path):
 
 def test_a_byte_order_mark_is_not_part_of_the_caption(tmp_path):
     add(tmp_path, "a.png", b"\xef\xbb\xbfa cat")
-    assert only(tmp_path).raw_caption == "a cat"
+    assert only(tmp_path).short_caption == "a cat"
 
 
 def test_hidden_and_other_files_are_left_alone(tmp_path):
@@ -100,7 +100,7 @@ def test_a_caption_without_an_image_is_a_failure(tmp_path):
 def test_endings_may_be_in_capitals(tmp_path):
     add(tmp_path, "A.PNG", caption=None)
     (tmp_path / "A.TXT").write_text("a dog")
-    assert only(tmp_path).raw_caption == "a dog"
+    assert only(tmp_path).short_caption == "a dog"
 
 
 @pytest.mark.parametrize("ending", ["svg", "psd", "nef", "DNG", "ico", "tga"])

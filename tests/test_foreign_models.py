@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lotlip.config.params import Continued
+from lotlip.config.params import FinetuneConfig
 from lotlip.data.weights import read_weights
 from lotlip.image_tower.config import TimmTowerConfig
 from lotlip.models.saving import load_model
@@ -178,12 +178,12 @@ def test_a_damaged_configuration_is_named(tmp_path):
 @pytest.mark.parametrize("after", ["models/lit", "/somewhere/models/lit"])
 def test_a_folder_is_no_ablation_to_continue(after):
     with pytest.raises(ValueError, match=r"after\n.*is a folder.*text\.pretrained"):
-        Continued(after=after, pretrain={})
+        FinetuneConfig(init_from=after, pretrain={})
 
 
 def test_the_encoder_of_a_continued_ablation_cannot_be_changed(tiny_tower, tmp_path):
     with pytest.raises(ValueError, match=r"text\.config has no effect"):
-        Continued(after="lit", pretrain={"text": {"config": {"hidden_dropout_prob": 0.1}}})
+        FinetuneConfig(init_from="lit", pretrain={"text": {"config": {"hidden_dropout_prob": 0.1}}})
     model = save_tiny_model(tmp_path / "model", tiny_tower)
     build_for_pretraining(pretrain(pretrained=str(model), config=TEXT), tiny_tower)
     with pytest.raises(ValueError, match=rf"hidden_dropout_prob: 0.1.*{model}"):

@@ -48,10 +48,10 @@ def test_images_are_stored_as_they_are(form):
 
 def test_a_file_that_is_not_what_its_name_says_is_called_what_it_is():
     found = taken(encoded("WEBP"), ending="jpg")
-    (remark,) = found.remarks
-    assert (found.extension, remark.kind, remark.where) == ("webp", "renamed", "file")
-    assert "its name ends in .jpg, but it is a WEBP" in remark.reason
-    assert taken(encoded("JPEG"), ending="jpeg").remarks == ()
+    (warning,) = found.warnings
+    assert (found.extension, warning.kind, warning.where) == ("webp", "renamed", "file")
+    assert "its name ends in .jpg, but it is a WEBP" in warning.reason
+    assert taken(encoded("JPEG"), ending="jpeg").warnings == ()
 
 
 def test_a_turned_picture_has_the_size_that_is_seen():
@@ -116,7 +116,7 @@ def test_a_caption_without_words_is_empty(caption):
 
 @pytest.mark.parametrize("caption", ["a", "7", "狗", "สุนัข", "Ω", "🐕 a dog"])
 def test_a_word_of_any_script_is_enough(caption):
-    assert taken(encoded(), caption).raw_caption == caption
+    assert taken(encoded(), caption).short_caption == caption
 
 
 def test_an_extremely_long_picture_is_a_failure_by_its_header():

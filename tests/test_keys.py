@@ -78,7 +78,7 @@ def test_thirty_dogs_and_thirty_cats_come_in_with_their_own_captions(tmp_path, f
     table = captioner(tmp_path / "t.csv", [(name, f"Long text of {name}.") for name in reversed(names)])
     for one, found in zip(records, table.caption(records), strict=True):
         assert isinstance(found, Caption)
-        assert found.text == f"Long text of {one.raw_caption}."
+        assert found.text == f"Long text of {one.short_caption}."
 
 
 def test_no_picture_gets_the_caption_of_another(tmp_path):

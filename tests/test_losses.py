@@ -15,18 +15,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
-from lotlip.objectives.contrastive import CONTRASTS, lotlip_loss, principal_components
+from lotlip.objectives.contrastive import OBJECTIVES, lotlip_loss, principal_components
 from lotlip.objectives.similarity import late_interaction
 
 SCALE = torch.tensor([2.0])
 BIAS = torch.tensor([-0.5])
 VARIANTS: dict[str, dict[str, Any]] = {
     "softmax": {},
-    "sigmoid": {"contrast": "sigmoid", "logit_bias": BIAS},
-    "principal components": {"raw_components": 2},
-    "sigmoid of principal components": {"contrast": "sigmoid", "logit_bias": BIAS, "raw_components": 3},
+    "sigmoid": {"objective": "siglip", "logit_bias": BIAS},
+    "principal components": {"image_components": 2},
+    "sigmoid of principal components": {"objective": "siglip", "logit_bias": BIAS, "image_components": 3},
     "late interaction": {"text_mask": None},
-    "sigmoid of late interaction": {"contrast": "sigmoid", "logit_bias": BIAS, "text_mask": None},
+    "sigmoid of late interaction": {"objective": "siglip", "logit_bias": BIAS, "text_mask": None},
 }
 
 
@@ -59,7 +59,7 @@ def case(variant: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
     """The loss again, a kind of text at a time, as its equations have it."""
     batch, number = texts.shape[:2]
-    mask, components = settings.get("text_mask"), settings.get("raw_components", 0)
+    mask, components = settings.get("text_mask"), settings.get("image_components", 0)
     terms = []
     for n in range(number):
         if mask is not None:
@@ -68,7 +68,7 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str,
             rebuilt = projection(images, components) if components and n == 0 else images
             to_text = to_image = rebuilt @ texts[:, n].T
         own = torch.arange(batch)
-        if settings.get("contrast") == "sigmoid":
+        if settings.get("objective") == "siglip":
             z = -torch.ones(batch, batch, dtype=images.dtype)
             z[own, own] = 1
             bias = settings["logit_bias"]
@@ -134,17 +134,17 @@ def test_several_texts_are_the_mean_of_open_clips_losses():
 def test_the_raw_caption_has_its_share_however_many_features_there_are(features):
     images, texts = random_features(number=features)
     each = [lotlip_loss(images, texts[:, i : i + 1], SCALE)["loss"] for i in range(features)]
-    found = lotlip_loss(images, texts, SCALE, raw_share=0.4)
+    found = lotlip_loss(images, texts, SCALE, short_loss_fraction=0.4)
     torch.testing.assert_close(found["raw"], 0.4 * each[0])
     torch.testing.assert_close(found["loss"], 0.4 * each[0] + 0.6 * sum(each[1:]) / (features - 1))
-    alone = lotlip_loss(images, texts[:, :1], SCALE, raw_share=0.4)  # nobody to share with
+    alone = lotlip_loss(images, texts[:, :1], SCALE, short_loss_fraction=0.4)  # nobody to share with
     torch.testing.assert_close(alone["loss"], each[0])
 
 
 def test_weights_scale_their_terms():
     images, texts = random_features()
     plain = lotlip_loss(images, texts, SCALE)
-    weighted = lotlip_loss(images, texts, SCALE, raw_weight=3.0, long_weight=0.5)
+    weighted = lotlip_loss(images, texts, SCALE, short_loss_weight=3.0, long_loss_weight=0.5)
     torch.testing.assert_close(weighted["raw"], 3 * plain["raw"])
     torch.testing.assert_close(weighted["long"], 0.5 * plain["long"])
     torch.testing.assert_close(weighted["loss"], weighted["raw"] + weighted["long"])
@@ -154,7 +154,7 @@ def test_sigmoid_by_hand():
     images = torch.eye(2)
     raw = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits − 0.5, image by text: [[2, 1.2], [0, 1.6]]
     long = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # each text is the other image's: [[0, 2], [2, 0]]
-    losses = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, contrast="sigmoid", logit_bias=BIAS)
+    losses = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, objective="siglip", logit_bias=BIAS)
 
     def cost(logit: float) -> float:  # of saying "yes" with this logit where the answer is no
         return math.log(1 + math.exp(logit))
@@ -169,7 +169,7 @@ def test_sigmoid_is_open_clips(number):
 
     images, texts = random_features(number=number)
     expected = torch.stack([SigLipLoss()(images, texts[:, n], SCALE[0], BIAS[0]) for n in range(number)])
-    found = lotlip_loss(images, texts, SCALE, contrast="sigmoid", logit_bias=BIAS)
+    found = lotlip_loss(images, texts, SCALE, objective="siglip", logit_bias=BIAS)
     torch.testing.assert_close(found["loss"], expected.mean())
     torch.testing.assert_close(found["raw"], expected[0] / number)
 
@@ -197,14 +197,14 @@ def test_late_interaction_by_hand():
 
     image_to_text = (gain(0.9) + cost(0.5) + cost(1.0) + gain(0.8)) / 2
     text_to_image = (gain(0.9) + cost(1.0) + cost(0.8) + gain(0.8)) / 2
-    found = lotlip_loss(images, texts, SCALE, text_mask=mask, contrast="sigmoid", logit_bias=BIAS)
+    found = lotlip_loss(images, texts, SCALE, text_mask=mask, objective="siglip", logit_bias=BIAS)
     assert found["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
 
 
-@pytest.mark.parametrize("contrast", CONTRASTS)
-def test_one_patch_and_one_token_are_cosine(contrast):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_one_patch_and_one_token_are_cosine(objective):
     images, texts = random_features()
-    settings = {"contrast": contrast, "logit_bias": BIAS}
+    settings = {"objective": objective, "logit_bias": BIAS}
     mask = torch.ones(8, 4, 1, dtype=torch.bool)
     late = lotlip_loss(images[:, None], texts[:, :, None], SCALE, text_mask=mask, **settings)
     for name, expected in lotlip_loss(images, texts, SCALE, **settings).items():
@@ -235,27 +235,27 @@ def test_gradients_are_right(variant):
     images, texts, scale = images[:4].double(), texts[:4, :2].double().requires_grad_(), SCALE.double().requires_grad_()
     if "text_mask" in settings:
         settings["text_mask"] = settings["text_mask"][:4]
-    images.requires_grad_("raw_components" not in settings)  # where the directions count as constants, on purpose
+    images.requires_grad_("image_components" not in settings)  # where the directions count as constants, on purpose
     leaves = [leaf for leaf in (images, texts, scale) if leaf.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: lotlip_loss(images, texts, scale, **settings)["loss"], leaves)
 
 
 @pytest.mark.parametrize("late", [False, True])
-@pytest.mark.parametrize("contrast", CONTRASTS)
-def test_only_what_belongs_together_attracts(contrast, late):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_only_what_belongs_together_attracts(objective, late):
     # one patch or token each, so that the gradient by a similarity can be read off the features: the texts are a basis
     texts = torch.eye(6)[:, None]
     images = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)), dim=-1).requires_grad_()
     mask = torch.ones(6, 1, 1, dtype=torch.bool) if late else None
     features = (images[:, None], texts[:, :, None]) if late else (images, texts)
-    lotlip_loss(*features, SCALE, logit_bias=BIAS, contrast=contrast, text_mask=mask)["loss"].backward()
+    lotlip_loss(*features, SCALE, logit_bias=BIAS, objective=objective, text_mask=mask)["loss"].backward()
     own = torch.eye(6, dtype=torch.bool)
     assert (images.grad[own] < 0).all() and (images.grad[~own] > 0).all()
 
 
-@pytest.mark.parametrize("contrast", CONTRASTS)
-def test_features_that_match_cost_nothing(contrast):
-    sure = {"logit_scale": torch.tensor([100.0]), "logit_bias": torch.tensor([-50.0]), "contrast": contrast}
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_features_that_match_cost_nothing(objective):
+    sure = {"logit_scale": torch.tensor([100.0]), "logit_bias": torch.tensor([-50.0]), "objective": objective}
     assert lotlip_loss(torch.eye(4), torch.eye(4)[:, None], **sure)["loss"].item() == pytest.approx(0, abs=1e-6)
     assert lotlip_loss(torch.eye(4), torch.eye(4).roll(1, 0)[:, None], **sure)["loss"].item() > 50
 
@@ -317,7 +317,7 @@ def test_all_principal_components_give_the_features_back():
     for number in (6, 32):
         torch.testing.assert_close(principal_components(images, number), images)
         whole = lotlip_loss(images, texts, SCALE)
-        for name, found in lotlip_loss(images, texts, SCALE, raw_components=number).items():
+        for name, found in lotlip_loss(images, texts, SCALE, image_components=number).items():
             torch.testing.assert_close(found, whole[name])
 
 
@@ -348,7 +348,7 @@ def test_raw_captions_see_the_principal_components_only():
     from open_clip.loss import ClipLoss
 
     images, texts = random_features()
-    whole, found = lotlip_loss(images, texts, SCALE), lotlip_loss(images, texts, SCALE, raw_components=2)
+    whole, found = lotlip_loss(images, texts, SCALE), lotlip_loss(images, texts, SCALE, image_components=2)
     torch.testing.assert_close(found["long"], whole["long"])
     expected = ClipLoss()(projection(images, 2), texts[:, 0], SCALE[0]) / 4
     torch.testing.assert_close(found["raw"], expected)
@@ -376,9 +376,9 @@ def test_the_order_of_the_batch_does_not_matter(variant):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"contrast": "hinge"}, "contrast 'hinge' is unknown; the known ones are softmax, sigmoid"),
-        ({"contrast": "sigmoid"}, "sigmoid needs logit_bias"),
-        ({"raw_components": -1}, "components is -1"),
+        ({"objective": "hinge"}, "objective 'hinge' is unknown; the known ones are infonce, siglip"),
+        ({"objective": "siglip"}, "siglip needs logit_bias"),
+        ({"image_components": -1}, "components is -1"),
         ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"needed are \[B, P, D\] and \[B, N, L, D\]"),
     ],
 )
@@ -390,8 +390,8 @@ def test_impossible_settings_are_refused(settings, message):
 def test_features_that_do_not_fit_are_refused():
     images, texts = random_features()
     patches, tokens, mask = random_tokens()
-    with pytest.raises(ValueError, match="raw_components are of one feature"):
-        lotlip_loss(patches, tokens, SCALE, text_mask=mask, raw_components=2)
+    with pytest.raises(ValueError, match="image_components are of one feature"):
+        lotlip_loss(patches, tokens, SCALE, text_mask=mask, image_components=2)
     for wrong in ((images, texts[:, 0]), (images[:7], texts), (images[:, :5], texts), (patches, tokens)):
         with pytest.raises(ValueError, match=r"text_mask none do not fit; needed are \[B, D\] and \[B, N, D\]$"):
             lotlip_loss(*wrong, SCALE)
@@ -425,8 +425,8 @@ def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[
         normalize(texts[part] @ learned["text weight"], dim=-1),
         learned["log_scale"].exp(),
         **settings | {"logit_bias": learned["bias"]},
-        raw_weight=0.7,
-        long_weight=1.3,
+        short_loss_weight=0.7,
+        long_loss_weight=1.3,
         logits_at_once=at_once,
     )
     losses["loss"].backward()

@@ -30,6 +30,9 @@ def test_nested_sections_and_all_kinds_of_a_section_are_listed():
     tower = found["pretrain.text", ""]
     assert tower["pretrain.text.context_length"].default == "`128`"
     assert tower["pretrain.text.context_length"].limits == "≥ 8; ≤ 512"
-    assert found["pretrain.text.stretch", ""]["pretrain.text.stretch.factor"].type == "integer"
+    assert (
+        found["pretrain.text.position_interpolation", ""]["pretrain.text.position_interpolation.factor"].type
+        == "integer"
+    )
     assert found["evaluate.benchmarks.NAME", "scenes"]["evaluate.benchmarks.NAME.size"].default == "required"
     assert ("caption.captioners.NAME", "endpoint") in found and ("registry", "") in found

@@ -29,7 +29,7 @@ from lotlip.data.partitions import (
     write_index,
     write_partitions,
 )
-from lotlip.data.records import Caption, Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.data.records import Caption, Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from tests.partitions import write_partition
 
 
@@ -91,7 +91,7 @@ def test_bytes_depend_on_the_items_alone(tmp_path):
     records[0] = replace(records[0], scene={"b": 2, "a": 1})
     there = write_partition(unit(2), records, tmp_path / "there")
     assert here == there
-    changed = write_partition(unit(2), [records[0], replace(records[1], raw_caption="other")], tmp_path / "there")
+    changed = write_partition(unit(2), [records[0], replace(records[1], short_caption="other")], tmp_path / "there")
     assert changed.sha256 != here.sha256
     assert here.bytes == sum((tmp_path / f"here/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet"))
 
@@ -160,11 +160,11 @@ def test_a_unit_of_several_splits_leaves_a_partition_in_each(tmp_path):
 
 
 def test_remarks_are_kept_and_counted(tmp_path):
-    remark = Remark("k0", "k0.jpg", "it is a PNG", "renamed")
-    report = write_partition(unit(1), [replace(record("k0"), remarks=(remark,))], tmp_path)
-    assert finished(report.name, tmp_path).remarks == [remark]
+    warning = ItemWarning("k0", "k0.jpg", "it is a PNG", "renamed")
+    report = write_partition(unit(1), [replace(record("k0"), warnings=(warning,))], tmp_path)
+    assert finished(report.name, tmp_path).warnings == [warning]
     index = write_index(tmp_path, [report])
-    assert (index["remark_kinds"], index["remarks"][0]["reason"]) == ({"renamed": 1}, "it is a PNG")
+    assert (index["warning_kinds"], index["warnings"][0]["reason"]) == ({"renamed": 1}, "it is a PNG")
 
 
 def test_units_are_named_in_order_and_by_split(tmp_path):

@@ -129,7 +129,7 @@ def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):
     def started(*_: object, **__: object) -> None:
         raise AssertionError("a process was started")
 
-    for name in ("warm", "prefect_server", "run_dvc"):
+    for name in ("fork_server", "prefect_server", "run_dvc"):
         monkeypatch.setattr(reproduce, name, started)
     dangling(project / "my-images")
     with pytest.raises(ValueError, match=r"my-images/b\.png"):

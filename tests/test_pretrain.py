@@ -96,7 +96,7 @@ def test_a_norm_without_a_name_to_know_it_by_does_not_decay():
 def test_history_has_every_step_and_the_model_loads(base):
     points = history(base)
     assert [point["step"] for point in points] == list(range(1, 13))
-    keys = {"step", "loss", "recall_in_batch", "temperature", "learning_rate", "samples_per_second", "data_wait_share"}
+    keys = {"step", "loss", "in_batch_recall", "temperature", "learning_rate", "samples_per_second", "data_wait_share"}
     assert all(point.keys() == keys for point in points)
     assert all(math.isfinite(value) for point in points for value in point.values())
     assert points[0]["temperature"] == pytest.approx(0.07, rel=0.01)
@@ -204,10 +204,10 @@ def test_the_saved_model_tells_where_it_comes_from(base):
 
 VARIANTS = {
     "registers": {"text": {"corner_tokens": 0, "register_tokens": 2}},
-    "siglip": {"loss": {"contrast": "sigmoid"}, "text": {"corner_tokens": 0}},
+    "siglip": {"loss": {"objective": "siglip"}, "text": {"corner_tokens": 0}},
     "filip": {"similarity": "late-interaction", "text": {"corner_tokens": 0}},
     "clip": {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
-    "principal components": {"loss": {"raw_components": 3}, "text": {"corner_tokens": 0}},
+    "principal components": {"loss": {"image_components": 3}, "text": {"corner_tokens": 0}},
 }
 
 
@@ -233,8 +233,11 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
     """Positions stretched, the raw caption against principal components (arXiv 2403.15378)."""
     short = {"text": {"corner_tokens": 0, "context_length": 8, "config": {"max_position_embeddings": 8}}}
     first = train(tiny_job(tiny_world, tmp_path / "short", merge(short, {"long_texts": {"sub_captions": 0}})))
-    text = {"pretrained": str(first.model_folder(0)), "stretch": {"positions": 8, "keep": 4, "factor": 4}}
-    longer = {"text": {**text, "config": {}, "corner_tokens": 0, "context_length": 20}, "loss": {"raw_components": 3}}
+    text = {
+        "pretrained": str(first.model_folder(0)),
+        "position_interpolation": {"positions": 8, "keep": 4, "factor": 4},
+    }
+    longer = {"text": {**text, "config": {}, "corner_tokens": 0, "context_length": 20}, "loss": {"image_components": 3}}
     bare = {key: value for key, value in TINY.items() if key != "text"}
     config = PretrainConfig.model_validate({**bare, **longer}).model_dump(mode="json")
     job = train(tiny_job(tiny_world, tmp_path / "long", config=config))

@@ -17,8 +17,8 @@ from lotlip.core.section import merge
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.saving import save_model
 from lotlip.objectives.contrastive import lotlip_loss
-from lotlip.pretrain.config import PretrainConfig, Stretch
-from lotlip.pretrain.initialisation import build_for_pretraining, stretch_positions
+from lotlip.pretrain.config import PositionInterpolation, PretrainConfig
+from lotlip.pretrain.initialisation import build_for_pretraining, interpolate_positions
 from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import IMAGE_SIZE, TEXT
 
@@ -211,7 +211,7 @@ def test_corner_tokens_are_added_to_a_saved_model(short, tiny_tower, tmp_path):
 
 def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
     config = PretrainConfig.model_validate(
-        {"text": {"pretrained": str(short[1]), "context_length": 12}, "loss": {"contrast": "sigmoid"}}
+        {"text": {"pretrained": str(short[1]), "context_length": 12}, "loss": {"objective": "siglip"}}
     )
     model = build_for_pretraining(config, tiny_tower)
     assert model.logit_scale.exp().item() == pytest.approx(10)
@@ -233,7 +233,7 @@ def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
 
 def test_positions_are_stretched_as_long_clip_does():
     table = torch.randn(77, 5)
-    found = stretch_positions(table, Stretch())
+    found = interpolate_positions(table, PositionInterpolation())
     assert found.shape == (248, 5)
     assert torch.equal(found[:20], table[:20])
     for old in range(20, 76):
@@ -247,16 +247,18 @@ def test_positions_are_stretched_as_long_clip_does():
 
 def test_rows_before_the_first_position_stay():
     table = torch.randn(14, 3)
-    found = stretch_positions(table, Stretch(positions=6, keep=2, factor=3), first=2)
+    found = interpolate_positions(table, PositionInterpolation(positions=6, keep=2, factor=3), first=2)
     assert found.shape == (2 + 14, 3)
     assert torch.equal(found[:4], table[:4])
-    assert torch.equal(found[2:], stretch_positions(table[2:], Stretch(positions=6, keep=2, factor=3)))
+    assert torch.equal(
+        found[2:], interpolate_positions(table[2:], PositionInterpolation(positions=6, keep=2, factor=3))
+    )
 
 
 def test_a_stretched_model_reads_further(short, tiny_tower):
     model, folder = short
     stretch = {"positions": 12, "keep": 4, "factor": 3}
-    config = pretrained(folder, corner_tokens=0, context_length=28, stretch=stretch)
+    config = pretrained(folder, corner_tokens=0, context_length=28, position_interpolation=stretch)
     longer = build_for_pretraining(config, tiny_tower).eval()
     assert longer.text.positions == 28
     assert longer.config.text_config.max_position_embeddings == 28
@@ -269,8 +271,10 @@ def test_a_stretched_model_reads_further(short, tiny_tower):
 
 
 def test_too_few_trained_positions_are_an_error(short, tiny_tower):
-    with pytest.raises(ValueError, match=r"text.stretch.positions is 77, but text.pretrained has 12 positions"):
-        build_for_pretraining(pretrained(short[1], corner_tokens=0, stretch={}), tiny_tower)
+    with pytest.raises(
+        ValueError, match=r"text.position_interpolation.positions is 77, but text.pretrained has 12 positions"
+    ):
+        build_for_pretraining(pretrained(short[1], corner_tokens=0, position_interpolation={}), tiny_tower)
 
 
 def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path):
@@ -278,8 +282,8 @@ def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path
 
     rotated = AutoConfig.for_model("nomic_bert", **{**TEXT, "vocab_size": 30522, "pad_token_id": 0})
     AutoModel.from_config(rotated).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no learned positions to stretch; take out text.stretch"):
-        build_for_pretraining(pretrained(tmp_path, stretch={}), tiny_tower)
+    with pytest.raises(ValueError, match=r"has no learned positions to stretch; take out text.position_interpolation"):
+        build_for_pretraining(pretrained(tmp_path, position_interpolation={}), tiny_tower)
 
 
 # --- features for the loss ----------------------------------------------------------------------------------------
@@ -384,8 +388,8 @@ def test_an_unfrozen_tower_gives_patches_too(tiny_tower):
 
 
 def test_the_temperature_is_clamped_as_in_clip_and_free_as_in_siglip(tiny_tower):
-    for contrast, limit in (("softmax", 100.0), ("sigmoid", torch.tensor(9.0).exp().item())):
-        model = build_for_pretraining(settings(loss={"contrast": contrast}), tiny_tower)
+    for objective, limit in (("infonce", 100.0), ("siglip", torch.tensor(9.0).exp().item())):
+        model = build_for_pretraining(settings(loss={"objective": objective}), tiny_tower)
         with torch.no_grad():
             model.logit_scale.fill_(9.0)
         assert model(**batch(settings(), torch.randn(3, 32)))["logit_scale"].item() == pytest.approx(limit)

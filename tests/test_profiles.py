@@ -109,7 +109,7 @@ def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile
     for name, column in (("instructblip", "longIB"), ("llava", "longLLA"), ("sharegpt4v", "longSV")):
         author = TableCaptioner(name, params.caption.captioners[name], len)
         for record, caption in zip(records, author.caption(records), strict=True):
-            assert caption.text == record.raw_caption.replace("raw", f"{column}_captions")
+            assert caption.text == record.short_caption.replace("raw", f"{column}_captions")
 
 
 def test_the_profile_for_own_images_has_a_tower_pretrained_on_photographs():

@@ -161,7 +161,7 @@ def test_a_raw_caption_without_words_is_no_disagreement():
 
 @pytest.mark.parametrize("style", RATES)
 def test_the_demo_loses_no_caption(style):
-    raw = {record.key: record.raw_caption for record in records(1000)}
+    raw = {record.key: record.short_caption for record in records(1000)}
     found = list(measured(captioner(style).caption(records(1000)), raw))  # type: ignore[arg-type]
     assert Counter(type(item) for item in assess(found, QualityConfig())) == {MeasuredCaption: 1000}
     assert not any(item.truncated for item in found)
@@ -248,7 +248,7 @@ def test_swapped_captions_of_the_web_are_seen_and_true_ones_are_not_taken_for_sw
 @pytest.mark.parametrize("style", RATES)
 @pytest.mark.parametrize("shift", [1, 50])
 def test_swapped_captions_of_the_demo_are_seen(style, shift):
-    raw = {record.key: record.raw_caption for record in records(100)}
+    raw = {record.key: record.short_caption for record in records(100)}
     texts = list(captioner(style).caption(records(100)))
     swapped = [replace(texts[(place + shift) % 100], key=key) for place, key in enumerate(raw)]  # type: ignore[type-var]
     assert Agreement.of(table(list(measured(swapped, raw)))).is_own(1.5) is False  # type: ignore[arg-type]

@@ -38,7 +38,7 @@ def tracker(store: str) -> Tracker:
 
 @pytest.fixture
 def settings() -> RegistryConfig:
-    return RegistryConfig(model=f"model-{next(_numbers)}", least={LONG: 0.3, SHORT: 0.2})
+    return RegistryConfig(model=f"model-{next(_numbers)}", min_scores={LONG: 0.3, SHORT: 0.2})
 
 
 def candidate(tracker: Tracker, name: str, long: float, short: float) -> str:
@@ -86,7 +86,7 @@ def test_a_refusal_names_metric_value_and_bound(tracker, settings, scores, metri
     found = register(tracker, candidate(tracker, f"a{next(_numbers)}", *scores), settings)
     assert (found.uri, found.version) == (None, None)
     (reason,) = found.refusals
-    assert reason == f"{metric} is {min(scores):.4g}; registry.least asks for at least {bound}"
+    assert reason == f"{metric} is {min(scores):.4g}; registry.min_scores asks for at least {bound}"
     assert versions(tracker, settings) == []
 
 
@@ -95,16 +95,16 @@ def test_what_the_alias_points_at_is_not_replaced_by_worse(tracker, settings):
     worse = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.45)
     register(tracker, first, settings)
     (reason,) = register(tracker, worse, settings).refusals
-    assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.most_loss lets it lose 0"
+    assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.max_score_drop lets it lose 0"
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == first
-    found = register(tracker, worse, settings.model_copy(update={"most_loss": 0.05}))
+    found = register(tracker, worse, settings.model_copy(update={"max_score_drop": 0.05}))
     assert (found.version, found.refusals) == ("2", [])
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == worse
 
 
 def test_a_run_without_scores_is_complained_of(tracker, settings):
     failed = tracker.ensure_run(f"f{next(_numbers)}", "failed", {}, {})
-    with pytest.raises(ValueError, match=f"has no {LONG}, {SHORT}, which registry.least"):
+    with pytest.raises(ValueError, match=f"has no {LONG}, {SHORT}, which registry.min_scores"):
         register(tracker, failed, settings)
 
 
@@ -113,7 +113,7 @@ def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monk
 
     saved: Path = save_tiny_model(tmp_path / "saved", tiny_tower)
     runs = tracker.log_scores(trained(tmp_path, saved), scored(), tmp_path)
-    easy = settings.model_copy(update={"least": {LONG: 0.1, SHORT: 0.1}})
+    easy = settings.model_copy(update={"min_scores": {LONG: 0.1, SHORT: 0.1}})
     found = register(tracker, runs["3"], easy)
     monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow puts the model's code there
     mlflow.set_tracking_uri(tracker.uri)
@@ -126,10 +126,10 @@ def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monk
 
 def test_a_gate_on_one_kind_of_text_alone_is_refused():
     raw = load_params(Path(__file__).parents[1] / "params.yaml").model_dump(mode="json", exclude_unset=True)
-    gate = {"least": {LONG: 0.1}}
+    gate = {"min_scores": {LONG: 0.1}}
     with pytest.raises(ValueError, match="no metric on short text"):
         Params.model_validate(raw | {"registry": gate})
-    gate = {"least": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
+    gate = {"min_scores": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
     with pytest.raises(ValueError, match=r"registry asks for other\.short"):
         Params.model_validate(raw | {"registry": gate})
 
@@ -137,4 +137,4 @@ def test_a_gate_on_one_kind_of_text_alone_is_refused():
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused():
     for alias in ("latest", "v1"):
         with pytest.raises(ValueError, match="for itself"):
-            RegistryConfig(alias=alias, least={LONG: 0.1, SHORT: 0.1})
+            RegistryConfig(alias=alias, min_scores={LONG: 0.1, SHORT: 0.1})

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lotlip.data.duplicates import count_repeats, hashes, repeats, unique_partitions
 from lotlip.data.partitions import finished, read_records, read_table
-from lotlip.data.records import Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.data.records import Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from tests.partitions import write_partition
 
 
@@ -59,9 +59,9 @@ def test_hashes_tell_values_apart():
 def record(key: str, shade: int) -> ImageRecord:
     file = io.BytesIO()
     Image.new("RGB", (4, 4), (shade, 0, 0)).save(file, "png")
-    remark = Remark(key, f"{key}.jpg", "it is a PNG", "renamed")
+    warning = ItemWarning(key, f"{key}.jpg", "it is a PNG", "renamed")
     return ImageRecord(
-        key, file.getvalue(), "png", key, 4, 4, hashlib.sha256(file.getvalue()).hexdigest(), remarks=(remark,)
+        key, file.getvalue(), "png", key, 4, 4, hashlib.sha256(file.getvalue()).hexdigest(), warnings=(warning,)
     )
 
 
@@ -99,8 +99,8 @@ def test_of_equal_images_the_evaluated_one_stays_and_else_the_first(tmp_path):
         "it is the same image as h in test/part-00000",
         "it is the same image as h in test/part-00000",
     ]
-    assert (unique[1].read, unique[1].written, unique[1].remarks) == (3, 0, [])
-    assert [remark.key for remark in unique[0].remarks] == ["a", "b"]
+    assert (unique[1].read, unique[1].written, unique[1].warnings) == (3, 0, [])
+    assert [warning.key for warning in unique[0].warnings] == ["a", "b"]
     assert [finished(report.name, tmp_path / "out") for report in unique] == unique
     assert [one.image for one in read_records(tmp_path / "out", "train/part-00000")] == [
         one.image for one in units["train/0"][:2]

@@ -33,7 +33,7 @@ ABLATIONS = {
     "delta": {"text": {"corner_tokens": 4}},
     "epsilon": {"text": {"corner_mask": False}},
     "zeta": {"long_texts": {"sub_captions": 1}},
-    "eta": {"loss": {"raw_weight": 2.0}},
+    "eta": {"loss": {"short_loss_weight": 2.0}},
     "theta": {"optimizer": {"learning_rate": 0.002}, "text": {"context_length": 64}},
 }
 
@@ -96,7 +96,7 @@ def write_pictures(root, params, count=3):
     for i in range(count):
         file = io.BytesIO()
         Image.new("RGB", (640, 480), (40 * i, 90, 160)).save(file, "PNG")
-        row = {"key": f"p{i}", "extension": "png", "raw_caption": f"picture <{i}>", "width": 640, "height": 480}
+        row = {"key": f"p{i}", "extension": "png", "short_caption": f"picture <{i}>", "width": 640, "height": 480}
         rows.append({**row, "sha256": "", "scene": None, "offset": len(blob), "size": len(file.getvalue())})
         blob += file.getvalue()
     (folder / "part-00000.tar").write_bytes(blob)
@@ -348,7 +348,7 @@ def test_what_does_not_matter_is_no_difference():
             "alpha": {
                 "text": {"corner_tokens": 0},
                 "long_texts": {"sub_captions": 0, "captioners": ["llava"]},
-                "loss": {"long_weight": 3.0},
+                "loss": {"long_loss_weight": 3.0},
             },
         }
     )
@@ -379,8 +379,8 @@ def test_systems_keep_their_colours(inputs):
 
 def test_another_contrast_is_another_system():
     changes = {
-        "a": {"loss": {"contrast": "sigmoid"}},
-        "b": {"loss": {"raw_weight": 2.0}},
+        "a": {"loss": {"objective": "siglip"}},
+        "b": {"loss": {"short_loss_weight": 2.0}},
         "c": {"similarity": "cosine"},
     }
     params = make_params(ablations=changes)

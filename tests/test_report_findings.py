@@ -23,7 +23,7 @@ def corners(m, **text):
 
 # Every ablation of the paper; "base" is LoTLIP.
 PAPER = (
-    {"short": BASELINE, "longs": corners(0), "base": {}, "weighed": {"loss": {"raw_weight": 2.0}}}
+    {"short": BASELINE, "longs": corners(0), "base": {}, "weighed": {"loss": {"short_loss_weight": 2.0}}}
     | {f"m{m}": corners(m) for m in (1, 3, 4)}
     | {"open": corners(2, corner_mask=False)}
     | {f"a{k}": {**corners(0), "long_texts": {"sub_captions": k}} for k in (1, 2, 4, 5, 6, 7)}
@@ -33,13 +33,14 @@ PAPER = (
     | {f"only-{name}": {"long_texts": {"captioners": [name]}} for name in CAPTIONERS}
     | {
         "trained": BASELINE | {"image_tower": {"frozen": False}},
-        "pairs": BASELINE | {"image_tower": {"frozen": False}, "loss": {"contrast": "sigmoid"}},
+        "pairs": BASELINE | {"image_tower": {"frozen": False}, "loss": {"objective": "siglip"}},
         "tokens": BASELINE | {"image_tower": {"frozen": False}, "similarity": "late-interaction"},
     }
 )
 STRETCHED = {
-    "after": "short",
-    "pretrain": corners(0, stretch={"positions": 32, "keep": 8, "factor": 6}) | {"loss": {"raw_components": 8}},
+    "init_from": "short",
+    "pretrain": corners(0, position_interpolation={"positions": 32, "keep": 8, "factor": 6})
+    | {"loss": {"image_components": 8}},
 }
 
 
@@ -48,7 +49,7 @@ def paper_params(seeds=(0, 1, 2), ablations=PAPER, **changes):
         pretrain={"seeds": list(seeds), "steps": 40, "text": {"config": {"hidden_size": 64}}},
         caption={"captioners": {name: {"kind": "table", "path": f"{name}.csv"} for name in CAPTIONERS}},
         ablations=ablations,
-        **{"continued": {"stretched": STRETCHED} if "short" in ablations else {}, **changes},
+        **{"finetune": {"stretched": STRETCHED} if "short" in ablations else {}, **changes},
     )
 
 
@@ -76,7 +77,7 @@ def judged(root, params, **scores):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def atomic_write(tmp_path_factory):
     root, params = tmp_path_factory.mktemp("paper"), paper_params()
     write_scores(root, params)
     inputs = load_inputs(params, root)

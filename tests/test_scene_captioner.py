@@ -132,7 +132,7 @@ def words_of(text: str) -> set[str]:
 
 @lru_cache
 def raw_texts() -> list[str]:
-    return [record.raw_caption for record in records(1500)]
+    return [record.short_caption for record in records(1500)]
 
 
 @lru_cache

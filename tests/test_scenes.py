@@ -26,8 +26,8 @@ from lotlip.demo.world import (
     attribute_classes,
     attribute_labels,
     generate_scene,
-    raw_caption,
     render,
+    short_caption,
     with_articles,
 )
 from lotlip.ingest.config import ImagesConfig, SceneSourceConfig
@@ -133,19 +133,19 @@ def test_every_attribute_changes_the_picture() -> None:
 # --- raw captions -------------------------------------------------------------------------------------------------
 
 
-def raw_captions() -> list[str]:
-    return [raw_caption(scene, random.Random(number)) for number, scene in enumerate(SCENES)]
+def short_captions() -> list[str]:
+    return [short_caption(scene, random.Random(number)) for number, scene in enumerate(SCENES)]
 
 
 def test_raw_captions_name_the_salient_object_and_no_other() -> None:
-    for scene, caption in zip(SCENES, raw_captions(), strict=True):
+    for scene, caption in zip(SCENES, short_captions(), strict=True):
         words = caption.split()
         assert scene.salient.shape in words
         assert not {thing.shape for thing in scene.objects} & set(words)
 
 
 def test_raw_captions_are_short_and_often_incomplete() -> None:
-    captions = raw_captions()
+    captions = short_captions()
     assert max(len(caption.split()) for caption in captions) <= 16
     with_colour = sum(scene.salient.colour in caption.split() for scene, caption in zip(SCENES, captions, strict=True))
     assert 0.5 < with_colour / len(captions) < 0.8
@@ -153,7 +153,7 @@ def test_raw_captions_are_short_and_often_incomplete() -> None:
 
 def test_some_raw_captions_name_the_bare_shape() -> None:
     attributes = {*COLOURS, *TEXTURES, "big", "huge", *PLACES, *TIMES}
-    bare = [caption for caption in raw_captions() if not attributes & set(caption.split())]
+    bare = [caption for caption in short_captions() if not attributes & set(caption.split())]
     assert 0.15 < len(bare) / len(SCENES) < 0.35
     assert any(caption in SHAPES for caption in bare)
 
@@ -186,7 +186,7 @@ def test_records_are_whole_and_the_same_again() -> None:
         assert isinstance(record, ImageRecord)
         assert KEY_PATTERN.fullmatch(record.key)
         assert (record.width, record.height) == Image.open(io.BytesIO(record.image)).size == (48, 48)
-        assert Scene.from_json(record.scene or {}).salient.shape in record.raw_caption
+        assert Scene.from_json(record.scene or {}).salient.shape in record.short_caption
     assert [record.key for record in records if isinstance(record, ImageRecord)] == ["val-000000", "val-000012"]
 
 

@@ -31,7 +31,7 @@ def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
         del demo["ingest"]["source"]
     if "captioners" in block.get("caption", {}):
         del demo["caption"]["captioners"]
-        demo |= {"ablations": {"lotlip": {}}, "continued": {}, "reproduce": {}}
+        demo |= {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(merge(demo, block)), encoding="utf-8")
     load_params(tmp_path / "params.yaml")
 
@@ -60,7 +60,9 @@ def test_every_setting_is_there(section):
 def test_every_kind_of_failure_and_remark_is_there_and_no_other():
     files = [*sorted((ROOT / "lotlip/sources").glob("*.py")), ROOT / "lotlip/data/duplicates.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
-    made = set(re.findall(r'(?:Failure\(|Remark\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code))
+    made = set(
+        re.findall(r'(?:Failure\(|ItemWarning\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code)
+    )
     described = set(re.findall(r"^\| `([a-z-]+)` \|", PAGE, flags=re.MULTILINE))
     assert described - {"unit"} == {kind for kind in described if f'"{kind}"' in code} - {"unit"}
     assert made <= described

@@ -80,10 +80,10 @@ def test_rows_of_a_csv_file_come_in(tmp_path):
     table = write_csv(tmp_path / "t.csv", rows)
     first, second = read_all(csv_source(table, tmp_path / "images"))
     assert isinstance(first, ImageRecord) and isinstance(second, ImageRecord)
-    assert (first.key, first.raw_caption, first.extension) == ("0000000_0000008", "a red dot", "png")
-    assert [remark.kind for remark in first.remarks] == ["renamed"]
-    assert first.remarks[0].where == f"{table}: line 2"
-    assert (second.key, second.raw_caption, second.remarks) == ("dogs_My_dog_v2-7526bf664ed3", 'a "dog", red', ())
+    assert (first.key, first.short_caption, first.extension) == ("0000000_0000008", "a red dot", "png")
+    assert [warning.kind for warning in first.warnings] == ["renamed"]
+    assert first.warnings[0].where == f"{table}: line 2"
+    assert (second.key, second.short_caption, second.warnings) == ("dogs_My_dog_v2-7526bf664ed3", 'a "dog", red', ())
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
@@ -168,12 +168,12 @@ def test_a_folder_of_tables_may_hold_the_images_too(tmp_path):
 
 
 def test_what_is_not_there_is_told_with_what_is(tmp_path):
-    table = write_csv(tmp_path / "t.csv", [["Image Path", "raw_caption"], ["a.png", "a"]])
+    table = write_csv(tmp_path / "t.csv", [["Image Path", "short_caption"], ["a.png", "a"]])
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, raw_caption\); set image"):
+    with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, short_caption\); set image"):
         csv_source(table, tmp_path / "images")
     with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.images"):
-        csv_source(table, tmp_path / "nowhere", image="Image Path", caption="raw_caption")
+        csv_source(table, tmp_path / "nowhere", image="Image Path", caption="short_caption")
     with pytest.raises(ValueError, match=r"gone\.csv is not there; set ingest\.source\.path"):
         csv_source(tmp_path / "gone.csv", tmp_path)
     with pytest.raises(ValueError, match=r"images has no table; set ingest\.source\.path"):
@@ -201,7 +201,7 @@ def test_encoded_images_in_a_parquet_file_come_in(tmp_path, size):
     found = read_all(parquet_source(table), size)
     expected = ["", "", "missing", "unreadable", "missing"] * 3
     assert kinds(found) == [(f"t-{number:09d}", kind) for number, kind in enumerate(expected, 1)]
-    assert (found[1].extension, found[1].raw_caption) == ("webp", "b")
+    assert (found[1].extension, found[1].short_caption) == ("webp", "b")
     assert found[3].where == f"{table}: row 4"
 
 
@@ -258,7 +258,7 @@ def test_a_column_that_holds_no_images_is_told(tmp_path):
 # --- DreamLIP's tables --------------------------------------------------------------------------------------------
 
 DREAMLIP = [
-    "Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions",
+    "Image Path", "short_caption", "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions",
     "shortLLA_captions", "longLLA_captions",
 ]  # fmt: skip
 
@@ -273,7 +273,7 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
     rows[4][5] = ""  # one ShareGPT4V caption is missing
     table = write_csv(tmp_path / "cc3m/cc3m_3long_3short_1raw_captions.csv", rows)
     settings = CsvSourceConfig(
-        kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="raw_caption"
+        kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="short_caption"
     )
     source = open_source(settings)
     out = tmp_path / "out"
@@ -294,7 +294,7 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
         for record, caption in zip(records, author.caption(records), strict=True):
             assert isinstance(caption, Caption)
             number = int(record.key[-7:])
-            assert record.raw_caption == f"raw of {number}"
+            assert record.short_caption == f"raw of {number}"
             words = [f'short{short}_captions of {number}, "quoted"', "Second line"]
             if (short, number) != ("SV", 3):
                 words += [f'long{short}_captions of {number}, "quoted"', "Second line"]
@@ -317,7 +317,7 @@ def test_columns_of_texts_may_be_of_any_arrow_type(tmp_path, kind):
     path = write_parquet(tmp_path / "a.parquet", {"image": column, "caption": column, "key": column})
     (found,) = read_all(parquet_source(path, images=tmp_path / "images", key="key"))
     assert isinstance(found, ImageRecord)
-    assert (found.key, found.raw_caption) == ("a", "a.png")
+    assert (found.key, found.short_caption) == ("a", "a.png")
     captioner = TableCaptioner(
         "llava", TableSettings(kind="table", path=path, captioner=None, text="caption"), lambda text: 1
     )

@@ -44,7 +44,7 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a table that was changed": (
         "ingest",
-        lambda world: world.edit("ingest/val/part-00000", setting("raw_caption", "Other.")),
+        lambda world: world.edit("ingest/val/part-00000", setting("short_caption", "Other.")),
         "val/part-00000: it should hold that a unit's files have the hash that the index says; found 1",
     ),
     "an image of another": (

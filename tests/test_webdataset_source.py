@@ -77,7 +77,7 @@ def test_what_img2dataset_leaves_comes_in(tmp_path):
     assert kinds(records) == [(f"{number:09d}", "") for number in (0, 1, 2, 10003)]
     first = records[0]
     assert isinstance(first, ImageRecord)
-    assert (first.image, first.extension, first.raw_caption) == (picture(), "jpg", "a red dot")
+    assert (first.image, first.extension, first.short_caption) == (picture(), "jpg", "a red dot")
     assert [unit.name for unit in source(tmp_path).units(1)] == ["part-00000", "part-00001"]  # of no split
 
 
@@ -139,9 +139,9 @@ def test_captions_are_in_txt_else_in_the_json(tmp_path):
         ("c.jpg", picture()), ("c.txt", b"  "), ("c.json", b'{"caption": "from json"}'),
     ]  # fmt: skip
     path = write_tar(tmp_path / "a.tar", members)
-    assert [item.raw_caption for item in read_all(path)] == ["from txt", "from json", "from json"]
+    assert [item.short_caption for item in read_all(path)] == ["from txt", "from json", "from json"]
     found = read_all(path, caption=None, caption_field="alt")
-    assert [getattr(item, "raw_caption", None) for item in found] == ["alt", "alt", None]
+    assert [getattr(item, "short_caption", None) for item in found] == ["alt", "alt", None]
 
 
 def test_what_is_missing_or_wrong_in_a_sample_is_told(tmp_path):

@@ -280,7 +280,7 @@ def explain(result: Result) -> str:
         lines += [f"  {name}: {line}" for line in found[:8]]
         if len(found) > 8:
             lines.append(f"  {name}: and {len(found) - 8} more")
-    lines += [f"  remark: {line}" for line in result.remarks]
+    lines += [f"  warning: {line}" for line in result.warnings]
     return "\n".join(lines)
 
 

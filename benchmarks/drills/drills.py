@@ -115,7 +115,7 @@ class Result:
         problems: what failed, a line each; none: the drill passed.
         different: outputs that differ from the reference's at the end.
         left: what was left behind: processes, files, locks.
-        remarks: what does not fail a drill.
+        warnings: what does not fail a drill.
         seconds: that it took.
         kept: folder of the failed drill's checkout and log.
         skipped: why it was not run.
@@ -127,7 +127,7 @@ class Result:
     problems: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     compared: bool = False
     seconds: float = 0.0
     kept: str = ""
@@ -332,7 +332,7 @@ class Drill:
         texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("run-*.log"))}
         traced = [name for name, text in texts.items() if TRACEBACK in text]
         if traced:
-            self.result.remarks.append(f"tracebacks in {', '.join(traced)}")
+            self.result.warnings.append(f"tracebacks in {', '.join(traced)}")
         self.compare()
 
     def _uniform_moment(self, alone: bool) -> int | None:
@@ -421,7 +421,7 @@ class Drill:
         if status not in (0, None) and self.result.disturbances:
             if not self.overlapped:
                 raise _Failed(f"the run after the disturbance ended with status {status}")
-            self.result.remarks.append("a run was refused while the killed one was still ending")
+            self.result.warnings.append("a run was refused while the killed one was still ending")
             self.settle()
             run = self.start(command)
             status = self.end(run, self.bench.limit)
@@ -520,7 +520,7 @@ class Drill:
         for run, status in zip((first, second), statuses, strict=True):
             if status and TRACEBACK in run.output():  # a refusal is one clear line
                 self.result.problems.append(f"one of the two failed with a traceback; see {run.log.name}")
-        self.result.remarks.append(f"they ended with {statuses}")
+        self.result.warnings.append(f"they ended with {statuses}")
         if 0 not in statuses:
             self.result.problems.append(f"neither of the two ended well: {statuses}")
         elif stage is not None:
@@ -560,7 +560,7 @@ class Drill:
         status = self.end(run, self.bench.limit)
         hit.stopped_seconds = run.seconds
         if status == 0:
-            self.result.remarks.append("the room was enough")
+            self.result.warnings.append("the room was enough")
         self.settle()
         isolation.resize(place, GIGABYTE)
         self.recover()

@@ -1,9 +1,9 @@
 """A process that has imported everything and forks for each stage: a stage by itself spends 5 to 12 s on imports.
 
-`flows.reproduce` keeps one for its duration and names its socket in LOTLIP_WARM. `python -m flows.STAGE` then hands its
-arguments, environment, folder and terminal over, waits, and ends with the status it is told; without a socket it does
-its own imports, as any program. Nothing outlives its owner: a stage ends when the program that handed it over does, and
-the warm process when `flows.reproduce` does, however they end.
+`flows.reproduce` keeps one for its duration and names its socket in LOTLIP_FORK_SERVER. `python -m flows STAGE` then
+delegates: it sends its arguments, environment, folder and terminal, waits, and exits with the status that it receives.
+Without a socket it does its own imports. Nothing outlives its owner: a stage ends when the program that delegated it
+does, and the fork server when `flows.reproduce` does, however they end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import temporary_folder
 
-SOCKET = "LOTLIP_WARM"
+SOCKET = "LOTLIP_FORK_SERVER"
 # How long the warm process waits for a client's request, which the client sends at once.
 REQUEST_SECONDS = 10
 
@@ -68,7 +68,7 @@ def code() -> str:
 # --- the side of the program that hands over ------------------------------------------------------------------------
 
 
-def hand_over(module: str, arguments: list[str]) -> None:
+def delegate(module: str, arguments: list[str]) -> None:
     """Has the warm process run a module as a program, and ends with its status; returns where there is none.
 
     Args:
@@ -104,7 +104,7 @@ def hand_over(module: str, arguments: list[str]) -> None:
 
 
 @contextmanager
-def warm(environment: dict[str, str], folder: Path | None = None) -> Iterator[dict[str, str]]:
+def fork_server(environment: dict[str, str], folder: Path | None = None) -> Iterator[dict[str, str]]:
     """Keeps a warm process for the block; gives the environment in which stages hand over to it.
 
     Args:

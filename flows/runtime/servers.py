@@ -226,7 +226,7 @@ def _server(
         )
     log = Path(SCRATCH) / "logs" / (log_name or f"{name.lower()}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    inherited = {key: value for key, value in os.environ.items() if key != "LOTLIP_WARM"}
+    inherited = {key: value for key, value in os.environ.items() if key != "LOTLIP_FORK_SERVER"}
     with log.open("w") as output:
         process = start_group(
             command,

@@ -30,7 +30,16 @@ from lotlip.core.caches import lock
 from lotlip.core.checks import Check, GateFailed
 from lotlip.core.code import code_hash
 from lotlip.core.console import explain
-from lotlip.core.files import check_files, publish, remove, sha256_files, sha256_json, whole, write_json, write_record
+from lotlip.core.files import (
+    atomic_write,
+    check_files,
+    publish,
+    remove,
+    sha256_files,
+    sha256_json,
+    write_json,
+    write_record,
+)
 from lotlip.data.records import DATA_DOCS, Failure, UnitReport, Unusable
 
 SCRATCH = Path(files.SCRATCH)
@@ -178,7 +187,7 @@ class Stage:
         return [report for unit in units for report in reports[name(unit)]]
 
     def publish(self, out: Path) -> None:
-        """Puts the scratch's output in its place, whole, and drops what other settings left behind."""
+        """Puts the scratch's output in its place, atomic_write, and drops what other settings left behind."""
         publish(self.out, out)
         self.discard()
         files.note_files(out, memory_of(out))
@@ -224,7 +233,7 @@ class Stage:
         pages = self.gate_report / "data_docs"
         if pages.is_dir():
             copy = stages / DATA_DOCS / self.label
-            with whole(copy) as partial:
+            with atomic_write(copy) as partial:
                 shutil.copytree(pages, partial, ignore=_DECORATION)
                 write_record(partial, copy)
 

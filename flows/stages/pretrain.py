@@ -95,7 +95,7 @@ def pretrain(ablation: str) -> None:
 
         samples = read_json(paths.shards / "index.json")["splits"]["train"]["samples"]
         history = histories(stage.out, config.seeds)
-        checks = gate_pretrain(config, history, guess_loss(config), stage.gate_report)
+        checks = gate_pretrain(config, history, chance_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
     with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
@@ -115,7 +115,7 @@ def histories(folder: Path, seeds: list[int]) -> Any:
     return pd.concat(tables, ignore_index=True)
 
 
-def guess_loss(config: PretrainConfig) -> float:
+def chance_loss(config: PretrainConfig) -> float:
     """The loss of guessing, summed over the weighted text features (paper, section 3.2).
 
     Softmax: every one of the batch is as likely. Sigmoid: the bias alone says how many of the pairs belong together.
@@ -124,12 +124,12 @@ def guess_loss(config: PretrainConfig) -> float:
 
     long_texts, loss = config.long_texts, config.loss
     long_features = long_texts.per_image * (config.text.corner_tokens + 1) if long_texts.sub_captions else 0
-    raw, *others = feature_shares(1 + long_features, loss.raw_share).tolist()
+    raw, *others = feature_shares(1 + long_features, loss.short_loss_fraction).tolist()
     batch = config.batch_size
     one = math.log(batch)
-    if loss.contrast == "sigmoid":  # each image's row: one pair of `batch` belongs together
+    if loss.objective == "siglip":  # each image's row: one pair of `batch` belongs together
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
-    return one * (loss.raw_weight * raw + loss.long_weight * sum(others))
+    return one * (loss.short_loss_weight * raw + loss.long_loss_weight * sum(others))
 
 
 def git_commit() -> str:

@@ -35,7 +35,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
 from flows import STAGES
-from flows.runtime.fork_server import SOCKET, warm
+from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
 from flows.runtime.stage import (
     EXPECTED,
@@ -444,7 +444,7 @@ def _warm_code(snapshot: Snapshot, environment: dict[str, str]) -> Iterator[dict
             remove(left)
     try:
         snapshot.unpack(folder)
-        with warm({**environment, "PYTHONPATH": str(folder)}, folder) as found:
+        with fork_server({**environment, "PYTHONPATH": str(folder)}, folder) as found:
             yield found
     finally:
         remove(folder)

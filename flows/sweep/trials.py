@@ -164,5 +164,5 @@ def _meaning(config: PretrainConfig) -> dict[str, Any]:
         idle.append("text.corner_mask")
     if not config.long_texts.sub_captions:
         idle += [key for key in settings if key.startswith("long_texts.") and key != "long_texts.sub_captions"]
-        idle.append("loss.long_weight")
+        idle.append("loss.long_loss_weight")
     return {key: value for key, value in settings.items() if key not in idle}

@@ -21,7 +21,7 @@ from threading import Lock
 from typing import IO, Any
 
 from flows.runtime.stage import SCRATCH, StageFailed
-from lotlip.core.files import move, remove, whole
+from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.section import flatten
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
@@ -242,7 +242,7 @@ def set_params(path: Path, changes: Mapping[str, Any]) -> None:
             value = CommentedSeq(value)
             value.fa.set_flow_style()
         place[last] = value
-    with whole(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+    with atomic_write(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
         yaml.dump(data, file)
 
 

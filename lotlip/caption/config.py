@@ -242,7 +242,7 @@ RESERVED_CAPTIONERS = frozenset(
         "raw",
         "key",
         "extension",
-        "raw_caption",
+        "short_caption",
         "width",
         "height",
         "sha256",

@@ -82,8 +82,8 @@ class Captioning:
             replace(caption, sub_captions=split_sub_captions(caption.text, self.stage.sentence_ends), tokens=number)
             for caption, number in zip(captions, tokens, strict=True)
         )
-        images = read_table(self.source, partition.name, ["key", "raw_caption"])
-        raw = dict(zip(images["key"], images["raw_caption"], strict=True))
+        images = read_table(self.source, partition.name, ["key", "short_caption"])
+        raw = dict(zip(images["key"], images["short_caption"], strict=True))
         kept = assess(measured(counted, raw), self.stage.quality)
         return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
 

@@ -152,15 +152,15 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
     )
 
 
-def measured(captions: Iterable[Caption], raw_captions: Mapping[str, str]) -> Iterator[MeasuredCaption]:
+def measured(captions: Iterable[Caption], short_captions: Mapping[str, str]) -> Iterator[MeasuredCaption]:
     """Each caption with its measures.
 
     Args:
         captions: of a partition.
-        raw_captions: key → raw caption, of all the partition's images, in their order; after the last comes the first.
+        short_captions: key → short caption of all the partition's images, in order; after the last comes the first.
     """
-    words = [content_words(text) for text in raw_captions.values()]
-    places = {key: place for place, key in enumerate(raw_captions)}
+    words = [content_words(text) for text in short_captions.values()]
+    places = {key: place for place, key in enumerate(short_captions)}
     for caption in captions:
         place = places[caption.key]
         following = [words[(place + step) % len(words)] for step in range(1, NEIGHBOURS + 1)]

@@ -28,13 +28,13 @@ class Reproduce(Section):
     ablations: list[Name] = Field(default_factory=list, description="none named: all")
 
 
-class Continued(Section):
+class FinetuneConfig(Section):
     """An ablation that goes on from the trained models of another, each seed from its own."""
 
-    after: Name = Field(description="the ablation that is trained first")
+    init_from: Name = Field(description="the ablation that is trained first")
     pretrain: dict[str, Any] = Field(description="its differences from `pretrain`")
 
-    @field_validator("after", mode="before")
+    @field_validator("init_from", mode="before")
     @classmethod
     def _a_name(cls, after: Any) -> Any:
         if isinstance(after, str) and "/" in after:  # a bare name may be an ablation and a folder, as `lotlip` is
@@ -76,12 +76,12 @@ class Params(Section):
     orchestration: Orchestration = Orchestration()
     reproduce: Reproduce = Reproduce()
     ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
-    continued: dict[Name, Continued] = Field(default_factory=dict, description="ablations that go on from others")
+    finetune: dict[Name, FinetuneConfig] = Field(default_factory=dict, description="ablations that go on from others")
 
     @property
     def names(self) -> list[str]:
         """Of all ablations, those that go on from others last."""
-        return [*self.ablations, *self.continued]
+        return [*self.ablations, *self.finetune]
 
     @property
     def warnings(self) -> list[str]:
@@ -104,16 +104,16 @@ class Params(Section):
         if not self.ablations:
             raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
         problems = [
-            f"continued.{name} is called as one of ablations; call it otherwise"
-            for name in self.continued
+            f"finetune.{name} is called as one of ablations; call it otherwise"
+            for name in self.finetune
             if name in self.ablations
         ]
         there = f"there are: {', '.join(self.ablations)}"
         problems += [
-            f"continued.{name}.after: no ablation {settings.after!r} in ablations ({there}); to start from a folder, "
-            "set text.pretrained of an ablation to it"
-            for name, settings in self.continued.items()
-            if settings.after not in self.ablations
+            f"finetune.{name}.init_from: no ablation {settings.init_from!r} in ablations ({there}); to start from a "
+            "folder, set text.pretrained of an ablation to it"
+            for name, settings in self.finetune.items()
+            if settings.init_from not in self.ablations
         ]
         problems += [
             f"reproduce.ablations: no ablation {name!r} ({there})"
@@ -128,7 +128,7 @@ class Params(Section):
         problems += [
             f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
             f"{', '.join(self.evaluate.names)})"
-            for metric in (self.registry.least if self.registry else [])
+            for metric in (self.registry.min_scores if self.registry else [])
             if metric.partition(".")[0] not in self.evaluate.names
         ]
         for name in self.names:
@@ -176,10 +176,10 @@ class Params(Section):
             return _validated(
                 PretrainConfig, merge(base, self.ablations[name]), f"ablations.{name}", f"ablations.{name}"
             )
-        if name not in self.continued:
+        if name not in self.finetune:
             raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.names)}")
-        settings, place = self.continued[name], f"continued.{name}.pretrain"
-        start = {"text": {"pretrained": (self.paths.models / settings.after).as_posix()}}
+        settings, place = self.finetune[name], f"finetune.{name}.pretrain"
+        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix()}}
         return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
 
 

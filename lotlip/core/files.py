@@ -43,7 +43,7 @@ class Damaged(ValueError):
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside `path`; renames it to `path` when the block ends without an error.
 
     The name may be used for a file or for a folder. When the block raises, what was written is removed and `path` is
@@ -75,7 +75,7 @@ def write_json(path: Path, data: Any) -> None:
         text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     except ValueError as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
 

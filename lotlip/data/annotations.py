@@ -27,7 +27,7 @@ _KNOWN: tuple[tuple[_Fields, ...], ...] = (
     (("sentences.raw",),),  # COCO and Flickr30k, as Karpathy split them
     (("text",),),  # this project's long captions
     (  # DreamLIP's and LoTLIP's long captions; this project's partitions have the first
-        ("raw_caption",),
+        ("short_caption",),
         ("shortIB_captions",),
         ("longIB_captions",),
         ("shortSV_captions",),

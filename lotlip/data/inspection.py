@@ -83,12 +83,12 @@ def inspect_partition(
     row |= {"opened": 0, "constant": 0}
     if row["missing_files"]:
         return row
-    columns = ["key", "raw_caption", "width", "height", "sha256", "offset", "size"]
+    columns = ["key", "short_caption", "width", "height", "sha256", "offset", "size"]
     table = read_table(folder, name, columns)
     whole = table["offset"] + table["size"] <= tar.stat().st_size
     row |= {
         "rows_off": len(table) - written,
-        "empty_captions": blank(table["raw_caption"]),
+        "empty_captions": blank(table["short_caption"]),
         "smallest_side": table[["width", "height"]].min(axis=None) if len(table) else None,
         "cut_images": int((~whole).sum()),
         "held_out_images": sum(name.startswith("train/") and sha256 in held_out for sha256 in table["sha256"]),

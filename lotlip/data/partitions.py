@@ -23,8 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lotlip.core.files import read_json, remove, sha256_files, sha256_json, whole, write_json
-from lotlip.data.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, Remark, Unit, UnitReport
+from lotlip.core.files import atomic_write, read_json, remove, sha256_files, sha256_json, write_json
+from lotlip.data.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from lotlip.data.tars import TarWriter
 
 MARKER = ".json"
@@ -35,7 +35,7 @@ RECORDS = pa.schema(
     [
         ("key", pa.string()),
         ("extension", pa.string()),
-        ("raw_caption", pa.string()),
+        ("short_caption", pa.string()),
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.string()),
@@ -108,7 +108,7 @@ def write_partitions(
         written = writers[split]
         read = written.read if unit.split is None else len(unit.items)
         name, failures = unit.partition(split), written.failures
-        reports.append(_finish(name, folder, read, len(written.rows), failures, written.files, written.remarks))
+        reports.append(_finish(name, folder, read, len(written.rows), failures, written.files, written.warnings))
     return reports[::-1]
 
 
@@ -119,11 +119,11 @@ class _Partition(AbstractContextManager["_Partition"]):
         self.files = [path.with_name(f"{path.name}{ending}") for ending in (".tar", ".parquet")]
         self.rows: list[dict[str, Any]] = []
         self.failures: list[Failure] = []
-        self.remarks: list[Remark] = []
+        self.warnings: list[ItemWarning] = []
 
     def __enter__(self) -> _Partition:
         self._stack = ExitStack()
-        tar, self._table = (self._stack.enter_context(whole(path)) for path in self.files)
+        tar, self._table = (self._stack.enter_context(atomic_write(path)) for path in self.files)
         self._tar = self._stack.enter_context(TarWriter(self._stack.enter_context(tar.open("wb"))))
         return self
 
@@ -141,7 +141,7 @@ class _Partition(AbstractContextManager["_Partition"]):
             self.failures.append(item)
         else:
             self.rows.append(_row(item, self._tar))
-            self.remarks += item.remarks
+            self.warnings += item.warnings
 
 
 def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mapping[int, tuple[str, str]]) -> UnitReport:
@@ -167,7 +167,7 @@ def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mappin
     table = pq.read_table(folder / f"{name}.parquet")
     keep = np.ones(len(table), dtype=bool)
     keep[list(dropped)] = False
-    with whole(files[1]) as partial:
+    with atomic_write(files[1]) as partial:
         pq.write_table(table.filter(pa.array(keep)), partial)
     rows = table.select(["key", "extension"]).take(sorted(dropped)).to_pylist()
     failures = [
@@ -175,8 +175,8 @@ def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mappin
         for row, (_, (kind, reason)) in zip(rows, sorted(dropped.items()), strict=True)
     ]
     gone = {failure.key for failure in failures}
-    remarks = [remark for remark in report.remarks if remark.key not in gone]
-    return _finish(name, out, report.read, int(keep.sum()), [*report.failures, *failures], files, remarks)
+    warnings = [warning for warning in report.warnings if warning.key not in gone]
+    return _finish(name, out, report.read, int(keep.sum()), [*report.failures, *failures], files, warnings)
 
 
 def _link(source: Path, target: Path) -> None:
@@ -200,7 +200,7 @@ def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
         raise ValueError(f"{record.key!r} cannot be a sample's key: the source may use only letters, digits, _ and -")
     offset = tar.add(f"{record.key}.{record.extension}", record.image)
     scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True, allow_nan=False)
-    row = {name: getattr(record, name) for name in ("key", "extension", "raw_caption", "width", "height", "sha256")}
+    row = {name: getattr(record, name) for name in ("key", "extension", "short_caption", "width", "height", "sha256")}
     return {**row, "scene": scene, "offset": offset, "size": len(record.image)}
 
 
@@ -265,7 +265,7 @@ def write_captions(
             failures.append(item)
         else:
             rows.append(asdict(item))
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema), partial)
     return _finish(name, folder, read, len(rows), failures, [path])
 
@@ -330,10 +330,10 @@ def _finish(
     written: int,
     failures: list[Failure],
     files: Sequence[Path],
-    remarks: Sequence[Remark] = (),
+    warnings: Sequence[ItemWarning] = (),
 ) -> UnitReport:
     size = sum(file.stat().st_size for file in files)
-    report = UnitReport(name, read, written, sha256_files(files), size, failures, list(remarks))
+    report = UnitReport(name, read, written, sha256_files(files), size, failures, list(warnings))
     write_json(folder / f"{name}{MARKER}", report.to_json())
     return report
 
@@ -373,15 +373,15 @@ def write_index(folder: Path, reports: Sequence[UnitReport], **more: Any) -> dic
 def totals(reports: Sequence[UnitReport]) -> dict[str, Any]:
     """The sums over units that every index has, the first of the failures, and one hash over the units' hashes."""
     failures = [failure for report in reports for failure in report.failures]
-    remarks = [remark for report in reports for remark in report.remarks]
+    warnings = [warning for report in reports for warning in report.warnings]
     return {
         "read": sum(report.read for report in reports),
         "written": sum(report.written for report in reports),
         "failed": len(failures),
         "failure_kinds": dict(sorted(Counter(failure.kind for failure in failures).items())),
         "failures": [asdict(failure) for failure in failures[:SHOWN_FAILURES]],
-        "remark_kinds": dict(sorted(Counter(remark.kind for remark in remarks).items())),
-        "remarks": [asdict(remark) for remark in remarks[:SHOWN_FAILURES]],
+        "warning_kinds": dict(sorted(Counter(warning.kind for warning in warnings).items())),
+        "warnings": [asdict(warning) for warning in warnings[:SHOWN_FAILURES]],
         "hash": sha256_json([[report.name, report.sha256] for report in reports]),
     }
 

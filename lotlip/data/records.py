@@ -20,7 +20,7 @@ class Unusable(ValueError):
 
 
 @dataclass(frozen=True)
-class Remark:
+class ItemWarning:
     """Something to be told of an item.
 
     Attributes:
@@ -36,7 +36,7 @@ class Remark:
     kind: str
 
 
-class Failure(Remark):
+class Failure(ItemWarning):
     """An item that did not come through a stage, and why."""
 
 
@@ -48,23 +48,23 @@ class ImageRecord:
         key: name of the sample, unique in the data set; matches `KEY_PATTERN`.
         image: the encoded file, byte for byte as the source had it.
         extension: of the encoding, without the dot: "jpg", "png", "webp", …
-        raw_caption: the short caption that came with the image; never empty.
+        short_caption: the short caption that came with the image; never empty.
         width: pixels.
         height: pixels.
         sha256: of `image`, in hex.
         scene: what is in the picture, where the source knows it (the generated scenes do).
-        remarks: what is odd about it, though it came through: a file that is not what its name says.
+        warnings: what is odd about it, though it came through: a file that is not what its name says.
     """
 
     key: str
     image: bytes
     extension: str
-    raw_caption: str
+    short_caption: str
     width: int
     height: int
     sha256: str
     scene: dict[str, Any] | None = None
-    remarks: tuple[Remark, ...] = ()
+    warnings: tuple[ItemWarning, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class UnitReport:
         read: items that went in.
         written: items that came out.
         failures: the others.
-        remarks: about those that came out.
+        warnings: about those that came out.
         sha256: of the unit's files, in hex.
         bytes: of the unit's files.
     """
@@ -167,7 +167,7 @@ class UnitReport:
     sha256: str
     bytes: int
     failures: list[Failure] = field(default_factory=list)
-    remarks: list[Remark] = field(default_factory=list)
+    warnings: list[ItemWarning] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.read != self.written + len(self.failures):
@@ -184,4 +184,6 @@ class UnitReport:
     def from_json(cls, data: dict[str, Any]) -> UnitReport:
         """The inverse of `to_json`."""
         failures = [Failure(**failure) for failure in data["failures"]]
-        return cls(**{**data, "failures": failures, "remarks": [Remark(**remark) for remark in data["remarks"]]})
+        return cls(
+            **{**data, "failures": failures, "warnings": [ItemWarning(**warning) for warning in data["warnings"]]}
+        )

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from lotlip.core.files import remove, whole
+from lotlip.core.files import atomic_write, remove
 from lotlip.core.listing import is_hidden
 
 INDEX = ".index.arrow"
@@ -202,7 +202,7 @@ def write_index(tar: Path, index: pa.RecordBatch | None = None) -> Path:
     """Writes a tar's index beside it, with the tar's size, by which a stale one is known; scans it for want of one."""
     index = scan_tar(tar) if index is None else index
     index = index.replace_schema_metadata({"bytes": str(tar.stat().st_size)})
-    with whole(index_path(tar)) as partial, pa.ipc.new_file(str(partial), index.schema) as file:
+    with atomic_write(index_path(tar)) as partial, pa.ipc.new_file(str(partial), index.schema) as file:
         file.write_batch(index)
     return index_path(tar)
 
@@ -277,9 +277,9 @@ class SampleWriter:
 
 @contextmanager
 def write_samples(path: Path) -> Iterator[SampleWriter]:
-    """Writes a tar of samples and its index; both are there, whole, when the block ends well."""
+    """Writes a tar of samples and its index; both are there, atomic_write, when the block ends well."""
     remove(index_path(path), ours=is_index)  # one of an older tar would be stale
-    with whole(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
+    with atomic_write(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
         samples = SampleWriter(tar)
         yield samples
     write_index(path, samples.index)

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from lotlip.core.files import sha256_json
 from lotlip.data.records import Failure, ImageRecord, Unit
-from lotlip.demo.world import generate_scene, raw_caption, render
+from lotlip.demo.world import generate_scene, render, short_caption
 from lotlip.ingest.config import ImagesConfig, SceneSourceConfig
 from lotlip.ingest.record_validation import Intake
 
@@ -51,7 +51,7 @@ class SceneSource:
         scene = generate_scene(self.config.seed, split, number)
         file = io.BytesIO()
         render(scene, self.config.image_size).save(file, format="PNG")
-        caption = raw_caption(scene, random.Random(f"{self.config.seed}/{split}/{number}/caption"))
+        caption = short_caption(scene, random.Random(f"{self.config.seed}/{split}/{number}/caption"))
         key = f"{split}-{number:06d}"
         record = self._intake(key, key, file.getvalue(), caption, "png")
         return replace(record, scene=scene.to_json()) if isinstance(record, ImageRecord) else record

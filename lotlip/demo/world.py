@@ -165,7 +165,7 @@ _RAW_FRAMES = (
 )
 
 
-def raw_caption(scene: Scene, rng: random.Random) -> str:
+def short_caption(scene: Scene, rng: random.Random) -> str:
     """A short caption as the web has them: it names the salient object, often incompletely, and nothing else.
 
     One in five names the bare shape, so that prompts that do so are within what training has seen.

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lotlip.core.files import weights_hash, whole, write_json, write_record
+from lotlip.core.files import atomic_write, weights_hash, write_json, write_record
 from lotlip.data.tokenizer import token_counts
 from lotlip.evaluate.attention_pictures import attention_pictures, small_jpeg
 from lotlip.evaluate.attention_scores import attention_scores
@@ -155,7 +155,7 @@ def draw(
     """
     encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), batch_size)
     problems: dict[str, dict[str, str]] = {}
-    with whole(out) as unfinished:
+    with atomic_write(out) as unfinished:
         unfinished.mkdir()
         for benchmark in benchmarks:
             failed: dict[str, str] = {}

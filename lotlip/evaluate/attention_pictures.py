@@ -209,7 +209,7 @@ def _wrapped(text: str, width: int, lines: int) -> str:
 
 
 def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
-    """An image of a benchmark, whole, with a longer side of SIDE pixels; a scene is drawn anew."""
+    """An image of a benchmark, atomic_write, with a longer side of SIDE pixels; a scene is drawn anew."""
     if benchmark.scenes:
         from lotlip.demo.world import render
 

@@ -130,7 +130,7 @@ def _scenes(name: str, settings: SceneBenchmarkConfig, source: Path) -> Benchmar
 
 def _held_out(name: str, settings: HeldOutBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
     """Raw captions as short texts; as long text of an image the one of its captions with the most tokens."""
-    keys, raw, read = _split(paths.ingest, settings.split, "raw_caption")
+    keys, raw, read = _split(paths.ingest, settings.split, "short_caption")
     if not keys:
         raise ValueError(
             f"benchmark {name}: no image is in the split {settings.split!r}; raise its share in params.yaml"

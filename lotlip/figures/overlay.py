@@ -14,7 +14,7 @@ _LEAST_PEAK = 3.0  # times the even share: a map whose highest patch has less is
 
 
 def shown(picture: Image.Image) -> Image.Image:
-    """An RGB picture, whole, in the size in which the page shows it."""
+    """An RGB picture, atomic_write, in the size in which the page shows it."""
     scale = _SIDE / min(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, Image.Resampling.BICUBIC)

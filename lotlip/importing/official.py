@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lotlip.core.files import NotOurs, check_free, check_replaceable, whole, write_record
+from lotlip.core.files import NotOurs, atomic_write, check_free, check_replaceable, write_record
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
@@ -99,7 +99,7 @@ def import_official(
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     config.provenance = {"name": out.resolve().name, "source": f"{file.name}, sha256 {digest}", **checkpoint.about}
-    with whole(out.resolve()) as partial:
+    with atomic_write(out.resolve()) as partial:
         save_model(config, weights, words, partial, image_tower=None)
         write_record(partial, Path(out.resolve().name))
     return config, ignored

@@ -51,7 +51,7 @@ def gate_ingest(
     table = number_table(rows, PARTITION, "unit", "opened", "constant")
     whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
     written = sum(unit.written for unit in reports)
-    again = {column: count_repeated(folder, whole, column, written) for column in ("key", "sha256", "raw_caption")}
+    again = {column: count_repeated(folder, whole, column, written) for column in ("key", "sha256", "short_caption")}
     found = totals(reports)
     failures, few_failures = failure_check(found, settings.max_failure_share, "ingest", LEFT_OUT)
     left_out = {kind: count for kind, count in found["failure_kinds"].items() if kind in LEFT_OUT}
@@ -61,7 +61,7 @@ def gate_ingest(
         "train": sum(unit.written for unit in reports if unit.name.startswith("train/")),
         "repeated_keys": again["key"],
         "repeated_images": again["sha256"],
-        "repeated_captions": again["raw_caption"] / max(written, 1),
+        "repeated_captions": again["short_caption"] / max(written, 1),
         "constant_share": table["constant"].sum() / max(table["opened"].sum(), 1),
         "broken_units": sum(failure.kind in BROKEN_UNIT for failure in _one_each(reports)) / max(units, 1),
         **failures,

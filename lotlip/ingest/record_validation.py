@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lotlip.data.records import Failure, ImageRecord, Remark
+from lotlip.data.records import Failure, ImageRecord, ItemWarning
 from lotlip.data.text import has_words
 from lotlip.ingest.config import ImagesConfig
 
@@ -21,7 +21,7 @@ class Intake:
     Failures are of the kinds "unreadable" (the image is broken or cut off, or no image), "bomb" (more pixels than
     `max_pixels`), "too-small", "aspect-ratio" (longer than `max_aspect_ratio` allows), "too-large" (more than
     `max_bytes`), "empty" (a caption without a letter or digit), "encoding" (a caption that is not UTF-8). An image that
-    is not what its name says comes through with a remark, "renamed".
+    is not what its name says comes through with a warning, "renamed".
     """
 
     def __init__(self, settings: ImagesConfig) -> None:
@@ -69,17 +69,17 @@ class Intake:
             return Failure(key, where, f"{error}; raise ingest.images.max_pixels if it is a picture", "bomb")
         except Exception as error:  # Pillow's decoders raise many types on broken files
             return Failure(key, where, f"not a readable image ({len(image)} bytes): {error}", "unreadable")
-        remarks: tuple[Remark, ...] = ()
+        warnings: tuple[ItemWarning, ...] = ()
         if ending and ENDINGS.get(ending.lower()) != name:
             reason = f"its name ends in .{ending}, but it is a {name}: the ending follows what it is"
-            remarks = (Remark(key, where, reason, "renamed"),)
+            warnings = (ItemWarning(key, where, reason, "renamed"),)
         try:
             image, name, picture = self._stored(image, name, picture)
         except (OSError, ValueError) as error:  # WebP ends at 16383 pixels, JPEG at 65535
             reason = f"{picture.width} × {picture.height} pixels cannot be stored as {self._settings.encoding}: {error}"
             return Failure(key, where, reason, "too-large")
         digest = hashlib.sha256(image).hexdigest()
-        return ImageRecord(key, image, FORMATS[name][0], text, *picture.size, digest, remarks=remarks)
+        return ImageRecord(key, image, FORMATS[name][0], text, *picture.size, digest, warnings=warnings)
 
     def read(self, key: str, where: str, path: Path) -> bytes | Failure:
         """A file's bytes, or why they are not to be had; never more than `max_bytes` of them."""

@@ -1,6 +1,6 @@
 """The training loss: an image against each of its texts, with the variants that the paper compares.
 
-A variant is a similarity (`lotlip.objectives.similarity`), a contrast (`CONTRASTS`) and what the raw caption is held
+A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and what the raw caption is held
 against. Of a global batch of T images with N texts each, a process has its own B texts and everybody's image features:
 only those are gathered, one for each image, while texts, N times as many, stay where they are. Its N × B × T logits are
 computed in blocks, and once more in the backward pass, so that few of them exist at a time.
@@ -87,8 +87,8 @@ def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
     return costs.sum(0) / normalisers.shape[2]
 
 
-Contrast = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
-CONTRASTS: dict[str, Contrast] = {"softmax": (_softmax_block, _softmax), "sigmoid": (_sigmoid_block, _sigmoid)}
+Objective = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+OBJECTIVES: dict[str, Objective] = {"infonce": (_softmax_block, _softmax), "siglip": (_sigmoid_block, _sigmoid)}
 
 
 def principal_components(features: Tensor, number: int) -> Tensor:
@@ -121,11 +121,13 @@ def principal_components(features: Tensor, number: int) -> Tensor:
     return (mean + centred @ directions @ directions.T).to(features.dtype)
 
 
-def feature_shares(features: int, raw_share: float | None) -> Tensor:
+def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
     """What each of the N text features counts in the loss, the raw caption's first: [N], together 1."""
-    if raw_share is None or features == 1:
+    if short_loss_fraction is None or features == 1:
         return torch.full((features,), 1 / features)
-    return torch.cat([torch.tensor([raw_share]), torch.full((features - 1,), (1 - raw_share) / (features - 1))])
+    return torch.cat(
+        [torch.tensor([short_loss_fraction]), torch.full((features - 1,), (1 - short_loss_fraction) / (features - 1))]
+    )
 
 
 def lotlip_loss(
@@ -135,14 +137,14 @@ def lotlip_loss(
     *,
     logit_bias: Tensor | None = None,
     text_mask: Tensor | None = None,
-    contrast: str = "softmax",
-    raw_share: float | None = None,
-    raw_weight: float = 1.0,
-    long_weight: float = 1.0,
-    raw_components: int = 0,
+    objective: str = "infonce",
+    short_loss_fraction: float | None = None,
+    short_loss_weight: float = 1.0,
+    long_loss_weight: float = 1.0,
+    image_components: int = 0,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> dict[str, Tensor]:
-    """Mean over an image's N text features of their contrast with the image features (paper, section 3.2).
+    """Mean over an image's N text features of their objective with the image features (paper, section 3.2).
 
     Negatives come from the whole batch of all processes. Every process returns the loss of that whole batch, whose
     gradients its engine averages over the processes: together they are the gradients of one process with the batch.
@@ -156,12 +158,12 @@ def lotlip_loss(
         logit_bias: added to every logit, [1]; sigmoid needs it, softmax does not change by it.
         text_mask: bool, True at a text's tokens, [B, N, L]. With it image and text are compared by late interaction
             (FILIP, arXiv 2111.07783), without it by the cosine of one feature each.
-        contrast: "softmax" (symmetric InfoNCE; paper, section 3.2) or "sigmoid" (SigLIP, arXiv 2303.15343).
-        raw_share: of the loss that the raw caption's feature has where there are others, which share the rest; None:
-            each of the N has 1/N, as in the paper.
-        raw_weight: of the raw caption's term (the released code's `clip_lossweight`).
-        long_weight: of the others' (its `declip_lossweight`).
-        raw_components: the raw caption is contrasted with so many principal components of the image features
+        objective: "infonce" (symmetric; paper, section 3.2) or "siglip" (sigmoid, arXiv 2303.15343).
+        short_loss_fraction: share of the loss of the short caption's feature, where there are others, which share the
+            rest; None: each of the N has 1/N, as in the paper.
+        short_loss_weight: of the raw caption's term (the released code's `clip_lossweight`).
+        long_loss_weight: of the others' (its `declip_lossweight`).
+        image_components: the raw caption is contrasted with so many principal components of the image features
             (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0 means with all of them. They are those of
             the whole batch, while Long-CLIP's release takes each process's own: so N processes compute what one does.
         logits_at_once: in a block (one text of each kind with all images at least); changes memory, not the result.
@@ -171,30 +173,30 @@ def lotlip_loss(
         batch's texts that are nearer to their own image than to any other, mean over the N kinds.
 
     Raises:
-        ValueError: the contrast is unknown or lacks its bias, shapes do not fit, or principal components are asked of
+        ValueError: the objective is unknown or lacks its bias, shapes do not fit, or principal components are asked of
             patches.
     """
-    if contrast not in CONTRASTS:
-        raise ValueError(f"contrast {contrast!r} is unknown; the known ones are {', '.join(CONTRASTS)}")
-    if contrast == "sigmoid" and logit_bias is None:
-        raise ValueError("contrast sigmoid needs logit_bias; a model has it where its config says logit_bias: true")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"objective {objective!r} is unknown; the known ones are {', '.join(OBJECTIVES)}")
+    if objective == "siglip" and logit_bias is None:
+        raise ValueError("objective siglip needs logit_bias; a model has it where its config says logit_bias: true")
     _check_shapes(image_features, text_features, text_mask)
-    if text_mask is not None and raw_components:
+    if text_mask is not None and image_components:
         raise ValueError(
-            "raw_components are of one feature for each image, which late interaction has not; set it to 0"
+            "image_components are of one feature for each image, which late interaction has not; set it to 0"
         )
     images = gather(image_features)  # [T, D] or [T, P, D]
     compare = partial(
-        _terms, scale=logit_scale, bias=logit_bias, contrast=CONTRASTS[contrast], logits_at_once=logits_at_once
+        _terms, scale=logit_scale, bias=logit_bias, objective=OBJECTIVES[objective], logits_at_once=logits_at_once
     )
-    if raw_components:
-        raw_terms, raw_hits = compare(principal_components(images, raw_components), text_features[:, :1])
+    if image_components:
+        raw_terms, raw_hits = compare(principal_components(images, image_components), text_features[:, :1])
         long_terms, long_hits = compare(images, text_features[:, 1:])
         terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
     else:
         terms, hits = compare(images, text_features, text_mask)
-    terms = terms * feature_shares(len(terms), raw_share).to(terms)  # [N]
-    raw, long = raw_weight * terms[0], long_weight * terms[1:].sum()
+    terms = terms * feature_shares(len(terms), short_loss_fraction).to(terms)  # [N]
+    raw, long = short_loss_weight * terms[0], long_loss_weight * terms[1:].sum()
     return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
 
 
@@ -220,17 +222,20 @@ def _terms(
     *,
     scale: Tensor,
     bias: Tensor | None,
-    contrast: Contrast,
+    objective: Objective,
     logits_at_once: int,
 ) -> tuple[Tensor, Tensor]:
-    """The contrast of all T images with everybody's texts, of which [B, N, …] are here: its loss for each kind of text,
-    and how many texts pick their own image, [N] each."""
+    """The objective over all T images and all processes' texts, of which [B, N, …] are here.
+
+    Returns:
+        The loss for each kind of text and the number of texts that pick their own image, [N] each.
+    """
     rows, kinds = texts.shape[:2]
     if not kinds:
         return texts.new_zeros(0), texts.new_zeros(0)
     first = dist.get_rank() * rows if _several_processes() else 0
     own = torch.arange(first, first + rows, device=texts.device)
-    block = partial(_block, scale=scale, bias=bias, contrast=contrast[0])
+    block = partial(_block, scale=scale, bias=bias, objective=objective[0])
     size = max(1, logits_at_once // (kinds * len(images)))
     blocks = []
     masks = [None] * -(-rows // size) if text_mask is None else text_mask.split(size)
@@ -240,7 +245,7 @@ def _terms(
         else:
             blocks.append(block(*arguments))
     costs, normalisers, hits = (torch.stack(parts) for parts in zip(*blocks, strict=True))
-    return contrast[1](gather(costs), gather(normalisers)), gather(hits).sum(0)
+    return objective[1](gather(costs), gather(normalisers)), gather(hits).sum(0)
 
 
 def _block(
@@ -251,9 +256,9 @@ def _block(
     *,
     scale: Tensor,
     bias: Tensor | None,
-    contrast: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `contrast` gives for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
+    """What the objective gives for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
 
     def logits(similarity: Tensor) -> Tensor:
         """[T, N·b] as [N, b, T]."""
@@ -270,4 +275,4 @@ def _block(
     with torch.no_grad():
         # strictly nearer than all others, so that features that are all the same are no hit
         hits = (picks_image >= _own(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
-    return *contrast(picks_image, picks_text, own), hits
+    return *objective(picks_image, picks_text, own), hits

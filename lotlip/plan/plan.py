@@ -265,7 +265,7 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
                 corner_mask=config.text.corner_mask,
                 register_tokens=config.text.register_tokens,
                 similarity=config.similarity,
-                logit_bias=config.loss.contrast == "sigmoid",
+                logit_bias=config.loss.objective == "siglip",
             ),
             image_tower=not config.image_tower.frozen,
         )
@@ -291,8 +291,8 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
                 assumed.append(f"{text.pretrained} has BERT-base's sizes (it is not on this machine)")
     encoder = found.text_config if isinstance(found, LotlipConfig) else found
     encoder.vocab_size = tokenizer.vocabulary_size + text.corner_tokens + text.register_tokens
-    if text.stretch:
-        encoder.max_position_embeddings = text.stretch.stretched
+    if text.position_interpolation:
+        encoder.max_position_embeddings = text.position_interpolation.interpolated
     return encoder
 
 
@@ -307,7 +307,7 @@ def parameters(config: PretrainConfig, towers: Towers) -> tuple[dict[str, int], 
         "text encoder": encoder - extra,
         "corner and register tokens": extra,
         "projection": text.proj.weight.numel(),
-        "temperature and bias": 1 + (config.loss.contrast == "sigmoid"),
+        "temperature and bias": 1 + (config.loss.objective == "siglip"),
     }
     return (trained, {"image tower": image}) if config.image_tower.frozen else ({**trained, "image tower": image}, {})
 

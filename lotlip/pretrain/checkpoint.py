@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lotlip.core.files import read_json, remove, sha256_files, whole, write_json
+from lotlip.core.files import atomic_write, read_json, remove, sha256_files, write_json
 from lotlip.data.weights import open_weights
 
 KEPT = 2
@@ -65,7 +65,7 @@ class Checkpoints:
             raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
         if dist.get_rank() == 0:
             # hashing takes longer than writing, so each file is hashed while the next ones are written
-            with whole(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
+            with atomic_write(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
                 partial.mkdir(parents=True)
                 write_json(partial / "state.json", {"step": step, **more})
                 hashes = {"state.json": pool.submit(sha256_files, [partial / "state.json"])}

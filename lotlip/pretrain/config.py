@@ -12,7 +12,7 @@ from lotlip.core.section import Count, Name, NonNegative, Port, Positive, Sectio
 from lotlip.data.text import Window
 
 
-class Stretch(Section):
+class PositionInterpolation(Section):
     """Long-CLIP's longer context: trained positions are stretched, the best trained ones kept as they are.
 
     arXiv 2403.15378, section 3.1; the defaults are its 77 → 248 positions.
@@ -23,12 +23,12 @@ class Stretch(Section):
     factor: Count = Field(4, description="new positions for each of the others")
 
     @property
-    def stretched(self) -> int:
+    def interpolated(self) -> int:
         """How many positions there are afterwards."""
         return self.keep + (self.positions - self.keep) * self.factor
 
     @model_validator(mode="after")
-    def _some_left_to_stretch(self) -> Stretch:
+    def _some_left_to_stretch(self) -> PositionInterpolation:
         if self.keep >= self.positions:
             raise ValueError(f"keep {self.keep} leaves none of {self.positions} positions to stretch; set it lower")
         return self
@@ -126,7 +126,9 @@ class TextTowerConfig(Section):
     register_tokens: Annotated[int, Field(ge=0, le=16)] = Field(
         0, description="learned tokens that are masked as words are and get no loss (Table 7)"
     )
-    stretch: Stretch | None = Field(None, description="Long-CLIP: stretch the positions of `pretrained`")
+    position_interpolation: PositionInterpolation | None = Field(
+        None, description="Long-CLIP: stretch the positions of `pretrained`"
+    )
 
     @field_validator("config")
     @classmethod
@@ -162,12 +164,12 @@ class TextTowerConfig(Section):
         extra = self.corner_tokens + self.register_tokens
         if extra + 4 > self.context_length:
             raise ValueError(f"context_length {self.context_length} has no room for {extra} extra tokens and words")
-        if self.stretch and not self.pretrained:
-            raise ValueError("stretch needs trained positions; name the text tower in pretrained")
-        if self.stretch and self.stretch.stretched < self.context_length:
+        if self.position_interpolation and not self.pretrained:
+            raise ValueError("position_interpolation needs trained positions; name the text tower in pretrained")
+        if self.position_interpolation and self.position_interpolation.interpolated < self.context_length:
             raise ValueError(
-                f"stretch gives {self.stretch.stretched} positions, fewer than context_length {self.context_length}; "
-                "raise stretch.factor or lower context_length"
+                f"position_interpolation gives {self.position_interpolation.interpolated} positions, fewer than "
+                f"context_length {self.context_length}; raise position_interpolation.factor or lower context_length"
             )
         return self
 
@@ -244,17 +246,17 @@ class LoaderConfig(Section):
 class LossConfig(Section):
     """How texts and images of a batch are contrasted, and what each kind of text counts."""
 
-    contrast: Literal["softmax", "sigmoid"] = Field(
-        "softmax", description="symmetric InfoNCE as CLIP and the paper have it, or SigLIP's pairs (arXiv 2303.15343)"
+    objective: Literal["infonce", "siglip"] = Field(
+        "infonce", description="symmetric InfoNCE as CLIP and the paper have it, or SigLIP's pairs (arXiv 2303.15343)"
     )
-    raw_share: Share | None = Field(
+    short_loss_fraction: Share | None = Field(
         None,
         description="of the loss that the raw caption's feature has, the others sharing the rest; without it each of "
         "the N features has 1/N, so that the raw caption counts the less the more of them there are",
     )
-    raw_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
-    long_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
-    raw_components: NonNegative = Field(
+    short_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
+    long_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
+    image_components: NonNegative = Field(
         0,
         description="Long-CLIP: the raw caption is held against so many principal components of the image features "
         "(32 there; arXiv 2403.15378, section 3.2); 0: against the whole feature",
@@ -390,9 +392,10 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "similarity late-interaction compares words, not corner tokens; set text.corner_tokens to 0"
                 )
-            if self.loss.raw_components:
+            if self.loss.image_components:
                 raise ValueError(
-                    "loss.raw_components are of one feature for each image, which late-interaction has not; set it to 0"
+                    "loss.image_components needs one feature for each image, which late-interaction does not have; "
+                    "set it to 0"
                 )
         nodes = getattr(self.launch, "nodes", 1)
         if self.processes % nodes:

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     pass
 
 
-def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, guess_loss: float, report: Path) -> list[Check]:
+def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, chance_loss: float, report: Path) -> list[Check]:
     """Training was sound at every step that was logged, and learned something.
 
     Args:
         settings: of the ablation.
         history: columns seed, step, loss, temperature, learning_rate, samples_per_second; a row per logged step.
-        guess_loss: what guessing would lose.
+        chance_loss: what guessing would lose.
         report: scratch folder.
     """
     places = zip(history["seed"], history["step"], strict=True)
@@ -29,7 +29,7 @@ def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, guess_loss: f
     steps["not_finite"] = (~np.isfinite(history[["loss", "temperature"]].astype(float))).sum(axis=1)
     steps["advance"] = history.groupby("seed")["step"].diff()
     trained = [seed for seed in settings.seeds if (history["seed"] == seed).any()]
-    final = [_final_loss(history.loc[history["seed"] == seed, "loss"]) / guess_loss for seed in trained]
+    final = [_final_loss(history.loc[history["seed"] == seed, "loss"]) / chance_loss for seed in trained]
     seeds = pd.DataFrame({"seed": [f"seed {seed}" for seed in trained], "final_share": final})
     limit = settings.max_final_loss_share
     tables = {
@@ -37,7 +37,7 @@ def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, guess_loss: f
         "steps": steps[["place", "not_finite", "advance", "temperature"]],
         "seeds": seeds,
     }
-    lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({guess_loss:.4g})"
+    lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({chance_loss:.4g})"
     suites = {
         "stage": [one("untrained", "every seed has a curve", high=0)],
         "steps": [

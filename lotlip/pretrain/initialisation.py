@@ -18,7 +18,7 @@ from lotlip.data.tokenizer import TextTokenizer
 from lotlip.data.weights import check_weights, open_weights, read_weights
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text_tower import first_position, position_table
-from lotlip.pretrain.config import TEXT_MODELS, PretrainConfig, Stretch
+from lotlip.pretrain.config import TEXT_MODELS, PositionInterpolation, PretrainConfig
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.model import LotlipForPreTraining
 
@@ -54,7 +54,7 @@ def build_for_pretraining(
             corner_mask=text.corner_mask,
             register_tokens=text.register_tokens,
             similarity=config.similarity,
-            logit_bias=config.loss.contrast == "sigmoid",
+            logit_bias=config.loss.objective == "siglip",
             sentence_ends=sentence_ends,
         ),
         image_tower=not config.image_tower.frozen,
@@ -63,7 +63,7 @@ def build_for_pretraining(
         raise ValueError(
             f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions"
         )
-    if config.loss.contrast == "sigmoid":
+    if config.loss.objective == "siglip":
         # one pair of `batch_size` belongs together; SigLIP's −10 is that of its batch of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
     if start.earlier is not None:
@@ -100,11 +100,13 @@ def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) ->
     encoder, earlier = _open(name, text.config)
     _fit_vocabulary(encoder, text, tokenizer, earlier)
     weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
-    if text.stretch:
+    if text.position_interpolation:
         table = position_table(encoder)
         if table is None:
-            raise ValueError(f"text.pretrained {name} has no learned positions to stretch; take out text.stretch")
-        stretched = stretch_positions(table.weight.detach(), text.stretch, first_position(table))
+            raise ValueError(
+                f"text.pretrained {name} has no learned positions to stretch; take out text.position_interpolation"
+            )
+        stretched = interpolate_positions(table.weight.detach(), text.position_interpolation, first_position(table))
         weights[POSITIONS] = stretched
         encoder.config.max_position_embeddings = len(stretched)
     return _Start(encoder.config, weights, earlier)
@@ -198,7 +200,7 @@ def _fit_vocabulary(
     nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)
 
 
-def stretch_positions(table: Tensor, stretch: Stretch, first: int = 0) -> Tensor:
+def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, first: int = 0) -> Tensor:
     """Long-CLIP's longer context from trained positions (arXiv 2403.15378, section 3.1).
 
     The first `keep` stay; each of the others becomes `factor` positions on the straight line to the next, and the last
@@ -206,26 +208,27 @@ def stretch_positions(table: Tensor, stretch: Stretch, first: int = 0) -> Tensor
 
     Args:
         table: position embeddings, [P, H].
-        stretch: how many were trained, stay, and become of each.
+        interpolation: how many were trained, stay, and become of each.
         first: rows before the first position's, which stay.
 
     Returns:
-        [first + stretch.stretched, H]
+        [first + interpolation.interpolated, H]
 
     Raises:
         ValueError: the table has fewer positions than were trained.
     """
-    trained = table[first : first + stretch.positions]
-    if len(trained) < stretch.positions:
+    trained = table[first : first + interpolation.positions]
+    if len(trained) < interpolation.positions:
         raise ValueError(
-            f"text.stretch.positions is {stretch.positions}, but text.pretrained has {len(table) - first} positions"
+            f"text.position_interpolation.positions is {interpolation.positions}, but text.pretrained has "
+            f"{len(table) - first} positions"
         )
-    others = trained[stretch.keep :]
+    others = trained[interpolation.keep :]
     steps = torch.diff(trained, dim=0)  # towards the next position, [positions − 1, H]
-    onward = torch.cat([steps[stretch.keep :], steps[-1:]])
-    share = torch.arange(stretch.factor, dtype=table.dtype)[:, None] / stretch.factor
+    onward = torch.cat([steps[interpolation.keep :], steps[-1:]])
+    share = torch.arange(interpolation.factor, dtype=table.dtype)[:, None] / interpolation.factor
     between = others[:, None] + share * onward[:, None]  # [positions − keep, factor, H]
-    return torch.cat([table[: first + stretch.keep], between.flatten(0, 1)])
+    return torch.cat([table[: first + interpolation.keep], between.flatten(0, 1)])
 
 
 def _other_weights(

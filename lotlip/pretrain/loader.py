@@ -312,20 +312,20 @@ def parse_sample(
         ValueError: the sample lacks what is needed, or it cannot be read.
     """
     key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
-    raw_caption, captions = _captions(raw["json"], place, sentence_ends)
+    short_caption, captions = _captions(raw["json"], place, sentence_ends)
     image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{draw}/{key}/image")
     long: list[list[str]] = []
     if long_texts.sub_captions:
         if long_texts.captioners:
             captions = {name: captions[name] for name in long_texts.captioners if name in captions}
         if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
-            captions = {"raw": raw_caption}
+            captions = {"raw": short_caption}
         rng = random.Random(f"{draw}/{key}")
         long = [
             sample_window(captions, long_texts.sub_captions, rng, long_texts.window)
             for _ in range(long_texts.per_image)
         ]
-    return Sample(key, image, raw_caption, long)
+    return Sample(key, image, short_caption, long)
 
 
 def _captions(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[list[str], dict[str, list[str]]]:

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 import lotlip
-from lotlip.core.files import read_json, sha256_files, whole, write_json
+from lotlip.core.files import atomic_write, read_json, sha256_files, write_json
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.text import as_sentence_ends
@@ -217,7 +217,7 @@ class Trainer:
         point = {
             "step": step + 1,
             "loss": result.loss,
-            "recall_in_batch": result.recall,
+            "in_batch_recall": result.recall,
             "temperature": math.exp(-self.engine.model.logit_scale.item()),
             "learning_rate": self.engine.learning_rate(step),
             "samples_per_second": rate,
@@ -283,7 +283,7 @@ class Trainer:
             model_config = model.config
             model_config.provenance = self._provenance()
             frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
-            with whole(self.job.model_folder(self.seed)) as folder:
+            with atomic_write(self.job.model_folder(self.seed)) as folder:
                 folder.mkdir()
                 save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
                 write_json(folder / "history.json", self.history)

@@ -13,7 +13,7 @@ from lotlip.report.inputs import Ablation
 
 CORNER_TOKENS, CORNER_MASK, REGISTER_TOKENS = "text.corner_tokens", "text.corner_mask", "text.register_tokens"
 SUB_CAPTIONS, CAPTIONERS, CONTEXT_LENGTH = "long_texts.sub_captions", "long_texts.captioners", "text.context_length"
-LOSS_WEIGHTS = {"loss.raw_share", "loss.raw_weight", "loss.long_weight"}
+LOSS_WEIGHTS = {"loss.short_loss_fraction", "loss.short_loss_weight", "loss.long_loss_weight"}
 # These change when and how often something is written down or how work is spread, not what is learned.
 BOOKKEEPING = {
     "seeds",
@@ -25,9 +25,16 @@ BOOKKEEPING = {
     "zero_stage",
 }
 # What makes a model go on from another's positions, as Long-CLIP does, and how long it does so: a fine-tuning's own.
-LONG_CLIP = ("text.pretrained", "text.stretch", "loss.raw_components", CONTEXT_LENGTH, "steps", "optimizer.")
+LONG_CLIP = (
+    "text.pretrained",
+    "text.position_interpolation",
+    "loss.image_components",
+    CONTEXT_LENGTH,
+    "steps",
+    "optimizer.",
+)
 # What CLIP, SigLIP and FILIP do otherwise than LiT, and at which pace.
-BASELINE = ("image_tower.", "loss.contrast", "similarity")
+BASELINE = ("image_tower.", "loss.objective", "similarity")
 PACE = ("steps", "batch_size", "accumulation", "optimizer.")
 SYSTEMS = ("LiT", "LiT + long texts", "Long-CLIP", "LoTLIP")
 
@@ -43,7 +50,7 @@ def differences(config: PretrainConfig, base: PretrainConfig) -> dict[str, Any]:
         ignored.add(CORNER_MASK)
     if config.long_texts.sub_captions == 0:
         ignored |= {key for key in ours if key.startswith("long_texts.")} - {SUB_CAPTIONS}
-        ignored |= {"loss.long_weight", "loss.raw_share"}
+        ignored |= {"loss.long_loss_weight", "loss.short_loss_fraction"}
     keys = [*ours, *(key for key in theirs if key not in ours)]
     return {key: ours.get(key) for key in keys if key not in ignored and ours.get(key) != theirs.get(key)}
 
@@ -52,7 +59,7 @@ def system(config: PretrainConfig, base: PretrainConfig) -> str | None:
     """The system of the paper's comparison that a configuration is, whatever weights its loss has; None: no such."""
     beyond = differences(config, base).keys() - LOSS_WEIGHTS - {CORNER_TOKENS, SUB_CAPTIONS}
     corners, parts = config.text.corner_tokens, config.long_texts.sub_captions
-    if config.text.stretch and config.loss.raw_components:
+    if config.text.position_interpolation and config.loss.image_components:
         known = corners == 0 and parts > 0 and all(key.startswith(LONG_CLIP) for key in beyond)
         return "Long-CLIP" if known else None
     if beyond:
@@ -146,7 +153,7 @@ def method(ablation: Ablation) -> str:
     """Whose similarity, contrast or image tower it has, of those that learn from short captions: "LiT" for ours."""
     if ablation.config.similarity == "late-interaction":
         return "FILIP"
-    if ablation.config.loss.contrast == "sigmoid":
+    if ablation.config.loss.objective == "siglip":
         return "SigLIP"
     return "LiT" if ablation.config.image_tower.frozen else "CLIP"
 

@@ -147,7 +147,7 @@ class Picture:
 
     key: str
     jpeg: bytes
-    raw_caption: str
+    short_caption: str
     long_captions: dict[str, str]
 
 
@@ -222,7 +222,7 @@ def _caption_words(ingest: Path) -> dict[str, float]:
 
     counts: list[int] = []
     for name in partitions.unit_names(ingest):
-        captions = partitions.read_table(ingest, name, ["raw_caption"])["raw_caption"]
+        captions = partitions.read_table(ingest, name, ["short_caption"])["short_caption"]
         counts += [len(caption.split()) for caption in captions]
         if len(counts) >= CAPTIONS_LOOKED_AT:
             break
@@ -363,7 +363,7 @@ def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
         for row in rows:
             image = partitions.read_image(ingest, name, row["offset"], row["size"])
             jpeg = _jpeg(image, row.get("scene"))
-            pictures.append(Picture(row["key"], jpeg, row["raw_caption"], captions.get(row["key"], {})))
+            pictures.append(Picture(row["key"], jpeg, row["short_caption"], captions.get(row["key"], {})))
         if len(pictures) == params.report.contact_sheet:
             break
     missing += silent

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lotlip.core.files import whole, write_json
+from lotlip.core.files import atomic_write, write_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.figures.charts import SYSTEM_COLOURS
 from lotlip.report import attention_section, figures, findings, groups, overview, results, sections, stages, tables
@@ -83,7 +83,7 @@ def _render(template: str, context: dict[str, Any], path: Path) -> None:
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["code"] = lambda text: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
     environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(printable(environment.get_template(template).render(context)), encoding="utf-8")
 
 

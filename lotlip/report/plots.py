@@ -10,7 +10,7 @@ from statistics import fmean
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.results import main_metrics, metric_names
 
-CURVES = ("loss", "recall_in_batch")
+CURVES = ("loss", "in_batch_recall")
 
 
 def write_plots(inputs: ReportInputs, out: Path) -> None:

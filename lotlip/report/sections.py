@@ -152,9 +152,13 @@ def _changes(ablations: Sequence[Ablation], base: PretrainConfig) -> Lead:
 def _weights(config: PretrainConfig) -> str:
     """What counts how much in the loss, as a person says it."""
     loss = config.loss
-    shares = "1/N for each feature" if loss.raw_share is None else f"{loss.raw_share:.0%} on raw captions"
-    weighted = (loss.raw_weight, loss.long_weight) != (1, 1)
-    return shares + (f", × {loss.raw_weight:g} raw, {loss.long_weight:g} long" if weighted else "")
+    shares = (
+        "1/N for each feature"
+        if loss.short_loss_fraction is None
+        else f"{loss.short_loss_fraction:.0%} on raw captions"
+    )
+    weighted = (loss.short_loss_weight, loss.long_loss_weight) != (1, 1)
+    return shares + (f", × {loss.short_loss_weight:g} raw, {loss.long_loss_weight:g} long" if weighted else "")
 
 
 def _of_systems(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
@@ -196,7 +200,7 @@ def _of_baselines(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]
         _names(ablations),
         _column("method", "Method", kinds),
         _column("image_tower", "Image tower", towers),
-        _column("contrast", "Contrast", [f"{a.config.loss.contrast}, {a.config.similarity}" for a in ablations]),
+        _column("contrast", "Contrast", [f"{a.config.loss.objective}, {a.config.similarity}" for a in ablations]),
         _parts(ablations),
     ]
 

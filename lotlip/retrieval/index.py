@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lotlip.core.files import check_free, whole
+from lotlip.core.files import atomic_write, check_free
 
 _GROUP = 4096  # rows of a Parquet file that are written, and later searched, at a time
 _BLOCK = 16384  # rows of a .npy file that are searched at a time
@@ -42,7 +42,7 @@ class Index(NamedTuple):
 
 
 def index_writer(out: Path, about: Mapping[str, Any]) -> AbstractContextManager[Callable[[Rows], None]]:
-    """A block that is given a function to write rows with. The index is there, whole, when the block ends well.
+    """A block that is given a function to write rows with. The index is there, atomic_write, when the block ends well.
 
     Args:
         out: a .parquet file: columns name, text (of kind "texts") and embedding, `about` in the schema's metadata; or a
@@ -117,7 +117,7 @@ def _write_parquet(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Ro
     held: list[pa.RecordBatch] = []
 
     # hardly a feature comes twice: a dictionary of them would only be tried and given up
-    with whole(out) as partial, pq.ParquetWriter(partial, schema, use_dictionary=False) as writer:
+    with atomic_write(out) as partial, pq.ParquetWriter(partial, schema, use_dictionary=False) as writer:
 
         def write(rows: Rows) -> None:
             texts = [] if rows.texts is None else [pa.array(rows.texts, pa.string())]
@@ -179,8 +179,8 @@ def _open_parquet(path: Path) -> Index:
 def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows], None]]:
     count = 0
     with (
-        whole(_names_file(out)) as partial_names,
-        whole(out) as partial,
+        atomic_write(_names_file(out)) as partial_names,
+        atomic_write(out) as partial,
         partial_names.open("w", encoding="utf-8") as names,
         partial.open("wb") as array,
     ):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lotlip
-from lotlip.core.files import whole, write_json
+from lotlip.core.files import atomic_write, write_json
 from lotlip.retrieval.embedding import Embedder
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def save_served_model(
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no model: config.json is not there")
     model = identity or Model()
-    with whole(path) as partial:
+    with atomic_write(path) as partial:
         # by hand: `pyfunc.save_model` copies once more, and looks through all that is installed, which takes a second
         copy_with_provenance(folder, partial / "data", provenance or {})
         package = Path(lotlip.__file__).parent

@@ -145,7 +145,7 @@ class Group:
         self._tars = [os.open(ingest / f"{name}.tar", os.O_RDONLY) for name in partitions]
         weakref.finalize(self, _close, self._tars)
         self._captioners = sorted(captions)
-        columns = ["key", "extension", "raw_caption", "sha256", "offset", "size"]
+        columns = ["key", "extension", "short_caption", "sha256", "offset", "size"]
         tables = []
         for number, name in enumerate(partitions):
             table = pq.read_table(ingest / f"{name}.parquet", columns=columns)
@@ -170,7 +170,7 @@ class Group:
         for row in self._samples.take(rows).to_pylist():
             long = {name: row[name] for name in self._captioners if row[name] is not None}
             place = (row["partition"], row["offset"], row["size"])
-            found.append(_Sample(row["key"], row["extension"], row["raw_caption"], row["sha256"], long, *place))
+            found.append(_Sample(row["key"], row["extension"], row["short_caption"], row["sha256"], long, *place))
         return found
 
     def image(self, sample: _Sample) -> bytes:
@@ -205,7 +205,7 @@ class _Sample:
 
     key: str
     extension: str
-    raw_caption: str
+    short_caption: str
     sha256: str
     captions: dict[str, list[str]]
     partition: int
@@ -213,7 +213,7 @@ class _Sample:
     size: int
 
     def json(self) -> bytes:
-        content = {"raw": self.raw_caption, "captions": self.captions, "sha256": self.sha256}
+        content = {"raw": self.short_caption, "captions": self.captions, "sha256": self.sha256}
         return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -321,7 +321,7 @@ def shard_statistics(
     """
     raw = np.zeros(3)
     for name in unit_names(ingest, split):
-        texts = read_table(ingest, name, ["raw_caption"])["raw_caption"]
+        texts = read_table(ingest, name, ["short_caption"])["short_caption"]
         parts = sum(len(split_sub_captions(text, sentence_ends)) for text in texts)
         raw += [len(texts), parts, sum(map(count_tokens, texts))]
     statistics = {"raw": _means(*raw)}
@@ -390,7 +390,7 @@ def training_vocabulary(
 
     used: set[int] = set()
     for name in unit_names(ingest, split)[:VOCABULARY_PARTITIONS]:
-        used |= used_tokens(tokenizer, read_table(ingest, name, ["raw_caption"])["raw_caption"], sentence_ends)
+        used |= used_tokens(tokenizer, read_table(ingest, name, ["short_caption"])["short_caption"], sentence_ends)
     for folder in captions.values():
         for name in unit_names(folder, split)[:VOCABULARY_PARTITIONS]:
             used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"], sentence_ends)

@@ -42,7 +42,7 @@ KNOWN = {
 }
 OTHERS = 4  # charts of so many other parameters, at most
 RECALLS = [f"{family}.{way}.r1" for family in ("long", "short") for way in ("text_to_image", "image_to_text")]
-CURVES = ("train.loss", "train.recall_in_batch", "train.temperature", "train.samples_per_second")
+CURVES = ("train.loss", "train.in_batch_recall", "train.temperature", "train.samples_per_second")
 
 
 @dataclass(frozen=True)

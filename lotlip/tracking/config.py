@@ -22,8 +22,10 @@ class RegistryConfig(Section):
 
     model: Name = Field("lotlip", description="name of the registered model")
     alias: Name = Field("champion", description="points at the last model that passed: models:/<model>@<alias>")
-    least: dict[str, Share] = Field(description="metric → its least value; at least one on long text and one on short")
-    most_loss: Share = Field(
+    min_scores: dict[str, Share] = Field(
+        description="metric → its least value; at least one on long text and one on short"
+    )
+    max_score_drop: Share = Field(
         0.0, description="how far below the model that the alias points at each of these metrics may be"
     )
 
@@ -35,7 +37,7 @@ class RegistryConfig(Section):
     @model_validator(mode="after")
     def _gate_on_both(self) -> RegistryConfig:
         for family in ("long", "short"):
-            if not any(f".{family}." in name for name in self.least):
+            if not any(f".{family}." in name for name in self.min_scores):
                 raise ValueError(
                     f"least has no metric on {family} text, so a model could be kept that lost it; add one, "
                     f"such as scenes.{family}.text_to_image.r1: 0.2"

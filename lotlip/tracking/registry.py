@@ -50,11 +50,11 @@ def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str
     """
     client = tracker.client
     run = client.get_run(run_id)
-    missing = sorted(settings.least.keys() - run.data.metrics.keys())
+    missing = sorted(settings.min_scores.keys() - run.data.metrics.keys())
     if missing:
         raise ValueError(
-            f"run {run.info.run_name} ({run_id}) has no {', '.join(missing)}, which registry.least of params.yaml asks "
-            "for; have it evaluated, or name metrics that it has"
+            f"run {run.info.run_name} ({run_id}) has no {', '.join(missing)}, which registry.min_scores of params.yaml "
+            "asks for; have it evaluated, or name metrics that it has"
         )
     current = _current(client, settings)
     there = client.get_run(current.run_id).data.metrics if current and current.run_id else {}
@@ -76,15 +76,15 @@ def refused(scores: Mapping[str, float], current: Mapping[str, float], settings:
         settings: the gate.
     """
     reasons = [
-        f"{name} is {scores[name]:.4g}; registry.least asks for at least {bound:.4g}"
-        for name, bound in settings.least.items()
+        f"{name} is {scores[name]:.4g}; registry.min_scores asks for at least {bound:.4g}"
+        for name, bound in settings.min_scores.items()
         if scores[name] < bound
     ]
-    for name in settings.least:
-        if name in current and scores[name] < current[name] - settings.most_loss:
+    for name in settings.min_scores:
+        if name in current and scores[name] < current[name] - settings.max_score_drop:
             reasons.append(
                 f"{name} is {scores[name]:.4g}; {settings.uri} has {current[name]:.4g}, "
-                f"and registry.most_loss lets it lose {settings.most_loss:.4g}"
+                f"and registry.max_score_drop lets it lose {settings.max_score_drop:.4g}"
             )
     return reasons
 
@@ -112,7 +112,7 @@ def _version(client: MlflowClient, run: Run, settings: RegistryConfig, sweep: st
         if version.tags.get(FINGERPRINT) == fingerprint:
             return version
     model_id = outputs[-1].model_id
-    scores = {name: run.data.metrics[name] for name in settings.least}
+    scores = {name: run.data.metrics[name] for name in settings.min_scores}
     tags = {name: run.data.tags[name] for name in LINEAGE if name in run.data.tags}
     tags |= {FINGERPRINT: fingerprint, "params": json.dumps(run.data.params, sort_keys=True, allow_nan=False)}
     tags |= {name: f"{score:.6g}" for name, score in scores.items()}
@@ -130,7 +130,7 @@ def _version(client: MlflowClient, run: Run, settings: RegistryConfig, sweep: st
 
 def _about(settings: RegistryConfig) -> str:
     """The registered model in plain words."""
-    bounds = ", ".join(f"{name} ≥ {bound:g}" for name, bound in settings.least.items())
+    bounds = ", ".join(f"{name} ≥ {bound:g}" for name, bound in settings.min_scores.items())
     return (
         f"The best models of sweeps. `{settings.uri}` is the last that passed the gate: {bounds}, and no worse than "
         f'the one before.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it: a table with the '

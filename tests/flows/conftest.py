@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from coverage import Coverage
 
-from flows.runtime.fork_server import warm
+from flows.runtime.fork_server import fork_server
 from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server
 from tests.tiny_pipeline import ROOT, change_params, copy_checkout
 from tests.tiny_pipeline import tiny as tiny  # tests import it from here
@@ -149,7 +149,7 @@ def checkout(
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace.folder)  # so that the warm process is this checkout's
             environment = {**workspace.alone, **prefect_api}
-            workspace.environment = stack.enter_context(warm(environment))
+            workspace.environment = stack.enter_context(fork_server(environment))
         yield workspace
 
 

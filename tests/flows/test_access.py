@@ -67,7 +67,7 @@ def program(folder: Path, database: Path, *command: str, ready: str = "Ctrl-C") 
     shutil.copy(database, folder / ".prefect")
     shutil.copy(ROOT / "params.yaml", folder)
     log = folder / "output.txt"
-    hidden = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "LOTLIP_WARM")
+    hidden = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME", "MLFLOW_TRACKING_URI", "LOTLIP_FORK_SERVER")
     environment = {
         **{key: value for key, value in os.environ.items() if key not in hidden},
         "PYTHONPATH": str(ROOT),

@@ -77,7 +77,7 @@ def project(tmp_path: Path) -> Path:
 
 def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     environment = {
-        **{name: value for name, value in os.environ.items() if name != "LOTLIP_WARM"},
+        **{name: value for name, value in os.environ.items() if name != "LOTLIP_FORK_SERVER"},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "DVC_NO_ANALYTICS": "1",
@@ -148,7 +148,7 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
     """DVC makes folders for everybody to write to; one above them must be closed to others."""
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
     environment = {
-        name: value for name, value in os.environ.items() if name not in ("DVC_SITE_CACHE_DIR", "LOTLIP_WARM")
+        name: value for name, value in os.environ.items() if name not in ("DVC_SITE_CACHE_DIR", "LOTLIP_FORK_SERVER")
     }
     environment |= {"PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "DVC_NO_ANALYTICS": "1"}
     command = [sys.executable, "-m", "flows.runtime.dvc", "doctor"]

@@ -26,7 +26,10 @@ cli.run()
 
 
 def environment() -> dict[str, str]:
-    return {**{name: value for name, value in os.environ.items() if name != "LOTLIP_WARM"}, "PYTHONPATH": str(ROOT)}
+    return {
+        **{name: value for name, value in os.environ.items() if name != "LOTLIP_FORK_SERVER"},
+        "PYTHONPATH": str(ROOT),
+    }
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from flows.runtime import fork_server as warm_module
-from flows.runtime.fork_server import SOCKET, warm
+from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.supervisor import end_group, ending_well, start_group
 from tests.flows.conftest import ROOT
 
@@ -34,8 +34,8 @@ print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
 # `python -m flows.runtime.fork_server` without the seconds that its imports take
-QUICK = "import socket, sys; from flows import warm; warm.PRELOADED = (); \
-warm._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
+QUICK = "import socket, sys; from flows.runtime import fork_server; fork_server.PRELOADED = (); \
+fork_server._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str,
 
     monkeypatch.setattr(warm_module, "start_group", start)
     (tmp_path / "parent.py").write_text(PARENT)
-    with warm({**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}) as environment:
+    with fork_server({**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}) as environment:
         yield environment
 
 
@@ -119,8 +119,8 @@ def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
 
 def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
     owner = (
-        "import os, time\nfrom flows.runtime.fork_server import warm\n"
-        f"with warm(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
+        "import os, time\nfrom flows.runtime.fork_server import fork_server\n"
+        f"with fork_server(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     monkeypatch.setattr("tempfile.tempdir", None)
@@ -139,7 +139,7 @@ def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monk
         "start_group",
         lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options),
     )
-    with warm({**os.environ, "PYTHONPATH": str(ROOT)}):
+    with fork_server({**os.environ, "PYTHONPATH": str(ROOT)}):
         assert not left.exists()
     assert not list(tmp_path.iterdir())
 

@@ -153,14 +153,14 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
         params["caption"]["captioners"] = {"sharegpt4v": {"kind": "table", "path": "raw/captions.csv", **columns}}
         params["shard"] |= {"store_features": False, "samples_per_shard": 40}
         params["ablations"] = {"lotlip": {}}
-        params |= {"continued": {}, "reproduce": {}}
+        params |= {"finetune": {}, "reproduce": {}}
 
     workspace.change(published)
     workspace.python("flows.stages.ingest")
     index = json.loads((workspace.folder / "data/ingest/index.json").read_text())
     kinds = index["failure_kinds"]
     assert kinds == {"duplicate-image": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
-    assert index["remark_kinds"] == {"renamed": 1}
+    assert index["warning_kinds"] == {"renamed": 1}
     assert index["read"] == index["written"] + sum(kinds.values())
     workspace.python("flows.stages.caption", "sharegpt4v")
     workspace.python("flows.stages.shard")

@@ -25,11 +25,11 @@ def outs(stage: dict[str, Any]) -> dict[str, Any]:
     return {name: options for entry in [*stage["outs"], *stage.get("metrics", [])] for name, options in entry.items()}
 
 
-@pytest.mark.parametrize("stage", [name for name in declared() if name != "evaluate-continued"])
+@pytest.mark.parametrize("stage", [name for name in declared() if name != "evaluate-finetune"])
 def test_dvc_knows_the_outputs_of_a_stage_and_does_not_remove_them(stage: str) -> None:
     paths = load_params(ROOT / "params.yaml").paths
     item = "x" if "foreach" in declared()[stage] else None
-    own = outputs(paths, "pretrain" if stage == "continue" else stage, item)
+    own = outputs(paths, "pretrain" if stage == "finetune" else stage, item)
     found = outs(declared()[stage])
     assert all(options == {"persist": True} for options in found.values())
     named = {name.replace("${key}", "x") for name in found}

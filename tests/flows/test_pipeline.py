@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def reproduced(make_workspace) -> Workspace:
     workspace = make_workspace()
-    longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["continued"]
+    longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["finetune"]
     workspace.change(tiny)
-    workspace.change(lambda params: params.update(continued=longer))
+    workspace.change(lambda params: params.update(finetune=longer))
     workspace.output = workspace.python("flows.reproduce", alone=True).stdout
     return workspace
 
@@ -35,7 +35,7 @@ def reproduced(make_workspace) -> Workspace:
         (
             ["lotlip", "long-clip"],
             [],
-            [["evaluate@lotlip", "evaluate-continued@long-clip"], ["--single-item", "report"]],
+            [["evaluate@lotlip", "evaluate-finetune@long-clip"], ["--single-item", "report"]],
         ),
         (["lotlip"], ["--all"], [[]]),
         (["lotlip"], ["shard"], [["shard"]]),

@@ -69,7 +69,7 @@ def pulled(make_workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Wo
 
 def run(workspace: Workspace, clone: Path, *arguments: str) -> str:
     """Runs Python in the clone, with the workspace's Prefect server and no warm process."""
-    environment = {key: value for key, value in workspace.environment.items() if key != "LOTLIP_WARM"}
+    environment = {key: value for key, value in workspace.environment.items() if key != "LOTLIP_FORK_SERVER"}
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=clone,
@@ -117,7 +117,7 @@ def test_dvc_shows_what_is_worth_comparing(pulled):
     assert "metrics/summary/lotlip.json" in shown.replace("\\", "/")
     run(workspace, clone, "-m", "dvc", "plots", "show", "--out", "drawn")
     page = (clone / "drawn" / "index.html").read_text()
-    for what in ("Loss", "First-place recall and accuracy", '"ablation": "lotlip"', "recall_in_batch"):
+    for what in ("Loss", "First-place recall and accuracy", '"ablation": "lotlip"', "in_batch_recall"):
         assert what in page
     assert "<DVC_METRIC" not in page
 

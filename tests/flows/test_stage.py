@@ -284,7 +284,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
     (tmp_path / "target.py").write_text(code)
     done = subprocess.run(
-        [sys.executable, "-c", "from flows.runtime.fork_server import hand_over; hand_over('target', ['x'])"],
+        [sys.executable, "-c", "from flows.runtime.fork_server import delegate; delegate('target', ['x'])"],
         env={**checkout.environment, "MARK": "here"},
         cwd=tmp_path,
         capture_output=True,
@@ -298,7 +298,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
 def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
-        [sys.executable, "-c", "from flows.runtime.fork_server import hand_over; hand_over('target', [])"],
+        [sys.executable, "-c", "from flows.runtime.fork_server import delegate; delegate('target', [])"],
         env=checkout.environment,
         cwd=tmp_path,
         stdout=subprocess.PIPE,
@@ -317,8 +317,8 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import os, time\nfrom flows.runtime.fork_server import warm\n"
-            "with warm(dict(os.environ)) as environment:\n"
+            "import os, time\nfrom flows.runtime.fork_server import fork_server\n"
+            "with fork_server(dict(os.environ)) as environment:\n"
             f"    print(environment[{SOCKET!r}], flush=True)\n    time.sleep(600)",
         ],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -336,12 +336,12 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
 
 
 def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
-    from flows.runtime.fork_server import hand_over
+    from flows.runtime.fork_server import delegate
 
     monkeypatch.setenv(SOCKET, "/nowhere/warm")
-    hand_over("json.tool", [])  # returns
+    delegate("json.tool", [])  # returns
     monkeypatch.delenv(SOCKET)
-    hand_over("json.tool", [])
+    delegate("json.tool", [])
 
 
 # --- servers and errors ---------------------------------------------------------------------------------------------

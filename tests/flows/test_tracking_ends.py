@@ -72,7 +72,7 @@ def check_restored(workspace: Workspace, seed: int, steps: list[int], **more: st
 @contextmanager
 def started(workspace: Workspace, **more: str) -> Any:
     """A training stage while it runs, its training in a process that can be found."""
-    environment = {name: value for name, value in workspace.environment.items() if name != "LOTLIP_WARM"}
+    environment = {name: value for name, value in workspace.environment.items() if name != "LOTLIP_FORK_SERVER"}
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.stages.pretrain", "lotlip"],
         cwd=workspace.folder,

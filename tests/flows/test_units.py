@@ -94,8 +94,8 @@ def captions(folder: str = "data/ingest") -> dict[str, str]:
     """Key → raw caption of all that was published."""
     found = {}
     for name in unit_names(Path(folder)):
-        table = read_table(Path(folder), name, ["key", "raw_caption"])
-        found |= dict(zip(table["key"], table["raw_caption"], strict=True))
+        table = read_table(Path(folder), name, ["key", "short_caption"])
+        found |= dict(zip(table["key"], table["short_caption"], strict=True))
     return found
 
 
@@ -164,7 +164,7 @@ def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monke
     elif changed == "image":
         assert records["03"].image == picture(500)
     else:
-        assert records["03"].raw_caption == text.read_text()
+        assert records["03"].short_caption == text.read_text()
 
 
 def test_a_folder_that_was_repaired_after_its_gate_failed_passes(project: Path) -> None:
@@ -321,7 +321,9 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
         for one in read_records(Path("data/ingest"), name)
         if one.key == "k0"
     )
-    assert (first.raw_caption, first.image) == (("ROW 0", picture(0)) if changed == "row" else ("row 0", picture(300)))
+    assert (first.short_caption, first.image) == (
+        ("ROW 0", picture(0)) if changed == "row" else ("row 0", picture(300))
+    )
 
 
 # --- captions and shards ------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from timm.layers import PatchEmbed
 from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
-from lotlip.core.files import read_json, whole, write_json
+from lotlip.core.files import atomic_write, read_json, write_json
 from lotlip.data.images import MEAN, STD, check_resize
 from lotlip.data.weights import read_weights
 
@@ -115,7 +115,7 @@ def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTo
 
 def save_image_tower(tower: ImageTower, spec: ImageTowerSpec, folder: Path) -> None:
     """Writes `config.json` and `model.safetensors`; the folder is whole or not there."""
-    with whole(folder) as partial:
+    with atomic_write(folder) as partial:
         partial.mkdir()
         save_file(
             {name: value.contiguous() for name, value in tower.state_dict().items()}, partial / "model.safetensors"
