@@ -375,19 +375,19 @@ def plan(
 
     file = Path("profiles", f"{profile}.yaml") if profile else params
     settings = load_params(file)
-    config = settings.ablation(ablation)
+    config, compute = settings.ablation(ablation), settings.training_compute(ablation)
     for warning in settings.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if gpus:
         of_gpus = Path("infra", "gpus", f"{gpus}.yaml")
-        differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8"))["pretrain"] if of_gpus.is_file() else {}
-        config = on_gpus(config, gpus, differences)
+        differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8")) if of_gpus.is_file() else {}
+        config, compute = on_gpus(config, compute, gpus, differences)
     index = settings.paths.shards / "index.json"
     shards = read_json(index) if index.is_file() and not profile else None
     gpu = Gpu(gpu_memory * 1e9, tflops * 1e12, utilisation)
     if not shards:
         images = images or images_by_name(file.stem)
-    found = make_plan(settings, config, gpu, shards, images)
+    found = make_plan(settings, config, compute, gpu, shards, images)
     if as_json:
         typer.echo(json.dumps(found.to_json(), allow_nan=False))
         return

@@ -19,7 +19,7 @@ from PIL import Image
 
 from lotlip import cli
 from lotlip.data.batches import ahead
-from lotlip.evaluate.encoders import choose_device
+from lotlip.models.device import choose_device
 from lotlip.models.saving import load_model
 from lotlip.retrieval import embedding
 from lotlip.retrieval.embedding import Embedder, Match, embed, search

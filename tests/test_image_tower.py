@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from flows.stages.shard import frozen_features
+from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
 from lotlip.demo.tower import scenes_spec, train_image_tower
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
@@ -23,6 +23,7 @@ from lotlip.image_tower.timm import timm_tower
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
 from lotlip.pretrain.config import ImageTowerTraining
 from lotlip.pretrain.trainer import Trainer
+from lotlip.shard.features import frozen_features
 
 PARITY = Path(__file__).parent / "data" / "parity"
 TINY = ImageTowerSpec("vit_scenes", 32, {"patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2})
@@ -63,7 +64,7 @@ def test_features_for_shards_and_pixels_for_training_follow_the_resize_mode(tmp_
     pixels = image_transform(32, resize=resize)(picture)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(pixels)[None]).numpy()
-    np.testing.assert_allclose(frozen_features(tmp_path / "tower")([picture]), expected, atol=1e-6)
+    np.testing.assert_allclose(frozen_features(tmp_path / "tower", Compute())([picture]), expected, atol=1e-6)
     job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageTowerTraining())
     _, transform = Trainer._open_image_tower(SimpleNamespace(job=job, config=config))  # type: ignore[arg-type]
     assert np.array_equal(transform(file.getvalue(), random.Random(0)), pixels)

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from flows.runtime.processes import GUEST, HOST
 from flows.runtime.stage import SCRATCH
 from flows.runtime.supervisor import end_group, ending_well, start_group
+from lotlip.core.compute import Launch, RendezvousLaunch
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import read_json, remove, write_json
-from lotlip.pretrain.config import Launch, RendezvousLaunch
 
 ANNOUNCED = SCRATCH / "announced.json"
 POLL_SECONDS = 2
@@ -28,7 +28,7 @@ def announced(command: Sequence[str], how: Launch) -> Iterator[None]:
 
     Args:
         command: this machine's, of `flows.runtime.processes.launch`.
-        how: `pretrain.launch`.
+        how: `compute.training.launch`.
     """
     if not isinstance(how, RendezvousLaunch):
         yield

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from flows.runtime.stage import StageFailed
 from flows.runtime.supervisor import group
-from lotlip.pretrain.config import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
+from lotlip.core.compute import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
 
 TORCHRUN = "torch.distributed.run"
 HOST, GUEST = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"  # who keeps the store that all meet at
@@ -26,7 +26,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -
         module: as after `python -m`.
         arguments: of the module.
         processes: on all machines together.
-        how: `pretrain.launch`.
+        how: `compute.training.launch`.
 
     Raises:
         StageFailed: the hostfile has another number of slots, or there is no Slurm allocation.
@@ -37,7 +37,7 @@ def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -
     if isinstance(how, SlurmLaunch):
         if "SLURM_JOB_ID" not in os.environ:
             raise StageFailed(
-                "pretrain.launch is slurm, but this is no Slurm allocation; submit infra/slurm/reproduce.sbatch"
+                "compute.training.launch is slurm, but this is no Slurm allocation; submit infra/slurm/reproduce.sbatch"
             )
         step = ["srun", f"--nodes={how.nodes}", f"--ntasks={how.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
         endpoint = f"{socket.gethostname()}:{how.port}"  # sbatch runs its script on the first node
@@ -63,7 +63,7 @@ def _deepspeed(how: HostfileLaunch, processes: int) -> list[str]:
     slots = sum(hosts.values())
     if slots != processes:
         raise StageFailed(
-            f"{how.path} has {slots} slots, but pretrain.processes is {processes}; make them the same number"
+            f"{how.path} has {slots} slots, but compute.training.processes is {processes}; make them the same number"
         )
     meeting = ["--no_ssh_check", f"--master_addr={next(iter(hosts))}", f"--master_port={how.port}"]
     options = ["--quiet", "--no_local_rank", "--module"]

@@ -21,7 +21,7 @@ OBJECT_STORE_BYTES = 80 * 2**20
 def on_ray(params: Params) -> Iterator[Any]:
     """Gives Prefect's runner of units on Ray, with all that its workers need, for the time of the flow.
 
-    A unit whose worker is killed is done again by another, as often as `orchestration.retries` says.
+    A unit whose worker is killed is done again by another, as often as `compute.retries` says.
 
     Raises:
         StageFailed: Ray is not installed.
@@ -31,16 +31,18 @@ def on_ray(params: Params) -> Iterator[Any]:
         from prefect_ray.context import remote_options
     except ImportError as error:
         raise StageFailed(
-            f"caption.task_runner is ray, and {error.name} is not installed: pip install 'lotlip[ray]', or set it to "
+            f"compute.task_runner is ray, and {error.name} is not installed: pip install 'lotlip[ray]', or set it to "
             "threads"
         ) from error
-    ray, orchestration = params.caption.ray, params.orchestration
+    compute = params.compute
     with ExitStack() as stack:
-        stack.enter_context(remote_options(num_cpus=1, num_gpus=ray.gpus_per_worker, max_retries=orchestration.retries))
-        if ray.address:
-            yield RayTaskRunner(address=ray.address)
+        stack.enter_context(
+            remote_options(num_cpus=1, num_gpus=compute.ray.gpus_per_worker, max_retries=compute.retries)
+        )
+        if compute.ray.address:
+            yield RayTaskRunner(address=compute.ray.address)
         else:
-            yield RayTaskRunner(init_kwargs=stack.enter_context(_ray_of_this_machine(orchestration.workers)))
+            yield RayTaskRunner(init_kwargs=stack.enter_context(_ray_of_this_machine(compute.workers)))
 
 
 @contextmanager

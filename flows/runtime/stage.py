@@ -159,7 +159,7 @@ class Stage:
             OSError: the disk is full or read-only: no other unit would fare better.
             Unusable: as a unit says of what all of them need.
         """
-        settings = self.params.orchestration
+        settings = self.params.compute
         futures = {}
         for unit in units:
             run = _run_unit.with_options(
@@ -386,8 +386,8 @@ def with_tracebacks() -> bool:
 
 @contextmanager
 def on_threads(params: Params) -> Iterator[Any]:
-    """Units run in threads of this process, `orchestration.workers` at a time."""
-    yield ThreadPoolTaskRunner(max_workers=params.orchestration.workers)
+    """Units run in threads of this process, `compute.workers` at a time."""
+    yield ThreadPoolTaskRunner(max_workers=params.compute.workers)
 
 
 def main(

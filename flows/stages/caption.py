@@ -38,7 +38,9 @@ def caption(captioner: str) -> None:
     sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
     deciding = [*sections, config.tokenizer, config.sentence_ends]
     stage = Stage("caption", params, deciding, inputs, captioner)
-    work = Captioning(captioner, config, source, params.paths.caption_store, stage.out)
+    work = Captioning(
+        captioner, config, source, params.paths.caption_store, stage.out, params.compute.captioner(captioner)
+    )
     author, store = work.author(), work.stored()
     store.describe()
     stage.log.info("captions that were written before are taken from %s", store.folder)
@@ -70,8 +72,8 @@ def caption(captioner: str) -> None:
 
 
 def running(params: Params) -> AbstractContextManager[Any]:
-    """Where partitions are captioned, as `caption.task_runner` says."""
-    return on_ray(params) if params.caption.task_runner == "ray" else on_threads(params)
+    """Where partitions are captioned, as `compute.task_runner` says."""
+    return on_ray(params) if params.compute.task_runner == "ray" else on_threads(params)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,13 @@ def evaluate(ablation: str) -> None:
     with stage.clock.measure("imports"):
         from lotlip.evaluate.ablation import draw, measure, summary
         from lotlip.evaluate.benchmarks import open_benchmark
+        from lotlip.evaluate.encoders import Runner, choose_device
     for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(read)
     check_input(paths.shards, "index.json")
     run = read_json(folder / "run.json")
+    compute = params.compute
+    how = Runner(compute.batch_size, choose_device(compute.device), compute.precision)
     benchmarks = [
         open_benchmark(name, settings, paths, list(params.caption.captioners))
         for name, settings in config.benchmarks.items()
@@ -46,7 +49,7 @@ def evaluate(ablation: str) -> None:
         benchmarks,
         vocabulary,
         about,
-        config.batch_size,
+        how,
         lambda seed: stage.log.info("evaluate-%s: seed %s done", ablation, seed),
     )
     scores = {
@@ -64,7 +67,7 @@ def evaluate(ablation: str) -> None:
     write_json(paths.metrics / f"{ablation}.json", scores)
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
     seen = paths.metrics / "attention" / ablation
-    for benchmark, problems in draw(folder, run["config"], benchmarks, config.batch_size, seen, found.results).items():
+    for benchmark, problems in draw(folder, run["config"], benchmarks, how, seen, found.results).items():
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,17 @@ from flows.runtime.agent import announced
 from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, hash_of, main, memory_of
 from lotlip.config.params import load_params
-from lotlip.core.files import check_model, read_json, sha256_files, write_json
+from lotlip.core.code import code_hash
+from lotlip.core.files import (
+    Damaged,
+    atomic_write,
+    check_files,
+    check_model,
+    read_json,
+    sha256_files,
+    sha256_json,
+    write_json,
+)
 from lotlip.pretrain.config import PretrainConfig
 
 
@@ -27,20 +38,22 @@ def pretrain(ablation: str) -> None:
         ablation: its name in params.yaml.
     """
     params = load_params()
-    config, paths = params.ablation(ablation), params.paths
-    settings = config.model_dump(mode="json", exclude={"launch"})  # which decides no result
+    config, paths, compute = params.ablation(ablation), params.paths, params.training_compute(ablation)
     data = hash_of(paths.shards / "index.json")
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
-    if config.text.pretrained:  # on the hub its name says which it is; a folder may be written anew
-        check_model(Path(config.text.pretrained), memory_of)
-        inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).rglob("*.safetensors")))
-    stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
-    run = {
+    starts = starting_weights(config)
+    stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
+
+    def fingerprint(seed: int) -> str:
+        own = [config.recipe(), inputs, starts.get(str(seed)), code_hash("pretrain")]
+        return f"{sha256_json(own)}-{ablation}-{seed}"
+
+    run: dict[str, Any] = {
         "ablation": ablation,
-        "config": settings,
+        "config": config.model_dump(mode="json"),
         "data_hash": data,
         "git_commit": git_commit(),
-        "fingerprints": {str(seed): f"{stage.fingerprint}-{ablation}-{seed}" for seed in config.seeds},
+        "fingerprints": {str(seed): fingerprint(seed) for seed in config.seeds},
     }
     runs: dict[str, str] = {}  # none where MLflow does not answer
     warnings: list[str] = []
@@ -62,11 +75,16 @@ def pretrain(ablation: str) -> None:
         tracking = params.tracking
         with tolerated(tracking.uri, warn):
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
+    reused = reuse_seeds(paths.models / ablation, run["fingerprints"], stage.out)
+    if reused:
+        stage.log.info("pretrain-%s: seed %s was trained before", ablation, ", ".join(reused))
     write_json(stage.out / "run.json", run)
     job_file = stage.scratch / "job.json"
     job = {
         "ablation": ablation,
-        "config": settings,
+        "config": run["config"],
+        "compute": compute.model_dump(mode="json"),
+        "seeds": [seed for seed in config.seeds if str(seed) not in reused],
         "shards": str(paths.shards),
         "image_tower": str(paths.image_tower),
         "scratch": str(stage.scratch),
@@ -76,26 +94,28 @@ def pretrain(ablation: str) -> None:
         "git_commit": run["git_commit"],
     }
     write_json(job_file, job)
-    command = launch("lotlip.train", [str(job_file)], config.processes, config.launch)
-    try:
-        with announced(command, config.launch):
-            run_group(command, on_line, stage.scratch / "errors.log")
-    except BaseException:
-        if runs:
-            with tolerated(tracking.uri, warn):
-                tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
-                for seed, run_id in runs.items():
-                    done = (stage.out / f"seed-{seed}" / "history.json").is_file()
-                    tracker.finish(run_id, "FINISHED" if done else "FAILED")
-        raise
-    timing = read_json(stage.scratch / "timing.json")
-    stage.clock.add("imports", timing["imports"])
+    if job["seeds"]:
+        command = launch("lotlip.train", [str(job_file)], compute.processes, compute.launch)
+        try:
+            with announced(command, compute.launch):
+                run_group(command, on_line, stage.scratch / "errors.log")
+        except BaseException:
+            if runs:
+                with tolerated(tracking.uri, warn):
+                    tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+                    for seed, run_id in runs.items():
+                        done = (stage.out / f"seed-{seed}" / "history.json").is_file()
+                        tracker.finish(run_id, "FINISHED" if done else "FAILED")
+            raise
+    if (stage.scratch / "timing.json").is_file():  # something was trained
+        stage.clock.add("imports", read_json(stage.scratch / "timing.json")["imports"])
     with stage.clock.measure("gate"):
         from lotlip.pretrain.gate import gate_pretrain
 
         samples = read_json(paths.shards / "index.json")["splits"]["train"]["samples"]
         history = histories(stage.out, config.seeds)
-        checks = gate_pretrain(config, history, chance_loss(config), stage.gate_report)
+        limit = compute.max_final_loss_share
+        checks = gate_pretrain(config.seeds, limit, history, chance_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
     with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
@@ -103,8 +123,51 @@ def pretrain(ablation: str) -> None:
             tracker.log_history(run_id, read_json(paths.models / ablation / f"seed-{seed}" / "history.json"))
             tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
             tracker.finish(run_id)
-    trained = len(config.seeds) * config.steps * config.batch_size
+    trained = (len(config.seeds) - len(reused)) * config.steps * config.batch_size
     stage.record(trained, checks, notes={"epochs": config.steps * config.batch_size / samples})
+
+
+def starting_weights(config: PretrainConfig) -> dict[str, str]:
+    """Seed → hash of the weights that it starts from; empty where these are random, or a hub's.
+
+    Raises:
+        Damaged: a file of the starting model is not what its stage wrote.
+    """
+    if not config.text.pretrained:
+        return {}
+    folder = Path(config.text.pretrained)
+    check_model(folder, memory_of)
+    own = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # of an ablation, each seed has its own
+    return {
+        str(seed): sha256_files(sorted((place if place.is_dir() else folder).rglob("*.safetensors")))
+        for seed, place in own.items()
+    }
+
+
+def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> list[str]:
+    """Takes over the seeds of a published ablation that the same settings, inputs and code would train again.
+
+    Args:
+        published: folder of the ablation.
+        fingerprints: seed → fingerprint, of what is asked for.
+        out: where the seeds go.
+
+    Returns:
+        The seeds.
+    """
+    if not (published / "run.json").is_file():
+        return []
+    try:
+        check_files(published)
+    except Damaged:
+        return []
+    trained = read_json(published / "run.json")["fingerprints"]
+    same = [seed for seed, fingerprint in fingerprints.items() if trained.get(seed) == fingerprint]
+    for seed in same:
+        if not (out / f"seed-{seed}").is_dir():
+            with atomic_write(out / f"seed-{seed}") as partial:
+                shutil.copytree(published / f"seed-{seed}", partial)
+    return same
 
 
 def histories(folder: Path, seeds: list[int]) -> Any:

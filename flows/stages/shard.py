@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
 from prefect import flow
 
 from flows.runtime.stage import Stage, StageFailed, hash_of, main
@@ -18,7 +15,6 @@ from lotlip.data.records import UnitReport
 from lotlip.data.text import SentenceEnds, as_sentence_ends
 from lotlip.data.tokenizer import count_tokens
 from lotlip.shard.shards import (
-    Features,
     ShardPlan,
     finished_shard,
     group_reader,
@@ -48,7 +44,9 @@ def shard() -> None:
     features = None
     if config.store_features:
         with stage.clock.measure("imports"):
-            features = frozen_features(params.paths.image_tower)
+            from lotlip.shard.features import frozen_features
+
+            features = frozen_features(params.paths.image_tower, params.compute)
 
     def write(plan: ShardPlan) -> list[UnitReport]:
         made_from = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
@@ -57,7 +55,7 @@ def shard() -> None:
             sha256_json([asdict(plan), made_from, inputs.get("image_tower")]),
             stage.out,
             lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
-            lambda: [write_shard(plan, group(plan.partitions), stage.out, features, config.feature_batch_size)],
+            lambda: [write_shard(plan, group(plan.partitions), stage.out, features, params.compute.batch_size)],
         )
 
     plans = {
@@ -110,25 +108,6 @@ def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> N
             f"{folder} was split with sentence_ends {found!r}, but caption.sentence_ends of params.yaml is {wanted!r}; "
             f"run `python -m flows caption {captioner}` again"
         )
-
-
-def frozen_features(folder: Path) -> Features:
-    """A function that gives the frozen tower's features, [n, D], of pictures; one call runs at a time."""
-    import torch
-
-    from lotlip.data.images import image_transform
-    from lotlip.models.vision.image_tower import load_image_tower
-
-    tower = load_image_tower(folder).eval()
-    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
-    turn = threading.Lock()  # the tower uses all cores by itself
-
-    def features(pictures: list[Image.Image]) -> np.ndarray:
-        pixels = torch.from_numpy(np.stack([transform(picture) for picture in pictures]))
-        with turn, torch.inference_mode():
-            return tower(pixels).numpy()
-
-    return features
 
 
 if __name__ == "__main__":

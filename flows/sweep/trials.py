@@ -9,13 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from lotlip.config.params import Params, checked_params
+from lotlip.config.params import WHAT, Params, checked_params
 from lotlip.core.files import sha256_json
-from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, flatten, merge
-from lotlip.pretrain.config import PretrainConfig
+from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge
 
-# Sections that decide a model or its scores. The others say where things lie, how they are run and shown.
-DECIDING = ("ingest", "image_tower", "caption", "shard", "pretrain", "evaluate")
 AXES = {
     "corner_tokens": "pretrain.text.corner_tokens",
     "corner_mask": "pretrain.text.corner_mask",
@@ -53,8 +50,8 @@ class Sweep(Section):
     def _axes(self) -> Sweep:
         for key, values in self.other.items():
             section, _, rest = key.partition(".")
-            if section not in DECIDING or not rest:
-                raise ValueError(f"other.{key}: a sweep is over what decides a result, in {', '.join(DECIDING)}")
+            if section not in WHAT or not rest:
+                raise ValueError(f"other.{key}: a sweep is over what decides a result, in {', '.join(WHAT)}")
             if not values:
                 raise ValueError(f"other.{key} has no values; name some, or leave it out")
             for field, dotted in AXES.items():
@@ -95,8 +92,7 @@ class Point:
 
     def identity(self) -> dict[str, Any]:
         """All settings that decide its result, equal for points that mean the same."""
-        sections = {name: getattr(self.params, name).model_dump(mode="json") for name in DECIDING if name != "pretrain"}
-        return {**sections, "pretrain": _meaning(self.params.ablation(self.base))}
+        return {**self.params.what(), "pretrain": self.params.ablation(self.base).effective()}
 
     def experiment(self, inputs: Mapping[str, str]) -> str:
         """The name of its experiment in DVC: the same, whichever sweep asks for it, and another for other data or code.
@@ -154,15 +150,3 @@ def short(dotted: str, others: Sequence[str]) -> str:
     """The last word of a dotted parameter, or all of it where another ends with the same word."""
     last = dotted.rpartition(".")[2]
     return dotted if any(other != dotted and other.rpartition(".")[2] == last for other in others) else last
-
-
-def _meaning(config: PretrainConfig) -> dict[str, Any]:
-    """What decides a result of `pretrain`, without what is of no effect beside the rest."""
-    settings = flatten(config.deciding())
-    idle: list[str] = []
-    if not config.text.corner_tokens:
-        idle.append("text.corner_mask")
-    if not config.long_texts.sub_captions:
-        idle += [key for key in settings if key.startswith("long_texts.") and key != "long_texts.sub_captions"]
-        idle.append("loss.long_loss_weight")
-    return {key: value for key, value in settings.items() if key not in idle}

@@ -60,13 +60,6 @@ class EndpointCaptionerConfig(Section):
         1.0, description="nucleus sampling: the share of the probability that tokens are sampled from"
     )
     seed: int | None = Field(0, description="of sampling, sent to the server")
-    concurrency: Count = Field(
-        16, description="requests in flight from a process, whatever number of units it works on"
-    )
-    timeout_seconds: Positive = Field(120, description="a request that brings nothing for so long is tried again")
-    retries: NonNegative = Field(
-        5, description="tries after the first, for a request; half a second, one, two, … apart"
-    )
 
     @property
     def decoding(self) -> dict[str, Any]:
@@ -111,7 +104,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_beams": 5,
         "repetition_penalty": 1.5,
         "dtype": "bfloat16",
-        "batch_size": 32,
     },
     "llava-1.5-13b": {
         "model": "llava-hf/llava-1.5-13b-hf",
@@ -119,7 +111,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "prompt": DESCRIBE,
         "max_new_tokens": 256,
         "dtype": "bfloat16",
-        "batch_size": 32,
     },
     # Its weights on the hub are in another code's layout, so the model is for the user to name. The whole prompt is
     # Vicuna's conversation, as its authors' code has it: a converted folder need not have a chat template.
@@ -128,7 +119,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         f"helpful, detailed, and polite answers to the user's questions. USER: <image>\n{DESCRIBE} ASSISTANT:",
         "max_new_tokens": 256,
         "dtype": "bfloat16",
-        "batch_size": 32,
     },
 }
 
@@ -164,10 +154,6 @@ class TransformersCaptionerConfig(Section):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on the CPU"
     )
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = Field(
-        "auto", description="auto: spread over all GPUs that the process sees, the CPU where there is none"
-    )
-    batch_size: Count = Field(8, description="images at a time; halved where they do not fit into the GPU's memory")
 
     @property
     def in_a_folder(self) -> bool:
@@ -227,15 +213,6 @@ class QualityConfig(Section):
     disagreement: Share | None = Field(None, description="smallest share of the raw caption's content words")
 
 
-class RayConfig(Section):
-    """Where Ray's workers are, for `task_runner: ray`."""
-
-    address: str | None = Field(
-        None, description="of a Ray cluster that runs; null: one on this machine, for the time of the flow"
-    )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="that a captioner is given")
-
-
 # Columns of partitions and inputs of stages, which stand beside the captioners' names.
 RESERVED_CAPTIONERS = frozenset(
     {
@@ -291,8 +268,6 @@ class CaptionConfig(Section):
         description="times as many words as with the next images' raw captions that captions share with their "
         "own; certainly less fails the gate: they were swapped",
     )
-    task_runner: Literal["threads", "ray"] = Field("threads", description="where partitions are captioned")
-    ray: RayConfig = RayConfig()
 
     @model_validator(mode="after")
     def _free_names(self) -> CaptionConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,10 +17,6 @@ from lotlip.data.inspection import (
 )
 from lotlip.data.partitions import read_captions, totals
 from lotlip.data.records import UnitReport
-
-if TYPE_CHECKING:
-    pass
-
 
 ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
 

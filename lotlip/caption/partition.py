@@ -14,6 +14,7 @@ from lotlip.caption.config import CaptionConfig, CaptionerConfig
 from lotlip.caption.quality import assess, measured
 from lotlip.caption.reasoning import cut_reasoning
 from lotlip.caption.store import PASSING, CaptionStore, Partition
+from lotlip.core.compute import CaptionerCompute
 from lotlip.core.files import sha256_json
 from lotlip.data.partitions import finished, read_table, reuse_or_write, write_captions
 from lotlip.data.paths import tree_state
@@ -33,6 +34,7 @@ class Captioning:
         source: folder of ingest.
         store: of captions that were written once.
         out: where the partition's captions go.
+        compute: how the captioner works.
     """
 
     captioner: str
@@ -40,13 +42,14 @@ class Captioning:
     source: Path
     store: Path
     out: Path
+    compute: CaptionerCompute
 
     def author(self) -> Captioner:
         """The captioner, opened once in a process, however many threads ask, and again when its file changed."""
         settings = self.stage.captioners[self.captioner]
         described = TypeAdapter(CaptionerConfig).dump_json(settings)
         with _opening:
-            return _opened(self.captioner, described, self.stage.tokenizer, tree_state(settings.path))
+            return _opened(self.captioner, described, self.stage.tokenizer, tree_state(settings.path), self.compute)
 
     def stored(self) -> CaptionStore:
         """The store of what the captioner wrote."""
@@ -98,5 +101,5 @@ def _usable(caption: Caption) -> Caption | Failure:
 
 
 @lru_cache(maxsize=1)
-def _opened(name: str, settings: bytes, tokenizer: str, state: str) -> Captioner:
-    return open_captioner(name, TypeAdapter(CaptionerConfig).validate_json(settings), tokenizer)
+def _opened(name: str, settings: bytes, tokenizer: str, state: str, compute: CaptionerCompute) -> Captioner:
+    return open_captioner(name, TypeAdapter(CaptionerConfig).validate_json(settings), tokenizer, compute)

@@ -11,8 +11,10 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from lotlip.caption.config import CaptionConfig
+from lotlip.config.moved import moved
+from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.paths import Paths
-from lotlip.core.section import ConfigError, Count, Name, NonNegative, Section, SectionT, merge
+from lotlip.core.section import ConfigError, Name, Section, SectionT, merge
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
@@ -26,6 +28,10 @@ class Reproduce(Section):
     """What `make reproduce` runs; `dvc repro` and `make reproduce-all` run every ablation."""
 
     ablations: list[Name] = Field(default_factory=list, description="none named: all")
+
+
+# The sections that decide models and their scores: one of each stage before the report.
+WHAT = ("ingest", "image_tower", "caption", "shard", "pretrain", "evaluate")
 
 
 class FinetuneConfig(Section):
@@ -52,14 +58,6 @@ class FinetuneConfig(Section):
         return pretrain
 
 
-class Orchestration(Section):
-    """Prefect's side of every stage."""
-
-    workers: Count = Field(2, description="units that run at the same time")
-    retries: NonNegative = Field(2, description="tries after the first, for a unit")
-    retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is tried again")
-
-
 class Params(Section):
     """The whole of params.yaml."""
 
@@ -73,7 +71,7 @@ class Params(Section):
     report: ReportConfig = ReportConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig | None = Field(None, description="none: sweeps register no model")
-    orchestration: Orchestration = Orchestration()
+    compute: Compute = Compute()
     reproduce: Reproduce = Reproduce()
     ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
     finetune: dict[Name, FinetuneConfig] = Field(default_factory=dict, description="ablations that go on from others")
@@ -126,6 +124,12 @@ class Params(Section):
             if (name := self.paths.overlaps(path))
         ]
         problems += [
+            f"compute.{part}.{name}: no such {part[:-1]} ({', '.join(known) or 'none'})"
+            for part, known in (("ablations", self.names), ("captioners", list(self.caption.captioners)))
+            for name in getattr(self.compute, part)
+            if name not in known
+        ]
+        problems += [
             f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
             f"{', '.join(self.evaluate.names)})"
             for metric in (self.registry.min_scores if self.registry else [])
@@ -133,9 +137,13 @@ class Params(Section):
         ]
         for name in self.names:
             try:
-                problems += self._caption_problems(name, self.ablation(name).long_texts)
+                config = self.ablation(name)
+                problems += self._caption_problems(name, config.long_texts)
+                self.training_compute(name).check_batch_size(config.batch_size)
             except ConfigError as error:
                 problems += error.problems
+            except ValueError as error:
+                problems.append(f"ablation {name}: {error}")
         if problems:
             raise ConfigError("ablations cannot be used:", problems)
         return self
@@ -181,6 +189,20 @@ class Params(Section):
         settings, place = self.finetune[name], f"finetune.{name}.pretrain"
         start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix()}}
         return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
+
+    def training_compute(self, name: str) -> TrainingCompute:
+        """How an ablation is trained: `compute.training` with the differences of `compute.ablations`.
+
+        Raises:
+            ConfigError: one of its keys or values is wrong.
+        """
+        base = self.compute.training.model_dump(mode="json", exclude_unset=True)
+        place = f"compute.ablations.{name}"
+        return _validated(TrainingCompute, merge(base, self.compute.ablations.get(name, {})), place, place)
+
+    def what(self) -> dict[str, Any]:
+        """The sections that decide models and scores, without `compute` and what shows, stores and selects results."""
+        return {name: getattr(self, name).model_dump(mode="json") for name in WHAT}
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
@@ -233,6 +255,8 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
     keys, known = _place(model, problem["loc"])
     where = ".".join([under, *keys] if under else keys)
     if problem["type"] == "extra_forbidden":
+        if new := moved(where):
+            return [f"{where}: is now {new}; docs/migration.md lists all renamed keys"]
         near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return [f"{where}: unknown key{hint} (known here: {', '.join(known)})"]

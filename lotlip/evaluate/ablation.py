@@ -16,7 +16,7 @@ from lotlip.data.tokenizer import token_counts
 from lotlip.evaluate.attention_pictures import attention_pictures, small_jpeg
 from lotlip.evaluate.attention_scores import attention_scores
 from lotlip.evaluate.benchmarks import Benchmark
-from lotlip.evaluate.encoders import EachTextOnce, LotlipEncoder
+from lotlip.evaluate.encoders import EachTextOnce, LotlipEncoder, Runner
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol, unseen_share
 from lotlip.evaluate.examples import retrieval_examples, shown_images
 from lotlip.evaluate.flops import flops_by_context
@@ -64,7 +64,7 @@ def measure(
     benchmarks: Sequence[Benchmark],
     vocabulary: Sequence[int],
     about: Mapping[str, str],
-    batch_size: int,
+    how: Runner,
     on_seed: Callable[[int], object] = lambda seed: None,
 ) -> Measured:
     """Scores every seed of an ablation on every benchmark.
@@ -75,7 +75,7 @@ def measure(
         benchmarks: what to ask.
         vocabulary: word pieces that training texts have.
         about: what else the protocol says, such as "command".
-        batch_size: images or texts encoded at a time.
+        how: device, precision and batch size.
         on_seed: told of each seed that is done.
 
     Raises:
@@ -88,7 +88,7 @@ def measure(
     quizzes = {benchmark.name: make_quiz(benchmark.scenes, pieces) for benchmark in benchmarks if benchmark.scenes}
     for seed in config["seeds"]:
         own = folder / f"seed-{seed}"
-        encoder = LotlipEncoder(*load_model(own), batch_size)
+        encoder = LotlipEncoder(*load_model(own), how)
         model = encoder.model
         found.parameters = {
             name: sum(weight.numel() for weight in tower.parameters())
@@ -135,7 +135,7 @@ def draw(
     folder: Path,
     config: Mapping[str, Any],
     benchmarks: Sequence[Benchmark],
-    batch_size: int,
+    how: Runner,
     out: Path,
     results: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, str]]:
@@ -145,7 +145,7 @@ def draw(
         folder: of the trained ablation.
         config: it was trained with: "seeds".
         benchmarks: that it was scored on.
-        batch_size: images or texts encoded at a time.
+        how: device, precision and batch size.
         out: folder that is written whole: `<benchmark>-<name>.png`, where attention goes; `images/<benchmark>/<number>
             .jpg`, the images of the examples; and `not-drawn.json` where something could not be drawn.
         results: as of `Measured`, with the examples.
@@ -153,7 +153,7 @@ def draw(
     Returns:
         Benchmark → what could not be drawn → why.
     """
-    encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), batch_size)
+    encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), how)
     problems: dict[str, dict[str, str]] = {}
     with atomic_write(out) as unfinished:
         unfinished.mkdir()

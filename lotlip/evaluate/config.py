@@ -58,7 +58,6 @@ BenchmarkConfig = Annotated[
 class EvaluateConfig(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
-    batch_size: Count = Field(250, description="images or texts that a model encodes at a time")
     benchmarks: dict[Name, BenchmarkConfig] = Field(description="name → a benchmark that every ablation is scored on")
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
         1.0,

@@ -20,6 +20,7 @@ from lotlip.core.files import read_json, weights_hash
 from lotlip.data.batches import ahead, by_length, in_batches
 from lotlip.data.images import decode_rgb, image_transform, to_rgb
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.models.device import choose_device
 from lotlip.models.lotlip import LotlipModel
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Runner:
 
     Attributes:
         batch_size: images or texts encoded at a time.
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "cuda:N".
         precision: "fp32"; or "bf16", where weights stay fp32 and matrix products are made of bf16 (torch's autocast).
         on_batch: told how many images or texts were encoded, after every batch.
 
@@ -119,7 +120,10 @@ class Runner:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Within it a model runs in this precision, without gradients."""
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+        with (
+            torch.inference_mode(),
+            torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"),
+        ):
             yield
 
     def features(self, encode: Callable[..., Tensor], *inputs: Tensor, **named: Tensor) -> Tensor:
@@ -152,22 +156,6 @@ class Runner:
             "device": self.device,
             "libraries": ", ".join(f"{name} {version(name)}" for name in ("torch", *libraries)),
         }
-
-
-def choose_device(name: str) -> str:
-    """ "cpu" or "cuda"; for "auto" cuda where there is one.
-
-    Raises:
-        ValueError: there is no such device.
-    """
-    there = torch.cuda.is_available()
-    if name == "auto":
-        return "cuda" if there else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"there is no device {name!r}; choose auto, cpu or cuda")
-    if name == "cuda" and not there:
-        raise ValueError("torch finds no GPU for the device cuda; choose auto or cpu")
-    return name
 
 
 def open_encoder(

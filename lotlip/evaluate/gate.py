@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Set
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lotlip.core.checks import Check, each, one, run_gate
 from lotlip.evaluate.config import EvaluateConfig
-
-if TYPE_CHECKING:
-    pass
-
 
 # What is held against chance of a benchmark: the first of these that it has.
 TOLD_APART = (

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from lotlip.core.checks import Check, in_percent, one, run_gate
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def gate_image_tower(

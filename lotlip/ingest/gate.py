@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
@@ -18,9 +17,6 @@ from lotlip.data.inspection import (
 from lotlip.data.partitions import totals
 from lotlip.data.records import Failure, UnitReport
 from lotlip.ingest.config import IngestConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def gate_ingest(

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
 from lotlip.config.params import Params
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.flops import text_tower_flops
@@ -101,19 +102,23 @@ class Plan:
     """A run's needs. Each mapping is by part.
 
     Attributes:
-        config: of the ablation, as it would run.
+        config: of the ablation.
+        compute: how it would run.
         gpu: what it runs on.
         trained, frozen: parameters.
         texts: mean lengths.
         images: in the data set; None where nobody said.
         flops: of a step, over all GPUs.
         memory: of each GPU.
+        feature_flops: of the frozen tower over the whole data set, in the shard stage; 0 where it has no part or the
+            number of images is unknown.
         storage: of shards and of what training writes.
         remedy: what to change where memory does not suffice; "" where it does.
         assumed: what was not known.
     """
 
     config: PretrainConfig
+    compute: TrainingCompute
     gpu: Gpu
     trained: dict[str, int]
     frozen: dict[str, int]
@@ -121,6 +126,7 @@ class Plan:
     images: int | None
     flops: dict[str, float]
     memory: dict[str, float]
+    feature_flops: float
     storage: dict[str, float]
     remedy: str = ""
     assumed: list[str] = field(default_factory=list)
@@ -133,17 +139,22 @@ class Plan:
     @property
     def seconds(self) -> float:
         """FLOPs / (GPUs × peak × utilisation), of one seed."""
-        used = self.config.processes * self.gpu.peak * self.gpu.utilisation
+        used = self.compute.processes * self.gpu.peak * self.gpu.utilisation
         return self.config.steps * sum(self.flops.values()) / used
+
+    @property
+    def feature_seconds(self) -> float:
+        """Of the shard stage's frozen features, on one GPU."""
+        return self.feature_flops / (self.gpu.peak * self.gpu.utilisation)
 
     def to_json(self) -> dict[str, Any]:
         """Everything, as plain JSON types."""
         return {
-            "gpus": self.config.processes,
+            "gpus": self.compute.processes,
             "gpu": vars(self.gpu),
             "parameters": {"trained": self.trained, "frozen": self.frozen},
             "steps": self.config.steps,
-            "accumulation": self.config.accumulation,
+            "gradient_accumulation_steps": self.compute.gradient_accumulation_steps,
             "samples": self.samples,
             "epochs": self.samples / self.images if self.images else None,
             "tokens_per_text": {"raw": self.texts.raw, "long": self.texts.long},
@@ -151,6 +162,7 @@ class Plan:
             "flops_per_step": self.flops,
             "memory_bytes_per_gpu": self.memory,
             "storage_bytes": self.storage,
+            "feature_seconds": self.feature_seconds,
             "seconds": self.seconds,
             "remedy": self.remedy,
             "assumed": self.assumed,
@@ -160,6 +172,7 @@ class Plan:
 def plan(
     params: Params,
     config: PretrainConfig,
+    compute: TrainingCompute,
     gpu: Gpu,
     index: Mapping[str, Any] | None = None,
     images: int | None = None,
@@ -168,7 +181,8 @@ def plan(
 
     Args:
         params: the whole configuration: image tower, captioners, shards.
-        config: of the ablation, with the GPUs as `processes`.
+        config: of the ablation.
+        compute: how it runs, with the GPUs as `processes`.
         gpu: what each of them is.
         index: the shards' index.json, where they are written; its numbers go before assumed ones.
         images: in the data set; those of the index where this is None.
@@ -182,45 +196,56 @@ def plan(
     texts = text_lengths(config, statistics, assumed)
     if images is None and index:
         images = index["splits"]["train"]["samples"]
-    needed = memory(config, towers, texts)
+    needed = memory(config, compute, towers, texts)
     assumed.append(f"{CONTEXT_BYTES / 1e9:.1f} GB for CUDA, cuBLAS and NCCL; no fragmentation")
     assumed.append(f"{gpu.utilisation:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s are used, and no step waits for data")
     if config.similarity == "late-interaction":
         assumed.append("late interaction's own products and similarities are left out")
     return Plan(
         config,
+        compute,
         gpu,
         *parameters(config, towers),
         texts,
         images,
-        step_flops(config, towers, texts),
+        step_flops(config, compute, towers, texts),
         needed,
+        float(images * _image_flops(towers.image)) if images and params.shard.store_features else 0.0,
         storage(params, config, towers, index, images, assumed),
-        "" if sum(needed.values()) <= gpu.memory else remedy(config, towers, texts, gpu),
+        "" if sum(needed.values()) <= gpu.memory else remedy(config, compute, towers, texts, gpu),
         assumed,
     )
 
 
-def on_gpus(config: PretrainConfig, gpus: int, differences: Mapping[str, Any] | None = None) -> PretrainConfig:
-    """A configuration on another number of GPUs: each keeps its micro-batch, as far as accumulation can see to it.
+def on_gpus(
+    config: PretrainConfig, compute: TrainingCompute, gpus: int, differences: Mapping[str, Any] | None = None
+) -> tuple[PretrainConfig, TrainingCompute]:
+    """A configuration on another number of GPUs: each keeps its micro-batch, as far as accumulation allows.
 
     Args:
         config: of the ablation.
+        compute: how it is trained now.
         gpus: all together.
-        differences: from its `pretrain`, as those in infra/gpus.
+        differences: from params.yaml, as those in infra/gpus: "pretrain" and "compute.training".
 
     Raises:
         ValueError: the batch cannot be divided so.
     """
-    accumulation = max(1, config.processes * config.accumulation // gpus)
-    base = config.model_dump(mode="json", exclude_unset=True, exclude={"launch"})
+    steps = max(1, compute.processes * compute.gradient_accumulation_steps // gpus)
+    base = compute.model_dump(mode="json", exclude_unset=True)
+    base |= {"launch": {"kind": "local"}, "processes": gpus, "gradient_accumulation_steps": steps}
+    given = differences or {}
+    own = given.get("compute", {}).get("training", {})
     try:
-        return PretrainConfig.model_validate(
-            merge({**base, "processes": gpus, "accumulation": accumulation}, differences or {})
-        )
+        recipe = merge(config.model_dump(mode="json", exclude_unset=True), given.get("pretrain", {}))
+        found = PretrainConfig.model_validate(recipe), TrainingCompute.model_validate({**base, **own})
+        found[1].check_batch_size(config.batch_size)
     except ValidationError as error:
         reasons = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise ValueError(f"{gpus} GPUs cannot train this: {reasons}") from None
+    except ValueError as error:
+        raise ValueError(f"{gpus} GPUs cannot train this: {error}") from None
+    return found
 
 
 def images_by_name(name: str) -> int | None:
@@ -345,13 +370,13 @@ def _window(statistics: Mapping[str, float], sub_captions: int) -> float:
     return statistics["tokens_per_text"] * min(sub_captions / there, 1)
 
 
-def step_flops(config: PretrainConfig, towers: Towers, texts: Texts) -> dict[str, float]:
+def step_flops(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts) -> dict[str, float]:
     """Operations of one step over all GPUs.
 
     A backward pass costs two forward ones. With accumulation all features are computed once more, without gradients,
     before the loss is known. Logits that do not exist all at once are computed twice, too.
     """
-    passes = 3 if config.accumulation == 1 else 4
+    passes = 3 if compute.gradient_accumulation_steps == 1 else 4
     model = towers.model.config
     text = text_tower_flops(model, round(texts.raw))
     if texts.per_image:
@@ -362,7 +387,10 @@ def step_flops(config: PretrainConfig, towers: Towers, texts: Texts) -> dict[str
     return {
         "text tower": float(batch * passes * text),
         "image tower": float(batch * image_passes * _image_flops(towers.image)) if image_passes else 0.0,
-        "loss": (6.0 if _logits(config, features) <= LOGITS_AT_ONCE else 8.0) * batch**2 * features * model.embed_dim,
+        "loss": (6.0 if _logits(config, compute, features) <= LOGITS_AT_ONCE else 8.0)
+        * batch**2
+        * features
+        * model.embed_dim,
     }
 
 
@@ -376,17 +404,17 @@ def _image_flops(tower: ImageTower) -> int:
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def memory(config: PretrainConfig, towers: Towers, texts: Texts) -> dict[str, float]:
+def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts) -> dict[str, float]:
     """Bytes of one GPU by part, at the end of a forward pass and while gradients are exchanged."""
     return {
-        **state_bytes(config, towers.trained),
-        **activation_bytes(config, towers, texts),
-        "features and logits": loss_bytes(config, texts, towers.model.config.embed_dim),
+        **state_bytes(config, compute, towers.trained),
+        **activation_bytes(config, compute, towers, texts),
+        "features and logits": loss_bytes(config, compute, texts, towers.model.config.embed_dim),
         "CUDA context": CONTEXT_BYTES,
     }
 
 
-def state_bytes(config: PretrainConfig, trained: int) -> dict[str, float]:
+def state_bytes(config: PretrainConfig, compute: TrainingCompute, trained: int) -> dict[str, float]:
     """Weights, gradients and optimizer states of one process (ZeRO, arXiv 1910.02054, section 3).
 
     ZeRO 1 and 2 split the optimizer's fp32 weights and AdamW's two moments over the processes, 3 the weights too, which
@@ -397,11 +425,11 @@ def state_bytes(config: PretrainConfig, trained: int) -> dict[str, float]:
         config: of the ablation.
         trained: parameters.
     """
-    told = deepspeed_config(config)["zero_optimization"]
-    stage, processes = told["stage"], config.processes
+    told = deepspeed_config(config, compute)["zero_optimization"]
+    stage, processes = told["stage"], compute.processes
     size = _size(config)
     split = processes if stage else 1
-    whole_gradients = stage == 0 or (stage == 1 and config.accumulation > 1)
+    whole_gradients = stage == 0 or (stage == 1 and compute.gradient_accumulation_steps > 1)
     bucket = told["reduce_bucket_size"]
     if stage == 0:
         bucket = min(bucket, trained) if processes > 1 else 0
@@ -415,10 +443,12 @@ def state_bytes(config: PretrainConfig, trained: int) -> dict[str, float]:
     }
 
 
-def activation_bytes(config: PretrainConfig, towers: Towers, texts: Texts) -> dict[str, float]:
+def activation_bytes(
+    config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts
+) -> dict[str, float]:
     """What autograd keeps of one micro-batch, and pictures where a step reads them."""
     size, model = _size(config), towers.model
-    batch = config.batch_size // (config.processes * config.accumulation)
+    batch = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
     encoder = model.text.transformer.config
     corners = config.text.corner_tokens
     late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
@@ -484,34 +514,34 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
     return texts * length * (layers * layer - (1 - narrow) * after + 2 * hidden * size + dropped)
 
 
-def loss_bytes(config: PretrainConfig, texts: Texts, embed_dim: int) -> float:
+def loss_bytes(config: PretrainConfig, compute: TrainingCompute, texts: Texts, embed_dim: int) -> float:
     """A process's features and everybody's image features with their gradients, and logits, all in fp32."""
     kinds = 1 + texts.per_image * (1 + config.text.corner_tokens)
-    features = 2 * config.batch_size // config.processes * (1 + kinds) * embed_dim
-    gathered = 2 * config.batch_size * embed_dim if config.processes > 1 else 0
-    logits = min(LOGITS_KEPT * _logits(config, kinds), LOGITS_OF_A_BLOCK * LOGITS_AT_ONCE)
+    features = 2 * config.batch_size // compute.processes * (1 + kinds) * embed_dim
+    gathered = 2 * config.batch_size * embed_dim if compute.processes > 1 else 0
+    logits = min(LOGITS_KEPT * _logits(config, compute, kinds), LOGITS_OF_A_BLOCK * LOGITS_AT_ONCE)
     return FP32 * (features + gathered + logits)
 
 
-def _logits(config: PretrainConfig, kinds: int) -> int:
+def _logits(config: PretrainConfig, compute: TrainingCompute, kinds: int) -> int:
     """Of a process: its texts of so many kinds with all images."""
-    return kinds * config.batch_size**2 // config.processes
+    return kinds * config.batch_size**2 // compute.processes
 
 
 def _size(config: PretrainConfig) -> int:
     return 2 if config.precision == "bf16" else FP32
 
 
-def remedy(config: PretrainConfig, towers: Towers, texts: Texts, gpu: Gpu) -> str:
+def remedy(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts, gpu: Gpu) -> str:
     """The smallest change that makes a run fit: accumulation first, then ZeRO, then GPUs or the batch."""
-    for stage in range(config.zero_stage, 4):
-        for accumulation in range(config.accumulation, config.batch_size // config.processes // 2 + 1):
-            if config.batch_size % (config.processes * accumulation):
+    for stage in range(compute.zero_stage, 4):
+        for accumulation in range(compute.gradient_accumulation_steps, config.batch_size // compute.processes // 2 + 1):
+            if config.batch_size % (compute.processes * accumulation):
                 continue
-            changed = config.model_copy(update={"accumulation": accumulation, "zero_stage": stage})
-            if sum(memory(changed, towers, texts).values()) <= gpu.memory:
-                more = f" and pretrain.zero_stage to {stage}" if stage > config.zero_stage else ""
-                return f"raise pretrain.accumulation to {accumulation}{more}"
+            changed = compute.model_copy(update={"gradient_accumulation_steps": accumulation, "zero_stage": stage})
+            if sum(memory(config, changed, towers, texts).values()) <= gpu.memory:
+                more = f" and zero_stage to {stage}" if stage > compute.zero_stage else ""
+                return f"raise compute.training.gradient_accumulation_steps to {accumulation}{more}"
     return "take more GPUs or lower pretrain.batch_size: neither accumulation nor ZeRO suffices"
 
 
@@ -554,12 +584,12 @@ def storage(
 
 def describe(plan: Plan, title: str) -> list[str]:
     """The plan as lines of text."""
-    config, gpu = plan.config, plan.gpu
+    config, compute, gpu = plan.config, plan.compute, plan.gpu
     needed = sum(plan.memory.values())
-    micro = config.batch_size // (config.processes * config.accumulation)
-    count = "1 GPU" if config.processes == 1 else f"{config.processes} GPUs"
+    micro = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
+    count = "1 GPU" if compute.processes == 1 else f"{compute.processes} GPUs"
     epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--samples)"
-    zero = deepspeed_config(config)["zero_optimization"]["stage"]
+    zero = deepspeed_config(config, compute)["zero_optimization"]["stage"]
     tokens = {"raw caption": plan.texts.raw, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
     lines = [f"{title} on {count}, {config.precision}, ZeRO {zero}"]
     lines += _table("parameters, trained", {name: f"{count:,}" for name, count in plan.trained.items()})
@@ -571,7 +601,7 @@ def describe(plan: Plan, title: str) -> list[str]:
         {
             "steps": f"{config.steps:,}",
             "batch": f"{config.batch_size:,}",
-            "accumulation": f"{config.accumulation:,}",
+            "gradient accumulation steps": f"{compute.gradient_accumulation_steps:,}",
             "micro-batch of a GPU": f"{micro:,}",
             "samples": f"{plan.samples:,}",
             "epochs": epochs,
@@ -583,6 +613,9 @@ def describe(plan: Plan, title: str) -> list[str]:
     lines += _table("GB of a GPU", {name: f"{value / 1e9:,.2f}" for name, value in plan.memory.items() if value})
     lines.append(_row("all", f"{needed / 1e9:,.2f} of {gpu.memory / 1e9:,.0f}"))
     lines += _table("storage", {name: _bytes(value) for name, value in plan.storage.items()})
+    if plan.feature_flops:
+        hours = f"{plan.feature_seconds / 3600:,.1f}"
+        lines += _table("frozen features, once for all ablations", {"hours on one GPU": hours})
     lines += _table("time", {"hours": f"{plan.seconds / 3600:,.1f}", "GPU hours": f"{_gpu_hours(plan):,.0f}"})
     lines += ["", "assumed", *(f"  {line}" for line in plan.assumed)]
     if plan.remedy:
@@ -591,7 +624,7 @@ def describe(plan: Plan, title: str) -> list[str]:
 
 
 def _gpu_hours(plan: Plan) -> float:
-    return plan.seconds / 3600 * plan.config.processes
+    return plan.seconds / 3600 * plan.compute.processes
 
 
 def _table(title: str, rows: Mapping[str, str]) -> list[str]:

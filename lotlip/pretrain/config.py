@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lotlip.core.section import Count, Name, NonNegative, Port, Positive, Section, Share
+from lotlip.core.section import Count, Name, NonNegative, Positive, Section, Share, flatten
 from lotlip.data.text import Window
 
 
@@ -220,12 +220,8 @@ class LongTextsConfig(Section):
 
 
 class LoaderConfig(Section):
-    """How samples come from the shards to the steps."""
+    """Which samples an epoch has."""
 
-    workers: NonNegative = Field(
-        1, description="processes that read, decode and tokenize ahead, for each training process; 0: it does so itself"
-    )
-    prefetch: Count = Field(4, description="steps that each worker holds ready")
     epochs: Literal["exact", "resampled"] = Field(
         "exact", description="each sample once an epoch, or each drawn at random, with `weights`"
     )
@@ -274,79 +270,13 @@ class OptimizerConfig(Section):
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
 
 
-class LocalLaunch(Section):
-    """All processes on this machine, under torch's launcher where there are several."""
-
-    kind: Literal["local"] = "local"
-
-
-class HostfileLaunch(Section):
-    """DeepSpeed's launcher, which reaches each machine of a hostfile by pdsh over ssh; the first is this one."""
-
-    kind: Literal["hostfile"]
-    path: Path = Field(description="lines of `HOST slots=GPUS`; the slots together are `processes`")
-    port: Port = Field(29500, description="free on the first machine, where the processes meet")
-
-
-class SlurmLaunch(Section):
-    """torch's launcher on each node of the Slurm allocation that the stage runs in."""
-
-    kind: Literal["slurm"]
-    nodes: Count = Field(description="machines of the allocation that take part")
-    port: Port = Field(29500, description="free on the first node, where the processes meet")
-
-
-class RendezvousLaunch(Section):
-    """torch's launcher here, and on the other machines (Kubernetes' pods, say) by `python -m flows.runtime.agent`."""
-
-    kind: Literal["rendezvous"]
-    nodes: Count = Field(description="machines that take part")
-    endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] = Field(
-        description="HOST:PORT of the machine that runs the stage, as the others know it"
-    )
-
-
-Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch, Field(discriminator="kind")]
-
-
-# Settings of `Pretrain` that say how the work is done, not what is learned.
-HOW: Any = {
-    "accumulation": True,
-    "processes": True,
-    "seeds_at_once": True,
-    "launch": True,
-    "zero_stage": True,
-    "log_every": True,
-    "checkpoint_every": True,
-    "stop_at_chance_after": True,
-    "peer_timeout_seconds": True,
-    "max_final_loss_share": True,
-    "loader": {"workers", "prefetch"},
-}
-
-
 class PretrainConfig(Section):
     """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
     seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="a model is trained for each")
     steps: Count = Field(500, description="optimizer steps")
-    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and accumulation steps")
-    accumulation: Count = Field(
-        1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
-    )
-    processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
-    seeds_at_once: Count = Field(
-        1, description="seeds that train side by side, each on its share of the cores: small models leave cores idle"
-    )
-    launch: Launch = Field(LocalLaunch(), description="how they are started, on how many machines; decides no result")
+    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and micro-batches")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        0,
-        description="DeepSpeed's ZeRO stage, what processes divide among them: 0: nothing; 1: optimizer states; "
-        "2: gradients too; 3: weights too",
-    )
-    log_every: Count = Field(10, description="steps between two entries of the training curves")
-    checkpoint_every: Count = Field(200, description="steps between two checkpoints")
     text: TextTowerConfig = TextTowerConfig()
     long_texts: LongTextsConfig = LongTextsConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -356,15 +286,6 @@ class PretrainConfig(Section):
     )
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
-    stop_at_chance_after: NonNegative = Field(
-        200, description="steps in which retrieval inside the batch must get better than chance; 0: never stop for it"
-    )
-    peer_timeout_seconds: Positive = Field(
-        600, description="a process that waits longer for the others ends the run: one of them hangs"
-    )
-    max_final_loss_share: Positive = Field(
-        0.95, description="of the loss of guessing that the last steps may still have; more fails the gate"
-    )
 
     @property
     def from_pixels(self) -> bool:
@@ -372,21 +293,26 @@ class PretrainConfig(Section):
         late = self.similarity == "late-interaction"
         return late or not self.image_tower.frozen or self.image_tower.features == "computed"
 
-    def deciding(self) -> dict[str, Any]:
-        """The settings that decide what is learned, up to rounding; the others say how the work is done.
+    def recipe(self) -> dict[str, Any]:
+        """All settings that decide the model of a seed."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if key != "seeds"}
 
-        A run that was stopped goes on under other values of the others: with fewer processes, say.
+    def effective(self) -> dict[str, Any]:
+        """Dotted key → value of every setting that has an effect beside the others: equal for runs that mean the same.
+
+        The mask has none without corner tokens, and settings of long texts have none without long texts.
         """
-        return self.model_dump(mode="json", exclude=HOW)
+        settings = flatten(self.model_dump(mode="json"))
+        if not self.text.corner_tokens:
+            settings.pop("text.corner_mask")
+        if not self.long_texts.sub_captions:
+            kept = {key: value for key, value in settings.items() if not key.startswith("long_texts.")}
+            settings = {**kept, "long_texts.sub_captions": 0}
+            del settings["loss.long_loss_weight"], settings["loss.short_loss_fraction"]
+        return settings
 
     @model_validator(mode="after")
     def _possible(self) -> PretrainConfig:
-        parts = self.accumulation * self.processes
-        if self.batch_size % parts:
-            raise ValueError(
-                f"batch_size {self.batch_size} is not divisible by processes × accumulation = {parts}; "
-                f"use {max(self.batch_size // parts, 1) * parts} or {(self.batch_size // parts + 1) * parts}"
-            )
         if self.similarity == "late-interaction":
             if self.text.corner_tokens:
                 raise ValueError(
@@ -397,17 +323,6 @@ class PretrainConfig(Section):
                     "loss.image_components needs one feature for each image, which late-interaction does not have; "
                     "set it to 0"
                 )
-        nodes = getattr(self.launch, "nodes", 1)
-        if self.processes % nodes:
-            raise ValueError(
-                f"processes {self.processes} is the number on all machines and not divisible by launch.nodes {nodes}; "
-                f"use {(self.processes // nodes + 1) * nodes}"
-            )
-        if self.seeds_at_once > 1 and self.processes > 1:
-            raise ValueError(
-                f"seeds_at_once {self.seeds_at_once} is for one process for each seed, not {self.processes}; "
-                "set one of the two to 1"
-            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} names one twice")
         return self

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lotlip.core.compute import TrainingCompute
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.loader import Batch
@@ -65,15 +66,16 @@ class StepResult:
     recall: float
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[str, Any]:
     """DeepSpeed's configuration, all of it derived from params.yaml."""
     rounded = config.precision == "bf16"
     # without ZeRO, DeepSpeed's optimizer for bf16 does not hand out its fp32 weights; stage 1 computes the same
-    stage = max(config.zero_stage, int(rounded))
+    stage = max(compute.zero_stage, int(rounded))
     return {
         "train_batch_size": config.batch_size,
-        "train_micro_batch_size_per_gpu": config.batch_size // (config.processes * config.accumulation),
-        "gradient_accumulation_steps": config.accumulation,
+        "train_micro_batch_size_per_gpu": config.batch_size
+        // (compute.processes * compute.gradient_accumulation_steps),
+        "gradient_accumulation_steps": compute.gradient_accumulation_steps,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
@@ -109,7 +111,8 @@ class Engine:
 
     Args:
         model: to train.
-        config: how.
+        config: what is learned, and how.
+        compute: processes, accumulation and ZeRO.
         seed: of the run: dropout is drawn from it.
         frozen_tower: gives the features of pictures; None where they are stored, or the model has the image tower.
 
@@ -119,19 +122,26 @@ class Engine:
     """
 
     def __init__(
-        self, model: LotlipForPreTraining, config: PretrainConfig, seed: int, frozen_tower: ImageTower | None = None
+        self,
+        model: LotlipForPreTraining,
+        config: PretrainConfig,
+        compute: TrainingCompute,
+        seed: int,
+        frozen_tower: ImageTower | None = None,
     ) -> None:
         deepspeed = import_deepspeed()
-        settings = config.optimizer
+        adamw = config.optimizer
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, settings.weight_decay),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.eps,
+            parameter_groups(model, adamw.weight_decay),
+            lr=adamw.learning_rate,
+            betas=adamw.betas,
+            eps=adamw.eps,
             fused=True,
         )
         self.config, self.seed = config, seed
-        self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, compute)
+        )
         if dist.get_world_size() == 1 and not self.deepspeed.zero_optimization_stage():
             # DeepSpeed would copy all gradients to exchange them with nobody: an eighth of the demo's step
             self.deepspeed.enable_backward_allreduce = False
@@ -146,7 +156,7 @@ class Engine:
     def learning_rate(self, step: int) -> float:
         """Of a step that counts from 0."""
         settings = self.config.optimizer
-        return settings.learning_rate * learning_rate_share(step, self.config.steps, settings)
+        return adamw.learning_rate * learning_rate_share(step, self.config.steps, settings)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:
         """One optimizer step.
@@ -243,7 +253,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def initialise_processes(config: PretrainConfig) -> None:
+def initialise_processes(compute: TrainingCompute) -> None:
     """Joins the processes that train together; one process makes a group of its own.
 
     Nothing listens on the network for one process, and on loopback only for several on one machine.
@@ -254,7 +264,7 @@ def initialise_processes(config: PretrainConfig) -> None:
     deepspeed = import_deepspeed()
     # On a CPU, DeepSpeed would compile an operation here, half a minute long, that only its inference engine calls.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
-    timeout = timedelta(seconds=config.peer_timeout_seconds)
+    timeout = timedelta(seconds=compute.peer_timeout_seconds)
     together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
     if together > 1:  # a launcher gives each of several a single thread, or all of them
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
@@ -274,9 +284,9 @@ def initialise_processes(config: PretrainConfig) -> None:
             backend = deepspeed.get_accelerator().communication_backend_name()
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     deepspeed.init_distributed(verbose=False, timeout=timeout)
-    if dist.get_world_size() != config.processes:
+    if dist.get_world_size() != compute.processes:
         raise ValueError(
-            f"{dist.get_world_size()} processes were started, but pretrain.processes is {config.processes}"
+            f"{dist.get_world_size()} processes were started, but compute.training.processes is {compute.processes}"
         )
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from lotlip.core.checks import Check, each, in_percent, one, run_gate
-from lotlip.pretrain.config import PretrainConfig
-
-if TYPE_CHECKING:
-    pass
 
 
-def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, chance_loss: float, report: Path) -> list[Check]:
+def gate_pretrain(
+    seeds: Sequence[int], limit: float, history: pd.DataFrame, chance_loss: float, report: Path
+) -> list[Check]:
     """Training was sound at every step that was logged, and learned something.
 
     Args:
-        settings: of the ablation.
+        seeds: that were asked for.
+        limit: `compute.training.max_final_loss_share`.
         history: columns seed, step, loss, temperature, learning_rate, samples_per_second; a row per logged step.
         chance_loss: what guessing would lose.
         report: scratch folder.
@@ -28,14 +27,13 @@ def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, chance_loss: 
     steps = history.assign(place=[f"seed {seed} step {step}" for seed, step in places])
     steps["not_finite"] = (~np.isfinite(history[["loss", "temperature"]].astype(float))).sum(axis=1)
     steps["advance"] = history.groupby("seed")["step"].diff()
-    trained = [seed for seed in settings.seeds if (history["seed"] == seed).any()]
+    trained = [seed for seed in seeds if (history["seed"] == seed).any()]
     final = [_final_loss(history.loc[history["seed"] == seed, "loss"]) / chance_loss for seed in trained]
-    seeds = pd.DataFrame({"seed": [f"seed {seed}" for seed in trained], "final_share": final})
-    limit = settings.max_final_loss_share
+    shares = pd.DataFrame({"seed": [f"seed {seed}" for seed in trained], "final_share": final})
     tables = {
-        "stage": pd.DataFrame([{"stage": "pretrain", "untrained": len(settings.seeds) - len(trained)}]),
+        "stage": pd.DataFrame([{"stage": "pretrain", "untrained": len(seeds) - len(trained)}]),
         "steps": steps[["place", "not_finite", "advance", "temperature"]],
-        "seeds": seeds,
+        "seeds": shares,
     }
     lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({chance_loss:.4g})"
     suites = {
@@ -45,7 +43,7 @@ def gate_pretrain(settings: PretrainConfig, history: pd.DataFrame, chance_loss: 
             each("advance", "steps go up", low=1),
             each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
         ],
-        "seeds": [each("final_share", lowest, high=limit, percent=True, key="pretrain.max_final_loss_share")],
+        "seeds": [each("final_share", lowest, high=limit, percent=True, key="compute.training.max_final_loss_share")],
     }
     return run_gate("pretrain", tables, suites, report)
 

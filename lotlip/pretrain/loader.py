@@ -155,6 +155,8 @@ class Loader:
         seed: of the run.
         rows: the part of each global batch that this process decodes.
         transform: encoded image → pixels [3, H, W]; None takes the stored features.
+        workers: processes that read ahead; 0: this one reads.
+        prefetch: steps that each worker holds ready.
 
     Attributes:
         steps_per_epoch: global batches in an epoch; the rest that fills no batch is left out.
@@ -171,10 +173,12 @@ class Loader:
         seed: int,
         rows: Rows,
         transform: Transform | None = None,
+        workers: int = 1,
+        prefetch: int = 4,
     ) -> None:
         listed = read_json(shards / "index.json")["splits"]["train"]["shards"]
         paths = [shards / f"{shard['name']}.tar" for shard in listed]
-        self._settings, self._rows = settings.loader, rows
+        self._rows, self._workers, self._prefetch = rows, workers, prefetch
         self._shards = Shards(paths, [shard["samples"] for shard in listed], opened=2 * WINDOW)
         self._order = _order(self._shards, seed, settings.loader)
         self.steps_per_epoch = self._order.samples // rows.batch_size
@@ -201,12 +205,12 @@ class Loader:
             ValueError: a sample or a shard cannot be used.
             WorkerLost: a worker was killed.
         """
-        workers = min(self._settings.workers, max(last - first, 0))
+        workers = min(self._workers, max(last - first, 0))
         loader: DataLoader[list[Batch] | _Unusable] = DataLoader(
             self._pipeline(first, last),
             batch_size=None,
             num_workers=workers,
-            prefetch_factor=self._settings.prefetch if workers else None,
+            prefetch_factor=self._prefetch if workers else None,
             worker_init_fn=_start_worker,
             multiprocessing_context="fork" if workers else None,
             pin_memory=torch.cuda.is_available(),
@@ -222,7 +226,7 @@ class Loader:
                 raise
             raise WorkerLost(
                 f"a worker of the loader ended too early ({str(error).partition(chr(10))[0]}); if memory ran out, set "
-                "pretrain.loader.workers or pretrain.loader.prefetch lower"
+                "compute.training.loader_workers or compute.training.prefetch lower"
             ) from error
         finally:
             del steps  # this ends the workers

@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 import lotlip
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import atomic_write, read_json, sha256_files, write_json
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
@@ -49,7 +50,9 @@ class Job:
 
     Attributes:
         ablation: name of the configuration.
-        config: `Pretrain`, resolved, as JSON.
+        config: `PretrainConfig`, resolved, as JSON.
+        compute: `TrainingCompute`, resolved, as JSON.
+        seeds: that are trained.
         shards: folder of the data set.
         image_tower: folder of the frozen tower.
         scratch: where checkpoints go, and how long starting took.
@@ -61,6 +64,8 @@ class Job:
 
     ablation: str
     config: dict[str, Any]
+    compute: dict[str, Any]
+    seeds: list[int]
     shards: str
     image_tower: str
     scratch: str
@@ -129,13 +134,14 @@ class Trainer:
 
     Args:
         job: what to do.
-        config: the job's configuration.
         seed: of weights, order and draws.
         sink: where curves go; only the first process has a real one.
     """
 
-    def __init__(self, job: Job, config: PretrainConfig, seed: int, sink: Sink) -> None:
-        self.job, self.config, self.seed, self.sink = job, config, seed, sink
+    def __init__(self, job: Job, seed: int, sink: Sink) -> None:
+        self.job, self.seed, self.sink = job, seed, sink
+        self.config = config = PretrainConfig.model_validate(job.config)
+        self.compute = compute = TrainingCompute.model_validate(job.compute)
         self.index = read_json(Path(job.shards) / "index.json")
         text = config.text
         ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
@@ -145,14 +151,23 @@ class Trainer:
         tower, transform = None, None
         if config.from_pixels or not self.index["features"]:
             tower, transform = self._open_image_tower()
-        rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), config.accumulation)
-        self.loader = Loader(Path(job.shards), config, self.tokenizer, seed, rows, transform)
+        rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps)
+        self.loader = Loader(
+            Path(job.shards),
+            config,
+            self.tokenizer,
+            seed,
+            rows,
+            transform,
+            workers=compute.loader_workers,
+            prefetch=compute.prefetch,
+        )
         seed_everything(seed)
         model = build_for_pretraining(going_on(config, seed), Path(job.image_tower), ends)
-        self.engine = Engine(model, config, seed, tower if config.image_tower.frozen else None)
+        self.engine = Engine(model, config, compute, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
         self.history: list[dict[str, float]] = []
-        self.watch = ChanceWatch(config.stop_at_chance_after, config.batch_size)
+        self.watch = ChanceWatch(compute.stop_at_chance_after, config.batch_size)
 
     def _open_image_tower(self) -> tuple[ImageTower, Transform]:
         """The image tower in the loop, and what makes pixels of pictures."""
@@ -179,7 +194,7 @@ class Trainer:
                 waited += time.monotonic() - fetching
                 result = self._step(batches, step)
                 done = step + 1
-                if done % self.config.log_every == 0 or done == self.config.steps:
+                if done % self.compute.log_every == 0 or done == self.config.steps:
                     now = time.monotonic()
                     interval = done - max(first, self.history[-1]["step"] if self.history else 0)
                     rate = interval * self.config.batch_size / (now - mark)
@@ -187,7 +202,7 @@ class Trainer:
                     left = (now - started) / (done - first) * (self.config.steps - done)
                     self._say(done, result, left)
                     mark, waited = now, 0.0
-                if done % self.config.checkpoint_every == 0 and done < self.config.steps:
+                if done % self.compute.checkpoint_every == 0 and done < self.config.steps:
                     self._checkpoint(done)
         self._save()
 
@@ -204,7 +219,7 @@ class Trainer:
                 f"after {step + 1} steps a text finds its image among the batch's {self.config.batch_size} no more "
                 f"often than by chance ({self.watch.recall:.2%} of texts)",
                 "see whether captions and images belong together and pretrain.optimizer.learning_rate is right, or set "
-                "pretrain.stop_at_chance_after higher (0: never)",
+                "compute.training.stop_at_chance_after higher (0: never)",
             )
         return result
 
@@ -313,17 +328,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def main(job: Job, config: PretrainConfig, open_sink: OpenSink) -> None:
+def main(job: Job, open_sink: OpenSink) -> None:
     """Trains every seed of a job that is not finished yet, one after another."""
-    initialise_processes(config)
-    if dist.get_rank() == 0 and config.seeds_at_once == 1:
+    compute = TrainingCompute.model_validate(job.compute)
+    initialise_processes(compute)
+    if dist.get_rank() == 0 and compute.parallel_seeds == 1:
         _write_start(job)
-    for seed in config.seeds:
+    for seed in job.seeds:
         if job.model_folder(seed).is_dir():
             continue
         run = job.run_ids.get(str(seed)) if dist.get_rank() == 0 else None
         with closing(open_sink(job.tracking_uri, run)) as sink:
-            Trainer(job, config, seed, sink).train()
+            Trainer(job, seed, sink).train()
     dist.destroy_process_group()
 
 
@@ -332,7 +348,7 @@ def _write_start(job: Job) -> None:
     write_json(Path(job.scratch) / "timing.json", {"imports": time.time() - psutil.Process().create_time()})
 
 
-def side_by_side(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str | None:
+def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
     """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
 
     They are forks, which have nothing to import, and stay in this process's group, so that they end with it.
@@ -342,15 +358,15 @@ def side_by_side(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str |
     """
     import_deepspeed()
     _write_start(job)
-    threads = max(1, (os.cpu_count() or 1) // min(config.seeds_at_once, len(config.seeds)))
-    waiting, running = list(config.seeds), set[int]()
+    threads = max(1, (os.cpu_count() or 1) // min(at_once, len(job.seeds)))
+    waiting, running = list(job.seeds), set[int]()
     stopped = None
     while waiting or running:
-        while waiting and len(running) < config.seeds_at_once:
-            one = config.model_copy(update={"seeds": [waiting.pop(0)]})
+        while waiting and len(running) < at_once:
+            one = replace(job, seeds=[waiting.pop(0)])
             child = os.fork()
             if not child:
-                _become(job, one, threads, open_sink)
+                _become(one, threads, open_sink)
             running.add(child)
         child, status = os.wait()
         running.discard(child)
@@ -362,12 +378,12 @@ def side_by_side(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str |
     return stopped
 
 
-def _become(job: Job, config: PretrainConfig, threads: int, open_sink: OpenSink) -> NoReturn:
+def _become(job: Job, threads: int, open_sink: OpenSink) -> NoReturn:
     """Makes a fork the process of one seed."""
     status = 1
     try:
         torch.set_num_threads(threads)
-        reason = attempt(job, config, open_sink)
+        reason = attempt(job, open_sink)
         if reason:
             print(reason, file=sys.stderr)
         status = int(bool(reason))
@@ -394,23 +410,24 @@ def run(job_file: str, open_sink: OpenSink) -> str | None:
         One line that says why it stopped; None where it finished.
     """
     job = Job.read(Path(job_file))
-    config = PretrainConfig.model_validate(job.config)
-    return side_by_side(job, config, open_sink) if config.seeds_at_once > 1 else attempt(job, config, open_sink)
+    at_once = TrainingCompute.model_validate(job.compute).parallel_seeds
+    return side_by_side(job, at_once, open_sink) if at_once > 1 else attempt(job, open_sink)
 
 
-def attempt(job: Job, config: PretrainConfig, open_sink: OpenSink) -> str | None:
+def attempt(job: Job, open_sink: OpenSink) -> str | None:
     """Does a job in this process; gives what `run` does."""
     try:
         with multiprocessing_folder():
-            main(job, config, open_sink)
+            main(job, open_sink)
     except (TrainingStopped, ValueError, WorkerLost) as error:
         return f"error: {error}"
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):
             raise
+        compute = TrainingCompute.model_validate(job.compute)
         return (
-            f"error: {job.ablation}: process {os.environ.get('RANK')} of {config.processes} lost another one, which "
-            f"ended or did not answer for {config.peer_timeout_seconds:g} s (pretrain.peer_timeout_seconds): "
-            f"{str(error).splitlines()[0]}; run again, and training goes on from the last checkpoint"
+            f"error: {job.ablation}: process {os.environ.get('RANK')} of {compute.processes} lost another one, which "
+            f"ended or did not answer for {compute.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
+            f"{str(error).splitlines()[0]}; run again, and training resumes from the last checkpoint"
         )
     return None

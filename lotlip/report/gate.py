@@ -5,14 +5,10 @@ from __future__ import annotations
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from lotlip.core.checks import SHOWN_ROWS, Check, one, run_gate
-
-if TYPE_CHECKING:
-    pass
 
 
 def gate_report(page: Path, images: int, report: Path) -> list[Check]:

@@ -14,16 +14,7 @@ from lotlip.report.inputs import Ablation
 CORNER_TOKENS, CORNER_MASK, REGISTER_TOKENS = "text.corner_tokens", "text.corner_mask", "text.register_tokens"
 SUB_CAPTIONS, CAPTIONERS, CONTEXT_LENGTH = "long_texts.sub_captions", "long_texts.captioners", "text.context_length"
 LOSS_WEIGHTS = {"loss.short_loss_fraction", "loss.short_loss_weight", "loss.long_loss_weight"}
-# These change when and how often something is written down or how work is spread, not what is learned.
-BOOKKEEPING = {
-    "seeds",
-    "seeds_at_once",
-    "log_every",
-    "checkpoint_every",
-    "max_final_loss_share",
-    "processes",
-    "zero_stage",
-}
+BOOKKEEPING = {"seeds"}
 # What makes a model go on from another's positions, as Long-CLIP does, and how long it does so: a fine-tuning's own.
 LONG_CLIP = (
     "text.pretrained",
@@ -35,7 +26,7 @@ LONG_CLIP = (
 )
 # What CLIP, SigLIP and FILIP do otherwise than LiT, and at which pace.
 BASELINE = ("image_tower.", "loss.objective", "similarity")
-PACE = ("steps", "batch_size", "accumulation", "optimizer.")
+PACE = ("steps", "batch_size", "optimizer.")
 SYSTEMS = ("LiT", "LiT + long texts", "Long-CLIP", "LoTLIP")
 
 

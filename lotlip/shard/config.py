@@ -14,6 +14,5 @@ class ShardConfig(Section):
     max_bytes: Count = Field(1_000_000_000, description="of a shard, about")
     seed: int = Field(0, description="of the order in which samples are put into shards")
     store_features: bool = Field(True, description="run the frozen tower once, here, instead of at every step")
-    feature_batch_size: Count = Field(250, description="images that the frozen tower encodes at a time")
     max_failure_share: Share = Field(0.01, description="of the samples; more fails the gate")
     max_uncaptioned_share: Share = Field(0.05, description="of the samples that no captioner described")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
@@ -17,9 +17,6 @@ from lotlip.data.inspection import (
     read_keys,
 )
 from lotlip.shard.config import ShardConfig
-
-if TYPE_CHECKING:
-    pass
 
 
 def gate_shard(

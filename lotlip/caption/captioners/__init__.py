@@ -12,6 +12,7 @@ from lotlip.caption.config import (
     SceneCaptionerConfig,
     TransformersCaptionerConfig,
 )
+from lotlip.core.compute import CaptionerCompute
 from lotlip.data.records import Caption, Failure, ImageRecord
 
 
@@ -39,13 +40,16 @@ class Captioner(Protocol):
         """A caption for each image, or why there is none: one for one, in their order."""
 
 
-def open_captioner(name: str, settings: CaptionerConfig, tokenizer: str) -> Captioner:
+def open_captioner(
+    name: str, settings: CaptionerConfig, tokenizer: str, compute: CaptionerCompute | None = None
+) -> Captioner:
     """The captioner that `caption.captioners.<name>` of params.yaml describes.
 
     Args:
         name: what its captions are filed under.
         settings: its entry.
         tokenizer: whose word pieces are counted.
+        compute: how it works: `compute.captioners.<name>`; None: the defaults.
 
     Raises:
         ValueError: its file, its model, its server's address or the tokenizer cannot be used. No server is asked yet.
@@ -58,12 +62,12 @@ def open_captioner(name: str, settings: CaptionerConfig, tokenizer: str) -> Capt
     if isinstance(settings, EndpointCaptionerConfig):
         from lotlip.caption.captioners.endpoint import EndpointCaptioner
 
-        return EndpointCaptioner(name, settings, count_tokens(tokenizer))
+        return EndpointCaptioner(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())
 
     if isinstance(settings, TransformersCaptionerConfig):
         from lotlip.caption.captioners.transformers import TransformersCaptioner
 
-        return TransformersCaptioner(name, settings, count_tokens(tokenizer))
+        return TransformersCaptioner(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())
 
     from lotlip.caption.captioners.table import TableCaptioner
 

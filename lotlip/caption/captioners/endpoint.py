@@ -22,6 +22,7 @@ from PIL import Image
 
 from lotlip.caption.config import EndpointCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
+from lotlip.core.compute import CaptionerCompute
 from lotlip.data.images import decode_rgb
 from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.data.text import has_words, split_sub_captions
@@ -87,7 +88,14 @@ class EndpointCaptioner:
         ValueError: the key would be sent unencrypted to another machine.
     """
 
-    def __init__(self, name: str, settings: EndpointCaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: EndpointCaptionerConfig,
+        count_tokens: Callable[[str], int],
+        compute: CaptionerCompute | None = None,
+    ) -> None:
+        self._compute = compute or CaptionerCompute()
         self.settings = settings
         self.prompt = settings.prompt
         self.revision = f"{settings.model}@{settings.revision}"
@@ -120,7 +128,7 @@ class EndpointCaptioner:
             ConnectionError: the server is gone, or too busy for a single caption; try the unit again later.
         """
         self.check()
-        concurrency = self.settings.concurrency
+        concurrency = self._compute.concurrency
         window: deque[Future[Caption | Failure]] = deque()
         pool, client = ThreadPoolExecutor(concurrency, f"caption-{self._name}"), self._client()
         try:
@@ -143,7 +151,7 @@ class EndpointCaptioner:
         """
         import openai
 
-        with _known(self.settings).lock:
+        with _known(self.settings, self._compute).lock:
             if self._checked:
                 return
             with self._client() as client:
@@ -200,7 +208,7 @@ class EndpointCaptioner:
     def _send(self, client: openai.OpenAI, image: str) -> ChatCompletion:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": self.prompt}]
         messages: Any = [{"role": "user", "content": content}]
-        server = _known(self.settings)
+        server = _known(self.settings, self._compute)
         with server.slots:
             answer = client.chat.completions.create(model=self.settings.model, messages=messages, **self._decoding)
         server.alive = time.monotonic()
@@ -234,7 +242,7 @@ class EndpointCaptioner:
         """
         import openai
 
-        server = _known(self.settings)
+        server = _known(self.settings, self._compute)
         with server.lock:
             if server.alive < failed and server.dead < failed:
                 try:
@@ -306,18 +314,18 @@ class EndpointCaptioner:
         settings = self.settings
         # Redirects are not followed: they would take pictures and key to an address that nobody wrote down.
         transport = openai.DefaultHttpxClient(
-            limits=httpx2.Limits(max_connections=settings.concurrency + 1),
+            limits=httpx2.Limits(max_connections=self._compute.concurrency + 1),
             event_hooks={"response": [_refuse_broken_answers]},
             trust_env=not _is_loopback(settings.url),  # a proxy would look for the server on its own machine
             follow_redirects=False,
         )
-        wait = settings.timeout_seconds
+        wait = self._compute.timeout_seconds
         timeout = httpx2.Timeout(wait, connect=min(wait, CONNECT_SECONDS))
         return openai.OpenAI(
             base_url=settings.url,
             api_key=_key(),
             timeout=timeout,
-            max_retries=settings.retries,
+            max_retries=self._compute.retries,
             http_client=transport,
         )
 
@@ -435,8 +443,8 @@ def _failure(record: ImageRecord, reason: str, kind: str) -> Failure:
     return Failure(key=record.key, where=record.key, reason=reason, kind=kind)
 
 
-def _known(settings: EndpointCaptionerConfig) -> _Server:
-    return _server(settings.url, settings.model, settings.concurrency)
+def _known(settings: EndpointCaptionerConfig, compute: CaptionerCompute) -> _Server:
+    return _server(settings.url, settings.model, compute.concurrency)
 
 
 def _key() -> str:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lotlip.caption.config import TransformersCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
+from lotlip.core.compute import CaptionerCompute
 from lotlip.core.files import sha256_tree
 from lotlip.data.batches import ahead, in_batches
 from lotlip.data.images import decode_rgb
@@ -29,7 +30,6 @@ _WINDOW = 16  # batches whose images, still encoded, are sorted by cost together
 _AHEAD = 2  # batches that threads decode and prepare while the model writes
 
 # Settings that say how the work is done, not what is written.
-_HOW = {"path", "preset", "device", "batch_size"}
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,14 @@ class TransformersCaptioner:
         ValueError: the model's folder is not there or has no model, or a folder is in the way of a hub's name.
     """
 
-    def __init__(self, name: str, settings: TransformersCaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: TransformersCaptionerConfig,
+        count_tokens: Callable[[str], int],
+        compute: CaptionerCompute | None = None,
+    ) -> None:
+        self._compute = compute or CaptionerCompute()
         self._name = name
         self._settings = settings
         self._count_tokens = count_tokens
@@ -73,7 +80,7 @@ class TransformersCaptioner:
     @cached_property
     def about(self) -> dict[str, Any]:
         """All that decides a caption besides the image, up to rounding, as plain JSON."""
-        return {**self._settings.model_dump(mode="json", exclude=_HOW), "revision": self.revision}
+        return {**self._settings.model_dump(mode="json", exclude={"path", "preset"}), "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
         """One caption for each record, in order; what is written does not depend on the other records.
@@ -83,7 +90,7 @@ class TransformersCaptioner:
         Raises:
             Unusable: the model cannot be loaded, or not even one image fits into the GPU's memory.
         """
-        mllm = _load(self._settings, self.revision)
+        mllm = _load(self._settings, self.revision, self._compute.device)
         for batch in ahead(partial(self._prepare, mllm), self._batches(mllm, records), _AHEAD):
             window = batch.window
             window.items |= batch.failures
@@ -93,7 +100,7 @@ class TransformersCaptioner:
 
     def _batches(self, mllm: _Mllm, records: Iterable[ImageRecord]) -> Iterator[tuple[_Window, list[int]]]:
         """Places of images of like cost, of one window after another."""
-        size = self._settings.batch_size
+        size = self._compute.batch_size
         for found in in_batches(records, size * _WINDOW):
             window = _Window(found)
             # Dearest first: what does not fit shows at once.
@@ -294,10 +301,10 @@ class _Mllm:
 _loading = threading.Lock()
 
 
-def _load(settings: TransformersCaptionerConfig, revision: str) -> _Mllm:
+def _load(settings: TransformersCaptionerConfig, revision: str, device: str) -> _Mllm:
     """The model that the settings name; the process has one copy of it."""
     with _loading:
-        return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, settings.device)
+        return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, device)
 
 
 @lru_cache(maxsize=1)

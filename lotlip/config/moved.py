@@ -1,0 +1,65 @@
+"""Where keys of an old params.yaml are now; docs/migration.md lists the same."""
+
+from __future__ import annotations
+
+import re
+
+_TRAINING = (
+    "processes",
+    "launch",
+    "zero_stage",
+    "log_every",
+    "checkpoint_every",
+    "stop_at_chance_after",
+    "peer_timeout_seconds",
+    "max_final_loss_share",
+)
+# Old key → new key. NAME stands for a name that the user chose, and is the same in both.
+MOVED = {
+    **{f"pretrain.{key}": f"compute.training.{key}" for key in _TRAINING},
+    "pretrain.accumulation": "compute.training.gradient_accumulation_steps",
+    "pretrain.seeds_at_once": "compute.training.parallel_seeds",
+    "pretrain.loader.workers": "compute.training.loader_workers",
+    "pretrain.loader.prefetch": "compute.training.prefetch",
+    "pretrain.loss.raw_share": "pretrain.loss.short_loss_fraction",
+    "pretrain.loss.raw_weight": "pretrain.loss.short_loss_weight",
+    "pretrain.loss.long_weight": "pretrain.loss.long_loss_weight",
+    "pretrain.loss.raw_components": "pretrain.loss.image_components",
+    "pretrain.loss.contrast": "pretrain.loss.objective (softmax is infonce, sigmoid is siglip)",
+    "pretrain.text.stretch": "pretrain.text.position_interpolation",
+    "caption.task_runner": "compute.task_runner",
+    "caption.ray": "compute.ray",
+    **{
+        f"caption.captioners.NAME.{key}": f"compute.captioners.NAME.{key}"
+        for key in ("device", "batch_size", "concurrency", "timeout_seconds", "retries")
+    },
+    "shard.feature_batch_size": "compute.batch_size",
+    "evaluate.batch_size": "compute.batch_size",
+    "orchestration": "compute",
+    "continued": "finetune (with init_from for after)",
+    "finetune.NAME.after": "finetune.NAME.init_from",
+    "registry.least": "registry.min_scores",
+    "registry.most_loss": "registry.max_score_drop",
+}
+
+
+def moved(key: str) -> str | None:
+    """Where an unknown key is now; None where it was never one.
+
+    Args:
+        key: dotted, as in params.yaml. Differences of an ablation are looked up as keys of `pretrain`, and those that
+            say how work is done are now in `compute.ablations`.
+    """
+    found = re.fullmatch(r"(?:ablations\.([^.]+)|finetune\.([^.]+)\.pretrain)\.(.+)", key)
+    name, rest = (found[1] or found[2], f"pretrain.{found[3]}") if found else ("", key)
+    for old, new in MOVED.items():
+        match = re.fullmatch(re.escape(old).replace("NAME", "([^.]+)"), rest)
+        if match is None:
+            continue
+        new = new.replace("NAME", match[1]) if match.groups() else new
+        if not found:
+            return new
+        if new.startswith("compute.training."):
+            return new.replace("compute.training", f"compute.ablations.{name}", 1)
+        return new.replace("pretrain.", key.removesuffix(found[3]), 1)
+    return None
