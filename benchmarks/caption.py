@@ -28,6 +28,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lotlip.caption.captioners.transformers import TransformersCaptioner
 from lotlip.caption.config import TransformersCaptionerConfig as Settings
+from lotlip.core.compute import CaptionerCompute
 from lotlip.data.records import Caption, ImageRecord
 from tests.tiny_mllm import save_llava
 
@@ -85,12 +86,11 @@ def measure(model: Path | None, images: int, batch: int, tokens: int, threads: i
             path=folder,
             model=str(folder),
             max_new_tokens=tokens,
-            batch_size=batch,
             dtype="float32",
-            device="cpu",
         )
+        compute = CaptionerCompute(batch_size=batch, device="cpu")
         loop = PlainLoop(folder, settings.prompt, tokens)
-        author = TransformersCaptioner("ours", settings, lambda text: len(text.split()))
+        author = TransformersCaptioner("ours", settings, lambda text: len(text.split()), compute)
         records = pictures(images)
         loop(records[:2]), list(author.caption(records[:2]))  # weights are loaded, nothing is the first of its kind
         seconds: dict[str, list[float]] = {"ours": [], "loop": []}

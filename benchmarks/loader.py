@@ -30,7 +30,6 @@ from benchmarks.data import write_data
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
-from lotlip.pretrain.config import LoaderConfig as LoaderSettings
 from lotlip.pretrain.loader import Loader, Rows
 
 SIDE, WIDTH = 224, 768  # of the tower's pictures, and of its features
@@ -55,8 +54,8 @@ def ours(
     folder: Path, workers: int, batch: int, tokenizer: TextTokenizer, transform: Transform | None
 ) -> Iterator[Any]:
     """An epoch of this project's loader."""
-    settings = PretrainConfig(long_texts=LongTextsConfig(), loader=LoaderSettings(workers=workers))
-    loader = Loader(folder, settings, tokenizer, 0, Rows(batch), transform)
+    settings = PretrainConfig(long_texts=LongTextsConfig())
+    loader = Loader(folder, settings, tokenizer, 0, Rows(batch), transform, workers=workers)
     return loader.steps(0, loader.steps_per_epoch)
 
 

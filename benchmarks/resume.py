@@ -26,9 +26,10 @@ from safetensors.torch import load_file
 from benchmarks.data import write_data
 from flows.runtime.processes import launch
 from flows.runtime.supervisor import end_group, start_group
+from lotlip.core.compute import LocalLaunch, TrainingCompute
 from lotlip.core.files import read_json, write_json
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
-from lotlip.pretrain.config import LocalLaunch, PretrainConfig
+from lotlip.pretrain.config import PretrainConfig
 
 WIDTH = 64
 MODULE = "lotlip.train"
@@ -63,18 +64,22 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
         {
             "steps": arguments.steps,
             "batch_size": 32,
-            "processes": arguments.processes,
-            "accumulation": 2,
-            "zero_stage": arguments.zero_stage,
-            "log_every": 1,
-            "checkpoint_every": 5,
-            "stop_at_chance_after": 0,  # the captions are random words
             "text": {"config": text},
         }
+    )
+    compute = TrainingCompute(
+        processes=arguments.processes,
+        gradient_accumulation_steps=2,
+        zero_stage=arguments.zero_stage,
+        log_every=1,
+        checkpoint_every=5,
+        stop_at_chance_after=0,  # the captions are random words
     )
     job = {
         "ablation": name,
         "config": settings.model_dump(mode="json"),
+        "compute": compute.model_dump(mode="json"),
+        "seeds": settings.seeds,
         "shards": str(root / "shards"),
         "image_tower": str(root / "tower"),
         "scratch": str(root / name / "scratch"),

@@ -179,7 +179,7 @@ def process_group() -> Iterator[dict[str, str]]:
     """This process as a group of its own, which DeepSpeed joins once; gives the environment that it set for it."""
     import torch
 
-    from lotlip.pretrain.config import PretrainConfig
+    from lotlip.core.compute import TrainingCompute
     from lotlip.pretrain.engine import initialise_processes
 
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -187,7 +187,7 @@ def process_group() -> Iterator[dict[str, str]]:
         for name in (*names, "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             patch.setenv(name, "")  # so that what training sets is unset at the end
             patch.delenv(name)
-        initialise_processes(PretrainConfig())
+        initialise_processes(TrainingCompute())
         environment = {name: os.environ[name] for name in names}
     yield environment
     torch.distributed.destroy_process_group()

@@ -46,7 +46,7 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 def trainer(group, tiny_world, tmp_path_factory) -> Trainer:
     """One that has written checkpoints after steps 1 and 2."""
     job = tiny_job(tiny_world, tmp_path_factory.mktemp("trainer"))
-    made = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
+    made = Trainer(job, 0, NullSink())
     steps = made.loader.steps(0, 2)
     for step in (0, 1):
         made.engine.step(next(steps), step)

@@ -11,10 +11,13 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from flows.sweep.trials import Sweep, points
 from lotlip.caption.config import PRESETS, TransformersCaptionerConfig
+from lotlip.config.moved import MOVED
 from lotlip.config.params import Params, checked_params, load_params
+from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.section import ConfigError, merge
-from lotlip.pretrain.config import HOW, PretrainConfig
+from lotlip.pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
@@ -193,12 +196,13 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
             "ablations.lotlip draws from gpt, but caption.captioners has llava",
         ),
         (
-            {"pretrain": {"batch_size": 30, "accumulation": 4}},
-            "pretrain: batch_size 30 is not divisible by processes × accumulation = 4; use 28 or 32",
+            {"pretrain": {"batch_size": 30}, "compute": {"training": {"gradient_accumulation_steps": 4}}},
+            "ablation lotlip: batch_size 30 is not divisible by processes × gradient_accumulation_steps = 4; use "
+            "28 or 32",
         ),
         (
-            {"ablations": {"odd": {"processes": 5}}},
-            "ablations.odd: batch_size 64 is not divisible by processes × accumulation = 5; use 60 or 65",
+            {"ablations": {"odd": {}}, "compute": {"ablations": {"odd": {"processes": 5}}}},
+            "ablation odd: batch_size 64 is not divisible by processes × gradient_accumulation_steps = 5; use 60 or 65",
         ),
         (
             {"pretrain": {"text": {"context_length": 8, "corner_tokens": 5}}},
@@ -311,24 +315,76 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels
 
 
-def test_how_the_work_is_done_decides_nothing():
-    changed = PretrainConfig(
-        batch_size=64,
-        processes=2,
-        accumulation=4,
-        zero_stage=2,
-        launch={"kind": "rendezvous", "nodes": 2, "endpoint": "a:1"},
-        log_every=1,
-        checkpoint_every=1,
-        stop_at_chance_after=1,
-        peer_timeout_seconds=1,
-        max_final_loss_share=2,
-        loader={"workers": 7, "prefetch": 1},
-    )
-    assert changed.deciding() == PretrainConfig().deciding()
-    assert HOW.keys() <= PretrainConfig.model_fields.keys()
-    for difference in ({"steps": 1}, {"precision": "bf16"}, {"loader": {"epochs": "resampled"}}, {"seeds": [1]}):
-        assert PretrainConfig.model_validate(difference).deciding() != PretrainConfig().deciding()
+OTHER_COMPUTE = {
+    "device": "cpu",
+    "precision": "bf16",
+    "batch_size": 7,
+    "workers": 3,
+    "retries": 5,
+    "retry_delay_seconds": 0.5,
+    "task_runner": "ray",
+    "ray": {"gpus_per_worker": 1},
+    "training": {
+        "processes": 2,
+        "gradient_accumulation_steps": 4,
+        "zero_stage": 2,
+        "launch": {"kind": "rendezvous", "nodes": 2, "endpoint": "a:1"},
+        "loader_workers": 7,
+        "prefetch": 1,
+        "log_every": 1,
+        "checkpoint_every": 1,
+        "stop_at_chance_after": 1,
+        "peer_timeout_seconds": 1,
+        "max_final_loss_share": 2,
+    },
+    "ablations": {"lotlip": {"gradient_accumulation_steps": 8}},
+    "captioners": {"llava": {"batch_size": 1, "concurrency": 1}},
+}
+
+
+def test_how_the_work_is_done_decides_nothing(tmp_path):
+    """No key of `compute` changes a recipe, a trial's identity or what DVC watches."""
+    assert OTHER_COMPUTE.keys() == Compute.model_fields.keys()
+    assert OTHER_COMPUTE["training"].keys() | {"parallel_seeds"} == TrainingCompute.model_fields.keys()
+    demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    plain = checked_params(demo, "params.yaml")
+    identity = points(Sweep(name="a", seeds=[0]), plain)[0].identity()
+    cases = [{key: value} for key, value in OTHER_COMPUTE.items()]
+    cases += [{"training": {key: value}} for key, value in OTHER_COMPUTE["training"].items() if key != "launch"]
+    cases += [{"training": {"parallel_seeds": 2}}]
+    for case in cases:
+        changed = checked_params({**demo, "compute": case}, "params.yaml")
+        assert changed.what() == plain.what()
+        assert [changed.ablation(name) for name in changed.names] == [plain.ablation(name) for name in plain.names]
+        assert points(Sweep(name="a", seeds=[0]), changed)[0].identity() == identity
+    dvc = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
+    assert "compute" not in dvc
+
+
+@pytest.mark.parametrize("key", [key for key in MOVED if "NAME" not in key])
+def test_an_old_key_names_its_new_place(tmp_path, key):
+    data: object = 1
+    for part in reversed(key.split(".")):
+        data = {part: data}
+    with pytest.raises(ConfigError, match=re.escape(f"{key}: is now {MOVED[key]}")):
+        load(tmp_path, data)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"ablations": {"a": {"accumulation": 2}}}, "ablations.a.accumulation: is now compute.ablations.a.gradient"),
+        ({"ablations": {"a": {"loss": {"raw_share": 0}}}}, "a.loss.raw_share: is now ablations.a.loss.short_loss_fr"),
+        (
+            {"caption": {"captioners": {"x": {"kind": "transformers", "path": "p", "model": "p", "batch_size": 2}}}},
+            "caption.captioners.x.batch_size: is now compute.captioners.x.batch_size",
+        ),
+        ({"finetune": {"x": {"after": "lotlip", "pretrain": {}}}}, "finetune.x.after: is now finetune.x.init_from"),
+    ],
+)
+def test_an_old_key_below_a_name_does_too(tmp_path, data, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load(tmp_path, data)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from lotlip.caption.captioners import open_captioner
 from lotlip.caption.captioners.endpoint import EndpointCaptioner
 from lotlip.caption.config import EndpointCaptionerConfig as Settings
 from lotlip.config.params import load_params
+from lotlip.core.compute import CaptionerCompute
 from lotlip.core.section import ConfigError
 from lotlip.data.partitions import finished, read_captions, write_captions
 from lotlip.data.records import Caption, Failure, ImageRecord
@@ -72,13 +73,14 @@ def words(text: str) -> int:
 
 
 def captioner(url: str, **changes) -> EndpointCaptioner:
+    how = {key: changes.pop(key) for key in ("concurrency", "timeout_seconds", "retries") if key in changes}
     settings = {
         "path": "lotlip/caption/captioners/endpoint.py",
         "url": url,
         "model": MODEL,
         "revision": "abc",
     } | changes
-    return EndpointCaptioner("llava", Settings(kind="endpoint", **settings), words)
+    return EndpointCaptioner("llava", Settings(kind="endpoint", **settings), words, CaptionerCompute(**how))
 
 
 def is_trial(image: bytes) -> bool:

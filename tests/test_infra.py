@@ -9,15 +9,15 @@ from pathlib import Path
 
 import yaml
 
-from lotlip.pretrain.config import PretrainConfig, RendezvousLaunch, SlurmLaunch
+from lotlip.core.compute import RendezvousLaunch, SlurmLaunch, TrainingCompute
 
 INFRA = Path(__file__).parent.parent / "infra"
 
 
-def launch_in(text: str) -> PretrainConfig:
+def launch_in(text: str) -> TrainingCompute:
     """What a comment says that params.yaml says."""
-    (line,) = re.findall(r"pretrain: (\{.*\}\})", text.replace("\n# ", " "))
-    return PretrainConfig.model_validate({"batch_size": 64, **yaml.safe_load(line)})
+    (line,) = re.findall(r"compute: \{training: (\{.*?\}\})\}", text.replace("\n# ", " "))
+    return TrainingCompute.model_validate(yaml.safe_load(line))
 
 
 def test_the_slurm_job_is_shell_and_fits_its_launch():
@@ -29,7 +29,7 @@ def test_the_slurm_job_is_shell_and_fits_its_launch():
     assert isinstance(config.launch, SlurmLaunch)
     assert config.launch.nodes == int(options["nodes"])
     assert config.processes == int(options["nodes"]) * int(options["gpus-per-node"])
-    of_32 = yaml.safe_load((INFRA / "gpus" / "32.yaml").read_text(encoding="utf-8"))["pretrain"]
+    of_32 = yaml.safe_load((INFRA / "gpus" / "32.yaml").read_text(encoding="utf-8"))["compute"]["training"]
     assert (of_32["processes"], of_32["launch"]) == (config.processes, {"kind": "slurm", "nodes": 4})
     (module,) = re.findall(r"python -m (\S+)", text)
     assert importlib.util.find_spec(module)

@@ -24,6 +24,7 @@ from lotlip.caption.captioners import transformers as mllm
 from lotlip.caption.captioners.transformers import TransformersCaptioner
 from lotlip.caption.config import PRESETS
 from lotlip.caption.config import TransformersCaptionerConfig as Settings
+from lotlip.core.compute import CaptionerCompute
 from lotlip.data.images import decode_rgb
 from lotlip.data.records import Caption, Failure, ImageRecord
 from tests.tiny_mllm import IDS, picture, save_instructblip, save_llava, save_llava_next
@@ -57,8 +58,9 @@ def own_llava(llava: Path, tmp_path: Path) -> Path:
 
 
 def captioner(folder: Path, **changes: Any) -> TransformersCaptioner:
+    compute = CaptionerCompute(**{key: changes.pop(key) for key in ("batch_size", "device") if key in changes})
     settings = {"kind": "transformers", "path": folder, "model": str(folder), "max_new_tokens": NEW_TOKENS, **changes}
-    return TransformersCaptioner("tiny", Settings(**settings), lambda text: len(text.split()))
+    return TransformersCaptioner("tiny", Settings(**settings), lambda text: len(text.split()), compute)
 
 
 def texts(items: Iterator[Caption | Failure]) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from lotlip.config.params import Params, load_params
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.data.statistics import text_statistics
@@ -40,7 +41,7 @@ from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import TinyWorld
 from tests.saved_tensors import SavedTensors
-from tests.training import tiny_job
+from tests.training import split, tiny_job
 
 ROOT = Path(__file__).parent.parent
 DEMO = load_params(ROOT / "params.yaml")
@@ -55,8 +56,11 @@ MINIMAL: dict[str, Any] = {
 
 
 def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any] | None = None, **more: Any):
-    base = params.ablation(ablation).model_dump(mode="json", exclude_unset=True)
-    return plan(params, PretrainConfig.model_validate(merge(base, differences or {})), Gpu(), **more)
+    recipe, how = split(differences or {})
+    config = params.ablation(ablation).model_dump(mode="json", exclude_unset=True)
+    compute = params.training_compute(ablation).model_dump(mode="json", exclude_unset=True)
+    config = PretrainConfig.model_validate(merge(config, recipe))
+    return plan(params, config, TrainingCompute.model_validate(merge(compute, how)), Gpu(), **more)
 
 
 # --- numbers ------------------------------------------------------------------------------------------------------
@@ -83,7 +87,7 @@ def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     attention = 12 * 3 * 4 * 768 * 2048 * (14**2 + 63**2)
     assert found == pytest.approx(6 * weights * tokens + attention, rel=0.01)
-    twice = planned(CC3M, differences={"accumulation": 2}).flops["text tower"]
+    twice = planned(CC3M, differences={"gradient_accumulation_steps": 2}).flops["text tower"]
     assert twice / found == pytest.approx(4 / 3)  # every feature is computed before the loss is known
 
 
@@ -108,21 +112,24 @@ def test_a_tower_in_the_loop_costs_memory_and_operations():
 def test_what_does_not_fit_says_what_to_change():
     whole = planned(CC3M, differences={"processes": 1, "batch_size": 8192})
     assert sum(whole.memory.values()) > 80e9
-    accumulation = int(re.fullmatch(r"raise pretrain.accumulation to (\d+)", whole.remedy)[1])
-    mended = planned(CC3M, differences={"processes": 1, "batch_size": 8192, "accumulation": accumulation})
+    accumulation = int(re.fullmatch(r"raise compute.training.gradient_accumulation_steps to (\d+)", whole.remedy)[1])
+    mended = planned(
+        CC3M, differences={"processes": 1, "batch_size": 8192, "gradient_accumulation_steps": accumulation}
+    )
     assert sum(mended.memory.values()) <= 80e9 and mended.remedy == ""
     assert describe(whole, "x")[-1] == f"does not fit: {whole.remedy}"
-    hopeless = plan(CC3M, CC3M.ablation("lotlip"), Gpu(memory=1e9))
+    hopeless = plan(CC3M, CC3M.ablation("lotlip"), CC3M.training_compute("lotlip"), Gpu(memory=1e9))
     assert hopeless.remedy.startswith("take more GPUs or lower pretrain.batch_size")
 
 
 def test_each_gpu_keeps_its_micro_batch():
-    config = CC3M.ablation("lotlip").model_copy(update={"accumulation": 2})
+    config = CC3M.ablation("lotlip")
+    compute = CC3M.training_compute("lotlip").model_copy(update={"gradient_accumulation_steps": 2})
     for gpus, accumulation in ((1, 16), (8, 2), (16, 1), (32, 1)):
-        found = on_gpus(config, gpus)
-        assert (found.processes, found.accumulation) == (gpus, accumulation)
+        _, found = on_gpus(config, compute, gpus)
+        assert (found.processes, found.gradient_accumulation_steps) == (gpus, accumulation)
     with pytest.raises(ValueError, match="3 GPUs cannot train this: batch_size 2048 is not divisible"):
-        on_gpus(config, 3)
+        on_gpus(config, compute, 3)
 
 
 def test_an_unknown_pretrained_tower_says_how_to_get_it():
@@ -192,16 +199,18 @@ HELD = """
 import json, sys
 import deepspeed, torch
 from torch import nn
-from lotlip.config import Pretrain
+from lotlip.core.compute import TrainingCompute
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, parameter_groups
 
 found = {}
-initialise_processes(Pretrain(processes=2, batch_size=2))
+initialise_processes(TrainingCompute(processes=2))
 for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
-    config = Pretrain(processes=2, batch_size=2, precision=precision, zero_stage=stage)
+    config = PretrainConfig(batch_size=2, precision=precision)
+    compute = TrainingCompute(processes=2, zero_stage=stage)
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, compute))
     inputs = torch.randn(1, 256, dtype=next(engine.module.parameters()).dtype)
     for _ in range(2):
         engine.backward(engine(inputs).float().square().mean())
@@ -231,23 +240,23 @@ def test_two_processes_hold_what_is_predicted(tmp_path):
     trained = 8 * (256 * 256 + 256)
     for name, parts in read_json(tmp_path / "found.json").items():
         precision, stage = name.split()
-        config = PretrainConfig(processes=2, batch_size=2, precision=precision, zero_stage=int(stage))
-        predicted = state_bytes(config, trained)
+        config = PretrainConfig(batch_size=2, precision=precision)
+        predicted = state_bytes(config, TrainingCompute(processes=2, zero_stage=int(stage)), trained)
         assert {part: predicted[part] for part in parts} == pytest.approx(parts, rel=0.1), name
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_zero_splits_what_its_stage_says(stage):
     """In bytes of a parameter, 4 processes, fp32: table 1 of the paper on ZeRO."""
-    config = PretrainConfig(processes=4, batch_size=4, zero_stage=stage)
-    found = {name: value / 1e9 for name, value in state_bytes(config, 1_000_000_000).items()}
+    config, compute = PretrainConfig(batch_size=4), TrainingCompute(processes=4, zero_stage=stage)
+    found = {name: value / 1e9 for name, value in state_bytes(config, compute, 1_000_000_000).items()}
     assert found["weights"] == (1 if stage == 3 else 4)
     assert found["gradients"] == (4 if stage == 0 else 1)
     assert found["AdamW's moments"] == (8 if stage == 0 else 2)
     assert found["fp32 weights"] == (0 if stage == 0 else 1)
     assert found["gathered weights"] == (4 if stage == 3 else 0)
-    several = config.model_copy(update={"accumulation": 2})
-    assert state_bytes(several, 1_000_000_000)["gradients"] / 1e9 == (4 if stage < 2 else 1)
+    several = compute.model_copy(update={"gradient_accumulation_steps": 2})
+    assert state_bytes(config, several, 1_000_000_000)["gradients"] / 1e9 == (4 if stage < 2 else 1)
 
 
 # --- a whole run --------------------------------------------------------------------------------------------------
@@ -256,7 +265,8 @@ def test_zero_splits_what_its_stage_says(stage):
 MEASURED = """
 import json, sys
 import deepspeed
-from lotlip.training import pretrain
+from lotlip.pretrain import trainer
+from lotlip.train import sink
 from lotlip.pretrain.checkpoint import Checkpoints
 from tests.saved_tensors import SavedTensors
 
@@ -273,7 +283,7 @@ def weighed(checkpoints, *arguments):
 
 deepspeed.initialize, Checkpoints.save = initialized, weighed
 with saved:
-    failure = pretrain.run(sys.argv[1])
+    failure = trainer.run(sys.argv[1], sink)
 json.dump({**found, "activations": saved.peak}, open(sys.argv[2], "w"))
 sys.exit(failure)
 """
@@ -300,7 +310,13 @@ def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
     tower = {"kind": "scenes", "image_size": 32, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
     params = Params.model_validate({**MINIMAL, "image_tower": tower})
     index = {**read_json(tiny_world.shards / "index.json"), "statistics": statistics(tiny_world)}
-    expected = plan(params, PretrainConfig.model_validate(job.config), Gpu(), index)
+    expected = plan(
+        params,
+        PretrainConfig.model_validate(job.config),
+        TrainingCompute.model_validate(job.compute),
+        Gpu(),
+        index,
+    )
 
     history = read_json(job.model_folder(0) / "history.json")
     assert history[-1]["step"] == len(history) == expected.config.steps

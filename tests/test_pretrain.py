@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.models.saving import load_model
@@ -29,25 +30,19 @@ from tests.training import TINY, finish, history, losses, same, start, tiny_job,
 
 
 def test_deepspeed_is_told_what_the_parameters_say():
-    config = PretrainConfig(
-        batch_size=48,
-        processes=3,
-        accumulation=4,
-        zero_stage=2,
-        precision="bf16",
-        optimizer=OptimizerConfig(gradient_clipping=0.5),
-    )
-    told = deepspeed_config(config)
+    config = PretrainConfig(batch_size=48, precision="bf16", optimizer=OptimizerConfig(gradient_clipping=0.5))
+    compute = TrainingCompute(processes=3, gradient_accumulation_steps=4, zero_stage=2)
+    told = deepspeed_config(config, compute)
     assert told["train_batch_size"] == 48
     assert told["train_micro_batch_size_per_gpu"] == 4
     assert told["gradient_accumulation_steps"] == 4
     assert told["gradient_clipping"] == 0.5
     assert told["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 50_000_000}
     assert told["bf16"] == {"enabled": True}
-    plain = deepspeed_config(PretrainConfig())
+    plain = deepspeed_config(PretrainConfig(), TrainingCompute())
     assert (plain["bf16"], plain["zero_optimization"]["stage"]) == ({"enabled": False}, 0)
     # stage 0 would lose the exact weights
-    assert deepspeed_config(PretrainConfig(precision="bf16"))["zero_optimization"]["stage"] == 1
+    assert deepspeed_config(PretrainConfig(precision="bf16"), TrainingCompute())["zero_optimization"]["stage"] == 1
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
@@ -180,9 +175,13 @@ def test_a_whole_picture_as_augmentation_is_none(base, tiny_world, tmp_path):
 @pytest.mark.slow
 def test_resampled_epochs_train(group, tiny_world, tmp_path):
     """Blue things are drawn nine times as often as the others, and an epoch is as long as was asked."""
-    settings = {"epochs": "resampled", "samples_per_epoch": 400, "weights": {"blue-": 9.0}, "workers": 0}
+    settings = {
+        "epochs": "resampled",
+        "samples_per_epoch": 400,
+        "weights": {"blue-": 9.0},
+    }
     job = tiny_job(tiny_world, tmp_path, {"loader": settings})
-    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, 0, NullSink())
     assert trainer.loader.steps_per_epoch == 50
     keys = [key for (batch,) in trainer.loader.steps(0, 50) for key in batch.keys]
     assert np.mean([key.startswith("blue-") for key in keys]) == pytest.approx(9 / 14, abs=0.1)
@@ -260,7 +259,7 @@ def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
 @pytest.mark.slow
 def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_path):
     alone = train(tiny_job(tiny_world, tmp_path / "alone"), seeds=[2])
-    together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "seeds_at_once": 2})
+    together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "parallel_seeds": 2})
     finish(start(together, tmp_path / "together"))
     assert losses(together, 2) == pytest.approx(losses(alone, 2), rel=1e-4)
     assert losses(together, 0) != pytest.approx(losses(together, 1), rel=1e-4)
@@ -269,7 +268,7 @@ def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_p
 @pytest.mark.slow
 def test_a_seed_that_stops_ends_those_beside_it_and_says_why(tiny_world, tiny_samples, tmp_path):
     shards = spoiled(tmp_path / "shards", tiny_samples, 0)
-    changes = {"seeds": [0, 1], "seeds_at_once": 2, "steps": 100_000}
+    changes = {"seeds": [0, 1], "parallel_seeds": 2, "steps": 100_000}
     process = start(tiny_job(tiny_world, tmp_path, changes, shards=str(shards)), tmp_path)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 1
@@ -311,8 +310,8 @@ def test_fewer_samples_than_a_batch_is_an_error(group, tiny_world, tiny_samples,
 
 @pytest.mark.slow
 def test_another_number_of_processes_than_configured_is_an_error(group):
-    with pytest.raises(ValueError, match=r"1 processes were started, but pretrain\.processes is 2"):
-        initialise_processes(PretrainConfig(processes=2))
+    with pytest.raises(ValueError, match=r"1 processes were started, but compute\.training\.processes is 2"):
+        initialise_processes(TrainingCompute(processes=2))
 
 
 def test_a_job_survives_its_file(tiny_world, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 
 from lotlip.caption.captioners.table import TableCaptioner
 from lotlip.config.params import checked_params, load_params
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
 from lotlip.evaluate.config import PublishedBenchmarkConfig
 from lotlip.ingest.sources import open_source
@@ -28,7 +29,7 @@ VIT_B16, BERT_BASE = 85_798_656, 109_482_240
 
 
 def of_gpus(gpus: int) -> dict:
-    return yaml.safe_load((ROOT / "infra" / "gpus" / f"{gpus}.yaml").read_text(encoding="utf-8"))["pretrain"]
+    return yaml.safe_load((ROOT / "infra" / "gpus" / f"{gpus}.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("profile", PAPER)
@@ -59,8 +60,7 @@ def test_a_paper_profile_scores_on_the_published_benchmarks_and_trains_on_none_o
 
 @pytest.mark.parametrize("profile", PAPER)
 def test_a_paper_profile_trains_on_eight_gpus_as_infra_says(profile):
-    config = load_params(ROOT / "profiles" / f"{profile}.yaml").pretrain
-    given = config.model_dump(mode="json", exclude_unset=True)
+    given = load_params(ROOT / "profiles" / f"{profile}.yaml").model_dump(mode="json", exclude_unset=True)
     assert merge(given, of_gpus(8)) == given
 
 
@@ -68,21 +68,23 @@ def test_a_paper_profile_trains_on_eight_gpus_as_infra_says(profile):
 @pytest.mark.parametrize("gpus", GPUS)
 def test_deepspeed_is_told_what_fits_the_gpus(profile, gpus):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
-    config = on_gpus(params.ablation("lotlip"), gpus, of_gpus(gpus))
-    told = deepspeed_config(config)
+    config, compute = on_gpus(params.ablation("lotlip"), params.training_compute("lotlip"), gpus, of_gpus(gpus))
+    told = deepspeed_config(config, compute)
     assert told["train_batch_size"] == config.batch_size == params.pretrain.batch_size
     parts = gpus * told["gradient_accumulation_steps"]
     assert told["train_micro_batch_size_per_gpu"] * parts == config.batch_size
     assert told["train_micro_batch_size_per_gpu"] <= 1024
     assert told["bf16"] == {"enabled": True}
     assert told["zero_optimization"]["stage"] == 1
-    assert config.launch.kind == ("slurm" if gpus == 32 else "local")
-    assert plan(params, config, Gpu()).remedy == ""
+    assert compute.launch.kind == ("slurm" if gpus == 32 else "local")
+    assert plan(params, config, compute, Gpu()).remedy == ""
 
 
 @pytest.mark.parametrize("gpus", GPUS)
 def test_the_lines_for_gpus_are_lines_of_params_yaml(gpus):
-    assert PretrainConfig.model_validate({"batch_size": 1024, **of_gpus(gpus)}).processes == gpus
+    lines = of_gpus(gpus)
+    assert PretrainConfig.model_validate(lines["pretrain"]).precision == "bf16"
+    assert TrainingCompute.model_validate(lines["compute"]["training"]).processes == gpus
 
 
 @pytest.mark.parametrize("profile", PAPER)

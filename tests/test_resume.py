@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lotlip.core.section import merge
-from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, StepResult
 from lotlip.pretrain.loader import Batch
 from lotlip.pretrain.trainer import ChanceWatch, Job, Trainer, TrainingStopped
@@ -21,14 +20,14 @@ from tests.training import DROPOUT, finish, losses, same, same_to, start, tiny_j
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "zero_stage", "accumulation", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
+    ("processes", "zero_stage", "gradient_accumulation_steps", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
 )
 def test_a_killed_run_resumes_as_if_nothing_had_happened(
     tiny_world, tmp_path, processes, zero_stage, accumulation, precision
 ):
     """With dropout, in the middle of an epoch, the last process killed: the same weights, bit for bit."""
-    differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader": {"workers": 1}})
-    differences |= {"zero_stage": zero_stage, "accumulation": accumulation, "precision": precision}
+    differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader_workers": 1})
+    differences |= {"zero_stage": zero_stage, "gradient_accumulation_steps": accumulation, "precision": precision}
     job, whole = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
     finish(start(whole, tmp_path / "whole", processes))
     process = start(job, tmp_path / "killed", processes)
@@ -104,7 +103,7 @@ def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypa
 @pytest.mark.slow
 def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
-    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, 0, NullSink())
     trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
     trainer._checkpoint(1)
     with torch.no_grad():
@@ -171,5 +170,8 @@ def test_a_hung_peer_ends_the_run(tiny_world, tmp_path):
     hung.suspend()
     _, errors = process.communicate(timeout=900)
     assert process.returncode == 1
-    assert "process 0 of 2 lost another one, which ended or did not answer for 20 s (pretrain.peer_timeout" in errors
+    assert (
+        "process 0 of 2 lost another one, which ended or did not answer for 20 s (compute.training.peer_timeout"
+        in errors
+    )
     assert not hung.is_running() or hung.status() == psutil.STATUS_ZOMBIE

@@ -155,12 +155,11 @@ def world(tmp_path_factory, tiny_world: TinyWorld) -> TinyWorld:
 @pytest.fixture(scope="module")
 def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[Path, TextTokenizer]:
     """A trained model's folder, and the tokenizer that it was trained with."""
-    from lotlip.pretrain.config import PretrainConfig
     from lotlip.pretrain.trainer import Trainer
     from lotlip.tracking.mlflow import NullSink
 
     job = tiny_job(world, tmp_path_factory.mktemp("trained"), {"steps": 2, "text": {"context_length": 48}})
-    trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
+    trainer = Trainer(job, 0, NullSink())
     trainer.train()
     return job.model_folder(0), trainer.tokenizer
 
@@ -176,10 +175,8 @@ def test_the_loader_gives_ids_with_sep_between_sub_captions(world, trained):
     from lotlip.pretrain.loader import Loader, Rows
 
     _, tokenizer = trained
-    settings = PretrainConfig.model_validate(
-        {"batch_size": 4, "loader": {"workers": 0}, "long_texts": {"sub_captions": 2}}
-    )
-    (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, Rows(4)).steps(0, 1)))
+    settings = PretrainConfig.model_validate({"batch_size": 4, "long_texts": {"sub_captions": 2}})
+    (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, Rows(4), workers=0).steps(0, 1)))
     assert batch.raw_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
     assert {row.tolist().count(102) for row in batch.long_ids} == {2}
 

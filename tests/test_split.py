@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.models.saving import load_model
-from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
+from lotlip.pretrain.config import OptimizerConfig
 from lotlip.pretrain.engine import initialise_processes
 from lotlip.pretrain.trainer import Trainer
 from lotlip.tracking.mlflow import NullSink
@@ -21,7 +22,7 @@ from tests.conftest import TinyWorld
 from tests.training import ROOT, finish, losses, scratch, start, tiny_job, train, weights
 
 SPLITS = [
-    {"zero_stage": stage, "accumulation": accumulation, "similarity": similarity}
+    {"zero_stage": stage, "gradient_accumulation_steps": accumulation, "similarity": similarity}
     for stage in (0, 1, 2, 3)
     for accumulation in (1, 2)
     for similarity in ("cosine", "late-interaction")
@@ -33,7 +34,7 @@ def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
     for number, split in enumerate(SPLITS):
         late = {"text": {"corner_tokens": 0}} if split["similarity"] == "late-interaction" else {}
         job = tiny_job(world, folder / f"{number}", merge({"processes": processes, **split}, late))
-        trainer = Trainer(job, PretrainConfig.model_validate(job.config), 0, NullSink())
+        trainer = Trainer(job, 0, NullSink())
         result = trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
         trainer.checkpoints.save(trainer.engine.deepspeed, 1, {"loss": result.loss, "recall": result.recall})
 
@@ -68,7 +69,7 @@ def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
     one_process_steps, two_process_steps, number, processes
 ):
     """Against one process, one micro-batch, no ZeRO."""
-    plain = SPLITS.index({**SPLITS[number], "zero_stage": 0, "accumulation": 1})
+    plain = SPLITS.index({**SPLITS[number], "zero_stage": 0, "gradient_accumulation_steps": 1})
     expected, expected_gradients = first_step(one_process_steps, plain)
     found, gradients = first_step(one_process_steps if processes == 1 else two_process_steps, number)
     assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
@@ -103,6 +104,6 @@ def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_pat
 
 if __name__ == "__main__":  # as `two_process_steps` starts it
     tower, shards, pixels, out = map(Path, sys.argv[1:])
-    initialise_processes(PretrainConfig(processes=2))
+    initialise_processes(TrainingCompute(processes=2))
     one_step(TinyWorld(tower, shards, pixels, {}), out, 2)
     torch.distributed.destroy_process_group()

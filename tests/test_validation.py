@@ -23,7 +23,6 @@ from lotlip.evaluate.config import EvaluateConfig
 from lotlip.evaluate.gate import gate_evaluate
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.image_tower.gate import gate_image_tower
-from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.gate import gate_pretrain
 from lotlip.report.gate import gate_report
 from tests.partitions import write_partition
@@ -138,8 +137,6 @@ def test_caption_fails_without_captions(tmp_path):
 
 # --- pretrain -----------------------------------------------------------------------------------------------------
 
-PRETRAIN = PretrainConfig(seeds=[0, 1], max_final_loss_share=0.9)
-
 
 def history() -> pd.DataFrame:
     rows = [
@@ -158,7 +155,7 @@ def history() -> pd.DataFrame:
 
 
 def pretrain(rows: pd.DataFrame) -> Callable[[Path], list[Check]]:
-    return lambda report: gate_pretrain(PRETRAIN, rows, 4.0, report)
+    return lambda report: gate_pretrain([0, 1], 0.9, rows, 4.0, report)
 
 
 def test_pretrain_passes(tmp_path):

@@ -45,12 +45,10 @@ def tiny(params: dict[str, Any]) -> None:
     params["shard"]["samples_per_shard"] = 100
     params["pretrain"] |= {
         "seeds": [0],
-        "seeds_at_once": 1,
         "steps": 6,
         "batch_size": 16,
-        "log_every": 2,
-        "max_final_loss_share": 2.0,
     }
+    params["compute"] = {"training": {"log_every": 2, "max_final_loss_share": 2.0}}
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
     params["evaluate"]["min_score_over_chance"] = 0.0
@@ -66,6 +64,7 @@ def smallest(params: dict[str, Any]) -> None:
     params["ingest"]["partition_size"] = 30
     params["caption"]["captioners"] = {"llava": params["caption"]["captioners"]["llava"]}
     params["shard"]["samples_per_shard"] = 30
-    params["pretrain"] |= {"steps": 40, "batch_size": 8, "log_every": 4, "checkpoint_every": 4}
+    params["pretrain"] |= {"steps": 40, "batch_size": 8}
+    params["compute"]["training"] |= {"log_every": 4, "checkpoint_every": 4}
     params["evaluate"]["benchmarks"]["scenes"]["size"] = 20
     params["ablations"] = {"lotlip": {}}

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from flows.runtime.processes import launch
+from lotlip.core.compute import LocalLaunch, TrainingCompute
 from lotlip.core.files import SCRATCH, read_json
 from lotlip.core.section import merge
-from lotlip.pretrain.config import LocalLaunch, PretrainConfig
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.trainer import Job, Trainer
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TEXT, TinyWorld
@@ -26,7 +27,7 @@ TINY: dict[str, Any] = {
     "batch_size": 8,
     "log_every": 1,
     "checkpoint_every": 1000,
-    "loader": {"workers": 0},
+    "loader_workers": 0,
     "text": {"config": TEXT, "context_length": 32},
     "long_texts": {"sub_captions": 2},
     "optimizer": {"learning_rate": 2e-3, "warmup_steps": 2},
@@ -39,10 +40,20 @@ def scratch(folder: Path) -> Path:
     return folder / SCRATCH / "work"
 
 
+def split(differences: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of `pretrain`, and those of `compute.training`."""
+    how = {key: value for key, value in differences.items() if key in TrainingCompute.model_fields}
+    return {key: value for key, value in differences.items() if key not in how}, how
+
+
 def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
+    recipe, how = split(merge(TINY, differences or {}))
+    config = PretrainConfig.model_validate(recipe)
     given = {
         "ablation": "tiny",
-        "config": PretrainConfig.model_validate(merge(TINY, differences or {})).model_dump(mode="json"),
+        "config": config.model_dump(mode="json"),
+        "compute": TrainingCompute.model_validate(how).model_dump(mode="json"),
+        "seeds": config.seeds,
         "shards": str(world.shards),
         "image_tower": str(world.image_tower),
         "scratch": str(scratch(folder)),
@@ -94,7 +105,7 @@ def same_to(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tol
 def train(job: Job, seeds: Sequence[int] = (0,)) -> Job:
     """Trains in this process."""
     for seed in seeds:
-        Trainer(job, PretrainConfig.model_validate(job.config), seed, NullSink()).train()
+        Trainer(job, seed, NullSink()).train()
     return job
 
 

@@ -156,7 +156,7 @@ class Engine:
     def learning_rate(self, step: int) -> float:
         """Of a step that counts from 0."""
         settings = self.config.optimizer
-        return adamw.learning_rate * learning_rate_share(step, self.config.steps, settings)
+        return settings.learning_rate * learning_rate_share(step, self.config.steps, settings)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:
         """One optimizer step.

@@ -59,7 +59,7 @@ def server(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 @pytest.fixture
 def job(tiny_world, tmp_path: Path) -> Path:
     """A job of two processes, each with a worker of its loader, that takes much longer than the test."""
-    settings = {"steps": 100000, "processes": 2, "loader": {"workers": 1}}
+    settings = {"steps": 100000, "processes": 2, "loader_workers": 1}
     write_json(tmp_path / "job.json", vars(tiny_job(tiny_world, tmp_path, settings)))
     return tmp_path / "job.json"
 

@@ -20,12 +20,10 @@ from lotlip.caption.config import CaptionConfig
 from lotlip.data.partitions import read_captions, read_index, unit_names
 from tests.flows.conftest import ROOT, Workspace, tiny
 
-HOW = {"task_runner", "ray"}
-
 
 def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
     watched = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["caption"]["do"]["params"]
-    deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - HOW - {"captioners"}}
+    deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - {"captioners"}}
     assert set(watched) == deciding | {"caption.captioners.${key}"}
 
 
@@ -34,7 +32,7 @@ def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
 )
 def test_what_dvc_watches_is_written_out(path):
     # DVC knows no defaults
-    assert set(CaptionConfig.model_fields) - HOW <= set(yaml.safe_load(path.read_text())["caption"])
+    assert set(CaptionConfig.model_fields) <= set(yaml.safe_load(path.read_text())["caption"])
 
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
@@ -78,7 +76,8 @@ def forget(workspace: Workspace) -> None:
 
 
 def run_on(workspace: Workspace, runner: str, **quality: Any) -> None:
-    workspace.change(lambda params: params["caption"].update(task_runner=runner, quality=quality))
+    workspace.change(lambda params: params["caption"].update(quality=quality))
+    workspace.change(lambda params: params["compute"].update(task_runner=runner))
 
 
 def begin(workspace: Workspace, captioner: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:

@@ -19,7 +19,7 @@ from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
 from flows.runtime.servers import free_port
 from flows.runtime.stage import StageFailed
 from flows.runtime.supervisor import end_group, group, start_group
-from lotlip.pretrain.config import HostfileLaunch, LocalLaunch, PretrainConfig, RendezvousLaunch, SlurmLaunch
+from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
 from tests.flows.conftest import traced
 from tests.training import losses, tiny_job
@@ -62,7 +62,7 @@ def test_deepspeed_reads_the_hostfile_as_we_do():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=8\n", "has 8 slots, but pretrain.processes is 16; make them the same number"),
+        ("a slots=8\n", "has 8 slots, but compute.training.processes is 16; make them the same number"),
         ("a slots=8\na slots=8\n", "has the line 'a slots=8'; it needs `HOST slots=GPUS`, each host once"),
         ("a 8\n", "has the line 'a 8'; it needs `HOST slots=GPUS`"),
         ("# nothing\n", "names no host; write a line"),
@@ -104,7 +104,7 @@ def test_each_try_meets_apart_and_one_machine_is_the_host():
 )
 def test_a_launch_that_cannot_be_used_says_why(launched, message):
     with pytest.raises(ValueError, match=message):
-        PretrainConfig(processes=8, launch=launched)
+        TrainingCompute(processes=8, launch=launched)
 
 
 # --- joining ------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def test_other_launches_announce_nothing(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """The losses of one process that trains by itself."""
-    return train(tiny_world, tmp_path_factory.mktemp("alone"), PretrainConfig().launch, processes=1)
+    return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
 
 
 def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:

@@ -19,7 +19,7 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
     workspace = make_workspace()
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=5))
-    workspace.change(lambda params: params.update(orchestration={"workers": 1}))
+    workspace.change(lambda params: params.update(compute={"workers": 1}))
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.stages.ingest"], cwd=workspace.folder, env=workspace.alone, start_new_session=True
     )
@@ -60,7 +60,8 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     def small(params):
         params["image_tower"] = {"kind": "scenes"}  # the profile's own tower comes from the model hub
         params["image_tower"] |= {"scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2, "min_accuracy": 0.0}
-        params["pretrain"] |= {"steps": 4, "batch_size": 16, "max_final_loss_share": 2.0}
+        params["pretrain"] |= {"steps": 4, "batch_size": 16}
+        params["compute"] = {"training": {"max_final_loss_share": 2.0}}
         params["pretrain"]["text"]["config"] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
         params["evaluate"]["min_score_over_chance"] = 0.0
 

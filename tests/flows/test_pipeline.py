@@ -124,7 +124,7 @@ def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> N
         reproduced.change(lambda params: params["ablations"]["lit"].update(steps=5))
         # evaluate@lit and what goes on from it follow when the model has changed
         assert stale() == {"pretrain@lit", "report"}
-        reproduced.change(lambda params: params.update(orchestration={"workers": 1}))
+        reproduced.change(lambda params: params.update(compute={"workers": 1}))
         assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params["caption"]["captioners"]["llava"].update(omission=0.5))
         assert {"caption@llava", "shard"} <= stale()

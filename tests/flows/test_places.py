@@ -24,7 +24,8 @@ AS_NAMELESS += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"
 def shortest(params: dict[str, Any]) -> None:
     smallest(params)
     params["image_tower"]["scenes"] = 32
-    params["pretrain"] |= {"steps": 4, "log_every": 2, "checkpoint_every": 2, "processes": 2}
+    params["pretrain"]["steps"] = 4
+    params["compute"]["training"] |= {"log_every": 2, "checkpoint_every": 2, "processes": 2}
 
 
 @pytest.fixture

@@ -33,12 +33,12 @@ ROOT = Path(__file__).parents[2]
 def stage(monkeypatch, tmp_path: Path) -> Stage:
     params = load_params(ROOT / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    quick = params.orchestration.model_copy(update={"retry_delay_seconds": 0})
+    quick = params.compute.model_copy(update={"retry_delay_seconds": 0})
     monkeypatch.setattr(stages, "get_run_logger", lambda: __import__("logging").getLogger("test"))
     monkeypatch.setattr(stages, "_run_unit", FakeTask())
     monkeypatch.setattr(stages, "as_completed", list)
     monkeypatch.setattr(stages, "_held", {})
-    return Stage("ingest", params.model_copy(update={"orchestration": quick}), {"a": 1})
+    return Stage("ingest", params.model_copy(update={"compute": quick}), {"a": 1})
 
 
 class FakeTask:

@@ -16,6 +16,7 @@ from flows.runtime.servers import free_port, mlflow_server, new_login
 from tests.flows.conftest import Workspace
 from tests.flows.test_cancel import await_that
 from tests.tiny_pipeline import smallest
+from tests.training import split
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
@@ -40,8 +41,11 @@ def sharded(make_workspace: Callable[[], Workspace]) -> Workspace:
     return workspace
 
 
-def change(workspace: Workspace, **pretrain: Any) -> None:
-    workspace.change(lambda params: params["pretrain"].update(pretrain))
+def change(workspace: Workspace, **settings: Any) -> None:
+    """Changes settings of `pretrain`, and those of `compute.training`."""
+    recipe, how = split(settings)
+    workspace.change(lambda params: params["pretrain"].update(recipe))
+    workspace.change(lambda params: params["compute"]["training"].update(how))
 
 
 def warnings(output: str) -> list[str]:

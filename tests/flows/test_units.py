@@ -54,7 +54,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(stages, "_run_unit", FakeTask())
     monkeypatch.setattr(stages, "as_completed", list)
-    change(lambda params: params.update(orchestration={"retries": 0, "retry_delay_seconds": 0}))
+    change(lambda params: params.update(compute={"retries": 0, "retry_delay_seconds": 0}))
     change(lambda params: params["ingest"].update(partition_size=10))
     change(lambda params: params["ingest"]["source"].update(val_share=0, test_share=0))
     return tmp_path
