@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment from the lock. Every missing piece is named in one line, with what to install.
+# Creates the virtual environment from the lock file. An error names each missing tool and the package to install.
 set -euo pipefail
 venv=$1
 fail() { echo "error: $1" >&2; exit 1; }
@@ -17,7 +17,7 @@ export VIRTUAL_ENV=$venv
 echo "installing the locked packages into $venv (about 6 GB)"
 "$venv/bin/uv" pip sync --quiet --require-hashes requirements.lock infra/uv.txt
 "$venv/bin/uv" pip install --quiet --no-deps --no-build-isolation --editable .
-# DVC's default is /var/tmp/dvc, where other users can place pickles that DVC loads; this is for `dvc` by hand
+# DVC's default is /var/tmp/dvc, where other users can place pickles that DVC loads. This applies to `dvc` run by hand.
 if [ -d .dvc ]; then
     "$venv/bin/dvc" config --local core.site_cache_dir "$("$venv/bin/python" -c 'import os, flows; print(os.environ["DVC_SITE_CACHE_DIR"])')"
 fi

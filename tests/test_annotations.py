@@ -16,7 +16,7 @@ from lotlip.data.annotations import Text, read_texts
 from lotlip.data.partitions import write_captions
 from lotlip.data.records import Caption
 
-CAPTIONS = ["short_caption", "shortIB_captions", "longIB_captions", "shortSV_captions"]
+CAPTIONS = ["raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions"]
 CAPTIONS += ["longSV_captions", "shortLLA_captions", "longLLA_captions"]
 
 
@@ -137,8 +137,8 @@ def test_long_captions_of_dreamlip(tmp_path, ending):
     path = table(tmp_path / f"cc3m.{ending}", [row])
     assert read(path) == [(f"0/1.jpg#{name}", f"{name}, long.") for name in CAPTIONS]
     assert read(path, "longSV_captions") == [("0/1.jpg", "longSV_captions, long.")]
-    table(path, [{name: row[name] for name in ("Image Path", "short_caption")}])
-    assert read(path) == [("0/1.jpg", "short_caption, long.")]
+    table(path, [{name: row[name] for name in ("Image Path", "raw_caption")}])
+    assert read(path) == [("0/1.jpg", "raw_caption, long.")]
 
 
 def test_the_projects_own_captions(tmp_path):

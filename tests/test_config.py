@@ -243,7 +243,7 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
                     "loss": {"image_components": 8},
                 }
             },
-            "pretrain: loss.image_components are of one feature for each image, which late-interaction has not; "
+            "pretrain: loss.image_components needs one feature for each image, which late-interaction does not have; "
             "set it to 0",
         ),
     ],

@@ -63,6 +63,6 @@ def test_kubernetes_objects_fit_one_another_and_their_launch():
     assert pod["securityContext"]["runAsNonRoot"]
     (script,) = container["args"]
     subprocess.run(["bash", "-n", "-c", script], check=True)
-    modules = re.findall(r"python -m (\w+\.\w+)", script)
+    modules = re.findall(r"python -m (\w+(?:\.\w+)+)", script)
     assert modules == ["flows.reproduce", "flows.runtime.agent"]
     assert all(importlib.util.find_spec(module) for module in modules)

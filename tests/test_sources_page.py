@@ -58,7 +58,7 @@ def test_every_setting_is_there(section):
 
 
 def test_every_kind_of_failure_and_remark_is_there_and_no_other():
-    files = [*sorted((ROOT / "lotlip/sources").glob("*.py")), ROOT / "lotlip/data/duplicates.py"]
+    files = [*sorted((ROOT / "lotlip/ingest").rglob("*.py")), ROOT / "lotlip/data/duplicates.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
     made = set(
         re.findall(r'(?:Failure\(|ItemWarning\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code)

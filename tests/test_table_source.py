@@ -168,12 +168,12 @@ def test_a_folder_of_tables_may_hold_the_images_too(tmp_path):
 
 
 def test_what_is_not_there_is_told_with_what_is(tmp_path):
-    table = write_csv(tmp_path / "t.csv", [["Image Path", "short_caption"], ["a.png", "a"]])
+    table = write_csv(tmp_path / "t.csv", [["Image Path", "raw_caption"], ["a.png", "a"]])
     (tmp_path / "images").mkdir()
-    with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, short_caption\); set image"):
+    with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, raw_caption\); set image"):
         csv_source(table, tmp_path / "images")
     with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.images"):
-        csv_source(table, tmp_path / "nowhere", image="Image Path", caption="short_caption")
+        csv_source(table, tmp_path / "nowhere", image="Image Path", caption="raw_caption")
     with pytest.raises(ValueError, match=r"gone\.csv is not there; set ingest\.source\.path"):
         csv_source(tmp_path / "gone.csv", tmp_path)
     with pytest.raises(ValueError, match=r"images has no table; set ingest\.source\.path"):
@@ -258,7 +258,7 @@ def test_a_column_that_holds_no_images_is_told(tmp_path):
 # --- DreamLIP's tables --------------------------------------------------------------------------------------------
 
 DREAMLIP = [
-    "Image Path", "short_caption", "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions",
+    "Image Path", "raw_caption", "shortIB_captions", "longIB_captions", "shortSV_captions", "longSV_captions",
     "shortLLA_captions", "longLLA_captions",
 ]  # fmt: skip
 
@@ -273,7 +273,7 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
     rows[4][5] = ""  # one ShareGPT4V caption is missing
     table = write_csv(tmp_path / "cc3m/cc3m_3long_3short_1raw_captions.csv", rows)
     settings = CsvSourceConfig(
-        kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="short_caption"
+        kind="csv", path=tmp_path / "cc3m", images=tmp_path / "cc3m/images", image="Image Path", caption="raw_caption"
     )
     source = open_source(settings)
     out = tmp_path / "out"

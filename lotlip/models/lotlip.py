@@ -203,7 +203,7 @@ class LotlipModel(PreTrainedModel):
             self.scale,
             logit_bias=self.logit_bias,
             text_mask=None if text_mask is None else text_mask[:, None],
-            objective="infonce" if self.logit_bias is None else "sigmoid",
+            objective="infonce" if self.logit_bias is None else "siglip",
         )["loss"]
 
     def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
