@@ -437,7 +437,6 @@ def test_every_preset_can_be_had_from_a_folder(tmp_path):
         ({"model": "me/llava", "revision": "main"}, r"\.revision: .*not 'main'"),
         ({"model": "here", "path": "here", "revision": COMMIT}, ": the model in here has the hash of its files"),
         ({"model": "me/llava", "revision": COMMIT, "temperature": 1, "num_beams": 2}, ": temperature is for drawing"),
-        ({"model": "me/llava", "revision": COMMIT, "device": "tpu"}, r"\.device: .*not 'tpu'"),
         ({"preset": "llava", "model": "me/llava", "revision": COMMIT}, r"\.preset: .*'llava-1\.5-13b'.*not 'llava'"),
         ({}, r"\.model: missing; it has no default"),
     ],
