@@ -70,9 +70,9 @@ def _rows(rows: Sequence[Mapping[str, Any]], facts: Sequence[Fact], about: str, 
     return pd.DataFrame(rows, columns=[about, *numbers]).astype(dict.fromkeys(numbers, float))
 
 
-def _repeated(folder: Path, names: Sequence[str], column: str, values: int) -> int:
-    """How many values of a column come again, in any of the partitions, of about so many."""
-    return count_repeats(len(names), lambda part: hashes(read_table(folder, names[part], [column])[column]), values)
+def _repeated(folder: Path, names: Sequence[str], column: str) -> int:
+    """How many values of a column come again, in any of the partitions."""
+    return count_repeats(hashes(read_table(folder, name, [column])[column]) for name in names)
 
 
 # --- one gate per stage -------------------------------------------------------------------------------------------
@@ -106,7 +106,7 @@ def gate_ingest(
     table = _rows(rows, PARTITION, "unit", "opened", "constant")
     whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
     written = sum(unit.written for unit in reports)
-    again = {column: _repeated(folder, whole, column, written) for column in ("key", "sha256", "raw_caption")}
+    again = {column: _repeated(folder, whole, column) for column in ("key", "sha256", "raw_caption")}
     found = totals(reports)
     failures, few_failures = _failures(found, settings.max_failure_share, "ingest", LEFT_OUT)
     left_out = {kind: count for kind, count in found["failure_kinds"].items() if kind in LEFT_OUT}
@@ -236,8 +236,8 @@ def gate_caption(
         "reasoning_share": (table["reasoning"].sum() + filtered.get("reasoning", 0)) / max(written, 1),
         "truncated_share": table["truncated"].sum() / max(captions, 1),
         "missing_share": len(missing) / max(len(reports), 1),
-        "repeated_keys": _repeated(folder, names, "key", captions),
-        "repeated_share": _repeated(folder, names, "text", captions) / max(captions, 1),
+        "repeated_keys": _repeated(folder, names, "key"),
+        "repeated_share": _repeated(folder, names, "text") / max(captions, 1),
         "swapped": len(swapped),
         **failures,
     }
@@ -331,7 +331,7 @@ def gate_shard(
     stage = {
         "stage": "shard",
         "samples": samples + index["failed"],
-        "repeated_keys": count_repeats(len(whole), lambda shard: hashes(read_keys(whole[shard])), samples),
+        "repeated_keys": count_repeats(hashes(read_keys(path)) for path in whole),
         "train": index["splits"].get("train", {}).get("samples", 0),
         "widths": len({width for row in rows for width in row["widths"]}),
         "uncaptioned": table["uncaptioned"].sum() / max(samples, 1),
