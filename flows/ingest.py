@@ -12,10 +12,11 @@ from flows.stage import Stage, StageFailed, main
 from lotlip.config import load_params
 from lotlip.files import remove
 from lotlip.partitions import finished_unit, recorded_inputs, reuse_or_write, write_index, write_partitions
+from lotlip.perceptual import near_copies, write_hashes
 from lotlip.records import Unit, UnitReport
 from lotlip.repeats import unique_partitions
 from lotlip.sources import Source, open_source
-from lotlip.sources.evaluation import image_hashes
+from lotlip.sources.evaluation import image_hashes, perceptual_hashes
 from lotlip.sources.paths import check_ingest
 
 
@@ -28,6 +29,15 @@ def ingest() -> None:
     stage = Stage("ingest", params, config.model_dump(mode="json"))
     source = open_source(config.source, config.images)
     units, folder = source.units(config.partition_size), stage.scratch / "units"
+    distance, hashes = config.max_evaluation_hash_distance, stage.scratch / "hashes"
+    near = distance is not None and config.evaluation_images
+
+    def make(unit: Unit) -> list[UnitReport]:
+        reports = write_partitions(unit, source.read(unit), folder, source.split)
+        for report in reports if near else ():
+            if report.name.startswith("train/"):
+                write_hashes(folder, report.name, hashes)
+        return reports
 
     def write(unit: Unit) -> list[UnitReport]:
         return reuse_or_write(
@@ -35,17 +45,22 @@ def ingest() -> None:
             source.state(unit),
             folder,
             lambda: finished_unit(unit, folder),
-            lambda: write_partitions(unit, source.read(unit), folder, source.split),
+            lambda: make(unit),
         )
 
     written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     _check_unchanged(open_source(config.source, config.images), units, config.partition_size, folder)
     evaluation = image_hashes(config.evaluation_images, config.images)
+    copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance) if near else None
     remove(stage.out)
-    reports = unique_partitions(folder, written, stage.out, evaluation)
+    reports = unique_partitions(folder, written, stage.out, evaluation, copies)
     index = write_index(stage.out, reports)
-    if copies := index["failure_kinds"].get("duplicate-image"):
-        stage.log.info("ingest: %d of %d images are exact copies of others and are left out", copies, index["read"])
+    for kind, what in (
+        ("duplicate-image", "are exact copies of others"),
+        ("near-evaluation", "resemble evaluation images"),
+    ):
+        if count := index["failure_kinds"].get(kind):
+            stage.log.info("ingest: %d of %d images %s and are left out", count, index["read"], what)
     with stage.clock.measure("gate"):
         from lotlip.validation import gate_ingest
 

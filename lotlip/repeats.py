@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -74,7 +74,7 @@ def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
     import duckdb
 
     with temporary_folder("tables") as folder:
-        settings = {
+        settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "temp_directory": str(folder),
             "threads": min(THREADS, os.cpu_count() or 1),
@@ -101,21 +101,27 @@ def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
 
 
 def unique_partitions(
-    units: Path, reports: Sequence[UnitReport], out: Path, evaluation: Mapping[str, str]
+    units: Path,
+    reports: Sequence[UnitReport],
+    out: Path,
+    evaluation: Mapping[str, str],
+    near_copies: Callable[[str], Mapping[int, str]] | None = None,
 ) -> list[UnitReport]:
     """Puts the partitions of ingest's units into `out`, without the images and keys that come again.
 
     Units are read apart and know nothing of one another, so this is done when all are there. Of images with equal
     bytes the first stays, that of the test split before that of the training split. What is dropped is a `Failure`:
-    "duplicate" for a key, "duplicate-image" for an image, or "evaluation" for a training image that is in an evaluation
-    set. Tars are linked, not copied: the image of a dropped row stays in its tar, and no table names it. Memory grows
-    with what is dropped alone.
+    "duplicate" for a key, "duplicate-image" for an image, "evaluation" for a training image that is in an evaluation
+    set, or "near-evaluation" for one that resembles an image there. Tars are linked, not copied: the image of a dropped
+    row stays in its tar, and no table names it. Memory grows with what is dropped alone.
 
     Args:
         units: folder that `write_partitions` filled; it stays as it is.
         reports: of all its partitions, and of units that failed as a whole.
         out: a folder that is empty or not there.
         evaluation: sha256 of an image that must not be trained on → where it is.
+        near_copies: a training partition's name → number of a row → why its image is taken for a copy of an
+            evaluation image; None: such copies are not looked for.
 
     Returns:
         The reports as they are now, in their order.
@@ -124,12 +130,13 @@ def unique_partitions(
         (report.name for report in reports if report.sha256), key=lambda name: (_PRECEDENCE.index(_split(name)), name)
     )
     dropped: dict[str, dict[int, tuple[str, str]]] = {}  # partition → row → kind, reason
-    if evaluation:
-        for name in (name for name in names if _split(name) == "train"):
-            for row, sha256 in enumerate(read_table(units, name, ["sha256"])["sha256"]):
-                if sha256 in evaluation:
-                    reason = f"it is in an evaluation set: {evaluation[sha256]}"
-                    dropped.setdefault(name, {})[row] = ("evaluation", reason)
+    for name in (name for name in names if _split(name) == "train"):
+        if near_copies:
+            dropped[name] = {row: ("near-evaluation", reason) for row, reason in near_copies(name).items()}
+        for row, sha256 in enumerate(read_table(units, name, ["sha256"])["sha256"] if evaluation else ()):
+            if sha256 in evaluation:
+                reason = f"it is in an evaluation set: {evaluation[sha256]}"
+                dropped.setdefault(name, {})[row] = ("evaluation", reason)
     for column, kind, what in (
         ("key", "duplicate", "its key is taken by"),
         ("sha256", "duplicate-image", "it is the same image as"),

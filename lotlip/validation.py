@@ -126,7 +126,7 @@ def gate_ingest(
             few_failures,
             share(
                 "left_out",
-                "images left out as exact copies or evaluation images",
+                "images left out as copies or evaluation images",
                 settings.max_left_out_share,
                 "ingest.max_left_out_share",
                 _counts(left_out),
@@ -159,7 +159,7 @@ def gate_ingest(
 
 
 # Kinds of failures of images that are left out on purpose.
-LEFT_OUT = ("duplicate-image", "evaluation")
+LEFT_OUT = ("duplicate-image", "evaluation", "near-evaluation")
 
 # Kinds of failures that tell of a whole file of the source; its items were not all counted.
 BROKEN_UNIT = ("unit", "truncated", "unreadable-shard")
