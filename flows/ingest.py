@@ -29,12 +29,12 @@ def ingest() -> None:
     stage = Stage("ingest", params, config.model_dump(mode="json"))
     source = open_source(config.source, config.images)
     units, folder = source.units(config.partition_size), stage.scratch / "units"
-    distance, hashes = config.max_evaluation_hash_distance, stage.scratch / "hashes"
-    near = distance is not None and config.evaluation_images
+    distance = config.max_evaluation_hash_distance if config.evaluation_images else None
+    hashes = stage.scratch / "hashes"
 
     def make(unit: Unit) -> list[UnitReport]:
         reports = write_partitions(unit, source.read(unit), folder, source.split)
-        for report in reports if near else ():
+        for report in reports if distance is not None else ():
             if report.name.startswith("train/"):
                 write_hashes(folder, report.name, hashes)
         return reports
@@ -51,7 +51,9 @@ def ingest() -> None:
     written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     _check_unchanged(open_source(config.source, config.images), units, config.partition_size, folder)
     evaluation = image_hashes(config.evaluation_images, config.images)
-    copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance) if near else None
+    copies = None
+    if distance is not None:
+        copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance)
     remove(stage.out)
     reports = unique_partitions(folder, written, stage.out, evaluation, copies)
     index = write_index(stage.out, reports)
