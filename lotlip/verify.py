@@ -120,8 +120,8 @@ def _images(folder: Path, index: Mapping[str, Any], units: Units, held_out: Coll
 
         yield _look(folder, unit["name"], endings, look)
     last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (*endings, MARKER)})
-    last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key")
-    last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], index, "image")
+    last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], "key")
+    last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], "image")
     yield last
 
 
@@ -137,7 +137,7 @@ def _captions(folder: Path, index: Mapping[str, Any], units: Units) -> Iterator[
     whole = [name for name in names if _has_table(folder, name)]
     yield [
         *_index_problems(folder, index, {f"{name}{end}" for name in names for end in (".parquet", MARKER)}),
-        *_again(whole, lambda name: read_table(folder, name, ["key"])["key"], index, "key"),
+        *_again(whole, lambda name: read_table(folder, name, ["key"])["key"], "key"),
     ]
 
 
@@ -169,7 +169,7 @@ def _shards(
         ]
     known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, DONE)}
     last = [] if sum(shard["samples"] for shard in shards) == index["written"] else [_miscounted(index)]
-    yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), index, "key")]
+    yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), "key")]
 
 
 def _hash_off(folder: Path, unit: Mapping[str, Any], endings: Sequence[str]) -> dict[str, int | None]:
@@ -217,11 +217,11 @@ def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
     ]
 
 
-def _again(names: Sequence[str], values: Callable[[str], Any], index: Mapping[str, Any], what: str) -> list[Problem]:
+def _again(names: Sequence[str], values: Callable[[str], Any], what: str) -> list[Problem]:
     """The first of the values that come again, and how many more there are."""
     shown: list[Problem] = []
     count = 0
-    for found in repeats(len(names), lambda part: hashes(values(names[part])), index["written"]):
+    for found in repeats(hashes(values(name)) for name in names):
         count += len(found)
         for part, row, first_part, first_row in found[: max(0, 10 - len(shown))].tolist():
             first = values(names[first_part])[first_row]

@@ -1,18 +1,23 @@
-"""Images that are evaluated on: found by their bytes, as they are and as ingest stores them."""
+"""Images that are evaluated on: found by their bytes, as they are and as ingest stores them, and by their look."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
 from lotlip.data.duplicates import unique_partitions
-from lotlip.data.partitions import write_partitions
-from lotlip.ingest.config import FolderSourceConfig, ImagesConfig
-from lotlip.ingest.evaluation_images import image_hashes
+from lotlip.data.partitions import write_index, write_partitions
+from lotlip.ingest.config import FolderSourceConfig, ImagesConfig, IngestConfig
+from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
+from lotlip.ingest.perceptual import HashIndex, near_copies, perceptual_hash, write_hashes
 from lotlip.ingest.sources import open_source
 
 
@@ -52,3 +57,101 @@ def test_what_is_evaluated_on_is_not_trained_on_however_it_is_stored(tmp_path, i
 def test_a_folder_without_images_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no image; name folders of images that must not be trained on"):
         image_hashes([tmp_path], ImagesConfig())
+
+
+# --- resized and re-encoded copies ----------------------------------------------------------------------------------
+
+DISTANCE = IngestConfig.model_fields["max_evaluation_hash_distance"].default
+
+
+def photo(name: str) -> Image.Image:
+    """A photograph that comes with scikit-learn, 640 × 427."""
+    return Image.open(Path(sklearn.datasets.__file__).parent / "images" / f"{name}.jpg")
+
+
+def encoded(image: Image.Image, scale: float = 1, encoding: str = "jpeg", **options: int) -> bytes:
+    file = io.BytesIO()
+    size = (round(image.width * scale), round(image.height * scale))
+    image.resize(size, Image.Resampling.BICUBIC).save(file, encoding, **options)
+    return file.getvalue()
+
+
+def differing_bits(one: bytes, other: bytes) -> int:
+    return int(np.bitwise_count(perceptual_hash(one) ^ perceptual_hash(other)))
+
+
+@pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2])
+@pytest.mark.parametrize("quality", [30, 60, 90])
+@pytest.mark.parametrize("name", ["china", "flower"])
+def test_a_copy_differs_in_few_bits(name, quality, scale):
+    original = encoded(photo(name), encoding="png")
+    assert differing_bits(original, encoded(photo(name), scale, quality=quality)) <= DISTANCE
+    assert differing_bits(original, encoded(photo(name), scale, "webp", quality=quality)) <= DISTANCE
+
+
+def test_other_pictures_differ_in_more_bits():
+    whole = {name: photo(name) for name in ("china", "flower")}
+    pieces = [
+        encoded(image.crop((x, y, x + 213, y + 213)), encoding="png")
+        for image in whole.values()
+        for x in (0, 213, 426)
+        for y in (0, 213)
+    ]
+    hashes = [int(perceptual_hash(piece)) for piece in pieces]
+    nearest = min((one ^ other).bit_count() for one, other in combinations(hashes, 2))
+    assert nearest > 2 * DISTANCE
+
+
+@pytest.mark.parametrize("distance", [0, 3, 4, 6, 8, 11])
+def test_the_index_finds_what_comparing_all_pairs_finds(distance):
+    rng = np.random.default_rng(distance)
+    known = rng.integers(0, 2**64, 300, dtype=np.uint64)
+    asked = np.append(known.repeat(4), rng.integers(0, 2**64, 300, dtype=np.uint64))
+    for row in range(1200):  # 0 to 14 bits, anywhere
+        for bit in rng.choice(64, rng.integers(15), replace=False):
+            asked[row] ^= np.uint64(1) << np.uint64(bit)
+    bits = np.bitwise_count(asked[:, None] ^ known[None])
+    expected = [[row, each.argmin(), each.min()] for row, each in enumerate(bits) if each.min() <= distance]
+    assert 20 < len(expected) < 1200
+    assert HashIndex(known, distance).nearest(asked).tolist() == expected
+
+
+def test_an_index_of_nothing_and_a_search_for_nothing_find_nothing():
+    none, some = np.empty(0, np.uint64), np.array([7], np.uint64)
+    for known, asked in ((none, some), (some, none), (none, none)):
+        assert HashIndex(known, 6).nearest(asked).tolist() == []
+
+
+def test_resized_copies_are_left_out_of_the_training_split_alone_and_counted_apart(tmp_path):
+    raw, benchmark = tmp_path / "raw", tmp_path / "benchmark"
+    raw.mkdir(), benchmark.mkdir()
+    (benchmark / "china.jpg").write_bytes(encoded(photo("china"), quality=95))
+    (benchmark / "broken.jpg").write_bytes(b"broken")
+    files = {
+        "copy": encoded(photo("china"), 0.4, quality=50),
+        "exact": (benchmark / "china.jpg").read_bytes(),
+        "other": encoded(photo("flower")),
+    }
+    for name, data in files.items():
+        (raw / f"{name}.jpg").write_bytes(data)
+        (raw / f"{name}.txt").write_text(name)
+    source = open_source(FolderSourceConfig(kind="folder", path=raw, val_share=0, test_share=0), ImagesConfig())
+    (unit,) = source.units(10)
+    evaluation = image_hashes([benchmark], ImagesConfig())
+    for split, left in (("train", ["near-evaluation", "evaluation"]), ("test", [])):
+        units, hashes, out = (tmp_path / split / folder for folder in ("units", "hashes", "out"))
+        written = write_partitions(replace(unit, split=split), source.read(unit), units, source.split)
+        write_hashes(units, written[0].name, hashes)
+        near = near_copies(hashes, perceptual_hashes([benchmark]), DISTANCE)
+        failures = [
+            failure
+            for report in unique_partitions(units, written, out, evaluation, near)
+            for failure in report.failures
+        ]
+        assert [failure.kind for failure in failures] == left
+        if left:
+            reason = f"it resembles an image of an evaluation set: {benchmark / 'china.jpg'} ("
+            assert failures[0].key == "copy" and failures[0].reason.startswith(reason)
+    # what ingest wrote may be an evaluation set, too: its images of other splits than train
+    write_index(tmp_path / "test/out", [])
+    assert sorted(perceptual_hashes([tmp_path / "test/out"])) == [f"{tmp_path / 'test/out'}: {name}" for name in files]

@@ -1,52 +1,84 @@
-"""Values that come again are found in any number of turns; of images and keys that do, the right one stays."""
+"""Values that occur more than once are found, whether they fit into memory or not; the right image stays."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
+from lotlip.core.console import explain
 from lotlip.data.duplicates import count_repeats, hashes, repeats, unique_partitions
 from lotlip.data.partitions import finished, read_records, read_table
 from lotlip.data.records import Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from tests.partitions import write_partition
 
 
-def found(parts: list[list[int]], at_once: int) -> list[list[int]]:
-    values = [np.array(part, dtype=np.uint64) for part in parts]
-    total = sum(map(len, parts))
-    return sorted(row for rows in repeats(len(parts), values.__getitem__, total, at_once) for row in rows.tolist())
+def found(parts: list[list[int]]) -> list[list[int]]:
+    return sorted(row for rows in repeats(np.array(part, dtype=np.uint64) for part in parts) for row in rows.tolist())
 
 
-@pytest.mark.parametrize("at_once", [1, 2, 3, 100])
-def test_each_value_but_the_first_of_its_kind_is_found(at_once):
-    parts = [[7, 8, 7], [], [9, 8, 7], [2**64 - 1]]
-    assert found(parts, at_once) == [[0, 2, 0, 0], [2, 1, 0, 1], [2, 2, 0, 0]]
-    assert found([], at_once) == found([[1, 2]], at_once) == []
+def test_each_value_but_the_first_of_its_kind_is_found():
+    assert found([[7, 8, 7], [], [9, 8, 7], [2**64 - 1]]) == [[0, 2, 0, 0], [2, 1, 0, 1], [2, 2, 0, 0]]
+    assert found([]) == found([[]]) == found([[1, 2]]) == []
 
 
-def test_turns_are_those_of_all_at_once():
+def test_masked_values_are_neither_first_nor_again():
+    parts = [
+        np.ma.masked_array(np.array(part, dtype=np.uint64), [True, False, False]) for part in ([7, 7, 8], [8, 7, 7])
+    ]
+    assert sorted(row for rows in repeats(parts) for row in rows.tolist()) == [[1, 1, 0, 1], [1, 2, 0, 1]]
+    assert count_repeats(parts) == 2
+
+
+def test_they_are_those_that_numpy_finds():
     rng = np.random.default_rng(0)
-    values = [rng.integers(0, 3000, 500, dtype=np.uint64) for _ in range(8)]
-    parts = [part.tolist() for part in values]
-    assert found(parts, 600) == found(parts, 10**6)
-    assert count_repeats(8, values.__getitem__, 4000) == 4000 - len(np.unique(np.concatenate(values)))
+    parts = [rng.integers(0, 3000, 500, dtype=np.uint64) for _ in range(500)]
+    values, first = np.unique(np.concatenate(parts), return_index=True)
+    first_of = dict(zip(values.tolist(), first.tolist(), strict=True))
+    expected = [
+        [*divmod(place, 500), *divmod(first_of[value], 500)]
+        for place, value in enumerate(np.concatenate(parts).tolist())
+        if first_of[value] != place
+    ]
+    assert found([part.tolist() for part in parts]) == expected
+    assert count_repeats(iter(parts)) == len(expected)
+    assert count_repeats([]) == 0
 
 
-def test_no_more_than_what_is_asked_for_is_held(monkeypatch):
-    rng = np.random.default_rng(1)
-    values = [rng.integers(0, 2**63, 1000, dtype=np.uint64) for _ in range(10)]
-    sizes = []
-    argsort = np.argsort
-    monkeypatch.setattr(np, "argsort", lambda value, **more: sizes.append(len(value)) or argsort(value, **more))
-    list(repeats(10, values.__getitem__, 10_000, at_once=1000))
-    assert len(sizes) == 10 and max(sizes) < 1200
+def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
+    """Two million values take more than the 64 MB that DuckDB may have here."""
+    code = (
+        "import numpy as np, lotlip.data.duplicates as r; r.MEMORY, r.THREADS = '64MB', 1; "
+        "part = lambda n: np.random.default_rng(n).integers(0, 2**63, 500_000, dtype=np.uint64); "
+        "print(sum(map(len, r.repeats(part(n // 2) for n in range(8)))))"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "2000000\n", done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_temporary_folder_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr("lotlip.data.duplicates.MEMORY", "16MB")
+    small = {"max_temp_directory_size": "1MB"}  # what DuckDB says of it is what it says of a full disk
+    monkeypatch.setattr(
+        duckdb, "connect", lambda name, config, connect=duckdb.connect: connect(name, config=config | small)
+    )
+    with pytest.raises(OSError, match="No space left") as full:
+        count_repeats(np.random.default_rng(n).integers(0, 2**63, 100_000, dtype=np.uint64) for n in range(50))
+    assert full.value.filename == tempfile.gettempdir()
+    assert "set TMPDIR" in explain(full.value)
 
 
 def test_hashes_tell_values_apart():

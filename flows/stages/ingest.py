@@ -15,7 +15,8 @@ from lotlip.data.duplicates import unique_partitions
 from lotlip.data.partitions import finished_unit, recorded_inputs, reuse_or_write, write_index, write_partitions
 from lotlip.data.paths import check_inputs
 from lotlip.data.records import Unit, UnitReport
-from lotlip.ingest.evaluation_images import image_hashes
+from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
+from lotlip.ingest.perceptual import near_copies, write_hashes
 from lotlip.ingest.sources import Source, open_source
 
 
@@ -28,6 +29,15 @@ def ingest() -> None:
     stage = Stage("ingest", params, config.model_dump(mode="json"))
     source = open_source(config.source, config.images)
     units, folder = source.units(config.partition_size), stage.scratch / "units"
+    distance = config.max_evaluation_hash_distance if config.evaluation_images else None
+    hashes = stage.scratch / "hashes"
+
+    def make(unit: Unit) -> list[UnitReport]:
+        reports = write_partitions(unit, source.read(unit), folder, source.split)
+        for report in reports if distance is not None else ():
+            if report.name.startswith("train/"):
+                write_hashes(folder, report.name, hashes)
+        return reports
 
     def write(unit: Unit) -> list[UnitReport]:
         return reuse_or_write(
@@ -35,17 +45,24 @@ def ingest() -> None:
             source.state(unit),
             folder,
             lambda: finished_unit(unit, folder),
-            lambda: write_partitions(unit, source.read(unit), folder, source.split),
+            lambda: make(unit),
         )
 
     written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     _check_unchanged(open_source(config.source, config.images), units, config.partition_size, folder)
     evaluation = image_hashes(config.evaluation_images, config.images)
+    copies = None
+    if distance is not None:
+        copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance)
     remove(stage.out)
-    reports = unique_partitions(folder, written, stage.out, evaluation)
+    reports = unique_partitions(folder, written, stage.out, evaluation, copies)
     index = write_index(stage.out, reports)
-    if copies := index["failure_kinds"].get("duplicate-image"):
-        stage.log.info("ingest: %d of %d images are exact copies of others and are left out", copies, index["read"])
+    for kind, what in (
+        ("duplicate-image", "are exact copies of others"),
+        ("near-evaluation", "resemble evaluation images"),
+    ):
+        if count := index["failure_kinds"].get(kind):
+            stage.log.info("ingest: %d of %d images %s and are left out", count, index["read"], what)
     with stage.clock.measure("gate"):
         from lotlip.ingest.gate import gate_ingest
 

@@ -54,8 +54,8 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
         "reasoning_share": (table["reasoning"].sum() + filtered.get("reasoning", 0)) / max(written, 1),
         "truncated_share": table["truncated"].sum() / max(captions, 1),
         "missing_share": len(missing) / max(len(reports), 1),
-        "repeated_keys": count_repeated(folder, names, "key", captions),
-        "repeated_share": count_repeated(folder, names, "text", captions) / max(captions, 1),
+        "repeated_keys": count_repeated(folder, names, "key"),
+        "repeated_share": count_repeated(folder, names, "text") / max(captions, 1),
         "swapped": len(swapped),
         **failures,
     }

@@ -55,9 +55,9 @@ def number_table(rows: Sequence[Mapping[str, Any]], facts: Sequence[Fact], about
     return pd.DataFrame(rows, columns=[about, *numbers]).astype(dict.fromkeys(numbers, float))
 
 
-def count_repeated(folder: Path, names: Sequence[str], column: str, values: int) -> int:
-    """How many values of a column come again, in any of the partitions, of about so many."""
-    return count_repeats(len(names), lambda part: hashes(read_table(folder, names[part], [column])[column]), values)
+def count_repeated(folder: Path, names: Sequence[str], column: str) -> int:
+    """How many values of a column come again, in any of the partitions."""
+    return count_repeats(hashes(read_table(folder, name, [column])[column]) for name in names)
 
 
 def non_empty(reports: Sequence[UnitReport]) -> list[UnitReport]:

@@ -126,10 +126,15 @@ class IngestConfig(Section):
     evaluation_images: list[Path] = Field(
         [], description="folders of images (of a benchmark, say) that are left out of the training split"
     )
+    max_evaluation_hash_distance: Annotated[int, Field(ge=0, le=11)] | None = Field(
+        6,
+        description="of the 64 bits of perceptual hashes: a training image that differs in at most so many from one in "
+        "evaluation_images is left out as a resized or re-encoded copy; null: only exact copies are",
+    )
     max_failure_share: Share = Field(0.01, description="of the items; more fails the gate, as for each limit below")
     max_left_out_share: Share = Field(
         0.9,
-        description="of the items that are left out as exact copies of another image or of one in evaluation_images; "
+        description="of the items that are left out as copies of another image or of one in evaluation_images; "
         "they do not count for max_failure_share",
     )
     max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from lotlip.data.inspection import held_out_images
-from lotlip.data.partitions import unit_names
-from lotlip.data.paths import find_images
+from lotlip.data.partitions import stored_images, unit_names
 from lotlip.data.records import ImageRecord
 from lotlip.ingest.config import ImagesConfig
+from lotlip.ingest.perceptual import perceptual_hash
 from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.sources.folder import find_images
+
+_REMEDY = "name folders of images that must not be trained on, or none"
 
 
 def image_hashes(folders: Iterable[Path], images: ImagesConfig) -> dict[str, str]:
@@ -30,10 +34,36 @@ def image_hashes(folders: Iterable[Path], images: ImagesConfig) -> dict[str, str
         if (folder / "index.json").is_file():
             found |= dict.fromkeys(held_out_images(folder, unit_names(folder)), str(folder))
             continue
-        for name in find_images(folder, "name folders of images that must not be trained on, or none"):
+        for name in find_images(folder, _REMEDY):
             data = (folder / name).read_bytes()
             stored = intake(name, name, data, caption="none")
             found[hashlib.sha256(data).hexdigest()] = str(folder / name)
             if isinstance(stored, ImageRecord):
                 found[stored.sha256] = str(folder / name)
     return found
+
+
+def perceptual_hashes(folders: Iterable[Path]) -> dict[str, int]:
+    """Where each image is → its perceptual hash; images that cannot be decoded are left out.
+
+    Args, Raises: `folders` as of `image_hashes`.
+    """
+
+    def hashed(image: tuple[str, Callable[[], bytes]]) -> tuple[str, int] | None:
+        try:
+            return image[0], int(perceptual_hash(image[1]()))
+        except ValueError:  # it may be in an evaluation set as it is, but has no copy that could be decoded
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return dict(filter(None, pool.map(hashed, _images(folders))))
+
+
+def _images(folders: Iterable[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Where each image is, and what reads its bytes."""
+    for folder in folders:
+        if (folder / "index.json").is_file():
+            names = [name for name in unit_names(folder) if not name.startswith("train/")]
+            yield from ((f"{folder}: {key}", read) for key, _, read in stored_images(folder, names))
+        else:
+            yield from ((str(folder / name), (folder / name).read_bytes) for name in find_images(folder, _REMEDY))

@@ -46,7 +46,7 @@ def gate_shard(
     stage = {
         "stage": "shard",
         "samples": samples + index["failed"],
-        "repeated_keys": count_repeats(len(whole), lambda shard: hashes(read_keys(whole[shard])), samples),
+        "repeated_keys": count_repeats(hashes(read_keys(path)) for path in whole),
         "train": index["splits"].get("train", {}).get("samples", 0),
         "widths": len({width for row in rows for width in row["widths"]}),
         "uncaptioned": table["uncaptioned"].sum() / max(samples, 1),

@@ -106,15 +106,14 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
 
     from lotlip.data.keys import key_of
     from lotlip.demo.world import generate_scene, render
-    from lotlip.ingest.config import WebDatasetSourceConfig
     from lotlip.ingest.split import split_of
 
     workspace = make_workspace()
     raw = workspace.folder / "raw"
 
-    def picture(number: int, form: str = "JPEG") -> bytes:
+    def picture(number: int, form: str = "JPEG", side: int = 64) -> bytes:
         file = io.BytesIO()
-        render(generate_scene(7, "train", number), 64).save(file, form)
+        render(generate_scene(7, "train", number), 64).resize((side, side)).save(file, form)
         return file.getvalue()
 
     def address(number: int) -> str:
@@ -141,8 +140,9 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
     benchmark = raw / "benchmark"
     benchmark.mkdir()
     source = WebDatasetSourceConfig(kind="webdataset", path=raw / "images")
-    leaked = next(number for number in range(60, 90) if split_of(key_of(address(number)), source) == "train")
-    (benchmark / "a.jpg").write_bytes(picture(leaked))
+    trained = (number for number in range(60, 90) if split_of(key_of(address(number)), source) == "train")
+    (benchmark / "a.jpg").write_bytes(picture(next(trained)))
+    (benchmark / "b.webp").write_bytes(picture(next(trained), "WEBP", side=100))
     with (raw / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["Image Path", "longSV_captions"], *rows])
 
@@ -160,7 +160,7 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
     workspace.python("flows.stages.ingest")
     index = json.loads((workspace.folder / "data/ingest/index.json").read_text())
     kinds = index["failure_kinds"]
-    assert kinds == {"duplicate-image": 1, "evaluation": 1, "truncated": 1, "unreadable": 1}
+    assert kinds == {"duplicate-image": 1, "evaluation": 1, "near-evaluation": 1, "truncated": 1, "unreadable": 1}
     assert index["warning_kinds"] == {"renamed": 1}
     assert index["read"] == index["written"] + sum(kinds.values())
     workspace.python("flows.stages.caption", "sharegpt4v")

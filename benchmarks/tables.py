@@ -1,0 +1,114 @@
+"""Time and memory of the search for duplicates among many keys: `python -m benchmarks.tables`.
+
+Partitions are written as ingest writes them, but with their keys and hashes alone; one value in ten occurred before.
+Each number of rows is measured in a process of its own. `--before COMMIT` measures the code of that commit as well, in
+a checkout of it that is removed afterwards. `--json` prints one object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROOT = Path(__file__).parent.parent
+PARTITION = 10_000  # rows
+
+
+def write_tables(folder: Path, rows: int) -> list[str]:
+    """Partitions whose column `sha256` has as many rows in all; gives their names."""
+    names = []
+    for first in range(0, rows, PARTITION):
+        numbers = np.arange(first, min(first + PARTITION, rows))
+        numbers[9::10] //= 2  # of which nine in ten are there, under their own number
+        digests = np.random.default_rng(0).bytes(32).hex()[:44]
+        names.append(f"part-{first // PARTITION:05d}")
+        column = pa.array([f"{number * 2654435761 % 2**64:020d}{digests}" for number in numbers.tolist()])
+        pq.write_table(pa.table({"sha256": column}), folder / f"{names[-1]}.parquet")
+    return names
+
+
+def measure(folder: Path, rows: int) -> dict[str, Any]:
+    """Finds the duplicates, by the `lotlip` that can be imported here."""
+    from lotlip.data.duplicates import hashes, repeats
+    from lotlip.data.partitions import read_table
+
+    names = sorted(path.stem for path in folder.glob("*.parquet"))
+    hashes(read_table(folder, names[0], ["sha256"])["sha256"])  # imports what reads
+    before, started, busy = _peak(), time.monotonic(), time.process_time()
+
+    def read(part: int) -> np.ndarray:
+        return hashes(read_table(folder, names[part], ["sha256"])["sha256"])
+
+    if "at_once" in inspect.signature(repeats).parameters:  # as it was before DuckDB
+        found = repeats(len(names), read, rows)  # type: ignore[call-arg, arg-type]
+    else:
+        found = repeats(map(read, range(len(names))))
+    count = sum(map(len, found))
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
+    return {"rows": rows, "found": count, "seconds": seconds, "cpu_seconds": cpu_seconds, "more_mb": _peak() - before}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _measured(code: Path, folder: Path, rows: int) -> dict[str, Any]:
+    """What a process finds with the `lotlip` of a checkout."""
+    program = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import importlib.util as util, json; from pathlib import Path; "
+        "spec = util.spec_from_file_location('tables', sys.argv[2]); tables = util.module_from_spec(spec); "
+        "spec.loader.exec_module(tables); print(json.dumps(tables.measure(Path(sys.argv[3]), int(sys.argv[4]))))"
+    )
+    command = [sys.executable, "-c", program, str(code), __file__, str(folder), str(rows)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=folder)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def main(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
+    """Code → what it took for each number of rows."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        versions = {"now": ROOT}
+        if arguments.before:
+            versions["before"] = Path(scratch, "before")
+            versions["before"].mkdir()
+            archive = subprocess.run(
+                ["git", "archive", arguments.before, "lotlip"], cwd=ROOT, check=True, capture_output=True
+            )
+            subprocess.run(["tar", "-x"], cwd=versions["before"], input=archive.stdout, check=True)
+        for rows in arguments.rows:
+            folder = Path(scratch, str(rows))
+            folder.mkdir()
+            write_tables(folder, rows)
+            for name, code in versions.items():
+                results.setdefault(name, []).append(_measured(code, folder, rows))
+    return results
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000])
+    parser.add_argument("--before", metavar="COMMIT", help="measure the code of this commit as well")
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    found = main(given)
+    if given.json:
+        print(json.dumps(found, allow_nan=False))
+    for name, rows in [] if given.json else found.items():
+        for row in rows:
+            print(
+                f"{name}: {row['rows']:,} rows, {row['found']:,} found: {row['seconds']:.1f} s, "
+                f"{row['cpu_seconds']:.1f} s of CPU time, {row['more_mb']:.0f} MB more at the peak"
+            )
