@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import lotlip
 from lotlip.config import Pretrain
@@ -32,7 +34,7 @@ from lotlip.models.initialisation import build_for_pretraining
 from lotlip.temporary import multiprocessing_folder
 from lotlip.text import as_sentence_ends
 from lotlip.tracking import TRACKING_WARNING, Sink, open_sink
-from lotlip.training.checkpoint import Checkpoints, full_weights
+from lotlip.training.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.training.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 
 if TYPE_CHECKING:
@@ -235,8 +237,13 @@ class Trainer:
             )
 
     def _checkpoint(self, step: int) -> None:
-        try:
+        with self._finite():
             self.checkpoints.save(self.engine.deepspeed, step, {"history": self.history, "watch": self.watch.state()})
+
+    @contextmanager
+    def _finite(self) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
             raise self._stopped(str(error), "try a lower pretrain.optimizer.learning_rate") from error
 
@@ -269,26 +276,29 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
+        with self._finite():
+            by_first_process(lambda: self._write_model(trained))
+
+    def _write_model(self, trained: dict[str, Tensor]) -> None:
         from lotlip.models.saving import save_model  # brings timm along, which is not needed before
 
+        require_finite([trained], self.config.steps)
         model = self.engine.model
-        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
-        if dist.get_rank() == 0:
-            # a tower in training has buffers, too, which bf16 has rounded
-            buffers = {
-                name: (value.float() if value.is_floating_point() else value).cpu()
-                for name, value in model.state_dict().items()
-                if name not in trained
-            }
-            model_config = model.config
-            model_config.provenance = self._provenance()
-            frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
-            with whole(self.job.model_folder(self.seed)) as folder:
-                folder.mkdir()
-                save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
-                write_json(folder / "history.json", self.history)
-            self.checkpoints.remove()
-        dist.barrier()
+        # a tower in training has buffers, too, which bf16 has rounded
+        buffers = {
+            name: (value.float() if value.is_floating_point() else value).cpu()
+            for name, value in model.state_dict().items()
+            if name not in trained
+        }
+        model_config = model.config
+        model_config.provenance = self._provenance()
+        frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
+        with whole(self.job.model_folder(self.seed)) as folder:
+            folder.mkdir()
+            save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
+            write_json(folder / "history.json", self.history)
+        self.checkpoints.remove()
 
 
 def going_on(config: Pretrain, seed: int) -> Pretrain:
@@ -399,7 +409,7 @@ def attempt(job: Job, config: Pretrain) -> str | None:
     try:
         with multiprocessing_folder():
             main(job, config)
-    except (TrainingStopped, ValueError, WorkerLost) as error:
+    except (TrainingStopped, ValueError, OSError, WorkerLost) as error:
         return f"error: {error}"
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):
