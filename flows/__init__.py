@@ -7,6 +7,7 @@ from pathlib import Path
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
 from lotlip.caches import cache_folder, private_folder
 from lotlip.console import INTERRUPTED, print_anything, say_stopped
+from lotlip.lifetime import end_with_parent
 
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("flows."):
     print_anything()
@@ -30,6 +31,8 @@ _ALONE = ("flows.warm", "flows.guard", "flows.dvc", "flows.together")
 _program = sys.orig_argv[2] if sys.orig_argv[1:2] == ["-m"] and len(sys.orig_argv) > 2 else ""
 
 if _program.startswith("flows."):
+    if "DVC_STAGE" in os.environ and _program not in _ALONE:  # DVC runs it, and cannot end it if it is killed itself
+        end_with_parent()
     sys.excepthook = say_stopped
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.dvc":  # DVC is ending (flows.dvc)
         sys.exit(INTERRUPTED)

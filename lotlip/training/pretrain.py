@@ -30,6 +30,7 @@ from lotlip.data.images import Transform, training_transform
 from lotlip.data.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.files import read_json, sha256_files, whole, write_json
+from lotlip.lifetime import end_with_parent
 from lotlip.models.initialisation import build_for_pretraining
 from lotlip.temporary import multiprocessing_folder
 from lotlip.text import as_sentence_ends
@@ -349,7 +350,7 @@ def _write_start(job: Job) -> None:
 def side_by_side(job: Job, config: Pretrain) -> str | None:
     """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
 
-    They are forks, which have nothing to import, and stay in this process's group, so that they end with it.
+    They are forks, which have nothing to import. They end with this process, and stay in its group.
 
     Returns:
         What `run` gives.
@@ -357,13 +358,14 @@ def side_by_side(job: Job, config: Pretrain) -> str | None:
     import_deepspeed()
     _write_start(job)
     threads = max(1, (os.cpu_count() or 1) // min(config.seeds_at_once, len(config.seeds)))
-    waiting, running = list(config.seeds), set[int]()
+    waiting, running, own = list(config.seeds), set[int](), os.getpid()
     stopped = None
     while waiting or running:
         while waiting and len(running) < config.seeds_at_once:
             one = config.model_copy(update={"seeds": [waiting.pop(0)]})
             child = os.fork()
             if not child:
+                end_with_parent(own)
                 _become(job, one, threads)
             running.add(child)
         child, status = os.wait()
