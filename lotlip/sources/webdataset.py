@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from lotlip import config
 from lotlip.data.tars import DamagedTar, TarStream, archives
-from lotlip.files import sha256_json
+from lotlip.files import not_a_file, sha256_json
 from lotlip.listing import files_below, is_hidden
 from lotlip.records import Failure, ImageRecord, Unit
 from lotlip.sources.intake import Intake
@@ -376,7 +376,7 @@ def _find_tars(path: Path) -> list[str]:
     elif path.is_file():
         tars = list(_listed(path))
     else:
-        raise ValueError(f"{path} is not there; {_REMEDY}")
+        raise ValueError(f"{path} {not_a_file(path)}; {_REMEDY}")
     if not tars:
         raise ValueError(f"{path} has no tar; {_REMEDY}")
     return tars
