@@ -7,6 +7,7 @@ from pathlib import Path
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
 from lotlip.core.caches import cache_folder, private_folder
 from lotlip.core.console import INTERRUPTED, print_anything, say_stopped
+from lotlip.core.lifetime import end_with_parent
 
 STAGES = ("ingest", "image-tower", "caption", "shard", "pretrain", "evaluate", "report")
 
@@ -42,6 +43,8 @@ os.environ.setdefault("PREFECT_CLIENT_MAX_RETRIES", "3")
 _ALONE = ("flows.runtime.fork_server", "flows.runtime.supervisor", "flows.runtime.dvc", "flows.runtime.local_launch")
 
 if _program.startswith("flows."):
+    if "DVC_STAGE" in os.environ and _program not in _ALONE:  # DVC runs it, and cannot end it if it is killed itself
+        end_with_parent()
     sys.excepthook = say_stopped
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.runtime.dvc":  # DVC is ending (flows.runtime.dvc)
         sys.exit(INTERRUPTED)

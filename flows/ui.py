@@ -34,6 +34,7 @@ def shown() -> Iterator[None]:
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
+        tracker = Tracker(store, params.tracking.experiment)  # makes the store: MLflow's server would without a lock
         if store.startswith("http"):
             server = store
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
@@ -41,8 +42,7 @@ def shown() -> Iterator[None]:
             server = stack.enter_context(mlflow_server(int(os.environ.get("MLFLOW_PORT", "5000")), store, login))
             user, _, password = login.partition(":")
             print(f"MLflow   {server}\n         when asked, log in as {user} with the password {password}", flush=True)
-        compared = Tracker(store, params.tracking.experiment).comparison_link(server)
-        print(f"All runs {compared}", flush=True)
+        print(f"All runs {tracker.comparison_link(server)}", flush=True)
         yield
 
 

@@ -365,6 +365,8 @@ def test_other_encodings_are_refused(tmp_path, name):
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(ValueError, match=r"a\.json is not there"):
         read(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="/dev/null is not a regular file, but a device, pipe or socket"):
+        read(Path("/dev/null"))
     with pytest.raises(ValueError, match=r"has no annotations; give the files, or a folder"):
         read(tmp_path)
 

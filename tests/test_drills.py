@@ -113,11 +113,12 @@ def test_times_do_not_count_as_differences(place: Place) -> None:
 def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(place: Place) -> None:
     record = place.project / "models/lotlip" / RECORD
     files = {"seed-0/history.json": {"bytes": 1, "sha256": "a"}}
-    _write(record, json.dumps({"files": files}))
+    _write(record, json.dumps({"files": files, "folders": ["stage/20261128T052447.547212Z"]}))
     expected = fingerprints(place.project)
-    _write(record, json.dumps({"files": {"seed-0/history.json": {"bytes": 2, "sha256": "b"}}}))
+    other = {"seed-0/history.json": {"bytes": 2, "sha256": "b"}}
+    _write(record, json.dumps({"files": other, "folders": ["stage/20261128T091720.135197Z"]}))
     assert differences(expected, place.project) == []
-    _write(record, json.dumps({"files": files | {"more": {"bytes": 1, "sha256": "a"}}}))
+    _write(record, json.dumps({"files": files | {"more": {"bytes": 1, "sha256": "a"}}, "folders": []}))
     assert differences(expected, place.project) == [f"different: models/lotlip/{RECORD}"]
 
 

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
+from flows.runtime.local_launch import STORE
 from lotlip.core.section import merge
 from lotlip.pretrain.engine import Engine, StepResult
 from lotlip.pretrain.loader import Batch
 from lotlip.pretrain.trainer import ChanceWatch, Job, Trainer, TrainingStopped
 from lotlip.tracking.mlflow import NullSink
-from tests.training import DROPOUT, finish, losses, same, same_to, start, tiny_job, train, trainers, wait_for, weights
+from tests.training import (
+    DROPOUT,
+    ROOT,
+    finish,
+    losses,
+    same,
+    same_to,
+    start,
+    tiny_job,
+    train,
+    trainers,
+    wait_for,
+    weights,
+)
 
 
 @pytest.mark.slow
@@ -114,6 +131,46 @@ def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_worl
     with pytest.raises(TrainingStopped, match=message):
         trainer._checkpoint(2)
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000000001"]
+
+
+def both_processes(job: Job, folder: Path, module: str) -> list[str]:
+    """The last line of the standard error of each of two training processes, which nobody ends when one fails."""
+    (folder / "job.json").write_text(json.dumps(vars(job)))
+    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", STORE: str(folder / "store")}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, str(folder / "job.json")],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+        for rank in range(2)
+    ]
+    try:
+        return [process.communicate(timeout=900)[1].splitlines()[-1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("differences", [{"checkpoint_every": 2}, {"steps": 2}], ids=["checkpoint", "end"])
+def test_weights_that_are_no_numbers_end_every_process_with_the_same_error(tiny_world, tmp_path, differences):
+    job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, **differences})
+    first, second = both_processes(job, tmp_path, "tests.infinite_weight")
+    assert first == second
+    assert first.startswith("error: tiny, seed 0: 1 weights are no numbers after step 2, such as text.proj.weight;")
+    assert not Path(job.out).exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_written_ends_every_process_with_the_same_error(tiny_world, tmp_path):
+    (tmp_path / "out").write_text("a file where the folder of models should be")
+    job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, "steps": 2})
+    first, second = both_processes(job, tmp_path, "lotlip.train")
+    assert first == second
+    assert first.startswith("error: [Errno ") and job.out in first
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
@@ -32,6 +34,7 @@ from lotlip.tracking.mlflow import (
 from tests.tiny_model import save_tiny_model
 
 HISTORY = [{"step": step, "loss": 3.0 - step / 10, "learning_rate": 0.1 / step} for step in range(10, 130, 10)]
+ROOT = Path(__file__).parent.parent
 _numbers = count()
 
 
@@ -79,6 +82,37 @@ def test_a_fingerprint_has_one_run(store, experiment, client):
     assert run.info.run_name == "lotlip-seed0"
     assert run.data.tags["ablation"] == "lotlip"
     assert run.data.params == {"steps": "5"}
+
+
+def test_two_processes_that_create_a_store_at_once_share_it(tmp_path):
+    script = """
+import sys
+import mlflow.store.tracking.sqlalchemy_store  # the seconds of the import, before both start at once
+from lotlip.tracking.mlflow import Tracker
+
+print("ready", flush=True)
+sys.stdin.readline()
+print(Tracker(sys.argv[1], "shared").ensure_run(sys.argv[2], "name", {}, {}), flush=True)
+"""
+    store = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    environment = {**os.environ, "LOTLIP_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    both = [
+        subprocess.Popen([sys.executable, "-c", script, store, name], env=environment, cwd=tmp_path, text=True, **pipes)
+        for name in ("first", "second")
+    ]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        ended = [process.communicate(timeout=300) for process in both]
+        assert [process.returncode for process in both] == [0, 0], ended
+    finally:
+        for process in both:
+            process.kill()
+    assert {run.info.run_id for run in runs(MlflowClient(store), "shared")} == {out.strip() for out, _ in ended}
 
 
 def test_parameters_are_shown_by_dotted_names(store, experiment, client):
@@ -201,9 +235,9 @@ def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypat
 
 
 def test_a_comparison_sees_runs_beyond_the_first_page(store, experiment, monkeypatch):
-    monkeypatch.setattr("lotlip.tracking.mlflow.PAGE", 2)
+    monkeypatch.setattr("lotlip.tracking.mlflow.mlflow.PAGE", 2)
     seen: list[Any] = []
-    monkeypatch.setattr("lotlip.tracking.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
+    monkeypatch.setattr("lotlip.tracking.mlflow.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
     tracker = Tracker(store, experiment)
     for number in range(5):
         tracker.ensure_run(f"f{number}", f"n{number}", {}, {})

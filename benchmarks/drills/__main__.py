@@ -89,7 +89,7 @@ class Settings:
         seed: of all drills.
         kinds: that are run.
         count: of drills; None: until the deadline.
-        deadline: by the monotonic clock, after which no drill starts.
+        deadline: by the monotonic clock, after which no drill starts and no other kill comes.
         first: number of the first drill.
         kills: at most in one drill.
         prebuilt: folder of what is put into the place before the first run.
@@ -186,7 +186,9 @@ def _prepare(found: Any, settings: Settings, place: Place) -> None:
 
 def _drill(found: Any, settings: Settings, place: Place, reference: Any, numbers: Any) -> None:
     limit = max(LEAST_LIMIT_SECONDS, 3 * reference.seconds)
-    bench = Bench(place, settings.folder, reference, settings.isolated, limit, kills=settings.kills)
+    bench = Bench(
+        place, settings.folder, reference, settings.isolated, limit, kills=settings.kills, deadline=settings.deadline
+    )
     parent = multiprocessing.parent_process()
     while time.monotonic() < settings.deadline and parent is not None and parent.is_alive():
         with numbers.get_lock():
@@ -201,13 +203,14 @@ def _progress(result: Result, results: Sequence[Result], settings: Settings) -> 
     word = f"skipped: {result.skipped}" if result.skipped else "ok" if result.passed else "FAILED"
     left = max(settings.deadline - time.monotonic(), 0) / 60
     hits = sum(len(each.disturbances) for each in results)
-    kept = f"; see {result.kept}" if result.kept else ""
     spec = result.spec
     print(
         f"{spec.number:4d} {spec.kind} {spec.target} {spec.how} ({result.state}): {len(result.disturbances)} tried, "
-        f"{word}, {result.seconds:.0f} s; {hits} in all, {left:.1f} min left{kept}",
+        f"{word}, {result.seconds:.0f} s; {hits} in all, {left:.1f} min left",
         flush=True,
     )
+    if not result.passed:
+        print(explain(result), flush=True)
 
 
 def table_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -287,12 +290,14 @@ def explain(result: Result) -> str:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drills", description=__doc__.splitlines()[0])
-    parser.add_argument("--minutes", type=float, default=30.0, help="no drill starts after so many")
+    parser.add_argument(
+        "--minutes", type=float, default=30.0, help="after which no drill starts and no other kill comes"
+    )
     parser.add_argument("--count", type=int, help="of drills at most")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, help="of all that is random; drawn and printed without it")
     parser.add_argument("--first", type=int, default=0, help="number of the first drill: repeats one with --count 1")
-    parser.add_argument("--kills", type=int, default=12, help="in one drill at most")
+    parser.add_argument("--kills", type=int, default=24, help="in one drill at most")
     parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ to start from: what takes long")
     parser.add_argument("--parallel", type=int, help="drills at a time (default: 2 as root, else 1)")
     parser.add_argument("--folder", type=Path, help="new folder for all that is written (default: a temporary one)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
@@ -157,6 +158,7 @@ class Bench:
         limit: seconds that a run may take before it counts as hanging.
         ending: seconds in which a stopped run and what it started must have ended.
         kills: at most in one drill.
+        deadline: by the monotonic clock, after which a drill kills no more and only recovers.
         command: that is disturbed and run again.
     """
 
@@ -168,11 +170,12 @@ class Bench:
         isolated: bool,
         limit: float,
         ending: float = ENDING_SECONDS,
-        kills: int = 12,
+        kills: int = 24,
+        deadline: float = math.inf,
         command: Sequence[str] = REPRODUCE,
     ) -> None:
         self.place, self.folder, self.reference, self.isolated = place, folder, reference, isolated
-        self.limit, self.ending, self.kills = limit, ending, kills
+        self.limit, self.ending, self.kills, self.deadline = limit, ending, kills, deadline
         self.command = command
 
     def run(self, spec: Spec) -> Result:
@@ -323,6 +326,9 @@ class Drill:
                 break
             if self.chance.random() < 0.5:
                 self.settle()
+            if time.monotonic() > self.bench.deadline:
+                run = self.start(command)
+                break
         else:
             run = self.start(command)
         self._last(run, command)
@@ -352,7 +358,7 @@ class Drill:
         if first and self.when >= reference.startup:
             stage = max(s for s in range(len(reference.stages)) if reference.starts[s] <= self.when)
             return (f"in {reference.stages[stage]}", "Running stage '", 1, self.when - reference.starts[stage])
-        if first or chance.random() < 0.3:
+        if first or chance.random() < 0.4:
             return ("in the start", "", 0, chance.uniform(0, reference.startup))
         text, words, longest = chance.choice(
             [

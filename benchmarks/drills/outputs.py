@@ -97,8 +97,8 @@ def _normalizer(name: str) -> Callable[[str], str] | None:
 
 def _record(text: str) -> str:
     """The record of a folder has the sizes and hashes of files with times; those files are compared themselves."""
-    data = json.loads(text)
-    return json.dumps(data | {"files": sorted(_RUN_TIME.sub("TIME", name) for name in data["files"])}, allow_nan=False)
+    data = json.loads(_RUN_TIME.sub("TIME", text))
+    return json.dumps(data | {"files": sorted(data["files"])}, allow_nan=False)
 
 
 def _json(text: str) -> str:

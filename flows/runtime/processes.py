@@ -14,6 +14,7 @@ from uuid import uuid4
 from flows.runtime.stage import StageFailed
 from flows.runtime.supervisor import group
 from lotlip.core.compute import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
+from lotlip.core.files import not_a_file
 
 TORCHRUN = "torch.distributed.run"
 HOST, GUEST = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"  # who keeps the store that all meet at
@@ -77,7 +78,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
         StageFailed: the file is not there, or a line is not `HOST slots=NUMBER`.
     """
     if not path.is_file():
-        raise StageFailed(f"{path} is not there; write a line `HOST slots=GPUS` for each machine into it")
+        raise StageFailed(f"{path} {not_a_file(path)}; write a line `HOST slots=GPUS` for each machine into it")
     hosts: dict[str, int] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()

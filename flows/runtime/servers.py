@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
@@ -230,6 +231,7 @@ def _server(
     with log.open("w") as output:
         process = start_group(
             command,
+            signal.SIGKILL,  # uvicorn acts on a SIGTERM only when it has started, which can take half a minute
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -120,14 +120,10 @@ class Stage:
         self, name: str, params: Params, settings: Any, inputs: dict[str, str] | None = None, item: str | None = None
     ) -> None:
         self.name, self.item, self.params = name, item, params
-        self.label = f"{name}-{item}" if item else name
         self.clock = _clock
         self.clock.begin()
         self.log = get_run_logger()
-        check_scratch()
-        hold(SCRATCH / "locks" / f"{self.label}.lock", f"stage {self.label}")
-        params.paths.check_links(Path())
-        prepare(outputs(params.paths, name, item))
+        self.label = claim(params, name, item)
         self.fingerprint = sha256_json({"settings": settings, "inputs": inputs or {}, "code": code_hash(name)})
         self.scratch = SCRATCH / "work" / self.label / self.fingerprint[:16]
         self.out = self.scratch / "out"
@@ -236,6 +232,31 @@ class Stage:
             with atomic_write(copy) as partial:
                 shutil.copytree(pages, partial, ignore=_DECORATION)
                 write_record(partial, copy)
+
+
+def claim(params: Params, name: str, item: str | None = None) -> str:
+    """Locks a stage until this process ends, and checks that it replaces nothing but its own earlier output.
+
+    Args:
+        params: the whole configuration.
+        name: of the stage.
+        item: of the stage, if it fans out.
+
+    Returns:
+        What files of this stage are called.
+
+    Raises:
+        Locked: another process runs it.
+        NotOurs: a file or folder that no stage wrote is where this one would write.
+        StageFailed: scratch is a link.
+        ValueError: a path leads out of the project.
+    """
+    label = f"{name}-{item}" if item else name
+    check_scratch()
+    hold(SCRATCH / "locks" / f"{label}.lock", f"stage {label}")
+    params.paths.check_links(Path())
+    prepare(outputs(params.paths, name, item))
+    return label
 
 
 class _Opaque:
@@ -417,6 +438,8 @@ def main(
     name = " ".join([stage.name, *arguments])
     try:
         params = load_params()
+        if set(arguments) <= {*params.names, *params.caption.captioners}:  # the flow refuses what is not there
+            claim(params, stage.name, *arguments)  # before Prefect's server starts, which takes seconds
         with prefect_for_program(), running(params) as runner:
             missing = no_answer()
             _clock.call()

@@ -30,16 +30,17 @@ def guarded(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-m", "flows.runtime.supervisor", *command]
 
 
-def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]:
-    """Starts a command in a process group of its own, which gets a SIGTERM when this process ends, even by SIGKILL.
+def start_group(command: Sequence[str], sign: int = signal.SIGTERM, **options: Any) -> subprocess.Popen[Any]:
+    """Starts a command in a process group of its own, which gets a signal when this process ends, even by SIGKILL.
 
     May be called from any thread.
 
     Args:
         command: and its arguments.
+        sign: the signal.
         options: of subprocess.Popen.
     """
-    tie = partial(_tie, os.getpid())
+    tie = partial(_tie, os.getpid(), sign)
     start = partial(subprocess.Popen, command, start_new_session=True, preexec_fn=tie, **options)
     # The kernel signals a child when the thread that started it ends. The main thread lasts as long as the process.
     if threading.current_thread() is threading.main_thread():
@@ -47,9 +48,9 @@ def start_group(command: Sequence[str], **options: Any) -> subprocess.Popen[Any]
     return _starter(os.getpid())(start)
 
 
-def _tie(parent: int) -> None:
+def _tie(parent: int, sign: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
-    end_with_parent(parent, signal.SIGTERM)
+    end_with_parent(parent, sign)
 
 
 @contextmanager

@@ -64,22 +64,24 @@ def private_folder(folder: Path) -> Path:
 
 
 @contextmanager
-def lock(path: Path, what: str = "") -> Iterator[None]:
+def lock(path: Path, what: str = "", wait: bool = False) -> Iterator[None]:
     """Holds an exclusive lock on a file for the block; the kernel frees it when the process ends, however it ends.
 
     Args:
         path: of the lock file. It is made, never removed: removing it would let two processes hold the lock.
         what: is locked, for the error.
+        wait: until the lock is free, however long that takes.
 
     Raises:
-        Locked: another process holds it. The message names that process if it has written its number.
+        Locked: another process holds it, and `wait` is false. The message names that process if it has written its
+            number.
         OSError: `path` is a link or cannot be made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip()
             by = f" by process {holder}" if holder.isdigit() else ""

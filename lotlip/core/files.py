@@ -39,6 +39,13 @@ class Damaged(ValueError):
     """A published file is missing or has other contents than its stage wrote."""
 
 
+def not_a_file(path: Path) -> str:
+    """Why a path cannot be read as a file, to follow its name in a message."""
+    if path.is_dir():
+        return "is a folder, not a file"
+    return "is not a regular file, but a device, pipe or socket" if path.exists() else "is not there"
+
+
 # --- writing --------------------------------------------------------------------------------------------------------
 
 

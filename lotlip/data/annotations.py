@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lotlip.core.files import not_a_file
 from lotlip.core.listing import files_below
 
 # A text's fields; where there are several, their contents are lines of one text.
@@ -171,7 +172,7 @@ def _read_dci(path: Path, wanted: _Wanted) -> Iterator[Text]:
     """Every annotation that `splits.json` names, once."""
     for file in _dci_annotations(path, wanted):
         if not file.is_file():
-            raise ValueError(f"{path} names {file.name}, but {file} is not there")
+            raise ValueError(f"{path} names {file.name}, but {file} {not_a_file(file)}")
         yield from _read_file(file, _Wanted(wanted.fields), path.parent)
 
 
@@ -204,7 +205,7 @@ def _read_file(path: Path, wanted: _Wanted, root: Path) -> Iterator[Text]:
 def _readable(path: Path, endings: Sequence[str] = (".json", ".jsonl", ".jsonlines")) -> Iterator[None]:
     """Complains of a file that is not there, has another ending, or turns out not to be UTF-8 when it is read."""
     if not path.is_file():
-        raise ValueError(f"{path} is not there")
+        raise ValueError(f"{path} {not_a_file(path)}")
     if path.suffix.lower() not in endings:
         raise ValueError(f"{path} has none of the endings {', '.join(endings)}")
     try:

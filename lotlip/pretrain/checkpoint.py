@@ -11,6 +11,7 @@ hashes is skipped when training resumes, and the one before it is loaded.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -55,35 +56,32 @@ class Checkpoints:
 
         Raises:
             FloatingPointError: a weight or moment is not finite; the earlier checkpoints stay.
+            OSError: the first process could not write it.
         """
         weights, moments = full_weights(engine), _full_moments(engine)
-        broken = sorted(
-            name for part in (weights, *moments.values()) for name, value in part.items() if not value.isfinite().all()
-        )
-        broken = _of_first_process(broken)  # only that one holds whole weights, and all of them have to stop
-        if broken:
-            raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
-        if dist.get_rank() == 0:
-            # hashing takes longer than writing, so each file is hashed while the next ones are written
-            with atomic_write(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
-                partial.mkdir(parents=True)
-                write_json(partial / "state.json", {"step": step, **more})
-                hashes = {"state.json": pool.submit(sha256_files, [partial / "state.json"])}
-                for name, values in {"weights": weights, **moments}.items():
-                    file = partial / f"{name}.safetensors"
-                    save_file(values, file)
-                    hashes[file.name] = pool.submit(sha256_files, [file])
-                write_json(partial / HASHES, {name: found.result() for name, found in hashes.items()})
-                for path in [*partial.iterdir(), partial]:  # on disk before it takes its name
-                    _sync(path)
-            _sync(self.folder)
-            for damaged in self._damaged:  # so that none of them takes the place of an intact one
-                if damaged.name != _NAME.format(step):
-                    remove(damaged)
-            self._damaged.clear()
-            for old in sorted(self._all())[:-KEPT]:
-                remove(old)
-        dist.barrier()
+        by_first_process(lambda: self._write({"weights": weights, **moments}, step, more))
+
+    def _write(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, more: dict[str, Any]) -> None:
+        require_finite(parts.values(), step)
+        # hashing takes longer than writing, so each file is hashed while the next ones are written
+        with atomic_write(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
+            partial.mkdir(parents=True)
+            write_json(partial / "state.json", {"step": step, **more})
+            hashes = {"state.json": pool.submit(sha256_files, [partial / "state.json"])}
+            for name, values in parts.items():
+                file = partial / f"{name}.safetensors"
+                save_file(dict(values), file)
+                hashes[file.name] = pool.submit(sha256_files, [file])
+            write_json(partial / HASHES, {name: found.result() for name, found in hashes.items()})
+            for path in [*partial.iterdir(), partial]:  # on disk before it takes its name
+                _sync(path)
+        _sync(self.folder)
+        for damaged in self._damaged:  # so that none of them takes the place of an intact one
+            if damaged.name != _NAME.format(step):
+                remove(damaged)
+        self._damaged.clear()
+        for old in sorted(self._all())[:-KEPT]:
+            remove(old)
 
     def load(self, engine: Any) -> dict[str, Any] | None:
         """Loads the newest intact checkpoint into an engine that has made no step yet. Every process has to call it.
@@ -146,6 +144,33 @@ def damage(folder: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError) as error:
         return str(error)
+
+
+def require_finite(parts: Iterable[Mapping[str, Tensor]], step: int) -> None:
+    """Checks weights and moments after a step.
+
+    Raises:
+        FloatingPointError: one has NaN or infinity.
+    """
+    broken = sorted(name for part in parts for name, value in part.items() if not value.isfinite().all())
+    if broken:
+        raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
+
+
+def by_first_process(work: Callable[[], None]) -> None:
+    """Has the first process do some work while the others wait. Every process has to call it.
+
+    If the work fails, every process raises the error. Otherwise the others would wait for `peer_timeout_seconds`.
+    """
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as found:
+            error = found
+    error = _of_first_process(error)
+    if error is not None:
+        raise error
 
 
 def _of_first_process(value: Any) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
 from lotlip.core.files import read_json
+from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
 from lotlip.data.tars import RawSample, Shards
 from lotlip.data.text import SentenceEnds, sample_window, split_sub_captions
@@ -211,7 +212,7 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             prefetch_factor=self._prefetch if workers else None,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid() if _in_main_thread() else None),
             multiprocessing_context="fork" if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
@@ -284,12 +285,24 @@ def _started(loader: DataLoader[Any]) -> Iterator[Any]:
     """
     handler = signal.getsignal(signal.SIGCHLD)
     steps = iter(loader)
-    if threading.current_thread() is threading.main_thread():
+    if _in_main_thread():
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
     return steps
 
 
-def _start_worker(_: int) -> None:
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def _start_worker(parent: int | None, _: int) -> None:
+    """Prepares a worker.
+
+    Args:
+        parent: the training process, which the worker ends with. torch's workers look for it only while they wait.
+            None: a thread started the worker, and the kernel would end it with that thread.
+    """
+    if parent is not None:
+        end_with_parent(parent)
     # Workers are the parallelism: the tokenizers library would start a thread for each core in every one of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -21,15 +22,17 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import lotlip
 from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import atomic_write, read_json, sha256_files, write_json
+from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.text import as_sentence_ends
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.pretrain.checkpoint import Checkpoints, full_weights
+from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 from lotlip.pretrain.initialisation import build_for_pretraining
@@ -250,8 +253,13 @@ class Trainer:
             )
 
     def _checkpoint(self, step: int) -> None:
-        try:
+        with self._finite():
             self.checkpoints.save(self.engine.deepspeed, step, {"history": self.history, "watch": self.watch.state()})
+
+    @contextmanager
+    def _finite(self) -> Iterator[None]:
+        try:
+            yield
         except FloatingPointError as error:
             raise self._stopped(str(error), "try a lower pretrain.optimizer.learning_rate") from error
 
@@ -284,26 +292,29 @@ class Trainer:
         }
 
     def _save(self) -> None:
+        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
+        with self._finite():
+            by_first_process(lambda: self._write_model(trained))
+
+    def _write_model(self, trained: dict[str, Tensor]) -> None:
         from lotlip.models.saving import save_model  # brings timm along, which is not needed before
 
+        require_finite([trained], self.config.steps)
         model = self.engine.model
-        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
-        if dist.get_rank() == 0:
-            # a tower in training has buffers, too, which bf16 has rounded
-            buffers = {
-                name: (value.float() if value.is_floating_point() else value).cpu()
-                for name, value in model.state_dict().items()
-                if name not in trained
-            }
-            model_config = model.config
-            model_config.provenance = self._provenance()
-            frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
-            with atomic_write(self.job.model_folder(self.seed)) as folder:
-                folder.mkdir()
-                save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
-                write_json(folder / "history.json", self.history)
-            self.checkpoints.remove()
-        dist.barrier()
+        # a tower in training has buffers, too, which bf16 has rounded
+        buffers = {
+            name: (value.float() if value.is_floating_point() else value).cpu()
+            for name, value in model.state_dict().items()
+            if name not in trained
+        }
+        model_config = model.config
+        model_config.provenance = self._provenance()
+        frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
+        with atomic_write(self.job.model_folder(self.seed)) as folder:
+            folder.mkdir()
+            save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
+            write_json(folder / "history.json", self.history)
+        self.checkpoints.remove()
 
 
 def going_on(config: PretrainConfig, seed: int) -> PretrainConfig:
@@ -351,7 +362,7 @@ def _write_start(job: Job) -> None:
 def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
     """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
 
-    They are forks, which have nothing to import, and stay in this process's group, so that they end with it.
+    They are forks, which have nothing to import. They end with this process, and stay in its group.
 
     Returns:
         What `run` gives.
@@ -359,13 +370,14 @@ def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
     import_deepspeed()
     _write_start(job)
     threads = max(1, (os.cpu_count() or 1) // min(at_once, len(job.seeds)))
-    waiting, running = list(job.seeds), set[int]()
+    waiting, running, own = list(job.seeds), set[int](), os.getpid()
     stopped = None
     while waiting or running:
         while waiting and len(running) < at_once:
             one = replace(job, seeds=[waiting.pop(0)])
             child = os.fork()
             if not child:
+                end_with_parent(own)
                 _become(one, threads, open_sink)
             running.add(child)
         child, status = os.wait()
@@ -419,7 +431,7 @@ def attempt(job: Job, open_sink: OpenSink) -> str | None:
     try:
         with multiprocessing_folder():
             main(job, open_sink)
-    except (TrainingStopped, ValueError, WorkerLost) as error:
+    except (TrainingStopped, ValueError, OSError, WorkerLost) as error:
         return f"error: {error}"
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):

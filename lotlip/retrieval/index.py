@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from lotlip.core.files import atomic_write, check_free
+from lotlip.core.files import atomic_write, check_free, not_a_file
 
 _GROUP = 4096  # rows of a Parquet file that are written, and later searched, at a time
 _BLOCK = 16384  # rows of a .npy file that are searched at a time
@@ -64,7 +64,7 @@ def open_index(path: Path) -> Index:
     """
     kind = _format(path)
     if not path.is_file():
-        raise ValueError(f"the index {path} is not there; write it with `lotlip embed`")
+        raise ValueError(f"the index {path} {not_a_file(path)}; write it with `lotlip embed`")
     index = kind.opener(path)
     return index._replace(blocks=lambda: _finite(path, index.blocks()))
 
@@ -208,7 +208,8 @@ def _write_header(file: IO[bytes], rows: int, width: int) -> None:
 def _open_npy(path: Path) -> Index:
     names = _names_file(path)
     if not names.is_file():
-        raise ValueError(f"{names}, which names the rows of {path}, is not there; write both with `lotlip embed`")
+        fault = not_a_file(names)
+        raise ValueError(f"{names}, which names the rows of {path}, {fault}; write both with `lotlip embed`")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:

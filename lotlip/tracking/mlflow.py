@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from lotlip.core.files import read_json
+from lotlip.core.caches import cache_folder, lock
+from lotlip.core.files import read_json, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
 from lotlip.pretrain.sink import NullSink, Sink
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 FINGERPRINT = "lotlip.fingerprint"
 NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
 TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
+SQLITE = "sqlite:///"  # begins the address of a store in a file
 PAGE = 1000  # runs that are asked for at a time
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 
@@ -139,9 +141,10 @@ class Tracker:
     def __init__(self, uri: str, experiment: str, base: PretrainConfig | None = None) -> None:
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
         self._base = base
-        self._client = _client(self.uri)
-        found = self._client.get_experiment_by_name(experiment)
-        self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+        with _alone(self.uri):
+            self._client = _client(self.uri)
+            found = self._client.get_experiment_by_name(experiment)
+            self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
         self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
 
     @property
@@ -391,6 +394,20 @@ def _has(fingerprint: str) -> str:
     return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
 
 
+@contextmanager
+def _alone(uri: str) -> Iterator[None]:
+    """Keeps other programs of this user from opening the same SQLite store during the block.
+
+    MLflow creates the tables of a new store without a lock, and two processes that do so at once both fail.
+    """
+    if not uri.startswith(SQLITE):
+        yield
+        return
+    name = sha256_json(str(Path(uri.removeprefix(SQLITE)).resolve()))[:16]
+    with lock(cache_folder() / f"mlflow-{name}.lock", f"MLflow's store {uri}", wait=True):
+        yield
+
+
 def check_store(uri: str) -> None:
     """Opens MLflow's SQLite file, so that a damaged one is named; stores of other kinds are left to MLflow.
 
@@ -399,8 +416,8 @@ def check_store(uri: str) -> None:
     """
     import sqlite3
 
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.is_file():
+    path = Path(uri.removeprefix(SQLITE))
+    if not uri.startswith(SQLITE) or not path.is_file():
         return
     base = sqlite3.connect(path)
     try:

@@ -151,6 +151,55 @@ def test_a_program_ends_with_the_process_that_started_it(tmp_path):
         assert end(processes[1:])
 
 
+# Trains two seeds side by side, each with two workers of the loader that are stuck in their first sample.
+STUCK = """
+import os, time
+from types import SimpleNamespace
+import torch
+from lotlip.config import Pretrain
+from lotlip.pretrain.loader import Loader
+from lotlip.training import pretrain
+
+class Stuck(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        os.write(1, f"{os.getpid()}\\n".encode())
+        time.sleep(600)
+        yield
+
+def attempt(job, config):
+    os.write(1, f"{os.getpid()}\\n".encode())
+    loader = object.__new__(Loader)
+    loader._settings = config.loader
+    loader._pipeline = lambda first, last: Stuck()
+    next(loader.steps(0, 100))
+
+pretrain.import_deepspeed = pretrain._write_start = lambda *_: None
+pretrain.attempt = attempt
+pretrain.side_by_side(SimpleNamespace(), Pretrain(seeds=[0, 1], seeds_at_once=2, loader={"workers": 2}))
+"""
+
+
+def test_the_processes_of_a_killed_training_end_with_it_even_if_they_are_stuck(tmp_path):
+    with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", STUCK) as training:
+        processes = [started(training, 1)[0] for _ in range(6)]
+        training.kill()
+        assert end(processes)
+
+
+def test_a_stage_ends_with_the_dvc_that_runs_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the path of a socket must be short
+    script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'flows.stages.ingest'])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "ingest", SOCKET: "socket"}
+    with socket.socket(socket.AF_UNIX) as warm_process, program(environment, "-c", script) as dvc:
+        warm_process.bind("socket")
+        warm_process.listen()
+        warm_process.settimeout(60)
+        with warm_process.accept()[0]:  # never answers
+            stage = psutil.Process(dvc.pid).children()
+            dvc.kill()
+            assert stage and end(stage)
+
+
 def test_a_program_started_in_a_thread_outlives_the_thread():
     found: list[subprocess.Popen[Any]] = []
     thread = threading.Thread(

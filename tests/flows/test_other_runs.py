@@ -106,6 +106,7 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
 
     from lotlip.data.keys import key_of
     from lotlip.demo.world import generate_scene, render
+    from lotlip.ingest.config import WebDatasetSourceConfig
     from lotlip.ingest.split import split_of
 
     workspace = make_workspace()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 from flows.clean import clean
+from flows.runtime import stage as stages
+from flows.stages.ingest import ingest
 from lotlip.config.outputs import outputs
 from lotlip.config.params import load_params
 from lotlip.core.caches import Locked, lock
@@ -138,3 +141,14 @@ def test_clean_waits_for_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with lock(Path(".lotlip/locks/pretrain-lit.lock")), pytest.raises(Locked, match="pretrain-lit"):
         list(clean(load_params()))
     assert Path("models/lit/index.json").is_file()
+
+
+def test_a_stage_checks_its_paths_before_it_starts_prefects_server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "data/ingest").mkdir(parents=True)
+    (tmp_path / "data/ingest/mine.txt").write_text("kept")
+    monkeypatch.setattr("flows.runtime.servers.prefect_for_program", lambda: pytest.fail("the server was started"))
+    with pytest.raises(SystemExit, match=r"error in ingest: data/ingest "):
+        stages.main(ingest)
+    assert (tmp_path / "data/ingest/mine.txt").read_text() == "kept"

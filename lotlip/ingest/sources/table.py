@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lotlip.core.files import sha256_json
+from lotlip.core.files import not_a_file, sha256_json
 from lotlip.data.keys import is_key, key_of, leaves, prefix_of, printable
 from lotlip.data.paths import file_state
 from lotlip.data.records import Failure, ImageRecord, Unit
@@ -40,9 +40,10 @@ class TableSource:
             )
         self._tables = find_tables(self._root, [f".{settings.kind}"], self._images)
         if not self._tables or not self._tables[0].is_file():
+            fault = "has no table" if self._root.is_dir() else not_a_file(self._root)
             raise ValueError(
-                f"{self._root} {'has no table' if self._root.is_dir() else 'is not there'}; set ingest.source.path in "
-                f"params.yaml to a .{settings.kind} file or a folder of them"
+                f"{self._root} {fault}; set ingest.source.path in params.yaml to a .{settings.kind} file or a folder "
+                "of them"
             )
         for table in self._tables:
             self._check(table)

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from lotlip.core.files import sha256_json
+from lotlip.core.files import not_a_file, sha256_json
 from lotlip.core.listing import files_below, is_hidden
 from lotlip.data.keys import is_key, key_of, leaves, prefix_of, printable
 from lotlip.data.paths import file_state
@@ -377,7 +377,7 @@ def _find_tars(path: Path) -> list[str]:
     elif path.is_file():
         tars = list(_listed(path))
     else:
-        raise ValueError(f"{path} is not there; {_REMEDY}")
+        raise ValueError(f"{path} {not_a_file(path)}; {_REMEDY}")
     if not tars:
         raise ValueError(f"{path} has no tar; {_REMEDY}")
     return tars
