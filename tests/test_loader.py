@@ -499,13 +499,13 @@ ORPHANS = """
 import os, signal, sys
 from pathlib import Path
 import psutil
-from lotlip.config import Pretrain
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.loader import Loader, Rows
 from lotlip.data.tokenizer import TextTokenizer
 
 tokenizer = TextTokenizer("bert-base-uncased")
 tokenizer(["a red dog"] * 100)  # on threads, which a fork does not take along
-steps = Loader(Path(sys.argv[1]), Pretrain(loader={"workers": 2}), tokenizer, 0, Rows(8)).steps(0, 10**6)
+steps = Loader(Path(sys.argv[1]), PretrainConfig(), tokenizer, 0, Rows(8), workers=2).steps(0, 10**6)
 next(steps)
 print(*[child.pid for child in psutil.Process().children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

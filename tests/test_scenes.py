@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from lotlip.data.records import KEY_PATTERN, ImageRecord, Unit
+from lotlip.demo.source import SceneSource
 from lotlip.demo.world import (
     COLOURS,
     PLACES,
@@ -21,7 +22,6 @@ from lotlip.demo.world import (
     TEXTURES,
     TIMES,
     Scene,
-    SceneSource,
     Setting,
     attribute_classes,
     attribute_labels,

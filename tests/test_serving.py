@@ -166,7 +166,7 @@ def test_the_folder_has_all_that_the_model_needs(served, model):
         if file.name == "config.json":  # has a place for more of the model's provenance
             continue
         assert (served / "data" / file.name).read_bytes() == file.read_bytes(), file.name
-    assert (served / "code" / "lotlip" / "serving.py").is_file()
+    assert (served / "code" / "lotlip" / "retrieval" / "serving.py").is_file()
     assert (served / "code" / "lotlip" / "data" / "bert-base-uncased" / "tokenizer.json").is_file()
     assert not list(served.rglob("*.pkl")) + list(served.rglob("__pycache__"))
     required = [Requirement(line) for line in (served / "requirements.txt").read_text().splitlines()]

@@ -184,7 +184,7 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
         file.writelines(f"k{number},llava,{'word ' * 400}\n" for number in range(75_000))
     code = (
         "import resource, sys; from pathlib import Path; from lotlip.caption.captioners.table import TableCaptioner; "
-        "from lotlip.config import TableCaptioner as Settings; "
+        "from lotlip.caption.config import TableCaptionerConfig as Settings; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak(); "
         "TableCaptioner('llava', Settings(kind='table', path=Path(sys.argv[1])), len); print(peak() - before)"
     )

@@ -29,7 +29,7 @@ from pathlib import Path
 from prefect import flow
 
 from flows.runtime.processes import launch, run_group
-from lotlip.config import LocalLaunch
+from lotlip.core.compute import LocalLaunch
 
 
 @flow

@@ -154,11 +154,9 @@ def test_a_program_ends_with_the_process_that_started_it(tmp_path):
 # Trains two seeds side by side, each with two workers of the loader that are stuck in their first sample.
 STUCK = """
 import os, time
-from types import SimpleNamespace
 import torch
-from lotlip.config import Pretrain
 from lotlip.pretrain.loader import Loader
-from lotlip.training import pretrain
+from lotlip.pretrain import trainer
 
 class Stuck(torch.utils.data.IterableDataset):
     def __iter__(self):
@@ -166,16 +164,16 @@ class Stuck(torch.utils.data.IterableDataset):
         time.sleep(600)
         yield
 
-def attempt(job, config):
+def attempt(job, open_sink):
     os.write(1, f"{os.getpid()}\\n".encode())
     loader = object.__new__(Loader)
-    loader._settings = config.loader
+    loader._workers, loader._prefetch = 2, 4
     loader._pipeline = lambda first, last: Stuck()
     next(loader.steps(0, 100))
 
-pretrain.import_deepspeed = pretrain._write_start = lambda *_: None
-pretrain.attempt = attempt
-pretrain.side_by_side(SimpleNamespace(), Pretrain(seeds=[0, 1], seeds_at_once=2, loader={"workers": 2}))
+trainer.import_deepspeed = trainer._write_start = lambda *_: None
+trainer.attempt = attempt
+trainer.side_by_side(trainer.Job("", {}, {}, [0, 1], "", "", "", "", "", {}), 2, None)
 """
 
 
