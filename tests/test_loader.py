@@ -40,11 +40,13 @@ def loader(
     long_texts: LongTextsConfig = ONE,
     seed: int = 0,
     transform: Transform | None = None,
+    workers: int = 0,
+    prefetch: int = 4,
     **settings: Any,
 ) -> Loader:
     """Without workers, so that a test reads in its own process; `settings` are of the section `loader`."""
-    config = PretrainConfig(long_texts=long_texts, loader={"workers": 0, **settings})
-    return Loader(shards, config, TOKENIZER, seed, rows or Rows(8), transform)
+    config = PretrainConfig(long_texts=long_texts, loader=settings)
+    return Loader(shards, config, TOKENIZER, seed, rows or Rows(8), transform, workers=workers, prefetch=prefetch)
 
 
 def epoch(shards: Path, *args: Any, epoch: int = 0, **more: Any) -> list[Batch]:

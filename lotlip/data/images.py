@@ -28,7 +28,8 @@ Transform = Callable[[bytes, random.Random], np.ndarray]
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has it
 
-# How a picture becomes a square. `lotlip.image_tower.config.Resize` has the same names; this module imports no configuration.
+# How a picture becomes a square. `Resize` of lotlip.image_tower.config has the same names; this module imports no
+# configuration.
 RESIZES = ("crop", "squash", "pad")
 
 # What is decoded, and how such files' names end; the first ending is the one that is written. Pillow reads more, some
