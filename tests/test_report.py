@@ -899,6 +899,17 @@ def test_several_benchmarks_repeat_the_tables(tmp_path):
     assert len(ids) == len(set(ids))
 
 
+def test_benchmarks_stand_in_the_order_of_params_yaml(tmp_path):
+    benchmarks = {"held-out": {"kind": "held-out"}, "coco": {"kind": "coco", "folder": "coco"}}
+    params = make_params(evaluate={"benchmarks": benchmarks})
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "gamma.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))  # as the stages write it
+    assert [list(ablation.benchmarks) for ablation in load_inputs(params, tmp_path).ablations] == [
+        ["held-out", "coco"] for _ in ABLATIONS
+    ]
+
+
 def test_failed_check_is_shown_open(tmp_path):
     params = make_params()
     write_project(tmp_path, params)

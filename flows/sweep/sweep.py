@@ -47,7 +47,7 @@ from flows.runtime.stage import (
     with_tracebacks,
 )
 from flows.runtime.supervisor import end_group, ending_well, guarded, start_group
-from flows.sweep.trials import Point, Sweep, points, selection, short
+from flows.sweep.trials import Point, Sweep, points, selecting_scores, selection, short
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.caches import private_folder
@@ -211,13 +211,7 @@ class Workshop:
         """The scores of a point that is done, whose run in MLflow is told of this sweep."""
         paths, base = self.params.paths, point.base
         benchmarks = experiment.read(paths.metrics / f"{base}.json")["benchmarks"]
-        benchmark, selecting = selection(self.settings, point.params)
-        scores = benchmarks[benchmark]["seeds"][str(point.seed)]
-        if not any(name in scores for name in selecting):
-            raise StageFailed(
-                f"benchmark {benchmark} has none of {', '.join(selecting)}, by which the sweep selects; "
-                f"set select_by to a score that it has: {', '.join(scores)}"
-            )
+        scores = selecting_scores(self.settings, point, benchmarks)
         stages = [experiment.read(paths.stages / f"{stage}-{base}.json") for stage in ("pretrain", "evaluate")]
         trained = experiment.read(paths.models / base / "run.json")
         tags = {f"sweep.{self.settings.name}": self.flow_run, "point": experiment.name}
@@ -231,7 +225,7 @@ class Workshop:
             address = run_address(self.tracker, run)
         return Outcome(
             status,
-            {name: scores[name] for name in selecting if name in scores},
+            scores,
             sum(stage["seconds"] for stage in stages) / 60,
             run,
             address,

@@ -170,6 +170,28 @@ def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:
     return scores[sweep.select_by]
 
 
+def selecting_scores(sweep: Sweep, point: Point, results: Mapping[str, Any]) -> dict[str, float]:
+    """Score → share, of those that select the best point.
+
+    Args:
+        sweep: what is asked for.
+        point: that was trained.
+        results: benchmark → what was measured, with "seeds"; in any order, since JSON files sort them by name.
+
+    Raises:
+        ConfigError: the benchmark has none of these scores.
+    """
+    benchmark, selecting = selection(sweep, point.params)
+    scores = results[benchmark]["seeds"][str(point.seed)]
+    found = {str(name): scores[name] for name in selecting if name in scores}
+    if not found:
+        raise ConfigError(
+            f"benchmark {benchmark} has no {' or '.join(selecting)}, by which the sweep selects the best point; set "
+            f"select_by to a score that it has, such as {', '.join(f'{benchmark}.{name}' for name in scores)}"
+        )
+    return found
+
+
 def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration with other values for some dotted parameters."""
     changed = dict(data)
