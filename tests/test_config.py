@@ -304,7 +304,8 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     (block,) = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     (tmp_path / "params.yaml").write_text(
-        yaml.safe_dump({**demo, "reproduce": {}, **yaml.safe_load(block)}), encoding="utf-8"
+        yaml.safe_dump({**demo, "reproduce": {}, "tables": {}, "findings": {}, **yaml.safe_load(block)}),
+        encoding="utf-8",
     )
     params = load_params(tmp_path / "params.yaml")
     configs = {name: params.ablation(name) for name in params.names}
@@ -527,3 +528,88 @@ def test_captioners_are_not_named_like_columns(name: str) -> None:
     data["caption"]["captioners"][name] = data["caption"]["captioners"]["llava"]
     with pytest.raises(ConfigError, match=rf"captioners\.{name}"):
         checked_params(data, "params.yaml")
+
+
+# --- tables and findings of the report ------------------------------------------------------------------------------
+
+
+TABLE: dict[str, Any] = {"title": "Systems", "rows": ["lotlip"]}
+
+
+def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
+    rows, columns = ["lotlip", {"lit": "LiT"}], ["flops", {"text.corner_tokens": "m"}, "long"]
+    changes = {"ablations": {"lit": {}}, "tables": {"a": {"title": "A", "rows": rows, "columns": columns}}}
+    table = load(tmp_path, changes).tables["a"]
+    assert list(table.rows.items()) == [("lotlip", ""), ("lit", "LiT")]
+    assert list(table.columns.items()) == [("flops", ""), ("text.corner_tokens", "m"), ("long", "")]
+    assert list(load(tmp_path, {"tables": {"a": TABLE}}).tables["a"].columns) == [
+        "changes",
+        "long",
+        "short",
+        "classification",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "line"),
+    [
+        (
+            {"rows": ["lotlip", "lotlib"]},
+            "tables.a.rows: no ablation 'lotlib'; did you mean 'lotlip'? (there are: lotlip)",
+        ),
+        (
+            {"columns": ["text.corner_token"]},
+            "tables.a.columns: no setting or score 'text.corner_token'; did you mean 'text.corner_tokens'?",
+        ),
+        (
+            {"columns": ["long.text_to_image.r2"]},
+            "tables.a.columns: no setting or score 'long.text_to_image.r2'; did you mean 'long.text_to_image.r",
+        ),
+        (
+            {"figure": {"kind": "scores", "x": "text.corner_token"}},
+            "tables.a.figure.x: no key 'text.corner_token' in pretrain; did you mean 'text.corner_tokens'?",
+        ),
+        (
+            {"figure": {"kind": "scores", "x": "text.corner_mask"}},
+            "tables.a.figure.x: text.corner_mask is True in ablation lotlip, not a number",
+        ),
+        (
+            {"figure": {"kind": "scores", "x": "steps", "lines": {"ours": ["lotlib"]}}},
+            "tables.a.figure.lines.ours: no ablation 'lotlib'; did you mean 'lotlip'?",
+        ),
+        ({"figure": {"kind": "cost", "x": "steps"}}, "tables.a.figure.x: unknown key (known here: kind)"),
+        ({"figure": {"x": "steps"}}, "tables.a.figure.kind: missing; it has no default (there are: scores, cost)"),
+        ({"rows": ["lotlip", "lotlip"]}, "tables.a.rows: contains duplicates: lotlip"),
+        ({"rows": [["lotlip"]]}, "tables.a.rows: must list names, each with or without a label"),
+        ({"rows": []}, "tables.a.rows: Value should have at least 1 item"),
+        ({"colums": []}, "tables.a.colums: unknown key; did you mean 'columns'?"),
+    ],
+)
+def test_a_mistake_in_a_table_names_its_place_and_the_nearest(tmp_path, table, line):
+    (found,) = complaints(tmp_path, {"tables": {"a": TABLE | table}})
+    assert found.startswith(line)
+
+
+def test_a_table_cannot_have_the_name_of_another_part_of_the_report(tmp_path):
+    (line,) = complaints(tmp_path, {"tables": {"all": TABLE}})
+    assert line == "tables.all: the report has a table or figure of that name; choose another name"
+
+
+@pytest.mark.parametrize(
+    ("findings", "line"),
+    [
+        ({"lit": "lotlib"}, "findings.lit: no ablation 'lotlib'; did you mean 'lotlip'? (there are: lotlip)"),
+        ({"registers": ["lotlip", "r"]}, "findings.registers: no ablation 'r' (there are: lotlip)"),
+        ({"lit_lng": "lotlip"}, "findings.lit_lng: unknown key; did you mean 'lit_long'?"),
+    ],
+)
+def test_a_mistake_in_a_role_names_its_place_and_the_nearest(tmp_path, findings, line):
+    (found,) = complaints(tmp_path, {"findings": findings})
+    assert found.startswith(line)
+
+
+def test_every_shipped_ablation_is_in_a_declared_table():
+    for file in SHIPPED:
+        params = load_params(file)
+        rows = {name for table in params.tables.values() for name in table.rows}
+        assert not params.tables or rows == set(params.names)

@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from lotlip.config.differences import differences, in_words
 from lotlip.config.params import Params
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
 from lotlip.figures.intervals import Estimate
-from lotlip.report import groups
 from lotlip.report.figures import colours, context_figures
 from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
@@ -24,7 +24,7 @@ from lotlip.report.sections import benchmark_sections, every_number
 from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
-# Names say nothing on purpose: tables go by configuration.
+# Names say nothing on purpose: tables and findings name their ablations.
 WAYS = ("image_to_text", "text_to_image")
 ABLATIONS = {
     "alpha": {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
@@ -37,8 +37,69 @@ ABLATIONS = {
     "theta": {"optimizer": {"learning_rate": 0.002}, "text": {"context_length": 64}},
 }
 
+SCORES = ["long", "short", "classification"]
+TABLES = {
+    "systems": {
+        "title": "Systems",
+        "paper": "Table 2",
+        "rows": {"alpha": "LiT", "beta": "LiT + long texts", "gamma": "LoTLIP", "eta": "LoTLIP, short twice"},
+        "columns": SCORES,
+        "published": True,
+    },
+    "corner-tokens": {
+        "title": "Corner tokens",
+        "rows": ["beta", "gamma", "epsilon", "delta"],
+        "columns": [{"text.corner_tokens": "m"}, {"text.corner_mask": "Mask"}, *SCORES],
+        "figure": {
+            "kind": "scores",
+            "x": "text.corner_tokens",
+            "x_label": "m",
+            "lines": {"corner tokens": ["beta", "gamma", "delta"], "no mask": ["epsilon"]},
+        },
+    },
+    "sub-captions": {
+        "title": "Sub-captions",
+        "rows": ["alpha", "beta", "zeta", "gamma"],
+        "columns": [{"text.corner_tokens": "m"}, {"long_texts.sub_captions": "k"}, *SCORES],
+        "figure": {
+            "kind": "scores",
+            "x": "long_texts.sub_captions",
+            "lines": {"LoTLIP": ["zeta", "gamma"], "LiT": ["alpha", "beta"]},
+        },
+    },
+    "context-length": {
+        "title": "Context length",
+        "rows": ["kappa", "gamma", "iota"],
+        "columns": [{"text.context_length": "Context"}, "flops", *SCORES],
+        "figure": {"kind": "cost"},
+    },
+}
+FINDINGS = {"lit": "alpha", "lit_long": "beta", "lotlip": "gamma"}
 
-def make_params(**changes) -> Params:
+
+def known(given, names):
+    """The given ablations that are among `names`."""
+    if isinstance(given, str):
+        return given if given in names else None
+    return (
+        {one: given[one] for one in given if one in names} if isinstance(given, dict) else [*filter(names.get, given)]
+    )
+
+
+def known_tables(tables, names):
+    """Declared tables without ablations that are not among `names`."""
+    kept = {}
+    for slug, table in tables.items():
+        if rows := known(table["rows"], names):
+            kept[slug] = {**table, "rows": rows}
+            if lines := table.get("figure", {}).get("lines"):
+                lines = {label: line for label, given in lines.items() if (line := known(given, names))}
+                kept[slug]["figure"] = {**table["figure"], "lines": lines}
+    return kept
+
+
+def make_params(tables=TABLES, findings=FINDINGS, **changes) -> Params:
+    names = dict.fromkeys([*changes.get("ablations", ABLATIONS), *changes.get("finetune", {})], True)
     data = {
         "ingest": {"source": {"kind": "folder", "path": "pictures"}},
         "image_tower": {"kind": "scenes"},
@@ -47,6 +108,8 @@ def make_params(**changes) -> Params:
         "evaluate": {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}},
         "report": {"title": "A report", "note": "These are <made-up> numbers.", "contact_sheet": 2},
         "ablations": ABLATIONS,
+        "tables": known_tables(tables, names),
+        "findings": {role: found for role, given in findings.items() if (found := known(given, names))},
     }
     return Params.model_validate({**data, **changes})
 
@@ -325,40 +388,65 @@ def test_scene_is_drawn_anew(project, tmp_path):
 # --- which ablation is in which table -----------------------------------------------------------------------------
 
 
-def test_tables_go_by_configuration(inputs):
+def test_tables_have_the_declared_rows_and_columns(inputs):
+    systems, corners = table(inputs, "systems"), table(inputs, "corner-tokens")
     assert rows_of(inputs, "systems") == ["alpha", "beta", "gamma", "eta"]
-    assert [row[1].text for row in table(inputs, "systems").rows] == ["LiT", "LiT + long texts", "LoTLIP", "LoTLIP"]
-    assert [row[2].text for row in table(inputs, "systems").rows][2:] == [
-        "1/N for each feature",
-        "1/N for each feature, × 2 raw, 1 long",
+    assert [row[1].text for row in systems.rows] == ["LiT", "LiT + long texts", "LoTLIP", "LoTLIP, short twice"]
+    assert (systems.paper, [column.label for column in systems.columns[:2]]) == ("Table 2", ["Ablation", "Label"])
+    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]
+    assert [column.label for column in corners.columns[:3]] == ["Ablation", "m", "Mask"]
+    assert [row[1].text for row in corners.rows] == ["0", "2", "2", "4"]
+    assert [row[2].text for row in corners.rows] == ["–", "yes", "no", "yes"]  # without corner tokens it masks nothing
+    assert [column.key for column in corners.columns[3:]] == [
+        *(f"{family}.{way}.r1" for family in ("long", "short") for way in WAYS),
+        "classification.top1",
     ]
-    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]  # by m, mask on first
-    assert [row[2].text for row in table(inputs, "corner-tokens").rows] == ["–", "on", "off", "on"]
-    assert rows_of(inputs, "sub-captions") == ["alpha", "beta", "zeta", "gamma"]  # by m, then k
+    assert rows_of(inputs, "sub-captions") == ["alpha", "beta", "zeta", "gamma"]
     assert rows_of(inputs, "others") == ["gamma", "theta"]  # the base beside them
     assert table(inputs, "others").rows[1][1].text == "text.context_length = 64, optimizer.learning_rate = 0.002"
     assert rows_of(inputs, "all") == list(ABLATIONS)
 
 
-def test_what_does_not_matter_is_no_difference():
-    params = make_params(
-        ablations={
-            "gamma": {"seeds": [5], "log_every": 1},
-            "beta": {"text": {"corner_tokens": 0, "corner_mask": False}},
-            "alpha": {
-                "text": {"corner_tokens": 0},
-                "long_texts": {"sub_captions": 0, "captioners": ["llava"]},
-                "loss": {"long_loss_weight": 3.0},
-            },
-        }
-    )
-    found = {name: groups.differences(params.ablation(name), params.pretrain) for name in params.ablations}
-    assert found == {
-        "gamma": {},
-        "beta": {"text.corner_tokens": 0},
-        "alpha": {"text.corner_tokens": 0, "long_texts.sub_captions": 0},
-    }
-    assert groups.in_words(found["alpha"]) == "m = 0, k = 0"
+def test_columns_are_any_setting_and_any_score(project):
+    root, _ = project
+    columns = ["optimizer.learning_rate", "loss.objective", "long_texts.captioners", "short.text_to_image.r5", "long"]
+    tables = {"own": {"title": "Own", "rows": ["theta", "gamma"], "columns": columns}}
+    found = table(load_inputs(make_params(tables=tables), root), "own")
+    assert [column.key for column in found.columns] == [
+        "ablation",
+        *columns[:3],
+        *(f"long.{way}.r1" for way in WAYS),
+        "short.text_to_image.r5",
+    ]
+    assert [column.label for column in found.columns[1:3]] == ["Learning rate", "Objective"]
+    assert [cell.text for cell in found.rows[0][1:4]] == ["0.002", "infonce", "[]"]
+
+
+def test_without_declared_tables_all_ablations_are_in_one(project):
+    root, _ = project
+    inputs = load_inputs(make_params(tables={}, findings={}), root)
+    assert [t.slug for t in tables(inputs)] == ["scenes-others", "scenes-all"]
+    assert rows_of(inputs, "others") == list(ABLATIONS)
+    assert list(inputs.systems) == ["alpha", "beta", "gamma", "delta"]  # headlines show the first four
+
+
+def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
+    root, _ = project
+    figure = {"kind": "scores", "x": ["text.corner_tokens", "long_texts.sub_captions"]}
+    tables = {"own": {"title": "Own", "rows": ["alpha", "gamma", "delta"], "figure": figure}}
+    (section, _) = benchmark_sections(load_inputs(make_params(tables=tables), root), "scenes")
+    assert section.figure.title == "Scores against own"
+    words = drawn_words(section.figure)
+    assert {"0", "5", "7", "text.corner_tokens + long_texts.sub_captions"} <= set(words)
+
+
+def test_seeds_are_no_difference():
+    changes = {"gamma": {"seeds": [5]}, "beta": {"text": {"corner_tokens": 0}, "optimizer": {"betas": [0.8, 0.9]}}}
+    params = make_params(ablations=changes)
+    found = {name: differences(params.ablation(name), params.pretrain) for name in params.ablations}
+    assert found == {"gamma": {}, "beta": {"text.corner_tokens": 0, "optimizer.betas": [0.8, 0.9]}}
+    assert in_words(found["gamma"]) == "the base"
+    assert in_words(found["beta"]) == "text.corner_tokens = 0, optimizer.betas = [0.8, 0.9]"
 
 
 def test_nothing_is_left_out_when_all_differ(tmp_path):
@@ -377,17 +465,6 @@ def test_systems_keep_their_colours(inputs):
     assert len(set(chosen.values())) == len(ABLATIONS)
 
 
-def test_another_contrast_is_another_system():
-    changes = {
-        "a": {"loss": {"objective": "siglip"}},
-        "b": {"loss": {"short_loss_weight": 2.0}},
-        "c": {"similarity": "cosine"},
-    }
-    params = make_params(ablations=changes)
-    found = {name: groups.system(params.ablation(name), params.pretrain) for name in changes}
-    assert found == {"a": None, "b": "LoTLIP", "c": "LoTLIP"}
-
-
 def test_any_difference_can_be_said():
     differs = {
         "some.new_key": None,
@@ -397,13 +474,13 @@ def test_any_difference_can_be_said():
         "none": [],
         "text.words": "plain",
     }
-    assert groups.in_words(differs) == (
+    assert in_words(differs) == (
         "some.new_key = null, flag = true, many = [1, 2.5], names = [a, b], none = [], text.words = plain"
     )
     params = make_params(
         ablations={"odd": {"optimizer": {"betas": [0.8, 0.9]}, "text": {"config": {"hidden_size": 32}}}}
     )
-    assert groups.in_words(groups.differences(params.ablation("odd"), params.pretrain)) == (
+    assert in_words(differences(params.ablation("odd"), params.pretrain)) == (
         "text.config.hidden_size = 32, optimizer.betas = [0.8, 0.9]"
     )
 
@@ -446,7 +523,7 @@ def test_context_lengths_have_a_table_with_what_they_cost(series):
     inputs, _ = series
     found = table(inputs, "context-length")
     assert rows_of(inputs, "context-length") == ["kappa", "gamma", "iota"]  # theta differs in more
-    assert [column.key for column in found.columns[:3]] == ["ablation", "context_length", "flops_per_text"]
+    assert [column.key for column in found.columns[:3]] == ["ablation", "text.context_length", "flops_per_text"]
     assert [row[1].text for row in found.rows] == ["77", "128", "192"]
     assert [row[2].value for row in found.rows] == [flops_of(length) for length in (77, 128, 192)]
     assert [row[2].text for row in found.rows] == ["4.38", "7.87", "12.9"]
@@ -686,7 +763,7 @@ def test_csv_of_data_and_stages(report):
 
 def test_training_is_told(report):
     rows = {row["ablation"]: row for row in read_csv(report, "training")}
-    assert rows["delta"]["changes"] == "m = 4" and rows["gamma"]["changes"] == "the base"
+    assert rows["delta"]["changes"] == "text.corner_tokens = 4" and rows["gamma"]["changes"] == "the base"
     assert int(rows["gamma"]["text_parameters"]) == 4_000_000
     assert rows["gamma"]["seeds"] == "0, 1" and float(rows["gamma"]["steps"]) == 40
     assert float(rows["gamma"]["samples_per_second"]) == 900 + (1 + 11 + 21 + 31) / 4
@@ -807,7 +884,8 @@ def test_metrics_of_another_configuration_are_named(tmp_path):
         "metrics of gamma",
         "metrics of gamma on scenes",
     ]
-    assert rows_of(inputs, "corner-tokens") == ["beta", "epsilon", "gamma", "delta"]  # gamma has m = 3
+    assert rows_of(inputs, "corner-tokens") == ["beta", "gamma", "epsilon", "delta"]
+    assert table(inputs, "corner-tokens").rows[1][1].text == "3"
 
 
 def test_several_benchmarks_repeat_the_tables(tmp_path):
@@ -819,6 +897,17 @@ def test_several_benchmarks_repeat_the_tables(tmp_path):
     ids = Page(page.read_text()).ids
     assert {"scenes-systems", "own-systems", "results-own"} <= set(ids)
     assert len(ids) == len(set(ids))
+
+
+def test_benchmarks_stand_in_the_order_of_params_yaml(tmp_path):
+    benchmarks = {"held-out": {"kind": "held-out"}, "coco": {"kind": "coco", "folder": "coco"}}
+    params = make_params(evaluate={"benchmarks": benchmarks})
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "gamma.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), sort_keys=True))  # as the stages write it
+    assert [list(ablation.benchmarks) for ablation in load_inputs(params, tmp_path).ablations] == [
+        ["held-out", "coco"] for _ in ABLATIONS
+    ]
 
 
 def test_failed_check_is_shown_open(tmp_path):

@@ -31,7 +31,7 @@ def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
         del demo["ingest"]["source"]
     if "captioners" in block.get("caption", {}):
         del demo["caption"]["captioners"]
-        demo |= {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}}
+        demo |= {"ablations": {"lotlip": {}}, "finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
     (tmp_path / "params.yaml").write_text(yaml.safe_dump(merge(demo, block)), encoding="utf-8")
     load_params(tmp_path / "params.yaml")
 

@@ -54,7 +54,7 @@ def tiny(params: dict[str, Any]) -> None:
     params["evaluate"]["min_score_over_chance"] = 0.0
     params["report"]["contact_sheet"] = 4
     params["ablations"] = {name: params["ablations"][name] for name in ("lit", "lotlip")}
-    params |= {"finetune": {}, "reproduce": {}}
+    params |= {"finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
 
 
 def smallest(params: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ from lotlip.core.files import remove
 def report() -> None:
     """Builds the page from what the other stages left on disk."""
     params = load_params()
-    stage = Stage("report", params, params.report.model_dump(mode="json"))
+    settings = params.model_dump(mode="json", include={"report", "tables", "findings"})
+    stage = Stage("report", params, settings)
     with stage.clock.measure("imports"):
         from lotlip.report.inputs import load_inputs
         from lotlip.report.page import build_report

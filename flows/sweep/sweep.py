@@ -47,7 +47,7 @@ from flows.runtime.stage import (
     with_tracebacks,
 )
 from flows.runtime.supervisor import end_group, ending_well, guarded, start_group
-from flows.sweep.trials import Point, Sweep, points, short
+from flows.sweep.trials import Point, Sweep, points, selecting_scores, selection, short
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.caches import private_folder
@@ -59,7 +59,6 @@ from lotlip.core.section import ConfigError
 from lotlip.data.paths import check_inputs
 from lotlip.tracking.mlflow import tolerated
 
-SCORES = ("long.image_to_text.r1", "long.text_to_image.r1", "short.image_to_text.r1", "short.text_to_image.r1")
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
 
 
@@ -69,7 +68,7 @@ class Outcome:
 
     Attributes:
         status: of DONE, FOUND, FAILED, LEFT_OUT, WAITING.
-        scores: name → share, of the first benchmark.
+        scores: name → share, of those that select the best point; its benchmark may lack some.
         minutes: that its training and evaluation took, whenever that was.
         run_id: of its run in MLflow.
         run: that run's address.
@@ -85,7 +84,7 @@ class Outcome:
 
     @property
     def measure(self) -> float:
-        """What the best point is the best by: the mean of its R@1 on long and short text, both ways, [0, 1]."""
+        """What the best point is the best by: the mean of its scores, [0, 1]."""
         return mean(self.scores.values()) if self.scores else 0.0
 
 
@@ -212,7 +211,7 @@ class Workshop:
         """The scores of a point that is done, whose run in MLflow is told of this sweep."""
         paths, base = self.params.paths, point.base
         benchmarks = experiment.read(paths.metrics / f"{base}.json")["benchmarks"]
-        scores = first_benchmark(benchmarks, point.params)["seeds"][str(point.seed)]
+        scores = selecting_scores(self.settings, point, benchmarks)
         stages = [experiment.read(paths.stages / f"{stage}-{base}.json") for stage in ("pretrain", "evaluate")]
         trained = experiment.read(paths.models / base / "run.json")
         tags = {f"sweep.{self.settings.name}": self.flow_run, "point": experiment.name}
@@ -226,7 +225,7 @@ class Workshop:
             address = run_address(self.tracker, run)
         return Outcome(
             status,
-            {name: scores[name] for name in SCORES if name in scores},
+            scores,
             sum(stage["seconds"] for stage in stages) / 60,
             run,
             address,
@@ -330,10 +329,11 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
             key = json.dumps(point.configuration, sort_keys=True, allow_nan=False)
             groups.setdefault(key, []).append((name, found))
         chosen, members = max(groups.items(), key=lambda group: mean(found.measure for _, found in group[1]))
+        benchmark, _ = selection(settings, grid[0].params)
         name, found = max(members, key=lambda member: member[1].measure)
         average = mean(member.measure for _, member in members)
         lines += [
-            f"Best by the mean of R@1 on long and short text, both ways, over {len(members)} seed(s): "
+            f"Best by {' and '.join(found.scores)} of {benchmark}, the mean over {len(members)} seed(s): "
             f"{average:.1%} with `{chosen}`.",
             f"Its best seed is [{name}]({found.run}), {found.measure:.1%}. This brings its parameters into params.yaml,"
             " whose seeds and comments stay:",
@@ -352,12 +352,6 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
         raise StageFailed(f"{len(failed)} of {len(grid)} points failed:\n  - " + "\n  - ".join(failed))
 
 
-def first_benchmark(results: Mapping[str, Any], params: Params) -> Any:
-    """What was measured on the first benchmark of params.yaml; JSON has them by name."""
-    names = [name + end for name in params.evaluate.benchmarks for end in ("", "-partial")]
-    return results[next(name for name in names if name in results)]
-
-
 def _registered(settings: Sweep, workshop: Workshop, run_id: str) -> list[str]:
     """Has the best run's model go through the gate of the registry; gives what became of it."""
     if workshop.params.registry is None:
@@ -373,18 +367,23 @@ def _registered(settings: Sweep, workshop: Workshop, run_id: str) -> list[str]:
 def _table(grid: Sequence[Point], names: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
     """A row for each point."""
     keys = list(grid[0].changes) if grid else []
+    scores = list(dict.fromkeys(score for name in names for score in outcomes[name].scores))
     return [
         {
             "point": name,
             "status": outcomes[name].status,
             **{short(key, keys): _cell(point.changes[key]) for key in keys},
-            **{score: f"{outcomes[name].scores[score]:.1%}" if outcomes[name].scores else "" for score in SCORES},
+            **{score: _share(outcomes[name].scores.get(score)) for score in scores},
             "minutes": f"{outcomes[name].minutes:.1f}" if outcomes[name].minutes else "",
             "MLflow": f"[run]({outcomes[name].run})" if outcomes[name].run else "",
             "reason": outcomes[name].reason,
         }
         for name, point in zip(names, grid, strict=True)
     ]
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _cell(value: Any) -> str:

@@ -11,7 +11,8 @@ from pydantic import Field, model_validator
 
 from lotlip.config.params import WHAT, Params, checked_params
 from lotlip.core.files import sha256_json
-from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge
+from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge, nearest
+from lotlip.evaluate.score_names import RECALLS, Metric
 
 AXES = {
     "corner_tokens": "pretrain.text.corner_tokens",
@@ -38,6 +39,12 @@ class Sweep(Section):
         {},
         title="Other parameters",
         description='dotted name in params.yaml → values: {"pretrain.optimizer.learning_rate": [0.0005, 0.001]}',
+    )
+    select_by: str | None = Field(
+        None,
+        title="Select by",
+        description="score of the best point, such as scenes.long.text_to_image.r1; none: mean R@1 on long and short "
+        "text of the first benchmark",
     )
     max_runs: Count | None = Field(None, title="Budget in runs", description="points that may be run; none: all")
     max_minutes: Positive | None = Field(
@@ -114,7 +121,8 @@ def points(sweep: Sweep, params: Params) -> list[Point]:
         params: the project's params.yaml.
 
     Raises:
-        ConfigError: no ablation is `pretrain` as it is, or a key or value is wrong; the message has all of them.
+        ConfigError: `select_by` is no score, no ablation is `pretrain` as it is, or a key or value is wrong; the
+            message has all of them.
     """
     base = next((name for name, differences in params.ablations.items() if not differences), None)
     if base is None:
@@ -127,12 +135,57 @@ def points(sweep: Sweep, params: Params) -> list[Point]:
         changes = dict(zip([*axes, AXES["seeds"]], values, strict=True))
         try:
             point = Point(checked_params(with_changes(plain, changes), "params.yaml"), changes, base)
+            selection(sweep, point.params)
             found.setdefault(sha256_json(point.identity()), point)
         except ConfigError as error:
             problems += [problem for problem in error.problems or [str(error)] if problem not in problems]
     if problems:
-        raise ConfigError(f"sweep {sweep.name} cannot be run, params.yaml would have:", problems)
+        raise ConfigError(f"sweep {sweep.name} cannot be run:", problems)
     return list(found.values())
+
+
+def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:
+    """The benchmark and its scores whose mean selects the best point; the benchmark may lack some of several.
+
+    Args:
+        sweep: what is asked for.
+        params: params.yaml, whose first benchmark is the default.
+
+    Raises:
+        ConfigError: `select_by` is not the name of a score.
+    """
+    benchmarks = params.evaluate.names
+    if sweep.select_by is None:
+        return benchmarks[0], RECALLS
+    scores = {f"{name}.{metric}": (name, (metric,)) for name in benchmarks for metric in Metric if not metric.is_rank}
+    if sweep.select_by not in scores:
+        raise ConfigError(
+            f"select_by: no score {sweep.select_by!r}{nearest(sweep.select_by, scores)} "
+            f"(there are: {', '.join(scores)})"
+        )
+    return scores[sweep.select_by]
+
+
+def selecting_scores(sweep: Sweep, point: Point, results: Mapping[str, Any]) -> dict[str, float]:
+    """Score → share, of those that select the best point.
+
+    Args:
+        sweep: what is asked for.
+        point: that was trained.
+        results: benchmark → what was measured, with "seeds"; in any order, since JSON files sort them by name.
+
+    Raises:
+        ConfigError: the benchmark has none of these scores.
+    """
+    benchmark, selecting = selection(sweep, point.params)
+    scores = results[benchmark]["seeds"][str(point.seed)]
+    found = {str(name): scores[name] for name in selecting if name in scores}
+    if not found:
+        raise ConfigError(
+            f"benchmark {benchmark} has no {' or '.join(selecting)}, by which the sweep selects the best point; set "
+            f"select_by to a score that it has, such as {', '.join(f'{benchmark}.{name}' for name in scores)}"
+        )
+    return found
 
 
 def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin
@@ -14,12 +13,12 @@ from lotlip.caption.config import CaptionConfig
 from lotlip.config.moved import moved
 from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.paths import Paths
-from lotlip.core.section import ConfigError, Name, Section, SectionT, merge
+from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
-from lotlip.report.config import ReportConfig
+from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
 from lotlip.shard.config import ShardConfig
 from lotlip.tracking.config import RegistryConfig, TrackingConfig
 
@@ -69,6 +68,10 @@ class Params(Section):
     pretrain: PretrainConfig = PretrainConfig()
     evaluate: EvaluateConfig
     report: ReportConfig = ReportConfig()
+    tables: dict[Name, TableConfig] = Field(
+        default_factory=dict, description="name → a table of the report; none: one table of all ablations"
+    )
+    findings: FindingsConfig = FindingsConfig()
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig | None = Field(None, description="none: sweeps register no model")
     compute: Compute = Compute()
@@ -135,15 +138,18 @@ class Params(Section):
             for metric in (self.registry.min_scores if self.registry else [])
             if metric.partition(".")[0] not in self.evaluate.names
         ]
+        resolved = {}
         for name in self.names:
             try:
-                config = self.ablation(name)
+                config = resolved[name] = self.ablation(name)
                 problems += self._caption_problems(name, config.long_texts)
                 self.training_compute(name).check_batch_size(config.batch_size)
             except ConfigError as error:
                 problems += error.problems
             except ValueError as error:
                 problems.append(f"ablation {name}: {error}")
+        if len(resolved) == len(self.names):
+            problems += declaration_problems(self.tables, self.findings, resolved)
         if problems:
             raise ConfigError("ablations cannot be used:", problems)
         return self
@@ -257,9 +263,7 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
     if problem["type"] == "extra_forbidden":
         if new := moved(where):
             return [f"{where}: is now {new}; docs/migration.md lists all renamed keys"]
-        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        return [f"{where}: unknown key{hint} (known here: {', '.join(known)})"]
+        return [f"{where}: unknown key{nearest(keys[-1], known)} (known here: {', '.join(known)})"]
     if problem["type"] == "missing":
         return [f"{where}: missing; it has no default"]
     if problem["type"] == "union_tag_not_found":

@@ -21,6 +21,7 @@ from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, 
 from lotlip.evaluate.examples import retrieval_examples, shown_images
 from lotlip.evaluate.flops import flops_by_context
 from lotlip.evaluate.reading import make_quiz, read_to_the_end
+from lotlip.evaluate.score_names import MAIN_METRICS
 from lotlip.figures.charts import in_one_line
 from lotlip.models.saving import load_model
 
@@ -53,7 +54,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, flo
     found: dict[str, dict[str, float]] = {}
     for benchmark, result in results.items():
         seeds = list(result["seeds"].values())
-        main = [name for name in seeds[0] if name.rpartition(".")[2] in ("r1", "top1")]
+        main = [name for name in seeds[0] if name in MAIN_METRICS]
         found[benchmark] = {name: round(fmean(scores[name] for scores in seeds), 4) for name in main}
     return found
 

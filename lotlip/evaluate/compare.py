@@ -16,15 +16,16 @@ from lotlip.evaluate.encoders import Encoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
 from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
+from lotlip.evaluate.score_names import Metric
 
 SCENES = "scenes"
 # What a table shows of a benchmark, where it has it.
 SHOWN = {
-    "long.image_to_text.r1": "long, i→t",
-    "long.text_to_image.r1": "long, t→i",
-    "short.image_to_text.r1": "short, i→t",
-    "short.text_to_image.r1": "short, t→i",
-    "classification.top1": "top-1",
+    Metric.LONG_IMAGE_TO_TEXT_R1: "long, i→t",
+    Metric.LONG_TEXT_TO_IMAGE_R1: "long, t→i",
+    Metric.SHORT_IMAGE_TO_TEXT_R1: "short, i→t",
+    Metric.SHORT_TEXT_TO_IMAGE_R1: "short, t→i",
+    Metric.CLASSIFICATION_TOP1: "top-1",
 }
 
 

@@ -14,6 +14,7 @@ from lotlip.evaluate.benchmarks import Benchmark, Prompts
 from lotlip.evaluate.ceiling import ceilings, repeated
 from lotlip.evaluate.encoders import Encoder, UnreadableImage
 from lotlip.evaluate.metrics import Scores, chance, class_features, classification, retrieval
+from lotlip.evaluate.score_names import Metric
 
 KS = (1, 5, 10)
 
@@ -75,10 +76,10 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
         images = len(set(texts.image))
         # exact where every image has as many texts, as in every benchmark here
         each = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
-        scores |= {f"{kind}.{way}.r{k}": chance(images, number, k) for way, number in each.items() for k in KS}
+        scores |= {Metric(f"{kind}.{way}.r{k}"): chance(images, number, k) for way, number in each.items() for k in KS}
     if benchmark.prompts:
         classes = len(benchmark.prompts.classes)
-        scores |= {f"classification.top{k}": min(k / classes, 1.0) for k in (1, 5)}
+        scores |= {Metric(f"classification.top{k}"): min(k / classes, 1.0) for k in (1, 5)}
     return scores
 
 
@@ -100,7 +101,7 @@ def limits(benchmark: Benchmark) -> tuple[dict[str, float], dict[str, int]]:
     repeats = {}
     for kind, texts in benchmark.retrieval.items():
         found = ceilings(texts.texts, texts.image, images, KS)
-        ceiling |= {f"{kind}.{metric}": value for metric, value in found.items()}
+        ceiling |= {Metric(f"{kind}.{metric}"): value for metric, value in found.items()}
         repeats[f"repeated_{kind}_texts"] = repeated(texts.texts)
     return ceiling, {**repeats, "repeated_images": repeated(images)}
 

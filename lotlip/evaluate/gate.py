@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +10,10 @@ import pandas as pd
 
 from lotlip.core.checks import Check, each, one, run_gate
 from lotlip.evaluate.config import EvaluateConfig
+from lotlip.evaluate.score_names import MAIN
 
 # What is held against chance of a benchmark: the first of these that it has.
-TOLD_APART = (
-    ("short.image_to_text.r1", "short.text_to_image.r1"),
-    ("long.image_to_text.r1", "long.text_to_image.r1"),
-    ("classification.top1",),
-)
+TOLD_APART = (MAIN["short"], MAIN["long"], MAIN["classification"])
 
 
 def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) -> list[Check]:
@@ -69,6 +66,6 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
     return run_gate("evaluate", tables, suites, report)
 
 
-def _told_apart(metrics: Set[str]) -> tuple[str, ...]:
+def _told_apart(metrics: Set[str]) -> Sequence[str]:
     """Which of a benchmark's metrics are held against chance."""
     return next((family for family in TOLD_APART if metrics & set(family)), ())

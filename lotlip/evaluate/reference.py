@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from lotlip.evaluate.score_names import Metric
+
 SOURCE = "published in the README of the method's authors' release; zero-shot, not measured here"
 
 
@@ -23,10 +25,10 @@ class Reference:
 
 def _reference(model: str, **percent: tuple[float, float]) -> Reference:
     """Of R@1 in percent, image → text first, by benchmark; in names of benchmarks `_` stands for `-`."""
-    scores = {
+    scores: dict[str, dict[str, float]] = {
         benchmark.replace("_", "-"): {
-            "long.image_to_text.r1": round(to_text / 100, 4),
-            "long.text_to_image.r1": round(to_image / 100, 4),
+            Metric.LONG_IMAGE_TO_TEXT_R1: round(to_text / 100, 4),
+            Metric.LONG_TEXT_TO_IMAGE_R1: round(to_image / 100, 4),
         }
         for benchmark, (to_text, to_image) in percent.items()
     }

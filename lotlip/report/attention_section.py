@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from lotlip.figures.charts import Figure
 from lotlip.figures.intervals import estimate
-from lotlip.report import groups
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
 from lotlip.report.tables import Cell, Column, Table, estimate_cell, number, score, words
 
@@ -74,11 +73,9 @@ def attention_table(inputs: ReportInputs, benchmark: str) -> Table | None:
 
 def attention_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
     """The main systems' pictures, those of one kind one after another."""
-    main = groups.main_systems(inputs.ablations, inputs.params.pretrain)
-    main = main or {ablation.name: ablation for ablation in inputs.scored[:1]}
     figures = []
     for kind, (title, note) in _FIGURES.items():
-        for system, ablation in main.items():
+        for system, ablation in inputs.systems.items():
             png = ablation.benchmarks[benchmark].pictures.get(kind) if benchmark in ablation.benchmarks else None
             problem = ablation.benchmarks[benchmark].not_drawn.get(kind, "") if benchmark in ablation.benchmarks else ""
             if png or problem:

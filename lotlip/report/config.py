@@ -1,10 +1,19 @@
-"""Settings of the report."""
+"""Settings of the report: its page, tables and figures, and the ablations that test the paper's findings."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
-from lotlip.core.section import NonNegative, Section
+from pydantic import BeforeValidator, Field
+
+from lotlip.core.section import Name, NonNegative, Section, flatten, nearest
+from lotlip.evaluate.score_names import MAIN, Metric
+
+CHANGES, FLOPS = "changes", "flops"  # columns that are neither settings nor scores
+SCORES = (*MAIN, *map(str, Metric))
+COLUMNS = (CHANGES, FLOPS, *SCORES)  # beside the keys of `pretrain`
+RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # other tables and figures have these names
 
 
 class ReportConfig(Section):
@@ -13,3 +22,129 @@ class ReportConfig(Section):
     title: str = Field("LoTLIP", description="title of the page")
     note: str = Field("", description="said in plain words at the top of the page")
     contact_sheet: NonNegative = Field(12, description="pictures shown with their captions")
+
+
+def _labelled(given: Any) -> Any:
+    """A list such as ["a", {"b": "label"}] as a mapping, name → label."""
+    if not isinstance(given, list):
+        return given
+    if not all(isinstance(item, (str, dict)) for item in given):
+        raise ValueError('must list names, each with or without a label: [lit, {lotlip: "m = 2"}]')
+    pairs = [pair for item in given for pair in (item.items() if isinstance(item, dict) else [(item, "")])]
+    names = [name for name, _ in pairs]
+    if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
+        raise ValueError(f"contains duplicates: {', '.join(repeated)}")
+    return dict(pairs)
+
+
+def _listed(given: Any) -> Any:
+    """A single name as a list of one."""
+    return [given] if isinstance(given, str) else given
+
+
+class ScoresFigureConfig(Section):
+    """Lines of long-text R@1, short-text R@1 and classification against a setting, a panel for each."""
+
+    kind: Literal["scores"]
+    x: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
+        description="key of `pretrain` on the x axis, such as text.corner_tokens; several: their sum"
+    )
+    x_label: str = Field("", description="label of the x axis; none: the keys")
+    lines: dict[str, list[Name]] = Field(
+        default_factory=dict, description="label → ablations of a line; none: one line of all rows of the table"
+    )
+
+
+class CostFigureConfig(Section):
+    """Long-text R@1 and the text tower's operations against the context length, and R@1 against operations."""
+
+    kind: Literal["cost"]
+
+
+class TableConfig(Section):
+    """A table of ablations, shown for each benchmark; it appears once two of its ablations have scores."""
+
+    title: str = Field(description="heading of the table")
+    paper: str = Field("", description="the paper's table or figure that it reproduces")
+    note: str = Field("", description="text above the table")
+    rows: Annotated[dict[Name, str], BeforeValidator(_labelled), Field(min_length=1)] = Field(
+        description="ablations in order, each with or without a label"
+    )
+    columns: Annotated[dict[str, str], BeforeValidator(_labelled), Field(min_length=1)] = Field(
+        default_factory=lambda: dict.fromkeys([CHANGES, *MAIN], ""),
+        description="settings and scores, each with or without a label: a key of `pretrain`; `changes`: all settings "
+        "that differ from `pretrain`; `flops`: operations per text; `long`, `short`: R@1 in both directions; "
+        "`classification`: top-1; or the name of one score. Scores stand last and have fixed labels",
+    )
+    published: bool = Field(False, description="add published scores on the same benchmark")
+    figure: ScoresFigureConfig | CostFigureConfig | None = Field(
+        None, discriminator="kind", description="figure beside the table"
+    )
+
+
+class FindingsConfig(Section):
+    """The ablations that test the paper's findings, by role; a finding whose roles are empty is not tested."""
+
+    lit: Name | None = Field(None, description="trained on short captions only")
+    lit_long: Name | None = Field(None, description="trained on long texts as well, without corner tokens")
+    long_clip: Name | None = Field(None, description="Long-CLIP: finetuned with interpolated positions")
+    lotlip: Name | None = Field(None, description="LoTLIP: long texts and corner tokens")
+    no_mask: Name | None = Field(None, description="`lotlip` without the attention mask of corner tokens")
+    corner_tokens: list[Name] = Field(default_factory=list, description="LoTLIP by number of corner tokens")
+    lit_by_sub_captions: list[Name] = Field(default_factory=list, description="`lit_long` by number of sub-captions")
+    lotlip_by_sub_captions: list[Name] = Field(default_factory=list, description="LoTLIP by number of sub-captions")
+    context_lengths: list[Name] = Field(default_factory=list, description="LoTLIP by context length")
+    registers: list[Name] = Field(default_factory=list, description="register tokens instead of corner tokens")
+    captioners: list[Name] = Field(default_factory=list, description="LoTLIP with long texts of one captioner alone")
+
+    def roles(self) -> Iterator[tuple[str, list[str]]]:
+        """Each role and its ablations."""
+        for role in type(self).model_fields:
+            given = getattr(self, role)
+            yield role, given if isinstance(given, list) else [given] if given else []
+
+
+def declaration_problems(
+    tables: Mapping[str, TableConfig], findings: FindingsConfig, ablations: Mapping[str, Section]
+) -> list[str]:
+    """What is wrong with the declared tables and findings, a line for each.
+
+    Args:
+        tables: name → table.
+        findings: role → ablations.
+        ablations: name → its settings, as trained.
+    """
+    settings = {name: flatten(config.model_dump(mode="json")) for name, config in ablations.items()}
+    keys = list(dict.fromkeys(key for values in settings.values() for key in values))
+    names: list[tuple[str, str]] = [(f"findings.{role}", name) for role, given in findings.roles() for name in given]
+    problems = []
+    for slug, table in tables.items():
+        place, figure = f"tables.{slug}", table.figure
+        if slug in RESERVED:
+            problems.append(f"{place}: the report has a table or figure of that name; choose another name")
+        names += [(f"{place}.rows", name) for name in table.rows]
+        problems += [
+            f"{place}.columns: no setting or score {column!r}{nearest(column, [*COLUMNS, *keys])} "
+            f"(known: {', '.join(COLUMNS)} and the keys of pretrain)"
+            for column in table.columns
+            if column not in COLUMNS and column not in keys
+        ]
+        if not isinstance(figure, ScoresFigureConfig):
+            continue
+        names += [(f"{place}.figure.lines.{line}", name) for line, given in figure.lines.items() for name in given]
+        for key in figure.x:
+            if key not in keys:
+                problems.append(f"{place}.figure.x: no key {key!r} in pretrain{nearest(key, keys)}")
+                continue
+            drawn = [name for given in figure.lines.values() for name in given] or list(table.rows)
+            values = {name: settings[name].get(key) for name in drawn if name in settings}
+            problems += [
+                f"{place}.figure.x: {key} is {value!r} in ablation {name}, not a number"
+                for name, value in values.items()
+                if isinstance(value, bool) or not isinstance(value, (int, float))
+            ]
+    return problems + [
+        f"{place}: no ablation {name!r}{nearest(name, settings)} (there are: {', '.join(settings)})"
+        for place, name in names
+        if name not in settings
+    ]

@@ -6,8 +6,11 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import cycle
 from typing import TYPE_CHECKING
 
+from lotlip.core.section import flatten
+from lotlip.evaluate.score_names import MAIN, Metric
 from lotlip.figures.charts import (
     INK,
     LOW,
@@ -23,7 +26,7 @@ from lotlip.figures.charts import (
     label_ends,
     places,
 )
-from lotlip.report import groups
+from lotlip.report.config import CostFigureConfig, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import MEASURES, NOTE, Measure
 from lotlip.report.results import DIRECTIONS, benchmark_names
@@ -32,58 +35,54 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NAMED_CURVES = 12  # with more of them, only the systems' loss curves have a name and a colour
+LINE_COLOURS = (SYSTEM_COLOURS["LoTLIP"], SYSTEM_COLOURS["LiT + long texts"], *OTHER_COLOURS)
 _PANELS = {1: SMALL, 2: LOW, 3: LOW}
 
 
 def colours(inputs: ReportInputs) -> dict[str, str]:
-    """Ablation → colour of its curve; the systems have theirs in every report."""
-    main = groups.main_systems(inputs.ablations, inputs.params.pretrain)
-    chosen = {ablation.name: SYSTEM_COLOURS[name] for name, ablation in main.items()}
+    """Ablation → colour of its curve; the paper's systems have theirs in every report."""
+    chosen = {a.name: SYSTEM_COLOURS[system] for system, a in inputs.systems.items() if system in SYSTEM_COLOURS}
     rest = [ablation.name for ablation in inputs.ablations if ablation.name not in chosen]
     return chosen | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(rest)}
 
 
-def against_sub_captions(inputs: ReportInputs, benchmark: str) -> Figure | None:
-    """LiT and LoTLIP against k, a panel for each measure (paper, Figs. 2 and 5); None where there is one k."""
-    chosen = groups.sub_captions(inputs.scored, inputs.params.pretrain)
+def scores_figure(
+    inputs: ReportInputs, benchmark: str, slug: str, table: TableConfig, declared: ScoresFigureConfig
+) -> Figure | None:
+    """The figure of a table, a panel for each measure that has several places on the x axis; None where none has.
 
-    def lines(measure: Measure) -> list[Line]:
-        members = {"LiT": [a for a in chosen if not _m(a)], "LoTLIP": [a for a in chosen if _m(a)]}
-        return [
-            Line(label, SYSTEM_COLOURS["LiT + long texts" if label == "LiT" else label], points, label == "LiT")
-            for label, own in members.items()
-            if (points := _points(own, benchmark, measure, lambda a: a.config.long_texts.sub_captions))
-        ]
+    Args:
+        inputs: what the report shows.
+        benchmark: whose scores are drawn.
+        slug: name of the table.
+        table: that the figure belongs to.
+        declared: the figure.
+    """
+    members = declared.lines or {"": list(table.rows)}
 
-    title = "Scores against sub-captions"
-    return _panels(inputs, f"{benchmark}-sub-captions", title, "k, sub-captions in a long text", lines)
-
-
-def against_corner_tokens(inputs: ReportInputs, benchmark: str) -> Figure | None:
-    """Corner tokens with and without mask, and registers, a panel for each measure (paper, Tables 3 and 7)."""
-    base = inputs.params.pretrain
-    chosen = groups.corner_tokens(inputs.scored, base)
-    masked = [a for a in chosen if not groups.masked_off(a)]
-    registers = [a for a in groups.registers(inputs.scored, base) if not _m(a)]
-    lines_of = {
-        "corner tokens": (SYSTEM_COLOURS["LoTLIP"], masked, _m),
-        "corner tokens, no mask": (OTHER_COLOURS[1], [a for a in chosen if a not in masked], _m),
-        "register tokens": (OTHER_COLOURS[0], registers, lambda a: a.config.text.register_tokens),
-    }
+    def x(ablation: Ablation) -> float:
+        settings = flatten(ablation.config.model_dump(mode="json"))
+        return sum(settings[key] for key in declared.x)
 
     def lines(measure: Measure) -> list[Line]:
         return [
-            Line(label, colour, points, dashed=label == "register tokens", hollow=label.endswith("no mask"))
-            for label, (colour, own, x) in lines_of.items()
-            if (points := _points(own, benchmark, measure, x))
+            Line(label, colour, points, dashed=place % 3 == 1, hollow=place % 3 == 2)
+            for place, ((label, names), colour) in enumerate(zip(members.items(), cycle(LINE_COLOURS), strict=False))
+            if (points := _points(inputs.chosen(names), benchmark, measure, x))
         ]
 
-    title = "Scores against corner tokens"
-    return _panels(inputs, f"{benchmark}-corner-tokens", title, "m, extra tokens", lines)
+    panels = {measure: made for measure in MEASURES if len(places(made := lines(measure))) > 1}
+    if not panels:
+        return None
 
+    def draw(measure: Measure, axes: Axes) -> None:
+        x_label = declared.x_label or " + ".join(declared.x)
+        draw_lines(axes, panels[measure], places(panels[measure]), x_label, f"{measure.label} (%)")
 
-def _m(ablation: Ablation) -> int:
-    return ablation.config.text.corner_tokens
+    title = f"Scores against {table.title[:1].lower()}{table.title[1:]}"
+    note = f"{NOTE} {_bars(inputs)}".strip()
+    draws = [partial(draw, measure) for measure in panels]
+    return drawn(f"{benchmark}-{slug}", title, note, _PANELS[len(draws)], *draws, wide=len(draws) > 1)
 
 
 def _points(
@@ -94,22 +93,6 @@ def _points(
     return [Point(place, one) for place, one in found if one]
 
 
-def _panels(
-    inputs: ReportInputs, slug: str, title: str, x_label: str, lines: Callable[[Measure], list[Line]]
-) -> Figure | None:
-    """A panel for each measure that there are several places of; None where there is no such."""
-    panels = {measure: made for measure in MEASURES if len(places(made := lines(measure))) > 1}
-    if not panels:
-        return None
-
-    def draw(measure: Measure, axes: Axes) -> None:
-        draw_lines(axes, panels[measure], places(panels[measure]), x_label, f"{measure.label} (%)")
-
-    note = f"{NOTE} {_bars(inputs)}".strip()
-    draws = [partial(draw, measure) for measure in panels]
-    return drawn(slug, title, note, _PANELS[len(draws)], *draws, wide=len(draws) > 1)
-
-
 def _bars(inputs: ReportInputs) -> str:
     """What the bars in figures are."""
     several = any(len(result.seeds) > 1 for a in inputs.scored for result in a.benchmarks.values())
@@ -117,40 +100,33 @@ def _bars(inputs: ReportInputs) -> str:
 
 
 def context_figures(inputs: ReportInputs) -> list[Figure]:
-    """Long-text R@1 and the text tower's operations against context length, and one against the other (paper, Fig. 4).
+    """Long-text R@1 and the text tower's operations against context length, and one against the other.
 
-    One for each benchmark that ablations of several context lengths have scores on; where there is none, one of the
-    operations alone; none where they are not known either.
+    One for each table with a figure of kind `cost` and each benchmark that its rows have scores on at several context
+    lengths; where there is none, one of the operations alone; none where they are not known either.
     """
-    members = groups.context_lengths(inputs.scored, inputs.params.pretrain)
-    recalls = {}
-    for benchmark in benchmark_names(inputs):
-        lines = _recall(members, benchmark, lambda a: a.config.text.context_length)
-        if len(places(lines)) > 1:
-            recalls[benchmark] = lines
-    if not recalls:
-        found = [_context_figure(inputs, "context-length", "", [], [])]
-    else:
-        several = len(recalls) > 1
+    found = []
+    for slug, table in inputs.params.tables.items():
+        members = inputs.chosen(table.rows) if isinstance(table.figure, CostFigureConfig) else []
+        recalls = {}
+        for benchmark in benchmark_names(inputs):
+            lines = _recall(members, benchmark, lambda a: a.config.text.context_length)
+            if len(places(lines)) > 1:
+                recalls[benchmark] = lines
         counted = [a for a in members if a.flops_per_text]
-        found = [
-            _context_figure(
-                inputs,
-                f"{benchmark}-context-length",
-                f" on {benchmark}" if several else "",
-                lines,
-                _recall(counted, benchmark, lambda a: (a.flops_per_text or 0) / 1e9),
-            )
-            for benchmark, lines in recalls.items()
-        ]
+        for benchmark, lines in recalls.items():
+            by_cost = _recall(counted, benchmark, lambda a: (a.flops_per_text or 0) / 1e9)
+            where = f" on {benchmark}" if len(recalls) > 1 else ""
+            found.append(_context_figure(inputs, f"{benchmark}-{slug}", where, lines, by_cost))
+    found = found or [_context_figure(inputs, "context-length", "", [], [])]
     return [figure for figure in found if figure]
 
 
 def _recall(members: Sequence[Ablation], benchmark: str, x: Callable[[Ablation], float]) -> list[Line]:
     """Long-text R@1, a line for each direction."""
     directions = {
-        words: Measure(f"long-{direction}", "long text, R@1", (f"long.{direction}.r1",))
-        for direction, words in DIRECTIONS.items()
+        DIRECTIONS[metric.direction]: Measure(f"long-{metric.direction}", "long text, R@1", (metric,))
+        for metric in MAIN["long"]
     }
     return [
         Line(words, SYSTEM_COLOURS["LoTLIP"], _points(members, benchmark, measure, x), words == "text → image")
@@ -162,7 +138,7 @@ def _context_figure(
     inputs: ReportInputs, slug: str, where: str, recall: Sequence[Line], by_cost: Sequence[Line]
 ) -> Figure | None:
     """Panels of recall, where there is any, and of cost, where it is known; `where` ends the title."""
-    towers = groups.with_base_tower(inputs.scored, inputs.params.pretrain)
+    towers = inputs.towers
     trained = places(recall) or sorted({a.config.text.context_length for a in towers})
     # a little further than recall is known: beyond that, its panel would be empty
     end = 1.5 * max(trained) if recall else math.inf
@@ -208,7 +184,7 @@ def loss_figure(inputs: ReportInputs) -> Figure | None:
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return None
-    main = {a.name for a in groups.main_systems(inputs.ablations, inputs.params.pretrain).values()}
+    main = {a.name for a in inputs.systems.values()}
     named = set(curves) if len(curves) <= NAMED_CURVES else main & set(curves)
     palette = {name: colour if name in named else INK for name, colour in colours(inputs).items()}
 
@@ -243,8 +219,7 @@ def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -
         history: the run's logged steps.
         scores: metric → fraction, of one benchmark.
     """
-    # the same picture from scores just made and from those read back, whose names are sorted as text: r1, r10, r5
-    names = sorted((name for name in scores if name.endswith((".r1", ".r5", ".r10"))), key=_by_rank)
+    names = [name for name in Metric if name in scores and name.statistic in ("r1", "r5", "r10")]
     recalls = {name: 100 * scores[name] for name in names}
 
     def draw_loss(axes: Axes) -> None:
@@ -260,12 +235,6 @@ def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -
 
     made = [drawn("loss", "Training loss", "", SMALL, draw_loss), drawn("recall", "Recall", "", WIDE, draw_recall)]
     return {f"{figure.slug}.png": figure.png for figure in made if figure.png}
-
-
-def _by_rank(name: str) -> tuple[str, int]:
-    """Orders recalls such as long.image_to_text.r5 by what is asked, then by rank."""
-    asked, _, rank = name.rpartition(".r")
-    return asked, int(rank)
 
 
 def _mean_curve(histories: Sequence[Sequence[dict[str, float]]]) -> list[tuple[float, float]]:

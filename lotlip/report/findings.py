@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lotlip.figures.intervals import LEVEL, Estimate, estimate
-from lotlip.pretrain.config import PretrainConfig
-from lotlip.report import groups
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import LONG, NOTE, SHORT, TOP1, Measure
 from lotlip.report.tables import Cell, Column, Table, words
@@ -28,16 +26,18 @@ Weights = Mapping[str, float]  # ablation's name → what its measure counts in 
 
 @dataclass(frozen=True)
 class Runs:
-    """The ablations that have results, and what they differ from."""
+    """The ablations that have results, by their roles in `findings` of params.yaml."""
 
-    ablations: list[Ablation]
-    base: PretrainConfig
+    inputs: ReportInputs
 
-    @property
-    def systems(self) -> dict[str, Ablation]:
-        """System → the ablation that stands for it, with the base's loss weights."""
-        main = groups.main_systems(self.ablations, self.base)
-        return {name: a for name, a in main.items() if not groups.weighs_otherwise(a, self.base)}
+    def one(self, role: str) -> Ablation | None:
+        """The ablation of a role for one; None where it is not declared or has no results."""
+        found = self.all(role)
+        return found[0] if found else None
+
+    def all(self, role: str) -> list[Ablation]:
+        """The ablations of a role that have results."""
+        return self.inputs.chosen(dict(self.inputs.params.findings.roles())[role])
 
 
 Series = Callable[[Runs], Mapping[float, Ablation]]  # place on an axis, such as k → the ablation there
@@ -54,7 +54,7 @@ class Finding:
         where: the paper's tables and figures that show it.
         compares: the difference that is above 0 where it holds.
         measures: in which it is looked at, each on its own.
-        pick: the difference as weights of ablations, chosen by their configurations.
+        pick: the difference as weights of ablations, chosen by their roles.
     """
 
     slug: str
@@ -112,7 +112,7 @@ class Judged:
 
 def judge_all(inputs: ReportInputs) -> list[Judged]:
     """A verdict on each finding in each of its measures."""
-    runs = Runs(inputs.scored, inputs.params.pretrain)
+    runs = Runs(inputs)
     return [judge(finding, measure, runs) for finding in FINDINGS for measure in finding.measures]
 
 
@@ -121,7 +121,7 @@ def judge(finding: Finding, measure: Measure, runs: Runs) -> Judged:
     weights = finding.pick(runs, measure)
     if not weights:
         return Judged(finding, measure, NOT_RUN, f"needs {finding.compares}")
-    compared = [ablation for ablation in runs.ablations if ablation.name in weights]
+    compared = runs.inputs.chosen(weights)
     benchmarks = measure.benchmarks(compared)
     if not benchmarks:
         return Judged(finding, measure, NOT_RUN, f"no benchmark has {measure.label} for all of them", weights)
@@ -218,34 +218,23 @@ def _signed(value: float) -> str:
 
 
 def _between(better: str, worse: str) -> Pick:
-    """One system against another."""
+    """The ablation of one role against that of another."""
 
     def pick(runs: Runs, measure: Measure) -> Weights | None:
-        systems = runs.systems
-        if better not in systems or worse not in systems:
-            return None
-        return {systems[better].name: 1.0, systems[worse].name: -1.0}
+        ours, theirs = runs.one(better), runs.one(worse)
+        return {ours.name: 1.0, theirs.name: -1.0} if ours and theirs else None
 
     return pick
 
 
-def _mask(runs: Runs, measure: Measure) -> Weights | None:
-    """The base's corner tokens, with the mask against without."""
-    own = [
-        a for a in groups.corner_tokens(runs.ablations, runs.base) if _m(a) and _m(a) == runs.base.text.corner_tokens
-    ]
-    parted = [a.name for a in own if not groups.masked_off(a)]
-    open_ = [a.name for a in own if groups.masked_off(a)]
-    return {parted[0]: 1.0, open_[0]: -1.0} if parted and open_ else None
-
-
-def _slope(series: Series, sign: float = 1.0, up_to_base: bool = False) -> Pick:
-    """Points for each further step, by least squares over all places, or over those up to the base's."""
+def _slope(series: Series, sign: float = 1.0, up_to_lotlip: bool = False) -> Pick:
+    """Points for each further step, by least squares over all places, or over those up to LoTLIP's own."""
 
     def pick(runs: Runs, measure: Measure) -> Weights | None:
         found = series(runs)
-        end = runs.base.long_texts.sub_captions if up_to_base else math.inf
-        found = {place: ablation for place, ablation in found.items() if place <= end}
+        if up_to_lotlip:
+            end = _own(runs, found)
+            found = {place: ablation for place, ablation in found.items() if end is not None and place <= end}
         if len(found) < 2:
             return None
         middle = sum(found) / len(found)
@@ -255,14 +244,14 @@ def _slope(series: Series, sign: float = 1.0, up_to_base: bool = False) -> Pick:
     return pick
 
 
-def _levels_off(series: Series, middle_of: Callable[[Runs, Sequence[float]], float | None]) -> Pick:
+def _levels_off(series: Series, middle_of: Callable[[Runs, Mapping[float, Ablation]], float | None]) -> Pick:
     """The gain from the first place to a middle one, less the gain from there to the last."""
 
     def pick(runs: Runs, measure: Measure) -> Weights | None:
         found = series(runs)
         if len(found) < 3:
             return None
-        first, last, middle = min(found), max(found), middle_of(runs, sorted(found))
+        first, last, middle = min(found), max(found), middle_of(runs, found)
         if middle is None or not first < middle < last:
             return None
         return {found[middle].name: 2.0, found[first].name: -1.0, found[last].name: -1.0}
@@ -282,72 +271,52 @@ def _first_to_last(series: Series) -> Pick:
 
 def _registers(runs: Runs, measure: Measure) -> Weights | None:
     """Corner tokens against as many registers, the mean over the numbers that both were run with."""
-    found = groups.registers(runs.ablations, runs.base)
-    corners = {_m(a): a.name for a in found if _m(a)}
-    registers = {a.config.text.register_tokens: a.name for a in found if a.config.text.register_tokens}
-    both = corners.keys() & registers.keys()
-    pairs = [(corners[count], registers[count]) for count in sorted(both)]
-    share = 1 / len(pairs) if pairs else 0.0
-    return {corner: share for corner, _ in pairs} | {register: -share for _, register in pairs}
+    corners = {place: a.name for place, a in _by_m(runs).items() if place}
+    registers: dict[float, str] = {a.config.text.register_tokens: a.name for a in runs.all("registers")}
+    both = sorted(corners.keys() & registers.keys())
+    return {name: sign / len(both) for place in both for name, sign in ((corners[place], 1), (registers[place], -1))}
 
 
 def _captioners(best: bool) -> Pick:
-    """All captioners against each alone: against the mean of these, or the best of them over seeds."""
+    """LoTLIP, of all captioners, against each alone: against the mean of these, or the best of them over seeds."""
 
     def pick(runs: Runs, measure: Measure) -> Weights | None:
-        found = groups.captioners(runs.ablations, runs.base)
-        every = [a for a in found if not a.config.long_texts.captioners]
-        alone = [a for a in found if len(a.config.long_texts.captioners) == 1]
+        every, alone = runs.one("lotlip"), runs.all("captioners")
         if not every or len(alone) < 2:
             return None
         if best:
             benchmarks = measure.benchmarks(alone)
             means = {a.name: estimate(list(of.values())).value for a in alone if (of := measure.seeds(a, benchmarks))}
-            return {every[0].name: 1.0, max(means, key=lambda name: means[name]): -1.0} if means else None
-        return {every[0].name: 1.0, **{a.name: -1 / len(alone) for a in alone}}
+            return {every.name: 1.0, max(means, key=lambda name: means[name]): -1.0} if means else None
+        return {every.name: 1.0, **{a.name: -1 / len(alone) for a in alone}}
 
     return pick
 
 
-def _m(ablation: Ablation) -> int:
-    return ablation.config.text.corner_tokens
-
-
 def _by_m(runs: Runs) -> dict[float, Ablation]:
-    """Number of corner tokens → ablation, mask on."""
-    return {_m(a): a for a in reversed(groups.corner_tokens(runs.ablations, runs.base)) if not groups.masked_off(a)}
+    """Number of corner tokens → ablation."""
+    return {a.config.text.corner_tokens: a for a in runs.all("corner_tokens")}
 
 
-def _by_k(corners: bool) -> Series:
-    """Number of sub-captions, 1 at least → ablation, with the base's corner tokens or with none."""
-
-    def series(runs: Runs) -> dict[float, Ablation]:
-        found = groups.sub_captions(runs.ablations, runs.base)
-        return {a.config.long_texts.sub_captions: a for a in found if (_m(a) > 0) == corners and _k(a) > 0}
-
-    return series
-
-
-def _k(ablation: Ablation) -> int:
-    return ablation.config.long_texts.sub_captions
+def _by_k(role: str) -> Series:
+    """Number of sub-captions → ablation, of a role."""
+    return lambda runs: {a.config.long_texts.sub_captions: a for a in runs.all(role)}
 
 
 def _by_context(runs: Runs) -> dict[float, Ablation]:
     """Context length in tokens → ablation."""
-    return {a.config.text.context_length: a for a in groups.context_lengths(runs.ablations, runs.base)}
+    return {a.config.text.context_length: a for a in runs.all("context_lengths")}
 
 
-def _base_m(runs: Runs, places: Sequence[float]) -> float | None:
-    return runs.base.text.corner_tokens if runs.base.text.corner_tokens in places else None
+def _own(runs: Runs, series: Mapping[float, Ablation]) -> float | None:
+    """LoTLIP's own place in a series."""
+    return next((place for place, ablation in series.items() if ablation is runs.one("lotlip")), None)
 
 
-def _base_k(runs: Runs, places: Sequence[float]) -> float | None:
-    return runs.base.long_texts.sub_captions if runs.base.long_texts.sub_captions in places else None
-
-
-def _middle_length(runs: Runs, places: Sequence[float]) -> float | None:
+def _middle_length(runs: Runs, series: Mapping[float, Ablation]) -> float | None:
     """The length that halves the way from the shortest to the longest in doublings, as nearly as there is one."""
-    return min(places[1:-1], key=lambda place: abs(math.log(place**2 / (places[0] * places[-1]))), default=None)
+    first, *between, last = sorted(series)
+    return min(between, key=lambda place: abs(math.log(place**2 / (first * last))), default=None)
 
 
 FINDINGS = (
@@ -357,7 +326,7 @@ FINDINGS = (
         "Table 2, Fig. 2",
         "(LiT + long texts) − LiT",
         (LONG,),
-        _between("LiT + long texts", "LiT"),
+        _between("lit_long", "lit"),
     ),
     Finding(
         "long-texts-cost-short",
@@ -365,7 +334,7 @@ FINDINGS = (
         "Fig. 2",
         "LiT − (LiT + long texts)",
         (SHORT, TOP1),
-        _between("LiT", "LiT + long texts"),
+        _between("lit", "lit_long"),
     ),
     Finding(
         "more-sub-captions-cost-more",
@@ -373,7 +342,7 @@ FINDINGS = (
         "Fig. 2",
         "LiT's loss for each further sub-caption, k > 0",
         (SHORT, TOP1),
-        _slope(_by_k(corners=False), sign=-1.0),
+        _slope(_by_k("lit_by_sub_captions"), sign=-1.0),
     ),
     Finding(
         "corner-tokens-win-short-back",
@@ -381,7 +350,7 @@ FINDINGS = (
         "Tables 2 and 3",
         "LoTLIP − (LiT + long texts)",
         (SHORT, TOP1),
-        _between("LoTLIP", "LiT + long texts"),
+        _between("lotlip", "lit_long"),
     ),
     Finding(
         "corner-tokens-keep-long",
@@ -389,7 +358,7 @@ FINDINGS = (
         "Tables 2 and 3",
         "LoTLIP − (LiT + long texts)",
         (LONG,),
-        _between("LoTLIP", "LiT + long texts"),
+        _between("lotlip", "lit_long"),
     ),
     Finding(
         "better-than-long-clip",
@@ -397,39 +366,39 @@ FINDINGS = (
         "Table 2",
         "LoTLIP − Long-CLIP, which has learned twice: first what it goes on from",
         (LONG, SHORT),
-        _between("LoTLIP", "Long-CLIP"),
+        _between("lotlip", "long_clip"),
     ),
     Finding(
         "mask",
         "The mask, which parts corner tokens from one another and from [CLS], helps.",
         "Table 3",
-        "mask on − mask off, at the base's m",
+        "mask on − mask off, at LoTLIP's m",
         (LONG, SHORT),
-        _mask,
+        _between("lotlip", "no_mask"),
     ),
     Finding(
         "corner-tokens-level-off",
         "More corner tokens do not keep helping.",
         "Table 3",
-        "gain from the fewest to the base's m − gain from there to the most",
+        "gain from the fewest to LoTLIP's m − gain from there to the most",
         (LONG, SHORT),
-        _levels_off(_by_m, _base_m),
+        _levels_off(_by_m, _own),
     ),
     Finding(
         "more-sub-captions-help-long",
         "More sub-captions in a long text help long text.",
         "Fig. 5",
-        "LoTLIP's gain for each further sub-caption, from k = 1 to the base's",
+        "LoTLIP's gain for each further sub-caption, from k = 1 to its own",
         (LONG,),
-        _slope(_by_k(corners=True), up_to_base=True),
+        _slope(_by_k("lotlip_by_sub_captions"), up_to_lotlip=True),
     ),
     Finding(
         "sub-captions-level-off",
         "The gain from more sub-captions levels off.",
         "Fig. 5",
-        "LoTLIP's gain from the least k > 0 to the base's − gain from there to the most",
+        "LoTLIP's gain from the least k > 0 to its own − gain from there to the most",
         (LONG,),
-        _levels_off(_by_k(corners=True), _base_k),
+        _levels_off(_by_k("lotlip_by_sub_captions"), _own),
     ),
     Finding(
         "longer-context-helps",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lotlip.config.params import Params
 from lotlip.core.files import read_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.report.config import CostFigureConfig
 
 CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
@@ -185,6 +187,37 @@ class ReportInputs:
         """The ablations that have results."""
         return [ablation for ablation in self.ablations if ablation.benchmarks]
 
+    def chosen(self, names: Iterable[str]) -> list[Ablation]:
+        """Those of the named ablations that have results, in the order of the names."""
+        scored = {ablation.name: ablation for ablation in self.scored}
+        return [scored[name] for name in names if name in scored]
+
+    @property
+    def systems(self) -> dict[str, Ablation]:
+        """Name → ablation of what headlines and examples show: the paper's systems by the roles in `findings`.
+
+        Where no role is given, the first ablations by their own names.
+        """
+        findings, named = self.params.findings, {ablation.name: ablation for ablation in self.ablations}
+        roles = {
+            "LiT": findings.lit,
+            "LiT + long texts": findings.lit_long,
+            "Long-CLIP": findings.long_clip,
+            "LoTLIP": findings.lotlip,
+        }
+        declared = {system: named[name] for system, name in roles.items() if name}
+        return declared or {ablation.name: ablation for ablation in (self.scored or self.ablations)[: len(roles)]}
+
+    @property
+    def towers(self) -> list[Ablation]:
+        """Ablations whose text tower's operations are shown against the context length.
+
+        The rows of tables with a figure of kind `cost`; where there are none, the first with counted operations.
+        """
+        tables = [t for t in self.params.tables.values() if isinstance(t.figure, CostFigureConfig)]
+        counted = [ablation for ablation in self.ablations if ablation.text_tower_flops]
+        return [a for a in counted if any(a.name in table.rows for table in tables)] or counted[:1]
+
 
 def load_inputs(params: Params, root: Path) -> ReportInputs:
     """Reads what the stages wrote below `root`.
@@ -275,16 +308,26 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
             example_images=_example_images(root / params.paths.metrics / "attention" / name / "images" / benchmark),
             not_drawn=not_drawn.get(benchmark, {}),
         )
-        for benchmark, result in sorted(found["benchmarks"].items())
+        for benchmark, result in in_order(found["benchmarks"], params.evaluate.names).items()
     }
     for benchmark, result in benchmarks.items():
         absent = sorted(set(wanted.seeds) - set(result.seeds))
         if absent:
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
-    for benchmark in sorted(set(params.evaluate.names) - set(benchmarks)):
-        missing.append(f"metrics of {name}: none on {benchmark}")
+    missing += [f"metrics of {name}: none on {asked}" for asked in params.evaluate.names if asked not in benchmarks]
     flops = {int(length): count for length, count in found.get("text_tower_flops", {}).items()}
     return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)
+
+
+def in_order(results: Mapping[str, Any], benchmarks: Sequence[str]) -> dict[str, Any]:
+    """Results by benchmark in the order of params.yaml, then those of other benchmarks; JSON files sort them by name.
+
+    Args:
+        results: benchmark → what was measured.
+        benchmarks: in params.yaml's order.
+    """
+    names = [*(name for name in benchmarks if name in results), *sorted(set(results) - set(benchmarks))]
+    return {name: results[name] for name in names}
 
 
 def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lotlip.evaluate.score_names import MAIN
 from lotlip.figures.intervals import Estimate, estimate
 from lotlip.report.inputs import Ablation, Benchmark
 
@@ -55,20 +56,17 @@ class Measure:
         low, high = (100 * statistics.fmean(ends) for ends in zip(*found, strict=True))
         return low, high
 
-    def benchmarks(self, ablations: Iterable[Ablation]) -> list[str]:
-        """Those that have the measure for all of the ablations."""
-        having = [
-            {
-                name
-                for name, result in ablation.benchmarks.items()
-                if any(set(self.metrics) <= set(values) for values in result.seeds.values())
-            }
-            for ablation in ablations
-        ]
-        return sorted(set.intersection(*having)) if having else []
+    def benchmarks(self, ablations: Sequence[Ablation]) -> list[str]:
+        """Those that have the measure for all of the ablations, in the first one's order."""
+
+        def has(ablation: Ablation, benchmark: str) -> bool:
+            result = ablation.benchmarks.get(benchmark)
+            return result is not None and any(set(self.metrics) <= set(values) for values in result.seeds.values())
+
+        return [name for a in ablations[:1] for name in a.benchmarks if all(has(one, name) for one in ablations)]
 
 
-LONG = Measure("long", "long text", ("long.image_to_text.r1", "long.text_to_image.r1"))
-SHORT = Measure("short", "short text", ("short.image_to_text.r1", "short.text_to_image.r1"))
-TOP1 = Measure("classification", "classification", ("classification.top1",))
+LONG = Measure("long", "long text", MAIN["long"])
+SHORT = Measure("short", "short text", MAIN["short"])
+TOP1 = Measure("classification", "classification", MAIN["classification"])
 MEASURES = (LONG, SHORT, TOP1)

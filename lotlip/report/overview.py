@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from lotlip.ingest.config import SceneSourceConfig
-from lotlip.report import groups
 from lotlip.report.findings import NOT_RUN, Judged
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.results import FAMILIES
@@ -109,7 +108,7 @@ def example_sections(inputs: ReportInputs, benchmark: str) -> list[Examples]:
     have = [a for a in inputs.scored if benchmark in a.benchmarks and a.benchmarks[benchmark].examples]
     if not have:
         return []
-    main = [a for a in groups.main_systems(inputs.ablations, inputs.params.pretrain).values() if a in have]
+    main = [a for a in inputs.systems.values() if a in have]
     ablation = (main or have[:1])[-1]
     result = ablation.benchmarks[benchmark]
 

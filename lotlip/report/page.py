@@ -13,8 +13,8 @@ from typing import Any
 
 from lotlip.core.files import atomic_write, write_json
 from lotlip.data.records import DATA_DOCS
-from lotlip.figures.charts import SYSTEM_COLOURS
-from lotlip.report import attention_section, figures, findings, groups, overview, results, sections, stages, tables
+from lotlip.evaluate.score_names import Metric
+from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
 from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.tables import Cell, Table
@@ -190,7 +190,8 @@ def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageRecord]]]:
 
 def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
     """A panel per kind of text, in it a group of bars per direction: R@1 of the systems, those that have it."""
-    systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    systems = inputs.systems
+    palette = figures.colours(inputs)
     panels: dict[str, list[dict[str, Any]]] = {}
     for metric in results.main_metrics(results.metric_names(systems.values(), benchmark)):
         members = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
@@ -201,7 +202,7 @@ def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
         guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
         best = next((result.ceiling[metric] for result in found.values() if result.ceiling.get(metric, 1.0) < 1), None)
         column = results.metric_column(metric, main=True)
-        bars = [Bar(name, cell, SYSTEM_COLOURS[name]) for name, cell in zip(found, cells, strict=True)]
+        bars = [Bar(name, cell, palette[systems[name].name]) for name, cell in zip(found, cells, strict=True)]
         group = {
             "title": column.label,
             "bars": bars,
@@ -217,16 +218,22 @@ def summary(inputs: ReportInputs) -> str:
     count = sum(bool(ablation.benchmarks) for ablation in inputs.ablations)
     if not count:
         return "Nothing has been evaluated yet."
-    frozen = groups.all_frozen([ablation for ablation in inputs.ablations if ablation.benchmarks])
-    image_tower = "the image tower is frozen" if frozen else "the image tower is frozen or learns as well"
+    image_tower = (
+        "the image tower is frozen"
+        if results.all_frozen(inputs.scored)
+        else "the image tower is frozen or learns as well"
+    )
     text = [
         f"{count} {'configuration was' if count == 1 else 'configurations were'} trained to match pictures with texts: "
         f"{image_tower}, the text tower learns to place a text where its picture is."
     ]
-    systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    systems = inputs.systems
     for benchmark in results.benchmark_names(inputs)[:1]:
-        for family, kind in (("long", "a long text"), ("short", "a short caption")):
-            sentence = _found(systems, benchmark, family)
+        for metric, kind in (
+            (Metric.LONG_TEXT_TO_IMAGE_R1, "a long text"),
+            (Metric.SHORT_TEXT_TO_IMAGE_R1, "a short caption"),
+        ):
+            sentence = _found(systems, benchmark, metric)
             if sentence:
                 text.append(f"Given {kind}, {sentence}.")
     if any(len(result.seeds) == 1 for ablation in inputs.ablations for result in ablation.benchmarks.values()):
@@ -234,9 +241,8 @@ def summary(inputs: ReportInputs) -> str:
     return " ".join(text)
 
 
-def _found(systems: Mapping[str, Ablation], benchmark: str, family: str) -> str:
+def _found(systems: Mapping[str, Ablation], benchmark: str, metric: Metric) -> str:
     """Text → image R@1 of each system that has one, as the end of a sentence."""
-    metric = f"{family}.text_to_image.r1"
     measured = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
     values = {name: result.values(metric) for name, result in measured.items() if result.values(metric)}
     if not values:

@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lotlip.figures.charts import SMALL, SYSTEM_COLOURS, Figure, Line, Point, draw_lines, drawn, places
+from lotlip.figures.charts import SMALL, Figure, Line, Point, draw_lines, drawn, places
 from lotlip.figures.intervals import estimate
-from lotlip.report import groups
+from lotlip.report.figures import colours
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.results import DIRECTIONS
 
@@ -20,20 +20,25 @@ def reading_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
     """Whether the systems read to the end: accuracy against one false sentence by where it stands, and R@1 against the
     sentences that a text has; none where nobody was asked.
     """
-    systems = groups.main_systems(inputs.ablations, inputs.params.pretrain)
+    systems = inputs.systems
     found = {name: a.benchmarks[benchmark].reading for name, a in systems.items() if benchmark in a.benchmarks}
     found = {name: readings for name, readings in found.items() if readings}
-    return [_against_hard_negatives(benchmark, found), _against_sentences(benchmark, found)] if found else []
+    if not found:
+        return []
+    of_ablation = colours(inputs)
+    palette = {name: of_ablation[systems[name].name] for name in found}
+    return [_against_hard_negatives(benchmark, found, palette), _against_sentences(benchmark, found, palette)]
 
 
-def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]]) -> Figure:
+def _against_hard_negatives(
+    benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]], palette: Mapping[str, str]
+) -> Figure:
     answers = {
         name: [reading["hard_negatives"]["by_position"] for reading in readings.values()]
         for name, readings in found.items()
     }
     lines = [
-        Line(name, SYSTEM_COLOURS[name], _over_seeds(positions, "position", "accuracy"))
-        for name, positions in answers.items()
+        Line(name, palette[name], _over_seeds(positions, "position", "accuracy")) for name, positions in answers.items()
     ]
     tokens = [position["tokens_before"] for position in next(iter(answers.values()))[0]]
     told = "; ".join(
@@ -60,10 +65,12 @@ def _against_hard_negatives(benchmark: str, found: Mapping[str, Mapping[int, dic
     return drawn(slug, "Does the model read to the end?", note, SMALL, draw)
 
 
-def _against_sentences(benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]]) -> Figure:
+def _against_sentences(
+    benchmark: str, found: Mapping[str, Mapping[int, dict[str, Any]]], palette: Mapping[str, str]
+) -> Figure:
     lengths = {name: [reading["lengths"] for reading in readings.values()] for name, readings in found.items()}
     lines = [
-        Line("" if dashed else name, SYSTEM_COLOURS[name], _over_seeds(of, "sentences", way), dashed)
+        Line("" if dashed else name, palette[name], _over_seeds(of, "sentences", way), dashed)
         for name, of in lengths.items()
         for way, dashed in (("image_to_text", False), ("text_to_image", True))
     ]

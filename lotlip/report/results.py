@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from lotlip.evaluate.ceiling import repeats_in_words
+from lotlip.evaluate.score_names import MAIN_METRICS, RECALLS, Metric
 from lotlip.figures.intervals import OVER_PICTURES, OVER_SEEDS
 from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
 from lotlip.report.tables import Cell, Column, Table, mark_best, number, score
 
 FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}
-FLOPS = Column("flops_per_text", "GFLOPs per text")
+FLOPS_COLUMN = Column("flops_per_text", "GFLOPs per text")
 FLOPS_NOTE = (
     "GFLOPs: the text tower's billions of floating-point operations on one text that fills the context, "
     "two for a multiply-add."
@@ -28,22 +28,14 @@ def benchmark_names(inputs: ReportInputs) -> list[str]:
 
 
 def metric_names(ablations: Iterable[Ablation], benchmark: str) -> list[str]:
-    """All metrics of a benchmark: long text, short text, others, classification; each image → text first."""
+    """All metrics of a benchmark in the order of `Metric`, then any others."""
     names = {name for a in ablations for seed in _results(a, benchmark).seeds.values() for name in seed}
-    order = ["long", "short"]
-
-    def place(name: str) -> tuple[Any, ...]:
-        family, *rest = name.split(".")
-        rank = order.index(family) if family in order else 3 if family == "classification" else 2
-        digits = "".join(filter(str.isdigit, rest[-1])) if rest else ""
-        return rank, family, rest[:-1], not digits, int(digits or 0), name
-
-    return sorted(names, key=place)
+    return [*(name for name in Metric if name in names), *sorted(names - set(Metric))]
 
 
 def main_metrics(names: Iterable[str]) -> list[str]:
     """The ones for the paper's tables: first-place recall and accuracy."""
-    return [name for name in names if name.rpartition(".")[2] in ("r1", "top1")]
+    return [name for name in names if name in MAIN_METRICS]
 
 
 def metric_column(metric: str, main: bool) -> Column:
@@ -123,7 +115,7 @@ def ceiling_note(inputs: ReportInputs, benchmark: str) -> str:
     recalls = ", ".join(
         f"{metric_column(metric, main=False).group.lower()} {100 * value:.1f} %"
         for metric, value in result.ceiling.items()
-        if metric.endswith(".r1") and value < 1
+        if metric in RECALLS and value < 1
     )
     text = f"The benchmark has {repeats_in_words(result.protocol)}: no model can tell these apart."
     return f"{text} The best possible R@1 is therefore below 100 %: {recalls}." if recalls else text
@@ -132,3 +124,8 @@ def ceiling_note(inputs: ReportInputs, benchmark: str) -> str:
 def flops_known(ablations: Iterable[Ablation]) -> bool:
     """Whether any has the operations on a text that fills its context."""
     return any(ablation.flops_per_text is not None for ablation in ablations)
+
+
+def all_frozen(ablations: Iterable[Ablation]) -> bool:
+    """Whether none trains its image tower."""
+    return all(ablation.config.image_tower.frozen for ablation in ablations)

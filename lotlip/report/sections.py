@@ -1,20 +1,23 @@
-"""The paper's comparisons, each as a table and a figure, and at the end whatever else was run."""
+"""The declared tables of the report, and at the end the ablations that are in none."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
+from lotlip.config.differences import differences, in_words, plain
+from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, SOURCE
-from lotlip.pretrain.config import PretrainConfig
-from lotlip.report import figures, groups
+from lotlip.evaluate.score_names import MAIN
+from lotlip.report import figures
+from lotlip.report.config import CHANGES, FLOPS, SCORES, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
-    FLOPS,
+    FLOPS_COLUMN,
     FLOPS_NOTE,
     flops_known,
     intervals_note,
-    main_metrics,
     metric_names,
     results_table,
 )
@@ -27,29 +30,8 @@ Lead = tuple[Column, list[Cell]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """One of the paper's tables or figures: which ablations are in it, and what tells them apart.
-
-    Attributes:
-        slug: its name in files, after the benchmark's.
-        title, paper, note: of the table; `paper` says which of the paper's it is.
-        choose: the ablations that belong in it, given all and the base.
-        lead: the columns before the scores, given the chosen and the base.
-        draw: its figure, given the inputs and a benchmark.
-    """
-
-    slug: str
-    title: str
-    paper: str
-    note: str
-    choose: Callable[[list[Ablation], PretrainConfig], list[Ablation]]
-    lead: Callable[[list[Ablation], PretrainConfig], list[Lead]]
-    draw: Callable[[ReportInputs, str], figures.Figure | None] | None = None
-
-
-@dataclass(frozen=True)
 class Section:
-    """A comparison as it is shown.
+    """A table as it is shown.
 
     `folded` where the figure says most of it and the table is long; `not_run`: ablations that belong in it, too.
     """
@@ -65,50 +47,83 @@ class Section:
 
 
 def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[Section]:
-    """The paper's comparisons on one benchmark, then the ablations that are in none.
+    """The declared tables on one benchmark, then the ablations that are in none.
 
-    A comparison shows what was run; with one row it compares nothing and is left out.
+    A table shows what was run; with one row it compares nothing and is left out.
     """
-    base, every = inputs.params.pretrain, inputs.scored
-    metrics = main_metrics(metric_names(every, benchmark))
-    seen: set[str] = set()
-    sections = []
-    for comparison in COMPARISONS:
-        chosen = comparison.choose(every, base)
+    sections, seen = [], set[str]()
+    for slug, declared in inputs.params.tables.items():
+        chosen = inputs.chosen(declared.rows)
         if len(chosen) < 2:
             continue
-        published = {
-            f"{found.model} (published)": found.scores[benchmark] for found in REFERENCE if benchmark in found.scores
-        }
-        published = published if comparison.choose is groups.systems else {}
-        notes = [comparison.note]
-        notes += [f"Rows so named were {SOURCE}."] if published else []
-        notes += [FLOPS_NOTE] if comparison.choose is groups.context_lengths and flops_known(chosen) else []
-        table = results_table(
-            f"{benchmark}-{comparison.slug}",
-            comparison.title,
-            " ".join(notes),
-            chosen,
-            comparison.lead(chosen, base),
-            benchmark,
-            metrics,
-            published=published,
-            paper=comparison.paper,
+        table = _table(inputs, benchmark, slug, declared, chosen)
+        asked = declared.figure
+        drawn = (
+            figures.scores_figure(inputs, benchmark, slug, declared, asked)
+            if isinstance(asked, ScoresFigureConfig)
+            else None
         )
-        wanted = [a.name for a in comparison.choose(inputs.ablations, base)]
-        not_run = [name for name in wanted if name in inputs.not_run]
-        drawn = comparison.draw(inputs, benchmark) if comparison.draw else None
-        sections.append(Section(table, drawn, not_run))
+        sections.append(Section(table, drawn, [name for name in declared.rows if name in inputs.not_run]))
         seen |= {ablation.name for ablation in chosen}
-    others = [ablation for ablation in every if ablation.name not in seen]
-    if sections and others:  # the base beside them, to compare with
-        others = [a for a in every if a in others or not groups.differences(a.config, base)]
+    others = [ablation for ablation in inputs.scored if ablation.name not in seen]
+    if sections and others:  # `pretrain` as it is beside them, to compare with
+        base = inputs.params.pretrain
+        others = [a for a in inputs.scored if a.name not in seen or not differences(a.config, base)]
     if others:
-        note = "What each changes, against the base, which is the section pretrain of params.yaml."
-        title = "Other ablations" if sections else "Ablations"
-        lead = [_names(others), _changes(others, base)]
-        sections.append(Section(results_table(f"{benchmark}-others", title, note, others, lead, benchmark, metrics)))
+        rest = TableConfig(
+            title="Other ablations" if sections else "Ablations",
+            note="What each changes, against the section pretrain of params.yaml.",
+            rows={ablation.name: "" for ablation in others},
+        )
+        sections.append(Section(_table(inputs, benchmark, "others", rest, others)))
     return sections
+
+
+def _table(inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfig, chosen: Sequence[Ablation]) -> Table:
+    """A declared table of the `chosen` ablations, which are those of its rows that have results."""
+    published = {
+        f"{found.model} (published)": found.scores[benchmark]
+        for found in REFERENCE
+        if declared.published and benchmark in found.scores
+    }
+    with_flops = FLOPS in declared.columns and flops_known(chosen)
+    notes = [declared.note, f"Rows so named were {SOURCE}." if published else "", FLOPS_NOTE if with_flops else ""]
+    metrics = {metric for column in declared.columns for metric in MAIN.get(column, (column,))}
+    lead = [_names(chosen)]
+    if any(declared.rows[a.name] for a in chosen):
+        lead.append((Column("label", "Label", numeric=False), [words(declared.rows[a.name]) for a in chosen]))
+    for key, label in declared.columns.items():
+        if key == CHANGES:
+            changes = [in_words(differences(a.config, inputs.params.pretrain)) for a in chosen]
+            lead.append((Column(key, label or "Change", numeric=False), [words(text) for text in changes]))
+        elif key == FLOPS:
+            lead += [(FLOPS_COLUMN, [gigaflops(a.flops_per_text) for a in chosen])] if with_flops else []
+        elif key not in SCORES:
+            heading = label or key.rpartition(".")[2].replace("_", " ").capitalize()
+            cells = [_setting(a, key) for a in chosen]
+            numeric = all(cell.value is not None for cell in cells)
+            lead.append((Column(key, heading, numeric=numeric), cells))
+    return results_table(
+        f"{benchmark}-{slug}",
+        declared.title,
+        " ".join(note for note in notes if note),
+        chosen,
+        lead,
+        benchmark,
+        [metric for metric in metric_names(inputs.scored, benchmark) if metric in metrics],
+        published=published,
+        paper=declared.paper,
+    )
+
+
+def _setting(ablation: Ablation, key: str) -> Cell:
+    """A setting's value; a dash for null, and for the mask where there are no corner tokens."""
+    value: Any = flatten(ablation.config.model_dump(mode="json")).get(key)
+    if value is None or (key == "text.corner_mask" and not ablation.config.text.corner_tokens):
+        return words(None)
+    if isinstance(value, bool):
+        return words("yes" if value else "no")
+    return number(value, "{:,g}") if isinstance(value, (int, float)) else words(plain(value))
 
 
 def every_number(inputs: ReportInputs, benchmark: str) -> Table:
@@ -126,144 +141,5 @@ def told_not_run(names: Sequence[str]) -> str:
     return f"Not run: {', '.join(names)}; `{RUN_EVERYTHING}` runs everything." if names else ""
 
 
-# --- columns ------------------------------------------------------------------------------------------------------
-
-
-def _column(key: str, label: str, texts: Iterable[object]) -> Lead:
-    return Column(key, label, numeric=False), [words(text) for text in texts]
-
-
 def _names(ablations: Sequence[Ablation]) -> Lead:
-    return _column("ablation", "Ablation", [ablation.name for ablation in ablations])
-
-
-def _corners(ablations: Sequence[Ablation], label: str = "m") -> Lead:
-    return Column("corner_tokens", label), [number(a.config.text.corner_tokens) for a in ablations]
-
-
-def _parts(ablations: Sequence[Ablation]) -> Lead:
-    return Column("sub_captions", "k"), [number(a.config.long_texts.sub_captions) for a in ablations]
-
-
-def _changes(ablations: Sequence[Ablation], base: PretrainConfig) -> Lead:
-    return _column("changes", "Change", [groups.in_words(groups.differences(a.config, base)) for a in ablations])
-
-
-def _weights(config: PretrainConfig) -> str:
-    """What counts how much in the loss, as a person says it."""
-    loss = config.loss
-    shares = (
-        "1/N for each feature"
-        if loss.short_loss_fraction is None
-        else f"{loss.short_loss_fraction:.0%} on raw captions"
-    )
-    weighted = (loss.short_loss_weight, loss.long_loss_weight) != (1, 1)
-    return shares + (f", × {loss.short_loss_weight:g} raw, {loss.long_loss_weight:g} long" if weighted else "")
-
-
-def _of_systems(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    leads = [_names(ablations), _column("system", "System", [groups.system(a.config, base) for a in ablations])]
-    weights = [_weights(a.config) for a in ablations]
-    return leads + ([_column("weights", "Loss weights", weights)] if len(set(weights)) > 1 else [])
-
-
-def _of_corner_tokens(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    states = ["" if not a.config.text.corner_tokens else "off" if groups.masked_off(a) else "on" for a in ablations]
-    return [_names(ablations), _corners(ablations), _column("corner_mask", "Mask", states)]
-
-
-def _of_sub_captions(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    return [_names(ablations), _corners(ablations), _parts(ablations)]
-
-
-def _of_context_lengths(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    lengths = [number(a.config.text.context_length) for a in ablations]
-    leads = [_names(ablations), (Column("context_length", "Context"), lengths)]
-    costs = [gigaflops(a.flops_per_text) for a in ablations]
-    return leads + ([(FLOPS, costs)] if flops_known(ablations) else [])
-
-
-def _of_registers(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    registers = Column("register_tokens", "Registers"), [number(a.config.text.register_tokens) for a in ablations]
-    return [_names(ablations), registers, _corners(ablations, "Corner tokens")]
-
-
-def _of_captioners(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    whose = [", ".join(a.config.long_texts.captioners) or "all" for a in ablations]
-    return [_names(ablations), _column("captioners", "Captioners", whose)]
-
-
-def _of_baselines(ablations: list[Ablation], base: PretrainConfig) -> list[Lead]:
-    kinds = [groups.system(a.config, base) or groups.method(a) for a in ablations]
-    towers = ["frozen" if a.config.image_tower.frozen else "trained" for a in ablations]
-    return [
-        _names(ablations),
-        _column("method", "Method", kinds),
-        _column("image_tower", "Image tower", towers),
-        _column("contrast", "Contrast", [f"{a.config.loss.objective}, {a.config.similarity}" for a in ablations]),
-        _parts(ablations),
-    ]
-
-
-COMPARISONS = (
-    Comparison(
-        "systems",
-        "Systems",
-        "Table 2",
-        "LiT reads raw captions only; LoTLIP adds long texts and corner tokens. Long-CLIP goes on from a model of "
-        "short texts, with stretched positions.",
-        groups.systems,
-        _of_systems,
-    ),
-    Comparison(
-        "corner-tokens",
-        "Corner tokens",
-        "Table 3",
-        "m: number of corner tokens. The mask keeps them and [CLS] from seeing one another.",
-        groups.corner_tokens,
-        _of_corner_tokens,
-        figures.against_corner_tokens,
-    ),
-    Comparison(
-        "sub-captions",
-        "Sub-captions",
-        "Figs. 2 and 5",
-        "k: consecutive sub-captions in a long text; 0: raw captions only. m = 0 is LiT.",
-        groups.sub_captions,
-        _of_sub_captions,
-        figures.against_sub_captions,
-    ),
-    Comparison(
-        "context-length",
-        "Context length",
-        "Fig. 4",
-        "Context: the most tokens that are read of a text, in training and here.",
-        groups.context_lengths,
-        _of_context_lengths,
-    ),
-    Comparison(
-        "registers",
-        "Register tokens",
-        "Table 7",
-        "As many learned tokens in one row as in the other: registers are masked as words are and get no loss.",
-        groups.registers,
-        _of_registers,
-    ),
-    Comparison(
-        "captioners",
-        "Captioners",
-        "Table 9",
-        "Whose captions the long texts are drawn from.",
-        groups.captioners,
-        _of_captioners,
-    ),
-    Comparison(
-        "baselines",
-        "Loss baselines",
-        "",
-        "What is contrasted and how, beside what else is like it here: CLIP trains the image tower, SigLIP contrasts "
-        "pairs, FILIP compares token by token.",
-        groups.baselines,
-        _of_baselines,
-    ),
-)
+    return Column("ablation", "Ablation", numeric=False), [words(ablation.name) for ablation in ablations]

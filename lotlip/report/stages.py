@@ -6,9 +6,9 @@ import math
 import statistics
 from typing import Any
 
-from lotlip.report import groups
+from lotlip.config.differences import differences, in_words
 from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
-from lotlip.report.results import FLOPS, FLOPS_NOTE, benchmark_names, flops_known
+from lotlip.report.results import FLOPS_COLUMN, FLOPS_NOTE, all_frozen, benchmark_names, flops_known
 from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, number, percent, words
 
 
@@ -39,7 +39,7 @@ def accuracy_table(inputs: ReportInputs) -> Table:
     columns = [Column("attribute", "Attribute", numeric=False), Column("accuracy", "Accuracy")]
     rows = [[words(name.replace("_", " ")), percent(value)] for name, value in found.items()]
     note = "On pictures that it was not trained on."
-    if groups.all_frozen(inputs.ablations):
+    if all_frozen(inputs.ablations):
         note += " The tower is frozen after this."
     return Table("image-tower", "What the image tower knows", note, columns, rows)
 
@@ -134,7 +134,7 @@ def training_table(inputs: ReportInputs) -> Table:
         Column("batch_size", "Batch"),
         Column("precision", "Precision", numeric=False),
         Column("context_length", "Context"),
-        *([FLOPS] if counted else []),
+        *([FLOPS_COLUMN] if counted else []),
         Column("text_parameters", "Text tower"),
         Column("image_parameters", "Image tower"),
         Column("samples_per_second", "Samples/s"),
@@ -143,7 +143,7 @@ def training_table(inputs: ReportInputs) -> Table:
     rows = [
         [
             words(a.name),
-            words(groups.in_words(groups.differences(a.config, inputs.params.pretrain))),
+            words(in_words(differences(a.config, inputs.params.pretrain))),
             words(", ".join(map(str, a.config.seeds))),
             number(a.config.steps),
             number(a.config.batch_size),
@@ -157,7 +157,7 @@ def training_table(inputs: ReportInputs) -> Table:
         ]
         for a in inputs.ablations
     ]
-    frozen = ", the image tower is frozen" if groups.all_frozen(inputs.ablations) else ""
+    frozen = ", the image tower is frozen" if all_frozen(inputs.ablations) else ""
     notes = [
         f"Context is the longest text in tokens; the towers' columns count parameters{frozen}.",
         "Data wait is the share of a step's time that training waited for data.",
@@ -167,8 +167,8 @@ def training_table(inputs: ReportInputs) -> Table:
 
 
 def cost_table(inputs: ReportInputs) -> Table:
-    """Operations of the base's text tower, a column for each context length; no rows where they are not known."""
-    towers = groups.with_base_tower(inputs.ablations, inputs.params.pretrain)
+    """Operations of the text tower, a column for each context length; no rows where they are not known."""
+    towers = inputs.towers
     counts = {length: flops for ablation in towers for length, flops in ablation.text_tower_flops.items()}
     lengths = sorted(counts)
     columns = [Column("ablation", "Text tower of", numeric=False)]

@@ -18,30 +18,23 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
+from lotlip.config.differences import differences, in_words
 from lotlip.core.section import flatten
+from lotlip.evaluate.score_names import MAIN, Metric
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.report.groups import (
-    BOOKKEEPING,
-    CONTEXT_LENGTH,
-    CORNER_MASK,
-    CORNER_TOKENS,
-    SUB_CAPTIONS,
-    differences,
-    in_words,
-)
 
 SHARED_VIEW = "mlflow.sharedViewState."  # the tag's name, before the view's
 _DEFLATED = "deflate;"
 
 # Parameters by what a person calls them, in the order of charts.
 KNOWN = {
-    CORNER_TOKENS: "corner tokens",
-    CORNER_MASK: "mask",
-    SUB_CAPTIONS: "sub-captions",
-    CONTEXT_LENGTH: "context length",
+    "text.corner_tokens": "corner tokens",
+    "text.corner_mask": "mask",
+    "long_texts.sub_captions": "sub-captions",
+    "text.context_length": "context length",
 }
 OTHERS = 4  # charts of so many other parameters, at most
-RECALLS = [f"{family}.{way}.r1" for family in ("long", "short") for way in ("text_to_image", "image_to_text")]
+RECALLS = [metric for family in ("long", "short") for metric in reversed(MAIN[family])]  # text → image first
 CURVES = ("train.loss", "train.in_batch_recall", "train.temperature", "train.samples_per_second")
 
 
@@ -101,7 +94,7 @@ def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
         *(f"tags.`{name}`" for name in ("ablation", "seed")),
         *(f"params.`{key}`" for key in varied),
         *(f"metrics.`{name}`" for name in recalls),
-        *(f"metrics.`{name}`" for name in names if name.endswith("classification.top1")),
+        *(f"metrics.`{name}`" for name in names if name.endswith(Metric.CLASSIFICATION_TOP1)),
     ]
     order = recalls[0] if recalls else None
     state = {
@@ -144,9 +137,11 @@ def run_note(
             of their own they would be three more charts each.
     """
     config = flatten(model["config"])
-    m, k = config.get(CORNER_TOKENS, 0), config.get(SUB_CAPTIONS, 0)
+    m, k = config.get("text.corner_tokens", 0), config.get("long_texts.sub_captions", 0)
     corners = (
-        f"{m} corner tokens {'behind' if config.get(CORNER_MASK) else 'without'} the mask" if m else "no corner tokens"
+        f"{m} corner tokens {'behind' if config.get('text.corner_mask') else 'without'} the mask"
+        if m
+        else "no corner tokens"
     )
     texts = f"long texts of {k} sub-captions" if k else "raw captions alone"
     parts = [f"`{model['ablation']}`, seed {seed}: {corners}, {texts}."]
@@ -160,7 +155,7 @@ def run_note(
     limited = any(min(result.get("ceiling", {}).values(), default=1.0) < 1 for result in (results or {}).values())
     for benchmark, result in (results or {}).items():
         scores, intervals = result["seeds"][seed], result.get("intervals", {}).get(seed, {})
-        for metric in [*RECALLS, "classification.top1"]:
+        for metric in [*RECALLS, Metric.CLASSIFICATION_TOP1]:
             if metric in scores:
                 low, high = intervals.get(metric, (None, None))
                 between = f"{100 * low:.1f} – {100 * high:.1f}" if low is not None and high is not None else ""
@@ -191,9 +186,9 @@ def _recalls(names: Sequence[str]) -> list[str]:
 
 
 def _varied(runs: Sequence[ComparedRun]) -> list[str]:
-    """Parameters in which runs differ and that decide what is learned: the known ones first."""
+    """Parameters in which runs differ, but for the seed: the known ones first."""
     values: dict[str, set[str]] = {}
-    for key in {key for run in runs for key in run.parameters} - BOOKKEEPING - {"seed"}:
+    for key in {key for run in runs for key in run.parameters} - {"seed", "seeds"}:
         values[key] = {run.parameters[key] for run in runs if key in run.parameters}
     different = sorted(key for key, found in values.items() if len(found) > 1)
     known = [key for key in KNOWN if key in different]

@@ -155,7 +155,7 @@ def test_published_data_with_some_dirt(make_workspace) -> None:
         params["caption"]["captioners"] = {"sharegpt4v": {"kind": "table", "path": "raw/captions.csv", **columns}}
         params["shard"] |= {"store_features": False, "samples_per_shard": 40}
         params["ablations"] = {"lotlip": {}}
-        params |= {"finetune": {}, "reproduce": {}}
+        params |= {"finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
 
     workspace.change(published)
     workspace.python("flows.stages.ingest")

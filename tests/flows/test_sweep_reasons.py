@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from flows.sweep.sweep import _reason, first_benchmark
-from lotlip.config.params import load_params
+from flows.sweep.sweep import _reason
+from flows.sweep.trials import Sweep, points, selecting_scores
+from lotlip.config.params import Params, load_params
+from lotlip.core.section import ConfigError
 from tests.flows.conftest import ROOT
 
 INFO = "12:00:01.123 | INFO    | Flow run 'pretrain-lotlip' - lotlip seed 0: step 10/400"
@@ -46,10 +48,52 @@ def test_the_reason_is_an_error_and_never_a_line_of_information(
     assert "INFO" not in found
 
 
-def test_points_are_measured_on_the_first_benchmark_of_params_yaml():
-    params = load_params(ROOT / "params.yaml")
-    (settings,) = params.evaluate.benchmarks.values()
-    evaluate = params.evaluate.model_copy(update={"benchmarks": {"scenes": settings, "coco": settings}})
-    params = params.model_copy(update={"evaluate": evaluate})
-    assert first_benchmark({"coco": 1, "scenes": 2}, params) == 2  # as JSON sorts them
-    assert first_benchmark({"coco": 1, "scenes-partial": 2}, params) == 2
+# --- the score that selects the best point ----------------------------------------------------------------------
+
+
+def of_benchmarks(*names: str) -> Params:
+    """The shipped params.yaml with other benchmarks, in this order."""
+    data = load_params(ROOT / "params.yaml").model_dump(mode="json", exclude_unset=True)
+    published = {"folder": "published", "partial": True}
+    benchmarks = {name: {"kind": "held-out"} if name == "held-out" else published for name in names}
+    return Params.model_validate({**data, "registry": None, "evaluate": {"benchmarks": benchmarks}})
+
+
+SCORES = {
+    "coco": {"short.text_to_image.r1": 0.9, "short.image_to_text.r1": 0.7},
+    "held-out": {"short.text_to_image.r1": 0.2, "short.image_to_text.r1": 0.1, "short.text_to_image.r5": 0.5},
+}
+RESULTS = {name: {"seeds": {"0": scores}} for name, scores in SCORES.items()}  # sorted by name, as in JSON files
+
+
+def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
+    sweep = Sweep(name="s", seeds=[0], select_by=select_by)
+    (point,) = points(sweep, params)
+    return selecting_scores(
+        sweep, point, {name: RESULTS[name.removesuffix("-partial")] for name in params.evaluate.names}
+    )
+
+
+def test_the_first_benchmark_of_params_yaml_selects_whatever_its_name():
+    assert selected(of_benchmarks("held-out", "coco")) == {
+        "short.image_to_text.r1": 0.1,
+        "short.text_to_image.r1": 0.2,
+    }
+    assert selected(of_benchmarks("coco", "held-out")) == SCORES["coco"]
+
+
+def test_a_sweep_names_the_score_that_selects():
+    params = of_benchmarks("held-out", "coco")
+    assert selected(params, "coco-partial.short.text_to_image.r1") == {"short.text_to_image.r1": 0.9}
+    assert selected(params, "held-out.short.text_to_image.r5") == {"short.text_to_image.r5": 0.5}
+    with pytest.raises(ConfigError, match=r"benchmark held-out has no long.text_to_image.r1, .*short.text_to_image.r5"):
+        selected(params, "held-out.long.text_to_image.r1")
+
+
+@pytest.mark.parametrize("name", ["held-out.short.text_to_image.r2", "short.text_to_image.r1", "scenes.long"])
+def test_an_unknown_score_is_refused_before_anything_runs(name: str):
+    with pytest.raises(ConfigError, match=f"select_by: no score '{name}'") as caught:
+        points(Sweep(name="s", select_by=name), of_benchmarks("held-out", "coco"))
+    assert "did you mean" in str(caught.value) or name == "scenes.long"
+    assert "coco-partial.classification.top1" in str(caught.value)
+    assert "mean_rank" not in str(caught.value)  # lower is better
