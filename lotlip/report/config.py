@@ -29,7 +29,7 @@ def _labelled(given: Any) -> Any:
     if not isinstance(given, list):
         return given
     if not all(isinstance(item, (str, dict)) for item in given):
-        raise ValueError('must list names, each with or without a label: [lit, {lotlip: "m = 2"}]')
+        raise ValueError('must list names, each with or without a label: [lit, lotlip: "m = 2"]')
     pairs = [pair for item in given for pair in (item.items() if isinstance(item, dict) else [(item, "")])]
     names = [name for name, _ in pairs]
     if repeated := sorted({str(name) for name in names if names.count(name) > 1}):

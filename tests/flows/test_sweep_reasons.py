@@ -63,15 +63,13 @@ SCORES = {
     "coco": {"short.text_to_image.r1": 0.9, "short.image_to_text.r1": 0.7},
     "held-out": {"short.text_to_image.r1": 0.2, "short.image_to_text.r1": 0.1, "short.text_to_image.r5": 0.5},
 }
-RESULTS = {name: {"seeds": {"0": scores}} for name, scores in SCORES.items()}  # sorted by name, as in JSON files
 
 
 def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     sweep = Sweep(name="s", seeds=[0], select_by=select_by)
     (point,) = points(sweep, params)
-    return selecting_scores(
-        sweep, point, {name: RESULTS[name.removesuffix("-partial")] for name in params.evaluate.names}
-    )
+    results = {name: {"seeds": {"0": SCORES[name.removesuffix("-partial")]}} for name in sorted(params.evaluate.names)}
+    return selecting_scores(sweep, point, results)  # sorted by name, as JSON files are
 
 
 def test_the_first_benchmark_of_params_yaml_selects_whatever_its_name():
