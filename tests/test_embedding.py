@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 
 from lotlip import cli
+from lotlip.core.device import choose_device
 from lotlip.data.batches import ahead
-from lotlip.models.device import choose_device
 from lotlip.models.saving import load_model
 from lotlip.retrieval import embedding
 from lotlip.retrieval.embedding import Embedder, Match, embed, search

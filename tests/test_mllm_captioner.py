@@ -219,7 +219,7 @@ class SmallGpu:
 
     def __init__(self, author: TransformersCaptioner, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
         mllm._loaded.cache_clear()
-        model = mllm._load(author._settings, author.revision, "cpu")._model
+        model = mllm._load(author._settings, author.revision, author._compute.device)._model
         self._generate, self._room, self.sizes = model.generate, room, []
         monkeypatch.setattr(model, "generate", self.generate)
 
@@ -254,7 +254,7 @@ def test_an_image_that_does_not_fit_alone_is_an_error(llava, monkeypatch):
 def test_weights_are_of_the_dtype_that_is_set(llava, dtype, loaded):
     author = captioner(llava, dtype=dtype)
     assert len(list(author.caption(RECORDS[:3]))) == 3
-    assert mllm._load(author._settings, author.revision, "cpu")._model.dtype == loaded
+    assert mllm._load(author._settings, author.revision, author._compute.device)._model.dtype == loaded
 
 
 # --- who it is --------------------------------------------------------------------------------------------------------

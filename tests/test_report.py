@@ -202,7 +202,7 @@ def write_project(root, params, metrics=metrics_of, flops=()):
             result["text_tower_flops"] = {str(length): flops_of(length) for length in lengths}
         write_json(root / params.paths.metrics / f"{name}.json", {**result, "parameters": parameters})
         for seed in config.seeds:
-            steps = range(1, config.steps + 1, config.log_every)
+            steps = range(1, config.steps + 1, 10)
             history = [
                 {
                     "step": step,

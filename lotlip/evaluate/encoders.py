@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
+from lotlip.core.device import choose_device
 from lotlip.core.files import read_json, weights_hash
 from lotlip.data.batches import ahead, by_length, in_batches
 from lotlip.data.images import decode_rgb, image_transform, to_rgb
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.models.device import choose_device
 from lotlip.models.lotlip import LotlipModel
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ class Embedder:
     """
 
     def __init__(self, folder: Path, device: str = "auto", batch_size: int = 64) -> None:
+        from lotlip.core.device import choose_device
         from lotlip.evaluate.encoders import LotlipEncoder, Runner
-        from lotlip.models.device import choose_device
 
         self._folder, self._batch_size = folder, batch_size
         self.encoder = LotlipEncoder.open(folder, Runner(batch_size, choose_device(device)))

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from lotlip.core.compute import Compute
+from lotlip.core.device import choose_device
 from lotlip.data.images import image_transform
-from lotlip.models.device import choose_device
 from lotlip.models.vision.image_tower import load_image_tower
 from lotlip.shard.shards import Features
 
