@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 
 from lotlip.core.section import Count, Name, NonNegative, Positive, Section, Share
+from lotlip.core.variants import Variants
 from lotlip.data.text import SentenceEnds
 
 
@@ -206,7 +207,7 @@ class TransformersCaptionerConfig(Section):
 
 CaptionerConfig = Annotated[
     SceneCaptionerConfig | TableCaptionerConfig | TransformersCaptionerConfig | EndpointCaptionerConfig,
-    Field(discriminator="kind"),
+    Variants("lotlip.captioners", needs=("path",)),
 ]
 
 

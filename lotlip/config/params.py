@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from lotlip.caption.config import CaptionConfig
 from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Count, Name, NonNegative, Section, SectionT, merge
+from lotlip.core.variants import Variants, kinds_of
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
@@ -238,6 +239,8 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
         return [f"{where}: unknown key{hint} (known here: {', '.join(known)})"]
     if problem["type"] == "missing":
         return [f"{where}: missing; it has no default"]
+    if problem["type"] in ("unknown_kind", "unusable_kind"):
+        return [f"{where}.kind: {problem['msg']}"]
     if problem["type"] == "union_tag_not_found":
         return [f"{where}.kind: missing; it has no default (there are: {', '.join(known)})"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -255,26 +258,30 @@ def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str]
     keys: list[str] = []
     known: list[str] = []
     for part in location:
+        section = _section(kind, part)
+        if section is not None:  # a discriminated union adds the chosen kind's tag to the location
+            kind = section
+            continue
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
-        chosen = [option for option in get_args(kind) if part in _tags(option)]
-        if chosen:  # a discriminated union adds the chosen kind's tag to the location
-            kind = chosen[0]
-            continue
         keys.append(str(part))
         known = []
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             known = sorted(kind.model_fields)
-            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+            field = kind.model_fields.get(part)
+            kind = Annotated[field.annotation, None, *field.metadata] if field else None
         else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
             kind = next(reversed(get_args(kind)), None)
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    return keys, [tag for option in get_args(kind) for tag in _tags(option)] or known
+    return keys, [tag for option in get_args(kind) for tag in kinds_of(option)] or known
 
 
-def _tags(option: Any) -> tuple[Any, ...]:
-    """The kinds that a section of a discriminated union can have."""
-    if not (isinstance(option, type) and issubclass(option, BaseModel) and "kind" in option.model_fields):
-        return ()
-    return get_args(option.model_fields["kind"].annotation)
+def _section(union: Any, kind: Any) -> type[BaseModel] | None:
+    """The section of a kind; None where `union` is not one of sections, or has no such kind."""
+    if get_origin(union) is not Annotated:
+        return None
+    sections, *notes = get_args(union)
+    built_in = (option for option in get_args(sections) if kind in kinds_of(option))
+    added = (note.section(kind) for note in notes if isinstance(note, Variants) and kind in note.added())
+    return next(built_in, None) or next(added, None)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from lotlip.core.section import Count, Positive, Section, Share
+from lotlip.core.variants import Variants
 
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
@@ -50,4 +51,4 @@ class TimmTowerConfig(Section):
     resize: Resize = Field("crop", description=_RESIZE)
 
 
-ImageTowerConfig = Annotated[SceneTowerConfig | TimmTowerConfig, Field(discriminator="kind")]
+ImageTowerConfig = Annotated[SceneTowerConfig | TimmTowerConfig, Variants("lotlip.image_towers")]

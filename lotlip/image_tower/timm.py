@@ -6,7 +6,13 @@ from pathlib import Path
 
 from lotlip.data.weights import read_weights
 from lotlip.image_tower.config import TimmTowerConfig
+from lotlip.image_tower.towers import OnProgress, TowerResult
 from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower, load_weights
+
+
+def pretrained_tower(config: TimmTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
+    """`timm_tower`, of which nothing is trained here."""
+    return TowerResult(timm_tower(config))
 
 
 def timm_tower(config: TimmTowerConfig) -> ImageTower:

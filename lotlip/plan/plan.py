@@ -25,7 +25,7 @@ from lotlip.core.section import merge
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
-from lotlip.image_tower.config import SceneTowerConfig
+from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text_tower import PACKED
 from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
@@ -251,8 +251,10 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
         from lotlip.demo.tower import scenes_spec
 
         spec = scenes_spec(image)
-    else:
+    elif isinstance(image, TimmTowerConfig):
         spec = ImageTowerSpec(image.model, image.image_size, resize=image.resize)
+    else:
+        raise ValueError(f"the sizes of an image tower of kind {image.kind} are not known to `lotlip plan`")
     with torch.device("meta"):
         tower = build_image_tower(spec)
         model = LotlipForPreTraining(
