@@ -35,6 +35,9 @@ def pretrain(ablation: str) -> None:
         check_model(Path(config.text.pretrained), memory_of)
         inputs["pretrained"] = sha256_files(sorted(Path(config.text.pretrained).rglob("*.safetensors")))
     stage = Stage("pretrain", params, config.deciding(), inputs, ablation)
+    for warning in params.warnings:
+        if config.text.pretrained and warning.startswith(f"text.pretrained {config.text.pretrained} "):
+            stage.log.warning("pretrain-%s: %s", ablation, warning)
     run = {
         "ablation": ablation,
         "config": settings,

@@ -15,7 +15,7 @@ from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Count, Name, NonNegative, Section, SectionT, merge
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
-from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
+from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig, TimmTowerConfig
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.report.config import ReportConfig
@@ -87,13 +87,24 @@ class Params(Section):
     @property
     def warnings(self) -> list[str]:
         """Settings that are valid but probably not meant, a line each; `lotlip plan`, stages and report show them."""
-        if isinstance(self.image_tower, SceneTowerConfig) and not isinstance(self.ingest.source, SceneSourceConfig):
-            return [
+        lines = []
+        tower = self.image_tower
+        if isinstance(tower, SceneTowerConfig) and not isinstance(self.ingest.source, SceneSourceConfig):
+            lines.append(
                 "image_tower.kind is scenes: that tower was trained on generated scenes alone and tells other pictures "
                 f"apart poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such as "
                 "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
-            ]
-        return []
+            )
+        pin = "is not pinned: the hub may change it; set revision to a commit of it (40 hex digits)"
+        if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
+            lines.append(f"image_tower.model {tower.model} {pin}")
+        texts = [self.ablation(name).text for name in self.names]
+        unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
+        return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
+
+    def _on_hub(self, name: str) -> bool:
+        """Whether a model's name is not that of a folder, which an ablation may yet write."""
+        return not Path(name).exists() and self.paths.models not in Path(name).parents and name.count("/") <= 1
 
     @model_validator(mode="after")
     def _own_folders(self) -> Params:
@@ -180,7 +191,7 @@ class Params(Section):
         if name not in self.finetune:
             raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.names)}")
         settings, place = self.finetune[name], f"finetune.{name}.pretrain"
-        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix()}}
+        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix(), "revision": None}}
         return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
 
 

@@ -282,7 +282,8 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
     if text.pretrained:
         try:
             seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model for each
-            found = text_config(str(seeds[0]) if seeds else text.pretrained, text.config, local_files_only=True)
+            name = str(seeds[0]) if seeds else text.pretrained
+            found = text_config(name, text.config, text.revision, local_files_only=True)
         except OSError as error:
             if not text.pretrained.endswith("bert-base-uncased"):
                 raise ValueError(

@@ -27,6 +27,7 @@ BOOKKEEPING = {
 # What makes a model go on from another's positions, as Long-CLIP does, and how long it does so: a fine-tuning's own.
 LONG_CLIP = (
     "text.pretrained",
+    "text.revision",
     "text.position_interpolation",
     "loss.image_components",
     CONTEXT_LENGTH,
