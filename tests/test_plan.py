@@ -77,6 +77,13 @@ def test_tokens_are_those_that_the_shards_have():
     assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
 
 
+def test_a_captioner_that_the_shards_lack_is_named():
+    statistics = {name: {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0} for name in ("raw", "llava")}
+    config = PretrainConfig(long_texts={"captioners": ["llava", "gpt"]})
+    with pytest.raises(ValueError, match=r"captioners names gpt, but the shards have captions by llava; .*dvc repro"):
+        text_lengths(config, statistics)
+
+
 def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
     found = planned(CC3M).flops["text tower"]
     tokens = 2048 * (14 + 63)
@@ -256,7 +263,7 @@ def test_zero_splits_what_its_stage_says(stage):
 MEASURED = """
 import json, sys
 import deepspeed
-from lotlip.training import pretrain
+from lotlip.train import run, sink
 from lotlip.pretrain.checkpoint import Checkpoints
 from tests.saved_tensors import SavedTensors
 
@@ -273,7 +280,7 @@ def weighed(checkpoints, *arguments):
 
 deepspeed.initialize, Checkpoints.save = initialized, weighed
 with saved:
-    failure = pretrain.run(sys.argv[1])
+    failure = run(sys.argv[1], sink)
 json.dump({**found, "activations": saved.peak}, open(sys.argv[2], "w"))
 sys.exit(failure)
 """

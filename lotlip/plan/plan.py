@@ -325,6 +325,9 @@ def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed:
         config: of the ablation.
         statistics: of the shards: "raw" or captioner → sub_captions_per_text, tokens_per_text; empty where none are.
         assumed: takes a line for what the statistics do not tell.
+
+    Raises:
+        ValueError: the ablation draws captions that the shards do not have.
     """
     text, drawn = config.text, config.long_texts
     fixed = 1 + text.corner_tokens + text.register_tokens
@@ -335,6 +338,12 @@ def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed:
     raw = statistics["raw"]["tokens_per_text"] if statistics else RAW_TOKENS
     window = float(drawn.sub_captions * SUB_CAPTION_TOKENS)
     captioners = drawn.captioners or [name for name in statistics if name != "raw"]
+    if missing := [name for name in captioners if statistics and name not in statistics]:
+        there = ", ".join(name for name in statistics if name != "raw") or "none"
+        raise ValueError(
+            f"long_texts.captioners names {', '.join(missing)}, but the shards have captions by {there}; "
+            "write the shards anew (`dvc repro shard`), or plan without them"
+        )
     if statistics and captioners:
         windows = [_window(statistics[name], drawn.sub_captions) for name in captioners]
         window = sum(windows) / len(windows)

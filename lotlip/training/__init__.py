@@ -1,1 +1,0 @@
-"""What trains: the image tower of the demo, and the text tower through DeepSpeed."""
