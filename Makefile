@@ -25,9 +25,10 @@ test: setup ## pass all tests, with coverage
 test-fast: setup ## pass the tests that take seconds
 	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
-lint: setup ## ruff, ruff format, mypy
+lint: setup ## ruff, ruff format, import-linter, mypy
 	@ruff check .
 	@ruff format --check .
+	@lint-imports
 	@mypy
 
 format: setup ## let ruff mend what it can

@@ -1,7 +1,8 @@
-"""How much of `make reproduce` was orchestration: `python -m benchmarks.orchestration` after a whole run.
+"""How much of the last `make reproduce` was orchestration: `python -m benchmarks.orchestration`.
 
 Work is what the stages themselves compute; all else, from the start of `flows.reproduce` to its end, is orchestration:
-the servers, DVC, Prefect, imports, gates and MLflow. `--json` prints one object.
+the servers, DVC, Prefect, imports, gates and MLflow. Only after `make clean` does every stage run; where nothing was to
+do, all of it is orchestration. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ PARTS = ("imports", "prefect", "gate", "mlflow")
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Seconds by stage (instances of a stage together) and part; the last, "all", has the whole run's.
+    """Seconds by stage (instances of a stage together) and part, of those that the last run ran.
+
+    The last, "all", has the whole run's, and how many were up to date.
 
     Raises:
-        ValueError: the last run did not run every stage, so that its time says nothing.
+        ValueError: there was no run yet.
     """
     params = load_params()
-    whole = read_json(SCRATCH / "reproduce.json")
+    timed = SCRATCH / "reproduce.json"
+    if not timed.is_file():
+        raise ValueError(f"{timed} is not there; run `make reproduce` first")
+    whole = read_json(timed)
     stages: dict[str, dict[str, float]] = {}
-    for path in sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime):
-        if path.stat().st_mtime < whole["started"]:
-            raise ValueError(f"{path.stem} did not run in the last `make reproduce`; `make clean` first")
+    there = sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    ran = [path for path in there if path.stat().st_mtime >= whole["started"]]
+    for path in ran:
         record = read_json(path)
         row = stages.setdefault(record["stage"], dict.fromkeys(("runs", "work", *PARTS), 0.0))
         row["runs"] += 1
@@ -37,6 +43,7 @@ def measure() -> dict[str, dict[str, float]]:
             row[part] += seconds
     total = {part: sum(row[part] for row in stages.values()) for part in ("runs", "work", *PARTS)}
     total["servers, DVC, rest"] = whole["seconds"] - total["work"] - sum(total[part] for part in PARTS)
+    total["up to date"] = len(there) - len(ran)
     total["seconds"] = whole["seconds"]
     total["orchestration share"] = 1 - total["work"] / whole["seconds"]
     return {**stages, "all": total}
@@ -51,7 +58,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     every = rows["all"]
     lines.append(
         f"\n{every['seconds']:.0f} s in all; servers, DVC and the rest {every['servers, DVC, rest']:.1f} s; "
-        f"orchestration is {every['orchestration share']:.1%} of it."
+        f"orchestration is {every['orchestration share']:.1%} of it. {every['up to date']:.0f} stages were up to date."
     )
     return "\n".join(lines)
 

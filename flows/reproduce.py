@@ -11,15 +11,13 @@ from pathlib import Path
 
 from flows.runtime.dvc import run_dvc
 from flows.runtime.fork_server import fork_server
-from flows.runtime.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect
+from flows.runtime.servers import claimed_port, new_login, port_of, prefect_client, prefect_server, print_prefect
 from flows.runtime.stage import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import write_json
 from lotlip.data.paths import check_inputs
-
-PREFECT_PORT = 4200
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
@@ -40,7 +38,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         given = os.environ.get("PREFECT_API_URL")
-        port = stack.enter_context(claimed_port(PREFECT_PORT))
+        port = stack.enter_context(claimed_port(port_of("prefect")))
         login = new_login()
         client = {} if given else prefect_client(port, login)
         # both take some seconds to come up, so they do it side by side

@@ -8,7 +8,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from flows.runtime.servers import mlflow_server, new_login, prefect_client, prefect_server, print_prefect, using_prefect
+from flows.runtime.servers import (
+    mlflow_server,
+    new_login,
+    port_of,
+    prefect_client,
+    prefect_server,
+    print_prefect,
+    using_prefect,
+)
 from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import load_params
@@ -20,7 +28,7 @@ from lotlip.tracking.mlflow import Tracker
 def shown() -> Iterator[None]:
     """Runs both servers on loopback for the block, which uses that Prefect, and prints their addresses and the login.
 
-    PREFECT_PORT and MLFLOW_PORT in the environment choose other ports than 4200 and 5000. Where PREFECT_API_URL or
+    PREFECT_PORT and MLFLOW_PORT in the environment choose other ports than `PORTS`. Where PREFECT_API_URL or
     MLFLOW_TRACKING_URI names a server, that one is used.
     """
     params, given = load_params(), os.environ.get("PREFECT_API_URL")
@@ -30,7 +38,7 @@ def shown() -> Iterator[None]:
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         else:
-            port = int(os.environ.get("PREFECT_PORT", "4200"))
+            port = port_of("prefect")
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
@@ -39,7 +47,7 @@ def shown() -> Iterator[None]:
             server = store
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
         else:
-            server = stack.enter_context(mlflow_server(int(os.environ.get("MLFLOW_PORT", "5000")), store, login))
+            server = stack.enter_context(mlflow_server(port_of("mlflow"), store, login))
             user, _, password = login.partition(":")
             print(f"MLflow   {server}\n         when asked, log in as {user} with the password {password}", flush=True)
         print(f"All runs {tracker.comparison_link(server)}", flush=True)

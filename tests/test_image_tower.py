@@ -7,11 +7,14 @@ import random
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -19,8 +22,14 @@ from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
 from lotlip.demo.tower import scenes_spec, train_image_tower
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
-from lotlip.image_tower.timm import timm_tower
-from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, load_image_tower, save_image_tower
+from lotlip.image_tower.timm import _with_checkpoint, timm_tower
+from lotlip.models.vision.image_tower import (
+    ImageTower,
+    ImageTowerSpec,
+    build_image_tower,
+    load_image_tower,
+    save_image_tower,
+)
 from lotlip.pretrain.config import ImageTowerTraining
 from lotlip.pretrain.trainer import Trainer
 from lotlip.shard.features import frozen_features
@@ -118,6 +127,48 @@ def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
     )
     assert not tower.training
     torch.testing.assert_close(tower.trunk.state_dict()["norm.weight"], weights["norm.weight"])
+
+
+@pytest.mark.parametrize("mean", [None, (0.1, 0.2, 0.3)])
+def test_pixels_are_normalised_as_the_model_was_trained_unless_told_otherwise(tmp_path: Path, mean: Any) -> None:
+    name = "vit_tiny_patch16_224.augreg_in21k"  # was trained with 0.5, where CLIP has 0.48145466, 0.4578275, 0.40821073
+    save_file(build_image_tower(ImageTowerSpec(name, 32)).trunk.state_dict(), tmp_path / "vit.safetensors")
+    tower = timm_tower(
+        TimmTowerConfig(kind="timm", model=name, checkpoint=tmp_path / "vit.safetensors", image_size=32, mean=mean)
+    )
+    assert (tower.spec.mean, tower.spec.std) == (mean or (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    save_image_tower(tower, tower.spec, tmp_path / "tower")
+    assert load_image_tower(tmp_path / "tower").spec == tower.spec
+
+
+def test_a_norm_that_is_called_as_the_classifier_is_kept(tmp_path: Path) -> None:
+    spec = ImageTowerSpec("test_convnext", 64)
+    tower = ImageTower(timm.create_model("test_convnext", num_classes=0), spec)  # its last norm is head.norm
+    weights = {name: torch.randn_like(value) for name, value in tower.trunk.state_dict().items()}
+    save_file({**weights, "head.fc.weight": torch.zeros(1000, 64)}, tmp_path / "model.safetensors")
+    _with_checkpoint(tower, tmp_path / "model.safetensors")
+    assert "head.norm.weight" in weights
+    torch.testing.assert_close(tower.trunk.state_dict()["head.norm.weight"], weights["head.norm.weight"])
+
+
+def test_weights_of_the_hub_are_of_the_named_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def download(repo_id: str, *_: Any, revision: str | None = None, **__: Any) -> None:
+        asked.append((repo_id, revision))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
+    settings = {"kind": "timm", "model": "vit_tiny_patch16_224.augreg_in21k"}
+    with pytest.raises(ValueError, match="no route to host"):
+        timm_tower(TimmTowerConfig(**settings, revision="0123456789" * 4))
+    assert set(asked) == {("timm/vit_tiny_patch16_224.augreg_in21k", "0123456789" * 4)}
+    with pytest.raises(ValueError, match=r"test_vit4 are not on the hub"):
+        timm_tower(TimmTowerConfig(kind="timm", model="test_vit4", revision="0123456789" * 4))
+    with pytest.raises(ValidationError, match="checkpoint is a local file"):
+        TimmTowerConfig(**settings, revision="0123456789" * 4, checkpoint="vit.safetensors")
+    with pytest.raises(ValidationError, match="revision"):
+        TimmTowerConfig(**settings, revision="main")
 
 
 def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:

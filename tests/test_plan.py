@@ -81,6 +81,13 @@ def test_tokens_are_those_that_the_shards_have():
     assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
 
 
+def test_a_captioner_that_the_shards_lack_is_named():
+    statistics = {name: {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0} for name in ("raw", "llava")}
+    config = PretrainConfig(long_texts={"captioners": ["llava", "gpt"]})
+    with pytest.raises(ValueError, match=r"captioners names gpt, but the shards have captions by llava; .*dvc repro"):
+        text_lengths(config, statistics)
+
+
 def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
     found = planned(CC3M).flops["text tower"]
     tokens = 2048 * (14 + 63)

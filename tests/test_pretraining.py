@@ -125,6 +125,19 @@ def test_pretrained_weights_are_taken_and_corner_rows_added(minilm, tiny_tower, 
     assert 0.01 < corners.std() < 0.03
 
 
+def test_a_text_tower_of_the_hub_is_of_the_named_commit(tiny_tower, monkeypatch):
+    asked = []
+
+    def download(repository, *_, revision=None, **__):
+        asked.append((repository, revision))
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("transformers.configuration_utils.cached_file", download)
+    with pytest.raises(ValueError, match="no route to host"):
+        build_for_pretraining(pretrained("some/bert", revision="0123456789" * 4), tiny_tower)
+    assert asked == [("some/bert", "0123456789" * 4)]
+
+
 def test_pretrained_text_features_mean_something(minilm, tiny_tower):
     """[CLS] of the real weights tells a paraphrase from another text: they came in where they belong."""
     config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=0)

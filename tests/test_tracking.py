@@ -381,6 +381,25 @@ def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path
     assert json.loads((tmp_path / "seed-0" / "config.json").read_text())["provenance"] is None  # the stage's own stays
 
 
+def test_a_model_that_the_store_has_is_not_sent_again(store, experiment, client, tmp_path, saved, monkeypatch):
+    run = trained(tmp_path, saved)
+    Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+    sent: list[str] = []
+    send = MlflowClient.log_model_artifacts
+    monkeypatch.setattr(
+        MlflowClient, "log_model_artifacts", lambda self, model, folder: (sent.append(model), send(self, model, folder))
+    )
+    Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+    assert sent == []
+    models = logged_models(client, experiment)
+    shutil.rmtree(models["0"].artifact_location.removeprefix("file://"))
+    Tracker(store, experiment).log_scores(run, scored(), tmp_path)
+    assert sent == [models["0"].model_id]
+    assert files(models["0"])
+    Tracker(store, experiment).log_scores(run, scored(0.75), tmp_path)  # its card tells the scores
+    assert sent == [models["0"].model_id] * 2
+
+
 def test_a_model_is_loaded_from_the_store(store, experiment, client, tmp_path, saved, monkeypatch):
     import mlflow
 

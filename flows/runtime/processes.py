@@ -127,6 +127,8 @@ _ERROR = re.compile(
 )
 # What torchrun and DeepSpeed's launcher say of their workers' end, which is no reason.
 _LAUNCHER = ("ChildFailedError", "SignalException", "CalledProcessError")
+# What torchrun says of a worker that wrote nothing itself.
+_SILENT = re.compile(r"Signal \d+ \(SIG\w+\) received by PID \d+|failed \(exitcode: -?\d+\) local_rank: \d+")
 
 
 def reason_of(errors: str) -> str:
@@ -141,5 +143,6 @@ def reason_of(errors: str) -> str:
         lost = "lost another one"  # as `lotlip.train` says of a process that waited for the one that failed
         return next((line for line in ours if lost not in line), ours[0])
     raised = [match["raised"] for match in found if not any(name in match["raised"] for name in _LAUNCHER)]
+    silent = [match[0] for line in lines if (match := _SILENT.search(line))]
     plain = [line for line in lines if set(line) - set("=-* ")]
-    return [*plain[-1:], *raised[-1:]][-1] if plain else ""
+    return [*plain[-1:], *silent[-1:], *raised[-1:]][-1] if plain else ""

@@ -24,8 +24,15 @@ from lotlip.core.caches import Locked, cache_folder, lock
 from lotlip.core.loopback import HOST, NAMES, basic, origins
 from lotlip.tracking.mlflow import check_store
 
+# PREFECT_PORT and MLFLOW_PORT in the environment choose others.
+PORTS = {"prefect": 4200, "mlflow": 5000}
 DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a program ends
 PATIENCE_SECONDS = 600  # a machine may be busy; a server that ends is told at once
+
+
+def port_of(server: str) -> int:
+    """Where a server is to listen, "prefect" or "mlflow"."""
+    return int(os.environ.get(f"{server.upper()}_PORT", PORTS[server]))
 
 
 def is_free(port: int) -> bool:

@@ -8,35 +8,29 @@ from prefect import flow
 
 from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
-from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
 
 
 @flow(name="image-tower")
 def image_tower() -> None:
-    """Trains the demo's tower on scenes of its own, or loads a pretrained one from timm."""
+    """Trains or loads the tower that `image_tower.kind` names."""
     params = load_params()
-    config: ImageTowerConfig = params.image_tower
+    config = params.image_tower
     stage = Stage("image-tower", params, config.model_dump(mode="json"))
     with stage.clock.measure("imports"):
         import torch
 
-        from lotlip.demo.tower import train_image_tower
-        from lotlip.image_tower.timm import timm_tower
+        from lotlip.image_tower.towers import make_tower
         from lotlip.models.vision.image_tower import save_image_tower
     for warning in params.warnings:
         stage.log.warning("image-tower: %s", warning)
-    accuracy: dict[str, float] = {}
-    if isinstance(config, SceneTowerConfig):
-        started = time.monotonic()
+    started = time.monotonic()
 
-        def progress(step: int, steps: int, loss: float) -> None:
-            left = (time.monotonic() - started) / max(step, 1) * (steps - step)
-            stage.log.info("image-tower: step %d of %d, loss %.3f, %.0f s left", step, steps, loss, left)
+    def progress(step: int, steps: int, loss: float) -> None:
+        left = (time.monotonic() - started) / max(step, 1) * (steps - step)
+        stage.log.info("image-tower: step %d of %d, loss %.3f, %.0f s left", step, steps, loss, left)
 
-        result = train_image_tower(config, progress)
-        tower, accuracy, samples = result.tower, result.accuracy, config.scenes * config.epochs
-    else:
-        tower, samples = timm_tower(config), 0
+    made = make_tower(config, progress)
+    tower = made.tower
     save_image_tower(tower, tower.spec, stage.out)
     size = tower.spec.image_size
     with torch.inference_mode():
@@ -44,9 +38,9 @@ def image_tower() -> None:
     with stage.clock.measure("gate"):
         from lotlip.image_tower.gate import gate_image_tower
 
-        checks = gate_image_tower(config, accuracy, features, stage.gate_report)
+        checks = gate_image_tower(config, made.accuracy, features, stage.gate_report)
     stage.publish(params.paths.image_tower)
-    stage.record(samples, checks, notes={f"accuracy.{name}": value for name, value in accuracy.items()})
+    stage.record(made.samples, checks, notes={f"accuracy.{name}": value for name, value in made.accuracy.items()})
 
 
 if __name__ == "__main__":

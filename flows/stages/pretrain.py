@@ -43,6 +43,9 @@ def pretrain(ablation: str) -> None:
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     starts = starting_weights(config)
     stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
+    for warning in params.warnings:
+        if config.text.pretrained and warning.startswith(f"text.pretrained {config.text.pretrained} "):
+            stage.log.warning("pretrain-%s: %s", ablation, warning)
 
     def fingerprint(seed: int) -> str:
         own = [config.recipe(), inputs, starts.get(str(seed)), code_hash("pretrain")]

@@ -36,7 +36,15 @@ from pydantic import ValidationError
 
 from flows import STAGES
 from flows.runtime.fork_server import SOCKET, fork_server
-from flows.runtime.servers import claimed_port, new_login, prefect_client, prefect_server, print_prefect, using_prefect
+from flows.runtime.servers import (
+    claimed_port,
+    new_login,
+    port_of,
+    prefect_client,
+    prefect_server,
+    print_prefect,
+    using_prefect,
+)
 from flows.runtime.stage import (
     EXPECTED,
     SCRATCH,
@@ -493,8 +501,7 @@ def flow_run_address() -> str:
 
 def mlflow_address(tracker: Any) -> str:
     """Of MLflow's UI: the tracking server's, or the one that `make ui` and `make serve` show."""
-    port = os.environ.get("MLFLOW_PORT", "5000")
-    return tracker.uri.rstrip("/") if tracker.uri.startswith("http") else f"http://{HOST}:{port}"
+    return tracker.uri.rstrip("/") if tracker.uri.startswith("http") else f"http://{HOST}:{port_of('mlflow')}"
 
 
 def run_address(tracker: Any, run_id: str) -> str:
@@ -525,7 +532,7 @@ def main(arguments: Sequence[str]) -> None:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         if not PREFECT_API_URL.value():
-            port, login = stack.enter_context(claimed_port(4200)), new_login()
+            port, login = stack.enter_context(claimed_port(port_of("prefect"))), new_login()
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)

@@ -8,7 +8,8 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, model_validator
 
-from lotlip.core.section import Count, Name, NonNegative, Positive, Section, Share
+from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share
+from lotlip.core.variants import Variants
 from lotlip.data.text import SentenceEnds
 
 
@@ -138,9 +139,7 @@ class TransformersCaptionerConfig(Section):
         None, description="one of the paper's captioners, whose settings replace the defaults below"
     )
     model: str = Field(description="its name on the hub, OWNER/NAME; for a model in a folder, the same as path")
-    revision: Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")] | None = Field(
-        None, description="the hub's commit; a folder's is the hash of its files"
-    )
+    revision: Commit | None = Field(None, description="the hub's commit; a folder's is the hash of its files")
     prompt: Annotated[str, Field(min_length=1)] = Field(
         DESCRIBE, description="the question; or, where it has the model's image token in it, all that the model is told"
     )
@@ -192,7 +191,7 @@ class TransformersCaptionerConfig(Section):
 
 CaptionerConfig = Annotated[
     SceneCaptionerConfig | TableCaptionerConfig | TransformersCaptionerConfig | EndpointCaptionerConfig,
-    Field(discriminator="kind"),
+    Variants("lotlip.captioners", needs=("path",)),
 ]
 
 
@@ -240,7 +239,8 @@ class CaptionConfig(Section):
         default_factory=dict, description="name → who writes long captions; each runs on every image"
     )
     tokenizer: str = Field(
-        "bert-base-uncased", description="tokenizer that counts the captions' tokens: hub name or folder"
+        "bert-base-uncased",
+        description="tokenizer that counts the captions' tokens: bert-base-uncased, a tokenizer.json or its folder",
     )
     sentence_ends: SentenceEnds = Field(
         "released",

@@ -14,8 +14,9 @@ from lotlip.config.moved import moved
 from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
+from lotlip.core.variants import Variants, kinds_of
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
-from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
+from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig, TimmTowerConfig
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
@@ -87,13 +88,24 @@ class Params(Section):
     @property
     def warnings(self) -> list[str]:
         """Settings that are valid but probably not meant, a line each; `lotlip plan`, stages and report show them."""
-        if isinstance(self.image_tower, SceneTowerConfig) and not isinstance(self.ingest.source, SceneSourceConfig):
-            return [
+        lines = []
+        tower = self.image_tower
+        if isinstance(tower, SceneTowerConfig) and not isinstance(self.ingest.source, SceneSourceConfig):
+            lines.append(
                 "image_tower.kind is scenes: that tower was trained on generated scenes alone and tells other pictures "
                 f"apart poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such as "
                 "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
-            ]
-        return []
+            )
+        pin = "is not pinned: the hub may change it; set revision to a commit of it (40 hex digits)"
+        if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
+            lines.append(f"image_tower.model {tower.model} {pin}")
+        texts = [self.ablation(name).text for name in self.names]
+        unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
+        return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
+
+    def _on_hub(self, name: str) -> bool:
+        """Whether a model's name is not that of a folder, which an ablation may yet write."""
+        return not Path(name).exists() and self.paths.models not in Path(name).parents and name.count("/") <= 1
 
     @model_validator(mode="after")
     def _own_folders(self) -> Params:
@@ -193,7 +205,7 @@ class Params(Section):
         if name not in self.finetune:
             raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.names)}")
         settings, place = self.finetune[name], f"finetune.{name}.pretrain"
-        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix()}}
+        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix(), "revision": None}}
         return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
 
     def training_compute(self, name: str) -> TrainingCompute:
@@ -266,6 +278,8 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
         return [f"{where}: unknown key{nearest(keys[-1], known)} (known here: {', '.join(known)})"]
     if problem["type"] == "missing":
         return [f"{where}: missing; it has no default"]
+    if problem["type"] in ("unknown_kind", "unusable_kind"):
+        return [f"{where}.kind: {problem['msg']}"]
     if problem["type"] == "union_tag_not_found":
         return [f"{where}.kind: missing; it has no default (there are: {', '.join(known)})"]
     message = problem["msg"].removeprefix("Value error, ")
@@ -283,26 +297,30 @@ def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str]
     keys: list[str] = []
     known: list[str] = []
     for part in location:
+        section = _section(kind, part)
+        if section is not None:  # a discriminated union adds the chosen kind's tag to the location
+            kind = section
+            continue
         if get_origin(kind) is Annotated:
             kind = get_args(kind)[0]
-        chosen = [option for option in get_args(kind) if part in _tags(option)]
-        if chosen:  # a discriminated union adds the chosen kind's tag to the location
-            kind = chosen[0]
-            continue
         keys.append(str(part))
         known = []
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             known = sorted(kind.model_fields)
-            kind = kind.model_fields[part].annotation if part in kind.model_fields else None
+            field = kind.model_fields.get(part)
+            kind = Annotated[field.annotation, None, *field.metadata] if field else None
         else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
             kind = next(reversed(get_args(kind)), None)
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
-    return keys, [tag for option in get_args(kind) for tag in _tags(option)] or known
+    return keys, [tag for option in get_args(kind) for tag in kinds_of(option)] or known
 
 
-def _tags(option: Any) -> tuple[Any, ...]:
-    """The kinds that a section of a discriminated union can have."""
-    if not (isinstance(option, type) and issubclass(option, BaseModel) and "kind" in option.model_fields):
-        return ()
-    return get_args(option.model_fields["kind"].annotation)
+def _section(union: Any, kind: Any) -> type[BaseModel] | None:
+    """The section of a kind; None where `union` is not one of sections, or has no such kind."""
+    if get_origin(union) is not Annotated:
+        return None
+    sections, *notes = get_args(union)
+    built_in = (option for option in get_args(sections) if kind in kinds_of(option))
+    added = (note.section(kind) for note in notes if isinstance(note, Variants) and kind in note.added())
+    return next(built_in, None) or next(added, None)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lotlip.core.files import sha256_files
 
 ROOT = Path(__file__).parents[2]
-_MODULE = re.compile(r"(lotlip|flows)(\.\w+)+")
+_MODULE = re.compile(r"((?:lotlip|flows)(?:\.\w+)+)(?::\w+)?")
 # Packages that store, show, start and check what others compute. No change to them changes what a stage computes.
 INFRASTRUCTURE = (
     "flows/runtime",
@@ -27,7 +27,8 @@ def stage_files(stage: str) -> list[Path]:
     """The files that decide what a stage writes: its flow, its package and all that these import, sorted.
 
     Imports are followed wherever they are in a file, except for those that are for types only. Strings that
-    name a module count as imports. A package's files that are not Python (word lists, tokenizers) belong to it.
+    name a module, or something in it (`lotlip.demo.source:SceneSource`), count as imports. A package's files that are
+    not Python (word lists, tokenizers) belong to it.
 
     Args:
         stage: "ingest", "image-tower", …
@@ -68,8 +69,8 @@ def _imported(file: Path) -> Iterator[Path]:
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and _MODULE.fullmatch(node.value):
-            names = [node.value]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (named := _MODULE.fullmatch(node.value)):
+            names = [named[1]]
         for name in names:
             place = ROOT.joinpath(*name.split("."))
             yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())

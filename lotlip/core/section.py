@@ -13,6 +13,8 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+# Of the model hub; branches and tags move.
+Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
 # It becomes part of file names, whose length filesystems limit.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lotlip.caption.config import SceneCaptionerConfig as CaptionerConfig
+from lotlip.core.compute import CaptionerCompute
 from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.text import join_sub_captions, split_sub_captions
 from lotlip.demo.world import (
@@ -171,7 +172,13 @@ class SceneCaptioner:
     revision = REVISION
     prompt = "Describe this image in detail."
 
-    def __init__(self, name: str, config: CaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        config: CaptionerConfig,
+        count_tokens: Callable[[str], int],
+        _compute: CaptionerCompute | None = None,
+    ) -> None:
         self.name = name
         self.config = config
         self.count_tokens = count_tokens

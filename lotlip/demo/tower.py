@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -13,29 +10,11 @@ from torch.nn import functional as F
 from lotlip.data.images import MEAN, STD
 from lotlip.demo.world import attribute_classes, attribute_labels, generate_scene, render
 from lotlip.image_tower.config import SceneTowerConfig
+from lotlip.image_tower.towers import OnProgress, TowerResult
 from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
 
 # Scenes for the accuracies, beyond those for training.
 _HELD_OUT = 1000
-
-OnProgress = Callable[[int, int, float], None]
-
-
-@dataclass(frozen=True)
-class TowerResult:
-    """A trained tower.
-
-    Attributes:
-        tower: in evaluation mode.
-        spec: what builds it anew.
-        accuracy: attribute → share told right on scenes it was not trained on; small objects count where there are any.
-        history: (step, loss), once in 10 steps.
-    """
-
-    tower: ImageTower
-    spec: ImageTowerSpec
-    accuracy: dict[str, float]
-    history: list[tuple[int, float]] = field(default_factory=list)
 
 
 def train_image_tower(config: SceneTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
@@ -62,7 +41,8 @@ def train_image_tower(config: SceneTowerConfig, on_progress: OnProgress | None =
         heads = _Heads(tower.width)
         history = _fit(tower, heads, pixels[: config.scenes], labels[: config.scenes], config, on_progress)
     tower.eval()
-    return TowerResult(tower, spec, _accuracy(tower, heads, pixels[config.scenes :], labels[config.scenes :]), history)
+    accuracy = _accuracy(tower, heads, pixels[config.scenes :], labels[config.scenes :])
+    return TowerResult(tower, config.scenes * config.epochs, accuracy, history)
 
 
 def scenes_spec(config: SceneTowerConfig) -> ImageTowerSpec:

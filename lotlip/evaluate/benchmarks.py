@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,16 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from lotlip.core.files import sha256_json
 from lotlip.core.paths import Paths
-from lotlip.data.partitions import read_captions, stored_images, unit_names
-from lotlip.evaluate.config import (
-    BenchmarkConfig,
-    HeldOutBenchmarkConfig,
-    PublishedBenchmarkConfig,
-    SceneBenchmarkConfig,
-)
+from lotlip.core.variants import implementation
+from lotlip.data.partitions import stored_images, unit_names
+from lotlip.evaluate.config import PUBLISHED, BenchmarkConfig
 
 if TYPE_CHECKING:
     from lotlip.demo.world import Scene
+
+_BUILT_IN = {
+    "scenes": "lotlip.evaluate.scenes:scene_benchmark",
+    "held-out": "lotlip.evaluate.held_out:held_out_benchmark",
+}
+_PUBLISHED = "lotlip.evaluate.published:open_published"
 
 
 @dataclass(frozen=True)
@@ -76,80 +77,26 @@ class Benchmark:
 def open_benchmark(name: str, settings: BenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
     """Reads a benchmark's texts; its images stay on disk.
 
+    Args:
+        name: that its scores are filed under.
+        settings: `evaluate.benchmarks.<name>` of params.yaml.
+        paths: of the partitions and captions.
+        captioners: whose captions may be texts.
+
     Raises:
         ValueError: the benchmark has another size than it should, or lacks what it needs.
     """
-    if isinstance(settings, PublishedBenchmarkConfig):
-        from lotlip.evaluate.published import published_benchmark
-
-        return published_benchmark(settings.kind, settings.folder, settings.images, settings.partial, name)
-    if isinstance(settings, SceneBenchmarkConfig):
-        return _scenes(name, settings, paths.ingest)
-    return _held_out(name, settings, paths, captioners)
+    opened = implementation("lotlip.benchmarks", settings.kind, _BUILT_IN | dict.fromkeys(PUBLISHED, _PUBLISHED))
+    return opened(name, settings, paths, captioners)
 
 
-def _split(source: Path, split: str, column: str) -> tuple[list[str], list[Any], Callable[[int], bytes]]:
+def images_of(source: Path, split: str, column: str) -> tuple[list[str], list[Any], Callable[[int], bytes]]:
     """Of the images of a split of partitions the names, another column, and what reads each by its number."""
     found = list(stored_images(source, unit_names(source, split), column))
     return [key for key, _, _ in found], [value for _, value, _ in found], lambda number: found[number][2]()
 
 
-def _scenes(name: str, settings: SceneBenchmarkConfig, source: Path) -> Benchmark:
-    from lotlip.demo.questions import label, long_text, shape_prompts, short_text
-    from lotlip.demo.world import Scene
-
-    keys, drawn, read = _split(source, settings.split, "scene")
-    if len(keys) != settings.size:
-        raise ValueError(
-            f"benchmark {name}: {source}/{settings.split} has {len(keys)} scenes, but "
-            f"evaluate.benchmarks.{name}.size is {settings.size}; scores of another size cannot be compared"
-        )
-    if not all(isinstance(scene, str) for scene in drawn):
-        raise ValueError(f"benchmark {name}: the images in {source} are not generated scenes; use `kind: held-out`")
-    scenes = [Scene.from_json(json.loads(str(scene))) for scene in drawn]
-    every = list(range(len(scenes)))
-    retrieval = {
-        "long": Texts([long_text(scene) for scene in scenes], every),
-        "short": Texts([short_text(scene) for scene in scenes], every),
-    }
-    return Benchmark(
-        name=name,
-        images=keys,
-        read=read,
-        retrieval=retrieval,
-        prompts=Prompts(shape_prompts(), [label(scene) for scene in scenes]),
-        max_unseen_tokens=settings.max_unseen_tokens,
-        about={
-            "split": settings.split,
-            "version": _version(keys, retrieval),
-            "texts": "frames that no training caption uses, words that they do use",
-        },
-        scenes=scenes,
-    )
-
-
-def _held_out(name: str, settings: HeldOutBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
-    """Raw captions as short texts; as long text of an image the one of its captions with the most tokens."""
-    keys, raw, read = _split(paths.ingest, settings.split, "short_caption")
-    if not keys:
-        raise ValueError(
-            f"benchmark {name}: no image is in the split {settings.split!r}; raise its share in params.yaml"
-        )
-    retrieval = {"short": Texts([str(caption) for caption in raw], list(range(len(keys))))}
-    longest: dict[str, tuple[int, str]] = {}
-    for captioner in captioners:
-        for unit in unit_names(paths.captions / captioner, settings.split):
-            table = read_captions(paths.captions / captioner, unit, ["key", "text", "tokens"])
-            for key, text, tokens in zip(table["key"], table["text"], table["tokens"], strict=True):
-                longest[key] = max(longest.get(key, (0, "")), (int(tokens), text))
-    described = [(index, longest[key][1]) for index, key in enumerate(keys) if key in longest]
-    if described:
-        retrieval["long"] = Texts([text for _, text in described], [index for index, _ in described])
-    about = {"split": settings.split, "version": _version(keys, retrieval)}
-    return Benchmark(name, keys, read, retrieval, about=about)
-
-
-def _version(images: Sequence[str], retrieval: Mapping[str, Texts]) -> str:
+def version_of(images: Sequence[str], retrieval: Mapping[str, Texts]) -> str:
     """Hash of the images' names and their texts: equal where the same is asked."""
     asked = {
         kind: sorted([images[image], text] for text, image in zip(texts.texts, texts.image, strict=True))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from lotlip.core.paths import Paths
 from lotlip.data.partitions import read_index
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.ceiling import repeats_in_words
-from lotlip.evaluate.config import PublishedBenchmarkConfig, SceneBenchmarkConfig
+from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBenchmarkConfig
 from lotlip.evaluate.encoders import Encoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
@@ -62,12 +62,11 @@ def ask(name: str, data: Path, images: Path | None = None, partial: bool = False
     Raises:
         ValueError: there is no such benchmark, or its folder is not as it must be.
     """
-    published = get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation)
-    if name in published:
+    if name in PUBLISHED:
         wanted = PublishedBenchmarkConfig(kind=name, folder=data, images=images, partial=partial)  # type: ignore[arg-type]
         return open_benchmark(name, wanted, Paths(), [])
     if name != SCENES:
-        raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}, {', '.join(published)}")
+        raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}, {', '.join(PUBLISHED)}")
     if images or partial:
         raise ValueError(f"{SCENES} have their images with them, and any number will do: leave out images and partial")
     units = read_index(data)["units"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
 from lotlip.core.section import Count, Name, Section, Share
+from lotlip.core.variants import Variants, kinds_of
 
 
 class SceneBenchmarkConfig(Section):
@@ -50,8 +51,10 @@ class PublishedBenchmarkConfig(Section):
     )
 
 
+PUBLISHED: tuple[str, ...] = kinds_of(PublishedBenchmarkConfig)
+
 BenchmarkConfig = Annotated[
-    SceneBenchmarkConfig | HeldOutBenchmarkConfig | PublishedBenchmarkConfig, Field(discriminator="kind")
+    SceneBenchmarkConfig | HeldOutBenchmarkConfig | PublishedBenchmarkConfig, Variants("lotlip.benchmarks")
 ]
 
 
@@ -82,10 +85,9 @@ class EvaluateConfig(Section):
         benchmarks = data.get("benchmarks") if isinstance(data, dict) else None
         if not isinstance(benchmarks, dict):
             return data
-        published = get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation)
         return data | {
             "benchmarks": {
-                name: {"kind": name, **entry} if name in published and isinstance(entry, dict) else entry
+                name: {"kind": name, **entry} if name in PUBLISHED and isinstance(entry, dict) else entry
                 for name, entry in benchmarks.items()
             }
         }

@@ -8,16 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from lotlip.core.files import sha256_json
+from lotlip.core.paths import Paths
 from lotlip.data.annotations import clean
 from lotlip.data.keys import leaves, printable
 from lotlip.data.paths import find_images
 from lotlip.evaluate.benchmarks import Benchmark, Prompts, Texts
-from lotlip.evaluate.config import PARTIAL_RUN
+from lotlip.evaluate.config import PARTIAL_RUN, PublishedBenchmarkConfig
 from lotlip.evaluate.formats import FORMATS, Described, Format
 
 IMAGENET_SIZE = 50_000
 _IMAGENET_PER_CLASS = 50
 _SHOWN = 3
+
+
+def open_published(name: str, settings: PublishedBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
+    """The published benchmark that an entry of params.yaml describes; raises as `published_benchmark` does."""
+    return published_benchmark(settings.kind, settings.folder, settings.images, settings.partial, name)
 
 
 def published_benchmark(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from lotlip.core.section import Count, Positive, Section, Share
+from lotlip.core.section import Commit, Count, Positive, Section, Share
+from lotlip.core.variants import Variants
 
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
+Channels = tuple[float, float, float]
 
 
 _RESIZE = (
@@ -46,8 +48,21 @@ class TimmTowerConfig(Section):
     kind: Literal["timm"]
     model: str = Field(description="name of a ViT with a [CLS] token in timm")
     checkpoint: Path | None = Field(None, description="local safetensors file; without one timm asks the model hub")
+    revision: Commit | None = Field(
+        None, description="commit of the model's repository on the hub; without one, whatever the hub has"
+    )
     image_size: Annotated[int, Field(ge=32, le=1024)] = Field(224, description="pixels of an image's side")
     resize: Resize = Field("crop", description=_RESIZE)
+    mean: Channels | None = Field(
+        None, description="of the channels, for pixels in 0..1; null: what the model was trained with"
+    )
+    std: Channels | None = Field(None, description="standard deviation of the channels; null: as mean")
+
+    @model_validator(mode="after")
+    def _possible(self) -> TimmTowerConfig:
+        if self.checkpoint is not None and self.revision is not None:
+            raise ValueError("revision is a commit of the hub, but checkpoint is a local file; leave one of them out")
+        return self
 
 
-ImageTowerConfig = Annotated[SceneTowerConfig | TimmTowerConfig, Field(discriminator="kind")]
+ImageTowerConfig = Annotated[SceneTowerConfig | TimmTowerConfig, Variants("lotlip.image_towers")]

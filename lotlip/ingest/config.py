@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from lotlip.core.section import Count, Section, Share
+from lotlip.core.variants import Variants
 
 
 class SceneSourceConfig(Section):
@@ -93,7 +94,7 @@ class CsvSourceConfig(SplitByKey):
 
 SourceConfig = Annotated[
     SceneSourceConfig | FolderSourceConfig | WebDatasetSourceConfig | ParquetSourceConfig | CsvSourceConfig,
-    Field(discriminator="kind"),
+    Variants("lotlip.sources", needs=("path",)),
 ]
 
 

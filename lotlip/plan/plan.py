@@ -26,7 +26,7 @@ from lotlip.core.section import merge
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
-from lotlip.image_tower.config import SceneTowerConfig
+from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text_tower import PACKED
 from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
@@ -276,8 +276,10 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
         from lotlip.demo.tower import scenes_spec
 
         spec = scenes_spec(image)
-    else:
+    elif isinstance(image, TimmTowerConfig):
         spec = ImageTowerSpec(image.model, image.image_size, resize=image.resize)
+    else:
+        raise ValueError(f"the sizes of an image tower of kind {image.kind} are not known to `lotlip plan`")
     with torch.device("meta"):
         tower = build_image_tower(spec)
         model = LotlipForPreTraining(
@@ -305,7 +307,8 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
     if text.pretrained:
         try:
             seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model for each
-            found = text_config(str(seeds[0]) if seeds else text.pretrained, text.config, local_files_only=True)
+            name = str(seeds[0]) if seeds else text.pretrained
+            found = text_config(name, text.config, text.revision, local_files_only=True)
         except OSError as error:
             if not text.pretrained.endswith("bert-base-uncased"):
                 raise ValueError(
@@ -347,6 +350,9 @@ def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed:
         config: of the ablation.
         statistics: of the shards: "raw" or captioner → sub_captions_per_text, tokens_per_text; empty where none are.
         assumed: takes a line for what the statistics do not tell.
+
+    Raises:
+        ValueError: the ablation draws captions that the shards do not have.
     """
     text, drawn = config.text, config.long_texts
     fixed = 1 + text.corner_tokens + text.register_tokens
@@ -357,6 +363,12 @@ def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed:
     raw = statistics["raw"]["tokens_per_text"] if statistics else RAW_TOKENS
     window = float(drawn.sub_captions * SUB_CAPTION_TOKENS)
     captioners = drawn.captioners or [name for name in statistics if name != "raw"]
+    if missing := [name for name in captioners if statistics and name not in statistics]:
+        there = ", ".join(name for name in statistics if name != "raw") or "none"
+        raise ValueError(
+            f"long_texts.captioners names {', '.join(missing)}, but the shards have captions by {there}; "
+            "write the shards anew (`dvc repro shard`), or plan without them"
+        )
     if statistics and captioners:
         windows = [_window(statistics[name], drawn.sub_captions) for name in captioners]
         window = sum(windows) / len(windows)

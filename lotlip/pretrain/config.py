@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lotlip.core.section import Count, Name, NonNegative, Positive, Section, Share, flatten
+from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
 from lotlip.data.text import Window
 
 
@@ -109,11 +109,16 @@ def loading_options(config: Any, under: str = "") -> list[str]:
 class TextTowerConfig(Section):
     """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
 
-    tokenizer: str = Field("bert-base-uncased", description="hub name or folder of a BERT tokenizer")
+    tokenizer: str = Field(
+        "bert-base-uncased", description="of a BERT-family model: bert-base-uncased, a tokenizer.json or its folder"
+    )
     pretrained: str | None = Field(
         None,
         description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or of an ablation with a "
         "model for each seed; without one, `config`",
+    )
+    revision: Commit | None = Field(
+        None, description="the hub's commit of `pretrained`; without one, whatever the hub has; none for a folder"
     )
     config: dict[str, Any] = Field(
         default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
@@ -164,6 +169,10 @@ class TextTowerConfig(Section):
         extra = self.corner_tokens + self.register_tokens
         if extra + 4 > self.context_length:
             raise ValueError(f"context_length {self.context_length} has no room for {extra} extra tokens and words")
+        if self.revision and not self.pretrained:
+            raise ValueError("revision is a commit of the hub's model; name the model in pretrained, or take it out")
+        if self.revision and Path(self.pretrained or "").is_dir():
+            raise ValueError(f"pretrained {self.pretrained} is a folder, which has no commits; take out revision")
         if self.position_interpolation and not self.pretrained:
             raise ValueError("position_interpolation needs trained positions; name the text tower in pretrained")
         if self.position_interpolation and self.position_interpolation.interpolated < self.context_length:

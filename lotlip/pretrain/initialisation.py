@@ -97,7 +97,7 @@ def _random(text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
 
 
 def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
-    encoder, earlier = _open(name, text.config)
+    encoder, earlier = _open(name, text.config, text.revision)
     _fit_vocabulary(encoder, text, tokenizer, earlier)
     weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
     if text.position_interpolation:
@@ -112,12 +112,15 @@ def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) ->
     return _Start(encoder.config, weights, earlier)
 
 
-def text_config(name: str, changes: Mapping[str, Any], local_files_only: bool = False) -> PretrainedConfig:
+def text_config(
+    name: str, changes: Mapping[str, Any], revision: str | None = None, local_files_only: bool = False
+) -> PretrainedConfig:
     """The configuration of a pretrained text tower, of one of `TEXT_MODELS` or of a LoTLIP model.
 
     Args:
         name: folder of the model, or its name on the hub.
         changes: `text.config`, which go before what the model's own configuration says.
+        revision: commit of the model on the hub; None: the newest.
         local_files_only: whether the hub's cache will do, and the hub is not asked.
 
     Raises:
@@ -131,7 +134,8 @@ def text_config(name: str, changes: Mapping[str, Any], local_files_only: bool = 
         if not (folder / "config.json").is_file():
             raise ValueError(f"text.pretrained {name} has no config.json; name the folder of a model")
         _check_kind(name, read_json(folder / "config.json").get("model_type"))
-    config = AutoConfig.from_pretrained(name, local_files_only=local_files_only, trust_remote_code=False, **changes)
+    options = {"local_files_only": local_files_only, "revision": revision or "main", "trust_remote_code": False}
+    config = AutoConfig.from_pretrained(name, **options, **changes)
     _check_kind(name, config.model_type)
     if isinstance(config, LotlipConfig):
         given = config.text_config.to_dict()
@@ -152,24 +156,28 @@ def _check_kind(name: str, kind: str | None) -> None:
         )
 
 
-def _open(name: str, changes: Mapping[str, Any]) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
+def _open(
+    name: str, changes: Mapping[str, Any], revision: str | None
+) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
     """The pretrained encoder and, where it comes from one, the LoTLIP model."""
     try:
-        config = text_config(name, changes)
+        config = text_config(name, changes, revision)
     except OSError as error:
         raise ValueError(
             f"text.pretrained {name} is neither a folder with a model nor one that the hub has: {error}; "
             "train it first, or mend the name"
         ) from error
     check_weights(Path(name))
+    options: dict[str, Any] = {
+        "dtype": torch.float32,
+        "revision": revision or "main",
+        "trust_remote_code": False,
+        "weights_only": True,
+    }
     if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(
-            name, image_tower=False, dtype=torch.float32, trust_remote_code=False, weights_only=True
-        )
+        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, **options)
         return earlier.text.transformer, earlier
-    return AutoModel.from_pretrained(
-        name, config=config, dtype=torch.float32, trust_remote_code=False, weights_only=True
-    ), None
+    return AutoModel.from_pretrained(name, config=config, **options), None
 
 
 def _fit_vocabulary(

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lotlip.core.caches import cache_folder, lock
-from lotlip.core.files import read_json, sha256_json
+from lotlip.core.code import ROOT
+from lotlip.core.files import read_json, sha256_files, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
 from lotlip.pretrain.sink import NullSink, Sink
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lotlip.pretrain.config import PretrainConfig
 
 FINGERPRINT = "lotlip.fingerprint"
+CONTENT = "lotlip.content"  # of a model's files as they were sent
 NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
 TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
 SQLITE = "sqlite:///"  # begins the address of a store in a file
@@ -354,11 +356,22 @@ class Tracker:
         sink.close()
 
     def _log_model(self, model: LoggedModel, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes a saved model as MLflow serves it; equal models give equal files, whenever they are written."""
+        """Writes a saved model as MLflow serves it, unless the store has the same one.
+
+        Equal models give equal files, whenever they are written.
+        """
         from mlflow.models import Model
 
         from lotlip.retrieval.serving import save_served_model
 
+        parts = [file for file in folder.rglob("*") if file.is_file()] + [*ROOT.glob("lotlip/**/*.py")]
+        content = sha256_json([provenance, sha256_files(sorted(parts))])
+        if (
+            model.status == "READY"
+            and model.tags.get(CONTENT) == content
+            and self._client.list_logged_model_artifacts(model.model_id)
+        ):
+            return
         identity = Model(
             artifact_path=model.artifact_location,
             run_id=model.source_run_id,
@@ -370,6 +383,7 @@ class Tracker:
             save_served_model(folder, scratch / "model", provenance, identity)
             self._client.log_model_artifacts(model.model_id, str(scratch / "model"))
         self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.set_logged_model_tags(model.model_id, {CONTENT: content})
 
     def _log_file(self, run_id: str, content: bytes, under: str, name: str) -> None:
         with temporary_folder("tracking") as scratch:

@@ -108,9 +108,9 @@ def _version(client: MlflowClient, run: Run, settings: RegistryConfig, sweep: st
         )
     if not client.search_registered_models(f"name = '{settings.model}'"):
         client.create_registered_model(settings.model, description=_about(settings))
-    for version in client.search_model_versions(f"name = '{settings.model}'"):
-        if version.tags.get(FINGERPRINT) == fingerprint:
-            return version
+    same = f"name = '{settings.model}' and tags.`{FINGERPRINT}` = '{fingerprint}'"
+    if found := client.search_model_versions(same, max_results=1):
+        return found[0]
     model_id = outputs[-1].model_id
     scores = {name: run.data.metrics[name] for name in settings.min_scores}
     tags = {name: run.data.tags[name] for name in LINEAGE if name in run.data.tags}

@@ -269,6 +269,15 @@ def test_the_reason_of_a_failure_is_found_before_torchruns_report(written, reaso
     assert reason_of(written) == reason
 
 
+def test_a_process_that_wrote_nothing_has_what_torchrun_saw_of_it_as_reason():
+    seen = "E1128 05:00:00.000000 7 torch/distributed/elastic/api.py:984] failed (exitcode: 3) local_rank: 0 (pid: 8)"
+    end = "Traceback (most recent call last):\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
+    srun = "srun: error: node-1: task 0: Exited with exit code 1\nsrun: Terminating StepId=5.0\n"
+    assert reason_of(f"{seen}\n{end}{TORCHRUN_BLOCK}{srun}") == "failed (exitcode: 3) local_rank: 0"
+    killed = TORCHRUN_BLOCK.replace("To enable traceback see", "Signal 9 (SIGKILL) received by PID 8; see")
+    assert reason_of(f"{seen}\n{end}{killed}") == "Signal 9 (SIGKILL) received by PID 8"
+
+
 def test_a_failure_without_an_error_has_its_last_line_as_reason():
     assert reason_of("Segmentation fault\n=====\n") == "Segmentation fault"
     assert reason_of("") == ""

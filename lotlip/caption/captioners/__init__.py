@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from importlib import import_module
 from typing import Any, Protocol
 
-from lotlip.caption.config import (
-    CaptionerConfig,
-    EndpointCaptionerConfig,
-    SceneCaptionerConfig,
-    TransformersCaptionerConfig,
-)
+from lotlip.caption.config import CaptionerConfig
 from lotlip.core.compute import CaptionerCompute
+from lotlip.core.variants import implementation
 from lotlip.data.records import Caption, Failure, ImageRecord
+
+_BUILT_IN = {
+    "scenes": "lotlip.demo.captioner:SceneCaptioner",
+    "table": "lotlip.caption.captioners.table:TableCaptioner",
+    "endpoint": "lotlip.caption.captioners.endpoint:EndpointCaptioner",
+    "transformers": "lotlip.caption.captioners.transformers:TransformersCaptioner",
+}
 
 
 class Captioner(Protocol):
@@ -56,19 +58,5 @@ def open_captioner(
     """
     from lotlip.data.tokenizer import count_tokens
 
-    if isinstance(settings, SceneCaptionerConfig):
-        return import_module("lotlip.demo.captioner").SceneCaptioner(name, settings, count_tokens(tokenizer))
-
-    if isinstance(settings, EndpointCaptionerConfig):
-        from lotlip.caption.captioners.endpoint import EndpointCaptioner
-
-        return EndpointCaptioner(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())
-
-    if isinstance(settings, TransformersCaptionerConfig):
-        from lotlip.caption.captioners.transformers import TransformersCaptioner
-
-        return TransformersCaptioner(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())
-
-    from lotlip.caption.captioners.table import TableCaptioner
-
-    return TableCaptioner(name, settings, count_tokens(tokenizer))
+    made = implementation("lotlip.captioners", settings.kind, _BUILT_IN)
+    return made(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())

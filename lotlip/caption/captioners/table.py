@@ -15,6 +15,7 @@ from typing import Any
 
 from lotlip.caption.config import TableCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
+from lotlip.core.compute import CaptionerCompute
 from lotlip.core.files import sha256_files
 from lotlip.data.keys import key_of, prefix_of
 from lotlip.data.records import Caption, Failure, ImageRecord
@@ -38,7 +39,13 @@ class TableCaptioner:
 
     prompt = ""
 
-    def __init__(self, name: str, settings: TableCaptionerConfig, count_tokens: Callable[[str], int]) -> None:
+    def __init__(
+        self,
+        name: str,
+        settings: TableCaptionerConfig,
+        count_tokens: Callable[[str], int],
+        _compute: CaptionerCompute | None = None,
+    ) -> None:
         self._name = name
         self._settings = settings
         self._path = settings.path

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Protocol
 
+from lotlip.core.variants import implementation
 from lotlip.data.records import Failure, ImageRecord, Unit
-from lotlip.ingest.config import (
-    FolderSourceConfig,
-    ImagesConfig,
-    SceneSourceConfig,
-    SourceConfig,
-    WebDatasetSourceConfig,
-)
+from lotlip.ingest.config import ImagesConfig, SourceConfig
+
+_BUILT_IN = {
+    "scenes": "lotlip.demo.source:SceneSource",
+    "folder": "lotlip.ingest.sources.folder:FolderSource",
+    "webdataset": "lotlip.ingest.sources.webdataset:WebDatasetSource",
+    "parquet": "lotlip.ingest.sources.table:TableSource",
+    "csv": "lotlip.ingest.sources.table:TableSource",
+}
 
 
 class Source(Protocol):
@@ -53,18 +55,4 @@ def open_source(settings: SourceConfig, images: ImagesConfig | None = None) -> S
     Raises:
         ValueError: there is nothing to read where it points.
     """
-    images = images or ImagesConfig()
-    if isinstance(settings, SceneSourceConfig):
-        return import_module("lotlip.demo.source").SceneSource(settings, images)
-    if isinstance(settings, FolderSourceConfig):
-        from lotlip.ingest.sources.folder import FolderSource
-
-        return FolderSource(settings, images)
-    if isinstance(settings, WebDatasetSourceConfig):
-        from lotlip.ingest.sources.webdataset import WebDatasetSource
-
-        return WebDatasetSource(settings, images)
-
-    from lotlip.ingest.sources.table import TableSource
-
-    return TableSource(settings, images)
+    return implementation("lotlip.sources", settings.kind, _BUILT_IN)(settings, images or ImagesConfig())

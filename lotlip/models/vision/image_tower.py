@@ -89,11 +89,17 @@ class ImageTower(nn.Module):
         return hidden[:, self.trunk.num_prefix_tokens :]  # type: ignore[misc]
 
 
-def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTower:
+def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False, revision: str | None = None) -> ImageTower:
     """Builds the tower; its weights are random unless `pretrained` asks timm for them.
 
+    Args:
+        spec: what is built.
+        pretrained: whether timm gets its weights from the model hub.
+        revision: commit of the model's repository there; None: the newest.
+
     Raises:
-        ValueError: timm has no such model, it is not a ViT with a [CLS] token, or `spec.kwargs` would load files.
+        ValueError: timm has no such model, it is not a ViT with a [CLS] token, `spec.kwargs` would load files, or timm
+            gets the weights from elsewhere than the hub, where there are no commits.
     """
     if not timm.is_model(spec.timm_model):
         raise ValueError(
@@ -102,6 +108,13 @@ def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False) -> ImageTo
     if options := [name for name in LOADING_OPTIONS if name in spec.kwargs]:
         raise ValueError(f"kwargs of the image tower {spec.timm_model} load other files: remove {', '.join(options)}")
     arguments = {"num_classes": 0, "global_pool": "token", "img_size": spec.image_size, **spec.kwargs}
+    if revision is not None:
+        own = timm.get_pretrained_cfg(spec.timm_model)
+        if own is None or not own.hf_hub_id:
+            raise ValueError(
+                f"timm's weights of {spec.timm_model} are not on the hub; take out the revision {revision}"
+            )
+        arguments["pretrained_cfg_overlay"] = {"hf_hub_id": f"{own.hf_hub_id}@{revision}"}
     try:
         trunk = timm.create_model(spec.timm_model, pretrained=pretrained, **arguments)
     except (TypeError, AssertionError) as error:  # timm says by either what a model cannot have, such as this pooling

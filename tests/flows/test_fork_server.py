@@ -1,0 +1,56 @@
+"""The fork server: what it imports leaves GPUs to its forks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from lotlip.core.code import ROOT
+
+# CUDA that was initialised before a fork cannot be used after it. On a machine without a GPU, stand-ins for the
+# functions through which torch reaches the driver take down who calls them; on one with a GPU, a fork uses it.
+PROBE = """
+    import importlib, json, os, sys, traceback
+    import torch
+    from flows.runtime.fork_server import PRELOADED
+
+    calls = []
+    gpu = torch.cuda._device_count_nvml() > 0
+    if not gpu:
+        def stand_in(name, result):
+            def call(*_):
+                calls.append(f"{name}: {traceback.format_stack()[-2]}")
+                return result
+            return call
+
+        torch._C._cuda_getDeviceCount = stand_in("torch._C._cuda_getDeviceCount", 1)
+        torch._C._cuda_init = stand_in("torch._C._cuda_init", None)
+    for name in PRELOADED:
+        importlib.import_module(name)
+    found = {"calls": calls, "initialised": torch.cuda.is_initialized(), "fork": 0}
+    if gpu:
+        child = os.fork()
+        if not child:
+            status = 1
+            try:
+                status = int(torch.ones(2, device="cuda").sum().item() != 2)
+            finally:
+                os._exit(status)
+        found["fork"] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(json.dumps(found))
+"""
+
+
+def probe() -> dict[str, object]:
+    command = [sys.executable, "-c", textwrap.dedent(PROBE)]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_no_import_initialises_cuda_before_the_fork() -> None:
+    assert probe() == {"calls": [], "initialised": False, "fork": 0}
