@@ -177,7 +177,7 @@ def test_a_damaged_configuration_is_named(tmp_path):
 
 @pytest.mark.parametrize("after", ["models/lit", "/somewhere/models/lit"])
 def test_a_folder_is_no_ablation_to_continue(after):
-    with pytest.raises(ValueError, match=r"after\n.*is a folder.*text\.pretrained"):
+    with pytest.raises(ValueError, match=r"init_from\n.*is a folder.*text\.pretrained"):
         FinetuneConfig(init_from=after, pretrain={})
 
 

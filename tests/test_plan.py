@@ -184,7 +184,7 @@ def test_an_image_tower_in_training_keeps_what_is_predicted():
         tower(torch.randn(8, 3, 32, 32))
     config = PretrainConfig(batch_size=8, image_tower={"frozen": False})
     towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
-    parts = activation_bytes(config, towers, Texts(8, 8, 0))
+    parts = activation_bytes(config, TrainingCompute(), towers, Texts(8, 8, 0))
     assert parts["pictures and image activations"] == pytest.approx(saved.total, rel=0.1)
 
 
@@ -195,7 +195,7 @@ def test_the_loss_keeps_what_is_predicted():
     with SavedTensors() as saved:
         lotlip_loss(images, texts, torch.ones(1, requires_grad=True))
     features = images.nbytes + texts.nbytes
-    predicted = loss_bytes(PretrainConfig(batch_size=batch), Texts(8, 8, 1), width)
+    predicted = loss_bytes(PretrainConfig(batch_size=batch), TrainingCompute(), Texts(8, 8, 1), width)
     assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
 
 

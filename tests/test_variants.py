@@ -81,7 +81,7 @@ class Parrot:
     prompt = ""
     revision = "parrot-1"
 
-    def __init__(self, name, settings, count_tokens):
+    def __init__(self, name, settings, count_tokens, compute):
         self.name, self.settings, self.count = name, settings, count_tokens
         self.about = {"revision": self.revision, "times": settings.times}
 

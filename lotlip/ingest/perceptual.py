@@ -56,7 +56,7 @@ def near_copies(hashes: Path, evaluation: Mapping[str, int], distance: int) -> C
     def find(name: str) -> dict[int, str]:
         return {
             row: f"it resembles an image of an evaluation set: {places[image]} ({bits} of {BITS} bits differ)"
-            for row, image, bits in index.nearest(np.load(hashes / f"{name}.npy")).tolist()
+            for row, image, bits in index.nearest(np.load(hashes / f"{name}.npy", allow_pickle=False)).tolist()
         }
 
     return find

@@ -134,8 +134,8 @@ def text_config(
         if not (folder / "config.json").is_file():
             raise ValueError(f"text.pretrained {name} has no config.json; name the folder of a model")
         _check_kind(name, read_json(folder / "config.json").get("model_type"))
-    options = {"local_files_only": local_files_only, "revision": revision or "main", "trust_remote_code": False}
-    config = AutoConfig.from_pretrained(name, **options, **changes)
+    options = {"local_files_only": local_files_only, "revision": revision or "main"}
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options, **changes)
     _check_kind(name, config.model_type)
     if isinstance(config, LotlipConfig):
         given = config.text_config.to_dict()
@@ -171,13 +171,12 @@ def _open(
     options: dict[str, Any] = {
         "dtype": torch.float32,
         "revision": revision or "main",
-        "trust_remote_code": False,
         "weights_only": True,
     }
     if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, **options)
+        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, trust_remote_code=False, **options)
         return earlier.text.transformer, earlier
-    return AutoModel.from_pretrained(name, config=config, **options), None
+    return AutoModel.from_pretrained(name, config=config, trust_remote_code=False, **options), None
 
 
 def _fit_vocabulary(
