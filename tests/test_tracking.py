@@ -237,7 +237,7 @@ def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypat
 def test_a_comparison_sees_runs_beyond_the_first_page(store, experiment, monkeypatch):
     monkeypatch.setattr("lotlip.tracking.mlflow.PAGE", 2)
     seen: list[Any] = []
-    monkeypatch.setattr("lotlip.tracking.mlflow.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
+    monkeypatch.setattr("lotlip.tracking.comparison.view", lambda runs, sweep: str(seen.append(len(runs))))
     tracker = Tracker(store, experiment)
     for number in range(5):
         tracker.ensure_run(f"f{number}", f"n{number}", {}, {})
