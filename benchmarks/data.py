@@ -34,7 +34,7 @@ WORDS += ["dog", "house", "tree", "street", "table", "window", "person", "sky", 
 
 
 def write_data(folder: Path, samples: int, shards: int, image_size: int, width: int) -> None:
-    """Shards of key.json, key.npy of `width` numbers, key.jpg, and the raw caption again as key.txt for open_clip."""
+    """Shards of key.json, key.npy of `width` numbers, key.jpg, and the short caption again as key.txt for open_clip."""
     folder.mkdir(parents=True, exist_ok=True)
     rng, noise = random.Random(0), np.random.default_rng(0)
     pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough to differ

@@ -3,7 +3,7 @@
 It writes shards of pictures that cost what photographs cost to decode, features of 768 numbers, raw and long captions,
 and reads them both ways with as many workers. open_clip's is `get_wds_dataset` of its training code; with features, the
 same steps with the stored .npy in place of the picture, which open_clip has not, and only what is used decoded. It
-tokenizes the raw caption, ours the raw caption and a long text. A round runs every way once, each from starting its
+tokenizes the short caption, ours the short caption and a long text. A round runs every way once, each from starting its
 workers to the epoch's last batch; rates are medians over rounds, ratios medians of each round's. The share of time that
 training waits for data is of steps of a given length in which the processor is free. `--json` prints one object.
 """

@@ -45,7 +45,7 @@ MEMORY_PARTITION = 250  # samples in a partition where memory is measured
 
 
 def records(samples: int) -> list[ImageRecord]:
-    """Small JPEGs, all different, with raw captions."""
+    """Small JPEGs, all different, with short captions."""
     rng, noise = random.Random(0), np.random.default_rng(0)
     found = []
     for number in range(samples):

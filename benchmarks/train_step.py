@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="ours")
     parser.add_argument("--released-batch", type=int, default=16)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--short", type=length_range, default="9", help="tokens of a raw caption: 9, or 6-20")
+    parser.add_argument("--short", type=length_range, default="9", help="tokens of a short caption: 9, or 6-20")
     parser.add_argument("--long", type=length_range, default="34", help="tokens of a long text")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each side")

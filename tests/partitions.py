@@ -24,6 +24,6 @@ def ingested(folder: Path, images: dict[str, bytes]) -> Path:
         ("train", 1, keys[third : 2 * third]),
         ("test", 0, keys[2 * third :]),
     ):
-        records = [ImageRecord(key, images[key], "png", f"raw caption of {key}", 16, 16, "") for key in part]
+        records = [ImageRecord(key, images[key], "png", f"short caption of {key}", 16, 16, "") for key in part]
         write_partition(Unit(split, index, tuple(part)), records, folder)
     return folder

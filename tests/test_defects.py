@@ -95,20 +95,20 @@ def leak(world: World) -> None:
 
 
 INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
-    "null raw captions": (
+    "null short captions": (
         lambda world: world.edit(TRAIN, setting("short_caption", None)),
-        "no empty raw caption: found 1 of 5 do not: train/part-00000 (1)",
+        "no empty short caption: found 1 of 5 do not: train/part-00000 (1)",
     ),
-    "blank raw captions": (
+    "blank short captions": (
         lambda world: world.edit(TEST, setting("short_caption", " \n", slice(0, 3))),
-        "no empty raw caption: found 1 of 5 do not: test/part-00000 (3)",
+        "no empty short caption: found 1 of 5 do not: test/part-00000 (3)",
     ),
-    "raw captions all alike": (
+    "short captions all alike": (
         lambda world: [
             world.edit(f"ingest/{split}/part-0000{index}", setting("short_caption", "an image", slice(None)))
             for split, index in (("train", 0), ("train", 1), ("train", 2), ("val", 0), ("test", 0))
         ],
-        "raw captions that repeat another is at most 90 %: found 99.4 %",
+        "short captions that repeat another is at most 90 %: found 99.4 %",
     ),
     "a key in two partitions": (
         lambda world: copied(world, OTHER, TRAIN, ["key"]),
@@ -396,9 +396,9 @@ SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
         lambda world: leak(world) or changing(FIRST, json=lambda content: leaked(world, content))(world),
         "no training image is one that is evaluated on: found 1 of 5 do not: train-000000 (1)",
     ),
-    "a sample without a raw caption": (
+    "a sample without a short caption": (
         changing(FIRST, json=lambda content: content | {"raw": " "}),
-        "every sample of a shard has a raw caption: found 1 of 5 do not: train-000000 (1)",
+        "every sample of a shard has a short caption: found 1 of 5 do not: train-000000 (1)",
     ),
     "samples that no captioner described": (
         lambda world: world.reshard(FIRST, unworded),

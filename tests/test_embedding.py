@@ -261,7 +261,7 @@ def test_pictures_and_texts_that_ingest_left(tmp_path, model, tiny_samples, imag
     assert (about["source"], about["split"]) == (str(source), split)
     embed(model, source, tmp_path / "texts.parquet", kind="texts", split=split)
     found = read(tmp_path / "texts.parquet")
-    assert (found[0], found[1]) == (names, [f"raw caption of {name}" for name in names])
+    assert (found[0], found[1]) == (names, [f"short caption of {name}" for name in names])
 
 
 def test_the_name_of_a_file_may_be_any_bytes(tmp_path, model, tiny_samples):

@@ -98,6 +98,14 @@ def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
     assert twice / found == pytest.approx(4 / 3)  # every feature is computed before the loss is known
 
 
+def test_features_of_the_frozen_tower_take_one_pass_over_the_data_set():
+    found = planned(CC3M, images=3_000_000)
+    assert found.feature_flops == pytest.approx(3e6 * 35.1e9, rel=0.01)
+    assert found.feature_seconds == found.feature_flops / (989e12 * 0.4)
+    assert planned(CC3M).feature_flops == 0  # of how many images is not known
+    assert any("frozen features" in line for line in describe(found, "x"))
+
+
 def test_time_is_operations_by_what_the_gpus_do():
     found = planned(CC3M)
     assert found.seconds == pytest.approx(14648 * sum(found.flops.values()) / (8 * 989e12 * 0.4))

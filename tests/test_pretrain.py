@@ -229,7 +229,7 @@ def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
 
 @pytest.mark.slow
 def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_path):
-    """Positions stretched, the raw caption against principal components (arXiv 2403.15378)."""
+    """Positions stretched, the short caption against principal components (arXiv 2403.15378)."""
     short = {"text": {"corner_tokens": 0, "context_length": 8, "config": {"max_position_embeddings": 8}}}
     first = train(tiny_job(tiny_world, tmp_path / "short", merge(short, {"long_texts": {"sub_captions": 0}})))
     text = {

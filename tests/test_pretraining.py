@@ -51,7 +51,7 @@ def words(model: LotlipForPreTraining) -> Tensor:
 
 
 def batch(config: PretrainConfig, images: Tensor) -> dict[str, Tensor]:
-    """Three images with a raw caption and two long texts each."""
+    """Three images with a short caption and two long texts each."""
     raw, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
     named = {"raw_ids": raw[0], "raw_lengths": raw[1], "long_ids": long[0], "long_lengths": long[1]}
     return {"images": images, **named}
@@ -330,7 +330,7 @@ def test_register_tokens_get_no_feature_but_are_read(tiny_tower):
     given = batch(config, torch.randn(3, 32))
     with torch.no_grad():
         features = model(**given)["text_features"]
-        assert features.shape == (3, 1 + 2, 32)  # [CLS] of one raw caption and of two long texts
+        assert features.shape == (3, 1 + 2, 32)  # [CLS] of one short caption and of two long texts
         words(model)[30522] += torch.randn(32)
         changed = model(**given)["text_features"]
     assert (changed - features).abs().amax(dim=-1).min() > 1e-4

@@ -126,7 +126,7 @@ BAD = {
     "short": (of("A dog."), "2 words, fewer than 3"),
     "long": (of("word. " * 21), "21 words, more than 20"),
     "truncated": (of("A dog runs on", finish_reason="length"), "is cut off after 4 words, finish reason 'length'"),
-    "disagreement": (of("A dog runs.", "a cat"), "has 0 of the raw caption's words, less than 0.1"),
+    "disagreement": (of("A dog runs.", "a cat"), "has 0 of the short caption's words, less than 0.1"),
 }
 ALL = {"refusal": True, "reasoning": True, "control": 0, "mojibake": 0, "repetition": 0.5, "short": 3, "long": 20}
 ALL |= {"truncated": True, "disagreement": 0.1}
@@ -208,7 +208,7 @@ ADJECTIVES = "red old small large wooden bright dark green blue white empty busy
 
 
 def web(rng: random.Random, worth: float) -> tuple[str, str]:
-    """A raw caption as of the web, and a long one that has `worth` of its words beside those of its own."""
+    """A short caption as of the web, and a long one that has `worth` of its words beside those of its own."""
     seen = [f"{rng.choice(ADJECTIVES.split())} {noun}" for noun in rng.sample(NOUNS.split(), 9)]
     told = [
         thing if rng.random() < worth else f"{rng.choice(ADJECTIVES.split())} {rng.choice(NOUNS.split())}"
@@ -220,7 +220,7 @@ def web(rng: random.Random, worth: float) -> tuple[str, str]:
 
 
 def alike(rng: random.Random) -> tuple[str, str]:
-    """Raw captions that are the same but for a number."""
+    """Short captions that are the same but for a number."""
     return f"Wedding of Ann and Carl, {rng.randrange(9999)}", web(rng, 1)[1] + " It may be a wedding."
 
 
@@ -260,7 +260,7 @@ def test_swapped_captions_of_the_demo_are_seen(style, shift):
 def test_raw_captions_that_say_nothing_tell_nothing(pair, shift):
     found = Agreement.of(partition(pair, 300, 0, shift))
     assert found.is_own(1.5) is None
-    assert str(found) == "no raw captions to tell apart by their words"
+    assert str(found) == "no short captions to tell apart by their words"
 
 
 def test_a_few_captions_are_never_called_swapped():

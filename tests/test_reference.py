@@ -108,7 +108,7 @@ def image_features(model: LotlipModel, pixel_values: Tensor) -> Tensor:
 
 
 def losses(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The raw caption's term and the long texts', of images [B, D] and texts [B, N, D]."""
+    """The short caption's term and the long texts', of images [B, D] and texts [B, N, D]."""
     target = torch.arange(len(images))
     terms = []
     for number in range(texts.shape[1]):

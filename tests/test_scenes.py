@@ -1,4 +1,4 @@
-"""The demo's world: scene graphs, pictures, raw captions, the source, and the labels of the image tower."""
+"""The demo's world: scene graphs, pictures, short captions, the source, and the labels of the image tower."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_every_attribute_changes_the_picture() -> None:
     assert len(set(pictures)) == len(pictures)
 
 
-# --- raw captions -------------------------------------------------------------------------------------------------
+# --- short captions -------------------------------------------------------------------------------------------------
 
 
 def short_captions() -> list[str]:

@@ -1,4 +1,4 @@
-"""Stage `ingest`: images and raw captions come in as partitions."""
+"""Stage `ingest`: images and short captions come in as partitions."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Sweep(Section):
     name: Name = Field(title="Name", description="runs in MLflow are found by the tag sweep.NAME")
     corner_tokens: list[Annotated[int, Field(ge=0, le=16)]] = Field([], title="Corner tokens", description="m, 0 to 16")
     corner_mask: list[bool] = Field([], title="Mask", description="corner tokens kept apart, or not")
-    sub_captions: list[NonNegative] = Field([], title="Sub-captions", description="k; 0: raw captions only")
+    sub_captions: list[NonNegative] = Field([], title="Sub-captions", description="k; 0: short captions only")
     context_lengths: list[Annotated[int, Field(ge=8, le=512)]] = Field(
         [], title="Context lengths", description="tokens of a text, 8 to 512"
     )

@@ -209,7 +209,7 @@ class QualityConfig(Section):
     short: NonNegative | None = Field(3, description="fewest words")
     long: Count | None = Field(None, description="most words")
     truncated: bool = Field(False, description="the caption was cut off, or its last sentence has no end")
-    disagreement: Share | None = Field(None, description="smallest share of the raw caption's content words")
+    disagreement: Share | None = Field(None, description="smallest share of the short caption's content words")
 
 
 # Columns of partitions and inputs of stages, which stand beside the captioners' names.
@@ -265,7 +265,7 @@ class CaptionConfig(Section):
     )
     min_agreement_ratio: Annotated[float, Field(ge=1)] = Field(
         1.5,
-        description="times as many words as with the next images' raw captions that captions share with their "
+        description="times as many words as with the next images' short captions that captions share with their "
         "own; certainly less fails the gate: they were swapped",
     )
 

@@ -83,7 +83,7 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
             one(
                 "swapped",
                 f"captions are their own images': they share {settings.min_agreement_ratio:g} times as many words with "
-                "their raw captions as with the next ones' (partitions that do not)",
+                "their short captions as with the next ones' (partitions that do not)",
                 high=0,
                 detail=agreeing,
                 key="caption.min_agreement_ratio",

@@ -20,7 +20,7 @@ from lotlip.caption.reasoning import reasoning
 from lotlip.data.records import Caption, Failure, MeasuredCaption
 
 NGRAM = 4  # words; of three, ordinary lists of like things repeat many
-NEIGHBOURS = 4  # images whose raw captions a caption is held against; of several, the mean spreads less
+NEIGHBOURS = 4  # images whose short captions a caption is held against; of several, the mean spreads less
 
 # Scripts without blanks between words. A character of Chinese or Japanese counts as a word, and so do up to four
 # letters of Thai, Lao, Burmese or Khmer.
@@ -116,7 +116,7 @@ def _stem(word: str) -> str:
 
 
 def agreement(of: frozenset[str], words: frozenset[str]) -> float | None:
-    """Share of the words `of` a raw caption that are among a caption's `words`; None where it has none."""
+    """Share of the words `of` a short caption that are among a caption's `words`; None where it has none."""
     return len(of & words) / len(of) if of else None
 
 
@@ -130,7 +130,7 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
 
     Args:
         caption: whose text is looked at.
-        raw: content words of the raw caption of its image.
+        raw: content words of the short caption of its image.
         neighbours: those of the next images'.
     """
     words = words_of(caption.text)
@@ -205,7 +205,7 @@ def _breaks(rule: str, caption: MeasuredCaption, limit: Any) -> str | None:
             return again if caption.repetition > limit else None
         case "disagreement":
             low = caption.agreement is not None and caption.agreement < limit
-            return f"has {caption.agreement:.3g} of the raw caption's words, less than {limit:g}" if low else None
+            return f"has {caption.agreement:.3g} of the short caption's words, less than {limit:g}" if low else None
     raise AssertionError(f"the rule {rule} is not written")
 
 
@@ -269,13 +269,13 @@ def _distribution(counter: Counter[float]) -> dict[str, float | None]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well captions agree with the raw captions of their own images, and with those of the next ones.
+    """How well captions agree with the short captions of their own images, and with those of the next ones.
 
-    Only words count that the two raw captions do not share, so that pictures that are much alike say nothing, rather
+    Only words count that the two short captions do not share, so that pictures that are much alike say nothing, rather
     than something wrong. `a + b` is of both's captions together.
 
     Attributes:
-        pairs: captions for which both raw captions have such words.
+        pairs: captions for which both short captions have such words.
         own, following: sums of the shares that the captions have of them.
         own_squares, following_squares, products: sums of squares and products, for the spread.
     """
@@ -300,10 +300,10 @@ class Agreement:
         return Agreement(**{name: ours[name] + theirs[name] for name in ours})
 
     def is_own(self, ratio: float, errors: float = 3.0) -> bool | None:
-        """Whether captions agree at least `ratio` times as well with their own images' raw captions.
+        """Whether captions agree at least `ratio` times as well with their own images' short captions.
 
         Swapped captions agree equally well with both, but for chance. False only where chance does not explain it (by
-        that many standard errors), None where neither is certain: few captions, or raw captions that say little.
+        that many standard errors), None where neither is certain: few captions, or short captions that say little.
         """
         if self.pairs < ENOUGH_PAIRS:  # to tell how much they spread
             return None
@@ -317,6 +317,8 @@ class Agreement:
 
     def __str__(self) -> str:
         if not self.pairs:
-            return "no raw captions to tell apart by their words"
+            return "no short captions to tell apart by their words"
         own, following = self.own / self.pairs, self.following / self.pairs
-        return f"{own:.0%} of their own raw captions' words, {following:.0%} of the next ones' ({self.pairs} captions)"
+        return (
+            f"{own:.0%} of their own short captions' words, {following:.0%} of the next ones' ({self.pairs} captions)"
+        )

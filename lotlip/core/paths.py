@@ -42,7 +42,7 @@ class Paths(Section):
     `caption_store` may be an absolute path.
     """
 
-    ingest: Path = Field(Path("data/ingest"), description="images and raw captions, as partitions")
+    ingest: Path = Field(Path("data/ingest"), description="images and short captions, as partitions")
     image_tower: Path = Field(Path("data/image-tower"), description="the image tower")
     captions: Path = Field(Path("data/captions"), description="long captions, a folder for each captioner")
     shards: Path = Field(Path("data/shards"), description="WebDataset tars that training reads")

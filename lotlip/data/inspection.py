@@ -51,7 +51,7 @@ class Fact(NamedTuple):
 PARTITION = (
     Fact("missing_files", "a partition's tar and table are there", high=0),
     Fact("rows_off", "a partition's table has a row for every image written", 0, 0),
-    Fact("empty_captions", "a partition has no empty raw caption", high=0),
+    Fact("empty_captions", "a partition has no empty short caption", high=0),
     Fact("smallest_side", "images are at least 1 pixel wide and high", low=1),
     Fact("cut_images", "a partition's tar has every image whole", high=0),
     Fact("other_images", "the images in a partition's tar are those that its table has hashes of", high=0),
@@ -166,7 +166,7 @@ SHARD = (
     Fact("samples_off", "a shard has the samples that the index says", 0, 0),
     Fact("places_off", "a shard's .index.arrow says where its samples lie", high=0),
     Fact("incomplete", "every sample of a shard has all its parts", high=0),
-    Fact("wordless", "every sample of a shard has a raw caption", high=0),
+    Fact("wordless", "every sample of a shard has a short caption", high=0),
     Fact("other_images", "a shard's images are those that its samples have hashes of", high=0),
     Fact("held_out_images", "no training image is one that is evaluated on", high=0),
     Fact("not_finite", "a shard's features have no NaN or infinity", high=0),

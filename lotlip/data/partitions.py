@@ -227,7 +227,7 @@ def stored_images(
 
 
 def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:
-    """A unit's images with their raw captions, in order, one in memory at a time."""
+    """A unit's images with their short captions, in order, one in memory at a time."""
     rows = read_table(folder, name).to_dict("records")
     with (folder / f"{name}.tar").open("rb") as file:
         for row in rows:

@@ -104,9 +104,10 @@ class MeasuredCaption(Caption):
         mojibake: places in it that were decoded wrongly.
         refusal: the phrase by which the captioner refuses; empty where it does not.
         reasoning: the first sign that it is the captioner's reasoning, not its answer; empty if there is none.
-        agreement: share of the raw caption's content words that it has; None where that has none.
-        own_agreement: the same, of the words that the next image's raw caption has not: mean over the next few images.
-        next_agreement: share that it has of the next image's raw caption's words that its own has not: mean over those.
+        agreement: share of the short caption's content words that it has; None where that has none.
+        own_agreement: the same, of the words that the next image's short caption lacks: mean over the next few images.
+        next_agreement: share that it has of the words of the next image's short caption that its own lacks: mean over
+            those.
             Both are None where none of them has words to be told apart by.
     """
 

@@ -1,6 +1,6 @@
 """What held-out scenes are asked by: sentences that no training caption has, made of words that training captions have.
 
-Short texts and the prompts for shapes keep to the words of raw captions, so that a model trained on those alone knows
+Short texts and the prompts for shapes keep to the words of short captions, so that a model trained on those alone knows
 every word; the words of long texts are those of long captions.
 """
 

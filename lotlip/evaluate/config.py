@@ -21,7 +21,7 @@ class SceneBenchmarkConfig(Section):
 
 
 class HeldOutBenchmarkConfig(Section):
-    """Held-out images of the data set itself: its raw captions, and its long captions where there are any."""
+    """Held-out images of the data set itself: its short captions, and its long captions where there are any."""
 
     kind: Literal["held-out"]
     split: Literal["val", "test"] = Field("test", description="split whose images are used")

@@ -9,7 +9,7 @@ from lotlip.evaluate.config import HeldOutBenchmarkConfig
 
 
 def held_out_benchmark(name: str, settings: HeldOutBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
-    """Raw captions as short texts; as long text of an image the one of its captions with the most tokens.
+    """Short captions as short texts; as long text of an image the one of its captions with the most tokens.
 
     Raises:
         ValueError: no image is in the split.

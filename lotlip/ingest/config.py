@@ -39,7 +39,7 @@ class SplitByKey(Section):
 
 
 class FolderSourceConfig(SplitByKey):
-    """A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+    """A directory of images, each with a `.txt` of the same stem that holds its short caption."""
 
     kind: Literal["folder"]
     path: Path = Field(description="folder of the images; subfolders are read")
@@ -54,9 +54,9 @@ class WebDatasetSourceConfig(SplitByKey):
         ["jpg", "jpeg", "png", "webp", "avif", "heic", "heif", "jxl", "gif", "bmp", "tif", "tiff"],
         description="endings of the members that may be a sample's image, best first",
     )
-    caption: str | None = Field("txt", description="ending of the member that holds the raw caption; null: none does")
+    caption: str | None = Field("txt", description="ending of the member that holds the short caption; null: none does")
     caption_field: str | None = Field(
-        "caption", description="field of a sample's json that holds the raw caption where `caption` gives none"
+        "caption", description="field of a sample's json that holds the short caption where `caption` gives none"
     )
     key: str | None = Field(
         None,
@@ -66,7 +66,7 @@ class WebDatasetSourceConfig(SplitByKey):
     @model_validator(mode="after")
     def _some_caption(self) -> WebDatasetSourceConfig:
         if self.caption is None and self.caption_field is None:
-            raise ValueError("caption and caption_field are both null; one of them must say where raw captions are")
+            raise ValueError("caption and caption_field are both null; one of them must say where short captions are")
         return self
 
 
@@ -77,7 +77,7 @@ class ParquetSourceConfig(SplitByKey):
     path: Path = Field(description="a file, or a folder of them")
     image: str = Field("image", description="column of encoded images ({bytes, path} too), or of paths below `images`")
     images: Path | None = Field(None, description="folder that the image column's paths start from")
-    caption: str = Field("caption", description="column of the raw caption")
+    caption: str = Field("caption", description="column of the short caption")
     key: str | None = Field(None, description="column that a sample is called by; without it, its image's path or row")
 
 
@@ -88,7 +88,7 @@ class CsvSourceConfig(SplitByKey):
     path: Path = Field(description="a file, or a folder of them")
     image: str = Field("image", description="column of paths below `images`")
     images: Path = Field(description="folder that the image column's paths start from")
-    caption: str = Field("caption", description="column of the raw caption")
+    caption: str = Field("caption", description="column of the short caption")
     key: str | None = Field(None, description="column that a sample is called by; without it, its image's path")
 
 
@@ -117,9 +117,9 @@ class ImagesConfig(Section):
 
 
 class IngestConfig(Section):
-    """Brings images and raw captions in, as partitions."""
+    """Brings images and short captions in, as partitions."""
 
-    source: SourceConfig = Field(description="where images and raw captions come from")
+    source: SourceConfig = Field(description="where images and short captions come from")
     images: ImagesConfig = ImagesConfig()
     partition_size: Count = Field(
         1000, description="images in a partition, the unit of work; not used for tars, where each tar is a unit"
@@ -139,7 +139,7 @@ class IngestConfig(Section):
         "they do not count for max_failure_share",
     )
     max_broken_unit_share: Share = Field(0.05, description="of the source's files, as tars, that are broken or cut off")
-    max_repeated_caption_share: Share = Field(0.9, description="of the raw captions that are word for word another's")
+    max_repeated_caption_share: Share = Field(0.9, description="of the short captions that are word for word another's")
     max_constant_share: Share = Field(0.05, description="of the images looked at that are one colour all over")
 
     def inputs(self) -> Iterator[tuple[str, Path]]:

@@ -83,7 +83,7 @@ def gate_ingest(
             one("repeated_images", "no image comes twice", high=0),
             share(
                 "repeated_captions",
-                "raw captions that repeat another",
+                "short captions that repeat another",
                 settings.max_repeated_caption_share,
                 "ingest.max_repeated_caption_share",
             ),

@@ -1,9 +1,9 @@
 """The training loss: an image against each of its texts, with the variants that the paper compares.
 
-A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and what the raw caption is held
-against. Of a global batch of T images with N texts each, a process has its own B texts and everybody's image features:
-only those are gathered, one for each image, while texts, N times as many, stay where they are. Its N × B × T logits are
-computed in blocks, and once more in the backward pass, so that few of them exist at a time.
+A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and what the short caption is
+compared with. Of a global batch of T images with N texts each, a process has its own B texts and everybody's image
+features: only those are gathered, one for each image, while texts, N times as many, stay where they are. Its N × B ×
+T logits are computed in blocks, and once more in the backward pass, so that few of them exist at a time.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def principal_components(features: Tensor, number: int) -> Tensor:
 
 
 def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
-    """What each of the N text features counts in the loss, the raw caption's first: [N], together 1."""
+    """What each of the N text features counts in the loss, the short caption's first: [N], together 1."""
     if short_loss_fraction is None or features == 1:
         return torch.full((features,), 1 / features)
     return torch.cat(
@@ -151,8 +151,8 @@ def lotlip_loss(
 
     Args:
         image_features: normalised, [B, D]; with `text_mask` the patches', [B, P, D].
-        text_features: normalised, [B, N, D]; the raw caption's [CLS] first, then those of the long texts. With
-            `text_mask` the tokens' of the raw caption, then of the long texts, [B, N, L, D]; L may differ between
+        text_features: normalised, [B, N, D]; the short caption's [CLS] first, then those of the long texts. With
+            `text_mask` the tokens' of the short caption, then of the long texts, [B, N, L, D]; L may differ between
             processes.
         logit_scale: the temperature's inverse, [1].
         logit_bias: added to every logit, [1]; sigmoid needs it, softmax does not change by it.
@@ -161,9 +161,9 @@ def lotlip_loss(
         objective: "infonce" (symmetric; paper, section 3.2) or "siglip" (sigmoid, arXiv 2303.15343).
         short_loss_fraction: share of the loss of the short caption's feature, where there are others, which share the
             rest; None: each of the N has 1/N, as in the paper.
-        short_loss_weight: of the raw caption's term (the released code's `clip_lossweight`).
+        short_loss_weight: of the short caption's term (the released code's `clip_lossweight`).
         long_loss_weight: of the others' (its `declip_lossweight`).
-        image_components: the raw caption is contrasted with so many principal components of the image features
+        image_components: the short caption is contrasted with so many principal components of the image features
             (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0 means with all of them. They are those of
             the whole batch, while Long-CLIP's release takes each process's own: so N processes compute what one does.
         logits_at_once: in a block (one text of each kind with all images at least); changes memory, not the result.

@@ -66,7 +66,7 @@ def late_interaction(
     blocks = []
     for start in range(0, len(texts), text_block):
         some = slice(start, start + text_block)
-        end = int(ends[some].max())  # what is padding in all of them is left out: raw captions among long texts
+        end = int(ends[some].max())  # what is padding in all of them is left out: short captions among long texts
         blocks.append((texts[some, :end], text_mask[some, :end]))
     rows = []
     for some_images in images.split(image_block):

@@ -39,7 +39,7 @@ from lotlip.pretrain.initialisation import text_config
 from lotlip.pretrain.model import LotlipForPreTraining
 
 FP32 = 4
-# Where no shards tell: word pieces of a raw caption and of one sub-caption of a long one, its full stop counted.
+# Where no shards tell: word pieces of a short caption and of one sub-caption of a long one, its full stop counted.
 RAW_TOKENS, SUB_CAPTION_TOKENS = 10, 20
 # Where no shards tell: a picture of 256 pixels as JPEG, and the texts of three captioners as JSON.
 IMAGE_BYTES, JSON_BYTES = 30_000, 3_000
@@ -82,7 +82,7 @@ class Texts:
     """Mean lengths in tokens, special and corner tokens among them.
 
     Attributes:
-        raw: of a raw caption.
+        raw: of a short caption.
         long: of a long text.
         per_image: long texts of an image at a step (K).
     """
@@ -358,7 +358,7 @@ def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed:
     fixed = 1 + text.corner_tokens + text.register_tokens
     if not statistics and assumed is not None:
         assumed.append(
-            f"{RAW_TOKENS} word pieces in a raw caption, {SUB_CAPTION_TOKENS} in a sub-caption (no shards to count)"
+            f"{RAW_TOKENS} word pieces in a short caption, {SUB_CAPTION_TOKENS} in a sub-caption (no shards to count)"
         )
     raw = statistics["raw"]["tokens_per_text"] if statistics else RAW_TOKENS
     window = float(drawn.sub_captions * SUB_CAPTION_TOKENS)
@@ -464,7 +464,7 @@ def activation_bytes(
     encoder = model.text.transformer.config
     corners = config.text.corner_tokens
     late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
-    unseen = corners if packed and config.text.corner_mask else 0  # by what is wanted of a raw caption: its [CLS]
+    unseen = corners if packed and config.text.corner_mask else 0  # by what is wanted of a short caption: its [CLS]
     kinds = [(texts.raw if late else texts.raw - unseen, 1)] + texts.per_image * [(texts.long, 1 + corners)]
     text = 0.0
     for length, wanted in kinds:
@@ -602,7 +602,7 @@ def describe(plan: Plan, title: str) -> list[str]:
     count = "1 GPU" if compute.processes == 1 else f"{compute.processes} GPUs"
     epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--samples)"
     zero = deepspeed_config(config, compute)["zero_optimization"]["stage"]
-    tokens = {"raw caption": plan.texts.raw, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
+    tokens = {"short caption": plan.texts.raw, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
     lines = [f"{title} on {count}, {config.precision}, ZeRO {zero}"]
     lines += _table("parameters, trained", {name: f"{count:,}" for name, count in plan.trained.items()})
     lines.append(_row("all", f"{sum(plan.trained.values()):,}"))

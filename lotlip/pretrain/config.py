@@ -220,7 +220,9 @@ class LongTextsConfig(Section):
     """What is drawn from the long captions at each step."""
 
     per_image: Count = Field(1, description="K: long texts drawn for an image")
-    sub_captions: NonNegative = Field(3, description="k: consecutive sub-captions in a long text; 0: raw captions only")
+    sub_captions: NonNegative = Field(
+        3, description="k: consecutive sub-captions in a long text; 0: short captions only"
+    )
     captioners: list[Name] = Field(default_factory=list, description="whose captions to draw from; none named: all")
     window: Window = Field(
         "within-caption",
@@ -256,14 +258,14 @@ class LossConfig(Section):
     )
     short_loss_fraction: Share | None = Field(
         None,
-        description="of the loss that the raw caption's feature has, the others sharing the rest; without it each of "
-        "the N features has 1/N, so that the raw caption counts the less the more of them there are",
+        description="of the loss that the short caption's feature has, the others sharing the rest; without it each of "
+        "the N features has 1/N, so that the short caption counts the less the more of them there are",
     )
     short_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
     long_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
     image_components: NonNegative = Field(
         0,
-        description="Long-CLIP: the raw caption is held against so many principal components of the image features "
+        description="Long-CLIP: the short caption is held against so many principal components of the image features "
         "(32 there; arXiv 2403.15378, section 3.2); 0: against the whole feature",
     )
 

@@ -44,11 +44,11 @@ class _Unusable:
 
 @dataclass(frozen=True)
 class Sample:
-    """What one image brings to a step: its features or pixels, its raw caption and the long texts drawn for it."""
+    """What one image brings to a step: its features or pixels, its short caption and the long texts drawn for it."""
 
     key: str
     image: np.ndarray  # [D] stored feature, or [3, H, W] pixels
-    raw: list[str]  # the raw caption's sub-captions
+    raw: list[str]  # the short caption's sub-captions
     long: list[list[str]]  # K long texts, each a list of sub-captions; empty without long texts
 
 
@@ -59,7 +59,7 @@ class Batch:
     Attributes:
         keys: of the B samples.
         images: stored features [B, D], or pixels [B, 3, H, W].
-        raw_ids, raw_lengths: raw captions, [B, L] and [B].
+        raw_ids, raw_lengths: short captions, [B, L] and [B].
         long_ids, long_lengths: K long texts of each image in a row, [B·K, L'] and [B·K]; None without long texts.
     """
 
@@ -91,7 +91,7 @@ class Batch:
     def by_length(self, parts: int) -> list[Batch]:
         """The same samples in `parts` micro-batches, shorter texts first, each padded to its own longest.
 
-        The longest of a sample's long texts counts; of its raw caption where it has none.
+        The longest of a sample's long texts counts; of its short caption where it has none.
         """
         lengths = self.raw_lengths if self.long_lengths is None else self.long_lengths
         longest = lengths.view(len(self.keys), -1).amax(1)
@@ -316,14 +316,14 @@ def parse_sample(
 ) -> Sample:
     """Decodes what is used of a sample and draws its long texts.
 
-    An image that none of the captioners described keeps its place in the batch: its raw caption stands in.
+    An image that none of the captioners described keeps its place in the batch: its short caption stands in.
 
     Args:
         raw: as `lotlip.data.tars` reads it.
         long_texts: what to draw.
         draw: where chance comes from, together with the key, so that draws do not depend on order.
         transform: as in `Loader`.
-        sentence_ends: splits the raw caption into sub-captions; the long ones are stored split.
+        sentence_ends: splits the short caption into sub-captions; the long ones are stored split.
 
     Raises:
         ValueError: the sample lacks what is needed, or it cannot be read.
@@ -346,7 +346,7 @@ def parse_sample(
 
 
 def _captions(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[list[str], dict[str, list[str]]]:
-    """The raw caption's sub-captions, and the long captions' by captioner."""
+    """The short caption's sub-captions, and the long captions' by captioner."""
     try:
         info = json.loads(data)
         raw, captions = split_sub_captions(info["raw"], sentence_ends), dict(info["captions"])

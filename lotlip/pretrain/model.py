@@ -39,13 +39,13 @@ class LotlipForPreTraining(LotlipModel):
 
         Args:
             images: a frozen tower's features, [B, D] or of patches [B, P, D], of any length; or pixels [B, 3, S, S].
-            raw_ids: raw captions, [B, L].
+            raw_ids: short captions, [B, L].
             raw_lengths: [B].
             long_ids: the images' long texts, K of each in a row, [B·K, L'].
             long_lengths: [B·K].
 
         Returns:
-            `image_features` [B, D] and `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the raw caption, then
+            `image_features` [B, D] and `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the short caption, then
             [CLS] and corner tokens of each long text. With late interaction `image_features` [B, P, D],
             `text_features` [B, N, L, D], N = 1 + K, and `text_mask` [B, N, L]. `logit_scale` [1] and, where there is
             one, `logit_bias` [1].

@@ -206,7 +206,7 @@ def loss_figure(inputs: ReportInputs) -> Figure | None:
 
     note = (
         "Mean over seeds. Curves compare only between ablations whose loss has the same terms: "
-        "raw captions alone are an easier task than raw captions and long texts."
+        "short captions alone are an easier task than short captions and long texts."
     )
     note += " Thin lines are all other ablations." if len(named) < len(curves) else ""
     return drawn("loss", "Training loss", note, WIDE, draw, wide=True)

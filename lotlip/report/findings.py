@@ -364,7 +364,7 @@ FINDINGS = (
         "better-than-long-clip",
         "LoTLIP is better than Long-CLIP.",
         "Table 2",
-        "LoTLIP − Long-CLIP, which has learned twice: first what it goes on from",
+        "LoTLIP − Long-CLIP, which is fine-tuned, so trained twice",
         (LONG, SHORT),
         _between("lotlip", "long_clip"),
     ),

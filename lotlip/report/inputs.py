@@ -145,7 +145,7 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for the contact sheet: JPEG bytes, its raw caption, and captioner → long caption."""
+    """A picture for the contact sheet: JPEG bytes, its short caption, and captioner → long caption."""
 
     key: str
     jpeg: bytes
@@ -167,7 +167,7 @@ class ReportInputs:
         missing: a line for a person for each piece that is not there or out of date.
         not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
         ingest: index.json of the ingest stage; empty where it is not there.
-        caption_words: "captions", how many raw captions were looked at, and quantiles of their words: "p05", "median",
+        caption_words: "captions", how many short captions were read, and quantiles of their words: "p05", "median",
             "p95"; empty where there are none.
     """
 
@@ -250,7 +250,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
 
 
 def _caption_words(ingest: Path) -> dict[str, float]:
-    """Quantiles of the number of words of the first raw captions, of all splits."""
+    """Quantiles of the number of words of the first short captions, of all splits."""
     import lotlip.data.partitions as partitions
 
     counts: list[int] = []

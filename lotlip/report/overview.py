@@ -68,7 +68,7 @@ def overview_table(inputs: ReportInputs) -> Table:
             by_split[split] = by_split.get(split, 0) + unit["written"]
         rows += [[words(f"images in split {split}"), number(count)] for split, count in by_split.items()]
     if inputs.caption_words:
-        what = f"words of a raw caption (of {inputs.caption_words['captions']:,.0f} captions)"
+        what = f"words of a short caption (of {inputs.caption_words['captions']:,.0f} captions)"
         for name, key in (("5 % have at most", "p05"), ("median", "median"), ("95 % have at most", "p95")):
             rows.append([words(f"{what}: {name}"), number(inputs.caption_words[key])])
     columns = [Column("what", "What", numeric=False), Column("count", "Number")]

@@ -13,7 +13,7 @@ from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, numbe
 
 
 def statistics_table(inputs: ReportInputs) -> Table:
-    """Images, texts, sub-captions and tokens per text, for raw captions and each captioner."""
+    """Images, texts, sub-captions and tokens per text, for short captions and each captioner."""
     columns = [
         Column("captions", "Captions", numeric=False),
         Column("images", "Images"),
@@ -83,7 +83,7 @@ def quality_table(inputs: ReportInputs) -> Table:
     ]
     note = (
         "Repetition is the mean share of runs of four words that were there before in the caption, agreement that of "
-        "the raw caption's content words that the caption has. Rules are in caption.quality of params.yaml; all but "
+        "the short caption's content words that the caption has. Rules are in caption.quality of params.yaml; all but "
         "the shares of what they dropped is of the captions that they kept."
     )
     return Table("caption-quality", "Quality of long captions", note, columns, rows)

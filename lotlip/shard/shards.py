@@ -1,6 +1,6 @@
 """Images, raw and long captions and the frozen tower's features, brought together as WebDataset tars.
 
-A sample is `key.json` (raw caption, long captions by captioner), `key.npy` (the image's feature, float32, where
+A sample is `key.json` (short caption, long captions by captioner), `key.npy` (the image's feature, float32, where
 features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.index.arrow` says where
 its samples lie (`lotlip.data.tars`), and `train-000000.done.json` is its report; it is written last.
 """
@@ -307,14 +307,14 @@ def shard_statistics(
     count_tokens: Callable[[str], int],
     sentence_ends: SentenceEnds = "released",
 ) -> dict[str, dict[str, float]]:
-    """How long the texts of a split are (paper, Table 1), for the raw captions and for each captioner's.
+    """How long the texts of a split are (paper, Table 1), for the short captions and for each captioner's.
 
     Args:
         ingest: folder of the ingest stage.
         captions: captioner's name → folder of its captions.
         split: of `lotlip.data.records.SPLITS`.
         count_tokens: counts a text's word pieces, special tokens not among them.
-        sentence_ends: splits the raw captions into sub-captions; the long ones are stored split.
+        sentence_ends: splits the short captions into sub-captions; the long ones are stored split.
 
     Returns:
         "raw" or captioner's name → images, texts (totals), sub_captions_per_text, tokens_per_text (means).
@@ -335,7 +335,7 @@ def shard_statistics(
 
 
 def _means(texts: float, sub_captions: float, tokens: float) -> dict[str, float]:
-    """One text an image: a source has one raw caption for each, a captioner writes one."""
+    """One text an image: a source has one short caption for each, a captioner writes one."""
     return {
         "images": int(texts),
         "texts": int(texts),

@@ -143,7 +143,7 @@ def run_note(
         if m
         else "no corner tokens"
     )
-    texts = f"long texts of {k} sub-captions" if k else "raw captions alone"
+    texts = f"long texts of {k} sub-captions" if k else "short captions alone"
     parts = [f"`{model['ablation']}`, seed {seed}: {corners}, {texts}."]
     try:
         trained = PretrainConfig.model_validate(model["config"])

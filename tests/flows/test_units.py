@@ -91,7 +91,7 @@ def stopped_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
 
 
 def captions(folder: str = "data/ingest") -> dict[str, str]:
-    """Key → raw caption of all that was published."""
+    """Key → short caption of all that was published."""
     found = {}
     for name in unit_names(Path(folder)):
         table = read_table(Path(folder), name, ["key", "short_caption"])

@@ -1,4 +1,4 @@
-"""Where images and their raw captions come from."""
+"""Where images and their short captions come from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BUILT_IN = {
 
 
 class Source(Protocol):
-    """Images with raw captions, cut into units that can be read apart, in any order and by any process."""
+    """Images with short captions, cut into units that can be read apart, in any order and by any process."""
 
     def units(self, partition_size: int) -> list[Unit]:
         """The units, the same list at every call; of at most `partition_size` items, where the source can cut it."""

@@ -1,4 +1,4 @@
-"""A directory of images, each with a `.txt` of the same stem that holds its raw caption."""
+"""A directory of images, each with a `.txt` of the same stem that holds its short caption."""
 
 from __future__ import annotations
 

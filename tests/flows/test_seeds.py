@@ -1,0 +1,57 @@
+"""A seed that was trained is trained once: adding one trains that one, and removing one trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import Workspace
+from tests.tiny_pipeline import smallest
+
+pytestmark = pytest.mark.slow
+
+
+def two_ablations(params: dict[str, Any]) -> None:
+    """An ablation, and one that is fine-tuned from it."""
+    smallest(params)
+    params["pretrain"] |= {"steps": 4, "text": {**params["pretrain"]["text"], "corner_tokens": 0}}
+    params["finetune"] = {"longer": {"init_from": "lotlip", "pretrain": {"steps": 2}}}
+
+
+def trained(workspace: Workspace, *seeds: int) -> dict[str, str]:
+    """Stage → what it said, of both ablations with some seeds."""
+    workspace.change(lambda params: params["pretrain"].update(seeds=list(seeds)))
+    said = {}
+    for stage, name in (("pretrain", "lotlip"), ("finetune", "longer")):
+        done = workspace.run("dvc", "repro", "--single-item", f"{stage}@{name}")
+        said[name] = done.stdout + done.stderr
+    return said
+
+
+def models(workspace: Workspace) -> dict[str, bytes]:
+    folder = workspace.folder / "models"
+    return {file.parent.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("model.safetensors")}
+
+
+def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None:
+    workspace = make_workspace()
+    workspace.change(two_ablations)
+    workspace.run("dvc", "repro", "--quiet", "shard")
+    trained(workspace, 0)
+    first = models(workspace)
+    assert set(first) == {"lotlip/seed-0", "longer/seed-0"}
+
+    for name, said in trained(workspace, 0, 1).items():
+        assert f"pretrain-{name}: seed 0 was trained before" in said
+        assert f"{name} seed 1: step" in said
+        assert f"{name} seed 0: step" not in said
+    both = models(workspace)
+    assert set(both) == {*first, "lotlip/seed-1", "longer/seed-1"}
+    assert {name: both[name] for name in first} == first
+
+    for name, said in trained(workspace, 1).items():
+        assert f"pretrain-{name}: seed 1 was trained before" in said
+        assert ": step" not in said
+    assert models(workspace) == {name: weights for name, weights in both.items() if name.endswith("seed-1")}
