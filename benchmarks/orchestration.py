@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from flows.runtime.stage import SCRATCH
+from flows.runtime.scratch import SCRATCH
 from lotlip.config.params import load_params
 from lotlip.core.files import read_json
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from flows.runtime.dvc import run_dvc
 from flows.runtime.fork_server import fork_server
+from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import claimed_port, new_login, port_of, prefect_client, prefect_server, print_prefect
-from flows.runtime.stage import EXPECTED, SCRATCH, StageFailed
+from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED

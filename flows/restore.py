@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 import sys
 
-from flows.runtime.stage import EXPECTED, StageFailed, with_tracebacks
+from flows.runtime.scratch import StageFailed
+from flows.runtime.stage import EXPECTED, with_tracebacks
 from lotlip.config.params import load_params
 from lotlip.core.files import read_json
 

@@ -249,7 +249,7 @@ def evaluate(
     from tqdm import tqdm
 
     from lotlip.evaluate.compare import ask, compare, table, to_json
-    from lotlip.evaluate.encoders import open_encoder
+    from lotlip.evaluate.models import open_encoder
 
     elsewhere: list[Path | None] = [*images] if images else [None] * len(data)
     asked = [ask(*of, partial) for of in zip(benchmark, data, elsewhere, strict=True)]

@@ -16,9 +16,9 @@ from lotlip.demo.world import generate_scene
 from lotlip.evaluate.benchmarks import open_benchmark
 from lotlip.evaluate.compare import Result, ask, compare, table, to_json
 from lotlip.evaluate.config import SceneBenchmarkConfig
-from lotlip.evaluate.encoders import open_encoder
 from lotlip.evaluate.evaluate import evaluate, images_of
 from lotlip.evaluate.metrics import Scores
+from lotlip.evaluate.models import open_encoder
 from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
 from lotlip.importing.official import import_official
 from tests.conftest import TinySample

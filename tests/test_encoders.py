@@ -13,7 +13,8 @@ from PIL import Image
 
 from lotlip.core.files import weights_hash
 from lotlip.data.images import decode_rgb
-from lotlip.evaluate.encoders import Runner, open_encoder
+from lotlip.evaluate.encoders import Runner
+from lotlip.evaluate.models import open_encoder
 from lotlip.importing.official import import_official
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
 from tests.test_processing import encoded, picture

@@ -256,7 +256,7 @@ def test_the_stages_that_split_texts_are_stale_after_a_change_and_no_others():
 
 
 def test_shards_of_captions_that_were_split_otherwise_are_refused(tmp_path):
-    from flows.runtime.stage import StageFailed
+    from flows.runtime.scratch import StageFailed
     from flows.stages.shard import check_sentence_ends
 
     (tmp_path / "index.json").write_text('{"units": []}')

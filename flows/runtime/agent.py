@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from flows.runtime.processes import GUEST, HOST
-from flows.runtime.stage import SCRATCH
+from flows.runtime.scratch import SCRATCH
 from flows.runtime.supervisor import end_group, ending_well, start_group
 from lotlip.core.compute import Launch, RendezvousLaunch
 from lotlip.core.console import INTERRUPTED

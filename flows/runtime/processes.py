@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from uuid import uuid4
 
-from flows.runtime.stage import StageFailed
+from flows.runtime.scratch import StageFailed
 from flows.runtime.supervisor import group
 from lotlip.core.compute import HostfileLaunch, Launch, RendezvousLaunch, SlurmLaunch
 from lotlip.core.files import not_a_file

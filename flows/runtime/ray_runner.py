@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from flows.runtime.stage import StageFailed
+from flows.runtime.scratch import StageFailed
 from lotlip.config.params import Params
 from lotlip.core.temporary import temporary_folder
 

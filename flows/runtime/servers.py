@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from flows.runtime.applications import LOGIN
-from flows.runtime.stage import SCRATCH, StageFailed
+from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.caches import Locked, cache_folder, lock
 from lotlip.core.loopback import HOST, NAMES, basic, origins

@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
 from lotlip.core import files
@@ -42,15 +43,9 @@ from lotlip.core.files import (
 )
 from lotlip.data.records import DATA_DOCS, Failure, UnitReport, Unusable
 
-SCRATCH = Path(files.SCRATCH)
-
 # Four megabytes of films and fonts that Great Expectations puts beside each of its pages.
 _DECORATION = shutil.ignore_patterns("*.gif", "fonts")
 T = TypeVar("T")
-
-
-class StageFailed(RuntimeError):
-    """A stage ended without publishing; the message is for a person."""
 
 
 class Clock:
@@ -423,7 +418,7 @@ def main(
         arguments: of the flow.
         running: gives Prefect's runner of units, for the time that the flow takes.
     """
-    from flows.runtime.servers import prefect_for_program  # which imports this module
+    from flows.runtime.servers import prefect_for_program
 
     tracebacks = with_tracebacks()
     finished = False

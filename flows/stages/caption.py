@@ -9,7 +9,8 @@ from typing import Any
 from prefect import flow
 
 from flows.runtime.ray_runner import on_ray
-from flows.runtime.stage import Stage, StageFailed, hash_of, main, on_threads
+from flows.runtime.scratch import StageFailed
+from flows.runtime.stage import Stage, hash_of, main, on_threads
 from lotlip.caption.partition import Captioning
 from lotlip.caption.quality import summarise
 from lotlip.caption.store import Partition

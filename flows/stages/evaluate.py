@@ -25,9 +25,10 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
+        from lotlip.core.device import choose_device
         from lotlip.evaluate.ablation import draw, measure, summary
         from lotlip.evaluate.benchmarks import open_benchmark
-        from lotlip.evaluate.encoders import Runner, choose_device
+        from lotlip.evaluate.encoders import Runner
     for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(read)
     check_input(paths.shards, "index.json")

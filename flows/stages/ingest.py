@@ -8,7 +8,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.runtime.stage import Stage, StageFailed, main
+from flows.runtime.scratch import StageFailed
+from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
 from lotlip.core.files import remove
 from lotlip.data.duplicates import unique_partitions

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from prefect import flow
 
-from flows.runtime.stage import Stage, StageFailed, hash_of, main
+from flows.runtime.scratch import StageFailed
+from flows.runtime.stage import Stage, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_json
 from lotlip.data.partitions import read_index, reuse_or_write, unit_names

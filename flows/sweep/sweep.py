@@ -36,6 +36,7 @@ from pydantic import ValidationError
 
 from flows import STAGES
 from flows.runtime.fork_server import SOCKET, fork_server
+from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
     claimed_port,
     new_login,
@@ -45,15 +46,7 @@ from flows.runtime.servers import (
     print_prefect,
     using_prefect,
 )
-from flows.runtime.stage import (
-    EXPECTED,
-    SCRATCH,
-    StageFailed,
-    hash_of,
-    no_answer,
-    unreachable,
-    with_tracebacks,
-)
+from flows.runtime.stage import EXPECTED, hash_of, no_answer, unreachable, with_tracebacks
 from flows.runtime.supervisor import end_group, ending_well, guarded, start_group
 from flows.sweep.trials import Point, Sweep, points, selecting_scores, selection, short
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params

@@ -20,7 +20,7 @@ from pathlib import Path
 from threading import Lock
 from typing import IO, Any
 
-from flows.runtime.stage import SCRATCH, StageFailed
+from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.core.files import atomic_write, move, remove
 from lotlip.core.section import flatten
 

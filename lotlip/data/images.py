@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
@@ -17,7 +17,6 @@ from PIL import ExifTags, Image, ImageFile
 if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
-    from lotlip.pretrain.config import AugmentationConfig
 
 # Of the released models, and of CLIP's before them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -315,11 +314,21 @@ def image_transform(
     return lambda image: normalise(square(image, image_size, resize, mean))
 
 
+class RandomCrop(Protocol):
+    """Limits of a random piece of a picture: of its share of the area, and of its width to its height."""
+
+    @property
+    def scale(self) -> tuple[float, float]: ...
+
+    @property
+    def ratio(self) -> tuple[float, float]: ...
+
+
 def training_transform(
     image_size: int,
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
-    augmentation: AugmentationConfig | None = None,
+    augmentation: RandomCrop | None = None,
     resize: str = "crop",
 ) -> Transform:
     """What turns an encoded image into the tower's input in training, float32 [3, image_size, image_size].
@@ -345,7 +354,7 @@ def training_transform(
     return transform
 
 
-def random_box(width: int, height: int, augmentation: AugmentationConfig, rng: random.Random) -> Box:
+def random_box(width: int, height: int, augmentation: RandomCrop, rng: random.Random) -> Box:
     """A piece of a picture, drawn as torchvision's RandomResizedCrop does.
 
     Its share of the area is uniform, the logarithm of its ratio too. Where ten such pieces do not fit into the picture,

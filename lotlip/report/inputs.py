@@ -8,15 +8,17 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from lotlip.config.params import Params
 from lotlip.core.files import read_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.report.config import CostFigureConfig
+
+if TYPE_CHECKING:
+    from lotlip.config.params import Params
 
 CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lotlip.config.differences import differences, in_words, plain
+from lotlip.core.differences import differences, in_words, plain
 from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, SOURCE
 from lotlip.evaluate.score_names import MAIN
@@ -68,7 +68,7 @@ def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[Section]:
     others = [ablation for ablation in inputs.scored if ablation.name not in seen]
     if sections and others:  # `pretrain` as it is beside them, to compare with
         base = inputs.params.pretrain
-        others = [a for a in inputs.scored if a.name not in seen or not differences(a.config, base)]
+        others = [a for a in inputs.scored if a.name not in seen or not differences(a.config.recipe(), base.recipe())]
     if others:
         rest = TableConfig(
             title="Other ablations" if sections else "Ablations",
@@ -94,7 +94,7 @@ def _table(inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfi
         lead.append((Column("label", "Label", numeric=False), [words(declared.rows[a.name]) for a in chosen]))
     for key, label in declared.columns.items():
         if key == CHANGES:
-            changes = [in_words(differences(a.config, inputs.params.pretrain)) for a in chosen]
+            changes = [in_words(differences(a.config.recipe(), inputs.params.pretrain.recipe())) for a in chosen]
             lead.append((Column(key, label or "Change", numeric=False), [words(text) for text in changes]))
         elif key == FLOPS:
             lead += [(FLOPS_COLUMN, [gigaflops(a.flops_per_text) for a in chosen])] if with_flops else []

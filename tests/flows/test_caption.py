@@ -209,7 +209,7 @@ def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
 
 def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
     from flows.runtime.ray_runner import on_ray
-    from flows.runtime.stage import StageFailed
+    from flows.runtime.scratch import StageFailed
     from lotlip.config.params import load_params
 
     monkeypatch.setitem(sys.modules, "prefect_ray", None)

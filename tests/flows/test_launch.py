@@ -16,8 +16,8 @@ import pytest
 
 from flows.runtime import agent as join
 from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
+from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port
-from flows.runtime.stage import StageFailed
 from flows.runtime.supervisor import end_group, group, start_group
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld

@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from flows.runtime import servers
+from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import claimed_port, free_port
-from flows.runtime.stage import StageFailed
 from lotlip.core.caches import cache_folder
 
 

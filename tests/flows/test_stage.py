@@ -17,8 +17,9 @@ import pytest
 from flows.runtime import stage as stages
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.processes import run_group
+from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port, is_free, prefect_server
-from flows.runtime.stage import Stage, StageFailed, hash_of
+from flows.runtime.stage import Stage, hash_of
 from lotlip.config.params import load_params
 from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, NotOurs

@@ -18,7 +18,7 @@ from PIL import Image
 import flows.stages.ingest
 import flows.stages.shard
 from flows.runtime import stage as stages
-from flows.runtime.stage import StageFailed
+from flows.runtime.scratch import StageFailed
 from flows.stages.caption import caption
 from flows.stages.ingest import ingest
 from flows.stages.shard import shard

@@ -1,4 +1,4 @@
-"""How the settings of an ablation differ from `pretrain` of params.yaml."""
+"""How settings differ, and how params.yaml writes them."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lotlip.core.section import flatten
-from lotlip.pretrain.config import PretrainConfig
 
 
-def differences(config: PretrainConfig, base: PretrainConfig) -> dict[str, Any]:
-    """Dotted key → value of `config`, wherever it differs from `base`; seeds are no difference."""
-    ours, theirs = (flatten(one.model_dump(mode="json", exclude={"seeds"})) for one in (config, base))
+def differences(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key → value of `settings`, wherever it differs from `base`."""
+    ours, theirs = flatten(settings), flatten(base)
     return {key: ours.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
 
 
