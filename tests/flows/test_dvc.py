@@ -20,7 +20,7 @@ STAGES = 3
 INTERRUPTIONS = """
 import os, random, signal, sys, time
 import dvc.cli, dvc.repo, dvc.stage.run, dvc.rwlock
-from flows import dvc as program
+from flows.runtime import dvc as program
 
 rng = random.Random(0)
 signals = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -42,7 +42,7 @@ for number in range(int(sys.argv[1])):
 WORST_MOMENT = """
 import json, os, signal, sys
 import dvc.rwlock
-from flows import dvc as program
+from flows.runtime import dvc as program
 
 def dump(data, file):
     file.write("{")

@@ -365,7 +365,10 @@ def test_a_port_in_use_is_named() -> None:
     ("edit", "message"),
     [
         (lambda text: text.replace("partition_size", "partition_sise"), "did you mean 'partition_size'?"),
-        (lambda text: text.replace("kind: scenes\n    path", "kind: scene\n    path"), "does not match any"),
+        (
+            lambda text: text.replace("kind: scenes\n    path", "kind: scene\n    path"),
+            "unknown kind 'scene'; did you mean 'scenes'",
+        ),
         (lambda text: text.replace("partition_size: 1000", "partition_size: 0"), "greater than or equal to 1, not 0"),
     ],
 )
