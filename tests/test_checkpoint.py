@@ -14,7 +14,6 @@ import torch
 from lotlip.core.files import SCRATCH, sha256_files, write_json
 from lotlip.pretrain import checkpoint
 from lotlip.pretrain.checkpoint import Checkpoints, full_weights
-from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.trainer import Trainer
 from lotlip.tracking.mlflow import NullSink
 from tests.training import finish, losses, start, tiny_job, train, trainers, wait_for
@@ -127,7 +126,7 @@ def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
 @pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_world, tmp_path):
     other = tiny_job(tiny_world, tmp_path, {"text": {"config": {"hidden_size": 16}}})
-    made = Trainer(other, PretrainConfig.model_validate(other.config), 0, NullSink())
+    made = Trainer(other, 0, NullSink())
     with pytest.raises(ValueError, match=NEWER):
         trainer.checkpoints.load(made.engine.deepspeed)
 

@@ -204,14 +204,18 @@ def test_late_interaction_has_no_single_features(tmp_path, tiny_tower):
 
 
 def test_the_device(model, monkeypatch):
-    with pytest.raises(ValueError, match="no device 'tpu'; choose auto, cpu or cuda"):
+    with pytest.raises(ValueError, match="no device 'tpu'; choose auto, cpu, cuda or cuda:N"):
         Embedder(model, "tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="no GPU"):
         Embedder(model, "cuda")
     assert choose_device("auto") == "cpu"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choose_device("auto") == choose_device("cuda") == "cuda"
+    assert choose_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="no GPU for the device cuda:2"):
+        choose_device("cuda:2")
     assert choose_device("cpu") == "cpu"
 
 

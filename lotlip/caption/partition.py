@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -42,7 +42,7 @@ class Captioning:
     source: Path
     store: Path
     out: Path
-    compute: CaptionerCompute
+    compute: CaptionerCompute = field(default_factory=CaptionerCompute)
 
     def author(self) -> Captioner:
         """The captioner, opened once in a process, however many threads ask, and again when its file changed."""

@@ -23,9 +23,10 @@ _Fields = tuple[str, ...]
 # Per format, the fields of its texts. The first format of which a record has a field is the record's.
 _KNOWN: tuple[tuple[_Fields, ...], ...] = (
     (("conversations.1.value",),),  # ShareGPT4V
-    (("short_caption", "extra_caption"),),  # DCI; this project's partitions have the first
+    (("short_caption", "extra_caption"),),  # DCI
     (("IIW",),),  # ImageInWords
     (("sentences.raw",),),  # COCO and Flickr30k, as Karpathy split them
+    (("short_caption",),),  # this project's partitions
     (("text",),),  # this project's long captions
     (  # DreamLIP's and LoTLIP's long captions
         ("raw_caption",),

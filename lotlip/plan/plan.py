@@ -234,6 +234,8 @@ def on_gpus(
     steps = max(1, compute.processes * compute.gradient_accumulation_steps // gpus)
     base = compute.model_dump(mode="json", exclude_unset=True)
     base |= {"launch": {"kind": "local"}, "processes": gpus, "gradient_accumulation_steps": steps}
+    if gpus > 1:
+        base["parallel_seeds"] = 1  # seeds side by side are for single processes
     given = differences or {}
     own = given.get("compute", {}).get("training", {})
     try:
@@ -627,7 +629,7 @@ def describe(plan: Plan, title: str) -> list[str]:
     lines += _table("storage", {name: _bytes(value) for name, value in plan.storage.items()})
     if plan.feature_flops:
         hours = f"{plan.feature_seconds / 3600:,.1f}"
-        lines += _table("frozen features, once for all ablations", {"hours on one GPU": hours})
+        lines += _table("frozen features, once for all ablations", {"one GPU, hours": hours})
     lines += _table("time", {"hours": f"{plan.seconds / 3600:,.1f}", "GPU hours": f"{_gpu_hours(plan):,.0f}"})
     lines += ["", "assumed", *(f"  {line}" for line in plan.assumed)]
     if plan.remedy:
