@@ -139,7 +139,7 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
 
 
 def swept(workspace: Workspace, settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
-    return workspace.python("flows.sweep.sweep", json.dumps({"retries": 0, **settings}), **options)
+    return workspace.python("flows.sweep", json.dumps({"retries": 0, **settings}), **options)
 
 
 def experiments(workspace: Workspace) -> dict[str, str]:
@@ -197,12 +197,12 @@ def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
     name = max(experiments(done))
     before = (done.folder / "params.yaml").read_text()
     try:
-        done.python("flows.sweep.sweep", "--apply", name)
+        done.python("flows.sweep", "--apply", name)
         after = load_params(done.folder / "params.yaml")
     finally:
         (done.folder / "params.yaml").write_text(before)
     assert after.pretrain.text.corner_tokens == 1
-    refused = done.python("flows.sweep.sweep", "--apply", "nothing", check=False)
+    refused = done.python("flows.sweep", "--apply", "nothing", check=False)
     assert refused.returncode == 1
     assert "no experiment 'nothing'" in refused.stderr
 
