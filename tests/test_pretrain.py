@@ -24,7 +24,7 @@ from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.trainer import Job, Trainer, going_on
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
-from tests.training import TINY, finish, history, losses, same, start, tiny_job, train, weights
+from tests.training import TINY, finish, history, losses, same, split, start, tiny_job, train, weights
 
 # --- settings -----------------------------------------------------------------------------------------------------
 
@@ -68,7 +68,7 @@ def test_a_warmup_longer_than_the_run_only_climbs():
 
 
 def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
-    model = build_for_pretraining(PretrainConfig.model_validate(TINY), tiny_tower)
+    model = build_for_pretraining(PretrainConfig.model_validate(split(TINY)[0]), tiny_tower)
     model.text.proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, others = parameter_groups(model, 0.2)
@@ -237,7 +237,7 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
         "position_interpolation": {"positions": 8, "keep": 4, "factor": 4},
     }
     longer = {"text": {**text, "config": {}, "corner_tokens": 0, "context_length": 20}, "loss": {"image_components": 3}}
-    bare = {key: value for key, value in TINY.items() if key != "text"}
+    bare = {key: value for key, value in split(TINY)[0].items() if key != "text"}
     config = PretrainConfig.model_validate({**bare, **longer}).model_dump(mode="json")
     job = train(tiny_job(tiny_world, tmp_path / "long", config=config))
     model, _ = load_model(job.model_folder(0))
