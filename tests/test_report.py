@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from lotlip.config.differences import differences, in_words
 from lotlip.config.params import Params
+from lotlip.core.differences import differences, in_words
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
@@ -443,7 +443,7 @@ def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
 def test_seeds_are_no_difference():
     changes = {"gamma": {"seeds": [5]}, "beta": {"text": {"corner_tokens": 0}, "optimizer": {"betas": [0.8, 0.9]}}}
     params = make_params(ablations=changes)
-    found = {name: differences(params.ablation(name), params.pretrain) for name in params.ablations}
+    found = {name: differences(params.ablation(name).recipe(), params.pretrain.recipe()) for name in params.ablations}
     assert found == {"gamma": {}, "beta": {"text.corner_tokens": 0, "optimizer.betas": [0.8, 0.9]}}
     assert in_words(found["gamma"]) == "the base"
     assert in_words(found["beta"]) == "text.corner_tokens = 0, optimizer.betas = [0.8, 0.9]"
@@ -480,7 +480,7 @@ def test_any_difference_can_be_said():
     params = make_params(
         ablations={"odd": {"optimizer": {"betas": [0.8, 0.9]}, "text": {"config": {"hidden_size": 32}}}}
     )
-    assert in_words(differences(params.ablation("odd"), params.pretrain)) == (
+    assert in_words(differences(params.ablation("odd").recipe(), params.pretrain.recipe())) == (
         "text.config.hidden_size = 32, optimizer.betas = [0.8, 0.9]"
     )
 
