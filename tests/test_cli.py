@@ -228,7 +228,7 @@ def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(
 
     monkeypatch.setattr(compare, "ask", lambda *_: None)
     monkeypatch.setattr(compare, "compare", lambda *_: [])
-    monkeypatch.setattr("lotlip.evaluate.encoders.open_encoder", lambda *_: None)
+    monkeypatch.setattr("lotlip.evaluate.models.open_encoder", lambda *_: None)
     monkeypatch.setattr(compare, "table", lambda _: ["the table"])
     out = tmp_path / "scores.json"
     arguments = ["evaluate", "m", "--benchmark", "coco", "--data", tmp_path, "--out", out]
