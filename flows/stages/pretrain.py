@@ -14,13 +14,12 @@ from prefect import flow
 
 from flows.runtime.agent import announced
 from flows.runtime.processes import launch, run_group
-from flows.runtime.stage import Stage, hash_of, main, memory_of
+from flows.runtime.stage import Stage, check_input, hash_of, main, memory_of
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
 from lotlip.core.files import (
     Damaged,
     atomic_write,
-    check_files,
     check_model,
     read_json,
     sha256_files,
@@ -160,12 +159,13 @@ def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> lis
     """
     if not (published / "run.json").is_file():
         return []
-    try:
-        check_files(published)
-    except Damaged:
-        return []
     trained = read_json(published / "run.json")["fingerprints"]
     same = [seed for seed, fingerprint in fingerprints.items() if trained.get(seed) == fingerprint]
+    try:
+        if same:
+            check_input(published)
+    except Damaged:
+        return []
     for seed in same:
         if not (out / f"seed-{seed}").is_dir():
             with atomic_write(out / f"seed-{seed}") as partial:

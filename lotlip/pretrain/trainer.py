@@ -82,6 +82,11 @@ class Job:
         """The job that a flow wrote."""
         return cls(**read_json(path))
 
+    @property
+    def training_compute(self) -> TrainingCompute:
+        """`compute`, typed."""
+        return TrainingCompute.model_validate(self.compute)
+
     def model_folder(self, seed: int) -> Path:
         """Where a seed's finished model stands."""
         return Path(self.out) / f"seed-{seed}"
@@ -144,7 +149,7 @@ class Trainer:
     def __init__(self, job: Job, seed: int, sink: Sink) -> None:
         self.job, self.seed, self.sink = job, seed, sink
         self.config = config = PretrainConfig.model_validate(job.config)
-        self.compute = compute = TrainingCompute.model_validate(job.compute)
+        self.compute = compute = job.training_compute
         self.index = read_json(Path(job.shards) / "index.json")
         text = config.text
         ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
@@ -341,7 +346,7 @@ def seed_everything(seed: int) -> None:
 
 def main(job: Job, open_sink: OpenSink) -> None:
     """Trains every seed of a job that is not finished yet, one after another."""
-    compute = TrainingCompute.model_validate(job.compute)
+    compute = job.training_compute
     initialise_processes(compute)
     if dist.get_rank() == 0 and compute.parallel_seeds == 1:
         _write_start(job)
@@ -422,7 +427,7 @@ def run(job_file: str, open_sink: OpenSink) -> str | None:
         One line that says why it stopped; None where it finished.
     """
     job = Job.read(Path(job_file))
-    at_once = TrainingCompute.model_validate(job.compute).parallel_seeds
+    at_once = job.training_compute.parallel_seeds
     return side_by_side(job, at_once, open_sink) if at_once > 1 else attempt(job, open_sink)
 
 
@@ -436,7 +441,7 @@ def attempt(job: Job, open_sink: OpenSink) -> str | None:
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):
             raise
-        compute = TrainingCompute.model_validate(job.compute)
+        compute = job.training_compute
         return (
             f"error: {job.ablation}: process {os.environ.get('RANK')} of {compute.processes} lost another one, which "
             f"ended or did not answer for {compute.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
