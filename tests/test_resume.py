@@ -40,11 +40,15 @@ from tests.training import (
     ("processes", "zero_stage", "gradient_accumulation_steps", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
 )
 def test_a_killed_run_resumes_as_if_nothing_had_happened(
-    tiny_world, tmp_path, processes, zero_stage, accumulation, precision
+    tiny_world, tmp_path, processes, zero_stage, gradient_accumulation_steps, precision
 ):
     """With dropout, in the middle of an epoch, the last process killed: the same weights, bit for bit."""
     differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader_workers": 1})
-    differences |= {"zero_stage": zero_stage, "gradient_accumulation_steps": accumulation, "precision": precision}
+    differences |= {
+        "zero_stage": zero_stage,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "precision": precision,
+    }
     job, whole = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
     finish(start(whole, tmp_path / "whole", processes))
     process = start(job, tmp_path / "killed", processes)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -135,10 +136,18 @@ def inner(request: pytest.FixtureRequest) -> Any:
 
 
 def curl(address: str, *options: str) -> tuple[int, str]:
-    """Status and body; status 0 where there was no answer."""
+    """Status and body; status 0 where there was no answer.
+
+    Asks again after a 503: Prefect answers so while another request holds its SQLite database.
+    """
     command = ["curl", "--silent", "--noproxy", "*", "--max-time", "60", "--write-out", "\n%{http_code}", *options]
-    done = subprocess.run([*command, address], capture_output=True, text=True, check=False)
-    body, _, status = done.stdout.rpartition("\n")
+    for attempt in range(10):
+        if attempt:
+            time.sleep(1)
+        done = subprocess.run([*command, address], capture_output=True, text=True, check=False)
+        body, _, status = done.stdout.rpartition("\n")
+        if int(status) != 503:
+            break
     return int(status), body
 
 

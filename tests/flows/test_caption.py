@@ -59,10 +59,10 @@ def workspace(make_workspace) -> Workspace:
 def slow(workspace: Workspace, seconds: float) -> None:
     """Has each caption take some time."""
     head = "    def _caption(self, record: ImageRecord) -> Caption | Failure:\n"
-    text = (ROOT / "lotlip" / "captioning" / "scenes.py").read_text()
+    text = (ROOT / "lotlip" / "demo" / "captioner.py").read_text()
     assert head in text
     counting = text.replace(head, COUNTING.format(seconds=seconds))
-    (workspace.folder / "lotlip" / "captioning" / "scenes.py").write_text(counting)
+    (workspace.folder / "lotlip" / "demo" / "captioner.py").write_text(counting)
 
 
 def calls(workspace: Workspace) -> list[list[str]]:
