@@ -7,8 +7,9 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Compiled modules are worth keeping: a stage starts in half the time.
 export PYTHONDONTWRITEBYTECODE :=
+PYTEST := pytest --numprocesses logical --maxprocesses 4
 
-.PHONY: reproduce reproduce-all test test-fast lint format ui serve setup docs lock clean help
+.PHONY: reproduce reproduce-all test test-fast test-all lint format ui serve setup docs lock clean help
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,11 +20,14 @@ reproduce: setup ## run the whole pipeline on the offline demo; ends with a repo
 reproduce-all: setup ## the same with every ablation, for all tables of the paper
 	@python -m flows.reproduce --all
 
-test: setup ## pass all tests, with coverage
-	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered
+test: setup ## pass the unit and integration tests, and a smoke test of each system
+	@$(PYTEST) -m "not system or smoke"
 
-test-fast: setup ## pass the tests that take seconds
-	@pytest --numprocesses logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow"
+test-fast: setup ## pass the unit tests, in a minute or two
+	@$(PYTEST) -m "not integration and not system"
+
+test-all: setup ## pass all tests, with coverage
+	@$(PYTEST) --cov --cov-report=term:skip-covered
 
 lint: setup ## ruff, ruff format, import-linter, mypy
 	@ruff check .

@@ -61,8 +61,10 @@ for _variable, _name in {"DVC_SITE_CACHE_DIR": "dvc", "TORCHINDUCTOR_CACHE_DIR":
             sys.exit(f"error: {error}")
 
 # `python -m flows.STAGE`, where a warm process waits, needs none of the stage's imports: it hands over here and ends.
-# Not under a launcher, which watches the process that it started.
-if os.environ.get("LOTLIP_FORK_SERVER") and _program and _program not in _ALONE and "RANK" not in os.environ:
+# Under torchrun and DeepSpeed's launcher it does not: they reach the process that they started by signals. The launcher
+# of this project starts ranks with LOTLIP_STORE set (flows.runtime.local_launch), and ends a fork with its client.
+_foreign_launcher = "RANK" in os.environ and "LOTLIP_STORE" not in os.environ
+if os.environ.get("LOTLIP_FORK_SERVER") and _program and _program not in _ALONE and not _foreign_launcher:
     from flows.runtime.fork_server import delegate
 
     delegate(_program, _arguments)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,15 @@ from hypothesis import settings
 from PIL import Image
 
 from tests.plugins import heif_plugin, no_plugins  # noqa: F401 (fixtures)
+from tests.workspace import (  # noqa: F401 (fixtures)
+    checkout,
+    forked,
+    fresh_checkout,
+    make_workspace,
+    prefect_address,
+    prefect_api,
+    prefect_database,
+)
 
 if TYPE_CHECKING:
     from tests.defects import World
@@ -29,6 +39,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Equal examples at every run, and no complaint about a busy machine.
 settings.register_profile("lotlip", deadline=None, derandomize=True)
 settings.load_profile("lotlip")
+
+TIERS = ("system", "integration")  # a test without one of these markers is a unit test
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with the slowest tests first: workers take whole files, and the last ones should be short."""
+
+    def tier(item: pytest.Item) -> int:
+        return next((number for number, name in enumerate(TIERS) if item.get_closest_marker(name)), len(TIERS))
+
+    tiers: dict[Path, int] = {}
+    for item in items:
+        tiers[item.path] = min(tier(item), tiers.get(item.path, len(TIERS)))
+    items.sort(key=lambda item: tiers[item.path])
+
+
+class _UnitTest:
+    """Whether a unit test runs now, for the audit hook, which cannot be removed."""
+
+    runs = False
+
+
+def _start_no_python(event: str, arguments: tuple[Any, ...]) -> None:
+    if not _UnitTest.runs or event != "subprocess.Popen":
+        return
+    program = Path(os.fsdecode(arguments[0] or (arguments[1] or [""])[0])).name
+    if program.startswith("python") or program in ("dvc", "prefect", "mlflow", "torchrun", "ray"):
+        raise AssertionError(f"a unit test starts {program}, which takes seconds; mark it `integration`")
+
+
+sys.addaudithook(_start_no_python)
+
+
+@pytest.fixture(autouse=True)
+def tier(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Holds unit tests to what makes them fast: they start no Python program."""
+    _UnitTest.runs = not any(request.node.get_closest_marker(name) for name in TIERS)
+    yield
+    _UnitTest.runs = False
+
 
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
 THINGS = ("dog", "cat", "house", "tree", "car", "boat", "bird", "horse")

@@ -30,7 +30,7 @@ for mapping in (AutoModel._model_mapping, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAP
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "first", ["import lotlip", "from transformers import AutoModel; import lotlip", "import lotlip.models.text_tower"]
 )

@@ -16,7 +16,7 @@ def threads() -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_both_ways_write_the_same_and_are_measured(threads):
     from benchmarks.caption import measure, table
 

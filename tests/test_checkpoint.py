@@ -18,6 +18,8 @@ from lotlip.pretrain.trainer import Trainer
 from lotlip.tracking.mlflow import NullSink
 from tests.training import finish, losses, start, tiny_job, train, trainers, wait_for
 
+pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
+
 FILES = ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json", "sha256.json"]
 OLDER, NEWER = "step-000000001", "step-000000002"
 
@@ -65,7 +67,7 @@ def load(checkpoints: Checkpoints, trainer: Trainer) -> tuple[Any, dict[str, tor
     return state, full_weights(trainer.engine.deepspeed)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(trainer, copy, capsys, name):
     shutil.move(copy.folder / NEWER, copy.folder.parent / NEWER)
@@ -80,7 +82,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(trainer, copy, ca
     assert str(copy.folder / NEWER) in out
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("name", FILES)
 def test_every_kind_of_damage_to_every_file_is_found(copy, name, how):
@@ -106,7 +108,7 @@ def test_every_flipped_bit_is_found(tmp_path, name):
             assert checkpoint.damage(tmp_path), (place, bit)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_training_starts_again_if_no_checkpoint_is_intact(trainer, copy, capsys):
     for name in (OLDER, NEWER):
         flip(copy.folder / name / "weights.safetensors", 0.5)
@@ -115,7 +117,7 @@ def test_training_starts_again_if_no_checkpoint_is_intact(trainer, copy, capsys)
     assert all(str(copy.folder / name) in out for name in (OLDER, NEWER))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
     flip(copy.folder / NEWER / "exp_avg.safetensors", 0.5)
     copy.load(trainer.engine.deepspeed)
@@ -123,7 +125,7 @@ def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
     assert sorted(path.name for path in copy.folder.iterdir()) == [OLDER, "step-000000003"]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_world, tmp_path):
     other = tiny_job(tiny_world, tmp_path, {"text": {"config": {"hidden_size": 16}}})
     made = Trainer(other, 0, NullSink())
@@ -131,7 +133,7 @@ def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_w
         trainer.checkpoints.load(made.engine.deepspeed)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_processes_skip_the_same_damaged_checkpoint(base, tiny_world, tmp_path):
     differences = {"checkpoint_every": 3, "processes": 2, "steps": 12}
     job = tiny_job(tiny_world, tmp_path, differences)
@@ -146,7 +148,7 @@ def test_two_processes_skip_the_same_damaged_checkpoint(base, tiny_world, tmp_pa
     assert losses(job) == pytest.approx(losses(base), abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(monkeypatch):
     """The other process's view of the file system is damaged, this one's is not."""
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
@@ -158,7 +160,7 @@ def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(monkeypatch
     assert checkpoint._first_problem(None) == "weights.safetensors does not match its hash"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_resumed_run_without_manual_help_ends_like_an_uninterrupted_one(base, tiny_world, tmp_path, monkeypatch):
     from tests.test_resume import interrupted
 

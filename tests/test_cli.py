@@ -114,7 +114,7 @@ def test_a_failure_has_status_1_and_says_so_on_stderr(tmp_path):
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_plan_is_a_page_or_one_object(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert program(monkeypatch, "plan", "--profile", "lotlip-100m", "--gpus", 32, "--json") == 0

@@ -153,8 +153,9 @@ def test_a_sweep_that_no_filter_can_hold_is_refused(server):
         server[1].comparison_link(server[0], "tonight's")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
+@pytest.mark.smoke
 def test_a_browser_shows_the_charts_without_a_click(server):
     from playwright.sync_api import sync_playwright
 

@@ -490,7 +490,8 @@ def test_an_address_that_cannot_be_used_is_an_error_that_does_not_show_a_passwor
 # --- a real server ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.smoke
 def test_transformers_serve_captions_pictures(tmp_path):
     from tests.tiny_mllm import save_llava
 

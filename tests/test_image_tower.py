@@ -192,7 +192,7 @@ SMALL = SceneTowerConfig(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_training_learns_and_is_the_same_again() -> None:
     seen: list[tuple[int, int, float]] = []
     first = train_image_tower(SMALL, lambda *progress: seen.append(progress))
@@ -206,7 +206,7 @@ def test_training_learns_and_is_the_same_again() -> None:
         torch.testing.assert_close(value, again.tower.state_dict()[name], rtol=0, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_accuracy_has_a_share_for_each_attribute() -> None:
     result = train_image_tower(SMALL.model_copy(update={"epochs": 1}))
     salient = {f"salient {attribute}" for attribute in ("shape", "colour", "texture", "size")}

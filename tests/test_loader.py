@@ -487,7 +487,7 @@ def test_workers_end_with_the_steps(tiny_world, workers):
     assert not workers()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_worker_that_is_killed_is_an_error(tiny_world, workers):
     steps = loader(tiny_world.shards, workers=2).steps(0, 10**6)
     next(steps)
@@ -514,7 +514,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_workers_are_quiet_and_end_with_a_process_that_is_killed(tiny_world):
     program = [sys.executable, "-c", ORPHANS, str(tiny_world.shards)]
     done = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])

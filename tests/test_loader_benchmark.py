@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_every_way_is_measured():
     from benchmarks.loader import PAIRS, measure, table
 

@@ -446,7 +446,7 @@ def _process(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
     lengths = random_tokens()[2].sum(dim=-1)
     assert lengths[:4].max() > lengths[4:].max(), "one process's texts must be longer than the other's"

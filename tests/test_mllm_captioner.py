@@ -344,7 +344,7 @@ def test_a_model_that_does_not_say_how_a_text_ends_is_named():
 # --- the paper's third ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_documented_conversion_of_sharegpt4v_writes_what_the_original_has(llava, tmp_path):
     """A tiny LLaVA is taken apart into the layout of ShareGPT4V's repositories, and put together again."""
     whole = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)

@@ -243,7 +243,7 @@ if torch.distributed.get_rank() == 0:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_two_processes_hold_what_is_predicted(tmp_path):
     program = tmp_path / "held.py"
     program.write_text(HELD)
@@ -313,7 +313,7 @@ def statistics(world: TinyWorld) -> dict[str, Any]:
     return {name: text_statistics(found, "bert-base-uncased").to_json() for name, found in texts.items()}
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path, {"steps": 7, "checkpoint_every": 4, "log_every": 1})
     (tmp_path / "job.json").write_text(json.dumps(vars(job)))

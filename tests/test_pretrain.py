@@ -26,6 +26,8 @@ from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
 from tests.training import TINY, finish, history, losses, same, split, start, tiny_job, train, weights
 
+pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
+
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
@@ -87,7 +89,7 @@ def test_a_norm_without_a_name_to_know_it_by_does_not_decay():
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_history_has_every_step_and_the_model_loads(base):
     points = history(base)
     assert [point["step"] for point in points] == list(range(1, 13))
@@ -103,7 +105,7 @@ def test_history_has_every_step_and_the_model_loads(base):
     assert not (Path(base.scratch) / "checkpoints-0").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_seeds_differ_and_each_repeats_bit_for_bit(base, tiny_world, tmp_path):
     again = train(tiny_job(tiny_world, tmp_path))
     assert same(weights(again), weights(base))
@@ -111,7 +113,7 @@ def test_seeds_differ_and_each_repeats_bit_for_bit(base, tiny_world, tmp_path):
     assert not same(weights(base, seed=1), weights(base))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_tiny_world_is_learned(group, tiny_world, tmp_path):
     optimizer = {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
     job = train(tiny_job(tiny_world, tmp_path, {"steps": 90, "optimizer": optimizer}))
@@ -122,7 +124,7 @@ def test_the_tiny_world_is_learned(group, tiny_world, tmp_path):
 # --- runs that stop ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_zero_stages_train_alike(base, tiny_world, tmp_path, zero_stage):
     job = train(tiny_job(tiny_world, tmp_path, {"zero_stage": zero_stage}))
@@ -132,7 +134,7 @@ def test_zero_stages_train_alike(base, tiny_world, tmp_path, zero_stage):
     load_model(job.model_folder(0))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_bf16_trains_alike_and_saves_exact_weights(base, tiny_world, tmp_path, zero_stage):
     job = train(tiny_job(tiny_world, tmp_path, {"precision": "bf16", "zero_stage": zero_stage}))
@@ -144,19 +146,19 @@ def test_bf16_trains_alike_and_saves_exact_weights(base, tiny_world, tmp_path, z
             assert not torch.equal(value, value.bfloat16().float()), name
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_pixels_give_what_stored_features_give(base, tiny_world, tmp_path):
     job = train(tiny_job(tiny_world, tmp_path, shards=str(tiny_world.pixel_shards)))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_features_may_be_computed_where_they_are_stored(base, tiny_world, tmp_path):
     job = train(tiny_job(tiny_world, tmp_path, {"image_tower": {"features": "computed"}}))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_pictures_are_augmented_alike_again(base, tiny_world, tmp_path):
     """Other pictures than stored features are of, and the same ones for the same seed."""
     tower = {"features": "computed", "augmentation": {"scale": [0.3, 0.6]}}
@@ -165,14 +167,14 @@ def test_pictures_are_augmented_alike_again(base, tiny_world, tmp_path):
     assert abs(losses(first)[0] - losses(base)[0]) > 1e-3
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_whole_picture_as_augmentation_is_none(base, tiny_world, tmp_path):
     tower = {"features": "computed", "augmentation": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}
     job = train(tiny_job(tiny_world, tmp_path, {"image_tower": tower}))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_resampled_epochs_train(group, tiny_world, tmp_path):
     """Blue things are drawn nine times as often as the others, and an epoch is as long as was asked."""
     settings = {
@@ -189,7 +191,7 @@ def test_resampled_epochs_train(group, tiny_world, tmp_path):
     assert len(losses(job)) == 12
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_saved_model_tells_where_it_comes_from(base):
     config = read_json(base.model_folder(0) / "config.json")
     about = config["provenance"]
@@ -210,7 +212,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
     optimizer = {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
@@ -227,7 +229,7 @@ def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
     assert trained is (variant == "clip")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_path):
     """Positions stretched, the short caption against principal components (arXiv 2403.15378)."""
     short = {"text": {"corner_tokens": 0, "context_length": 8, "config": {"max_position_embeddings": 8}}}
@@ -256,7 +258,7 @@ def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
         going_on(config, 4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_path):
     alone = train(tiny_job(tiny_world, tmp_path / "alone"), seeds=[2])
     together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "parallel_seeds": 2})
@@ -265,7 +267,7 @@ def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_p
     assert losses(together, 0) != pytest.approx(losses(together, 1), rel=1e-4)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_seed_that_stops_ends_those_beside_it_and_says_why(tiny_world, tiny_samples, tmp_path):
     shards = spoiled(tmp_path / "shards", tiny_samples, 0)
     changes = {"seeds": [0, 1], "parallel_seeds": 2, "steps": 100_000}
@@ -284,7 +286,7 @@ def spoiled(folder: Path, samples: list[TinySample], which: int) -> Path:
     return write_shards(folder, [*samples[:which], bad, *samples[which + 1 :]], 3)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_loss_that_is_no_number_stops_the_run(tiny_world, tiny_samples, tmp_path, processes):
     """Every process says the same, also of a sample that another one had."""
@@ -301,14 +303,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_world, tiny_samples, tmp_pa
     assert "no checkpoint was written" in message and steps_before < 6  # the first epoch has six batches
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_fewer_samples_than_a_batch_is_an_error(group, tiny_world, tiny_samples, tmp_path):
     shards = write_shards(tmp_path / "shards", tiny_samples[:5], 1)
     with pytest.raises(ValueError, match=r"has 5 training samples, fewer than a batch of 8; set pretrain\.batch"):
         train(tiny_job(tiny_world, tmp_path, shards=str(shards)))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_another_number_of_processes_than_configured_is_an_error(group):
     with pytest.raises(ValueError, match=r"1 processes were started, but compute\.training\.processes is 2"):
         initialise_processes(TrainingCompute(processes=2))

@@ -323,7 +323,7 @@ def test_nothing_saved_tells_where_it_was_built(folder):
         assert tempfile.gettempdir() not in file.read_text(), file
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_the_tokenizer_needs_no_code_of_ours(folder):
     code = (
         "import sys; from transformers import AutoTokenizer;"

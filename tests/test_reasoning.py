@@ -123,7 +123,7 @@ def test_each_column_of_a_table_is_cut_for_itself(tmp_path):
     assert found.text == f"A house.\n{TEXT}"
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("special", [False, True])
 def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
     """The markers may be ordinary words of the tokenizer, or special tokens that decoding leaves out."""

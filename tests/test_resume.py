@@ -34,8 +34,10 @@ from tests.training import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
 
-@pytest.mark.slow
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("processes", "zero_stage", "gradient_accumulation_steps", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
 )
@@ -81,7 +83,7 @@ def interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
             train(job)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_one_process_goes_on_where_two_were(base, tiny_world, tmp_path, zero_stage):
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage, "steps": 12}
@@ -95,7 +97,7 @@ def test_one_process_goes_on_where_two_were(base, tiny_world, tmp_path, zero_sta
     assert same_to(weights(one), weights(base), 1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_two_processes_go_on_where_one_was(base, tiny_world, tmp_path, monkeypatch, zero_stage):
     interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
@@ -106,7 +108,7 @@ def test_two_processes_go_on_where_one_was(base, tiny_world, tmp_path, monkeypat
     assert same_to(weights(two), weights(base), 1e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypatch, capfd):
     job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
     interrupted(job, 9, monkeypatch)
@@ -121,7 +123,7 @@ def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypa
     assert same(weights(job), weights(base))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
     trainer = Trainer(job, 0, NullSink())
@@ -143,7 +145,7 @@ def both_processes(job: Job, folder: Path, module: str) -> list[str]:
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", STORE: str(folder / "store")}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", module, str(folder / "job.json")],
+            [sys.executable, "-m", "flows.runtime.run", module, str(folder / "job.json")],
             env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -158,7 +160,7 @@ def both_processes(job: Job, folder: Path, module: str) -> list[str]:
             process.kill()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("differences", [{"checkpoint_every": 2}, {"steps": 2}], ids=["checkpoint", "end"])
 def test_weights_that_are_no_numbers_end_every_process_with_the_same_error(tiny_world, tmp_path, differences):
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, **differences})
@@ -168,7 +170,7 @@ def test_weights_that_are_no_numbers_end_every_process_with_the_same_error(tiny_
     assert not Path(job.out).exists()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_model_that_cannot_be_written_ends_every_process_with_the_same_error(tiny_world, tmp_path):
     (tmp_path / "out").write_text("a file where the folder of models should be")
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, "steps": 2})
@@ -213,7 +215,7 @@ def test_a_watch_goes_on_where_it_was():
     assert watch.recall == resumed.recall == pytest.approx(0.58)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
     differences = {"stop_at_chance_after": 8, "optimizer": {"learning_rate": 1e-9}}
     with pytest.raises(
@@ -222,7 +224,7 @@ def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
         train(tiny_job(tiny_world, tmp_path, differences))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_hung_peer_ends_the_run(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "steps": 1000, "peer_timeout_seconds": 20})
     process = start(job, tmp_path, processes=2)

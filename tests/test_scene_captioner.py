@@ -150,12 +150,12 @@ def prompts() -> list[str]:
     return [prompt for of_shape in shape_prompts() for prompt in of_shape]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_short_texts_and_prompts_are_made_of_words_of_raw_captions() -> None:
     assert unseen_share([*map(short_text, TEST_SCENES), *prompts()], raw_texts()) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_long_texts_are_made_of_words_that_training_has() -> None:
     known = raw_texts() + [caption.text for caption in long_captions()]
     assert unseen_share([long_text(scene) for scene in TEST_SCENES], known) <= 0.005
@@ -171,7 +171,7 @@ def frame(sentence: str) -> str:
     return re.sub(r"_( _)+", "_", words)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_no_sentence_frame_of_the_evaluation_is_one_of_training() -> None:
     training = {frame(sentence) for caption in long_captions() for sentence in caption.sub_captions}
     training |= {frame(text) for text in raw_texts()}

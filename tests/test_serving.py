@@ -292,7 +292,7 @@ def ask(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_mlflow_serves_it(tmp_path, served, images, features):
     rows, which = mixed(images)
     with server(served, tmp_path) as address:

@@ -21,6 +21,8 @@ from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinyWorld
 from tests.training import ROOT, finish, losses, scratch, start, tiny_job, train, weights
 
+pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
+
 SPLITS = [
     {"zero_stage": stage, "gradient_accumulation_steps": accumulation, "similarity": similarity}
     for stage in (0, 1, 2, 3)
@@ -54,15 +56,15 @@ def one_process_steps(group: None, tiny_world: TinyWorld, tmp_path_factory: pyte
 
 
 @pytest.fixture(scope="module")
-def two_process_steps(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_process_steps(forked: None, tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     arguments = [str(tiny_world.image_tower), str(tiny_world.shards), str(tiny_world.pixel_shards), str(folder)]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    subprocess.run([sys.executable, *launcher, "-m", "tests.test_split", *arguments], cwd=ROOT, check=True)
+    launcher = ["-m", "flows.runtime.local_launch", "2"]
+    subprocess.run([sys.executable, *launcher, "tests.test_split", *arguments], cwd=ROOT, check=True)
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("number", range(len(SPLITS)), ids=[" ".join(map(str, split.values())) for split in SPLITS])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
@@ -80,7 +82,7 @@ def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
     assert any(gradient.abs().max() > 1e-2 for gradient in expected_gradients.values())
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [3])
 def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "zero_stage": zero_stage})
@@ -91,7 +93,7 @@ def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
     load_model(job.model_folder(0))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_path):
     """Both towers' gradients cross the processes; how each variant's loss does is tested with the losses."""
     clip = {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}

@@ -22,10 +22,10 @@ import psutil
 import pytest
 
 from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server, using_prefect
-from tests.flows.conftest import ROOT, traced
 from tests.flows.test_cancel import await_that
+from tests.workspace import ROOT, traced
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 CHROMIUM = shutil.which("chromium")
 CURL = shutil.which("curl")
@@ -235,6 +235,7 @@ def test_nobody_else_can_run_commands_by_make_serve(serve: Served, tmp_path: Pat
 
 
 @needs_curl
+@pytest.mark.smoke
 def test_nobody_else_can_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
     deployment = create_deployment(ui)
     attacked(ui, deployment, tmp_path / "mark")

@@ -17,10 +17,10 @@ import pytest
 
 from lotlip.core.files import write_json
 from lotlip.core.loopback import basic
-from tests.flows.conftest import ROOT
 from tests.training import tiny_job
+from tests.workspace import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 FLOW = """
 import sys
@@ -121,6 +121,7 @@ def test_a_flow_that_is_ended_takes_training_with_it(server, job, sign):
     await_that(lambda: not running(job), f"all of {running(job)} have ended")
 
 
+@pytest.mark.smoke
 def test_a_flow_that_is_cancelled_takes_training_with_it(server, job):
     """As the button in Prefect's UI does it, by the flow run's state."""
     runner = begin(server, job)

@@ -18,7 +18,7 @@ from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
 from lotlip.caption.config import CaptionConfig
 from lotlip.data.partitions import read_captions, read_index, unit_names
-from tests.flows.conftest import ROOT, Workspace, tiny
+from tests.workspace import ROOT, Workspace, tiny
 
 
 def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
@@ -110,7 +110,7 @@ def keys(workspace: Workspace, captioner: str) -> list[str]:
     return [key for name in unit_names(folder) for key in read_captions(folder, name, ["key"])["key"]]
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow(workspace) -> None:
     slow(workspace, 0.02)
     forget(workspace)
@@ -151,7 +151,8 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
     assert calls(workspace) == []
 
 
-@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.smoke
 def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace) -> None:
     slow(workspace, 0.05)
     run_on(workspace, "threads")
@@ -188,7 +189,7 @@ def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace
     assert not alive
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
     slow(workspace, 0.2)
     forget(workspace)
@@ -217,7 +218,7 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
         on_ray(load_params(ROOT / "params.yaml")).__enter__()
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_server_that_is_not_there_is_one_clear_line(workspace: Workspace) -> None:
     before = (workspace.folder / "params.yaml").read_text()
     gone = {"kind": "endpoint", "path": "lotlip/caption/captioners/endpoint.py", "model": "tiny", "revision": "1"}

@@ -20,7 +20,7 @@ def prebuilt(prefect_database: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_pipeline_recovers_from_kills_and_a_flipped_bit(prebuilt: Path, tmp_path: Path) -> None:
     out = tmp_path / "drills.json"
     options = ["--seed", "1", "--kinds", "kill", "flip", "--count", "2", "--kills", "2"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.runtime.dvc import remove_stale_lock
-from tests.flows.conftest import ROOT
+from tests.workspace import ROOT
 
 STAGES = 3
 
@@ -99,7 +99,7 @@ def test_a_signal_while_dvc_writes_its_locks_leaves_them_whole(project, sign):
     run(project, "-m", "dvc", "repro")
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_none_of_fifty_interruptions_blocks_the_next_run(project):
     done = run(project, "-c", INTERRUPTIONS, "50", "1.5")
     lines = done.stdout.splitlines()

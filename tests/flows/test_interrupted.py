@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import ROOT
+from tests.workspace import ROOT
 
 BLOCKING_COMMAND = """
 import threading

@@ -21,8 +21,8 @@ from flows.runtime.servers import free_port
 from flows.runtime.supervisor import end_group, group, start_group
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
-from tests.flows.conftest import traced
 from tests.training import losses, tiny_job
+from tests.workspace import traced
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "lotlip.train"
@@ -171,14 +171,15 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
+@pytest.mark.system
+@pytest.mark.smoke
 def test_two_machines_that_meet_train_as_one(alone, tiny_world, here):
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
     with joining(here):
         assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_deepspeeds_launcher_trains_as_one(alone, tiny_world, here):
     how = HostfileLaunch(kind="hostfile", path=hostfile(here, "localhost slots=2\n"), port=free_port())
     assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
@@ -193,7 +194,7 @@ wait $first && exit $second
 """
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
     """With a stand-in for srun that starts both nodes' tasks on this one."""
     (here / "bin").mkdir()
@@ -211,7 +212,7 @@ def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
     assert (here / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_on_one_machine_listens_on_loopback_at_most(tiny_world, here, processes):
     job = tiny_job(tiny_world, here, {"steps": 100000, "processes": processes})

@@ -20,7 +20,7 @@ import pytest
 from flows.runtime import fork_server as warm_module
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.supervisor import end_group, ending_well, start_group
-from tests.flows.conftest import ROOT
+from tests.workspace import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 
@@ -248,7 +248,7 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
     assert cleaned
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_the_prefect_server_of_a_killed_stage_ends_with_it(tmp_path):
     script = """
 import os, signal, psutil

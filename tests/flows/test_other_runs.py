@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.flows.conftest import tiny
+from tests.workspace import tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 
 def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
@@ -41,6 +41,7 @@ def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
     assert not scratch.exists()
 
 
+@pytest.mark.smoke
 def test_own_images(make_workspace, tmp_path: Path) -> None:
     """A folder of pictures with some that are broken, by the profile for it."""
     from lotlip.demo.world import generate_scene, render

@@ -16,7 +16,7 @@ from lotlip.config.outputs import outputs
 from lotlip.config.params import load_params
 from lotlip.core.caches import Locked, lock
 from lotlip.core.files import RECORD, publish, write_json
-from tests.flows.conftest import ROOT, Workspace, tiny
+from tests.workspace import ROOT, Workspace, tiny
 
 
 def declared() -> dict[str, Any]:
@@ -44,7 +44,7 @@ def test_dvc_knows_the_outputs_of_a_stage_and_does_not_remove_them(stage: str) -
     assert named == expected
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_folder_that_no_stage_wrote_survives_dvc_repro(make_workspace: Any) -> None:
     workspace: Workspace = make_workspace()
     workspace.change(tiny)

@@ -13,9 +13,9 @@ import yaml
 from flows.reproduce import asked_for
 from flows.runtime.servers import PATIENCE_SECONDS, free_port, is_free
 from lotlip.config.params import Reproduce, load_params
-from tests.flows.conftest import ROOT, Workspace, tiny
+from tests.workspace import ROOT, Workspace, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +179,7 @@ def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
     assert list((gate / "data_docs").rglob("index.html"))
 
 
+@pytest.mark.system
 def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
     prefect, mlflow = free_port(), free_port()
     process = subprocess.Popen(

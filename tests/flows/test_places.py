@@ -35,7 +35,7 @@ def public() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.skipif(
     os.getuid() != 0 or shutil.which("setpriv") is None,
     reason="only root with setpriv (util-linux) becomes another user",

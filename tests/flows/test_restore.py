@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from lotlip.core.files import sha256_files
-from tests.flows.conftest import Workspace, tiny
+from tests.workspace import Workspace, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.integration
 
 
 def store(folder: Path) -> str:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import Workspace
 from tests.tiny_pipeline import smallest
+from tests.workspace import Workspace
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 
 def two_ablations(params: dict[str, Any]) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from flows.runtime.servers import free_port, prefect_client
-from tests.flows.conftest import PREFECT, ROOT
+from tests.workspace import PREFECT, ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 STAGE = """
 from pathlib import Path
@@ -61,6 +61,7 @@ def run(folder: Path, script: str, **more: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.smoke
 def test_a_stage_goes_on_and_ends_well_when_its_server_is_killed(tmp_path: Path, prefect_database: Path):
     (tmp_path / ".prefect").mkdir()
     shutil.copy(prefect_database, tmp_path / ".prefect")

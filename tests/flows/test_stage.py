@@ -25,7 +25,7 @@ from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, NotOurs
 from lotlip.core.section import ConfigError
 from lotlip.data.records import UnitReport, Unusable
-from tests.flows.conftest import Workspace
+from tests.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
 
@@ -280,7 +280,7 @@ def test_a_failed_process_says_why(tmp_path: Path) -> None:
 # --- the warm process -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_path: Path) -> None:
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
     (tmp_path / "target.py").write_text(code)
@@ -295,7 +295,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
     assert (done.returncode, done.stdout) == (7, f"{tmp_path} ['x'] True here\n"), done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
@@ -312,7 +312,7 @@ def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace,
     assert await_dead(fork)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [

@@ -26,8 +26,8 @@ from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.loopback import basic
 from lotlip.core.section import ConfigError
-from tests.flows.conftest import ROOT, Workspace, tiny
 from tests.flows.test_cancel import ask, await_that
+from tests.workspace import ROOT, Workspace, tiny
 
 CHROMIUM = shutil.which("chromium")
 CORNERS, MASK, RATE = "pretrain.text.corner_tokens", "pretrain.text.corner_mask", "pretrain.optimizer.learning_rate"
@@ -190,7 +190,7 @@ def done(make_workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
     assert [name.rpartition("-")[0] for name in sorted(experiments(done))] == ["m0-k3-c128-s0", "m1-k3-c128-s0"]
     assert not list((done.folder / ".lotlip" / "sweeps").glob("*/project"))
@@ -207,7 +207,7 @@ def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
     assert "no experiment 'nothing'" in refused.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Workspace):
     table = {row["point"]: row for row in artifact(done, "sweep-two")}
     assert set(table) == set(experiments(done))
@@ -228,7 +228,7 @@ def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Works
         assert (answer["name"], answer["state"]["type"]) == ("sweep-two", "COMPLETED")
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(done: Workspace):
     before, rates = experiments(done), [0.001, 1e30, 2e30]
     asked = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
@@ -245,7 +245,7 @@ def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(
     assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["point"]])
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_sweep_tells_a_server_of_its_own_all_before_that_ends(done: Workspace):
     ended = swept(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
     assert "2 found done" in ended.stdout + ended.stderr
@@ -293,7 +293,7 @@ def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.
         return client.post(f"/{path}", json={"parameters": parameters})
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.usefixtures("served")
 def test_the_forms_check_what_is_asked_for_and_schedules_are_off(done: Workspace):
     schedules = {name: [one["active"] for one in form["schedules"]] for name, form in deployed(done).items()}
@@ -305,7 +305,7 @@ def test_the_forms_check_what_is_asked_for_and_schedules_are_off(done: Workspace
     assert start(done, "reproduce/by-hand", {"what": "some"}).status_code == 409
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.usefixtures("served")
 def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
     scores = done.folder / "metrics" / "lotlip.json"
@@ -320,7 +320,7 @@ def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
     assert scores.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
 @pytest.mark.usefixtures("served")
 def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Workspace):
@@ -379,7 +379,7 @@ def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Wor
     assert "R@1 by corner tokens" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_a_sweep_that_is_killed_or_cancelled_takes_all_with_it_and_goes_on(done: Workspace, served):
     done.change(lambda params: params["compute"]["training"].update(checkpoint_every=20, stop_at_chance_after=0))
     steps = {"pretrain.steps": [600]}

@@ -10,7 +10,7 @@ from flows.sweep.sweep import _reason
 from flows.sweep.trials import Sweep, points, selecting_scores
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
-from tests.flows.conftest import ROOT
+from tests.workspace import ROOT
 
 INFO = "12:00:01.123 | INFO    | Flow run 'pretrain-lotlip' - lotlip seed 0: step 10/400"
 DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m flows pretrain lotlip, exited with 1"

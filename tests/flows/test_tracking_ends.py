@@ -13,15 +13,15 @@ import psutil
 import pytest
 
 from flows.runtime.servers import free_port, mlflow_server, new_login
-from tests.flows.conftest import Workspace
 from tests.flows.test_cancel import await_that
 from tests.tiny_pipeline import smallest
 from tests.training import split
+from tests.workspace import Workspace
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.system
 
 STEPS = 300
 

@@ -1,4 +1,4 @@
-"""A checkout of its own, small enough to run the whole pipeline in it, and what flows find running beside it."""
+"""A checkout to run the pipeline in, and the servers that its flows find: Prefect's, and the fork server."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import pytest
 from coverage import Coverage
 
-from flows.runtime.fork_server import fork_server
+from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server
 from tests.tiny_pipeline import ROOT, change_params, copy_checkout
 from tests.tiny_pipeline import tiny as tiny  # tests import it from here
@@ -39,14 +40,15 @@ class Workspace:
     """A checkout in a temporary folder, with git and DVC set up.
 
     Attributes:
-        alone: the environment of a program that finds nothing running, as a user's in a fresh checkout.
-        environment: of one that finds a Prefect server and a warm process, as a stage's under `make reproduce`: either
+        database: Prefect's, empty, which every renewal puts in place; None: none.
+        alone: the environment of a program that finds no server, as a user's in a fresh checkout.
+        environment: of one that finds a Prefect server and a fork server, as a stage's under `make reproduce`: either
             takes longer to start than most flows here to run.
     """
 
-    def __init__(self, folder: Path, database: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.database = database
+        self.database: Path | None = None
         copy_checkout(folder)
         self.alone = {
             **{key: value for key, value in os.environ.items() if key not in PREFECT},
@@ -59,14 +61,14 @@ class Workspace:
         self.run("dvc", "init", "--quiet")
         self.run("git", "add", "--all")
         self.run("git", "-c", "user.name=t", "-c", "user.email=t@t", "commit", "--quiet", "--message", "start")
-        self.renew()
 
     def renew(self) -> None:
         """Makes it a fresh checkout again; what Python compiled stays, and Prefect's tables are there."""
         self.run("git", "checkout", "--quiet", ".")
         self.run("git", "clean", "-dffxq", "--exclude=__pycache__")
         (self.folder / ".prefect").mkdir()
-        shutil.copy(self.database, self.folder / ".prefect")
+        if self.database:
+            shutil.copy(self.database, self.folder / ".prefect")
 
     def run(self, *command: str, check: bool = True, alone: bool = False, **more: str) -> Any:
         """Runs a command to its end.
@@ -127,30 +129,55 @@ def prefect_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def prefect_api(prefect_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """The environment of programs that use a Prefect server, which every flow may use."""
-    home, port, login = tmp_path_factory.mktemp("prefect-home"), free_port(), new_login()
+def prefect_address() -> dict[str, str]:
+    """The environment of programs that use the Prefect server of this process, whether it runs yet or not.
+
+    Prefect reads its settings when it is imported, so the fork server needs them before the first test needs Prefect.
+    """
+    return prefect_client(free_port(), new_login())
+
+
+@pytest.fixture(scope="session")
+def prefect_api(
+    prefect_address: dict[str, str], prefect_database: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
+    """Runs the Prefect server that every flow of this process may use; gives the environment of its clients."""
+    home, port = tmp_path_factory.mktemp("prefect-home"), urlsplit(prefect_address["PREFECT_API_URL"]).port
+    assert port is not None
     shutil.copy(prefect_database, home)
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(home))
             patch.chdir(home)
-            stack.enter_context(prefect_server(port, login))
-        yield prefect_client(port, login)
+            stack.enter_context(prefect_server(port, prefect_address["PREFECT_API_AUTH_STRING"]))
+        yield prefect_address
 
 
 @pytest.fixture(scope="session")
-def checkout(
-    prefect_database: Path, prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Workspace]:
-    """The one checkout of this process, for a warm process runs the stages of one checkout alone."""
-    workspace = Workspace(tmp_path_factory.mktemp("checkout") / "project", prefect_database)
+def fresh_checkout(prefect_address: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    """The one checkout of this process, with a fork server: a fork server runs the code of one checkout."""
+    workspace = Workspace(tmp_path_factory.mktemp("checkout") / "project")
     with ExitStack() as stack:
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(workspace.folder)  # so that the warm process is this checkout's
-            environment = {**workspace.alone, **prefect_api}
+            patch.chdir(workspace.folder)
+            environment = {**workspace.alone, **prefect_address}
             workspace.environment = stack.enter_context(fork_server(environment))
         yield workspace
+
+
+@pytest.fixture(scope="session")
+def checkout(fresh_checkout: Workspace, prefect_api: dict[str, str], prefect_database: Path) -> Workspace:
+    """The checkout, whose flows find a Prefect server."""
+    fresh_checkout.database = prefect_database
+    return fresh_checkout
+
+
+@pytest.fixture(scope="module")
+def forked(fresh_checkout: Workspace) -> Iterator[None]:
+    """Has the programs that a module's tests start be forks, which need no imports; its code is this checkout's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SOCKET, fresh_checkout.environment[SOCKET])
+        yield
 
 
 @pytest.fixture(scope="session")
