@@ -11,7 +11,8 @@ import sys
 from flows.runtime.scratch import StageFailed
 from flows.runtime.stage import EXPECTED, with_tracebacks
 from lotlip.config.params import load_params
-from lotlip.core.files import read_json
+from lotlip.evaluate.records import AblationScores
+from lotlip.pretrain.records import RUN, Run
 
 
 def restore() -> list[str]:
@@ -25,28 +26,28 @@ def restore() -> list[str]:
     """
     params = load_params()
     paths = params.paths
-    trained = sorted(paths.models.glob("*/run.json"))
+    trained = sorted(paths.models.glob(f"*/{RUN}"))
     if not trained:
         raise StageFailed(f"{paths.models} has no trained ablation; `dvc pull` gets them, `dvc repro` trains them")
     from lotlip.tracking.mlflow import Tracker
 
     tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
     for file in trained:
-        model, folder = read_json(file), file.parent
-        name = model["ablation"]
+        run, folder = Run.read(file), file.parent
+        name = run.ablation
         measured = paths.metrics / f"{name}.json"
-        scores = read_json(measured) if measured.is_file() else None
+        scores = AblationScores.read(measured) if measured.is_file() else None
         if scores is None:
             said = f"{measured} is not there, so it has no scores"
-        elif scores["fingerprints"] != model["fingerprints"]:
+        elif scores.fingerprints != run.fingerprints:
             said = f"{measured} is of other models, so it has no scores; `dvc repro` measures these"
             scores = None
         else:
-            said = f"scores on {', '.join(scores['benchmarks'])}"
-        results = scores["benchmarks"] if scores else {}
-        for run_id in tracker.log_scores(model, results, folder, paths.metrics / "attention" / name).values():
+            said = f"scores on {', '.join(scores.benchmarks)}"
+        results = scores.benchmarks if scores else {}
+        for run_id in tracker.log_scores(run, results, folder, paths.metrics / "attention" / name).values():
             tracker.set_tags(run_id, {"model": str(folder)})
-        print(f"{name}: {len(model['fingerprints'])} seeds, {said}", flush=True)
+        print(f"{name}: {len(run.fingerprints)} seeds, {said}", flush=True)
     return [file.parent.name for file in trained]
 
 

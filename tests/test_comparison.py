@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from flows.runtime.servers import free_port, mlflow_server
+from lotlip.evaluate.records import BenchmarkScores
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.records import Run
 from lotlip.tracking.comparison import SHARED_VIEW, ComparedRun, address, decode, run_note, view, view_name
 from lotlip.tracking.mlflow import NOTE, Tracker
 
@@ -92,16 +94,21 @@ def test_many_parameters_fit_into_the_tag():
     assert len(view([run("a", i, **each) for i, each in enumerate(parameters)])) < 20_000  # MLflow's limit
 
 
+def trained(ablation, config):
+    """The run.json of an ablation."""
+    return Run(ablation=ablation, config=config, data_hash="", git_commit="", fingerprints={})
+
+
 def test_a_run_is_told_in_plain_words():
     base = PretrainConfig()
     config = base.model_copy(update={"text": base.text.model_copy(update={"corner_tokens": 4})}).model_dump(mode="json")
     results = {
-        "scenes": {
-            "seeds": {"1": {"long.text_to_image.r1": 0.4821, "long.text_to_image.r5": 0.9}},
-            "intervals": {"1": {"long.text_to_image.r1": [0.451, 0.517]}},
-        }
+        "scenes": BenchmarkScores(
+            seeds={1: {"long.text_to_image.r1": 0.4821, "long.text_to_image.r5": 0.9}},
+            intervals={1: {"long.text_to_image.r1": (0.451, 0.517)}},
+        )
     }
-    note = run_note({"ablation": "lotlip-m4", "config": config}, "1", base, results)
+    note = run_note(trained("lotlip-m4", config), "1", base, results)
     assert "`lotlip-m4`, seed 1: 4 corner tokens behind the mask" in note
     assert "Beside `pretrain` of params.yaml: text.corner_tokens = 4." in note
     assert "| scenes.long.text_to_image.r1 | 48.2 | 45.1 – 51.7 |" in note
@@ -184,10 +191,10 @@ def test_a_browser_shows_the_charts_without_a_click(server):
 
 
 def test_the_note_has_the_best_possible_score_where_repeats_lower_it():
-    model = {"ablation": "lit", "config": {}}
+    run = trained("lit", {})
     scores = {"short.image_to_text.r1": 0.25, "short.text_to_image.r1": 0.125}
-    result = {"seeds": {"0": scores}, "ceiling": {"short.image_to_text.r1": 0.5069}}
-    note = run_note(model, "0", None, {"own": result})
+    result = BenchmarkScores(seeds={0: scores}, ceiling={"short.image_to_text.r1": 0.5069})
+    note = run_note(run, "0", None, {"own": result})
     assert "| own.short.image_to_text.r1 | 25.0 |  | 50.7 |" in note
     assert "| own.short.text_to_image.r1 | 12.5 |  | 100.0 |" in note
-    assert "best possible" not in run_note(model, "0", None, {"own": {"seeds": {"0": scores}}})
+    assert "best possible" not in run_note(run, "0", None, {"own": BenchmarkScores(seeds={0: scores})})

@@ -127,11 +127,11 @@ def test_a_benchmark_whose_pictures_fail_keeps_its_scores(monkeypatch, tmp_path,
 
     with monkeypatch.context() as patch:
         patch.setattr(attention, "draw_relevance", fail)
-        found = ablation.measure(tmp_path / "model", {"config": config}, [asked], [], {}, Runner(2))
+        found = ablation.measure(tmp_path / "model", config, [asked], [], {}, Runner(2))
         ablation.draw(tmp_path / "model", config, [asked], Runner(2), tmp_path / "pictures")
-    assert found.results["own"]["seeds"]["0"]["short.text_to_image.r1"] >= 0
-    assert found.results["own"]["ceiling"]["short.text_to_image.r1"] == pytest.approx(2 / 3)
-    assert found.results["own"]["protocol"]["repeated_short_texts"] == 1
+    assert found.results["own"].seeds[0]["short.text_to_image.r1"] >= 0
+    assert found.results["own"].ceiling["short.text_to_image.r1"] == pytest.approx(2 / 3)
+    assert found.results["own"].protocol["repeated_short_texts"] == 1
     assert json.loads((tmp_path / "pictures" / "not-drawn.json").read_text()) == {"own": {"relevance": "no ink"}}
     ablation.draw(tmp_path / "model", config, [asked], Runner(2), tmp_path / "again")
     assert (tmp_path / "again" / "own-relevance.png").is_file()

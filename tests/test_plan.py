@@ -316,7 +316,7 @@ def statistics(world: TinyWorld) -> dict[str, Any]:
 @pytest.mark.integration
 def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path, {"steps": 7, "checkpoint_every": 4, "log_every": 1})
-    (tmp_path / "job.json").write_text(json.dumps(vars(job)))
+    job.write(tmp_path / "job.json")
     command = [sys.executable, "-c", MEASURED, str(tmp_path / "job.json"), str(tmp_path / "found.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -327,8 +327,8 @@ def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
     index = {**read_json(tiny_world.shards / "index.json"), "statistics": statistics(tiny_world)}
     expected = plan(
         params,
-        PretrainConfig.model_validate(job.config),
-        TrainingCompute.model_validate(job.compute),
+        job.config,
+        job.compute,
         Gpu(),
         index,
     )

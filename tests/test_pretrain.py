@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import replace
@@ -21,7 +20,8 @@ from lotlip.models.saving import load_model
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_share, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
-from lotlip.pretrain.trainer import Job, Trainer, going_on
+from lotlip.pretrain.job import Job
+from lotlip.pretrain.trainer import Trainer, going_on
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
 from tests.training import TINY, finish, history, losses, same, split, start, tiny_job, train, weights
@@ -220,8 +220,8 @@ def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
     job = train(tiny_job(tiny_world, tmp_path, differences))
     assert np.mean(losses(job)[-6:]) < 0.93 * np.mean(losses(job)[:3]), losses(job)
     model, tokenizer = load_model(job.model_folder(0))
-    assert model.config.similarity == job.config["similarity"]
-    assert tokenizer.register_tokens == job.config["text"]["register_tokens"]
+    assert model.config.similarity == job.config.similarity
+    assert tokenizer.register_tokens == job.config.text.register_tokens
     trained = not torch.equal(
         weights(job)["image.trunk.cls_token"],
         load_file(Path(job.image_tower) / "model.safetensors")["trunk.cls_token"],
@@ -318,7 +318,7 @@ def test_another_number_of_processes_than_configured_is_an_error(group):
 
 def test_a_job_survives_its_file(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
-    (tmp_path / "job.json").write_text(json.dumps(vars(job)))
+    job.write(tmp_path / "job.json")
     assert Job.read(tmp_path / "job.json") == job
     assert job.model_folder(3) == Path(job.out) / "seed-3"
     assert os.fspath(job.model_folder(3)).startswith(str(tmp_path))

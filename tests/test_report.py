@@ -141,6 +141,7 @@ def write_stages(root, params):
             "stage": stage,
             "name": label.removeprefix(stage).lstrip("-") or None,
             "seconds": 20.0 + n,
+            "work_seconds": 16.0 + n,
             "samples": 1000,
             "samples_per_second": 1000 / (16.0 + n),
             "orchestration_seconds": {"imports": 2.0, "prefect": 1.5, "gate": 0.5},
@@ -195,7 +196,12 @@ def write_project(root, params, metrics=metrics_of, flops=()):
             }
             for benchmark in params.evaluate.benchmarks
         }
-        result = {"ablation": name, "config": config.model_dump(mode="json"), "benchmarks": benchmarks}
+        result = {
+            "ablation": name,
+            "config": config.model_dump(mode="json"),
+            "fingerprints": {},
+            "benchmarks": benchmarks,
+        }
         parameters = {"text_tower": 4_000_000, "image_tower": 800_000}
         if flops:
             lengths = sorted({*flops, config.text.context_length})

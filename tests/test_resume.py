@@ -16,8 +16,9 @@ import torch
 from flows.runtime.local_launch import STORE
 from lotlip.core.section import merge
 from lotlip.pretrain.engine import Engine, StepResult
+from lotlip.pretrain.job import Job
 from lotlip.pretrain.loader import Batch
-from lotlip.pretrain.trainer import ChanceWatch, Job, Trainer, TrainingStopped
+from lotlip.pretrain.trainer import ChanceWatch, Trainer, TrainingStopped
 from lotlip.tracking.mlflow import NullSink
 from tests.training import (
     DROPOUT,
@@ -141,7 +142,7 @@ def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_worl
 
 def both_processes(job: Job, folder: Path, module: str) -> list[str]:
     """The last line of the standard error of each of two training processes, which nobody ends when one fails."""
-    (folder / "job.json").write_text(json.dumps(vars(job)))
+    job.write(folder / "job.json")
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", STORE: str(folder / "store")}
     processes = [
         subprocess.Popen(

@@ -21,6 +21,8 @@ from mlflow import MlflowClient
 
 from lotlip.core.files import write_json
 from lotlip.core.section import flatten
+from lotlip.evaluate.records import BenchmarkScores
+from lotlip.pretrain.records import Run
 from lotlip.tracking.mlflow import (
     FINGERPRINT,
     LONGEST_PARAMETER,
@@ -273,27 +275,28 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("tracking") / "model", tiny_tower)
 
 
-def trained(folder: Path, saved: Path) -> dict[str, Any]:
+def trained(folder: Path, saved: Path) -> Run:
     """A trained ablation on disk, as run.json tells of it."""
     for seed in (0, 3):
         shutil.copytree(saved, folder / f"seed-{seed}")
         write_json(folder / f"seed-{seed}" / "history.json", [{**point, "seed": seed} for point in HISTORY])
-    return {
-        "ablation": "lotlip",
-        "config": {"steps": 12, "seeds": [0, 3]},
-        "data_hash": "d" * 8,
-        "git_commit": "c" * 8,
-        "fingerprints": {"0": "abc-0", "3": "abc-3"},
-    }
+    return Run(
+        ablation="lotlip",
+        config={"steps": 12, "seeds": [0, 3]},
+        data_hash="d" * 8,
+        git_commit="c" * 8,
+        fingerprints={"0": "abc-0", "3": "abc-3"},
+    )
 
 
-def scored(first: float = 0.25) -> dict[str, Any]:
+def scored(first: float = 0.25, **more: Any) -> dict[str, BenchmarkScores]:
     """What evaluation found of both seeds."""
     seeds = {
-        "0": {"long.text_to_image.r1": first, "short.text_to_image.r1": 0.125},
-        "3": {"long.text_to_image.r1": 0.5, "short.text_to_image.r1": 0.125},
+        0: {"long.text_to_image.r1": first, "short.text_to_image.r1": 0.125},
+        3: {"long.text_to_image.r1": 0.5, "short.text_to_image.r1": 0.125},
     }
-    return {"scenes": {"seeds": seeds, "protocol": {"image_size": 16, "texts": "unseen frames"}}}
+    protocol = {"image_size": 16, "texts": "unseen frames"}
+    return {"scenes": BenchmarkScores(seeds=seeds, protocol=protocol, **more)}
 
 
 def logged_models(client: MlflowClient, experiment: str) -> dict[str, Any]:
@@ -331,11 +334,11 @@ def test_a_lost_store_is_rebuilt_from_files(store, experiment, client, tmp_path,
 
 
 def test_where_attention_goes_is_logged_with_the_pictures_of_the_first_seed(store, experiment, client, tmp_path, saved):
-    results = scored()
-    results["scenes"]["attention"] = {
+    attention = {
         seed: {"values": {"on_named_object": share}, "intervals": {}, "left_out": {}}
-        for seed, share in (("0", 0.25), ("3", 0.5))
+        for seed, share in ((0, 0.25), (3, 0.5))
     }
+    results = scored(attention=attention)
     pictures = tmp_path / "attention"
     pictures.mkdir()
     for name in ("scenes-relevance", "scenes-val-relevance"):  # the second is of another benchmark
@@ -366,7 +369,7 @@ def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path
             assert its_run.outputs is not None
             assert [output.model_id for output in its_run.outputs.model_outputs] == [made.model_id]
             metrics = [(metric.key, metric.value) for metric in made.metrics]
-            assert sorted(metrics) == sorted(flatten(scored()["scenes"]["seeds"][seed], "scenes.").items())
+            assert sorted(metrics) == sorted(flatten(scored()["scenes"].seeds[int(seed)], "scenes.").items())
         now = {seed: files(made) for seed, made in models.items()}
         assert before in ({}, now)
         before = now
@@ -375,8 +378,8 @@ def test_every_seeds_model_is_one_of_its_run(store, experiment, client, tmp_path
         for name in ("history.json", "model.safetensors", "tokenizer.json"):
             assert found[f"data/{name}"] == (folder / name).read_bytes()
         provenance = json.loads(found["data/config.json"])["provenance"]
-        assert provenance["scores"] == {"scenes": scored()["scenes"]["seeds"][seed]}
-        assert provenance["protocol"] == {"scenes": scored()["scenes"]["protocol"]}
+        assert provenance["scores"] == {"scenes": scored()["scenes"].seeds[int(seed)]}
+        assert provenance["protocol"] == {"scenes": scored()["scenes"].protocol}
         assert b"unseen frames" in found["data/README.md"]
     assert json.loads((tmp_path / "seed-0" / "config.json").read_text())["provenance"] is None  # the stage's own stays
 

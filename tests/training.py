@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ from lotlip.core.compute import LocalLaunch, TrainingCompute
 from lotlip.core.files import SCRATCH, read_json
 from lotlip.core.section import merge
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.pretrain.trainer import Job, Trainer
+from lotlip.pretrain.job import Job
+from lotlip.pretrain.trainer import Trainer
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TEXT, TinyWorld
 
@@ -51,8 +51,8 @@ def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None 
     config = PretrainConfig.model_validate(recipe)
     given = {
         "ablation": "tiny",
-        "config": config.model_dump(mode="json"),
-        "compute": TrainingCompute.model_validate(how).model_dump(mode="json"),
+        "config": config,
+        "compute": TrainingCompute.model_validate(how),
         "seeds": config.seeds,
         "shards": str(world.shards),
         "image_tower": str(world.image_tower),
@@ -67,8 +67,7 @@ def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None 
 def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
     """Training as the flow starts it."""
     file = folder / "job.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(vars(job)))
+    job.write(file)
     command = launch("lotlip.train", [str(file)], processes, LocalLaunch())
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
 

@@ -38,10 +38,10 @@ from lotlip.core.files import (
     remove,
     sha256_files,
     sha256_json,
-    write_json,
     write_record,
 )
 from lotlip.data.records import DATA_DOCS, Failure, UnitReport, Unusable
+from lotlip.data.stage_record import StageRecord
 
 # Four megabytes of films and fonts that Great Expectations puts beside each of its pages.
 _DECORATION = shutil.ignore_patterns("*.gif", "fonts")
@@ -206,21 +206,21 @@ class Stage:
         """
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
         work = max(seconds - sum(orchestration.values()), 1e-6)
-        data = {
-            "stage": self.name,
-            "name": self.item,
-            "seconds": seconds,
-            "work_seconds": work,
-            "samples": samples,
-            "samples_per_second": samples / work,
-            "orchestration_seconds": orchestration,
-            "counts": {key: index[key] for key in ("read", "written", "failed")} if index else {},
-            "failure_kinds": index["failure_kinds"] if index else {},
-            "gate": [vars(check) for check in checks],
-            "notes": notes or {},
-        }
+        record = StageRecord(
+            stage=self.name,
+            name=self.item,
+            seconds=seconds,
+            work_seconds=work,
+            samples=samples,
+            samples_per_second=samples / work,
+            orchestration_seconds=orchestration,
+            counts={key: index[key] for key in ("read", "written", "failed")} if index else {},
+            failure_kinds=index["failure_kinds"] if index else {},
+            gate=list(checks),
+            notes=notes or {},
+        )
         stages = self.params.paths.stages
-        write_json(stages / f"{self.label}.json", data)
+        record.write(stages / f"{self.label}.json")
         pages = self.gate_report / "data_docs"
         if pages.is_dir():
             copy = stages / DATA_DOCS / self.label

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from prefect import flow
 
 from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import read_json, sha256_files, write_json
+from lotlip.evaluate.records import AblationScores, BenchmarkScores
+from lotlip.pretrain.records import RUN, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
@@ -22,7 +28,7 @@ def evaluate(ablation: str) -> None:
     params = load_params()
     config, paths = params.evaluate, params.paths
     folder = paths.models / ablation
-    inputs = {"model": hash_of(folder / "run.json"), "ingest": hash_of(paths.ingest / "index.json")}
+    inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / "index.json")}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
         from lotlip.core.device import choose_device
@@ -32,7 +38,7 @@ def evaluate(ablation: str) -> None:
     for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(read)
     check_input(paths.shards, "index.json")
-    run = read_json(folder / "run.json")
+    run = Run.read(folder / RUN)
     compute = params.compute
     how = Runner(compute.batch_size, choose_device(compute.device), compute.precision)
     benchmarks = [
@@ -46,29 +52,29 @@ def evaluate(ablation: str) -> None:
     vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
     found = measure(
         folder,
-        run,
+        run.config,
         benchmarks,
         vocabulary,
         about,
         how,
         lambda seed: stage.log.info("evaluate-%s: seed %s done", ablation, seed),
     )
-    scores = {
-        "ablation": ablation,
-        "config": run["config"],
-        "fingerprints": run["fingerprints"],
-        "parameters": found.parameters,
-        "text_tower_flops": found.text_tower_flops,
-        "benchmarks": found.results,
-    }
+    scores = AblationScores(
+        ablation=ablation,
+        config=run.config,
+        fingerprints=run.fingerprints,
+        parameters=found.parameters,
+        text_tower_flops=found.text_tower_flops,
+        benchmarks=found.results,
+    )
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate
 
         checks = gate_evaluate(config, score_table(found.results), stage.gate_report)
-    write_json(paths.metrics / f"{ablation}.json", scores)
+    scores.write(paths.metrics / f"{ablation}.json")
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
     seen = paths.metrics / "attention" / ablation
-    for benchmark, problems in draw(folder, run["config"], benchmarks, how, seen, found.results).items():
+    for benchmark, problems in draw(folder, run.config, benchmarks, how, seen, found.results).items():
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
@@ -81,16 +87,16 @@ def evaluate(ablation: str) -> None:
     stage.record(found.texts, checks)
 
 
-def score_table(results: dict[str, dict[str, Any]]) -> Any:
-    """The scores that are shares, a row for each (pandas.DataFrame): benchmark, seed, metric, value, chance."""
+def score_table(results: Mapping[str, BenchmarkScores]) -> pd.DataFrame:
+    """The scores that are shares, a row for each: benchmark, seed, metric, value, chance."""
     import pandas as pd
 
     return pd.DataFrame(
         [
             {"benchmark": name, "seed": seed, "metric": metric, "value": scores[metric], "chance": chance}
             for name, result in results.items()
-            for seed, scores in result["seeds"].items()
-            for metric, chance in result["chance"].items()
+            for seed, scores in result.seeds.items()
+            for metric, chance in result.chance.items()
         ]
     )
 

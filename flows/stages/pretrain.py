@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prefect import flow
 
@@ -17,16 +17,13 @@ from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, check_input, hash_of, main, memory_of
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
-from lotlip.core.files import (
-    Damaged,
-    atomic_write,
-    check_model,
-    read_json,
-    sha256_files,
-    sha256_json,
-    write_json,
-)
+from lotlip.core.files import Damaged, atomic_write, check_model, read_json, sha256_files, sha256_json
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.job import Job, Timing
+from lotlip.pretrain.records import HISTORY, RUN, Run, read_history
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @flow(name="pretrain", flow_run_name="pretrain-{ablation}")
@@ -50,13 +47,13 @@ def pretrain(ablation: str) -> None:
         own = [config.recipe(), inputs, starts.get(str(seed)), code_hash("pretrain")]
         return f"{sha256_json(own)}-{ablation}-{seed}"
 
-    run: dict[str, Any] = {
-        "ablation": ablation,
-        "config": config.model_dump(mode="json"),
-        "data_hash": data,
-        "git_commit": git_commit(),
-        "fingerprints": {str(seed): fingerprint(seed) for seed in config.seeds},
-    }
+    run = Run(
+        ablation=ablation,
+        config=config.model_dump(mode="json"),
+        data_hash=data,
+        git_commit=git_commit(),
+        fingerprints={str(seed): fingerprint(seed) for seed in config.seeds},
+    )
     runs: dict[str, str] = {}  # none where MLflow does not answer
     warnings: list[str] = []
 
@@ -77,26 +74,26 @@ def pretrain(ablation: str) -> None:
         tracking = params.tracking
         with tolerated(tracking.uri, warn):
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
-    reused = reuse_seeds(paths.models / ablation, run["fingerprints"], stage.out)
+    reused = reuse_seeds(paths.models / ablation, run.fingerprints, stage.out)
     if reused:
         stage.log.info("pretrain-%s: seed %s was trained before", ablation, ", ".join(reused))
-    write_json(stage.out / "run.json", run)
+    run.write(stage.out / RUN)
     job_file = stage.scratch / "job.json"
-    job = {
-        "ablation": ablation,
-        "config": run["config"],
-        "compute": compute.model_dump(mode="json"),
-        "seeds": [seed for seed in config.seeds if str(seed) not in reused],
-        "shards": str(paths.shards),
-        "image_tower": str(paths.image_tower),
-        "scratch": str(stage.scratch),
-        "out": str(stage.out),
-        "tracking_uri": os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri,
-        "run_ids": runs,
-        "git_commit": run["git_commit"],
-    }
-    write_json(job_file, job)
-    if job["seeds"]:
+    job = Job(
+        ablation=ablation,
+        config=config,
+        compute=compute,
+        seeds=[seed for seed in config.seeds if str(seed) not in reused],
+        shards=paths.shards,
+        image_tower=paths.image_tower,
+        scratch=stage.scratch,
+        out=stage.out,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri,
+        run_ids=runs,
+        git_commit=run.git_commit,
+    )
+    job.write(job_file)
+    if job.seeds:
         command = launch("lotlip.train", [str(job_file)], compute.processes, compute.launch)
         try:
             with announced(command, compute.launch):
@@ -106,11 +103,11 @@ def pretrain(ablation: str) -> None:
                 with tolerated(tracking.uri, warn):
                     tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
                     for seed, run_id in runs.items():
-                        done = (stage.out / f"seed-{seed}" / "history.json").is_file()
+                        done = (stage.out / f"seed-{seed}" / HISTORY).is_file()
                         tracker.finish(run_id, "FINISHED" if done else "FAILED")
             raise
-    if (stage.scratch / "timing.json").is_file():  # something was trained
-        stage.clock.add("imports", read_json(stage.scratch / "timing.json")["imports"])
+    if job.timing.is_file():  # something was trained
+        stage.clock.add("imports", Timing.read(job.timing).imports)
     with stage.clock.measure("gate"):
         from lotlip.pretrain.gate import gate_pretrain
 
@@ -122,7 +119,7 @@ def pretrain(ablation: str) -> None:
     with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
         for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
-            tracker.log_history(run_id, read_json(paths.models / ablation / f"seed-{seed}" / "history.json"))
+            tracker.log_history(run_id, read_history(paths.models / ablation, seed))
             tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
             tracker.finish(run_id)
     trained = (len(config.seeds) - len(reused)) * config.steps * config.batch_size
@@ -157,9 +154,9 @@ def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> lis
     Returns:
         The seeds.
     """
-    if not (published / "run.json").is_file():
+    if not (published / RUN).is_file():
         return []
-    trained = read_json(published / "run.json")["fingerprints"]
+    trained = Run.read(published / RUN).fingerprints
     same = [seed for seed, fingerprint in fingerprints.items() if trained.get(seed) == fingerprint]
     try:
         if same:
@@ -173,11 +170,11 @@ def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> lis
     return same
 
 
-def histories(folder: Path, seeds: list[int]) -> Any:
-    """The curves of every seed in one table (pandas.DataFrame) with the column `seed`."""
+def histories(folder: Path, seeds: list[int]) -> pd.DataFrame:
+    """The curves of every seed in one table with the column `seed`."""
     import pandas as pd
 
-    tables = [pd.DataFrame(read_json(folder / f"seed-{seed}" / "history.json")).assign(seed=seed) for seed in seeds]
+    tables = [pd.DataFrame(read_history(folder, seed)).assign(seed=seed) for seed in seeds]
     return pd.concat(tables, ignore_index=True)
 
 

@@ -58,6 +58,9 @@ from lotlip.core.files import remove
 from lotlip.core.loopback import HOST
 from lotlip.core.section import ConfigError
 from lotlip.data.paths import check_inputs
+from lotlip.data.stage_record import StageRecord
+from lotlip.evaluate.records import AblationScores
+from lotlip.pretrain.records import RUN, Run
 from lotlip.tracking.mlflow import tolerated
 
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
@@ -211,10 +214,11 @@ class Workshop:
     def _result(self, point: Point, experiment: Experiment, status: str) -> Outcome:
         """The scores of a point that is done, whose run in MLflow is told of this sweep."""
         paths, base = self.params.paths, point.base
-        benchmarks = experiment.read(paths.metrics / f"{base}.json")["benchmarks"]
+        benchmarks = experiment.read(paths.metrics / f"{base}.json", AblationScores).benchmarks
         scores = selecting_scores(self.settings, point, benchmarks)
-        stages = [experiment.read(paths.stages / f"{stage}-{base}.json") for stage in ("pretrain", "evaluate")]
-        trained = experiment.read(paths.models / base / "run.json")
+        files = [paths.stages / f"{stage}-{base}.json" for stage in ("pretrain", "evaluate")]
+        seconds = sum(experiment.read(file, StageRecord).seconds for file in files)
+        trained = experiment.read(paths.models / base / RUN, Run)
         tags = {f"sweep.{self.settings.name}": self.flow_run, "point": experiment.name}
         tags["mlflow.runName"] = experiment.name
         if status == DONE:
@@ -227,7 +231,7 @@ class Workshop:
         return Outcome(
             status,
             scores,
-            sum(stage["seconds"] for stage in stages) / 60,
+            seconds / 60,
             run,
             address,
         )

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from lotlip.config.params import WHAT, Params, checked_params
 from lotlip.core.files import sha256_json
 from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge, nearest
+from lotlip.evaluate.records import BenchmarkScores
 from lotlip.evaluate.score_names import RECALLS, Metric
 
 AXES = {
@@ -166,19 +167,19 @@ def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:
     return scores[sweep.select_by]
 
 
-def selecting_scores(sweep: Sweep, point: Point, results: Mapping[str, Any]) -> dict[str, float]:
+def selecting_scores(sweep: Sweep, point: Point, results: Mapping[str, BenchmarkScores]) -> dict[str, float]:
     """Score → share, of those that select the best point.
 
     Args:
         sweep: what is asked for.
         point: that was trained.
-        results: benchmark → what was measured, with "seeds"; in any order, since JSON files sort them by name.
+        results: benchmark → what was measured; in any order, since JSON files sort them by name.
 
     Raises:
         ConfigError: the benchmark has none of these scores.
     """
     benchmark, selecting = selection(sweep, point.params)
-    scores = results[benchmark]["seeds"][str(point.seed)]
+    scores = results[benchmark].seeds[point.seed]
     found = {str(name): scores[name] for name in selecting if name in scores}
     if not found:
         raise ConfigError(

@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.core.files import atomic_write, move, remove
+from lotlip.core.record import as_record
 from lotlip.core.section import flatten
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
@@ -31,6 +32,7 @@ IDENTITY = {  # experiments are commits, and not every machine says who commits
     "GIT_COMMITTER_NAME": "lotlip",
     "GIT_COMMITTER_EMAIL": "lotlip@localhost",
 }
+T = TypeVar("T")
 _dvc = Lock()  # its objects are not for several threads
 
 
@@ -141,20 +143,22 @@ class Experiment:
         found = [line.split()[0] for line in lines.splitlines() if line.endswith(f"/{self.name}")]
         return found[0] if found else None
 
-    def read(self, path: Path | str) -> Any:
-        """JSON that a stage of it has written.
+    def read(self, path: Path, kind: type[T]) -> T:
+        """A record that a stage of it has written.
 
         Raises:
             StageFailed: there is no such experiment, or DVC's cache has lost the file.
+            ValueError: the file is not of this kind.
         """
         import dvc.api
         from dvc.exceptions import DvcException
 
         try:
             with _dvc:
-                return json.loads(dvc.api.read(str(path), repo=str(self.root), rev=self.revision()))
+                text = dvc.api.read(str(path), repo=str(self.root), rev=self.revision())
         except (DvcException, OSError) as error:
             raise StageFailed(f"{path} of experiment {self.name} is not in DVC's cache: {error}") from error
+        return as_record(json.loads(text), kind, path)
 
     def overrides(self) -> dict[str, Any]:
         """Dotted parameter → value, what it changed in params.yaml.

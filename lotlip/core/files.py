@@ -73,13 +73,13 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes.
+    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes; paths become text.
 
     Raises:
         ValueError: `data` has NaN or infinity, which JSON has not; the message names the file.
     """
     try:
-        text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+        text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=os.fspath)
     except ValueError as error:
         raise ValueError(f"{path} cannot be written as JSON: {error}") from error
     with atomic_write(path) as partial:

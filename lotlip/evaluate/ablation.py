@@ -21,6 +21,7 @@ from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, 
 from lotlip.evaluate.examples import retrieval_examples, shown_images
 from lotlip.evaluate.flops import flops_by_context
 from lotlip.evaluate.reading import make_quiz, read_to_the_end
+from lotlip.evaluate.records import NOT_DRAWN, BenchmarkScores, NotDrawn
 from lotlip.evaluate.score_names import MAIN_METRICS
 from lotlip.figures.charts import in_one_line
 from lotlip.models.saving import load_model
@@ -31,21 +32,19 @@ class Measured:
     """What was found.
 
     Attributes:
-        results: benchmark → its "protocol", "chance" and "ceiling", and by seed: "seeds" (metric → value), "intervals",
-            "attention", "weights_sha256" and, of scenes, "reading"; the first seed's "examples" of retrieval; plain
-            JSON types.
+        results: benchmark → results.
         parameters: part of the model → number of parameters.
         text_tower_flops: tokens of a text → floating-point operations of the text tower on it.
         texts: that were scored, over all seeds.
     """
 
-    results: dict[str, dict[str, Any]] = field(default_factory=dict)
+    results: dict[str, BenchmarkScores] = field(default_factory=dict)
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
     texts: int = 0
 
 
-def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def summary(results: Mapping[str, BenchmarkScores]) -> dict[str, dict[str, float]]:
     """Benchmark → metric → the mean over seeds, rounded, of R@1 and top-1 alone: what `dvc metrics show` shows.
 
     Args:
@@ -53,7 +52,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, flo
     """
     found: dict[str, dict[str, float]] = {}
     for benchmark, result in results.items():
-        seeds = list(result["seeds"].values())
+        seeds = list(result.seeds.values())
         main = [name for name in seeds[0] if name in MAIN_METRICS]
         found[benchmark] = {name: round(fmean(scores[name] for scores in seeds), 4) for name in main}
     return found
@@ -61,7 +60,7 @@ def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 def measure(
     folder: Path,
-    run: Mapping[str, Any],
+    config: Mapping[str, Any],
     benchmarks: Sequence[Benchmark],
     vocabulary: Sequence[int],
     about: Mapping[str, str],
@@ -72,7 +71,7 @@ def measure(
 
     Args:
         folder: of the trained ablation.
-        run: its run.json: "config", with "seeds", "text" and "image_tower".
+        config: it was trained with: "seeds", "text" and "image_tower".
         benchmarks: what to ask.
         vocabulary: word pieces that training texts have.
         about: what else the protocol says, such as "command".
@@ -82,7 +81,7 @@ def measure(
     Raises:
         ValueError: a benchmark's texts have more unseen word pieces than it allows, or an image cannot be read.
     """
-    config, found = run["config"], Measured()
+    found = Measured()
     tokenizer = config["text"]["tokenizer"]
     images: dict[str, Tensor] = {}
     pieces = partial(token_counts, tokenizer)
@@ -104,29 +103,25 @@ def measure(
                 false = [text for question in quiz.questions for text in question.changed] if quiz else []
                 unseen = unseen_share(benchmark, tokenizer, vocabulary, false, encoder.tokenizer.sentence_ends)
                 ceiling, repeats = limits(benchmark)
-                found.results[name] = {
-                    "protocol": {
+                found.results[name] = BenchmarkScores(
+                    protocol={
                         "model": folder.as_posix(),
                         **protocol(encoder, benchmark),
                         **repeats,
                         "unseen_token_share": unseen,
                         **about,
                     },
-                    "chance": chances(benchmark),
-                    "ceiling": ceiling,
-                }
-                found.results[name]["examples"] = retrieval_examples(asked, benchmark, images[name])
-            scores = evaluate(asked, benchmark, images[name])
-            of_seed: dict[str, Any] = {
-                "seeds": dict(scores.values),
-                "intervals": {metric: list(ends) for metric, ends in scores.intervals.items()},
-                "attention": attention_scores(encoder, benchmark).to_json(),
-                "weights_sha256": weights_hash(own),
-            }
+                    chance=chances(benchmark),
+                    ceiling=ceiling,
+                    examples=retrieval_examples(asked, benchmark, images[name]),
+                )
+            result, scores = found.results[name], evaluate(asked, benchmark, images[name])
+            result.seeds[seed] = dict(scores.values)
+            result.intervals[seed] = dict(scores.intervals)
+            result.attention[seed] = attention_scores(encoder, benchmark).to_json()
+            result.weights_sha256[seed] = weights_hash(own)
             if quiz:
-                of_seed["reading"] = read_to_the_end(asked, quiz, images[name]).to_json()
-            for what, value in of_seed.items():
-                found.results[name].setdefault(what, {})[str(seed)] = value
+                result.reading[seed] = read_to_the_end(asked, quiz, images[name]).to_json()
             found.texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
         on_seed(seed)
     return found
@@ -138,8 +133,8 @@ def draw(
     benchmarks: Sequence[Benchmark],
     how: Runner,
     out: Path,
-    results: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, dict[str, str]]:
+    results: Mapping[str, BenchmarkScores] | None = None,
+) -> NotDrawn:
     """Draws the first seed's pictures, after its scores are safe: a picture that fails is named and left out.
 
     Args:
@@ -155,15 +150,15 @@ def draw(
         Benchmark → what could not be drawn → why.
     """
     encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), how)
-    problems: dict[str, dict[str, str]] = {}
+    problems: NotDrawn = {}
     with atomic_write(out) as unfinished:
         unfinished.mkdir()
         for benchmark in benchmarks:
             failed: dict[str, str] = {}
             for name, png in attention_pictures(encoder, benchmark, failed.__setitem__).items():
                 (unfinished / f"{benchmark.name}-{name}.png").write_bytes(png)
-            examples = (results or {}).get(benchmark.name, {}).get("examples", {})
-            for number in shown_images(examples):
+            found = (results or {}).get(benchmark.name)
+            for number in shown_images(found.examples if found else {}):
                 file = unfinished / "images" / benchmark.name / f"{number}.jpg"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -173,6 +168,6 @@ def draw(
             if failed:
                 problems[benchmark.name] = failed
         if problems:
-            write_json(unfinished / "not-drawn.json", problems)
+            write_json(unfinished / NOT_DRAWN, problems)
         write_record(unfinished, out)
     return problems

@@ -14,7 +14,6 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,7 +24,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lotlip
-from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import atomic_write, read_json, sha256_files, write_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
@@ -36,7 +34,9 @@ from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weigh
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
 from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
+from lotlip.pretrain.records import HISTORY, RUN, History
 from lotlip.pretrain.sink import OpenSink, Sink
 
 if TYPE_CHECKING:
@@ -45,51 +45,6 @@ if TYPE_CHECKING:
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on; the message says at which step, with which samples, and what is safe."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a training process needs to know, as JSON on disk.
-
-    Attributes:
-        ablation: name of the configuration.
-        config: `PretrainConfig`, resolved, as JSON.
-        compute: `TrainingCompute`, resolved, as JSON.
-        seeds: that are trained.
-        shards: folder of the data set.
-        image_tower: folder of the frozen tower.
-        scratch: where checkpoints go, and how long starting took.
-        out: where finished seeds go.
-        tracking_uri: of MLflow.
-        run_ids: seed → MLflow run; a seed that is not named is not tracked.
-        git_commit: of the code, for the model card.
-    """
-
-    ablation: str
-    config: dict[str, Any]
-    compute: dict[str, Any]
-    seeds: list[int]
-    shards: str
-    image_tower: str
-    scratch: str
-    out: str
-    tracking_uri: str
-    run_ids: dict[str, str]
-    git_commit: str = "unknown"
-
-    @classmethod
-    def read(cls, path: Path) -> Job:
-        """The job that a flow wrote."""
-        return cls(**read_json(path))
-
-    @property
-    def training_compute(self) -> TrainingCompute:
-        """`compute`, typed."""
-        return TrainingCompute.model_validate(self.compute)
-
-    def model_folder(self, seed: int) -> Path:
-        """Where a seed's finished model stands."""
-        return Path(self.out) / f"seed-{seed}"
 
 
 class ChanceWatch:
@@ -148,9 +103,8 @@ class Trainer:
 
     def __init__(self, job: Job, seed: int, sink: Sink) -> None:
         self.job, self.seed, self.sink = job, seed, sink
-        self.config = config = PretrainConfig.model_validate(job.config)
-        self.compute = compute = job.training_compute
-        self.index = read_json(Path(job.shards) / "index.json")
+        self.config, self.compute = config, compute = job.config, job.compute
+        self.index = read_json(job.shards / "index.json")
         text = config.text
         ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
         self.tokenizer = TextTokenizer(
@@ -161,7 +115,7 @@ class Trainer:
             tower, transform = self._open_image_tower()
         rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps)
         self.loader = Loader(
-            Path(job.shards),
+            job.shards,
             config,
             self.tokenizer,
             seed,
@@ -171,17 +125,17 @@ class Trainer:
             prefetch=compute.prefetch,
         )
         seed_everything(seed)
-        model = build_for_pretraining(going_on(config, seed), Path(job.image_tower), ends)
+        model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
         self.engine = Engine(model, config, compute, seed, tower if config.image_tower.frozen else None)
-        self.checkpoints = Checkpoints(Path(job.scratch) / f"checkpoints-{seed}")
-        self.history: list[dict[str, float]] = []
+        self.checkpoints = Checkpoints(job.scratch / f"checkpoints-{seed}")
+        self.history: History = []
         self.watch = ChanceWatch(compute.stop_at_chance_after, config.batch_size)
 
     def _open_image_tower(self) -> tuple[ImageTower, Transform]:
         """The image tower in the loop, and what makes pixels of pictures."""
         from lotlip.models.vision.image_tower import load_image_tower
 
-        tower = load_image_tower(Path(self.job.image_tower))
+        tower = load_image_tower(self.job.image_tower)
         spec = tower.spec
         augmentation = self.config.image_tower.augmentation
         return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
@@ -285,13 +239,13 @@ class Trainer:
             "name": f"{self.job.ablation}, seed {self.seed}",
             "ablation": self.job.ablation,
             "seed": self.seed,
-            "pretraining": self.job.config,
+            "pretraining": self.config.model_dump(mode="json"),
             "data": {
-                "sha256": sha256_files([Path(self.job.shards) / "index.json"]),
+                "sha256": sha256_files([self.job.shards / "index.json"]),
                 "samples": {split: found["samples"] for split, found in self.index["splits"].items()},
                 "statistics": self.index.get("statistics", {}),
             },
-            "image_tower_sha256": sha256_files([Path(self.job.image_tower) / "model.safetensors"]),
+            "image_tower_sha256": sha256_files([self.job.image_tower / "model.safetensors"]),
             "git_commit": self.job.git_commit,
             "lotlip_version": lotlip.__version__,
         }
@@ -314,11 +268,11 @@ class Trainer:
         }
         model_config = model.config
         model_config.provenance = self._provenance()
-        frozen = Path(self.job.image_tower) if self.config.image_tower.frozen else None
+        frozen = self.job.image_tower if self.config.image_tower.frozen else None
         with atomic_write(self.job.model_folder(self.seed)) as folder:
             folder.mkdir()
             save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
-            write_json(folder / "history.json", self.history)
+            write_json(folder / HISTORY, self.history)
         self.checkpoints.remove()
 
 
@@ -329,7 +283,7 @@ def going_on(config: PretrainConfig, seed: int) -> PretrainConfig:
         ValueError: the ablation was not trained with this seed.
     """
     ablation = Path(config.text.pretrained or "")
-    if not (ablation / "run.json").is_file():
+    if not (ablation / RUN).is_file():
         return config
     own = ablation / f"seed-{seed}"
     if not own.is_dir():
@@ -346,9 +300,8 @@ def seed_everything(seed: int) -> None:
 
 def main(job: Job, open_sink: OpenSink) -> None:
     """Trains every seed of a job that is not finished yet, one after another."""
-    compute = job.training_compute
-    initialise_processes(compute)
-    if dist.get_rank() == 0 and compute.parallel_seeds == 1:
+    initialise_processes(job.compute)
+    if dist.get_rank() == 0 and job.compute.parallel_seeds == 1:
         _write_start(job)
     for seed in job.seeds:
         if job.model_folder(seed).is_dir():
@@ -361,7 +314,7 @@ def main(job: Job, open_sink: OpenSink) -> None:
 
 def _write_start(job: Job) -> None:
     """Writes how long this process has taken to be ready."""
-    write_json(Path(job.scratch) / "timing.json", {"imports": time.time() - psutil.Process().create_time()})
+    Timing(imports=time.time() - psutil.Process().create_time()).write(job.timing)
 
 
 def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
@@ -379,7 +332,7 @@ def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
     stopped = None
     while waiting or running:
         while waiting and len(running) < at_once:
-            one = replace(job, seeds=[waiting.pop(0)])
+            one = job.model_copy(update={"seeds": [waiting.pop(0)]})
             child = os.fork()
             if not child:
                 end_with_parent(own)
@@ -427,7 +380,7 @@ def run(job_file: str, open_sink: OpenSink) -> str | None:
         One line that says why it stopped; None where it finished.
     """
     job = Job.read(Path(job_file))
-    at_once = job.training_compute.parallel_seeds
+    at_once = job.compute.parallel_seeds
     return side_by_side(job, at_once, open_sink) if at_once > 1 else attempt(job, open_sink)
 
 
@@ -441,10 +394,10 @@ def attempt(job: Job, open_sink: OpenSink) -> str | None:
     except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
         if not any(words in str(error).lower() for words in PEER_ERRORS):
             raise
-        compute = job.training_compute
+        how = job.compute
         return (
-            f"error: {job.ablation}: process {os.environ.get('RANK')} of {compute.processes} lost another one, which "
-            f"ended or did not answer for {compute.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
+            f"error: {job.ablation}: process {os.environ.get('RANK')} of {how.processes} lost another one, which "
+            f"ended or did not answer for {how.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
             f"{str(error).splitlines()[0]}; run again, and training resumes from the last checkpoint"
         )
     return None

@@ -10,11 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
+from lotlip.core.checks import Check
 from lotlip.core.files import read_json
+from lotlip.core.record import RecordT, read_record
 from lotlip.data.records import DATA_DOCS
+from lotlip.data.stage_record import StageRecord
+from lotlip.evaluate.records import NOT_DRAWN, AblationScores, BenchmarkScores, NotDrawn
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.records import HISTORY, History, read_history
 from lotlip.report.config import CostFigureConfig
 
 if TYPE_CHECKING:
@@ -24,41 +29,18 @@ CAPTIONS_LOOKED_AT = 10_000
 PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """One ablation's results on one benchmark.
+class Benchmark(BenchmarkScores):
+    """One ablation's results on one benchmark, with pictures.
 
     Attributes:
-        protocol: how it was measured: sizes, context length, precision, …
-        chance: metric → the value that guessing has.
-        ceiling: recall → the best that repeated texts and images allow; empty where it is not known.
-        examples: kind of text → the first seed's "best" and "worst" retrievals, as of
-            `lotlip.evaluate.examples.retrieval_examples`.
+        pictures: name → PNG, of where the first seed's attention goes.
         example_images: number of an image in `examples` → JPEG.
         not_drawn: what could not be drawn of it → why.
-        seeds: seed → metric → value; fractions, except ranks.
-        intervals: seed → metric → ends of the value's 95 % confidence interval, for those that have one.
-        attention: seed → where attention goes: "values" and "intervals" by name, and "left_out", with reasons.
-        pictures: name → PNG, of where the first seed's attention goes.
-        reading: seed → what `lotlip.evaluate.reading.Reading` says; empty where images are no scenes.
     """
 
-    protocol: dict[str, Any]
-    chance: dict[str, float]
-    seeds: dict[int, dict[str, float]]
-    intervals: dict[int, dict[str, tuple[float, float]]] = field(default_factory=dict)
-    attention: dict[int, dict[str, Any]] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
-    reading: dict[int, dict[str, Any]] = field(default_factory=dict)
-    ceiling: dict[str, float] = field(default_factory=dict)
-    examples: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)
-    example_images: dict[int, bytes] = field(default_factory=dict)
-    not_drawn: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def limited(self) -> bool:
-        """Whether repeated texts or images keep every model from a full score."""
-        return min(self.ceiling.values(), default=1.0) < 1
+    pictures: dict[str, bytes] = Field({})
+    example_images: dict[int, bytes] = Field({})
+    not_drawn: dict[str, str] = Field({})
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has the metric, in the order of seeds."""
@@ -87,7 +69,7 @@ class Ablation:
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
     benchmarks: dict[str, Benchmark] = field(default_factory=dict)
-    history: dict[int, list[dict[str, float]]] = field(default_factory=dict)
+    history: dict[int, History] = field(default_factory=dict)
 
     @property
     def flops_per_text(self) -> int | None:
@@ -95,40 +77,21 @@ class Ablation:
         return self.text_tower_flops.get(self.config.text.context_length)
 
 
-@dataclass(frozen=True)
-class StageRecord:
-    """What a stage wrote down about its last run.
+class StageOutcome(StageRecord):
+    """A stage's record with its place.
 
     Attributes:
         label: the record's file name: "ingest", "caption-llava", "pretrain-lotlip", …
-        stage: the stage that it is of: "ingest", "caption", "pretrain", …
-        seconds: from start to end, orchestration included.
-        samples: that it worked through.
-        samples_per_second: as the stage measured it, over its work alone.
-        orchestration_seconds: what was not work: imports, prefect, gate, mlflow, …
-        counts: "read", "written", "failed".
-        failure_kinds: kind → number of failures.
-        gate: what was expected, each with "what", "observed" and "success".
-        notes: other figures by name.
         data_docs: folder of Great Expectations' pages of it; None where there are none.
     """
 
     label: str
-    stage: str = ""
-    seconds: float = math.nan
-    samples: float = math.nan
-    samples_per_second: float = math.nan
-    orchestration_seconds: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    failure_kinds: dict[str, int] = field(default_factory=dict)
-    gate: list[dict[str, Any]] = field(default_factory=list)
-    notes: dict[str, Any] = field(default_factory=dict)
     data_docs: Path | None = None
 
     @property
-    def failed_checks(self) -> list[dict[str, Any]]:
+    def failed_checks(self) -> list[Check]:
         """What was expected in vain."""
-        return [check for check in self.gate if not check["success"]]
+        return [check for check in self.gate if not check.success]
 
     @property
     def pages(self) -> dict[str, str]:
@@ -175,7 +138,7 @@ class ReportInputs:
 
     params: Params
     ablations: list[Ablation]
-    stages: list[StageRecord]
+    stages: list[StageOutcome]
     splits: dict[str, int]
     statistics: dict[str, dict[str, float]]
     pictures: list[Picture]
@@ -227,7 +190,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
     A piece that is not there leaves a line in `missing`. A file that is there and broken is an error.
 
     Raises:
-        ValueError: a file is not JSON.
+        ValueError: a file is not what its stage writes.
     """
     missing: list[str] = []
     not_run = [name for name in params.names if not _was_run(params, root, name)]
@@ -284,41 +247,38 @@ def _optional_json(root: Path, path: Path, what: str, missing: list[str]) -> Any
     return None
 
 
+def _optional(root: Path, path: Path, what: str, missing: list[str], kind: type[RecordT]) -> RecordT | None:
+    """The file's record, or None and a line in `missing`."""
+    if (root / path).exists():
+        return kind.read(root / path)
+    missing.append(f"{what}: {path} is not there")
+    return None
+
+
 def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Ablation:
     wanted = params.ablation(name)
     history = _history(root / params.paths.models / name, wanted.seeds, name, missing)
-    found = _optional_json(root, params.paths.metrics / f"{name}.json", f"metrics of {name}", missing)
+    found = _optional(root, params.paths.metrics / f"{name}.json", f"metrics of {name}", missing, AblationScores)
     if found is None:
         return Ablation(name, wanted, history=history)
-    config = _trained_with(found["config"], wanted, name, missing)
-    problems = root / params.paths.metrics / "attention" / name / "not-drawn.json"
-    not_drawn = read_json(problems) if problems.is_file() else {}
+    config = _trained_with(found.config, wanted, name, missing)
+    drawn = root / params.paths.metrics / "attention" / name
+    not_drawn = read_record(drawn / NOT_DRAWN, NotDrawn) if (drawn / NOT_DRAWN).is_file() else {}
     benchmarks = {
         benchmark: Benchmark(
-            protocol=result.get("protocol", {}),
-            chance=result.get("chance", {}),
-            seeds={int(seed): metrics for seed, metrics in result["seeds"].items()},
-            intervals={
-                int(seed): {metric: (low, high) for metric, (low, high) in intervals.items()}
-                for seed, intervals in result.get("intervals", {}).items()
-            },
-            attention={int(seed): seen for seed, seen in result.get("attention", {}).items()},
-            pictures=attention_pictures(root / params.paths.metrics / "attention" / name, benchmark),
-            reading={int(seed): found for seed, found in result.get("reading", {}).items()},
-            ceiling=result.get("ceiling", {}),
-            examples=result.get("examples", {}),
-            example_images=_example_images(root / params.paths.metrics / "attention" / name / "images" / benchmark),
+            **dict(result),
+            pictures=attention_pictures(drawn, benchmark),
+            example_images=_example_images(drawn / "images" / benchmark),
             not_drawn=not_drawn.get(benchmark, {}),
         )
-        for benchmark, result in in_order(found["benchmarks"], params.evaluate.names).items()
+        for benchmark, result in in_order(found.benchmarks, params.evaluate.names).items()
     }
     for benchmark, result in benchmarks.items():
         absent = sorted(set(wanted.seeds) - set(result.seeds))
         if absent:
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
     missing += [f"metrics of {name}: none on {asked}" for asked in params.evaluate.names if asked not in benchmarks]
-    flops = {int(length): count for length, count in found.get("text_tower_flops", {}).items()}
-    return Ablation(name, config, found.get("parameters", {}), flops, benchmarks, history)
+    return Ablation(name, config, found.parameters, found.text_tower_flops, benchmarks, history)
 
 
 def in_order(results: Mapping[str, Any], benchmarks: Sequence[str]) -> dict[str, Any]:
@@ -355,15 +315,15 @@ def _trained_with(stored: dict[str, Any], wanted: PretrainConfig, name: str, mis
     return config
 
 
-def _history(folder: Path, seeds: list[int], name: str, missing: list[str]) -> dict[int, list[dict[str, float]]]:
-    paths = {seed: folder / f"seed-{seed}" / "history.json" for seed in seeds}
-    absent = [str(seed) for seed, path in paths.items() if not path.exists()]
+def _history(folder: Path, seeds: list[int], name: str, missing: list[str]) -> dict[int, History]:
+    there = [seed for seed in seeds if (folder / f"seed-{seed}" / HISTORY).exists()]
+    absent = [str(seed) for seed in seeds if seed not in there]
     if absent:
-        missing.append(f"loss curve of {name}: no history.json for seed {', '.join(absent)}")
-    return {seed: read_json(path) for seed, path in paths.items() if path.exists()}
+        missing.append(f"loss curve of {name}: no {HISTORY} for seed {', '.join(absent)}")
+    return {seed: read_history(folder, seed) for seed in there}
 
 
-def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) -> list[StageRecord]:
+def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) -> list[StageOutcome]:
     names = [name for name in params.names if name not in not_run]
     labels = [
         "ingest",
@@ -377,13 +337,12 @@ def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) 
     absent = [label for label, path in paths.items() if not path.exists()]
     if absent:
         missing.append(f"records of stages: {', '.join(absent)}")
-    known = StageRecord.__dataclass_fields__
     records = []
     for label, path in paths.items():
         if path.exists():
             pages = path.parent / DATA_DOCS / label
-            told = {key: value for key, value in read_json(path).items() if key in known}
-            records.append(StageRecord(label, **told, data_docs=pages if (pages / "index.html").is_file() else None))
+            record, docs = StageRecord.read(path), pages if (pages / "index.html").is_file() else None
+            records.append(StageOutcome(**dict(record), label=label, data_docs=docs))
     return records
 
 

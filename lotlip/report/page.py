@@ -15,7 +15,7 @@ from lotlip.core.files import atomic_write, write_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.evaluate.score_names import Metric
 from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
-from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
+from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.tables import Cell, Table
 
@@ -180,9 +180,9 @@ def _not_drawn(inputs: ReportInputs, benchmark: str) -> list[str]:
     return [f"{name}, {what}: {reason}" for name, problems in found for what, reason in problems.items()]
 
 
-def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageRecord]]]:
+def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageOutcome]]]:
     """The records, those of one stage together: (stage, its records)."""
-    kinds: dict[str, list[StageRecord]] = {}
+    kinds: dict[str, list[StageOutcome]] = {}
     for record in inputs.stages:
         kinds.setdefault(record.stage or record.label, []).append(record)
     return list(kinds.items())

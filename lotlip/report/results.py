@@ -58,7 +58,7 @@ def _stat_words(stat: str) -> str:
 
 
 def _results(ablation: Ablation, benchmark: str) -> Benchmark:
-    return ablation.benchmarks.get(benchmark, Benchmark({}, {}, {}))
+    return ablation.benchmarks.get(benchmark, Benchmark())
 
 
 def results_table(

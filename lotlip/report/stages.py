@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from lotlip.core.differences import differences, in_words
-from lotlip.report.inputs import Ablation, ReportInputs, StageRecord
+from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.results import FLOPS_COLUMN, FLOPS_NOTE, all_frozen, benchmark_names, flops_known
 from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, number, percent, words
 
@@ -205,7 +205,7 @@ def failures_table(inputs: ReportInputs) -> Table:
     )
 
 
-def _unnamed_failures(stage: StageRecord) -> int:
+def _unnamed_failures(stage: StageOutcome) -> int:
     return stage.counts.get("failed", 0) - sum(stage.failure_kinds.values())
 
 

@@ -20,8 +20,10 @@ from pydantic import ValidationError
 
 from lotlip.core.differences import differences, in_words
 from lotlip.core.section import flatten
+from lotlip.evaluate.records import BenchmarkScores
 from lotlip.evaluate.score_names import MAIN, Metric
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.records import Run
 
 SHARED_VIEW = "mlflow.sharedViewState."  # the tag's name, before the view's
 _DEFLATED = "deflate;"
@@ -121,22 +123,22 @@ def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
 
 
 def run_note(
-    model: Mapping[str, Any],
+    trained: Run,
     seed: str,
     base: PretrainConfig | None = None,
-    results: Mapping[str, Mapping[str, Any]] | None = None,
+    results: Mapping[str, BenchmarkScores] | None = None,
 ) -> str:
     """A run in plain words, as Markdown.
 
     Args:
-        model: run.json of the trained ablation.
+        trained: run.json of the ablation.
         seed: that the run is of.
         base: what ablations differ from; None: not told.
-        results: benchmark → "seeds", "intervals" and "ceiling", as in metrics/<ablation>.json; the main ones are told
-            with their 95 % intervals and, where repeated texts or images lower it, the best possible score. As metrics
-            of their own they would be three more charts each.
+        results: benchmark → results, as in metrics/<ablation>.json; the main scores are told with their 95 % intervals
+            and, where repeated texts or images lower it, the best possible score. As metrics of their own they would be
+            three more charts each.
     """
-    config = flatten(model["config"])
+    config = flatten(trained.config)
     m, k = config.get("text.corner_tokens", 0), config.get("long_texts.sub_captions", 0)
     corners = (
         f"{m} corner tokens {'behind' if config.get('text.corner_mask') else 'without'} the mask"
@@ -144,23 +146,22 @@ def run_note(
         else "no corner tokens"
     )
     texts = f"long texts of {k} sub-captions" if k else "short captions alone"
-    parts = [f"`{model['ablation']}`, seed {seed}: {corners}, {texts}."]
+    parts = [f"`{trained.ablation}`, seed {seed}: {corners}, {texts}."]
     try:
-        trained = PretrainConfig.model_validate(model["config"])
+        settings = PretrainConfig.model_validate(trained.config)
     except ValidationError:  # of another version of lotlip
-        trained = None
-    if base and trained:
-        parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(trained.recipe(), base.recipe()))}.")
+        settings = None
+    if base and settings:
+        parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(settings.recipe(), base.recipe()))}.")
     rows = []
-    limited = any(min(result.get("ceiling", {}).values(), default=1.0) < 1 for result in (results or {}).values())
+    limited = any(result.limited for result in (results or {}).values())
     for benchmark, result in (results or {}).items():
-        scores, intervals = result["seeds"][seed], result.get("intervals", {}).get(seed, {})
+        scores, intervals = result.seeds[int(seed)], result.intervals.get(int(seed), {})
         for metric in [*RECALLS, Metric.CLASSIFICATION_TOP1]:
             if metric in scores:
-                low, high = intervals.get(metric, (None, None))
-                between = f"{100 * low:.1f} – {100 * high:.1f}" if low is not None and high is not None else ""
+                between = " – ".join(f"{100 * end:.1f}" for end in intervals.get(metric, ()))
                 row = f"| {benchmark}.{metric} | {100 * scores[metric]:.1f} | {between} |"
-                rows.append(row + (f" {100 * result.get('ceiling', {}).get(metric, 1.0):.1f} |" if limited else ""))
+                rows.append(row + (f" {100 * result.ceiling.get(metric, 1.0):.1f} |" if limited else ""))
     if rows:
         heads = ["| score | % | 95 % interval |", "|---|---|---|"]
         heads = [heads[0] + " best possible |", heads[1] + "---|"] if limited else heads

@@ -16,14 +16,17 @@ from urllib.parse import urlsplit
 
 from lotlip.core.caches import cache_folder, lock
 from lotlip.core.code import ROOT
-from lotlip.core.files import read_json, sha256_files, sha256_json
+from lotlip.core.files import sha256_files, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
+from lotlip.evaluate.records import BenchmarkScores
+from lotlip.pretrain.records import History, Run, read_history
 from lotlip.pretrain.sink import NullSink, Sink
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import LoggedModel, Run
+    from mlflow.entities import LoggedModel
+    from mlflow.entities import Run as TrackedRun
 
     from lotlip.pretrain.config import PretrainConfig
 
@@ -176,7 +179,7 @@ class Tracker:
         """Writes what the page of a comparison shows."""
         from lotlip.tracking import comparison
 
-        found: list[Run] = []
+        found: list[TrackedRun] = []
         token = None
         while page := self._client.search_runs(
             [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=PAGE, page_token=token
@@ -234,23 +237,23 @@ class Tracker:
         )
         return run.info.run_id
 
-    def ensure_runs(self, model: Mapping[str, Any]) -> dict[str, str]:
+    def ensure_runs(self, trained: Run) -> dict[str, str]:
         """Seed → id of its run, for a trained (or planned) ablation.
 
         Args:
-            model: its run.json: ablation, config, data_hash, git_commit and the seeds' fingerprints.
+            trained: its run.json.
         """
         from lotlip.tracking.comparison import run_note
 
-        about = {key: str(model[key]) for key in ("ablation", "data_hash", "git_commit")}
+        about = trained.model_dump(include={"ablation", "data_hash", "git_commit"})
         return {
             seed: self.ensure_run(
                 fingerprint,
-                f"{model['ablation']}-seed{seed}",
-                {**about, "seed": seed, NOTE: run_note(model, seed, self._base)},
-                {**model["config"], "seed": seed},
+                f"{trained.ablation}-seed{seed}",
+                {**about, "seed": seed, NOTE: run_note(trained, seed, self._base)},
+                {**trained.config, "seed": seed},
             )
-            for seed, fingerprint in model["fingerprints"].items()
+            for seed, fingerprint in trained.fingerprints.items()
         }
 
     def ensure_model(self, run_id: str, fingerprint: str, name: str, tags: Mapping[str, str]) -> LoggedModel:
@@ -296,7 +299,7 @@ class Tracker:
         self._client.log_batch(run_id, metrics=new)
 
     def log_scores(
-        self, model: Mapping[str, Any], results: Mapping[str, Any], folder: Path, attention: Path | None = None
+        self, trained: Run, results: Mapping[str, BenchmarkScores], folder: Path, attention: Path | None = None
     ) -> dict[str, str]:
         """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
 
@@ -304,9 +307,8 @@ class Tracker:
         configuration and its card tell the scores. A store that was lost is rebuilt by this.
 
         Args:
-            model: run.json of the trained ablation.
-            results: benchmark → its "protocol", its "seeds" → metric → value, their "intervals", and where there are
-                any its "attention" and "reading" of each seed, as in metrics/<ablation>.json.
+            trained: run.json of the ablation.
+            results: benchmark → results, as in metrics/<ablation>.json.
             folder: of the trained ablation.
             attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
 
@@ -317,36 +319,35 @@ class Tracker:
         from lotlip.report.inputs import attention_pictures
         from lotlip.tracking.comparison import run_note
 
-        runs = self.ensure_runs(model)
+        runs = self.ensure_runs(trained)
         for seed, run_id in runs.items():
-            history = read_json(folder / f"seed-{seed}" / "history.json")
+            history = read_history(folder, seed)
             self.log_history(run_id, history)
-            scores = {benchmark: result["seeds"][seed] for benchmark, result in results.items()}
-            tags = {"ablation": model["ablation"], "seed": seed}
-            name = f"{model['ablation']}-seed{seed}"
-            made = self.ensure_model(run_id, model["fingerprints"][seed], name, tags)
-            seen = {name: result.get("attention", {}).get(seed, {}) for name, result in results.items()}
+            scores = {benchmark: result.seeds[int(seed)] for benchmark, result in results.items()}
+            tags = {"ablation": trained.ablation, "seed": seed}
+            made = self.ensure_model(run_id, trained.fingerprints[seed], f"{trained.ablation}-seed{seed}", tags)
+            seen = {name: result.attention.get(int(seed), {}) for name, result in results.items()}
             numbers = {name: {"attention": found.get("values", {})} for name, found in seen.items()}
             read = {
-                f"{benchmark}.reading.hard_negatives.accuracy": reading[seed]["hard_negatives"]["accuracy"]["value"]
-                for benchmark, reading in ((name, result.get("reading")) for name, result in results.items())
-                if reading
+                f"{benchmark}.reading.hard_negatives.accuracy": reading["hard_negatives"]["accuracy"]["value"]
+                for benchmark, result in results.items()
+                if (reading := result.reading.get(int(seed)))
             }
             self.log_metrics(run_id, flatten(scores) | flatten(numbers) | read, made)
             for benchmark, found in scores.items():
                 for file, image in run_figures(history, found).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)
-                if attention and seed == str(model["config"]["seeds"][0]):
+                if attention and seed == str(trained.config["seeds"][0]):
                     for kind, image in attention_pictures(attention, benchmark).items():
                         self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
-            protocol = {benchmark: result["protocol"] for benchmark, result in results.items()}
-            self.set_tags(run_id, {NOTE: run_note(model, seed, self._base, results)})
+            protocol = {benchmark: result.protocol for benchmark, result in results.items()}
+            self.set_tags(run_id, {NOTE: run_note(trained, seed, self._base, results)})
             self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)
         self._arrange()
         return runs
 
-    def log_history(self, run_id: str, history: list[dict[str, float]]) -> None:
+    def log_history(self, run_id: str, history: History) -> None:
         """Sends those steps of a training history that the run lacks: not sent live, or lost with a killed process."""
         known = {metric.step for metric in self._client.get_metric_history(run_id, "train.loss")}
         sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)

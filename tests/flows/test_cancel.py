@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 
-from lotlip.core.files import write_json
 from lotlip.core.loopback import basic
 from tests.training import tiny_job
 from tests.workspace import ROOT
@@ -60,7 +59,7 @@ def server(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 def job(tiny_world, tmp_path: Path) -> Path:
     """A job of two processes, each with a worker of its loader, that takes much longer than the test."""
     settings = {"steps": 100000, "processes": 2, "loader_workers": 1}
-    write_json(tmp_path / "job.json", vars(tiny_job(tiny_world, tmp_path, settings)))
+    tiny_job(tiny_world, tmp_path, settings).write(tmp_path / "job.json")
     return tmp_path / "job.json"
 
 

@@ -156,7 +156,7 @@ def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> li
 def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:
     """Trains a few steps as the flow would; gives the losses."""
     job = tiny_job(world, folder, {"steps": 3, "processes": processes})
-    (folder / "job.json").write_text(json.dumps(vars(job)))
+    job.write(folder / "job.json")
     command = launch(TRAINING, [str(folder / "job.json")], processes, how)
     with join.announced(command, how):
         run_group(command, print, folder / "errors.log")
@@ -216,7 +216,7 @@ def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_training_on_one_machine_listens_on_loopback_at_most(tiny_world, here, processes):
     job = tiny_job(tiny_world, here, {"steps": 100000, "processes": processes})
-    (here / "job.json").write_text(json.dumps(vars(job)))
+    job.write(here / "job.json")
     with group(launch(TRAINING, [str(here / "job.json")], processes, LocalLaunch()), stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         assert any(b"step 3/" in line for line in started.stdout)

@@ -173,7 +173,7 @@ def attempt(job, open_sink):
 
 trainer.import_deepspeed = trainer._write_start = lambda *_: None
 trainer.attempt = attempt
-trainer.side_by_side(trainer.Job("", {}, {}, [0, 1], "", "", "", "", "", {}), 2, None)
+trainer.side_by_side(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 """
 
 

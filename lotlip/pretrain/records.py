@@ -1,0 +1,37 @@
+"""The files of a trained ablation that other stages read: `run.json`, and each seed's `history.json`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lotlip.core.record import Record, read_record
+
+RUN = "run.json"
+HISTORY = "history.json"  # of a seed
+
+# Logged steps, each with "step", "loss", "in_batch_recall", …
+History = list[dict[str, int | float]]
+
+
+class Run(Record):
+    """What an ablation was trained from, `run.json`.
+
+    Attributes:
+        ablation: its name in params.yaml.
+        config: `PretrainConfig` as JSON. It stays JSON because models outlive the settings of a version of lotlip.
+        data_hash: of the shards' index.json.
+        git_commit: of the code; "unknown" outside git.
+        fingerprints: seed → what makes two runs of it the same.
+    """
+
+    ablation: str
+    config: dict[str, Any]
+    data_hash: str
+    git_commit: str
+    fingerprints: dict[str, str]
+
+
+def read_history(ablation: Path, seed: int | str) -> History:
+    """The curves of a seed of a trained ablation's folder; raises what `read_record` raises."""
+    return read_record(ablation / f"seed-{seed}" / HISTORY, History)
