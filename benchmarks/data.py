@@ -12,7 +12,9 @@ from PIL import Image
 
 from lotlip.core.files import write_json
 from lotlip.data.tars import TarWriter, write_index
+from lotlip.data.tokenizer import used_tokens
 
+TOKENIZER = "bert-base-uncased"
 CAPTIONERS = ("instructblip", "llava", "sharegpt4v")
 WORDS = [
     "the",
@@ -54,7 +56,13 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
                 tar.add(f"{key}.txt", raw.encode())
         write_index(path)
     listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
-    write_json(folder / "index.json", {"features": True, "splits": {"train": {"samples": samples, "shards": listed}}})
+    index = {
+        "features": True,
+        "splits": {"train": {"samples": samples, "shards": listed}},
+        "tokenizer": TOKENIZER,
+        "vocabulary": sorted(used_tokens(TOKENIZER, WORDS)),
+    }
+    write_json(folder / "index.json", index)
 
 
 def sentence(rng: random.Random) -> str:

@@ -145,14 +145,26 @@ def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> P
 
 def write_shards(folder: Path, samples: list[TinySample], shards: int, features: bool = True) -> Path:
     """A data set of `shards` tars for training, with what `index.json` says of them."""
+    from lotlip.data.tokenizer import used_tokens
+
     names = [f"train-{number:06d}" for number in range(shards)]
     parts = [samples[number::shards] for number in range(shards)]
     for name, part in zip(names, parts, strict=True):
         write_tar(folder / f"{name}.tar", part, features)
     listed = [{"name": name, "samples": len(part)} for name, part in zip(names, parts, strict=True)]
-    index = {"features": features, "splits": {"train": {"samples": len(samples), "shards": listed}}}
+    texts = [text for sample in samples for text in _texts(sample.info)]
+    index = {
+        "features": features,
+        "splits": {"train": {"samples": len(samples), "shards": listed}},
+        "tokenizer": "bert-base-uncased",
+        "vocabulary": sorted(used_tokens("bert-base-uncased", texts)),
+    }
     (folder / "index.json").write_text(json.dumps(index))
     return folder
+
+
+def _texts(info: dict[str, Any]) -> list[str]:
+    return [info["raw"], *(text for texts in info["captions"].values() for text in texts)]
 
 
 def _picture(colour: str, thing: str) -> bytes:

@@ -78,6 +78,7 @@ def shard() -> None:
         reports,
         shard_statistics(ingest, captions, "train", count_tokens(tokenizer), ends),
         features=config.store_features,
+        tokenizer=tokenizer,
         vocabulary=training_vocabulary(ingest, captions, "train", tokenizer, ends),
         sentence_ends=ends,  # training and the models split texts as the shards say
     )

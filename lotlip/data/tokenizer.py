@@ -175,6 +175,15 @@ class TextTokenizer:
             row[: len(tokens)] = tokens
         return ids, lengths
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Ids of special, corner and register tokens."""
+        return [self._tokenizer.token_to_id(name) for name in (*self._special.values(), *self._extra)]
+
+    def token(self, number: int) -> str:
+        """The token that has this id."""
+        return self._tokenizer.id_to_token(number)
+
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`.
 

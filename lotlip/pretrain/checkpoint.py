@@ -194,7 +194,7 @@ def _first_problem(problem: str | None) -> str | None:
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Every trained weight in fp32 on the CPU: the optimizer's own copy where the model is rounded or split.
 
-    Every process has to call it, and the first one gets all of them.
+    Every process has to call it, and the first one gets all of them, the whole table of word embeddings among them.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -202,6 +202,9 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         value = safe_get_full_fp32_param(parameter)
         _keep(found, name, parameter if value is None else value)
+    rows = engine.module.word_rows
+    if rows is not None and rows.name in found:
+        found[rows.name] = rows.whole(found[rows.name], engine.global_steps)
     return found
 
 
@@ -218,6 +221,11 @@ def _full_moments(engine: Any) -> dict[str, dict[str, Tensor]]:
             else:
                 value = engine.optimizer.state[parameter][moment]
             _keep(found[moment], name, value)
+    rows = engine.module.word_rows
+    if rows is not None:
+        for moments in found.values():
+            if rows.name in moments:
+                moments[rows.name] = rows.whole_moment(moments[rows.name])
     return found
 
 
@@ -243,6 +251,7 @@ def _put(engine: Any, folder: Path, step: int) -> None:
     _make_states(engine, step)
     _link_moments(engine)
     parameters = dict(engine.module.named_parameters())
+    rows = engine.module.word_rows
     for file in ("weights", *MOMENTS):
         with open_weights(folder / f"{file}.safetensors") as tensors:
             missing = sorted(parameters.keys() ^ set(tensors.keys()))
@@ -251,7 +260,10 @@ def _put(engine: Any, folder: Path, step: int) -> None:
                     f"{len(missing)} weights are in one of model and {file}.safetensors only: {missing[0]}"
                 )
             for name, parameter in parameters.items():
-                _set(engine, parameter, tensors.get_tensor(name), None if file == "weights" else file)
+                value = tensors.get_tensor(name)
+                if rows is not None and name == rows.name:
+                    value = rows.used(value)
+                _set(engine, parameter, value, None if file == "weights" else file)
     engine.global_steps = step
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 

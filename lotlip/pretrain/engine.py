@@ -106,6 +106,13 @@ def learning_rate_share(step: int, steps: int, optimizer: OptimizerConfig) -> fl
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
+def decay(steps: int, config: PretrainConfig) -> float:
+    """What weight decay leaves, after some steps, of a weight that has no gradient: a factor."""
+    adamw = config.optimizer
+    rates = (adamw.learning_rate * learning_rate_share(step, config.steps, adamw) for step in range(steps))
+    return math.prod(1 - rate * adamw.weight_decay for rate in rates)
+
+
 class Engine:
     """DeepSpeed's engine with AdamW, and the step of the contrastive loss. One for each process.
 

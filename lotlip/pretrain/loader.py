@@ -158,6 +158,8 @@ class Loader:
         transform: encoded image → pixels [3, H, W]; None takes the stored features.
         workers: processes that read ahead; 0: this one reads.
         prefetch: steps that each worker holds ready.
+        row_of: token id → row of the model's table of word embeddings, −1 where it has none, as in
+            `lotlip.pretrain.word_rows`; batches then have rows in the place of ids. None: the table is whole.
 
     Attributes:
         steps_per_epoch: global batches in an epoch; the rest that fills no batch is left out.
@@ -176,6 +178,7 @@ class Loader:
         transform: Transform | None = None,
         workers: int = 1,
         prefetch: int = 4,
+        row_of: np.ndarray | None = None,
     ) -> None:
         listed = read_json(shards / "index.json")["splits"]["train"]["shards"]
         paths = [shards / f"{shard['name']}.tar" for shard in listed]
@@ -196,6 +199,7 @@ class Loader:
             sentence_ends=tokenizer.sentence_ends,
         )
         self._collate = partial(collate, tokenizer=tokenizer)
+        self._index, self._tokenizer, self._row_of = shards / "index.json", tokenizer, row_of
 
     def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
         """The micro-batches of this process for the global steps first … last − 1, counted from 0 over all epochs.
@@ -255,7 +259,26 @@ class Loader:
 
     def _batched(self, samples: list[Sample]) -> list[Batch]:
         batch = self._collate(samples)
+        if self._row_of is not None:
+            batch = self._in_rows(batch, self._row_of)
         return [batch] if self._rows.accumulation == 1 else batch.by_length(self._rows.accumulation)
+
+    def _in_rows(self, batch: Batch, row_of: np.ndarray) -> Batch:
+        """The batch with rows of the model's table of word embeddings in the place of token ids."""
+        found: dict[str, Tensor] = {}
+        for name in ("raw_ids", "long_ids"):
+            ids = getattr(batch, name)
+            if ids is None:
+                continue
+            rows = found[name] = torch.from_numpy(row_of[ids.numpy()])
+            if rows.min() < 0:
+                text, place = (rows < 0).nonzero()[0].tolist()
+                token, key = ids[text, place].item(), batch.keys[text * len(batch.keys) // len(ids)]
+                raise ValueError(
+                    f"a text of sample {key} has the token {self._tokenizer.token(token)!r} (id {token}), which is not "
+                    f"in the vocabulary of {self._index}; write the shards again (python -m flows shard)"
+                )
+        return replace(batch, **found)
 
 
 def _order(shards: Shards, seed: int, settings: LoaderSettings) -> ExactOrder:

@@ -10,14 +10,19 @@ from torch.nn.functional import normalize
 
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.packing import Texts
+from lotlip.pretrain.word_rows import WordRows
 
 
 class LotlipForPreTraining(LotlipModel):
     """`LotlipModel` with the features that the loss compares (paper, section 3.2).
 
     It has an image tower only where that is trained too; a frozen one stays outside, and its features come in.
+
+    Attributes:
+        word_rows: what the table of word embeddings was cut to, with its token ids; None where it is whole.
     """
 
+    word_rows: WordRows | None = None
     _keys_to_ignore_on_load_unexpected = [r"^image\."]  # noqa: RUF012 (transformers' own type)
 
     def train(self, mode: bool = True) -> LotlipForPreTraining:

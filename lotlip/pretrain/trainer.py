@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -32,12 +33,13 @@ from lotlip.data.text import as_sentence_ends
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.pretrain.engine import Engine, NotFinite, StepResult, import_deepspeed, initialise_processes
+from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay, import_deepspeed, initialise_processes
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
 from lotlip.pretrain.records import HISTORY, RUN, History
 from lotlip.pretrain.sink import OpenSink, Sink
+from lotlip.pretrain.word_rows import keep_used_rows
 
 if TYPE_CHECKING:
     from lotlip.models.vision.image_tower import ImageTower
@@ -114,6 +116,11 @@ class Trainer:
         if config.from_pixels or not self.index["features"]:
             tower, transform = self._open_image_tower()
         rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps)
+        seed_everything(seed)
+        model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
+        if self.index.get("tokenizer") == text.tokenizer:  # the index has the ids of all word pieces in training texts
+            used = {*self.index["vocabulary"], *self.tokenizer.special_ids}
+            keep_used_rows(model, used, partial(decay, config=config))
         self.loader = Loader(
             job.shards,
             config,
@@ -123,9 +130,8 @@ class Trainer:
             transform,
             workers=compute.loader_workers,
             prefetch=compute.prefetch,
+            row_of=model.word_rows and model.word_rows.row_of.numpy(),
         )
-        seed_everything(seed)
-        model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
         self.engine = Engine(model, config, compute, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(job.scratch / f"checkpoints-{seed}")
         self.history: History = []

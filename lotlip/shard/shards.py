@@ -47,9 +47,6 @@ MIXED_PARTITIONS = 16
 # What a sample takes in a tar besides its image, about: headers, texts, the feature.
 _BESIDES = 8192
 
-# Partitions whose texts stand for all when it is asked which words training has.
-VOCABULARY_PARTITIONS = 64
-
 # Encodes pictures as features [n, D] float32.
 Features = Callable[[list[Image.Image]], np.ndarray]
 
@@ -375,9 +372,9 @@ def training_vocabulary(
     tokenizer: str,
     sentence_ends: SentenceEnds = "released",
 ) -> list[int]:
-    """Ids of the word pieces that the texts of a split use, sorted: what evaluation texts may be made of.
+    """Ids of the word pieces that the texts of a split use, sorted.
 
-    Of the first `VOCABULARY_PARTITIONS`: more texts hardly have other pieces, and tokenizing takes its time.
+    Evaluation texts should be made of them, and training needs the embeddings of no others (`lotlip.pretrain`).
 
     Args:
         ingest: folder of the ingest stage.
@@ -389,9 +386,9 @@ def training_vocabulary(
     from lotlip.data.tokenizer import used_tokens
 
     used: set[int] = set()
-    for name in unit_names(ingest, split)[:VOCABULARY_PARTITIONS]:
+    for name in unit_names(ingest, split):
         used |= used_tokens(tokenizer, read_table(ingest, name, ["short_caption"])["short_caption"], sentence_ends)
     for folder in captions.values():
-        for name in unit_names(folder, split)[:VOCABULARY_PARTITIONS]:
+        for name in unit_names(folder, split):
             used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"], sentence_ends)
     return sorted(used)
