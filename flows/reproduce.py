@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.runtime.dvc import run_dvc
+from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, run_dvc
 from flows.runtime.fork_server import fork_server
-from flows.runtime.scratch import SCRATCH, StageFailed
+from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import claimed_port, new_login, port_of, prefect_client, prefect_server, print_prefect
-from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
@@ -22,7 +21,7 @@ from lotlip.data.paths import check_inputs
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
-    """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one.
+    """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one; starts nothing if nothing is stale.
 
     Args:
         params: the project's.
@@ -36,6 +35,22 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     started = time.time()
     # dvc.yaml says `python`, which is the one beside this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    if current := is_up_to_date(runs):
+        print("Nothing has changed since the last run.")
+    status = 0 if current else _run(runs)
+    seconds = time.time() - started
+    write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
+    if status:
+        raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
+    print(closing_words(params, seconds))
+
+
+def _run(runs: Sequence[Sequence[str]]) -> int:
+    """Runs `dvc repro` under a Prefect server and a fork server; gives the status of the first run that failed, or 0.
+
+    Raises:
+        StageFailed: a server did not come up.
+    """
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         given = os.environ.get("PREFECT_API_URL")
@@ -49,15 +64,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         else:
             stack.enter_context(prefect_server(port, login))
             print_prefect(port, login)
-        for run in runs:
-            status = run_dvc(["repro", *run], environment)
-            if status:
-                break
-    seconds = time.time() - started
-    write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
-    if status:
-        raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
-    print(closing_words(params, seconds))
+        return next(filter(None, (run_dvc(["repro", *run], environment) for run in runs)), 0)
 
 
 def asked_for(params: Params, arguments: list[str]) -> list[list[str]]:
@@ -77,7 +84,7 @@ def of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
     """The runs of `dvc repro` that score some ablations, and report all that is there; no name: everything."""
     scores = [f"{'evaluate-finetune' if name in params.finetune else 'evaluate'}@{name}" for name in names]
     # by its name alone, DVC would first run whatever the report could show
-    return [scores, ["--single-item", "report"]] if scores else [[]]
+    return [scores, [SINGLE_ITEM, "report"]] if scores else [[]]
 
 
 def closing_words(params: Params, seconds: float) -> str:

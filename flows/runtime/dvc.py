@@ -1,4 +1,6 @@
-"""DVC as a program that may be interrupted at any moment: `python -m flows.runtime.dvc ARGUMENTS…`.
+"""DVC: a quick check whether it has anything to run, and a program that may be interrupted at any moment.
+
+The program is `python -m flows.runtime.dvc ARGUMENTS…`.
 
 DVC writes the file of its locks in place. A signal in that moment leaves it empty, and the next run refuses to start.
 So a signal to this program never interrupts DVC: it ends the stage that runs, and DVC then ends by itself.
@@ -13,9 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -23,8 +26,60 @@ from flows.runtime.supervisor import ENDING, group
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 
+if TYPE_CHECKING:
+    from dvc.stage import Stage
+
+SINGLE_ITEM = "--single-item"  # of `dvc repro`: the named stage without those that it depends on
 STOPPING = "LOTLIP_STOPPING"  # in the environment of a stage that DVC starts after it was told to end
 STOP_SECONDS = 30
+
+
+def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
+    """Whether `dvc repro` would run no stage, by DVC's own checks and without starting anything.
+
+    It is False where this is uncertain: for options that are unknown here, while another DVC writes outputs, and
+    whenever DVC raises an error, which `dvc repro` then reports.
+
+    Args:
+        runs: arguments of each `dvc repro`: names of stages, `--single-item` and a name, or nothing for all stages.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    targets = [(name, run[0] != SINGLE_ITEM) for run in runs for name in run if name != SINGLE_ITEM]
+    if any(name.startswith("-") for name, _ in targets):
+        return False
+    try:
+        with Repo() as repo, repo.lock, _params_read_once():
+            locks = Path(repo.tmp_dir, "rwlock")
+            if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
+                return False
+            stages = set(repo.index.stages) if not all(runs) else set()
+            for name, with_deps in targets:
+                stages.update(repo.stage.collect(name, with_deps=with_deps))
+            return not any(map(_is_stale, stages))
+    except (DvcException, ValueError, OSError):
+        return False
+
+
+def _is_stale(stage: Stage) -> bool:
+    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged."""
+    if stage.changed_stage() or stage.is_callback or stage.always_changed:
+        return True
+    return any(path.status() for path in (*stage.deps, *stage.outs))
+
+
+@contextmanager
+def _params_read_once() -> Iterator[None]:
+    """Keeps what DVC parses for the block: it would parse params.yaml for each stage, a third of the time."""
+    from dvc.dependency import param
+
+    load = param.load_path
+    param.load_path = cache(load)
+    try:
+        yield
+    finally:
+        param.load_path = load
 
 
 def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:

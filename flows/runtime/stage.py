@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import State
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from flows.runtime import scratch
 from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
@@ -351,8 +352,7 @@ def release() -> None:
         _held.popitem()[1].close()
 
 
-# What a user can mend: shown as one line. LOTLIP_TRACEBACK=1 shows the traceback too.
-EXPECTED = (StageFailed, GateFailed, ValueError, OSError)
+EXPECTED = (*scratch.EXPECTED, GateFailed)
 
 
 class _NoTraceback(logging.Filter):

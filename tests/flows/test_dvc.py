@@ -1,17 +1,19 @@
-"""DVC that is interrupted: no moment of it may block the next run."""
+"""DVC that is interrupted: no moment of it may block the next run. And the check whether it has anything to run."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flows.runtime.dvc import remove_stale_lock
+from flows.runtime.dvc import is_up_to_date, remove_stale_lock
 from tests.workspace import ROOT
 
 STAGES = 3
@@ -59,20 +61,24 @@ sys.exit(program.main(["repro"]))
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A DVC project without git, of stages that are as short as they can be."""
+    return make_project(tmp_path)
+
+
+def make_project(folder: Path) -> Path:
     stages = "".join(
         f"  s{n}:\n    cmd: python -m flows.write o{n}\n    deps: [o{n - 1}]\n    outs: [o{n}]\n"
         for n in range(1, STAGES + 1)
     )
-    (tmp_path / "dvc.yaml").write_text(f"stages:\n{stages}")
-    (tmp_path / "o0").write_text("0")
+    (folder / "dvc.yaml").write_text(f"stages:\n{stages}")
+    (folder / "o0").write_text("0")
     # the stages need nothing of flows/ but what ends them
-    (tmp_path / "flows").mkdir()
-    (tmp_path / "flows" / "__init__.py").write_text(
+    (folder / "flows").mkdir()
+    (folder / "flows" / "__init__.py").write_text(
         f"__path__.append({str(ROOT / 'flows')!r})\nexec(open({str(ROOT / 'flows' / '__init__.py')!r}).read())"
     )
-    (tmp_path / "flows" / "write.py").write_text("import sys, time; open(sys.argv[1], 'w').write(str(time.time()))")
-    run(tmp_path, "-m", "dvc", "init", "--no-scm", "--quiet")
-    return tmp_path
+    (folder / "flows" / "write.py").write_text("import sys, time; open(sys.argv[1], 'w').write(str(time.time()))")
+    run(folder, "-m", "dvc", "init", "--no-scm", "--quiet")
+    return folder
 
 
 def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -168,3 +174,126 @@ def test_a_project_without_git_runs_and_takes_git_up_later(project):
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
     run(project, "-m", "flows.runtime.dvc", "status")
     assert "no_scm" not in (project / ".dvc/config.local").read_text()
+
+
+# A stage with every kind of dependency: a parameter, a folder of code, a file outside of the project, another stage.
+ONE_OF_EACH = """
+  {name}:
+    cmd: cp -r code {name}
+    params: [{name}]
+    deps: [code, ../outside, o1]
+    outs: [{name}]
+"""
+
+
+@pytest.fixture(scope="module")
+def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the project, which has two more stages, after a run, and a file that they read."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "outside").write_text("outside")
+    (folder / "project").mkdir()
+    project = make_project(folder / "project")
+    (project / "code" / "part").mkdir(parents=True)
+    (project / "code" / "part" / "main.py").write_text("1")
+    (project / "params.yaml").write_text("first: 1\nsecond: 1\nunused: 1\n")
+    with (project / "dvc.yaml").open("a") as stages:
+        stages.writelines(ONE_OF_EACH.format(name=name) for name in ("first", "second"))
+    run(project, "-m", "dvc", "repro")
+    return folder
+
+
+@pytest.fixture
+def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of that project, as the current folder."""
+    shutil.copytree(finished_once, tmp_path / "copy")
+    project = tmp_path / "copy" / "project"
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(project / ".site"))
+    return project
+
+
+def test_after_a_run_and_unrelated_edits_nothing_is_to_be_run(finished):
+    for runs in ([[]], [["first"], ["--single-item", "second"]]):
+        assert is_up_to_date(runs)
+    (finished / "params.yaml").write_text("unused: 2\nsecond: 1\nfirst: 1\n")
+    (finished / "unrelated.txt").write_text("1")
+    os.utime(finished / "code" / "part" / "main.py", (1, 1))  # the contents are the same
+    assert is_up_to_date([[]])
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "parameter": lambda folder: (folder / "params.yaml").write_text("first: 2\nsecond: 1\n"),
+    "parameter is gone": lambda folder: (folder / "params.yaml").write_text("second: 1\n"),
+    "code": lambda folder: (folder / "code" / "part" / "main.py").write_text("2"),
+    "new code": lambda folder: (folder / "code" / "new.py").write_text(""),
+    "code is gone": lambda folder: (folder / "code" / "part" / "main.py").unlink(),
+    "outside": lambda folder: (folder.parent / "outside").write_text("changed"),
+    "outside is gone": lambda folder: (folder.parent / "outside").unlink(),
+    "output": lambda folder: (folder / "first" / "part" / "main.py").write_text("2"),
+    "output is gone": lambda folder: shutil.rmtree(folder / "first"),
+    "output of an earlier stage": lambda folder: (folder / "o1").write_text("0"),
+    "output of an earlier stage is gone": lambda folder: (folder / "o1").unlink(),
+    "cache is gone": lambda folder: shutil.rmtree(folder / ".dvc" / "cache"),
+    "command": lambda folder: _replace(folder / "dvc.yaml", "cp -r code first", "cp -R code first"),
+    "new output": lambda folder: _replace(folder / "dvc.yaml", "outs: [first]", "outs: [first, code2]"),
+    "invalid parameters": lambda folder: (folder / "params.yaml").write_text("first: ["),
+    "invalid dvc.yaml": lambda folder: (folder / "dvc.yaml").write_text("stages: ["),
+    "never run": lambda folder: (folder / "dvc.lock").unlink(),
+    "no project": lambda folder: shutil.rmtree(folder / ".dvc"),
+    "other DVC": lambda folder: (folder / ".dvc/tmp/rwlock").write_text('{"write": {"o1": {"pid": 1, "cmd": "dvc"}}}'),
+    "damaged locks": lambda folder: (folder / ".dvc/tmp/rwlock").write_text(""),
+}
+
+
+def _replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("run", [[], ["first"], ["--single-item", "first"]], ids=" ".join)
+def test_what_has_changed_is_to_be_run(finished, change, run):
+    CHANGES[change](finished)
+    assert not is_up_to_date([run])
+
+
+def test_only_the_named_stages_are_looked_at(finished):
+    (finished / "params.yaml").write_text("first: 1\nsecond: 2\n")
+    assert is_up_to_date([["first"]])
+    assert not is_up_to_date([["first", "second"]])
+    assert not is_up_to_date([["first"], ["--single-item", "second"]])
+    (finished / f"o{STAGES}").unlink()
+    assert is_up_to_date([["first"]])
+
+
+def test_of_a_single_item_earlier_stages_are_not_looked_at(finished):
+    _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
+    assert is_up_to_date([["--single-item", "first"]])
+    assert not is_up_to_date([["first"]])
+
+
+@pytest.mark.parametrize("arguments", [["--force"], ["--dry", "first"], ["missing"]], ids=" ".join)
+def test_unknown_arguments_are_left_to_dvc(finished, arguments):
+    assert not is_up_to_date([arguments])
+
+
+HEAVY = ("deepspeed", "great_expectations", "mlflow", "pandas", "prefect", "torch", "transformers")
+REPRODUCE = f"""
+import runpy, subprocess, sys
+started = []
+sys.addaudithook(lambda event, _: started.append(event) if event in ("subprocess.Popen", "os.fork") else None)
+sys.argv = ["flows.reproduce", "--all"]
+runpy.run_module("flows.reproduce", run_name="__main__")
+print("started", started, "imported", [name for name in {HEAVY!r} if name in sys.modules])
+"""
+
+
+def test_a_reproduction_with_nothing_to_do_starts_and_imports_nothing_heavy(project):
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "lotlip").symlink_to(ROOT / "lotlip")  # names of inputs are below it
+    run(project, "-m", "dvc", "repro")
+    said = run(project, "-c", REPRODUCE).stdout
+    assert "started [] imported []" in said
+    assert str(project / "report" / "index.html") in said
+    assert json.loads((project / ".lotlip" / "reproduce.json").read_text())["seconds"] < 60
