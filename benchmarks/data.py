@@ -12,6 +12,7 @@ from PIL import Image
 
 from lotlip.core.files import write_json
 from lotlip.data.tars import TarWriter, write_index
+from lotlip.data.token_ids import write_token_ids
 from lotlip.data.tokenizer import used_tokens
 
 TOKENIZER = "bert-base-uncased"
@@ -36,7 +37,10 @@ WORDS += ["dog", "house", "tree", "street", "table", "window", "person", "sky", 
 
 
 def write_data(folder: Path, samples: int, shards: int, image_size: int, width: int) -> None:
-    """Shards of key.json, key.npy of `width` numbers, key.jpg, and the short caption again as key.txt for open_clip."""
+    """Shards of key.json, key.npy of `width` numbers, key.jpg, and the short caption again as key.txt for open_clip.
+
+    The token ids of their texts are beside them, as the shard stage writes them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rng, noise = random.Random(0), np.random.default_rng(0)
     pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough to differ
@@ -55,6 +59,7 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
                 tar.add(f"{key}.jpg", rng.choice(pictures))
                 tar.add(f"{key}.txt", raw.encode())
         write_index(path)
+        write_token_ids(path, TOKENIZER)
     listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
     index = {
         "features": True,

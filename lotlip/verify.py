@@ -22,7 +22,7 @@ from lotlip.data.inspection import (
     read_keys,
 )
 from lotlip.data.partitions import MARKER, finished, read_index, read_table
-from lotlip.data.tars import INDEX
+from lotlip.data.tars import IDS, INDEX
 from lotlip.shard.shards import DONE, finished_shard
 
 
@@ -167,7 +167,7 @@ def _shards(
             *_look(folder, shard["name"], (".tar", INDEX), look),
             *_look(folder, f"{shard['name']}{DONE}", (), marker),
         ]
-    known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, DONE)}
+    known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, IDS, DONE)}
     last = [] if sum(shard["samples"] for shard in shards) == index["written"] else [_miscounted(index)]
     yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), "key")]
 

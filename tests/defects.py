@@ -38,6 +38,7 @@ from lotlip.data.partitions import write_partitions as write_unit
 from lotlip.data.records import Caption, UnitReport
 from lotlip.data.tars import scan_tar, write_samples
 from lotlip.data.text import split_sub_captions
+from lotlip.data.token_ids import write_token_ids
 from lotlip.ingest.config import IngestConfig
 from lotlip.ingest.gate import gate_ingest
 from lotlip.ingest.sources import open_source
@@ -198,6 +199,8 @@ def build(folder: Path) -> World:
         ]
         for split in SPLITS[:2]
     }
+    for report in (report for reports in shards.values() for report in reports):
+        write_token_ids(world.shards / f"{report.name}.tar", "bert-base-uncased")
     write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}}, features=True)
     return world
 

@@ -10,12 +10,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from PIL import Image
 
 from lotlip.core.checks import GateFailed
 from lotlip.data.partitions import read_table
 from lotlip.data.records import Caption, Failure, UnitReport
+from lotlip.data.tars import TarSamples, write_sidecar
+from lotlip.data.token_ids import token_ids_path
 from tests.defects import World
 
 pytestmark = pytest.mark.usefixtures("without_pages")
@@ -356,6 +359,22 @@ def grown(samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*samples, {**samples[0], "key": "train-999999"}]
 
 
+def without_a_sub_caption(content: dict[str, Any]) -> dict[str, Any]:
+    captions = {name: parts[:-1] for name, parts in content["captions"].items()}
+    return content | {"captions": captions}
+
+
+def keeping_token_ids(world: World, change: Callable[[World], Any]) -> None:
+    """Makes a change of the first shard, and has its token ids say that they are of the changed one."""
+    tar = world.shards / f"{FIRST}.tar"
+    path = token_ids_path(tar)
+    with pa.ipc.open_file(path.read_bytes()) as file:
+        batch = file.get_batch(0)
+    change(world)
+    metadata = {key.decode(): value.decode() for key, value in batch.schema.metadata.items()}
+    write_sidecar(path, tar, batch, **(metadata | {"layout": TarSamples(tar).layout()}))
+
+
 SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
     "a shard that is gone": (
         lambda world: (world.shards / f"{SECOND}.tar").unlink(),
@@ -376,6 +395,18 @@ SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
     "a stale index of places": (
         lambda world: (world.shards / f"{SECOND}.index.arrow").rename(world.shards / f"{FIRST}.index.arrow"),
         ".index.arrow says where its samples lie: found 2 of 5 do not: train-000000 (1), train-000001 (1)",
+    ),
+    "token ids of another shard": (
+        lambda world: (world.shards / f"{SECOND}.token-ids.arrow").rename(world.shards / f"{FIRST}.token-ids.arrow"),
+        "whole and of its samples' texts: found 1 of 5 do not: train-000000 (1)",
+    ),
+    "token ids with a flipped bit": (
+        lambda world: flip(world.shards / f"{SECOND}.token-ids.arrow"),
+        "whole and of its samples' texts: found 1 of 5 do not: train-000001 (1)",
+    ),
+    "token ids of texts that were changed": (
+        lambda world: keeping_token_ids(world, changing(FIRST, 2, json=without_a_sub_caption)),
+        "whole and of its samples' texts: found 1 of 5 do not: train-000000 (1)",
     ),
     "a sample without its feature": (changing(FIRST, npy=None), "all its parts: found 1 of 5 do not: train-000000"),
     "features with NaN": (

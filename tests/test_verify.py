@@ -97,6 +97,11 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
         lambda world: (world.shards / "train-000001.index.arrow").unlink(),
         "train-000001: it should hold that a shard's .index.arrow says where its samples lie; found 1",
     ),
+    "token ids with a flipped bit": (
+        "shards",
+        lambda world: flip(world.shards / "val-000000.token-ids.arrow"),
+        "val-000000: it should hold that a shard's .token-ids.arrow, if it has one, is whole and of its samples' texts",
+    ),
     "an index that counts otherwise": (
         "shards",
         lambda world: world.index("train-000001", samples=12),

@@ -53,7 +53,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_the_model_is_that_of_the_whole_table(group, tiny_world, whole_world, tmp_path, recipe):
     used, whole = (
@@ -71,7 +71,7 @@ def test_the_model_is_that_of_the_whole_table(group, tiny_world, whole_world, tm
     load_model(used.model_folder(0))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_unused_rows_decay(group, tiny_world, whole_world, tmp_path):
     """AdamW rounds at each step, the product of all steps is rounded once: they differ in the last digits."""
     strong = {"optimizer": {"weight_decay": 20.0}}
@@ -87,7 +87,7 @@ def test_unused_rows_decay(group, tiny_world, whole_world, tmp_path):
     torch.testing.assert_close(weights(used)[TABLE][row], weights(whole)[TABLE][row], rtol=1e-6, atol=0)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_has_the_whole_table(group, tiny_world, whole_world, tmp_path):
     """Each kind of run resumes from a checkpoint of the other."""
     made = trainer(tiny_world, tmp_path / "used")
@@ -103,7 +103,7 @@ def test_a_checkpoint_has_the_whole_table(group, tiny_world, whole_world, tmp_pa
     assert made.checkpoints.load(made.engine.deepspeed)["step"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_run_goes_on_from_another_ones_model(group, tiny_world, whole_world, tmp_path):
     first = train(tiny_job(tiny_world, tmp_path / "first"))
     start = {"text": {"pretrained": str(first.model_folder(0)), "config": {}}, "optimizer": {"weight_decay": 0.5}}
@@ -117,7 +117,7 @@ def test_a_run_goes_on_from_another_ones_model(group, tiny_world, whole_world, t
     assert not same(weights(used), weights(first))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_token_outside_of_the_vocabulary_is_an_error(group, tiny_world, tmp_path):
     vocabulary = read_json(tiny_world.shards / "index.json")["vocabulary"]
     world = with_index(tiny_world, tmp_path / "shards", vocabulary=[index for index in vocabulary if index != 3899])
@@ -127,13 +127,13 @@ def test_a_token_outside_of_the_vocabulary_is_an_error(group, tiny_world, tmp_pa
         list(made.loader.steps(0, 12))
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_another_tokenizer_needs_the_whole_table(group, tiny_world, tmp_path):
     world = with_index(tiny_world, tmp_path / "shards", tokenizer="another")
     assert trainer(world, tmp_path).engine.model.word_rows is None
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(("rows", "cut"), [(int(ROWS * MAX_SHARE) + 1, False), (int(ROWS * MAX_SHARE), True)])
 def test_a_table_that_is_mostly_used_stays_whole(group, whole_world, tmp_path, rows, cut):
     model = trainer(whole_world, tmp_path).engine.model
@@ -142,7 +142,7 @@ def test_a_table_that_is_mostly_used_stays_whole(group, whole_world, tmp_path, r
     assert model.get_parameter(TABLE).shape[0] == (rows if cut else ROWS)
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 def test_a_checkpoint_of_a_smaller_table_is_an_error(group, tiny_world, tmp_path):
     rows = trainer(tiny_world, tmp_path).engine.model.word_rows
     assert rows is not None

@@ -14,6 +14,7 @@ from lotlip.core.files import sha256_json
 from lotlip.data.partitions import read_index, reuse_or_write, unit_names
 from lotlip.data.records import UnitReport
 from lotlip.data.text import SentenceEnds, as_sentence_ends
+from lotlip.data.token_ids import write_token_ids
 from lotlip.data.tokenizer import count_tokens
 from lotlip.shard.shards import (
     ShardPlan,
@@ -34,6 +35,7 @@ def shard() -> None:
     """Writes the shards of the training and validation splits, and what is in them."""
     params = load_params()
     config, ingest, ends = params.shard, params.paths.ingest, params.caption.sentence_ends
+    tokenizer = params.pretrain.text.tokenizer
     captions = {name: params.paths.captions / name for name in params.caption.captioners}
     inputs = {"ingest": hash_of(ingest / "index.json")}
     inputs |= {name: hash_of(folder / "index.json") for name, folder in captions.items()}
@@ -51,13 +53,15 @@ def shard() -> None:
 
     def write(plan: ShardPlan) -> list[UnitReport]:
         made_from = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
-        return reuse_or_write(
+        reports = reuse_or_write(
             plan.name,
             sha256_json([asdict(plan), made_from, inputs.get("image_tower")]),
             stage.out,
             lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
             lambda: [write_shard(plan, group(plan.partitions), stage.out, features, params.compute.batch_size)],
         )
+        write_token_ids(stage.out / f"{plan.name}.tar", tokenizer, ends)
+        return reports
 
     plans = {
         split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
@@ -72,7 +76,6 @@ def shard() -> None:
     done = stage.fan_out(every, write, name=lambda plan: plan.name, size=len)
     by_name = {report.name: report for report in done}
     reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
-    tokenizer = params.pretrain.text.tokenizer
     index = write_shard_index(
         stage.out,
         reports,

@@ -19,7 +19,8 @@ import pandas as pd
 
 from lotlip.core.files import sha256_files
 from lotlip.data.partitions import read_captions, read_image, read_table
-from lotlip.data.tars import MEMBERS, index_path, read_index, scan_tar
+from lotlip.data.tars import MEMBERS, TarSamples, index_path, read_index, scan_tar
+from lotlip.data.text import split_sub_captions
 
 # Images of a partition or shard that a gate opens; `lotlip verify` opens all.
 LOOKED_AT = 32
@@ -165,6 +166,7 @@ SHARD = (
     Fact("hash_off", "a shard's file has the hash that the index says", high=0),
     Fact("samples_off", "a shard has the samples that the index says", 0, 0),
     Fact("places_off", "a shard's .index.arrow says where its samples lie", high=0),
+    Fact("token_ids_off", "a shard's .token-ids.arrow, if it has one, is whole and of its samples' texts", high=0),
     Fact("incomplete", "every sample of a shard has all its parts", high=0),
     Fact("wordless", "every sample of a shard has a short caption", high=0),
     Fact("other_images", "a shard's images are those that its samples have hashes of", high=0),
@@ -215,8 +217,10 @@ def inspect_shard(
     opened = set(spread(table, looked_at).index)
     counts = dict.fromkeys(("wordless", "other_images", "held_out_images", "not_finite", "uncaptioned"), 0)
     train, widths = shard["name"].startswith("train-"), set()
+    contents = []
     for number, (texts, feature, image) in enumerate(_members(path, table)):
         content = json.loads(texts)
+        contents.append(content)
         counts["wordless"] += not content["raw"].strip()
         counts["uncaptioned"] += not any(content["captions"].values())
         counts["held_out_images"] += train and content["sha256"] in held_out
@@ -226,6 +230,8 @@ def inspect_shard(
             values = np.load(io.BytesIO(feature), allow_pickle=False)
             counts["not_finite"] += not np.isfinite(values).all()
             widths.add(values.shape[-1])
+    if row["places_off"] == 0:  # else training does not open it
+        row["token_ids_off"] = _token_ids_off(path, contents)
     return row | counts | {"widths": sorted(widths)}
 
 
@@ -241,6 +247,26 @@ def _indexed(path: Path, samples: Any) -> bool:
         return bool(read_index(path, path.stat().st_size).equals(samples))
     except ValueError:
         return False
+
+
+def _token_ids_off(path: Path, contents: Sequence[Mapping[str, Any]]) -> int | None:
+    """Whether token ids beside a shard differ from what was written, or from its samples in numbers of sub-captions."""
+    from lotlip.data.token_ids import read_token_ids
+
+    try:
+        stored = read_token_ids(TarSamples(path))
+        if stored is None:
+            return None
+        for row, content in enumerate(contents):
+            short, long = stored.captions(row)
+            written = {name: len(parts) for name, parts in content["captions"].items() if parts}
+            if written != {name: len(parts) for name, parts in long.items() if parts} or len(short) != len(
+                split_sub_captions(content["raw"], stored.sentence_ends)
+            ):
+                return 1
+        return int(not stored.intact())
+    except ValueError:
+        return 1
 
 
 def _members(path: Path, table: pd.DataFrame) -> Iterator[list[bytes]]:

@@ -2,6 +2,7 @@
 
 `train-000000.tar` stays what any user of webdataset reads; `train-000000.index.arrow` has a row for each of its samples
 and is mapped into memory, so that a process pays for the rows it looks at. A tar without one is scanned when opened.
+`train-000000.token-ids.arrow` has the token ids of its texts (`lotlip.data.token_ids`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from lotlip.core.files import atomic_write, remove
 from lotlip.core.listing import is_hidden
 
 INDEX = ".index.arrow"
+IDS = ".token-ids.arrow"
 
 # What of a sample is used; "image" is its first file that is neither of the others.
 MEMBERS = ("json", "npy", "image")
@@ -200,11 +202,49 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
 
 def write_index(tar: Path, index: pa.RecordBatch | None = None) -> Path:
     """Writes a tar's index beside it, with the tar's size, by which a stale one is known; scans it for want of one."""
-    index = scan_tar(tar) if index is None else index
-    index = index.replace_schema_metadata({"bytes": str(tar.stat().st_size)})
-    with atomic_write(index_path(tar)) as partial, pa.ipc.new_file(str(partial), index.schema) as file:
-        file.write_batch(index)
-    return index_path(tar)
+    return write_sidecar(index_path(tar), tar, scan_tar(tar) if index is None else index)
+
+
+def write_sidecar(path: Path, tar: Path, batch: pa.RecordBatch, **more: str) -> Path:
+    """Writes an Arrow file that belongs to a tar, with the tar's size and `more` as metadata."""
+    batch = batch.replace_schema_metadata({**more, "bytes": str(tar.stat().st_size)})
+    with atomic_write(path) as partial, pa.ipc.new_file(str(partial), batch.schema) as file:
+        file.write_batch(batch)
+    return path
+
+
+def read_sidecar(path: Path, tar: Path, size: int, what: str) -> pa.RecordBatch:
+    """What `write_sidecar` wrote, mapped into memory.
+
+    Args:
+        path: of the Arrow file.
+        tar: that it belongs to.
+        size: of the tar.
+        what: the file holds, for the error message.
+
+    Raises:
+        ValueError: it is not such a file, or it belongs to a tar of another size.
+    """
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        written_for = int(batch.schema.metadata[b"bytes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not {what} of a tar ({error}); remove it") from error
+    if written_for != size:
+        raise ValueError(
+            f"{path} is stale: it is of a tar of {written_for} bytes, and {tar.name} has {size}; "
+            "remove it, or write the shard again"
+        )
+    return batch
+
+
+def is_sidecar(path: Path) -> bool:
+    """Whether a file is one that `write_sidecar` wrote."""
+    try:
+        with pa.memory_map(str(path)) as file:
+            return b"bytes" in (pa.ipc.open_file(file).schema.metadata or {})
+    except (OSError, ValueError):
+        return False
 
 
 class TarWriter:
@@ -278,20 +318,12 @@ class SampleWriter:
 @contextmanager
 def write_samples(path: Path) -> Iterator[SampleWriter]:
     """Writes a tar of samples and its index; both are there, atomic_write, when the block ends well."""
-    remove(index_path(path), ours=is_index)  # one of an older tar would be stale
+    for ending in (INDEX, IDS):  # those of an older tar would be stale
+        remove(path.with_suffix(ending), ours=is_sidecar)
     with atomic_write(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
         samples = SampleWriter(tar)
         yield samples
     write_index(path, samples.index)
-
-
-def is_index(path: Path) -> bool:
-    """Whether a file is a tar's index."""
-    try:
-        with pa.memory_map(str(path)) as file:
-            return pa.ipc.open_file(file).schema.names == COLUMNS.names
-    except (OSError, ValueError):
-        return False
 
 
 def read_index(tar: Path, size: int) -> pa.RecordBatch:
@@ -305,16 +337,9 @@ def read_index(tar: Path, size: int) -> pa.RecordBatch:
         ValueError: it is not such an index, or one of a tar of another size.
     """
     path = index_path(tar)
-    try:
-        index = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        columns, indexed = index.schema.remove_metadata(), int(index.schema.metadata[b"bytes"])
-    except (pa.ArrowInvalid, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not an index of a tar ({error}); remove it") from error
-    if columns != COLUMNS or indexed != size:
-        raise ValueError(
-            f"{path} is stale: it is of a tar of {indexed} bytes, and {tar.name} has {size}; "
-            "remove it, or write the shard again"
-        )
+    index = read_sidecar(path, tar, size, "an index")
+    if index.schema.remove_metadata() != COLUMNS:
+        raise ValueError(f"{path} is not an index of a tar: its columns are {index.schema.names}; remove it")
     return index
 
 
@@ -323,6 +348,7 @@ class TarSamples:
 
     Attributes:
         path: of the tar.
+        size: of the tar when it was opened, in bytes.
         keys: of its samples, in order: an Arrow array of strings.
 
     Raises:
@@ -336,8 +362,8 @@ class TarSamples:
         except FileNotFoundError as error:
             raise ValueError(f"{path} is not there, but index.json lists it; write the shards again") from error
         weakref.finalize(self, os.close, self._file)
-        indexed = index_path(path).is_file()
-        index = read_index(path, os.fstat(self._file).st_size) if indexed else scan_tar(path)
+        self.size = os.fstat(self._file).st_size
+        index = read_index(path, self.size) if index_path(path).is_file() else scan_tar(path)
         self.keys = index.column("key")
         self._places = {
             member: (index.column(f"{member}_offset").to_numpy(), index.column(f"{member}_size").to_numpy())
@@ -347,8 +373,16 @@ class TarSamples:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def layout(self) -> str:
+        """A hash of the samples' keys and of where they lie, by which a tar of the same size is known from another."""
+        digest = hashlib.sha256("\0".join(self.keys.to_pylist()).encode())
+        for places in self._places.values():
+            for column in places:
+                digest.update(column.tobytes())
+        return digest.hexdigest()
+
     def read(self, row: int, members: Iterable[str]) -> RawSample:
-        """One read of the file, from the first of `members` to the last; a member that the sample lacks is left out.
+        """At most one read, from the first of `members` to the last; a member that the sample lacks is left out.
 
         Raises:
             ValueError: the tar ends before the sample does.
@@ -358,9 +392,11 @@ class TarSamples:
             offsets, sizes = self._places[member]
             if offsets[row]:
                 spans[member] = (int(offsets[row]), int(offsets[row] + sizes[row]))
+        key = self.keys[row].as_py()
+        if not spans:
+            return {"__key__": key, "__url__": str(self.path)}
         start, end = min(start for start, _ in spans.values()), max(end for _, end in spans.values())
         data = os.pread(self._file, end - start, start)
-        key = self.keys[row].as_py()
         if len(data) < end - start:
             raise ValueError(f"{self.path} ends inside sample {key}: it was cut off; write the shard again")
         parts = {member: data[first - start : last - start] for member, (first, last) in spans.items()}

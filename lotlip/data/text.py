@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 Window = Literal["within-caption", "across-captions"]
 SentenceEnds = Literal["released", "unicode"]
+SubCaption = TypeVar("SubCaption")  # its words, or its number among those of a tar
 
 # The inside of a character class: the characters with the property Sentence_Terminal of Unicode 16.0. It is written
 # out because `re` does not know the property, and so that a saved tokenizer does not change with a library's Unicode.
@@ -87,12 +89,43 @@ def join_sub_captions(sub_captions: Sequence[str]) -> str:
     return ". ".join(sub_captions)
 
 
+def sample_texts(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[list[str], dict[str, list[str]]]:
+    """The sub-captions of a sample's short caption, and those of its long captions by captioner.
+
+    Args:
+        data: the sample's .json.
+        place: the sample, for the error message.
+        sentence_ends: splits the short caption; the long ones are stored split.
+
+    Raises:
+        ValueError: a text is missing, is not text or has no words.
+    """
+    try:
+        info = json.loads(data)
+        short, captions = split_sub_captions(info["raw"], sentence_ends), dict(info["captions"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{place}: its .json has not `raw`, a caption, and `captions`, lists by captioner ({error!r}); "
+            "write the shard again"
+        ) from error
+    if not short:
+        raise ValueError(
+            f"{place}: its short caption {info['raw']!r} has no words; remove it, or write the shard again"
+        )
+    for name, parts in captions.items():
+        if not all(isinstance(part, str) and split_sub_captions(part, sentence_ends) for part in parts):
+            raise ValueError(
+                f"{place}: a sub-caption of {name} has no words or is not text; remove it, or write the shard again"
+            )
+    return short, captions
+
+
 def sample_window(
-    captions: Mapping[str, Sequence[str]],
+    captions: Mapping[str, Sequence[SubCaption]],
     length: int,
     rng: random.Random,
     window: Window = "within-caption",
-) -> list[str]:
+) -> list[SubCaption]:
     """Draws a long text: `length` consecutive sub-captions of an image's long captions (paper, Figs. 2 and 5).
 
     Args:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from tokenizers.normalizers import Replace
 from tokenizers.normalizers import Sequence as Steps
 from tokenizers.processors import TemplateProcessing
 
-from lotlip.core.files import read_json
+from lotlip.core.files import read_json, sha256_json
 from lotlip.data.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, split_sub_captions
 
 # Shipped with the package, so that anyone's captions work offline (Apache-2.0).
@@ -150,6 +150,9 @@ class TextTokenizer:
         self._tokenizer = _with_ours(pieces, self._special, self._extra, sentence_ends)
         self._tokenizer.enable_truncation(context_length)
         self.pad_id = self._tokenizer.token_to_id(self._special["pad"])
+        self._sep_id = self._tokenizer.token_to_id(self._special["sep"])
+        first = [self._special["cls"], *self._extra]
+        self._first = np.array([self._tokenizer.token_to_id(token) for token in first], dtype=np.int64)
 
     def encode(self, texts: Sequence[str | Sequence[str]]) -> list[list[int]]:
         """Token ids of each text, without padding.
@@ -160,15 +163,35 @@ class TextTokenizer:
         whole = [text if isinstance(text, str) else join_sub_captions(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole)]
 
+    @cached_property
+    def words_hash(self) -> str:
+        """Of what decides the ids of words: the word pieces and `sentence_ends`, but no length and no extra token."""
+        return sha256_json([word_pieces(self.name).to_str(), self.sentence_ends])
+
+    def encode_words(self, words: np.ndarray) -> np.ndarray:
+        """Token ids of a text whose words are encoded, without padding: what `encode` gives of the text.
+
+        Args:
+            words: ids of each sub-caption's words with [SEP] after them (`lotlip.data.token_ids`).
+        """
+        ids = np.concatenate([self._first, words[: self.context_length - len(self._first)]])
+        ids[-1] = self._sep_id  # also where the text is cut
+        return ids
+
     def __call__(
-        self, texts: Sequence[str | Sequence[str]], pad_to: int | None = None
+        self, texts: Sequence[str | Sequence[str] | np.ndarray], pad_to: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Token ids padded to the longest of these texts (or to `pad_to`), and how long each one is.
+
+        Args:
+            texts: as of `encode`, or arrays as of `encode_words`.
+            pad_to: at least the longest text's length.
 
         Returns:
             ids [B, L] int64 and lengths [B] int64.
         """
-        rows = self.encode(texts)
+        encoded = iter(self.encode([text for text in texts if not isinstance(text, np.ndarray)]))
+        rows = [self.encode_words(text) if isinstance(text, np.ndarray) else next(encoded) for text in texts]
         lengths = np.array([len(row) for row in rows], dtype=np.int64)
         ids = np.full((len(rows), pad_to or int(lengths.max(initial=1))), self.pad_id, dtype=np.int64)
         for row, tokens in zip(ids, rows, strict=True):

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -24,7 +23,8 @@ from lotlip.core.files import read_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
 from lotlip.data.tars import RawSample, Shards
-from lotlip.data.text import SentenceEnds, sample_window, split_sub_captions
+from lotlip.data.text import SubCaption, sample_texts, sample_window
+from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import LoaderConfig as LoaderSettings
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
@@ -42,14 +42,18 @@ class _Unusable:
     message: str
 
 
+# A text as its sub-captions, or as the ids of its words where those are stored (`TextTokenizer.__call__`).
+Text = list[str] | np.ndarray
+
+
 @dataclass(frozen=True)
 class Sample:
     """What one image brings to a step: its features or pixels, its short caption and the long texts drawn for it."""
 
     key: str
     image: np.ndarray  # [D] stored feature, or [3, H, W] pixels
-    raw: list[str]  # the short caption's sub-captions
-    long: list[list[str]]  # K long texts, each a list of sub-captions; empty without long texts
+    raw: Text  # the short caption
+    long: Sequence[Text]  # K long texts; empty without long texts
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,8 @@ class Loader:
 
     It does not depend on how many workers, processes or micro-batches share the work, so a run may resume with others,
     at any step, without passing over those before it. Workers are processes that read, decode and tokenize ahead; each
-    makes whole steps, in turn.
+    makes whole steps, in turn. Texts whose token ids are stored beside their tar are not tokenized; the batches are the
+    same.
 
     Args:
         shards: folder with `index.json` and its tars: `key.json`, and `key.npy` or an image.
@@ -191,13 +196,10 @@ class Loader:
                 f"{shards} has {self._order.samples} training samples, fewer than a batch of {rows.batch_size}; "
                 "set pretrain.batch_size lower"
             )
-        self._members = ("json", "npy" if transform is None else "image")
-        self._parse = partial(
-            parse_sample,
-            long_texts=settings.long_texts,
-            transform=transform,
-            sentence_ends=tokenizer.sentence_ends,
-        )
+        self._words_hash = tokenizer.words_hash
+        self._token_ids = lru_cache(maxsize=2 * WINDOW)(self._read_token_ids)
+        self._parse = partial(parse_sample, long_texts=settings.long_texts, transform=transform, tokenizer=tokenizer)
+        self._image = "npy" if transform is None else "image"
         self._collate = partial(collate, tokenizer=tokenizer)
         self._index, self._tokenizer, self._row_of = shards / "index.json", tokenizer, row_of
 
@@ -242,7 +244,7 @@ class Loader:
             wds.map(self._places),  # of this process's rows
             wds.map(self._read),  # one read a sample, of what is used
             wds.map(self._parsed),  # decoded, long texts drawn
-            wds.map(self._batched),  # tokenized, like lengths together
+            wds.map(self._batched),  # tokenized where ids are not stored, like lengths together
             _errors_handed_over,
         )
 
@@ -251,11 +253,20 @@ class Loader:
         start, own = batch * self._rows.batch_size, self._rows.own
         return list(self._order.places(epoch, start + own.start, start + own.stop))
 
-    def _read(self, places: list[Place]) -> list[tuple[RawSample, str]]:
-        return [(self._shards[place.shard].read(place.row, self._members), place.draw) for place in places]
+    def _read(self, places: list[Place]) -> list[tuple[Place, RawSample]]:
+        return [(place, self._shards[place.shard].read(place.row, self._members(place.shard))) for place in places]
 
-    def _parsed(self, group: list[tuple[RawSample, str]]) -> list[Sample]:
-        return [self._parse(raw, draw=draw) for raw, draw in group]
+    def _read_token_ids(self, shard: int) -> TokenIds | None:
+        return read_token_ids(self._shards[shard], self._words_hash)
+
+    def _members(self, shard: int) -> tuple[str, ...]:
+        return ("json", self._image) if self._token_ids(shard) is None else (self._image,)
+
+    def _parsed(self, group: list[tuple[Place, RawSample]]) -> list[Sample]:
+        return [
+            self._parse(raw, row=place.row, draw=place.draw, token_ids=self._token_ids(place.shard))
+            for place, raw in group
+        ]
 
     def _batched(self, samples: list[Sample]) -> list[Batch]:
         batch = self._collate(samples)
@@ -333,61 +344,58 @@ def _start_worker(parent: int | None, _: int) -> None:
 def parse_sample(
     raw: RawSample,
     long_texts: LongTextsConfig,
+    row: int,
     draw: str,
     transform: Transform | None,
-    sentence_ends: SentenceEnds = "released",
+    tokenizer: TextTokenizer,
+    token_ids: TokenIds | None = None,
 ) -> Sample:
     """Decodes what is used of a sample and draws its long texts.
-
-    An image that none of the captioners described keeps its place in the batch: its short caption stands in.
 
     Args:
         raw: as `lotlip.data.tars` reads it.
         long_texts: what to draw.
+        row: number of the sample in its tar.
         draw: where chance comes from, together with the key, so that draws do not depend on order.
         transform: as in `Loader`.
-        sentence_ends: splits the short caption into sub-captions; the long ones are stored split.
+        tokenizer: its sentence ends split the short caption into sub-captions; the long ones are stored split.
+        token_ids: of the tar's texts; None: the sample's .json has them.
 
     Raises:
         ValueError: the sample lacks what is needed, or it cannot be read.
     """
     key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
-    short_caption, captions = _captions(raw["json"], place, sentence_ends)
+    text: Text
+    long: Sequence[Text]
+    if token_ids is None:
+        text, captions = sample_texts(raw["json"], place, tokenizer.sentence_ends)
+        long = _draw(text, captions, long_texts, f"{draw}/{key}")
+    else:
+        numbers, numbered = token_ids.captions(row)
+        text = token_ids.words(numbers)
+        long = [token_ids.words(drawn) for drawn in _draw(numbers, numbered, long_texts, f"{draw}/{key}")]
     image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{draw}/{key}/image")
-    long: list[list[str]] = []
-    if long_texts.sub_captions:
-        if long_texts.captioners:
-            captions = {name: captions[name] for name in long_texts.captioners if name in captions}
-        if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
-            captions = {"raw": short_caption}
-        rng = random.Random(f"{draw}/{key}")
-        long = [
-            sample_window(captions, long_texts.sub_captions, rng, long_texts.window)
-            for _ in range(long_texts.per_image)
-        ]
-    return Sample(key, image, short_caption, long)
+    return Sample(key, image, text, long)
 
 
-def _captions(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[list[str], dict[str, list[str]]]:
-    """The short caption's sub-captions, and the long captions' by captioner."""
-    try:
-        info = json.loads(data)
-        raw, captions = split_sub_captions(info["raw"], sentence_ends), dict(info["captions"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{place}: its .json has not `raw`, a caption, and `captions`, lists by captioner ({error!r}); "
-            "write the shard again"
-        ) from error
-    if not raw:
-        raise ValueError(
-            f"{place}: its short caption {info['raw']!r} has no words; remove it, or write the shard again"
-        )
-    for name, parts in captions.items():
-        if not all(isinstance(part, str) and split_sub_captions(part, sentence_ends) for part in parts):
-            raise ValueError(
-                f"{place}: a sub-caption of {name} has no words or is not text; remove it, or write the shard again"
-            )
-    return raw, captions
+def _draw(
+    short: Sequence[SubCaption],
+    captions: Mapping[str, Sequence[SubCaption]],
+    settings: LongTextsConfig,
+    chance: str,
+) -> list[list[SubCaption]]:
+    """The long texts of an image.
+
+    An image that none of the captioners described keeps its place in the batch: its short caption stands in.
+    """
+    if not settings.sub_captions:
+        return []
+    if settings.captioners:
+        captions = {name: captions[name] for name in settings.captioners if name in captions}
+    if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
+        captions = {"raw": short}
+    rng = random.Random(chance)
+    return [sample_window(captions, settings.sub_captions, rng, settings.window) for _ in range(settings.per_image)]
 
 
 def _feature(raw: RawSample, place: str) -> np.ndarray:
@@ -427,7 +435,7 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
 
 
 def collate(samples: list[Sample], tokenizer: TextTokenizer) -> Batch:
-    """Stacks samples and tokenizes their texts."""
+    """Stacks samples and tokenizes those of their texts whose ids are not stored."""
     raw_ids, raw_lengths = tokenizer([sample.raw for sample in samples])
     long = [text for sample in samples for text in sample.long]
     long_ids, long_lengths = map(torch.from_numpy, tokenizer(long)) if long else (None, None)

@@ -2,7 +2,8 @@
 
 A sample is `key.json` (short caption, long captions by captioner), `key.npy` (the image's feature, float32, where
 features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.index.arrow` says where
-its samples lie (`lotlip.data.tars`), and `train-000000.done.json` is its report; it is written last.
+its samples lie (`lotlip.data.tars`), `train-000000.token-ids.arrow` has the token ids of its texts
+(`lotlip.data.token_ids`), and `train-000000.done.json` is its report, written when the tar and its index are there.
 """
 
 from __future__ import annotations

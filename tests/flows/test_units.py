@@ -419,6 +419,7 @@ def test_shards_follow_captions_that_changed_after_an_interruption(described: Pa
     shard.fn()
     texts = []
     for path in Path("data/shards").glob("*.tar"):
+        assert path.with_suffix(".token-ids.arrow").is_file()
         with tarfile.open(path) as tar:
             texts += [tar.extractfile(member).read() for member in tar if member.name.endswith(".json")]
     assert len(texts) == 30

@@ -1,0 +1,355 @@
+"""Token ids beside a tar: training has the batches that it would have if it tokenized, and nothing else is used."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.normalizers import NFC, Prepend
+from tokenizers.normalizers import Sequence as Steps
+
+import lotlip.data
+from lotlip.data.images import training_transform
+from lotlip.data.tars import TarSamples
+from lotlip.data.text import split_sub_captions
+from lotlip.data.token_ids import TokenIds, read_token_ids, token_ids_path, write_token_ids
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
+from lotlip.pretrain.loader import Batch, Loader, Rows
+from tests.conftest import TinySample, write_shards
+from tests.test_tokenizer import FAMILIES, SIZES, family, ours, texts_of_all_sorts, write_roberta  # noqa: F401 (a fixture)
+
+BERT = "bert-base-uncased"
+TOKENIZER = TextTokenizer(BERT, 24, 2, 1)
+
+
+def described(samples: list[TinySample]) -> list[TinySample]:
+    """Samples with texts of all sorts: too long ones, other scripts, words that are special tokens, none at all."""
+    texts = [
+        ("A dog. It runs!", {"llava": ["one", "two", "three", "four"], "gpt": ["a", "b"]}),
+        ("一只狗。它在跑", {"llava": ["Ünï ￼ \x00 code 🙂", "— ( )", "\u0301 mark"], "gpt": []}),
+        ("[SEP] [COR1] [MASK]", {"gpt": ["[CLS] a", "[mask]", "unbelievable " * 40, "end"]}),
+        ("word " * 60 + ". more", {}),
+        ("no one. described it. at all. ok", {"llava": [], "gpt": []}),
+        ("x", {"other": ["somebody else wrote this", "and this"]}),
+    ]
+    return [
+        replace(sample, info={"raw": texts[number % 6][0], "captions": texts[number % 6][1]})
+        for number, sample in enumerate(samples)
+    ]
+
+
+def loader(shards: Path, rows: Rows, texts: dict[str, Any], workers: int, **settings: Any) -> Loader:
+    tokenizer = settings.pop("tokenizer", TOKENIZER)
+    config = PretrainConfig(long_texts=LongTextsConfig(**texts), loader=settings)
+    return Loader(shards, config, tokenizer, 3, rows, workers=workers)
+
+
+def same(found: list[list[Batch]], expected: list[list[Batch]]) -> bool:
+    """Whether the batches are equal to the last bit, their padding included."""
+    pairs = zip(chain.from_iterable(found), chain.from_iterable(expected), strict=True)
+    return all(equal(value, vars(other)[name]) for one, other in pairs for name, value in vars(one).items())
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, tiny_samples) -> tuple[Path, Path]:
+    """The same shards with and without token ids."""
+    samples = described(tiny_samples)
+    without, stored = (write_shards(tmp_path_factory.mktemp("shards"), samples, 3) for _ in range(2))
+    for tar in stored.glob("*.tar"):
+        assert write_token_ids(tar, BERT) == token_ids_path(tar)
+    return without, stored
+
+
+@pytest.fixture
+def small_windows(monkeypatch) -> None:
+    monkeypatch.setattr("lotlip.pretrain.order.WINDOW", 2)
+
+
+@pytest.fixture
+def nothing_is_tokenized(monkeypatch) -> Callable[[], None]:
+    """A function after which a text that is tokenized is an error, and so is a .json that is parsed."""
+
+    def forbid() -> None:
+        def refuse(*_: Any, **__: Any) -> Any:
+            raise AssertionError("a text was tokenized")
+
+        monkeypatch.setattr("lotlip.pretrain.loader.sample_texts", refuse)
+        encode = TextTokenizer.encode
+        monkeypatch.setattr(TextTokenizer, "encode", lambda self, texts: refuse() if texts else encode(self, texts))
+
+    return forbid
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+@pytest.mark.parametrize("settings", [{}, {"epochs": "resampled", "weights": {"red": 5.0}}])
+@pytest.mark.parametrize(
+    ("texts", "rows", "workers"),
+    [
+        ({"sub_captions": 3}, Rows(8), 0),
+        ({"sub_captions": 2, "per_image": 3}, Rows(8, accumulation=2), 1),
+        ({"sub_captions": 3, "window": "across-captions"}, Rows(16, 1, 2, accumulation=4), 2),
+        ({"sub_captions": 1, "captioners": ["gpt"]}, Rows(8), 0),
+        ({"sub_captions": 9, "captioners": ["llava", "nobody"], "per_image": 2}, Rows(8), 0),
+        ({"sub_captions": 5, "captioners": ["other", "gpt"], "window": "across-captions"}, Rows(8), 0),
+        ({"sub_captions": 0}, Rows(8, accumulation=2), 0),
+    ],
+)
+def test_batches_are_those_of_the_texts(folders, small_windows, nothing_is_tokenized, settings, texts, rows, workers):
+    without, stored = folders
+    expected = list(loader(without, rows, texts, 0, **settings).steps(0, 14))
+    nothing_is_tokenized()
+    assert same(list(loader(stored, rows, texts, workers, **settings).steps(0, 14)), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_resumes_at_any_step(folders, small_windows, workers):
+    without, stored = folders
+    whole = list(loader(without, Rows(8), {}, 0).steps(0, 13))
+    for first in (1, 5, 6, 11):
+        assert same(list(loader(stored, Rows(8), {}, workers).steps(first, 13)), whole[first:])
+
+
+def test_pixels_come_with_the_same_texts(folders):
+    def steps(shards: Path) -> list[list[Batch]]:
+        return list(Loader(shards, PretrainConfig(), TOKENIZER, 0, Rows(8), training_transform(16), 0).steps(0, 6))
+
+    assert same(steps(folders[1]), steps(folders[0]))
+
+
+def test_only_the_feature_is_read(folders, monkeypatch):
+    sizes: list[int] = []
+    read = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, offset: sizes.append(size) or read(file, size, offset))
+    list(loader(folders[1], Rows(8), {}, 0).steps(0, 6))
+    assert sizes == [128 + 32 * 4] * 48  # the .npy of 32 numbers
+
+
+def test_a_sample_without_its_feature_says_how_to_get_one(tmp_path, tiny_samples):
+    shards = write_shards(tmp_path, tiny_samples, 1, features=False)
+    write_token_ids(shards / "train-000000.tar", BERT)
+    with pytest.raises(ValueError, match=r"^sample \S+ in \S+train-000000.tar has no stored feature; set shard"):
+        next(loader(shards, Rows(8), {}, 0).steps(0, 1))
+
+
+def test_tars_with_and_without_token_ids_share_batches(tmp_path, tiny_samples, folders):
+    mixed = write_shards(tmp_path, described(tiny_samples), 3)
+    write_token_ids(mixed / "train-000001.tar", BERT)
+    expected = list(loader(folders[0], Rows(8), {}, 0).steps(0, 6))
+    assert same(list(loader(mixed, Rows(8), {}, 0).steps(0, 6)), expected)
+
+
+def test_ids_of_another_tokenizer_are_not_used(folders):
+    without, stored = folders
+    tokenizer = TextTokenizer(BERT, 24, 2, sentence_ends="unicode")
+    found, expected = (
+        list(loader(path, Rows(8), {}, 0, tokenizer=tokenizer).steps(0, 6)) for path in (stored, without)
+    )
+    assert same(found, expected)
+    assert not same(found, list(loader(stored, Rows(8), {}, 0).steps(0, 6)))
+
+
+def test_context_and_corner_tokens_do_not_matter(folders, nothing_is_tokenized):
+    without, stored = folders
+    sizes = [TextTokenizer(BERT, 9, 4), TextTokenizer(BERT, 500, 0, 2)]
+    expected = [list(loader(without, Rows(8), {}, 0, tokenizer=size).steps(0, 6)) for size in sizes]
+    nothing_is_tokenized()
+    for size, batches in zip(sizes, expected, strict=True):
+        assert same(list(loader(stored, Rows(8), {}, 0, tokenizer=size).steps(0, 6)), batches)
+
+
+# --- what is written ----------------------------------------------------------------------------------------------
+
+
+def one_tar(folder: Path, samples: list[TinySample], *captions: dict[str, Any]) -> Path:
+    named = [replace(sample, info=info) for sample, info in zip(samples, captions, strict=False)]
+    return write_shards(folder, named, 1) / "train-000000.tar"
+
+
+def stored(tar: Path, words_hash: str | None = None) -> TokenIds | None:
+    return read_token_ids(TarSamples(tar), words_hash)
+
+
+def test_the_file_has_every_sub_caption(tmp_path, tiny_samples):
+    tar = one_tar(
+        tmp_path,
+        tiny_samples,
+        {"raw": "a dog. it runs", "captions": {"b": ["red", "blue sky"], "a": ["green"]}},
+        {"raw": "a cat", "captions": {"c": ["white"], "a": []}},
+    )
+    assert write_token_ids(tar, BERT)
+    found = stored(tar)
+    assert found is not None and found.captioners == ["a", "b", "c"] and found.ids.dtype == np.uint16
+    assert found.captions(0) == (range(2), {"a": range(2, 3), "b": range(3, 5), "c": range(5, 5)})
+    assert found.captions(1) == (range(5, 6), {"a": range(6, 6), "b": range(6, 6), "c": range(6, 7)})
+    plain = TextTokenizer(BERT)
+    for numbers, text in (
+        ([0, 1], "a dog. it runs"),
+        ([3, 4], "red. blue sky"),
+        ([6], "white"),
+        ([2, 4], "green. blue sky"),
+    ):
+        assert plain.encode_words(found.words(numbers)).tolist() == plain.encode([text])[0]
+    everything = TextTokenizer(BERT, 512).encode([["a dog", "it runs", "red", "blue sky", "green", "a cat", "white"]])
+    assert found.vocabulary == sorted(set(everything[0][1:]))
+    assert found.sentence_ends == "released" and found.words_hash == plain.words_hash and found.intact()
+
+
+def test_the_bytes_depend_on_nothing_else(tmp_path, tiny_samples):
+    files = []
+    for name in ("a", "b"):
+        tar = write_shards(tmp_path / name, described(tiny_samples), 1) / "train-000000.tar"
+        path = write_token_ids(tar, BERT)
+        assert path is not None
+        files.append(path.read_bytes())
+    assert files[0] == files[1]
+
+
+def test_it_is_written_again_only_where_it_must(tmp_path, tiny_samples):
+    info = {"raw": "a dog! it runs", "captions": {}}
+    tar = one_tar(tmp_path, tiny_samples, info)
+    path = token_ids_path(tar)
+
+    def written(*args: Any) -> bool:
+        before = path.stat().st_ino if path.exists() else None
+        kept = path.open("rb") if before else None  # so that its number is not given to another file
+        assert write_token_ids(tar, BERT, *args) == path
+        if kept:
+            kept.close()
+        return path.stat().st_ino != before
+
+    assert [written(), written(), written("unicode"), written("unicode"), written()] == [True, False, True, False, True]
+    with tar.open("ab") as file:
+        file.write(bytes(10240))
+    assert [written(), written()] == [True, False]
+    batch = pa.ipc.open_file(path).get_batch(0)
+    with pa.ipc.new_file(str(path), batch.schema) as file:
+        file.write_batch(batch.slice(0, 0))
+    assert [written(), written()] == [True, False]
+
+
+def test_a_tar_without_samples_has_no_texts(tmp_path):
+    tar = one_tar(tmp_path, [])
+    assert write_token_ids(tar, BERT)
+    found = stored(tar)
+    assert found is not None and len(found) == len(found.ids) == 0
+    written = token_ids_path(tar).stat().st_ino
+    assert write_token_ids(tar, BERT) and token_ids_path(tar).stat().st_ino == written
+
+
+def test_many_word_pieces_take_wider_ids(tmp_path, tiny_samples):
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(4, 70000))]
+    data = json.loads((Path(lotlip.data.__path__[0]) / BERT / "tokenizer.json").read_text())
+    data["model"]["vocab"] = {piece: number for number, piece in enumerate(pieces)}
+    data["added_tokens"] = []
+    name = tmp_path / "tokenizer.json"
+    name.write_text(json.dumps(data))
+    tar = one_tar(tmp_path / "shards", tiny_samples, {"raw": "w69999 w5", "captions": {}})
+    assert write_token_ids(tar, str(name))
+    found = stored(tar)
+    assert found is not None and found.ids.tolist() == [69999, 5, 3]
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"raw": "..."}, "its short caption '...' has no words"),
+        ({"raw": None}, "its .json has not `raw`"),
+        ({"raw": "a", "captions": {"llava": ["a", " . "]}}, "a sub-caption of llava has no words or is not text"),
+        ({"raw": "a", "captions": {"llava": [None]}}, "a sub-caption of llava has no words or is not text"),
+    ],
+)
+def test_a_text_that_cannot_be_used_is_named(tmp_path, tiny_samples, info, message):
+    tar = one_tar(tmp_path, tiny_samples, {"captions": {}, **info})
+    with pytest.raises(ValueError, match=rf"^sample {tiny_samples[0].key} in \S+train-000000.tar: {message}"):
+        write_token_ids(tar, BERT)
+
+
+def test_sub_captions_with_sentence_ends_inside_are_left_to_training(tmp_path, tiny_samples):
+    tar = one_tar(tmp_path, tiny_samples, {"raw": "a", "captions": {"llava": ["[COR.1]"]}})
+    assert write_token_ids(tar, BERT) is None
+    assert stored(tar) is None
+
+
+def test_a_tokenizer_that_looks_beyond_a_sub_caption_is_left_to_training(tmp_path, tiny_samples):
+    pieces = Tokenizer.from_file(str(Path(lotlip.data.__path__[0]) / BERT / "tokenizer.json"))
+    assert pieces.normalizer is not None
+    pieces.normalizer = Steps([Prepend("the "), pieces.normalizer])
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    name = str(tmp_path / "tokenizer.json")
+    tar = one_tar(tmp_path / "shards", tiny_samples, {"raw": "a dog. it runs", "captions": {}})
+    assert write_token_ids(tar, BERT)
+    assert write_token_ids(tar, name) is None
+    assert stored(tar) is None  # those of the other tokenizer are gone, too
+    tar = one_tar(tmp_path / "short", tiny_samples, {"raw": "a dog", "captions": {}})
+    assert write_token_ids(tar, name)  # here nothing follows another
+
+
+def test_files_that_cannot_be_used_are_errors(tmp_path, tiny_samples, folders):
+    tar = one_tar(tmp_path, tiny_samples, {"raw": "a dog", "captions": {}})
+    path = token_ids_path(tar)
+    for data in (b"something else", b"", folders[1].joinpath("train-000000.token-ids.arrow").read_bytes()[:-100]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"token-ids.arrow is not a file with the token ids of a tar .*; rem"):
+            next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+    path.write_bytes(folders[1].joinpath("train-000000.token-ids.arrow").read_bytes())
+    with pytest.raises(ValueError, match=r"token-ids.arrow is stale: it is of a tar of \d+ bytes, and .*; remove"):
+        next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+    batch = pa.record_batch({"key": ["a"]}).replace_schema_metadata({"bytes": str(tar.stat().st_size)})
+    with pa.ipc.new_file(str(path), batch.schema) as file:
+        file.write_batch(batch)
+    with pytest.raises(ValueError, match=r"token-ids.arrow is not a file with the token ids of a tar .*; remove"):
+        next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+    assert write_token_ids(tar, BERT)
+    other = one_tar(tmp_path / "other", tiny_samples[1:], {"raw": "a cat", "captions": {}})
+    assert other.stat().st_size == tar.stat().st_size
+    token_ids_path(other).write_bytes(path.read_bytes())
+    with pytest.raises(ValueError, match=r"token-ids.arrow is stale: train-000000.tar has other samples; remove"):
+        next(loader(other.parent, Rows(1), {}, 0).steps(0, 1))
+
+
+def test_a_normaliser_that_joins_characters_is_watched_in_every_sample(tmp_path, tiny_samples):
+    """The combining stroke of the last sample would be joined to the end of `</s>` before it."""
+    write_roberta(tmp_path / "tokenizer.json", with_prefix=False)
+    pieces = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    pieces.normalizer = NFC()
+    pieces.save(str(tmp_path / "tokenizer.json"))
+    infos = [{"raw": "a dog. it runs", "captions": {}}] * 47
+    name = str(tmp_path / "tokenizer.json")
+    assert write_token_ids(one_tar(tmp_path / "plain", tiny_samples, *infos), name)
+    stroke = {"raw": "a dog.\u0338it runs", "captions": {}}
+    assert write_token_ids(one_tar(tmp_path / "stroke", tiny_samples, *infos, stroke), name) is None
+
+
+# --- sub-captions that were encoded one by one --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+@given(
+    texts=st.lists(texts_of_all_sorts, max_size=4),
+    size=st.sampled_from(SIZES),
+)
+def test_sub_captions_encoded_one_by_one_are_the_text_they_make(family, texts, size):  # noqa: F811
+    parts = [part for text in texts for part in split_sub_captions(text)] or ["a"]
+    uncut = ours(family, SIZES[0])
+    words = np.concatenate([np.array(row[1:]) for row in uncut.encode(parts)])
+    tokenizer = ours(family, size)
+    assert tokenizer.encode_words(words).tolist() == tokenizer.encode([parts])[0]
