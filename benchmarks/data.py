@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lotlip.core.files import write_json
-from lotlip.data.tars import TarWriter, write_index
+from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
+from lotlip.data.tars import TarWriter
+from lotlip.data.tars import write_index as write_places
 
 CAPTIONERS = ("instructblip", "llava", "sharegpt4v")
 WORDS = [
@@ -52,9 +53,13 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
                 tar.add(f"{key}.npy", feature.getvalue())
                 tar.add(f"{key}.jpg", rng.choice(pictures))
                 tar.add(f"{key}.txt", raw.encode())
-        write_index(path)
-    listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
-    write_json(folder / "index.json", {"features": True, "splits": {"train": {"samples": samples, "shards": listed}}})
+        write_places(path)
+    listed = [
+        ShardEntry(name=name, samples=size, bytes=(folder / f"{name}.tar").stat().st_size, sha256="")
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    splits = {"train": SplitEntry(samples=samples, shards=listed)}
+    write_index(folder, [], ShardIndex, splits=splits, statistics={}, features=True, vocabulary=[])
 
 
 def sentence(rng: random.Random) -> str:

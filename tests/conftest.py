@@ -95,13 +95,18 @@ def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> P
 
 def write_shards(folder: Path, samples: list[TinySample], shards: int, features: bool = True) -> Path:
     """A data set of `shards` tars for training, with what `index.json` says of them."""
+    from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
+
     names = [f"train-{number:06d}" for number in range(shards)]
     parts = [samples[number::shards] for number in range(shards)]
     for name, part in zip(names, parts, strict=True):
         write_tar(folder / f"{name}.tar", part, features)
-    listed = [{"name": name, "samples": len(part)} for name, part in zip(names, parts, strict=True)]
-    index = {"features": features, "splits": {"train": {"samples": len(samples), "shards": listed}}}
-    (folder / "index.json").write_text(json.dumps(index))
+    listed = [
+        ShardEntry(name=name, samples=len(part), bytes=(folder / f"{name}.tar").stat().st_size, sha256="")
+        for name, part in zip(names, parts, strict=True)
+    ]
+    splits = {"train": SplitEntry(samples=len(samples), shards=listed)}
+    write_index(folder, [], ShardIndex, splits=splits, statistics={}, features=features, vocabulary=[])
     return folder
 
 
