@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lotlip.core.files import write_json
-from lotlip.data.tars import TarWriter, write_index
+from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
+from lotlip.data.tars import TarWriter
+from lotlip.data.tars import write_index as write_places
 from lotlip.data.token_ids import write_token_ids
 from lotlip.data.tokenizer import used_tokens
 
@@ -58,16 +59,16 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
                 tar.add(f"{key}.npy", feature.getvalue())
                 tar.add(f"{key}.jpg", rng.choice(pictures))
                 tar.add(f"{key}.txt", raw.encode())
-        write_index(path)
+        write_places(path)
         write_token_ids(path, TOKENIZER)
-    listed = [{"name": name, "samples": size} for name, size in zip(names, sizes, strict=True)]
-    index = {
-        "features": True,
-        "splits": {"train": {"samples": samples, "shards": listed}},
-        "tokenizer": TOKENIZER,
-        "vocabulary": sorted(used_tokens(TOKENIZER, WORDS)),
-    }
-    write_json(folder / "index.json", index)
+    listed = [
+        ShardEntry(name=name, samples=size, bytes=(folder / f"{name}.tar").stat().st_size, sha256="")
+        for name, size in zip(names, sizes, strict=True)
+    ]
+    splits = {"train": SplitEntry(samples=samples, shards=listed)}
+    vocabulary = sorted(used_tokens(TOKENIZER, WORDS))
+    own = {"statistics": {}, "features": True, "tokenizer": TOKENIZER, "vocabulary": vocabulary}
+    write_index(folder, [], ShardIndex, splits=splits, **own)
 
 
 def sentence(rng: random.Random) -> str:

@@ -27,9 +27,10 @@ from benchmarks.data import write_data
 from flows.runtime.processes import launch
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.compute import LocalLaunch, TrainingCompute
-from lotlip.core.files import read_json, write_json
+from lotlip.core.files import read_json
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.job import Job
 
 WIDTH = 64
 MODULE = "lotlip.train"
@@ -75,19 +76,19 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
         checkpoint_every=5,
         stop_at_chance_after=0,  # the captions are random words
     )
-    job = {
-        "ablation": name,
-        "config": settings.model_dump(mode="json"),
-        "compute": compute.model_dump(mode="json"),
-        "seeds": settings.seeds,
-        "shards": str(root / "shards"),
-        "image_tower": str(root / "tower"),
-        "scratch": str(root / name / "scratch"),
-        "out": str(root / name / "out"),
-        "tracking_uri": "",
-        "run_ids": {},
-    }
-    write_json(root / name / "job.json", job)
+    job = Job(
+        ablation=name,
+        config=settings,
+        compute=compute,
+        seeds=settings.seeds,
+        shards=root / "shards",
+        image_tower=root / "tower",
+        scratch=root / name / "scratch",
+        out=root / name / "out",
+        tracking_uri="",
+        run_ids={},
+    )
+    job.write(root / name / "job.json")
     return root / name / "job.json"
 
 

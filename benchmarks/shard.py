@@ -33,8 +33,9 @@ from PIL import Image
 from benchmarks.data import CAPTIONERS, sentence
 from lotlip.core.files import SCRATCH, remove
 from lotlip.data.duplicates import unique_partitions
+from lotlip.data.index import CaptionIndex, ShardIndex, UnitIndex, read_index, write_index
 from lotlip.data.inspection import held_out_images
-from lotlip.data.partitions import finished, read_index, unit_names, write_captions, write_index, write_partitions
+from lotlip.data.partitions import finished, unit_names, write_captions, write_partitions
 from lotlip.data.records import Caption, ImageRecord, Unit, UnitReport
 from lotlip.ingest.config import IngestConfig
 from lotlip.shard.config import ShardConfig
@@ -75,9 +76,9 @@ def write_data(folder: Path, samples: int, partition: int) -> None:
                 for record, text in zip(part, texts, strict=True)
             ]
             reports[name].append(write_captions(unit.name, captions, len(part), folder / "captions" / name))
-    write_index(folder / "ingest", reports["ingest"])
+    write_index(folder / "ingest", reports["ingest"], UnitIndex)
     for name in CAPTIONERS:
-        write_index(folder / "captions" / name, reports[name])
+        write_index(folder / "captions" / name, reports[name], CaptionIndex)
 
 
 # --- three ways ---------------------------------------------------------------------------------------------------
@@ -141,7 +142,7 @@ def all_stages(data: Path) -> None:
     ingest, shards = data / "unique", data / "shards"
     reports = [report for name in unit_names(data / "ingest") if (report := finished(name, data / "ingest"))]
     unique = unique_partitions(data / "ingest", reports, ingest, {})
-    write_index(ingest, unique)
+    write_index(ingest, unique, UnitIndex)
     settings = IngestConfig(source={"kind": "folder", "path": data})
     gate_ingest(settings, ingest, unique, len(unique), (), data / "gate")
     captions = {name: data / "captions" / name for name in CAPTIONERS}
@@ -149,10 +150,10 @@ def all_stages(data: Path) -> None:
     plans = plan_shards(ingest, captions, "train", PER_SHARD, 0)
     written = [write_shard(plan, group(plan.partitions), shards, None, 250) for plan in plans]
     statistics = shard_statistics(ingest, captions, "train", len)
-    write_shard_index(shards, {"train": written}, statistics, features=False)
+    write_shard_index(shards, {"train": written}, statistics, features=False, vocabulary=[])
     held_out = held_out_images(ingest, unit_names(ingest))
     sizes = ShardConfig(samples_per_shard=PER_SHARD, store_features=False)
-    gate_shard(sizes, shards, read_index(shards), sum(map(len, plans)), held_out, data / "gate")
+    gate_shard(sizes, shards, read_index(shards, ShardIndex), sum(map(len, plans)), held_out, data / "gate")
 
 
 def peak_memory(partitions: int) -> float:

@@ -33,10 +33,10 @@ def restore() -> list[str]:
 
     tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
     for file in trained:
-        run, folder = Run.read(file), file.parent
+        run, folder = Run.load(file), file.parent
         name = run.ablation
         measured = paths.metrics / f"{name}.json"
-        scores = AblationScores.read(measured) if measured.is_file() else None
+        scores = AblationScores.load(measured) if measured.is_file() else None
         if scores is None:
             said = f"{measured} is not there, so it has no scores"
         elif scores.fingerprints != run.fingerprints:

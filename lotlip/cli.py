@@ -369,7 +369,7 @@ def plan(
     import yaml
 
     from lotlip.config.params import load_params
-    from lotlip.core.files import read_json
+    from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
     from lotlip.plan.plan import Gpu, describe, images_by_name, on_gpus
     from lotlip.plan.plan import plan as make_plan
 
@@ -382,8 +382,8 @@ def plan(
         of_gpus = Path("infra", "gpus", f"{gpus}.yaml")
         differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8")) if of_gpus.is_file() else {}
         config, compute = on_gpus(config, compute, gpus, differences)
-    index = settings.paths.shards / "index.json"
-    shards = read_json(index) if index.is_file() and not profile else None
+    written = (settings.paths.shards / INDEX_FILE).is_file() and not profile
+    shards = read_index(settings.paths.shards, ShardIndex) if written else None
     gpu = Gpu(gpu_memory * 1e9, tflops * 1e12, utilisation)
     if not shards:
         images = images or images_by_name(file.stem)

@@ -7,8 +7,18 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lotlip.core.files import RECORD, sha256_files, sha256_json
+from lotlip.core.files import RECORD, read_json, sha256_files, sha256_json
 from lotlip.data.duplicates import hashes, repeats
+from lotlip.data.index import (
+    INDEX_FILE,
+    CaptionIndex,
+    ShardEntry,
+    ShardIndex,
+    Totals,
+    UnitEntry,
+    UnitIndex,
+    read_index,
+)
 from lotlip.data.inspection import (
     CAPTIONS,
     HASH,
@@ -21,7 +31,7 @@ from lotlip.data.inspection import (
     inspect_shard,
     read_keys,
 )
-from lotlip.data.partitions import MARKER, finished, read_index, read_table
+from lotlip.data.partitions import MARKER, finished, read_table
 from lotlip.data.tars import IDS, INDEX
 from lotlip.shard.shards import DONE, finished_shard
 
@@ -67,19 +77,29 @@ def verify(folder: Path, held_out: Collection[str] = ()) -> Contents:
     Raises:
         ValueError: it has no index.json, or one of another kind.
     """
-    index = read_index(folder)
-    if "splits" in index:
-        shards = [shard for split in index["splits"].values() for shard in split["shards"]]
-        return Contents("shards", len(shards) + 1, index["written"], _shards(folder, index, shards, held_out))
-    if "units" not in index:
-        raise ValueError(f"{folder / 'index.json'} is not of ingest, of a captioner or of shards")
-    units = [unit for unit in index["units"] if unit["sha256"]]  # of one that failed as a whole there is no file
-    images = any((folder / f"{unit['name']}.tar").is_file() for unit in units)
-    found = _images(folder, index, units, held_out) if images else _captions(folder, index, units)
-    return Contents("images" if images else "captions", len(units) + 1, index["written"], found)
+    index = _index(folder)
+    if isinstance(index, ShardIndex):
+        return Contents("shards", len(index.shards) + 1, index.written, _shards(folder, index, held_out))
+    kind, found = "captions", _captions(folder, index)
+    if any((folder / f"{unit.name}.tar").is_file() for unit in index.whole):
+        kind, found = "images", _images(folder, index, held_out)
+    return Contents(kind, len(index.whole) + 1, index.written, found)
 
 
-Units = Sequence[Mapping[str, Any]]
+def _index(folder: Path) -> ShardIndex | UnitIndex:
+    """The index of a folder of any kind, which is known by the fields that it alone has."""
+    path = folder / INDEX_FILE
+    kinds: dict[str, type[ShardIndex] | type[UnitIndex]] = {
+        "splits": ShardIndex,
+        "quality": CaptionIndex,
+        "units": UnitIndex,
+    }
+    fields = read_json(path) if path.is_file() else kinds  # where there is none, `read_index` says so
+    kind = next((kind for field, kind in kinds.items() if field in fields), None)
+    if kind is None:
+        raise ValueError(f"{path} is not of ingest, of a captioner or of shards")
+    return read_index(folder, kind)
+
 
 # What damaged files raise in the libraries that read them.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, tarfile.TarError)
@@ -107,33 +127,33 @@ def _readable(path: Path) -> bool:
     return True
 
 
-def _images(folder: Path, index: Mapping[str, Any], units: Units, held_out: Collection[str]) -> Iterator[list[Problem]]:
-    names = [unit["name"] for unit in units]
+def _images(folder: Path, index: UnitIndex, held_out: Collection[str]) -> Iterator[list[Problem]]:
+    names = [unit.name for unit in index.whole]
     whole = [name for name in names if _has_table(folder, name)]
     own = held_out_images(folder, whole) | set(held_out)
     endings = (".tar", ".parquet")
-    for unit in units:
+    for unit in index.whole:
 
-        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
-            row = inspect_partition(folder, unit["name"], unit["written"], own, looked_at=None)
-            return _problems(unit["name"], row | _hash_off(folder, unit, endings), (HASH, *PARTITION))
+        def look(unit: UnitEntry = unit) -> list[Problem]:
+            row = inspect_partition(folder, unit.name, unit.written, own, looked_at=None)
+            return _problems(unit.name, row | _hash_off(folder, unit, endings), (HASH, *PARTITION))
 
-        yield _look(folder, unit["name"], endings, look)
+        yield _look(folder, unit.name, endings, look)
     last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (*endings, MARKER)})
     last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], "key")
     last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], "image")
     yield last
 
 
-def _captions(folder: Path, index: Mapping[str, Any], units: Units) -> Iterator[list[Problem]]:
-    names = [unit["name"] for unit in units]
-    for unit in units:
+def _captions(folder: Path, index: UnitIndex) -> Iterator[list[Problem]]:
+    names = [unit.name for unit in index.whole]
+    for unit in index.whole:
 
-        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
-            row = inspect_captions(folder, unit["name"], unit["written"])
-            return _problems(unit["name"], row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
+        def look(unit: UnitEntry = unit) -> list[Problem]:
+            row = inspect_captions(folder, unit.name, unit.written)
+            return _problems(unit.name, row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
 
-        yield _look(folder, unit["name"], (".parquet",), look)
+        yield _look(folder, unit.name, (".parquet",), look)
     whole = [name for name in names if _has_table(folder, name)]
     yield [
         *_index_problems(folder, index, {f"{name}{end}" for name in names for end in (".parquet", MARKER)}),
@@ -145,37 +165,35 @@ def _has_table(folder: Path, name: str) -> bool:
     return (folder / f"{name}.parquet").is_file() and _readable(folder / f"{name}.parquet")
 
 
-def _shards(
-    folder: Path, index: Mapping[str, Any], shards: Units, held_out: Collection[str]
-) -> Iterator[list[Problem]]:
+def _shards(folder: Path, index: ShardIndex, held_out: Collection[str]) -> Iterator[list[Problem]]:
     whole: list[str] = []
-    for shard in shards:
+    for shard in index.shards:
 
-        def look(shard: Mapping[str, Any] = shard) -> list[Problem]:
-            row = inspect_shard(folder, shard, index["features"], held_out, looked_at=None)
+        def look(shard: ShardEntry = shard) -> list[Problem]:
+            row = inspect_shard(folder, shard, index.features, held_out, looked_at=None)
             if row["places_off"] == 0:
-                whole.append(shard["name"])
-            return _problems(shard["name"], row, SHARD)
+                whole.append(shard.name)
+            return _problems(shard.name, row, SHARD)
 
-        def marker(shard: Mapping[str, Any] = shard) -> list[Problem]:
-            report = finished_shard(shard["name"], folder)
-            if report is None or report.sha256 != shard["sha256"]:
-                return [Problem(shard["name"], f"{shard['name']}{DONE} is missing, or of another file")]
+        def marker(shard: ShardEntry = shard) -> list[Problem]:
+            report = finished_shard(shard.name, folder)
+            if report is None or report.sha256 != shard.sha256:
+                return [Problem(shard.name, f"{shard.name}{DONE} is missing, or of another file")]
             return []
 
         yield [
-            *_look(folder, shard["name"], (".tar", INDEX), look),
-            *_look(folder, f"{shard['name']}{DONE}", (), marker),
+            *_look(folder, shard.name, (".tar", INDEX), look),
+            *_look(folder, f"{shard.name}{DONE}", (), marker),
         ]
-    known = {f"{shard['name']}{end}" for shard in shards for end in (".tar", INDEX, IDS, DONE)}
-    last = [] if sum(shard["samples"] for shard in shards) == index["written"] else [_miscounted(index)]
+    known = {f"{shard.name}{end}" for shard in index.shards for end in (".tar", INDEX, IDS, DONE)}
+    last = [] if sum(shard.samples for shard in index.shards) == index.written else [_miscounted(index)]
     yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), "key")]
 
 
-def _hash_off(folder: Path, unit: Mapping[str, Any], endings: Sequence[str]) -> dict[str, int | None]:
-    files = [folder / f"{unit['name']}{ending}" for ending in endings]
+def _hash_off(folder: Path, unit: UnitEntry, endings: Sequence[str]) -> dict[str, int | None]:
+    files = [folder / f"{unit.name}{ending}" for ending in endings]
     there = all(file.is_file() for file in files)
-    return {"hash_off": int(sha256_files(files) != unit["sha256"]) if there else None}
+    return {"hash_off": int(sha256_files(files) != unit.sha256) if there else None}
 
 
 def _problems(where: str, row: Mapping[str, Any], facts: Sequence[Fact]) -> list[Problem]:
@@ -186,26 +204,26 @@ def _problems(where: str, row: Mapping[str, Any], facts: Sequence[Fact]) -> list
     ]
 
 
-def _index_problems(folder: Path, index: Mapping[str, Any], known: Collection[str]) -> list[Problem]:
+def _index_problems(folder: Path, index: UnitIndex, known: Collection[str]) -> list[Problem]:
     """Where index.json differs from the units' own reports, and files that it does not know."""
     found = _strays(folder, known)
-    for unit in (unit for unit in index["units"] if unit["sha256"]):
+    for unit in index.whole:
 
-        def look(unit: Mapping[str, Any] = unit) -> list[Problem]:
-            report = finished(unit["name"], folder)
-            if report is None or report.sha256 != unit["sha256"]:
-                return [Problem(unit["name"], f"{unit['name']}{MARKER} is missing, or of other files")]
+        def look(unit: UnitEntry = unit) -> list[Problem]:
+            report = finished(unit.name, folder)
+            if report is None or report.sha256 != unit.sha256:
+                return [Problem(unit.name, f"{unit.name}{MARKER} is missing, or of other files")]
             return []
 
-        found += _look(folder, f"{unit['name']}{MARKER}", (), look)
-    same = index["hash"] == sha256_json([[unit["name"], unit["sha256"]] for unit in index["units"]])
-    if not same or sum(unit["written"] for unit in index["units"]) != index["written"]:
+        found += _look(folder, f"{unit.name}{MARKER}", (), look)
+    same = index.hash == sha256_json([[unit.name, unit.sha256] for unit in index.units])
+    if not same or sum(unit.written for unit in index.units) != index.written:
         found.append(_miscounted(index))
     return found
 
 
-def _miscounted(index: Mapping[str, Any]) -> Problem:
-    return Problem("index.json", f"its {index['written']} samples or its hash are not those of what it lists")
+def _miscounted(index: Totals) -> Problem:
+    return Problem(INDEX_FILE, f"its {index.written} samples or its hash are not those of what it lists")
 
 
 def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
@@ -213,7 +231,7 @@ def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
     return [
         Problem(file, "index.json does not know this file")
         for file in files
-        if file not in {*known, "index.json", RECORD}
+        if file not in {*known, INDEX_FILE, RECORD}
     ]
 
 

@@ -145,21 +145,22 @@ def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> P
 
 def write_shards(folder: Path, samples: list[TinySample], shards: int, features: bool = True) -> Path:
     """A data set of `shards` tars for training, with what `index.json` says of them."""
+    from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
     from lotlip.data.tokenizer import used_tokens
 
     names = [f"train-{number:06d}" for number in range(shards)]
     parts = [samples[number::shards] for number in range(shards)]
     for name, part in zip(names, parts, strict=True):
         write_tar(folder / f"{name}.tar", part, features)
-    listed = [{"name": name, "samples": len(part)} for name, part in zip(names, parts, strict=True)]
+    listed = [
+        ShardEntry(name=name, samples=len(part), bytes=(folder / f"{name}.tar").stat().st_size, sha256="")
+        for name, part in zip(names, parts, strict=True)
+    ]
+    splits = {"train": SplitEntry(samples=len(samples), shards=listed)}
     texts = [text for sample in samples for text in _texts(sample.info)]
-    index = {
-        "features": features,
-        "splits": {"train": {"samples": len(samples), "shards": listed}},
-        "tokenizer": "bert-base-uncased",
-        "vocabulary": sorted(used_tokens("bert-base-uncased", texts)),
-    }
-    (folder / "index.json").write_text(json.dumps(index))
+    vocabulary = sorted(used_tokens("bert-base-uncased", texts))
+    own = {"statistics": {}, "features": features, "tokenizer": "bert-base-uncased", "vocabulary": vocabulary}
+    write_index(folder, [], ShardIndex, splits=splits, **own)
     return folder
 
 

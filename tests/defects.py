@@ -22,17 +22,16 @@ from lotlip.caption.partition import Captioning
 from lotlip.caption.quality import assess, measured
 from lotlip.caption.store import Partition
 from lotlip.core.checks import Check
-from lotlip.core.files import write_json
+from lotlip.core.files import read_json, write_json
 from lotlip.data.duplicates import unique_partitions
+from lotlip.data.index import CaptionIndex, ShardIndex, UnitIndex, read_index, write_index
 from lotlip.data.inspection import held_out_images
 from lotlip.data.partitions import (
     finished,
     read_captions,
-    read_index,
     read_table,
     unit_names,
     write_captions,
-    write_index,
 )
 from lotlip.data.partitions import write_partitions as write_unit
 from lotlip.data.records import Caption, UnitReport
@@ -108,7 +107,7 @@ class World:
 
     def gate_shard(self, report: Path) -> list[Check]:
         held_out = held_out_images(self.ingest, unit_names(self.ingest)) | self.evaluation
-        return gate_shard(SHARD, self.shards, read_index(self.shards), 140, held_out, report)
+        return gate_shard(SHARD, self.shards, read_index(self.shards, ShardIndex), 140, held_out, report)
 
     # --- ways to plant a defect ---
 
@@ -157,7 +156,7 @@ class World:
 
     def index(self, name: str, **changes: Any) -> None:
         """Changes a shard's line of index.json."""
-        index = read_index(self.shards)
+        index = read_json(self.shards / "index.json")
         for shard in index["splits"][name.partition("-")[0]]["shards"]:
             if shard["name"] == name:
                 shard.update(changes)
@@ -185,11 +184,11 @@ def build(folder: Path) -> World:
     ]  # fmt: skip
     reports = unique_partitions(folder / "units", written, world.ingest, {})
     shutil.rmtree(folder / "units")
-    write_index(world.ingest, reports)
+    write_index(world.ingest, reports, UnitIndex)
     for name in STYLES:
         out = world.captions(name)
         work = Captioning(name, CAPTION, world.ingest, folder / "store", out)
-        write_index(out, [done for report in reports for done in work(_partition(report))])
+        write_index(out, [done for report in reports for done in work(_partition(report))], CaptionIndex)
     captions = {name: world.captions(name) for name in STYLES}
     group = group_reader(world.ingest, captions)
     shards = {
@@ -201,7 +200,7 @@ def build(folder: Path) -> World:
     }
     for report in (report for reports in shards.values() for report in reports):
         write_token_ids(world.shards / f"{report.name}.tar", "bert-base-uncased")
-    write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}}, features=True)
+    write_shard_index(world.shards, shards, {"raw": {}, **{name: {} for name in STYLES}}, features=True, vocabulary=[])
     return world
 
 

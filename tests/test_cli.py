@@ -14,6 +14,7 @@ import pytest
 import lotlip
 from lotlip import cli
 from lotlip.core.console import explain, mount_of
+from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
 
 RUN = "import sys; from lotlip.cli import run; run()"
 
@@ -136,10 +137,9 @@ def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
     statistics = {"raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 7.0}}
     for name in ("instructblip", "llava", "sharegpt4v"):
         statistics[name] = {"sub_captions_per_text": 4.0, "tokens_per_text": 40.0}
-    shards = [{"name": "train-000000", "samples": 640, "bytes": 640 * 5000}]
-    index = {"splits": {"train": {"samples": 640, "shards": shards}}, "statistics": statistics}
-    (tmp_path / "data" / "shards").mkdir(parents=True)
-    (tmp_path / "data" / "shards" / "index.json").write_text(json.dumps(index))
+    shards = [ShardEntry(name="train-000000", samples=640, bytes=640 * 5000, sha256="")]
+    more = {"splits": {"train": SplitEntry(samples=640, shards=shards)}, "features": True, "vocabulary": []}
+    write_index(tmp_path / "data" / "shards", [], ShardIndex, statistics=statistics, **more)
     assert program(monkeypatch, "plan", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens_per_text"] == {"raw": 11.0, "long": 33.0}

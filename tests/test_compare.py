@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lotlip.core.paths import Paths
-from lotlip.data.partitions import write_index
+from lotlip.data.index import UnitIndex, write_index
 from lotlip.data.records import ImageRecord, Unit
 from lotlip.demo.world import generate_scene
 from lotlip.evaluate.benchmarks import open_benchmark
@@ -43,7 +43,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySamp
             if (scene := generate_scene(0, split, number))
         ]
         reports.append(write_partition(Unit(split, 0, tuple(one.key for one in found)), found, folder))
-    write_index(folder, reports)
+    write_index(folder, reports, UnitIndex)
     return folder
 
 
@@ -226,7 +226,7 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(monkeypatch, tmp_path,
 def test_scenes_need_a_test_split(tmp_path, tiny_samples):
     with pytest.raises(ValueError, match="has not finished"):
         ask("scenes", tmp_path)
-    write_index(tmp_path, [])
+    write_index(tmp_path, [], UnitIndex)
     with pytest.raises(ValueError, match="has no scene in its test split"):
         ask("scenes", tmp_path)
 

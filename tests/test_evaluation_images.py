@@ -14,7 +14,8 @@ import sklearn.datasets
 from PIL import Image
 
 from lotlip.data.duplicates import unique_partitions
-from lotlip.data.partitions import write_index, write_partitions
+from lotlip.data.index import UnitIndex, write_index
+from lotlip.data.partitions import write_partitions
 from lotlip.ingest.config import FolderSourceConfig, ImagesConfig, IngestConfig
 from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
 from lotlip.ingest.perceptual import HashIndex, near_copies, perceptual_hash, write_hashes
@@ -153,5 +154,5 @@ def test_resized_copies_are_left_out_of_the_training_split_alone_and_counted_apa
             reason = f"it resembles an image of an evaluation set: {benchmark / 'china.jpg'} ("
             assert failures[0].key == "copy" and failures[0].reason.startswith(reason)
     # what ingest wrote may be an evaluation set, too: its images of other splits than train
-    write_index(tmp_path / "test/out", [])
+    write_index(tmp_path / "test/out", [], UnitIndex)
     assert sorted(perceptual_hashes([tmp_path / "test/out"])) == [f"{tmp_path / 'test/out'}: {name}" for name in files]

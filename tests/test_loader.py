@@ -22,6 +22,7 @@ import psutil
 import pytest
 import torch
 
+from lotlip.core.files import read_json, write_json
 from lotlip.data.images import Transform, decode_rgb, training_transform
 from lotlip.data.tars import index_path, write_index
 from lotlip.data.tokenizer import TextTokenizer
@@ -432,8 +433,9 @@ def test_a_broken_sample_is_named(tmp_path, members, message):
     with tarfile.open(folder / "train-000000.tar", "w") as tar:
         for ending, data in members.items():
             add(tar, f"k.{ending}", data)
-    listed = {"splits": {"train": {"shards": [{"name": "train-000000", "samples": 1}]}}}
-    (folder / "index.json").write_text(json.dumps(listed))
+    index = read_json(folder / "index.json")
+    index["splits"]["train"]["shards"][0]["samples"] = 1
+    write_json(folder / "index.json", index)
     with pytest.raises(ValueError, match=rf"^(sample k in )?\S+train-000000.tar: {message}"):
         epoch(folder, Rows(1))
 

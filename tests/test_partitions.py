@@ -15,18 +15,17 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from lotlip.data.index import CaptionIndex, UnitIndex, read_index, write_index
 from lotlip.data.partitions import (
     RECORDS,
     finished,
     finished_unit,
     read_captions,
     read_image,
-    read_index,
     read_records,
     read_table,
     unit_names,
     write_captions,
-    write_index,
     write_partitions,
 )
 from lotlip.data.records import Caption, Failure, ImageRecord, ItemWarning, Unit, UnitReport
@@ -163,14 +162,14 @@ def test_remarks_are_kept_and_counted(tmp_path):
     warning = ItemWarning("k0", "k0.jpg", "it is a PNG", "renamed")
     report = write_partition(unit(1), [replace(record("k0"), warnings=(warning,))], tmp_path)
     assert finished(report.name, tmp_path).warnings == [warning]
-    index = write_index(tmp_path, [report])
-    assert (index["warning_kinds"], index["warnings"][0]["reason"]) == ({"renamed": 1}, "it is a PNG")
+    index = write_index(tmp_path, [report], UnitIndex)
+    assert (index.warning_kinds, index.warnings[0].reason) == ({"renamed": 1}, "it is a PNG")
 
 
 def test_units_are_named_in_order_and_by_split(tmp_path):
     for split, index in (("val", 0), ("train", 10), ("train", 2)):
         write_partition(unit(1, index, split), [record("k0")], tmp_path)
-    write_index(tmp_path, [])
+    write_index(tmp_path, [], UnitIndex)
     (tmp_path / "train/part-00011.parquet").touch()  # no marker: not finished
     assert unit_names(tmp_path) == ["train/part-00002", "train/part-00010", "val/part-00000"]
     assert unit_names(tmp_path, "val") == ["val/part-00000"]
@@ -200,8 +199,9 @@ def report_of(index: int, sha256: str, failed: int = 0) -> UnitReport:
 
 def test_the_index_sums_up_and_says_the_same_each_time(tmp_path):
     reports = [report_of(0, "a", 3), report_of(1, "b", 200)]
-    index = write_index(tmp_path, reports, revision="r1")
-    assert index == read_index(tmp_path) == json.loads((tmp_path / "index.json").read_text())
+    written = write_index(tmp_path, reports, CaptionIndex, revision="r1")
+    assert written == read_index(tmp_path, CaptionIndex)
+    index = json.loads((tmp_path / "index.json").read_text())
     assert index["units"][1] == {"name": "train/part-00001", "written": 10, "bytes": 5, "sha256": "b"}
     assert (index["read"], index["written"], index["failed"]) == (223, 20, 203)
     assert index["failure_kinds"] == {"empty": 101, "missing": 102}
@@ -209,13 +209,13 @@ def test_the_index_sums_up_and_says_the_same_each_time(tmp_path):
     assert index["failures"][0] == {"key": "k0", "where": "here", "reason": "why", "kind": "missing"}
     assert index["revision"] == "r1"
     first = (tmp_path / "index.json").read_bytes()
-    write_index(tmp_path, reports, revision="r1")
+    write_index(tmp_path, reports, CaptionIndex, revision="r1")
     assert (tmp_path / "index.json").read_bytes() == first
 
 
 def test_the_index_hash_changes_with_any_unit(tmp_path):
     hashes = [
-        write_index(tmp_path, reports)["hash"]
+        write_index(tmp_path, reports, UnitIndex).hash
         for reports in (
             [report_of(0, "a"), report_of(1, "b")],
             [report_of(0, "a"), report_of(1, "c")],
@@ -228,4 +228,4 @@ def test_the_index_hash_changes_with_any_unit(tmp_path):
 
 def test_an_index_that_is_not_there_says_so(tmp_path: Path):
     with pytest.raises(ValueError, match=r"index\.json is not there.*dvc repro"):
-        read_index(tmp_path)
+        read_index(tmp_path, UnitIndex)

@@ -18,6 +18,7 @@ from lotlip.config.params import Params, load_params
 from lotlip.core.compute import TrainingCompute
 from lotlip.core.files import read_json
 from lotlip.core.section import merge
+from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.statistics import text_statistics
 from lotlip.models import packing
 from lotlip.models.configuration import LotlipConfig
@@ -324,7 +325,7 @@ def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
 
     tower = {"kind": "scenes", "image_size": 32, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
     params = Params.model_validate({**MINIMAL, "image_tower": tower})
-    index = {**read_json(tiny_world.shards / "index.json"), "statistics": statistics(tiny_world)}
+    index = read_index(tiny_world.shards, ShardIndex).model_copy(update={"statistics": statistics(tiny_world)})
     expected = plan(
         params,
         job.config,

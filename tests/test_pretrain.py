@@ -319,6 +319,6 @@ def test_another_number_of_processes_than_configured_is_an_error(group):
 def test_a_job_survives_its_file(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
     job.write(tmp_path / "job.json")
-    assert Job.read(tmp_path / "job.json") == job
+    assert Job.load(tmp_path / "job.json") == job
     assert job.model_folder(3) == Path(job.out) / "seed-3"
     assert os.fspath(job.model_folder(3)).startswith(str(tmp_path))

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from lotlip.core.record import Record, read_record
+from lotlip.data.index import CaptionIndex, read_index
+from lotlip.data.records import Failure, ItemWarning, UnitReport
 from lotlip.data.stage_record import StageRecord
 from lotlip.evaluate.records import AblationScores, BenchmarkScores
 from lotlip.pretrain.records import HISTORY, Run, read_history
@@ -26,7 +28,7 @@ RUN = {"ablation": "lit", "config": {"steps": 2}, "data_hash": "d", "git_commit"
 
 def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
     OWN.write(tmp_path / "own.json")
-    assert Own.read(tmp_path / "own.json") == OWN
+    assert Own.load(tmp_path / "own.json") == OWN
     text = '{\n "counts": {\n  "64": 1,\n  "128": 2\n },\n "folder": "a/b",\n "share": 0.5\n}\n'
     assert (tmp_path / "own.json").read_text() == text
 
@@ -53,7 +55,7 @@ def test_a_file_of_another_shape_is_named_with_its_problem_and_a_remedy(
     file = tmp_path / "own.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=rf"^{file} is not what its stage writes \({problem}.*run its stage again"):
-        Own.read(file)
+        Own.load(file)
 
 
 def test_a_list_is_checked_too(tmp_path: Path) -> None:
@@ -104,7 +106,7 @@ SCORES = {
 def test_files_of_earlier_versions_stay_as_they_are(tmp_path: Path, kind: type[Record], data: object) -> None:
     file, again = tmp_path / "earlier.json", tmp_path / "again.json"
     file.write_text(json.dumps(data))
-    kind.read(file).write(again)
+    kind.load(file).write(again)
     assert json.loads(again.read_text()) == data
 
 
@@ -112,3 +114,37 @@ def test_scores_of_earlier_versions_lack_later_fields(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text('{"seeds": {"3": {"a": 0.5}}, "protocol": {}, "chance": {}}')
     found = read_record(tmp_path / "scores.json", BenchmarkScores)
     assert (found.seeds, found.ceiling, found.limited) == ({3: {"a": 0.5}}, {}, False)
+
+
+def test_an_index_of_earlier_versions_is_read(tmp_path: Path) -> None:
+    """They called warnings remarks, and did not say where sentences end."""
+    totals = {"read": 3, "written": 2, "failed": 1, "failure_kinds": {"empty": 1}, "hash": "h"}
+    failure = {"key": "k", "where": "a.png", "reason": "no words", "kind": "empty"}
+    warning = {**failure, "kind": "renamed"}
+    unit = {"name": "train/part-00000", "written": 2, "bytes": 9, "sha256": "s"}
+    index = {
+        **totals,
+        "failures": [failure],
+        "remarks": [warning],
+        "remark_kinds": {"renamed": 1},
+        "units": [unit],
+        "revision": "r",
+        "prompt": "p",
+    }
+    (tmp_path / "index.json").write_text(json.dumps({**index, "quality": {}}))
+    found = read_index(tmp_path, CaptionIndex)
+    assert (found.failures, found.warnings) == ([Failure(**failure)], [ItemWarning(**warning)])
+    assert (found.sentence_ends, [unit.name for unit in found.whole]) == ("released", ["train/part-00000"])
+
+
+def test_a_units_report_whose_items_are_lost_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "part.json"
+    report = {"name": "part", "read": 2, "written": 1, "sha256": "", "bytes": 0, "failures": [], "warnings": []}
+    file.write_text(json.dumps(report))
+    with pytest.raises(
+        ValueError, match=r"part\.json is not what its stage writes \(.*some were lost without a reason"
+    ):
+        read_record(file, UnitReport)
+    file.write_text(json.dumps({**report, "read": 1, "more": 1}))
+    with pytest.raises(ValueError, match=r"part\.json is not what its stage writes \(more: Unexpected"):
+        read_record(file, UnitReport)

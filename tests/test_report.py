@@ -14,6 +14,8 @@ from PIL import Image
 
 from lotlip.config.params import Params
 from lotlip.core.differences import differences, in_words
+from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
+from lotlip.data.records import Failure, UnitReport
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
@@ -222,11 +224,10 @@ def write_project(root, params, metrics=metrics_of, flops=()):
     write_stages(root, params)
     raw = {"images": 8000, "texts": 8000, "sub_captions_per_text": 1.0, "tokens_per_text": 9.81}
     long = {"images": 8000, "texts": 8000, "sub_captions_per_text": 6.42, "tokens_per_text": 83.5}
-    index = {
-        "splits": {"train": {"samples": 8000, "shards": []}, "val": {"samples": 500, "shards": []}},
-        "statistics": {"raw": raw} | dict.fromkeys(params.caption.captioners, long),
-    }
-    write_json(root / params.paths.shards / "index.json", index)
+    splits = {"train": SplitEntry(samples=8000, shards=[]), "val": SplitEntry(samples=500, shards=[])}
+    statistics = {"raw": raw} | dict.fromkeys(params.caption.captioners, long)
+    folder = root / params.paths.shards
+    write_index(folder, [], ShardIndex, splits=splits, statistics=statistics, features=True, vocabulary=[])
     write_pictures(root, params)
 
 
@@ -1085,9 +1086,11 @@ def own(tmp_path_factory):
         for kind in ("unreadable", "duplicate")
         for n in range(5)
     ]
-    index = {"read": 1000, "written": 990, "failed": 10, "failure_kinds": {"unreadable": 5, "duplicate": 5}}
-    units = [{"name": "train/part-00000", "written": 702}, {"name": "test/part-00000", "written": 288}]
-    write_json(root / params.paths.ingest / "index.json", {**index, "units": units, "failures": failures})
+    reports = [
+        UnitReport("train/part-00000", 712, 702, "a", 1, [Failure(**failure) for failure in failures]),
+        UnitReport("test/part-00000", 288, 288, "b", 1),
+    ]
+    write_index(root / params.paths.ingest, reports, UnitIndex)
     return build_report(load_inputs(params, root), root / "report").parent
 
 

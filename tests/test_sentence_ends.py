@@ -211,7 +211,7 @@ def test_shards_with_an_unknown_rule_are_refused(world, tmp_path, group):
     shards = shutil.copytree(world.shards, tmp_path / "shards")
     index = read_json(shards / "index.json")
     (shards / "index.json").write_text(json.dumps({**index, "sentence_ends": "thai"}))
-    with pytest.raises(ValueError, match=r"index\.json: sentence_ends"):
+    with pytest.raises(ValueError, match=r"index\.json is not what its stage writes \(sentence_ends"):
         train(tiny_job(world, tmp_path, shards=str(shards)))
 
 
@@ -258,12 +258,13 @@ def test_the_stages_that_split_texts_are_stale_after_a_change_and_no_others():
 def test_shards_of_captions_that_were_split_otherwise_are_refused(tmp_path):
     from flows.runtime.scratch import StageFailed
     from flows.stages.shard import check_sentence_ends
+    from lotlip.data.index import CaptionIndex, write_index
 
-    (tmp_path / "index.json").write_text('{"units": []}')
+    write_index(tmp_path, [], CaptionIndex)
     check_sentence_ends("llava", tmp_path, "released")
     with pytest.raises(StageFailed, match=r"caption\.sentence_ends.*flows caption llava"):
         check_sentence_ends("llava", tmp_path, "unicode")
-    (tmp_path / "index.json").write_text('{"units": [], "sentence_ends": "unicode"}')
+    write_index(tmp_path, [], CaptionIndex, sentence_ends="unicode")
     check_sentence_ends("llava", tmp_path, "unicode")
 
 

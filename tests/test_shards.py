@@ -18,7 +18,8 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
-from lotlip.data.partitions import finished, unit_names, write_captions, write_index
+from lotlip.data.index import ShardIndex, UnitIndex, read_index, write_index
+from lotlip.data.partitions import finished, unit_names, write_captions
 from lotlip.data.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.data.tars import index_path, scan_tar
 from lotlip.shard import shards
@@ -78,7 +79,7 @@ def world(tmp_path) -> World:
             found = [missing if key == "train-0-0" else caption(key, "gpt", [f"g {key}"]) for key in keys]
             reports[gpt].append(write_captions(unit.name, found, 4, gpt))
     for folder, own in reports.items():
-        write_index(folder, own)
+        write_index(folder, own, UnitIndex)
     return World(ingest, {"llava": llava, "gpt": gpt}, images)
 
 
@@ -150,9 +151,8 @@ def test_a_split_without_images_has_no_shards(world):
 
 
 def test_a_captioner_that_did_not_finish_is_named(world):
-    write_index(
-        world.captions["gpt"], [report for report in reports_of(world, "gpt") if "part-00001" not in report.name]
-    )
+    finished_reports = [report for report in reports_of(world, "gpt") if "part-00001" not in report.name]
+    write_index(world.captions["gpt"], finished_reports, UnitIndex)
     with pytest.raises(
         ValueError, match=r"gpt has not gone through 1 partitions .*\(train/part-00001\); run the caption"
     ):
@@ -344,11 +344,15 @@ def test_statistics_of_nothing_are_zero(world):
     assert found["raw"] == {"images": 0, "texts": 0, "sub_captions_per_text": 0.0, "tokens_per_text": 0.0}
 
 
+MORE = {"features": True, "vocabulary": [7]}  # that an index of shards has
+
+
 def test_the_index_has_every_shard_by_split(world, tmp_path):
     spoil(world, "train-1-2")
     reports = {split: [write(world, tmp_path, plan) for plan in plans(world, split)] for split in PARTITIONS}
-    index = write_shard_index(tmp_path, reports, {"raw": {}}, tower="abc")
-    assert index == json.loads((tmp_path / "index.json").read_text())
+    written = write_shard_index(tmp_path, reports, {"raw": {}}, **MORE)
+    assert written == read_index(tmp_path, ShardIndex)
+    index = json.loads((tmp_path / "index.json").read_text())
     assert {split: entry["samples"] for split, entry in index["splits"].items()} == {"train": 11, "val": 4}
     first = index["splits"]["train"]["shards"][0]
     path = tmp_path / "train-000000.tar"
@@ -362,14 +366,14 @@ def test_the_index_has_every_shard_by_split(world, tmp_path):
     assert index["failure_kinds"] == {"unreadable": 1}
     assert index["failures"][0]["key"] == "train-1-2"
     assert index["statistics"] == {"raw": {}}
-    assert index["tower"] == "abc"
+    assert (index["features"], index["vocabulary"], index["sentence_ends"]) == (True, [7], "released")
     reports["val"] = []
-    assert write_shard_index(tmp_path, reports, {})["hash"] != index["hash"]
+    assert write_shard_index(tmp_path, reports, {}, **MORE).hash != index["hash"]
 
 
 def test_a_shard_in_which_all_failed_is_counted_but_not_listed(world, tmp_path):
     whole = write(world, tmp_path, plans(world, "val")[0])
     lost = UnitReport("val-000001", 1, 0, "", 0, [Failure("k", "val-000001", "no memory", "unit")])
-    index = write_shard_index(tmp_path, {"train": [], "val": [whole, lost]}, {})
-    assert [shard["name"] for shard in index["splits"]["val"]["shards"]] == ["val-000000"]
-    assert (index["read"], index["failed"]) == (5, 1)
+    index = write_shard_index(tmp_path, {"train": [], "val": [whole, lost]}, {}, **MORE)
+    assert [shard.name for shard in index.splits["val"].shards] == ["val-000000"]
+    assert (index.read, index.failed) == (5, 1)

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -41,6 +41,7 @@ from lotlip.core.files import (
     sha256_json,
     write_record,
 )
+from lotlip.data.index import Totals
 from lotlip.data.records import DATA_DOCS, Failure, UnitReport, Unusable
 from lotlip.data.stage_record import StageRecord
 
@@ -193,7 +194,7 @@ class Stage:
         self,
         samples: int,
         checks: Sequence[Check],
-        index: Mapping[str, Any] | None = None,
+        index: Totals | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
         """Writes what the report says of the stage: time, throughput, counts, what the gate checked and its pages.
@@ -201,8 +202,7 @@ class Stage:
         Args:
             samples: images (or texts, or training samples) that went through.
             checks: the gate's.
-            index: the index.json that the stage wrote, with what was read, written and failed and for which reasons;
-                None where a stage has no items.
+            index: the index.json that the stage wrote; None where a stage has no items.
             notes: anything else, by name.
         """
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
@@ -215,8 +215,8 @@ class Stage:
             samples=samples,
             samples_per_second=samples / work,
             orchestration_seconds=orchestration,
-            counts={key: index[key] for key in ("read", "written", "failed")} if index else {},
-            failure_kinds=index["failure_kinds"] if index else {},
+            counts=index.model_dump(include={"read", "written", "failed"}) if index else {},
+            failure_kinds=index.failure_kinds if index else {},
             gate=list(checks),
             notes=notes or {},
         )

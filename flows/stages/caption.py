@@ -16,7 +16,8 @@ from lotlip.caption.quality import summarise
 from lotlip.caption.store import Partition
 from lotlip.config.params import Params, load_params
 from lotlip.core.files import sha256_tree
-from lotlip.data.partitions import read_captions, read_index, totals, write_index
+from lotlip.data.index import INDEX_FILE, CaptionIndex, Totals, UnitIndex, read_index, write_index
+from lotlip.data.partitions import read_captions
 
 
 @flow(name="caption", flow_run_name="caption-{captioner}")
@@ -33,7 +34,7 @@ def caption(captioner: str) -> None:
     settings = config.captioners[captioner]
 
     def inputs_now() -> dict[str, str]:
-        return {"ingest": hash_of(source / "index.json"), "path": sha256_tree(settings.path)}
+        return {"ingest": hash_of(source / INDEX_FILE), "path": sha256_tree(settings.path)}
 
     inputs = inputs_now()
     sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
@@ -45,8 +46,7 @@ def caption(captioner: str) -> None:
     author, store = work.author(), work.stored()
     store.describe()
     stage.log.info("captions that were written before are taken from %s", store.folder)
-    there = (unit for unit in read_index(source)["units"] if unit["sha256"])  # not those that failed as a whole
-    units = [Partition(unit["name"], unit["written"], unit["sha256"]) for unit in there]
+    units = [Partition(unit.name, unit.written, unit.sha256) for unit in read_index(source, UnitIndex).whole]
     reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
     changed = [name for name, value in inputs_now().items() if value != inputs[name]]
     if changed:  # DVC hashes the inputs after this stage, so it would take the captions for those of the new ones
@@ -55,10 +55,11 @@ def caption(captioner: str) -> None:
             f"{', '.join(where[name] for name in changed)} changed while it was read; run the stage again"
         )
     tables = (read_captions(stage.out, report.name) for report in reports if report.written)
-    quality = summarise(tables, totals(reports)["failure_kinds"])
+    quality = summarise(tables, Totals.of(reports).failure_kinds)
     index = write_index(
         stage.out,
         reports,
+        CaptionIndex,
         revision=author.revision,
         prompt=author.prompt,
         quality=quality,
@@ -69,7 +70,7 @@ def caption(captioner: str) -> None:
 
         checks = gate_caption(config, stage.out, reports, stage.gate_report)
     stage.publish(params.paths.captions / captioner)
-    stage.record(index["read"], checks, index, {"revision": author.revision, "quality": quality})
+    stage.record(index.read, checks, index, {"revision": author.revision, "quality": quality})
 
 
 def running(params: Params) -> AbstractContextManager[Any]:

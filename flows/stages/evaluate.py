@@ -10,7 +10,8 @@ from prefect import flow
 
 from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
-from lotlip.core.files import read_json, sha256_files, write_json
+from lotlip.core.files import sha256_files, write_json
+from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.evaluate.records import AblationScores, BenchmarkScores
 from lotlip.pretrain.records import RUN, Run
 
@@ -28,7 +29,7 @@ def evaluate(ablation: str) -> None:
     params = load_params()
     config, paths = params.evaluate, params.paths
     folder = paths.models / ablation
-    inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / "index.json")}
+    inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / INDEX_FILE)}
     stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
     with stage.clock.measure("imports"):
         from lotlip.core.device import choose_device
@@ -37,8 +38,8 @@ def evaluate(ablation: str) -> None:
         from lotlip.evaluate.encoders import Runner
     for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(read)
-    check_input(paths.shards, "index.json")
-    run = Run.read(folder / RUN)
+    check_input(paths.shards, INDEX_FILE)
+    run = Run.load(folder / RUN)
     compute = params.compute
     how = Runner(compute.batch_size, choose_device(compute.device), compute.precision)
     benchmarks = [
@@ -49,7 +50,7 @@ def evaluate(ablation: str) -> None:
         "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
         "command": f"python -m flows evaluate {ablation}",
     }
-    vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
+    vocabulary = read_index(paths.shards, ShardIndex).vocabulary
     found = measure(
         folder,
         run.config,

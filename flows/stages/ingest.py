@@ -13,7 +13,8 @@ from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
 from lotlip.core.files import remove
 from lotlip.data.duplicates import unique_partitions
-from lotlip.data.partitions import finished_unit, recorded_inputs, reuse_or_write, write_index, write_partitions
+from lotlip.data.index import UnitIndex, write_index
+from lotlip.data.partitions import finished_unit, recorded_inputs, reuse_or_write, write_partitions
 from lotlip.data.paths import check_inputs
 from lotlip.data.records import Unit, UnitReport
 from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
@@ -57,19 +58,19 @@ def ingest() -> None:
         copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance)
     remove(stage.out)
     reports = unique_partitions(folder, written, stage.out, evaluation, copies)
-    index = write_index(stage.out, reports)
+    index = write_index(stage.out, reports, UnitIndex)
     for kind, what in (
         ("duplicate-image", "are exact copies of others"),
         ("near-evaluation", "resemble evaluation images"),
     ):
-        if count := index["failure_kinds"].get(kind):
-            stage.log.info("ingest: %d of %d images %s and are left out", count, index["read"], what)
+        if count := index.failure_kinds.get(kind):
+            stage.log.info("ingest: %d of %d images %s and are left out", count, index.read, what)
     with stage.clock.measure("gate"):
         from lotlip.ingest.gate import gate_ingest
 
         checks = gate_ingest(config, stage.out, reports, len(units), evaluation, stage.gate_report)
     stage.publish(params.paths.ingest)
-    stage.record(index["read"], checks, index)
+    stage.record(index.read, checks, index)
 
 
 def _check_unchanged(source: Source, units: Sequence[Unit], partition_size: int, folder: Path) -> None:

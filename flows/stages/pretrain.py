@@ -17,7 +17,8 @@ from flows.runtime.processes import launch, run_group
 from flows.runtime.stage import Stage, check_input, hash_of, main, memory_of
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
-from lotlip.core.files import Damaged, atomic_write, check_model, read_json, sha256_files, sha256_json
+from lotlip.core.files import Damaged, atomic_write, check_model, sha256_files, sha256_json
+from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.records import HISTORY, RUN, Run, read_history
@@ -35,7 +36,7 @@ def pretrain(ablation: str) -> None:
     """
     params = load_params()
     config, paths, compute = params.ablation(ablation), params.paths, params.training_compute(ablation)
-    data = hash_of(paths.shards / "index.json")
+    data = hash_of(paths.shards / INDEX_FILE)
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     starts = starting_weights(config)
     stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
@@ -107,11 +108,11 @@ def pretrain(ablation: str) -> None:
                         tracker.finish(run_id, "FINISHED" if done else "FAILED")
             raise
     if job.timing.is_file():  # something was trained
-        stage.clock.add("imports", Timing.read(job.timing).imports)
+        stage.clock.add("imports", Timing.load(job.timing).imports)
     with stage.clock.measure("gate"):
         from lotlip.pretrain.gate import gate_pretrain
 
-        samples = read_json(paths.shards / "index.json")["splits"]["train"]["samples"]
+        samples = read_index(paths.shards, ShardIndex).splits["train"].samples
         history = histories(stage.out, config.seeds)
         limit = compute.max_final_loss_share
         checks = gate_pretrain(config.seeds, limit, history, chance_loss(config), stage.gate_report)
@@ -156,7 +157,7 @@ def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> lis
     """
     if not (published / RUN).is_file():
         return []
-    trained = Run.read(published / RUN).fingerprints
+    trained = Run.load(published / RUN).fingerprints
     same = [seed for seed, fingerprint in fingerprints.items() if trained.get(seed) == fingerprint]
     try:
         if same:

@@ -11,9 +11,10 @@ from flows.runtime.scratch import StageFailed
 from flows.runtime.stage import Stage, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_json
-from lotlip.data.partitions import read_index, reuse_or_write, unit_names
+from lotlip.data.index import INDEX_FILE, CaptionIndex, UnitIndex, read_index
+from lotlip.data.partitions import reuse_or_write, unit_names
 from lotlip.data.records import UnitReport
-from lotlip.data.text import SentenceEnds, as_sentence_ends
+from lotlip.data.text import SentenceEnds
 from lotlip.data.token_ids import write_token_ids
 from lotlip.data.tokenizer import count_tokens
 from lotlip.shard.shards import (
@@ -37,8 +38,8 @@ def shard() -> None:
     config, ingest, ends = params.shard, params.paths.ingest, params.caption.sentence_ends
     tokenizer = params.pretrain.text.tokenizer
     captions = {name: params.paths.captions / name for name in params.caption.captioners}
-    inputs = {"ingest": hash_of(ingest / "index.json")}
-    inputs |= {name: hash_of(folder / "index.json") for name, folder in captions.items()}
+    inputs = {"ingest": hash_of(ingest / INDEX_FILE)}
+    inputs |= {name: hash_of(folder / INDEX_FILE) for name, folder in captions.items()}
     for name, folder in captions.items():
         check_sentence_ends(name, folder, ends)
     if config.store_features:
@@ -67,10 +68,9 @@ def shard() -> None:
         split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
         for split in SPLITS
     }
-    partitions = {
-        str(folder): {unit["name"]: unit["sha256"] for unit in read_index(folder)["units"]}
-        for folder in (ingest, *captions.values())
-    }
+    indexes = {str(ingest): read_index(ingest, UnitIndex)}
+    indexes |= {str(folder): read_index(folder, CaptionIndex) for folder in captions.values()}
+    partitions = {folder: {unit.name: unit.sha256 for unit in index.units} for folder, index in indexes.items()}
     group = group_reader(ingest, captions)
     every = [plan for split in SPLITS for plan in plans[split]]
     done = stage.fan_out(every, write, name=lambda plan: plan.name, size=len)
@@ -93,7 +93,7 @@ def shard() -> None:
         held_out = held_out_images(ingest, unit_names(ingest))
         checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
     stage.publish(params.paths.shards)
-    stage.record(index["written"], checks, index)
+    stage.record(index.written, checks, index)
 
 
 def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> None:
@@ -107,7 +107,7 @@ def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> N
     Raises:
         StageFailed: they were split otherwise.
     """
-    found = as_sentence_ends(read_index(folder).get("sentence_ends"), str(folder / "index.json"))
+    found = read_index(folder, CaptionIndex).sentence_ends
     if found != wanted:
         raise StageFailed(
             f"{folder} was split with sentence_ends {found!r}, but caption.sentence_ends of params.yaml is {wanted!r}; "

@@ -11,11 +11,12 @@ from lotlip.caption.config import CaptionConfig
 from lotlip.caption.quality import RULES, Agreement
 from lotlip.core.checks import SHOWN_ROWS, Check, each, one, run_gate, share
 from lotlip.data.checks import count_repeated, counts, expectation, failure_check, non_empty, number_table
+from lotlip.data.index import Totals
 from lotlip.data.inspection import (
     CAPTIONS,
     inspect_captions,
 )
-from lotlip.data.partitions import read_captions, totals
+from lotlip.data.partitions import read_captions
 from lotlip.data.records import UnitReport
 
 ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
@@ -41,8 +42,8 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
     table = number_table(rows, CAPTIONS, "unit", "words", "truncated", "reasoning")
     table["length_ratio"] = _from_median(table["words"])
     captions = sum(unit.written for unit in reports)
-    found = totals(reports)
-    filtered = {rule: count for rule, count in found["failure_kinds"].items() if rule in RULES}
+    found = Totals.of(reports)
+    filtered = {rule: count for rule, count in found.failure_kinds.items() if rule in RULES}
     failures, few_failures = failure_check(found, settings.max_failure_share, "caption", RULES)
     missing = [unit.name for unit in reports if not unit.written and (not unit.sha256 or unit.read >= ENOUGH_CAPTIONS)]
     swapped, agreeing = _swapped(agreements, settings.min_agreement_ratio)

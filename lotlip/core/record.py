@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -23,7 +22,7 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     @classmethod
-    def read(cls, path: Path) -> Self:
+    def load(cls, path: Path) -> Self:
         """Reads a file; raises what `read_record` raises."""
         return read_record(path, cls)
 
@@ -53,7 +52,7 @@ def read_record(path: Path, kind: type[T]) -> T:
 def as_record(data: Any, kind: type[T], place: Path) -> T:
     """The record that JSON from a file holds; raises the ValueError of `read_record`."""
     try:
-        checked: T = _adapter(kind).validate_python(data)
+        checked: T = _adapter(kind).validate_python(data)  # type: ignore[arg-type]  # a class can be hashed
         return checked
     except ValidationError as error:
         found = error.errors(include_url=False, include_input=False)
@@ -66,5 +65,5 @@ def as_record(data: Any, kind: type[T], place: Path) -> T:
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: Any) -> TypeAdapter[Any]:
     return TypeAdapter(kind)

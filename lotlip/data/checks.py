@@ -14,6 +14,7 @@ import pandas as pd
 
 from lotlip.core.checks import each, share
 from lotlip.data.duplicates import count_repeats, hashes
+from lotlip.data.index import Totals
 from lotlip.data.inspection import (
     Fact,
 )
@@ -25,18 +26,18 @@ if TYPE_CHECKING:
 
 
 def failure_check(
-    found: Mapping[str, Any], limit: float, stage: str, apart: Collection[str] = ()
+    found: Totals, limit: float, stage: str, apart: Collection[str] = ()
 ) -> tuple[dict[str, float], Expectation]:
     """The share of a stage's items that failed, and what it may be.
 
     Args:
-        found: by `totals`, or an index that has them.
+        found: sums over the stage's units.
         limit: `max_failure_share` of the stage.
         stage: its section of params.yaml.
         apart: kinds of failures that do not count, since they have a limit of their own.
     """
-    kinds = {kind: count for kind, count in found["failure_kinds"].items() if kind not in apart}
-    failed = sum(kinds.values()) / found["read"] if found["read"] else 0.0
+    kinds = {kind: count for kind, count in found.failure_kinds.items() if kind not in apart}
+    failed = sum(kinds.values()) / found.read if found.read else 0.0
     key = f"{stage}.max_failure_share"
     return {"failure_share": failed}, share("failure_share", "items that failed", limit, key, counts(kinds))
 

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import mmap
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 
 from lotlip.core.files import sha256_files
+from lotlip.data.index import ShardEntry
 from lotlip.data.partitions import read_captions, read_image, read_table
 from lotlip.data.tars import MEMBERS, TarSamples, index_path, read_index, scan_tar
 from lotlip.data.text import split_sub_captions
@@ -177,7 +178,7 @@ SHARD = (
 
 def inspect_shard(
     folder: Path,
-    shard: Mapping[str, Any],
+    shard: ShardEntry,
     features: bool,
     held_out: Collection[str],
     looked_at: int | None = LOOKED_AT,
@@ -186,7 +187,7 @@ def inspect_shard(
 
     Args:
         folder: of the shards.
-        shard: its line: "name", "samples", "bytes", "sha256".
+        shard: its line.
         features: whether its samples have features.
         held_out: hashes of the images that must not be trained on.
         looked_at: how many of its images are compared with their hashes; None: all.
@@ -195,12 +196,12 @@ def inspect_shard(
         Besides: "samples", as its line says; "uncaptioned", samples without a long caption; "widths", how long its
         features are.
     """
-    path = folder / f"{shard['name']}.tar"
+    path = folder / f"{shard.name}.tar"
     size = path.stat().st_size if path.is_file() else 0
-    same = size == shard["bytes"] and sha256_files([path]) == shard["sha256"]
-    row: dict[str, Any] = {"shard": shard["name"], **dict.fromkeys((fact.column for fact in SHARD), None)}
-    row |= {"samples": shard["samples"], "uncaptioned": 0, "widths": []}
-    row |= {"bytes_off": size - shard["bytes"], "hash_off": int(not same)}
+    same = size == shard.bytes and sha256_files([path]) == shard.sha256
+    row: dict[str, Any] = {"shard": shard.name, **dict.fromkeys((fact.column for fact in SHARD), None)}
+    row |= {"samples": shard.samples, "uncaptioned": 0, "widths": []}
+    row |= {"bytes_off": size - shard.bytes, "hash_off": int(not same)}
     if not same:  # a file that is not the index's is not worth opening
         return row
     try:
@@ -210,13 +211,13 @@ def inspect_shard(
     table = samples.to_pandas()
     parts = (table[["json_size", "npy_size", "image_size"]] > 0).sum(axis=1)
     row |= {
-        "samples_off": len(table) - shard["samples"],
+        "samples_off": len(table) - shard.samples,
         "places_off": int(not _indexed(path, samples)),
         "incomplete": int((parts != (3 if features else 2)).sum()),
     }
     opened = set(spread(table, looked_at).index)
     counts = dict.fromkeys(("wordless", "other_images", "held_out_images", "not_finite", "uncaptioned"), 0)
-    train, widths = shard["name"].startswith("train-"), set()
+    train, widths = shard.name.startswith("train-"), set()
     contents = []
     for number, (texts, feature, image) in enumerate(_members(path, table)):
         content = json.loads(texts)

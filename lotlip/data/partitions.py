@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
@@ -23,12 +22,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lotlip.core.files import atomic_write, read_json, remove, sha256_files, sha256_json, write_json
+from lotlip.core.files import atomic_write, remove, sha256_files, write_json
+from lotlip.core.record import read_record
 from lotlip.data.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from lotlip.data.tars import TarWriter
 
 MARKER = ".json"
-SHOWN_FAILURES = 100
 
 # `offset` and `size` say where the image's bytes lie in the tar, so that a shard can pick images at random.
 RECORDS = pa.schema(
@@ -162,7 +161,7 @@ def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mappin
     _link(folder / f"{name}.tar", files[0])
     if not dropped:
         _link(folder / f"{name}.parquet", files[1])
-        write_json(out / f"{name}{MARKER}", report.to_json())
+        write_json(out / f"{name}{MARKER}", asdict(report))
         return report
     table = pq.read_table(folder / f"{name}.parquet")
     keep = np.ones(len(table), dtype=bool)
@@ -313,14 +312,14 @@ def reuse_or_write(
 def recorded_inputs(name: str, folder: Path) -> str | None:
     """The hash of the inputs that a unit in a folder was last written from; None where it is not known."""
     record = _record_of_inputs(name, folder)
-    return read_json(record) if record.is_file() else None
+    return read_record(record, str) if record.is_file() else None
 
 
 def _record_of_inputs(name: str, folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-inputs") / f"{name}.json"
 
 
-# --- markers and the index ----------------------------------------------------------------------------------------
+# --- markers ------------------------------------------------------------------------------------------------------
 
 
 def _finish(
@@ -334,21 +333,21 @@ def _finish(
 ) -> UnitReport:
     size = sum(file.stat().st_size for file in files)
     report = UnitReport(name, read, written, sha256_files(files), size, failures, list(warnings))
-    write_json(folder / f"{name}{MARKER}", report.to_json())
+    write_json(folder / f"{name}{MARKER}", asdict(report))
     return report
 
 
 def finished(name: str, folder: Path) -> UnitReport | None:
     """The report of a partition that was written whole; None where it was not."""
     marker = folder / f"{name}{MARKER}"
-    return UnitReport.from_json(read_json(marker)) if marker.is_file() else None
+    return read_record(marker, UnitReport) if marker.is_file() else None
 
 
 def is_marker(path: Path) -> bool:
     """Whether a file is the report of a partition or shard."""
     try:
-        UnitReport.from_json(read_json(path))
-    except (ValueError, TypeError, LookupError, AttributeError, AssertionError):
+        read_record(path, UnitReport)
+    except ValueError:
         return False
     return True
 
@@ -357,42 +356,3 @@ def unit_names(folder: Path, split: str | None = None) -> list[str]:
     """Names of the finished units of a split (of all splits where none is given), sorted."""
     markers = folder.glob(f"{split or '*'}/part-*{MARKER}")
     return sorted(marker.relative_to(folder).as_posix().removesuffix(MARKER) for marker in markers)
-
-
-def write_index(folder: Path, reports: Sequence[UnitReport], **more: Any) -> dict[str, Any]:
-    """Writes `index.json`: what the units have, what failed, and one hash for all; `more` is added as it is."""
-    units = [
-        {"name": report.name, "written": report.written, "bytes": report.bytes, "sha256": report.sha256}
-        for report in reports
-    ]
-    index = {"units": units, **totals(reports), **more}
-    write_json(folder / "index.json", index)
-    return index
-
-
-def totals(reports: Sequence[UnitReport]) -> dict[str, Any]:
-    """The sums over units that every index has, the first of the failures, and one hash over the units' hashes."""
-    failures = [failure for report in reports for failure in report.failures]
-    warnings = [warning for report in reports for warning in report.warnings]
-    return {
-        "read": sum(report.read for report in reports),
-        "written": sum(report.written for report in reports),
-        "failed": len(failures),
-        "failure_kinds": dict(sorted(Counter(failure.kind for failure in failures).items())),
-        "failures": [asdict(failure) for failure in failures[:SHOWN_FAILURES]],
-        "warning_kinds": dict(sorted(Counter(warning.kind for warning in warnings).items())),
-        "warnings": [asdict(warning) for warning in warnings[:SHOWN_FAILURES]],
-        "hash": sha256_json([[report.name, report.sha256] for report in reports]),
-    }
-
-
-def read_index(folder: Path) -> dict[str, Any]:
-    """`index.json` of a stage's folder.
-
-    Raises:
-        ValueError: there is none: the stage did not finish.
-    """
-    path = folder / "index.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is not there: the stage that writes {folder} has not finished; run `dvc repro`")
-    return read_json(path)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 # A WebDataset key ends at the first dot of a member's name, so a key has no dot.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
@@ -29,6 +31,8 @@ class ItemWarning:
         reason: one line for a person.
         kind: one word for counting: "unreadable", "empty", "encoding", "duplicate", "missing", …
     """
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `read_record`
 
     key: str
     where: str
@@ -162,6 +166,8 @@ class UnitReport:
         bytes: of the unit's files.
     """
 
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `read_record`
+
     name: str
     read: int
     written: int
@@ -176,15 +182,3 @@ class UnitReport:
                 f"{self.name}: {self.read} items went in, {self.written} came out and "
                 f"{len(self.failures)} failed: some were lost without a reason"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON types."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> UnitReport:
-        """The inverse of `to_json`."""
-        failures = [Failure(**failure) for failure in data["failures"]]
-        return cls(
-            **{**data, "failures": failures, "warnings": [ItemWarning(**warning) for warning in data["warnings"]]}
-        )

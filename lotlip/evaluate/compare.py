@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lotlip.core.paths import Paths
-from lotlip.data.partitions import read_index
+from lotlip.data.index import UnitIndex, read_index
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.ceiling import repeats_in_words
 from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBenchmarkConfig
@@ -69,8 +69,8 @@ def ask(name: str, data: Path, images: Path | None = None, partial: bool = False
         raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}, {', '.join(PUBLISHED)}")
     if images or partial:
         raise ValueError(f"{SCENES} have their images with them, and any number will do: leave out images and partial")
-    units = read_index(data)["units"]
-    size = sum(unit["written"] for unit in units if unit["name"].startswith("test/"))
+    units = read_index(data, UnitIndex).units
+    size = sum(unit.written for unit in units if unit.name.startswith("test/"))
     if not size:
         raise ValueError(f"{data} has no scene in its test split")
     settings = SceneBenchmarkConfig(kind="scenes", size=size)

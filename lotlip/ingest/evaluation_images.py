@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from lotlip.data.index import INDEX_FILE
 from lotlip.data.inspection import held_out_images
 from lotlip.data.partitions import stored_images, unit_names
 from lotlip.data.records import ImageRecord
@@ -31,7 +32,7 @@ def image_hashes(folders: Iterable[Path], images: ImagesConfig) -> dict[str, str
     intake = Intake(images)
     found: dict[str, str] = {}
     for folder in folders:
-        if (folder / "index.json").is_file():
+        if (folder / INDEX_FILE).is_file():
             found |= dict.fromkeys(held_out_images(folder, unit_names(folder)), str(folder))
             continue
         for name in find_images(folder, _REMEDY):
@@ -62,7 +63,7 @@ def perceptual_hashes(folders: Iterable[Path]) -> dict[str, int]:
 def _images(folders: Iterable[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
     """Where each image is, and what reads its bytes."""
     for folder in folders:
-        if (folder / "index.json").is_file():
+        if (folder / INDEX_FILE).is_file():
             names = [name for name in unit_names(folder) if not name.startswith("train/")]
             yield from ((f"{folder}: {key}", read) for key, _, read in stored_images(folder, names))
         else:

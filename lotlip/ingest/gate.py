@@ -9,12 +9,12 @@ import pandas as pd
 
 from lotlip.core.checks import Check, one, run_gate, share
 from lotlip.data.checks import count_repeated, counts, expectation, failure_check, non_empty, number_table
+from lotlip.data.index import Totals
 from lotlip.data.inspection import (
     PARTITION,
     held_out_images,
     inspect_partition,
 )
-from lotlip.data.partitions import totals
 from lotlip.data.records import Failure, UnitReport
 from lotlip.ingest.config import IngestConfig
 
@@ -48,12 +48,12 @@ def gate_ingest(
     whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
     written = sum(unit.written for unit in reports)
     again = {column: count_repeated(folder, whole, column) for column in ("key", "sha256", "short_caption")}
-    found = totals(reports)
+    found = Totals.of(reports)
     failures, few_failures = failure_check(found, settings.max_failure_share, "ingest", LEFT_OUT)
-    left_out = {kind: count for kind, count in found["failure_kinds"].items() if kind in LEFT_OUT}
+    left_out = {kind: count for kind, count in found.failure_kinds.items() if kind in LEFT_OUT}
     stage = {
         "stage": "ingest",
-        "left_out": sum(left_out.values()) / max(found["read"], 1),
+        "left_out": sum(left_out.values()) / max(found.read, 1),
         "train": sum(unit.written for unit in reports if unit.name.startswith("train/")),
         "repeated_keys": again["key"],
         "repeated_images": again["sha256"],

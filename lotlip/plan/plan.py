@@ -23,6 +23,7 @@ from transformers import AutoConfig, PretrainedConfig
 from lotlip.config.params import Params
 from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
+from lotlip.data.index import ShardIndex
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
@@ -174,7 +175,7 @@ def plan(
     config: PretrainConfig,
     compute: TrainingCompute,
     gpu: Gpu,
-    index: Mapping[str, Any] | None = None,
+    index: ShardIndex | None = None,
     images: int | None = None,
 ) -> Plan:
     """What a run of `config` takes.
@@ -192,10 +193,10 @@ def plan(
     """
     assumed: list[str] = []
     towers = build_towers(config, params.image_tower, assumed)
-    statistics = (index or {}).get("statistics") or {}
+    statistics = index.statistics if index else {}
     texts = text_lengths(config, statistics, assumed)
     if images is None and index:
-        images = index["splits"]["train"]["samples"]
+        images = index.splits["train"].samples
     needed = memory(config, compute, towers, texts)
     assumed.append(f"{CONTEXT_BYTES / 1e9:.1f} GB for CUDA, cuBLAS and NCCL; no fragmentation")
     assumed.append(f"{gpu.utilisation:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s are used, and no step waits for data")
@@ -566,15 +567,15 @@ def storage(
     params: Params,
     config: PretrainConfig,
     towers: Towers,
-    index: Mapping[str, Any] | None,
+    index: ShardIndex | None,
     images: int | None,
     assumed: list[str],
 ) -> dict[str, float]:
     """Bytes on disk: of a sample in the shards and of all, of a checkpoint and of those that are there at once, of the
     model that is published."""
-    shards = index["splits"]["train"]["shards"] if index else []
-    if index and shards and "bytes" in shards[0]:
-        sample = sum(shard["bytes"] for shard in shards) / index["splits"]["train"]["samples"]
+    train = index.splits["train"] if index else None
+    if train and train.samples:
+        sample = sum(shard.bytes for shard in train.shards) / train.samples
     else:
         members = [IMAGE_BYTES, JSON_BYTES]
         if params.shard.store_features:

@@ -19,9 +19,9 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
-from lotlip.core.files import read_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
+from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.tars import RawSample, Shards
 from lotlip.data.text import SubCaption, sample_texts, sample_window
 from lotlip.data.token_ids import TokenIds, read_token_ids
@@ -185,10 +185,10 @@ class Loader:
         prefetch: int = 4,
         row_of: np.ndarray | None = None,
     ) -> None:
-        listed = read_json(shards / "index.json")["splits"]["train"]["shards"]
-        paths = [shards / f"{shard['name']}.tar" for shard in listed]
+        listed = read_index(shards, ShardIndex).splits["train"].shards
+        paths = [shards / f"{shard.name}.tar" for shard in listed]
         self._rows, self._workers, self._prefetch = rows, workers, prefetch
-        self._shards = Shards(paths, [shard["samples"] for shard in listed], opened=2 * WINDOW)
+        self._shards = Shards(paths, [shard.samples for shard in listed], opened=2 * WINDOW)
         self._order = _order(self._shards, seed, settings.loader)
         self.steps_per_epoch = self._order.samples // rows.batch_size
         if not self.steps_per_epoch:

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 import lotlip
-from lotlip.core.files import atomic_write, read_json, sha256_files, write_json
+from lotlip.core.files import atomic_write, sha256_files, write_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
-from lotlip.data.text import as_sentence_ends
+from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
@@ -106,20 +106,20 @@ class Trainer:
     def __init__(self, job: Job, seed: int, sink: Sink) -> None:
         self.job, self.seed, self.sink = job, seed, sink
         self.config, self.compute = config, compute = job.config, job.compute
-        self.index = read_json(job.shards / "index.json")
+        self.index = read_index(job.shards, ShardIndex)
         text = config.text
-        ends = as_sentence_ends(self.index.get("sentence_ends"), f"{job.shards}/index.json")
+        ends = self.index.sentence_ends
         self.tokenizer = TextTokenizer(
             text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens, ends
         )
         tower, transform = None, None
-        if config.from_pixels or not self.index["features"]:
+        if config.from_pixels or not self.index.features:
             tower, transform = self._open_image_tower()
         rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps)
         seed_everything(seed)
         model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
-        if self.index.get("tokenizer") == text.tokenizer:  # the index has the ids of all word pieces in training texts
-            used = {*self.index["vocabulary"], *self.tokenizer.special_ids}
+        if self.index.tokenizer == text.tokenizer:  # the index has the ids of all word pieces in training texts
+            used = {*self.index.vocabulary, *self.tokenizer.special_ids}
             keep_used_rows(model, used, partial(decay, config=config))
         self.loader = Loader(
             job.shards,
@@ -247,9 +247,9 @@ class Trainer:
             "seed": self.seed,
             "pretraining": self.config.model_dump(mode="json"),
             "data": {
-                "sha256": sha256_files([self.job.shards / "index.json"]),
-                "samples": {split: found["samples"] for split, found in self.index["splits"].items()},
-                "statistics": self.index.get("statistics", {}),
+                "sha256": sha256_files([self.job.shards / INDEX_FILE]),
+                "samples": {split: found.samples for split, found in self.index.splits.items()},
+                "statistics": self.index.statistics,
             },
             "image_tower_sha256": sha256_files([self.job.image_tower / "model.safetensors"]),
             "git_commit": self.job.git_commit,
@@ -385,7 +385,7 @@ def run(job_file: str, open_sink: OpenSink) -> str | None:
     Returns:
         One line that says why it stopped; None where it finished.
     """
-    job = Job.read(Path(job_file))
+    job = Job.load(Path(job_file))
     at_once = job.compute.parallel_seeds
     return side_by_side(job, at_once, open_sink) if at_once > 1 else attempt(job, open_sink)
 

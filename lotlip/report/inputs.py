@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, ValidationError
 
 from lotlip.core.checks import Check
-from lotlip.core.files import read_json
 from lotlip.core.record import RecordT, read_record
+from lotlip.data.index import INDEX_FILE, ShardIndex, UnitIndex
 from lotlip.data.records import DATA_DOCS
 from lotlip.data.stage_record import StageRecord
 from lotlip.evaluate.records import NOT_DRAWN, AblationScores, BenchmarkScores, NotDrawn
@@ -131,7 +131,7 @@ class ReportInputs:
         pictures: the contact sheet.
         missing: a line for a person for each piece that is not there or out of date.
         not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
-        ingest: index.json of the ingest stage; empty where it is not there.
+        ingest: index.json of the ingest stage; None where it is not there.
         caption_words: "captions", how many short captions were read, and quantiles of their words: "p05", "median",
             "p95"; empty where there are none.
     """
@@ -144,7 +144,7 @@ class ReportInputs:
     pictures: list[Picture]
     missing: list[str]
     not_run: list[str] = field(default_factory=list)
-    ingest: dict[str, Any] = field(default_factory=dict)
+    ingest: UnitIndex | None = None
     caption_words: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -199,17 +199,17 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         for name in params.names
     ]
     stages = _stages(params, root, not_run, missing)
-    index = _optional_json(root, params.paths.shards / "index.json", "data statistics", missing) or {}
+    index = _optional(root, params.paths.shards / INDEX_FILE, "data statistics", missing, ShardIndex)
     return ReportInputs(
         params=params,
         ablations=ablations,
         stages=stages,
-        splits={split: entry["samples"] for split, entry in index.get("splits", {}).items()},
-        statistics=index.get("statistics", {}),
+        splits={split: entry.samples for split, entry in index.splits.items()} if index else {},
+        statistics=index.statistics if index else {},
         pictures=_pictures(params, root, missing),
         missing=missing,
         not_run=not_run,
-        ingest=_optional_json(root, params.paths.ingest / "index.json", "ingest's index", []) or {},
+        ingest=_optional(root, params.paths.ingest / INDEX_FILE, "ingest's index", [], UnitIndex),
         caption_words=_caption_words(root / params.paths.ingest),
     )
 
@@ -239,18 +239,10 @@ def _was_run(params: Params, root: Path, name: str) -> bool:
     return any((root / path).exists() for path in [*paths, *(params.paths.stages / label for label in labels)])
 
 
-def _optional_json(root: Path, path: Path, what: str, missing: list[str]) -> Any:
-    """The file's contents, or None and a line in `missing`."""
-    if (root / path).exists():
-        return read_json(root / path)
-    missing.append(f"{what}: {path} is not there")
-    return None
-
-
 def _optional(root: Path, path: Path, what: str, missing: list[str], kind: type[RecordT]) -> RecordT | None:
     """The file's record, or None and a line in `missing`."""
     if (root / path).exists():
-        return kind.read(root / path)
+        return kind.load(root / path)
     missing.append(f"{what}: {path} is not there")
     return None
 
@@ -341,7 +333,7 @@ def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) 
     for label, path in paths.items():
         if path.exists():
             pages = path.parent / DATA_DOCS / label
-            record, docs = StageRecord.read(path), pages if (pages / "index.html").is_file() else None
+            record, docs = StageRecord.load(path), pages if (pages / "index.html").is_file() else None
             records.append(StageOutcome(**dict(record), label=label, data_docs=docs))
     return records
 

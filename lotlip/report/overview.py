@@ -14,6 +14,7 @@ from lotlip.report.results import FAMILIES
 from lotlip.report.tables import Column, Table, number, words
 
 FAILURES_OF_A_KIND = 3
+NOT_SHOWN = ("", "not among the first failures; see index.json")  # where, and why
 COPIES = "duplicate"  # the kind of failure that copies of images and of keys have
 
 
@@ -57,15 +58,15 @@ def overview_table(inputs: ReportInputs) -> Table:
     rows = []
     if found:
         rows = [
-            [words("items read"), number(found.get("read"))],
-            [words("images with captions that came in"), number(found.get("written"))],
-            [words("items that failed"), number(found.get("failed"))],
-            [words("of these, copies of an earlier image or key"), number(found["failure_kinds"].get(COPIES, 0))],
+            [words("items read"), number(found.read)],
+            [words("images with captions that came in"), number(found.written)],
+            [words("items that failed"), number(found.failed)],
+            [words("of these, copies of an earlier image or key"), number(found.failure_kinds.get(COPIES, 0))],
         ]
         by_split: dict[str, int] = {}
-        for unit in found.get("units", []):
-            split = unit["name"].partition("/")[0]
-            by_split[split] = by_split.get(split, 0) + unit["written"]
+        for unit in found.units:
+            split = unit.name.partition("/")[0]
+            by_split[split] = by_split.get(split, 0) + unit.written
         rows += [[words(f"images in split {split}"), number(count)] for split, count in by_split.items()]
     if inputs.caption_words:
         what = f"words of a short caption (of {inputs.caption_words['captions']:,.0f} captions)"
@@ -77,21 +78,19 @@ def overview_table(inputs: ReportInputs) -> Table:
 
 def failure_examples(inputs: ReportInputs) -> Table:
     """The first failures of each kind in ingest, with place and reason; no rows where nothing failed."""
-    shown: dict[str, list[dict[str, str]]] = {}
-    for failure in inputs.ingest.get("failures", []):
-        shown.setdefault(failure["kind"], []).append(failure)
-    kinds = inputs.ingest.get("failure_kinds", {})
+    shown: dict[str, list[tuple[str, str]]] = {}
+    for failure in inputs.ingest.failures if inputs.ingest else ():
+        shown.setdefault(failure.kind, []).append((failure.where, failure.reason))
+    kinds = inputs.ingest.failure_kinds if inputs.ingest else {}
     rows = [
         [
             words(kind),
             number(kinds.get(kind)),
-            words(failure["where"]),
-            words(failure["reason"]),
+            words(where),
+            words(reason),
         ]
         for kind in sorted(kinds, key=lambda kind: -kinds[kind])
-        for failure in shown.get(kind, [{"where": "", "reason": "not among the first failures; see index.json"}])[
-            :FAILURES_OF_A_KIND
-        ]
+        for where, reason in shown.get(kind, [NOT_SHOWN])[:FAILURES_OF_A_KIND]
     ]
     columns = [
         Column("kind", "Kind", numeric=False),

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from lotlip.core.checks import Check, each, one, run_gate, share
 from lotlip.data.checks import expectation, failure_check, number_table
 from lotlip.data.duplicates import count_repeats, hashes
+from lotlip.data.index import ShardIndex
 from lotlip.data.inspection import (
     SHARD,
     inspect_shard,
@@ -22,7 +22,7 @@ from lotlip.shard.config import ShardConfig
 def gate_shard(
     settings: ShardConfig,
     folder: Path,
-    index: Mapping[str, Any],
+    index: ShardIndex,
     expected_samples: int,
     held_out: Collection[str],
     report: Path,
@@ -37,17 +37,16 @@ def gate_shard(
         held_out: hashes of the images that must not be trained on.
         report: scratch folder.
     """
-    shards = [shard for split in index["splits"].values() for shard in split["shards"]]
-    rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in shards]
+    rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in index.shards]
     whole = [folder / f"{row['shard']}.tar" for row in rows if row["places_off"] == 0]
     failures, few_failures = failure_check(index, settings.max_failure_share, "shard")
     table = number_table(rows, SHARD, "shard", "samples", "uncaptioned")
-    samples = index["written"]
+    samples = index.written
     stage = {
         "stage": "shard",
-        "samples": samples + index["failed"],
+        "samples": samples + index.failed,
         "repeated_keys": count_repeats(hashes(read_keys(path)) for path in whole),
-        "train": index["splits"].get("train", {}).get("samples", 0),
+        "train": index.splits["train"].samples if "train" in index.splits else 0,
         "widths": len({width for row in rows for width in row["widths"]}),
         "uncaptioned": table["uncaptioned"].sum() / max(samples, 1),
         **failures,
@@ -63,7 +62,7 @@ def gate_shard(
             one("train", "the train split has samples", low=1),
             one("repeated_keys", "no key comes twice", high=0),
             one("widths", "all features have one width (as many as this)", high=1),
-            *(described if set(index["statistics"]) - {"raw"} else []),  # where there are captioners
+            *(described if set(index.statistics) - {"raw"} else []),  # where there are captioners
         ],
         "shards": [
             *(expectation(fact) for fact in SHARD),

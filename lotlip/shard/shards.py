@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from lotlip.core.files import remove, write_json
+from lotlip.data.index import CaptionIndex, ShardEntry, ShardIndex, SplitEntry, read_index, write_index
 from lotlip.data.partitions import (
     MARKER,
     finished,
     is_marker,
     read_captions,
-    read_index,
     read_table,
-    totals,
     unit_names,
 )
 from lotlip.data.records import SPLITS, Failure, UnitReport
@@ -95,7 +94,7 @@ def plan_shards(
     """
     partitions = unit_names(ingest, split)
     for captioner, folder in captions.items():
-        missing = sorted(set(partitions) - {unit["name"] for unit in read_index(folder)["units"]})
+        missing = sorted(set(partitions) - {unit.name for unit in read_index(folder, CaptionIndex).units})
         if missing:
             raise ValueError(
                 f"{folder}: {captioner} has not gone through {len(missing)} partitions of {ingest} "
@@ -246,7 +245,7 @@ def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features 
                 tar.add(sample.key, sample.json(), npy, image, sample.extension)
     written = len(rows) - len(failures)
     report = UnitReport(plan.name, len(rows), written, tar.sha256, path.stat().st_size, failures)
-    write_json(marker, report.to_json())
+    write_json(marker, asdict(report))
     return report
 
 
@@ -344,26 +343,24 @@ def _means(texts: float, sub_captions: float, tokens: float) -> dict[str, float]
 
 def write_shard_index(
     folder: Path, reports: Mapping[str, Sequence[UnitReport]], statistics: Mapping[str, Any], **more: Any
-) -> dict[str, Any]:
-    """Writes `index.json`: every split's shards, what failed, the statistics, one hash; `more` is added as it is.
+) -> ShardIndex:
+    """Writes `index.json`: every split's shards, what failed, the statistics, one hash; `more` are other fields.
 
     A shard in which all failed is not listed, so that nobody looks for it; its failures count.
     """
     splits = {
-        split: {
-            "samples": sum(report.written for report in shards),
-            "shards": [
-                {"name": report.name, "samples": report.written, "bytes": report.bytes, "sha256": report.sha256}
+        split: SplitEntry(
+            samples=sum(report.written for report in shards),
+            shards=[
+                ShardEntry(name=report.name, samples=report.written, bytes=report.bytes, sha256=report.sha256)
                 for report in shards
                 if report.written
             ],
-        }
+        )
         for split, shards in reports.items()
     }
     every = [report for shards in reports.values() for report in shards]
-    index = {"splits": splits, **totals(every), "statistics": dict(statistics), **more}
-    write_json(folder / "index.json", index)
-    return index
+    return write_index(folder, every, ShardIndex, splits=splits, statistics=statistics, **more)
 
 
 def training_vocabulary(

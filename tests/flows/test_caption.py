@@ -17,7 +17,8 @@ import yaml
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
 from lotlip.caption.config import CaptionConfig
-from lotlip.data.partitions import read_captions, read_index, unit_names
+from lotlip.data.index import CaptionIndex, read_index
+from lotlip.data.partitions import read_captions, unit_names
 from tests.workspace import ROOT, Workspace, tiny
 
 
@@ -136,9 +137,9 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
     workspace.python("flows.stages.caption", "llava", check=False)  # so many are dropped that the gate may not like it
     workspace.change(lambda params: params["caption"].update(max_filtered_share=1.0))
     workspace.python("flows.stages.caption", "llava")
-    index = read_index(workspace.folder / "data" / "captions" / "llava")
-    assert index["failure_kinds"] == {"long": index["failed"]}
-    assert index["quality"]["filtered"]["long"] == index["failed"] > 0
+    index = read_index(workspace.folder / "data" / "captions" / "llava", CaptionIndex)
+    assert index.failure_kinds == {"long": index.failed}
+    assert index.quality["filtered"]["long"] == index.failed > 0
     assert calls(workspace) == []
 
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(seed=5))

@@ -24,7 +24,8 @@ from flows.stages.ingest import ingest
 from flows.stages.shard import shard
 from lotlip.caption.partition import Captioning
 from lotlip.core.checks import GateFailed
-from lotlip.data.partitions import read_captions, read_index, read_records, read_table, unit_names
+from lotlip.data.index import UnitIndex, read_index
+from lotlip.data.partitions import read_captions, read_records, read_table, unit_names
 from tests.flows.test_stage import FakeTask
 
 ROOT = Path(__file__).parents[2]
@@ -393,7 +394,7 @@ def test_captions_follow_partitions_that_changed_under_the_same_index(described:
 
     config = load_params().caption
     work = Captioning("mine", config, Path("data/ingest"), Path("store"), Path("work/out"))
-    unit = read_index(Path("data/ingest"))["units"][0]
+    unit = read_index(Path("data/ingest"), UnitIndex).units[0]
     partition = Partition(unit["name"], unit["written"], unit["sha256"])
     asked: list[str] = []
     write = Captioning._write
@@ -441,9 +442,9 @@ def test_exact_copies_are_counted_apart_and_pass_by_default(project: Path) -> No
     for number in range(40):
         add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
     ingest.fn()
-    index = read_index(Path("data/ingest"))
-    assert (index["read"], index["written"]) == (40, 20)
-    assert index["failure_kinds"] == {"duplicate-image": 20}
+    index = read_index(Path("data/ingest"), UnitIndex)
+    assert (index.read, index.written) == (40, 20)
+    assert index.failure_kinds == {"duplicate-image": 20}
 
 
 def test_copies_have_a_limit_of_their_own(project: Path) -> None:
