@@ -8,13 +8,12 @@ import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
 from lotlip.core.caches import cache_folder, private_folder
 from lotlip.core.console import INTERRUPTED, print_anything, say_stopped
 from lotlip.core.lifetime import end_with_parent
-
-STAGES = ("ingest", "image-tower", "caption", "shard", "pretrain", "evaluate", "report")
+from lotlip.core.stages import STAGES, section
 
 
 def stage_module(stage: str) -> str:
     """The module that runs a stage as a program."""
-    return f"flows.stages.{stage.replace('-', '_')}"
+    return f"flows.stages.{section(stage)}"
 
 
 # The module that this process runs as a program, and its arguments; empty where it runs something else.

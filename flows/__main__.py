@@ -3,7 +3,8 @@
 import runpy
 import sys
 
-from flows import STAGES, stage_module
+from flows import stage_module
+from lotlip.core.stages import STAGES
 
 if len(sys.argv) < 2 or sys.argv[1] not in STAGES:
     sys.exit(f"usage: python -m flows STAGE [CAPTIONER or ABLATION]; stages: {', '.join(STAGES)}")

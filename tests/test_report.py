@@ -1177,3 +1177,22 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     assert float(rows["LoTLIP B/16, 100M (published)"]["long.text_to_image.r1"]) == 0.848
     assert not any("published" in row["ablation"] for row in read_csv(tmp_path / "report", "mine-systems"))
     assert "not measured here" in (tmp_path / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        {"kind": "hostfile", "path": "infra/deepspeed/hostfile"},
+        {"kind": "slurm", "nodes": 2},
+        {"kind": "rendezvous", "nodes": 2, "endpoint": "lotlip-0:29500"},
+    ],
+    ids=lambda launch: launch["kind"],
+)
+def test_a_report_does_not_say_how_training_was_launched(tmp_path, launch):
+    files, few = {}, {name: ABLATIONS[name] for name in ("alpha", "gamma")}
+    for name, training in {"local": {}, "other": {"launch": launch, "processes": 2}}.items():
+        root, params = tmp_path / name, make_params(ablations=few, compute={"training": training})
+        write_project(root, params)
+        report = build_report(load_inputs(params, root), root / "report").parent
+        files[name] = {path.relative_to(report): path.read_bytes() for path in report.rglob("*") if path.is_file()}
+    assert files["local"] and files["local"] == files["other"]

@@ -34,7 +34,6 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
-from flows import STAGES
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
@@ -57,6 +56,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 from lotlip.core.loopback import HOST
 from lotlip.core.section import ConfigError
+from lotlip.core.stages import STAGES
 from lotlip.data.paths import check_inputs
 from lotlip.data.stage_record import StageRecord
 from lotlip.evaluate.records import AblationScores

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from lotlip.caption.config import CaptionConfig, CaptionerConfig
 from lotlip.caption.quality import assess, measured
 from lotlip.caption.reasoning import cut_reasoning
 from lotlip.caption.store import PASSING, CaptionStore, Partition
-from lotlip.core.compute import CaptionerCompute
+from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_json
 from lotlip.data.partitions import finished, read_table, reuse_or_write, write_captions
 from lotlip.data.paths import tree_state
@@ -42,7 +42,7 @@ class Captioning:
     source: Path
     store: Path
     out: Path
-    compute: CaptionerCompute = field(default_factory=CaptionerCompute)
+    compute: CaptionerCompute = CAPTIONER_DEFAULTS
 
     def author(self) -> Captioner:
         """The captioner, opened once in a process, however many threads ask, and again when its file changed."""

@@ -14,6 +14,7 @@ from lotlip.config.moved import moved
 from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
+from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig, TimmTowerConfig
@@ -31,7 +32,7 @@ class Reproduce(Section):
 
 
 # The sections that decide models and their scores: one of each stage before the report.
-WHAT = ("ingest", "image_tower", "caption", "shard", "pretrain", "evaluate")
+WHAT = tuple(section(stage) for stage in STAGES if stage != "report")
 
 
 class FinetuneConfig(Section):

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from lotlip.core.files import sha256_files
+from lotlip.core.stages import section
 
 ROOT = Path(__file__).parents[2]
 _MODULE = re.compile(r"((?:lotlip|flows)(?:\.\w+)+)(?::\w+)?")
@@ -33,7 +34,7 @@ def stage_files(stage: str) -> list[Path]:
     Args:
         stage: "ingest", "image-tower", …
     """
-    name = stage.replace("-", "_")
+    name = section(stage)
     flow, package = ROOT / "flows" / "stages" / f"{name}.py", ROOT / "lotlip" / name
     waiting = [flow, *package.rglob("*.py")]
     found = set(waiting)

@@ -132,6 +132,9 @@ class CaptionerCompute(Section):
     )
 
 
+CAPTIONER_DEFAULTS = CaptionerCompute()
+
+
 class RayConfig(Section):
     """Where Ray's workers are, for `task_runner: ray`."""
 
@@ -164,4 +167,4 @@ class Compute(Section):
 
     def captioner(self, name: str) -> CaptionerCompute:
         """How a captioner works: its entry, or the defaults."""
-        return self.captioners.get(name, CaptionerCompute())
+        return self.captioners.get(name, CAPTIONER_DEFAULTS)

@@ -39,7 +39,8 @@ class Paths(Section):
     """Where each stage writes, relative to the project's root; dvc.yaml reads the same names.
 
     Each is a folder of its own inside the project: none is in another, except `stages` in `metrics`. Only
-    `caption_store` may be an absolute path.
+    `caption_store` may be an absolute path. For any other path outside of the project, plain `dvc repro` may end with
+    an empty error before a stage runs; `make reproduce` and `python -m flows STAGE` name the path.
     """
 
     ingest: Path = Field(Path("data/ingest"), description="images and short captions, as partitions")

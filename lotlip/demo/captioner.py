@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lotlip.caption.config import SceneCaptionerConfig as CaptionerConfig
-from lotlip.core.compute import CaptionerCompute
 from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.text import join_sub_captions, split_sub_captions
 from lotlip.demo.world import (
@@ -177,7 +176,7 @@ class SceneCaptioner:
         name: str,
         config: CaptionerConfig,
         count_tokens: Callable[[str], int],
-        _compute: CaptionerCompute | None = None,
+        _: object = None,  # how to work: there is nothing to choose
     ) -> None:
         self.name = name
         self.config = config

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from lotlip.caption.config import CaptionerConfig
-from lotlip.core.compute import CaptionerCompute
+from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.variants import implementation
 from lotlip.data.records import Caption, Failure, ImageRecord
 
@@ -43,7 +43,7 @@ class Captioner(Protocol):
 
 
 def open_captioner(
-    name: str, settings: CaptionerConfig, tokenizer: str, compute: CaptionerCompute | None = None
+    name: str, settings: CaptionerConfig, tokenizer: str, compute: CaptionerCompute = CAPTIONER_DEFAULTS
 ) -> Captioner:
     """The captioner that `caption.captioners.<name>` of params.yaml describes.
 
@@ -51,7 +51,7 @@ def open_captioner(
         name: what its captions are filed under.
         settings: its entry.
         tokenizer: whose word pieces are counted.
-        compute: how it works: `compute.captioners.<name>`; None: the defaults.
+        compute: how it works: `compute.captioners.<name>`.
 
     Raises:
         ValueError: its file, its model, its server's address or the tokenizer cannot be used. No server is asked yet.
@@ -59,4 +59,4 @@ def open_captioner(
     from lotlip.data.tokenizer import count_tokens
 
     made = implementation("lotlip.captioners", settings.kind, _BUILT_IN)
-    return made(name, settings, count_tokens(tokenizer), compute or CaptionerCompute())
+    return made(name, settings, count_tokens(tokenizer), compute)

@@ -22,7 +22,7 @@ from PIL import Image
 
 from lotlip.caption.config import EndpointCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
-from lotlip.core.compute import CaptionerCompute
+from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.data.images import decode_rgb
 from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.data.text import has_words, split_sub_captions
@@ -93,9 +93,9 @@ class EndpointCaptioner:
         name: str,
         settings: EndpointCaptionerConfig,
         count_tokens: Callable[[str], int],
-        compute: CaptionerCompute | None = None,
+        compute: CaptionerCompute = CAPTIONER_DEFAULTS,
     ) -> None:
-        self._compute = compute or CaptionerCompute()
+        self._compute = compute
         self.settings = settings
         self.prompt = settings.prompt
         self.revision = f"{settings.model}@{settings.revision}"

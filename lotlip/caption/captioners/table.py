@@ -15,7 +15,6 @@ from typing import Any
 
 from lotlip.caption.config import TableCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
-from lotlip.core.compute import CaptionerCompute
 from lotlip.core.files import sha256_files
 from lotlip.data.keys import key_of, prefix_of
 from lotlip.data.records import Caption, Failure, ImageRecord
@@ -44,7 +43,7 @@ class TableCaptioner:
         name: str,
         settings: TableCaptionerConfig,
         count_tokens: Callable[[str], int],
-        _compute: CaptionerCompute | None = None,
+        _: object = None,  # how to work: there is nothing to choose
     ) -> None:
         self._name = name
         self._settings = settings

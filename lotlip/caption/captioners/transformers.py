@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lotlip.caption.config import TransformersCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
-from lotlip.core.compute import CaptionerCompute
+from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_tree
 from lotlip.data.batches import ahead, in_batches
 from lotlip.data.images import decode_rgb
@@ -53,9 +53,9 @@ class TransformersCaptioner:
         name: str,
         settings: TransformersCaptionerConfig,
         count_tokens: Callable[[str], int],
-        compute: CaptionerCompute | None = None,
+        compute: CaptionerCompute = CAPTIONER_DEFAULTS,
     ) -> None:
-        self._compute = compute or CaptionerCompute()
+        self._compute = compute
         self._name = name
         self._settings = settings
         self._count_tokens = count_tokens
