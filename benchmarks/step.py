@@ -1,9 +1,9 @@
 """What speeds up the demo's training step: `python -m benchmarks.step`.
 
-It trains the recipe of params.yaml, a step of each variant in turn, in one process and with equal batches, so that other
-work on the machine slows all variants. For each variant it prints the median CPU time of a step, and the median ratio to
-the first variant's time in the same round. The shards are made up; `--shards data/shards --image-tower data/image-tower`
-takes those of `make reproduce`. `--json` prints one object.
+It trains the recipe of params.yaml. The variants take turns, one step at a time, in one process and with equal batches,
+so that other work on the machine slows all of them. For each variant it prints the median CPU time of a step, and the
+median ratio to the first variant's time in the same round. The shards are made up; `--shards data/shards --image-tower
+data/image-tower` takes those of `make reproduce`. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -80,14 +80,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 started = time.process_time()
                 losses[variant] = found.engine.step(batches, step).loss
                 seconds[variant].append(time.process_time() - started)
-    first = seconds[next(iter(VARIANTS))][initial:]
+    return compared({variant: times[initial:] for variant, times in seconds.items()}, losses)
+
+
+def compared(seconds: dict[str, list[float]], losses: dict[str, float]) -> dict[str, Any]:
+    """Medians of each variant, and of its ratios to the first one."""
+    first = next(iter(seconds.values()))
     return {
-        variant: {
-            "cpu_seconds": median(times[initial:]),
-            "times_as_fast": median(before / now for before, now in zip(first, times[initial:], strict=True)),
-            "last_loss": losses[variant],
+        name: {
+            "cpu_seconds": median(times),
+            "times_as_fast": median(before / now for before, now in zip(first, times, strict=True)),
+            "last_loss": losses[name],
         }
-        for variant, times in seconds.items()
+        for name, times in seconds.items()
     }
 
 
