@@ -3,7 +3,8 @@
 It writes shards of pictures that cost what photographs cost to decode, features of 768 numbers, raw and long captions,
 and reads them both ways with as many workers. open_clip's is `get_wds_dataset` of its training code; with features, the
 same steps with the stored .npy in place of the picture, which open_clip has not, and only what is used decoded. It
-tokenizes the short caption, ours the short caption and a long text. A round runs every way once, each from starting its
+tokenizes the short caption, ours has the short caption and a long text, from the token ids that the shard stage stores
+(without them, as in tars of others, it tokenizes both). A round runs every way once, each from starting its
 workers to the epoch's last batch; rates are medians over rounds, ratios medians of each round's. The share of time that
 training waits for data is of steps of a given length in which the processor is free. `--json` prints one object.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +39,7 @@ SIDE, WIDTH = 224, 768  # of the tower's pictures, and of its features
 # A pair that is compared: ours, open_clip's.
 PAIRS = {
     "stored features": ("ours, features", "open_clip, features"),
+    "stored features without token ids": ("ours, features, no ids", "open_clip, features"),
     "images, centre": ("ours, centre", "open_clip, centre"),
     "images, augmented": ("ours, augmented", "open_clip, augmented"),
 }
@@ -93,6 +96,16 @@ def open_clip_features(folder: Path, workers: int, batch: int, tokenizer: Any, s
     return wds.WebLoader(dataset, batch_size=None, shuffle=False, num_workers=workers)
 
 
+def without_token_ids(folder: Path) -> Path:
+    """The same shards, linked into a folder inside, as somebody else's writer leaves them, but with the index."""
+    inside = folder / "without"
+    inside.mkdir()
+    for path in folder.iterdir():
+        if path.is_file() and path.suffixes[-2:] != [".token-ids", ".arrow"]:
+            os.link(path, inside / path.name)
+    return inside
+
+
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -117,23 +130,28 @@ def waiting_share(batches: Batches, step_seconds: float, steps: int) -> float:
 
 
 def measure(
-    samples: int, shards: int, image_size: int, workers: int, batch: int, step_ms: float, rounds: int
+    samples: int, shards: int, image_size: int, workers: int, batch: int, step_ms: float, rounds: int, images: bool
 ) -> dict[str, Any]:
     """Every way's samples per second and share of waiting, and ours over open_clip's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, samples, shards, image_size, WIDTH)
-        own = partial(ours, folder, workers, batch, TextTokenizer("bert-base-uncased"))
+        tokenizer = TextTokenizer("bert-base-uncased")
+        own = partial(ours, folder, workers, batch, tokenizer)
         clip_tokenizer = open_clip.get_tokenizer("ViT-B-32")
         theirs = partial(open_clip_images, folder, workers, batch, clip_tokenizer, samples)
         ways: dict[str, Batches] = {
             "ours, features": partial(own, None),
+            "ours, features, no ids": partial(ours, without_token_ids(folder), workers, batch, tokenizer, None),
             "open_clip, features": partial(open_clip_features, folder, workers, batch, clip_tokenizer, samples),
-            "ours, centre": partial(own, training_transform(SIDE)),
-            "open_clip, centre": partial(theirs, False),
-            "ours, augmented": partial(own, training_transform(SIDE, augmentation=AugmentationConfig())),
-            "open_clip, augmented": partial(theirs, True),
         }
+        if images:
+            ways |= {
+                "ours, centre": partial(own, training_transform(SIDE)),
+                "open_clip, centre": partial(theirs, False),
+                "ours, augmented": partial(own, training_transform(SIDE, augmentation=AugmentationConfig())),
+                "open_clip, augmented": partial(theirs, True),
+            }
         rates: dict[str, list[float]] = {way: [] for way in ways}
         waits: dict[str, list[float]] = {way: [] for way in ways}
         steps = min(20, samples // batch - 1)
@@ -143,6 +161,7 @@ def measure(
     ratios = {
         pair: median(a / b for a, b in zip(rates[mine], rates[other], strict=True))
         for pair, (mine, other) in PAIRS.items()
+        if mine in rates
     }
     return {
         "samples_per_second": {way: median(found) for way, found in rates.items()},
@@ -167,6 +186,7 @@ def main() -> None:
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--step-ms", type=float, default=50.0)
+    parser.add_argument("--images", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--json", action="store_true")
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")
