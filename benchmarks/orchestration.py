@@ -11,9 +11,9 @@ import json
 import sys
 from pathlib import Path
 
-from flows.runtime.scratch import SCRATCH
+from flows.reproduce import REPRODUCTION, Reproduction
 from lotlip.config.params import load_params
-from lotlip.core.files import read_json
+from lotlip.data.stage_record import StageRecord
 
 PARTS = ("imports", "prefect", "gate", "mlflow")
 
@@ -27,25 +27,24 @@ def measure() -> dict[str, dict[str, float]]:
         ValueError: there was no run yet.
     """
     params = load_params()
-    timed = SCRATCH / "reproduce.json"
-    if not timed.is_file():
-        raise ValueError(f"{timed} is not there; run `make reproduce` first")
-    whole = read_json(timed)
+    if not REPRODUCTION.is_file():
+        raise ValueError(f"{REPRODUCTION} is not there; run `make reproduce` first")
+    whole = Reproduction.load(REPRODUCTION)
     stages: dict[str, dict[str, float]] = {}
     there = sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    ran = [path for path in there if path.stat().st_mtime >= whole["started"]]
+    ran = [path for path in there if path.stat().st_mtime >= whole.started]
     for path in ran:
-        record = read_json(path)
-        row = stages.setdefault(record["stage"], dict.fromkeys(("runs", "work", *PARTS), 0.0))
+        record = StageRecord.load(path)
+        row = stages.setdefault(record.stage, dict.fromkeys(("runs", "work", *PARTS), 0.0))
         row["runs"] += 1
-        row["work"] += record["work_seconds"]
-        for part, seconds in record["orchestration_seconds"].items():
+        row["work"] += record.work_seconds
+        for part, seconds in record.orchestration_seconds.items():
             row[part] += seconds
     total = {part: sum(row[part] for row in stages.values()) for part in ("runs", "work", *PARTS)}
-    total["servers, DVC, rest"] = whole["seconds"] - total["work"] - sum(total[part] for part in PARTS)
+    total["servers, DVC, rest"] = whole.seconds - total["work"] - sum(total[part] for part in PARTS)
     total["up to date"] = len(there) - len(ran)
-    total["seconds"] = whole["seconds"]
-    total["orchestration share"] = 1 - total["work"] / whole["seconds"]
+    total["seconds"] = whole.seconds
+    total["orchestration share"] = 1 - total["work"] / whole.seconds
     return {**stages, "all": total}
 
 

@@ -27,10 +27,11 @@ from benchmarks.data import write_data
 from flows.runtime.processes import launch
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.compute import LocalLaunch, TrainingCompute
-from lotlip.core.files import read_json
+from lotlip.core.record import read_record
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job
+from lotlip.pretrain.records import HISTORY, History
 
 WIDTH = 64
 MODULE = "lotlip.train"
@@ -139,7 +140,7 @@ def _kill(launcher: int, rng: random.Random, when: str) -> dict[str, Any]:
 
 def _same(first: Path, second: Path) -> dict[str, Any]:
     weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
-    curves = [[point["loss"] for point in read_json(folder / "history.json")] for folder in (first, second)]
+    curves = [[point["loss"] for point in read_record(folder / HISTORY, History)] for folder in (first, second)]
     differences = [(weights[0][name].double() - weights[1][name].double()).abs().max().item() for name in weights[0]]
     identical = weights[0].keys() == weights[1].keys() and all(
         torch.equal(value, weights[1][name]) for name, value in weights[0].items()

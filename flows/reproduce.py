@@ -16,8 +16,22 @@ from flows.runtime.servers import claimed_port, new_login, port_of, prefect_clie
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
-from lotlip.core.files import write_json
+from lotlip.core.record import Record
 from lotlip.data.paths import check_inputs
+
+REPRODUCTION = SCRATCH / "reproduce.json"
+
+
+class Reproduction(Record):
+    """The last run.
+
+    Attributes:
+        started: seconds since 1970.
+        seconds: that it took.
+    """
+
+    started: float
+    seconds: float
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
@@ -39,7 +53,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         print("Nothing has changed since the last run.")
     status = 0 if current else _run(runs)
     seconds = time.time() - started
-    write_json(SCRATCH / "reproduce.json", {"started": started, "seconds": seconds})
+    Reproduction(started=started, seconds=seconds).write(REPRODUCTION)
     if status:
         raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
     print(closing_words(params, seconds))

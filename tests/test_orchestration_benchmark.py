@@ -11,8 +11,21 @@ import pytest
 from benchmarks.orchestration import measure, table
 from lotlip.core.code import ROOT
 from lotlip.core.files import write_json
+from lotlip.data.stage_record import StageRecord
 
-RECORD = {"stage": "ingest", "work_seconds": 6.0, "orchestration_seconds": {"imports": 1.0, "gate": 0.5}}
+RECORD = StageRecord(
+    stage="ingest",
+    name=None,
+    seconds=7.5,
+    work_seconds=6.0,
+    samples=12,
+    samples_per_second=2.0,
+    orchestration_seconds={"imports": 1.0, "gate": 0.5},
+    counts={},
+    failure_kinds={},
+    gate=[],
+    notes={},
+)
 
 
 @pytest.fixture
@@ -21,7 +34,7 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "metrics" / "stages"
-    write_json(folder / "ingest.json", RECORD)
+    RECORD.write(folder / "ingest.json")
     os.utime(folder / "ingest.json", (100, 100))
     return folder
 

@@ -395,7 +395,7 @@ def test_captions_follow_partitions_that_changed_under_the_same_index(described:
     config = load_params().caption
     work = Captioning("mine", config, Path("data/ingest"), Path("store"), Path("work/out"))
     unit = read_index(Path("data/ingest"), UnitIndex).units[0]
-    partition = Partition(unit["name"], unit["written"], unit["sha256"])
+    partition = Partition(unit.name, unit.written, unit.sha256)
     asked: list[str] = []
     write = Captioning._write
 
