@@ -201,10 +201,11 @@ class TextTokenizer:
     @property
     def special_ids(self) -> list[int]:
         """Ids of special, corner and register tokens."""
-        return [self._tokenizer.token_to_id(name) for name in (*self._special.values(), *self._extra)]
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        return [ids[name] for name in (*self._special.values(), *self._extra)]
 
-    def token(self, number: int) -> str:
-        """The token that has this id."""
+    def token(self, number: int) -> str | None:
+        """The token that has this id; None where none has."""
         return self._tokenizer.id_to_token(number)
 
     def save(self, folder: Path) -> None:

@@ -276,7 +276,7 @@ class Loader:
 
     def _in_rows(self, batch: Batch, row_of: np.ndarray) -> Batch:
         """The batch with rows of the model's table of word embeddings in the place of token ids."""
-        found: dict[str, Tensor] = {}
+        found: dict[str, Any] = {}
         for name in ("raw_ids", "long_ids"):
             ids = getattr(batch, name)
             if ids is None:

@@ -130,7 +130,7 @@ class Trainer:
             transform,
             workers=compute.loader_workers,
             prefetch=compute.prefetch,
-            row_of=model.word_rows and model.word_rows.row_of.numpy(),
+            row_of=None if model.word_rows is None else model.word_rows.row_of.numpy(),
         )
         self.engine = Engine(model, config, compute, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(job.scratch / f"checkpoints-{seed}")
