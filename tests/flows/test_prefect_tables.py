@@ -1,0 +1,77 @@
+"""Prefect's tables in a new database: created once, then copied."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.flows.conftest import PREFECT, ROOT
+
+# Creates the tables, and prints how often migrations ran.
+CREATE = """
+from flows.runtime import applications
+
+migrate, runs = applications._migrate, []
+async def counted():
+    runs.append(1)
+    await migrate()
+applications._migrate = counted
+applications.create_prefect_tables()
+print("migrations:", len(runs))
+"""
+
+
+def create(home: Path, **more: str) -> str:
+    home.mkdir(exist_ok=True)
+    environment = {key: value for key, value in os.environ.items() if key not in PREFECT}
+    environment |= {"PREFECT_HOME": str(home), "PYTHONPATH": str(ROOT), "LOTLIP_CACHE": str(home.parent / "cache")}
+    command = [sys.executable, "-c", CREATE]
+    done = subprocess.run(command, env={**environment, **more}, cwd=home, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def content(home: Path) -> tuple[str, dict[str, int]]:
+    """The revision of the tables, and how many rows each has."""
+    database = sqlite3.connect(home / "prefect.db")
+    try:
+        ((revision,),) = database.execute("SELECT version_num FROM alembic_version").fetchall()
+        names = [name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        return revision, {name: database.execute(f'SELECT COUNT(*) FROM "{name}"').fetchone()[0] for name in names}
+    finally:
+        database.close()
+
+
+@pytest.mark.slow
+def test_a_new_database_is_a_copy_of_the_first_one(tmp_path):
+    assert create(tmp_path / "first") == "migrations: 1"
+    revision, rows = content(tmp_path / "first")
+    assert revision and {"flow_run", "block_type"} <= set(rows)
+    # as Prefect's own command creates them
+    command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "own")}
+    subprocess.run(command, env=environment, capture_output=True, check=True)
+    assert content(tmp_path / "own") == (revision, rows)
+    with sqlite3.connect(tmp_path / "first" / "prefect.db") as used:  # the copy is of the empty tables
+        used.execute("CREATE TABLE mine (id)")
+    used.close()
+    assert create(tmp_path / "second") == "migrations: 0"
+    assert content(tmp_path / "second") == (revision, rows)
+
+
+def test_other_databases_are_left_to_prefect(tmp_path):
+    (tmp_path / "home").mkdir()
+    database = tmp_path / "home" / "prefect.db"
+    database.write_bytes(b"as it was")
+    assert create(tmp_path / "home") == "migrations: 0"
+    assert database.read_bytes() == b"as it was"
+    database.unlink()
+    for url in ("sqlite+aiosqlite:///:memory:", "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true"):
+        assert create(tmp_path / "home", PREFECT_SERVER_DATABASE_CONNECTION_URL=url) == "migrations: 0"
+    assert create(tmp_path / "home", PREFECT_SERVER_DATABASE_MIGRATE_ON_START="false") == "migrations: 0"
+    assert not database.exists()
