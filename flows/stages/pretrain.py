@@ -14,7 +14,7 @@ from prefect import flow
 
 from flows.runtime.agent import announced
 from flows.runtime.processes import launch, run_group
-from flows.runtime.stage import Stage, check_input, hash_of, main, memory_of
+from flows.runtime.stage import Stage, check_input, hash_cache_of, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
 from lotlip.core.files import (
@@ -138,7 +138,7 @@ def starting_weights(config: PretrainConfig) -> dict[str, str]:
     if not config.text.pretrained:
         return {}
     folder = Path(config.text.pretrained)
-    check_model(folder, memory_of)
+    check_model(folder, hash_cache_of)
     own = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # of an ablation, each seed has its own
     return {
         str(seed): sha256_files(sorted((place if place.is_dir() else folder).rglob("*.safetensors")))

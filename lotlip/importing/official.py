@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lotlip.core.files import NotOurs, atomic_write, check_free, check_replaceable, write_record
+from lotlip.core.files import ForeignFileError, atomic_write, check_free, check_replaceable, write_record
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
@@ -128,8 +128,8 @@ def _check_free(out: Path, inputs: list[Path], force: bool) -> None:
         raise ValueError(f"--out {out} is not empty; name another folder, or replace an imported model with --force")
     try:
         check_replaceable(out.resolve())
-    except NotOurs as error:
-        raise NotOurs(f"--out {out} cannot be replaced: {error}") from error
+    except ForeignFileError as error:
+        raise ForeignFileError(f"--out {out} cannot be replaced: {error}") from error
     check_free(out.resolve() / "config.json", lambda _: True)
 
 

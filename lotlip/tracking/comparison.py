@@ -18,7 +18,7 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from lotlip.core.differences import differences, in_words
+from lotlip.core.differences import differences, format_differences
 from lotlip.core.section import flatten
 from lotlip.evaluate.score_names import MAIN, Metric
 from lotlip.pretrain.config import PretrainConfig
@@ -150,7 +150,9 @@ def run_note(
     except ValidationError:  # of another version of lotlip
         trained = None
     if base and trained:
-        parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(trained.recipe(), base.recipe()))}.")
+        parts.append(
+            f"Beside `pretrain` of params.yaml: {format_differences(differences(trained.recipe(), base.recipe()))}."
+        )
     rows = []
     limited = any(min(result.get("ceiling", {}).values(), default=1.0) < 1 for result in (results or {}).values())
     for benchmark, result in (results or {}).items():
