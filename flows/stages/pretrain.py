@@ -72,10 +72,10 @@ def pretrain(ablation: str) -> None:
             stage.log.info(line)
 
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking.mlflow import TRACKING_WARNING, Tracker, tolerated
+        from lotlip.tracking.mlflow import TRACKING_WARNING, Tracker, warn_on_failure
 
         tracking = params.tracking
-        with tolerated(tracking.uri, warn):
+        with warn_on_failure(tracking.uri, warn):
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
     reused = reuse_seeds(paths.models / ablation, run["fingerprints"], stage.out)
     if reused:
@@ -103,7 +103,7 @@ def pretrain(ablation: str) -> None:
                 run_group(command, on_line, stage.scratch / "errors.log")
         except BaseException:
             if runs:
-                with tolerated(tracking.uri, warn):
+                with warn_on_failure(tracking.uri, warn):
                     tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
                     for seed, run_id in runs.items():
                         done = (stage.out / f"seed-{seed}" / "history.json").is_file()
@@ -119,7 +119,7 @@ def pretrain(ablation: str) -> None:
         limit = compute.max_final_loss_share
         checks = gate_pretrain(config.seeds, limit, history, chance_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
-    with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
+    with stage.clock.measure("mlflow"), warn_on_failure(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
         for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
             tracker.log_history(run_id, read_json(paths.models / ablation / f"seed-{seed}" / "history.json"))
