@@ -1,8 +1,8 @@
-"""Measurements that the README quotes, each with the command that makes it."""
+"""The measurements that docs/performance.md quotes, each with its command."""
 
 import sys
 
-from lotlip.core.console import say_stopped
+from lotlip.core.console import exit_on_interrupt
 
 if sys.orig_argv[1:2] == ["-m"] and sys.orig_argv[2:3] and sys.orig_argv[2].startswith("benchmarks."):
-    sys.excepthook = say_stopped
+    sys.excepthook = exit_on_interrupt

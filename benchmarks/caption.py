@@ -1,11 +1,11 @@
-"""How fast a multimodal model writes captions, beside a plain loop over the images: `python -m benchmarks.caption`.
+"""Captioning speed compared with a plain loop over the images: `python -m benchmarks.caption`.
 
 Ours is the captioner of kind `transformers`, as the caption stage runs it. The plain loop is what a model card shows:
-for each image, decode it, `processor`, `model.generate`, decode the text. Both have the same weights, images, prompt
-and decoding, greedy; their texts must be equal, or the benchmark fails. A round runs both ways once; rates are medians
-over rounds, the ratio is the median of each round's. One thread by default: with more, layers as small as the tiny
-model's wait for one another, most of all in the loop. The model is a tiny LLaVA with random weights, made on the spot;
-`--model` takes another one's folder. `--json` prints one object.
+for each image, decode it, call `processor` and `model.generate`, decode the text. Both have the same weights, images,
+prompt and greedy decoding; their texts must be equal, or the benchmark fails. A round runs both once. Rates are medians
+over rounds; the ratio is the median of the rounds' ratios. One thread by default: with more, the tiny model's small
+layers wait for one another, especially in the loop. The model is a generated tiny LLaVA with random weights; `--model`
+uses the model in a folder instead. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SIZES = [(320, 240), (240, 320), (640, 480), (400, 400), (480, 270)]
 
 
 class PlainLoop:
-    """One image after another, without this project's code."""
+    """Captions one image after another, without this project's code."""
 
     def __init__(self, folder: Path, prompt: str, tokens: int) -> None:
         self.processor, self.tokens = AutoProcessor.from_pretrained(folder, trust_remote_code=False), tokens
@@ -50,7 +50,7 @@ class PlainLoop:
             self.text = self.processor.apply_chat_template([message], add_generation_prompt=True)
 
     def __call__(self, records: list[ImageRecord]) -> tuple[list[str], int]:
-        """The texts, and how many tokens were written."""
+        """The texts, and the number of generated tokens."""
         texts, count = [], 0
         for record in records:
             image = Image.open(io.BytesIO(record.image)).convert("RGB")
@@ -64,7 +64,7 @@ class PlainLoop:
 
 
 def pictures(count: int) -> list[ImageRecord]:
-    """JPEG files of mixed sizes that cost what photographs cost to decode."""
+    """JPEG files of mixed sizes that take as long to decode as photographs."""
     rng, records = np.random.default_rng(0), []
     for number in range(count):
         width, height = SIZES[number % len(SIZES)]
@@ -76,7 +76,7 @@ def pictures(count: int) -> list[ImageRecord]:
 
 
 def measure(model: Path | None, images: int, batch: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Both ways' images and tokens per second, and ours over the loop's."""
+    """Images and tokens per second of both, and the ratio of ours to the loop."""
     disable_progress_bar()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
@@ -90,20 +90,20 @@ def measure(model: Path | None, images: int, batch: int, tokens: int, threads: i
         )
         compute = CaptionerCompute(batch_size=batch, device="cpu")
         loop = PlainLoop(folder, settings.prompt, tokens)
-        author = TransformersCaptioner("ours", settings, lambda text: len(text.split()), compute)
+        captioner = TransformersCaptioner("ours", settings, lambda text: len(text.split()), compute)
         records = pictures(images)
-        loop(records[:2]), list(author.caption(records[:2]))  # weights are loaded, nothing is the first of its kind
+        loop(records[:2]), list(captioner.caption(records[:2]))  # warm-up: loads the weights
         seconds: dict[str, list[float]] = {"ours": [], "loop": []}
         for _ in tqdm(range(rounds), desc="rounds", disable=None):
             started = time.perf_counter()
             expected, count = loop(records)
             seconds["loop"].append(time.perf_counter() - started)
             started = time.perf_counter()
-            found = list(author.caption(records))
+            items = list(captioner.caption(records))
             seconds["ours"].append(time.perf_counter() - started)
-            texts = [item.text if isinstance(item, Caption) else "" for item in found]
+            texts = [item.text if isinstance(item, Caption) else "" for item in items]
             if texts != expected:
-                raise AssertionError("batches got other texts than single images")
+                raise AssertionError("texts of batches differ from those of single images")
     return {
         "images_per_second": {way: images / median(taken) for way, taken in seconds.items()},
         "tokens_per_second": {way: count / median(taken) for way, taken in seconds.items()},
@@ -124,15 +124,15 @@ def table(measured: dict[str, Any]) -> str:
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.caption", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a model; without it, a tiny one with random weights")
+    parser.add_argument("--model", type=Path, help="folder of a model; default: a tiny one with random weights")
     for name, default in {"images": 64, "batch": 16, "tokens": 64, "threads": 1, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")
     arguments = vars(parser.parse_args())
     as_json = arguments.pop("json")
     measured = measure(**arguments)
-    given = {**arguments, "model": str(arguments["model"] or "tiny LLaVA")}
-    print(json.dumps({**given, **measured}, allow_nan=False) if as_json else table(measured))
+    settings = {**arguments, "model": str(arguments["model"] or "tiny LLaVA")}
+    print(json.dumps({**settings, **measured}, allow_nan=False) if as_json else table(measured))
 
 
 if __name__ == "__main__":

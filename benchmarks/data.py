@@ -1,4 +1,4 @@
-"""Shards of made-up samples that cost what real ones cost to read."""
+"""Shards of synthetic samples that take as long to read as real ones."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ WORDS += ["dog", "house", "tree", "street", "table", "window", "person", "sky", 
 
 
 def write_data(folder: Path, samples: int, shards: int, image_size: int, width: int) -> None:
-    """Shards of key.json, key.npy of `width` numbers, key.jpg, and the short caption again as key.txt for open_clip.
+    """Writes shards of key.json, key.npy of `width` numbers, key.jpg, and key.txt, the short caption for open_clip.
 
     The token ids of their texts are beside them, as the shard stage writes them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng, noise = random.Random(0), np.random.default_rng(0)
-    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough to differ
+    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough variety
     sizes = [len(range(number, samples, shards)) for number in range(shards)]
     names = [f"train-{number:06d}" for number in range(shards)]
     for name, size in zip(names, sizes, strict=True):
@@ -77,7 +77,7 @@ def sentence(rng: random.Random) -> str:
 
 
 def _picture(noise: np.random.Generator, size: int) -> bytes:
-    """Noise of every scale, the coarse strongest, as in photographs: some 3 bits a pixel as JPEG."""
+    """Noise of every scale, strongest at coarse scales, as in photographs: about 3 bits per pixel as JPEG."""
     pixels = np.full((size, size, 3), 128.0)
     for cells, strength in ((4, 60), (16, 30), (64, 12), (size, 6)):
         coarse = noise.standard_normal((cells, cells, 3)).clip(-3, 3) * 42 + 128

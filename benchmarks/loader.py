@@ -1,12 +1,13 @@
-"""How fast samples come, beside open_clip's training pipeline: `python -m benchmarks.loader`.
+"""Loading speed compared with open_clip's training pipeline: `python -m benchmarks.loader`.
 
-It writes shards of pictures that cost what photographs cost to decode, features of 768 numbers, raw and long captions,
-and reads them both ways with as many workers. open_clip's is `get_wds_dataset` of its training code; with features, the
-same steps with the stored .npy in place of the picture, which open_clip has not, and only what is used decoded. It
-tokenizes the short caption, ours has the short caption and a long text, from the token ids that the shard stage stores
-(without them, as in tars of others, it tokenizes both). A round runs every way once, each from starting its
-workers to the epoch's last batch; rates are medians over rounds, ratios medians of each round's. The share of time that
-training waits for data is of steps of a given length in which the processor is free. `--json` prints one object.
+It writes shards of pictures that take as long to decode as photographs, with features of 768 numbers and short and long
+captions, and reads them with both loaders and equally many workers. open_clip's loader is `get_wds_dataset` of its
+training code. For features, which open_clip does not support, the same steps read the stored .npy instead of the
+picture and decode only what is used. open_clip tokenizes the short caption. Ours takes the short caption and a long
+text from the token ids that the shard stage stores, or tokenizes both for tars without them. A round runs every variant
+once, from starting its workers to the epoch's last batch. Rates are medians over rounds, ratios medians of the rounds'
+ratios. The share of time that training waits for data is measured with steps of a given length in which the processor
+is idle. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
 from lotlip.pretrain.loader import Loader, Rows
 
-SIDE, WIDTH = 224, 768  # of the tower's pictures, and of its features
+SIDE, WIDTH = 224, 768  # side of the tower's pictures, dimension of its features
 
-# A pair that is compared: ours, open_clip's.
+# Compared pairs: ours, open_clip's.
 PAIRS = {
     "stored features": ("ours, features", "open_clip, features"),
     "stored features without token ids": ("ours, features, no ids", "open_clip, features"),
@@ -44,13 +45,13 @@ PAIRS = {
     "images, augmented": ("ours, augmented", "open_clip, augmented"),
 }
 
-# open_clip was written for a webdataset that did not mark where a tar ends.
+# open_clip was written for a version of webdataset that did not mark the end of a tar.
 open_clip_data.tar_file_expander = partial(open_clip_data.tar_file_expander, eof_value=None)
 
 Batches = Callable[[], Iterable[Any]]
 
 
-# --- both ways ----------------------------------------------------------------------------------------------------
+# --- both loaders -------------------------------------------------------------------------------------------------
 
 
 def ours(
@@ -80,7 +81,7 @@ def open_clip_images(
 
 
 def open_clip_features(folder: Path, workers: int, batch: int, tokenizer: Any, samples: int) -> Iterable[Any]:
-    """The same steps with the stored .npy in place of the picture."""
+    """The same steps with the stored .npy instead of the picture."""
     steps = [
         wds.SimpleShardList([str(path) for path in sorted(folder.glob("*.tar"))]),
         wds.split_by_worker,
@@ -110,29 +111,29 @@ def without_token_ids(folder: Path) -> Path:
 
 
 def samples_per_second(batches: Batches, batch: int) -> float:
-    """Of a whole epoch, the start of its workers included."""
+    """Rate over a whole epoch, including the start of its workers."""
     started = time.perf_counter()
     count = sum(1 for _ in batches())
     return count * batch / (time.perf_counter() - started)
 
 
 def waiting_share(batches: Batches, step_seconds: float, steps: int) -> float:
-    """Share of time that steps of a given length wait for data; the first is not counted: workers start with it."""
+    """Share of time that steps of a given length wait for data, without the first, in which workers start."""
     stream = iter(batches())
     next(stream)
     started, waited = time.perf_counter(), 0.0
     for _ in range(steps):
         time.sleep(step_seconds)
-        asked = time.perf_counter()
+        requested = time.perf_counter()
         next(stream)
-        waited += time.perf_counter() - asked
+        waited += time.perf_counter() - requested
     return waited / (time.perf_counter() - started)
 
 
 def measure(
     samples: int, shards: int, image_size: int, workers: int, batch: int, step_ms: float, rounds: int, images: bool
 ) -> dict[str, Any]:
-    """Every way's samples per second and share of waiting, and ours over open_clip's."""
+    """Samples per second and waiting share of every variant, and ratios of ours to open_clip's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_data(folder, samples, shards, image_size, WIDTH)
@@ -164,19 +165,19 @@ def measure(
         if mine in rates
     }
     return {
-        "samples_per_second": {way: median(found) for way, found in rates.items()},
-        "waiting_share": {way: median(found) for way, found in waits.items()},
+        "samples_per_second": {way: median(values) for way, values in rates.items()},
+        "waiting_share": {way: median(values) for way, values in waits.items()},
         "ours_over_open_clip": ratios,
     }
 
 
 def table(measured: dict[str, Any], step_ms: float) -> str:
     """The measurement as a Markdown table."""
-    lines = [f"| | samples/s | waits, of steps of {step_ms:g} ms |", "|---|---|---|"]
+    lines = [f"| | samples/s | waiting, with steps of {step_ms:g} ms |", "|---|---|---|"]
     for way, rate in measured["samples_per_second"].items():
         lines.append(f"| {way} | {rate:.0f} | {measured['waiting_share'][way]:.0%} |")
     ratios = (f"{pair} {ratio:.2f} times" for pair, ratio in measured["ours_over_open_clip"].items())
-    return "\n".join([*lines, "", f"Ours over open_clip's: {', '.join(ratios)}."])
+    return "\n".join([*lines, "", f"Ours compared with open_clip's: {', '.join(ratios)}."])
 
 
 def main() -> None:

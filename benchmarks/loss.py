@@ -1,9 +1,8 @@
 """Memory and time of the contrastive loss at a large batch, in several processes: `python -m benchmarks.loss`.
 
-Each process has its share of the batch: image features and, for each image, the features of its texts, as the towers
-would leave them. What it then takes more, at its peak, to have the gradients of all of them is the loss's own.
-`--at-once` says how many logits exist at a time; a huge number computes them all at once, as usual code does. `--json`
-prints one object.
+Each process has its share of the batch: image features and the features of each image's texts, as the towers return
+them. The peak memory beyond that, with the gradients of all features, is attributed to the loss. `--at-once` sets how
+many logits exist at a time; a huge number computes all of them at once, as other code does. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ GB = 1e9
 
 
 def measure(batch: int, kinds: int, width: int, logits_at_once: int) -> dict[str, float]:
-    """In one of the processes: bytes that its features take, bytes more at the loss's peak, seconds."""
+    """In one process: bytes of its features, additional bytes at the loss's peak, seconds."""
     torch.manual_seed(dist.get_rank())
     own = batch // dist.get_world_size()
     images = normalize(torch.randn(own, width), dim=-1).requires_grad_()
@@ -47,23 +46,23 @@ def measure(batch: int, kinds: int, width: int, logits_at_once: int) -> dict[str
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One of the processes; the first prints what each found."""
+    """One of the processes; the first prints the results of all."""
     torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // arguments.processes))
     dist.init_process_group("gloo")
-    found: list[Any] = [None] * arguments.processes
-    dist.all_gather_object(found, measure(arguments.batch, arguments.kinds, arguments.width, arguments.at_once))
+    results: list[Any] = [None] * arguments.processes
+    dist.all_gather_object(results, measure(arguments.batch, arguments.kinds, arguments.width, arguments.at_once))
     if dist.get_rank() == 0:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(results, allow_nan=False))
     dist.destroy_process_group()
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Starts the processes; gives the most that any of them took."""
+    """Starts the processes; returns the largest value over all of them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
     command = [sys.executable, *launcher, "-m", "benchmarks.loss", "--worker", *sys.argv[1:]]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    most = {name: max(each[name] for each in found) for name in found[0]}
+    results = json.loads(done.stdout.strip().splitlines()[-1])
+    most = {name: max(result[name] for result in results) for name in results[0]}
     return {"batch": arguments.batch, "processes": arguments.processes, "at_once": arguments.at_once, **most}
 
 
@@ -71,9 +70,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16384, help="images, over all processes")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--kinds", type=int, default=4, help="texts' features of an image: 1 + K (m + 1)")
+    parser.add_argument("--kinds", type=int, default=4, help="text features per image: 1 + K (m + 1)")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--at-once", type=int, default=LOGITS_AT_ONCE, help="logits")
+    parser.add_argument("--at-once", type=int, default=LOGITS_AT_ONCE, help="number of logits that exist at a time")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -85,6 +84,6 @@ if __name__ == "__main__":
             json.dumps(result, allow_nan=False)
             if given.json
             else f"a batch of {result['batch']:,} in {result['processes']} processes: features "
-            f"{result['features_bytes'] / GB:.2f} GB a process, {result['more_bytes'] / GB:.2f} GB more for loss and "
+            f"{result['features_bytes'] / GB:.2f} GB per process, {result['more_bytes'] / GB:.2f} GB more for loss and "
             f"gradients, {result['seconds']:.1f} s"
         )

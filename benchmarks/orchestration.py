@@ -1,8 +1,8 @@
-"""How much of the last `make reproduce` was orchestration: `python -m benchmarks.orchestration`.
+"""The share of orchestration in the last `make reproduce`: `python -m benchmarks.orchestration`.
 
-Work is what the stages themselves compute; all else, from the start of `flows.reproduce` to its end, is orchestration:
-the servers, DVC, Prefect, imports, gates and MLflow. Only after `make clean` does every stage run; where nothing was to
-do, all of it is orchestration. `--json` prints one object.
+Work is what the stages themselves compute. Everything else from the start of `flows.reproduce` to its end is
+orchestration: servers, DVC, Prefect, imports, gates and MLflow. All stages run only after `make clean`; if nothing was
+stale, the whole run is orchestration. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ PARTS = ("imports", "prefect", "gate", "mlflow")
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Seconds by stage (instances of a stage together) and part, of those that the last run ran.
+    """Seconds by stage (all instances together) and part, for the stages that the last run ran.
 
-    The last, "all", has the whole run's, and how many were up to date.
+    The last row, "all", has the whole run, and the number of stages that were up to date.
 
     Raises:
         ValueError: there was no run yet.
     """
     params = load_params()
     if not REPRODUCTION.is_file():
-        raise ValueError(f"{REPRODUCTION} is not there; run `make reproduce` first")
-    whole = Reproduction.load(REPRODUCTION)
+        raise ValueError(f"{REPRODUCTION} does not exist; run `make reproduce` first")
+    run = Reproduction.load(REPRODUCTION)
     stages: dict[str, dict[str, float]] = {}
-    there = sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime)
-    ran = [path for path in there if path.stat().st_mtime >= whole.started]
+    records = sorted(Path(params.paths.stages).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    ran = [path for path in records if path.stat().st_mtime >= run.started]
     for path in ran:
         record = StageRecord.load(path)
         row = stages.setdefault(record.stage, dict.fromkeys(("runs", "work", *PARTS), 0.0))
@@ -41,10 +41,10 @@ def measure() -> dict[str, dict[str, float]]:
         for part, seconds in record.orchestration_seconds.items():
             row[part] += seconds
     total = {part: sum(row[part] for row in stages.values()) for part in ("runs", "work", *PARTS)}
-    total["servers, DVC, rest"] = whole.seconds - total["work"] - sum(total[part] for part in PARTS)
-    total["up to date"] = len(there) - len(ran)
-    total["seconds"] = whole.seconds
-    total["orchestration share"] = 1 - total["work"] / whole.seconds
+    total["servers, DVC, rest"] = run.seconds - total["work"] - sum(total[part] for part in PARTS)
+    total["up to date"] = len(records) - len(ran)
+    total["seconds"] = run.seconds
+    total["orchestration share"] = 1 - total["work"] / run.seconds
     return {**stages, "all": total}
 
 
@@ -54,10 +54,10 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     lines = ["| stage | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for stage, row in rows.items():
         lines.append(f"| {stage} | {row['runs']:.0f} | " + " | ".join(f"{row[c]:.1f}" for c in columns[1:]) + " |")
-    every = rows["all"]
+    total = rows["all"]
     lines.append(
-        f"\n{every['seconds']:.0f} s in all; servers, DVC and the rest {every['servers, DVC, rest']:.1f} s; "
-        f"orchestration is {every['orchestration share']:.1%} of it. {every['up to date']:.0f} stages were up to date."
+        f"\n{total['seconds']:.0f} s in all; servers, DVC and the rest {total['servers, DVC, rest']:.1f} s; "
+        f"orchestration is {total['orchestration share']:.1%} of it. {total['up to date']:.0f} stages were up to date."
     )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The released training step, written anew from its description: what `benchmarks.train_step` compares with."""
+"""The released training step, rewritten from its description, for comparison in `benchmarks.train_step`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ CONTEXT_LENGTH = 128
 
 
 class ReleasedStep(nn.Module):
-    """Image tower in the loop, both texts padded to the context length, one matrix of logits for each kind of text.
+    """Runs the image tower at every step, pads texts to the context length, and has one logit matrix per kind of text.
 
     Args:
-        model: the weights of the text tower and the temperature; they are copied.
-        vision: timm's name of the frozen image tower, whose weights are random.
+        model: source of the text tower's weights and the temperature, which are copied.
+        vision: timm's name of the frozen image tower, which gets random weights.
     """
 
     def __init__(self, model: LotlipModel, vision: str) -> None:
@@ -36,23 +36,23 @@ class ReleasedStep(nn.Module):
         self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())
 
     def train(self, mode: bool = True) -> ReleasedStep:
-        """As of every module; the frozen tower stays as it is."""
+        """Sets the training mode of all modules but the frozen tower."""
         super().train(mode)
         self.visual.eval()
         return self
 
     def optimizer(self, **settings: Any) -> torch.optim.Optimizer:
-        """AdamW over one parameter after another."""
+        """AdamW that updates one parameter after another."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, foreach=False, fused=False, **settings)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The frozen tower's, [B, D], of pixels [B, 3, S, S]."""
+        """The frozen tower's features, [B, D], of pixels [B, 3, S, S]."""
         with torch.no_grad():
             return self.visual(pixels)
 
     def forward(self, pixels: Tensor, raw: list[list[int]], long: list[list[int]]) -> Tensor:
-        """The training loss, a scalar, of pictures [B, 3, S, S] and the token ids of their texts."""
+        """The training loss, a scalar, from pictures [B, 3, S, S] and the token ids of their texts."""
         images = normalize(self.image_features(pixels), dim=-1)
         texts = [self._text_features(raw)[:, 0], *self._text_features(long).unbind(dim=1)]
         target = torch.arange(len(images))
@@ -71,14 +71,14 @@ class ReleasedStep(nn.Module):
         return normalize(self.proj(pooled), dim=-1)
 
     def _mask(self, texts: list[list[int]]) -> Tensor:
-        """What is added to the attention's scores, [B, 1, L, L], a text at a time."""
+        """The mask that is added to the attention's scores, [B, 1, L, L], built one text at a time."""
         masks = []
         for text in texts:
-            seen = torch.zeros(CONTEXT_LENGTH, CONTEXT_LENGTH, dtype=torch.bool)
-            seen[:, : len(text)] = True
+            visible = torch.zeros(CONTEXT_LENGTH, CONTEXT_LENGTH, dtype=torch.bool)
+            visible[:, : len(text)] = True
             for corner in range(1, 1 + self.corner_tokens):
-                seen[:, corner] = False
-                seen[corner, 0] = False
-                seen[corner, corner] = True
-            masks.append(torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min))
+                visible[:, corner] = False
+                visible[corner, 0] = False
+                visible[corner, corner] = True
+            masks.append(torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min))
         return torch.stack(masks)[:, None]

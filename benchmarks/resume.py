@@ -1,9 +1,9 @@
-"""Kills training at random moments and compares its end with that of a run never killed: `python -m benchmarks.resume`.
+"""Kills training at random moments and compares the result with an undisturbed run: `python -m benchmarks.resume`.
 
-Two processes train a small model with dropout; each kill is `kill -9` of one of them (or of their launcher) at a random
-moment, be it in a step, while a checkpoint is written or during the start, and then training is started again. The
-weights at the end have to be the same, bit for bit, and so the curve. `--json` prints one object; the status is 1 where
-they are not the same.
+Two processes train a small model with dropout. Each kill is `kill -9` of one of them (or of their launcher) at a random
+moment: during a step, while a checkpoint is written, or during the start. Then training is restarted. The final weights
+and the curve must be identical to those of a run that was never killed, bit for bit. `--json` prints one object; the
+exit status is 1 if they differ.
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ MODULE = "lotlip.train"
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs both; gives what was killed when, and whether the ends are the same."""
+    """Runs both; returns the kills, and whether the results are identical."""
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_data(root / "shards", samples=1000, shards=3, image_size=32, width=WIDTH)
         spec = ImageTowerSpec("vit_scenes", 32, {"patch_size": 16, "embed_dim": WIDTH, "depth": 1, "num_heads": 2})
         save_image_tower(build_image_tower(spec), spec, root / "tower")
-        whole, killed = (_job(root, name, arguments) for name in ("whole", "killed"))
+        undisturbed, killed = (_job(root, name, arguments) for name in ("whole", "killed"))
         started = time.monotonic()
-        _train(whole, arguments.processes, None, rng)
+        _train(undisturbed, arguments.processes, None, rng)
         seconds = time.monotonic() - started
         kills: list[dict[str, Any]] = []
         while not (killed.parent / "out").exists():
-            again = len(kills) < arguments.kills
-            done = _train(killed, arguments.processes, _moment(rng, arguments, kills) if again else None, rng)
-            if done:
-                kills.append(done)
-                print(f"killed {done['process']} {done['when']}", file=sys.stderr)
-        same = _same(whole.parent / "out" / "seed-0", killed.parent / "out" / "seed-0")
-    return {"kills": kills, "seconds_undisturbed": seconds, **same}
+            more = len(kills) < arguments.kills
+            kill = _train(killed, arguments.processes, _moment(rng, arguments, kills) if more else None, rng)
+            if kill:
+                kills.append(kill)
+                print(f"killed {kill['process']} {kill['when']}", file=sys.stderr)
+        comparison = _compare(undisturbed.parent / "out" / "seed-0", killed.parent / "out" / "seed-0")
+    return {"kills": kills, "seconds_undisturbed": seconds, **comparison}
 
 
 def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
@@ -94,16 +94,16 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
 
 
 def _moment(rng: random.Random, arguments: argparse.Namespace, kills: list[dict[str, Any]]) -> tuple[int, float]:
-    """After how many steps of a run, and how many seconds later, a process is killed; 0 steps: while it starts."""
+    """When a process is killed: after how many steps of a run (0: during the start), and how many seconds later."""
     share = arguments.steps // (arguments.kills + 1)
     return (0 if rng.random() < 0.2 else rng.randint(1, share), rng.uniform(0, 0.2))
 
 
 def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: random.Random) -> dict[str, Any] | None:
-    """Trains to the end, or to the moment when a process is killed; says which one and when.
+    """Trains to the end, or until a process is killed; returns which one was killed and when.
 
     Raises:
-        RuntimeError: training failed by itself.
+        RuntimeError: training failed although nothing was killed.
     """
     process = start_group(
         launch(MODULE, [str(job)], processes, LocalLaunch()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -138,7 +138,7 @@ def _kill(launcher: int, rng: random.Random, when: str) -> dict[str, Any]:
     return {"process": "the launcher" if chosen == started else "a training process", "when": when}
 
 
-def _same(first: Path, second: Path) -> dict[str, Any]:
+def _compare(first: Path, second: Path) -> dict[str, Any]:
     weights = [load_file(folder / "model.safetensors") for folder in (first, second)]
     curves = [[point["loss"] for point in read_record(folder / HISTORY, History)] for folder in (first, second)]
     differences = [(weights[0][name].double() - weights[1][name].double()).abs().max().item() for name in weights[0]]
@@ -159,11 +159,11 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of which process is killed")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the choice of processes")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    found = main(given)
-    if given.json:
+    options = parser.parse_args()
+    found = main(options)
+    if options.json:
         print(json.dumps(found, allow_nan=False))
     else:
         for kill in found["kills"]:
@@ -172,6 +172,6 @@ if __name__ == "__main__":
             f"after {len(found['kills'])} kills in {found['steps']} steps the weights are "
             f"{'identical, bit for bit' if found['weights_identical'] else 'NOT identical'} "
             f"(largest difference {found['largest_difference']:g}), and the curves "
-            f"{'are, too' if found['curves_identical'] else 'are NOT'}"
+            f"{'are too' if found['curves_identical'] else 'are NOT'}"
         )
     sys.exit(not (found["weights_identical"] and found["curves_identical"]))

@@ -1,9 +1,9 @@
-"""Time and memory of retrieval's scores, beside the plain product of the features: `python -m benchmarks.retrieval`.
+"""Time and memory of retrieval scores, compared with the plain product of features: `python -m benchmarks.retrieval`.
 
-Features are random, as many as COCO's by default. Plain product and scores take turns, and the best of each counts: of
-wall time, and of CPU time, which work beside it disturbs less (least with `--threads 1`: threads that wait for one
-another are busy, too). Memory is that of another process: its peak beyond what it takes once torch has multiplied
-matrices and the features are there. `--json` prints one object.
+Features are random, as many as in COCO by default. Product and scores alternate, and the best round of each counts, for
+wall time and for CPU time, which other work on the machine disturbs less (least with `--threads 1`: threads that wait
+for one another are busy too). Memory is measured in another process: its peak beyond what it takes once torch has
+multiplied matrices and the features exist. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MB = 1e6
 
 
 def features(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Of images and texts, and each text's image."""
+    """Features of images and texts, and each text's image."""
     torch.manual_seed(0)
     text_image = torch.arange(arguments.texts) % arguments.images
     images = normalize(torch.randn(arguments.images, arguments.width), dim=-1)
@@ -43,7 +43,7 @@ def spent(work: Callable[[], Any]) -> tuple[float, float]:
 
 
 def times(arguments: argparse.Namespace) -> dict[str, float]:
-    """The best seconds of each, over some rounds."""
+    """The best time of each over all rounds, in seconds."""
     images, texts, text_image = features(arguments)
     ways: dict[str, Callable[[], Any]] = {
         "product": lambda: images @ texts.T,
@@ -59,7 +59,7 @@ def times(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, int]:
-    """In a process of its own: bytes of the features, and bytes beyond them at the peak."""
+    """In a separate process: bytes of the features, and additional bytes at the peak."""
     images, texts, text_image = features(arguments)
     images[:64] @ texts[:64].T
     before = psutil.Process().memory_info().rss
@@ -69,10 +69,10 @@ def memory(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All figures."""
+    """All measurements."""
     command = [sys.executable, "-m", "benchmarks.retrieval", "--measure-memory", *sys.argv[1:]]
-    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return {"images": arguments.images, "texts": arguments.texts, "width": arguments.width, **times(arguments), **found}
+    peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return {"images": arguments.images, "texts": arguments.texts, "width": arguments.width, **times(arguments), **peak}
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""How fast shards are written, and in how much memory: `python -m benchmarks.shard`.
+"""Speed and memory of writing shards: `python -m benchmarks.shard`.
 
-It makes small JPEGs with a raw and three long captions each, as files and as the partitions that ingest and captioners
-leave, and writes tars of 1,000 samples from them in three ways: ours (from partitions: shuffled, hashed, indexed), with
-webdataset's `ShardWriter` (from the files, in their order) and with GNU tar (the same files, in their order). A round
-runs each way once; rates are medians over rounds, ratios medians of each round's. Then ours alone, with a quarter, half
-and all of the samples. Memory is the peak of a process that does all that the stages do with partitions but for drawing
-and captioning pictures: what comes twice, both gates, shards and statistics, with some partitions and with ten times as
-many. `--json` prints one object.
+It creates small JPEGs with a short and three long captions each, as files and as partitions like those of ingest and
+captioners, and writes tars of 1,000 samples from them in three ways: ours (from partitions: shuffled, hashed, indexed),
+webdataset's `ShardWriter` and GNU tar (both from the files, in order). A round runs each way once. Rates are medians
+over rounds, ratios medians of the rounds' ratios. Then ours runs with a quarter, half and all of the samples. Memory
+is the peak of a process that does everything that the stages do with partitions except drawing and captioning pictures:
+duplicate search, both gates, shards and statistics, with some partitions and with ten times as many. `--json` prints
+one object.
 """
 
 from __future__ import annotations
@@ -42,30 +42,30 @@ from lotlip.shard.config import ShardConfig
 from lotlip.shard.shards import group_reader, plan_shards, shard_statistics, write_shard, write_shard_index
 
 PER_SHARD = 1000
-MEMORY_PARTITION = 250  # samples in a partition where memory is measured
+MEMORY_PARTITION = 250  # samples per partition when memory is measured
 
 
 def records(samples: int) -> list[ImageRecord]:
     """Small JPEGs, all different, with short captions."""
     rng, noise = random.Random(0), np.random.default_rng(0)
-    found = []
+    samples_written = []
     for number in range(samples):
         pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         image = file.getvalue()
         sha256 = hashlib.sha256(image).hexdigest()
-        found.append(ImageRecord(f"s{number:08d}", image, "jpg", sentence(rng), 96, 96, sha256))
-    return found
+        samples_written.append(ImageRecord(f"s{number:08d}", image, "jpg", sentence(rng), 96, 96, sha256))
+    return samples_written
 
 
 def write_data(folder: Path, samples: int, partition: int) -> None:
-    """`folder/ingest` and `folder/captions/<captioner>`, in partitions of so many samples."""
+    """Writes `folder/ingest` and `folder/captions/<captioner>` with `partition` samples per partition."""
     rng = random.Random(1)
-    every = records(samples)
+    all_records = records(samples)
     reports: dict[str, list[UnitReport]] = {name: [] for name in ("ingest", *CAPTIONERS)}
     for index, start in enumerate(range(0, samples, partition)):
-        part = every[start : start + partition]
+        part = all_records[start : start + partition]
         split = "test" if index == 0 and samples > partition else "train"
         unit = Unit(split, index, tuple(record.key for record in part))
         reports["ingest"] += write_partitions(unit, part, folder / "ingest", split_of=str)
@@ -85,7 +85,7 @@ def write_data(folder: Path, samples: int, partition: int) -> None:
 
 
 def ours(data: Path, out: Path) -> list[UnitReport]:
-    """All shards of the training split."""
+    """Writes all shards of the training split."""
     captions = {name: data / "captions" / name for name in CAPTIONERS}
     group = group_reader(data / "ingest", captions)
     plans = plan_shards(data / "ingest", captions, "train", PER_SHARD, 0)
@@ -93,7 +93,7 @@ def ours(data: Path, out: Path) -> list[UnitReport]:
 
 
 def with_webdataset(files: list[str], folder: Path, out: Path) -> None:
-    """The same samples by webdataset's own writer."""
+    """Writes the same samples with webdataset's writer."""
     out.mkdir(parents=True, exist_ok=True)
     with wds.ShardWriter(str(out / "train-%06d.tar"), maxcount=PER_SHARD, verbose=0) as sink:
         for key in files:
@@ -102,7 +102,7 @@ def with_webdataset(files: list[str], folder: Path, out: Path) -> None:
 
 
 def with_gnu_tar(files: list[str], folder: Path, out: Path) -> None:
-    """The same files by GNU tar."""
+    """Writes the same files with GNU tar."""
     out.mkdir(parents=True, exist_ok=True)
     for number, start in enumerate(range(0, len(files), PER_SHARD)):
         names = "\n".join(f"{key}.{end}" for key in files[start : start + PER_SHARD] for end in ("json", "jpg"))
@@ -111,7 +111,7 @@ def with_gnu_tar(files: list[str], folder: Path, out: Path) -> None:
 
 
 def unpack(shards: Path, folder: Path) -> list[str]:
-    """The shards' samples as files; returns their keys."""
+    """Writes the shards' samples as files; returns their keys."""
     keys = []
     folder.mkdir()
     for sample in wds.WebDataset([str(path) for path in sorted(shards.glob("*.tar"))], shardshuffle=False):
@@ -135,7 +135,7 @@ def seconds(way: Callable[[Path], Any], folder: Path) -> float:
 
 
 def all_stages(data: Path) -> None:
-    """What ingest, shard and their gates do with partitions that are there."""
+    """Does what ingest, shard and their gates do with existing partitions."""
     from lotlip.ingest.gate import gate_ingest
     from lotlip.shard.gate import gate_shard
 
@@ -157,7 +157,7 @@ def all_stages(data: Path) -> None:
 
 
 def peak_memory(partitions: int) -> float:
-    """MB of a process of its own that runs `all_stages`."""
+    """Peak memory of a separate process that runs `all_stages`, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), partitions * MEMORY_PARTITION, MEMORY_PARTITION)
         command = [sys.executable, "-m", "benchmarks.shard", "--stages", folder]
@@ -191,7 +191,7 @@ def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
         "samples": samples,
         "samples_per_second": {way: len(files) / median(times) for way, times in taken.items()},
         "ours_to": {
-            way: median(other / own for other, own in zip(taken[way], taken["ours"], strict=True))
+            way: median(other / ours_taken for other, ours_taken in zip(taken[way], taken["ours"], strict=True))
             for way in ("webdataset", "GNU tar")
         },
         "seconds_per_1000": growth,
@@ -203,7 +203,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--partitions", type=int, default=20, help="where memory is measured, and ten times as many")
+    parser.add_argument(
+        "--partitions", type=int, default=20, help="number for which memory is measured, and for ten times as many"
+    )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

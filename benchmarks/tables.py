@@ -1,8 +1,8 @@
 """Time and memory of the search for duplicates among many keys: `python -m benchmarks.tables`.
 
-Partitions are written as ingest writes them, but with their keys and hashes alone; one value in ten occurred before.
-Each number of rows is measured in a process of its own. `--before COMMIT` measures the code of that commit as well, in
-a checkout of it that is removed afterwards. `--json` prints one object.
+Partitions are written as by ingest, but with only the column of hashes; about one value in ten occurred before. Each
+number of rows is measured in a separate process. `--before COMMIT` also measures the code of that commit, in a checkout
+that is removed afterwards. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PARTITION = 10_000  # rows
 
 
 def write_tables(folder: Path, rows: int) -> list[str]:
-    """Partitions whose column `sha256` has as many rows in all; gives their names."""
+    """Writes partitions whose column `sha256` has `rows` rows in all; returns their names."""
     names = []
     for first in range(0, rows, PARTITION):
         numbers = np.arange(first, min(first + PARTITION, rows))
-        numbers[9::10] //= 2  # of which nine in ten are there, under their own number
+        numbers[9::10] //= 2  # nine in ten of these are duplicates
         digests = np.random.default_rng(0).bytes(32).hex()[:44]
         names.append(f"part-{first // PARTITION:05d}")
         column = pa.array([f"{number * 2654435761 % 2**64:020d}{digests}" for number in numbers.tolist()])
@@ -40,22 +40,24 @@ def write_tables(folder: Path, rows: int) -> list[str]:
 
 
 def measure(folder: Path, rows: int) -> dict[str, Any]:
-    """Finds the duplicates, by the `lotlip` that can be imported here."""
-    from lotlip.data.duplicates import hashes, repeats
+    """Finds the duplicates, with the `lotlip` that is first on the path, which may be that of an older commit."""
+    from lotlip.data import duplicates
     from lotlip.data.partitions import read_table
 
+    find = getattr(duplicates, "find_duplicates", None) or getattr(duplicates, "repeats")  # noqa: B009 (its older name)
+    hashes = duplicates.hashes
     names = sorted(path.stem for path in folder.glob("*.parquet"))
-    hashes(read_table(folder, names[0], ["sha256"])["sha256"])  # imports what reads
+    hashes(read_table(folder, names[0], ["sha256"])["sha256"])  # warm-up: imports
     before, started, busy = _peak(), time.monotonic(), time.process_time()
 
     def read(part: int) -> np.ndarray:
         return hashes(read_table(folder, names[part], ["sha256"])["sha256"])
 
-    if "at_once" in inspect.signature(repeats).parameters:  # as it was before DuckDB
-        found = repeats(len(names), read, rows)  # type: ignore[call-arg, arg-type]
+    if "at_once" in inspect.signature(find).parameters:  # before DuckDB
+        batches = find(len(names), read, rows)
     else:
-        found = repeats(map(read, range(len(names))))
-    count = sum(map(len, found))
+        batches = find(map(read, range(len(names))))
+    count = sum(map(len, batches))
     seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
     return {"rows": rows, "found": count, "seconds": seconds, "cpu_seconds": cpu_seconds, "more_mb": _peak() - before}
 
@@ -65,7 +67,7 @@ def _peak() -> float:
 
 
 def _measured(code: Path, folder: Path, rows: int) -> dict[str, Any]:
-    """What a process finds with the `lotlip` of a checkout."""
+    """Measures the `lotlip` of a checkout in a separate process."""
     program = (
         "import sys; sys.path.insert(0, sys.argv[1]); import importlib.util as util, json; from pathlib import Path; "
         "spec = util.spec_from_file_location('tables', sys.argv[2]); tables = util.module_from_spec(spec); "
@@ -77,7 +79,7 @@ def _measured(code: Path, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Code → what it took for each number of rows."""
+    """Code version → measurements for each number of rows."""
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         versions = {"now": ROOT}
@@ -100,7 +102,7 @@ def main(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tables", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000])
-    parser.add_argument("--before", metavar="COMMIT", help="measure the code of this commit as well")
+    parser.add_argument("--before", metavar="COMMIT", help="also measure the code of this commit")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
     found = main(given)

@@ -1,9 +1,9 @@
-"""How fast the training step is, beside the released one's: `python -m benchmarks.train_step`.
+"""Speed of the training step, compared with the released one: `python -m benchmarks.train_step`.
 
-Each side runs in a process of its own and takes turns with the other, a step at a time, so that what else the machine
-does slows both. Medians are told; on a machine with other work, CPU time with `--threads 1` tells more. Weights are
-random; both sides have the same, and their losses on the same images and captions are compared first. `--json` prints
-one object. `docs/performance.md` tells what was found.
+Each side runs in a separate process, and they alternate, one step at a time, so that other work on the machine slows
+both. Medians are reported; on a busy machine, CPU time with `--threads 1` is more reliable. Weights are random, equal
+on both sides, and the losses on the same images and captions are compared first. `--json` prints one object.
+docs/performance.md has results.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MATRIX_SIZES = (512, 1024, 2048)
 Texts = list[list[int]]
 
 
-# --- what both sides get --------------------------------------------------------------------------------------------
+# --- inputs of both sides -------------------------------------------------------------------------------------------
 
 
 def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
@@ -55,7 +55,7 @@ def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
 
 
 def draw_texts(number: int, lengths: tuple[int, int], seed: str) -> Texts:
-    """Token ids of so many texts, whose lengths are uniform between the two."""
+    """Token ids of `number` texts with uniformly distributed lengths."""
     rng = random.Random(seed)
     corners = range(WORDS, WORDS + CORNER_TOKENS)
     words = [rng.randint(*lengths) - 2 - CORNER_TOKENS for _ in range(number)]
@@ -63,7 +63,7 @@ def draw_texts(number: int, lengths: tuple[int, int], seed: str) -> Texts:
 
 
 def draw_batch(options: argparse.Namespace, batch: int, seed: int) -> tuple[Texts, Texts]:
-    """Short and long texts, one of each for an image."""
+    """Short and long texts, one of each per image."""
     return (
         draw_texts(batch, options.short, f"short {batch} {seed}"),
         draw_texts(batch, options.long, f"long {batch} {seed}"),
@@ -71,7 +71,7 @@ def draw_batch(options: argparse.Namespace, batch: int, seed: int) -> tuple[Text
 
 
 def padded(texts: Texts) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L], padded to the longest, and lengths [B], as the loader gives them."""
+    """Token ids [B, L], padded to the longest, and lengths [B], as the loader returns them."""
     lengths = torch.tensor([len(text) for text in texts])
     ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
@@ -83,7 +83,7 @@ def padded(texts: Texts) -> tuple[Tensor, Tensor]:
 
 
 class Released:
-    """The released step on pixels."""
+    """The released step, on pixels."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.module = ReleasedStep(build_model(options), options.vision)
@@ -99,7 +99,7 @@ class Released:
 
 
 class Ours:
-    """The project's step on stored features."""
+    """This project's step, on stored features."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.module = build_model(options)
@@ -119,7 +119,7 @@ SIDES: dict[str, type[Released | Ours]] = {"released": Released, "ours": Ours}
 
 
 def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
-    """A side's process: a step, the loss or the figures of the run, as it is told."""
+    """A side's process: executes the commands that it receives."""
     torch.set_num_threads(options.threads)
     before = peak_memory()
     side = SIDES[name](options)
@@ -137,17 +137,17 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
         side.optimizer.step()
 
     def check(features: Tensor | None) -> dict[str, Any]:
-        """The loss of the first few images; the released side hands out their features, which ours takes."""
+        """The loss of the first few images; the released side also returns their features, which ours gets as input."""
         side.module.eval()
         texts = draw_batch(options, CHECKED, 0)
         with torch.no_grad():
             if isinstance(side, Released):
                 pixels = side.images(CHECKED)
-                found = {"loss": loss(pixels, texts).item(), "features": side.module.image_features(pixels)}
+                result = {"loss": loss(pixels, texts).item(), "features": side.module.image_features(pixels)}
             else:
-                found = {"loss": loss(features, texts).item()}
+                result = {"loss": loss(features, texts).item()}
         side.module.train()
-        return found
+        return result
 
     def run(seed: int) -> tuple[float, float]:
         started, worked = time.perf_counter(), time.process_time()
@@ -166,7 +166,7 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has held."""
+    """The process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -174,7 +174,7 @@ def peak_memory() -> int:
 
 
 def matrix_product_rate(size: int, precision: str) -> float:
-    """Operations a second of one product of square matrices."""
+    """Operations per second of one product of square matrices."""
     left, right = torch.randn(2, size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     started = time.perf_counter()
     left @ right
@@ -182,7 +182,7 @@ def matrix_product_rate(size: int, precision: str) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Each side's speed, memory and share of the machine's peak; how their losses agree; how much faster ours is."""
+    """Speed, memory and share of the machine's peak of each side; both losses; the ratio of speeds."""
     torch.set_num_threads(options.threads)
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -198,7 +198,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     if set(options.sides) == set(SIDES):
         released = ask("released", "check")
         found["losses"] = [released["loss"], ask("ours", "check", released["features"])["loss"]]
-    flops = {name: ask(name, "count", 0) for name in options.sides}  # warms up, too
+    flops = {name: ask(name, "count", 0) for name in options.sides}  # also a warm-up
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in options.sides}
     peak = 0.0
     for number in range(1, options.rounds + 1):
@@ -242,32 +242,32 @@ def table(found: dict[str, Any]) -> str:
         released, ours = found["losses"]
         lines.append(f"Loss on the same {CHECKED} images: released {released:.6f}, ours {ours:.6f}.")
         lines.append(
-            f"Ours trains {found['ratio']:.1f} times as many images a second, {found['cpu_ratio']:.1f} by CPU time."
+            f"Ours trains {found['ratio']:.1f} times as many images per second, {found['cpu_ratio']:.1f} by CPU time."
         )
     return "\n".join(lines)
 
 
 def length_range(text: str) -> tuple[int, int]:
-    """ "9" or "6-20"."""
+    """Parses "9" or "6-20"."""
     first, _, last = text.partition("-")
     lengths = int(first), int(last or first)
     if not 2 + CORNER_TOKENS < lengths[0] <= lengths[1] <= 128:
-        raise argparse.ArgumentTypeError(f"{text} is no range of lengths between {3 + CORNER_TOKENS} and 128")
+        raise argparse.ArgumentTypeError(f"{text} is not a valid range of lengths from {3 + CORNER_TOKENS} to 128")
     return lengths
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--vision", default="vit_base_patch16_224", help="timm's name of the released side's tower")
+    parser.add_argument("--vision", default="vit_base_patch16_224", help="timm name of the released side's image tower")
     parser.add_argument("--text", default="bert-base", choices=TEXT_TOWERS, help="the text tower's size")
-    parser.add_argument("--batch", type=int, default=64, help="ours")
+    parser.add_argument("--batch", type=int, default=64, help="our batch size")
     parser.add_argument("--released-batch", type=int, default=16)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--short", type=length_range, default="9", help="tokens of a short caption: 9, or 6-20")
     parser.add_argument("--long", type=length_range, default="34", help="tokens of a long text")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--rounds", type=int, default=5, help="steps of each side")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of each side")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="threads per side")
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lotlip  # noqa: F401 - turns telemetry off before Prefect is imported
 from lotlip.core.caches import cache_folder, private_folder
-from lotlip.core.console import INTERRUPTED, print_anything, say_stopped
+from lotlip.core.console import INTERRUPTED, escape_unprintable, exit_on_interrupt
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.stages import STAGES, section
 
@@ -21,7 +21,7 @@ _program, *_arguments = sys.orig_argv[2:] if sys.orig_argv[1:2] == ["-m"] and le
 if _program == "flows" and _arguments and _arguments[0] in STAGES:
     _program, _arguments = stage_module(_arguments[0]), _arguments[1:]
 if _program.startswith("flows."):
-    print_anything()
+    escape_unprintable()
 
 # Runs, logs and profiles of this checkout stay in it, so that `make ui` shows them.
 os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").resolve()))
@@ -44,7 +44,7 @@ _ALONE = ("flows.runtime.fork_server", "flows.runtime.supervisor", "flows.runtim
 if _program.startswith("flows."):
     if "DVC_STAGE" in os.environ and _program not in _ALONE:  # DVC runs it, and cannot end it if it is killed itself
         end_with_parent()
-    sys.excepthook = say_stopped
+    sys.excepthook = exit_on_interrupt
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.runtime.dvc":  # DVC is ending (flows.runtime.dvc)
         sys.exit(INTERRUPTED)
 

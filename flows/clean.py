@@ -12,7 +12,7 @@ from lotlip.config.outputs import is_scores, is_stage_record, is_summary
 from lotlip.config.params import Params, load_params
 from lotlip.core.caches import lock
 from lotlip.core.console import explain
-from lotlip.core.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_own
+from lotlip.core.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_listed
 from lotlip.core.paths import Paths
 
 
@@ -39,7 +39,7 @@ def clean(params: Params) -> Iterator[str]:
 
 def _clean(paths: Paths) -> Iterator[str]:
     for folder in _published(paths):
-        kept = remove_own(folder)
+        kept = remove_listed(folder)
         yield f"removed {folder}"
         yield from (f"kept    {folder / name}: no stage wrote it" for name in kept)
     for place, ours in (

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from lotlip.core.console import INTERRUPTED, explain, print_anything, say_stopped
+from lotlip.core.console import INTERRUPTED, escape_unprintable, exit_on_interrupt, explain
 from lotlip.data.text import SentenceEnds
 
 app = typer.Typer(
@@ -23,8 +23,8 @@ app = typer.Typer(
 
 def run() -> None:
     """The program's entry; an error that a user can fix is status 1 and one line (LOTLIP_TRACEBACK=1: a traceback)."""
-    print_anything()
-    sys.excepthook = say_stopped
+    escape_unprintable()
+    sys.excepthook = exit_on_interrupt
     try:
         app(prog_name="lotlip")
     except SystemExit as end:

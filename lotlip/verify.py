@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lotlip.core.files import RECORD, read_json, sha256_files, sha256_json
-from lotlip.data.duplicates import hashes, repeats
+from lotlip.data.duplicates import find_duplicates, hashes
 from lotlip.data.index import (
     INDEX_FILE,
     CaptionIndex,
@@ -24,7 +24,7 @@ from lotlip.data.inspection import (
     HASH,
     PARTITION,
     SHARD,
-    Fact,
+    Invariant,
     held_out_images,
     inspect_captions,
     inspect_partition,
@@ -135,7 +135,7 @@ def _images(folder: Path, index: UnitIndex, held_out: Collection[str]) -> Iterat
     for unit in index.whole:
 
         def look(unit: UnitEntry = unit) -> list[Problem]:
-            row = inspect_partition(folder, unit.name, unit.written, own, looked_at=None)
+            row = inspect_partition(folder, unit.name, unit.written, own, sample_size=None)
             return _problems(unit.name, row | _hash_off(folder, unit, endings), (HASH, *PARTITION))
 
         yield _look(folder, unit.name, endings, look)
@@ -170,7 +170,7 @@ def _shards(folder: Path, index: ShardIndex, held_out: Collection[str]) -> Itera
     for shard in index.shards:
 
         def look(shard: ShardEntry = shard) -> list[Problem]:
-            row = inspect_shard(folder, shard, index.features, held_out, looked_at=None)
+            row = inspect_shard(folder, shard, index.features, held_out, sample_size=None)
             if row["places_off"] == 0:
                 whole.append(shard.name)
             return _problems(shard.name, row, SHARD)
@@ -196,11 +196,11 @@ def _hash_off(folder: Path, unit: UnitEntry, endings: Sequence[str]) -> dict[str
     return {"hash_off": int(sha256_files(files) != unit.sha256) if there else None}
 
 
-def _problems(where: str, row: Mapping[str, Any], facts: Sequence[Fact]) -> list[Problem]:
+def _problems(where: str, row: Mapping[str, Any], invariants: Sequence[Invariant]) -> list[Problem]:
     return [
-        Problem(where, f"it should hold that {fact.what}; found {row[fact.column]:g}")
-        for fact in facts
-        if not fact.holds(row[fact.column])
+        Problem(where, f"expected: {invariant.what}; found {row[invariant.column]:g}")
+        for invariant in invariants
+        if not invariant.holds(row[invariant.column])
     ]
 
 
@@ -239,7 +239,7 @@ def _again(names: Sequence[str], values: Callable[[str], Any], what: str) -> lis
     """The first of the values that come again, and how many more there are."""
     shown: list[Problem] = []
     count = 0
-    for found in repeats(hashes(values(name)) for name in names):
+    for found in find_duplicates(hashes(values(name)) for name in names):
         count += len(found)
         for part, row, first_part, first_row in found[: max(0, 10 - len(shown))].tolist():
             first = values(names[first_part])[first_row]

@@ -202,7 +202,7 @@ def test_numbers_may_be_names(tmp_path):
 
 def test_a_list_inside_an_object(tmp_path):
     path = write(tmp_path / "captions.json", {"images": [1], "annotations": [{"caption": "a"}, {"caption": "b"}]})
-    with pytest.raises(ValueError, match=r"name it with --field \(there are: images, annotations\)"):
+    with pytest.raises(ValueError, match=r"name one with --field \(there are: images, annotations\)"):
         read(path)
     assert [text for _, text in read(path, "annotations.caption")] == ["a", "b"]
 
@@ -309,7 +309,7 @@ def test_an_unknown_table_lists_its_fields(tmp_path, ending):
     path = table(tmp_path / f"any.{ending}", [{"title": "a", "alt": "b"}])
     with pytest.raises(
         ValueError,
-        match=rf"any\.{ending} has no text field that is known; name it with --field \(there are: title, alt\)",
+        match=rf"any\.{ending} has no known text field; name one with --field \(there are: title, alt\)",
     ):
         read(path)
 
@@ -340,14 +340,14 @@ def test_a_record_without_the_field_is_named(tmp_path, ending):
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl, line 3: broken JSON"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl, record 2 is not an object"),
         ("a.csv", "key,text\nk,a\nl,b, c\n", r"a\.csv, record 2 \(line 3\) has 3 cells, but the header has 2"),
-        ("a.csv", "", r"a\.csv has no text field that is known.*there are: none"),
-        ("a.csv", "title\n", r"a\.csv has no text field that is known.*there are: title"),
+        ("a.csv", "", r"a\.csv has no known text field.*there are: none"),
+        ("a.csv", "title\n", r"a\.csv has no known text field.*there are: title"),
         ("a.csv", "key,text\nk,a\nl\n", r"a\.csv, record 2 \(line 3\) has 1 cells"),
         ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 4: broken CSV"),
         ("a.parquet", "no", r"a\.parquet cannot be read as Parquet"),
         ("a.md", "a dog", r"a\.md has none of the endings \.json, \.jsonl, \.jsonlines, \.csv, \.parquet, \.txt"),
         ("splits.json", '{"train": 3}', r"splits\.json is not DCI's"),
-        ("splits.json", '{"train": ["sa_1.json"]}', r"splits\.json names sa_1\.json, but .*/sa_1\.json is not there"),
+        ("splits.json", '{"train": ["sa_1.json"]}', r"splits\.json names sa_1\.json, but .*/sa_1\.json does not exist"),
     ],
 )  # fmt: skip
 def test_a_broken_file_is_named_with_the_place(tmp_path, name, content, message):
@@ -363,18 +363,18 @@ def test_other_encodings_are_refused(tmp_path, name):
 
 
 def test_what_is_not_there_is_said(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json is not there"):
+    with pytest.raises(ValueError, match=r"a\.json does not exist"):
         read(tmp_path / "a.json")
-    with pytest.raises(ValueError, match="/dev/null is not a regular file, but a device, pipe or socket"):
+    with pytest.raises(ValueError, match="/dev/null is a device, pipe or socket, not a regular file"):
         read(Path("/dev/null"))
-    with pytest.raises(ValueError, match=r"has no annotations; give the files, or a folder"):
+    with pytest.raises(ValueError, match=r"has no annotations; name a file, or a folder"):
         read(tmp_path)
 
 
 def test_a_folder_of_several_endings_is_not_guessed_at(tmp_path):
     write(tmp_path / "a.json", "[]")
     write(tmp_path / "b" / "a.txt", "a dog")
-    with pytest.raises(ValueError, match=r"has files of \.json and \.txt; give the files"):
+    with pytest.raises(ValueError, match=r"has files of \.json and \.txt; name a file"):
         read(tmp_path)
     (tmp_path / "b").rename(tmp_path / ".hidden")
     assert read(tmp_path) == []
@@ -383,12 +383,12 @@ def test_a_folder_of_several_endings_is_not_guessed_at(tmp_path):
 def test_a_text_file_has_neither_fields_nor_splits(tmp_path):
     path = write(tmp_path / "a.txt", "a dog")
     for call in (lambda: read(path, "text"), lambda: read(path, split="test")):
-        with pytest.raises(ValueError, match=r"a\.txt is one text, without fields or splits"):
+        with pytest.raises(ValueError, match=r"a\.txt is a single text, without fields or splits"):
             call()
 
 
 def test_a_table_without_splits_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"a\.json, record 1 has no field 'split': leave --split out"):
+    with pytest.raises(ValueError, match=r"a\.json, record 1 has no field 'split': remove --split"):
         read(write(tmp_path / "a.json", [{"text": "a"}]), split="test")
 
 

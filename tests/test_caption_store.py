@@ -64,9 +64,9 @@ def texts(store: CaptionStore, partition: Partition) -> dict[str, str]:
 def test_a_partition_is_captioned_once(source, tmp_path):
     store, author, partition = CaptionStore(tmp_path / "store", "llava", {"a": 1}), Author(), partition_of(source)
     store.describe()
-    first = store.captioned(partition, source, author)
+    first = store.ensure_captioned(partition, source, author)
     assert author.asked == KEYS
-    assert store.captioned(partition, source, author) == first
+    assert store.ensure_captioned(partition, source, author) == first
     assert author.asked == KEYS
     assert texts(store, partition)["k1"] == "Here is raw k1. It is \ufffdseen."
     assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
@@ -76,17 +76,17 @@ def test_another_prompt_is_another_folder_and_going_back_finds_the_former(source
     partition, author = partition_of(source), Author()
     stores = [CaptionStore(tmp_path / "store", "llava", {"prompt": prompt}) for prompt in ("one", "two", "one")]
     for store in stores:
-        store.captioned(partition, source, author)
+        store.ensure_captioned(partition, source, author)
     assert author.asked == KEYS * 2
     assert stores[0].folder == stores[2].folder != stores[1].folder
 
 
 def test_other_images_under_the_same_name_are_captioned_anew(source, tmp_path):
     store, author = CaptionStore(tmp_path / "store", "llava", {}), Author()
-    store.captioned(partition_of(source), source, author)
+    store.ensure_captioned(partition_of(source), source, author)
     before = partition_of(source)
     write_partition(Unit("train", 0, ("k8", "k9")), map(record, ["k8", "k9"]), source)
-    store.captioned(partition_of(source), source, author)
+    store.ensure_captioned(partition_of(source), source, author)
     assert author.asked == [*KEYS, "k8", "k9"]
     assert list(texts(store, before)) == KEYS
 
@@ -94,33 +94,33 @@ def test_other_images_under_the_same_name_are_captioned_anew(source, tmp_path):
 def test_an_exception_leaves_nothing_and_the_next_try_begins_anew(source, tmp_path):
     store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
     with pytest.raises(ConnectionError):
-        store.captioned(partition, source, Author(breaks_at="k2"))
+        store.ensure_captioned(partition, source, Author(breaks_at="k2"))
     assert not [path for path in store.folder.rglob("*") if path.is_file()]
     author = Author()
-    assert store.captioned(partition, source, author).written == 4
+    assert store.ensure_captioned(partition, source, author).written == 4
     assert author.asked == KEYS
 
 
 def test_failures_that_are_final_are_kept_and_passing_ones_are_tried_again(source, tmp_path):
     store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
-    first = store.captioned(partition, source, Author({"k0": "unreadable", "k2": "server"}))
+    first = store.ensure_captioned(partition, source, Author({"k0": "unreadable", "k2": "server"}))
     assert [failure.kind for failure in first.failures] == ["unreadable", "server"]
     author = Author()
-    second = store.captioned(partition, source, author)
+    second = store.ensure_captioned(partition, source, author)
     assert author.asked == ["k2"]
     assert (second.read, second.written) == (4, 3)
     assert [failure.key for failure in second.failures] == ["k0"]
     assert list(texts(store, partition)) == ["k1", "k2", "k3"]
-    store.captioned(partition, source, author)
+    store.ensure_captioned(partition, source, author)
     assert author.asked == ["k2"]
 
 
 def test_a_damaged_partition_is_written_anew(source, tmp_path):
     store, author, partition = CaptionStore(tmp_path / "store", "llava", {}), Author(), partition_of(source)
-    store.captioned(partition, source, author)
+    store.ensure_captioned(partition, source, author)
     (path,) = store.folder.rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-1])
-    store.captioned(partition, source, author)
+    store.ensure_captioned(partition, source, author)
     assert author.asked == KEYS * 2
     assert list(texts(store, partition)) == KEYS
 
@@ -132,7 +132,7 @@ def test_a_captioner_that_skips_or_doubles_an_image_is_noticed(source, tmp_path,
             return iter(change(list(super().caption(records))))
 
     with pytest.raises(AssertionError, match="lost without a reason"):
-        CaptionStore(tmp_path / "store", "llava", {}).captioned(partition_of(source), source, Wrong())
+        CaptionStore(tmp_path / "store", "llava", {}).ensure_captioned(partition_of(source), source, Wrong())
 
 
 # --- what is published --------------------------------------------------------------------------------------------

@@ -78,12 +78,12 @@ def test_fields_splits_and_tokenizers_are_passed_on(monkeypatch, capsys, tmp_pat
 def test_an_error_is_one_line(monkeypatch, capsys, tmp_path, files):
     assert (
         program(monkeypatch, "stats", files[0], tmp_path / "no\nfile.json")
-        == f"error: {tmp_path}/no file.json is not there"
+        == f"error: {tmp_path}/no file.json does not exist"
     )
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("LOTLIP_TRACEBACK", "1")
     monkeypatch.setattr(sys, "argv", ["lotlip", "stats", str(tmp_path / "no.json")])
-    with pytest.raises(ValueError, match="is not there"):
+    with pytest.raises(ValueError, match="does not exist"):
         cli.run()
 
 
@@ -148,7 +148,7 @@ def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
 
 def test_a_plan_that_cannot_be_made_says_why(monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert "profiles/none.yaml is not there" in str(program(monkeypatch, "plan", "--profile", "none"))
+    assert "profiles/none.yaml does not exist" in str(program(monkeypatch, "plan", "--profile", "none"))
     assert str(program(monkeypatch, "plan", "--gpus", 7)).startswith("error: 7 GPUs cannot train this: batch_size 64")
 
 

@@ -110,7 +110,7 @@ def test_a_run_is_told_in_plain_words():
     }
     note = run_note(trained("lotlip-m4", config), "1", base, results)
     assert "`lotlip-m4`, seed 1: 4 corner tokens behind the mask" in note
-    assert "Beside `pretrain` of params.yaml: text.corner_tokens = 4." in note
+    assert "Differences from `pretrain` of params.yaml: text.corner_tokens = 4." in note
     assert "| scenes.long.text_to_image.r1 | 48.2 | 45.1 – 51.7 |" in note
     assert "r5" not in note
 

@@ -166,7 +166,7 @@ def test_all_complaints_stand_in_one_flat_list(tmp_path):
         ({"pretrain": {"precision": "fp8"}}, "pretrain.precision: Input should be 'fp32' or 'bf16', not 'fp8'"),
         (
             {"ingest": {"source": {"val_share": 0.5, "test_share": 0.5}}},
-            "ingest.source: val_share + test_share must stay below 1, so that something is left to train on",
+            "ingest.source: val_share + test_share must be below 1, to leave samples for training",
         ),
     ],
 )
@@ -193,7 +193,7 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
     [
         (
             {"pretrain": {"long_texts": {"captioners": ["gpt"]}}},
-            "ablations.lotlip draws from gpt, but caption.captioners has llava",
+            "ablations.lotlip uses gpt, but caption.captioners has llava",
         ),
         (
             {"pretrain": {"batch_size": 30}, "compute": {"training": {"gradient_accumulation_steps": 4}}},
@@ -255,7 +255,7 @@ def test_sections_are_checked_against_one_another(tmp_path, differences, line):
 def test_long_texts_need_a_captioner(tmp_path):
     bare = {**MINIMAL, "caption": {}}
     (line,) = complaints(tmp_path, {}, bare)
-    assert line.startswith("ablations.lotlip draws long texts, but caption.captioners is empty: add a captioner")
+    assert line.startswith("ablations.lotlip uses long texts, but caption.captioners is empty: add a captioner")
     params = load(tmp_path, {"pretrain": {"long_texts": {"sub_captions": 0}}}, bare)
     assert params.ablation("lotlip").long_texts.sub_captions == 0
 
@@ -271,7 +271,7 @@ def test_an_unknown_ablation_lists_those_there_are(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path):
-    with pytest.raises(ConfigError, match="is not there; run from the project's root"):
+    with pytest.raises(ConfigError, match="does not exist; run from the project's root"):
         load_params(tmp_path / "params.yaml")
     file = tmp_path / "params.yaml"
     file.write_text("pretrain: [unclosed")
@@ -355,7 +355,7 @@ def test_how_the_work_is_done_decides_nothing(tmp_path):
     cases += [{"training": {"parallel_seeds": 2}}]
     for case in cases:
         changed = checked_params({**demo, "compute": case}, "params.yaml")
-        assert changed.what() == plain.what()
+        assert changed.decisive_sections() == plain.decisive_sections()
         assert [changed.ablation(name) for name in changed.names] == [plain.ablation(name) for name in plain.names]
         assert points(Sweep(name="a", seeds=[0]), changed)[0].identity() == identity
     dvc = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
@@ -434,10 +434,16 @@ def test_every_preset_can_be_had_from_a_folder(tmp_path):
     [
         ({"preset": "sharegpt4v-13b"}, ": preset sharegpt4v-13b has no model, .* set model and path to a folder"),
         ({"preset": "llava-1.5-13b", "model": "me/llava"}, ": model me/llava is on the hub, .* set revision"),
-        ({"model": "me/llava"}, ": model me/llava is on the hub, .* set revision to a commit"),
+        ({"model": "me/llava"}, ": model me/llava is on the hub, .* set revision to one of its commits"),
         ({"model": "me/llava", "revision": "main"}, r"\.revision: .*not 'main'"),
-        ({"model": "here", "path": "here", "revision": COMMIT}, ": the model in here has the hash of its files"),
-        ({"model": "me/llava", "revision": COMMIT, "temperature": 1, "num_beams": 2}, ": temperature is for drawing"),
+        (
+            {"model": "here", "path": "here", "revision": COMMIT},
+            ": the model in here is identified by the hash of its files",
+        ),
+        (
+            {"model": "me/llava", "revision": COMMIT, "temperature": 1, "num_beams": 2},
+            r": temperature \(sampling\) and num_beams",
+        ),
         ({"preset": "llava", "model": "me/llava", "revision": COMMIT}, r"\.preset: .*'llava-1\.5-13b'.*not 'llava'"),
         ({}, r"\.model: missing; it has no default"),
     ],
@@ -461,7 +467,10 @@ def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
     ("changes", "said"),
     [
         ({"finetune": {"x": {"init_from": "nobody", "pretrain": {}}}}, "finetune.x.init_from: no ablation 'nobody'"),
-        ({"finetune": {"lotlip": {"init_from": "lotlip", "pretrain": {}}}}, "finetune.lotlip is called as one of"),
+        (
+            {"finetune": {"lotlip": {"init_from": "lotlip", "pretrain": {}}}},
+            "finetune.lotlip has the name of an ablation",
+        ),
         ({"reproduce": {"ablations": ["nobody"]}}, "reproduce.ablations: no ablation 'nobody'"),
         ({"finetune": {"x": {"init_from": "lotlip", "pretrain": {"steps": -1}}}}, "finetune.x.pretrain.steps"),
     ],

@@ -111,23 +111,23 @@ INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
             world.edit(f"ingest/{split}/part-0000{index}", setting("short_caption", "an image", slice(None)))
             for split, index in (("train", 0), ("train", 1), ("train", 2), ("val", 0), ("test", 0))
         ],
-        "short captions that repeat another is at most 90 %: found 99.4 %",
+        "short captions that equal another is at most 90 %: found 99.4 %",
     ),
     "a key in two partitions": (
         lambda world: copied(world, OTHER, TRAIN, ["key"]),
-        "no key comes twice: found 1",
+        "keys are unique: found 1",
     ),
     "an image in two partitions": (
         lambda world: repicture_as(world, TRAIN, OTHER),
-        "no image comes twice: found 1",
+        "images are unique: found 1",
     ),
     "an evaluation image among the training images": (
         lambda world: repicture_as(world, TRAIN, TEST),
-        "no training image is one that is evaluated on: found 1 of 5 do not: train/part-00000 (1)",
+        "no training image is used for evaluation: found 1 of 5 do not: train/part-00000 (1)",
     ),
     "an image of a benchmark among the training images": (
         lambda world: world.evaluation.update(read_table(world.folder, OTHER, ["sha256"])["sha256"][:2]),
-        "no training image is one that is evaluated on: found 1 of 5 do not: train/part-00001 (2)",
+        "no training image is used for evaluation: found 1 of 5 do not: train/part-00001 (2)",
     ),
     "wrong image sizes": (
         lambda world: world.edit(TRAIN, setting("width", 31, slice(None))),
@@ -139,11 +139,11 @@ INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "images that are other images": (
         lambda world: world.edit(TRAIN, swap_places),
-        "the images in a partition's tar are those that its table has hashes of: found 1 of 5",
+        "the images in a partition's tar match the hashes in its table: found 1 of 5",
     ),
     "constant images": (
         lambda world: repicture(world, TRAIN, png),
-        "images looked at that are one colour all over is at most 5 %: found 2",
+        "sampled images that have a single colour is at most 5 %: found 2",
     ),
     "an image that cannot be decoded": (
         lambda world: repicture(world, TRAIN, lambda row: b"no picture %d" % row),
@@ -151,11 +151,11 @@ INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "a tar cut off": (
         lambda world: cut(world.folder / f"{TRAIN}.tar"),
-        "every image whole: found 1 of 5 do not: train/part-00000",
+        "every image in full: found 1 of 5 do not: train/part-00000",
     ),
     "a tar that is gone": (
         lambda world: (world.folder / f"{TRAIN}.tar").unlink(),
-        "a partition's tar and table are there: found 1 of 5 do not: train/part-00000 (1)",
+        "a partition has its tar and its table: found 1 of 5 do not: train/part-00000 (1)",
     ),
     "rows that are gone": (
         lambda world: world.edit(OTHER, lambda table: table.iloc[3:]),
@@ -167,13 +167,13 @@ INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "many tars cut off": (
         lambda world: world.report(TRAIN, read=41, failures=failures("truncated", 1)),
-        "source files that are broken or cut off is at most 5 %: found 20 %",
+        "source files that are broken or truncated is at most 5 %: found 20 %",
     ),
     "a unit that failed as a whole": (
         lambda world: world.broken.append(
             UnitReport("part-00009", 1, 0, "", 0, [Failure("part-00009", "9.tar", "gone", "unit")])
         ),
-        "source files that are broken or cut off is at most 5 %: found 16.7 %",
+        "source files that are broken or truncated is at most 5 %: found 16.7 %",
     ),
     "nothing to train on": (
         lambda world: [path.unlink() for path in (world.ingest / "train").glob("*.json")],
@@ -264,7 +264,7 @@ CAPTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "one text for all": (
         saying(lambda _: "A picture of a thing in a place."),
-        "captions that repeat another word for word is at most 20 %: found 21.7 %",
+        "captions that equal another is at most 20 %: found 21.7 %",
     ),
     "texts cut off": (
         saying(lambda text: text[: len(text) * 2 // 3].rstrip(" ."), UNITS[:3]),
@@ -272,23 +272,23 @@ CAPTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "mojibake": (
         saying(lambda text: text.replace(" ", "â€™ ", 1), UNITS, every=4),
-        "captions that quality's rules drop is at most 10 %: found 25 % (45 mojibake)",
+        "captions that the quality rules drop is at most 10 %: found 25 % (45 mojibake)",
     ),
     "control characters": (
         saying(lambda text: text.replace(" ", "\x08 ", 1), UNITS, every=4),
-        "captions that quality's rules drop is at most 10 %: found 25 % (45 control)",
+        "captions that the quality rules drop is at most 10 %: found 25 % (45 control)",
     ),
     "refusals": (
         saying(lambda _: "I'm sorry, but I cannot see the image.", UNITS, every=4),
-        "captions that quality's rules drop is at most 10 %: found 25 % (45 refusal)",
+        "captions that the quality rules drop is at most 10 %: found 25 % (45 refusal)",
     ),
     "loops": (
         saying(lambda text: text + " And on the left there is a tree" * 30 + ".", UNITS, every=4),
-        "captions that quality's rules drop is at most 10 %: found 25 % (45 repetition)",
+        "captions that the quality rules drop is at most 10 %: found 25 % (45 repetition)",
     ),
     "texts of a word": (
         saying(lambda _: "Tree.", UNITS, every=4),
-        "captions that quality's rules drop is at most 10 %: found 25 % (45 short)",
+        "captions that the quality rules drop is at most 10 %: found 25 % (45 short)",
     ),
     "lengths that shift": (
         saying(lambda text: " ".join(text.split(". ")[:2]) + "."),
@@ -308,7 +308,7 @@ CAPTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "a table that is gone": (
         lambda world: (world.folder / f"{LLAVA}.parquet").unlink(),
-        "a partition's table is there: found 1 of 5 do not: train/part-00000 (1)",
+        "a partition has its table: found 1 of 5 do not: train/part-00000 (1)",
     ),
     "many failures": (
         lambda world: world.report(LLAVA, read=50, failures=failures("unreadable", 10)),
@@ -394,7 +394,7 @@ SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "a stale index of places": (
         lambda world: (world.shards / f"{SECOND}.index.arrow").rename(world.shards / f"{FIRST}.index.arrow"),
-        ".index.arrow says where its samples lie: found 2 of 5 do not: train-000000 (1), train-000001 (1)",
+        ".index.arrow gives the positions of its samples: found 2 of 5 do not: train-000000 (1), train-000001 (1)",
     ),
     "token ids of another shard": (
         lambda world: (world.shards / f"{SECOND}.token-ids.arrow").rename(world.shards / f"{FIRST}.token-ids.arrow"),
@@ -415,17 +415,17 @@ SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "features of another tower": (
         changing(FIRST, npy=lambda values: values[:5]),
-        "all features have one width (as many as this): found 2",
+        "all features have the same dimension (number of dimensions): found 2",
     ),
     "a sample without its image": (changing(FIRST, image=b""), "all its parts: found 1 of 5 do not: train-000000"),
     "images that are other images": (
         lambda world: world.reshard(SECOND, swapped_images),
-        "those that its samples have hashes of: found 1 of 5 do not: train-000001 (30)",
+        "match the hashes of its samples: found 1 of 5 do not: train-000001 (30)",
     ),
-    "a sample in two shards": (twice, "no key comes twice: found 1"),
+    "a sample in two shards": (twice, "keys are unique: found 1"),
     "an evaluation image among the training samples": (
         lambda world: leak(world) or changing(FIRST, json=lambda content: leaked(world, content))(world),
-        "no training image is one that is evaluated on: found 1 of 5 do not: train-000000 (1)",
+        "no training image is used for evaluation: found 1 of 5 do not: train-000000 (1)",
     ),
     "a sample without a short caption": (
         changing(FIRST, json=lambda content: content | {"raw": " "}),

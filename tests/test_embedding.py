@@ -19,7 +19,7 @@ from PIL import Image
 
 from lotlip import cli
 from lotlip.core.device import choose_device
-from lotlip.data.batches import ahead
+from lotlip.data.batches import prefetch
 from lotlip.models.saving import load_model
 from lotlip.retrieval import embedding
 from lotlip.retrieval.embedding import Embedder, Match, embed, search
@@ -340,7 +340,7 @@ def test_when_nothing_can_be_embedded_there_is_no_index(tmp_path, model):
         ("latin.txt", {}, r"latin\.txt is not UTF-8"),
         ("nothing.txt", {}, r"nothing\.txt"),
         ("pictures", {"fields": ["text"]}, "images have no fields"),
-        ("pictures", {"split": "test"}, "only that has splits: leave --split out"),
+        ("pictures", {"split": "test"}, "only that has splits; remove --split"),
         ("texts.txt", {"split": "test"}, "without fields or splits"),
         ("empty", {}, "empty has no image"),
     ],
@@ -364,7 +364,7 @@ def test_threads_are_ahead_but_not_far():
             asked.append(number)
             yield number
 
-    found = ahead(lambda number: number * number, items(), 5)
+    found = prefetch(lambda number: number * number, items(), 5)
     assert next(found) == 0
     assert len(asked) == 6
     assert [next(found), next(found)] == [1, 4]
@@ -374,7 +374,7 @@ def test_threads_are_ahead_but_not_far():
 
 def test_an_error_in_a_thread_comes_out():
     with pytest.raises(ZeroDivisionError):
-        list(ahead(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
+        list(prefetch(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -443,7 +443,7 @@ def test_other_weights_are_an_error(tmp_path, model, tiny_tower):
     with pytest.raises(ValueError, match="are not those that made"):
         search(index, TEXTS[0])
     (other / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"has no model: weights \(\*\.safetensors\) are not there"):
+    with pytest.raises(ValueError, match=r"has no model: it contains no weights \(\*\.safetensors\)"):
         search(index, TEXTS[0])
 
 
@@ -504,5 +504,5 @@ def test_the_program_shows_the_beginning_of_a_text(monkeypatch, capsys, tmp_path
 
 
 def test_the_program_says_what_is_wrong_in_one_line(monkeypatch, tmp_path):
-    message = f"error: the index {tmp_path}/index.npy is not there; write it with `lotlip embed`"
+    message = f"error: the index {tmp_path}/index.npy does not exist; write it with `lotlip embed`"
     assert program(monkeypatch, "search", tmp_path / "index.npy", "a dog") == message

@@ -234,7 +234,7 @@ def test_a_picture_that_fails_at_every_try_is_a_failure_when_the_server_lives(fa
         found = list(captioner(server.url, retries=1, concurrency=2).caption(records(5)))
     assert_all_there(found[:4], 4)
     assert (found[4].key, found[4].kind) == ("k4", "server")
-    assert "failed with this picture at every try: " in found[4].reason
+    assert "failed with this picture at every attempt: " in found[4].reason
     assert server.tries[picture(4)] == 2
 
 
@@ -245,7 +245,7 @@ def test_a_server_that_fails_all_of_a_sudden_is_no_reason_to_give_pictures_up():
         seen.append(image)
         return soon(503) if len(seen) > 6 else None
 
-    with CaptioningServer(plan) as server, pytest.raises(ConnectionError, match=r"gives no captions any more.*503"):
+    with CaptioningServer(plan) as server, pytest.raises(ConnectionError, match=r"no longer returns captions.*503"):
         list(captioner(server.url, retries=1, concurrency=4).caption(records(30)))
 
 
@@ -257,9 +257,7 @@ def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_pat
         given = author.caption(records(40))
         first = [next(given) for _ in range(5)]
         end_group(server)
-        with pytest.raises(
-            ConnectionError, match=rf"127\.0\.0\.1:{port}/v1 gives no captions any more.*start it again"
-        ):
+        with pytest.raises(ConnectionError, match=rf"127\.0\.0\.1:{port}/v1 no longer returns captions.*restart it"):
             list(given)
         with pytest.raises(ConnectionError):  # still gone
             write_captions(unit, author.caption(records(40)), 40, tmp_path)
@@ -345,7 +343,7 @@ def test_opening_asks_no_server():
 
 def test_a_server_that_is_not_there_is_an_error_at_first_use():
     url = f"http://127.0.0.1:{free_port()}/v1"
-    with pytest.raises(ValueError, match=rf"{url} does not answer: .*refused.*`url` of caption\.captioners\.llava"):
+    with pytest.raises(ValueError, match=rf"{url} does not respond: .*refused.*`url` of caption\.captioners\.llava"):
         list(captioner(url).caption(records(1)))
 
 
@@ -353,7 +351,7 @@ def test_something_else_than_a_captioning_server_is_an_error_at_first_use():
     nameless = [None]
     with (
         CaptioningServer(models=nameless) as server,
-        pytest.raises(ValueError, match=r"not answer: .*none of an OpenAI"),
+        pytest.raises(ValueError, match=r"not respond: .*not an OpenAI"),
     ):
         captioner(server.url).check()
 
@@ -377,7 +375,7 @@ def test_a_server_that_lists_nothing_is_tried_out(models):
 def test_a_folder_may_be_served_without_being_listed(caplog):
     with CaptioningServer(models=["cached/model"]) as server, caplog.at_level(logging.WARNING):
         assert len(list(captioner(server.url, model="/models/llava").caption(records(2)))) == 2
-    assert "does not list /models/llava, which it is asked for; it lists: cached/model" in caplog.text
+    assert "does not list the requested /models/llava; it lists: cached/model" in caplog.text
 
 
 def test_another_folder_than_the_one_that_is_listed_is_an_error():
@@ -389,7 +387,7 @@ def test_another_folder_than_the_one_that_is_listed_is_an_error():
 def test_a_server_that_will_not_take_any_picture_is_no_picture_s_fault(number):
     with CaptioningServer(lambda image, tries: status(number, "not multimodal")) as server:
         with pytest.raises(
-            ValueError, match=rf"does not take requests for '{MODEL}' \(it lists: {MODEL}\).*multimodal"
+            ValueError, match=rf"does not accept requests for '{MODEL}' \(it lists: {MODEL}\).*multimodal"
         ):
             list(captioner(server.url).caption(records(3)))
         assert len(server.requests) == 1
@@ -433,7 +431,7 @@ def test_a_wrong_key_is_an_error_that_does_not_show_it(monkeypatch, caplog):
         CaptioningServer(key="sesame") as server,
         caplog.at_level(logging.DEBUG),
         pytest.raises(
-            ValueError, match=r"refuses the key in the environment: .*401.*set LOTLIP_ENDPOINT_KEY"
+            ValueError, match=r"rejects the key in the environment: .*401.*set LOTLIP_ENDPOINT_KEY"
         ) as caught,
     ):
         captioner(server.url).check()
@@ -443,7 +441,7 @@ def test_a_wrong_key_is_an_error_that_does_not_show_it(monkeypatch, caplog):
 
 
 def test_a_server_that_wants_a_key_says_so_when_there_is_none():
-    with CaptioningServer(key="sesame") as server, pytest.raises(ValueError, match="refuses requests without a key"):
+    with CaptioningServer(key="sesame") as server, pytest.raises(ValueError, match="rejects requests without a key"):
         captioner(server.url).check()
 
 
@@ -469,11 +467,11 @@ def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch):
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        ("127.0.0.1:8000/v1", "no address of an API; write one like http"),
-        ("http:///v1", "no address of an API"),
-        ("http://host:port/v1", "no address of an API"),
-        ("https://host/v1?key=sesame", "no address of an API"),
-        ("https://me:sesame@host/v1", "holds a password; leave it out and set LOTLIP_ENDPOINT_KEY"),
+        ("127.0.0.1:8000/v1", "not the address of an API; write one like http"),
+        ("http:///v1", "not the address of an API"),
+        ("http://host:port/v1", "not the address of an API"),
+        ("https://host/v1?key=sesame", "not the address of an API"),
+        ("https://me:sesame@host/v1", "contains a password; remove it and set LOTLIP_ENDPOINT_KEY"),
     ],
 )
 def test_an_address_that_cannot_be_used_is_an_error_that_does_not_show_a_password(tmp_path, url, problem):

@@ -22,7 +22,7 @@ from lotlip.core.files import (
     RECORD,
     SCRATCH,
     Damaged,
-    NotOurs,
+    ForeignFileError,
     atomic_write,
     check_files,
     check_free,
@@ -31,7 +31,7 @@ from lotlip.core.files import (
     read_json,
     recover,
     remove,
-    remove_own,
+    remove_listed,
     sha256_files,
     sha256_json,
     sha256_tree,
@@ -125,7 +125,7 @@ def test_remove_takes_what_was_written_by_the_same_process(tmp_path):
     write_json(tmp_path / "a.json", 1)
     (tmp_path / "mine").write_text("mine")
     (tmp_path / "mine").replace(tmp_path / "a.json")
-    with pytest.raises(NotOurs):
+    with pytest.raises(ForeignFileError):
         remove(tmp_path / "a.json")
     remove(tmp_path / "a.json", ours=lambda path: path.read_text() == "mine")
 
@@ -264,7 +264,7 @@ def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how
         patch.setenv("HOME", str(outside))
         path = Path(target).expanduser()
         path = project / path if absolute else path
-        with contextlib.suppress(NotOurs, OSError, ValueError):
+        with contextlib.suppress(ForeignFileError, OSError, ValueError):
             use(how, path)
     after = snapshot(base)
     lost = {place for place, text in before.items() if after.get(place, "gone") != text}
@@ -289,7 +289,7 @@ def use(how: str, path: Path) -> None:
     if how == "remove":
         remove(path)
     elif how == "own":
-        remove_own(path)
+        remove_listed(path)
     elif how == "recover":
         recover(path)
     elif how == "replaceable":
@@ -322,22 +322,22 @@ def test_a_user_s_file_in_a_published_folder_keeps_it_from_being_replaced(tmp_pa
     publish_some(out, a="1")
     (out / "notes.txt").write_text("mine")
     before = snapshot(out)
-    with pytest.raises(NotOurs, match=r"notes\.txt"):
+    with pytest.raises(ForeignFileError, match=r"notes\.txt"):
         publish_some(out, a="2")
-    with pytest.raises(NotOurs, match=r"notes\.txt"):
+    with pytest.raises(ForeignFileError, match=r"notes\.txt"):
         remove(out)
     assert snapshot(out) == before
-    assert remove_own(out) == ["notes.txt"]
+    assert remove_listed(out) == ["notes.txt"]
     assert snapshot(out) == {"notes.txt": "mine"}
 
 
 def test_a_renamed_copy_of_a_published_folder_is_the_user_s(tmp_path):
     publish_some(tmp_path / "out", a="1")
     shutil.copytree(tmp_path / "out", tmp_path / "mine")
-    with pytest.raises(NotOurs):
+    with pytest.raises(ForeignFileError):
         remove(tmp_path / "mine")
-    with pytest.raises(NotOurs):
-        remove_own(tmp_path / "mine")
+    with pytest.raises(ForeignFileError):
+        remove_listed(tmp_path / "mine")
 
 
 def test_published_bytes_depend_on_contents_alone(tmp_path):
@@ -436,16 +436,16 @@ def test_a_flipped_byte_in_a_published_file_is_found(tmp_path, size, remembered)
     memory = tmp_path / "memory.json" if remembered else None
     out = tmp_path / "out"
     publish_some(out, deep__a="x" * size, b="1")
-    check_files(out, memory=memory)
+    check_files(out, hash_cache=memory)
     with (out / "deep/a").open("r+b") as file:
         file.seek(size // 2)
         file.write(b"y")
     with pytest.raises(Damaged, match=r"out/deep/a is damaged.*dvc checkout"):
-        check_files(out, memory=memory)
-    check_files(out, within="b", memory=memory)
+        check_files(out, hash_cache=memory)
+    check_files(out, within="b", hash_cache=memory)
     (out / "deep/a").unlink()
     with pytest.raises(Damaged, match="out/deep/a is missing"):
-        check_files(out, memory=memory)
+        check_files(out, hash_cache=memory)
 
 
 def test_a_large_file_is_hashed_once_while_its_times_stay(tmp_path, monkeypatch):
@@ -454,7 +454,7 @@ def test_a_large_file_is_hashed_once_while_its_times_stay(tmp_path, monkeypatch)
     entry = files._entry
     monkeypatch.setattr(files, "_entry", lambda file: hashed.append(file) or entry(file))
     for _ in range(3):
-        check_files(out, memory=memory)
+        check_files(out, hash_cache=memory)
     assert hashed == [out / "a"]
 
 

@@ -254,7 +254,7 @@ def test_no_shares_means_all_is_for_training(tmp_path):
 
 
 def test_a_missing_folder_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.path in params\.yaml"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist; set ingest\.source\.path in params\.yaml"):
         open_folder(tmp_path / "nowhere")
 
 

@@ -57,7 +57,7 @@ def test_a_gate_that_fails_names_the_rows(tmp_path):
 
 
 def test_a_column_that_is_not_there_fails(tmp_path):
-    assert "could not be looked at" in found(lambda report: checked({"unit": ["a"]}, report), tmp_path)
+    assert "could not be evaluated" in found(lambda report: checked({"unit": ["a"]}, report), tmp_path)
 
 
 def test_a_second_try_replaces_the_report(tmp_path):

@@ -163,7 +163,7 @@ def test_another_ending_is_an_error(tmp_path):
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_an_index_that_is_not_there_is_an_error(tmp_path, ending):
-    with pytest.raises(ValueError, match="is not there; write it with `lotlip embed`"):
+    with pytest.raises(ValueError, match="does not exist; write it with `lotlip embed`"):
         open_index(tmp_path / f"index{ending}")
 
 
@@ -190,7 +190,7 @@ def without_a_name(path: Path) -> None:
         ("index.parquet", lambda path: table(path, {"lotlip": '{"model": "a"}'}), "does not say which model made it"),
         ("index.npy", cut, r"index\.npy cannot be read as a NumPy array"),
         ("index.npy", lambda path: path.write_bytes(b""), r"index\.npy cannot be read as a NumPy array"),
-        ("index.npy", lambda path: path.with_suffix(".names.jsonl").unlink(), r"names\.jsonl.* is not there"),
+        ("index.npy", lambda path: path.with_suffix(".names.jsonl").unlink(), r"names\.jsonl.* does not exist"),
         ("index.npy", without_a_name, r"of shape \(9, 3\), but .* names 8 rows"),
         ("index.npy", lambda path: np.save(path, np.zeros((9, 4))), r"of shape \(9, 4\), but"),
         (

@@ -382,10 +382,10 @@ def test_a_stale_index_is_an_error(tmp_path, tiny_samples):
     write_index(shard)
     with shard.open("ab") as file:
         file.write(bytes(10240))
-    with pytest.raises(ValueError, match=r"train-000000.index.arrow is stale: it is of a tar of \d+ bytes, and"):
+    with pytest.raises(ValueError, match=r"train-000000.index.arrow is stale: it describes a tar of \d+ bytes, but"):
         epoch(folder)
     index_path(shard).write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"train-000000.index.arrow is not an index of a tar .*; remove it"):
+    with pytest.raises(ValueError, match=r"train-000000.index.arrow is not a tar's index .*; remove it"):
         epoch(folder)
     index_path(shard).unlink()
     assert len(epoch(folder)) == 6
@@ -396,13 +396,13 @@ def test_shards_that_are_not_as_listed_are_errors(tmp_path, tiny_samples, worker
     folder = write_shards(tmp_path, tiny_samples, 2)
     shard = folder / "train-000000.tar"
     write_tar(shard, tiny_samples[:3])
-    with pytest.raises(ValueError, match=r"^\S+train-000000.tar has 3 samples, and index.json says 24; write the"):
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar has 3 samples, but index.json says 24; rerun the"):
         epoch(folder, workers=workers)
     shard.write_bytes(b"something else")
-    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not a whole, uncompressed tar"):
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not a complete, uncompressed tar"):
         epoch(folder, workers=workers)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"^\S+train-000000.tar is not there, but index.json lists it"):
+    with pytest.raises(ValueError, match=r"^\S+train-000000.tar does not exist, but index.json lists it"):
         epoch(folder, workers=workers)
 
 
@@ -411,7 +411,7 @@ def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_s
     steps = loader(folder).steps(0, 6)
     next(steps)
     os.truncate(folder / "train-000000.tar", 600)
-    with pytest.raises(ValueError, match=r"train-000000.tar ends inside sample \S+: it was cut off"):
+    with pytest.raises(ValueError, match=r"train-000000.tar ends inside sample \S+: it is truncated"):
         next(steps)
 
 
@@ -425,7 +425,7 @@ def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_s
         ({"json": b'{"raw": "a", "captions": {"llava": [null]}}', "npy": b""}, "a sub-caption of llava"),
         ({"json": b'{"raw": "a", "captions": {}}', "npy": b"x" * 40}, "its .npy cannot be read"),
         ({"json": b'{"raw": "a", "captions": {}}', "npy": b"\x93NUMPY\x01\x00"}, "its .npy cannot be read"),
-        ({"npy": b"", "png": b""}, "1 samples have no .json .k.; take them out"),
+        ({"npy": b"", "png": b""}, "1 samples have no .json .k.; remove them"),
     ],
 )
 def test_a_broken_sample_is_named(tmp_path, members, message):

@@ -376,10 +376,10 @@ def test_the_order_of_the_batch_does_not_matter(variant):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"objective": "hinge"}, "objective 'hinge' is unknown; the known ones are infonce, siglip"),
+        ({"objective": "hinge"}, "unknown objective 'hinge'; use one of infonce, siglip"),
         ({"objective": "siglip"}, "siglip needs logit_bias"),
         ({"image_components": -1}, "components is -1"),
-        ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"needed are \[B, P, D\] and \[B, N, L, D\]"),
+        ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"expected \[B, P, D\] and \[B, N, L, D\]"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):
@@ -390,10 +390,10 @@ def test_impossible_settings_are_refused(settings, message):
 def test_features_that_do_not_fit_are_refused():
     images, texts = random_features()
     patches, tokens, mask = random_tokens()
-    with pytest.raises(ValueError, match="image_components are of one feature"):
+    with pytest.raises(ValueError, match="image_components need one feature"):
         lotlip_loss(patches, tokens, SCALE, text_mask=mask, image_components=2)
     for wrong in ((images, texts[:, 0]), (images[:7], texts), (images[:, :5], texts), (patches, tokens)):
-        with pytest.raises(ValueError, match=r"text_mask none do not fit; needed are \[B, D\] and \[B, N, D\]$"):
+        with pytest.raises(ValueError, match=r"text_mask none do not match; expected \[B, D\] and \[B, N, D\]$"):
             lotlip_loss(*wrong, SCALE)
     for wrong in ((patches[:7], tokens, mask), (patches, tokens, mask[..., :4]), (patches[:, 0], tokens, mask)):
         with pytest.raises(ValueError, match="with text_mask"):

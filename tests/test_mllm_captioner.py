@@ -160,7 +160,7 @@ def test_what_is_drawn_depends_on_the_seed_and_the_key_alone(llava):
 def test_draws_follow_the_distribution():
     shares = torch.tensor([0.5, 0.3, 0.15, 0.05, 0.0])
     rows = 400
-    chance = mllm._Chance(0, [str(number) for number in range(rows)])
+    chance = mllm._GumbelNoise(0, [str(number) for number in range(rows)])
     drawn = torch.cat([chance(torch.empty(0), shares.log().expand(rows, -1)).argmax(-1) for _ in range(20)])
     counted = drawn.bincount(minlength=5) / len(drawn)
     assert torch.allclose(counted, shares, atol=0.02)
@@ -238,8 +238,8 @@ def test_a_batch_that_does_not_fit_is_halved(llava, monkeypatch, caplog):
         assert texts(author.caption(RECORDS)) == expected
     assert gpu.sizes == [8, 4, *[2] * 12]  # what did not fit once is not tried again
     assert [record.getMessage() for record in caplog.records] == [
-        "tiny: 8 images do not fit into memory, 4 from here on",
-        "tiny: 4 images do not fit into memory, 2 from here on",
+        "tiny: 8 images do not fit into memory, using 4 from now on",
+        "tiny: 4 images do not fit into memory, using 2 from now on",
     ]
 
 
@@ -289,14 +289,14 @@ def test_a_folder_without_a_model_is_refused_at_once(tmp_path, own_llava):
     with pytest.raises(ValueError, match=r"nowhere has no model: .*captioners\.tiny"):
         captioner(tmp_path / "nowhere")
     (own_llava / "model.safetensors").rename(own_llava / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"weights \(\*\.safetensors\) are not there"):
+    with pytest.raises(ValueError, match=r"it lacks config\.json or weights \(\*\.safetensors\)"):
         captioner(own_llava)
 
 
 def test_a_folder_is_not_taken_for_the_hub_s(llava, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(llava, tmp_path / "me" / "llava")
-    with pytest.raises(ValueError, match=r"model me/llava is a folder here.*set path to it"):
+    with pytest.raises(ValueError, match=r"model me/llava is also a local folder.*set path to it"):
         captioner(Path("mllm.py"), model="me/llava", revision="0123456789" * 4)
 
 
@@ -321,7 +321,7 @@ def test_a_processor_that_lacks_its_patch_size_is_named(own_llava):
     settings = json.loads((own_llava / "processor_config.json").read_text())
     del settings["patch_size"]
     (own_llava / "processor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ValueError, match="does not say its patch_size"):
+    with pytest.raises(ValueError, match="has no patch_size"):
         list(captioner(own_llava).caption(RECORDS[:1]))
 
 
@@ -336,9 +336,9 @@ def test_a_model_that_does_not_say_how_a_text_ends_is_named():
     silent = SimpleNamespace(eos_token_id=None)
     config = SimpleNamespace(get_text_config=lambda decoder: silent)
     model = SimpleNamespace(generation_config=silent, config=config, name_or_path="tiny")
-    with pytest.raises(ValueError, match="tiny does not say which token ends a text"):
-        mllm._ends(model, silent)
-    assert mllm._ends(model, SimpleNamespace(eos_token_id=7)) == [7]
+    with pytest.raises(ValueError, match="tiny has no end-of-text token"):
+        mllm._end_tokens(model, silent)
+    assert mllm._end_tokens(model, SimpleNamespace(eos_token_id=7)) == [7]
 
 
 # --- the paper's third ------------------------------------------------------------------------------------------------

@@ -119,9 +119,9 @@ def test_the_defaults_are_those_of_the_released_models(size):
     assert config.text_config.to_diff_dict() == BertConfig(vocab_size=30524).to_diff_dict()
     assert len(found) == len(released) == 351
     assert describe(config) == [
-        "text tower: bert, 12 layers, 768 wide, 12 heads, 3072 inside, 512 positions, 2 token types",
+        "text tower: bert, 12 layers, 768 wide, 12 heads, feed-forward width 3072, 512 positions, 2 token types",
         "vocabulary: 30522 words and 2 corner tokens; texts of 128 tokens",
-        f"image tower: vit_base_patch{size}_224, 224 pixels, features 768 wide",
+        f"image tower: vit_base_patch{size}_224, 224 pixels, 768-dimensional features",
     ]
 
 
@@ -217,9 +217,9 @@ def test_robertas_layout_is_berts(weights, tmp_path):
     ("content", "message"),
     [
         ("{", "is not JSON"),
-        ("[1]", "holds a list; it needs an object"),
-        ('{"model_type": "distilbert"}', "is of a 'distilbert'.*layout, that of bert, roberta, xlm-roberta"),
-        ('{"model_type": []}', r"is of a \[\]"),
+        ("[1]", "contains a list; it needs an object"),
+        ('{"model_type": "distilbert"}', "describes a 'distilbert'.*layout can be read: bert, roberta, xlm-roberta"),
+        ('{"model_type": []}', r"describes a \[\]"),
     ],
 )
 def test_what_is_no_text_config_is_an_error(content, message, tmp_path):
@@ -229,7 +229,7 @@ def test_what_is_no_text_config_is_an_error(content, message, tmp_path):
 
 
 def test_a_text_config_that_is_not_there_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"--text-config .*none\.json is not there"):
+    with pytest.raises(ValueError, match=r"--text-config .*none\.json does not exist"):
         read_text_config(tmp_path / "none.json")
 
 
@@ -244,8 +244,8 @@ def test_a_text_config_that_is_not_there_is_an_error(tmp_path):
         ({"vocab_size": 30523}, "vocab_size is 30523 in --text-config, but 30524 in the weights"),
         ({"hidden_size": 30522}, "hidden_size is 30522 in --text-config, but 32 in the weights"),
         ({"pad_token_id": 1}, "pad_token_id is 1 in --text-config, but 0 in the tokenizer"),
-        ({"hidden_act": "swoosh"}, "--text-config has what a bert cannot have: 'swoosh'"),
-        ({"hidden_act": 1}, "--text-config has what a bert cannot have: .*hidden_act"),
+        ({"hidden_act": "swoosh"}, "--text-config has a value that a bert cannot have: 'swoosh'"),
+        ({"hidden_act": 1}, "--text-config has a value that a bert cannot have: .*hidden_act"),
     ],
 )
 def test_a_text_config_that_contradicts_is_an_error(given, message, weights):
@@ -257,7 +257,7 @@ def test_a_text_config_that_contradicts_is_an_error(given, message, weights):
     ("given", "heads"), [({}, "0.5"), *(({"num_attention_heads": heads}, repr(heads)) for heads in (3, 0, -4, "four"))]
 )
 def test_heads_that_do_not_divide_are_an_error(given, heads, weights):
-    with pytest.raises(ValueError, match=f"32 wide, which cannot have {heads} attention heads.*num_attention_heads in"):
+    with pytest.raises(ValueError, match=f"width 32, which cannot have {heads} attention heads.*num_attention_heads"):
         tiny(weights, text_config=given)
 
 
@@ -277,8 +277,8 @@ def test_every_weight_that_does_not_fit_is_listed(weights):
         tiny(weights, changes)
     first, *lines = str(error.value).split("\n  ")
     assert first == (
-        "model.pt does not hold a test_vit for 160 pixels and a bert; describe with --vision, --image-size and "
-        "--text-config what it was made with. What does not fit:"
+        "model.pt does not contain a test_vit for 160 pixels and a bert; describe the model that it was trained as "
+        "with --vision, --image-size and --text-config. Mismatches:"
     )
     assert sorted(lines) == [
         "logit_scale is [2], in the model [1]",
@@ -316,7 +316,7 @@ def test_an_image_tower_without_cls_is_an_error(name, weights):
 
 
 def test_features_of_different_widths_are_an_error(weights):
-    with pytest.raises(ValueError, match="text's features are 48 wide, those of test_vit 64; name with --vision"):
+    with pytest.raises(ValueError, match="text features have 48 dimensions, those of test_vit 64; set --vision"):
         tiny(weights, {"text__proj__weight": torch.zeros(48, 32)})
 
 
@@ -325,7 +325,7 @@ def test_features_of_different_widths_are_an_error(weights):
     [(None, "is missing"), (torch.zeros(64), r"has the shape \[64\]"), (torch.tensor(1.0), r"\[\]")],
 )
 def test_a_weight_that_tells_a_size_is_needed(value, message, weights):
-    with pytest.raises(ValueError, match=f"model.pt is no LoTLIP checkpoint: text.proj.weight .*{message}"):
+    with pytest.raises(ValueError, match=f"model.pt is not a LoTLIP checkpoint: text.proj.weight .*{message}"):
         tiny(weights, {"text__proj__weight": value})
 
 
@@ -355,14 +355,14 @@ class Dangerous:
 
 
 def test_a_checkpoint_cannot_run_code(tmp_path, weights):
-    with pytest.raises(ValueError, match=r"needs \S*exec beside its weights, which takes running code"):
+    with pytest.raises(ValueError, match=r"needs \S*exec besides its weights, so reading it would run code"):
         read_checkpoint(saved(tmp_path, {"state_dict": weights, "args": Dangerous()}))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_what_needs_pickle_is_named(zipped, tmp_path, weights):
     content = {"state_dict": weights, "args": argparse.Namespace(lr=5e-4)}
-    with pytest.raises(ValueError, match=r"saved.pt needs argparse\.Namespace .*save its 'state_dict' alone"):
+    with pytest.raises(ValueError, match=r"saved.pt needs argparse\.Namespace .*save only its 'state_dict'"):
         read_checkpoint(saved(tmp_path, content, _use_new_zipfile_serialization=zipped))
 
 
@@ -371,14 +371,16 @@ def test_what_needs_pickle_is_named(zipped, tmp_path, weights):
 )
 def test_a_file_that_is_no_checkpoint_is_an_error(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=rf"model.pt \({len(content)} bytes\) is no torch checkpoint .*download"):
+    with pytest.raises(
+        ValueError, match=rf"model.pt \({len(content)} bytes\) is incomplete or not a torch checkpoint .*download"
+    ):
         read_checkpoint(tmp_path / "model.pt")
 
 
 def test_a_checkpoint_that_was_cut_short_is_an_error(imported, tmp_path):
     data = imported[0].read_bytes()
     (tmp_path / "model.pt").write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="is no torch checkpoint that is safe to read, or not whole"):
+    with pytest.raises(ValueError, match="is incomplete or not a torch checkpoint that is safe to read"):
         read_checkpoint(tmp_path / "model.pt")
 
 
@@ -400,11 +402,11 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_broken(imported, monke
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (torch.zeros(2), "holds a Tensor where weights by name are needed"),
-        ({}, "holds a dict where weights by name are needed"),
-        ({"state_dict": [1]}, "holds a list where weights by name are needed"),
-        ({"epoch": 3, "model": {}, "a": torch.zeros(1)}, "holds no weights under epoch, model; give a checkpoint with"),
-        ({"state_dict": {1: torch.zeros(1)}}, "holds no weights under 1;"),
+        (torch.zeros(2), "contains a Tensor, not weights by name"),
+        ({}, "contains a dict, not weights by name"),
+        ({"state_dict": [1]}, "contains a list, not weights by name"),
+        ({"epoch": 3, "model": {}, "a": torch.zeros(1)}, "has no weights under epoch, model; name a checkpoint with"),
+        ({"state_dict": {1: torch.zeros(1)}}, "has no weights under 1;"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_an_error(content, message, tmp_path):
@@ -433,9 +435,9 @@ def test_what_is_there_is_kept_unless_forced(imported, tmp_path):
 @pytest.mark.parametrize("force", [False, True])
 def test_what_is_read_is_not_replaced(imported, tmp_path, force):
     text = write_text_config("m2", tmp_path)
-    with pytest.raises(ValueError, match=r"--out .* has .*model\.pt in it, which is read"):
+    with pytest.raises(ValueError, match=r"--out .* contains the input .*model\.pt"):
         import_official(imported[0], imported[0].parent, IMAGE_TOWER, text, force=force)
-    with pytest.raises(ValueError, match=r"--out .* has .*text\.json in it, which is read"):
+    with pytest.raises(ValueError, match=r"--out .* contains the input .*text\.json"):
         import_official(imported[0], tmp_path, IMAGE_TOWER, text, force=force)
     with pytest.raises(ValueError, match=r"--out .*model\.pt is a file"):
         import_official(imported[0], imported[0], IMAGE_TOWER, text, force=force)
@@ -471,9 +473,9 @@ def test_the_command_says_what_it_read_and_how_to_load_it(imported, tmp_path, mo
     *lines, example = printed.out.splitlines()
     assert lines == [
         f"reading {imported[0]}",
-        "text tower: bert, 2 layers, 32 wide, 4 heads, 64 inside, 512 positions, 2 token types",
+        "text tower: bert, 2 layers, 32 wide, 4 heads, feed-forward width 64, 512 positions, 2 token types",
         "vocabulary: 30522 words and 2 corner tokens; texts of 64 tokens",
-        "image tower: test_vit, 160 pixels, features 64 wide",
+        "image tower: test_vit, 160 pixels, 64-dimensional features",
         f"written to {out}; to load it:",
     ]
     assert f"ignored pooler, proj of {text}: no fields of a text encoder's config\n" in printed.err
@@ -488,12 +490,12 @@ def test_the_command_lists_weights_one_a_line(imported, tmp_path, monkeypatch, c
     arguments = command(imported[0], tmp_path / "out", write_text_config("m2", tmp_path), "--image-size", 192)
     assert program(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err.splitlines()
-    assert error[0].startswith("error: ") and error[0].endswith("What does not fit:")
+    assert error[0].startswith("error: ") and error[0].endswith("Mismatches:")
     assert error[1:] == ["  visual.trunk.pos_embed is [1, 101, 64], in the model [1, 145, 64]"]
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_fails_in_one_line(tmp_path, monkeypatch, capsys):
     message = program(monkeypatch, "import-official", tmp_path / "none.pt", "--out", tmp_path / "out")
-    assert message == f"error: there is no checkpoint {tmp_path}/none.pt; give the path of the authors' model.pt"
+    assert message == f"error: there is no checkpoint {tmp_path}/none.pt; name the authors' model.pt"
     assert capsys.readouterr().err == ""

@@ -6,24 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from lotlip.config.reference import PAGE, Group, groups, reference
+from lotlip.config.reference import PAGE, SectionKeys, reference, sections
 
 ROOT = Path(__file__).parent.parent
-GROUPS = list(groups())
+SECTIONS = list(sections())
 
 
 def test_the_page_is_current():
     assert (ROOT / PAGE).read_text(encoding="utf-8") == reference(), "run `make docs` and commit docs/params.md"
 
 
-@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group.name or 'file'}-{group.kind}")
-def test_every_key_has_a_meaning_and_a_type(group: Group):
-    assert group.about
-    assert [key.name for key in group.keys if not key.meaning or key.type == "any value"] == []
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: f"{section.name or 'file'}-{section.kind}")
+def test_every_key_has_a_meaning_and_a_type(section: SectionKeys):
+    assert section.about
+    assert [key.name for key in section.keys if not key.meaning or key.type == "any value"] == []
 
 
 def test_nested_sections_and_all_kinds_of_a_section_are_listed():
-    found = {(group.name, group.kind): {key.name: key for key in group.keys} for group in GROUPS}
+    found = {(section.name, section.kind): {key.name: key for key in section.keys} for section in SECTIONS}
     assert {kind for name, kind in found if name == "ingest.source"} == {
         "scenes", "folder", "webdataset", "parquet", "csv",
     }  # fmt: skip

@@ -63,5 +63,5 @@ def test_what_has_no_pictures_is_an_error(tmp_path):
     ingest: Path = ingested(tmp_path / "ingest", IMAGES)
     with pytest.raises(ValueError, match=r"ingest has no split 'val' \(it has test, train\)"):
         open_pictures(ingest, "val")
-    with pytest.raises(ValueError, match="only that has splits: leave --split out"):
+    with pytest.raises(ValueError, match="only that has splits; remove --split"):
         open_pictures(tmp_path, "test")

@@ -122,7 +122,7 @@ BAD = {
     "reasoning": (of("Okay, let's see. There is a dog."), 'shows reasoning: "okay, let\'s"'),
     "control": (of("A\x07 dog runs here."), "1 control characters, more than 0"),
     "mojibake": (of("A cafÃ© stands here."), "1 places of mojibake, more than 0"),
-    "repetition": (of("a b c d " * 20), "0.948 of its runs of 4 words are repeated, more than 0.5"),
+    "repetition": (of("a b c d " * 20), "0.948 of its 4-grams are repeated, more than 0.5"),
     "short": (of("A dog."), "2 words, fewer than 3"),
     "long": (of("word. " * 21), "21 words, more than 20"),
     "truncated": (of("A dog runs on", finish_reason="length"), "is cut off after 4 words, finish reason 'length'"),
@@ -260,7 +260,7 @@ def test_swapped_captions_of_the_demo_are_seen(style, shift):
 def test_raw_captions_that_say_nothing_tell_nothing(pair, shift):
     found = Agreement.of(partition(pair, 300, 0, shift))
     assert found.is_own(1.5) is None
-    assert str(found) == "no short captions to tell apart by their words"
+    assert str(found) == "no short captions that differ in their words"
 
 
 def test_a_few_captions_are_never_called_swapped():
@@ -316,12 +316,12 @@ def test_one_swapped_partition_of_three_is_named(tmp_path):
 def test_swapped_captions_in_partitions_too_small_to_tell_are_seen_together(tmp_path):
     reports = written(tmp_path, [3] * 30, size=9, worth=1.0)
     (line,) = failing(STAGE, tmp_path, reports)
-    assert "all together" in line and "could not tell for" in line
+    assert "all together" in line and "undecided for" in line
 
 
 def test_too_few_captions_to_tell_pass_and_the_gate_says_so(tmp_path):
     checks = gate_caption(STAGE, tmp_path, written(tmp_path, (1, 1), size=4), tmp_path / "report")
-    assert "could not tell for 2 of 2 partitions: few captions to compare" in named(checks, "own images'").observed
+    assert "undecided for 2 of 2 partitions: too few captions to compare" in named(checks, "own images'").observed
 
 
 def test_a_partition_of_other_lengths_is_named(tmp_path):
@@ -341,7 +341,7 @@ def test_what_rules_drop_has_a_limit_of_its_own(tmp_path):
     assert checks[0].observed == "0 %"
     many = replace(reports[0], read=320, failures=dropped * 2)
     (line,) = failing(STAGE, tmp_path, [many, *reports[1:]])
-    assert "quality's rules drop is at most 10 %: found 16.7 % (120 short)" in line
+    assert "the quality rules drop is at most 10 %: found 16.7 % (120 short)" in line
 
 
 def test_too_many_captions_that_are_cut_off_fail(tmp_path):

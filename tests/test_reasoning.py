@@ -136,7 +136,7 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
     mllm = object.__new__(_Mllm)
     mllm._processor = type("Processor", (), {"tokenizer": tokenizer})()
-    mllm._ends = [tokenizer.eos_token_id]
+    mllm._end_tokens = [tokenizer.eos_token_id]
 
     def answer(text: str):
         return mllm._answer([*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])

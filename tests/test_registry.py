@@ -86,7 +86,7 @@ def test_a_refusal_names_metric_value_and_bound(tracker, settings, scores, metri
     found = register(tracker, candidate(tracker, f"a{next(_numbers)}", *scores), settings)
     assert (found.uri, found.version) == (None, None)
     (reason,) = found.refusals
-    assert reason == f"{metric} is {min(scores):.4g}; registry.min_scores asks for at least {bound}"
+    assert reason == f"{metric} is {min(scores):.4g}; registry.min_scores requires at least {bound}"
     assert versions(tracker, settings) == []
 
 
@@ -95,7 +95,7 @@ def test_what_the_alias_points_at_is_not_replaced_by_worse(tracker, settings):
     worse = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.45)
     register(tracker, first, settings)
     (reason,) = register(tracker, worse, settings).refusals
-    assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.max_score_drop lets it lose 0"
+    assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.max_score_drop allows a drop of 0"
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == first
     found = register(tracker, worse, settings.model_copy(update={"max_score_drop": 0.05}))
     assert (found.version, found.refusals) == ("2", [])
@@ -130,11 +130,11 @@ def test_a_gate_on_one_kind_of_text_alone_is_refused():
     with pytest.raises(ValueError, match="no metric on short text"):
         Params.model_validate(raw | {"registry": gate})
     gate = {"min_scores": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
-    with pytest.raises(ValueError, match=r"registry asks for other\.short"):
+    with pytest.raises(ValueError, match=r"registry requires other\.short"):
         Params.model_validate(raw | {"registry": gate})
 
 
 def test_an_alias_that_mlflow_keeps_for_itself_is_refused():
     for alias in ("latest", "v1"):
-        with pytest.raises(ValueError, match="for itself"):
+        with pytest.raises(ValueError, match="MLflow reserves"):
             RegistryConfig(alias=alias, min_scores={LONG: 0.1, SHORT: 0.1})

@@ -18,14 +18,16 @@ import pytest
 from PIL import Image
 
 from lotlip.core.console import explain
-from lotlip.data.duplicates import count_repeats, hashes, repeats, unique_partitions
+from lotlip.data.duplicates import count_duplicates, find_duplicates, hashes, unique_partitions
 from lotlip.data.partitions import finished, read_records, read_table
 from lotlip.data.records import Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from tests.partitions import write_partition
 
 
 def found(parts: list[list[int]]) -> list[list[int]]:
-    return sorted(row for rows in repeats(np.array(part, dtype=np.uint64) for part in parts) for row in rows.tolist())
+    return sorted(
+        row for rows in find_duplicates(np.array(part, dtype=np.uint64) for part in parts) for row in rows.tolist()
+    )
 
 
 def test_each_value_but_the_first_of_its_kind_is_found():
@@ -37,8 +39,8 @@ def test_masked_values_are_neither_first_nor_again():
     parts = [
         np.ma.masked_array(np.array(part, dtype=np.uint64), [True, False, False]) for part in ([7, 7, 8], [8, 7, 7])
     ]
-    assert sorted(row for rows in repeats(parts) for row in rows.tolist()) == [[1, 1, 0, 1], [1, 2, 0, 1]]
-    assert count_repeats(parts) == 2
+    assert sorted(row for rows in find_duplicates(parts) for row in rows.tolist()) == [[1, 1, 0, 1], [1, 2, 0, 1]]
+    assert count_duplicates(parts) == 2
 
 
 def test_they_are_those_that_numpy_finds():
@@ -52,8 +54,8 @@ def test_they_are_those_that_numpy_finds():
         if first_of[value] != place
     ]
     assert found([part.tolist() for part in parts]) == expected
-    assert count_repeats(iter(parts)) == len(expected)
-    assert count_repeats([]) == 0
+    assert count_duplicates(iter(parts)) == len(expected)
+    assert count_duplicates([]) == 0
 
 
 def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
@@ -61,7 +63,7 @@ def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
     code = (
         "import numpy as np, lotlip.data.duplicates as r; r.MEMORY, r.THREADS = '64MB', 1; "
         "part = lambda n: np.random.default_rng(n).integers(0, 2**63, 500_000, dtype=np.uint64); "
-        "print(sum(map(len, r.repeats(part(n // 2) for n in range(8)))))"
+        "print(sum(map(len, r.find_duplicates(part(n // 2) for n in range(8)))))"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
@@ -76,7 +78,7 @@ def test_a_full_temporary_folder_is_named_with_its_remedy(monkeypatch):
         duckdb, "connect", lambda name, config, connect=duckdb.connect: connect(name, config=config | small)
     )
     with pytest.raises(OSError, match="No space left") as full:
-        count_repeats(np.random.default_rng(n).integers(0, 2**63, 100_000, dtype=np.uint64) for n in range(50))
+        count_duplicates(np.random.default_rng(n).integers(0, 2**63, 100_000, dtype=np.uint64) for n in range(50))
     assert full.value.filename == tempfile.gettempdir()
     assert "set TMPDIR" in explain(full.value)
 

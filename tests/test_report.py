@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from lotlip.config.params import Params
-from lotlip.core.differences import differences, in_words
+from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
@@ -452,8 +452,8 @@ def test_seeds_are_no_difference():
     params = make_params(ablations=changes)
     found = {name: differences(params.ablation(name).recipe(), params.pretrain.recipe()) for name in params.ablations}
     assert found == {"gamma": {}, "beta": {"text.corner_tokens": 0, "optimizer.betas": [0.8, 0.9]}}
-    assert in_words(found["gamma"]) == "the base"
-    assert in_words(found["beta"]) == "text.corner_tokens = 0, optimizer.betas = [0.8, 0.9]"
+    assert format_differences(found["gamma"]) == "the base"
+    assert format_differences(found["beta"]) == "text.corner_tokens = 0, optimizer.betas = [0.8, 0.9]"
 
 
 def test_nothing_is_left_out_when_all_differ(tmp_path):
@@ -481,13 +481,13 @@ def test_any_difference_can_be_said():
         "none": [],
         "text.words": "plain",
     }
-    assert in_words(differs) == (
+    assert format_differences(differs) == (
         "some.new_key = null, flag = true, many = [1, 2.5], names = [a, b], none = [], text.words = plain"
     )
     params = make_params(
         ablations={"odd": {"optimizer": {"betas": [0.8, 0.9]}, "text": {"config": {"hidden_size": 32}}}}
     )
-    assert in_words(differences(params.ablation("odd").recipe(), params.pretrain.recipe())) == (
+    assert format_differences(differences(params.ablation("odd").recipe(), params.pretrain.recipe())) == (
         "text.config.hidden_size = 32, optimizer.betas = [0.8, 0.9]"
     )
 

@@ -138,7 +138,7 @@ def test_a_shard_draws_from_a_bounded_number_of_partitions(world, monkeypatch):
 
 
 def test_a_shard_is_of_a_bounded_size(world, tmp_path):
-    most = 3 * (shards._BESIDES + 100)  # an image has fewer than 100 bytes
+    most = 3 * (shards._OVERHEAD_BYTES + 100)  # an image has fewer than 100 bytes
     planned = plan_shards(world.ingest, world.captions, "train", 5, 0, max_bytes=most)
     assert list(map(len, planned)) == [3, 3, 3, 3]
     assert all(write(world, tmp_path, plan).bytes < most for plan in planned)
@@ -154,11 +154,11 @@ def test_a_captioner_that_did_not_finish_is_named(world):
     finished_reports = [report for report in reports_of(world, "gpt") if "part-00001" not in report.name]
     write_index(world.captions["gpt"], finished_reports, UnitIndex)
     with pytest.raises(
-        ValueError, match=r"gpt has not gone through 1 partitions .*\(train/part-00001\); run the caption"
+        ValueError, match=r"gpt has not processed 1 partitions .*\(train/part-00001\); rerun the caption"
     ):
         plans(world)
     (world.captions["gpt"] / "index.json").unlink()
-    with pytest.raises(ValueError, match=r"index\.json is not there"):
+    with pytest.raises(ValueError, match=r"index\.json does not exist"):
         plans(world)
 
 

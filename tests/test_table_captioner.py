@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from lotlip.caption.captioners import open_captioner
-from lotlip.caption.captioners.table import TableCaptioner, _Texts
+from lotlip.caption.captioners.table import TableCaptioner, _TextIndex
 from lotlip.caption.config import TableCaptionerConfig as Settings
 from lotlip.core.console import explain
 from lotlip.data.keys import key_of
@@ -100,13 +100,13 @@ def test_missing_columns_are_named(tmp_path):
 
 
 def test_a_missing_file_says_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match=r"captions\.csv is not there; set `path`"):
+    with pytest.raises(ValueError, match=r"captions\.csv does not exist; set `path`"):
         captioner(tmp_path / "captions.csv")
 
 
 def test_another_ending_is_refused(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"ends in \.parquet or \.csv"):
+    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
         captioner(tmp_path / "captions.json")
 
 
@@ -164,7 +164,9 @@ def test_the_first_of_repeated_rows_may_be_taken(tmp_path):
 def test_a_row_that_is_cut_names_its_line(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("key,captioner,text\nk0,llava,a\nk1,llava\n")
-    with pytest.raises(ValueError, match=r"t\.csv cannot be read as csv: line 3: it has 2 fields, and the header 3"):
+    with pytest.raises(
+        ValueError, match=r"t\.csv cannot be read as csv: line 3: it has 2 fields, but the header has 3"
+    ):
         captioner(path)
 
 
@@ -200,7 +202,7 @@ def test_open_captioner_counts_word_pieces(tmp_path):
 
 
 def test_a_full_temporary_folder_is_named_with_its_remedy():
-    texts = _Texts()
+    texts = _TextIndex()
     texts._base.execute("PRAGMA max_page_count = 20")  # what SQLite says of it is what it says of a full disk
     with pytest.raises(OSError, match="No space left") as full:
         texts.add((f"key-{number}", None, "A dog runs. " * 50) for number in range(1000))

@@ -17,7 +17,7 @@ from lotlip.caption.config import TableCaptionerConfig as TableSettings
 from lotlip.data.keys import key_of
 from lotlip.data.partitions import read_records, write_partitions
 from lotlip.data.records import Caption, Failure, ImageRecord
-from lotlip.data.rows import Range, open_table
+from lotlip.data.rows import RowRange, open_table
 from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, ParquetSourceConfig
 from lotlip.ingest.sources import open_source
 from lotlip.ingest.sources.table import TableSource
@@ -118,7 +118,7 @@ def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
     table = open_table(tmp_path / "t.csv")
     assert table.columns == ["a,b", "c"]
     assert [(row.number, row.values) for row in table.rows(["c"])] == [(3, ("2",)), (6, ("4",))]
-    assert list(table.ranges(1)) == [Range(12, 3, 1), Range(18, 6, 1)]
+    assert list(table.ranges(1)) == [RowRange(12, 3, 1), RowRange(18, 6, 1)]
 
 
 def test_a_bad_row_costs_itself_only(tmp_path):
@@ -134,7 +134,9 @@ def test_a_bad_row_costs_itself_only(tmp_path):
         assert by_kind[:6] == ["", "row", "row", "encoding", "", "row"]
         assert set(by_kind[6:-2]) <= {"row"}
         assert kinds(found)[-2:] == [("6", ""), ("7", "")]
-        assert found[1].where == f"{tmp_path}/t.csv: line 3" and "it has 3 fields, and the header 2" in found[1].reason
+        assert (
+            found[1].where == f"{tmp_path}/t.csv: line 3" and "it has 3 fields, but the header has 2" in found[1].reason
+        )
         assert found[3].where == f"{tmp_path}/t.csv: line 5" and found[3].key == "t-000000005"
         assert found[5].where == f"{tmp_path}/t.csv: line 7"
 
@@ -172,9 +174,9 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path):
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, raw_caption\); set image"):
         csv_source(table, tmp_path / "images")
-    with pytest.raises(ValueError, match=r"nowhere is not there; set ingest\.source\.images"):
+    with pytest.raises(ValueError, match=r"nowhere does not exist; set ingest\.source\.images"):
         csv_source(table, tmp_path / "nowhere", image="Image Path", caption="raw_caption")
-    with pytest.raises(ValueError, match=r"gone\.csv is not there; set ingest\.source\.path"):
+    with pytest.raises(ValueError, match=r"gone\.csv does not exist; set ingest\.source\.path"):
         csv_source(tmp_path / "gone.csv", tmp_path)
     with pytest.raises(ValueError, match=r"images has no table; set ingest\.source\.path"):
         csv_source(tmp_path / "images", tmp_path)

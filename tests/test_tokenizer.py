@@ -102,14 +102,14 @@ def test_robertas_special_tokens_are_known(tmp_path):
 
 def test_a_tokenizer_of_another_family_is_refused(tmp_path):
     name = write_words(tmp_path / "tokenizer.json", ("<|endoftext|>",))
-    with pytest.raises(ValueError, match=r"has none of \[CLS\], <s>: not a BERT-family tokenizer"):
+    with pytest.raises(ValueError, match=r"has none of \[CLS\], <s>: it is not a BERT-family tokenizer"):
         TextTokenizer(name)
 
 
 def test_an_unknown_tokenizer_names_what_can_be_given(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer 'bert-large'.*or a bundled name \(bert-base-uncased\)"):
         TextTokenizer("bert-large")
-    with pytest.raises(ValueError, match=r"tokenizer\.json is not there"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
         TextTokenizer(str(tmp_path))
 
 

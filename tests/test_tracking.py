@@ -31,7 +31,7 @@ from lotlip.tracking.mlflow import (
     Tracker,
     check_store,
     open_sink,
-    tolerated,
+    warn_on_failure,
 )
 from tests.tiny_model import save_tiny_model
 
@@ -207,7 +207,7 @@ def test_a_damaged_store_is_named_with_its_remedy(store, tmp_path, damage):
     with pytest.raises(ValueError, match=r"mlflow\.db.*flows\.restore"):
         Tracker(address, "lotlip")
     said: list[str] = []
-    with tolerated(address, said.append):
+    with warn_on_failure(address, said.append):
         Tracker(address, "lotlip")
     assert len(said) == 1
     assert str(file) in said[0]
@@ -224,13 +224,13 @@ def test_a_store_that_is_not_a_file_or_is_not_there_yet_is_left_to_mlflow(store,
 
 def test_a_failure_of_tracking_is_a_warning_that_names_the_store(dead, monkeypatch):
     said: list[str] = []
-    with tolerated("sqlite:///mlflow.db", said.append):
+    with warn_on_failure("sqlite:///mlflow.db", said.append):
         pass
     assert said == []
-    with tolerated(dead, said.append):
+    with warn_on_failure(dead, said.append):
         Tracker(dead, "nothing")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", dead)
-    with tolerated("sqlite:///mlflow.db", said.append):
+    with warn_on_failure("sqlite:///mlflow.db", said.append):
         Tracker("sqlite:///mlflow.db", "nothing")
     assert len(said) == 2
     assert all("127.0.0.1" in line and "flows.restore" in line and "hidden" not in line for line in said)

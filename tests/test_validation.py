@@ -119,7 +119,7 @@ def test_caption_passes(tmp_path):
         ([caption("t0"), caption("t0", text="Other.")], "no image has two captions: found 1"),
         (
             [caption(f"t{number}", text="A dog.") for number in range(5)],
-            "repeat another word for word is at most 20 %: found 26.7 %",
+            "equal another is at most 20 %: found 26.7 %",
         ),
     ],
     ids=["failures", "empty", "null", "unsplit", "repeated-key", "repeated-text"],

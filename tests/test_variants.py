@@ -44,7 +44,7 @@ from PIL import Image
 from lotlip.core.section import Count, Section
 from lotlip.data.records import Caption, Unit
 from lotlip.evaluate.benchmarks import Benchmark
-from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.record_validation import RecordValidator
 
 
 class DotSource:
@@ -54,7 +54,7 @@ class DotSource:
         dots: Count = 3
 
     def __init__(self, settings, images):
-        self.settings, self.intake = settings, Intake(images)
+        self.settings, self.validator = settings, RecordValidator(images)
 
     def units(self, partition_size):
         return [Unit("train", 0, tuple(str(number) for number in range(self.settings.dots)))]
@@ -63,7 +63,7 @@ class DotSource:
         for item in unit.items:
             file = io.BytesIO()
             Image.new("RGB", (8, 8), (int(item), 0, 0)).save(file, "PNG")
-            yield self.intake(item, item, file.getvalue(), f"dot {item}", "png")
+            yield self.validator(item, item, file.getvalue(), f"dot {item}", "png")
 
     def state(self, unit):
         return None

@@ -34,7 +34,7 @@ def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"index\.json is not there"):
+    with pytest.raises(ValueError, match=r"index\.json does not exist"):
         verify(tmp_path)
     (tmp_path / "index.json").write_text("{}")
     with pytest.raises(ValueError, match="is not of ingest, of a captioner or of shards"):
@@ -45,17 +45,17 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a table that was changed": (
         "ingest",
         lambda world: world.edit("ingest/val/part-00000", setting("short_caption", "Other.")),
-        "val/part-00000: it should hold that a unit's files have the hash that the index says; found 1",
+        "val/part-00000: expected: a unit's files have the hash that the index says; found 1",
     ),
     "an image of another": (
         "ingest",
         lambda world: world.edit("ingest/train/part-00000", swap_places),
-        "train/part-00000: it should hold that the images in a partition's tar are those that its table has hashes of",
+        "train/part-00000: expected: the images in a partition's tar match the hashes in its table",
     ),
     "a tar that is gone": (
         "ingest",
         lambda world: (world.ingest / "test/part-00000.tar").unlink(),
-        "test/part-00000: it should hold that a partition's tar and table are there; found 1",
+        "test/part-00000: expected: a partition has its tar and its table; found 1",
     ),
     "a key that comes twice": (
         "ingest",
@@ -75,17 +75,17 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "captions that were changed": (
         "captions/llava",
         lambda world: world.edit("captions/llava/val/part-00000", setting("text", " ")),
-        "val/part-00000: it should hold that a partition has no empty caption; found 1",
+        "val/part-00000: expected: a partition has no empty caption; found 1",
     ),
     "a table of captions that is gone": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.parquet").unlink(),
-        "val/part-00000: it should hold that a partition's table is there; found 1",
+        "val/part-00000: expected: a partition has its table; found 1",
     ),
     "a flipped bit": (
         "shards",
         lambda world: flip(world.shards / "val-000000.tar"),
-        "val-000000: it should hold that a shard's file has the hash that the index says; found 1",
+        "val-000000: expected: a shard's file has the hash that the index says; found 1",
     ),
     "a shard that was written again": (
         "shards",
@@ -95,7 +95,7 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "an index of places that is gone": (
         "shards",
         lambda world: (world.shards / "train-000001.index.arrow").unlink(),
-        "train-000001: it should hold that a shard's .index.arrow says where its samples lie; found 1",
+        "train-000001: expected: a shard's .index.arrow gives the positions of its samples; found 1",
     ),
     "token ids with a flipped bit": (
         "shards",
@@ -136,7 +136,7 @@ def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["verify", str(folder), "--held-out", str(pictures), "--json"])
         assert done.exit_code == 1
         (problem,) = json.loads(done.stdout)["problems"]
-        assert problem["what"] == "it should hold that no training image is one that is evaluated on; found 1"
+        assert problem["what"] == "expected: no training image is used for evaluation; found 1"
     done = CliRunner().invoke(app, ["verify", str(world.shards), "--held-out", str(world.ingest)])
     assert done.exit_code == 0, done.output
 

@@ -110,7 +110,7 @@ class Stage:
 
     Raises:
         Locked: another process runs it.
-        NotOurs: a file or folder that no stage wrote is where this one would write.
+        ForeignFileError: a file or folder that no stage wrote is where this one would write.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Stage:
         """Puts the scratch's output in its place, atomic_write, and drops what other settings left behind."""
         publish(self.out, out)
         self.discard()
-        files.note_files(out, memory_of(out))
+        files.fill_hash_cache(out, hash_cache_of(out))
         self.log.info("%s: wrote %s", self.label, out)
 
     def discard(self) -> None:
@@ -243,7 +243,7 @@ def claim(params: Params, name: str, item: str | None = None) -> str:
 
     Raises:
         Locked: another process runs it.
-        NotOurs: a file or folder that no stage wrote is where this one would write.
+        ForeignFileError: a file or folder that no stage wrote is where this one would write.
         StageFailed: scratch is a link.
         ValueError: a path leads out of the project.
     """
@@ -305,10 +305,10 @@ def check_input(folder: Path, within: str = "") -> None:
         Damaged: a file is missing or has other contents.
     """
     if folder.is_dir():
-        check_files(folder, within, None if within else memory_of(folder))
+        check_files(folder, within, None if within else hash_cache_of(folder))
 
 
-def memory_of(folder: Path) -> Path:
+def hash_cache_of(folder: Path) -> Path:
     """Where it is remembered which files of a published folder were hashed."""
     return SCRATCH / "checked" / f"{sha256_json(folder.absolute().as_posix())[:16]}.json"
 

@@ -79,10 +79,10 @@ def evaluate(ablation: str) -> None:
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking.mlflow import Tracker, tolerated
+        from lotlip.tracking.mlflow import Tracker, warn_on_failure
 
         tracking = params.tracking
-        with tolerated(tracking.uri, stage.log.warning):
+        with warn_on_failure(tracking.uri, stage.log.warning):
             Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
     stage.discard()
     stage.record(found.texts, checks)

@@ -14,7 +14,7 @@ from prefect import flow
 
 from flows.runtime.agent import announced
 from flows.runtime.processes import launch, run_group
-from flows.runtime.stage import Stage, check_input, hash_of, main, memory_of
+from flows.runtime.stage import Stage, check_input, hash_cache_of, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
 from lotlip.core.files import Damaged, atomic_write, check_model, sha256_files, sha256_json
@@ -70,10 +70,10 @@ def pretrain(ablation: str) -> None:
             stage.log.info(line)
 
     with stage.clock.measure("mlflow"):
-        from lotlip.tracking.mlflow import TRACKING_WARNING, Tracker, tolerated
+        from lotlip.tracking.mlflow import TRACKING_WARNING, Tracker, warn_on_failure
 
         tracking = params.tracking
-        with tolerated(tracking.uri, warn):
+        with warn_on_failure(tracking.uri, warn):
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
     reused = reuse_seeds(paths.models / ablation, run.fingerprints, stage.out)
     if reused:
@@ -101,7 +101,7 @@ def pretrain(ablation: str) -> None:
                 run_group(command, on_line, stage.scratch / "errors.log")
         except BaseException:
             if runs:
-                with tolerated(tracking.uri, warn):
+                with warn_on_failure(tracking.uri, warn):
                     tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
                     for seed, run_id in runs.items():
                         done = (stage.out / f"seed-{seed}" / HISTORY).is_file()
@@ -117,7 +117,7 @@ def pretrain(ablation: str) -> None:
         limit = compute.max_final_loss_share
         checks = gate_pretrain(config.seeds, limit, history, chance_loss(config), stage.gate_report)
     stage.publish(paths.models / ablation)
-    with stage.clock.measure("mlflow"), tolerated(tracking.uri, warn):
+    with stage.clock.measure("mlflow"), warn_on_failure(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
         for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
             tracker.log_history(run_id, read_history(paths.models / ablation, seed))
@@ -136,7 +136,7 @@ def starting_weights(config: PretrainConfig) -> dict[str, str]:
     if not config.text.pretrained:
         return {}
     folder = Path(config.text.pretrained)
-    check_model(folder, memory_of)
+    check_model(folder, hash_cache_of)
     own = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # of an ablation, each seed has its own
     return {
         str(seed): sha256_files(sorted((place if place.is_dir() else folder).rglob("*.safetensors")))

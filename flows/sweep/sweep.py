@@ -61,7 +61,7 @@ from lotlip.data.paths import check_inputs
 from lotlip.data.stage_record import StageRecord
 from lotlip.evaluate.records import AblationScores
 from lotlip.pretrain.records import RUN, Run
-from lotlip.tracking.mlflow import tolerated
+from lotlip.tracking.mlflow import warn_on_failure
 
 DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
 
@@ -224,7 +224,7 @@ class Workshop:
         if status == DONE:
             tags["prefect.flow_run"] = self.flow_run
         run = address = ""
-        with self._lock, tolerated(self.tracker.uri, get_run_logger().warning):
+        with self._lock, warn_on_failure(self.tracker.uri, get_run_logger().warning):
             run = self.tracker.ensure_runs(trained)[str(point.seed)]
             self.tracker.set_tags(run, tags)
             address = run_address(self.tracker, run)
@@ -344,7 +344,7 @@ def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcome
             " whose seeds and comments stay:",
             f"    python -m flows.sweep --apply {name}",
         ]
-        with tolerated(workshop.tracker.uri, lambda line: lines.append(f"- {line}")):
+        with warn_on_failure(workshop.tracker.uri, lambda line: lines.append(f"- {line}")):
             link = workshop.tracker.comparison_link(mlflow_address(workshop.tracker), settings.name)
             lines.append(f"[All of its runs]({link}), side by side in MLflow.")
             if found.run_id:

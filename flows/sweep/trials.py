@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
-from lotlip.config.params import WHAT, Params, checked_params
+from lotlip.config.params import DECISIVE_SECTIONS, Params, checked_params
 from lotlip.core.files import sha256_json
 from lotlip.core.section import ConfigError, Count, Name, NonNegative, Positive, Section, merge, nearest
 from lotlip.evaluate.records import BenchmarkScores
@@ -58,8 +58,10 @@ class Sweep(Section):
     def _axes(self) -> Sweep:
         for key, values in self.other.items():
             section, _, rest = key.partition(".")
-            if section not in WHAT or not rest:
-                raise ValueError(f"other.{key}: a sweep is over what decides a result, in {', '.join(WHAT)}")
+            if section not in DECISIVE_SECTIONS or not rest:
+                raise ValueError(
+                    f"other.{key}: a sweep varies only settings that decide results, in {', '.join(DECISIVE_SECTIONS)}"
+                )
             if not values:
                 raise ValueError(f"other.{key} has no values; name some, or leave it out")
             for field, dotted in AXES.items():
@@ -100,7 +102,7 @@ class Point:
 
     def identity(self) -> dict[str, Any]:
         """All settings that decide its result, equal for points that mean the same."""
-        return {**self.params.what(), "pretrain": self.params.ablation(self.base).effective()}
+        return {**self.params.decisive_sections(), "pretrain": self.params.ablation(self.base).effective()}
 
     def experiment(self, inputs: Mapping[str, str]) -> str:
         """The name of its experiment in DVC: the same, whichever sweep asks for it, and another for other data or code.

@@ -1,1 +1,1 @@
-"""Stage `caption`: long captions for every image."""
+"""Stage `caption`: writes long captions for every image."""

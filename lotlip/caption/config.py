@@ -1,4 +1,4 @@
-"""The stage that describes images: who does, what is dropped, what the gate allows."""
+"""Settings of the caption stage: captioners, quality rules and the gate's limits."""
 
 from __future__ import annotations
 
@@ -14,57 +14,61 @@ from lotlip.data.text import SentenceEnds
 
 
 class SceneCaptionerConfig(Section):
-    """Describes a scene from its graph; stands for a multimodal LLM, in the wording of one of the paper's three."""
+    """Describes a scene from its graph; stands in for a multimodal LLM, in the wording of one of the paper's three."""
 
     kind: Literal["scenes"]
-    path: Path = Field(description="the module that words the captions; DVC watches it")
-    style: Literal["instructblip", "llava", "sharegpt4v"] = Field(description="whose wording the captions imitate")
-    omission: Share = Field(0.1, description="chance that an object is left out")
-    error: Share = Field(0.03, description="chance that an attribute is told wrong")
-    seed: int = Field(0, description="of omissions, errors and wording")
+    path: Path = Field(description="the module that generates the captions; DVC watches it")
+    style: Literal["instructblip", "llava", "sharegpt4v"] = Field(description="captioner whose wording is imitated")
+    omission: Share = Field(0.1, description="probability that an object is omitted")
+    error: Share = Field(0.03, description="probability that an attribute is wrong")
+    seed: int = Field(0, description="seed of omissions, errors and wording")
 
 
 class TableCaptionerConfig(Section):
-    """Long captions that were written before, in Parquet or CSV files."""
+    """Existing long captions, in Parquet or CSV files."""
 
     kind: Literal["table"]
-    path: Path = Field(description="a file, or a folder of them; a subfolder's name comes before its keys")
-    key: str = Field("key", description="column of the images' keys, or of the paths or addresses that gave them")
-    captioner: str | None = Field("captioner", description="column that says whose row it is; null: all are this one's")
-    text: str | Annotated[list[str], Field(min_length=1)] = Field(
-        "text", description="column of the caption, or several that are put together as one text"
+    path: Path = Field(description="a file, or a folder of files; a subfolder's name is put before its keys")
+    key: str = Field("key", description="column of the images' keys, or of the paths or URLs from which keys were made")
+    captioner: str | None = Field(
+        "captioner", description="column with the captioner of each row; null: all rows belong to this captioner"
     )
-    repeated: Literal["error", "first"] = Field("error", description="what a second row for a key is")
+    text: str | Annotated[list[str], Field(min_length=1)] = Field(
+        "text", description="column of the caption, or several columns that are joined into one text"
+    )
+    repeated: Literal["error", "first"] = Field(
+        "error", description="if several rows have the same key: fail, or use the first"
+    )
 
 
 class EndpointCaptionerConfig(Section):
     """A multimodal LLM behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
 
     kind: Literal["endpoint"]
-    path: Path = Field(description="the module that asks the server; DVC watches it")
-    url: str = Field(description="of the API, with its version: http://127.0.0.1:8000/v1")
-    model: Annotated[str, Field(min_length=1)] = Field(description="the server's name for it")
+    path: Path = Field(description="the module that calls the server; DVC watches it")
+    url: str = Field(description="base URL of the API with its version, such as http://127.0.0.1:8000/v1")
+    model: Annotated[str, Field(min_length=1)] = Field(description="the model's name on the server")
     revision: Annotated[str, Field(min_length=1)] = Field(
-        description="of the model's weights, as the server was started with; part of every caption's revision"
+        description="revision of the weights that the server was started with; part of every caption's revision"
     )
     prompt: Annotated[str, Field(min_length=1)] = Field(
-        "Describe this image in detail.", description="the question that is sent with each image"
+        "Describe this image in detail.", description="prompt sent with each image"
     )
     max_tokens: Count | None = Field(
-        512, description="longest caption, in the model's tokens; null, as each of the next four: not sent"
+        512, description="longest caption, in the model's tokens; null here and in the next four keys: not sent"
     )
     max_completion_tokens: Count | None = Field(
-        None, description="sent instead of max_tokens, to models that take no other; their reasoning counts too"
+        None, description="sent instead of max_tokens, for models that require it; includes their reasoning"
     )
-    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="above 0, tokens are sampled")
+    temperature: Annotated[float, Field(ge=0)] | None = Field(0.0, description="above 0: tokens are sampled")
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        1.0, description="nucleus sampling: the share of the probability that tokens are sampled from"
+        1.0, description="nucleus sampling: share of the probability mass that tokens are sampled from"
     )
-    seed: int | None = Field(0, description="of sampling, sent to the server")
+    seed: int | None = Field(0, description="seed of sampling, sent to the server")
 
     @property
     def decoding(self) -> dict[str, Any]:
-        """The parameters of a request that decide its text, without those that are not sent."""
+        """The request parameters that decide the text, without those that are not sent."""
         names = {"max_tokens", "max_completion_tokens", "temperature", "top_p", "seed"}
         return self.model_dump(include=names, exclude_none=True)
 
@@ -82,19 +86,19 @@ class EndpointCaptionerConfig(Section):
         try:
             parts = urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # of a port that is no number
+        except ValueError:  # the port is not a number
             usable = False
-        # The message does not repeat it: it may hold a password.
+        # The messages do not repeat the URL: it may contain a password.
         if not usable or parts.query or parts.fragment:
-            raise ValueError("url is no address of an API; write one like http://127.0.0.1:8000/v1")
+            raise ValueError("url is not the address of an API; write one like http://127.0.0.1:8000/v1")
         if "@" in parts.netloc:
-            raise ValueError("url holds a password; leave it out and set LOTLIP_ENDPOINT_KEY in the environment")
+            raise ValueError("url contains a password; remove it and set LOTLIP_ENDPOINT_KEY in the environment")
         return self
 
 
-# The paper's three, as their own keys of an entry. It says only that they are asked for a detailed description: the
-# words are one of the questions that LLaVA was taught detailed descriptions with (arXiv 2304.08485). How the text is
-# decoded is not said either: InstructBLIP's is its model card's, the others' is greedy.
+# The paper's three captioners, as keys of an entry. The paper says only that they are asked for a detailed description:
+# the wording is one of LLaVA's training questions for detailed descriptions (arXiv 2304.08485). The paper does not give
+# decoding settings either: InstructBLIP's are its model card's, the others decode greedily.
 DESCRIBE = "Describe the following image in detail."
 PRESETS: dict[str, dict[str, Any]] = {
     "instructblip-vicuna-7b": {
@@ -113,8 +117,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "max_new_tokens": 256,
         "dtype": "bfloat16",
     },
-    # Its weights on the hub are in another code's layout, so the model is for the user to name. The whole prompt is
-    # Vicuna's conversation, as its authors' code has it: a converted folder need not have a chat template.
+    # Its weights on the hub have another code base's layout, so users must set the model. The prompt is the complete
+    # Vicuna conversation of the authors' code, because a converted folder may have no chat template.
     "sharegpt4v-13b": {
         "prompt": "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
         f"helpful, detailed, and polite answers to the user's questions. USER: <image>\n{DESCRIBE} ASSISTANT:",
@@ -127,36 +131,38 @@ PRESETS: dict[str, dict[str, Any]] = {
 class TransformersCaptionerConfig(Section):
     """A multimodal language model of the transformers library, from the model hub or a folder.
 
-    What the entry does not say is the preset's, where it names one.
+    With `preset`, keys that are not set get the preset's values.
     """
 
     kind: Literal["transformers"]
     path: Path = Field(
-        description="the model's folder, or for a model of the hub lotlip/caption/captioners/transformers.py; DVC "
+        description="the model's folder, or lotlip/caption/captioners/transformers.py for a model on the hub; DVC "
         "watches it"
     )
     preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = Field(
-        None, description="one of the paper's captioners, whose settings replace the defaults below"
+        None, description="one of the paper's captioners; its settings replace the defaults below"
     )
-    model: str = Field(description="its name on the hub, OWNER/NAME; for a model in a folder, the same as path")
-    revision: Commit | None = Field(None, description="the hub's commit; a folder's is the hash of its files")
+    model: str = Field(description="name on the hub, OWNER/NAME; for a model in a folder, the same as path")
+    revision: Commit | None = Field(None, description="commit on the hub; not for a folder, which is hashed instead")
     prompt: Annotated[str, Field(min_length=1)] = Field(
-        DESCRIBE, description="the question; or, where it has the model's image token in it, all that the model is told"
+        DESCRIBE, description="the question; if it contains the model's image token, it is the complete prompt"
     )
-    max_new_tokens: Count = Field(256, description="a caption that has not ended by then is cut")
-    num_beams: Count = Field(1, description="1: no beam search")
-    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0, tokens are drawn by chance")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="tokens are drawn from so much of the chance")
-    repetition_penalty: Positive = Field(1.0, description="1: none")
-    length_penalty: float = Field(1.0, description="of beams: above 0 longer texts win, below it shorter ones")
-    seed: int = Field(0, description="of what is drawn by chance")
+    max_new_tokens: Count = Field(256, description="longest caption in tokens; a longer one is cut off")
+    num_beams: Count = Field(1, description="beams of beam search; 1: no beam search")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0: tokens are sampled")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="nucleus sampling: share of the probability mass that tokens are sampled from"
+    )
+    repetition_penalty: Positive = Field(1.0, description="1: no penalty")
+    length_penalty: float = Field(1.0, description="beam search: above 0 favours longer texts, below 0 shorter ones")
+    seed: int = Field(0, description="seed of sampling")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
-        "auto", description="of the weights; auto: bfloat16 on a GPU, float32 on the CPU"
+        "auto", description="number format of the weights; auto: bfloat16 on a GPU, float32 on the CPU"
     )
 
     @property
     def in_a_folder(self) -> bool:
-        """Whether the model is in the folder `path`, not on the hub."""
+        """Whether the model is in the folder `path` instead of on the hub."""
         return Path(self.model) == self.path
 
     @model_validator(mode="before")
@@ -167,11 +173,11 @@ class TransformersCaptionerConfig(Section):
             return data
         preset = dict(PRESETS[name])
         if "model" in data:
-            preset.pop("revision", None)  # is another model's
+            preset.pop("revision", None)  # belongs to another model
         if "model" not in {**preset, **data}:
             raise ValueError(
-                f"preset {name} has no model, since no hub repository has its weights as transformers reads "
-                "them; set model and path to a folder of converted weights (docs/captioning.md says how)"
+                f"preset {name} has no model, because no repository on the hub has its weights in transformers' "
+                "layout; set model and path to a folder of converted weights (see docs/captioning.md)"
             )
         return {**preset, **data}
 
@@ -179,40 +185,42 @@ class TransformersCaptionerConfig(Section):
     def _possible(self) -> TransformersCaptionerConfig:
         if not self.in_a_folder and self.revision is None:
             raise ValueError(
-                f"model {self.model} is on the hub, where it may change; set revision to a commit of it (40 hex "
-                "digits). A model in a folder has the folder's name as model and as path"
+                f"model {self.model} is on the hub, where it may change; set revision to one of its commits (40 hex "
+                "digits). For a model in a folder, set both model and path to the folder"
             )
         if self.in_a_folder and self.revision is not None:
-            raise ValueError(f"the model in {self.path} has the hash of its files as revision; leave revision out")
+            raise ValueError(f"the model in {self.path} is identified by the hash of its files; remove revision")
         if self.temperature and self.num_beams > 1:
-            raise ValueError("temperature is for drawing by chance, num_beams for search; set one of them, not both")
+            raise ValueError("temperature (sampling) and num_beams (beam search) exclude each other; set only one")
         return self
 
 
 CaptionerConfig = Annotated[
     SceneCaptionerConfig | TableCaptionerConfig | TransformersCaptionerConfig | EndpointCaptionerConfig,
-    Variants("lotlip.captioners", needs=("path",)),
+    Variants("lotlip.captioners", required_fields=("path",)),
 ]
 
 
 class QualityConfig(Section):
-    """Rules that drop captions, each with its limit; null or false: off. What is measured is stored in any case.
+    """Rules that drop captions, each with its limit; null or false disables a rule. Measures are stored in any case.
 
-    By default only what is certainly bad is dropped. They are asked in this order.
+    The defaults drop only captions that are certainly bad. Rules are applied in this order.
     """
 
-    refusal: bool = Field(True, description="the captioner says that it cannot describe the image")
-    reasoning: bool = Field(True, description="the text shows the captioner's reasoning about its task")
-    control: NonNegative | None = Field(0, description="most control characters")
-    mojibake: NonNegative | None = Field(0, description="most places that were decoded by the wrong encoding")
-    repetition: Share | None = Field(0.5, description="largest share of runs of four words that were there before")
-    short: NonNegative | None = Field(3, description="fewest words")
-    long: Count | None = Field(None, description="most words")
-    truncated: bool = Field(False, description="the caption was cut off, or its last sentence has no end")
-    disagreement: Share | None = Field(None, description="smallest share of the short caption's content words")
+    refusal: bool = Field(True, description="drop a caption in which the captioner declines to describe the image")
+    reasoning: bool = Field(True, description="drop a caption that shows the captioner's reasoning about its task")
+    control: NonNegative | None = Field(0, description="largest number of control characters")
+    mojibake: NonNegative | None = Field(0, description="largest number of places decoded with the wrong encoding")
+    repetition: Share | None = Field(0.5, description="largest share of 4-grams that occurred earlier in the caption")
+    short: NonNegative | None = Field(3, description="smallest number of words")
+    long: Count | None = Field(None, description="largest number of words")
+    truncated: bool = Field(False, description="drop a caption that was cut off, or whose last sentence has no end")
+    disagreement: Share | None = Field(
+        None, description="smallest share of the short caption's content words that the caption must contain"
+    )
 
 
-# Columns of partitions and inputs of stages, which stand beside the captioners' names.
+# Columns of partitions and names of stage inputs, which share a namespace with captioners.
 RESERVED_CAPTIONERS = frozenset(
     {
         "raw",
@@ -233,10 +241,10 @@ RESERVED_CAPTIONERS = frozenset(
 
 
 class CaptionConfig(Section):
-    """Long captions for every image, by each captioner."""
+    """Long captions for every image, from each captioner."""
 
     captioners: dict[Name, CaptionerConfig] = Field(
-        default_factory=dict, description="name → who writes long captions; each runs on every image"
+        default_factory=dict, description="name → captioner; each captioner describes every image"
     )
     tokenizer: str = Field(
         "bert-base-uncased",
@@ -244,29 +252,25 @@ class CaptionConfig(Section):
     )
     sentence_ends: SentenceEnds = Field(
         "released",
-        description="what ends a sub-caption besides a line end, in all stages and in the models: released: `.` only, "
-        "as in the released code; unicode: all of Unicode's sentence terminators (`.`, `!`, `?`, `。`, `।`, …)",
+        description="what ends a sub-caption besides a newline, in all stages and in the models: released: `.` only, "
+        "as in the released code; unicode: every Unicode sentence terminator (`.`, `!`, `?`, `。`, `।`, …)",
     )
     quality: QualityConfig = QualityConfig()
-    max_failure_share: Share = Field(0.02, description="of the images, captions that `quality` drops not counted")
-    max_filtered_share: Share = Field(0.1, description="of the captions that `quality` drops; more fails the gate")
-    max_reasoning_share: Share = Field(
-        0.01, description="of the captions that show reasoning, dropped or not; more fails the gate"
+    max_failure_share: Share = Field(
+        0.02, description="largest share of images without a caption, not counting captions that `quality` drops"
     )
-    max_truncated_share: Share = Field(0.5, description="of the captions that are cut off; more fails the gate")
-    max_repeated_share: Share = Field(
-        0.2, description="of the captions that are word for word another's; more fails the gate"
-    )
-    max_missing_partitions: Share = Field(
-        0.0, description="of the partitions that have no caption; more fails the gate"
-    )
+    max_filtered_share: Share = Field(0.1, description="largest share of captions that `quality` drops")
+    max_reasoning_share: Share = Field(0.01, description="largest share of captions with reasoning, dropped or not")
+    max_truncated_share: Share = Field(0.5, description="largest share of captions that are cut off")
+    max_repeated_share: Share = Field(0.2, description="largest share of captions that equal another one")
+    max_missing_partitions: Share = Field(0.0, description="largest share of partitions without any caption")
     max_length_ratio: Annotated[float, Field(ge=1)] = Field(
-        1.5, description="of a partition's mean number of words to that of the median partition, or the other way round"
+        1.5, description="largest ratio, either way, of a partition's mean caption length in words to the median one"
     )
     min_agreement_ratio: Annotated[float, Field(ge=1)] = Field(
         1.5,
-        description="times as many words as with the next images' short captions that captions share with their "
-        "own; certainly less fails the gate: they were swapped",
+        description="how many times as many words captions must share with their own short captions as with those of "
+        "the next images; certainly less fails the gate, because captions were swapped",
     )
 
     @model_validator(mode="after")

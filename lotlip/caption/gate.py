@@ -9,7 +9,7 @@ import pandas as pd
 
 from lotlip.caption.config import CaptionConfig
 from lotlip.caption.quality import RULES, Agreement
-from lotlip.core.checks import SHOWN_ROWS, Check, each, one, run_gate, share
+from lotlip.core.checks import SHOWN_ROWS, Check, each_value, max_share, one_value, run_gate
 from lotlip.data.checks import count_repeated, counts, expectation, failure_check, non_empty, number_table
 from lotlip.data.index import Totals
 from lotlip.data.inspection import (
@@ -19,11 +19,11 @@ from lotlip.data.inspection import (
 from lotlip.data.partitions import read_captions
 from lotlip.data.records import UnitReport
 
-ENOUGH_CAPTIONS = 30  # of a partition, for its mean length to say something
+ENOUGH_CAPTIONS = 30  # in a partition, for its mean length to be meaningful
 
 
 def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitReport], report: Path) -> list[Check]:
-    """One captioner's captions are there, are the images' own, and are neither broken nor the same over and over."""
+    """Checks that a captioner's captions exist, belong to their images, and are neither broken nor all the same."""
     rows, agreements = [], {}
     for unit in non_empty(reports):
         row = inspect_captions(folder, unit.name, unit.written)
@@ -42,9 +42,9 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
     table = number_table(rows, CAPTIONS, "unit", "words", "truncated", "reasoning")
     table["length_ratio"] = _from_median(table["words"])
     captions = sum(unit.written for unit in reports)
-    found = Totals.of(reports)
-    filtered = {rule: count for rule, count in found.failure_kinds.items() if rule in RULES}
-    failures, few_failures = failure_check(found, settings.max_failure_share, "caption", RULES)
+    sums = Totals.of(reports)
+    filtered = {rule: count for rule, count in sums.failure_kinds.items() if rule in RULES}
+    failures, few_failures = failure_check(sums, settings.max_failure_share, "caption", RULES)
     missing = [unit.name for unit in reports if not unit.written and (not unit.sha256 or unit.read >= ENOUGH_CAPTIONS)]
     swapped, agreeing = _swapped(agreements, settings.min_agreement_ratio)
     written = captions + sum(filtered.values())
@@ -61,11 +61,11 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
         **failures,
     }
     shares = {
-        "filtered_share": ("captions that quality's rules drop", "max_filtered_share"),
+        "filtered_share": ("captions that the quality rules drop", "max_filtered_share"),
         "reasoning_share": ("captions that show the model's reasoning", "max_reasoning_share"),
         "truncated_share": ("captions that are cut off", "max_truncated_share"),
         "missing_share": ("partitions without any caption", "max_missing_partitions"),
-        "repeated_share": ("captions that repeat another word for word", "max_repeated_share"),
+        "repeated_share": ("captions that equal another", "max_repeated_share"),
     }
     details = {
         "filtered_share": counts(filtered),
@@ -75,38 +75,38 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
     suites = {
         "stage": [
             few_failures,
-            one("captions", "there are captions", low=1),
-            one("repeated_keys", "no image has two captions", high=0),
+            one_value("captions", "there are captions", low=1),
+            one_value("repeated_keys", "no image has two captions", high=0),
             *(
-                share(name, what, getattr(settings, limit), f"caption.{limit}", details.get(name, ""))
+                max_share(name, what, getattr(settings, limit), f"caption.{limit}", details.get(name, ""))
                 for name, (what, limit) in shares.items()
             ),
-            one(
+            one_value(
                 "swapped",
                 f"captions are their own images': they share {settings.min_agreement_ratio:g} times as many words with "
-                "their short captions as with the next ones' (partitions that do not)",
+                "their short captions as with the next ones' (number of partitions that do not)",
                 high=0,
                 detail=agreeing,
                 key="caption.min_agreement_ratio",
             ),
         ],
         "units": [
-            *(expectation(fact) for fact in CAPTIONS),
-            each("length_ratio", lengths, high=settings.max_length_ratio, key="caption.max_length_ratio"),
+            *(expectation(invariant) for invariant in CAPTIONS),
+            each_value("length_ratio", lengths, high=settings.max_length_ratio, key="caption.max_length_ratio"),
         ],
     }
     return run_gate("caption", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
 
 
 def _from_median(means: pd.Series) -> pd.Series:
-    """How many times a partition's mean is the median of all, or the other way round; none where it has none."""
+    """The ratio of a partition's mean to the median of all, or its inverse if larger; NaN without a mean."""
     means = means.astype(float)
     ratio = means / means.median()
     return pd.concat([ratio, 1 / ratio], axis=1).max(axis=1, skipna=False)
 
 
 def _swapped(agreements: Mapping[str, Agreement], ratio: float) -> tuple[list[str], str]:
-    """Partitions whose captions are certainly not their images' own (or "all together"), and what was found."""
+    """Partitions whose captions certainly belong to other images (or "all together"), and the measured agreement."""
     together = sum(agreements.values(), Agreement())
     verdicts = {name: agreement.is_own(ratio) for name, agreement in agreements.items()}
     swapped = [name for name, own in verdicts.items() if own is False]
@@ -115,7 +115,7 @@ def _swapped(agreements: Mapping[str, Agreement], ratio: float) -> tuple[list[st
     unknown = [name for name, own in verdicts.items() if own is None]
     parts = [str(together), *([_names(swapped)] if swapped else [])]
     if unknown:
-        parts.append(f"could not tell for {len(unknown)} of {len(verdicts)} partitions: few captions to compare")
+        parts.append(f"undecided for {len(unknown)} of {len(verdicts)} partitions: too few captions to compare")
     return swapped, "; ".join(parts)
 
 

@@ -1,4 +1,4 @@
-"""One partition's captions: from the store or the captioner, then measured, filtered and written."""
+"""Captions one partition: gets captions from the store or the captioner, then measures, filters and writes them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lotlip.caption.captioners import Captioner, open_captioner
 from lotlip.caption.config import CaptionConfig, CaptionerConfig
 from lotlip.caption.quality import assess, measured
 from lotlip.caption.reasoning import cut_reasoning
-from lotlip.caption.store import PASSING, CaptionStore, Partition
+from lotlip.caption.store import TRANSIENT, CaptionStore, Partition
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_json
 from lotlip.data.partitions import finished, read_table, reuse_or_write, write_captions
@@ -26,15 +26,15 @@ _opening = threading.Lock()
 
 @dataclass(frozen=True)
 class Captioning:
-    """All that captioning a partition takes, small enough to be sent to another process.
+    """Everything that is needed to caption a partition; small enough to be sent to another process.
 
     Attributes:
         captioner: its name in params.yaml.
-        stage: `caption` of params.yaml.
+        stage: section `caption` of params.yaml.
         source: folder of ingest.
-        store: of captions that were written once.
-        out: where the partition's captions go.
-        compute: how the captioner works.
+        store: folder of all stored captions.
+        out: folder for the partition's captions.
+        compute: compute settings of the captioner.
     """
 
     captioner: str
@@ -45,18 +45,18 @@ class Captioning:
     compute: CaptionerCompute = CAPTIONER_DEFAULTS
 
     def author(self) -> Captioner:
-        """The captioner, opened once in a process, however many threads ask, and again when its file changed."""
+        """The captioner, opened once per process for all threads, and reopened when its file has changed."""
         settings = self.stage.captioners[self.captioner]
         described = TypeAdapter(CaptionerConfig).dump_json(settings)
         with _opening:
             return _opened(self.captioner, described, self.stage.tokenizer, tree_state(settings.path), self.compute)
 
     def stored(self) -> CaptionStore:
-        """The store of what the captioner wrote."""
+        """The store of the captioner's captions."""
         return CaptionStore(self.store, self.captioner, self.author().about)
 
     def __call__(self, partition: Partition) -> list[UnitReport]:
-        """Writes the partition's captions, unless they are there and were made from the same images and captioner."""
+        """Writes the partition's captions, unless they exist and were made from the same images and captioner."""
         inputs = sha256_json([partition.name, partition.images, partition.sha256, self.author().about])
         return reuse_or_write(
             partition.name,
@@ -68,15 +68,15 @@ class Captioning:
 
     def _finished(self, partition: Partition) -> list[UnitReport] | None:
         report = finished(partition.name, self.out)
-        if report is None or any(failure.kind in PASSING for failure in report.failures):
-            return None  # what failed because of the server may succeed now
+        if report is None or any(failure.kind in TRANSIENT for failure in report.failures):
+            return None  # server failures may succeed now
         return [report]
 
     def _write(self, partition: Partition) -> UnitReport:
         from lotlip.data.tokenizer import token_counts
 
         store = self.stored()
-        report = store.captioned(partition, self.source, self.author())
+        report = store.ensure_captioned(partition, self.source, self.author())
         usable = [_usable(caption) for caption in store.read(partition)]
         captions = [item for item in usable if isinstance(item, Caption)]
         empty = [item for item in usable if isinstance(item, Failure)]
@@ -92,7 +92,7 @@ class Captioning:
 
 
 def _usable(caption: Caption) -> Caption | Failure:
-    """A stored caption without reasoning; a failure where no words are left. Earlier versions stored either."""
+    """A stored caption without reasoning; a failure if no words are left. Earlier versions stored either."""
     text = cut_reasoning(caption.text)
     if not has_words(text):
         reason = f"the stored text of {caption.captioner} has no words besides reasoning"

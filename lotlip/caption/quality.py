@@ -1,4 +1,4 @@
-"""What can be measured of a caption without its image, the rules that drop one, and whether captions were swapped."""
+"""Measures captions without looking at images, applies the rules that drop captions, and detects swapped captions."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from lotlip.caption.config import QualityConfig
 from lotlip.caption.reasoning import reasoning
 from lotlip.data.records import Caption, Failure, MeasuredCaption
 
-NGRAM = 4  # words; of three, ordinary lists of like things repeat many
-NEIGHBOURS = 4  # images whose short captions a caption is held against; of several, the mean spreads less
+NGRAM = 4  # words; ordinary lists of similar things repeat many trigrams
+NEIGHBOURS = 4  # images with whose short captions a caption is compared; the mean of several varies less
 
-# Scripts without blanks between words. A character of Chinese or Japanese counts as a word, and so do up to four
-# letters of Thai, Lao, Burmese or Khmer.
+# Scripts without spaces between words. Each Chinese or Japanese character counts as a word, and so does each run of up
+# to four letters of Thai, Lao, Burmese or Khmer.
 _CHARACTERS = "\u3041-\u3096\u30a1-\u30fa\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 _UNSPACED = "\u0e01-\u0e4e\u0e81-\u0ecd\u1000-\u109f\u1780-\u17d3"
 _LETTER = rf"(?![{_CHARACTERS}{_UNSPACED}])\w"  # of any other script
 _WORD = re.compile(rf"[{_CHARACTERS}]|[{_UNSPACED}]{{1,4}}|(?:{_LETTER})+(?:['’-](?:{_LETTER})+)*")
 _LETTERS = re.compile(r"[^\W\d_]+")
 _NO_ENDS = re.compile(r"[\u0e01-\u0eff]\Z")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # a tab and the two ends of a line are none
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # tab, newline and carriage return do not count
 _CLOSING = (".", "!", "?", "…", "。", "．", "｡", "！", "？", "।", "؟", "۔")
-_AFTER_CLOSING = "\"'”’»)]*_」』）】 \t\r\n\u3000"  # quotes, brackets and Markdown's marks
+_AFTER_CLOSING = "\"'”’»)]*_」』）】 \t\r\n\u3000"  # quotes, brackets and Markdown markup
 _SUFFIXES = ("ing", "ed")
 
-ENOUGH_PAIRS = 10  # captions of a partition, to say whether they were swapped
+ENOUGH_PAIRS = 10  # captions in a partition that are needed to decide whether they were swapped
 
-# --- a caption's measures -----------------------------------------------------------------------------------------
+# --- measures of a caption ----------------------------------------------------------------------------------------
 
 
 def words_of(text: str) -> list[str]:
-    """A text's words, in lower case; of scripts without blanks between words, pieces of about a word or less.
+    """A text's words in lower case; in scripts without spaces between words, pieces of about a word or less.
 
     >>> words_of("A well-kept dog."), words_of("一只狗 A"), len(words_of("สุนัขวิ่งอยู่"))
     (['a', 'well-kept', 'dog'], ['一', '只', '狗', 'a'], 4)
@@ -50,29 +50,29 @@ def words_of(text: str) -> list[str]:
 
 
 def repetition(words: Sequence[str]) -> float:
-    """Share of a text's runs of `NGRAM` words that were there before; 0 where it has none."""
+    """Share of a text's `NGRAM`-grams that occurred earlier in it; 0 if it has none."""
     runs = [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def is_truncated(text: str, finish_reason: str) -> bool:
-    """Whether the captioner was cut off, or the last sentence has no end. Thai and Lao do not mark ends."""
+    """Whether the caption was cut off, or its last sentence has no end. Thai and Lao do not mark ends."""
     last = text.rstrip(_AFTER_CLOSING)
     return finish_reason == "length" or not (last.endswith(_CLOSING) or _NO_ENDS.search(last))
 
 
 def mojibake(text: str) -> int:
-    """Places that look like text decoded by the wrong encoding, as ftfy tells them, and characters that were lost."""
+    """Number of lost characters, and of places that ftfy recognises as decoded with the wrong encoding."""
     from ftfy.badness import badness
 
     return badness(text) + text.count("\ufffd")
 
 
 def refusal(text: str) -> str:
-    """The first phrase of `refusals.txt` in the text, by which a model says that it does not describe the image."""
+    """The first phrase of `refusals.txt` in the text, by which a model declines to describe the image; "" if none."""
     plain = " ".join(text.casefold().replace("’", "'").split())
-    found = _refusals().search(plain)
-    return found[0] if found else ""
+    match = _refusals().search(plain)
+    return match[0] if match else ""
 
 
 @lru_cache(maxsize=1)
@@ -81,12 +81,12 @@ def _refusals() -> re.Pattern[str]:
 
 
 def _lines(name: str) -> list[str]:
-    """A list that is kept as data beside this module."""
+    """The lines of a text file beside this module."""
     return (files("lotlip.caption") / name).read_text(encoding="utf-8").splitlines()
 
 
 def content_words(text: str) -> frozenset[str]:
-    """A text's words without case, accents and the usual endings; but for numbers and `stop_words.txt`."""
+    """A text's words without case, accents and common endings, excluding numbers and `stop_words.txt`."""
     plain = unicodedata.normalize("NFKD", text.casefold())
     plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
     return frozenset(_stem(word) for word in _LETTERS.findall(plain) if len(word) > 1 and word not in _stop_words())
@@ -94,12 +94,12 @@ def content_words(text: str) -> frozenset[str]:
 
 @lru_cache(maxsize=1)
 def _stop_words() -> frozenset[str]:
-    """Words that say nothing of what is in a picture, those for the picture itself among them."""
+    """Words that say nothing about a picture's content, including words for the picture itself."""
     return frozenset(_lines("stop_words.txt"))
 
 
 def _stem(word: str) -> str:
-    """A word without the ending of a plural or a verb: houses and house, smiling and smiles are the same."""
+    """A word without the ending of a plural or a verb: houses and house are the same, and so are smiling and smiles."""
     if word.endswith("ies") and len(word) > 4:
         word = word[:-3] + "y"
     elif word.endswith("s") and len(word) > 3 and not word.endswith(("ss", "us", "is")):
@@ -116,7 +116,7 @@ def _stem(word: str) -> str:
 
 
 def agreement(of: frozenset[str], words: frozenset[str]) -> float | None:
-    """Share of the words `of` a short caption that are among a caption's `words`; None where it has none."""
+    """Share of the words `of` a short caption that are among a caption's `words`; None if it has no words."""
     return len(of & words) / len(of) if of else None
 
 
@@ -126,12 +126,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozenset[str]]) -> MeasuredCaption:
-    """A caption with its measures.
+    """Measures a caption.
 
     Args:
-        caption: whose text is looked at.
-        raw: content words of the short caption of its image.
-        neighbours: those of the next images'.
+        caption: to measure.
+        raw: content words of its image's short caption.
+        neighbours: content words of the next images' short captions.
     """
     words = words_of(caption.text)
     content = content_words(caption.text)
@@ -153,11 +153,11 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
 
 
 def measured(captions: Iterable[Caption], short_captions: Mapping[str, str]) -> Iterator[MeasuredCaption]:
-    """Each caption with its measures.
+    """Measures each caption.
 
     Args:
         captions: of a partition.
-        short_captions: key → short caption of all the partition's images, in order; after the last comes the first.
+        short_captions: key → short caption of all the partition's images, in order; the first follows the last.
     """
     words = [content_words(text) for text in short_captions.values()]
     places = {key: place for place, key in enumerate(short_captions)}
@@ -169,11 +169,11 @@ def measured(captions: Iterable[Caption], short_captions: Mapping[str, str]) -> 
 
 # --- rules --------------------------------------------------------------------------------------------------------
 
-RULES = tuple(QualityConfig.model_fields)  # in the order in which they are asked
+RULES = tuple(QualityConfig.model_fields)  # in the order in which they are applied
 
 
 def broken_rule(caption: MeasuredCaption, rules: QualityConfig) -> Failure | None:
-    """Why a caption is dropped, by the first rule that it breaks; None where it breaks none."""
+    """Why a caption is dropped, by the first rule that it breaks; None if it breaks none."""
     for rule in RULES:
         limit = getattr(rules, rule)
         reason = None if limit is None or limit is False else _breaks(rule, caption, limit)
@@ -183,7 +183,7 @@ def broken_rule(caption: MeasuredCaption, rules: QualityConfig) -> Failure | Non
 
 
 def _breaks(rule: str, caption: MeasuredCaption, limit: Any) -> str | None:
-    """How a caption breaks a rule, with the number and the limit; None where it does not."""
+    """How a caption breaks a rule, with the number and the limit; None if it does not."""
     match rule:
         case "refusal":
             return f'refuses: "{caption.refusal}"' if caption.refusal else None
@@ -201,12 +201,12 @@ def _breaks(rule: str, caption: MeasuredCaption, limit: Any) -> str | None:
         case "short":
             return f"{caption.words} words, fewer than {limit}" if caption.words < limit else None
         case "repetition":
-            again = f"{caption.repetition:.3g} of its runs of {NGRAM} words are repeated, more than {limit:g}"
-            return again if caption.repetition > limit else None
+            repeated = f"{caption.repetition:.3g} of its {NGRAM}-grams are repeated, more than {limit:g}"
+            return repeated if caption.repetition > limit else None
         case "disagreement":
             low = caption.agreement is not None and caption.agreement < limit
             return f"has {caption.agreement:.3g} of the short caption's words, less than {limit:g}" if low else None
-    raise AssertionError(f"the rule {rule} is not written")
+    raise AssertionError(f"the rule {rule} is not implemented")
 
 
 def _over(number: int, limit: int, what: str) -> str | None:
@@ -214,29 +214,29 @@ def _over(number: int, limit: int, what: str) -> str | None:
 
 
 def assess(captions: Iterable[MeasuredCaption], rules: QualityConfig) -> Iterator[MeasuredCaption | Failure]:
-    """The captions, with a failure in place of each that breaks a rule."""
+    """Replaces each caption that breaks a rule by a failure."""
     for caption in captions:
         yield broken_rule(caption, rules) or caption
 
 
-# --- a captioner's captions as a whole ----------------------------------------------------------------------------
+# --- statistics of a captioner ------------------------------------------------------------------------------------
 
 SUMMARISED = ("words", "repetition", "agreement")
 QUANTILES = {"p05": 0.05, "median": 0.5, "p95": 0.95}
 
 
 def summarise(tables: Iterable[pd.DataFrame], failure_kinds: Mapping[str, int]) -> dict[str, Any]:
-    """What the captions of a captioner are like: means and quantiles of `SUMMARISED`, shares of what was dropped.
+    """Statistics of a captioner's captions: means and quantiles of `SUMMARISED`, and counts of dropped captions.
 
-    Values are counted, rounded to a thousandth, so memory does not grow with the captions.
+    Values are rounded to a thousandth and counted, so memory does not grow with the captions.
 
     Args:
-        tables: the partitions' captions, one at a time.
-        failure_kinds: kind → number of the stage's failures; those of `RULES` are captions that were dropped.
+        tables: captions of the partitions, one partition at a time.
+        failure_kinds: kind → number of the stage's failures; those in `RULES` are dropped captions.
 
     Returns:
-        "captions" (dropped ones too), "filtered" (rule → number), "truncated_share" of those kept, and for each of
-        `SUMMARISED` "mean" and `QUANTILES`, None where no caption has the value.
+        "captions" (including dropped ones), "filtered" (rule → number), "truncated_share" of the kept captions, and
+        for each of `SUMMARISED` "mean" and `QUANTILES`, None if no caption has the value.
     """
     counts: dict[str, Counter[float]] = {name: Counter() for name in SUMMARISED}
     kept = truncated = 0
@@ -260,24 +260,24 @@ def _distribution(counter: Counter[float]) -> dict[str, float | None]:
     values = np.array(sorted(counter))
     below = np.cumsum([counter[value] for value in values])
     total = int(below[-1])
-    found: dict[str, float | None] = {
+    quantiles: dict[str, float | None] = {
         name: float(values[np.searchsorted(below, max(math.ceil(share * total), 1))])
         for name, share in QUANTILES.items()
     }
-    return {"mean": round(math.fsum(value * count for value, count in counter.items()) / total, 4), **found}
+    return {"mean": round(math.fsum(value * count for value, count in counter.items()) / total, 4), **quantiles}
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well captions agree with the short captions of their own images, and with those of the next ones.
+    """How well captions agree with the short captions of their own images, and with those of the next images.
 
-    Only words count that the two short captions do not share, so that pictures that are much alike say nothing, rather
-    than something wrong. `a + b` is of both's captions together.
+    Only words that the two short captions do not share are compared, so near-identical pictures do not count at all,
+    instead of distorting the result. `a + b` is the agreement of both sets of captions.
 
     Attributes:
-        pairs: captions for which both short captions have such words.
-        own, following: sums of the shares that the captions have of them.
-        own_squares, following_squares, products: sums of squares and products, for the spread.
+        pairs: number of captions for which both short captions have such words.
+        own, following: sums of the shares of these words that the captions contain.
+        own_squares, following_squares, products: sums of squares and products, for the variance.
     """
 
     pairs: int = 0
@@ -289,7 +289,7 @@ class Agreement:
 
     @classmethod
     def of(cls, table: pd.DataFrame) -> Agreement:
-        """Of the captions of a partition, by the columns own_agreement and next_agreement."""
+        """Agreement of a partition's captions, from the columns own_agreement and next_agreement."""
         both = table[["own_agreement", "next_agreement"]].astype(float).dropna().to_numpy()
         own, following = both[:, 0], both[:, 1]
         sums = (own, following, own * own, following * following, own * following)
@@ -302,10 +302,10 @@ class Agreement:
     def is_own(self, ratio: float, errors: float = 3.0) -> bool | None:
         """Whether captions agree at least `ratio` times as well with their own images' short captions.
 
-        Swapped captions agree equally well with both, but for chance. False only where chance does not explain it (by
-        that many standard errors), None where neither is certain: few captions, or short captions that say little.
+        Swapped captions agree equally well with both, up to noise. False only if noise of that many standard errors
+        does not explain it; None if neither is certain: few captions, or short captions that say little.
         """
-        if self.pairs < ENOUGH_PAIRS:  # to tell how much they spread
+        if self.pairs < ENOUGH_PAIRS:  # too few to estimate the variance
             return None
         mean = (self.own - ratio * self.following) / self.pairs
         squares = self.own_squares - 2 * ratio * self.products + ratio**2 * self.following_squares
@@ -317,7 +317,7 @@ class Agreement:
 
     def __str__(self) -> str:
         if not self.pairs:
-            return "no short captions to tell apart by their words"
+            return "no short captions that differ in their words"
         own, following = self.own / self.pairs, self.following / self.pairs
         return (
             f"{own:.0%} of their own short captions' words, {following:.0%} of the next ones' ({self.pairs} captions)"

@@ -1,8 +1,8 @@
-"""The reasoning that models write before their answer, and how it is told from the answer.
+"""Separates the reasoning that models write before their answer from the answer.
 
 Reasoning models put their thoughts between markers, such as `<think>` and `</think>`. A server that knows the model
-keeps them out of the answer; one that does not sends them along. Chat templates often write the first marker
-themselves, so that only the last one is in the text.
+removes them from the answer; other servers send them along. Chat templates often write the opening marker themselves,
+so the text contains only the closing one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from importlib.resources import files
 
 _TAGS = "think|thinking|thought|thoughts|reason|reasoning|analysis|reflection|scratchpad|seed:think"
 
-# A marker starts or ends the thoughts. The group `ends` tells which.
+# A marker starts or ends reasoning; the named groups tell which.
 _MARKER = re.compile(
     rf"<\s*(?P<xml>/?)\s*(?:{_TAGS})(?:\s[^<>]*)?>"  # <think>: DeepSeek, Qwen, GLM; <seed:think>: Seed-OSS
     r"|\[(?P<brackets>/?)think\]"  # [THINK]: Magistral
@@ -24,25 +24,25 @@ _MARKER = re.compile(
     r"|<unused9(?P<unused>[45])>",  # MedGemma
     re.IGNORECASE,
 )
-# What some models put around the answer.
+# Markers that some models put around the answer.
 _ANSWER = re.compile(
     r"</?\s*(?:answer|response|final_answer)\s*>|<\|(?:begin|end)_of_(?:solution|answer|box)\|>"
     r"|<\|(?:START|END)_RESPONSE\|>",
     re.IGNORECASE,
 )
-# OpenAI's harmony format: a message for each channel, of which only "final" is for the user.
+# OpenAI's harmony format: one message per channel; only the channel "final" is for the user.
 _CHANNEL = re.compile(
     r"<\|channel\|>\s*(\w+)[^<]*<\|message\|>(.*?)(?=<\|(?:end|start|return|call|channel)\|>|\Z)", re.S
 )
-# The same where the special tokens were taken out.
+# The same format with the special tokens removed.
 _BARE_CHANNEL = re.compile(r"\s*(?:assistant)?(?:analysis|commentary)(?:[A-Z]|\s.*assistantfinal)", re.S)
 
 
 def cut_reasoning(text: str) -> str:
-    """A model's text without its reasoning; empty if nothing else is there.
+    """A model's text without its reasoning; empty if nothing else is left.
 
-    Reasoning that has no end was cut off, so all after its start is dropped. Before an end without a start, all is
-    reasoning. Text without markers comes back as it is, but for white space at its ends.
+    Reasoning without an end was cut off, so everything after its start is dropped. Everything before an end without a
+    start is reasoning. Text without markers is returned with only its outer white space removed.
     """
     if "<|channel|>" in text:
         answers = [words for channel, words in _CHANNEL.findall(text) if channel.casefold() == "final"]
@@ -71,33 +71,33 @@ def _ends(marker: re.Match[str]) -> bool:
     groups = marker.groupdict()
     if groups["unused"]:
         return groups["unused"] == "5"
-    found = groups["xml"] or groups["brackets"] or groups["arrows"] or groups["begin"] or groups["start"] or ""
-    return found == "/" or found.casefold().startswith("end")
+    prefix = groups["xml"] or groups["brackets"] or groups["arrows"] or groups["begin"] or groups["start"] or ""
+    return prefix == "/" or prefix.casefold().startswith("end")
 
 
 def has_marker(text: str) -> bool:
-    """Whether a text has a marker of reasoning, or of a channel."""
+    """Whether a text has a marker of reasoning or of the harmony format."""
     return bool(_MARKER.search(text)) or "<|channel|>" in text
 
 
 def is_marker(token: str) -> bool:
-    """Whether a token is a marker of reasoning, or of the channels' format."""
+    """Whether a token is a marker of reasoning or of the harmony format."""
     return bool(_MARKER.fullmatch(token)) or token in ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
 
 
 def reasoning(text: str) -> str:
-    """The first sign of reasoning in a caption; empty if it has none.
+    """The first sign of reasoning in a caption; empty if there is none.
 
-    Signs are markers that are left, also as HTML writes them, and the phrases of `reasoning.txt`, with which models
-    think about what they are asked to do. These find reasoning that has no marker at all: a server may take the markers
-    out, and an answer that was cut off within the thoughts may never have had one.
+    Signs are leftover markers, also HTML-escaped ones, and the phrases of `reasoning.txt`, with which models think
+    about their task. The phrases find reasoning without any marker: a server may remove markers, and an answer that was
+    cut off during reasoning may never have had one.
     """
     plain = html.unescape(text)
     marker = _MARKER.search(plain) or re.search(r"<\|(?:channel|message|start|end)\|>", plain)
     if marker:
         return marker[0]
-    found = _phrases().search(" ".join(text.casefold().replace("’", "'").split()))
-    return found[0] if found else ""
+    match = _phrases().search(" ".join(text.casefold().replace("’", "'").split()))
+    return match[0] if match else ""
 
 
 @lru_cache(maxsize=1)

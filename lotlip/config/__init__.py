@@ -1,1 +1,1 @@
-"""params.yaml as a whole. The settings of a stage are beside its code: `lotlip/STAGE/config.py`."""
+"""params.yaml as a whole. The settings of each stage are next to its code, in `lotlip/STAGE/config.py`."""

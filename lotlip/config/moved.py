@@ -1,4 +1,4 @@
-"""Where keys of an old params.yaml are now; docs/migration.md lists the same."""
+"""New names of keys from earlier versions of params.yaml; docs/migration.md has the same list."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _TRAINING = (
     "peer_timeout_seconds",
     "max_final_loss_share",
 )
-# Old key → new key. NAME stands for a name that the user chose, and is the same in both.
+# Old key → new key. NAME stands for a name that the user chooses; it is the same in both.
 MOVED = {
     **{f"pretrain.{key}": f"compute.training.{key}" for key in _TRAINING},
     "pretrain.accumulation": "compute.training.gradient_accumulation_steps",
@@ -44,22 +44,22 @@ MOVED = {
 
 
 def moved(key: str) -> str | None:
-    """Where an unknown key is now; None where it was never one.
+    """The new name of an unknown key; None if it was never a key.
 
     Args:
-        key: dotted, as in params.yaml. Differences of an ablation are looked up as keys of `pretrain`, and those that
-            say how work is done are now in `compute.ablations`.
+        key: dotted, as in params.yaml. Keys of an ablation are looked up as keys of `pretrain`; those about compute are
+            now in `compute.ablations`.
     """
-    found = re.fullmatch(r"(?:ablations\.([^.]+)|finetune\.([^.]+)\.pretrain)\.(.+)", key)
-    name, rest = (found[1] or found[2], f"pretrain.{found[3]}") if found else ("", key)
+    ablation = re.fullmatch(r"(?:ablations\.([^.]+)|finetune\.([^.]+)\.pretrain)\.(.+)", key)
+    name, rest = (ablation[1] or ablation[2], f"pretrain.{ablation[3]}") if ablation else ("", key)
     for old, new in MOVED.items():
         match = re.fullmatch(re.escape(old).replace("NAME", "([^.]+)"), rest)
         if match is None:
             continue
         new = new.replace("NAME", match[1]) if match.groups() else new
-        if not found:
+        if not ablation:
             return new
         if new.startswith("compute.training."):
             return new.replace("compute.training", f"compute.ablations.{name}", 1)
-        return new.replace("pretrain.", key.removesuffix(found[3]), 1)
+        return new.replace("pretrain.", key.removesuffix(ablation[3]), 1)
     return None

@@ -1,4 +1,4 @@
-"""What each stage writes and how that is recognised; `dvc.yaml` lists the same, which a test compares."""
+"""What each stage writes, and how its outputs are recognised; a test compares this with `dvc.yaml`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lotlip.core.files import NotOurs, check_replaceable, recover
+from lotlip.core.files import ForeignFileError, check_replaceable, recover
 from lotlip.core.paths import Paths
 from lotlip.data.records import DATA_DOCS
 
 
 class Outputs(NamedTuple):
-    """What one instance of a stage writes.
+    """The outputs of one instance of a stage.
 
     Attributes:
         folders: each with a record of its files (`lotlip.core.files`).
-        files: file → whether its contents are such an output.
+        files: file → a function that recognises an output by its contents.
     """
 
     folders: list[Path]
@@ -30,7 +30,7 @@ def outputs(paths: Paths, stage: str, item: str | None = None) -> Outputs:
     Args:
         paths: of params.yaml.
         stage: "ingest", "pretrain", …
-        item: the captioner or ablation of a stage that has one.
+        item: the captioner or ablation, for a stage that has one.
     """
     label = f"{stage}-{item}" if item else stage
     folders = [paths.stages / DATA_DOCS / label]
@@ -48,51 +48,51 @@ def outputs(paths: Paths, stage: str, item: str | None = None) -> Outputs:
     return Outputs(folders, files)
 
 
-def prepare(own: Outputs) -> None:
-    """Completes what a killed run left half-way, and checks that nothing of others is in the way.
+def prepare(expected: Outputs) -> None:
+    """Completes replacements that a killed run left unfinished, and checks that only the stage's outputs are replaced.
 
     Raises:
-        NotOurs: something is; it was not touched.
+        ForeignFileError: another file or folder is in the way; it was not touched.
     """
-    for folder in own.folders:
+    for folder in expected.folders:
         recover(folder)
         check_replaceable(folder)
-    for file, ours in own.files.items():
+    for file, ours in expected.files.items():
         if file.is_symlink() and not file.exists():
-            raise NotOurs(f"{file} is a link to nothing; remove it")
+            raise ForeignFileError(f"{file} is a broken link; remove it")
         if file.exists() and not (file.is_file() and ours(file)):
-            raise NotOurs(f"{file} would be replaced, but it is not what this stage writes; move it away")
+            raise ForeignFileError(f"{file} would be replaced, but this stage did not write it; move it away")
 
 
 def is_stage_record(path: Path) -> bool:
     """Whether a file is a stage's record of its time, counts and gate."""
-    found = _json(path)
-    return isinstance(found, dict) and {"stage", "seconds", "gate"} <= found.keys()
+    data = _json(path)
+    return isinstance(data, dict) and {"stage", "seconds", "gate"} <= data.keys()
 
 
 def is_scores(path: Path) -> bool:
     """Whether a file has the scores of an ablation."""
-    found = _json(path)
-    return isinstance(found, dict) and {"ablation", "benchmarks", "fingerprints"} <= found.keys()
+    data = _json(path)
+    return isinstance(data, dict) and {"ablation", "benchmarks", "fingerprints"} <= data.keys()
 
 
 def is_summary(path: Path) -> bool:
     """Whether a file has an ablation's main scores: benchmark → metric → share."""
-    found = _json(path)
+    data = _json(path)
     return (
-        isinstance(found, dict)
-        and bool(found)
+        isinstance(data, dict)
+        and bool(data)
         and all(
             isinstance(scores, dict) and all(isinstance(value, (int, float)) for value in scores.values())
-            for scores in found.values()
+            for scores in data.values()
         )
     )
 
 
 def is_comparison(path: Path) -> bool:
     """Whether a file is what `lotlip evaluate --out` writes."""
-    found = _json(path)
-    return isinstance(found, dict) and {"results", "published"} <= found.keys()
+    data = _json(path)
+    return isinstance(data, dict) and {"results", "published"} <= data.keys()
 
 
 def _json(path: Path) -> Any:

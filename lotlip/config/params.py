@@ -1,4 +1,4 @@
-"""The whole of params.yaml, its ablations, and what is said of a file that cannot be used."""
+"""params.yaml: its sections, its ablations, and error messages for an invalid file."""
 
 from __future__ import annotations
 
@@ -26,36 +26,35 @@ from lotlip.tracking.config import RegistryConfig, TrackingConfig
 
 
 class Reproduce(Section):
-    """What `make reproduce` runs; `dvc repro` and `make reproduce-all` run every ablation."""
+    """What `make reproduce` runs; `dvc repro` and `make reproduce-all` always run every ablation."""
 
-    ablations: list[Name] = Field(default_factory=list, description="none named: all")
+    ablations: list[Name] = Field(default_factory=list, description="ablations to run; empty: all")
 
 
-# The sections that decide models and their scores: one of each stage before the report.
-WHAT = tuple(section(stage) for stage in STAGES if stage != "report")
+# The sections that decide models and their scores: one for each stage before the report.
+DECISIVE_SECTIONS = tuple(section(stage) for stage in STAGES if stage != "report")
 
 
 class FinetuneConfig(Section):
-    """An ablation that goes on from the trained models of another, each seed from its own."""
+    """An ablation that is fine-tuned from the trained models of another one, each seed from the same seed."""
 
     init_from: Name = Field(description="the ablation that is trained first")
-    pretrain: dict[str, Any] = Field(description="its differences from `pretrain`")
+    pretrain: dict[str, Any] = Field(description="differences from `pretrain`")
 
     @field_validator("init_from", mode="before")
     @classmethod
-    def _a_name(cls, after: Any) -> Any:
-        if isinstance(after, str) and "/" in after:  # a bare name may be an ablation and a folder, as `lotlip` is
-            raise ValueError(
-                "is a folder; give the name of an ablation, or set text.pretrained of an ablation to the folder"
-            )
-        return after
+    def _a_name(cls, init_from: Any) -> Any:
+        # a name without a slash may be both an ablation and a folder, as `lotlip` is
+        if isinstance(init_from, str) and "/" in init_from:
+            raise ValueError("is a folder; name an ablation, or add an ablation with text.pretrained set to the folder")
+        return init_from
 
     @field_validator("pretrain")
     @classmethod
     def _the_same_text_tower(cls, pretrain: dict[str, Any]) -> dict[str, Any]:
         text = pretrain.get("text")
         if isinstance(text, dict) and text.get("config"):
-            raise ValueError("text.config has no effect on a text tower that is already trained; remove it")
+            raise ValueError("text.config has no effect on a trained text tower; remove it")
         return pretrain
 
 
@@ -64,40 +63,42 @@ class Params(Section):
 
     paths: Paths = Paths()
     ingest: IngestConfig
-    image_tower: ImageTowerConfig = Field(description="where the pretrained image tower comes from")
+    image_tower: ImageTowerConfig = Field(description="source of the pretrained image tower")
     caption: CaptionConfig = CaptionConfig()
     shard: ShardConfig = ShardConfig()
     pretrain: PretrainConfig = PretrainConfig()
     evaluate: EvaluateConfig
     report: ReportConfig = ReportConfig()
     tables: dict[Name, TableConfig] = Field(
-        default_factory=dict, description="name → a table of the report; none: one table of all ablations"
+        default_factory=dict, description="name → a table of the report; empty: one table of all ablations"
     )
     findings: FindingsConfig = FindingsConfig()
     tracking: TrackingConfig = TrackingConfig()
-    registry: RegistryConfig | None = Field(None, description="none: sweeps register no model")
+    registry: RegistryConfig | None = Field(None, description="null: sweeps register no model")
     compute: Compute = Compute()
     reproduce: Reproduce = Reproduce()
-    ablations: dict[Name, dict[str, Any]] = Field(description="name → its differences from `pretrain`")
-    finetune: dict[Name, FinetuneConfig] = Field(default_factory=dict, description="ablations that go on from others")
+    ablations: dict[Name, dict[str, Any]] = Field(description="name → differences from `pretrain`")
+    finetune: dict[Name, FinetuneConfig] = Field(
+        default_factory=dict, description="name → an ablation that starts from the models of another one"
+    )
 
     @property
     def names(self) -> list[str]:
-        """Of all ablations, those that go on from others last."""
+        """Names of all ablations; fine-tuned ones come last."""
         return [*self.ablations, *self.finetune]
 
     @property
     def warnings(self) -> list[str]:
-        """Settings that are valid but probably not meant, a line each; `lotlip plan`, stages and report show them."""
+        """Settings that are valid but probably unintended, one per line, for `lotlip plan`, stages and the report."""
         lines = []
         tower = self.image_tower
         if isinstance(tower, SceneTowerConfig) and not isinstance(self.ingest.source, SceneSourceConfig):
             lines.append(
-                "image_tower.kind is scenes: that tower was trained on generated scenes alone and tells other pictures "
-                f"apart poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such as "
-                "image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
+                "image_tower.kind is scenes: that tower is trained only on generated scenes and discriminates other "
+                f"pictures poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such "
+                "as image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
             )
-        pin = "is not pinned: the hub may change it; set revision to a commit of it (40 hex digits)"
+        pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
         if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
             lines.append(f"image_tower.model {tower.model} {pin}")
         texts = [self.ablation(name).text for name in self.names]
@@ -105,11 +106,11 @@ class Params(Section):
         return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
 
     def _on_hub(self, name: str) -> bool:
-        """Whether a model's name is not that of a folder, which an ablation may yet write."""
+        """Whether a model's name is one on the hub, not a folder, which an ablation may not have written yet."""
         return not Path(name).exists() and self.paths.models not in Path(name).parents and name.count("/") <= 1
 
     @model_validator(mode="after")
-    def _own_folders(self) -> Params:
+    def _separate_folders(self) -> Params:
         self.paths.check()
         return self
 
@@ -118,19 +119,19 @@ class Params(Section):
         if not self.ablations:
             raise ValueError("ablations is empty: name at least one, such as `lotlip: {}`")
         problems = [
-            f"finetune.{name} is called as one of ablations; call it otherwise"
+            f"finetune.{name} has the name of an ablation; choose another name"
             for name in self.finetune
             if name in self.ablations
         ]
-        there = f"there are: {', '.join(self.ablations)}"
+        known_ablations = f"there are: {', '.join(self.ablations)}"
         problems += [
-            f"finetune.{name}.init_from: no ablation {settings.init_from!r} in ablations ({there}); to start from a "
-            "folder, set text.pretrained of an ablation to it"
+            f"finetune.{name}.init_from: no ablation {settings.init_from!r} in ablations ({known_ablations}); to start "
+            "from a folder, set text.pretrained of an ablation to it"
             for name, settings in self.finetune.items()
             if settings.init_from not in self.ablations
         ]
         problems += [
-            f"reproduce.ablations: no ablation {name!r} ({there})"
+            f"reproduce.ablations: no ablation {name!r} ({known_ablations})"
             for name in self.reproduce.ablations
             if name not in self.names
         ]
@@ -146,7 +147,7 @@ class Params(Section):
             if name not in known
         ]
         problems += [
-            f"registry asks for {metric}, but no benchmark of evaluate is called so (there are: "
+            f"registry requires {metric}, but evaluate has no benchmark with that name (there are: "
             f"{', '.join(self.evaluate.names)})"
             for metric in (self.registry.min_scores if self.registry else [])
             if metric.partition(".")[0] not in self.evaluate.names
@@ -168,7 +169,7 @@ class Params(Section):
         return self
 
     def inputs(self) -> Iterator[tuple[str, Path]]:
-        """The user's files and folders that stages read, each with its key of params.yaml."""
+        """The user's files and folders that stages read, each with its key in params.yaml."""
         yield from self.ingest.inputs()
         for name, captioner in self.caption.captioners.items():
             yield f"caption.captioners.{name}.path", captioner.path
@@ -179,24 +180,24 @@ class Params(Section):
                     yield f"evaluate.benchmarks.{name}.images", benchmark.images
 
     def _caption_problems(self, name: str, long_texts: LongTextsConfig) -> list[str]:
-        """What an ablation asks of the caption stage that it does not have."""
+        """Problems with an ablation's use of captioners."""
         known = self.caption.captioners
         if long_texts.sub_captions and not known:
             return [
-                f"ablations.{name} draws long texts, but caption.captioners is empty: "
+                f"ablations.{name} uses long texts, but caption.captioners is empty: "
                 "add a captioner, or set long_texts.sub_captions to 0"
             ]
         unknown = sorted(set(long_texts.captioners) - set(known))
         if unknown:
-            there = ", ".join(known) or "none"
-            return [f"ablations.{name} draws from {', '.join(unknown)}, but caption.captioners has {there}"]
+            names = ", ".join(known) or "none"
+            return [f"ablations.{name} uses {', '.join(unknown)}, but caption.captioners has {names}"]
         return []
 
     def ablation(self, name: str) -> PretrainConfig:
         """`pretrain` with the differences of one ablation.
 
         Raises:
-            ConfigError: no such ablation, or one of its keys or values is wrong.
+            ConfigError: there is no such ablation, or one of its keys or values is invalid.
         """
         base = self.pretrain.model_dump(mode="json", exclude_unset=True)
         if name in self.ablations:
@@ -210,32 +211,32 @@ class Params(Section):
         return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
 
     def training_compute(self, name: str) -> TrainingCompute:
-        """How an ablation is trained: `compute.training` with the differences of `compute.ablations`.
+        """Compute settings of an ablation: `compute.training` with the differences of `compute.ablations`.
 
         Raises:
-            ConfigError: one of its keys or values is wrong.
+            ConfigError: one of its keys or values is invalid.
         """
         base = self.compute.training.model_dump(mode="json", exclude_unset=True)
         place = f"compute.ablations.{name}"
         return _validated(TrainingCompute, merge(base, self.compute.ablations.get(name, {})), place, place)
 
-    def what(self) -> dict[str, Any]:
-        """The sections that decide models and scores, without `compute` and what shows, stores and selects results."""
-        return {name: getattr(self, name).model_dump(mode="json") for name in WHAT}
+    def decisive_sections(self) -> dict[str, Any]:
+        """The sections that decide models and scores, without `compute`, tracking, registry and report."""
+        return {name: getattr(self, name).model_dump(mode="json") for name in DECISIVE_SECTIONS}
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:
     """Reads params.yaml.
 
     Raises:
-        ConfigError: the file is missing, is not YAML, or has keys or values that cannot be used.
+        ConfigError: the file is missing, is not YAML, or has invalid keys or values.
     """
     path = Path(path)
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
-            f"{path} is not there; run from the project's root, or copy a file of profiles/ to it"
+            f"{path} does not exist; run from the project's root, or copy a file of profiles/ to it"
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not YAML: {error}") from error
@@ -245,20 +246,20 @@ def load_params(path: Path | str = "params.yaml") -> Params:
 
 
 def checked_params(data: Mapping[str, Any], place: str) -> Params:
-    """The content of a params.yaml, checked.
+    """Validates the content of a params.yaml.
 
     Args:
         data: as read from YAML.
-        place: what it is called in complaints.
+        place: name of the file in error messages.
 
     Raises:
-        ConfigError: keys or values that cannot be used.
+        ConfigError: keys or values are invalid.
     """
     return _validated(Params, data, place)
 
 
 def _validated(model: type[SectionT], data: Mapping[str, Any], place: str, under: str = "") -> SectionT:
-    """`data` as a section that stands at the key `under` of params.yaml."""
+    """Validates `data` as a section at the key `under` of params.yaml."""
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -267,7 +268,7 @@ def _validated(model: type[SectionT], data: Mapping[str, Any], place: str, under
 
 
 def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[str]:
-    """One of pydantic's complaints as lines for a person."""
+    """One of pydantic's errors as lines for a person."""
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause.problems
@@ -284,15 +285,15 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
     if problem["type"] == "union_tag_not_found":
         return [f"{where}.kind: missing; it has no default (there are: {', '.join(known)})"]
     message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f", not {given!r}" if isinstance(given, (str, int, float, bool)) else ""
+    value = problem.get("input")
+    shown = f", not {value!r}" if isinstance(value, (str, int, float, bool)) else ""
     return [f"{where}: {message}{shown}" if where else message]
 
 
 def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], list[str]]:
-    """Pydantic's location as the keys that lead there in params.yaml, and what is known there.
+    """Translates pydantic's location to keys of params.yaml, and lists what is known there.
 
-    Those are the keys beside the last; where it leads to a section of one of several kinds, the kinds.
+    Known are the last key's siblings, or, for a section of several kinds, the kinds.
     """
     kind: Any = model
     keys: list[str] = []
@@ -310,7 +311,7 @@ def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str]
             known = sorted(kind.model_fields)
             field = kind.model_fields.get(part)
             kind = Annotated[field.annotation, None, *field.metadata] if field else None
-        else:  # a mapping's own keys (a captioner's name) lead to its values, a list's numbers to its items
+        else:  # a key of a mapping (a captioner's name) leads to its values, an index of a list to its items
             kind = next(reversed(get_args(kind)), None)
     if get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
@@ -318,10 +319,10 @@ def _place(model: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str]
 
 
 def _section(union: Any, kind: Any) -> type[BaseModel] | None:
-    """The section of a kind; None where `union` is not one of sections, or has no such kind."""
+    """The section of a kind; None if `union` is not a union of sections, or has no such kind."""
     if get_origin(union) is not Annotated:
         return None
     sections, *notes = get_args(union)
     built_in = (option for option in get_args(sections) if kind in kinds_of(option))
-    added = (note.section(kind) for note in notes if isinstance(note, Variants) and kind in note.added())
+    added = (note.section(kind) for note in notes if isinstance(note, Variants) and kind in note.installed_kinds())
     return next(built_in, None) or next(added, None)

@@ -1,6 +1,6 @@
-"""docs/params.md, made from the configuration types: every key with type, default, limits and meaning.
+"""Generates docs/params.md from the configuration types: every key with type, default, limits and meaning.
 
-`python -m lotlip.config.reference` (or `make docs`) writes it.
+`python -m lotlip.config.reference` (or `make docs`) writes the page.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ PAGE = Path("docs/params.md")
 _SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<", "min_length": "length ≥", "max_length": "length ≤"}
 _HEAD = """# Every key of params.yaml
 
-This page is generated from the types in `lotlip/config`: do not edit it, run `make docs`. A key that is not here is an
-error. Keys marked "required" have no default. `NAME` stands for a name that you choose. Where a section has several
-kinds, `kind` chooses one, and each kind has its own table.
+This page is generated from the types in `lotlip/config`: do not edit it, run `make docs`. Any other key is an error.
+Keys marked "required" have no default. `NAME` stands for a name that you choose. If a section has several kinds, `kind`
+chooses one, and each kind has its own table.
 """
 
 
 @dataclass(frozen=True)
 class Key:
-    """One key: its dotted name, type, default, limits and meaning, as text; `default` is empty where it is required."""
+    """One key: its dotted name, type, default (or "required"), limits and meaning, as text."""
 
     name: str
     type: str
@@ -41,8 +41,8 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Group:
-    """The keys of one section: its dotted name, its kind where it has several, and its docstring."""
+class SectionKeys:
+    """The keys of one section, with its dotted name, its kind if there are several, and its docstring."""
 
     name: str
     kind: str
@@ -50,44 +50,45 @@ class Group:
     keys: list[Key]
 
 
-def groups(model: type[BaseModel] = Params, name: str = "", kind: str = "") -> Iterator[Group]:
-    """Every section below a type, depth first; those of a discriminated union one after another."""
-    keys, below = [], []
+def sections(model: type[BaseModel] = Params, name: str = "", kind: str = "") -> Iterator[SectionKeys]:
+    """Every section below a type, depth first; the kinds of a discriminated union follow one another."""
+    keys, subsections = [], []
     for field_name, info in model.model_fields.items():
         full = f"{name}.{field_name}" if name else field_name
-        keys.append(Key(full, _type(_whole(info)), _default(info), _limits(_whole(info)), _meaning(info)))
-        below += [(section, place) for section, place in _sections(_whole(info), full)]
-    yield Group(name, kind, " ".join((model.__doc__ or "").split()), keys)
-    for section, place in below:
-        yield from groups(section, place, _kind(section))
+        annotation = _annotation(info)
+        keys.append(Key(full, _type(annotation), _default(info), _limits(annotation), _meaning(info)))
+        subsections += [(section, place) for section, place in _sections(annotation, full)]
+    yield SectionKeys(name, kind, " ".join((model.__doc__ or "").split()), keys)
+    for section, place in subsections:
+        yield from sections(section, place, _kind(section))
 
 
 def reference() -> str:
     """The page, as Markdown."""
     lines = [_HEAD]
-    for group in groups():
-        title = f"`{group.name}`" if group.name else "The file"
-        lines += [f"## {title}{f', kind `{group.kind}`' if group.kind else ''}\n", f"{_cell(group.about)}\n"]
+    for section in sections():
+        title = f"`{section.name}`" if section.name else "The file"
+        lines += [f"## {title}{f', kind `{section.kind}`' if section.kind else ''}\n", f"{_cell(section.about)}\n"]
         lines += ["| key | type | default | limits | meaning |", "|---|---|---|---|---|"]
         lines += [
             f"| `{key.name}` | {_cell(key.type)} | {_cell(key.default)} | {_cell(key.limits)} | {_cell(key.meaning)} |"
-            for key in group.keys
+            for key in section.keys
         ]
         lines.append("")
     return "\n".join(lines)
 
 
-def _whole(info: FieldInfo) -> Any:
+def _annotation(info: FieldInfo) -> Any:
     """A field's type together with its limits."""
     return Annotated[info.annotation, *info.metadata] if info.metadata else info.annotation
 
 
 def _parts(kind: Any) -> tuple[Any, list[Any]]:
-    """A type without its annotations, and those."""
+    """A type without its annotations, and the annotations."""
     if get_origin(kind) is Annotated:
-        inner, *more = get_args(kind)
-        bare, below = _parts(inner)
-        return bare, [*below, *more]
+        inner, *notes = get_args(kind)
+        bare, inner_notes = _parts(inner)
+        return bare, [*inner_notes, *notes]
     return kind, []
 
 
@@ -96,7 +97,7 @@ def _is_union(kind: Any) -> bool:
 
 
 def _sections(kind: Any, place: str) -> Iterator[tuple[type[BaseModel], str]]:
-    """The sections inside a type and where they stand."""
+    """The sections inside a type, with their keys."""
     bare, _ = _parts(kind)
     if isinstance(bare, type) and issubclass(bare, BaseModel):
         yield bare, place
@@ -135,21 +136,21 @@ def _type(kind: Any) -> str:
 
 
 def _limits(kind: Any) -> str:
-    """Limits of a type and of what it is made of."""
+    """Limits of a type and of its parts."""
     bare, notes = _parts(kind)
-    found = []
+    limits = []
     flat = [one for note in notes for one in (note.metadata if isinstance(note, FieldInfo) else [note])]
     for note in flat:
         for name, sign in _SIGNS.items():
             value = getattr(note, name, None)
             if value is not None and isinstance(note, annotated_types.BaseMetadata | annotated_types.GroupedMetadata):
-                found.append(f"{sign} {value}")
+                limits.append(f"{sign} {value}")
         if pattern := getattr(note, "pattern", None):
-            found.append(f"pattern `{pattern}`")
+            limits.append(f"pattern `{pattern}`")
     if not (isinstance(bare, type) and issubclass(bare, BaseModel)) and get_origin(bare) is not Literal:
         for option in get_args(bare):
-            found += [limit for limit in _limits(option).split("; ") if limit]
-    return "; ".join(dict.fromkeys(found))
+            limits += [limit for limit in _limits(option).split("; ") if limit]
+    return "; ".join(dict.fromkeys(limits))
 
 
 def _default(info: FieldInfo) -> str:
@@ -165,7 +166,7 @@ def _default(info: FieldInfo) -> str:
 
 
 def _meaning(info: FieldInfo) -> str:
-    """The description; of a section without one, the section's own; of `kind`, that it chooses."""
+    """The description of a field; if it has none, the docstring of its section, or a text for `kind`."""
     if info.description:
         return info.description
     bare, _ = _parts(info.annotation)

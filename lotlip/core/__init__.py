@@ -1,1 +1,1 @@
-"""Files, locks, processes, checks: what cannot change a result."""
+"""Files, locks, processes and checks: infrastructure that cannot change a result."""

@@ -1,4 +1,4 @@
-"""Folders and lock files of the current user: where caches live, and how two programs keep out of each other's way."""
+"""The current user's cache folder, and lock files that keep two programs apart."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ class Locked(OSError):
 
 
 def cache_folder() -> Path:
-    """The folder for what can be made again: LOTLIP_CACHE, else the user's cache, else `.lotlip/cache` of the project.
+    """The folder for rebuildable files: LOTLIP_CACHE, else the user's cache, else the project's `.lotlip/cache`.
 
-    The last one is for users without a home, or with one that they cannot write to, as in containers.
+    The last one serves users without a writable home, as in containers.
 
     Raises:
         OSError: LOTLIP_CACHE is set and cannot be written to.
     """
-    if named := os.environ.get(CACHE):
-        folder = Path(named).expanduser()
+    if configured := os.environ.get(CACHE):
+        folder = Path(configured).expanduser()
         try:
             return private_folder(folder)
         except OSError as error:
-            raise OSError(f"{CACHE} is {folder}, which cannot be used: {error}; name a folder of your own") from error
+            raise OSError(f"{CACHE} is {folder}, which cannot be used: {error}; name a folder of yours") from error
     for place in (_user_cache, lambda: Path(tempfile.gettempdir(), f"lotlip-{os.getuid()}")):
         try:
-            return private_folder(place())  # a user without a home and a name has no such place: RuntimeError
+            return private_folder(place())  # RuntimeError for a user with neither a home nor a name
         except (OSError, RuntimeError):
             continue
     return private_folder(Path(".lotlip/cache").resolve())
@@ -45,10 +45,10 @@ def _user_cache() -> Path:
 
 
 def private_folder(folder: Path) -> Path:
-    """Makes a folder that only this user can write to, and returns it.
+    """Creates a folder that only this user can write to, and returns it.
 
     Raises:
-        OSError: it cannot be made or written to, is a link, or belongs to another user.
+        OSError: it cannot be created or written to, is a link, or belongs to another user.
     """
     if not folder.is_absolute():
         raise OSError(f"{folder} is not an absolute path")
@@ -68,14 +68,13 @@ def lock(path: Path, what: str = "", wait: bool = False) -> Iterator[None]:
     """Holds an exclusive lock on a file for the block; the kernel frees it when the process ends, however it ends.
 
     Args:
-        path: of the lock file. It is made, never removed: removing it would let two processes hold the lock.
-        what: is locked, for the error.
-        wait: until the lock is free, however long that takes.
+        path: the lock file. It is created and never removed: removing it would let two processes hold the lock.
+        what: names the locked thing in the error.
+        wait: wait until the lock is free, without a limit.
 
     Raises:
-        Locked: another process holds it, and `wait` is false. The message names that process if it has written its
-            number.
-        OSError: `path` is a link or cannot be made.
+        Locked: another process holds it, and `wait` is false. The message gives that process's id if the file has it.
+        OSError: `path` is a link or cannot be created.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)

@@ -1,4 +1,4 @@
-"""What a gate is made of: Great Expectations over small tables of numbers, and what a person reads of it."""
+"""Gates: Great Expectations suites over small tables of numbers, and their reports."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _gate = threading.Lock()
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that a gate looked at, in words for a person.
+    """One check of a gate, in words for a person.
 
     Attributes:
-        what: what should hold: "share of items that failed is at most 1 %".
-        observed: what was found: "0.3 %".
-        success: whether it holds.
-        key: of params.yaml that sets the limit: "ingest.max_failure_share"; empty where nothing sets it.
+        what: the expectation: "share of items that failed is at most 1 %".
+        observed: the measured value: "0.3 %".
+        success: whether the expectation holds.
+        key: the key of params.yaml that sets the limit, such as "ingest.max_failure_share"; empty if none does.
     """
 
     what: str
@@ -40,25 +40,25 @@ class Check:
 
 
 class GateFailed(RuntimeError):
-    """A stage's results are not good enough to go on; the message lists what was found and where the report is."""
+    """A stage's results failed its gate; the message lists the failed checks and the report's path."""
 
 
 def run_gate(
     stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], report: Path
 ) -> list[Check]:
-    """Validates every table with its suite; writes `gate.md` and, under `data_docs/`, Great Expectations' pages.
+    """Validates every table with its suite; writes `gate.md`, and Great Expectations' pages under `data_docs/`.
 
     Args:
         stage: name for the report.
-        tables: table's name → its rows; the first column says what a row is about.
-        suites: table's name → expectations, each with `meta["what"]`: what should hold, in plain words.
+        tables: table's name → its rows; the first column identifies a row.
+        suites: table's name → expectations, each described in plain words by `meta["what"]`.
         report: scratch folder.
 
     Returns:
-        A check per expectation, in order.
+        One check per expectation, in order.
 
     Raises:
-        GateFailed: one of them does not hold, or could not be looked at.
+        GateFailed: an expectation does not hold, or could not be evaluated.
     """
     with _gate:
         checks = _validate(stage, tables, suites, report / "data_docs")
@@ -73,14 +73,14 @@ def run_gate(
 
 
 def _limit(check: Check) -> str:
-    """Where the limit of a check is set."""
+    """The end of a failed check's line: which key sets the limit."""
     return f"; {check.key} in params.yaml sets the limit" if check.key else ""
 
 
 def _validate(
     stage: str, tables: Mapping[str, pd.DataFrame], suites: Mapping[str, Sequence[Expectation]], docs: Path
 ) -> list[Check]:
-    """Looks at every table; builds the pages."""
+    """Validates every table and builds the pages."""
     context, gx = _context(docs)
     source = context.data_sources.add_pandas(stage)
     checks: list[Check] = []
@@ -91,31 +91,31 @@ def _validate(
         definition = context.validation_definitions.add(
             gx.ValidationDefinition(name=f"{stage}-{name}", data=batch, suite=expectations)
         )
-        about = str(table.columns[0])
+        id_column = str(table.columns[0])
         result = definition.run(
             batch_parameters={"dataframe": table},
-            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [about]},
+            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": [id_column]},
         )
-        checks += [_check(item, about) for item in result.results]
+        checks += [_check(item, id_column) for item in result.results]
     _write_pages(context)
     return checks
 
 
 def _write_pages(context: Any) -> None:
-    """Writes Great Expectations' pages, which takes thrice as long as all that they tell of."""
+    """Writes Great Expectations' pages, which takes three times as long as the validation itself."""
     context.build_data_docs(site_names=["gate"])
 
 
 def _context(docs: Path) -> tuple[Any, Any]:
-    """A context of Great Expectations that keeps nothing on disk but the pages in `docs`, and asks nobody."""
+    """A Great Expectations context that writes only the pages in `docs` and makes no network requests."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
     import great_expectations as gx
 
-    # it would tell of every temporary folder
+    # it would log every temporary folder
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
-    context: Any = gx.get_context(mode="ephemeral")  # its types are narrower than what it takes
+    context: Any = gx.get_context(mode="ephemeral")  # Any: its annotations are narrower than what it accepts
     context.variables.progress_bars = {"globally": False}
-    # Great Expectations would put variables of the environment in place of names after a dollar sign
+    # Great Expectations would substitute environment variables for names after a dollar sign
     place = str(docs.resolve()).replace("$", r"\$")
     site = {
         "class_name": "SiteBuilder",
@@ -126,28 +126,28 @@ def _context(docs: Path) -> tuple[Any, Any]:
     return context, gx
 
 
-def _check(item: Any, about: str) -> Check:
-    """One of Great Expectations' results, in words."""
+def _check(item: Any, id_column: str) -> Check:
+    """One of Great Expectations' results as a check."""
     meta = item.expectation_config.meta or {}
     what = meta.get("what") or item.expectation_config.type
     key = str(meta.get("key", ""))
     if not item.result:
-        return Check(what, f"could not be looked at: {_reason(item.exception_info)}", False, key)
+        return Check(what, f"could not be evaluated: {_reason(item.exception_info)}", False, key)
     show = in_percent if meta.get("percent") else _plain
-    found = item.result
-    if "observed_value" in found:
+    result = item.result
+    if "observed_value" in result:
         detail = f" ({meta['detail']})" if meta.get("detail") else ""
-        return Check(what, show(found["observed_value"]) + detail, bool(item.success), key)
-    rows = found.get("unexpected_index_list") or []
+        return Check(what, show(result["observed_value"]) + detail, bool(item.success), key)
+    rows = result.get("unexpected_index_list") or []
     column = item.expectation_config.kwargs["column"]
-    shown = ", ".join(f"{row[about]} ({show(row[column])})" for row in rows[:SHOWN_ROWS])
+    shown = ", ".join(f"{row[id_column]} ({show(row[column])})" for row in rows[:SHOWN_ROWS])
     more = ", …" if len(rows) > SHOWN_ROWS else ""
-    observed = f"{len(rows)} of {found['element_count']} do not: {shown}{more}" if rows else "all do"
+    observed = f"{len(rows)} of {result['element_count']} do not: {shown}{more}" if rows else "all do"
     return Check(what, observed, bool(item.success), key)
 
 
 def _reason(exception: Mapping[str, Any]) -> str:
-    """Why an expectation could not be looked at; Great Expectations says it per metric, or at once."""
+    """Why an expectation could not be evaluated; Great Expectations gives one message in all, or one per metric."""
     parts = [exception, *(part for part in exception.values() if isinstance(part, Mapping))]
     return next((part["exception_message"] for part in parts if part.get("exception_message")), "no reason given")
 
@@ -169,7 +169,7 @@ def _write_report(stage: str, checks: Sequence[Check], report: Path) -> None:
         "",
         f"{passed} of {len(checks)} checks hold. Details: [Data Docs](data_docs/index.html).",
         "",
-        "| | What should hold | Found | Limit |",
+        "| | Check | Observed | Limit |",
         "|---|---|---|---|",
         *(
             f"| {'ok' if check.success else '**no**'} | {_cell(check.what)} | {_cell(check.observed)} "
@@ -185,29 +185,39 @@ def _cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|")
 
 
-def each(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
-    """In every row where the column has a value, it is from `low` to `high`; both count. `words` as of `one`."""
+def each_value(
+    column: str, what: str, low: float | None = None, high: float | None = None, **words: Any
+) -> Expectation:
+    """Expects every value of a column to be from `low` to `high`, inclusive; missing values are skipped.
+
+    `words` are those of `one_value`.
+    """
     from great_expectations import expectations as gxe
 
     meta = {"what": what, **words}
     return gxe.ExpectColumnValuesToBeBetween(column=column, min_value=low, max_value=high, meta=meta)
 
 
-def one(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
-    """A table's one value is there, and from `low` to `high`.
+def one_value(column: str, what: str, low: float | None = None, high: float | None = None, **words: Any) -> Expectation:
+    """Expects a one-row table to have a value from `low` to `high`, inclusive.
 
-    `words` are for the person: `percent=True` shows the value so, `detail` is said beside it, `key` is the key of
-    params.yaml that sets the limit.
+    `words` are for the report: `percent=True` shows the value as a percentage, `detail` is shown beside it, and `key`
+    is the key of params.yaml that sets the limit.
     """
     from great_expectations import expectations as gxe
 
     return gxe.ExpectColumnMaxToBeBetween(column=column, min_value=low, max_value=high, meta={"what": what, **words})
 
 
-def share(column: str, what: str, limit: float, key: str, detail: str = "") -> Expectation:
-    """A table's one value is there, and is a share of at most `limit`; `what` it is of, and `detail`, are in words.
+def max_share(column: str, what: str, limit: float, key: str, detail: str = "") -> Expectation:
+    """Expects a one-row table to have a share of at most `limit`.
 
-    `key` is the key of params.yaml that sets the limit.
+    Args:
+        column: with the share.
+        what: describes the counted items.
+        limit: from 0 to 1.
+        key: the key of params.yaml that sets the limit.
+        detail: shown beside the value.
     """
     what = f"share of {what} is at most {in_percent(limit)}"
-    return one(column, what, high=limit, percent=True, detail=detail, key=key)
+    return one_value(column, what, high=limit, percent=True, detail=detail, key=key)

@@ -1,4 +1,4 @@
-"""Which of the project's files decide what a stage writes: DVC's graph, fingerprints and the fork server ask here."""
+"""Finds the source files that decide what a stage writes, for DVC's graph, fingerprints and the fork server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lotlip.core.stages import section
 
 ROOT = Path(__file__).parents[2]
 _MODULE = re.compile(r"((?:lotlip|flows)(?:\.\w+)+)(?::\w+)?")
-# Packages that store, show, start and check what others compute. No change to them changes what a stage computes.
+# Packages that store, show, start and check what others compute. Changing them does not change what a stage computes.
 INFRASTRUCTURE = (
     "flows/runtime",
     "lotlip/config",
@@ -25,27 +25,27 @@ INFRASTRUCTURE = (
 
 
 def stage_files(stage: str) -> list[Path]:
-    """The files that decide what a stage writes: its flow, its package and all that these import, sorted.
+    """The files that decide what a stage writes: its flow, its package and everything these import, sorted.
 
-    Imports are followed wherever they are in a file, except for those that are for types only. Strings that
-    name a module, or something in it (`lotlip.demo.source:SceneSource`), count as imports. A package's files that are
-    not Python (word lists, tokenizers) belong to it.
+    All imports of a file are followed, except those under TYPE_CHECKING. A string that names a module, or an object in
+    one (`lotlip.demo.source:SceneSource`), counts as an import. A package's data files (word lists, tokenizers) are
+    included.
 
     Args:
         stage: "ingest", "image-tower", …
     """
     name = section(stage)
     flow, package = ROOT / "flows" / "stages" / f"{name}.py", ROOT / "lotlip" / name
-    waiting = [flow, *package.rglob("*.py")]
-    found = set(waiting)
-    while waiting:
-        for file in _imported(waiting.pop()):
-            if file not in found and not file.relative_to(ROOT).as_posix().startswith(INFRASTRUCTURE):
-                found.add(file)
-                waiting.append(file)
-    packages = {file.parent for file in found}
+    pending = [flow, *package.rglob("*.py")]
+    sources = set(pending)
+    while pending:
+        for file in _imported(pending.pop()):
+            if file not in sources and not file.relative_to(ROOT).as_posix().startswith(INFRASTRUCTURE):
+                sources.add(file)
+                pending.append(file)
+    packages = {file.parent for file in sources}
     others = (path for path in (ROOT / "lotlip").rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc"))
-    return sorted({*found, *(path for path in others if _package(path) in packages)})
+    return sorted({*sources, *(path for path in others if _package(path) in packages)})
 
 
 def _package(path: Path) -> Path:
@@ -55,18 +55,18 @@ def _package(path: Path) -> Path:
 
 @cache
 def code_hash(*stages: str) -> str:
-    """The hash of the files that decide what stages write: work done by other code is not resumed."""
+    """The hash of the files that decide what stages write. Work is not resumed with other code."""
     return sha256_files(sorted({file for stage in stages for file in stage_files(stage)}))
 
 
 def _imported(file: Path) -> Iterator[Path]:
-    """The project's files that a file imports, or names as a string: a program to start, a variant of some `kind`."""
-    waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-    while waiting:
-        node = waiting.pop()
+    """The project's files that a file imports or names in a string, as programs to start and variants are named."""
+    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    while pending:
+        node = pending.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
-        waiting += ast.iter_child_nodes(node)
+        pending += ast.iter_child_nodes(node)
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]

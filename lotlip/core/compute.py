@@ -1,6 +1,6 @@
-"""How work is done: devices, processes, batch sizes of inference, intervals. Nothing here changes a result.
+"""The `compute` section: devices, processes, inference batch sizes, intervals. It changes results by rounding only.
 
-DVC watches none of these settings; no fingerprint, report or sweep compares them. Results are equal up to rounding.
+DVC does not watch these settings, and no fingerprint, report or sweep compares them.
 """
 
 from __future__ import annotations
@@ -16,34 +16,34 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 
 
 class LocalLaunch(Section):
-    """All processes on this machine, under torch's launcher where there are several."""
+    """Runs all processes on this machine, under torch's launcher if there are several."""
 
     kind: Literal["local"] = "local"
 
 
 class HostfileLaunch(Section):
-    """DeepSpeed's launcher, which reaches each machine of a hostfile by pdsh over ssh; the first is this one."""
+    """DeepSpeed's launcher, which reaches each machine of a hostfile by pdsh over ssh; the first is this machine."""
 
     kind: Literal["hostfile"]
-    path: Path = Field(description="lines of `HOST slots=GPUS`; the slots together are `processes`")
-    port: Port = Field(29500, description="free on the first machine, where the processes meet")
+    path: Path = Field(description="hostfile with lines `HOST slots=GPUS`; the slots add up to `processes`")
+    port: Port = Field(29500, description="rendezvous port, free on the first machine")
 
 
 class SlurmLaunch(Section):
     """torch's launcher on each node of the Slurm allocation that the stage runs in."""
 
     kind: Literal["slurm"]
-    nodes: Count = Field(description="machines of the allocation that take part")
-    port: Port = Field(29500, description="free on the first node, where the processes meet")
+    nodes: Count = Field(description="number of nodes of the allocation to use")
+    port: Port = Field(29500, description="rendezvous port, free on the first node")
 
 
 class RendezvousLaunch(Section):
-    """torch's launcher here, and on the other machines (Kubernetes' pods, say) by `python -m flows.runtime.agent`."""
+    """torch's launcher on this machine; the others, such as Kubernetes pods, run `python -m flows.runtime.agent`."""
 
     kind: Literal["rendezvous"]
-    nodes: Count = Field(description="machines that take part")
+    nodes: Count = Field(description="number of machines")
     endpoint: Annotated[str, Field(pattern=r"^[^:\s]+:\d+$")] = Field(
-        description="HOST:PORT of the machine that runs the stage, as the others know it"
+        description="HOST:PORT at which the other machines reach the one that runs the stage"
     )
 
 
@@ -51,35 +51,35 @@ Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch
 
 
 class TrainingCompute(Section):
-    """How a model is trained: processes, memory, intervals, when to stop."""
+    """How a model is trained: processes, memory, intervals, early stopping."""
 
-    processes: Count = Field(1, description="processes that train together, each on its GPU or share of the cores")
+    processes: Count = Field(1, description="number of training processes, each on its GPU or share of the cores")
     parallel_seeds: Count = Field(
-        1, description="seeds that train side by side, each on its share of the cores: small models leave cores idle"
+        1, description="seeds trained at the same time, each on its share of the cores: small models leave cores idle"
     )
-    launch: Launch = Field(LocalLaunch(), description="how the processes are started, on how many machines")
+    launch: Launch = Field(LocalLaunch(), description="how the processes are started, and on how many machines")
     zero_stage: Literal[0, 1, 2, 3] = Field(
         0,
-        description="DeepSpeed's ZeRO stage, what processes divide among them: 0: nothing; 1: optimizer states; "
-        "2: gradients too; 3: weights too",
+        description="DeepSpeed's ZeRO stage, what is partitioned across processes: 0: nothing; 1: optimizer states; "
+        "2: also gradients; 3: also weights",
     )
     gradient_accumulation_steps: Count = Field(
-        1, description="micro-batches per step and process, so that memory holds the activations of one; same loss"
+        1, description="micro-batches per step and process; memory holds the activations of one, the loss is the same"
     )
     loader_workers: NonNegative = Field(
-        1, description="processes that read, decode and tokenize ahead, for each training process; 0: it does so itself"
+        1, description="processes that read, decode and tokenize ahead, per training process; 0: no extra process"
     )
-    prefetch: Count = Field(4, description="steps that each loader worker holds ready")
+    prefetch: Count = Field(4, description="steps that each loader worker prepares ahead")
     log_every: Count = Field(10, description="steps between two entries of the training curves")
     checkpoint_every: Count = Field(200, description="steps between two checkpoints")
     stop_at_chance_after: NonNegative = Field(
-        200, description="steps in which retrieval inside the batch must get better than chance; 0: never stop for it"
+        200, description="stop training if in-batch retrieval is not above chance after so many steps; 0: never stop"
     )
     max_final_loss_share: Positive = Field(
-        0.95, description="of the loss at chance that the last steps may still have; more fails the gate"
+        0.95, description="highest final loss that passes the gate, as a share of the loss at chance"
     )
     peer_timeout_seconds: Positive = Field(
-        600, description="a process that waits longer for the others ends the run: one of them hangs"
+        600, description="how long a process waits for the others before it ends the run, because one of them hangs"
     )
 
     @model_validator(mode="after")
@@ -87,13 +87,12 @@ class TrainingCompute(Section):
         nodes = getattr(self.launch, "nodes", 1)
         if self.processes % nodes:
             raise ValueError(
-                f"processes {self.processes} is the number on all machines and not divisible by launch.nodes {nodes}; "
-                f"use {(self.processes // nodes + 1) * nodes}"
+                f"processes {self.processes} is the total over all machines and must be divisible by launch.nodes "
+                f"{nodes}; use {(self.processes // nodes + 1) * nodes}"
             )
         if self.parallel_seeds > 1 and self.processes > 1:
             raise ValueError(
-                f"parallel_seeds {self.parallel_seeds} is for one process for each seed, not {self.processes}; "
-                "set one of the two to 1"
+                f"parallel_seeds {self.parallel_seeds} needs processes 1, not {self.processes}; set one of the two to 1"
             )
         return self
 
@@ -112,23 +111,17 @@ class TrainingCompute(Section):
 
 
 class CaptionerCompute(Section):
-    """How a captioner works; a kind reads what concerns it."""
+    """How a captioner runs; each kind reads only the keys that apply to it."""
 
     device: Device = Field(
         "auto",
-        description="transformers: auto: spread over all GPUs that the process sees, the CPU where there is none",
+        description="transformers: auto: all visible GPUs, or the CPU if there is none",
     )
-    batch_size: Count = Field(
-        8, description="transformers: images at a time; halved where they do not fit into the GPU's memory"
-    )
-    concurrency: Count = Field(
-        16, description="endpoint: requests in flight from a process, whatever number of units it works on"
-    )
-    timeout_seconds: Positive = Field(
-        120, description="endpoint: a request that brings nothing for so long is tried again"
-    )
+    batch_size: Count = Field(8, description="transformers: images per batch; halved when the GPU runs out of memory")
+    concurrency: Count = Field(16, description="endpoint: requests in flight per process, across all its units")
+    timeout_seconds: Positive = Field(120, description="endpoint: a request without a response for so long is retried")
     retries: NonNegative = Field(
-        5, description="endpoint: tries after the first, for a request; half a second, one, two, … apart"
+        5, description="endpoint: retries of a request after the first attempt, after 0.5 s, 1 s, 2 s, …"
     )
 
 
@@ -136,25 +129,25 @@ CAPTIONER_DEFAULTS = CaptionerCompute()
 
 
 class RayConfig(Section):
-    """Where Ray's workers are, for `task_runner: ray`."""
+    """The Ray cluster, for `task_runner: ray`."""
 
     address: str | None = Field(
-        None, description="of a Ray cluster that runs; null: one on this machine, for the time of the flow"
+        None, description="address of a running Ray cluster; null: start one on this machine while the flow runs"
     )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="that a captioner is given")
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs reserved for each captioning worker")
 
 
 class Compute(Section):
-    """How work is done. Nothing in this section changes a result by more than rounding."""
+    """How work is done. No setting in this section changes a result by more than rounding."""
 
     device: Device = Field(
-        "auto", description="of models that are only read (features, evaluation); auto: the first GPU, or else the CPU"
+        "auto", description="device for inference (features, evaluation); auto: the first GPU, or the CPU if none"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of models that are only read")
-    batch_size: Count = Field(250, description="images or texts that a model that is only read encodes at a time")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format for inference")
+    batch_size: Count = Field(250, description="images or texts per batch for inference")
     workers: Count = Field(2, description="units of work that run at the same time")
-    retries: NonNegative = Field(2, description="tries after the first, for a unit")
-    retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is tried again")
+    retries: NonNegative = Field(2, description="retries of a unit after the first attempt")
+    retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is retried")
     task_runner: Literal["threads", "ray"] = Field("threads", description="where partitions are captioned")
     ray: RayConfig = RayConfig()
     training: TrainingCompute = TrainingCompute()
@@ -162,9 +155,9 @@ class Compute(Section):
         default_factory=dict, description="name of an ablation → its differences from `training`"
     )
     captioners: dict[Name, CaptionerCompute] = Field(
-        default_factory=dict, description="name of a captioner → how it works"
+        default_factory=dict, description="name of a captioner → its compute settings"
     )
 
     def captioner(self, name: str) -> CaptionerCompute:
-        """How a captioner works: its entry, or the defaults."""
+        """The compute settings of a captioner: its entry, or the defaults."""
         return self.captioners.get(name, CAPTIONER_DEFAULTS)

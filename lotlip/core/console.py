@@ -1,4 +1,4 @@
-"""What all programs of the project have in common when they talk to a person: encodings, and errors of a full disk."""
+"""Terminal output shared by all programs: encodings, interrupts, and messages about full disks."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-INTERRUPTED = 128 + signal.SIGINT  # the status of a program that Ctrl-C ends
+INTERRUPTED = 128 + signal.SIGINT  # exit status after Ctrl-C
 FULL = (errno.ENOSPC, errno.EDQUOT)
-# Less than this is as good as full: a file of this size could not be written.
+# A disk with less free space than this counts as full.
 _NEARLY_FULL = 16 * 2**20
 
 
-def print_anything() -> None:
-    """Lets the standard streams show characters that the terminal's encoding lacks as escapes, not fail."""
+def escape_unprintable() -> None:
+    """Makes the standard streams escape characters that the terminal's encoding lacks, instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
-def say_stopped(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Ends a program that Ctrl-C has interrupted by one line instead of a traceback; for `sys.excepthook`."""
+def exit_on_interrupt(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Ends a program after Ctrl-C with one line instead of a traceback; for `sys.excepthook`."""
     if not issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -34,27 +34,27 @@ def say_stopped(kind: type[BaseException], error: BaseException, trace: Tracebac
 
 
 def explain(error: BaseException) -> str:
-    """An error's message for a person; where a disk is full, it says which one."""
+    """An error's message for a person; if a disk is full, the message says which one."""
     text = str(error)
     full = isinstance(error, OSError) and error.errno in FULL
     if not full and os.strerror(errno.ENOSPC) not in text and os.strerror(errno.EDQUOT) not in text:
         return text
-    named = getattr(error, "filename", None)
-    places = [Path(os.fsdecode(named))] if isinstance(named, (str, bytes)) else []
-    places += [Path.cwd(), Path(tempfile.gettempdir())]
-    disks = {mount_of(place): place for place in reversed(places)}
+    filename = getattr(error, "filename", None)
+    paths = [Path(os.fsdecode(filename))] if isinstance(filename, (str, bytes)) else []
+    paths += [Path.cwd(), Path(tempfile.gettempdir())]
+    disks = {mount_of(path): path for path in reversed(paths)}
     free = {mount: shutil.disk_usage(mount).free for mount in disks}
-    short = [mount for mount in disks if free[mount] < _NEARLY_FULL]
-    # a quota leaves space on the disk; then the disk of the file is the one
-    shown = short or [mount_of(places[0])]
-    said = "; ".join(f"{mount} (with {disks[mount]}) has {free[mount] / 2**20:,.0f} MB left" for mount in shown)
-    in_temporary = places[0].is_relative_to(tempfile.gettempdir())
+    full_disks = [mount for mount in disks if free[mount] < _NEARLY_FULL]
+    # with a quota no disk looks full; then it is the one of the first path
+    shown = full_disks or [mount_of(paths[0])]
+    space = "; ".join(f"{mount} (with {disks[mount]}) has {free[mount] / 2**20:,.0f} MB left" for mount in shown)
+    in_temporary = paths[0].is_relative_to(tempfile.gettempdir())
     other = ", or set TMPDIR to a folder with space," if in_temporary else ""
-    return f"{text}: {said}. Free some space there{other} and run again"
+    return f"{text}: {space}. Free some space there{other} and run again"
 
 
 def mount_of(path: Path) -> Path:
-    """The mount point of the disk that a path is on, or would be."""
+    """The mount point of the disk that a path is on, or would be created on."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

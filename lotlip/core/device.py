@@ -4,10 +4,10 @@ import torch
 
 
 def choose_device(name: str) -> str:
-    """The device of a name: "cpu", "cuda" or "cuda:N"; "auto" is the first GPU, or the CPU where there is none.
+    """The device with a name: "cpu", "cuda" or "cuda:N"; "auto" is the first GPU, or the CPU if there is none.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the name is not a device's, or the machine does not have that GPU.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""How settings differ, and how params.yaml writes them."""
+"""Differences between settings, and settings as params.yaml writes them."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from lotlip.core.section import flatten
 
 
 def differences(settings: Mapping[str, Any], base: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted key → value of `settings`, wherever it differs from `base`."""
+    """Dotted key → value in `settings`, for every key whose value differs from `base`."""
     ours, theirs = flatten(settings), flatten(base)
     return {key: ours.get(key) for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
 
 
-def in_words(differs: Mapping[str, Any]) -> str:
+def format_differences(differs: Mapping[str, Any]) -> str:
     """Differences as params.yaml writes them: "text.corner_tokens = 4, optimizer.betas = [0.9, 0.98]"."""
-    return ", ".join(f"{key} = {plain(value)}" for key, value in differs.items()) or "the base"
+    return ", ".join(f"{key} = {format_value(value)}" for key, value in differs.items()) or "the base"
 
 
-def plain(value: Any) -> str:
-    """A value as params.yaml writes it: "true", "null", "[0.9, 0.98]"; strings go without quotes."""
+def format_value(value: Any) -> str:
+    """A value as params.yaml writes it: "true", "null", "[0.9, 0.98]"; strings are not quoted."""
     if isinstance(value, list):
-        return f"[{', '.join(map(plain, value))}]"
+        return f"[{', '.join(map(format_value, value))}]"
     return value if isinstance(value, str) else json.dumps(value, allow_nan=False)

@@ -1,13 +1,13 @@
 """Atomic writes, removal, publishing of folders, and hashes.
 
-Nothing here removes or replaces a file or folder that this project did not create. It knows its own
+Nothing here removes or replaces a file or folder that this project did not create. It recognises its own files
 
-- by place: whatever is inside a folder `.lotlip`, which is scratch, without passing through a link;
-- by name: unfinished files and folders, which end in `.lotlip-partial`, and replaced ones, in `.lotlip-old`;
+- by place: everything inside a folder `.lotlip`, which is scratch, unless a link leads there;
+- by name: unfinished files and folders end in `.lotlip-partial`, replaced ones in `.lotlip-old`;
 - by record: a published folder lists its files in `.lotlip-files.json`;
-- by memory: what `whole` wrote earlier in the same process.
+- by memory: files that `atomic_write` wrote earlier in the same process.
 
-All other modules remove and rename through this one; a test compares the sources with that rule.
+All other modules remove and rename through this one; a test checks the sources for that rule.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ PARTIAL = ".lotlip-partial"
 ASIDE = ".lotlip-old"
 RECORD = ".lotlip-files.json"
 
-# Files up to this size are hashed at every check: it costs no more than the look at their times.
+# Files up to this size are hashed at every check: that costs no more than reading their times.
 _SMALL = 2**20
 
 
-class NotOurs(ValueError):
-    """A file or folder stands where something would be removed or written, and this project did not create it."""
+class ForeignFileError(ValueError):
+    """A file or folder that would be removed or replaced was not created by this project."""
 
 
 class Damaged(ValueError):
-    """A published file is missing or has other contents than its stage wrote."""
+    """A published file is missing, or its contents are not those that its stage wrote."""
 
 
 def not_a_file(path: Path) -> str:
-    """Why a path cannot be read as a file, to follow its name in a message."""
+    """Why a path cannot be read as a file: the rest of a message that begins with the path."""
     if path.is_dir():
         return "is a folder, not a file"
-    return "is not a regular file, but a device, pipe or socket" if path.exists() else "is not there"
+    return "is a device, pipe or socket, not a regular file" if path.exists() else "does not exist"
 
 
 # --- writing --------------------------------------------------------------------------------------------------------
@@ -51,13 +51,14 @@ def not_a_file(path: Path) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path`; renames it to `path` when the block ends without an error.
+    """Yields a temporary path beside `path`; renames it to `path` when the block ends without an error.
 
-    The name may be used for a file or for a folder. When the block raises, what was written is removed and `path` is
-    as it was. What a killed process left behind is cleared at the next try.
+    The block may write a file or a folder. If it raises, the partial output is removed and `path` is unchanged. The
+    partial output of a killed process is removed by the next call.
 
     Raises:
-        NotOurs: a folder would replace a file, a file a folder, or a folder one that this project did not create.
+        ForeignFileError: a folder would replace a file, a file would replace a folder, or a folder would replace one
+            that this project did not create.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
@@ -73,10 +74,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes `data` whole, with sorted keys, so that equal data gives equal bytes; paths become text.
+    """Writes `data` atomically, with sorted keys, so that equal data gives equal bytes; paths become text.
 
     Raises:
-        ValueError: `data` has NaN or infinity, which JSON has not; the message names the file.
+        ValueError: `data` contains NaN or infinity, which JSON does not allow; the message names the file.
     """
     try:
         text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False, default=os.fspath)
@@ -94,7 +95,7 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # invalid JSON or UTF-8
         raise ValueError(f"{path} is not JSON ({error}); remove it and run its stage again") from error
 
 
@@ -103,13 +104,13 @@ def check_free(path: Path, ours: Callable[[Path], bool], force: bool = False, op
 
     Args:
         path: of the file.
-        ours: whether an existing file is an earlier output of the same kind, which may be replaced.
-        force: replace any regular file.
-        option: that named the file, for the message.
+        ours: tells whether an existing file is an earlier output of the same kind, which may be replaced.
+        force: whether any regular file may be replaced.
+        option: the command-line option with the path, for the message.
 
     Raises:
-        ValueError: the path is a folder or a link, or its folder cannot be written to.
-        NotOurs: another file is there.
+        ValueError: the path is a folder or a link, or its folder is not writable.
+        ForeignFileError: the file exists and may not be replaced.
     """
     if path.name in ("", ".."):
         raise ValueError(f"{option} {path} is a folder; name a file")
@@ -128,13 +129,14 @@ def check_free(path: Path, ours: Callable[[Path], bool], force: bool = False, op
         probe = parent / f".{os.getpid()}{path.name[-8:]}{PARTIAL}"
         os.close(os.open(probe, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600))
         probe.unlink()
-        with suppress(FileNotFoundError):  # the longest name that will be written
+        with suppress(FileNotFoundError):  # fails if the longest name that will be written is too long
             (parent / (path.name + PARTIAL)).lstat()
     except OSError as error:
         raise ValueError(f"{option} {path} cannot be written ({error.strerror}); name another file") from error
     if path.exists() and not force and not ours(path):
-        raise NotOurs(
-            f"{option} {path} is a file that this command did not write; name another file, or replace it with --force"
+        raise ForeignFileError(
+            f"{option} {path} exists and was not written by this command; name another file, or use --force to "
+            "replace it"
         )
 
 
@@ -142,19 +144,19 @@ def check_free(path: Path, ours: Callable[[Path], bool], force: bool = False, op
 
 
 def remove(path: Path, ours: Callable[[Path], bool] | None = None) -> None:
-    """Removes a file or a folder that this project created; does nothing when there is none.
+    """Removes a file or a folder that this project created; does nothing if the path does not exist.
 
-    A link is removed, never what it points to.
+    A link is removed, never its target.
 
     Args:
         path: of the file or folder.
-        ours: recognises a regular file by its contents, where neither place, name, record nor memory does.
+        ours: recognises a regular file by its contents, if it is not recognised by place, name, record or memory.
 
     Raises:
-        NotOurs: this project did not create it, or not all that is in it. Nothing was removed.
+        ForeignFileError: this project did not create it, or not everything in it. Nothing was removed.
     """
     if path.name in ("", ".."):
-        raise NotOurs(f"{path} is not removed: it is not the name of something in a folder")
+        raise ForeignFileError(f"{path} is not removed: the path does not name a file or folder")
     if not os.path.lexists(path):
         return
     place = _place(path)
@@ -164,90 +166,92 @@ def remove(path: Path, ours: Callable[[Path], bool] | None = None) -> None:
     if place.is_symlink() or not place.is_dir():
         regular = place.is_file() and not place.is_symlink()
         if not _is_remembered(place) and not (regular and ours and ours(place)):
-            raise NotOurs(f"{path} is not removed: lotlip did not create it")
+            raise ForeignFileError(f"{path} is not removed: lotlip did not create it")
         place.unlink()
         return
-    own = _own(place)
-    if own is None:
-        raise NotOurs(f"{path} is not removed: lotlip did not create it")
-    _refuse_foreign(path, place, own)
-    _delete_listed(place, own)
+    created = _created(place)
+    if created is None:
+        raise ForeignFileError(f"{path} is not removed: lotlip did not create it")
+    _refuse_foreign(path, place, created)
+    _delete_listed(place, created)
 
 
-def remove_own(folder: Path) -> list[str]:
-    """Removes those files of a published folder that its record lists, and keeps the others.
+def remove_listed(folder: Path) -> list[str]:
+    """Removes the files of a published folder that its record lists, and keeps the others.
 
     Args:
         folder: that a stage published.
 
     Returns:
-        The names of what was kept, relative to the folder; empty when the folder is gone.
+        The names that were kept, relative to the folder; empty if the folder was removed.
 
     Raises:
-        NotOurs: the folder has no record.
+        ForeignFileError: the folder has no record.
     """
     place = _place(folder)
-    own = None if place.is_symlink() or not place.is_dir() else _own(place)
-    if own is None:
-        raise NotOurs(f"{folder} is not removed: lotlip did not create it")
-    kept = _foreign(place, own)
-    _delete_listed(place, own)
+    created = None if place.is_symlink() or not place.is_dir() else _created(place)
+    if created is None:
+        raise ForeignFileError(f"{folder} is not removed: lotlip did not create it")
+    kept = _foreign(place, created)
+    _delete_listed(place, created)
     return kept
 
 
 def check_replaceable(folder: Path) -> None:
-    """Checks that a folder may be replaced: it is missing, empty, or all in it was created by this project.
+    """Checks that a folder may be replaced: it does not exist, is empty, or contains only files of this project.
 
     Raises:
-        NotOurs: it may not; the message names what is in the way.
+        ForeignFileError: it may not; the message names the file in the way.
     """
     if not os.path.lexists(folder):
         return
     place = _place(folder)
     if place.is_symlink() or not place.is_dir():
-        raise NotOurs(f"{folder} is a {'link' if place.is_symlink() else 'file'}, not a folder; move it away")
+        raise ForeignFileError(f"{folder} is a {'link' if place.is_symlink() else 'file'}, not a folder; move it away")
     if _is_scratch(place):
         return
-    own = _own(place)
-    if own is not None:
-        _refuse_foreign(folder, place, own)
+    created = _created(place)
+    if created is not None:
+        _refuse_foreign(folder, place, created)
     elif next(place.iterdir(), None) is not None:
-        raise NotOurs(
-            f"{folder} is a folder that lotlip did not create, and it is not empty; move it away, or name another "
-            "folder. If an earlier version of lotlip wrote it, remove it yourself"
+        raise ForeignFileError(
+            f"{folder} is not empty, and lotlip did not create it; move it away, or name another folder. If an earlier "
+            "version of lotlip wrote it, remove it yourself"
         )
 
 
-def _refuse_foreign(path: Path, place: Path, own: _Own) -> None:
-    foreign = _foreign(place, own)
+def _refuse_foreign(path: Path, place: Path, created: _Tree) -> None:
+    foreign = _foreign(place, created)
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
-        raise NotOurs(f"{path} contains {foreign[0]}{more}, which lotlip did not create; move it away, then try again")
+        raise ForeignFileError(
+            f"{path} contains {foreign[0]}{more}, which lotlip did not create; move it away, then try again"
+        )
 
 
-class _Own(NamedTuple):
-    """Names of the files and folders in a folder that this project created, relative to it."""
+class _Tree(NamedTuple):
+    """Names of files and folders inside a folder, relative to it."""
 
     files: frozenset[str]
     folders: frozenset[str]
 
 
-def _own(place: Path) -> _Own | None:
-    """What this project created in a folder; None where it did not create the folder."""
+def _created(place: Path) -> _Tree | None:
+    """The files and folders that this project created in a folder; None if it did not create the folder."""
     if _is_remembered(place):
         return _remembered[place][1]
     try:
         record = read_record(place)
     except Damaged:
         return None
-    # a copy of a published folder, under another name, is the user's
+    # a copy of a published folder under another name belongs to the user
     if record is None or place.parts[-len(record.place.parts) :] != record.place.parts:
         return None
-    return _Own(frozenset([*record.files, RECORD]), frozenset(record.folders))
+    return _Tree(frozenset([*record.files, RECORD]), frozenset(record.folders))
 
 
-def _tree(folder: Path) -> _Own:
-    """All files and folders in a folder; a link counts as a file, whatever it points to."""
+def _tree(folder: Path) -> _Tree:
+    """All files and folders in a folder; a link counts as a file, whatever its target."""
     files: set[str] = set()
     folders: set[str] = set()
     for base, below, names in os.walk(folder):
@@ -255,20 +259,20 @@ def _tree(folder: Path) -> _Own:
         links = [name for name in below if (Path(base) / name).is_symlink()]
         files.update((at / name).as_posix() for name in [*names, *links])
         folders.update((at / name).as_posix() for name in below if name not in links)
-    return _Own(frozenset(files), frozenset(folders))
+    return _Tree(frozenset(files), frozenset(folders))
 
 
-def _foreign(place: Path, own: _Own) -> list[str]:
-    there = _tree(place)
-    return sorted((there.files - own.files) | (there.folders - own.folders))
+def _foreign(place: Path, created: _Tree) -> list[str]:
+    tree = _tree(place)
+    return sorted((tree.files - created.files) | (tree.folders - created.folders))
 
 
-def _delete_listed(place: Path, own: _Own) -> None:
-    """Removes the files that are listed, then the folders that are empty; never what a link points to."""
-    there = _tree(place)
-    for name in sorted(there.files & own.files - {RECORD}):
+def _delete_listed(place: Path, created: _Tree) -> None:
+    """Removes the listed files, then the listed folders that are empty; never a link's target."""
+    tree = _tree(place)
+    for name in sorted(tree.files & created.files - {RECORD}):
         (place / name).unlink()
-    for name in sorted(there.folders & own.folders, reverse=True):
+    for name in sorted(tree.folders & created.folders, reverse=True):
         _remove_empty(place / name)
     (place / RECORD).unlink(missing_ok=True)
     _remove_empty(place)
@@ -283,19 +287,19 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _place(path: Path) -> Path:
-    """Where a file or link itself is: the links on the way to it are followed, it is not."""
+    """The resolved path of a file or link itself: links in its parent folders are followed, the last one is not."""
     return path.parent.resolve() / path.name
 
 
 def _is_scratch(place: Path) -> bool:
-    """Whether a resolved place is a project's scratch, or in it.
+    """Whether a resolved path is a project's scratch folder, or in it.
 
-    Of a place in the working directory, which is the project's root, only the parts below it count: the project itself
-    may be in a folder of that name, as those of sweeps are.
+    Inside the working directory, which is the project's root, only the parts below the root count: the project itself
+    may be in a folder of that name, as sweeps' checkouts are.
     """
     if place.name == SCRATCH and place.is_symlink():
         return False
-    with suppress(FileNotFoundError, ValueError):  # no working directory any more; a place outside of it
+    with suppress(FileNotFoundError, ValueError):  # the working directory was removed, or the path is outside it
         return SCRATCH in place.relative_to(Path.cwd().resolve()).parts
     return SCRATCH in place.parts
 
@@ -307,8 +311,8 @@ def _delete(place: Path) -> None:
         shutil.rmtree(place)
 
 
-# What `whole` wrote in this process outside of scratch: place → its identity, and what is in it where it is a folder.
-_remembered: dict[Path, tuple[tuple[int, ...], _Own]] = {}
+# Files and folders that `atomic_write` wrote in this process outside of scratch: path → its identity and contents.
+_remembered: dict[Path, tuple[tuple[int, ...], _Tree]] = {}
 
 
 def _identity(place: Path) -> tuple[int, ...]:
@@ -319,7 +323,7 @@ def _identity(place: Path) -> tuple[int, ...]:
 def _remember(path: Path) -> None:
     place = _place(path)
     if not _is_scratch(place):
-        _remembered[place] = (_identity(place), _tree(place) if place.is_dir() else _Own(frozenset(), frozenset()))
+        _remembered[place] = (_identity(place), _tree(place) if place.is_dir() else _Tree(frozenset(), frozenset()))
 
 
 def _is_remembered(place: Path) -> bool:
@@ -330,19 +334,19 @@ def _is_remembered(place: Path) -> bool:
 
 
 class Entry(NamedTuple):
-    """A published file: bytes and sha256 in hex."""
+    """A published file: its size in bytes and its sha256 in hex."""
 
     bytes: int
     sha256: str
 
 
 class Record(NamedTuple):
-    """What was published in a folder.
+    """The record of a published folder.
 
     Attributes:
-        place: where, relative to the project.
+        place: the folder's path, relative to the project.
         folders: names of all folders in it.
-        files: name → what was written.
+        files: name → size and hash.
     """
 
     place: PurePosixPath
@@ -351,11 +355,11 @@ class Record(NamedTuple):
 
 
 def write_record(folder: Path, place: Path) -> None:
-    """Lists a folder's files with their hashes in it, so that it may be replaced later and damage is noticed.
+    """Writes a record of a folder's files and hashes into it, so that it may be replaced and damage is detected.
 
     Args:
-        folder: with all that is published.
-        place: where it is published, relative to the project.
+        folder: with all files to publish.
+        place: where it will be published, relative to the project.
     """
     remove(folder / RECORD, ours=lambda _: True)
     tree = _tree(folder)
@@ -364,7 +368,7 @@ def write_record(folder: Path, place: Path) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """What was published in a folder; None where nothing was.
+    """Reads the record of a published folder; None if the folder has no record.
 
     Raises:
         Damaged: the record cannot be read.
@@ -384,13 +388,13 @@ def read_record(folder: Path) -> Record | None:
 
 
 def publish(new: Path, out: Path, place: Path | None = None) -> None:
-    """Puts a finished folder in its place, with a record of its files; what was there before is replaced.
+    """Moves a finished folder to `out`, with a record of its files; replaces an earlier one.
 
-    The old folder is set aside, the new one renamed, the old one removed. Whenever the process is killed, `recover`
-    finds the old or the new folder whole. A folder of another filesystem is copied beside `out` first.
+    The old folder is set aside, the new one renamed, the old one removed. If the process is killed, `recover` finds the
+    old or the new folder complete. A folder on another filesystem is copied beside `out` first.
 
     Raises:
-        NotOurs: `out` has something in it that this project did not create.
+        ForeignFileError: `out` contains a file that this project did not create.
     """
     write_record(new, place or out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -408,7 +412,7 @@ def publish(new: Path, out: Path, place: Path | None = None) -> None:
 
 
 def recover(path: Path) -> None:
-    """Completes a replacement that was interrupted: the old folder is put back, or removed where the new one is."""
+    """Completes an interrupted replacement: removes the old folder if the new one is in place, else restores it."""
     aside = path.with_name(path.name + ASIDE)
     if os.path.lexists(aside):
         if os.path.lexists(path):
@@ -419,30 +423,32 @@ def recover(path: Path) -> None:
 
 
 def move(source: Path, target: Path) -> None:
-    """Renames something in scratch to a name that is free there.
+    """Renames a file or folder in scratch to an unused path in scratch.
 
     Raises:
-        NotOurs: one of the two is not in scratch, or the target exists.
+        ForeignFileError: one of the two is not in scratch, or the target exists.
     """
     for path in (source, target):
         if not _is_scratch(_place(path)):
-            raise NotOurs(f"{path} is not moved: it is not in {SCRATCH}")
+            raise ForeignFileError(f"{path} is not moved: it is not in {SCRATCH}")
     if os.path.lexists(target):
-        raise NotOurs(f"{source} is not moved: {target} exists")
+        raise ForeignFileError(f"{source} is not moved: {target} exists")
     source.rename(target)
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Renames `new` to `path`; a folder that is there is set aside until `new` is in its place."""
+    """Renames `new` to `path`; an existing folder is set aside until `new` is in place."""
     if path.is_symlink() and new.is_dir():
-        raise NotOurs(f"{path} is a link; a folder is not written through it. Remove the link, or name another folder")
+        raise ForeignFileError(
+            f"{path} is a link, and folders are not written through links; remove it, or name another folder"
+        )
     if not path.is_dir() or path.is_symlink():
         if new.is_dir() and path.exists():
-            raise NotOurs(f"{path} is a file, where a folder is to be written; move it away")
+            raise ForeignFileError(f"{path} is a file, but a folder must be written there; move it away")
         new.replace(path)
         return
     if not new.is_dir():
-        raise NotOurs(f"{path} is a folder, where a file is to be written; move it away")
+        raise ForeignFileError(f"{path} is a folder, but a file must be written there; move it away")
     check_replaceable(path)
     aside = path.with_name(path.name + ASIDE)
     remove(aside)
@@ -455,73 +461,73 @@ def _swap(new: Path, path: Path) -> None:
     remove(aside)
 
 
-def check_files(folder: Path, within: str = "", memory: Path | None = None) -> None:
+def check_files(folder: Path, within: str = "", hash_cache: Path | None = None) -> None:
     """Compares a published folder with its record; a folder without a record is not checked.
 
     Args:
         folder: that was published.
-        within: only files whose names begin with this.
-        memory: a file that remembers size and times of what was hashed; a large file is hashed again only where they
-            have changed. Without it everything is hashed.
+        within: checks only files whose names begin with this.
+        hash_cache: a file that stores the size and times of hashed files; a large file is hashed again only if these
+            have changed. Without it every file is hashed.
 
     Raises:
-        Damaged: a file is missing or has other contents.
+        Damaged: a file is missing or its contents have changed.
     """
     record = read_record(folder)
     if record is None:
         return
     known: dict[str, Any] = {}
-    if memory and memory.is_file():
+    if hash_cache and hash_cache.is_file():
         try:
-            known = dict(read_json(memory))
+            known = dict(read_json(hash_cache))
         except ValueError:
             known = {}
-    seen: dict[str, list[Any]] = {}
+    checked: dict[str, list[Any]] = {}
     for name, entry in record.files.items():
         if not name.startswith(within):
             continue
         try:
             status = (folder / name).stat()
-            looks = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
+            signature = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
             same = status.st_size == entry.bytes
-            if same and (memory is None or status.st_size <= _SMALL or known.get(name) != looks):
+            if same and (hash_cache is None or status.st_size <= _SMALL or known.get(name) != signature):
                 same = _entry(folder / name).sha256 == entry.sha256
         except FileNotFoundError:
             raise Damaged(f"{folder / name} is missing; {_remedy(folder)}") from None
         if not same:
             raise Damaged(f"{folder / name} is damaged: it is not what its stage wrote; {_remedy(folder)}")
-        seen[name] = looks
-    if memory and (known | seen) != known:
-        write_json(memory, known | seen)
+        checked[name] = signature
+    if hash_cache and (known | checked) != known:
+        write_json(hash_cache, known | checked)
 
 
-def note_files(folder: Path, memory: Path) -> None:
-    """Remembers size and times of what was just published, so that `check_files` need not hash it again."""
+def fill_hash_cache(folder: Path, hash_cache: Path) -> None:
+    """Stores the size and times of newly published files, so that `check_files` does not hash them again."""
     record = read_record(folder)
     if record is None:
         return
-    seen: dict[str, list[Any]] = {}
+    signatures: dict[str, list[Any]] = {}
     for name, entry in record.files.items():
         status = (folder / name).stat()
         if status.st_size == entry.bytes:
-            seen[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
-    write_json(memory, seen)
+            signatures[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, entry.sha256]
+    write_json(hash_cache, signatures)
 
 
-def check_model(folder: Path, memory: Callable[[Path], Path] | None = None) -> None:
-    """Compares a saved model with the record of its folder, or of the ablation's folder that it is in.
+def check_model(folder: Path, hash_cache: Callable[[Path], Path] | None = None) -> None:
+    """Compares a saved model with the record of its folder, or of the ablation's folder that contains it.
 
     Args:
         folder: of the model.
-        memory: as of `check_files`, for the folder that has the record.
+        hash_cache: folder with the record → its hash cache, as for `check_files`.
 
     Raises:
-        Damaged: a file is missing or has other contents.
+        Damaged: a file is missing or its contents have changed.
     """
     folder = folder.resolve()
     for base, within in ((folder, ""), (folder.parent, f"{folder.name}/")):
         if read_record(base) is not None:
-            check_files(base, within, memory(base) if memory else None)
+            check_files(base, within, hash_cache(base) if hash_cache else None)
             return
 
 
@@ -531,14 +537,14 @@ def _entry(file: Path) -> Entry:
 
 
 def _remedy(folder: Path) -> str:
-    return f"restore it with `dvc checkout --force {folder}`, or run the stage that writes it again"
+    return f"restore it with `dvc checkout --force {folder}`, or rerun the stage that writes it"
 
 
 # --- hashes ---------------------------------------------------------------------------------------------------------
 
 
 def sha256_files(paths: Iterable[Path]) -> str:
-    """One hash over the contents of files in the order given, in hex."""
+    """One hash over the contents of files in the given order, in hex."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:
@@ -547,21 +553,21 @@ def sha256_files(paths: Iterable[Path]) -> str:
 
 
 def weights_hash(folder: Path) -> str:
-    """Of the weights of the model in a folder, in hex.
+    """The hash of a model's weights, in hex.
 
     Raises:
-        ValueError: the folder has none.
+        ValueError: the folder has no weights.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        raise ValueError(f"{folder} has no model: weights (*.safetensors) are not there")
+        raise ValueError(f"{folder} has no model: it contains no weights (*.safetensors)")
     return sha256_files(files)
 
 
 def sha256_tree(path: Path) -> str:
-    """One hash over a file, or over a folder's files with their names and places in it, in hex.
+    """One hash over a file, or over a folder's files and their relative paths, in hex.
 
-    Hidden files and folders do not count: they are what tools leave beside the data.
+    Hidden files and folders are skipped: tools leave them beside the data.
     """
     if path.is_file():
         return sha256_files([path])
@@ -571,5 +577,5 @@ def sha256_tree(path: Path) -> str:
 
 
 def sha256_json(data: Any) -> str:
-    """A hash of plain JSON data that does not depend on the order of keys, in hex."""
+    """A hash of JSON data that does not depend on the order of keys, in hex."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, allow_nan=False).encode()).hexdigest()

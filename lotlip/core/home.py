@@ -1,4 +1,4 @@
-"""A home folder for users who have none, as in containers that run under any number."""
+"""A home folder for users without one, as in containers that run under an arbitrary user id."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pwd
 
 
 def ensure_home() -> None:
-    """Points HOME to a folder of the cache if it is missing or cannot be written to, and gives a nameless user a name.
+    """Points HOME to a cache folder if it is missing or not writable, and sets a user name if there is none.
 
-    Libraries keep caches and settings in the home folder and look the user's name up; each fails in its own way.
+    Without a home or a user name, libraries fail in various ways.
     """
-    name = os.environ.get("HOME")
-    if not name or not os.access(name, os.W_OK | os.X_OK):
+    home = os.environ.get("HOME")
+    if not home or not os.access(home, os.W_OK | os.X_OK):
         from lotlip.core.caches import cache_folder
 
         os.environ.pop("HOME", None)

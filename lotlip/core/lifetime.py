@@ -1,4 +1,4 @@
-"""Processes that end with the process that started them, however that one ends."""
+"""Ties a process's life to its parent's, however the parent ends."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 
-# Looked up here, so that the fork of a threaded process does nothing but call it.
+# Looked up at import, so that the fork of a threaded process only has to call it.
 _PRCTL = getattr(ctypes.CDLL(None), "prctl", None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
@@ -15,13 +15,13 @@ _PR_SET_PDEATHSIG = 1
 def end_with_parent(parent: int | None = None, sign: int = signal.SIGKILL) -> None:
     """Asks the kernel to signal this process when its parent ends. Does nothing on systems other than Linux.
 
-    The kernel watches the thread that started this process, not the whole parent: start such processes from a thread
-    that lives as long as its process (`flows.runtime.supervisor.start_group` does).
+    The kernel watches the thread that started this process, not the parent process: start such processes from a thread
+    that lives as long as the parent, as `flows.runtime.supervisor.start_group` does.
 
     Args:
-        parent: number of the process that must still be the parent; this process ends at once if it is not. Without
-            it, a parent that ended before this call goes unnoticed.
-        sign: the signal to get.
+        parent: expected id of the parent; this process ends at once if its parent is another. Without it, a parent
+            that ended before this call goes unnoticed.
+        sign: the signal to receive.
     """
     if _PRCTL is None:
         return

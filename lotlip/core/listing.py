@@ -1,4 +1,4 @@
-"""The files of a folder, without those that nobody put there: the one rule for all that reads folders and tars."""
+"""Lists the files of a folder without hidden ones. Everything that reads folders and tars follows this rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _MACOS_FOLDER = "__MACOSX"
 
 
 def is_hidden(path: str) -> bool:
-    """Whether a part of a relative path begins with a dot, or is what macOS adds.
+    """Whether a part of a relative path begins with a dot, or is a folder that macOS adds.
 
     >>> is_hidden("dogs/._a.jpg"), is_hidden("__MACOSX/a.jpg"), is_hidden("./dogs/a.jpg"), is_hidden("../a.jpg")
     (True, True, False, False)
@@ -20,16 +20,16 @@ def is_hidden(path: str) -> bool:
     return any(part == _MACOS_FOLDER or (part.startswith(".") and part != "..") for part in parts)
 
 
-def files_below(root: Path, leave: Path | None = None) -> Iterator[Path]:
-    """The files of a folder and its subfolders, in no order; hidden ones and links to folders are left out.
+def files_below(root: Path, skip: Path | None = None) -> Iterator[Path]:
+    """The files of a folder and its subfolders, in no order; hidden files and links to folders are skipped.
 
     Args:
         root: the folder.
-        leave: a folder that is not entered.
+        skip: a folder that is not entered.
     """
     for folder, folders, names in os.walk(root):
         kept = (name for name in folders if not is_hidden(name))
-        folders[:] = [name for name in kept if leave is None or not _same(Path(folder, name), leave)]
+        folders[:] = [name for name in kept if skip is None or not _same(Path(folder, name), skip)]
         yield from (Path(folder, name) for name in names if not is_hidden(name))
 
 

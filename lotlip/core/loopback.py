@@ -1,7 +1,7 @@
-"""Servers on loopback: who may talk to them. Loopback alone protects from neither web pages nor the machine's users.
+"""Access control for servers on loopback. Loopback alone does not keep out web pages or other users of the machine.
 
-A page of any site can send requests to 127.0.0.1 from the browser of whoever opens it, and with DNS rebinding it can
-read the answers under its own host name. Another user of the machine can connect directly.
+A page of any site can make the browser that opens it send requests to 127.0.0.1, and with DNS rebinding it can read
+the responses under its own host name. Another user of the machine can connect directly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _App = Callable[[_Message, _Receive, _Send], Awaitable[None]]
 
 
 def bypass_proxies() -> None:
-    """Adds loopback to the addresses that are never asked through a proxy; keeps the user's own exceptions.
+    """Adds loopback to the addresses that bypass the proxy; keeps the user's own exceptions.
 
-    Without it, `http_proxy` sends requests to our own servers to the proxy, whose loopback is another machine's.
+    Without this, `http_proxy` sends requests for our own servers to the proxy, whose loopback is another machine's.
     """
-    found = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)]
-    entries = [entry.strip() for text in found for entry in text.split(",") if entry.strip()]
+    lists = [os.environ[name] for name in ("no_proxy", "NO_PROXY") if os.environ.get(name)]
+    entries = [entry.strip() for text in lists for entry in text.split(",") if entry.strip()]
     if "*" not in entries:
         entries += [*NAMES, "::1"]
     # libraries differ in which of the two they read, and in which they prefer
@@ -36,7 +36,7 @@ def bypass_proxies() -> None:
 
 
 def origins(port: int) -> list[str]:
-    """The origins of pages that a server on a port of loopback serves."""
+    """The origins of a server's own pages, for a server on a loopback port."""
     return [f"http://{name}:{port}" for name in NAMES]
 
 
@@ -46,14 +46,14 @@ def basic(login: str) -> str:
 
 
 class LoopbackOnly:
-    """ASGI middleware that refuses requests of other sites' pages and, where there is a login, of other users.
+    """ASGI middleware that refuses requests from other sites' pages and, if there is a login, from other users.
 
-    Refused are: a Host header that is not a name of loopback (DNS rebinding), an Origin other than the server's own
+    It refuses a Host header that is not a name of loopback (DNS rebinding), an Origin other than the server's own
     (cross-origin requests and WebSockets), and requests without the login.
 
     Args:
         app: the application.
-        login: `user:password`, asked for by HTTP basic authentication; None: not asked for.
+        login: `user:password`, required by HTTP basic authentication; None: no login.
     """
 
     def __init__(self, app: _App, login: str | None = None) -> None:
@@ -61,7 +61,7 @@ class LoopbackOnly:
         self.authorization = basic(login).encode() if login else None
 
     async def __call__(self, scope: _Message, receive: _Receive, send: _Send) -> None:
-        """Answers a request by itself or hands it to the application."""
+        """Refuses a request or passes it to the application."""
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
@@ -79,7 +79,7 @@ class LoopbackOnly:
             await send({"type": "http.response.body", "body": f"{text}\n".encode()})
 
     def _refusal(self, scope: _Message) -> tuple[int, str] | None:
-        """Status and text of the answer to a request that is refused."""
+        """Status and text of the response to a refused request; None for a request that is allowed."""
         port = scope["server"][1]
         headers: dict[bytes, list[bytes]] = {}
         for name, value in scope["headers"]:
@@ -87,8 +87,8 @@ class LoopbackOnly:
         hosts = [value.decode("latin-1") for value in headers.get(b"host", [])]
         if len(hosts) != 1 or _hostname(hosts[0]) not in NAMES:
             return 421, f"unknown host; open http://{HOST}:{port}"
-        own = [*origins(port), f"http://{hosts[0]}"]
-        if any(value.decode("latin-1") not in own for value in headers.get(b"origin", [])):
+        allowed = [*origins(port), f"http://{hosts[0]}"]
+        if any(value.decode("latin-1") not in allowed for value in headers.get(b"origin", [])):
             return 403, f"cross-origin requests are refused; open http://{HOST}:{port}"
         if self.authorization is not None:
             given = headers.get(b"authorization", [])

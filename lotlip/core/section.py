@@ -1,4 +1,4 @@
-"""What every part of params.yaml is made of."""
+"""Base class, types and helpers for the sections of params.yaml."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=1, le=65535)]
-# Of the model hub; branches and tags move.
+# A commit on the model hub: branches and tags move.
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]
-# It becomes part of file names, whose length filesystems limit.
+# It becomes part of file names; filesystems limit their length.
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$", max_length=64)]
 
 
 class ConfigError(ValueError):
-    """params.yaml cannot be used as it is; the message lists every reason with its place and remedy.
+    """params.yaml is not valid; the message lists every problem with its key and remedy.
 
     Args:
-        message: what cannot be used.
-        problems: a line for each reason.
+        message: names what is not valid.
+        problems: one line per problem.
     """
 
     def __init__(self, message: str, problems: Sequence[str] = ()) -> None:
@@ -33,7 +33,7 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A part of params.yaml: frozen, and an unknown key is an error."""
+    """A section of params.yaml: frozen; an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,16 +42,16 @@ SectionT = TypeVar("SectionT", bound=Section)
 
 
 def merge(base: Mapping[str, Any], differences: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `differences` laid over it, mapping by mapping; any other value replaces the one below."""
+    """`base` updated with `differences`: mappings are merged recursively, other values are replaced."""
     merged = dict(base)
     for key, value in differences.items():
-        below = merged.get(key)
-        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
     return merged
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one level of dotted names.
+    """Flattens nested mappings to one level with dotted keys.
 
     >>> flatten({"text": {"corner_tokens": 2}, "steps": 5})
     {'text.corner_tokens': 2, 'steps': 5}
@@ -66,6 +66,6 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a complaint about an unknown name: "; did you mean 'steps'?", or nothing where none is similar."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """The end of an error about an unknown name: "; did you mean 'steps'?", or "" if no known name is similar."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]!r}?" if matches else ""

@@ -1,4 +1,4 @@
-"""Temporary folders that do not outlive their process for long: the next program clears what a killed one left."""
+"""Temporary folders that are removed even after a kill: the next program clears those of ended processes."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ SOCKET_BASE_BYTES = 20
 
 @contextmanager
 def temporary_folder(name: str, for_sockets: bool = False) -> Iterator[Path]:
-    """Makes a folder in TMPDIR for the block, and removes it afterwards.
+    """Creates a folder in TMPDIR for the block, and removes it afterwards.
 
     The process holds a lock on a file in the folder, which the kernel frees however the process ends. A folder whose
-    lock is free has lost its owner and is removed, so a live one is safe, also from another container's programs.
+    lock is free is abandoned and is removed. A folder in use is therefore safe, also from programs of other containers.
 
     Args:
         name: becomes part of the folder's name.
-        for_sockets: whether paths in the folder must be short; if TMPDIR is too long, another folder stands in.
+        for_sockets: whether paths in the folder must be short; if TMPDIR is too long, another base folder is used.
 
     Raises:
-        OSError: the folder cannot be made. The message names the place and TMPDIR.
+        OSError: the folder cannot be created. The message names the base folder and TMPDIR.
     """
     base = _short_base() if for_sockets else Path(tempfile.gettempdir())
-    _clear_left(base)
+    _clear_abandoned(base)
     try:
-        # made and locked under another name, so that nobody takes it for a left one
+        # created and locked under another name, so that no program takes it for an abandoned one
         folder = Path(tempfile.mkdtemp(prefix=f".{PREFIX}{name}-", dir=base))
     except OSError as error:
         raise OSError(error.errno, f"cannot write to {base} ({error.strerror}); {_remedy()}") from error
@@ -59,10 +59,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def _short_base() -> Path:
-    """The temporary folder if its path is short, else a usual one that is.
+    """The temporary folder if its path is short enough, else a standard one.
 
     Raises:
-        OSError: no short folder can be written to.
+        OSError: no short folder is writable.
     """
     bases = [Path(tempfile.gettempdir()), *map(Path, ("/tmp", "/var/tmp", "/dev/shm"))]  # noqa: S108
     for base in bases:
@@ -71,11 +71,11 @@ def _short_base() -> Path:
     others = ", ".join(map(str, bases[1:]))
     raise OSError(
         f"no folder for sockets: TMPDIR {bases[0]} has more than {SOCKET_BASE_BYTES} characters, and none of {others} "
-        "can be written to; set TMPDIR to a shorter path"
+        "is writable; set TMPDIR to a shorter path"
     )
 
 
-def _clear_left(base: Path) -> None:
+def _clear_abandoned(base: Path) -> None:
     """Removes this user's folders whose owner has ended."""
     for folder in base.glob(f"{PREFIX}*"):
         try:
@@ -94,7 +94,7 @@ def _clear_left(base: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Removes a folder under a name that marks it as the project's; what is still being written to it may stay."""
+    """Removes a folder under a name that marks it as the project's; files still being written to it may remain."""
     aside = folder.with_name(folder.name + ASIDE)
     folder.rename(aside)
     with suppress(OSError):
@@ -105,7 +105,8 @@ def _remove(folder: Path) -> None:
 def multiprocessing_folder() -> Iterator[None]:
     """Gives Python's multiprocessing a temporary folder for its sockets in the block; worker processes inherit it.
 
-    The folder that it would make itself stays in TMPDIR after a kill, and its path may be too long for a socket.
+    The folder that multiprocessing creates itself remains in TMPDIR after a kill, and its path may be too long for a
+    socket.
     """
     settings = multiprocessing.current_process()._config  # type: ignore[attr-defined]
     with temporary_folder("mp", for_sockets=True) as folder:

@@ -1,7 +1,7 @@
-"""Sections of params.yaml of several kinds: a kind chooses a configuration class and the code that it configures.
+"""Sections of params.yaml with several kinds: `kind` chooses a configuration class and the code that it configures.
 
-Other packages add kinds by entry points. One is called as the kind and names the implementation, a class or function
-whose attribute `Config` is the kind's section:
+Other packages add kinds through entry points. An entry point has the kind's name and points to the implementation, a
+class or function whose attribute `Config` is the kind's section:
 
     [project.entry-points."lotlip.sources"]
     bucket = "my_package.bucket:BucketSource"
@@ -24,18 +24,18 @@ from lotlip.core.section import Section
 
 @dataclass(frozen=True)
 class Variants:
-    """Annotates a union of the built-in kinds' sections, so that those of other packages are accepted as well.
+    """Annotation for a union of the built-in kinds' sections; it also accepts sections of other packages.
 
     Attributes:
-        group: of the entry points, "lotlip.sources".
-        needs: fields that every section of the group must have.
+        group: of the entry points, such as "lotlip.sources".
+        required_fields: fields that every section of the group must have.
     """
 
     group: str
-    needs: tuple[str, ...] = ()
+    required_fields: tuple[str, ...] = ()
 
-    def added(self) -> set[str]:
-        """The kinds that installed packages add; none of them is loaded."""
+    def installed_kinds(self) -> set[str]:
+        """The kinds that installed packages add; no package is loaded."""
         return {point.name for point in entry_points(group=self.group)}
 
     def section(self, kind: str) -> type[Section]:
@@ -47,44 +47,44 @@ class Variants:
         section = getattr(_load(_entry_point(self.group, kind)), "Config", None)
         place = f"entry point {kind} of {self.group}"
         if not (isinstance(section, type) and issubclass(section, Section)):
-            raise ValueError(f"{place}: what it names needs an attribute Config, a subclass of lotlip's Section")
+            raise ValueError(f"{place}: its object needs an attribute Config, a subclass of lotlip's Section")
         if kinds_of(section) != (kind,):
             raise ValueError(f'{place}: {section.__name__} needs the field `kind: Literal["{kind}"]`')
-        if missing := [name for name in self.needs if name not in section.model_fields]:
+        if missing := [name for name in self.required_fields if name not in section.model_fields]:
             raise ValueError(f"{place}: {section.__name__} lacks the field {', '.join(missing)}")
         return section
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> core_schema.CoreSchema:
-        """A union that `kind` chooses from; kinds of other packages are looked for when one is named."""
+        """A union discriminated by `kind`; kinds of other packages are looked up when one is used."""
         built_in = {kind: handler(section) for section in get_args(source) for kind in kinds_of(section)}
 
         def choose(value: Any, built_in_section: core_schema.ValidatorFunctionWrapHandler) -> Any:
             kind = value.get("kind") if isinstance(value, Mapping) else getattr(value, "kind", None)
             if not isinstance(kind, str) or kind in built_in:
                 return built_in_section(value)
-            known = [*built_in, *sorted(self.added() - set(built_in))]
+            known = [*built_in, *sorted(self.installed_kinds() - set(built_in))]
             if kind not in known:
-                near = difflib.get_close_matches(kind, known, n=1)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
+                matches = difflib.get_close_matches(kind, known, n=1)
+                hint = f"; did you mean {matches[0]!r}?" if matches else ""
                 reason = f"unknown kind {kind!r}{hint} (there are: {', '.join(known)})"
                 raise PydanticCustomError("unknown_kind", "{reason}", {"reason": reason})
             try:
                 section = self.section(kind)
             except ValueError as error:
                 raise PydanticCustomError("unusable_kind", "{reason}", {"reason": str(error)}) from error
-            # a union of one, so that errors have the places that those of the built-in kinds have
+            # a union of one, so that errors have the same locations as those of the built-in kinds
             union = core_schema.tagged_union_schema({kind: section.__pydantic_core_schema__}, discriminator="kind")
             return SchemaValidator(union).validate_python(value)
 
         return core_schema.no_info_wrap_validator_function(
             choose,
             core_schema.tagged_union_schema(built_in, discriminator="kind"),
-            serialization=core_schema.simple_ser_schema("any"),  # as what it is, of another package too
+            serialization=core_schema.simple_ser_schema("any"),  # also serializes sections of other packages
         )
 
 
 def implementation(group: str, kind: str, built_in: Mapping[str, str]) -> Callable[..., Any]:
-    """The code of a kind, imported now.
+    """Imports the code of a kind.
 
     Args:
         group: of the entry points.
@@ -101,7 +101,7 @@ def implementation(group: str, kind: str, built_in: Mapping[str, str]) -> Callab
 
 
 def kinds_of(section: Any) -> tuple[str, ...]:
-    """The kinds that a section stands for; none where it has no `kind`."""
+    """The kinds of a section; empty if it has no field `kind`."""
     field = section.model_fields.get("kind") if isinstance(section, type) and issubclass(section, Section) else None
     return get_args(field.annotation) if field else ()
 

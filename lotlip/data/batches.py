@@ -1,4 +1,4 @@
-"""Items in batches: in order, by length, and prepared by threads ahead of who asks for them."""
+"""Batches of items: in order, by length, and prefetched by threads."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ R = TypeVar("R")
 
 
 def in_batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """Items in lists of `size`; the last has what is left."""
-    left = iter(items)
-    while batch := list(islice(left, size)):
+    """Items in lists of `size`; the last list may be shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
         yield batch
 
 
 def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Places of texts, shortest first, in batches of `size`: texts of like length together, so that few are padded.
+    """Indices of texts, shortest first, in batches of `size`, so that texts of similar length share a batch.
 
-    The last of a batch is its longest.
+    The last text of a batch is its longest.
     """
     order = lengths.argsort(kind="stable")
     return (order[start : start + size] for start in range(0, len(order), size))
 
 
-def ahead(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
-    """Like `map`, but threads are up to `depth` items ahead of who asks."""
-    waiting: deque[Future[R]] = deque()
+def prefetch(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
+    """Like `map`, but threads work up to `depth` items ahead of the consumer."""
+    pending: deque[Future[R]] = deque()
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            pending.append(pool.submit(work, item))
+            if len(pending) > depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

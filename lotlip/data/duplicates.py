@@ -1,4 +1,4 @@
-"""Values that occur more than once, among more of them than fit into memory; duplicate images and keys of ingest."""
+"""Finds duplicates among more values than fit into memory; removes duplicate images and keys from ingest's output."""
 
 from __future__ import annotations
 
@@ -15,62 +15,61 @@ import pandas as pd
 import pyarrow as pa
 
 from lotlip.core.temporary import temporary_folder
-from lotlip.data.partitions import place_partition, read_table
+from lotlip.data.partitions import link_partition, read_table
 from lotlip.data.records import UnitReport
 
 if TYPE_CHECKING:
     from duckdb import DuckDBPyConnection
 
-# DuckDB's share; what does not fit goes to the temporary folder.
+# DuckDB's memory limit; more than that goes to the temporary folder.
 MEMORY = "256MB"
-THREADS = 4  # each needs memory of its own
-BATCH = 2**17  # hashes that are compared at a time
+THREADS = 4  # each needs its own memory
+BATCH = 2**17  # hashes compared at a time
 
-# An image that is in several splits stays in the one that is evaluated.
+# An image in several splits stays in the first of these, so that evaluation keeps it.
 _PRECEDENCE = ("test", "val", "train")
 
 
 def hashes(values: pd.Series) -> np.ndarray:
-    """64 bits for each value, uint64 [n]; among 10⁸ values two that differ share them once in 3,000 times."""
+    """A 64-bit hash of each value, uint64 [n]; among 10⁸ different values the chance of a collision is 1 in 3,000."""
     return pd.util.hash_pandas_object(values, index=False).to_numpy(copy=True)
 
 
-def repeats(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Finds the values that occurred before. Memory is bounded: what does not fit is on disk, in the temporary folder.
+def find_duplicates(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+    """Finds the values that occurred before, with bounded memory: the rest is on disk, in the temporary folder.
 
     Args:
-        parts: the hashes of each part's values, uint64 [n]; masked ones (`np.ma`) are left out. Each is read once.
+        parts: hashes of the values of each part, uint64 [n]; masked ones (`np.ma`) are skipped. Each is read once.
 
     Yields:
-        Some of the values that occurred before, int64 [n, 4]: the part and row of each, and those of its first
-        occurrence, which is the lowest part and row. They are sorted by hash.
-
+        Batches of duplicates, int64 [n, 4]: part and row of each, and part and row of its first occurrence, which is
+        the lowest part and row. They are sorted by hash.
     Raises:
         OSError: the temporary folder is full.
     """
     value, first = np.empty(0, np.uint64), np.empty(0, np.int64)
     with _loaded(parts) as database:
-        # sorted here, and compared below: DuckDB's windows and joins do not always keep to the memory limit
+        # sorted by DuckDB, compared below: its windows and joins do not always keep to the memory limit
         for batch in database.sql("SELECT value, place FROM hashes ORDER BY value, place").to_arrow_reader(BATCH):
             values, places = (column.to_numpy() for column in batch.columns)
-            # the last value of the batch before may go on in this one
+            # a run of equal values may continue from the previous batch
             values, places = np.append(value, values), np.append(first, places)
             new = np.ones(len(values), dtype=bool)
             new[1:] = values[1:] != values[:-1]
             firsts = places[np.maximum.accumulate(np.where(new, np.arange(len(new)), 0))]
-            found = np.stack([places[~new], firsts[~new]], axis=1)
-            yield np.stack([found >> 32, found & 0xFFFFFFFF], axis=2).reshape(-1, 4)
+            pairs = np.stack([places[~new], firsts[~new]], axis=1)
+            yield np.stack([pairs >> 32, pairs & 0xFFFFFFFF], axis=2).reshape(-1, 4)
             value, first = values[-1:], firsts[-1:]
 
 
-def count_repeats(parts: Iterable[np.ndarray]) -> int:
-    """How many values occurred before; arguments and errors as of `repeats`."""
-    return sum(map(len, repeats(parts)))
+def count_duplicates(parts: Iterable[np.ndarray]) -> int:
+    """How many values occurred before; arguments and errors are those of `find_duplicates`."""
+    return sum(map(len, find_duplicates(parts)))
 
 
 @contextmanager
 def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
-    """A database for the block, with a table `hashes` of values and their places: part · 2³² + row."""
+    """A database for the block, with a table `hashes` of values and places, where place = part · 2³² + row."""
     import duckdb
 
     with temporary_folder("tables") as folder:
@@ -78,7 +77,7 @@ def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
             "memory_limit": MEMORY,
             "temp_directory": str(folder),
             "threads": min(THREADS, os.cpu_count() or 1),
-            "preserve_insertion_order": False,  # which takes memory; ORDER BY says what order matters
+            "preserve_insertion_order": False,  # keeping it takes memory; ORDER BY gives the order that matters
         }
         try:
             with duckdb.connect(":memory:", config=settings) as database:
@@ -93,7 +92,7 @@ def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
                 database.commit()
                 yield database
         except (duckdb.OutOfMemoryException, duckdb.IOException) as error:
-            # DuckDB takes at most 90 % of the space that is free there, and then calls it memory
+            # DuckDB uses at most 90 % of the free space there, and then reports that it is out of memory
             raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} ({error})", str(folder.parent)) from error
 
 
@@ -107,24 +106,24 @@ def unique_partitions(
     evaluation: Mapping[str, str],
     near_copies: Callable[[str], Mapping[int, str]] | None = None,
 ) -> list[UnitReport]:
-    """Puts the partitions of ingest's units into `out`, without the images and keys that come again.
+    """Links or copies the partitions of ingest's units into `out`, without duplicate images and keys.
 
-    Units are read apart and know nothing of one another, so this is done when all are there. Of images with equal
-    bytes the first stays, that of the test split before that of the training split. What is dropped is a `Failure`:
-    "duplicate" for a key, "duplicate-image" for an image, "evaluation" for a training image that is in an evaluation
-    set, or "near-evaluation" for one that resembles an image there. Tars are linked, not copied: the image of a dropped
-    row stays in its tar, and no table names it. Memory grows with what is dropped alone.
+    Units are read independently, so this runs after all of them. Of images with equal bytes the first one stays; the
+    test split comes before the training split. A dropped item becomes a `Failure`: "duplicate" for a key,
+    "duplicate-image" for an image, "evaluation" for a training image that is in an evaluation set, or
+    "near-evaluation" for one that resembles an image there. Tars are linked, not copied: the image of a dropped row
+    stays in its tar, but no table names it. Memory grows only with the number of dropped items.
 
     Args:
-        units: folder that `write_partitions` filled; it stays as it is.
+        units: folder that `write_partitions` filled; it is not changed.
         reports: of all its partitions, and of units that failed as a whole.
-        out: a folder that is empty or not there.
+        out: a folder that is empty or does not exist.
         evaluation: sha256 of an image that must not be trained on → where it is.
-        near_copies: a training partition's name → number of a row → why its image is taken for a copy of an
-            evaluation image; None: such copies are not looked for.
+        near_copies: a training partition's name → row → why its image counts as a copy of an evaluation image; None:
+            do not search for such copies.
 
     Returns:
-        The reports as they are now, in their order.
+        The updated reports, in the same order.
     """
     names = sorted(
         (report.name for report in reports if report.sha256), key=lambda name: (_PRECEDENCE.index(_split(name)), name)
@@ -144,17 +143,17 @@ def unique_partitions(
 
         def read(name: str, column: str = column) -> np.ndarray:
             values = np.ma.masked_array(hashes(read_table(units, name, [column])[column]))
-            values[list(dropped.get(name, {}))] = np.ma.masked  # what is dropped already repeats nothing
+            values[list(dropped.get(name, {}))] = np.ma.masked  # rows that are already dropped are not originals
             return values
 
         key_of = lru_cache(maxsize=8)(lambda name: read_table(units, name, ["key"])["key"])
-        again = [repeat for found in repeats(map(read, names)) for repeat in found.tolist()]
-        for part, row, first_part, first_row in sorted(again):
+        duplicates = [duplicate for batch in find_duplicates(map(read, names)) for duplicate in batch.tolist()]
+        for part, row, first_part, first_row in sorted(duplicates):
             first = names[first_part]
             reason = f"{what} {key_of(first)[first_row]} in {first}"
             dropped.setdefault(names[part], {})[row] = (kind, reason)
     return [
-        place_partition(units, report, out, dropped.get(report.name, {})) if report.sha256 else report
+        link_partition(units, report, out, dropped.get(report.name, {})) if report.sha256 else report
         for report in reports
     ]
 

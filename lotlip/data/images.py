@@ -1,4 +1,4 @@
-"""Encoded images to normalised pixels, as the image tower wants them: Pillow and NumPy only."""
+"""Decodes images and turns them into the image tower's normalised pixels, with Pillow and NumPy only."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ if TYPE_CHECKING:
     from PIL.ImageCms import ImageCmsTransform
 
 
-# Of the released models, and of CLIP's before them.
+# Of the released models, which took them from CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Encoded image, and where chance comes from → pixels [3, H, W] float32.
+# Encoded image and random number generator → pixels [3, H, W] float32.
 Transform = Callable[[bytes, random.Random], np.ndarray]
 
-Box = tuple[int, int, int, int]  # left, top, right, bottom, as Pillow has it
+Box = tuple[int, int, int, int]  # left, top, right, bottom, as in Pillow
 
-# How a picture becomes a square. `Resize` of lotlip.image_tower.config has the same names; this module imports no
+# How a picture is made square. `Resize` of lotlip.image_tower.config has the same names; this module does not import
 # configuration.
 RESIZES = ("crop", "squash", "pad")
 
-# What is decoded, and how such files' names end; the first ending is the one that is written. Pillow reads more, some
-# of it by starting other programs (PostScript): nothing for pictures that come from outside.
+# The formats that are decoded, with their file endings; the first ending is the one that is written. Pillow reads more
+# formats, some by starting other programs (PostScript), which is not safe for pictures from outside.
 FORMATS = {
     "JPEG": ("jpg", "jpeg", "jpe", "jfif"),
     "PNG": ("png", "apng"),
@@ -47,7 +47,7 @@ FORMATS = {
     "JXL": ("jxl",),
 }
 ENDINGS = {ending: name for name, endings in FORMATS.items() for ending in endings}
-# Pictures that are never read. They are counted, so that nobody takes them for images that came in.
+# Endings of pictures that are never read. They are counted, so that the user learns that they were skipped.
 # fmt: off
 OTHER_PICTURES = frozenset((
     "3fr", "ai", "arw", "bpg", "cr2", "cr3", "cur", "dcr", "dds", "dng", "emf", "eps", "exr", "hdp", "hdr", "icns",
@@ -55,20 +55,20 @@ OTHER_PICTURES = frozenset((
     "raw", "rw2", "rwl", "sgi", "sr2", "srw", "svg", "svgz", "tga", "wdp", "wmf", "x3f", "xcf",
 ))
 # fmt: on
-# Formats that Pillow reads with a plug-in only (AVIF: where it was built without) → module and package.
+# Formats that Pillow reads only with a plug-in (AVIF: if it was built without support) → module and package.
 PLUGINS = {
     "AVIF": ("pillow_avif", "pillow-avif-plugin"),
     "HEIF": ("pillow_heif", "pillow-heif"),
     "JXL": ("pillow_jxl", "pillow-jxl-plugin"),
 }
 _HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}
-# Longer pictures are resized in their central part only: of 1 × 10,000 pixels the whole would take gigabytes.
+# Pictures with a larger aspect ratio are cropped before resizing: resizing 1 × 10,000 pixels would take gigabytes.
 _EXTREME_RATIO = 8
-MAX_PIXELS = 2**28  # 0.8 GB as RGB; `ingest.images.max_pixels` is at most this
+MAX_PIXELS = 2**28  # 0.8 GB as RGB; the upper limit of `ingest.images.max_pixels`
 
 _NEW_SUBFILE_TYPE, _BITS_PER_SAMPLE, _DNG_VERSION = 254, 258, 50706  # tags of TIFF
 
-# EXIF's orientation → how the picture is turned to be seen.
+# EXIF orientation → the transposition that turns the picture upright.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -79,23 +79,23 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of broken metadata, in words that differ from picture to picture, so that each would be printed.
+# Pillow warns about broken metadata with a different text for each picture, so that every warning would be printed.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class TooManyPixels(ValueError):
-    """An image whose header promises more pixels than are allowed: a decompression bomb, or a very large picture."""
+    """The header declares more pixels than allowed: a decompression bomb, or a very large picture."""
 
 
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile:
-    """An image with its header read: `format` (one of `FORMATS`, or "MPO" for some JPEGs) and `size` are known.
+    """Opens an image and reads its header: `format` (one of `FORMATS`, or "MPO" for some JPEGs) and `size` are known.
 
-    As Image.open does it, without what there belongs to the whole process: a limit of pixels that others may lift, and
-    a warning below that limit.
+    Unlike Image.open, it does not depend on Pillow's process-wide pixel limit, which other code may lift, and does not
+    warn below it.
 
     Raises:
-        TooManyPixels: it has more than `max_pixels`; nothing was decoded.
-        ValueError: the bytes are no image of one of `FORMATS`.
+        TooManyPixels: the image has more than `max_pixels`; nothing was decoded.
+        ValueError: the bytes are not an image of one of `FORMATS`.
     """
     Image.init()
     plugin = _needs_plugin(data)
@@ -113,25 +113,25 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
             raise TooManyPixels(f"{image.width} × {image.height} pixels are more than {max_pixels}")
         if name == "TIFF" and _is_raw(image, data):
             raise ValueError(
-                "it is a camera's raw file, of which only a preview could be read; convert it to PNG or JPEG"
+                "it is a camera's raw file, of which only a preview can be read; convert it to PNG or JPEG"
             )
         return image
     if plugin:
         raise ValueError(
-            f"it is {plugin}, which Pillow reads with a plug-in only; run `pip install {PLUGINS[plugin][1]}`"
+            f"it is {plugin}, which Pillow reads only with a plug-in; run `pip install {PLUGINS[plugin][1]}`"
         )
     raise ValueError(f"it is none of {', '.join(FORMATS)}")
 
 
 def _opener(name: str, data: bytes) -> Callable[..., Any] | None:
-    """Pillow's class for a format; None where it has none or the data is of another format."""
+    """Pillow's opener for a format; None if Pillow has none or the data is of another format."""
     factory, accepts = Image.OPEN.get(name, (None, None))
-    # it accepts with a message where Pillow was built without the format
+    # Pillow built without a format returns a message instead of True
     return None if factory is None or (accepts and accepts(data[:16]) is not True) else factory
 
 
 def _needs_plugin(data: bytes) -> str | None:
-    """The format of `PLUGINS` that the data is of, by its first bytes."""
+    """The format of `PLUGINS` that the data has, judged by its first bytes; None for other formats."""
     if data.startswith((b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")):
         return "JXL"
     if data[4:8] != b"ftyp":
@@ -144,7 +144,7 @@ def _needs_plugin(data: bytes) -> str | None:
 
 
 def _load_plugin(name: str) -> None:
-    """Registers a format's plug-in with Pillow, where it is installed."""
+    """Registers a format's plug-in with Pillow if it is installed."""
     try:
         module = importlib.import_module(PLUGINS[name][0])
     except ImportError:
@@ -154,16 +154,16 @@ def _load_plugin(name: str) -> None:
 
 
 def _is_raw(image: Any, data: bytes) -> bool:
-    """Whether a TIFF is a camera's raw file: a DNG, a Canon, or one whose first picture is a reduced one."""
+    """Whether a TIFF is a camera's raw file: a DNG, a Canon CR2, or one whose first picture is a reduced one."""
     return image.tag_v2.get(_NEW_SUBFILE_TYPE) == 1 or _DNG_VERSION in image.tag_v2 or data[8:10] == b"CR"
 
 
 def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes an image to RGB as a viewer shows it: see `to_rgb`; of an animation, the first picture.
+    """Decodes an image to RGB as a viewer shows it (see `to_rgb`); an animation gives its first picture.
 
     Raises:
-        TooManyPixels: it has more than `max_pixels`; nothing was decoded.
-        ValueError: the bytes are not a whole image of one of `FORMATS`.
+        TooManyPixels: the image has more than `max_pixels`; nothing was decoded.
+        ValueError: the bytes are not a complete image of one of `FORMATS`.
     """
     try:
         with open_image(data, max_pixels) as file:
@@ -176,25 +176,25 @@ def decode_rgb(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture as a viewer shows it, as an RGB image of its own.
+    """Converts a picture to a new RGB image as a viewer shows it.
 
-    Turned as its EXIF data says, its colours brought from the profile that it carries to sRGB, deeper pixels brought to
-    8 bits, transparent parts on white.
+    It is turned as its EXIF data says and converted from its colour profile to sRGB. Deeper pixels become 8 bits, and
+    transparent parts are shown on white.
 
     Raises:
-        ValueError: how bright its pixels are is not known.
+        ValueError: the brightness scale of its pixels is unknown.
     """
     profile = image.info.get("icc_profile")
     turned = _upright(image)
     if image.mode.startswith("I;16") or image.mode in ("I", "F"):
         turned = _from_deep_grey(turned, _white(image), image.info.get("transparency"))
     shown = _as_seen(turned, profile)
-    shown.info.clear()  # it is turned, and its colours are sRGB's: nobody shall do so again
+    shown.info.clear()  # it is upright and in sRGB now; the old metadata must not be applied again
     return shown
 
 
 def _as_seen(image: Image.Image, profile: bytes | None) -> Image.Image:
-    if image.mode == "La":  # which Pillow converts to LA alone
+    if image.mode == "La":  # Pillow converts it only to LA
         image = image.convert("LA")
     if not image.has_transparency_data:
         return _in_srgb(image, profile)
@@ -207,58 +207,58 @@ def _as_seen(image: Image.Image, profile: bytes | None) -> Image.Image:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # broken EXIF data hides no picture
+    except Exception:  # broken EXIF data is ignored
         return image
     return image if turn is None else image.transpose(turn)
 
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """As RGB; by its colour profile where it carries one that can be used and is not sRGB already."""
-    found = _transform_of(profile) if profile else None
-    if found is None or (found[0] == "CMYK") != (image.mode == "CMYK"):
+    """Converts to RGB, using the colour profile if it is usable and not already sRGB."""
+    conversion = _transform_of(profile) if profile else None
+    if conversion is None or (conversion[0] == "CMYK") != (image.mode == "CMYK"):
         return image.convert("RGB")
     from PIL import ImageCms
 
-    mode, transform = found
+    mode, transform = conversion
     return ImageCms.applyTransform(image.convert(mode), transform) or image.convert("RGB")
 
 
 @lru_cache(maxsize=16)
 def _transform_of(profile: bytes) -> tuple[str, ImageCmsTransform] | None:
-    """The mode that a colour profile is for, and its way to sRGB; None where it is sRGB itself, or broken."""
+    """The mode that a colour profile applies to and its transform to sRGB; None if it is sRGB itself, or broken."""
     try:
         from PIL import ImageCms
 
-        given = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "sRGB" in ImageCms.getProfileDescription(given):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
             return None
-        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[given.profile.xcolor_space.strip()]
-        return mode, ImageCms.buildTransform(given, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except Exception:  # Pillow may be built without it, too
+        mode = {"GRAY": "L", "RGB": "RGB", "CMYK": "CMYK"}[source.profile.xcolor_space.strip()]
+        return mode, ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except Exception:  # also if Pillow was built without ImageCms
         return None
 
 
 def _white(image: Image.Image) -> float:
-    """The value of white in a picture of one deep channel, as far as its file says it; else its pixels decide.
+    """The pixel value of white in a single-channel picture with more than 8 bits, from its header or else its pixels.
 
-    32-bit pixels are often narrower ones in a wider type, so white is the largest value of the smallest of 8, 12 and
-    16 bits that holds them all. Floating-point pixels that are at most 1 are fractions of white.
+    32-bit pixels often hold narrower values, so white is the largest value of the smallest of 8, 12 and 16 bits that
+    fits them all. Floating-point pixels that are at most 1 are fractions of white.
 
     Raises:
-        ValueError: a pixel is negative or not a number, or the pixels fit no such range.
+        ValueError: a pixel is negative or not a number, or the pixels fit none of these ranges.
     """
     tags = getattr(image, "tag_v2", {})
     if image.mode.startswith("I;16"):
         bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
         return float(2**bits - 1)
-    if image.format == "PPM":  # Pillow has brought its pixels to 16 bits
+    if image.format == "PPM":  # Pillow has scaled its pixels to 16 bits
         return 65535.0
     low, high = image.getextrema()
     whites = (1.0, 255.0, 4095.0, 65535.0) if image.mode == "F" else (255.0, 4095.0, 65535.0)
     white = next((white for white in whites if 0 <= low <= high <= white), None)  # type: ignore[operator]
     if white is None or not _all_finite(image):
         raise ValueError(
-            f"its pixels, of mode {image.mode}, are from {low} to {high}, and which of them is white is not known; "
+            f"its pixels, of mode {image.mode}, are from {low} to {high}, so the value of white is unknown; "
             "convert it to 8 or 16 bits"
         )
     return white
@@ -269,19 +269,19 @@ def _all_finite(image: Image.Image) -> bool:
 
 
 def _strips(image: Image.Image) -> Iterator[Image.Image]:
-    """A picture in parts of whole rows, so that wide copies of its pixels stay small."""
+    """A picture in strips of full rows, so that float copies of its pixels stay small."""
     rows = max(2**22 // image.width, 1)
     for top in range(0, image.height, rows):
         yield image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _from_deep_grey(image: Image.Image, white: float, transparent: Any) -> Image.Image:
-    """8-bit grey: Pillow would cut values off at 255, which turns the picture white.
+    """Scales grey pixels to 8 bits. Pillow would clip values at 255, which turns the picture white.
 
     Args:
-        image: of one channel of 16 or 32 bits.
-        white: its largest value.
-        transparent: the value that is transparent, None for none.
+        image: with one channel of 16 or 32 bits.
+        white: the pixel value of white.
+        transparent: the pixel value that is transparent; None for none.
     """
     mode = "LA" if isinstance(transparent, int) else "L"
     grey, top = Image.new(mode, image.size), 0
@@ -301,10 +301,10 @@ def image_transform(
     std: Sequence[float] = STD,
     resize: str = "crop",
 ) -> Callable[[Image.Image], np.ndarray]:
-    """What turns an RGB image into the tower's input, float32 [3, image_size, image_size].
+    """A function from an RGB image to the tower's input, float32 [3, image_size, image_size].
 
-    The picture becomes a square (see `square`), pixels are scaled to 0..1 and normalised. With `crop`, the pixels are
-    those of the released code, which uses torchvision.
+    The picture is made square (see `square`), scaled to 0..1 and normalised. With `crop`, the pixels equal those of the
+    released code, which uses torchvision.
 
     Raises:
         ValueError: `resize` is not one of `RESIZES`.
@@ -315,7 +315,7 @@ def image_transform(
 
 
 class RandomCrop(Protocol):
-    """Limits of a random piece of a picture: of its share of the area, and of its width to its height."""
+    """Limits of a random crop: its share of the picture's area, and its aspect ratio (width / height)."""
 
     @property
     def scale(self) -> tuple[float, float]: ...
@@ -331,10 +331,10 @@ def training_transform(
     augmentation: RandomCrop | None = None,
     resize: str = "crop",
 ) -> Transform:
-    """What turns an encoded image into the tower's input in training, float32 [3, image_size, image_size].
+    """A function from an encoded image to the tower's input in training, float32 [3, image_size, image_size].
 
-    Without augmentation that is what evaluation sees, bit for bit; with it, a random piece of the picture, as
-    torchvision's RandomResizedCrop draws it (bicubic, antialiased), whatever `resize` is. The transform raises
+    Without augmentation its output equals that of evaluation bit for bit. With it, the output is a random crop, drawn
+    as torchvision's RandomResizedCrop draws it (bicubic, antialiased), whatever `resize` is. The transform raises
     ValueError as `decode_rgb` does.
 
     Raises:
@@ -355,10 +355,10 @@ def training_transform(
 
 
 def random_box(width: int, height: int, augmentation: RandomCrop, rng: random.Random) -> Box:
-    """A piece of a picture, drawn as torchvision's RandomResizedCrop does.
+    """A random crop, drawn as torchvision's RandomResizedCrop draws it.
 
-    Its share of the area is uniform, the logarithm of its ratio too. Where ten such pieces do not fit into the picture,
-    the centre is taken, cut to the nearest ratio that is allowed.
+    Its share of the area is uniform, and so is the logarithm of its ratio. If ten crops in a row do not fit into the
+    picture, the centre is used, cut to the nearest allowed ratio.
     """
     low, high = augmentation.ratio
     for _ in range(10):
@@ -389,27 +389,27 @@ def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[[Ima
 
 
 def resized(image: Image.Image, shorter: int) -> Image.Image:
-    """The whole picture with its shorter side so long, bicubic and antialiased."""
+    """The whole picture, resized so that its shorter side has this length, bicubic and antialiased."""
     width, height = image.size
     if min(width, height) == shorter:
         return image
-    # The longer side is cut down to whole pixels, not rounded: as torchvision does.
+    # The longer side is truncated to whole pixels, not rounded, as in torchvision.
     size = (shorter, shorter * height // width) if width <= height else (shorter * width // height, shorter)
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
 def check_resize(resize: str) -> None:
-    """Raises ValueError where `resize` is not one of `RESIZES`."""
+    """Raises ValueError if `resize` is not one of `RESIZES`."""
     if resize not in RESIZES:
         raise ValueError(f"unknown resize mode {resize!r}; use one of {', '.join(RESIZES)}")
 
 
 def square(image: Image.Image, side: int, resize: str = "crop", mean: Sequence[float] = MEAN) -> Image.Image:
-    """An RGB picture as a square, resized with a bicubic, antialiased filter. All modes agree on square pictures.
+    """Makes an RGB picture square with a bicubic, antialiased filter. All modes agree on square pictures.
 
     Args:
         image: RGB.
-        side: pixels of a side of the square.
+        side: pixels per side.
         resize: `crop` resizes the shorter side and keeps the centre; `squash` resizes both sides, which changes the
             aspect ratio; `pad` resizes the longer side and fills the rest.
         mean: colour of the padding, in 0..1, rounded to 8 bits.
@@ -432,7 +432,7 @@ def seen_box(width: int, height: int, resize: str = "crop") -> Box:
 
 def _squashed(image: Image.Image, side: int) -> Image.Image:
     if image.height > max(_EXTREME_RATIO * image.width, side):
-        # Pillow resizes rows first: a narrow picture would grow to the square's width at its full height
+        # Pillow resizes rows first, so a narrow picture would reach the square's width at its full height
         image = image.resize((image.width, side), Image.Resampling.BICUBIC)
     return image.resize((side, side), Image.Resampling.BICUBIC)
 
@@ -449,7 +449,7 @@ def _padded(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image
 
 
 def _cropped(image: Image.Image, side: int) -> Image.Image:
-    """The centre of the picture, `side` pixels wide and high, where the whole has been resized to its shorter side."""
+    """The centre `side` × `side` pixels of the picture, after its shorter side was resized to `side`."""
     width, height = image.size
     if min(width, height) == side or max(width, height) <= _EXTREME_RATIO * min(width, height):
         return _centre(resized(image, side), side)
@@ -459,7 +459,7 @@ def _cropped(image: Image.Image, side: int) -> Image.Image:
     long = int(height > width)
     scale = lengths[long] / whole[long]
     first = round((whole[long] - side) / 2) * scale
-    # What the filter takes of neighbouring pixels has to be in the part that is cut out.
+    # The cropped part must include the neighbouring pixels that the filter reads.
     reach = math.ceil(2 * max(scale, 1)) + 1
     starts[long] = max(math.floor(first) - reach, 0)
     ends[long] = min(math.ceil(first + side * scale) + reach, lengths[long])
@@ -469,10 +469,10 @@ def _cropped(image: Image.Image, side: int) -> Image.Image:
 
 
 def without_ends(image: Image.Image) -> Image.Image:
-    """An extremely long picture's central part; any other picture as it is.
+    """Crops an extremely long picture to its central part; returns any other picture unchanged.
 
-    For transforms that resize the whole and then cut out the centre, which needs gigabytes for pictures of a few pixels
-    by thousands.
+    For transforms that resize the whole picture and then crop the centre, which would need gigabytes for pictures that
+    are a few pixels by thousands.
     """
     width, height = image.size
     longest = _EXTREME_RATIO * min(width, height)

@@ -1,7 +1,7 @@
-"""What a stage's files are like, in numbers: what the gates expect of them, and what `lotlip verify` tells.
+"""Statistics of a stage's files, one row per unit, and the invariants that gates and `lotlip verify` check.
 
-A function takes one unit of work and gives a row of numbers. What each number may be is a `Fact`, in one list for the
-gate and for the command.
+An `inspect_…` function turns one unit of work into a row of numbers. One list of invariants limits these numbers, for
+both the gate and the command.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from lotlip.data.partitions import read_captions, read_image, read_table
 from lotlip.data.tars import MEMBERS, TarSamples, index_path, read_index, scan_tar
 from lotlip.data.text import split_sub_captions
 
-# Images of a partition or shard that a gate opens; `lotlip verify` opens all.
-LOOKED_AT = 32
+# How many images of a partition or shard a gate opens; `lotlip verify` opens all of them.
+SAMPLED_IMAGES = 32
 
 
-class Fact(NamedTuple):
-    """What a number of a row may be.
+class Invariant(NamedTuple):
+    """The allowed range of a number in a row.
 
     Attributes:
-        column: its name.
-        what: what should hold, in words for a person.
-        low, high: both count; None: no limit.
+        column: of the number.
+        what: the invariant in words for a person.
+        low, high: inclusive limits; None: no limit.
     """
 
     column: str
@@ -42,7 +42,7 @@ class Fact(NamedTuple):
     high: float | None = None
 
     def holds(self, value: float | None) -> bool:
-        """Whether a number is as it should be; one that could not be found out is."""
+        """Whether a number is in range; a missing number counts as in range."""
         if value is None or np.isnan(value):
             return True
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
@@ -51,35 +51,35 @@ class Fact(NamedTuple):
 # --- partitions of images -----------------------------------------------------------------------------------------
 
 PARTITION = (
-    Fact("missing_files", "a partition's tar and table are there", high=0),
-    Fact("rows_off", "a partition's table has a row for every image written", 0, 0),
-    Fact("empty_captions", "a partition has no empty short caption", high=0),
-    Fact("smallest_side", "images are at least 1 pixel wide and high", low=1),
-    Fact("cut_images", "a partition's tar has every image whole", high=0),
-    Fact("other_images", "the images in a partition's tar are those that its table has hashes of", high=0),
-    Fact("unreadable_images", "the images in a partition's tar can be decoded", high=0),
-    Fact("wrong_sizes", "images are as wide and high as their partition's table says", high=0),
-    Fact("held_out_images", "no training image is one that is evaluated on", high=0),
+    Invariant("missing_files", "a partition has its tar and its table", high=0),
+    Invariant("rows_off", "a partition's table has a row for every image written", 0, 0),
+    Invariant("empty_captions", "a partition has no empty short caption", high=0),
+    Invariant("smallest_side", "images are at least 1 pixel wide and high", low=1),
+    Invariant("cut_images", "a partition's tar has every image in full", high=0),
+    Invariant("other_images", "the images in a partition's tar match the hashes in its table", high=0),
+    Invariant("unreadable_images", "the images in a partition's tar can be decoded", high=0),
+    Invariant("wrong_sizes", "images are as wide and high as their partition's table says", high=0),
+    Invariant("held_out_images", "no training image is used for evaluation", high=0),
 )
-HASH = Fact("hash_off", "a unit's files have the hash that the index says", high=0)
+HASH = Invariant("hash_off", "a unit's files have the hash that the index says", high=0)
 
 
 def inspect_partition(
-    folder: Path, name: str, written: int, held_out: Collection[str], looked_at: int | None = LOOKED_AT
+    folder: Path, name: str, written: int, held_out: Collection[str], sample_size: int | None = SAMPLED_IMAGES
 ) -> dict[str, Any]:
-    """A partition that ingest wrote, with the columns of `PARTITION` and of what follows.
+    """Statistics of a partition that ingest wrote, with the columns of `PARTITION` and those below.
 
     Args:
         folder: of the ingest stage.
         name: of the partition.
         written: rows that it should have.
-        held_out: hashes of the images that must not be trained on.
-        looked_at: how many of its images are opened; None: all.
+        held_out: hashes of images that must not be trained on.
+        sample_size: how many of its images are opened; None: all.
 
     Returns:
-        Besides: "opened", how many were opened, and "constant", those of them that are one colour all over.
+        Also "opened", the number of opened images, and "constant", how many of these have a single colour.
     """
-    row: dict[str, Any] = {"unit": name, **dict.fromkeys((fact.column for fact in PARTITION), None)}
+    row: dict[str, Any] = {"unit": name, **dict.fromkeys((invariant.column for invariant in PARTITION), None)}
     tar = folder / f"{name}.tar"
     row["missing_files"] = sum(not path.is_file() for path in (tar, folder / f"{name}.parquet"))
     row |= {"opened": 0, "constant": 0}
@@ -87,50 +87,50 @@ def inspect_partition(
         return row
     columns = ["key", "short_caption", "width", "height", "sha256", "offset", "size"]
     table = read_table(folder, name, columns)
-    whole = table["offset"] + table["size"] <= tar.stat().st_size
+    complete = table["offset"] + table["size"] <= tar.stat().st_size
     row |= {
         "rows_off": len(table) - written,
         "empty_captions": blank(table["short_caption"]),
         "smallest_side": table[["width", "height"]].min(axis=None) if len(table) else None,
-        "cut_images": int((~whole).sum()),
+        "cut_images": int((~complete).sum()),
         "held_out_images": sum(name.startswith("train/") and sha256 in held_out for sha256 in table["sha256"]),
     }
-    return row | _opened(folder, name, spread(table[whole], looked_at))
+    return row | _inspect_images(folder, name, spread(table[complete], sample_size))
 
 
-def _opened(folder: Path, name: str, table: pd.DataFrame) -> dict[str, int]:
-    """What the images of some rows are like."""
+def _inspect_images(folder: Path, name: str, table: pd.DataFrame) -> dict[str, int]:
+    """Statistics of the images of some rows."""
     from lotlip.data.images import decode_rgb
 
-    found = dict.fromkeys(("opened", "constant", "other_images", "unreadable_images", "wrong_sizes"), 0)
+    counts = dict.fromkeys(("opened", "constant", "other_images", "unreadable_images", "wrong_sizes"), 0)
     for row in table.to_dict("records"):
-        found["opened"] += 1
+        counts["opened"] += 1
         data = read_image(folder, name, row["offset"], row["size"])
-        found["other_images"] += hashlib.sha256(data).hexdigest() != row["sha256"]
+        counts["other_images"] += hashlib.sha256(data).hexdigest() != row["sha256"]
         try:
             image = decode_rgb(data)
         except ValueError:
-            found["unreadable_images"] += 1
+            counts["unreadable_images"] += 1
             continue
-        found["wrong_sizes"] += image.size != (row["width"], row["height"])
-        found["constant"] += bool(np.ptp(np.asarray(image), axis=(0, 1)).max() == 0)
-    return found
+        counts["wrong_sizes"] += image.size != (row["width"], row["height"])
+        counts["constant"] += bool(np.ptp(np.asarray(image), axis=(0, 1)).max() == 0)
+    return counts
 
 
 def spread(table: pd.DataFrame, most: int | None) -> pd.DataFrame:
-    """Rows of a table at equal distances, at most so many; None: all."""
+    """At most `most` rows of a table, evenly spaced; None: all."""
     if most is None or len(table) <= most:
         return table
     return table.iloc[np.linspace(0, len(table) - 1, most).astype(int)]
 
 
 def blank(texts: pd.Series) -> int:
-    """How many texts are null or have nothing but spaces."""
+    """How many texts are null or blank."""
     return int((texts.fillna("").str.strip() == "").sum())
 
 
 def held_out_images(ingest: Path, names: Sequence[str]) -> set[str]:
-    """Hashes of the images that ingest has in other splits than train, of the partitions `names`."""
+    """Hashes of the images in ingest's partitions `names` that are not in the train split."""
     held_out = (name for name in names if not name.startswith("train/"))
     return {sha256 for name in held_out for sha256 in read_table(ingest, name, ["sha256"])["sha256"]}
 
@@ -138,17 +138,17 @@ def held_out_images(ingest: Path, names: Sequence[str]) -> set[str]:
 # --- partitions of captions ---------------------------------------------------------------------------------------
 
 CAPTIONS = (
-    Fact("missing_files", "a partition's table is there", high=0),
-    Fact("rows_off", "a partition's table has a row for every caption written", 0, 0),
-    Fact("empty_texts", "a partition has no empty caption", high=0),
-    Fact("unsplit", "every caption of a partition has at least 1 sub-caption", high=0),
+    Invariant("missing_files", "a partition has its table", high=0),
+    Invariant("rows_off", "a partition's table has a row for every caption written", 0, 0),
+    Invariant("empty_texts", "a partition has no empty caption", high=0),
+    Invariant("unsplit", "every caption of a partition has at least 1 sub-caption", high=0),
 )
 
 
 def inspect_captions(folder: Path, name: str, written: int) -> dict[str, Any]:
-    """A partition that a captioner wrote, with the columns of `CAPTIONS`; arguments as of `inspect_partition`."""
+    """Statistics of a partition that a captioner wrote, with the columns of `CAPTIONS`; arguments as above."""
     missing = int(not (folder / f"{name}.parquet").is_file())
-    row: dict[str, Any] = {"unit": name, **dict.fromkeys((fact.column for fact in CAPTIONS), None)}
+    row: dict[str, Any] = {"unit": name, **dict.fromkeys((invariant.column for invariant in CAPTIONS), None)}
     row["missing_files"] = missing
     if missing:
         return row
@@ -163,16 +163,16 @@ def inspect_captions(folder: Path, name: str, written: int) -> dict[str, Any]:
 # --- shards -------------------------------------------------------------------------------------------------------
 
 SHARD = (
-    Fact("bytes_off", "a shard's file has the size that the index says", 0, 0),
-    Fact("hash_off", "a shard's file has the hash that the index says", high=0),
-    Fact("samples_off", "a shard has the samples that the index says", 0, 0),
-    Fact("places_off", "a shard's .index.arrow says where its samples lie", high=0),
-    Fact("token_ids_off", "a shard's .token-ids.arrow, if it has one, is whole and of its samples' texts", high=0),
-    Fact("incomplete", "every sample of a shard has all its parts", high=0),
-    Fact("wordless", "every sample of a shard has a short caption", high=0),
-    Fact("other_images", "a shard's images are those that its samples have hashes of", high=0),
-    Fact("held_out_images", "no training image is one that is evaluated on", high=0),
-    Fact("not_finite", "a shard's features have no NaN or infinity", high=0),
+    Invariant("bytes_off", "a shard's file has the size that the index says", 0, 0),
+    Invariant("hash_off", "a shard's file has the hash that the index says", high=0),
+    Invariant("samples_off", "a shard has the samples that the index says", 0, 0),
+    Invariant("places_off", "a shard's .index.arrow gives the positions of its samples", high=0),
+    Invariant("token_ids_off", "a shard's .token-ids.arrow, if it has one, matches its samples' texts", high=0),
+    Invariant("incomplete", "every sample of a shard has all its parts", high=0),
+    Invariant("wordless", "every sample of a shard has a short caption", high=0),
+    Invariant("other_images", "a shard's images match the hashes of its samples", high=0),
+    Invariant("held_out_images", "no training image is used for evaluation", high=0),
+    Invariant("not_finite", "a shard's features have no NaN or infinity", high=0),
 )
 
 
@@ -181,28 +181,28 @@ def inspect_shard(
     shard: ShardEntry,
     features: bool,
     held_out: Collection[str],
-    looked_at: int | None = LOOKED_AT,
+    sample_size: int | None = SAMPLED_IMAGES,
 ) -> dict[str, Any]:
-    """A shard beside its line of index.json, with the columns of `SHARD` and of what follows.
+    """Statistics of a shard, compared with its entry in index.json, with the columns of `SHARD` and those below.
 
     Args:
         folder: of the shards.
-        shard: its line.
+        shard: its entry.
         features: whether its samples have features.
-        held_out: hashes of the images that must not be trained on.
-        looked_at: how many of its images are compared with their hashes; None: all.
+        held_out: hashes of images that must not be trained on.
+        sample_size: how many of its images are compared with their hashes; None: all.
 
     Returns:
-        Besides: "samples", as its line says; "uncaptioned", samples without a long caption; "widths", how long its
-        features are.
+        Also "samples", as in its entry; "uncaptioned", samples without a long caption; "widths", the dimensions of its
+        features.
     """
     path = folder / f"{shard.name}.tar"
     size = path.stat().st_size if path.is_file() else 0
     same = size == shard.bytes and sha256_files([path]) == shard.sha256
-    row: dict[str, Any] = {"shard": shard.name, **dict.fromkeys((fact.column for fact in SHARD), None)}
+    row: dict[str, Any] = {"shard": shard.name, **dict.fromkeys((invariant.column for invariant in SHARD), None)}
     row |= {"samples": shard.samples, "uncaptioned": 0, "widths": []}
     row |= {"bytes_off": size - shard.bytes, "hash_off": int(not same)}
-    if not same:  # a file that is not the index's is not worth opening
+    if not same:  # a file that the index does not describe is not opened
         return row
     try:
         samples = scan_tar(path)
@@ -215,7 +215,7 @@ def inspect_shard(
         "places_off": int(not _indexed(path, samples)),
         "incomplete": int((parts != (3 if features else 2)).sum()),
     }
-    opened = set(spread(table, looked_at).index)
+    opened = set(spread(table, sample_size).index)
     counts = dict.fromkeys(("wordless", "other_images", "held_out_images", "not_finite", "uncaptioned"), 0)
     train, widths = shard.name.startswith("train-"), set()
     contents = []
@@ -237,7 +237,7 @@ def inspect_shard(
 
 
 def read_keys(path: Path) -> pd.Series:
-    """The keys of a shard whose `.index.arrow` is in order."""
+    """The keys of a shard that has a valid `.index.arrow`."""
     return read_index(path, path.stat().st_size)["key"].to_pandas()
 
 
@@ -271,7 +271,7 @@ def _token_ids_off(path: Path, contents: Sequence[Mapping[str, Any]]) -> int | N
 
 
 def _members(path: Path, table: pd.DataFrame) -> Iterator[list[bytes]]:
-    """Texts, feature and image of each sample; empty where it has none."""
+    """Texts, feature and image of each sample; empty bytes for a missing one."""
     if table.empty:
         return
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

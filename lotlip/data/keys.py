@@ -1,4 +1,4 @@
-"""What a sample is called, and the split that follows from it."""
+"""Keys of samples."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _NOT_IN_A_KEY = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def key_of(name: str, prefix: str = "") -> str:
-    """The key of what a data set calls `name`: the one rule for sources and for tables of captions.
+    """The key for a name in a data set: the same rule for sources and for tables of captions.
 
-    A path loses the ending of an image, and `_` takes the place of `/`. A folder or file whose name has other
-    characters than a key may have (a blank, a dot, a letter with an accent, another alphabet) keeps what is readable in
-    ASCII and gets a hash of its name, so that two names never share a key because of the characters that were lost. The
-    key of an address is its hash: "url-" and 32 hexadecimal digits.
+    A path loses an image's ending, and `/` becomes `_`. If the name of a folder or file contains characters that a key
+    may not have (a space, a dot, an accented letter, another alphabet), its readable ASCII part is kept and a hash of
+    the name is appended, so that two names never share a key because of lost characters. The key of a URL is its hash:
+    "url-" and 32 hexadecimal digits.
 
     Args:
-        name: a path, an address (with `://`), a number or a name.
-        prefix: of the data set; comes before the key.
+        name: a path, a URL (with `://`), a number or a name.
+        prefix: of the data set; put before the key.
 
     >>> key_of("dogs/7.PNG"), key_of("./0.jpg", "cc3m"), key_of("My café.jpg")
     ('dogs_7', 'cc3m_0', 'My_cafe-5150c3e1b45a')
@@ -41,7 +41,7 @@ def key_of(name: str, prefix: str = "") -> str:
 
 
 def _part_of_key(name: str) -> str:
-    """The part of a key that stands for one folder or file."""
+    """The part of a key for one folder or file."""
     if not name or is_key(name):
         return name
     letters = "".join(sign for sign in unicodedata.normalize("NFKD", name) if not unicodedata.combining(sign))
@@ -53,24 +53,24 @@ def _hash(name: str) -> str:
 
 
 def prefix_of(file: Path, root: Path) -> str:
-    """What keys of a file begin with: the folders that lead to it from `root`, empty where it is in none."""
+    """The prefix of a file's keys: the folders that lead to it from `root`; empty if it is not in a subfolder."""
     return "" if file == root else "_".join(map(_part_of_key, file.relative_to(root).parent.parts))
 
 
 def is_key(key: str) -> bool:
-    """Whether it may name a sample."""
+    """Whether a text may be a sample's key."""
     return KEY_PATTERN.fullmatch(key) is not None
 
 
 def printable(name: str) -> str:
-    """A file's name as text that can be written as UTF-8, whatever bytes it has on disk."""
+    """A file's name as text that can be encoded as UTF-8, whatever bytes it has on disk."""
     try:
         return os.fsencode(name).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # half of a pair, out of JSON: never a name on disk
+    except UnicodeEncodeError:  # an unpaired surrogate from JSON: never a name on disk
         return name.encode("utf-8", "backslashreplace").decode()
 
 
-def leaves(path: str) -> bool:
-    """Whether a path leads out of the folder that it starts from, or would on some system."""
+def escapes_folder(path: str) -> bool:
+    """Whether a path leads out of the folder that it is relative to, on any operating system."""
     parts = PurePosixPath(path.replace("\\", "/")).parts
     return path.startswith(("/", "\\")) or ".." in parts or re.match(r"[A-Za-z]:", path) is not None

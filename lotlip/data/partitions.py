@@ -1,8 +1,9 @@
-"""What ingest and caption leave on disk: a tar of images, tables of captions, and a marker for every finished unit.
+"""Partitions, the output of ingest and caption: a tar of images, tables of captions, and a marker per finished unit.
 
-A partition `train/part-00000` is `train/part-00000.tar` and `.parquet` (ingest) or `.parquet` alone (a captioner), and
-`train/part-00000.json`, its report. The report is written last: where it is, the partition is whole. A unit of ingest
-whose items are of several splits leaves a partition in each; that of the first of `SPLITS` is marked last, for all.
+A partition `train/part-00000` consists of `train/part-00000.tar` and `.parquet` (ingest), or of `.parquet` alone (a
+captioner), and of its report, `train/part-00000.json`. The report is written last: if it exists, the partition is
+complete. A unit of ingest with items of several splits becomes one partition per split; the one of the first of
+`SPLITS` gets its report last, which marks the whole unit as complete.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from lotlip.data.tars import TarWriter
 
 MARKER = ".json"
 
-# `offset` and `size` say where the image's bytes lie in the tar, so that a shard can pick images at random.
+# `offset` and `size` give the position of the image's bytes in the tar, so that a shard can pick images at random.
 RECORDS = pa.schema(
     [
         ("key", pa.string()),
@@ -38,13 +39,13 @@ RECORDS = pa.schema(
         ("width", pa.int32()),
         ("height", pa.int32()),
         ("sha256", pa.string()),
-        ("scene", pa.string()),  # JSON; null where the source does not know what is in the picture
+        ("scene", pa.string()),  # JSON; null if the source does not know the picture's content
         ("offset", pa.int64()),
         ("size", pa.int64()),
     ]
 )
 
-# The second half is null where nobody measured: see `MeasuredCaption`.
+# The columns from `words` on are null in captions that were not measured: see `MeasuredCaption`.
 CAPTIONS = pa.schema(
     [
         ("key", pa.string()),
@@ -75,20 +76,20 @@ CAPTIONS = pa.schema(
 def write_partitions(
     unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path, split_of: Callable[[str], str]
 ) -> list[UnitReport]:
-    """Writes a unit's images and their tables, a partition for each split; one image is in memory at a time.
+    """Writes a unit's images and tables, one partition per split; only one image is in memory at a time.
 
     Args:
-        unit: what is read.
+        unit: that was read.
         items: as `Source.read` gives them.
         folder: of the stage.
-        split_of: a key's split; not asked where the unit has one.
+        split_of: key → split; not called if the unit has a split.
 
     Returns:
-        A report for each split of the unit that has items, in the order of `SPLITS`; the first has one in any case.
+        A report for each split of the unit that has items, in the order of `SPLITS`; the first split always has one.
 
     Raises:
-        ValueError: a key that cannot name a sample.
-        AssertionError: a unit with a split, and not as many `items` as it has.
+        ValueError: a key is not valid.
+        AssertionError: a unit with a split yields another number of items than it has.
     """
     splits = SPLITS if unit.split is None else (unit.split,)
     for split in splits:
@@ -112,7 +113,7 @@ def write_partitions(
 
 
 class _Partition(AbstractContextManager["_Partition"]):
-    """The tar and table of one split of a unit, whole when the block ends well."""
+    """The tar and table of one split of a unit; they are complete when the block ends without an error."""
 
     def __init__(self, path: Path) -> None:
         self.files = [path.with_name(f"{path.name}{ending}") for ending in (".tar", ".parquet")]
@@ -143,17 +144,17 @@ class _Partition(AbstractContextManager["_Partition"]):
             self.warnings += item.warnings
 
 
-def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mapping[int, tuple[str, str]]) -> UnitReport:
-    """Puts a finished partition of images into another folder, without some of its rows; the tar is linked.
+def link_partition(folder: Path, report: UnitReport, out: Path, dropped: Mapping[int, tuple[str, str]]) -> UnitReport:
+    """Links a finished partition of images into another folder, without some of its rows.
 
     Args:
-        folder: where it is.
-        report: its own.
-        out: where it goes.
-        dropped: number of a row → kind and reason of the `Failure` that it becomes.
+        folder: with the partition.
+        report: of the partition.
+        out: the other folder.
+        dropped: row → kind and reason of the `Failure` that it becomes.
 
     Returns:
-        Its report there.
+        The report of the new partition.
     """
     name = report.name
     files = [out / f"{name}.tar", out / f"{name}.parquet"]
@@ -173,8 +174,8 @@ def place_partition(folder: Path, report: UnitReport, out: Path, dropped: Mappin
         Failure(row["key"], f"{name}.tar: {row['key']}.{row['extension']}", reason, kind)
         for row, (_, (kind, reason)) in zip(rows, sorted(dropped.items()), strict=True)
     ]
-    gone = {failure.key for failure in failures}
-    warnings = [warning for warning in report.warnings if warning.key not in gone]
+    dropped_keys = {failure.key for failure in failures}
+    warnings = [warning for warning in report.warnings if warning.key not in dropped_keys]
     return _finish(name, out, report.read, int(keep.sum()), [*report.failures, *failures], files, warnings)
 
 
@@ -186,17 +187,17 @@ def _link(source: Path, target: Path) -> None:
 
 
 def finished_unit(unit: Unit, folder: Path) -> list[UnitReport] | None:
-    """The reports of a unit that `write_partitions` wrote whole; None where it did not."""
+    """The reports of a unit that `write_partitions` completed; None if it did not."""
     if unit.split is not None:
         report = finished(unit.name, folder)
         return None if report is None else [report]
-    found = [report for split in SPLITS if (report := finished(unit.partition(split), folder))]
-    return found if found and found[0].name == unit.partition(SPLITS[0]) else None
+    reports = [report for split in SPLITS if (report := finished(unit.partition(split), folder))]
+    return reports if reports and reports[0].name == unit.partition(SPLITS[0]) else None
 
 
 def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
     if not KEY_PATTERN.fullmatch(record.key):
-        raise ValueError(f"{record.key!r} cannot be a sample's key: the source may use only letters, digits, _ and -")
+        raise ValueError(f"{record.key!r} is not a valid key: sources must use only letters, digits, _ and -")
     offset = tar.add(f"{record.key}.{record.extension}", record.image)
     scene = None if record.scene is None else json.dumps(record.scene, sort_keys=True, allow_nan=False)
     row = {name: getattr(record, name) for name in ("key", "extension", "short_caption", "width", "height", "sha256")}
@@ -204,12 +205,12 @@ def _row(record: ImageRecord, tar: TarWriter) -> dict[str, Any]:
 
 
 def read_table(folder: Path, name: str, columns: Sequence[str] | None = None) -> pd.DataFrame:
-    """A unit's table; of `RECORDS` for ingest's units."""
+    """A unit's table; ingest's units have the columns of `RECORDS`."""
     return pq.read_table(folder / f"{name}.parquet", columns=None if columns is None else list(columns)).to_pandas()
 
 
 def read_image(folder: Path, name: str, offset: int, size: int) -> bytes:
-    """One image's bytes, from where the table says that they lie in the unit's tar."""
+    """One image's bytes, from their position in the unit's tar."""
     with (folder / f"{name}.tar").open("rb") as file:
         file.seek(offset)
         return file.read(size)
@@ -218,7 +219,7 @@ def read_image(folder: Path, name: str, offset: int, size: int) -> bytes:
 def stored_images(
     folder: Path, units: Iterable[str], column: str = "key"
 ) -> Iterator[tuple[str, Any, Callable[[], bytes]]]:
-    """Of each image of some of ingest's units its key, another column of theirs, and what reads its bytes."""
+    """For each image of some of ingest's units: its key, another column's value, and a function that reads it."""
     for unit in units:
         table = read_table(folder, unit, list(dict.fromkeys(["key", "offset", "size", column])))
         for key, value, at, size in zip(table["key"], table[column], table["offset"], table["size"], strict=True):
@@ -226,7 +227,7 @@ def stored_images(
 
 
 def read_records(folder: Path, name: str) -> Iterator[ImageRecord]:
-    """A unit's images with their short captions, in order, one in memory at a time."""
+    """A unit's images with their short captions, in order; only one is in memory at a time."""
     rows = read_table(folder, name).to_dict("records")
     with (folder / f"{name}.tar").open("rb") as file:
         for row in rows:
@@ -246,14 +247,14 @@ def write_captions(
     """Writes the captions of a unit.
 
     Args:
-        name: of the unit, as ingest calls it.
-        items: as `Captioner.caption` gives them, or captions with their measures.
-        read: images that the captioner was given.
+        name: of the unit, as in ingest.
+        items: as `Captioner.caption` yields them, or captions with their measures.
+        read: number of images that the captioner got.
         folder: of the captioner.
         schema: the columns.
 
     Raises:
-        AssertionError: `items` has not one for each image.
+        AssertionError: `items` does not have one entry per image.
     """
     path = folder / f"{name}.parquet"
     remove(folder / f"{name}{MARKER}", ours=is_marker)
@@ -277,7 +278,7 @@ def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None)
     return table
 
 
-# --- units that are done once ---------------------------------------------------------------------------------------
+# --- resuming units ---------------------------------------------------------------------------------------------------
 
 
 def reuse_or_write(
@@ -287,17 +288,17 @@ def reuse_or_write(
     finished: Callable[[], list[UnitReport] | None],
     write: Callable[[], list[UnitReport]],
 ) -> list[UnitReport]:
-    """Gives the reports of a unit that is finished and whose inputs are unchanged; else writes the unit.
+    """Returns the reports of a finished unit whose inputs are unchanged; otherwise writes the unit.
 
-    The hash of the inputs is kept beside the outputs, not in them: what is published must not depend on the times of
+    The hash of the inputs is kept beside the outputs, not in them: published files must not depend on the times of
     files.
 
     Args:
         name: of the unit.
-        inputs: a hash of what the unit is made from, taken before it is written; None: unknown, so the unit is written.
+        inputs: a hash of the unit's inputs, taken before it is written; None: unknown, so the unit is written.
         folder: of the unit's outputs.
-        finished: gives the reports of the unit's outputs where they are whole.
-        write: writes the outputs and gives their reports.
+        finished: returns the reports of the unit's outputs if they are complete.
+        write: writes the outputs and returns their reports.
     """
     record = _record_of_inputs(name, folder)
     if inputs is not None and inputs == recorded_inputs(name, folder) and (reports := finished()):
@@ -305,12 +306,12 @@ def reuse_or_write(
     remove(record)
     reports = write()
     if inputs is not None:
-        write_json(record, inputs)  # last: an interruption before it has the unit written again
+        write_json(record, inputs)  # last: after an interruption before this line the unit is written again
     return reports
 
 
 def recorded_inputs(name: str, folder: Path) -> str | None:
-    """The hash of the inputs that a unit in a folder was last written from; None where it is not known."""
+    """The hash of the inputs that a unit in a folder was last written from; None if unknown."""
     record = _record_of_inputs(name, folder)
     return read_record(record, str) if record.is_file() else None
 
@@ -338,7 +339,7 @@ def _finish(
 
 
 def finished(name: str, folder: Path) -> UnitReport | None:
-    """The report of a partition that was written whole; None where it was not."""
+    """The report of a complete partition; None if the partition is not complete."""
     marker = folder / f"{name}{MARKER}"
     return read_record(marker, UnitReport) if marker.is_file() else None
 
@@ -353,6 +354,6 @@ def is_marker(path: Path) -> bool:
 
 
 def unit_names(folder: Path, split: str | None = None) -> list[str]:
-    """Names of the finished units of a split (of all splits where none is given), sorted."""
+    """Names of the finished units of a split (of all splits if None), sorted."""
     markers = folder.glob(f"{split or '*'}/part-*{MARKER}")
     return sorted(marker.relative_to(folder).as_posix().removesuffix(MARKER) for marker in markers)

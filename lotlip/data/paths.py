@@ -1,4 +1,4 @@
-"""The state of a source's files on disk: whether they changed since they were read, and whether DVC can read them."""
+"""Detects changed source files, and source files that DVC cannot read."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from lotlip.data.keys import printable
 
 
 def file_state(path: Path) -> list[int] | str:
-    """What changes whenever a file is replaced, edited, removed or given other permissions; its bytes are not read.
+    """A value that changes whenever a file is replaced, edited, removed or gets other permissions; it is not read.
 
-    The time of the last status change finds an edit that keeps size and modification time, which some programs that
-    copy and extract files restore.
+    The time of the last status change reveals an edit that keeps size and modification time, which some copying and
+    extracting programs restore.
 
     Args:
         path: links are followed.
 
     Returns:
-        Size and times in nanoseconds; for a file whose status cannot be read, the reason.
+        Size and times in nanoseconds; the reason if the file's status cannot be read.
     """
     try:
         status = path.stat()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
         return f"{type(error).__name__} {getattr(error, 'errno', None)}"
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
@@ -39,50 +39,50 @@ def tree_state(path: Path) -> str:
 
 
 def find_images(root: Path, remedy: str) -> list[str]:
-    """Paths of the images below `root`, sorted, with `/` on every system; hidden ones are left out.
+    """Paths of the images below `root`, sorted, with `/` on every system; hidden files are skipped.
 
     Raises:
-        ValueError: it is not there or has no image; the message ends with the remedy.
+        ValueError: the folder does not exist or has no image; the message ends with the remedy.
     """
     from lotlip.data.images import ENDINGS
 
     if not root.is_dir():
-        raise ValueError(f"the folder {root} is not there; {remedy}")
-    found = [file.relative_to(root).as_posix() for file in files_below(root) if file.suffix[1:].lower() in ENDINGS]
-    if not found:
+        raise ValueError(f"the folder {root} does not exist; {remedy}")
+    images = [file.relative_to(root).as_posix() for file in files_below(root) if file.suffix[1:].lower() in ENDINGS]
+    if not images:
         raise ValueError(f"the folder {root} has no image; {remedy}")
-    return sorted(found)
+    return sorted(images)
 
 
-# --- what DVC cannot hash -----------------------------------------------------------------------------------------
+# --- files that DVC cannot hash -------------------------------------------------------------------------------------
 
 SHOWN = 10
 
 
 def check_inputs(inputs: Iterable[tuple[str, Path]]) -> None:
-    """Checks that the files and folders that stages read have nothing in them that DVC cannot hash.
+    """Checks that DVC can hash the files and folders that stages read.
 
     Args:
         inputs: key of params.yaml and path of each.
 
     Raises:
-        ValueError: one has such entries; the message names them, the key and the remedies.
+        ValueError: it cannot hash some entries; the message names them, the key and the remedies.
     """
     for key, path in inputs:
         _check(key, path)
 
 
 def _check(key: str, path: Path) -> None:
-    found = list(islice(_problems(path), SHOWN + 1))
-    if found:
-        lines = [f"  - {printable(str(entry))} {what}" for entry, what in found[:SHOWN]]
-        lines += ["  - and more"] if len(found) > SHOWN else []
+    problems = list(islice(_problems(path), SHOWN + 1))
+    if problems:
+        lines = [f"  - {printable(str(entry))} {what}" for entry, what in problems[:SHOWN]]
+        lines += ["  - and more"] if len(problems) > SHOWN else []
         head = f"{printable(str(path))} ({key} in params.yaml) has entries that DVC cannot read:"
         raise ValueError("\n".join([head, *lines]))
 
 
 def _problems(root: Path) -> Iterator[tuple[Path, str]]:
-    """Entries that DVC cannot hash, and what is wrong with each; links to folders are not followed, as DVC does not."""
+    """Entries that DVC cannot hash, and why. Like DVC, it does not follow links to folders."""
     if root.is_symlink() and not root.exists():
         yield root, _broken_link(root)
     if not root.is_dir():
@@ -92,11 +92,11 @@ def _problems(root: Path) -> Iterator[tuple[Path, str]]:
         folder = folders.pop()
         try:
             with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
+                children = sorted(entries, key=lambda entry: entry.name)
         except OSError as error:
             yield folder, f"cannot be listed ({error.strerror}); change its permissions or remove it"
             continue
-        for entry in found:
+        for entry in children:
             path = folder / entry.name
             if not _is_utf8(entry.name):
                 yield path, "has a name that is not UTF-8; rename it"
@@ -115,7 +115,7 @@ def _broken_link(path: Path) -> str:
         path.stat()
     except OSError as error:
         if error.errno == errno.ELOOP:
-            return f"is a link to {target}, which leads back to it; remove it"
+            return f"is a link to {target}, which links back to it; remove it"
     return f"is a link to {target}, which does not exist; restore the target or remove the link"
 
 

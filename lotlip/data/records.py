@@ -1,4 +1,4 @@
-"""The types that pass between stages: what a source yields, what a captioner adds, what a unit leaves."""
+"""The types that pass between stages: images, captions, failures, units of work and their reports."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any, ClassVar
 
 from pydantic import ConfigDict
 
-# A WebDataset key ends at the first dot of a member's name, so a key has no dot.
+# In WebDataset a key ends at the first dot of a member's name, so a key has no dot.
 KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 
 SPLITS = ("train", "val", "test")
 
-# Folder of Great Expectations' pages beside the records of the stages, and in the report.
+# Folder of Great Expectations' pages, beside the stage records and in the report.
 DATA_DOCS = "data-docs"
 
 
 class Unusable(ValueError):
-    """Something that every unit needs cannot be used: the stage ends at once, and a person mends it."""
+    """Something that every unit needs cannot be used. The stage ends at once, because only the user can fix it."""
 
 
 @dataclass(frozen=True)
 class ItemWarning:
-    """Something to be told of an item.
+    """A warning about an item.
 
     Attributes:
-        key: the sample's key (or its file's name where it never got one).
-        where: the file, member or row that it is about, as a person would look it up.
+        key: the sample's key, or its file's name if it has no key yet.
+        where: the file, member or row, in a form that a person can look up.
         reason: one line for a person.
         kind: one word for counting: "unreadable", "empty", "encoding", "duplicate", "missing", …
     """
@@ -41,23 +41,23 @@ class ItemWarning:
 
 
 class Failure(ItemWarning):
-    """An item that did not come through a stage, and why."""
+    """An item that a stage could not process, and why."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image with the caption it came with.
+    """One image with its short caption.
 
     Attributes:
         key: name of the sample, unique in the data set; matches `KEY_PATTERN`.
-        image: the encoded file, byte for byte as the source had it.
+        image: the encoded file, byte for byte as in the source.
         extension: of the encoding, without the dot: "jpg", "png", "webp", …
-        short_caption: the short caption that came with the image; never empty.
-        width: pixels.
-        height: pixels.
+        short_caption: the caption that the source has for the image; never empty.
+        width: in pixels.
+        height: in pixels.
         sha256: of `image`, in hex.
-        scene: what is in the picture, where the source knows it (the generated scenes do).
-        warnings: what is odd about it, though it came through: a file that is not what its name says.
+        scene: the picture's content, if the source knows it (generated scenes do).
+        warnings: irregularities of an image that was kept, such as contents that do not match the file's name.
     """
 
     key: str
@@ -78,12 +78,12 @@ class Caption:
     Attributes:
         key: the image's key.
         captioner: name of the captioner in params.yaml.
-        text: the caption, whole.
+        text: the full caption.
         sub_captions: its sentences, by `lotlip.data.text.split_sub_captions`.
-        tokens: word pieces of the text, special tokens not counted.
+        tokens: word pieces of the text, without special tokens.
         finish_reason: "stop" when the captioner ended by itself, "length" when it was cut.
-        revision: of the model (or of the table) that wrote it.
-        prompt: what it was asked; empty where nothing was asked.
+        revision: of the model or table that wrote it.
+        prompt: that the captioner was given; empty if none.
     """
 
     key: str
@@ -98,21 +98,21 @@ class Caption:
 
 @dataclass(frozen=True)
 class MeasuredCaption(Caption):
-    """A caption with what `lotlip.caption.quality` measures of it.
+    """A caption with the measures of `lotlip.caption.quality`.
 
     Attributes:
-        words: in the text.
-        repetition: share of its runs of four words that were there before.
-        truncated: it was cut off, or has no end.
-        control: control characters in it.
-        mojibake: places in it that were decoded wrongly.
-        refusal: the phrase by which the captioner refuses; empty where it does not.
-        reasoning: the first sign that it is the captioner's reasoning, not its answer; empty if there is none.
-        agreement: share of the short caption's content words that it has; None where that has none.
-        own_agreement: the same, of the words that the next image's short caption lacks: mean over the next few images.
-        next_agreement: share that it has of the words of the next image's short caption that its own lacks: mean over
-            those.
-            Both are None where none of them has words to be told apart by.
+        words: number of words in the text.
+        repetition: share of its 4-grams that occurred earlier in the text.
+        truncated: whether it was cut off, or has no end.
+        control: number of control characters.
+        mojibake: number of places that were decoded wrongly.
+        refusal: the phrase by which the captioner refuses; empty if it does not.
+        reasoning: the first sign that the text is the captioner's reasoning, not its answer; empty if there is none.
+        agreement: share of the short caption's content words that the text contains; None if that has none.
+        own_agreement: the same, for only those words that the next image's short caption lacks, averaged over the next
+            few images.
+        next_agreement: share of the words of the next image's short caption, without those of its own, that the text
+            contains; averaged over the same images. This and `own_agreement` are None if no words distinguish them.
     """
 
     words: int
@@ -129,12 +129,12 @@ class MeasuredCaption(Caption):
 
 @dataclass(frozen=True)
 class Unit:
-    """A piece of a stage's work that is done whole, retried whole and never redone: a partition.
+    """A piece of a stage's work that is finished, retried and reused as a whole: a partition.
 
     Attributes:
-        split: one of `SPLITS`, of all its items. None: the source tells each item's split by its key, the unit becomes
-            a partition for each split, and how many items it has is known when it was read.
-        index: counts the units of a split (or of all, where they have none) from 0.
+        split: of all its items, one of `SPLITS`. None: an item's split follows from its key, the unit becomes one
+            partition per split, and its number of items is unknown until it is read.
+        index: number of the unit in its split (or among all units, if these have no split), from 0.
         items: what the source reads for it (scene numbers, file names, the name of a tar, …).
     """
 
@@ -144,26 +144,26 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """For a person: "train/part-00000", or "part-00000" where it has no split."""
+        """Name for messages: "train/part-00000", or "part-00000" if the unit has no split."""
         return f"part-{self.index:05d}" if self.split is None else self.partition(self.split)
 
     def partition(self, split: str) -> str:
-        """Path of a split's partition in the stage's folder, without an ending: "train/part-00000"."""
+        """Path of a split's partition in the stage's folder, without a suffix: "train/part-00000"."""
         return f"{split}/part-{self.index:05d}"
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """What became of a unit's items. `read == written + len(failures)` always holds.
+    """The result of a unit. `read == written + len(failures)` always holds.
 
     Attributes:
         name: of the unit.
-        read: items that went in.
-        written: items that came out.
-        failures: the others.
-        warnings: about those that came out.
+        read: number of input items.
+        written: number of output items.
+        failures: the other items.
+        warnings: about the output items.
         sha256: of the unit's files, in hex.
-        bytes: of the unit's files.
+        bytes: size of the unit's files.
     """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")  # for `read_record`
@@ -179,6 +179,6 @@ class UnitReport:
     def __post_init__(self) -> None:
         if self.read != self.written + len(self.failures):
             raise AssertionError(
-                f"{self.name}: {self.read} items went in, {self.written} came out and "
-                f"{len(self.failures)} failed: some were lost without a reason"
+                f"{self.name}: {self.read} items were read, {self.written} were written and {len(self.failures)} "
+                "failed: some were lost without a reason"
             )

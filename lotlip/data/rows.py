@@ -1,4 +1,4 @@
-"""Rows of Parquet and CSV files: one at a time, from any place, however large the file is."""
+"""Reads rows of Parquet and CSV files in small pieces from any position, however large the file is."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from typing import IO, Any, NamedTuple, Protocol
 
 from lotlip.core.listing import files_below
 
-_LONGEST_LINE = 2**20  # bytes; a longer one is read in pieces, which are no rows
-_LONGEST_FIELD = 2**17  # characters; so far a quote runs that nobody closes
+_LONGEST_LINE = 2**20  # bytes; a longer line is read in pieces, which are invalid rows
+_LONGEST_FIELD = 2**17  # characters; an unclosed quote runs this far
 
 
 @dataclass(frozen=True)
-class Range:
-    """Rows of a table that stand together.
+class RowRange:
+    """Consecutive rows of a table.
 
     Attributes:
-        start: where the first one is: its number from 0 (Parquet), its first byte (CSV).
-        number: what a person calls the first one: its number or line, from 1.
-        count: how many.
+        start: position of the first row: its number from 0 (Parquet), its first byte (CSV).
+        number: number of the first row for messages: its row or line, from 1.
+        count: number of rows.
     """
 
     start: int
@@ -32,13 +32,13 @@ class Range:
     count: int
 
 
-class Row(NamedTuple):
-    """One row.
+class TableRow(NamedTuple):
+    """One row of a table.
 
     Attributes:
-        number: what a person calls it: its number (Parquet) or the line where it begins (CSV), from 1.
-        values: of the columns that were asked for; None for null, which CSV does not have.
-        problem: why there are no values, and one word for it: "row" or "encoding"; None where there are.
+        number: for messages, from 1: the row (Parquet), or the line where it begins (CSV).
+        values: of the requested columns; None for null, which CSV does not have.
+        problem: why there are no values, and a kind: "row" or "encoding"; None if the row is valid.
     """
 
     number: int
@@ -46,54 +46,54 @@ class Row(NamedTuple):
     problem: tuple[str, str] | None = None
 
 
-class Table(Protocol):
-    """A file of rows.
+class TableFile(Protocol):
+    """A file with rows.
 
     Attributes:
         path: the file.
         columns: their names.
-        unit: what a row's number counts: "row" or "line".
+        unit: what row numbers count: "row" or "line".
     """
 
     path: Path
     columns: list[str]
     unit: str
 
-    def ranges(self, size: int) -> Iterator[Range]:
-        """All rows, `size` at a time."""
+    def ranges(self, size: int) -> Iterator[RowRange]:
+        """All rows, in ranges of `size`."""
 
-    def rows(self, columns: Sequence[str], part: Range | None = None) -> Iterator[Row]:
-        """Rows in their order; all of them where no part is given."""
+    def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
+        """The rows of a range, or of the whole file if None, in order."""
 
 
-def open_table(path: Path) -> Table:
-    """A table, by the ending of its name.
+def open_table(path: Path) -> TableFile:
+    """Opens a table; the ending of its name decides the format.
 
     Raises:
-        ValueError: the file cannot be read as what its name says.
+        ValueError: the file cannot be read in that format.
     """
     try:
         return ParquetTable(path) if path.suffix.lower() == ".parquet" else CsvTable(path)
-    except (ValueError, OSError) as error:  # pyarrow raises kinds of both
+    except (ValueError, OSError) as error:  # pyarrow raises subclasses of both
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
 
-def find_tables(path: Path, endings: Sequence[str], leave: Path | None = None) -> list[Path]:
-    """The file itself, or all tables below a folder, sorted; nothing hidden, and nothing below `leave`."""
+def find_tables(path: Path, endings: Sequence[str], skip: Path | None = None) -> list[Path]:
+    """The file itself, or all tables below a folder, sorted, without hidden files and those below `skip`."""
     if not path.is_dir():
         return [path]
-    return sorted(file for file in files_below(path, leave) if file.name.lower().endswith(tuple(endings)))
+    return sorted(file for file in files_below(path, skip) if file.name.lower().endswith(tuple(endings)))
 
 
 def as_name(value: Any) -> str:
-    """What a cell calls a sample: its text, or a number's digits; "" where it has nothing.
+    """The name of a sample in a cell: its text, or a number's digits; "" if the cell is empty.
 
-    A column of whole numbers becomes one of floating-point numbers where a row has none, so `1.0` is `1`.
+    A column of integers with an empty cell becomes a column of floats, so `1.0` is read as `1`.
 
     >>> as_name(1.0), as_name(1.5), as_name(" a.jpg "), as_name(float("nan")), as_name(None)
     ('1', '1.5', ' a.jpg ', '', '')
     """
-    if value is None or value != value:  # not a number
+    if value is None or value != value:  # NaN
         return ""
     if isinstance(value, bytes):
         return value.decode("utf-8", "replace")
@@ -102,23 +102,23 @@ def as_name(value: Any) -> str:
     return str(value)
 
 
-def require(table: Table, columns: Sequence[str], remedy: str) -> None:
-    """Makes sure that the columns are there, once.
+def require(table: TableFile, columns: Sequence[str], remedy: str) -> None:
+    """Checks that a table has each of the columns exactly once.
 
     Raises:
-        ValueError: one is not, or is there twice; the message lists those there are, and the remedy.
+        ValueError: one is missing or duplicated; the message lists the table's columns and the remedy.
     """
-    there = ", ".join(table.columns) or "none"
+    names = ", ".join(table.columns) or "none"
     missing = [column for column in columns if column not in table.columns]
     if missing:
-        raise ValueError(f"{table.path} has no column {', '.join(missing)} (it has {there}); {remedy}")
+        raise ValueError(f"{table.path} has no column {', '.join(missing)} (it has {names}); {remedy}")
     repeated = [column for column in columns if table.columns.count(column) > 1]
     if repeated:
-        raise ValueError(f"{table.path} has more than one column {', '.join(repeated)} (it has {there}); rename them")
+        raise ValueError(f"{table.path} has more than one column {', '.join(repeated)} (it has {names}); rename them")
 
 
 def is_text(kind: Any) -> bool:
-    """Whether an Arrow type holds texts: plain, large or viewed strings, or a dictionary of them (pandas' category)."""
+    """Whether an Arrow type holds texts: plain, large or view strings, or a dictionary of them (pandas' category)."""
     from pyarrow.types import is_dictionary, is_large_string, is_string, is_string_view
 
     kind = kind.value_type if is_dictionary(kind) else kind
@@ -126,7 +126,7 @@ def is_text(kind: Any) -> bool:
 
 
 class ParquetTable:
-    """Read by row groups, a few rows at a time."""
+    """A Parquet file, read by row groups, a few rows at a time."""
 
     unit = "row"
 
@@ -134,7 +134,7 @@ class ParquetTable:
         import pyarrow.parquet as pq
 
         self.path = path
-        # pre_buffer would hold a whole row group
+        # pre_buffer would keep a whole row group in memory
         self._file = pq.ParquetFile(path, buffer_size=2**16, pre_buffer=False)
         self.schema = self._file.schema_arrow
         self.columns = list(self.schema.names)
@@ -143,17 +143,17 @@ class ParquetTable:
         """Whether a column holds texts."""
         return is_text(self.schema.field(column).type)
 
-    def ranges(self, size: int) -> Iterator[Range]:
+    def ranges(self, size: int) -> Iterator[RowRange]:
         total = self._file.metadata.num_rows
         for start in range(0, total, size):
-            yield Range(start, start + 1, min(size, total - start))
+            yield RowRange(start, start + 1, min(size, total - start))
 
-    def rows(self, columns: Sequence[str], part: Range | None = None) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
         metadata = self._file.metadata
-        # few at a time where rows may hold images
+        # small batches if rows may hold images
         size = 4096 if all(map(self.is_text, columns)) else 64
         start, end = (part.start, part.start + part.count) if part else (0, metadata.num_rows)
-        first = 0  # row of the group
+        first = 0  # row of the next group
         for group in range(metadata.num_row_groups):
             place, first = first, first + metadata.row_group(group).num_rows
             if first <= start or place >= end:
@@ -164,80 +164,80 @@ class ParquetTable:
                     yield from self._rows(batch.slice(low, high - low), columns, place + low)
                 place += batch.num_rows
 
-    def _rows(self, batch: Any, columns: Sequence[str], place: int) -> Iterator[Row]:
+    def _rows(self, batch: Any, columns: Sequence[str], place: int) -> Iterator[TableRow]:
         try:
-            found = zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
-        except UnicodeDecodeError as error:  # one text spoils the batch
+            rows = zip(*(batch.column(column).to_pylist() for column in columns), strict=True)
+        except UnicodeDecodeError as error:  # one invalid text makes the whole batch fail
             if batch.num_rows == 1:
-                yield Row(place + 1, problem=(f"a text is not UTF-8: {error.reason}", "encoding"))
+                yield TableRow(place + 1, problem=(f"a text is not UTF-8: {error.reason}", "encoding"))
                 return
             for row in range(batch.num_rows):
                 yield from self._rows(batch.slice(row, 1), columns, place + row)
             return
-        for row, values in enumerate(found):
-            yield Row(place + row + 1, values)
+        for row, values in enumerate(rows):
+            yield TableRow(place + row + 1, values)
 
 
 class CsvTable:
-    """UTF-8 with a header line; quoted fields may hold commas, quotes and line ends."""
+    """A UTF-8 CSV file with a header line; quoted fields may contain commas, quotes and newlines."""
 
     unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            # the end of the header is where the next record begins
+            # the header ends where the next record begins
             header = list(islice(self._records(file, 0), 2))
             if not header:
-                raise ValueError("it is empty, without so much as a header line")
+                raise ValueError("the file is empty: it has no header line")
             self._end = (header[1][0], header[1][1] - 1) if len(header) == 2 else (file.tell(), header[0][1])
         first = header[0][2]
         if isinstance(first, csv.Error) or not all(map(_is_text, first)):
-            raise ValueError("its first line is no header in UTF-8")
+            raise ValueError("its first line is not a UTF-8 header")
         self.columns = first
 
-    def ranges(self, size: int) -> Iterator[Range]:
+    def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
             file.seek(self._end[0])
             start, number, count = *self._end, 0
             for place, line, _ in self._records(file, self._end[1]):
                 if count == size:
-                    yield Range(start, number, count)
+                    yield RowRange(start, number, count)
                     count = 0
                 if count == 0:
                     start, number = place, line
                 count += 1
             if count:
-                yield Range(start, number, count)
+                yield RowRange(start, number, count)
 
-    def rows(self, columns: Sequence[str], part: Range | None = None) -> Iterator[Row]:
+    def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
         start, line, count = (part.start, part.number - 1, part.count) if part else (*self._end, None)
         indices = [self.columns.index(column) for column in columns]
         with self.path.open("rb") as file:
             file.seek(start)
-            for _, number, found in islice(self._records(file, line), count):
-                if isinstance(found, csv.Error):
-                    yield Row(number, problem=(f"it cannot be read as CSV: {found}", "row"))
-                elif len(found) != len(self.columns):
-                    reason = f"it has {len(found)} fields, and the header {len(self.columns)}"
-                    yield Row(number, problem=(reason, "row"))
+            for _, number, fields in islice(self._records(file, line), count):
+                if isinstance(fields, csv.Error):
+                    yield TableRow(number, problem=(f"it cannot be read as CSV: {fields}", "row"))
+                elif len(fields) != len(self.columns):
+                    reason = f"it has {len(fields)} fields, but the header has {len(self.columns)}"
+                    yield TableRow(number, problem=(reason, "row"))
                 else:
-                    values = tuple([found[index] for index in indices])
+                    values = tuple([fields[index] for index in indices])
                     if all(map(_is_text, values)):
-                        yield Row(number, values)
+                        yield TableRow(number, values)
                     else:
                         bad = [column for column, value in zip(columns, values, strict=True) if not _is_text(value)]
-                        yield Row(number, problem=(f"{', '.join(bad)} is not UTF-8", "encoding"))
+                        yield TableRow(number, problem=(f"{', '.join(bad)} is not UTF-8", "encoding"))
 
     @staticmethod
     def _records(file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
-        """First byte, first line and fields of each record from where the file stands; blank lines are none.
+        """First byte, first line and fields of each record from the file's position on; blank lines are skipped.
 
-        A quote that nobody closes runs to the limit for a field, and what it ran over is one error.
+        An unclosed quote runs to the field size limit, and everything in it is one error.
 
         Args:
-            file: at the beginning of a record.
-            line: number of the line before it.
+            file: positioned at the beginning of a record.
+            line: number of the previous line.
         """
         place = file.tell()
 
@@ -252,7 +252,7 @@ class CsvTable:
         reader = csv.reader(lines())
         while True:
             start, first = place, line + 1
-            csv.field_size_limit(_LONGEST_FIELD)  # the limit is the process's: others may have set their own
+            csv.field_size_limit(_LONGEST_FIELD)  # the limit is global to the process: other code may have changed it
             try:
                 fields = next(reader)
             except StopIteration:
@@ -265,7 +265,7 @@ class CsvTable:
 
 
 def _is_text(value: str) -> bool:
-    """Whether it came from UTF-8."""
+    """Whether a decoded text was valid UTF-8."""
     if value.isascii():
         return True
     try:

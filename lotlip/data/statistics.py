@@ -1,4 +1,4 @@
-"""How long texts are: the paper's Table 1."""
+"""Statistics of texts: their lengths, as in the paper's Table 1."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 from lotlip.data.text import SentenceEnds, split_sub_captions
 
-# Characters that are tokenised at once: enough for all cores, little memory however long or short the texts are.
+# Characters tokenised at once: enough for all cores, and little memory whatever the texts' lengths.
 _BATCH = 1 << 18
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Sums over texts; two of them add up to those of all their texts.
+    """Sums over texts; adding two of them gives the sums over all their texts.
 
     Attributes:
-        texts: that were counted.
-        sub_captions: of all of them.
-        tokens: word pieces of all of them.
-        empty: texts without a character, which were not counted.
+        texts: number of texts that are not empty.
+        sub_captions: total number.
+        tokens: total number of word pieces.
+        empty: number of empty texts, which the other sums skip.
     """
 
     texts: int = 0
@@ -38,27 +38,27 @@ class Statistics:
 
     @property
     def sub_captions_per_text(self) -> float:
-        """Mean; 0 where there is no text."""
+        """Mean; 0 if there are no texts."""
         return self.sub_captions / max(self.texts, 1)
 
     @property
     def tokens_per_text(self) -> float:
-        """Mean; 0 where there is no text."""
+        """Mean; 0 if there are no texts."""
         return self.tokens / max(self.texts, 1)
 
     def to_json(self) -> dict[str, Any]:
-        """What the paper's Table 1 says of a data set."""
+        """The numbers of the paper's Table 1."""
         names = ("texts", "sub_captions_per_text", "tokens_per_text")
         return {name: getattr(self, name) for name in names}
 
 
 def text_statistics(texts: Iterable[str], tokenizer: str, sentence_ends: SentenceEnds = "released") -> Statistics:
-    """Counts texts, their sub-captions and their word pieces; memory does not grow with the number of texts.
+    """Counts texts, sub-captions and word pieces; memory does not grow with the number of texts.
 
     Args:
-        texts: captions; "" is one that is missing.
-        tokenizer: name of the word pieces, or path of a tokenizer.
-        sentence_ends: splits texts into sub-captions; tokens are counted of the whole text.
+        texts: captions; "" is a missing one.
+        tokenizer: name of a bundled vocabulary, or path of a tokenizer.
+        sentence_ends: splits texts into sub-captions; tokens are counted on the whole text.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -67,9 +67,11 @@ def text_statistics(texts: Iterable[str], tokenizer: str, sentence_ends: Sentenc
 
     total = Statistics()
     for batch in _batches(texts):
-        full = [text for text in batch if text]
-        sub_captions = sum(len(split_sub_captions(text, sentence_ends)) for text in full)
-        total += Statistics(len(full), sub_captions, sum(token_counts(tokenizer, full)), len(batch) - len(full))
+        present = [text for text in batch if text]
+        sub_captions = sum(len(split_sub_captions(text, sentence_ends)) for text in present)
+        total += Statistics(
+            len(present), sub_captions, sum(token_counts(tokenizer, present)), len(batch) - len(present)
+        )
     return total
 
 

@@ -1,7 +1,7 @@
-"""Samples of WebDataset tars at any place: an index beside each tar says where they lie.
+"""Random access to the samples of WebDataset tars: an index beside each tar gives their positions.
 
-`train-000000.tar` stays what any user of webdataset reads; `train-000000.index.arrow` has a row for each of its samples
-and is mapped into memory, so that a process pays for the rows it looks at. A tar without one is scanned when opened.
+webdataset can read `train-000000.tar` as usual. `train-000000.index.arrow` has a row per sample and is mapped into
+memory, so that a process loads only the rows it uses. A tar without an index is scanned when it is opened.
 `train-000000.token-ids.arrow` has the token ids of its texts (`lotlip.data.token_ids`).
 """
 
@@ -26,34 +26,34 @@ from lotlip.core.listing import is_hidden
 INDEX = ".index.arrow"
 IDS = ".token-ids.arrow"
 
-# What of a sample is used; "image" is its first file that is neither of the others.
+# The parts of a sample that are used; "image" is its first file that is neither of the others.
 MEMBERS = ("json", "npy", "image")
 
-# Where the first byte lies in the tar, and how many there are; both are 0 where a sample has no such file.
+# Offset of the first byte in the tar and size, for each part; both are 0 if the sample lacks the part.
 COLUMNS = pa.schema(
     [("key", pa.string()), *((f"{member}_{what}", pa.int64()) for member in MEMBERS for what in ("offset", "size"))]
 )
 
-# A file's key ends at the first dot of its name, as webdataset has it; names as __this__ are its own.
+# As in webdataset, a file's key ends at the first dot of its name, and names like __this__ are reserved.
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")
 _RESERVED = re.compile(r"__[^/]*__($|/)")
-# A header that claims a longer name or a longer extension of itself is broken.
+# A header that declares a longer name or a longer header extension is broken.
 _LONGEST_NAME = 2**20
 
-RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of the members that were asked for
+RawSample = dict[str, Any]  # "__key__", "__url__", and the bytes of the requested members
 
 
 def index_path(tar: Path) -> Path:
-    """Where a tar's index is, or would be."""
+    """The path of a tar's index, which may not exist."""
     return tar.with_suffix(INDEX)
 
 
 class DamagedTar(ValueError):
-    """The bytes are not a whole tar: no tar at all, cut off, or followed by something else."""
+    """The bytes are not a complete tar: not a tar at all, truncated, or followed by other data."""
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header. tarfile takes a broken one for the end of the archive, and reads names of any length."""
+    """A member's header. tarfile takes a broken one for the end of the archive, and accepts names of any length."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> _Header:
@@ -65,16 +65,16 @@ class _Header(tarfile.TarInfo):
             raise DamagedTar(str(error)) from error
         size = member.size
         if size < 0 or (size > _LONGEST_NAME and not (member.isreg() or member.isdir())):
-            raise DamagedTar(f"a header claims {size} bytes")
+            raise DamagedTar(f"a header declares {size} bytes")
         return member
 
 
 class TarStream:
-    """What tarfile needs of a file, for reading forward only; a short read is an error.
+    """The part of the file interface that tarfile needs, for reading forward only; a short read is an error.
 
     Args:
         file: uncompressed, at its beginning.
-        seekable: whether `file.seek` skips what is not wanted; otherwise it is read and dropped.
+        seekable: whether `file.seek` can skip data; otherwise it is read and discarded.
     """
 
     def __init__(self, file: IO[bytes], seekable: bool = False) -> None:
@@ -91,7 +91,7 @@ class TarStream:
         """Exactly `size` bytes.
 
         Raises:
-            DamagedTar: the file ends before.
+            DamagedTar: the file ends before that.
         """
         data = self._up_to(size)
         if len(data) < size:
@@ -102,10 +102,10 @@ class TarStream:
         """Skips to a later offset.
 
         Raises:
-            DamagedTar: the file ends before.
+            DamagedTar: the file ends before that.
         """
         if offset < self._place:
-            raise ValueError(f"byte {offset} has been passed: the stream is at {self._place}")
+            raise ValueError(f"cannot seek back to byte {offset}: the stream is at byte {self._place}")
         if self._seekable:
             self._file.seek(offset)
             self._next, self._place = b"", offset
@@ -114,7 +114,7 @@ class TarStream:
         return offset
 
     def more(self) -> bool:
-        """Whether anything but zeros follows; skips the blocks of zeros."""
+        """Whether anything but zeros follows; skips blocks of zeros."""
         while block := self._up_to(tarfile.BLOCKSIZE):
             if block.strip(b"\0"):
                 self._next = block
@@ -123,24 +123,24 @@ class TarStream:
         return False
 
     def _up_to(self, size: int) -> bytes:
-        """`size` bytes; fewer only where the file ends."""
+        """`size` bytes; fewer only at the end of the file."""
         parts, missing = [self._next[:size]], size - len(self._next)
         self._next = self._next[size:]
         while missing > 0 and (data := self._file.read(min(missing, 2**20))):
             parts.append(data)
             missing -= len(data)
-        found = b"".join(parts)
-        self._place += len(found)
-        return found
+        data = b"".join(parts)
+        self._place += len(data)
+        return data
 
 
 def archives(stream: TarStream) -> Iterator[tarfile.TarFile]:
-    """The archives of a file, one after the other: `cat` joins tars, and many readers stop at the end of the first.
+    """The archives of a file, one after another: `cat` joins tars, and many readers stop at the end of the first.
 
-    Each must be read to its end before the next is asked for. Names that are not UTF-8 keep their bytes as surrogates.
+    Each must be read to its end before the next is requested. Names that are not UTF-8 keep their bytes as surrogates.
 
     Raises:
-        DamagedTar: something else than zeros or another archive follows an archive's end.
+        DamagedTar: an archive is followed by data other than zeros or another archive.
         tarfile.TarError: as tarfile raises it.
     """
     first = True
@@ -148,7 +148,7 @@ def archives(stream: TarStream) -> Iterator[tarfile.TarFile]:
         start = stream.tell()
         try:
             tar = tarfile.open(  # noqa: SIM115 (closed below)
-                fileobj=stream,  # type: ignore[call-overload]  # it asks for read, seek and tell
+                fileobj=stream,  # type: ignore[call-overload]  # it needs read, seek and tell
                 mode="r:",
                 tarinfo=_Header,
                 encoding="utf-8",
@@ -157,20 +157,20 @@ def archives(stream: TarStream) -> Iterator[tarfile.TarFile]:
         except (DamagedTar, tarfile.TarError) as error:
             if first:
                 raise
-            raise DamagedTar(f"after the archive's end, at byte {start}, follows what is no tar ({error})") from error
+            raise DamagedTar(f"the archive is followed, at byte {start}, by other data ({error})") from error
         with tar:
             yield tar
         first = False
 
 
 def scan_tar(tar: Path) -> pa.RecordBatch:
-    """Finds the samples of a tar by reading the headers of its files: the index, with the columns of `COLUMNS`.
+    """Indexes the samples of a tar by reading its headers; returns the columns of `COLUMNS`.
 
-    Tars joined into one file are read to the end of the last.
+    Tars that were joined into one file are all read.
 
     Raises:
-        ValueError: it is not there, not an uncompressed tar or not a whole one, or a sample has no .json or has one
-            twice.
+        ValueError: the file does not exist or is not a complete, uncompressed tar; or a sample has no .json, or two
+            files of one kind.
     """
     rows: list[dict[str, Any]] = []
     try:
@@ -187,21 +187,21 @@ def scan_tar(tar: Path) -> pa.RecordBatch:
                     continue
                 if rows[-1][f"{kind}_offset"]:
                     raise ValueError(
-                        f"{tar}: sample {key} has two files .{kind}; its key must be another sample's, too"
+                        f"{tar}: sample {key} has two .{kind} files; another sample must have the same key"
                     )
                 rows[-1] |= {f"{kind}_offset": member.offset_data, f"{kind}_size": member.size}
     except FileNotFoundError as error:
-        raise ValueError(f"{tar} is not there, but index.json lists it; write the shards again") from error
+        raise ValueError(f"{tar} does not exist, but index.json lists it; rerun the shard stage") from error
     except (DamagedTar, tarfile.TarError) as error:
-        raise ValueError(f"{tar} is not a whole, uncompressed tar ({error}); write it again") from error
+        raise ValueError(f"{tar} is not a complete, uncompressed tar ({error}); write it again") from error
     incomplete = [row["key"] for row in rows if not row["json_offset"]]
     if incomplete:
-        raise ValueError(f"{tar}: {len(incomplete)} samples have no .json ({', '.join(incomplete[:3])}); take them out")
+        raise ValueError(f"{tar}: {len(incomplete)} samples have no .json ({', '.join(incomplete[:3])}); remove them")
     return pa.RecordBatch.from_pylist(rows, COLUMNS)
 
 
 def write_index(tar: Path, index: pa.RecordBatch | None = None) -> Path:
-    """Writes a tar's index beside it, with the tar's size, by which a stale one is known; scans it for want of one."""
+    """Writes a tar's index beside it; scans the tar if `index` is None. The stored tar size reveals a stale index."""
     return write_sidecar(index_path(tar), tar, scan_tar(tar) if index is None else index)
 
 
@@ -248,7 +248,7 @@ def is_sidecar(path: Path) -> bool:
 
 
 class TarWriter:
-    """A tar whose bytes depend on nothing but names, contents and their order.
+    """Writes a tar whose bytes depend only on names, contents and their order.
 
     Attributes:
         bytes: written so far.
@@ -263,13 +263,13 @@ class TarWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:  # the end of a tar, as tarfile and GNU tar have it
+        if kind is None:  # end-of-archive blocks, as tarfile and GNU tar write them
             end = self.bytes + 2 * tarfile.BLOCKSIZE
             self._write(bytes(2 * tarfile.BLOCKSIZE + -end % tarfile.RECORDSIZE))
 
     def add(self, name: str, data: bytes) -> int:
         """Appends a member; returns the offset of its first byte in the file."""
-        member = tarfile.TarInfo(name)  # its time, owner and mode are constants
+        member = tarfile.TarInfo(name)  # time, owner and mode keep constant defaults
         member.size = len(data)
         self._write(member.tobuf(tarfile.GNU_FORMAT))
         offset = self.bytes
@@ -279,7 +279,7 @@ class TarWriter:
 
     @property
     def sha256(self) -> str:
-        """Of what was written, as `lotlip.core.files.sha256_files` has it."""
+        """Hash of the bytes written so far, as by `lotlip.core.files.sha256_files`."""
         return hashlib.sha256(self._digest.digest()).hexdigest()
 
     def _write(self, data: bytes) -> None:
@@ -289,14 +289,14 @@ class TarWriter:
 
 
 class SampleWriter:
-    """Appends samples to a tar and keeps where they lie."""
+    """Appends samples to a tar and records their positions."""
 
     def __init__(self, tar: TarWriter) -> None:
         self._tar = tar
         self._rows: list[dict[str, Any]] = []
 
     def add(self, key: str, json: bytes, npy: bytes | None, image: bytes, extension: str) -> None:
-        """A sample's files; `npy` is left out where it is None."""
+        """Appends a sample's files; `npy` is omitted if None."""
         row: dict[str, Any] = {**dict.fromkeys(COLUMNS.names, 0), "key": key}
         for member, ending, data in (("json", "json", json), ("npy", "npy", npy), ("image", extension, image)):
             if data is not None:
@@ -306,18 +306,18 @@ class SampleWriter:
 
     @property
     def index(self) -> pa.RecordBatch:
-        """As `scan_tar` would find it."""
+        """The index, equal to that of `scan_tar`."""
         return pa.RecordBatch.from_pylist(self._rows, COLUMNS)
 
     @property
     def sha256(self) -> str:
-        """Of the tar, as `lotlip.core.files.sha256_files` has it."""
+        """Hash of the tar, as by `lotlip.core.files.sha256_files`."""
         return self._tar.sha256
 
 
 @contextmanager
 def write_samples(path: Path) -> Iterator[SampleWriter]:
-    """Writes a tar of samples and its index; both are there, atomic_write, when the block ends well."""
+    """Writes a tar of samples and its index atomically: both exist when the block ends without an error."""
     for ending in (INDEX, IDS):  # those of an older tar would be stale
         remove(path.with_suffix(ending), ours=is_sidecar)
     with atomic_write(path) as partial, partial.open("wb") as file, TarWriter(file) as tar:
@@ -330,11 +330,11 @@ def read_index(tar: Path, size: int) -> pa.RecordBatch:
     """A tar's index, with the columns of `COLUMNS`, mapped into memory.
 
     Args:
-        tar: whose index it is.
-        size: of the tar.
+        tar: that the index describes.
+        size: of the tar in bytes.
 
     Raises:
-        ValueError: it is not such an index, or one of a tar of another size.
+        ValueError: the file is not an index, or the index of a tar of another size.
     """
     path = index_path(tar)
     index = read_sidecar(path, tar, size, "an index")
@@ -344,7 +344,7 @@ def read_index(tar: Path, size: int) -> pa.RecordBatch:
 
 
 class TarSamples:
-    """An open tar whose samples are read by their number in it.
+    """An open tar; samples are read by their number.
 
     Attributes:
         path: of the tar.
@@ -352,7 +352,7 @@ class TarSamples:
         keys: of its samples, in order: an Arrow array of strings.
 
     Raises:
-        ValueError: the tar is missing or broken, or its index is of another one.
+        ValueError: the tar is missing or broken, or its index describes another tar.
     """
 
     def __init__(self, path: Path) -> None:
@@ -360,7 +360,7 @@ class TarSamples:
         try:
             self._file = os.open(path, os.O_RDONLY)
         except FileNotFoundError as error:
-            raise ValueError(f"{path} is not there, but index.json lists it; write the shards again") from error
+            raise ValueError(f"{path} does not exist, but index.json lists it; rerun the shard stage") from error
         weakref.finalize(self, os.close, self._file)
         self.size = os.fstat(self._file).st_size
         index = read_index(path, self.size) if index_path(path).is_file() else scan_tar(path)
@@ -382,7 +382,7 @@ class TarSamples:
         return digest.hexdigest()
 
     def read(self, row: int, members: Iterable[str]) -> RawSample:
-        """At most one read, from the first of `members` to the last; a member that the sample lacks is left out.
+        """Reads members of a sample with at most one system call; a member that the sample lacks is omitted.
 
         Raises:
             ValueError: the tar ends before the sample does.
@@ -398,18 +398,18 @@ class TarSamples:
         start, end = min(start for start, _ in spans.values()), max(end for _, end in spans.values())
         data = os.pread(self._file, end - start, start)
         if len(data) < end - start:
-            raise ValueError(f"{self.path} ends inside sample {key}: it was cut off; write the shard again")
+            raise ValueError(f"{self.path} ends inside sample {key}: it is truncated; rerun the shard stage")
         parts = {member: data[first - start : last - start] for member, (first, last) in spans.items()}
         return {"__key__": key, "__url__": str(self.path), **parts}
 
 
 class Shards:
-    """The tars of a data set; those last used stay open.
+    """The tars of a data set; the most recently used ones stay open.
 
     Args:
         paths: of the tars.
-        counts: how many samples each has.
-        opened: how many stay open.
+        counts: number of samples in each.
+        opened: how many tars stay open.
     """
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], opened: int) -> None:
@@ -418,10 +418,10 @@ class Shards:
         self._opened = lru_cache(maxsize=opened)(self._open)
 
     def __getitem__(self, number: int) -> TarSamples:
-        """The tar of a number.
+        """The tar with a number.
 
         Raises:
-            ValueError: as `TarSamples`, or it has another number of samples than `counts` says.
+            ValueError: as `TarSamples`, or its number of samples differs from `counts`.
         """
         return self._opened(number)
 
@@ -429,7 +429,7 @@ class Shards:
         samples = TarSamples(self._paths[number])
         if len(samples) != self.counts[number]:
             raise ValueError(
-                f"{samples.path} has {len(samples)} samples, and index.json says {self.counts[number]}; "
-                "write the shards again"
+                f"{samples.path} has {len(samples)} samples, but index.json says {self.counts[number]}; "
+                "rerun the shard stage"
             )
         return samples

@@ -1,4 +1,4 @@
-"""Captions as text: sub-captions, windows of them, and their statistics. The one copy for every caller."""
+"""Sub-captions and windows of them, for every caller."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Window = Literal["within-caption", "across-captions"]
 SentenceEnds = Literal["released", "unicode"]
 SubCaption = TypeVar("SubCaption")  # its words, or its number among those of a tar
 
-# The inside of a character class: the characters with the property Sentence_Terminal of Unicode 16.0. It is written
-# out because `re` does not know the property, and so that a saved tokenizer does not change with a library's Unicode.
+# The inside of a character class: the characters with the property Sentence_Terminal of Unicode 16.0. They are listed
+# because `re` does not know the property, and so that a saved tokenizer does not depend on a library's Unicode version.
 _SENTENCE_TERMINAL = (
     "!.?\u0589\u061d-\u061f\u06d4\u0700-\u0702\u07f9\u0837\u0839\u083d\u083e\u0964\u0965\u104a\u104b"
     "\u1362\u1367\u1368\u166e\u1735\u1736\u17d4\u17d5\u1803\u1809\u1944\u1945\u1aa8-\u1aab\u1b4e\u1b4f"
@@ -29,8 +29,8 @@ _SENTENCE_TERMINAL = (
     "\U00016e98\U0001bc9f\U0001da88"
 )
 
-# What ends a sub-caption, by the value of `caption.sentence_ends`: regular expressions for `re` and for the tokenizers
-# library. "released" is what the method's released code splits at.
+# The end of a sub-caption, by the value of `caption.sentence_ends`: regular expressions for `re` and for the tokenizers
+# library. "released" is the method's released code.
 SENTENCE_ENDS: dict[SentenceEnds, str] = {
     "released": r"(?:\n|</s>|\.)",
     "unicode": rf"(?:\n|</s>|[{_SENTENCE_TERMINAL}])",
@@ -39,14 +39,14 @@ _ENDS = {name: re.compile(pattern) for name, pattern in SENTENCE_ENDS.items()}
 
 
 def as_sentence_ends(value: object, place: str) -> SentenceEnds:
-    """A stored value of `sentence_ends`; None, as files from before the option have it, is "released".
+    """Validates a stored value of `sentence_ends`; None, in files that predate the option, means "released".
 
     Args:
-        value: as it was read.
-        place: the file that it was read from, for the error message.
+        value: as read from the file.
+        place: the file, for the error message.
 
     Raises:
-        ValueError: it is neither None nor a key of `SENTENCE_ENDS`.
+        ValueError: the value is neither None nor a key of `SENTENCE_ENDS`.
     """
     for name in SENTENCE_ENDS:
         if value == name or (value is None and name == "released"):
@@ -57,7 +57,7 @@ def as_sentence_ends(value: object, place: str) -> SentenceEnds:
 
 
 def split_sub_captions(text: str, sentence_ends: SentenceEnds = "released") -> list[str]:
-    """Splits a caption into its sub-captions (sentences), stripped, empty ones dropped (paper, section 3.1).
+    """Splits a caption into its sub-captions (sentences), stripped, without empty ones (paper, section 3.1).
 
     The characters that end a sentence are dropped.
 
@@ -75,17 +75,17 @@ def split_sub_captions(text: str, sentence_ends: SentenceEnds = "released") -> l
 
 
 def has_words(text: str) -> bool:
-    """Whether a sub-caption of the text has a letter or a digit of any script; signs and emoji alone are no words.
+    """Whether a sub-caption of the text has a letter or a digit of any script; punctuation and emoji are not words.
 
     >>> has_words("A dog."), has_words("..."), has_words("一只狗"), has_words("</s>")
     (True, False, True, False)
     """
-    # With "unicode" the answer is the same: no sentence terminator is a letter or a digit.
+    # "unicode" gives the same answer: no sentence terminator is a letter or a digit.
     return any(character.isalnum() for part in split_sub_captions(text) for character in part)
 
 
 def join_sub_captions(sub_captions: Sequence[str]) -> str:
-    """Joins sub-captions into one text; `split_sub_captions` undoes it, whatever `sentence_ends` is."""
+    """Joins sub-captions into one text; `split_sub_captions` reverses it for every value of `sentence_ends`."""
     return ". ".join(sub_captions)
 
 
@@ -129,21 +129,21 @@ def sample_window(
     """Draws a long text: `length` consecutive sub-captions of an image's long captions (paper, Figs. 2 and 5).
 
     Args:
-        captions: captioner's name → the sub-captions it wrote, in order. Order of names does not matter.
-        length: sub-captions in the text; a caption with fewer gives all it has.
-        rng: where chance comes from.
-        window: "within-caption" first chooses one captioner, then a window inside its caption, so that a
-            text has one author. "across-captions" puts all captions in a row, in the order of their names, and
-            lets the window cross from one into the next, as the authors' earlier code does. The paper does not say.
+        captions: captioner's name → its sub-captions, in order. The order of names does not matter.
+        length: number of sub-captions; a caption with fewer is used in full.
+        rng: random number generator.
+        window: "within-caption" first draws a captioner, then a window of its caption, so that a text has one author.
+            "across-captions" concatenates all captions in the order of the captioners' names, and a window may cross
+            from one into the next, as in the authors' earlier code. The paper does not specify this.
 
     Raises:
-        ValueError: no captioner wrote anything, or `length` < 1.
+        ValueError: there are no sub-captions, or `length` < 1.
     """
     if length < 1:
-        raise ValueError(f"a window has at least 1 sub-caption, not {length}")
+        raise ValueError(f"a window must have at least 1 sub-caption, not {length}")
     texts = [list(captions[name]) for name in sorted(captions) if captions[name]]
     if not texts:
-        raise ValueError("no sub-captions to draw from: no captioner wrote anything for this image")
-    row = rng.choice(texts) if window == "within-caption" else [part for text in texts for part in text]
-    start = rng.randrange(max(len(row) - length, 0) + 1)
-    return row[start : start + length]
+        raise ValueError("there are no sub-captions to draw from: no captioner wrote anything for this image")
+    sequence = rng.choice(texts) if window == "within-caption" else [part for text in texts for part in text]
+    start = rng.randrange(max(len(sequence) - length, 0) + 1)
+    return sequence[start : start + length]

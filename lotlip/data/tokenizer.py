@@ -1,6 +1,6 @@
-"""Captions to token ids with corner tokens, exactly as the method's release prepares them.
+"""Turns captions into token ids with corner tokens, exactly as the method's release does.
 
-All of it is the `tokenizers` library's work, so that a saved `tokenizer.json` alone gives the model's ids to anyone.
+The `tokenizers` library does all of it, so a saved `tokenizer.json` gives the model's ids without this package.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from tokenizers.processors import TemplateProcessing
 from lotlip.core.files import read_json, sha256_json
 from lotlip.data.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, split_sub_captions
 
-# Shipped with the package, so that anyone's captions work offline (Apache-2.0).
+# Shipped with the package, so that tokenizing works offline (Apache-2.0).
 BUNDLED = ("bert-base-uncased",)
 
-# What the BERT family calls its special tokens: BERT and its kin first, then RoBERTa's. It may lack the last two.
+# Names of the special tokens in the BERT family: BERT's first, then RoBERTa's. The last two kinds may be missing.
 _SPECIAL = {
     "cls": ("[CLS]", "<s>"),
     "sep": ("[SEP]", "</s>"),
@@ -34,8 +34,8 @@ _SPECIAL = {
     "mask": ("[MASK]", "<mask>"),
 }
 
-# White space as `split_sub_captions` sees it: str.strip takes \x1c to \x1f for white space, too.
-# The look-behind keeps the time linear where there is much white space.
+# White space as `split_sub_captions` strips it: str.strip also strips \x1c to \x1f.
+# The look-behind keeps matching linear in texts with much white space.
 _BLANK = r"[\s\x1c-\x1f]"
 _OUTER = rf"\A{_BLANK}+|(?<!{_BLANK}){_BLANK}+\z"
 _EXTRA = re.compile(r"\[(?:COR|REG)\.[0-9]+\]")
@@ -43,11 +43,11 @@ _EXTRA = re.compile(r"\[(?:COR|REG)\.[0-9]+\]")
 
 @lru_cache(maxsize=8)
 def word_pieces(name: str) -> Tokenizer:
-    """The word pieces of a BERT-family model, without what `TextTokenizer` adds to them.
+    """The word pieces of a BERT-family model, without what `TextTokenizer` adds.
 
     Args:
-        name: a bundled vocabulary ("bert-base-uncased"), a `tokenizer.json`, or a folder that has one; it may be one
-            that `TextTokenizer` saved.
+        name: a bundled vocabulary ("bert-base-uncased"), a `tokenizer.json`, or a folder that contains one, including
+            one that `TextTokenizer` saved.
 
     Raises:
         ValueError: there is no such tokenizer.
@@ -57,7 +57,7 @@ def word_pieces(name: str) -> Tokenizer:
         file = file / "tokenizer.json"
     if not file.is_file():
         raise ValueError(
-            f"no tokenizer {name!r}: {file} is not there; give a tokenizer.json, a folder with one, "
+            f"no tokenizer {name!r}: {file} does not exist; name a tokenizer.json, a folder with one, "
             f"or a bundled name ({', '.join(BUNDLED)})"
         )
     try:
@@ -72,14 +72,14 @@ def word_pieces(name: str) -> Tokenizer:
 
 def count_tokens(name: str) -> Callable[[str], int]:
     """A function that counts one text's tokens as `token_counts` does."""
-    word_pieces(name)  # a wrong name is an error here
+    word_pieces(name)  # raises here for a wrong name
     return lambda text: token_counts(name, [text])[0]
 
 
 def token_counts(name: str, texts: Sequence[str]) -> list[int]:
-    """How many word pieces each text has (paper, Table 1): of the whole text, what ends its sentences counted.
+    """The number of word pieces of each whole text, sentence ends included (paper, Table 1).
 
-    An unknown word counts, it is a token of the text; a special token written out in the text ("[SEP]") does not.
+    An unknown word counts as a token; a special token spelled out in the text ("[SEP]") does not.
     """
     pieces = word_pieces(name)
     special = [token.content for token in pieces.get_added_tokens_decoder().values() if token.special]
@@ -91,7 +91,7 @@ def token_counts(name: str, texts: Sequence[str]) -> list[int]:
 
 
 def used_tokens(name: str, texts: Iterable[str], sentence_ends: SentenceEnds = "released") -> set[int]:
-    """Ids of the word pieces that occur in texts; what ends their sentences, as in `TextTokenizer`, is not counted."""
+    """Ids of the word pieces that occur in texts, without sentence ends, as in `TextTokenizer`."""
     parts = {part for text in texts for part in split_sub_captions(text, sentence_ends)}  # generated texts share many
     encodings = word_pieces(name).encode_batch_fast(list(parts), add_special_tokens=False)
     return {index for encoding in encodings for index in encoding.ids}
@@ -100,19 +100,19 @@ def used_tokens(name: str, texts: Iterable[str], sentence_ends: SentenceEnds = "
 class TextTokenizer:
     """Turns captions into `[CLS] [Cor 1] … [Cor m] words [SEP] words [SEP] …` (paper, section 3.2).
 
-    In the vocabulary corner tokens are `[COR.1]`, `[COR.2]`, … and register tokens `[REG.1]`, `[REG.2]`, …: a full stop
-    ends a sentence, so that no words of a caption can be taken for one. (Only a text that is such a name and nothing
-    else cannot be told from it.)
+    The names of corner tokens are `[COR.1]`, `[COR.2]`, … and those of register tokens `[REG.1]`, `[REG.2]`, …. They
+    contain a full stop, which ends a sentence, so that no words of a caption can be taken for one. (Only a text that
+    consists of nothing but such a name is ambiguous.)
 
     Attributes:
-        context_length: most tokens in a text, special, corner and register tokens counted; longer texts are cut, and
-            the last token stays [SEP].
+        context_length: maximum number of tokens in a text, including special, corner and register tokens; longer texts
+            are truncated, and their last token is still [SEP].
         corner_tokens: m. Their ids follow the last word piece's.
-        register_tokens: how many stand after the corner tokens (Table 7); their ids follow those.
-        vocabulary_size: of the word pieces and special tokens; corner and register tokens are not counted.
-        sentence_ends: which characters become [SEP], as in `split_sub_captions`. A saved tokenizer's own rule is
-            replaced by this one.
-        pad_id: what shorter texts are filled with.
+        register_tokens: number of register tokens after the corner tokens (Table 7); their ids follow those.
+        vocabulary_size: number of word pieces and special tokens, without corner and register tokens.
+        sentence_ends: which characters become [SEP], as in `split_sub_captions`. It overrides the rule of a saved
+            tokenizer.
+        pad_id: padding of shorter texts.
 
     Raises:
         ValueError: the tokenizer is missing or not of the BERT family, or the context has no room for words.
@@ -145,7 +145,7 @@ class TextTokenizer:
         if self._extra and (max(ids.values()) >= len(ids) or not ids.keys().isdisjoint(self._extra)):
             raise ValueError(
                 f"tokenizer {name!r} has no place for {', '.join(self._extra)}: its ids must be 0, 1, 2, … "
-                "without a gap, and none of its tokens may be called so"
+                "without a gap, and none of its tokens may have one of these names"
             )
         self._tokenizer = _with_ours(pieces, self._special, self._extra, sentence_ends)
         self._tokenizer.enable_truncation(context_length)
@@ -181,7 +181,7 @@ class TextTokenizer:
     def __call__(
         self, texts: Sequence[str | Sequence[str] | np.ndarray], pad_to: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids padded to the longest of these texts (or to `pad_to`), and how long each one is.
+        """Token ids padded to the longest of these texts (or to `pad_to`), and the length of each.
 
         Args:
             texts: as of `encode`, or arrays as of `encode_words`.
@@ -211,8 +211,8 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Writes `tokenizer.json` and `tokenizer_config.json`.
 
-        `AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True)` then gives the ids that `__call__`
-        gives; without `truncation=True` transformers cuts nothing.
+        `AutoTokenizer.from_pretrained(folder)(texts, padding=True, truncation=True)` then gives the same ids as
+        `__call__`; without `truncation=True` transformers truncates nothing.
         """
         self._tokenizer.save(str(folder / "tokenizer.json"))
         added = self._tokenizer.get_added_tokens_decoder().values()
@@ -232,19 +232,19 @@ class TextTokenizer:
 
 
 def _special_tokens(name: str, pieces: Tokenizer) -> dict[str, str]:
-    """Kind of each special token → what this family calls it."""
-    found = {}
+    """Kind of each special token → its name in this tokenizer."""
+    special = {}
     for kind, names in _SPECIAL.items():
-        have = [token for token in names if pieces.token_to_id(token) is not None]
-        if have:
-            found[kind] = have[0]
+        present = [token for token in names if pieces.token_to_id(token) is not None]
+        if present:
+            special[kind] = present[0]
         elif kind in ("cls", "sep", "pad"):
-            raise ValueError(f"tokenizer {name!r} has none of {', '.join(names)}: not a BERT-family tokenizer")
-    return found
+            raise ValueError(f"tokenizer {name!r} has none of {', '.join(names)}: it is not a BERT-family tokenizer")
+    return special
 
 
 def saved_sentence_ends(folder: Path) -> SentenceEnds | None:
-    """What ends a sentence in the `tokenizer.json` that `TextTokenizer` saved in a folder; None in any other file.
+    """The `sentence_ends` of the `tokenizer.json` that `TextTokenizer` saved in a folder; None for any other file.
 
     Raises:
         ValueError: the file is missing or damaged.
@@ -257,22 +257,23 @@ def saved_sentence_ends(folder: Path) -> SentenceEnds | None:
 
 
 def _before(end: str) -> str:
-    """How the pattern begins that replaces white space and sentence ends."""
+    """The beginning of the pattern that replaces white space and sentence ends."""
     return rf"(?<!{_BLANK}){_BLANK}*{end}"
 
 
 def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str], sentence_ends: SentenceEnds) -> Tokenizer:
-    """Word pieces with all that makes a caption the model's input, but for the context length.
+    """Word pieces with all steps from a caption to the model's input, except truncation.
 
-    The tokenizer would look for special tokens first, and normalise the pieces between them one by one: each would lose
-    its outer sentence ends. So special tokens are found in the normalised text. There sentence ends have become [SEP],
-    and "[MASK]" is what was written so, not "[mask]", whatever the word pieces' own normaliser does with capitals.
+    By default, the tokenizer finds special tokens first and normalises the pieces between them one by one, so each
+    piece would lose its outer sentence ends. Here special tokens are found in the normalised text instead, where
+    sentence ends have become [SEP]. "[MASK]" still matches only that spelling, not "[mask]", however the word pieces'
+    own normaliser treats capitals.
 
     Args:
         pieces: the word pieces.
         special: kind of each special token → its name.
         extra: names of corner and register tokens.
-        sentence_ends: what becomes [SEP]. Each has the full stop, which the steps below rely on.
+        sentence_ends: what becomes [SEP]. Each value includes the full stop, which the steps below rely on.
     """
     end = SENTENCE_ENDS[sentence_ends]
     tokenizer = Tokenizer.from_str(pieces.to_str())
@@ -284,15 +285,15 @@ def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str], sen
         )
     )
 
-    # A token is found where the text has what its name is normalised to, so a text that is nothing but a name must stay
-    # as it is: there, "</s>" and the dots of extra tokens end no sentence.
+    # A token is found where the text contains its normalised name, so a text that is only a name must be unchanged:
+    # there, "</s>" and the dots of extra tokens end no sentence.
     names = [rf"(?<=\A{re.escape(name[:5])}){re.escape(name[5:])}\z" for name in extra]
     but_whole = "(?!" + "|".join([rf"(?<=\A{re.escape(sep)})\z", *names]) + ")"
     steps = [
         Replace(Regex(rf"{_before(end)}{but_whole}(?:{_BLANK}|{end}{but_whole})*"), "\n"),
         Replace(Regex(_OUTER), ""),
         Replace("\n", sep),
-        # no dot is left, but of an extra token's name: dots now mark special tokens on their way through `own`
+        # the only dots left are those of extra tokens' names: dots now mark special tokens while `own` normalises
         Replace(Regex(rf"(?={'|'.join(map(re.escape, moved))})[\s\S]"), "."),
         *([own] if own else []),
     ]
@@ -311,18 +312,18 @@ def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str], sen
 
 
 def _in_normalised(name: str, token: AddedToken | None) -> AddedToken:
-    """A token as it is, or a new special one, but found in normalised text."""
+    """A token, or a new special one, that is found in normalised text."""
     flags = token.__getstate__() if token else {"special": True}
     return AddedToken(**{**flags, "content": name, "normalized": True})
 
 
 def _has_ours(steps: Sequence[Any]) -> bool:
-    """Whether the steps of a normaliser begin with those of `_with_ours`, whatever ends a sentence there."""
+    """Whether a normaliser begins with the steps of `_with_ours`, for any value of `sentence_ends`."""
     return {"type": "Replace", "pattern": {"Regex": _OUTER}, "content": ""} in steps[1:2]
 
 
 def _without_ours(data: dict[str, Any]) -> dict[str, Any]:
-    """A `tokenizer.json` without what `_with_ours` added; any other as it is."""
+    """Removes what `_with_ours` added from a `tokenizer.json`; returns any other file's data unchanged."""
     steps = (data["normalizer"] or {}).get("normalizers", [])
     if not _has_ours(steps):
         return data

@@ -1,4 +1,4 @@
-"""Opening weights: an error names the file and says what to do about it."""
+"""Reads safetensors files; errors name the file and a remedy."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @contextmanager
 def open_weights(path: Path) -> Iterator[Any]:
-    """A safetensors file, of which single tensors are read.
+    """Opens a safetensors file, from which single tensors can be read.
 
     Raises:
-        ValueError: it is missing, damaged or of another format.
+        ValueError: the file is missing, damaged or in another format.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing; name a safetensors file, or run the stage that writes it")
@@ -31,17 +31,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """All tensors of a safetensors file by name, on the CPU.
 
     Raises:
-        ValueError: it is missing, damaged or of another format.
+        ValueError: the file is missing, damaged or in another format.
     """
     with open_weights(path) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
 
 
 def check_weights(folder: Path) -> None:
-    """Opens every safetensors file of a folder, so that a damaged one is named before a library stumbles over it.
+    """Opens every safetensors file of a folder, so that the error for a damaged one names it.
 
     Raises:
-        ValueError: one is damaged.
+        ValueError: a file is damaged.
     """
     for path in sorted(folder.glob("*.safetensors")):
         with open_weights(path):
@@ -49,16 +49,16 @@ def check_weights(folder: Path) -> None:
 
 
 def check_finite(weights: Iterable[tuple[str, Tensor]], place: object) -> None:
-    """Makes sure that weights have no NaN or infinity.
+    """Checks that weights have no NaN or infinity.
 
     Raises:
-        ValueError: some have; the message names the place, how many tensors, and the first of them.
+        ValueError: some have; the message gives the place, the number of tensors and the first one's name.
     """
     broken = [name for name, value in weights if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise ValueError(
             f"the model {place} is broken: {len(broken)} of its weights have NaN or infinity, first {broken[0]}; "
-            "restore its files, or train it again"
+            "restore its files, or retrain it"
         )
 
 
@@ -70,4 +70,4 @@ def _fault(path: Path, error: Exception) -> str:
             "is a torch checkpoint, not a safetensors file; convert it: safetensors.torch.save_file(torch.load(FILE, "
             'weights_only=True), "weights.safetensors")'
         )
-    return f"is damaged or not a safetensors file ({error}); restore it, or run the stage that writes it again"
+    return f"is damaged or not a safetensors file ({error}); restore it, or rerun the stage that writes it"

@@ -1,1 +1,1 @@
-"""The demo's generated world: pictures, captions, questions and an image tower. Own data needs none of it."""
+"""The demo's generated world: pictures, captions, questions and an image tower. Your own data does not need it."""

@@ -1,4 +1,4 @@
-"""Three authors who describe a scene from its graph, in the manner of InstructBLIP, LLaVA and ShareGPT4V."""
+"""Captions scenes from their graphs in three styles: those of InstructBLIP, LLaVA and ShareGPT4V."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lotlip.demo.world import (
     with_articles,
 )
 
-# Changes whenever the wording below does.
+# Changes whenever the wording below changes.
 REVISION = "scenes-1"
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -79,14 +79,14 @@ _CORNERS = {
 
 @dataclass(frozen=True)
 class _Style:
-    """How one author writes: a sentence of each part of `opening`, then the small objects, then one of `closing`.
+    """A caption style: one sentence per part of `opening`, then the small objects, then one per part of `closing`.
 
     Attributes:
         opening, closing: parts of the caption, each with the sentences to choose from.
         objects: sentences for a small object.
-        most_objects: small objects that are told at most.
-        objects_at_once: in a sentence. With two, sentences are as long as real captioners' (24 word pieces in Table 1),
-            and a window of three reaches the positions that a whole description will need.
+        most_objects: maximum number of small objects that are described.
+        objects_at_once: objects per sentence. With two, sentences are as long as real captioners' (24 word pieces in
+            Table 1), and a window of three reaches the positions that a full description will need.
     """
 
     opening: tuple[tuple[str, ...], ...]
@@ -161,11 +161,11 @@ _STYLES = {
 
 
 class SceneCaptioner:
-    """Stands for a multimodal LLM: long captions in one of three manners, with things left out and things told wrong.
+    """Stands in for a multimodal LLM: long captions in one of three styles, with omissions and errors.
 
     Attributes:
         revision: of the wording.
-        prompt: what it was asked.
+        prompt: that the captioner claims to answer.
     """
 
     revision = REVISION
@@ -185,16 +185,16 @@ class SceneCaptioner:
         self.about = {**config.model_dump(mode="json", exclude={"path"}), "revision": REVISION, "module": words}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
-        """One caption for each record, in order; a record without a scene graph is a failure.
+        """A caption for each record, in order; a record without a scene graph is a failure.
 
-        What is written depends on the seed, the captioner's name and the record's key only, not on other records.
+        A caption depends only on the seed, the captioner's name and the record's key, not on other records.
         """
         for record in records:
             yield self._caption(record)
 
     def _caption(self, record: ImageRecord) -> Caption | Failure:
         if record.scene is None:
-            reason = f"{self.name} describes scene graphs and this image has none; use another kind of captioner"
+            reason = f"{self.name} needs a scene graph, which this image does not have; use another kind of captioner"
             return Failure(key=record.key, where=record.key, reason=reason, kind="missing")
         rng = random.Random(f"{self.config.seed}/{self.name}/{record.key}")
         sentences = self._sentences(Scene.from_json(record.scene), rng)
@@ -212,44 +212,44 @@ class SceneCaptioner:
 
     def _sentences(self, scene: Scene, rng: random.Random) -> list[str]:
         style = _STYLES[self.config.style]
-        setting = self._seen_setting(scene.setting, rng)
-        salient = self._seen_object(scene.salient, rng)
-        told = [self._seen_object(thing, rng) for thing in scene.objects if rng.random() >= self.config.omission]
-        rng.shuffle(told)
-        told = told[: style.most_objects]
+        setting = self._perceived_setting(scene.setting, rng)
+        salient = self._perceived_object(scene.salient, rng)
+        small = [self._perceived_object(thing, rng) for thing in scene.objects if rng.random() >= self.config.omission]
+        rng.shuffle(small)
+        small = small[: style.most_objects]
         common = {
             "place": PLACES[setting.place],
             "time": TIMES[setting.time],
             "count": _NUMBERS[len(scene.objects)],
         }
         opening = [[_clause(rng.choice(frames), salient, common)] for frames in style.opening]
-        clauses = [_clause(rng.choice(style.objects), thing, common) for thing in told]
+        clauses = [_clause(rng.choice(style.objects), thing, common) for thing in small]
         step = style.objects_at_once
         middle = [clauses[start : start + step] for start in range(0, len(clauses), step)]
         closing = [[_clause(rng.choice(frames), salient, common)] for frames in style.closing]
         return [_sentence(parts) for parts in (*opening, *middle, *closing)]
 
-    def _seen_setting(self, setting: Setting, rng: random.Random) -> Setting:
+    def _perceived_setting(self, setting: Setting, rng: random.Random) -> Setting:
         return replace(
             setting,
-            place=self._seen(setting.place, list(PLACES), rng),
-            time=self._seen(setting.time, list(TIMES), rng),
+            place=self._perceived(setting.place, list(PLACES), rng),
+            time=self._perceived(setting.time, list(TIMES), rng),
         )
 
-    def _seen_object(self, thing: SceneObject, rng: random.Random) -> SceneObject:
+    def _perceived_object(self, thing: SceneObject, rng: random.Random) -> SceneObject:
         position = thing.position
-        if position in POSITIONS:  # nobody takes the salient object for one at the edge
-            position = self._seen(position, list(POSITIONS), rng)
+        if position in POSITIONS:  # the salient object is never mistaken for one at the edge
+            position = self._perceived(position, list(POSITIONS), rng)
         return replace(
             thing,
             position=position,
-            shape=self._seen(thing.shape, list(SHAPES), rng),
-            colour=self._seen(thing.colour, list(COLOURS), rng),
-            texture=self._seen(thing.texture, list(TEXTURES), rng),
+            shape=self._perceived(thing.shape, list(SHAPES), rng),
+            colour=self._perceived(thing.colour, list(COLOURS), rng),
+            texture=self._perceived(thing.texture, list(TEXTURES), rng),
         )
 
-    def _seen(self, truth: str, names: list[str], rng: random.Random) -> str:
-        """What the captioner takes an attribute for: now and then another."""
+    def _perceived(self, truth: str, names: list[str], rng: random.Random) -> str:
+        """The value that the captioner perceives: with probability `config.error` a wrong one."""
         if rng.random() >= self.config.error:
             return truth
         return rng.choice([name for name in names if name != truth])

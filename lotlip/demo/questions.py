@@ -1,7 +1,7 @@
-"""What held-out scenes are asked by: sentences that no training caption has, made of words that training captions have.
+"""Texts that query held-out scenes: sentences that no training caption has, made of words that training captions have.
 
-Short texts and the prompts for shapes keep to the words of short captions, so that a model trained on those alone knows
-every word; the words of long texts are those of long captions.
+Short texts and the prompts for shapes use only words of short captions, so that a model trained only on those knows
+every word; long texts use words of long captions.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ _SHAPE_PROMPTS = (
 
 
 def long_text(scene: Scene) -> str:
-    """Describes all of a scene, a sentence for each thing; under 125 word pieces of bert-base-uncased."""
+    """Describes a whole scene, one sentence per object; under 125 word pieces of bert-base-uncased."""
     return as_text(sentences(scene))
 
 
-def as_text(told: Iterable[str]) -> str:
-    """Sentences one after another."""
-    return ". ".join(told) + "."
+def as_text(parts: Iterable[str]) -> str:
+    """Joins sentences into a text."""
+    return ". ".join(parts) + "."
 
 
 def sentences(scene: Scene) -> list[str]:
-    """Of a long text: one on the setting, then `object_texts`."""
+    """The sentences of a long text: one about the setting, then `object_texts`."""
     setting = scene.setting
     return [f"This is a picture {PLACES[setting.place]} {TIMES[setting.time]}", *object_texts(scene)]
 
 
 def object_texts(scene: Scene) -> list[str]:
-    """The sentences of a long text that name one object each: the salient one, then the small ones in their order."""
+    """The sentences of a long text that describe one object each: the salient one, then the small ones in order."""
     return [
         f"The main object is the {salient_words(scene)}",
         *(small_sentence(number, thing) for number, thing in enumerate(scene.objects)),
@@ -52,13 +52,13 @@ def object_texts(scene: Scene) -> list[str]:
 
 
 def salient_words(scene: Scene) -> str:
-    """The words of a long text that are the salient object's."""
+    """The words of a long text that describe the salient object."""
     salient = scene.salient
     return f"{salient.size} {salient.texture} {salient.colour} {salient.shape}"
 
 
 def small_sentence(number: int, thing: SceneObject) -> str:
-    """A sentence on a small object; `number` chooses its frame, in turns."""
+    """A sentence about a small object; `number` selects its frame, cyclically."""
     frame = _SMALL_FRAMES[number % len(_SMALL_FRAMES)]
     position = f"{thing.position} side" if thing.position in ("left", "right") else thing.position
     words = {"texture": thing.texture, "colour": thing.colour, "shape": thing.shape}
@@ -66,7 +66,7 @@ def small_sentence(number: int, thing: SceneObject) -> str:
 
 
 def short_text(scene: Scene) -> str:
-    """Names the salient object and the setting, and nothing else."""
+    """Names only the salient object and the setting."""
     salient, setting = scene.salient, scene.setting
     return (
         f"this image is of the {salient.colour} {salient.texture} {salient.shape} "
@@ -75,10 +75,10 @@ def short_text(scene: Scene) -> str:
 
 
 def shape_prompts() -> list[list[str]]:
-    """For each of `SHAPES`, in order, the prompts whose features are averaged."""
+    """For each of `SHAPES`, in order, the prompts over which features are averaged."""
     return [[with_articles(frame.format(shape=shape)) for frame in _SHAPE_PROMPTS] for shape in SHAPES]
 
 
 def label(scene: Scene) -> int:
-    """The salient object's shape, as its place in `SHAPES`."""
+    """The salient object's shape, as its index in `SHAPES`."""
     return SHAPES.index(scene.salient.shape)

@@ -1,4 +1,4 @@
-"""The demo's world: pictures drawn from a seed, with their scene graphs and short captions as the web has them."""
+"""The demo's world: pictures drawn from a seed, with their scene graphs and web-like short captions."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ PLACES = {
     "city": "in the city",
 }
 TIMES = {"day": "on a sunny day", "sunset": "at sunset", "night": "at night"}
-# Where small objects are, as the centre of their cell in shares of the picture's side.
+# Positions of small objects: the centres of their cells, as fractions of the picture's side.
 POSITIONS: dict[str, Point] = {
     "top left": (0.14, 0.14),
     "top": (0.5, 0.13),
@@ -53,7 +53,7 @@ POSITIONS: dict[str, Point] = {
     "bottom": (0.5, 0.87),
     "bottom right": (0.86, 0.86),
 }
-# Radius in shares of the picture's side.
+# Radius as a fraction of the picture's side.
 SALIENT_SIZES = {"big": 0.2, "huge": 0.255}
 SMALL_SIZES = {"tiny": 0.085, "small": 0.12}
 _RADII = SALIENT_SIZES | SMALL_SIZES
@@ -63,11 +63,11 @@ _SMALL_OBJECTS = (3, 6)
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One thing in a scene.
+    """One object in a scene.
 
     Attributes:
-        shape, colour, texture, size, position: its name in the tables above; the salient object is in the "center".
-        x, y: its centre, in shares of the picture's side, from the top left.
+        shape, colour, texture, size, position: names in the tables above; the salient object's position is "center".
+        x, y: its centre from the top left, as fractions of the picture's side.
         tilt: degrees, counterclockwise.
     """
 
@@ -82,13 +82,13 @@ class SceneObject:
 
     @property
     def disc(self) -> tuple[float, float, float]:
-        """Where it is: the centre and the radius of the circle around it, in shares of the picture's side."""
+        """Centre and radius of the circle around it, as fractions of the picture's side."""
         return self.x, self.y, _RADII[self.size]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is behind the objects; `variant` only changes how it is drawn."""
+    """The background; `variant` only changes how it is drawn."""
 
     place: str
     time: str
@@ -104,7 +104,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON types."""
+        """All fields as JSON types."""
         return {**asdict(self), "objects": [asdict(thing) for thing in self.objects]}
 
     @classmethod
@@ -117,15 +117,15 @@ class Scene:
         )
 
 
-# --- chance -------------------------------------------------------------------------------------------------------
+# --- random scenes ------------------------------------------------------------------------------------------------
 
 
 def generate_scene(seed: int, split: str, number: int) -> Scene:
-    """Draws the scene graph of one picture; equal arguments give equal scenes, whatever was drawn before."""
+    """Draws the scene graph of one picture; it depends only on the arguments."""
     rng = random.Random(f"{seed}/{split}/{number}")
     setting = Setting(rng.choice(list(PLACES)), rng.choice(list(TIMES)), rng.randrange(_VARIANTS))
     count = rng.randint(*_SMALL_OBJECTS)
-    # Different shapes, so that a bare name ("the star") says which object is meant.
+    # All shapes differ, so that a name alone ("the star") identifies an object.
     shapes = rng.sample(SHAPES, 1 + count)
     salient = _random_object(rng, shapes[0], list(SALIENT_SIZES), "center", (0.5, 0.5))
     places = rng.sample(list(POSITIONS.items()), count)
@@ -166,9 +166,9 @@ _RAW_FRAMES = (
 
 
 def short_caption(scene: Scene, rng: random.Random) -> str:
-    """A short caption as the web has them: it names the salient object, often incompletely, and nothing else.
+    """A short caption as on the web: it names only the salient object and the setting, often incompletely.
 
-    One in five names the bare shape, so that prompts that do so are within what training has seen.
+    One in five is the bare shape, so that prompts with only a shape are close to the training texts.
     """
     thing, setting = scene.salient, scene.setting
     if rng.random() < 0.2:
@@ -182,7 +182,7 @@ def short_caption(scene: Scene, rng: random.Random) -> str:
 
 
 def with_articles(text: str) -> str:
-    """Turns "a" into "an" where the next word asks for it.
+    """Turns "a" into "an" before a vowel.
 
     >>> with_articles("a photo of a orange star")
     'a photo of an orange star'
@@ -198,8 +198,8 @@ def with_articles(text: str) -> str:
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
-    """Draws a scene as an RGB picture of `size` × `size` pixels; the composition is the same at every size."""
-    # Drawn larger and averaged down, which is Pillow's cheapest way to smooth edges.
+    """Draws a scene as an RGB picture of `size` × `size` pixels; the composition does not depend on the size."""
+    # Supersampling is Pillow's cheapest way to smooth edges.
     scale = 3 if size <= 128 else 2
     picture = _backdrop(scene.setting, size * scale).copy()
     for thing in (scene.salient, *scene.objects):
@@ -216,7 +216,7 @@ def _draw_object(picture: Image.Image, thing: SceneObject, side: int) -> None:
     mask = Image.new("L", (2 * half, 2 * half))
     draw = ImageDraw.Draw(mask)
     for number, contour in enumerate(contours):
-        draw.polygon(contour, fill=0 if number else 255)  # what follows the outline is a hole
+        draw.polygon(contour, fill=0 if number else 255)  # contours after the outline are holes
     left, top = round(thing.x * side) - half, round(thing.y * side) - half
     drop = max(round(radius * 0.1), 1)
     picture.paste((12, 14, 28), (left + drop, top + drop), mask.point(_SHADOW))
@@ -330,7 +330,7 @@ def _backdrop(setting: Setting, side: int) -> Image.Image:
 
 
 class _Canvas:
-    """A setting's picture: the sky of its time, then one method for each place."""
+    """A picture of a setting: the sky for its time, then one drawing method per place."""
 
     def __init__(self, setting: Setting, side: int) -> None:
         self.side = side
@@ -453,14 +453,14 @@ class _Canvas:
                     self.draw.rectangle([edge * self.side for edge in box], fill=(250, 226, 150))
 
 
-# --- what a picture can be asked ----------------------------------------------------------------------------------
+# --- labels -------------------------------------------------------------------------------------------------------
 
 _OF_SALIENT = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "size": tuple(SALIENT_SIZES)}
 _OF_SMALL = {"shape": SHAPES, "colour": tuple(COLOURS), "texture": TEXTURES, "position": tuple(POSITIONS)}
 
 
 def attribute_classes() -> dict[str, dict[str, int]]:
-    """Kind of label → name of each label of that kind → its number of classes, in the order of `attribute_labels`."""
+    """Group of labels → name of each label → its number of classes, in the order of `attribute_labels`."""
     setting = {"place": {"place": len(PLACES)}, "time": {"time": len(TIMES)}}
     salient = {f"salient {attribute}": {attribute: len(names)} for attribute, names in _OF_SALIENT.items()}
     small = {f"small {attribute}": dict.fromkeys(names, 2) for attribute, names in _OF_SMALL.items()}
@@ -468,15 +468,15 @@ def attribute_classes() -> dict[str, dict[str, int]]:
 
 
 def attribute_labels(scene: Scene) -> list[int]:
-    """What the image tower learns to tell, as classes.
+    """The classes that the image tower is trained to predict.
 
     The setting; the salient object's attributes; which shapes, colours, textures and positions small objects have
-    (1 or 0 for each); and for each shape the colour of the small object that has it, 0 where none has.
+    (1 or 0 each); and for each shape the colour of the small object with that shape, 0 if there is none.
     """
     labels = [list(PLACES).index(scene.setting.place), list(TIMES).index(scene.setting.time)]
     labels += [names.index(getattr(scene.salient, attribute)) for attribute, names in _OF_SALIENT.items()]
     for attribute, names in _OF_SMALL.items():
-        there = {getattr(thing, attribute) for thing in scene.objects}
-        labels += [int(name in there) for name in names]
+        present = {getattr(thing, attribute) for thing in scene.objects}
+        labels += [int(name in present) for name in names]
     colours = {thing.shape: 1 + list(COLOURS).index(thing.colour) for thing in scene.objects}
     return labels + [colours.get(shape, 0) for shape in SHAPES]

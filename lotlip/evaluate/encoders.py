@@ -17,7 +17,7 @@ from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
 
 from lotlip.core.files import weights_hash
-from lotlip.data.batches import ahead, by_length, in_batches
+from lotlip.data.batches import by_length, in_batches, prefetch
 from lotlip.data.images import decode_rgb, image_transform, to_rgb
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.lotlip import LotlipModel
@@ -146,7 +146,7 @@ class Runner:
             except ValueError as error:
                 raise UnreadableImage(numbered[0], str(error)) from error
 
-        return in_batches(ahead(made, enumerate(images), 2 * self.batch_size), self.batch_size)
+        return in_batches(prefetch(made, enumerate(images), 2 * self.batch_size), self.batch_size)
 
     def protocol(self, *libraries: str) -> dict[str, str | int]:
         """What of it decides features, with the versions of the libraries that make them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lotlip.core.checks import Check, each, one, run_gate
+from lotlip.core.checks import Check, each_value, one_value, run_gate
 from lotlip.evaluate.config import EvaluateConfig
 from lotlip.evaluate.score_names import MAIN
 
@@ -47,15 +47,15 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
     }
     suites = {
         "stage": [
-            one("scores", "something was measured", low=1),
-            one("unmeasured", "every benchmark has R@1 or top-1 accuracy", high=0, detail=", ".join(unmeasured)),
+            one_value("scores", "something was measured", low=1),
+            one_value("unmeasured", "every benchmark has R@1 or top-1 accuracy", high=0, detail=", ".join(unmeasured)),
         ],
         "scores": [
-            each("unknown", "every score is a number", high=0),
-            each("value", "every score is from 0 to 1", 0, 1),
+            each_value("unknown", "every score is a number", high=0),
+            each_value("value", "every score is from 0 to 1", 0, 1),
         ],
         "told_apart": [
-            each(
+            each_value(
                 "over_chance",
                 f"R@1 of short text (or of long, or top-1) is at least {lowest:g} times chance",
                 lowest,

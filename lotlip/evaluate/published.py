@@ -10,7 +10,7 @@ from typing import Any
 from lotlip.core.files import sha256_json
 from lotlip.core.paths import Paths
 from lotlip.data.annotations import clean
-from lotlip.data.keys import leaves, printable
+from lotlip.data.keys import escapes_folder, printable
 from lotlip.data.paths import find_images
 from lotlip.evaluate.benchmarks import Benchmark, Prompts, Texts
 from lotlip.evaluate.config import PARTIAL_RUN, PublishedBenchmarkConfig
@@ -164,7 +164,7 @@ def _check_names(described: Sequence[Described]) -> None:
     for one in described:
         if not isinstance(one.name, str) or not one.name:
             raise ValueError(f"{one.where} names no image; mend it or remove it")
-        if leaves(one.path):
+        if escapes_folder(one.path):
             raise ValueError(f"{one.where} names {one.name!r}, which leads out of its folder; find out who made it")
         if one.name in first:
             raise ValueError(f"{one.where} names {one.name}, as {first[one.name]} did before; remove one of them")

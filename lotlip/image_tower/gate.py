@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from lotlip.core.checks import Check, in_percent, one, run_gate
+from lotlip.core.checks import Check, in_percent, one_value, run_gate
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 
 
@@ -27,15 +27,17 @@ def gate_image_tower(
     spread = float(features.std(axis=0).max()) if np.isfinite(features).all() else None
     stage: dict[str, Any] = {"stage": "image_tower", "not_finite": int((~np.isfinite(features)).sum())}
     checks = [
-        one("not_finite", "features have no NaN or infinity", high=0),
-        one("spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6),
+        one_value("not_finite", "features have no NaN or infinity", high=0),
+        one_value(
+            "spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6
+        ),
     ]
     if isinstance(settings, SceneTowerConfig):
         stage["accuracy"] = float(np.mean(list(accuracy.values()))) if accuracy else None
         detail = ", ".join(f"{name} {in_percent(value)}" for name, value in accuracy.items())
         what = f"mean accuracy over attributes is at least {in_percent(settings.min_accuracy)}"
         checks.append(
-            one(
+            one_value(
                 "accuracy", what, low=settings.min_accuracy, percent=True, detail=detail, key="image_tower.min_accuracy"
             )
         )

@@ -1,1 +1,1 @@
-"""Stage `ingest`: images with their short captions become partitions."""
+"""Stage `ingest`: turns images and their short captions into partitions."""

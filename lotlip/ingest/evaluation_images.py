@@ -1,4 +1,4 @@
-"""Images that are evaluated on and must not be trained on."""
+"""Evaluation images, which must not be trained on."""
 
 from __future__ import annotations
 
@@ -13,47 +13,47 @@ from lotlip.data.partitions import stored_images, unit_names
 from lotlip.data.records import ImageRecord
 from lotlip.ingest.config import ImagesConfig
 from lotlip.ingest.perceptual import perceptual_hash
-from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.record_validation import RecordValidator
 from lotlip.ingest.sources.folder import find_images
 
 _REMEDY = "name folders of images that must not be trained on, or none"
 
 
 def image_hashes(folders: Iterable[Path], images: ImagesConfig) -> dict[str, str]:
-    """The sha256 of each image, as it is and as ingest would store it → where it is.
+    """The sha256 of each image, both as it is and as ingest would store it → where it is.
 
     Args:
-        folders: of images; or of an ingest stage, whose images of other splits than train are meant.
-        images: how ingest stores images: what it resizes and encodes anew has other bytes.
+        folders: of images; or outputs of an ingest stage, whose images outside the train split are used.
+        images: how ingest stores images: resized or re-encoded images have other bytes.
 
     Raises:
-        ValueError: a folder is not there, or has no image.
+        ValueError: a folder does not exist, or has no image.
     """
-    intake = Intake(images)
-    found: dict[str, str] = {}
+    validator = RecordValidator(images)
+    hashes: dict[str, str] = {}
     for folder in folders:
         if (folder / INDEX_FILE).is_file():
-            found |= dict.fromkeys(held_out_images(folder, unit_names(folder)), str(folder))
+            hashes |= dict.fromkeys(held_out_images(folder, unit_names(folder)), str(folder))
             continue
         for name in find_images(folder, _REMEDY):
             data = (folder / name).read_bytes()
-            stored = intake(name, name, data, caption="none")
-            found[hashlib.sha256(data).hexdigest()] = str(folder / name)
+            stored = validator(name, name, data, caption="none")
+            hashes[hashlib.sha256(data).hexdigest()] = str(folder / name)
             if isinstance(stored, ImageRecord):
-                found[stored.sha256] = str(folder / name)
-    return found
+                hashes[stored.sha256] = str(folder / name)
+    return hashes
 
 
 def perceptual_hashes(folders: Iterable[Path]) -> dict[str, int]:
-    """Where each image is → its perceptual hash; images that cannot be decoded are left out.
+    """Where each image is → its perceptual hash; images that cannot be decoded are skipped.
 
-    Args, Raises: `folders` as of `image_hashes`.
+    Args and errors are those of `image_hashes`.
     """
 
     def hashed(image: tuple[str, Callable[[], bytes]]) -> tuple[str, int] | None:
         try:
             return image[0], int(perceptual_hash(image[1]()))
-        except ValueError:  # it may be in an evaluation set as it is, but has no copy that could be decoded
+        except ValueError:  # an image that cannot be decoded has no copy that can be decoded
             return None
 
     with ThreadPoolExecutor() as pool:
@@ -61,7 +61,7 @@ def perceptual_hashes(folders: Iterable[Path]) -> dict[str, int]:
 
 
 def _images(folders: Iterable[Path]) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Where each image is, and what reads its bytes."""
+    """Where each image is, and a function that reads its bytes."""
     for folder in folders:
         if (folder / INDEX_FILE).is_file():
             names = [name for name in unit_names(folder) if not name.startswith("train/")]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lotlip.core.checks import Check, one, run_gate, share
+from lotlip.core.checks import Check, max_share, one_value, run_gate
 from lotlip.data.checks import count_repeated, counts, expectation, failure_check, non_empty, number_table
 from lotlip.data.index import Totals
 from lotlip.data.inspection import (
@@ -27,74 +27,74 @@ def gate_ingest(
     evaluation: Collection[str],
     report: Path,
 ) -> list[Check]:
-    """Every item is accounted for, every key and image comes once, and none that is evaluated on is trained on.
+    """Checks that all items are accounted for, keys and images are unique, and no training image is for evaluation.
 
     Args:
-        settings: the stage's.
-        folder: where the partitions are.
+        settings: of the stage.
+        folder: of the partitions.
         reports: of all partitions, and of units that failed as a whole.
-        units: how many there were to read.
-        evaluation: hashes of images, beside the held-out splits', that must not be trained on.
+        units: number of units of the source.
+        evaluation: hashes of images that must not be trained on, besides those of the held-out splits.
         report: scratch folder.
 
     Raises:
-        GateFailed: see `run_gate`, as for every gate below.
+        GateFailed: a check fails; see `run_gate`.
     """
-    there = non_empty(reports)
-    names = [unit.name for unit in there]
+    present = non_empty(reports)
+    names = [unit.name for unit in present]
     held_out = held_out_images(folder, names) | set(evaluation)
-    rows = [inspect_partition(folder, unit.name, unit.written, held_out) for unit in there]
+    rows = [inspect_partition(folder, unit.name, unit.written, held_out) for unit in present]
     table = number_table(rows, PARTITION, "unit", "opened", "constant")
-    whole = table.loc[table["missing_files"] == 0, "unit"].tolist()
+    complete = table.loc[table["missing_files"] == 0, "unit"].tolist()
     written = sum(unit.written for unit in reports)
-    again = {column: count_repeated(folder, whole, column) for column in ("key", "sha256", "short_caption")}
-    found = Totals.of(reports)
-    failures, few_failures = failure_check(found, settings.max_failure_share, "ingest", LEFT_OUT)
-    left_out = {kind: count for kind, count in found.failure_kinds.items() if kind in LEFT_OUT}
+    repeated = {column: count_repeated(folder, complete, column) for column in ("key", "sha256", "short_caption")}
+    sums = Totals.of(reports)
+    failures, few_failures = failure_check(sums, settings.max_failure_share, "ingest", LEFT_OUT)
+    left_out = {kind: count for kind, count in sums.failure_kinds.items() if kind in LEFT_OUT}
     stage = {
         "stage": "ingest",
-        "left_out": sum(left_out.values()) / max(found.read, 1),
+        "left_out": sum(left_out.values()) / max(sums.read, 1),
         "train": sum(unit.written for unit in reports if unit.name.startswith("train/")),
-        "repeated_keys": again["key"],
-        "repeated_images": again["sha256"],
-        "repeated_captions": again["short_caption"] / max(written, 1),
+        "repeated_keys": repeated["key"],
+        "repeated_images": repeated["sha256"],
+        "repeated_captions": repeated["short_caption"] / max(written, 1),
         "constant_share": table["constant"].sum() / max(table["opened"].sum(), 1),
-        "broken_units": sum(failure.kind in BROKEN_UNIT for failure in _one_each(reports)) / max(units, 1),
+        "broken_units": sum(failure.kind in BROKEN_UNIT for failure in _unit_failures(reports)) / max(units, 1),
         **failures,
     }
     suites = {
         "stage": [
             few_failures,
-            share(
+            max_share(
                 "left_out",
                 "images left out as copies or evaluation images",
                 settings.max_left_out_share,
                 "ingest.max_left_out_share",
                 counts(left_out),
             ),
-            share(
+            max_share(
                 "broken_units",
-                "source files that are broken or cut off",
+                "source files that are broken or truncated",
                 settings.max_broken_unit_share,
                 "ingest.max_broken_unit_share",
             ),
-            one("train", "the train split has images", low=1),
-            one("repeated_keys", "no key comes twice", high=0),
-            one("repeated_images", "no image comes twice", high=0),
-            share(
+            one_value("train", "the train split has images", low=1),
+            one_value("repeated_keys", "keys are unique", high=0),
+            one_value("repeated_images", "images are unique", high=0),
+            max_share(
                 "repeated_captions",
-                "short captions that repeat another",
+                "short captions that equal another",
                 settings.max_repeated_caption_share,
                 "ingest.max_repeated_caption_share",
             ),
-            share(
+            max_share(
                 "constant_share",
-                "images looked at that are one colour all over",
+                "sampled images that have a single colour",
                 settings.max_constant_share,
                 "ingest.max_constant_share",
             ),
         ],
-        "units": [expectation(fact) for fact in PARTITION],
+        "units": [expectation(invariant) for invariant in PARTITION],
     }
     return run_gate("ingest", {"stage": pd.DataFrame([stage]), "units": table}, suites, report)
 
@@ -103,11 +103,11 @@ def gate_ingest(
 LEFT_OUT = ("duplicate-image", "evaluation", "near-evaluation")
 
 
-# Kinds of failures that tell of a whole file of the source; its items were not all counted.
+# Kinds of failures that concern a whole file of the source, whose items were not all counted.
 BROKEN_UNIT = ("unit", "truncated", "unreadable-shard")
 
 
-def _one_each(reports: Sequence[UnitReport]) -> Iterator[Failure]:
-    """The failures, but one alone for a unit that failed as a whole."""
+def _unit_failures(reports: Sequence[UnitReport]) -> Iterator[Failure]:
+    """The failures, but only the first one of a unit that failed as a whole."""
     for unit in reports:
         yield from unit.failures[:1] if not unit.sha256 else unit.failures

@@ -1,4 +1,4 @@
-"""Perceptual hashes of images: a resized or re-encoded copy's differs in few bits, another image's in about half."""
+"""Perceptual hashes of images: those of resized or re-encoded copies differ in few bits, of other images in half."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = 4  # of 16 bits
 
 
 def perceptual_hash(image: bytes) -> np.uint64:
-    """ImageHash's pHash of an encoded image as a viewer shows it: the signs of its 8 × 8 lowest frequencies.
+    """ImageHash's pHash of an encoded image, decoded as a viewer shows it: the signs of its 8 × 8 lowest frequencies.
 
     Raises:
         ValueError: the image cannot be decoded.
@@ -33,15 +33,15 @@ def write_hashes(units: Path, name: str, out: Path) -> None:
     Args:
         units: folder of the partition.
         name: of the partition.
-        out: another folder.
+        out: the folder of the hashes.
     """
-    found = [perceptual_hash(read()) for _, _, read in stored_images(units, [name])]
+    hashes = [perceptual_hash(read()) for _, _, read in stored_images(units, [name])]
     with atomic_write(out / f"{name}.npy") as partial, partial.open("wb") as file:
-        np.save(file, np.array(found, dtype=np.uint64))
+        np.save(file, np.array(hashes, dtype=np.uint64))
 
 
 def near_copies(hashes: Path, evaluation: Mapping[str, int], distance: int) -> Callable[[str], dict[int, str]]:
-    """A function that finds a partition's images that resemble an evaluation image.
+    """Returns a function that finds a partition's images that resemble an evaluation image.
 
     Args:
         hashes: folder that `write_hashes` filled.
@@ -49,7 +49,7 @@ def near_copies(hashes: Path, evaluation: Mapping[str, int], distance: int) -> C
         distance: bits that may differ.
 
     Returns:
-        A partition's name → number of a row → why its image is taken for a copy.
+        A partition's name → row → why its image counts as a copy.
     """
     places, index = list(evaluation), HashIndex(np.fromiter(evaluation.values(), np.uint64, len(evaluation)), distance)
 
@@ -63,14 +63,14 @@ def near_copies(hashes: Path, evaluation: Mapping[str, int], distance: int) -> C
 
 
 class HashIndex:
-    """Finds near hashes without comparing all pairs.
+    """Finds similar hashes without comparing all pairs.
 
-    Of two hashes that differ in at most d bits, one of the four parts differs in at most d // 4 bits. So a table for
-    each part gives, for each of its 65,536 values, the hashes whose part is that near, and only these are compared.
+    If two hashes differ in at most d bits, one of their four parts differs in at most d // 4 bits. A table for each
+    part therefore maps each of its 65,536 values to the hashes whose part is that similar; only these are compared.
 
     Args:
         hashes: uint64 [n].
-        distance: d. Time and memory grow with the number of 16-bit values that differ in d // 4 bits: 1, 17, 137.
+        distance: d. Time and memory grow with the number of 16-bit values that differ in up to d // 4 bits: 1, 17, 137.
     """
 
     def __init__(self, hashes: np.ndarray, distance: int) -> None:
@@ -84,18 +84,18 @@ class HashIndex:
             self._tables.append((np.append(0, ends), rows))
 
     def nearest(self, hashes: np.ndarray) -> np.ndarray:
-        """Near pairs [m, 3]: the number of a hash in `hashes`, that of the nearest one in the index, differing bits.
+        """Similar pairs [m, 3]: row in `hashes`, row of the nearest hash in the index, number of differing bits.
 
-        Hashes without a near one are not in it. Of equally near ones, the first counts.
+        Hashes without a similar one are omitted. Of equally near ones, the first is used.
         """
-        found = []
+        candidates = []
         for part, (ends, rows) in zip(_parts(hashes).T, self._tables, strict=True):
             starts, counts = ends[part], ends[part.astype(np.int64) + 1] - ends[part]
-            asked = np.repeat(np.arange(len(part)), counts)
-            known = rows[np.arange(len(asked)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)]
-            bits = np.bitwise_count(hashes[asked] ^ self._hashes[known]).astype(np.int64)
-            found.append(np.stack([asked, known, bits], axis=1)[bits <= self._distance])
-        pairs = np.concatenate(found)
+            queries = np.repeat(np.arange(len(part)), counts)
+            known = rows[np.arange(len(queries)) + np.repeat(starts - (np.cumsum(counts) - counts), counts)]
+            bits = np.bitwise_count(hashes[queries] ^ self._hashes[known]).astype(np.int64)
+            candidates.append(np.stack([queries, known, bits], axis=1)[bits <= self._distance])
+        pairs = np.concatenate(candidates)
         pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 2], pairs[:, 0]))]
         return pairs[np.unique(pairs[:, 0], return_index=True)[1]]
 

@@ -1,1 +1,1 @@
-"""Training objectives: how texts and images are contrasted."""
+"""Training objectives, which contrast texts and images."""

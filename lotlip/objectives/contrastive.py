@@ -1,9 +1,9 @@
-"""The training loss: an image against each of its texts, with the variants that the paper compares.
+"""The training loss: contrasts an image with each of its texts, with the variants that the paper compares.
 
-A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and what the short caption is
-compared with. Of a global batch of T images with N texts each, a process has its own B texts and everybody's image
-features: only those are gathered, one for each image, while texts, N times as many, stay where they are. Its N × B ×
-T logits are computed in blocks, and once more in the backward pass, so that few of them exist at a time.
+A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and the image features that the
+short caption is contrasted with. For a global batch of T images with N texts each, a process has its own B texts and
+gathers the image features of all processes, one per image; the texts, N times as many, are not gathered. The N × B × T
+logits are computed in blocks, and again in the backward pass, so that only a few of them exist at a time.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lotlip.objectives.similarity import cosine, late_interaction
 
-# Logits of a block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are no faster.
+# Logits per block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are not faster.
 LOGITS_AT_ONCE = 2**22
 
 
 class _Gather(torch.autograd.Function):
-    """All-gather with gradients. That of torch.distributed.nn (2.15) mixes up the gradient's entries on gloo where they
-    do not lie in row order in memory, which is how a matrix product leaves them."""
+    """All-gather with gradients. On gloo, torch.distributed.nn's (2.15) permutes the entries of a gradient that is not
+    contiguous, which is what a matrix product returns."""
 
     @staticmethod
     def forward(ctx: Any, features: Tensor) -> Tensor:
@@ -37,9 +37,9 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient = gradients[0].contiguous()
-        own = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(own, gradient)
-        return own
+        local = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(local, gradient)
+        return local
 
 
 def _several_processes() -> bool:
@@ -47,43 +47,43 @@ def _several_processes() -> bool:
 
 
 def gather(features: Tensor) -> Tensor:
-    """Every process's features in a row, [W·B, …]; gradients flow back to the process that each came from."""
+    """Concatenates the features of all processes, [W·B, …]; gradients flow back to the process of origin."""
     return _Gather.apply(features.contiguous()) if _several_processes() else features
 
 
-# --- contrasts ----------------------------------------------------------------------------------------------------
-# Each has a part that takes a block of logits, and one that puts together what all blocks of all processes gave. A
-# block is [N, B, T], the logits of B texts of each of N kinds with all T images: `picks_image` those by which a text
-# picks its image, along T, and `picks_text` those by which an image picks its text, along all blocks' B. `own`, [B],
-# says which image is a text's own.
+# --- objectives ---------------------------------------------------------------------------------------------------
+# Each has one function for a block of logits and one that combines the blocks of all processes. A block is [N, B, T]:
+# the logits of B texts of each of N kinds with all T images. `picks_image` has those by which a text picks its image,
+# along T; `picks_text` those by which an image picks its text, along the B of all blocks. `own`, [B], is the index of
+# each text's own image.
 
 
-def _own(logits: Tensor, own: Tensor) -> Tensor:
-    """The logits of what belongs together, [N, B]."""
+def _positives(logits: Tensor, own: Tensor) -> Tensor:
+    """The logits of the positive pairs, [N, B]."""
     return logits.gather(2, own.expand(len(logits), -1)[..., None])[..., 0]
 
 
 def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost but for the images' normalisers [N], and these texts' part of the normalisers' logarithms [N, T]."""
-    costs = picks_image.logsumexp(2) - _own(picks_image, own) - _own(picks_text, own)
+    """Cost without the images' normalisers [N], and these texts' part of the log-normalisers [N, T]."""
+    costs = picks_image.logsumexp(2) - _positives(picks_image, own) - _positives(picks_text, own)
     return costs.sum(1), picks_text.logsumexp(1)
 
 
 def _softmax(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """Symmetric InfoNCE (paper, section 3.2) of [P, N] and [P, N, T], from P blocks: [N]."""
+    """Symmetric InfoNCE (paper, section 3.2) from the parts [P, N] and [P, N, T] of P blocks: [N]."""
     return (costs.sum(0) + normalisers.logsumexp(0).sum(1)) / (2 * normalisers.shape[2])
 
 
 def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost of judging each pair by itself, mean of both directions, [N]; nothing depends on the other blocks."""
+    """Cost of classifying each pair independently, mean of both directions, [N]; blocks do not depend on each other."""
     directions = [picks_image] if picks_image is picks_text else [picks_image, picks_text]
-    # −log σ(−x) = softplus(x) for a pair that does not belong together, −log σ(x) = softplus(x) − x for one that does
-    costs = [softplus(logits).sum((1, 2)) - _own(logits, own).sum(1) for logits in directions]
+    # −log σ(−x) = softplus(x) for a negative pair, −log σ(x) = softplus(x) − x for a positive one
+    costs = [softplus(logits).sum((1, 2)) - _positives(logits, own).sum(1) for logits in directions]
     return torch.stack(costs).mean(0), picks_image.new_zeros(len(picks_image), picks_image.shape[2])
 
 
 def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """SigLIP's loss (arXiv 2303.15343, eq. 1), whose sum is over the batch size, of [P, N]: [N]."""
+    """SigLIP's loss (arXiv 2303.15343, eq. 1), whose sum is divided by the batch size, from [P, N]: [N]."""
     return costs.sum(0) / normalisers.shape[2]
 
 
@@ -92,37 +92,37 @@ OBJECTIVES: dict[str, Objective] = {"infonce": (_softmax_block, _softmax), "sigl
 
 
 def principal_components(features: Tensor, number: int) -> Tensor:
-    """Features rebuilt from the batch's first principal components (Long-CLIP, arXiv 2403.15378, section 3.2).
+    """Reconstructs features from the batch's first principal components (Long-CLIP, arXiv 2403.15378, section 3.2).
 
-    What makes a feature differ most from others is kept, its detail is not. As in Long-CLIP's release the result is not
-    normalised again. The directions count as constants: the gradient flows through the projection and the mean, not
-    through the eigenvectors, whose gradient has no bound where eigenvalues are close.
+    This keeps what varies most between features and drops details. As in Long-CLIP's release, the result is not
+    normalised again. The directions are treated as constants: the gradient flows through the projection and the mean,
+    not through the eigenvectors, whose gradient is unbounded where eigenvalues are close.
 
     Args:
         features: [B, D].
-        number: of components, at least 1; D or more give the features back.
+        number: of components, at least 1; D or more return the features unchanged.
 
     Returns:
         [B, D], of rank `number` about their mean.
 
     Raises:
-        ValueError: there is no component to keep.
+        ValueError: `number` is below 1.
     """
     if number < 1:
-        raise ValueError(f"number of principal components is {number}; it needs to be 1 at least")
+        raise ValueError(f"the number of principal components is {number}; it must be at least 1")
     if number >= features.shape[1]:
         return features
     exact = features.to(torch.promote_types(features.dtype, torch.float32))
     mean = exact.mean(dim=0)
     centred = exact - mean
-    # eigh refuses NaN; as it is, the NaN reaches the loss, where training names the step and the samples
+    # eigh rejects NaN; replaced here, the NaN of the features still reaches the loss, where training reports the step
     covariance = (centred.T @ centred).detach().nan_to_num()
     directions = torch.linalg.eigh(covariance).eigenvectors[:, -number:]  # [D, number], eigenvalues ascend
     return (mean + centred @ directions @ directions.T).to(features.dtype)
 
 
 def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
-    """What each of the N text features counts in the loss, the short caption's first: [N], together 1."""
+    """The weight of each of the N text features in the loss, the short caption's first: [N], with sum 1."""
     if short_loss_fraction is None or features == 1:
         return torch.full((features,), 1 / features)
     return torch.cat(
@@ -146,44 +146,46 @@ def lotlip_loss(
 ) -> dict[str, Tensor]:
     """Mean over an image's N text features of their objective with the image features (paper, section 3.2).
 
-    Negatives come from the whole batch of all processes. Every process returns the loss of that whole batch, whose
-    gradients its engine averages over the processes: together they are the gradients of one process with the batch.
+    Negatives come from the whole batch of all processes. Every process returns the loss of that whole batch. The
+    engine averages gradients over the processes, which gives the gradients of a single process with the whole batch.
 
     Args:
-        image_features: normalised, [B, D]; with `text_mask` the patches', [B, P, D].
+        image_features: normalised, [B, D]; with `text_mask` those of patches, [B, P, D].
         text_features: normalised, [B, N, D]; the short caption's [CLS] first, then those of the long texts. With
-            `text_mask` the tokens' of the short caption, then of the long texts, [B, N, L, D]; L may differ between
-            processes.
-        logit_scale: the temperature's inverse, [1].
-        logit_bias: added to every logit, [1]; sigmoid needs it, softmax does not change by it.
-        text_mask: bool, True at a text's tokens, [B, N, L]. With it image and text are compared by late interaction
-            (FILIP, arXiv 2111.07783), without it by the cosine of one feature each.
+            `text_mask` those of tokens, [B, N, L, D], in the same order; L may differ between processes.
+        logit_scale: inverse temperature, [1].
+        logit_bias: added to every logit, [1]; siglip needs it, infonce does not depend on it.
+        text_mask: bool, True at a text's tokens, [B, N, L]. With it, image and text are compared by late interaction
+            (FILIP, arXiv 2111.07783); without it, by the cosine of one feature each.
         objective: "infonce" (symmetric; paper, section 3.2) or "siglip" (sigmoid, arXiv 2303.15343).
-        short_loss_fraction: share of the loss of the short caption's feature, where there are others, which share the
+        short_loss_fraction: weight of the short caption's feature in the mean, if there are others, which share the
             rest; None: each of the N has 1/N, as in the paper.
-        short_loss_weight: of the short caption's term (the released code's `clip_lossweight`).
-        long_loss_weight: of the others' (its `declip_lossweight`).
-        image_components: the short caption is contrasted with so many principal components of the image features
-            (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0 means with all of them. They are those of
-            the whole batch, while Long-CLIP's release takes each process's own: so N processes compute what one does.
-        logits_at_once: in a block (one text of each kind with all images at least); changes memory, not the result.
+        short_loss_weight: factor of the short caption's term (`clip_lossweight` in the released code).
+        long_loss_weight: factor of the other terms (`declip_lossweight`).
+        image_components: number of principal components of the image features that the short caption is contrasted with
+            (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0: the full features. They are computed over
+            the whole batch, so the result does not depend on the number of processes; Long-CLIP's release computes them
+            per process.
+        logits_at_once: logits per block (at least one text of each kind with all images); changes memory, not the
+            result.
 
     Returns:
-        `raw` and `long`, the weighted terms; `loss`, their sum; and, without gradient, `recall`: the share of the
-        batch's texts that are nearer to their own image than to any other, mean over the N kinds.
+        `raw` and `long`, the weighted terms of the short caption and the long texts; `loss`, their sum; and, without
+        gradient, `recall`: the share of the batch's texts that are nearer to their own image than to any other, mean
+        over the N kinds.
 
     Raises:
-        ValueError: the objective is unknown or lacks its bias, shapes do not fit, or principal components are asked of
-            patches.
+        ValueError: the objective is unknown or lacks its bias, shapes do not match, or principal components are
+            combined with late interaction.
     """
     if objective not in OBJECTIVES:
-        raise ValueError(f"objective {objective!r} is unknown; the known ones are {', '.join(OBJECTIVES)}")
+        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
     if objective == "siglip" and logit_bias is None:
-        raise ValueError("objective siglip needs logit_bias; a model has it where its config says logit_bias: true")
+        raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
     _check_shapes(image_features, text_features, text_mask)
     if text_mask is not None and image_components:
         raise ValueError(
-            "image_components are of one feature for each image, which late interaction has not; set it to 0"
+            "image_components need one feature per image, which late interaction does not have; set it to 0"
         )
     images = gather(image_features)  # [T, D] or [T, P, D]
     compare = partial(
@@ -210,8 +212,8 @@ def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tens
     if not fits or (images[0], images[-1]) != (texts[0], texts[-1]):
         mask = "none" if text_mask is None else f"{list(text_mask.shape)}"
         raise ValueError(
-            f"image_features {list(images)} and text_features {list(texts)} with text_mask {mask} do not fit; "
-            f"needed are {needed}"
+            f"image_features {list(images)} and text_features {list(texts)} with text_mask {mask} do not match; "
+            f"expected {needed}"
         )
 
 
@@ -225,10 +227,10 @@ def _terms(
     objective: Objective,
     logits_at_once: int,
 ) -> tuple[Tensor, Tensor]:
-    """The objective over all T images and all processes' texts, of which [B, N, …] are here.
+    """The objective over all T images and the texts of all processes; those of this process are [B, N, …].
 
     Returns:
-        The loss for each kind of text and the number of texts that pick their own image, [N] each.
+        The loss of each kind of text and the number of texts that pick their own image, [N] each.
     """
     rows, kinds = texts.shape[:2]
     if not kinds:
@@ -258,7 +260,7 @@ def _block(
     bias: Tensor | None,
     objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the objective gives for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
+    """The objective for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
 
     def logits(similarity: Tensor) -> Tensor:
         """[T, N·b] as [N, b, T]."""
@@ -273,6 +275,6 @@ def _block(
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
     with torch.no_grad():
-        # strictly nearer than all others, so that features that are all the same are no hit
-        hits = (picks_image >= _own(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
+        # strictly nearer than all others, so that identical features do not count as hits
+        hits = (picks_image >= _positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
     return *objective(picks_image, picks_text, own), hits

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lotlip.core.checks import Check, each, in_percent, one, run_gate
+from lotlip.core.checks import Check, each_value, in_percent, one_value, run_gate
 
 
 def gate_pretrain(
@@ -37,13 +37,15 @@ def gate_pretrain(
     }
     lowest = f"mean loss of a seed's last 10 % of rows is at most {in_percent(limit)} of guessing's ({chance_loss:.4g})"
     suites = {
-        "stage": [one("untrained", "every seed has a curve", high=0)],
+        "stage": [one_value("untrained", "every seed has a curve", high=0)],
         "steps": [
-            each("not_finite", "loss and temperature are numbers at every step", high=0),
-            each("advance", "steps go up", low=1),
-            each("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
+            each_value("not_finite", "loss and temperature are numbers at every step", high=0),
+            each_value("advance", "steps go up", low=1),
+            each_value("temperature", "the temperature is above 0 and at most 100", np.nextafter(0, 1), 100),
         ],
-        "seeds": [each("final_share", lowest, high=limit, percent=True, key="compute.training.max_final_loss_share")],
+        "seeds": [
+            each_value("final_share", lowest, high=limit, percent=True, key="compute.training.max_final_loss_share")
+        ],
     }
     return run_gate("pretrain", tables, suites, report)
 

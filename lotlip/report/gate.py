@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lotlip.core.checks import SHOWN_ROWS, Check, one, run_gate
+from lotlip.core.checks import SHOWN_ROWS, Check, one_value, run_gate
 
 
 def gate_report(page: Path, images: int, report: Path) -> list[Check]:
@@ -32,10 +32,10 @@ def gate_report(page: Path, images: int, report: Path) -> list[Check]:
         "broken_links": len(broken),
     }
     checks = [
-        one("bytes", f"{page.name} is there and is not empty (bytes)", low=1),
-        one("images", f"{page.name} shows at least {images} images", low=images),
-        one("outside", f"{page.name} needs no other file", high=0, detail=outside),
-        one(
+        one_value("bytes", f"{page.name} is there and is not empty (bytes)", low=1),
+        one_value("images", f"{page.name} shows at least {images} images", low=images),
+        one_value("outside", f"{page.name} needs no other file", high=0, detail=outside),
+        one_value(
             "broken_links", f"{page.name} links to files that are there", high=0, detail=", ".join(broken[:SHOWN_ROWS])
         ),
     ]

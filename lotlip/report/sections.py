@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lotlip.core.differences import differences, in_words, plain
+from lotlip.core.differences import differences, format_differences, format_value
 from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, SOURCE
 from lotlip.evaluate.score_names import MAIN
@@ -94,7 +94,9 @@ def _table(inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfi
         lead.append((Column("label", "Label", numeric=False), [words(declared.rows[a.name]) for a in chosen]))
     for key, label in declared.columns.items():
         if key == CHANGES:
-            changes = [in_words(differences(a.config.recipe(), inputs.params.pretrain.recipe())) for a in chosen]
+            changes = [
+                format_differences(differences(a.config.recipe(), inputs.params.pretrain.recipe())) for a in chosen
+            ]
             lead.append((Column(key, label or "Change", numeric=False), [words(text) for text in changes]))
         elif key == FLOPS:
             lead += [(FLOPS_COLUMN, [gigaflops(a.flops_per_text) for a in chosen])] if with_flops else []
@@ -123,7 +125,7 @@ def _setting(ablation: Ablation, key: str) -> Cell:
         return words(None)
     if isinstance(value, bool):
         return words("yes" if value else "no")
-    return number(value, "{:,g}") if isinstance(value, (int, float)) else words(plain(value))
+    return number(value, "{:,g}") if isinstance(value, (int, float)) else words(format_value(value))
 
 
 def every_number(inputs: ReportInputs, benchmark: str) -> Table:

@@ -6,7 +6,7 @@ import math
 import statistics
 from typing import Any
 
-from lotlip.core.differences import differences, in_words
+from lotlip.core.differences import differences, format_differences
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.results import FLOPS_COLUMN, FLOPS_NOTE, all_frozen, benchmark_names, flops_known
 from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, number, percent, words
@@ -143,7 +143,7 @@ def training_table(inputs: ReportInputs) -> Table:
     rows = [
         [
             words(a.name),
-            words(in_words(differences(a.config.recipe(), inputs.params.pretrain.recipe()))),
+            words(format_differences(differences(a.config.recipe(), inputs.params.pretrain.recipe()))),
             words(", ".join(map(str, a.config.seeds))),
             number(a.config.steps),
             number(a.config.batch_size),

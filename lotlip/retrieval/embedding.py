@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lotlip.core.files import weights_hash
-from lotlip.data.batches import ahead, in_batches
+from lotlip.data.batches import in_batches, prefetch
 from lotlip.data.pictures import Pictures, open_pictures, printable
 from lotlip.retrieval.index import Index, Rows, index_writer, nearest, open_index
 
@@ -233,7 +233,7 @@ def _encode_images(
         except ValueError as error:
             return name, str(error)
 
-    for batch in in_batches(ahead(prepare, pictures.names, 2 * batch_size), batch_size):
+    for batch in in_batches(prefetch(prepare, pictures.names, 2 * batch_size), batch_size):
         left_out += [(name, found) for name, found in batch if isinstance(found, str)]
         good = [(name, found) for name, found in batch if not isinstance(found, str)]
         names = [name for name, _ in good]

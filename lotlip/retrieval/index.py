@@ -254,7 +254,7 @@ def check_free_index(out: Path, force: bool = False) -> None:
 
     Raises:
         ValueError: it cannot be written there.
-        NotOurs: another file is there.
+        ForeignFileError: another file is there.
     """
     _format(out)
     check_free(out, _is_index, force)

@@ -1,1 +1,1 @@
-"""Stage `shard`: images, captions and frozen features become WebDataset tars."""
+"""Stage `shard`: writes images, captions and frozen features as WebDataset tars."""

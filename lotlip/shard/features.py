@@ -1,4 +1,4 @@
-"""Features of the frozen image tower, which training reads instead of pictures."""
+"""Features of the frozen image tower, which training reads instead of images."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from lotlip.shard.shards import Features
 
 
 def frozen_features(folder: Path, compute: Compute) -> Features:
-    """A function that gives the tower's features of pictures, [n, D] in float32; one call runs at a time.
+    """Returns a function that encodes pictures as the tower's features, float32 [n, D]; one call runs at a time.
 
     Args:
         folder: of the image tower.
         compute: device and precision.
 
     Raises:
-        ValueError: there is no such device, or the tower cannot be read.
+        ValueError: the device does not exist, or the tower cannot be read.
     """
     device = choose_device(compute.device)
     tower = load_image_tower(folder).eval().to(device)
     transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
-    turn = threading.Lock()  # the tower uses the whole device by itself
+    lock = threading.Lock()  # one call already uses the whole device
 
     def features(pictures: list[Image.Image]) -> np.ndarray:
         pixels = torch.from_numpy(np.stack([transform(picture) for picture in pictures]))
         bf16 = compute.precision == "bf16"
-        with turn, torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+        with lock, torch.inference_mode(), torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
             return tower(pixels.to(device)).float().cpu().numpy()
 
     return features

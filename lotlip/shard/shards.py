@@ -1,9 +1,10 @@
-"""Images, raw and long captions and the frozen tower's features, brought together as WebDataset tars.
+"""Combines images, short and long captions, and the frozen tower's features into WebDataset tars.
 
-A sample is `key.json` (short caption, long captions by captioner), `key.npy` (the image's feature, float32, where
-features are stored) and the image as it was ingested. Beside `train-000000.tar`, `train-000000.index.arrow` says where
-its samples lie (`lotlip.data.tars`), `train-000000.token-ids.arrow` has the token ids of its texts
-(`lotlip.data.token_ids`), and `train-000000.done.json` is its report, written when the tar and its index are there.
+A sample consists of `key.json` (short caption, and long captions by captioner), `key.npy` (the image's feature,
+float32, if features are stored) and the image as ingest stored it. Beside `train-000000.tar`,
+`train-000000.index.arrow` gives the positions of its samples (`lotlip.data.tars`), `train-000000.token-ids.arrow` has
+the token ids of its texts (`lotlip.data.token_ids`), and `train-000000.done.json` is its report, which is written after
+the tar and its index.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ from lotlip.data.text import SentenceEnds, split_sub_captions
 
 DONE = ".done.json"
 
-# Partitions that are shuffled together and read at once; training mixes shards once more (`lotlip.pretrain.order`).
+# Partitions that are shuffled together and read at once; training shuffles across shards too (`lotlip.pretrain.order`).
 MIXED_PARTITIONS = 16
 
-# What a sample takes in a tar besides its image, about: headers, texts, the feature.
-_BESIDES = 8192
+# Approximate size of a sample in a tar besides its image: headers, texts, feature.
+_OVERHEAD_BYTES = 8192
 
 # Encodes pictures as features [n, D] float32.
 Features = Callable[[list[Image.Image]], np.ndarray]
@@ -53,13 +54,13 @@ Features = Callable[[list[Image.Image]], np.ndarray]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """What goes into a shard: some places in the order of chance that a group of partitions has.
+    """The contents of a shard: a range of the shuffled samples of a group of partitions.
 
     Attributes:
         name: of the shard: "train-000000".
         partitions: of the group.
         seed: of the group's order.
-        start, stop: of the places.
+        start, stop: range in the group's order.
     """
 
     name: str
@@ -77,38 +78,38 @@ def plan_shards(
 ) -> list[ShardPlan]:
     """Shuffles the samples of a split and cuts them into shards.
 
-    The partitions are shuffled, then the samples of every `MIXED_PARTITIONS` of them together; a shard is of one such
-    group. Memory is that of a group, however large the data set.
+    The partitions are shuffled, then the samples of each group of `MIXED_PARTITIONS` partitions; a shard belongs to one
+    group. Memory is that of one group, however large the data set.
 
     Args:
         ingest: folder of the ingest stage.
         captions: captioner's name → folder of its captions.
         split: of `lotlip.data.records.SPLITS`.
-        samples_per_shard: at most.
+        samples_per_shard: maximum.
         seed: of the order.
-        max_bytes: of a shard, about: it has one sample at least.
+        max_bytes: approximate maximum size of a shard, which has at least one sample.
 
     Raises:
-        ValueError: a captioner has not gone through all partitions. (One that it went through and that failed as a
-            whole is in its index; the caption stage's gate let it pass.)
+        ValueError: a captioner has not processed all partitions. (A partition that failed as a whole is in its index;
+            the caption stage's gate let it pass.)
     """
     partitions = unit_names(ingest, split)
     for captioner, folder in captions.items():
         missing = sorted(set(partitions) - {unit.name for unit in read_index(folder, CaptionIndex).units})
         if missing:
             raise ValueError(
-                f"{folder}: {captioner} has not gone through {len(missing)} partitions of {ingest} "
-                f"({', '.join(missing[:5])}); run the caption stage again"
+                f"{folder}: {captioner} has not processed {len(missing)} partitions of {ingest} "
+                f"({', '.join(missing[:5])}); rerun the caption stage"
             )
-    chance = (seed, SPLITS.index(split))
-    shuffled = [partitions[number] for number in np.random.default_rng(chance).permutation(len(partitions))]
+    split_seed = (seed, SPLITS.index(split))
+    shuffled = [partitions[number] for number in np.random.default_rng(split_seed).permutation(len(partitions))]
     plans: list[ShardPlan] = []
     for first in range(0, len(shuffled), MIXED_PARTITIONS):
         group = tuple(shuffled[first : first + MIXED_PARTITIONS])
         sizes = np.concatenate([read_table(ingest, name, ["size"])["size"].to_numpy() for name in group])
-        own = (*chance, first)
-        for start, stop in _cut(sizes[_order(own, len(sizes))] + _BESIDES, samples_per_shard, max_bytes):
-            plans.append(ShardPlan(f"{split}-{len(plans):06d}", group, own, start, stop))
+        group_seed = (*split_seed, first)
+        for start, stop in _cut(sizes[_order(group_seed, len(sizes))] + _OVERHEAD_BYTES, samples_per_shard, max_bytes):
+            plans.append(ShardPlan(f"{split}-{len(plans):06d}", group, group_seed, start, stop))
     return plans
 
 
@@ -117,7 +118,7 @@ def _order(seed: Sequence[int], samples: int) -> np.ndarray:
 
 
 def _cut(sizes: np.ndarray, most: int, max_bytes: int) -> Iterator[tuple[int, int]]:
-    """Ranges of at most `most` samples whose sizes add up to at most `max_bytes`, or that are of one sample."""
+    """Ranges of at most `most` samples whose sizes add up to at most `max_bytes`; a range has at least one sample."""
     ends = np.cumsum(sizes)
     start = 0
     while start < len(sizes):
@@ -128,8 +129,8 @@ def _cut(sizes: np.ndarray, most: int, max_bytes: int) -> Iterator[tuple[int, in
         start = stop
 
 
-class Group:
-    """All that is known of the samples of some partitions, but for their images, which stay on the disk.
+class PartitionGroup:
+    """The samples of some partitions, without their images, which are read on demand.
 
     Args:
         ingest: folder of the ingest stage.
@@ -152,8 +153,8 @@ class Group:
         self._samples = pa.concat_tables(tables).combine_chunks()
 
     def _sub_captions(self, folder: Path, partition: str, keys: pa.ChunkedArray) -> pa.ChunkedArray:
-        """A captioner's sub-captions for each key; null where it has none."""
-        if finished(partition, folder) is None:  # it failed as a whole; others may have it
+        """A captioner's sub-captions for each key; null if it has none."""
+        if finished(partition, folder) is None:  # it failed as a whole; other captioners may have it
             return pa.chunked_array([pa.nulls(len(keys), pa.list_(pa.string()))])
         table = pq.read_table(folder / f"{partition}.parquet", columns=["key", "sub_captions"])
         return table["sub_captions"].take(pc.index_in(keys, table["key"].combine_chunks()))
@@ -163,19 +164,19 @@ class Group:
 
     def samples(self, rows: np.ndarray) -> list[_Sample]:
         """The samples of some rows, without their images."""
-        found = []
+        samples = []
         for row in self._samples.take(rows).to_pylist():
             long = {name: row[name] for name in self._captioners if row[name] is not None}
             place = (row["partition"], row["offset"], row["size"])
-            found.append(_Sample(row["key"], row["extension"], row["short_caption"], row["sha256"], long, *place))
-        return found
+            samples.append(_Sample(row["key"], row["extension"], row["short_caption"], row["sha256"], long, *place))
+        return samples
 
     def image(self, sample: _Sample) -> bytes:
         """A sample's encoded image."""
         return os.pread(self._tars[sample.partition], sample.size, sample.offset)
 
     def where(self, sample: _Sample) -> str:
-        """Where the image of a sample is, for a person."""
+        """The location of a sample's image, in a form that a person can look up."""
         return f"{self._partitions[sample.partition]}.tar: {sample.key}.{sample.extension}"
 
 
@@ -184,21 +185,21 @@ def _close(files: Sequence[int]) -> None:
         os.close(file)
 
 
-def group_reader(ingest: Path, captions: Mapping[str, Path]) -> Callable[[tuple[str, ...]], Group]:
-    """A function that reads a group of partitions; the last one is kept, for the group's other shards."""
-    kept = lru_cache(maxsize=1)(lambda partitions: Group(ingest, captions, partitions))
-    turn = threading.Lock()
+def group_reader(ingest: Path, captions: Mapping[str, Path]) -> Callable[[tuple[str, ...]], PartitionGroup]:
+    """Returns a function that reads a group of partitions; it caches the last one for the group's other shards."""
+    cached = lru_cache(maxsize=1)(lambda partitions: PartitionGroup(ingest, captions, partitions))
+    lock = threading.Lock()
 
-    def read(partitions: tuple[str, ...]) -> Group:
-        with turn:  # else several threads would read the same
-            return kept(partitions)
+    def read(partitions: tuple[str, ...]) -> PartitionGroup:
+        with lock:  # otherwise several threads would read the same group
+            return cached(partitions)
 
     return read
 
 
 @dataclass(frozen=True)
 class _Sample:
-    """A sample without its image's bytes; `partition`, `offset` and `size` say where they lie."""
+    """A sample without its image's bytes; `partition`, `offset` and `size` give their position."""
 
     key: str
     extension: str
@@ -214,21 +215,23 @@ class _Sample:
         return json.dumps(content, sort_keys=True, ensure_ascii=False, allow_nan=False).encode()
 
 
-def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features | None, batch_size: int) -> UnitReport:
+def write_shard(
+    plan: ShardPlan, group: PartitionGroup, folder: Path, features: Features | None, batch_size: int
+) -> UnitReport:
     """Writes a shard; `batch_size` images are in memory at a time.
 
-    A sample keeps the long captions that it has. It becomes a `Failure` when its image cannot be decoded
+    A sample keeps the long captions that it has. It becomes a `Failure` if its image cannot be decoded
     ("unreadable") or its feature has a NaN or an infinity ("not-finite").
 
     Args:
-        plan: what goes in.
+        plan: contents of the shard.
         group: its partitions, as `group_reader` reads them.
-        folder: where the shard goes.
-        features: encodes pictures as [n, D] float32; None: images are passed on unopened, without features.
+        folder: for the shard.
+        features: encodes pictures as [n, D] float32; None: images are copied without decoding, without features.
         batch_size: pictures encoded at once.
 
     Raises:
-        ValueError: `features` gives something else than a row per picture.
+        ValueError: `features` does not return one row per picture.
     """
     path, marker = folder / f"{plan.name}.tar", folder / f"{plan.name}{DONE}"
     remove(marker, ours=is_marker)
@@ -250,14 +253,14 @@ def write_shard(plan: ShardPlan, group: Group, folder: Path, features: Features 
 
 
 def finished_shard(name: str, folder: Path) -> UnitReport | None:
-    """The report of a shard that was written whole; None where it was not."""
+    """The report of a complete shard; None if the shard is not complete."""
     return finished(name + DONE.removesuffix(MARKER), folder)
 
 
 def _encoded(
-    samples: Sequence[_Sample], group: Group, features: Features | None
+    samples: Sequence[_Sample], group: PartitionGroup, features: Features | None
 ) -> Iterator[tuple[_Sample, bytes, np.ndarray | None] | Failure]:
-    """Each sample with its image's bytes and feature [D], or why it has none; failures may come first."""
+    """Each sample with its image's bytes and feature [D], or its failure; failures may come first."""
     images = [group.image(sample) for sample in samples]
     if features is None:
         yield from ((sample, image, None) for sample, image in zip(samples, images, strict=True))
@@ -294,7 +297,7 @@ def _npy(feature: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# --- what the shards have -----------------------------------------------------------------------------------------
+# --- statistics and index -----------------------------------------------------------------------------------------
 
 
 def shard_statistics(
@@ -304,13 +307,13 @@ def shard_statistics(
     count_tokens: Callable[[str], int],
     sentence_ends: SentenceEnds = "released",
 ) -> dict[str, dict[str, float]]:
-    """How long the texts of a split are (paper, Table 1), for the short captions and for each captioner's.
+    """Statistics of a split's texts (paper, Table 1), for the short captions and for those of each captioner.
 
     Args:
         ingest: folder of the ingest stage.
         captions: captioner's name → folder of its captions.
         split: of `lotlip.data.records.SPLITS`.
-        count_tokens: counts a text's word pieces, special tokens not among them.
+        count_tokens: counts a text's word pieces, without special tokens.
         sentence_ends: splits the short captions into sub-captions; the long ones are stored split.
 
     Returns:
@@ -332,7 +335,7 @@ def shard_statistics(
 
 
 def _means(texts: float, sub_captions: float, tokens: float) -> dict[str, float]:
-    """One text an image: a source has one short caption for each, a captioner writes one."""
+    """Means per text. Every image has one text: one short caption, or one long caption per captioner."""
     return {
         "images": int(texts),
         "texts": int(texts),
@@ -344,9 +347,9 @@ def _means(texts: float, sub_captions: float, tokens: float) -> dict[str, float]
 def write_shard_index(
     folder: Path, reports: Mapping[str, Sequence[UnitReport]], statistics: Mapping[str, Any], **more: Any
 ) -> ShardIndex:
-    """Writes `index.json`: every split's shards, what failed, the statistics, one hash; `more` are other fields.
+    """Writes `index.json`: the shards of every split, failures, statistics and one hash; `more` are other fields.
 
-    A shard in which all failed is not listed, so that nobody looks for it; its failures count.
+    A shard whose samples all failed is not listed, because it has no tar, but its failures count.
     """
     splits = {
         split: SplitEntry(
@@ -379,7 +382,7 @@ def training_vocabulary(
         captions: captioner's name → folder of its captions.
         split: of `lotlip.data.records.SPLITS`.
         tokenizer: name of the word pieces.
-        sentence_ends: what ends a sentence; these characters are not counted.
+        sentence_ends: characters that end a sentence; these are not counted.
     """
     from lotlip.data.tokenizer import used_tokens
 

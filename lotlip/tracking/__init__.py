@@ -1,1 +1,1 @@
-"""MLflow: runs, comparisons, the model registry."""
+"""MLflow: runs, comparisons and the model registry."""

@@ -1,8 +1,8 @@
-"""What MLflow's pages show: a run in plain words; charts and columns of a comparison, chosen by what its runs have.
+"""Content for MLflow's pages: descriptions of runs; charts and columns of comparisons, based on what the runs have.
 
-MLflow's page takes its columns, order, filter, grouping and charts from a "shared view", a tag of the experiment that
-an address names. MLflow does not document the tag's contents; all that is known of them is in this module, was read
-from the page of the pinned version, and is tried in a browser by tests/test_comparison.py.
+MLflow's comparison page takes its columns, order, filter, grouping and charts from a "shared view", a tag of the
+experiment that a URL names. MLflow does not document the tag's format. Everything that this project knows about it is
+in this module; it was read from the page of the pinned version, and tests/test_comparison.py checks it in a browser.
 """
 
 from __future__ import annotations
@@ -18,54 +18,54 @@ from urllib.parse import quote
 
 from pydantic import ValidationError
 
-from lotlip.core.differences import differences, in_words
+from lotlip.core.differences import differences, format_differences
 from lotlip.core.section import flatten
 from lotlip.evaluate.records import BenchmarkScores
 from lotlip.evaluate.score_names import MAIN, Metric
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import Run
 
-SHARED_VIEW = "mlflow.sharedViewState."  # the tag's name, before the view's
+SHARED_VIEW = "mlflow.sharedViewState."  # prefix of the tag's name, before the view's name
 _DEFLATED = "deflate;"
 
-# Parameters by what a person calls them, in the order of charts.
-KNOWN = {
+# Parameters and their titles, in the order of charts.
+PARAMETER_TITLES = {
     "text.corner_tokens": "corner tokens",
     "text.corner_mask": "mask",
     "long_texts.sub_captions": "sub-captions",
     "text.context_length": "context length",
 }
-OTHERS = 4  # charts of so many other parameters, at most
+OTHERS = 4  # maximum number of other parameters with charts
 RECALLS = [metric for family in ("long", "short") for metric in reversed(MAIN[family])]  # text → image first
 CURVES = ("train.loss", "train.in_batch_recall", "train.temperature", "train.samples_per_second")
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """What of a run decides how it is compared."""
+    """The parts of a run that decide how it is compared."""
 
     parameters: Mapping[str, str]
     metrics: Collection[str]
     tags: Mapping[str, str]
 
 
-def runs_of(sweep: str) -> str:
-    """MLflow's query for the runs of a sweep: each has a tag of the sweep's name, so that it may be of several."""
+def sweep_filter(sweep: str) -> str:
+    """MLflow's filter for the runs of a sweep. Each has a tag with the sweep's name, so a run may belong to several."""
     return f"tags.`sweep.{sweep}` LIKE '%'"
 
 
 def view_name(sweep: str | None) -> str:
-    """Of a sweep's view, or of that of all runs."""
+    """Name of a sweep's view, or of the view of all runs."""
     return f"sweep-{sweep}" if sweep else "comparison"
 
 
 def address(server: str, experiment_id: str, sweep: str | None, mode: str = "CHART") -> str:
-    """Of the page that shows a view.
+    """URL of the page that shows a view.
 
     Args:
-        server: MLflow's address.
-        experiment_id: whose runs are compared.
-        sweep: whose runs alone; None: all.
+        server: MLflow's URL.
+        experiment_id: of the runs.
+        sweep: whose runs are shown; None: all runs.
         mode: "CHART" or "TABLE".
     """
     query = f"workflowType=machine_learning&compareRunsMode={mode}&viewStateShareKey={quote(view_name(sweep), safe='')}"
@@ -73,15 +73,15 @@ def address(server: str, experiment_id: str, sweep: str | None, mode: str = "CHA
 
 
 def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
-    """A shared view of runs, as MLflow's page reads it.
+    """A shared view of runs, in the format of MLflow's page.
 
-    First R@1 of every run; then R@1 against each parameter in which runs differ, and all of them at once (parallel
-    coordinates); then curves; last and folded, every other metric. Seeds of an ablation are averaged where no two runs
-    have both the same ablation and the same seed.
+    The sections are: R@1 of every run; R@1 against each parameter that differs between runs, and against all of them
+    at once (parallel coordinates); curves; and, collapsed, every other metric. The seeds of an ablation are averaged,
+    unless two runs have the same ablation and seed.
 
     Args:
-        runs: that are compared.
-        sweep: whose runs alone; None: all.
+        runs: to compare.
+        sweep: whose runs are shown; None: all runs.
     """
     names = sorted({name for run in runs for name in run.metrics})
     recalls = _recalls(names)
@@ -89,7 +89,9 @@ def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
     sections: list[tuple[str, list[dict[str, Any]]]] = [("R@1", [_card("BAR", metricKey=name) for name in recalls])]
     if len(varied) > 1:
         sections.append(("R@1 by everything that differs", [_parallel(varied, recalls)]))
-    sections += [(f"R@1 by {KNOWN.get(key, key)}", [_scatter(key, name) for name in recalls]) for key in varied]
+    sections += [
+        (f"R@1 by {PARAMETER_TITLES.get(key, key)}", [_scatter(key, name) for name in recalls]) for key in varied
+    ]
     sections.append(("Training", [_line(name) for name in CURVES if name in names]))
     sections = [(title, cards) for title, cards in sections if cards]
     columns = [
@@ -100,17 +102,17 @@ def view(runs: Sequence[ComparedRun], sweep: str | None = None) -> str:
     ]
     order = recalls[0] if recalls else None
     state = {
-        "searchFilter": runs_of(sweep) if sweep else "",
+        "searchFilter": sweep_filter(sweep) if sweep else "",
         "orderByKey": f"metrics.`{order}`" if order else "attributes.start_time",
         "orderByAsc": False,
         "selectedColumns": columns,
         "columnOrder": columns,
         "runsHiddenMode": "SHOW_ALL",
         "groupBy": _averaged(runs),
-        "isAccordionReordered": True,  # or the page sorts sections by name
+        "isAccordionReordered": True,  # otherwise the page sorts sections by name
         "compareRunSections": [
             *(_section(title, columns=min(2, len(cards))) for title, cards in sections),
-            # where the page puts a chart for every metric that has none
+            # the page puts a chart here for every metric without one
             *(_section(title, display=False, isReordered=False) for title in ("Model metrics", "System metrics")),
         ],
         "compareRunCharts": [
@@ -128,15 +130,15 @@ def run_note(
     base: PretrainConfig | None = None,
     results: Mapping[str, BenchmarkScores] | None = None,
 ) -> str:
-    """A run in plain words, as Markdown.
+    """Describes a run in plain words, as Markdown.
 
     Args:
         trained: run.json of the ablation.
-        seed: that the run is of.
-        base: what ablations differ from; None: not told.
-        results: benchmark → results, as in metrics/<ablation>.json; the main scores are told with their 95 % intervals
-            and, where repeated texts or images lower it, the best possible score. As metrics of their own they would be
-            three more charts each.
+        seed: of the run.
+        base: settings that ablations differ from; None: differences are not listed.
+        results: benchmark → results, as in metrics/<ablation>.json. The main scores are listed with their 95 %
+            intervals and, if repeated texts or images lower it, the best possible score. As separate metrics these
+            would add three charts each.
     """
     config = flatten(trained.config)
     m, k = config.get("text.corner_tokens", 0), config.get("long_texts.sub_captions", 0)
@@ -145,14 +147,15 @@ def run_note(
         if m
         else "no corner tokens"
     )
-    texts = f"long texts of {k} sub-captions" if k else "short captions alone"
+    texts = f"long texts of {k} sub-captions" if k else "only short captions"
     parts = [f"`{trained.ablation}`, seed {seed}: {corners}, {texts}."]
     try:
         settings = PretrainConfig.model_validate(trained.config)
-    except ValidationError:  # of another version of lotlip
+    except ValidationError:  # from another version of lotlip
         settings = None
     if base and settings:
-        parts.append(f"Beside `pretrain` of params.yaml: {in_words(differences(settings.recipe(), base.recipe()))}.")
+        changes = format_differences(differences(settings.recipe(), base.recipe()))
+        parts.append(f"Differences from `pretrain` of params.yaml: {changes}.")
     rows = []
     limited = any(result.limited for result in (results or {}).values())
     for benchmark, result in (results or {}).items():
@@ -170,34 +173,34 @@ def run_note(
 
 
 def encode(state: Mapping[str, Any]) -> str:
-    """A view's state as the tag's value."""
+    """Encodes a view's state as the tag's value."""
     packed = zlib.compress(json.dumps(state, ensure_ascii=True, separators=(",", ":"), allow_nan=False).encode(), 9)
     return _DEFLATED + base64.b64encode(packed).decode()
 
 
 def decode(value: str) -> dict[str, Any]:
-    """The state that a tag's value holds."""
+    """Decodes a tag's value."""
     state: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(value.removeprefix(_DEFLATED))))
     return state
 
 
 def _recalls(names: Sequence[str]) -> list[str]:
-    """R@1 on long and short text of every benchmark, long text first."""
+    """Names of R@1 on long and short text of every benchmark, long text first."""
     return [name for metric in RECALLS for name in names if name.partition(".")[2] == metric]
 
 
 def _varied(runs: Sequence[ComparedRun]) -> list[str]:
-    """Parameters in which runs differ, but for the seed: the known ones first."""
+    """Parameters that differ between runs, except the seed; those with a title come first."""
     values: dict[str, set[str]] = {}
     for key in {key for run in runs for key in run.parameters} - {"seed", "seeds"}:
         values[key] = {run.parameters[key] for run in runs if key in run.parameters}
-    different = sorted(key for key, found in values.items() if len(found) > 1)
-    known = [key for key in KNOWN if key in different]
-    return known + [key for key in different if key not in KNOWN][:OTHERS]
+    different = sorted(key for key, distinct in values.items() if len(distinct) > 1)
+    titled = [key for key in PARAMETER_TITLES if key in different]
+    return titled + [key for key in different if key not in PARAMETER_TITLES][:OTHERS]
 
 
 def _averaged(runs: Sequence[ComparedRun]) -> dict[str, Any] | None:
-    """How runs are grouped: the seeds of an ablation, unless that would mix runs of other settings."""
+    """The grouping of runs: by ablation, averaging seeds, unless that would mix runs with other settings."""
     seeds = Counter((run.tags.get("ablation"), run.tags.get("seed")) for run in runs)
     ablations = {ablation for ablation, _ in seeds}
     if len(ablations) == len(seeds) or seeds.most_common(1)[0][1] > 1:

@@ -1,4 +1,4 @@
-"""MLflow: one run for each ablation and seed, found again by its fingerprint; and a sink that does nothing."""
+"""MLflow tracking: one run per ablation and seed, identified by its fingerprint."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ if TYPE_CHECKING:
     from lotlip.pretrain.config import PretrainConfig
 
 FINGERPRINT = "lotlip.fingerprint"
-CONTENT = "lotlip.content"  # of a model's files as they were sent
-NOTE = "mlflow.note.content"  # what MLflow's pages show as a description, in Markdown
-TRACKING_WARNING = "tracking warning: "  # begins the line by which a training process reports a failure of tracking
-SQLITE = "sqlite:///"  # begins the address of a store in a file
-PAGE = 1000  # runs that are asked for at a time
+CONTENT = "lotlip.content"  # hash of a model's files when they were sent
+NOTE = "mlflow.note.content"  # description on MLflow's pages, in Markdown
+TRACKING_WARNING = "tracking warning: "  # prefix of the line by which a training process reports a tracking failure
+SQLITE = "sqlite:///"  # prefix of the URI of a store in a file
+PAGE = 1000  # runs per request
 LONGEST_PARAMETER = 6000  # MLflow's limit for a parameter's value
 
 
 class MlflowSink:
-    """Sends curves to a run of MLflow, some steps at a time and from a thread of its own.
+    """Sends curves to an MLflow run, several steps at a time, from a separate thread.
 
-    A write to the store costs as much as a training step, and importing MLflow as much as all else that starting takes.
+    A write to the store takes as long as a training step, and importing MLflow as long as the rest of the start-up.
 
     Args:
         uri: of the tracking server or store.
         run_id: of the run.
-        steps_held: how many steps are sent at a time.
-        warn: takes one line when the store fails, after which nothing more is sent: training must not end, nor wait,
-            because of its tracking. None: `close` raises the error.
+        steps_held: number of steps that are sent at a time.
+        warn: called with one line when the store fails; nothing more is sent afterwards, because tracking must neither
+            end nor delay training. None: `close` raises the error.
     """
 
     def __init__(
@@ -62,13 +62,13 @@ class MlflowSink:
         self._error: Exception | None = None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes the values of one step; sends them with those held so far when there are enough."""
+        """Records the values of one step; sends the recorded steps when there are enough."""
         self._held.append((int(time.time() * 1000), step, dict(metrics)))
         if len(self._held) >= self._steps_held:
             self._send()
 
     def close(self) -> None:
-        """Sends what is held and waits until all has arrived, or sending has failed."""
+        """Sends the recorded steps and waits until everything has been sent, or sending has failed."""
         self._send()
         self._thread.shutdown()
         if self._error and not self._warn:
@@ -98,35 +98,35 @@ class MlflowSink:
 
 
 def open_sink(uri: str, run_id: str | None, warn: Callable[[str], object]) -> Sink:
-    """The sink of a training run, which goes on if the store fails; without a run, the one that does nothing.
+    """The sink of a training run, which continues if the store fails; without a run, one that does nothing.
 
     Args:
         uri: of the tracking server or store.
         run_id: of the run.
-        warn: takes one line when the store fails.
+        warn: called with one line when the store fails.
     """
     return MlflowSink(uri, run_id, warn=warn) if run_id else NullSink()
 
 
 def failure(uri: str, error: Exception) -> str:
-    """One line that names the store that failed, why, and what sends later what it lacks."""
+    """One line that names the store that failed, the reason, and the command that sends the missing data later."""
     reason = " ".join(str(error).split()) or type(error).__name__
     user, at, _ = urlsplit(uri).netloc.rpartition("@")
-    if at:  # it may be a password
+    if at:  # may contain a password
         uri, reason = (text.replace(user + at, "") for text in (uri, reason))
     return (
-        f"MLflow at {uri} failed: {textwrap.shorten(reason, 300)}; nothing but tracking is affected, and "
-        "`python -m flows.restore` sends what is missing"
+        f"MLflow at {uri} failed: {textwrap.shorten(reason, 300)}; only tracking is affected; "
+        "run `python -m flows.restore` to send what is missing"
     )
 
 
 @contextmanager
-def tolerated(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
-    """Turns any failure of tracking in the block into a warning: results are on disk and can be sent later.
+def warn_on_failure(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
+    """Turns a tracking failure in the block into a warning: results are on disk and can be sent later.
 
     Args:
-        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
-        warn: takes the line.
+        uri: of the tracking server or store; the environment variable MLFLOW_TRACKING_URI overrides it.
+        warn: called with the line.
     """
     try:
         yield
@@ -135,76 +135,76 @@ def tolerated(uri: str, warn: Callable[[str], object]) -> Iterator[None]:
 
 
 class Tracker:
-    """Runs of one experiment. Logging twice under one fingerprint gives one run.
+    """Runs of one experiment. Logging twice with the same fingerprint updates one run.
 
     Args:
-        uri: of the tracking server or store; MLFLOW_TRACKING_URI in the environment goes before it.
-        experiment: its name; made when it is not there, and described.
-        base: what ablations differ from, so that runs can tell how; None: they do not.
+        uri: of the tracking server or store; the environment variable MLFLOW_TRACKING_URI overrides it.
+        experiment: name of the experiment; created if it does not exist.
+        base: settings that ablations differ from, for the runs' descriptions; None: differences are not listed.
     """
 
     def __init__(self, uri: str, experiment: str, base: PretrainConfig | None = None) -> None:
         self.uri = os.environ.get("MLFLOW_TRACKING_URI") or uri
         self._base = base
-        with _alone(self.uri):
+        with _exclusive(self.uri):
             self._client = _client(self.uri)
-            found = self._client.get_experiment_by_name(experiment)
-            self._experiment = found.experiment_id if found else self._client.create_experiment(experiment)
+            existing = self._client.get_experiment_by_name(experiment)
+            self._experiment = existing.experiment_id if existing else self._client.create_experiment(experiment)
         self._tag_experiment({"mlflow.experimentKind": "custom_model_development", NOTE: self._about()})
 
     @property
     def client(self) -> MlflowClient:
-        """MLflow's own way into the store, for what is asked of it beyond runs."""
+        """MLflow's client, for requests other than runs."""
         return self._client
 
     def comparison_link(self, server: str, sweep: str | None = None, mode: str = "CHART") -> str:
-        """The address of MLflow's page that compares all runs, or a sweep's, after bringing its charts up to date.
+        """The URL of MLflow's comparison page for all runs, or a sweep's; updates its charts first.
 
         Args:
-            server: MLflow's address.
-            sweep: its name; runs of it have the tag `sweep.<name>`.
+            server: MLflow's URL.
+            sweep: its name; its runs have the tag `sweep.<name>`.
             mode: "CHART" or "TABLE".
 
         Raises:
-            ValueError: the sweep's name has a mark that MLflow's filters cannot hold.
+            ValueError: the sweep's name contains a character that MLflow's filters do not allow.
         """
         from lotlip.tracking import comparison
 
         if sweep and not set(sweep).isdisjoint("'`\""):
-            raise ValueError(f"the sweep's name {sweep} has a quotation mark; call it otherwise")
-        self._arrange(sweep)
+            raise ValueError(f"the sweep's name {sweep} contains a quotation mark; choose another name")
+        self._update_view(sweep)
         return comparison.address(server, self._experiment, sweep, mode)
 
-    def _arrange(self, sweep: str | None = None) -> None:
-        """Writes what the page of a comparison shows."""
+    def _update_view(self, sweep: str | None = None) -> None:
+        """Writes the view of a comparison page."""
         from lotlip.tracking import comparison
 
-        found: list[TrackedRun] = []
+        tracked: list[TrackedRun] = []
         token = None
         while page := self._client.search_runs(
-            [self._experiment], comparison.runs_of(sweep) if sweep else "", max_results=PAGE, page_token=token
+            [self._experiment], comparison.sweep_filter(sweep) if sweep else "", max_results=PAGE, page_token=token
         ):
-            found += page
+            tracked += page
             token = page.token
             if not token:
                 break
-        runs = [comparison.ComparedRun(run.data.params, list(run.data.metrics), run.data.tags) for run in found]
+        runs = [comparison.ComparedRun(run.data.params, list(run.data.metrics), run.data.tags) for run in tracked]
         self._tag_experiment({comparison.SHARED_VIEW + comparison.view_name(sweep): comparison.view(runs, sweep)})
 
     def _about(self) -> str:
-        """The experiment in plain words, with links to its comparison."""
+        """Describes the experiment, with links to its comparison."""
         from lotlip.tracking import comparison
 
         charts, table = (comparison.address("", self._experiment, None, mode)[1:] for mode in ("CHART", "TABLE"))
         return (
-            "Every run is one seed of one ablation of LoTLIP: its parameters, curves and scores, and the model that it "
-            f"put out.\n\n**Compare them all: [charts]({charts}) · [table]({table})**\n\n"
-            "The tag `ablation` is the name in params.yaml; `data_hash` and `git_commit` say what a run was made from. "
+            "Every run is one seed of one ablation of LoTLIP: its parameters, curves and scores, and the trained model."
+            f"\n\n**Compare all runs: [charts]({charts}) · [table]({table})**\n\n"
+            "The tag `ablation` is the name in params.yaml; `data_hash` and `git_commit` identify the data and code. "
             "In metrics, `long` and `short` are the kinds of text and `r1` is R@1, as a fraction; `train.…` are curves."
         )
 
     def _tag_experiment(self, tags: Mapping[str, str]) -> None:
-        """Sets those tags of the experiment that have another value."""
+        """Sets the tags of the experiment whose values have changed."""
         known = self._client.get_experiment(self._experiment).tags
         for key, value in tags.items():
             if known.get(key) != value:
@@ -212,23 +212,23 @@ class Tracker:
 
     @property
     def experiment_id(self) -> str:
-        """Of the experiment, as addresses of MLflow's UI have it."""
+        """The experiment's id, as in URLs of MLflow's UI."""
         return self._experiment
 
     def ensure_run(self, fingerprint: str, name: str, tags: Mapping[str, str], parameters: Mapping[str, Any]) -> str:
-        """The id of the run with this fingerprint, made when there is none.
+        """The id of the run with this fingerprint, which is created if there is none.
 
         Args:
-            fingerprint: of configuration, data and code: what makes two runs the same.
+            fingerprint: of configuration, data and code; equal fingerprints mean the same run.
             name: shown in the UI.
             tags: such as ablation and seed.
-            parameters: nested; shown as dotted names.
+            parameters: nested; shown with dotted names.
         """
         from mlflow.entities import Param, RunTag
 
-        found = self._client.search_runs([self._experiment], _has(fingerprint), max_results=1)
-        if found:
-            return found[0].info.run_id
+        runs = self._client.search_runs([self._experiment], _fingerprint_filter(fingerprint), max_results=1)
+        if runs:
+            return runs[0].info.run_id
         run = self._client.create_run(self._experiment, run_name=name)
         self._client.log_batch(
             run.info.run_id,
@@ -257,40 +257,40 @@ class Tracker:
         }
 
     def ensure_model(self, run_id: str, fingerprint: str, name: str, tags: Mapping[str, str]) -> LoggedModel:
-        """The model with this fingerprint, made as one that the run has put out when there is none.
+        """The model with this fingerprint, which is created as an output of the run if there is none.
 
         Args:
             run_id: of the run that trained it.
-            fingerprint: as of its run.
+            fingerprint: that of its run.
             name: shown in the UI.
             tags: such as ablation and seed.
         """
         from mlflow.entities import LoggedModelOutput
 
-        found = self._client.search_logged_models([self._experiment], _has(fingerprint), max_results=1)
-        if found:
-            model = found[0]
+        models = self._client.search_logged_models([self._experiment], _fingerprint_filter(fingerprint), max_results=1)
+        if models:
+            model = models[0]
         else:
-            every = {**tags, FINGERPRINT: fingerprint}
-            model = self._client.create_logged_model(self._experiment, name, run_id, every)
+            all_tags = {**tags, FINGERPRINT: fingerprint}
+            model = self._client.create_logged_model(self._experiment, name, run_id, all_tags)
         outputs = self._client.get_run(run_id).outputs
         if model.model_id not in [output.model_id for output in (outputs.model_outputs if outputs else ())]:
             self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
         return model
 
     def log_metrics(self, run_id: str, metrics: Mapping[str, float], model: LoggedModel | None = None) -> None:
-        """Sets final values, in one write.
+        """Sets final values in one write.
 
         Args:
             run_id: of the run.
             metrics: by name.
-            model: whose values these are, too; what it is known to score is not sent again.
+            model: that also gets these values; values that it already has are not sent again.
         """
         from mlflow.entities import Metric
 
         now, model_id = int(time.time() * 1000), model.model_id if model else None
         points = (model and model.metrics) or []
-        known = {point.key: point.value for point in sorted(points, key=lambda point: point.timestamp)}  # the last
+        known = {point.key: point.value for point in sorted(points, key=lambda point: point.timestamp)}  # the latest
         new = [
             Metric(name, value, now, 0, model_id=model_id)
             for name, value in metrics.items()
@@ -301,16 +301,16 @@ class Tracker:
     def log_scores(
         self, trained: Run, results: Mapping[str, BenchmarkScores], folder: Path, attention: Path | None = None
     ) -> dict[str, str]:
-        """Brings the run of every seed up to date from what is on disk: curves, scores, figures and the model.
+        """Updates the run of every seed from the results on disk: curves, scores, figures and the model.
 
-        The model becomes one of MLflow's, which `mlflow.pyfunc.load_model` loads and `mlflow models serve` serves; its
-        configuration and its card tell the scores. A store that was lost is rebuilt by this.
+        The model is logged so that `mlflow.pyfunc.load_model` loads it and `mlflow models serve` serves it; its
+        configuration and its card contain the scores. This rebuilds a lost store.
 
         Args:
             trained: run.json of the ablation.
             results: benchmark → results, as in metrics/<ablation>.json.
             folder: of the trained ablation.
-            attention: folder of pictures of where the first seed's attention goes, <benchmark>-<name>.png.
+            attention: folder with pictures of the first seed's attention maps, <benchmark>-<name>.png.
 
         Returns:
             Seed → id of its run.
@@ -325,30 +325,31 @@ class Tracker:
             self.log_history(run_id, history)
             scores = {benchmark: result.seeds[int(seed)] for benchmark, result in results.items()}
             tags = {"ablation": trained.ablation, "seed": seed}
-            made = self.ensure_model(run_id, trained.fingerprints[seed], f"{trained.ablation}-seed{seed}", tags)
-            seen = {name: result.attention.get(int(seed), {}) for name, result in results.items()}
-            numbers = {name: {"attention": found.get("values", {})} for name, found in seen.items()}
-            read = {
+            name = f"{trained.ablation}-seed{seed}"
+            logged_model = self.ensure_model(run_id, trained.fingerprints[seed], name, tags)
+            attention_of = {name: result.attention.get(int(seed), {}) for name, result in results.items()}
+            numbers = {name: {"attention": scored.get("values", {})} for name, scored in attention_of.items()}
+            reading_scores = {
                 f"{benchmark}.reading.hard_negatives.accuracy": reading["hard_negatives"]["accuracy"]["value"]
                 for benchmark, result in results.items()
                 if (reading := result.reading.get(int(seed)))
             }
-            self.log_metrics(run_id, flatten(scores) | flatten(numbers) | read, made)
-            for benchmark, found in scores.items():
-                for file, image in run_figures(history, found).items():
+            self.log_metrics(run_id, flatten(scores) | flatten(numbers) | reading_scores, logged_model)
+            for benchmark, metrics in scores.items():
+                for file, image in run_figures(history, metrics).items():
                     self._log_file(run_id, image, f"figures/{benchmark}", file)
                 if attention and seed == str(trained.config["seeds"][0]):
                     for kind, image in attention_pictures(attention, benchmark).items():
                         self._log_file(run_id, image, f"figures/{benchmark}", f"attention-{kind}.png")
             protocol = {benchmark: result.protocol for benchmark, result in results.items()}
             self.set_tags(run_id, {NOTE: run_note(trained, seed, self._base, results)})
-            self._log_model(made, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
+            self._log_model(logged_model, folder / f"seed-{seed}", {"scores": scores, "protocol": protocol})
             self.finish(run_id)
-        self._arrange()
+        self._update_view()
         return runs
 
     def log_history(self, run_id: str, history: History) -> None:
-        """Sends those steps of a training history that the run lacks: not sent live, or lost with a killed process."""
+        """Sends the steps of a training history that the run lacks, after a kill or a failure of the store."""
         known = {metric.step for metric in self._client.get_metric_history(run_id, "train.loss")}
         sink = MlflowSink(self.uri, run_id, steps_held=len(history) + 1)
         for point in history:
@@ -357,7 +358,7 @@ class Tracker:
         sink.close()
 
     def _log_model(self, model: LoggedModel, folder: Path, provenance: Mapping[str, Any]) -> None:
-        """Writes a saved model as MLflow serves it, unless the store has the same one.
+        """Writes a saved model in MLflow's format, unless the store already has it.
 
         Equal models give equal files, whenever they are written.
         """
@@ -399,21 +400,21 @@ class Tracker:
             self._client.set_tag(run_id, key, value)
 
     def finish(self, run_id: str, status: str = "FINISHED") -> None:
-        """Marks a run as ended, "FINISHED" or "FAILED"; one that had ended so keeps its time."""
+        """Marks a run as "FINISHED" or "FAILED"; a run that already has this status keeps its end time."""
         if self._client.get_run(run_id).info.status != status:
             self._client.set_terminated(run_id, status)
 
 
-def _has(fingerprint: str) -> str:
-    """MLflow's query for what has a fingerprint."""
+def _fingerprint_filter(fingerprint: str) -> str:
+    """MLflow's filter for a fingerprint."""
     return f"tags.`{FINGERPRINT}` = '{fingerprint}'"
 
 
 @contextmanager
-def _alone(uri: str) -> Iterator[None]:
+def _exclusive(uri: str) -> Iterator[None]:
     """Keeps other programs of this user from opening the same SQLite store during the block.
 
-    MLflow creates the tables of a new store without a lock, and two processes that do so at once both fail.
+    MLflow creates the tables of a new store without a lock; if two processes do so at once, both fail.
     """
     if not uri.startswith(SQLITE):
         yield
@@ -424,10 +425,10 @@ def _alone(uri: str) -> Iterator[None]:
 
 
 def check_store(uri: str) -> None:
-    """Opens MLflow's SQLite file, so that a damaged one is named; stores of other kinds are left to MLflow.
+    """Opens MLflow's SQLite file, so that the error for a damaged one names it; other stores are not checked.
 
     Raises:
-        ValueError: the file is damaged, or not SQLite's.
+        ValueError: the file is damaged, or is not an SQLite file.
     """
     import sqlite3
 
@@ -436,9 +437,9 @@ def check_store(uri: str) -> None:
         return
     base = sqlite3.connect(path)
     try:
-        found = base.execute("PRAGMA quick_check(1)").fetchone()
-        problem = "" if found == ("ok",) else str(found[0])
-    except sqlite3.OperationalError:  # locked by another process, which can open it
+        result = base.execute("PRAGMA quick_check(1)").fetchone()
+        problem = "" if result == ("ok",) else str(result[0])
+    except sqlite3.OperationalError:  # locked by another process, so it can be opened
         problem = ""
     except sqlite3.DatabaseError as error:
         problem = str(error)
@@ -446,12 +447,12 @@ def check_store(uri: str) -> None:
         base.close()
     if problem:
         raise ValueError(
-            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it: python -m flows.restore"
+            f"{path} is damaged ({' '.join(problem.split())}); rename it and rebuild it with `python -m flows.restore`"
         )
 
 
 def _client(uri: str) -> MlflowClient:
-    # MLflow tries for many minutes to reach a server that has ended
+    # by default MLflow retries for many minutes to reach a server that has ended
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
     # our own warning names the server once; each retry would add a line

@@ -1,4 +1,4 @@
-"""MLflow's model registry: the best model of a sweep gets a name, if it passes the gate on long and short text."""
+"""MLflow's model registry: the best model of a sweep gets a name if it passes the gate on long and short text."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
     from mlflow.entities.model_registry import ModelVersion
 
-LINEAGE = ("data_hash", "git_commit", "ablation", "seed")  # of a run's tags, those that its version takes over
+LINEAGE = ("data_hash", "git_commit", "ablation", "seed")  # tags of a run that are copied to its model version
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What became of a model.
+    """The outcome of a registration.
 
     Attributes:
-        uri: "models:/NAME@ALIAS", which now loads it; None where the gate refused it.
-        version: of the model in the registry; None where the gate refused it.
-        refusals: a line for each reason, with metric, value and bound.
+        uri: "models:/NAME@ALIAS", which now loads the model; None if the gate refused it.
+        version: of the model in the registry; None if the gate refused it.
+        refusals: one line per reason, with metric, value and bound.
     """
 
     uri: str | None
@@ -34,19 +34,19 @@ class Registration:
 
 
 def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str | None = None) -> Registration:
-    """Registers a run's model and points the alias at it, unless the gate refuses it.
+    """Registers a run's model and points the alias to it, unless the gate refuses it.
 
-    The gate asks for the least values of `settings`, and that the model is no worse in the same metrics than what the
-    alias points at. The same model is registered once.
+    The gate requires the minimum values of `settings`, and that the model is not worse in these metrics than the one
+    that the alias points to. A model is registered only once.
 
     Args:
-        tracker: whose store has the run, and the registry.
+        tracker: whose store has the run and the registry.
         run_id: of the run.
         settings: name, alias and gate.
-        sweep: of which it is the best; named in the version's lineage.
+        sweep: whose best model this is; recorded in the version's lineage.
 
     Raises:
-        ValueError: the run lacks scores that the gate asks for, or the model.
+        ValueError: the run lacks scores that the gate requires, or has no model.
     """
     client = tracker.client
     run = client.get_run(run_id)
@@ -54,11 +54,11 @@ def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str
     if missing:
         raise ValueError(
             f"run {run.info.run_name} ({run_id}) has no {', '.join(missing)}, which registry.min_scores of params.yaml "
-            "asks for; have it evaluated, or name metrics that it has"
+            "requires; evaluate it, or name metrics that it has"
         )
     current = _current(client, settings)
-    there = client.get_run(current.run_id).data.metrics if current and current.run_id else {}
-    refusals = refused(run.data.metrics, there, settings)
+    current_scores = client.get_run(current.run_id).data.metrics if current and current.run_id else {}
+    refusals = refusal_reasons(run.data.metrics, current_scores, settings)
     if refusals:
         return Registration(None, None, refusals)
     version = _version(client, run, settings, sweep)
@@ -67,16 +67,16 @@ def register(tracker: Tracker, run_id: str, settings: RegistryConfig, sweep: str
     return Registration(settings.uri, str(version.version), [])
 
 
-def refused(scores: Mapping[str, float], current: Mapping[str, float], settings: RegistryConfig) -> list[str]:
-    """Why the gate refuses a model, a line for each reason; none: it passes.
+def refusal_reasons(scores: Mapping[str, float], current: Mapping[str, float], settings: RegistryConfig) -> list[str]:
+    """Why the gate refuses a model, one line per reason; empty if it passes.
 
     Args:
         scores: of the model.
-        current: of the model that the alias points at; empty where there is none.
+        current: scores of the model that the alias points to; empty if there is none.
         settings: the gate.
     """
     reasons = [
-        f"{name} is {scores[name]:.4g}; registry.min_scores asks for at least {bound:.4g}"
+        f"{name} is {scores[name]:.4g}; registry.min_scores requires at least {bound:.4g}"
         for name, bound in settings.min_scores.items()
         if scores[name] < bound
     ]
@@ -84,13 +84,13 @@ def refused(scores: Mapping[str, float], current: Mapping[str, float], settings:
         if name in current and scores[name] < current[name] - settings.max_score_drop:
             reasons.append(
                 f"{name} is {scores[name]:.4g}; {settings.uri} has {current[name]:.4g}, "
-                f"and registry.max_score_drop lets it lose {settings.max_score_drop:.4g}"
+                f"and registry.max_score_drop allows a drop of {settings.max_score_drop:.4g}"
             )
     return reasons
 
 
 def _current(client: MlflowClient, settings: RegistryConfig) -> ModelVersion | None:
-    """What the alias points at."""
+    """The model version that the alias points to."""
     if not client.search_registered_models(f"name = '{settings.model}'"):
         return None
     if settings.alias not in client.get_registered_model(settings.model).aliases:
@@ -99,15 +99,15 @@ def _current(client: MlflowClient, settings: RegistryConfig) -> ModelVersion | N
 
 
 def _version(client: MlflowClient, run: Run, settings: RegistryConfig, sweep: str | None) -> ModelVersion:
-    """The version that is the run's model, made when there is none."""
+    """The version of the run's model, which is created if there is none."""
     fingerprint = run.data.tags[FINGERPRINT]
     outputs = run.outputs.model_outputs if run.outputs else []
     if not outputs:
         raise ValueError(
-            f"run {run.info.run_name} ({run.info.run_id}) has scores but no model; `python -m flows.restore` writes it"
+            f"run {run.info.run_name} ({run.info.run_id}) has scores but no model; run `python -m flows.restore`"
         )
     if not client.search_registered_models(f"name = '{settings.model}'"):
-        client.create_registered_model(settings.model, description=_about(settings))
+        client.create_registered_model(settings.model, description=_model_description(settings))
     same = f"name = '{settings.model}' and tags.`{FINGERPRINT}` = '{fingerprint}'"
     if found := client.search_model_versions(same, max_results=1):
         return found[0]
@@ -123,26 +123,26 @@ def _version(client: MlflowClient, run: Run, settings: RegistryConfig, sweep: st
         source=client.get_logged_model(model_id).artifact_location,
         run_id=run.info.run_id,
         tags=tags,
-        description=_described(run, scores, sweep),
+        description=_version_description(run, scores, sweep),
         model_id=model_id,
     )
 
 
-def _about(settings: RegistryConfig) -> str:
-    """The registered model in plain words."""
+def _model_description(settings: RegistryConfig) -> str:
+    """Describes the registered model."""
     bounds = ", ".join(f"{name} ≥ {bound:g}" for name, bound in settings.min_scores.items())
     return (
-        f"The best models of sweeps. `{settings.uri}` is the last that passed the gate: {bounds}, and no worse than "
-        f'the one before.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it: a table with the '
-        "columns `text` and `image` in, normalised features out."
+        f"The best models of sweeps. `{settings.uri}` is the last one that passed the gate: {bounds}, and not worse "
+        f'than its predecessor.\n\n`mlflow.pyfunc.load_model("{settings.uri}")` loads it. Its input is a table with '
+        "the columns `text` and `image`; its output are normalised features."
     )
 
 
-def _described(run: Run, scores: Mapping[str, float], sweep: str | None) -> str:
-    """A version in plain words."""
+def _version_description(run: Run, scores: Mapping[str, float], sweep: str | None) -> str:
+    """Describes a model version."""
     of = f", the best of sweep {sweep}" if sweep else ""
     lines = [f"{run.info.run_name}{of}.", "", *(f"- {name}: {score:.4g}" for name, score in scores.items())]
-    made = ", ".join(
+    sources = ", ".join(
         f"{name} {run.data.tags[name][:12]}" for name in ("data_hash", "git_commit") if name in run.data.tags
     )
-    return "\n".join([*lines, "", f"Made from {made}; all parameters are in the tag `params`."])
+    return "\n".join([*lines, "", f"Made from {sources}; all parameters are in the tag `params`."])

@@ -228,7 +228,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(workspace: Workspace) -> N
     done = workspace.python("flows.stages.caption", "gone", check=False)
     (workspace.folder / "params.yaml").write_text(before)
     assert done.returncode == 1
-    assert f"error in caption gone: {gone['url']} does not answer" in done.stderr
-    assert "start the server there, or set `url` of caption.captioners.gone" in done.stderr
+    assert f"error in caption gone: {gone['url']} does not respond" in done.stderr
+    assert "start the server there, or correct `url` of caption.captioners.gone" in done.stderr
     assert "Retry" not in done.stderr  # no unit was tried again for it
     assert "Traceback" not in done.stderr

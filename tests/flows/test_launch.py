@@ -72,7 +72,7 @@ def test_a_hostfile_that_cannot_be_used_says_why(tmp_path, text, message):
     path = hostfile(tmp_path, text)
     with pytest.raises(StageFailed, match=message):
         launch("m", [], 16, HostfileLaunch(kind="hostfile", path=path))
-    with pytest.raises(StageFailed, match="is not there; write a line"):
+    with pytest.raises(StageFailed, match="does not exist; write a line"):
         read_hostfile(tmp_path / "none")
 
 
@@ -97,7 +97,7 @@ def test_each_try_meets_apart_and_one_machine_is_the_host():
 @pytest.mark.parametrize(
     ("launched", "message"),
     [
-        ({"kind": "slurm", "nodes": 3}, "processes 8 is the number on all machines and not divisible .* 3; use 9"),
+        ({"kind": "slurm", "nodes": 3}, "processes 8 is the total over all machines and must be divisible .* 3; use 9"),
         ({"kind": "rendezvous", "nodes": 2, "endpoint": "lead"}, "should match pattern"),
         ({"kind": "mpi"}, "'local', 'hostfile', 'slurm', 'rendezvous'"),
     ],

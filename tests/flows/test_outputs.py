@@ -54,7 +54,7 @@ def test_a_folder_that_no_stage_wrote_survives_dvc_repro(make_workspace: Any) ->
     (notes / "mine.txt").write_text("mine")
     failed = workspace.run("dvc", "repro", "ingest", check=False)
     assert failed.returncode != 0
-    assert "error in ingest: notes is a folder that lotlip did not create" in failed.stderr
+    assert "error in ingest: notes is not empty, and lotlip did not create it" in failed.stderr
     assert [path.name for path in notes.iterdir()] == ["mine.txt"]
     (notes / "mine.txt").unlink()
     workspace.run("dvc", "repro", "ingest")

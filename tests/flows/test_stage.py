@@ -22,7 +22,7 @@ from flows.runtime.servers import free_port, is_free, prefect_server
 from flows.runtime.stage import Stage, hash_of
 from lotlip.config.params import load_params
 from lotlip.core.caches import Locked
-from lotlip.core.files import RECORD, Damaged, NotOurs
+from lotlip.core.files import RECORD, Damaged, ForeignFileError
 from lotlip.core.section import ConfigError
 from lotlip.data.records import UnitReport, Unusable
 from tests.workspace import Workspace
@@ -135,9 +135,9 @@ def test_a_stage_refuses_a_folder_that_no_stage_wrote_before_it_works(stage: Sta
     Path("data/ingest").mkdir(parents=True)
     again(stage)  # an empty one is nobody's
     Path("data/ingest/mine").write_text("mine")
-    with pytest.raises(NotOurs, match="data/ingest"):
+    with pytest.raises(ForeignFileError, match="data/ingest"):
         again(stage)
-    with pytest.raises(NotOurs, match="data/ingest"):
+    with pytest.raises(ForeignFileError, match="data/ingest"):
         stage.publish(Path("data/ingest"))
     assert Path("data/ingest/mine").read_text() == "mine"
 
@@ -147,7 +147,7 @@ def test_a_stage_refuses_a_file_that_no_stage_wrote(stage: Stage) -> None:
     stage.record(10, [])
     again(stage)
     record.write_text('{"mine": 1}')
-    with pytest.raises(NotOurs, match=r"metrics/stages/ingest\.json"):
+    with pytest.raises(ForeignFileError, match=r"metrics/stages/ingest\.json"):
         again(stage)
     assert record.read_text() == '{"mine": 1}'
 

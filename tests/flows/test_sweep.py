@@ -91,7 +91,7 @@ def test_all_that_is_wrong_with_a_grid_is_said_at_once(params):
     ("wrong", "reason"),
     [
         ({"corner_tokens": [17]}, "less than or equal to 16"),
-        ({"other": {"tracking.uri": ["x"]}}, "what decides a result"),
+        ({"other": {"tracking.uri": ["x"]}}, "settings that decide results"),
         ({"other": {RATE: []}}, "has no values"),
         ({"other": {CORNERS: [1]}}, "list its values in corner_tokens"),
         ({"parallelism": 0}, "greater than or equal to 1"),

@@ -1,4 +1,4 @@
-"""Who writes the long captions."""
+"""Captioners, which write the long captions."""
 
 from __future__ import annotations
 
@@ -22,41 +22,41 @@ class Captioner(Protocol):
     """Describes images in detail.
 
     Attributes:
-        prompt: what is asked for each image; empty where nothing is asked.
+        prompt: sent with each image; empty if there is none.
     """
 
     prompt: str
 
     @property
     def revision(self) -> str:
-        """Of the model or the table behind it; every caption carries it."""
+        """The revision of the model or table behind the captioner; stored with every caption."""
 
     @property
     def about(self) -> dict[str, Any]:
-        """All that decides a caption's text besides the image, as plain JSON.
+        """Everything besides the image that decides a caption's text, as JSON.
 
-        Captions written under another prompt, model, revision or way of decoding are kept apart.
+        Captions with another prompt, model, revision or decoding are stored separately.
         """
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
-        """A caption for each image, or why there is none: one for one, in their order."""
+        """A caption or failure for each image, in order."""
 
 
 def open_captioner(
     name: str, settings: CaptionerConfig, tokenizer: str, compute: CaptionerCompute = CAPTIONER_DEFAULTS
 ) -> Captioner:
-    """The captioner that `caption.captioners.<name>` of params.yaml describes.
+    """Opens the captioner that `caption.captioners.<name>` of params.yaml describes.
 
     Args:
-        name: what its captions are filed under.
+        name: of the captioner, stored with its captions.
         settings: its entry.
-        tokenizer: whose word pieces are counted.
-        compute: how it works: `compute.captioners.<name>`.
+        tokenizer: that counts tokens.
+        compute: its compute settings, `compute.captioners.<name>`.
 
     Raises:
-        ValueError: its file, its model, its server's address or the tokenizer cannot be used. No server is asked yet.
+        ValueError: its file, its model, its server's URL or the tokenizer cannot be used. No server is contacted yet.
     """
     from lotlip.data.tokenizer import count_tokens
 
-    made = implementation("lotlip.captioners", settings.kind, _BUILT_IN)
-    return made(name, settings, count_tokens(tokenizer), compute)
+    captioner = implementation("lotlip.captioners", settings.kind, _BUILT_IN)
+    return captioner(name, settings, count_tokens(tokenizer), compute)

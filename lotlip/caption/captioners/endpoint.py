@@ -1,4 +1,4 @@
-"""A multimodal LLM behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`) writes the captions."""
+"""Captions from a multimodal LLM behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`)."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
     import openai
     from openai.types.chat import ChatCompletion
 
-KEYS = ("LOTLIP_ENDPOINT_KEY", "OPENAI_API_KEY")  # in the environment; the first that is set
-NO_KEY = "EMPTY"  # what such servers' own guides give a client that needs none
+KEYS = ("LOTLIP_ENDPOINT_KEY", "OPENAI_API_KEY")  # environment variables; the first one that is set is used
+NO_KEY = "EMPTY"  # the customary value for servers that need no key
 CONNECT_SECONDS = 5.0
-LONGEST_REASON = 300  # characters of what a server says: some send the picture back
+LONGEST_REASON = 300  # characters of a server's error message: some servers send the picture back
 
-# Formats that servers take as they are, by Pillow's name.
+# Formats, by Pillow's name, that servers accept directly.
 MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,13 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Server:
-    """What this process knows of a server, whatever number of units it captions at once.
+    """The state of a server, shared by all units that this process captions at once.
 
     Attributes:
-        slots: one for each request that may be in flight.
-        lock: of whoever finds out whether the server lives.
-        alive: when it last gave a caption, in `time.monotonic` seconds.
-        dead: when it last failed a trial picture.
+        slots: one per request that may be in flight.
+        lock: held while checking whether the server responds.
+        alive: when it last returned a caption, in `time.monotonic` seconds.
+        dead: when it last failed to caption the trial picture.
     """
 
     slots: BoundedSemaphore
@@ -66,23 +66,23 @@ def _server(url: str, model: str, concurrency: int) -> _Server:
 
 
 class EndpointCaptioner:
-    """Asks a server for a caption of each image, some at a time.
+    """Sends images to a server for captioning, several at a time.
 
-    What an image is to blame for is a `Failure` for good: "unreadable", "rejected" (the server will not take it),
-    "refused" (a content filter, or the model itself), "empty" (no words, or nothing but reasoning) or "malformed" (an
-    answer of a type that has no text). What the server is to blame for is tried again, with
-    growing pauses or as its Retry-After says. An image whose tries are all used up is a `Failure` of kind "server" if
-    the server then captions a trial picture; if it does not, the server is gone and the whole unit fails.
+    A problem with an image is a permanent `Failure`: "unreadable", "rejected" (the server does not accept it),
+    "refused" (by a content filter, or by the model itself), "empty" (no words, or only reasoning) or "malformed" (a
+    response without text). A problem with the server is retried, with growing pauses or as its Retry-After says. An
+    image whose retries are used up is a `Failure` of kind "server" if the server then captions a trial picture;
+    otherwise the server is considered down and the whole unit fails.
 
     Args:
-        name: what the captions are filed under.
+        name: of the captioner, stored with its captions.
         settings: its entry in params.yaml.
         count_tokens: of a text.
 
     Attributes:
-        revision: the model and its revision, as the settings name them.
-        prompt: what is asked for each image.
-        about: all that decides a caption's text besides the image, as plain JSON.
+        revision: the model and its revision, as in the settings.
+        prompt: sent with each image.
+        about: everything besides the image that decides a caption's text, as JSON.
 
     Raises:
         ValueError: the key would be sent unencrypted to another machine.
@@ -111,21 +111,21 @@ class EndpointCaptioner:
         self._count_tokens = count_tokens
         self._decoding = decoding
         self._checked = False
-        # A warning would come too late: a key that went over the wire in the clear is spent.
+        # A warning would come too late: a key sent in clear text is compromised.
         if _key() != NO_KEY and settings.url.startswith("http:") and not _is_loopback(settings.url):
             raise ValueError(
-                f"{self._place}: {settings.url} is plain http to another machine, where anyone on the way could read "
+                f"{self._place}: {settings.url} is plain http to another machine, so others on the network could read "
                 f"the key; use https or an ssh tunnel to 127.0.0.1, or set {KEYS[0]}={NO_KEY} to send no key"
             )
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
-        """A caption for each image, or why there is none: one for one, in their order.
+        """A caption or failure for each image, in order.
 
-        Up to twice `concurrency` images are held in memory: so many, that a slow one does not keep others waiting.
+        Up to twice `concurrency` images are in memory, so that a slow one does not block others.
 
         Raises:
-            Unusable: the server cannot be used as params.yaml has it.
-            ConnectionError: the server is gone, or too busy for a single caption; try the unit again later.
+            Unusable: the server cannot be used with these settings.
+            ConnectionError: the server is down, or too busy for a single caption; retry the unit later.
         """
         self.check()
         concurrency = self._compute.concurrency
@@ -139,19 +139,19 @@ class EndpointCaptioner:
             while window:
                 yield window.popleft().result()
         finally:
-            client.close()  # first, so that what is in flight is not tried again
+            client.close()  # first, so that requests in flight are not retried
             pool.shutdown(cancel_futures=True)
 
     def check(self) -> None:
-        """Asks the server, the first time, whether it serves the model and captions a trial picture.
+        """On the first call, checks that the server serves the model and can caption a trial picture.
 
         Raises:
-            Unusable: it cannot be reached, refuses the key, or does not serve the model.
-            ConnectionError: it fails for a reason that may pass.
+            Unusable: it cannot be reached, rejects the key, or does not serve the model.
+            ConnectionError: it fails for a reason that may be temporary.
         """
         import openai
 
-        with _known(self.settings, self._compute).lock:
+        with _server_state(self.settings, self._compute).lock:
             if self._checked:
                 return
             with self._client() as client:
@@ -174,24 +174,24 @@ class EndpointCaptioner:
         try:
             choice = self._send(client, image).choices[0]
         except openai.APIError as error:
-            return self._blame(client, record, error)
+            return self._image_failure(client, record, error)
         finish_reason = str(choice.finish_reason)
         try:
-            written, refused = _content(choice.message)
-        except TypeError as error:  # another try would cost as much and bring the same
+            content, refusal = _content(choice.message)
+        except TypeError as error:  # a retry would cost as much and give the same
             return _failure(record, f"{self._name} gave a malformed answer: {error}", "malformed")
-        if finish_reason == "content_filter" or refused:
-            said = refused or "its content filter stopped the caption"
-            return _failure(record, f"{self._name} refused the picture: {self._clean(said)}", "refused")
-        text = cut_reasoning(written)
+        if finish_reason == "content_filter" or refusal:
+            words = refusal or "its content filter stopped the caption"
+            return _failure(record, f"{self._name} refused the picture: {self._clean(words)}", "refused")
+        text = cut_reasoning(content)
         sub_captions = split_sub_captions(text)
         if not has_words(text):
-            reasoned = text != written.strip() or _has_reasoning_field(choice.message)
+            reasoned = text != content.strip() or _has_reasoning_field(choice.message)
             reason = f"{self._name} answered without words (finish reason {finish_reason})"
             if reasoned:
                 reason = (
-                    f"{self._name} answered with nothing but reasoning (finish reason {finish_reason}); turn reasoning "
-                    f"off, or raise max_tokens of {self._place}"
+                    f"{self._name} answered with only reasoning (finish reason {finish_reason}); turn reasoning off "
+                    f"or raise max_tokens of {self._place}"
                 )
             return _failure(record, reason, "empty")
         return Caption(
@@ -208,41 +208,41 @@ class EndpointCaptioner:
     def _send(self, client: openai.OpenAI, image: str) -> ChatCompletion:
         content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": self.prompt}]
         messages: Any = [{"role": "user", "content": content}]
-        server = _known(self.settings, self._compute)
+        server = _server_state(self.settings, self._compute)
         with server.slots:
             answer = client.chat.completions.create(model=self.settings.model, messages=messages, **self._decoding)
         server.alive = time.monotonic()
         return answer
 
-    def _blame(self, client: openai.OpenAI, record: ImageRecord, error: openai.APIError) -> Failure:
-        """The failure of an image, if it was the image's or the server's with this image alone."""
-        failed, fault, reason = time.monotonic(), _fault(error), self._told(error)
+    def _image_failure(self, client: openai.OpenAI, record: ImageRecord, error: openai.APIError) -> Failure:
+        """The failure of an image, if the image is at fault, or the server with this image only; raises otherwise."""
+        failed, fault, reason = time.monotonic(), _fault(error), self._error_text(error)
         if fault == "setup":
             raise self._unusable(error, None) from None
         try:
             decode_rgb(record.image)
-        except ValueError as unreadable:  # some servers say so by 400, others by 500
+        except ValueError as unreadable:  # for these some servers return 400, others 500
             return _failure(record, str(unreadable), "unreadable")
         if fault == "server":
-            self._make_sure_it_lives(client, failed, reason)
-            return _failure(record, f"the server failed with this picture at every try: {reason}", "server")
+            self._check_alive(client, failed, reason)
+            return _failure(record, f"the server failed with this picture at every attempt: {reason}", "server")
         if error.code in ("content_filter", "content_policy_violation"):
             return _failure(record, f"{self._name} refused the picture: {reason}", "refused")
-        return _failure(record, f"the server will not take the picture: {reason}", "rejected")
+        return _failure(record, f"the server does not accept the picture: {reason}", "rejected")
 
     # --- the server ---------------------------------------------------------------------------------------------------
 
-    def _make_sure_it_lives(self, client: openai.OpenAI, failed: float, reason: str) -> None:
-        """Tells one image's bad luck from a server that is gone: it has to give a caption after the failure.
+    def _check_alive(self, client: openai.OpenAI, failed: float, reason: str) -> None:
+        """Checks that the server still returns captions after a failure.
 
-        Of many that fail together, one asks for the trial picture's and the others take its answer.
+        If several images fail at once, one of their threads sends the trial picture and the others use its result.
 
         Raises:
-            ConnectionError: the server is gone.
+            ConnectionError: the server is down.
         """
         import openai
 
-        server = _known(self.settings, self._compute)
+        server = _server_state(self.settings, self._compute)
         with server.lock:
             if server.alive < failed and server.dead < failed:
                 try:
@@ -253,58 +253,58 @@ class EndpointCaptioner:
                     server.dead = time.monotonic()
             if server.alive < failed:
                 raise ConnectionError(
-                    f"{self.settings.url} gives no captions any more: {reason}; look at the server's log and start it "
-                    "again, then run the stage again: finished units are kept"
+                    f"{self.settings.url} no longer returns captions: {reason}; check the server's log and restart it, "
+                    "then rerun the stage: finished units are kept"
                 )
 
     def _models(self, client: openai.OpenAI) -> list[str] | None:
-        """What the server lists; None where it does not tell.
+        """The models that the server lists; None if it cannot list them.
 
         Raises:
-            Unusable: it cannot be reached, refuses the key, or lists models and not this one.
+            Unusable: it cannot be reached, rejects the key, or lists other models.
         """
         import openai
 
         url, model = self.settings.url, self.settings.model
         try:
-            models = [found.id for found in client.models.list().data]
+            models = [listed.id for listed in client.models.list().data]
         except openai.APIConnectionError as error:
             raise Unusable(
-                f"{url} does not answer: {self._told(error)}; start the server there, or set `url` of {self._place} "
-                "in params.yaml to where it is"
+                f"{url} does not respond: {self._error_text(error)}; start the server there, or correct `url` of "
+                f"{self._place} in params.yaml"
             ) from None
         except openai.APIStatusError as error:
             if error.status_code in (401, 403):
                 raise self._unusable(error, None) from None
-            return None  # `transformers serve` fails at this where it has no cache; the trial picture tells more
+            return None  # `transformers serve` fails here without a cache; the trial picture is a better test
         if not models or model in models:
             return models
-        # `transformers serve` lists what its cache has under a branch's name: no folder, and no model at a commit.
-        # Other servers list all they serve, and SGLang's then answers whatever model it is asked for.
+        # `transformers serve` lists only the models that its cache has by branch name: no folders, no commits. Other
+        # servers list everything that they serve, but SGLang answers requests for any model.
         if "@" in model or (_is_folder(model) and not any(map(_is_folder, models))):
-            log.warning("%s does not list %s, which it is asked for; it lists: %s", url, model, _joined(models))
+            log.warning("%s does not list the requested %s; it lists: %s", url, model, _join_names(models))
             return models
         raise Unusable(
-            f"{url} does not serve {model!r}; it has: {_joined(models)}; set `model` of {self._place} in params.yaml "
-            "to one of them, or start the server with that model"
+            f"{url} does not serve {model!r}; it has: {_join_names(models)}; set `model` of {self._place} in "
+            "params.yaml to one of them, or start the server with that model"
         )
 
     def _unusable(self, error: openai.APIError, models: list[str] | None) -> Exception:
-        """Why the server cannot be used; a Unusable where the user has to mend something."""
-        url, reason = self.settings.url, self._told(error)
+        """The error for a server that cannot be used; `Unusable` if the user must fix something."""
+        url, reason = self.settings.url, self._error_text(error)
         if getattr(error, "status_code", None) in (401, 403):
-            had = "the key in the environment" if _key() != NO_KEY else "requests without a key"
-            return Unusable(f"{url} refuses {had}: {reason}; set {KEYS[0]} in the environment to the server's key")
-        has = "" if models is None else f" (it lists: {_joined(models)})"
+            rejected = "the key in the environment" if _key() != NO_KEY else "requests without a key"
+            return Unusable(f"{url} rejects {rejected}: {reason}; set {KEYS[0]} in the environment to the server's key")
+        listed = "" if models is None else f" (it lists: {_join_names(models)})"
         if _fault(error) == "server":
             return ConnectionError(
-                f"{url} cannot caption a trial picture with {self.settings.model!r}{has}: {reason}; "
-                "look at the server's log"
+                f"{url} cannot caption a trial picture with {self.settings.model!r}{listed}: {reason}; "
+                "check the server's log"
             )
         return Unusable(
-            f"{url} does not take requests for {self.settings.model!r}{has}: {reason}; set `url`, `model` and "
-            f"`max_tokens` of {self._place} in params.yaml to what it serves, set a parameter that it does not take to "
-            "null, or start it with that model"
+            f"{url} does not accept requests for {self.settings.model!r}{listed}: {reason}; set `url`, `model` and "
+            f"`max_tokens` of {self._place} in params.yaml to what it serves, set parameters that it does not accept "
+            "to null, or start it with that model"
         )
 
     def _client(self) -> openai.OpenAI:
@@ -312,11 +312,11 @@ class EndpointCaptioner:
         import openai
 
         settings = self.settings
-        # Redirects are not followed: they would take pictures and key to an address that nobody wrote down.
+        # Redirects are not followed: they would send pictures and key to an address that the user did not configure.
         transport = openai.DefaultHttpxClient(
             limits=httpx2.Limits(max_connections=self._compute.concurrency + 1),
             event_hooks={"response": [_refuse_broken_answers]},
-            trust_env=not _is_loopback(settings.url),  # a proxy would look for the server on its own machine
+            trust_env=not _is_loopback(settings.url),  # a proxy's loopback is another machine's
             follow_redirects=False,
         )
         wait = self._compute.timeout_seconds
@@ -333,30 +333,30 @@ class EndpointCaptioner:
     def _place(self) -> str:
         return f"caption.captioners.{self._name}"
 
-    def _told(self, error: openai.APIError) -> str:
-        """An error's words; of a lost connection, what lost it."""
+    def _error_text(self, error: openai.APIError) -> str:
+        """An error's message, with its cause for a lost connection."""
         status = getattr(error, "status_code", None)
         if status is None:
             return self._clean(f"{error} ({error.__cause__})" if error.__cause__ else str(error))
-        said = error.body
-        if isinstance(said, dict):  # OpenAI's manner, or FastAPI's
-            said = said.get("message") or said.get("detail") or said
-        return self._clean(f"status {status}: {said}" if said else f"status {status}")
+        body = error.body
+        if isinstance(body, dict):  # OpenAI's format, or FastAPI's
+            body = body.get("message") or body.get("detail") or body
+        return self._clean(f"status {status}: {body}" if body else f"status {status}")
 
     def _clean(self, text: str) -> str:
-        """A server's words for messages and tables: one short line, and never the key, which some servers repeat."""
+        """A server's text for messages and tables: one short line without the key, which some servers repeat."""
         key = _key()
         line = " ".join((text if key == NO_KEY else text.replace(key, "…")).split())
         return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"
 
 
 def _content(message: Any) -> tuple[str, str]:
-    """The text of an answer and, where the model refuses, its words; each may be empty.
+    """The text of a response and the model's refusal; each may be empty.
 
-    `content` is a text or a list of parts, of which those of text are joined and those of reasoning are left out.
+    `content` is a text or a list of parts; text parts are joined, reasoning parts are skipped.
 
     Raises:
-        TypeError: it is neither; the message says what it is.
+        TypeError: it is neither; the message names its type.
     """
     content = message.content
     refused = [message.refusal] if isinstance(message.refusal, str) else []
@@ -373,21 +373,21 @@ def _content(message: Any) -> tuple[str, str]:
         elif kind not in ("thinking", "redacted_thinking", "reasoning"):
             what = f"a part of type {kind!r}" if isinstance(kind, str) else type(part).__name__
             raise TypeError(f"content has {what}, not text")
-    # half of a surrogate pair, which JSON can have, is no text that a tokenizer takes
-    whole = "".join(texts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return whole, " ".join(refused).strip()
+    # an unpaired surrogate, which JSON may contain, is not accepted by tokenizers
+    text = "".join(texts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text, " ".join(refused).strip()
 
 
 def _has_reasoning_field(message: Any) -> bool:
-    """Whether the server put reasoning beside the answer, as vLLM and SGLang do for models that they know."""
+    """Whether the server separated reasoning from the answer, as vLLM and SGLang do for models that they support."""
     return any(getattr(message, name, None) for name in ("reasoning_content", "reasoning"))
 
 
 def data_url(image: bytes) -> str:
-    """An encoded image as a URL that holds it: as it is, or as PNG where servers may not know its format.
+    """An encoded image as a data URL: unchanged, or as PNG if servers may not know its format.
 
     Raises:
-        ValueError: it has to be encoded anew and cannot be read.
+        ValueError: it must be re-encoded and cannot be read.
     """
     try:
         with Image.open(io.BytesIO(image)) as file:  # reads the header only
@@ -403,14 +403,14 @@ def data_url(image: bytes) -> str:
 
 @cache
 def _trial_picture() -> str:
-    """A white square, which any server that captions pictures can caption."""
+    """A white square, which any captioning server can describe."""
     png = io.BytesIO()
     Image.new("RGB", (224, 224), "white").save(png, "PNG")
     return data_url(png.getvalue())
 
 
 def _refuse_broken_answers(response: httpx2.Response) -> None:
-    """Makes an answer that is not whole a lost connection, which the client tries again."""
+    """Treats an incomplete response as a lost connection, which the client retries."""
     import httpx2
 
     if not response.is_success:
@@ -420,7 +420,7 @@ def _refuse_broken_answers(response: httpx2.Response) -> None:
         answer = response.json()
         if "choices" in answer:
             choice = answer["choices"][0]
-            # "abort": vLLM and SGLang stopped in the middle of it
+            # "abort": vLLM and SGLang stopped in the middle
             whole = choice["finish_reason"] not in (None, "abort") and isinstance(choice["message"], dict)
         else:
             whole = all(isinstance(model["id"], str) for model in answer["data"])
@@ -428,12 +428,12 @@ def _refuse_broken_answers(response: httpx2.Response) -> None:
     except (ValueError, TypeError, KeyError, IndexError):
         whole = False
     if not whole:
-        raise httpx2.RemoteProtocolError("the answer is broken, or none of an OpenAI API", request=response.request)
+        raise httpx2.RemoteProtocolError("the response is broken, or not an OpenAI API's", request=response.request)
 
 
 def _fault(error: openai.APIError) -> Literal["image", "server", "setup"]:
-    """Who is to blame when a request fails for good."""
-    status = getattr(error, "status_code", None)  # none: no whole answer came
+    """What is at fault when a request fails after all retries."""
+    status = getattr(error, "status_code", None)  # None: no complete response arrived
     if status is None or status >= 500 or status in (408, 409, 425, 429):
         return "server"
     return "image" if status in (400, 413, 415, 422) else "setup"
@@ -443,7 +443,7 @@ def _failure(record: ImageRecord, reason: str, kind: str) -> Failure:
     return Failure(key=record.key, where=record.key, reason=reason, kind=kind)
 
 
-def _known(settings: EndpointCaptionerConfig, compute: CaptionerCompute) -> _Server:
+def _server_state(settings: EndpointCaptionerConfig, compute: CaptionerCompute) -> _Server:
     return _server(settings.url, settings.model, compute.concurrency)
 
 
@@ -455,7 +455,7 @@ def _is_loopback(url: str) -> bool:
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
-    except ValueError:  # a name
+    except ValueError:  # a host name
         return host == "localhost"
 
 
@@ -463,6 +463,6 @@ def _is_folder(model: str) -> bool:
     return model.startswith(("/", ".", "~"))
 
 
-def _joined(models: list[str]) -> str:
+def _join_names(models: list[str]) -> str:
     shown = ", ".join(models[:5]) or "nothing"
     return shown + (", …" if len(models) > 5 else "")

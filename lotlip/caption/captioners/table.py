@@ -1,4 +1,4 @@
-"""Long captions that were written before: Parquet or CSV files with a row for each image."""
+"""Existing long captions, from Parquet or CSV files with a row per image."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ ENDINGS = (".parquet", ".csv")
 
 
 class TableCaptioner:
-    """Looks captions up by the image's key, in the rows whose captioner is `name`.
+    """Looks captions up by image key, in the rows whose captioner is `name`.
 
-    The rows are read once, into an SQLite file of this process's own that is gone when it ends (in the folder that
-    TMPDIR names): memory does not grow with the table. An image without a row is a `Failure` of kind "missing", one
-    whose text has no words of kind "empty".
+    The rows are read once, into an SQLite file in TMPDIR that belongs to this process and vanishes with it, so memory
+    does not grow with the table. An image without a row is a `Failure` of kind "missing"; a text without words is one
+    of kind "empty".
 
     Raises:
-        ValueError: a file is missing, is neither Parquet nor CSV, has a row that cannot be read, or lacks a column;
-            there are no rows for this captioner, or two for one key.
+        ValueError: a file is missing, is neither Parquet nor CSV, has an invalid row, or lacks a column; there are no
+            rows for this captioner, or two for one key.
     """
 
     prompt = ""
@@ -50,7 +50,7 @@ class TableCaptioner:
         self._path = settings.path
         self._count_tokens = count_tokens
         tables = _tables(settings.path)
-        self._texts = _Texts()
+        self._texts = _TextIndex()
         self._read(tables)
         if settings.path.is_dir():
             digest = sha256_files(tables)
@@ -62,7 +62,7 @@ class TableCaptioner:
         self.about: dict[str, Any] = {**read_as, "captioner_name": name, "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
-        """Each image's caption, or why there is none."""
+        """A caption or failure for each image, in order."""
         for record in records:
             yield self._caption(record.key)
 
@@ -78,15 +78,15 @@ class TableCaptioner:
         )
 
     def _read(self, tables: list[Path]) -> None:
-        """Fills the index from all tables, and makes sure that it is clear."""
+        """Fills the index from all tables, and checks that keys are unambiguous."""
         others: set[str] = set()
         for path in tables:
             self._texts.add(self._rows(path, others))
         if not len(self._texts):
-            there = ", ".join(sorted(others)) or "none"
+            names = ", ".join(sorted(others)) or "none"
             raise ValueError(
-                f"{self._path} has no rows of the captioner {self._name!r} (it has: {there}); "
-                "call the captioner in params.yaml as the table does, or give it another table"
+                f"{self._path} has no rows of the captioner {self._name!r} (it has: {names}); "
+                "use one of the table's names for the captioner in params.yaml, or set another table"
             )
         if ambiguous := self._texts.ambiguous():
             key, one, other = ambiguous
@@ -99,50 +99,50 @@ class TableCaptioner:
             shown = ", ".join(repeated[:5]) + (", …" if len(repeated) > 5 else "")
             raise ValueError(
                 f"{self._path} has more than one row of {self._name} for {len(repeated)} keys ({shown}); keep one row "
-                "for each, or take the first by `repeated: first`"
+                "per key, or use the first one with `repeated: first`"
             )
 
     def _rows(self, path: Path, others: set[str]) -> Iterator[tuple[str, str | None, str]]:
-        """Key, name where it is not the key, and text of this captioner's rows.
+        """Key, name (None if it is the key) and text of this captioner's rows.
 
-        The names of other captioners are added to `others`.
+        Names of other captioners are added to `others`.
         """
         settings, table = self._settings, open_table(path)
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
-        whose = [] if settings.captioner is None else [settings.captioner]
-        wanted = [settings.key, *whose, *texts]
+        captioner = [] if settings.captioner is None else [settings.captioner]
+        columns = [settings.key, *captioner, *texts]
         require(
-            table, wanted, f"a table of captions has the columns {', '.join(wanted)}, or others that params.yaml names"
+            table, columns, f"a table of captions needs the columns {', '.join(columns)}, or others set in params.yaml"
         )
         prefix = prefix_of(path, settings.path)
         try:
-            for row in table.rows(wanted):
+            for row in table.rows(columns):
                 if row.problem is not None:
                     raise ValueError(f"{table.unit} {row.number}: {row.problem[0]}")
                 key, *rest = row.values
                 if not (name := as_name(key)):
-                    continue  # nobody's
-                if whose and str(rest.pop(0)) != self._name:
+                    continue  # no image
+                if captioner and str(rest.pop(0)) != self._name:
                     others.add(str(row.values[1]))
                     continue
                 # null has no words
-                found = [cut_reasoning(str(text)) for text in rest if text is not None]
+                parts = [cut_reasoning(str(text)) for text in rest if text is not None]
                 name = f"{prefix}/{name.removeprefix('./')}" if prefix else name.removeprefix("./")
                 made = key_of(as_name(key), prefix)
-                # no two addresses share a key
-                yield made, None if name == made or "://" in name else name, "\n".join(text for text in found if text)
-        except (ValueError, OSError) as error:  # pyarrow raises kinds of both
+                # URLs are hashed, so no two of them share a key
+                yield made, None if name == made or "://" in name else name, "\n".join(text for text in parts if text)
+        except (ValueError, OSError) as error:  # pyarrow raises subclasses of both
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
 
-class _Texts:
-    """Key → text, in an SQLite file that nobody else sees; any thread may ask.
+class _TextIndex:
+    """Key → text, in an SQLite file that is private to this process; safe to use from several threads.
 
     DuckDB, which finds the duplicates of ingest, takes over 100 times as long to look up one key.
     """
 
     def __init__(self) -> None:
-        # "": a file that SQLite makes and removes by itself
+        # "": a temporary file that SQLite creates and removes
         self._base = sqlite3.connect("", check_same_thread=False, isolation_level=None)
         self._lock = threading.Lock()
         self._base.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -65536;")
@@ -150,7 +150,7 @@ class _Texts:
         self._indexed = False
 
     def add(self, rows: Iterable[tuple[str, str | None, str]]) -> None:
-        """Appends rows, in their order.
+        """Appends rows in order.
 
         Raises:
             OSError: the temporary folder is full.
@@ -165,31 +165,31 @@ class _Texts:
         return int(rows)
 
     def repeated(self) -> list[str]:
-        """Keys of more than one row, as they first come."""
+        """Keys with more than one row, in order of first occurrence."""
         self._index()
         sql = "SELECT key FROM texts GROUP BY key HAVING count(*) > 1 ORDER BY min(rowid)"
         return [key for (key,) in self._base.execute(sql)]
 
     def ambiguous(self) -> tuple[str, str, str] | None:
-        """A key that rows of different names share, and two of those names; None where there is no such key."""
+        """A key that rows with different names share, and two of these names; None if there is no such key."""
         self._index()
         sql = (
             "SELECT key, min(coalesce(name, key)), max(coalesce(name, key)) FROM texts "
             "WHERE key IN (SELECT key FROM texts GROUP BY key HAVING count(*) > 1) "
             "GROUP BY key HAVING min(coalesce(name, key)) <> max(coalesce(name, key)) LIMIT 1"
         )
-        found: tuple[str, str, str] | None = self._base.execute(sql).fetchone()
-        return found
+        row: tuple[str, str, str] | None = self._base.execute(sql).fetchone()
+        return row
 
     def get(self, key: str) -> str | None:
-        """The text of the first row with a key; None where there is none."""
+        """The text of the first row with a key; None if there is none."""
         with self._lock:
             self._index()
-            found = self._base.execute("SELECT text FROM texts WHERE key = ? ORDER BY rowid LIMIT 1", [key]).fetchone()
-        return None if found is None else str(found[0])
+            row = self._base.execute("SELECT text FROM texts WHERE key = ? ORDER BY rowid LIMIT 1", [key]).fetchone()
+        return None if row is None else str(row[0])
 
     def _index(self) -> None:
-        # after the rows, so that it is sorted once; SQLite does nothing where it is there
+        # created after the rows, so that they are sorted only once
         if not self._indexed:
             with _in_temporary_folder():
                 self._base.execute("CREATE INDEX by_key ON texts (key)")
@@ -198,7 +198,7 @@ class _Texts:
 
 @contextmanager
 def _in_temporary_folder() -> Iterator[None]:
-    """Turns SQLite's error of a full disk, which names no place, into one that names the temporary folder."""
+    """Turns SQLite's error about a full disk, which names no path, into one that names the temporary folder."""
     try:
         yield
     except sqlite3.OperationalError as error:
@@ -207,9 +207,9 @@ def _in_temporary_folder() -> Iterator[None]:
 
 def _tables(path: Path) -> list[Path]:
     if not path.is_dir() and path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path}: a table of captions ends in .parquet or .csv; convert it to one of them")
+        raise ValueError(f"{path}: a table of captions must end in .parquet or .csv; convert it")
     tables = find_tables(path, ENDINGS)
     if not tables or not tables[0].is_file():
-        there = "has no table" if path.is_dir() else "is not there"
-        raise ValueError(f"{path} {there}; set `path` of this captioner in params.yaml to the table of captions")
+        fault = "has no table" if path.is_dir() else "does not exist"
+        raise ValueError(f"{path} {fault}; set `path` of this captioner in params.yaml to the table of captions")
     return tables

@@ -1,4 +1,4 @@
-"""Multimodal language models of the transformers library as captioners: batches of images of like cost."""
+"""Captions from multimodal language models of the transformers library, in batches of images of similar cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lotlip.caption.config import TransformersCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_tree
-from lotlip.data.batches import ahead, in_batches
+from lotlip.data.batches import in_batches, prefetch
 from lotlip.data.images import decode_rgb
 from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
 from lotlip.data.text import has_words, split_sub_captions
@@ -26,26 +26,24 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
-_WINDOW = 16  # batches whose images, still encoded, are sorted by cost together
-_AHEAD = 2  # batches that threads decode and prepare while the model writes
-
-# Settings that say how the work is done, not what is written.
+_WINDOW = 16  # batches of encoded images that are sorted by cost together
+_PREFETCH = 2  # batches that threads decode and prepare while the model generates
 
 log = logging.getLogger(__name__)
 
 
 class TransformersCaptioner:
-    """Asks a model for a description of each image.
+    """Captions images with a model.
 
-    Opening one loads nothing. The model is loaded at the first caption, once in a process, however many captioners
-    share it; threads that caption at once take turns at it.
+    Opening a captioner loads nothing. The model is loaded at the first caption, once per process, and is shared by all
+    captioners; threads take turns using it.
 
     Attributes:
-        revision: the hub's commit, or the hash of the files in the model's folder.
+        revision: the commit on the hub, or the hash of the files in the model's folder.
         prompt: the question.
 
     Raises:
-        ValueError: the model's folder is not there or has no model, or a folder is in the way of a hub's name.
+        ValueError: the model's folder does not exist or has no model, or a local folder has the name of a hub model.
     """
 
     def __init__(
@@ -63,35 +61,35 @@ class TransformersCaptioner:
         if settings.in_a_folder:
             if not (settings.path / "config.json").is_file() or not any(settings.path.glob("*.safetensors")):
                 raise ValueError(
-                    f"{settings.path} has no model: config.json or weights (*.safetensors) are not there; set model "
-                    f"and path of caption.captioners.{name} to a folder that has them, or model to a hub's name"
+                    f"{settings.path} has no model: it lacks config.json or weights (*.safetensors); set model and "
+                    f"path of caption.captioners.{name} to a folder that has them, or model to a name on the hub"
                 )
-        elif Path(settings.model).exists():  # transformers would read it, whatever the revision says
+        elif Path(settings.model).exists():  # transformers would read the folder, whatever the revision is
             raise ValueError(
-                f"caption.captioners.{name}.model {settings.model} is a folder here, so it cannot mean the hub's; set "
-                "path to it, too, or move it"
+                f"caption.captioners.{name}.model {settings.model} is also a local folder; set path to it to use it, "
+                "or move it to use the hub's model"
             )
 
     @cached_property
     def revision(self) -> str:
-        """The hub's commit, or the hash of the files in the model's folder."""
+        """The commit on the hub, or the hash of the files in the model's folder."""
         return self._settings.revision or "sha256:" + sha256_tree(self._settings.path)[:12]
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        """All that decides a caption besides the image, up to rounding, as plain JSON."""
+        """Everything besides the image that decides a caption, up to rounding, as JSON."""
         return {**self._settings.model_dump(mode="json", exclude={"path", "preset"}), "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:
-        """One caption for each record, in order; what is written does not depend on the other records.
+        """A caption or failure for each image, in order; a caption does not depend on the other images.
 
         Some batches of encoded images are in memory at a time, and a few decoded ones.
 
         Raises:
-            Unusable: the model cannot be loaded, or not even one image fits into the GPU's memory.
+            Unusable: the model cannot be loaded, or the GPU's memory is too small for a single image.
         """
         mllm = _load(self._settings, self.revision, self._compute.device)
-        for batch in ahead(partial(self._prepare, mllm), self._batches(mllm, records), _AHEAD):
+        for batch in prefetch(partial(self._prepare, mllm), self._batches(mllm, records), _PREFETCH):
             window = batch.window
             window.items |= batch.failures
             window.items |= self._captions(mllm, batch)
@@ -99,17 +97,17 @@ class TransformersCaptioner:
                 yield from (window.items[place] for place in range(len(window.records)))
 
     def _batches(self, mllm: _Mllm, records: Iterable[ImageRecord]) -> Iterator[tuple[_Window, list[int]]]:
-        """Places of images of like cost, of one window after another."""
+        """Windows, with indices of images of similar cost in them."""
         size = self._compute.batch_size
-        for found in in_batches(records, size * _WINDOW):
-            window = _Window(found)
-            # Dearest first: what does not fit shows at once.
-            order = sorted(range(len(found)), key=lambda place: mllm.cost(found[place]), reverse=True)
+        for window_records in in_batches(records, size * _WINDOW):
+            window = _Window(window_records)
+            # Most expensive first, so that running out of memory shows at once.
+            order = sorted(range(len(window.records)), key=lambda place: mllm.cost(window.records[place]), reverse=True)
             for places in in_batches(order, size):
                 yield window, places
 
     def _prepare(self, mllm: _Mllm, work: tuple[_Window, list[int]]) -> _Batch:
-        """Decodes a batch and makes the model's inputs of it; in a thread."""
+        """Decodes a batch and prepares the model's inputs; runs in a thread."""
         window, places = work
         batch = _Batch(window)
         for place in places:
@@ -126,7 +124,7 @@ class TransformersCaptioner:
         return batch
 
     def _captions(self, mllm: _Mllm, batch: _Batch) -> dict[int, Caption | Failure]:
-        """The batch's captions by their places in the window."""
+        """The batch's captions by their indices in the window."""
         records = [batch.window.records[place] for place in batch.places]
         answers = self._answers(mllm, batch.images, [record.key for record in records], batch.inputs)
         return {
@@ -137,7 +135,7 @@ class TransformersCaptioner:
     def _answers(
         self, mllm: _Mllm, images: Sequence[Image.Image], keys: Sequence[str], inputs: Any = None
     ) -> list[_Answer]:
-        """The model's answers, in as many parts as its GPU's memory makes necessary."""
+        """The model's answers, in as many batches as the GPU's memory requires."""
         import torch
 
         if not images:
@@ -148,21 +146,23 @@ class TransformersCaptioner:
             except torch.OutOfMemoryError as error:
                 if len(images) == 1:
                     raise Unusable(
-                        f"image {keys[0]} does not fit into the GPU's memory beside {self._settings.model}; lower "
-                        f"max_new_tokens or num_beams of caption.captioners.{self._name}, or let it see more GPUs"
+                        f"image {keys[0]} does not fit into the GPU's memory with {self._settings.model}; lower "
+                        f"max_new_tokens or num_beams of caption.captioners.{self._name}, or provide more GPUs"
                     ) from error
                 mllm.fits = min(mllm.fits, len(images) // 2)
-            # not in the handler: the error's traceback holds what filled the memory
+            # outside the handler: the error's traceback keeps references to what filled the memory
             torch.cuda.empty_cache()
-            log.warning("%s: %d images do not fit into memory, %d from here on", self._name, len(images), mllm.fits)
-        step = mllm.fits  # may get smaller on the way
+            log.warning(
+                "%s: %d images do not fit into memory, using %d from now on", self._name, len(images), mllm.fits
+            )
+        step = mllm.fits  # may become smaller while the parts are captioned
         parts = [slice(start, start + step) for start in range(0, len(images), step)]
         return [answer for part in parts for answer in self._answers(mllm, images[part], keys[part])]
 
     def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
         sub_captions = split_sub_captions(answer.text)
         if not has_words(answer.text):
-            wrote = "nothing but reasoning" if answer.reasoned else "no words"
+            wrote = "only reasoning" if answer.reasoned else "no words"
             reason = f"{self._name} wrote {wrote} (finish reason {answer.finish_reason})"
             return Failure(record.key, record.key, reason, "empty")
         return Caption(
@@ -179,7 +179,7 @@ class TransformersCaptioner:
 
 @dataclass
 class _Window:
-    """Records that are sorted together, and what became of them, by their places."""
+    """Records that are sorted together, and their captions or failures by index."""
 
     records: list[ImageRecord]
     items: dict[int, Caption | Failure] = field(default_factory=dict)
@@ -187,7 +187,7 @@ class _Window:
 
 @dataclass
 class _Batch:
-    """Some of a window's images, decoded, with the model's inputs; and those that could not be decoded."""
+    """Some decoded images of a window with the model's inputs, and the failures of those that cannot be decoded."""
 
     window: _Window
     places: list[int] = field(default_factory=list)
@@ -210,7 +210,7 @@ class _Mllm:
     """A loaded model with its processor.
 
     Attributes:
-        fits: images that the GPU's memory is known not to be too small for.
+        fits: batch size that is not yet known to exceed the GPU's memory.
     """
 
     def __init__(self, model: Any, processor: Any) -> None:
@@ -218,25 +218,25 @@ class _Mllm:
         self._model, self._processor = model, processor
         self._generating, self._processing = threading.Lock(), threading.Lock()
         tokenizer = processor.tokenizer
-        # The ends that generation stops at are given to it, so that it is known which they are.
-        self._ends = _ends(model, tokenizer)
+        # Generation is told where to stop, so that end tokens are known here too.
+        self._end_tokens = _end_tokens(model, tokenizer)
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self._ends[0])
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self._end_tokens[0])
         if not model.config.is_encoder_decoder:
-            tokenizer.padding_side = "left"  # what is written goes on from the prompt's last token
+            tokenizer.padding_side = "left"  # generation continues from the prompt's last token
 
     def cost(self, record: ImageRecord) -> tuple[int, int]:
-        """What an image costs: the prompt's tokens, where the processor can tell from a size, and pixels."""
-        tokens = getattr(self._processor, "_get_num_multimodal_tokens", None)  # as inference servers ask it
+        """The cost of an image: its prompt tokens, if the processor can tell them from its size, and its pixels."""
+        tokens = getattr(self._processor, "_get_num_multimodal_tokens", None)  # as inference servers use it
         size = (record.height, record.width)
         return tokens(image_sizes=[size]).num_image_tokens[0] if tokens else 0, record.width * record.height
 
     def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:
-        """What the model is given for each image: padded token ids, their mask, pixels and what else it wants."""
+        """The model's inputs: padded token ids, their mask, pixels and whatever else the processor returns."""
         image_token = str(getattr(self._processor, "image_token", ""))
-        whole = bool(image_token) and image_token in prompt
-        with self._processing:  # tokenizers change state when they pad
-            if whole or not getattr(self._processor, "chat_template", None):
+        complete = bool(image_token) and image_token in prompt
+        with self._processing:  # tokenizers are not thread-safe when they pad
+            if complete or not getattr(self._processor, "chat_template", None):
                 return self._processor(
                     images=list(images), text=[prompt] * len(images), padding=True, return_tensors="pt"
                 )
@@ -251,43 +251,43 @@ class _Mllm:
             )
 
     def answers(self, inputs: Any, keys: Sequence[str], settings: TransformersCaptionerConfig) -> list[_Answer]:
-        """What the model writes after each of the prompts.
+        """Generates an answer to each prompt.
 
         Raises:
-            torch.OutOfMemoryError: they do not fit into the GPU's memory together.
+            torch.OutOfMemoryError: the batch does not fit into the GPU's memory.
         """
         import torch
 
         with self._generating, torch.inference_mode():
             device, dtype = self._model.device, self._model.dtype
-            given = {
+            model_inputs = {
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in inputs.items()
             }
             written = self._model.generate(
-                **given,
+                **model_inputs,
                 max_new_tokens=settings.max_new_tokens,
                 num_beams=settings.num_beams,
                 length_penalty=settings.length_penalty,
                 repetition_penalty=settings.repetition_penalty,
-                do_sample=False,  # chance comes from `_Chance`
+                do_sample=False,  # sampling is done by `_GumbelNoise`
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                logits_processor=_chance(settings, keys),
-                eos_token_id=self._ends,
+                logits_processor=_logits_processors(settings, keys),
+                eos_token_id=self._end_tokens,
                 pad_token_id=self._processor.tokenizer.pad_token_id,
             ).cpu()
         prompt = inputs["input_ids"]
-        if torch.equal(written[:, : prompt.shape[1]], prompt):  # most models, but not all, give it back
+        if torch.equal(written[:, : prompt.shape[1]], prompt):  # most models, but not all, return the prompt too
             written = written[:, prompt.shape[1] :]
         return [self._answer(row) for row in written.tolist()]
 
     def _answer(self, tokens: list[int]) -> _Answer:
-        end = next((place for place, token in enumerate(tokens) if token in self._ends), None)
+        end = next((place for place, token in enumerate(tokens) if token in self._end_tokens), None)
         tokenizer = self._processor.tokenizer
         written = tokenizer.decode(tokens[:end], skip_special_tokens=True)
-        if not has_marker(written):  # markers may be special tokens, which decoding leaves out
+        if not has_marker(written):  # markers may be special tokens, which decoding skips
             special = {
                 index
                 for index, token in tokenizer.added_tokens_decoder.items()
@@ -302,7 +302,7 @@ _loading = threading.Lock()
 
 
 def _load(settings: TransformersCaptionerConfig, revision: str, device: str) -> _Mllm:
-    """The model that the settings name; the process has one copy of it."""
+    """The model that the settings name; the process has only one copy."""
     with _loading:
         return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, device)
 
@@ -317,7 +317,7 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         raise Unusable(f"torch finds no GPU for the device {device}; set it to auto or cpu")
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
-    # never code that comes with a model; weights that are not safetensors are pickled, and may be code, too
+    # never run code that comes with a model; weights in other formats are pickles, which may contain code
     where = {} if in_a_folder else {"revision": revision}
     try:
         if in_a_folder:
@@ -335,31 +335,31 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise Unusable(
             f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
-            f"with safetensors weights and without code of its own: {reason}"
+            f"with safetensors weights and no custom code: {reason}"
         ) from error
     for name in ("patch_size", "num_query_tokens"):
         if getattr(processor, name, 0) is None:
             raise Unusable(
-                f"the processor of {source} ({revision}) does not say its {name}, since an old version of transformers "
-                "saved it; take a later revision, or save it again with what the model's config.json has"
+                f"the processor of {source} ({revision}) has no {name}, because an old version of transformers saved "
+                "it; use a later revision, or save it again with the value in the model's config.json"
             )
     return _Mllm(model.eval(), processor)
 
 
-def _ends(model: Any, tokenizer: Any) -> list[int]:
+def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The token ids that end a text."""
-    known = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
-    ids = next((found for place in known if (found := place.eos_token_id) is not None), None)
+    configurations = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
+    ids = next((ids for config in configurations if (ids := config.eos_token_id) is not None), None)
     if ids is None:
-        raise Unusable(f"{model.name_or_path} does not say which token ends a text; add it to generation_config.json")
+        raise Unusable(f"{model.name_or_path} has no end-of-text token; add it to generation_config.json")
     return [ids] if isinstance(ids, int) else list(ids)
 
 
-# --- chance -----------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def _chance(settings: TransformersCaptionerConfig, keys: Sequence[str]) -> list[Any]:
-    """What turns the search for the likeliest token into a draw; nothing at temperature 0."""
+def _logits_processors(settings: TransformersCaptionerConfig, keys: Sequence[str]) -> list[Any]:
+    """The processors that turn greedy decoding into sampling; none at temperature 0."""
     if not settings.temperature:
         return []
     from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -367,18 +367,18 @@ def _chance(settings: TransformersCaptionerConfig, keys: Sequence[str]) -> list[
     steps: list[Any] = [TemperatureLogitsWarper(settings.temperature)]
     if settings.top_p < 1:
         steps.append(TopPLogitsWarper(settings.top_p))
-    return LogitsProcessorList([*steps, _Chance(settings.seed, keys)])
+    return LogitsProcessorList([*steps, _GumbelNoise(settings.seed, keys)])
 
 
-class _Chance:
-    """Adds Gumbel noise to log-probabilities: the largest of them is then a draw from their distribution.
+class _GumbelNoise:
+    """Adds Gumbel noise to log-probabilities, so that their maximum is a sample from their distribution.
 
-    Each image has its own chance, which its key and the seed decide: its caption does not depend on what else is in
-    the batch, nor on what ran before.
+    Each image has its own random numbers, derived from its key and the seed, so its caption does not depend on the rest
+    of the batch or on earlier batches.
     """
 
     def __init__(self, seed: int, keys: Sequence[str]) -> None:
-        self._seeds = [_number(f"{seed}/{key}") for key in keys]
+        self._seeds = [_hash(f"{seed}/{key}") for key in keys]
         self._generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -393,5 +393,5 @@ class _Chance:
         return scores - noise.log()
 
 
-def _number(text: str) -> int:
+def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

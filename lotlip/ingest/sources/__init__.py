@@ -1,4 +1,4 @@
-"""Where images and their short captions come from."""
+"""Sources of images and their short captions."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _BUILT_IN = {
 
 
 class Source(Protocol):
-    """Images with short captions, cut into units that can be read apart, in any order and by any process."""
+    """Images with short captions, divided into units that can be read independently, in any order, by any process."""
 
     def units(self, partition_size: int) -> list[Unit]:
-        """The units, the same list at every call; of at most `partition_size` items, where the source can cut it."""
+        """The units, in the same order at every call; at most `partition_size` items each, if the source can divide."""
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
-        """What became of each of the unit's items: one for one, in their order.
+        """One record or failure for each of the unit's items, in order.
 
         Raises:
-            OSError: the unit could not be read to its end and may be, at another try.
+            OSError: the unit could not be read to its end; a retry may succeed.
         """
 
     def state(self, unit: Unit) -> str | None:
-        """A hash of all that decides what `read` gives besides the settings; file contents are not read for it.
+        """A hash of everything besides the settings that decides what `read` yields, without reading file contents.
 
-        It changes when an item is added, removed, renamed or replaced. None: the source cannot know whether the unit
+        It changes when an item is added, removed, renamed or replaced. None: the source cannot tell whether the unit
         changed, so the unit is read again.
 
         Raises:
@@ -42,17 +42,17 @@ class Source(Protocol):
         """
 
     def split(self, key: str) -> str:
-        """Which of `SPLITS` a sample is in; asked where a unit has no split of its own."""
+        """The split of a sample, one of `SPLITS`; called only if the unit has no split of its own."""
 
 
 def open_source(settings: SourceConfig, images: ImagesConfig | None = None) -> Source:
-    """The source that `ingest.source` of params.yaml describes.
+    """Opens the source that `ingest.source` of params.yaml describes.
 
     Args:
-        settings: the source's.
-        images: what an image must be, and how it is stored: `ingest.images`.
+        settings: of the source.
+        images: section `ingest.images`: requirements for images, and how they are stored.
 
     Raises:
-        ValueError: there is nothing to read where it points.
+        ValueError: the configured path has nothing to read.
     """
     return implementation("lotlip.sources", settings.kind, _BUILT_IN)(settings, images or ImagesConfig())

@@ -1,4 +1,4 @@
-"""A directory of images, each with a `.txt` of the same stem that holds its short caption."""
+"""A folder of images, each with a `.txt` file of the same stem that contains its short caption."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from lotlip.data.keys import key_of, printable
 from lotlip.data.paths import file_state, find_images
 from lotlip.data.records import SPLITS, Failure, ImageRecord, Unit
 from lotlip.ingest.config import FolderSourceConfig, ImagesConfig
-from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.record_validation import RecordValidator
 from lotlip.ingest.split import split_of
 
 
 class FolderSource:
-    """Reads a directory and its subdirectories; links to directories are not followed.
+    """Reads a folder and its subfolders; links to folders are not followed.
 
-    A sample's key is its path by `key_of`. Its split depends on nothing but key and seed, so new files leave the others
-    where they are. Hidden files, and files that are neither pictures nor captions, are left alone. An item that cannot
-    be used becomes a `Failure`: of one of the kinds of `Intake`, "missing" (an image without a `.txt`, or a `.txt`
-    without an image) or "duplicate" (an earlier file, in sorted order, has the same key).
+    A sample's key is its path by `key_of`. Its split depends only on key and seed, so new files do not move others.
+    Hidden files, and files that are neither pictures nor captions, are ignored. An item that cannot be used becomes a
+    `Failure`, with a kind of `RecordValidator`, "missing" (an image without a `.txt`, or a `.txt` without an image) or
+    "duplicate" (an earlier file, in sorted order, has the same key).
 
     Raises:
-        ValueError: the directory is not there, or has no image.
+        ValueError: the folder does not exist, or has no image.
     """
 
     def __init__(self, settings: FolderSourceConfig, images: ImagesConfig) -> None:
         self._settings = settings
-        self._intake = Intake(images)
+        self._validator = RecordValidator(images)
         self._root = settings.path
-        self._items = _find_items(self._root)  # paths below the root
+        self._items = _find_items(self._root)  # paths relative to the root
         self._duplicates = _duplicates(self._items)
 
     def units(self, partition_size: int) -> list[Unit]:
@@ -47,12 +47,12 @@ class FolderSource:
         ]
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
-        """Each item's image, decoded once to be sure that it can be, and its caption."""
+        """Each item's image, decoded once to check it, and its caption."""
         for item in unit.items:
             yield self._read(item)
 
     def state(self, unit: Unit) -> str:
-        """Of the items' images, captions and rivals for their keys."""
+        """A hash of the items' images, captions and key conflicts."""
         return sha256_json([unit.split, *map(self._state, unit.items)])
 
     def _state(self, item: str) -> list[Any]:
@@ -61,7 +61,7 @@ class FolderSource:
         return [item, file_state(path), *captions, self._duplicates.get(item)]
 
     def split(self, key: str) -> str:
-        """By chance, which depends on the key and the seed."""
+        """A random split that depends only on the key and the seed."""
         return split_of(key, self._settings)
 
     def _read(self, item: str) -> ImageRecord | Failure:
@@ -73,30 +73,30 @@ class FolderSource:
         if path.suffix.lower() == ".txt":
             reason = "there is no image for the caption beside it; add the image or move the text out of the folder"
             return Failure(key, where, reason, "missing")
-        image = self._intake.read(key, where, path)
+        image = self._validator.read(key, where, path)
         if isinstance(image, Failure):
             return image
-        beside = next((file for file in map(path.with_suffix, _CAPTION) if file.exists()), path.with_suffix(".txt"))
-        caption = self._intake.read(key, printable(beside.relative_to(self._root).as_posix()), beside)
+        file = next((file for file in map(path.with_suffix, _CAPTION) if file.exists()), path.with_suffix(".txt"))
+        caption = self._validator.read(key, printable(file.relative_to(self._root).as_posix()), file)
         if isinstance(caption, Failure):
             if caption.kind != "missing":
                 return caption
             return Failure(key, caption.where, "there is no caption for the image beside it", "missing")
-        return self._intake(key, where, image, caption, path.suffix[1:])
+        return self._validator(key, where, image, caption, path.suffix[1:])
 
 
 REMEDY = "set ingest.source.path in params.yaml to a folder of images, each with a .txt of the same stem"
 
 
 _CAPTION = (".txt", ".TXT")
-_NO_CAPTIONS = {"readme", "license", "licence", "notice"}  # names of texts that come with data sets
+_NO_CAPTIONS = {"readme", "license", "licence", "notice"}  # stems of text files that come with data sets
 
 
 def _find_items(root: Path) -> list[str]:
-    """Paths of all that should be a sample: of images, pictures of other formats, and captions without either."""
+    """Paths of everything that should be a sample: images, unsupported pictures, and captions without a picture."""
     from lotlip.data.images import ENDINGS, OTHER_PICTURES
 
-    find_images(root, REMEDY)  # raises where there is none
+    find_images(root, REMEDY)  # raises if there is none
     pictures, texts = set(), set()
     for file in files_below(root):
         ending = file.suffix[1:].lower()
@@ -109,10 +109,10 @@ def _find_items(root: Path) -> list[str]:
 
 
 def _duplicates(items: list[str]) -> dict[str, str]:
-    """Items whose key another one has → that other one.
+    """Items whose key belongs to another item → that item.
 
-    The first in sorted order has a key, but a format that Pillow reads goes before one that takes a plug-in, and before
-    pictures of other formats: phones leave `a.heic` beside `a.jpg`.
+    The key belongs to the first in sorted order, but formats that Pillow reads come before those that need a plug-in
+    and before unsupported ones: phones write `a.heic` beside `a.jpg`.
     """
     from lotlip.data.images import ENDINGS, PLUGINS
 

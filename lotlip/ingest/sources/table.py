@@ -1,4 +1,4 @@
-"""Parquet and CSV files with a row for each image."""
+"""Parquet and CSV files with a row per image."""
 
 from __future__ import annotations
 
@@ -7,35 +7,35 @@ from pathlib import Path
 from typing import Any
 
 from lotlip.core.files import not_a_file, sha256_json
-from lotlip.data.keys import is_key, key_of, leaves, prefix_of, printable
+from lotlip.data.keys import escapes_folder, is_key, key_of, prefix_of, printable
 from lotlip.data.paths import file_state
 from lotlip.data.records import Failure, ImageRecord, Unit
-from lotlip.data.rows import ParquetTable, Range, Row, Table, as_name, find_tables, open_table, require
+from lotlip.data.rows import ParquetTable, RowRange, TableFile, TableRow, as_name, find_tables, open_table, require
 from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, ParquetSourceConfig
-from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.record_validation import RecordValidator
 from lotlip.ingest.split import split_of
 
 
 class TableSource:
-    """Reads ranges of rows; an image is in its row, or a file below a folder.
+    """Reads ranges of rows; an image is in its row, or is a file below a folder.
 
-    A sample's key is its `key` column, else its image's path, by `key_of`; else its file and number. Its table's folder
-    below `path` comes before that. Failures are of the kinds of `Intake`, or "missing" (no image or no caption), "row"
-    (not as many fields as the header has), "encoding" (not UTF-8), "duplicate" (the key came before in the unit) and
-    "unsafe" (a path that leads out of `images`).
+    A sample's key is made by `key_of` from its `key` column, else its image's path, else its file and row number, and
+    prefixed with its table's folder below `path`. Failures have a kind of `RecordValidator`, "missing" (no image or no
+    caption), "row" (another number of fields than the header), "encoding" (not UTF-8), "duplicate" (the key occurred
+    earlier in the unit) or "unsafe" (a path that leads out of `images`).
 
     Raises:
-        ValueError: `path` leads to no tables, one of them lacks a column, or `images` is not there.
+        ValueError: `path` has no tables, a table lacks a column, or `images` does not exist.
     """
 
     def __init__(self, settings: ParquetSourceConfig | CsvSourceConfig, images: ImagesConfig) -> None:
         self._settings = settings
-        self._intake = Intake(images)
+        self._validator = RecordValidator(images)
         self._root, self._images = settings.path, settings.images
         self._columns = [settings.image, settings.caption, *([settings.key] if settings.key is not None else [])]
         if self._images is not None and not self._images.is_dir():
             raise ValueError(
-                f"the folder {self._images} is not there; set ingest.source.images in params.yaml to the folder that "
+                f"the folder {self._images} does not exist; set ingest.source.images in params.yaml to the folder that "
                 f"the paths in column {settings.image} start from"
             )
         self._tables = find_tables(self._root, [f".{settings.kind}"], self._images)
@@ -49,7 +49,7 @@ class TableSource:
             self._check(table)
 
     def units(self, partition_size: int) -> list[Unit]:
-        """`partition_size` rows of a file at a time; CSV files are read through once for it."""
+        """Ranges of `partition_size` rows of a file; CSV files are read once to find them."""
         ranges = ((table, part) for table in self._tables for part in open_table(table).ranges(partition_size))
         return [
             Unit(None, index, (f"{part.start}:{part.number}:{part.count}:{table}",))
@@ -57,19 +57,19 @@ class TableSource:
         ]
 
     def split(self, key: str) -> str:
-        """By chance, which depends on the key and the seed."""
+        """A random split that depends only on the key and the seed."""
         return split_of(key, self._settings)
 
     def state(self, unit: Unit) -> str:
-        """Of the unit's files of rows, and of the images that its rows name."""
-        found: list[Any] = [*unit.items]
+        """A hash of the state of the unit's tables, and of the images that its rows name."""
+        states: list[Any] = [*unit.items]
         for path, table, part in self._parts(unit):
-            found.append(file_state(path))
+            states.append(file_state(path))
             if self._images is not None:
-                found += [file_state(self._images / name) for name in self._named(table, part)]
-        return sha256_json(found)
+                states += [file_state(self._images / name) for name in self._image_paths(table, part)]
+        return sha256_json(states)
 
-    def _named(self, table: Table, part: Range) -> Iterator[str]:
+    def _image_paths(self, table: TableFile, part: RowRange) -> Iterator[str]:
         """Paths of the image files that a table's rows name."""
         for row in table.rows([self._settings.image], part):
             data, path = _image(row.values[0]) if row.problem is None else (None, "")
@@ -77,19 +77,19 @@ class TableSource:
                 yield path
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
-        """Each row's image and caption."""
+        """Each row's record or failure."""
         for path, table, part in self._parts(unit):
             keys: set[str] = set()
             for row in table.rows(self._columns, part):
                 yield self._record(row, path, f"{printable(str(path))}: {table.unit} {row.number}", keys)
 
-    def _parts(self, unit: Unit) -> Iterator[tuple[Path, Table, Range]]:
+    def _parts(self, unit: Unit) -> Iterator[tuple[Path, TableFile, RowRange]]:
         for item in unit.items:
             start, number, count, name = item.split(":", 3)
-            yield Path(name), open_table(Path(name)), Range(int(start), int(number), int(count))
+            yield Path(name), open_table(Path(name)), RowRange(int(start), int(number), int(count))
 
     def _check(self, path: Path) -> None:
-        """Makes sure that a table has the columns, and that the image's holds images."""
+        """Checks that a table has the columns, and that the image column holds images."""
         table = open_table(path)
         require(table, self._columns, "set image, caption and key of ingest.source in params.yaml to columns it has")
         if not isinstance(table, ParquetTable):
@@ -112,8 +112,8 @@ class TableSource:
                 "ingest.source.image in params.yaml to the column of images"
             )
 
-    def _record(self, row: Row, table: Path, where: str, keys: set[str]) -> ImageRecord | Failure:
-        """What becomes of a row; its key is added to `keys`."""
+    def _record(self, row: TableRow, table: Path, where: str, keys: set[str]) -> ImageRecord | Failure:
+        """Turns a row into a record or failure; adds its key to `keys`."""
         prefix, place = prefix_of(table, self._root), f"{table.stem}-{row.number:09d}"
         if row.problem is not None:
             return Failure(key_of(place, prefix), where, *row.problem)
@@ -122,46 +122,46 @@ class TableSource:
         path = self._below(path)
         name = as_name(named[0]) if named else path or place
         if not is_key(key_of(name)):
-            reason = f"column {self._settings.key} has nothing that it could be called by"
+            reason = f"column {self._settings.key} has no name for the sample"
             return Failure(key_of(place, prefix), where, reason, "missing")
         key = key_of(name, prefix)
         if key in keys:
-            return Failure(key, where, f"its key {key!r} came before", "duplicate")
+            return Failure(key, where, f"its key {key!r} occurred earlier", "duplicate")
         keys.add(key)
         if not isinstance(caption, str | bytes):
             return Failure(key, where, f"there is no text in column {self._settings.caption}", "missing")
-        found = data if data is not None else self._file(key, where, path)
-        if isinstance(found, Failure):
-            return found
-        return self._intake(key, where, found, caption, Path(path).suffix[1:])
+        encoded = data if data is not None else self._file(key, where, path)
+        if isinstance(encoded, Failure):
+            return encoded
+        return self._validator(key, where, encoded, caption, Path(path).suffix[1:])
 
     def _below(self, path: str) -> str:
-        """A path as it is below the folder of images, where it is absolute and leads into it; else as it is."""
+        """A path relative to the folder of images, if it is absolute and leads there; any other path unchanged."""
         if self._images is None or not path.startswith("/"):
             return path
         try:
             return Path(path).resolve().relative_to(self._images.resolve()).as_posix()
-        except (OSError, ValueError):  # it leads elsewhere, or no file can have such a name
+        except (OSError, ValueError):  # it leads elsewhere, or no file can have this name
             return path
 
     def _file(self, key: str, where: str, path: str) -> bytes | Failure:
-        """The image that a row has the path of."""
+        """The image file that a row names."""
         if not path or self._images is None:
             return Failure(key, where, f"there is no image in column {self._settings.image}", "missing")
         target = self._images / path
         try:
-            inside = not leaves(path) and target.resolve().is_relative_to(self._images.resolve())
-        except (OSError, ValueError) as error:  # a name that no file can have
-            return Failure(key, where, f"{printable(path)} is no path: {error}", "missing")
+            inside = not escapes_folder(path) and target.resolve().is_relative_to(self._images.resolve())
+        except (OSError, ValueError) as error:  # no file can have this name
+            return Failure(key, where, f"{printable(path)} is not a valid path: {error}", "missing")
         if not inside:
             reason = f"{printable(path)} is not in ingest.source.images, {self._images}"
             return Failure(key, where, reason, "unsafe")
-        return self._intake.read(key, where, target)
+        return self._validator.read(key, where, target)
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:
-    """The encoded image of a cell where it holds one, and the path that it has or is, else an empty one."""
-    if isinstance(value, dict):  # as the datasets library writes them
+    """The encoded image in a cell, None if it holds none, and the path in it, "" if it holds none."""
+    if isinstance(value, dict):  # as written by the datasets library
         path = value.get("path")
         return value.get("bytes"), path if isinstance(path, str) else ""
     return (value, "") if isinstance(value, bytes) else (None, value or "")

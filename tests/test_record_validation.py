@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from lotlip.data.images import FORMATS, decode_rgb
 from lotlip.data.records import Failure, ImageRecord
 from lotlip.ingest.config import ImagesConfig
-from lotlip.ingest.record_validation import Intake
+from lotlip.ingest.record_validation import RecordValidator
 
 
 def encoded(form: str = "PNG", size: tuple[int, int] = (40, 30), **options: object) -> bytes:
@@ -26,13 +26,13 @@ def encoded(form: str = "PNG", size: tuple[int, int] = (40, 30), **options: obje
 
 
 def taken(image: bytes, caption: str | bytes = "a red dot", ending: str = "", **settings: object) -> ImageRecord:
-    found = Intake(ImagesConfig(**settings))("k", "file", image, caption, ending)
+    found = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption, ending)
     assert isinstance(found, ImageRecord), found
     return found
 
 
 def refused(image: bytes, caption: str | bytes = "a red dot", **settings: object) -> Failure:
-    found = Intake(ImagesConfig(**settings))("k", "file", image, caption)
+    found = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption)
     assert isinstance(found, Failure)
     assert (found.key, found.where) == ("k", "file")
     return found
@@ -101,7 +101,7 @@ def test_small_sides_and_large_files_are_refused():
         ("", "empty", "empty"),
         (b"\xef\xbb\xbf \n\t", "empty", "empty"),
         ("ein Käse".encode("latin-1"), "encoding", "at byte 5"),
-        ("half a \ud83d", "encoding", "half a sign"),
+        ("half a \ud83d", "encoding", "lone surrogate"),
     ],
 )
 def test_captions_that_cannot_be_used(caption, kind, words):
@@ -170,13 +170,13 @@ def test_a_picture_that_an_encoding_cannot_hold_is_a_failure():
 def test_files_are_read_up_to_the_limit_only(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"12345")
-    assert Intake(ImagesConfig(max_bytes=5)).read("k", "a", path) == b"12345"
-    for intake, target, kind in [
-        (Intake(ImagesConfig(max_bytes=4)), path, "too-large"),
-        (Intake(ImagesConfig()), tmp_path / "b", "missing"),
-        (Intake(ImagesConfig()), tmp_path, "unreadable"),
-        (Intake(ImagesConfig()), tmp_path / ("x" * 300), "unreadable"),
-        (Intake(ImagesConfig(max_bytes=4)), Path("/dev/zero"), "unreadable"),
+    assert RecordValidator(ImagesConfig(max_bytes=5)).read("k", "a", path) == b"12345"
+    for validator, target, kind in [
+        (RecordValidator(ImagesConfig(max_bytes=4)), path, "too-large"),
+        (RecordValidator(ImagesConfig()), tmp_path / "b", "missing"),
+        (RecordValidator(ImagesConfig()), tmp_path, "unreadable"),
+        (RecordValidator(ImagesConfig()), tmp_path / ("x" * 300), "unreadable"),
+        (RecordValidator(ImagesConfig(max_bytes=4)), Path("/dev/zero"), "unreadable"),
     ]:
-        found = intake.read("k", "a", target)
+        found = validator.read("k", "a", target)
         assert isinstance(found, Failure) and found.kind == kind
