@@ -241,13 +241,13 @@ def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) 
     table = (tmp_path / "report" / "tables" / "scenes-attention.csv").read_text().splitlines()
     ratio = "on_named_object_over_chance"
     assert table[0] == f"ablation,on_named_object,{ratio},{ratio}.low,{ratio}.high,cls_entropy,corner1_entropy"
-    assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "even"]
+    assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "uniform"]
     assert table[1].split(",")[2:5] == ["2.5", "2.25", "2.75"]
     assert table[3].split(",")[1:] == ["0.04", "1.0", "", "", "0.97", "0.97"]
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
         assert "Where attention goes" in text
         assert "2.50 [2.25, 2.75]" in text
-        assert "Left out of alpha: too dark." in text
+        assert "Not measured for alpha: too dark." in text
     assert (page.parent / "figures" / "scenes-attention-relevance-gamma.png").read_bytes() == dot.getvalue()
     assert "LoTLIP: relevance of patches" in page.read_text()
 

@@ -580,7 +580,7 @@ def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
         ({"figure": {"kind": "cost", "x": "steps"}}, "tables.a.figure.x: unknown key (known here: kind)"),
         ({"figure": {"x": "steps"}}, "tables.a.figure.kind: missing; it has no default (there are: scores, cost)"),
         ({"rows": ["lotlip", "lotlip"]}, "tables.a.rows: contains duplicates: lotlip"),
-        ({"rows": [["lotlip"]]}, "tables.a.rows: must list names, each with or without a label"),
+        ({"rows": [["lotlip"]]}, "tables.a.rows: must be a list of names, each with an optional label"),
         ({"rows": []}, "tables.a.rows: Value should have at least 1 item"),
         ({"colums": []}, "tables.a.colums: unknown key; did you mean 'columns'?"),
     ],
@@ -592,7 +592,7 @@ def test_a_mistake_in_a_table_names_its_place_and_the_nearest(tmp_path, table, l
 
 def test_a_table_cannot_have_the_name_of_another_part_of_the_report(tmp_path):
     (line,) = complaints(tmp_path, {"tables": {"all": TABLE}})
-    assert line == "tables.all: the report has a table or figure of that name; choose another name"
+    assert line == "tables.all: this name is reserved by the report; choose another name"
 
 
 @pytest.mark.parametrize(

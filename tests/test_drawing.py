@@ -13,7 +13,7 @@ from PIL import Image
 from lotlip.evaluate.attention_pictures import ReadText, SeenImage, draw_reading, draw_relevance
 from lotlip.evaluate.encoders import Runner
 from lotlip.figures import charts as drawing
-from lotlip.figures.charts import SMALL, Line, Point, draw_lines, drawn, label_ends, literal, render
+from lotlip.figures.charts import SMALL, Line, Point, draw_figure, draw_lines, label_ends, literal, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report import figures
 
@@ -86,7 +86,7 @@ def failing(axes):
 
 
 def test_a_figure_that_fails_says_why_and_stops_nothing(caplog):
-    figure = drawn("loss", "Training loss", "", SMALL, failing)
+    figure = draw_figure("loss", "Training loss", "", SMALL, failing)
     assert "no ink" in figure.problem and not figure.png and not figure.svg
     assert "Training loss" in caplog.text and "no ink" in caplog.text
 
