@@ -262,7 +262,7 @@ def test_evaluate_fails_on_a_benchmark_that_nothing_of_is_held_against_chance(tm
 
 
 def test_evaluate_fails_without_a_score(tmp_path):
-    assert "something was measured: found 0" in found(evaluate(scores()[:0]), tmp_path)
+    assert "there are scores: found 0" in found(evaluate(scores()[:0]), tmp_path)
 
 
 # --- report -------------------------------------------------------------------------------------------------------

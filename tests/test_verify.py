@@ -30,14 +30,14 @@ def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
     done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
     assert done.exit_code == 0, done.output
     samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 samples"}[folder]
-    assert f"{clean.folder / folder}: {samples}, all as index.json says" in done.stdout
+    assert f"{clean.folder / folder}: {samples}, no problems" in done.stdout
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json is not there"):
         verify(tmp_path)
     (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not of ingest, of a captioner or of shards"):
+    with pytest.raises(ValueError, match="was not written by ingest, a captioner or the shard stage"):
         verify(tmp_path)
 
 
@@ -45,17 +45,17 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a table that was changed": (
         "ingest",
         lambda world: world.edit("ingest/val/part-00000", setting("short_caption", "Other.")),
-        "val/part-00000: it should hold that a unit's files have the hash that the index says; found 1",
+        "val/part-00000: expected that a unit's files have the hash that the index says; found 1",
     ),
     "an image of another": (
         "ingest",
         lambda world: world.edit("ingest/train/part-00000", swap_places),
-        "train/part-00000: it should hold that the images in a partition's tar are those that its table has hashes of",
+        "train/part-00000: expected that the images in a partition's tar are those that its table has hashes of",
     ),
     "a tar that is gone": (
         "ingest",
         lambda world: (world.ingest / "test/part-00000.tar").unlink(),
-        "test/part-00000: it should hold that a partition's tar and table are there; found 1",
+        "test/part-00000: expected that a partition's tar and table are there; found 1",
     ),
     "a key that comes twice": (
         "ingest",
@@ -65,42 +65,42 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a file that nobody knows": (
         "ingest",
         lambda world: (world.ingest / "train/part-00000.tar.partial").touch(),
-        "train/part-00000.tar.partial: index.json does not know this file",
+        "train/part-00000.tar.partial: this file is not in index.json",
     ),
     "a marker that is gone": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.json").unlink(),
-        "val/part-00000: val/part-00000.json is missing, or of other files",
+        "val/part-00000: val/part-00000.json is missing or does not match the unit",
     ),
     "captions that were changed": (
         "captions/llava",
         lambda world: world.edit("captions/llava/val/part-00000", setting("text", " ")),
-        "val/part-00000: it should hold that a partition has no empty caption; found 1",
+        "val/part-00000: expected that a partition has no empty caption; found 1",
     ),
     "a table of captions that is gone": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.parquet").unlink(),
-        "val/part-00000: it should hold that a partition's table is there; found 1",
+        "val/part-00000: expected that a partition's table is there; found 1",
     ),
     "a flipped bit": (
         "shards",
         lambda world: flip(world.shards / "val-000000.tar"),
-        "val-000000: it should hold that a shard's file has the hash that the index says; found 1",
+        "val-000000: expected that a shard's file has the hash that the index says; found 1",
     ),
     "a shard that was written again": (
         "shards",
         changing("train-000001", json=lambda content: content | {"raw": "Other."}),
-        "train-000001: train-000001.done.json is missing, or of another file",
+        "train-000001: train-000001.done.json is missing or does not match the shard",
     ),
     "an index of places that is gone": (
         "shards",
         lambda world: (world.shards / "train-000001.index.arrow").unlink(),
-        "train-000001: it should hold that a shard's .index.arrow says where its samples lie; found 1",
+        "train-000001: expected that a shard's .index.arrow says where its samples lie; found 1",
     ),
     "an index that counts otherwise": (
         "shards",
         lambda world: world.index("train-000001", samples=12),
-        "index.json: its 140 samples or its hash are not those of what it lists",
+        "index.json: its 140 samples or its hash do not match the units that it lists",
     ),
 }
 
@@ -131,7 +131,7 @@ def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
         done = CliRunner().invoke(app, ["verify", str(folder), "--held-out", str(pictures), "--json"])
         assert done.exit_code == 1
         (problem,) = json.loads(done.stdout)["problems"]
-        assert problem["what"] == "it should hold that no training image is one that is evaluated on; found 1"
+        assert problem["what"] == "expected that no training image is one that is evaluated on; found 1"
     done = CliRunner().invoke(app, ["verify", str(world.shards), "--held-out", str(world.ingest)])
     assert done.exit_code == 0, done.output
 
