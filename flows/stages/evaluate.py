@@ -1,4 +1,4 @@
-"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once for each ablation."""
+"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once per ablation."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from lotlip.core.files import read_json, sha256_files, write_json
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
 def evaluate(ablation: str) -> None:
-    """Writes the scores of an ablation with the protocol that they were measured by, and sends them to MLflow.
+    """Scores an ablation, writes the scores with their protocol, and logs them to MLflow.
 
     Args:
-        ablation: its name in params.yaml.
+        ablation: name of the ablation in params.yaml.
     """
     params = load_params()
     config, paths = params.evaluate, params.paths
@@ -29,8 +29,8 @@ def evaluate(ablation: str) -> None:
         from lotlip.evaluate.ablation import draw, measure, summary
         from lotlip.evaluate.benchmarks import open_benchmark
         from lotlip.evaluate.encoders import Runner
-    for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
-        check_input(read)
+    for folder_read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
+        check_input(folder_read)
     check_input(paths.shards, "index.json")
     run = read_json(folder / "run.json")
     compute = params.compute
@@ -44,7 +44,7 @@ def evaluate(ablation: str) -> None:
         "command": f"python -m flows evaluate {ablation}",
     }
     vocabulary = read_json(paths.shards / "index.json")["vocabulary"]
-    found = measure(
+    measured = measure(
         folder,
         run,
         benchmarks,
@@ -57,18 +57,18 @@ def evaluate(ablation: str) -> None:
         "ablation": ablation,
         "config": run["config"],
         "fingerprints": run["fingerprints"],
-        "parameters": found.parameters,
-        "text_tower_flops": found.text_tower_flops,
-        "benchmarks": found.results,
+        "parameters": measured.parameters,
+        "text_tower_flops": measured.text_tower_flops,
+        "benchmarks": measured.results,
     }
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate
 
-        checks = gate_evaluate(config, score_table(found.results), stage.gate_report)
+        checks = gate_evaluate(config, score_table(measured.results), stage.gate_report)
     write_json(paths.metrics / f"{ablation}.json", scores)
-    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
-    seen = paths.metrics / "attention" / ablation
-    for benchmark, problems in draw(folder, run["config"], benchmarks, how, seen, found.results).items():
+    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(measured.results))
+    figures = paths.metrics / "attention" / ablation
+    for benchmark, problems in draw(folder, run["config"], benchmarks, how, figures, measured.results).items():
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
@@ -76,13 +76,14 @@ def evaluate(ablation: str) -> None:
 
         tracking = params.tracking
         with tolerated(tracking.uri, stage.log.warning):
-            Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
+            tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+            tracker.log_scores(run, measured.results, folder, figures)
     stage.discard()
-    stage.record(found.texts, checks)
+    stage.record(measured.texts, checks)
 
 
 def score_table(results: dict[str, dict[str, Any]]) -> Any:
-    """The scores that are shares, a row for each (pandas.DataFrame): benchmark, seed, metric, value, chance."""
+    """Returns the scores that are fractions as a DataFrame with columns benchmark, seed, metric, value, chance."""
     import pandas as pd
 
     return pd.DataFrame(
