@@ -1,4 +1,4 @@
-"""Removes what stages wrote, and scratch: `make clean`. Files that no stage wrote are kept, wherever they are."""
+"""Removes the outputs of stages and scratch files: `make clean`. Files that no stage wrote are kept."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lotlip.core.paths import Paths
 
 
 def clean(params: Params) -> Iterator[str]:
-    """Removes all stages' outputs and scratch.
+    """Removes the outputs of all stages and scratch files.
 
     Args:
-        params: the project's; its paths are relative to the current folder.
+        params: params.yaml of the project; its paths are relative to the current folder.
 
     Yields:
-        A line for each folder or file that was removed, or that was kept.
+        A line for each folder or file that was removed or kept.
 
     Raises:
         Locked: a stage is running.
@@ -42,30 +42,30 @@ def _clean(paths: Paths) -> Iterator[str]:
         kept = remove_listed(folder)
         yield f"removed {folder}"
         yield from (f"kept    {folder / name}: no stage wrote it" for name in kept)
-    for place, ours in (
+    for folder, is_own in (
         (paths.stages, is_stage_record),
         (paths.metrics / "summary", is_summary),
         (paths.metrics, is_scores),
     ):
-        for file in sorted(place.glob("*.json")):
-            if file.is_file() and ours(file):
-                remove(file, ours)
+        for file in sorted(folder.glob("*.json")):
+            if file.is_file() and is_own(file):
+                remove(file, is_own)
                 yield f"removed {file}"
     scratch = Path(SCRATCH)
     if scratch.is_symlink():
         yield f"kept    {scratch}: it is a link"
     elif scratch.is_dir():
-        for path in sorted(scratch.iterdir()):  # the folder itself may be where a disk is mounted
-            if path.name != "locks":  # a stage that starts now would else hold a lock that nobody sees
+        for path in sorted(scratch.iterdir()):  # the folder itself may be a mount point
+            if path.name != "locks":  # a stage that is starting would otherwise lock a removed file
                 remove(path)
         yield f"removed {scratch}"
     for name, path in paths:
         if name != "caption_store" and path.is_dir():
-            yield from (f"kept    {left}: no stage wrote it" for left in _left(path))
+            yield from (f"kept    {file}: no stage wrote it" for file in _remaining_files(path))
 
 
 def _published(paths: Paths) -> Iterator[Path]:
-    """The folders that stages have published, also those of captioners and ablations that params.yaml has no more."""
+    """Yields published folders, including those of captioners and ablations that are no longer in params.yaml."""
     single = [paths.ingest, paths.image_tower, paths.shards, paths.report]
     several = [paths.captions, paths.models, paths.metrics / "attention", paths.stages / "data-docs"]
     names = {
@@ -82,8 +82,7 @@ def _published(paths: Paths) -> Iterator[Path]:
             yield folder
 
 
-def _left(path: Path) -> Iterator[Path]:
-    """The files that are left in a folder of outputs."""
+def _remaining_files(path: Path) -> Iterator[Path]:
     for base, _, names in os.walk(path):
         yield from (Path(base) / name for name in sorted(names) if name != ".gitkeep")
 

@@ -1,6 +1,6 @@
-"""What can be started from Prefect's UI: `reproduce` and `sweep`, by hand or by a schedule, which is there and off.
+"""Deployments for Prefect's UI: `reproduce` and `sweep`, with schedules that are initially inactive.
 
-Prefect's runner imports flows from where they are defined, so that they are not beside the program that serves them.
+Prefect's runner imports flows from the module that defines them, so they are not defined in the serving program.
 """
 
 from __future__ import annotations
@@ -29,40 +29,40 @@ WEEKLY = Sweep(
 
 @flow(name="reproduce", flow_run_name="reproduce-{what}")
 def reproduce(what: Literal["default", "all"] = "default", ablations: tuple[str, ...] = ()) -> None:
-    """Runs the pipeline: the ablations of reproduce.ablations in params.yaml, all of them, or those named.
+    """Runs the pipeline for the default ablations (reproduce.ablations in params.yaml), for all, or for given ones.
 
     Args:
         what: "default" or "all".
-        ablations: names in params.yaml, which go before `what`.
+        ablations: names of ablations in params.yaml; overrides `what`.
 
     Raises:
         ConfigError: params.yaml has no such ablation.
     """
     params = load_params()
     for name in ablations:
-        params.ablation(name)  # complains of those that are not there
+        params.ablation(name)  # raises ConfigError for unknown names
     chosen = list(ablations) or (params.reproduce.ablations if what == "default" else [])
     reproduction.reproduce(params, reproduction.of_ablations(params, chosen))
 
 
 def deployments() -> list[RunnerDeployment]:
-    """What Prefect's UI can start."""
+    """Returns the deployments of Prefect's UI."""
     scheduled = ((NIGHTLY, "0 2 * * *"), (WEEKLY, "0 3 * * 6"))
     return [
-        _deployed(reproduce, "by-hand"),
-        _deployed(sweep, "by-hand"),
+        _deployment(reproduce, "by-hand"),
+        _deployment(sweep, "by-hand"),
         *(
-            _deployed(sweep, settings.name, {"settings": settings.model_dump(mode="json")}, Cron(when, active=False))
+            _deployment(sweep, settings.name, {"settings": settings.model_dump(mode="json")}, Cron(when, active=False))
             for settings, when in scheduled
         ),
     ]
 
 
-def _deployed(
-    what: Flow[..., Any], name: str, parameters: dict[str, Any] | None = None, schedule: Schedule | None = None
+def _deployment(
+    flow: Flow[..., Any], name: str, parameters: dict[str, Any] | None = None, schedule: Schedule | None = None
 ) -> RunnerDeployment:
-    made = what.to_deployment(
+    deployment = flow.to_deployment(
         name, parameters=parameters, schedule=schedule, entrypoint_type=EntrypointType.MODULE_PATH
     )
-    assert isinstance(made, RunnerDeployment)  # a coroutine only inside another
-    return made
+    assert isinstance(deployment, RunnerDeployment)  # a coroutine only in async code
+    return deployment

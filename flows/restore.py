@@ -1,6 +1,6 @@
-"""Brings MLflow's store up to date from DVC's outputs: runs, curves, scores, figures and models, without training.
+"""Restores MLflow's store from DVC's outputs, without training: runs, curves, scores, figures and models.
 
-After `git clone` and `dvc pull` there is all of it but the store; a store that was lost comes back in the same way.
+Use it after `git clone` and `dvc pull`, which do not include the store, or when the store was lost.
 """
 
 from __future__ import annotations
@@ -16,38 +16,38 @@ from lotlip.pretrain.records import RUN, Run
 
 
 def restore() -> list[str]:
-    """Logs every trained ablation on disk, those that params.yaml no longer has included. Again changes nothing.
+    """Logs every trained ablation on disk, including those that are no longer in params.yaml. It is idempotent.
 
     Returns:
-        The ablations' names.
+        The names of the ablations.
 
     Raises:
-        StageFailed: there is none.
+        StageFailed: there are no trained ablations.
     """
     params = load_params()
     paths = params.paths
     trained = sorted(paths.models.glob(f"*/{RUN}"))
     if not trained:
-        raise StageFailed(f"{paths.models} has no trained ablation; `dvc pull` gets them, `dvc repro` trains them")
+        raise StageFailed(f"{paths.models} has no trained ablations; run `dvc pull` or `dvc repro`")
     from lotlip.tracking.mlflow import Tracker
 
     tracker = Tracker(params.tracking.uri, params.tracking.experiment, params.pretrain)
     for file in trained:
         run, folder = Run.load(file), file.parent
         name = run.ablation
-        measured = paths.metrics / f"{name}.json"
-        scores = AblationScores.load(measured) if measured.is_file() else None
+        scores_file = paths.metrics / f"{name}.json"
+        scores = AblationScores.load(scores_file) if scores_file.is_file() else None
         if scores is None:
-            said = f"{measured} is not there, so it has no scores"
+            status = f"no scores ({scores_file} does not exist)"
         elif scores.fingerprints != run.fingerprints:
-            said = f"{measured} is of other models, so it has no scores; `dvc repro` measures these"
+            status = f"no scores ({scores_file} is for other models; run `dvc repro`)"
             scores = None
         else:
-            said = f"scores on {', '.join(scores.benchmarks)}"
+            status = f"scores on {', '.join(scores.benchmarks)}"
         results = scores.benchmarks if scores else {}
         for run_id in tracker.log_scores(run, results, folder, paths.metrics / "attention" / name).values():
             tracker.set_tags(run_id, {"model": str(folder)})
-        print(f"{name}: {len(run.fingerprints)} seeds, {said}", flush=True)
+        print(f"{name}: {len(run.fingerprints)} seeds, {status}", flush=True)
     return [file.parent.name for file in trained]
 
 
@@ -56,7 +56,7 @@ if __name__ == "__main__":
         print(f"MLflow has {len(restore())} ablations; `make ui` shows them")
     except EXPECTED as error:
         sys.exit(f"error: {error}")
-    except Exception as error:  # MLflow's, of which there are many kinds
+    except Exception as error:  # MLflow raises many types
         if with_tracebacks():
             raise
         from lotlip.tracking.mlflow import failure

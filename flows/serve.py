@@ -1,6 +1,6 @@
-"""Both UIs, and what can be started from Prefect's (flows.deployments).
+"""Serves both UIs, with deployments that Prefect's UI can start (flows.deployments).
 
-A schedule that is switched on in the UI runs while this program does.
+Schedules activated in the UI run while this program runs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from prefect.settings import PREFECT_API_URL
 from flows.deployments import deployments
 from flows.runtime.stage import EXPECTED
 from flows.runtime.supervisor import ending_well
-from flows.ui import shown
+from flows.ui import serve_uis
 from lotlip.core.console import INTERRUPTED
 
 
 def main() -> None:
-    """Serves until Ctrl-C or a SIGTERM; what runs then is ended."""
-    with ending_well(), shown():
+    """Serves until Ctrl-C or SIGTERM, which also end running flows."""
+    with ending_well(), serve_uis():
         api = PREFECT_API_URL.value() or ""
-        print(f"Forms    {api.removesuffix('/api')}/deployments\nCtrl-C stops all.", flush=True)
+        print(f"Forms    {api.removesuffix('/api')}/deployments\nPress Ctrl-C to stop.", flush=True)
         serve(*deployments(), print_starting_message=False)
 
 

@@ -1,4 +1,4 @@
-"""Shows Prefect's and MLflow's UIs over this checkout's runs until it is stopped."""
+"""Serves Prefect's and MLflow's UIs with the runs of this checkout."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from lotlip.tracking.mlflow import Tracker
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """Runs both servers on loopback for the block, which uses that Prefect, and prints their addresses and the login.
+def serve_uis() -> Iterator[None]:
+    """Runs both servers on loopback within the context, and prints their addresses and the login.
 
-    PREFECT_PORT and MLFLOW_PORT in the environment choose other ports than `PORTS`. Where PREFECT_API_URL or
-    MLFLOW_TRACKING_URI names a server, that one is used.
+    The environment variables PREFECT_PORT and MLFLOW_PORT override `PORTS`. PREFECT_API_URL and MLFLOW_TRACKING_URI
+    select existing servers instead. Code in the context uses this Prefect server.
     """
     params, given = load_params(), os.environ.get("PREFECT_API_URL")
     store = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
@@ -42,7 +42,7 @@ def shown() -> Iterator[None]:
             stack.enter_context(prefect_server(port, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
-        tracker = Tracker(store, params.tracking.experiment)  # makes the store: MLflow's server would without a lock
+        tracker = Tracker(store, params.tracking.experiment)  # creates the store with a lock, unlike MLflow's server
         if store.startswith("http"):
             server = store
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
@@ -55,9 +55,9 @@ def shown() -> Iterator[None]:
 
 
 def show() -> None:
-    """Shows both UIs; ends with Ctrl-C or a SIGTERM."""
-    with ending_well(), shown():
-        print("Ctrl-C stops both.", flush=True)
+    """Serves both UIs until Ctrl-C or SIGTERM."""
+    with ending_well(), serve_uis():
+        print("Press Ctrl-C to stop.", flush=True)
         threading.Event().wait()
 
 

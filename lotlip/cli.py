@@ -1,6 +1,6 @@
-"""The program `lotlip`: what can be done with models and texts outside the pipeline.
+"""The program `lotlip`: tools for models and texts outside the pipeline.
 
-A command imports what it needs when it runs, so that `lotlip --help` answers at once.
+Commands import their dependencies when they run, so that `lotlip --help` is fast.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ app = typer.Typer(
 
 
 def run() -> None:
-    """The program's entry; an error that a user can fix is status 1 and one line (LOTLIP_TRACEBACK=1: a traceback)."""
+    """Runs the program. User errors are printed on one line with status 1 (LOTLIP_TRACEBACK=1: with a traceback)."""
     escape_unprintable()
     sys.excepthook = exit_on_interrupt
     try:
         app(prog_name="lotlip")
     except SystemExit as end:
-        if end.code == INTERRUPTED:  # Typer's, on Ctrl-C
+        if end.code == INTERRUPTED:  # set by Typer on Ctrl-C
             print("stopped", file=sys.stderr)
         raise
     except (ValueError, OSError) as error:
@@ -37,8 +37,8 @@ def run() -> None:
         sys.exit("error: " + " ".join(explain(error).split()))
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(requested: bool) -> None:
+    if requested:
         import lotlip
 
         typer.echo(lotlip.__version__)
@@ -62,17 +62,17 @@ def stats(
     ],
     field: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a text field, `a.b` for a nested one; may be given several times.", metavar="NAME"),
+        typer.Option(help="Name of a text field, `a.b` for a nested one; repeatable.", metavar="NAME"),
     ] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="Whose tokens are counted: a bundled name, a tokenizer.json or its folder.")
+        str, typer.Option(help="Tokenizer: a bundled name, a tokenizer.json or its folder.")
     ] = "bert-base-uncased",
     sentence_ends: Annotated[
         SentenceEnds,
-        typer.Option(help="What ends a sub-caption: `.` (released), or all of Unicode's sentence ends (unicode)."),
+        typer.Option(help="Where sub-captions end: at `.` (released) or at all Unicode sentence ends (unicode)."),
     ] = "released",
     split: Annotated[str | None, typer.Option(help="Count only this split.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for all files together.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object with the total of all files.")] = False,
 ) -> None:
     """Count texts, and sub-captions and tokens per text (paper, Table 1)."""
     from lotlip.data.annotations import read_texts
@@ -85,42 +85,42 @@ def stats(
         with typer.progressbar(
             texts, label=str(file), show_pos=True, update_min_steps=1000, file=sys.stderr, hidden=quiet
         ) as counted:
-            found = text_statistics(counted, tokenizer, sentence_ends)
-        if found.empty:
-            typer.echo(f"{file}: {found.empty} skipped: null or empty", err=True)
-        rows.append((str(file), found))
-    total = sum((found for _, found in rows), Statistics())
+            statistics = text_statistics(counted, tokenizer, sentence_ends)
+        if statistics.empty:
+            typer.echo(f"{file}: {statistics.empty} null or empty texts skipped", err=True)
+        rows.append((str(file), statistics))
+    total = sum((statistics for _, statistics in rows), Statistics())
     if as_json:
         typer.echo(json.dumps(total.to_json(), allow_nan=False))
         return
     if len(rows) > 1:
-        rows.append(("all", total))
+        rows.append(("total", total))
     width = max(len(name) for name, _ in rows)
     typer.echo(f"{'':{width}}  {'texts':>10}  {'sub-captions per text':>21}  {'tokens per text':>15}")
-    for name, found in rows:
-        means = f"{found.sub_captions_per_text:>21.2f}  {found.tokens_per_text:>15.2f}"
-        typer.echo(f"{name:{width}}  {found.texts:>10,}  {means}")
+    for name, statistics in rows:
+        means = f"{statistics.sub_captions_per_text:>21.2f}  {statistics.tokens_per_text:>15.2f}"
+        typer.echo(f"{name:{width}}  {statistics.texts:>10,}  {means}")
 
 
 @app.command("import-official")
 def import_official(
     checkpoint: Annotated[Path, typer.Argument(metavar="MODEL.PT", help="Checkpoint of the LoTLIP authors.")],
-    out: Annotated[Path, typer.Option(help="Folder to write, in Hugging Face layout.", metavar="DIR")],
+    out: Annotated[Path, typer.Option(help="Output folder, in Hugging Face layout.", metavar="DIR")],
     vision: Annotated[
-        str, typer.Option(help="The image tower: a ViT of timm.", metavar="TIMM_NAME")
+        str, typer.Option(help="Image tower: the name of a timm ViT.", metavar="TIMM_NAME")
     ] = "vit_base_patch16_224",
-    image_size: Annotated[int, typer.Option(help="Pixels of a picture's side.", min=1, metavar="N")] = 224,
+    image_size: Annotated[int, typer.Option(help="Side of the input image in pixels.", min=1, metavar="N")] = 224,
     text_config: Annotated[
         Path | None,
-        typer.Option(help="JSON: the text encoder's config.json, or some fields of it; else BERT's.", metavar="FILE"),
+        typer.Option(help="The text encoder's config.json, or part of it; default: BERT-base.", metavar="FILE"),
     ] = None,
     tokenizer: Annotated[
         str, typer.Option(help="A bundled name, a tokenizer.json or its folder.", metavar="NAME")
     ] = "bert-base-uncased",
-    context_length: Annotated[int, typer.Option(help="Most tokens in a text.", min=1, metavar="N")] = 128,
+    context_length: Annotated[int, typer.Option(help="Maximum tokens per text.", min=1, metavar="N")] = 128,
     force: Annotated[bool, typer.Option("--force", help="Replace a model that this command wrote.")] = False,
 ) -> None:
-    """Turn a checkpoint of the LoTLIP authors into a model that transformers loads; the defaults are for their B/16."""
+    """Convert a checkpoint of the LoTLIP authors to a transformers model; the defaults are for their B/16."""
     from lotlip.importing.official import WrongWeightsError, describe, import_official
     from lotlip.models.vision.image_tower import ImageTowerSpec
 
@@ -128,11 +128,11 @@ def import_official(
     spec = ImageTowerSpec(vision, image_size)
     try:
         config, ignored = import_official(checkpoint, out, spec, text_config, tokenizer, context_length, force)
-    except WrongWeightsError as error:  # a line for each weight, and there may be hundreds
+    except WrongWeightsError as error:  # the message has a line per weight
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     if ignored:
-        typer.echo(f"ignored {', '.join(ignored)} of {text_config}: no fields of a text encoder's config", err=True)
+        typer.echo(f"ignored unknown fields of {text_config}: {', '.join(ignored)}", err=True)
     for line in describe(config):
         typer.echo(line)
     typer.echo(f"written to {out}; to load it:")
@@ -145,23 +145,25 @@ def embed(
     source: Annotated[
         Path,
         typer.Argument(
-            metavar="INPUT", help="Images: a folder, or ingest's. Texts: .txt, one a line, or as for stats."
+            metavar="INPUT",
+            help="Images: a folder or ingest's output. Texts: a .txt, one per line, or as for stats.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="What to write: .parquet, or .npy with its rows' names beside it.")],
+    out: Annotated[Path, typer.Option(help="Output: .parquet, or .npy with the names in a second file.")],
     kind: Annotated[
-        str | None, typer.Option(help="images or texts; else a folder has images, a file texts.", metavar="KIND")
+        str | None,
+        typer.Option(help="images (default for a folder) or texts (default for a file).", metavar="KIND"),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="How many the model takes at a time.", min=1, metavar="N")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Items per batch.", min=1, metavar="N")] = 64,
     field: Annotated[
         list[str] | None,
-        typer.Option(help="Name of a text field, as for stats; may be given several times.", metavar="NAME"),
+        typer.Option(help="Name of a text field, as for stats; repeatable.", metavar="NAME"),
     ] = None,
     split: Annotated[str | None, typer.Option(help="Embed only this split.", metavar="NAME")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Replace a file that this command did not write.")] = False,
 ) -> None:
-    """Write the features of images or of texts, for `lotlip search` and anything else."""
+    """Embed images or texts and write their features, for example for `lotlip search`."""
     from tqdm import tqdm
 
     from lotlip.core.files import check_model
@@ -174,37 +176,37 @@ def embed(
 
         def show(done: int, total: int) -> None:
             if done == 0:
-                bar.reset(total)  # the model is loaded: the rate is counted from here
+                bar.reset(total)  # excludes loading the model from the rate
             bar.update(done - bar.n)
 
-        found = embed(model, source, out, kind, batch_size, field or (), split, device, show)
-    for name, reason in found.left_out:
+        result = embed(model, source, out, kind, batch_size, field or (), split, device, show)
+    for name, reason in result.left_out:
         typer.echo(f"{name} left out: {reason}", err=True)
-    typer.echo(f"{out}: {found.rows:,} features of {found.width} numbers, {len(found.left_out)} left out", err=True)
+    typer.echo(f"{out}: {result.rows:,} features of size {result.width}, {len(result.left_out)} left out", err=True)
 
 
 @app.command()
 def search(
-    index: Annotated[Path, typer.Argument(metavar="INDEX", help="What `lotlip embed` wrote.")],
-    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="What to search for, of any length.")] = None,
-    image: Annotated[Path | None, typer.Option(help="An image to search for instead.", metavar="FILE")] = None,
-    top: Annotated[int, typer.Option(help="How many to show.", min=1, metavar="N")] = 10,
+    index: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `lotlip embed`.")],
+    text: Annotated[str | None, typer.Argument(metavar="[TEXT]", help="Query text, of any length.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Query image, instead of a text.", metavar="FILE")] = None,
+    top: Annotated[int, typer.Option(help="Number of results.", min=1, metavar="N")] = 10,
     model: Annotated[
-        Path | None, typer.Option(help="Where the model is now that made the index.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of the model that made the index, if it was moved.", metavar="DIR")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
-    """Show the images or texts nearest to a text or to an image: rank, cosine, name."""
+    """Show the nearest images or texts to a text or an image: rank, cosine, name."""
     from textwrap import shorten
 
     from lotlip.retrieval.embedding import search
 
-    found = search(index, text, image, top, model, device)
+    results = search(index, text, image, top, model, device)
     if as_json:
-        typer.echo(json.dumps([vars(match) for match in found], allow_nan=False))
+        typer.echo(json.dumps([vars(match) for match in results], allow_nan=False))
         return
-    for rank, match in enumerate(found, start=1):
+    for rank, match in enumerate(results, start=1):
         text = shorten(match.text or "", 100, placeholder=" …")
         typer.echo(f"{rank:>4}  {match.score:.4f}  {match.name}  {text}".rstrip())
 
@@ -213,31 +215,33 @@ def search(
 def evaluate(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="A saved model's folder, a CLIP or SigLIP by name, open_clip:NAME:TAG."),
+        typer.Argument(
+            metavar="MODEL", help="Folder of a saved model, name of a CLIP or SigLIP model, or open_clip:NAME:TAG."
+        ),
     ],
-    benchmark: Annotated[list[str], typer.Option(help="Its name; may be given several times.", metavar="NAME")],
-    data: Annotated[list[Path], typer.Option(help="Its folder, in the same order.", metavar="DIR")],
+    benchmark: Annotated[list[str], typer.Option(help="Name of a benchmark; repeatable.", metavar="NAME")],
+    data: Annotated[list[Path], typer.Option(help="Folder of each benchmark, in the same order.", metavar="DIR")],
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="Its images' folder, in the same order, if they are elsewhere.", metavar="DIR"),
+        typer.Option(help="Folder of each benchmark's images, if not in --data.", metavar="DIR"),
     ] = None,
-    partial: Annotated[bool, typer.Option("--partial", help="A part will do, and is called so.")] = False,
+    partial: Annotated[bool, typer.Option("--partial", help="Accept incomplete benchmarks; marks the scores.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.", metavar="NAME")] = "fp32",
-    batch_size: Annotated[int, typer.Option(help="How many a model takes at a time.", min=1, metavar="N")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Items per batch.", min=1, metavar="N")] = 64,
     out: Annotated[
-        Path | None, typer.Option(help="Write all scores and how they were measured, as JSON.", metavar="FILE")
+        Path | None, typer.Option(help="Write all scores with their protocol as JSON.", metavar="FILE")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print that JSON instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print this JSON instead of the table.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that this command did not write.")] = False,
 ) -> None:
-    """Score models on benchmarks, side by side with what was published."""
+    """Score models on benchmarks and compare them with published scores."""
     import shlex
 
     if len(benchmark) != len(data) or (images and len(images) != len(data)):
         raise ValueError(
-            f"{len(benchmark)} --benchmark, {len(data)} --data, {len(images or ())} --images: give --data for each "
-            "--benchmark, and --images for each or for none"
+            f"{len(benchmark)} --benchmark, {len(data)} --data, {len(images or ())} --images: give one --data per "
+            "--benchmark, and one --images per --benchmark or none"
         )
     from lotlip.config.outputs import is_comparison
     from lotlip.core.files import check_free, check_model, write_json
@@ -248,21 +252,21 @@ def evaluate(
         check_model(Path(name))
     from tqdm import tqdm
 
-    from lotlip.evaluate.compare import ask, compare, table, to_json
+    from lotlip.evaluate.compare import compare, load_benchmark, table, to_json
     from lotlip.evaluate.models import open_encoder
 
-    elsewhere: list[Path | None] = [*images] if images else [None] * len(data)
-    asked = [ask(*of, partial) for of in zip(benchmark, data, elsewhere, strict=True)]
+    image_folders: list[Path | None] = [*images] if images else [None] * len(data)
+    benchmarks = [load_benchmark(*one, partial) for one in zip(benchmark, data, image_folders, strict=True)]
     with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
 
         def start(model: str, name: str, items: int) -> None:
             bar.reset(items)
             bar.set_description(f"{model}, {name}")
 
-        # all are opened before any is scored: a wrong name is known before hours are spent
+        # All models are opened before any is scored, so that a wrong name fails early.
         encoders = [(model, open_encoder(model, batch_size, device, precision, bar.update)) for model in models]
-        results = compare(encoders, asked, shlex.join(["lotlip", *sys.argv[1:]]), start)
-    # printed first: the disk may have filled up since the file was checked
+        results = compare(encoders, benchmarks, shlex.join(["lotlip", *sys.argv[1:]]), start)
+    # Printed before writing, which may fail.
     for line in [json.dumps(to_json(results), allow_nan=False)] if as_json else table(results):
         typer.echo(line)
     if out:
@@ -273,22 +277,22 @@ def evaluate(
 @app.command()
 def explore(
     pictures_index: Annotated[
-        Path, typer.Argument(metavar="PICTURES_INDEX", help="What `lotlip embed` wrote of pictures.")
+        Path, typer.Argument(metavar="PICTURES_INDEX", help="Index of pictures written by `lotlip embed`.")
     ],
-    texts: Annotated[Path | None, typer.Option(help="What it wrote of texts.", metavar="TEXTS_INDEX")] = None,
+    texts: Annotated[Path | None, typer.Option(help="Index of texts.", metavar="TEXTS_INDEX")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Where the model is now that made the index.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of the model that made the index, if it was moved.", metavar="DIR")
     ] = None,
     pictures: Annotated[
-        Path | None, typer.Option(help="Where the pictures are now, if not where they were.", metavar="DIR")
+        Path | None, typer.Option(help="Folder of the pictures, if they were moved.", metavar="DIR")
     ] = None,
     port: Annotated[
-        int | None, typer.Option(help="Of the page; else a free one.", min=1, max=65535, metavar="N")
+        int | None, typer.Option(help="Port of the page; default: a free one.", min=1, max=65535, metavar="N")
     ] = None,
-    top: Annotated[int, typer.Option(help="How many pictures or texts to find.", min=1, metavar="N")] = 6,
+    top: Annotated[int, typer.Option(help="Number of results.", min=1, metavar="N")] = 6,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
-    """Serve a page on loopback: texts find pictures, pictures find texts, maps show what was looked at."""
+    """Serve a page on loopback for searching pictures by text and texts by picture, with relevance maps."""
     import signal
     import threading
     from contextlib import suppress
@@ -299,12 +303,12 @@ def explore(
     if model:
         check_model(model)
     try:
-        from lotlip.explore.page import served
+        from lotlip.explore.page import serve_page
     except ImportError as error:
         raise ValueError(f"the page needs Gradio ({error}): pip install 'lotlip[explore]'") from error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that nothing of the page is left then, either
-    with served(Explorer(pictures_index, texts, model, pictures, top, device), port) as address:
-        typer.echo(f"{address} (Ctrl+C ends it)", err=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM also cleans up
+    with serve_page(Explorer(pictures_index, texts, model, pictures, top, device), port) as address:
+        typer.echo(f"{address} (stop with Ctrl-C)", err=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()
 
@@ -313,34 +317,34 @@ def explore(
 def verify(
     folder: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="What ingest, a captioner or the shard stage left."),
+        typer.Argument(metavar="DIR", help="Output folder of ingest, a captioner or the shard stage."),
     ],
     held_out: Annotated[
         list[Path] | None,
-        typer.Option(help="Images that must not be trained on: a folder of them, or of ingest.", metavar="DIR"),
+        typer.Option(help="Folder of images, or ingest's output, that must not be trained on.", metavar="DIR"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Look a data set over again, file by file and sample by sample; what is wrong with it is printed, and status 1."""
+    """Re-validate a data set, file by file and sample by sample. Problems are printed, and the exit status is 1."""
     from tqdm import tqdm
 
     from lotlip.ingest.config import ImagesConfig
     from lotlip.ingest.evaluation_images import image_hashes
     from lotlip.verify import verify
 
-    contents = verify(folder, image_hashes(held_out or (), ImagesConfig()))
+    checks = verify(folder, image_hashes(held_out or (), ImagesConfig()))
     problems = []
-    with tqdm(contents.problems, total=contents.units, unit=" units", file=sys.stderr, disable=None) as looked:
-        for found in looked:
-            problems += found
-            for problem in [] if as_json else found:
+    with tqdm(checks.problems, total=checks.units, unit=" units", file=sys.stderr, disable=None) as units:
+        for of_unit in units:
+            problems += of_unit
+            for problem in [] if as_json else of_unit:
                 tqdm.write(f"{problem.where}: {problem.what}")
     if as_json:
-        told = [problem._asdict() for problem in problems]
-        typer.echo(json.dumps({"kind": contents.kind, "samples": contents.samples, "problems": told}, allow_nan=False))
+        records = [problem._asdict() for problem in problems]
+        typer.echo(json.dumps({"kind": checks.kind, "samples": checks.samples, "problems": records}, allow_nan=False))
     elif not problems:
-        things = "samples" if contents.kind == "shards" else contents.kind
-        typer.echo(f"{folder}: {contents.samples:,} {things}, all as index.json says")
+        items = "samples" if checks.kind == "shards" else checks.kind
+        typer.echo(f"{folder}: {checks.samples:,} {items}, no problems")
     else:
         typer.echo(f"{folder}: {len(problems)} problem{'s' if len(problems) > 1 else ''}", err=True)
     if problems:
@@ -349,23 +353,24 @@ def verify(
 
 @app.command()
 def plan(
-    params: Annotated[Path, typer.Option(help="The configuration.", metavar="FILE")] = Path("params.yaml"),
+    params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),
     profile: Annotated[
-        str | None, typer.Option(help="One of profiles/ instead: cc3m, lotlip-100m, …", metavar="NAME")
+        str | None, typer.Option(help="A profile of profiles/ instead: cc3m, lotlip-100m, …", metavar="NAME")
     ] = None,
-    ablation: Annotated[str, typer.Option(help="Which of its ablations.", metavar="NAME")] = "lotlip",
+    ablation: Annotated[str, typer.Option(help="Name of the ablation.", metavar="NAME")] = "lotlip",
     gpus: Annotated[
-        int | None, typer.Option(help="With infra/gpus/N.yaml, if there is one; else as configured.", min=1)
+        int | None,
+        typer.Option(help="Number of GPUs; applies infra/gpus/N.yaml if it exists.", min=1),
     ] = None,
     images: Annotated[
-        int | None, typer.Option(help="In the data set; else of its shards, or as its name says.", min=1)
+        int | None, typer.Option(help="Images in the data set; default: from its shards or its name.", min=1)
     ] = None,
-    gpu_memory: Annotated[float, typer.Option(help="Of each GPU, in GB.", min=1)] = 80,
-    tflops: Annotated[float, typer.Option(help="Peak of each GPU in the run's precision.", min=0.001)] = 989,
-    utilisation: Annotated[float, typer.Option(help="Share of the peak that is used.", min=0.001, max=1)] = 0.4,
+    gpu_memory: Annotated[float, typer.Option(help="Memory per GPU in GB.", min=1)] = 80,
+    tflops: Annotated[float, typer.Option(help="Peak TFLOP/s per GPU in the run's precision.", min=0.001)] = 989,
+    utilisation: Annotated[float, typer.Option(help="Fraction of the peak reached.", min=0.001, max=1)] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show what a training run takes: steps, tokens, memory, storage, time. Nothing is trained."""
+    """Estimate the steps, tokens, memory, storage and time of a training run without training."""
     import yaml
 
     from lotlip.config.params import load_params
@@ -379,17 +384,17 @@ def plan(
     for warning in settings.warnings:
         typer.echo(f"warning: {warning}", err=True)
     if gpus:
-        of_gpus = Path("infra", "gpus", f"{gpus}.yaml")
-        differences = yaml.safe_load(of_gpus.read_text(encoding="utf-8")) if of_gpus.is_file() else {}
+        gpu_file = Path("infra", "gpus", f"{gpus}.yaml")
+        differences = yaml.safe_load(gpu_file.read_text(encoding="utf-8")) if gpu_file.is_file() else {}
         config, compute = on_gpus(config, compute, gpus, differences)
     written = (settings.paths.shards / INDEX_FILE).is_file() and not profile
     shards = read_index(settings.paths.shards, ShardIndex) if written else None
     gpu = Gpu(gpu_memory * 1e9, tflops * 1e12, utilisation)
     if not shards:
         images = images or images_by_name(file.stem)
-    found = make_plan(settings, config, compute, gpu, shards, images)
+    result = make_plan(settings, config, compute, gpu, shards, images)
     if as_json:
-        typer.echo(json.dumps(found.to_json(), allow_nan=False))
+        typer.echo(json.dumps(result.to_json(), allow_nan=False))
         return
-    for line in describe(found, f"{file.stem}, {ablation}"):
+    for line in describe(result, f"{file.stem}, {ablation}"):
         typer.echo(line)

@@ -1,4 +1,4 @@
-"""Looks a finished folder over again, file by file and sample by sample: `lotlip verify`."""
+"""Re-validates the output of a stage, file by file and sample by sample: `lotlip verify`."""
 
 from __future__ import annotations
 
@@ -37,25 +37,25 @@ from lotlip.shard.shards import DONE, finished_shard
 
 
 class Problem(NamedTuple):
-    """Something that is not as it should be.
+    """A problem found.
 
     Attributes:
         where: the unit, shard or file.
-        what: what is wrong with it.
+        what: description of the problem.
     """
 
     where: str
     what: str
 
 
-class Contents(NamedTuple):
-    """A folder that is looked over.
+class Verification(NamedTuple):
+    """The verification of a folder.
 
     Attributes:
         kind: "images", "captions" or "shards".
-        units: how many there are to look at.
-        samples: in them, as index.json says.
-        problems: finds them, a unit at a time; gives an empty list for a unit that is in order.
+        units: number of units to check.
+        samples: number of samples according to index.json.
+        problems: checks unit by unit when iterated; yields the problems of each.
     """
 
     kind: str
@@ -64,53 +64,53 @@ class Contents(NamedTuple):
     problems: Iterator[list[Problem]]
 
 
-def verify(folder: Path, held_out: Collection[str] = ()) -> Contents:
-    """Looks over what ingest, a captioner or the shard stage left.
+def verify(folder: Path, held_out: Collection[str] = ()) -> Verification:
+    """Verifies the output of ingest, a captioner or the shard stage.
 
-    Every file is compared with its hash, every image is opened, every sample's texts and feature are read, keys and
-    images are compared with all others, and files that index.json does not know are told. Memory is that of a unit.
+    Checks the hash of every file, decodes every image, reads every sample's texts and feature, and finds duplicate keys
+    and images and files that are not in index.json. One unit is in memory at a time.
 
     Args:
-        folder: of the stage; it has an index.json.
-        held_out: hashes of images that must not be among those trained on.
+        folder: output folder of the stage, with an index.json.
+        held_out: hashes of images that must not be in the training data.
 
     Raises:
-        ValueError: it has no index.json, or one of another kind.
+        ValueError: the folder has no index.json of one of these stages.
     """
     index = _index(folder)
     if isinstance(index, ShardIndex):
-        return Contents("shards", len(index.shards) + 1, index.written, _shards(folder, index, held_out))
-    kind, found = "captions", _captions(folder, index)
+        return Verification("shards", len(index.shards) + 1, index.written, _shards(folder, index, held_out))
+    kind, problems = "captions", _captions(folder, index)
     if any((folder / f"{unit.name}.tar").is_file() for unit in index.whole):
-        kind, found = "images", _images(folder, index, held_out)
-    return Contents(kind, len(index.whole) + 1, index.written, found)
+        kind, problems = "images", _images(folder, index, held_out)
+    return Verification(kind, len(index.whole) + 1, index.written, problems)
 
 
 def _index(folder: Path) -> ShardIndex | UnitIndex:
-    """The index of a folder of any kind, which is known by the fields that it alone has."""
+    """Reads the index of a folder of any kind, which is recognised by the fields that only it has."""
     path = folder / INDEX_FILE
     kinds: dict[str, type[ShardIndex] | type[UnitIndex]] = {
         "splits": ShardIndex,
         "quality": CaptionIndex,
         "units": UnitIndex,
     }
-    fields = read_json(path) if path.is_file() else kinds  # where there is none, `read_index` says so
+    fields = read_json(path) if path.is_file() else kinds  # `read_index` reports a missing one
     kind = next((kind for field, kind in kinds.items() if field in fields), None)
     if kind is None:
-        raise ValueError(f"{path} is not of ingest, of a captioner or of shards")
+        raise ValueError(f"{path} was not written by ingest, a captioner or the shard stage")
     return read_index(folder, kind)
 
 
-# What damaged files raise in the libraries that read them.
+# Exceptions of libraries that read damaged files.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, EOFError, tarfile.TarError)
 
 
-def _look(folder: Path, name: str, endings: Sequence[str], look: Callable[[], list[Problem]]) -> list[Problem]:
-    """The problems of a unit; that it cannot be read is one of them."""
+def _check(folder: Path, name: str, suffixes: Sequence[str], check: Callable[[], list[Problem]]) -> list[Problem]:
+    """Runs the check of a unit; an unreadable file is a problem."""
     try:
-        return look()
+        return check()
     except _UNREADABLE as error:
-        file = next((f"{name}{ending}" for ending in endings if not _readable(folder / f"{name}{ending}")), name)
+        file = next((f"{name}{suffix}" for suffix in suffixes if not _readable(folder / f"{name}{suffix}")), name)
         return [Problem(name, f"{file} cannot be read: {' '.join(str(error).split())}")]
 
 
@@ -129,19 +129,19 @@ def _readable(path: Path) -> bool:
 
 def _images(folder: Path, index: UnitIndex, held_out: Collection[str]) -> Iterator[list[Problem]]:
     names = [unit.name for unit in index.whole]
-    whole = [name for name in names if _has_table(folder, name)]
-    own = held_out_images(folder, whole) | set(held_out)
-    endings = (".tar", ".parquet")
+    readable = [name for name in names if _has_table(folder, name)]
+    all_held_out = held_out_images(folder, readable) | set(held_out)
+    suffixes = (".tar", ".parquet")
     for unit in index.whole:
 
-        def look(unit: UnitEntry = unit) -> list[Problem]:
-            row = inspect_partition(folder, unit.name, unit.written, own, sample_size=None)
-            return _problems(unit.name, row | _hash_off(folder, unit, endings), (HASH, *PARTITION))
+        def check(unit: UnitEntry = unit) -> list[Problem]:
+            row = inspect_partition(folder, unit.name, unit.written, all_held_out, sample_size=None)
+            return _problems(unit.name, row | _hash_off(folder, unit, suffixes), (HASH, *PARTITION))
 
-        yield _look(folder, unit.name, endings, look)
-    last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (*endings, MARKER)})
-    last += _again(whole, lambda name: read_table(folder, name, ["key"])["key"], "key")
-    last += _again(whole, lambda name: read_table(folder, name, ["sha256"])["sha256"], "image")
+        yield _check(folder, unit.name, suffixes, check)
+    last = _index_problems(folder, index, {f"{name}{end}" for name in names for end in (*suffixes, MARKER)})
+    last += _duplicates(readable, lambda name: read_table(folder, name, ["key"])["key"], "key")
+    last += _duplicates(readable, lambda name: read_table(folder, name, ["sha256"])["sha256"], "image")
     yield last
 
 
@@ -149,15 +149,15 @@ def _captions(folder: Path, index: UnitIndex) -> Iterator[list[Problem]]:
     names = [unit.name for unit in index.whole]
     for unit in index.whole:
 
-        def look(unit: UnitEntry = unit) -> list[Problem]:
+        def check(unit: UnitEntry = unit) -> list[Problem]:
             row = inspect_captions(folder, unit.name, unit.written)
             return _problems(unit.name, row | _hash_off(folder, unit, (".parquet",)), (HASH, *CAPTIONS))
 
-        yield _look(folder, unit.name, (".parquet",), look)
-    whole = [name for name in names if _has_table(folder, name)]
+        yield _check(folder, unit.name, (".parquet",), check)
+    readable = [name for name in names if _has_table(folder, name)]
     yield [
         *_index_problems(folder, index, {f"{name}{end}" for name in names for end in (".parquet", MARKER)}),
-        *_again(whole, lambda name: read_table(folder, name, ["key"])["key"], "key"),
+        *_duplicates(readable, lambda name: read_table(folder, name, ["key"])["key"], "key"),
     ]
 
 
@@ -166,34 +166,35 @@ def _has_table(folder: Path, name: str) -> bool:
 
 
 def _shards(folder: Path, index: ShardIndex, held_out: Collection[str]) -> Iterator[list[Problem]]:
-    whole: list[str] = []
+    readable: list[str] = []
     for shard in index.shards:
 
-        def look(shard: ShardEntry = shard) -> list[Problem]:
+        def check(shard: ShardEntry = shard) -> list[Problem]:
             row = inspect_shard(folder, shard, index.features, held_out, sample_size=None)
             if row["places_off"] == 0:
-                whole.append(shard.name)
+                readable.append(shard.name)
             return _problems(shard.name, row, SHARD)
 
         def marker(shard: ShardEntry = shard) -> list[Problem]:
             report = finished_shard(shard.name, folder)
             if report is None or report.sha256 != shard.sha256:
-                return [Problem(shard.name, f"{shard.name}{DONE} is missing, or of another file")]
+                return [Problem(shard.name, f"{shard.name}{DONE} is missing or does not match the shard")]
             return []
 
         yield [
-            *_look(folder, shard.name, (".tar", INDEX), look),
-            *_look(folder, f"{shard.name}{DONE}", (), marker),
+            *_check(folder, shard.name, (".tar", INDEX), check),
+            *_check(folder, f"{shard.name}{DONE}", (), marker),
         ]
     known = {f"{shard.name}{end}" for shard in index.shards for end in (".tar", INDEX, IDS, DONE)}
     last = [] if sum(shard.samples for shard in index.shards) == index.written else [_miscounted(index)]
-    yield [*last, *_strays(folder, known), *_again(whole, lambda name: read_keys(folder / f"{name}.tar"), "key")]
+    duplicates = _duplicates(readable, lambda name: read_keys(folder / f"{name}.tar"), "key")
+    yield [*last, *_unknown_files(folder, known), *duplicates]
 
 
-def _hash_off(folder: Path, unit: UnitEntry, endings: Sequence[str]) -> dict[str, int | None]:
-    files = [folder / f"{unit.name}{ending}" for ending in endings]
-    there = all(file.is_file() for file in files)
-    return {"hash_off": int(sha256_files(files) != unit.sha256) if there else None}
+def _hash_off(folder: Path, unit: UnitEntry, suffixes: Sequence[str]) -> dict[str, int | None]:
+    files = [folder / f"{unit.name}{suffix}" for suffix in suffixes]
+    complete = all(file.is_file() for file in files)
+    return {"hash_off": int(sha256_files(files) != unit.sha256) if complete else None}
 
 
 def _problems(where: str, row: Mapping[str, Any], invariants: Sequence[Invariant]) -> list[Problem]:
@@ -205,45 +206,43 @@ def _problems(where: str, row: Mapping[str, Any], invariants: Sequence[Invariant
 
 
 def _index_problems(folder: Path, index: UnitIndex, known: Collection[str]) -> list[Problem]:
-    """Where index.json differs from the units' own reports, and files that it does not know."""
-    found = _strays(folder, known)
+    """Finds differences between index.json and the units' reports, and files that are not in index.json."""
+    problems = _unknown_files(folder, known)
     for unit in index.whole:
 
-        def look(unit: UnitEntry = unit) -> list[Problem]:
+        def check(unit: UnitEntry = unit) -> list[Problem]:
             report = finished(unit.name, folder)
             if report is None or report.sha256 != unit.sha256:
-                return [Problem(unit.name, f"{unit.name}{MARKER} is missing, or of other files")]
+                return [Problem(unit.name, f"{unit.name}{MARKER} is missing or does not match the unit")]
             return []
 
-        found += _look(folder, f"{unit.name}{MARKER}", (), look)
+        problems += _check(folder, f"{unit.name}{MARKER}", (), check)
     same = index.hash == sha256_json([[unit.name, unit.sha256] for unit in index.units])
     if not same or sum(unit.written for unit in index.units) != index.written:
-        found.append(_miscounted(index))
-    return found
+        problems.append(_miscounted(index))
+    return problems
 
 
 def _miscounted(index: Totals) -> Problem:
-    return Problem(INDEX_FILE, f"its {index.written} samples or its hash are not those of what it lists")
+    return Problem(INDEX_FILE, f"its {index.written} samples or its hash do not match the units that it lists")
 
 
-def _strays(folder: Path, known: Collection[str]) -> list[Problem]:
+def _unknown_files(folder: Path, known: Collection[str]) -> list[Problem]:
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     return [
-        Problem(file, "index.json does not know this file")
-        for file in files
-        if file not in {*known, INDEX_FILE, RECORD}
+        Problem(file, "this file is not in index.json") for file in files if file not in {*known, INDEX_FILE, RECORD}
     ]
 
 
-def _again(names: Sequence[str], values: Callable[[str], Any], what: str) -> list[Problem]:
-    """The first of the values that come again, and how many more there are."""
+def _duplicates(names: Sequence[str], values: Callable[[str], Any], what: str) -> list[Problem]:
+    """Finds duplicate values: the first ten, and the number of the others."""
     shown: list[Problem] = []
     count = 0
-    for found in find_duplicates(hashes(values(name)) for name in names):
-        count += len(found)
-        for part, row, first_part, first_row in found[: max(0, 10 - len(shown))].tolist():
+    for rows in find_duplicates(hashes(values(name)) for name in names):
+        count += len(rows)
+        for part, row, first_part, first_row in rows[: max(0, 10 - len(shown))].tolist():
             first = values(names[first_part])[first_row]
             shown.append(Problem(names[part], f"the {what} of row {row} is that of {first} in {names[first_part]}"))
     if count > len(shown):
-        shown.append(Problem("…", f"{count - len(shown)} more come twice"))
+        shown.append(Problem("…", f"{count - len(shown)} more duplicates"))
     return shown

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.attention import (
+    normalised_entropy,
+    phrase_mask,
     relevance_maps,
-    roll_out,
-    spread,
+    rollout,
     sub_caption_shares,
     sub_captions,
     text_attention,
     text_layers,
-    where_words,
 )
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
@@ -194,8 +194,8 @@ def test_a_roll_out_is_the_product_of_layers() -> None:
     first = torch.tensor([[[0.5, 0.5], [0.0, 1.0]]])
     second = torch.tensor([[[0.25, 0.75], [1.0, 0.0]]])
     product = (torch.eye(2) + second[0]) @ (torch.eye(2) + first[0])
-    assert torch.equal(roll_out([first, second], 2), product[None])
-    assert torch.equal(roll_out([first, second]), product[None, :1])
+    assert torch.equal(rollout([first, second], 2), product[None])
+    assert torch.equal(rollout([first, second]), product[None, :1])
 
 
 @pytest.mark.parametrize("corner_mask", [True, False])
@@ -251,17 +251,17 @@ def test_shares_and_their_spread_have_known_values() -> None:
     torch.testing.assert_close(shares, torch.tensor([[[0.5, 0.5]], [[1.0, 0.0]]]))
     torch.testing.assert_close(by_tokens, torch.tensor([[0.75, 0.25], [1.0, 0.0]]))
     count = (by_tokens > 0).sum(dim=-1)
-    even = spread(shares, count)
+    even = normalised_entropy(shares, count)
     assert even.shape == (2, 1)
     assert even[0].item() == pytest.approx(1)
     assert even[1].isnan().all()  # one sub-caption
     known = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25)) / math.log(2)
-    assert spread(by_tokens, count)[0].item() == pytest.approx(known)
-    assert spread(torch.tensor([[1.0, 0.0]]), torch.tensor([2])).item() == 0
+    assert normalised_entropy(by_tokens, count)[0].item() == pytest.approx(known)
+    assert normalised_entropy(torch.tensor([[1.0, 0.0]]), torch.tensor([2])).item() == 0
 
 
 def test_a_phrase_is_found_wherever_it_stands() -> None:
     text = torch.tensor([5, 6, 7, 5, 6, 9])
-    assert where_words(torch.tensor([5, 6]), text).tolist() == [True, True, False, True, True, False]
-    assert not where_words(torch.tensor([6, 5]), text).any()
-    assert not where_words(torch.tensor([1] * 7), text).any()
+    assert phrase_mask(torch.tensor([5, 6]), text).tolist() == [True, True, False, True, True, False]
+    assert not phrase_mask(torch.tensor([6, 5]), text).any()
+    assert not phrase_mask(torch.tensor([1] * 7), text).any()

@@ -18,9 +18,9 @@ from lotlip.data.images import MEAN, RESIZES, image_transform, square
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.demo.questions import long_text, object_texts, short_text
 from lotlip.demo.world import generate_scene, render
-from lotlip.evaluate.attention_pictures import attention_pictures, look_at_images, look_at_texts, overlay
+from lotlip.evaluate.attention_pictures import attention_pictures, image_relevance, overlay, text_readings
 from lotlip.evaluate.attention_scores import attention_scores, coverage, object_scores, on_objects, ratio, text_scores
-from lotlip.evaluate.benchmarks import Benchmark, Texts
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts
 from lotlip.evaluate.encoders import LotlipEncoder
 from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
@@ -40,8 +40,8 @@ def png(number: int) -> bytes:
 def scenes_benchmark(read: Callable[[int], bytes] = png, **changes: Any) -> Benchmark:
     every = list(range(len(SCENES)))
     retrieval = {
-        "long": Texts([long_text(scene) for scene in SCENES], every),
-        "short": Texts([short_text(scene) for scene in SCENES], every),
+        "long": ImageTexts([long_text(scene) for scene in SCENES], every),
+        "short": ImageTexts([short_text(scene) for scene in SCENES], every),
     }
     names = [f"test-{number}" for number in every]
     return Benchmark(**{"name": "scenes", "images": names, "read": read, "retrieval": retrieval, **changes})
@@ -145,7 +145,7 @@ def test_a_model_without_corner_tokens_is_read_by_cls_alone() -> None:
 
 
 def test_what_cannot_be_measured_has_a_reason(encoder: LotlipEncoder) -> None:
-    without = scenes_benchmark(retrieval={"short": Texts(["a red dog"], [0])})
+    without = scenes_benchmark(retrieval={"short": ImageTexts(["a red dog"], [0])})
     found = attention_scores(encoder, without).to_json()
     assert found["values"] == {}
     assert set(found["left_out"]) == {"images", "texts"}
@@ -172,13 +172,13 @@ def test_relevance_is_red_where_it_is() -> None:
 
 def test_pictures_show_the_first_images_and_texts(encoder: LotlipEncoder) -> None:
     benchmark = scenes_benchmark(scenes=SCENES)
-    first = look_at_images(encoder, benchmark)[0]
+    first = image_relevance(encoder, benchmark)[0]
     assert first.texts[0] == short_text(SCENES[0])
     assert list(first.texts[2:]) == object_texts(SCENES[0])[: len(first.texts) - 2]
     assert first.named[0] == first.named[2] == SCENES[0].salient.disc
     assert first.named[1] is None  # the setting
     assert first.named[3] == SCENES[0].objects[0].disc
-    read = look_at_texts(encoder, benchmark)[0]
+    read = text_readings(encoder, benchmark)[0]
     assert list(read.shares) == ["[CLS]", "Cor 1", "Cor 2", "by length"]
     assert list(read.sub_captions[1:]) == object_texts(SCENES[0])
     pictures = attention_pictures(encoder, benchmark)
@@ -191,17 +191,20 @@ def test_pictures_show_the_first_images_and_texts(encoder: LotlipEncoder) -> Non
 def test_pictures_show_sub_captions_as_the_tokenizer_splits_them() -> None:
     tokenizer = TextTokenizer("bert-base-uncased", 128, 2, sentence_ends="unicode")
     encoder = LotlipEncoder(make(corner_tokens=2, context_length=128), tokenizer, 8)
-    benchmark = scenes_benchmark(retrieval={"long": Texts(["A dog! It runs? 它是红色的。"], [0])})
+    benchmark = scenes_benchmark(retrieval={"long": ImageTexts(["A dog! It runs? 它是红色的。"], [0])})
     parts = ["A dog", "It runs", "它是红色的"]
-    assert list(look_at_images(encoder, benchmark)[0].texts) == parts
-    read = look_at_texts(encoder, benchmark)[0]
+    assert list(image_relevance(encoder, benchmark)[0].texts) == parts
+    read = text_readings(encoder, benchmark)[0]
     assert list(read.sub_captions) == parts
     assert {len(shares) for shares in read.shares.values()} == {3}
 
 
 def test_images_that_are_no_scenes_are_shown_as_they_are(encoder: LotlipEncoder) -> None:
-    asked = {"short": Texts(["a dog", "another", "a cat"], [0, 0, 2]), "long": Texts(["It runs. It is red."], [0])}
-    seen = look_at_images(encoder, scenes_benchmark(retrieval=asked))
+    asked = {
+        "short": ImageTexts(["a dog", "another", "a cat"], [0, 0, 2]),
+        "long": ImageTexts(["It runs. It is red."], [0]),
+    }
+    seen = image_relevance(encoder, scenes_benchmark(retrieval=asked))
     assert [list(image.texts) for image in seen] == [["a dog", "It runs", "It is red"], ["a cat"]]
     assert seen[0].named == [None] * 3
     assert set(attention_pictures(encoder, scenes_benchmark(retrieval=asked))) == {"relevance", "reading"}
@@ -212,8 +215,8 @@ def test_maps_are_drawn_on_the_square_that_the_model_sees(resize: str) -> None:
     encoder = encoder_of(vit={"resize": resize})
     picture, file = Image.linear_gradient("L").resize((90, 30)).convert("RGB"), io.BytesIO()
     picture.save(file, "png")
-    one = scenes_benchmark(lambda _: file.getvalue(), retrieval={"short": Texts(["a dog"], [0])}, scenes=())
-    seen = look_at_images(encoder, one)[0]
+    one = scenes_benchmark(lambda _: file.getvalue(), retrieval={"short": ImageTexts(["a dog"], [0])}, scenes=())
+    seen = image_relevance(encoder, one)[0]
     assert seen.picture == square(picture, seen.picture.width, resize, MEAN)
     assert np.array_equal(encoder.prepare(file.getvalue()), image_transform(IMAGE_SIZE, resize=resize)(picture))
     told = encoder.protocol()["preprocessing"]
@@ -241,13 +244,13 @@ def test_the_report_shows_numbers_pictures_and_what_is_left_out(tmp_path: Path) 
     table = (tmp_path / "report" / "tables" / "scenes-attention.csv").read_text().splitlines()
     ratio = "on_named_object_over_chance"
     assert table[0] == f"ablation,on_named_object,{ratio},{ratio}.low,{ratio}.high,cls_entropy,corner1_entropy"
-    assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "even"]
+    assert [line.split(",")[0] for line in table[1:]] == ["alpha", "gamma", "uniform"]
     assert table[1].split(",")[2:5] == ["2.5", "2.25", "2.75"]
     assert table[3].split(",")[1:] == ["0.04", "1.0", "", "", "0.97", "0.97"]
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
         assert "Where attention goes" in text
         assert "2.50 [2.25, 2.75]" in text
-        assert "Left out of alpha: too dark." in text
+        assert "Not measured for alpha: too dark." in text
     assert (page.parent / "figures" / "scenes-attention-relevance-gamma.png").read_bytes() == dot.getvalue()
     assert "LoTLIP: relevance of patches" in page.read_text()
 

@@ -14,6 +14,7 @@ def run(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.integration
 def test_importing_the_package_imports_nothing_heavy():
     heavy = "torch, transformers, timm, pandas, mlflow, prefect, great_expectations, PIL, pydantic"
     loaded = run(f"import sys, lotlip; print([name for name in {heavy.split(', ')} if name in sys.modules])")

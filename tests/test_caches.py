@@ -70,6 +70,7 @@ with lock(pathlib.Path("a.lock")):
 """
 
 
+@pytest.mark.integration
 def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path

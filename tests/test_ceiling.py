@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lotlip.evaluate.benchmarks import Benchmark, Texts
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts
 from lotlip.evaluate.ceiling import ceilings, repeated
 from lotlip.evaluate.evaluate import evaluate, limits
-from lotlip.evaluate.metrics import Compare, _outcomes, _search_both_ways
+from lotlip.evaluate.metrics import Compare, _outcomes, _rank_both_directions
 
 KS = (1, 2, 3, 5)
 
@@ -31,7 +31,7 @@ def scores(similarity: torch.Tensor, owner: torch.Tensor) -> dict[str, torch.Ten
         return similarity[rows, columns].clone(), similarity[rows, columns].clone()
 
     checked: Compare = compare
-    by_image, by_text = _search_both_ways(checked, owner, 512)
+    by_image, by_text = _rank_both_directions(checked, owner, 512)
     return {
         f"{direction}.r{k}": hits
         for direction, places in (("image_to_text", by_image), ("text_to_image", by_text))
@@ -113,7 +113,9 @@ class Knowing:
 def test_a_model_that_understands_reaches_the_ceiling_and_it_is_told_with_the_repeats():
     content = [b"1", b"2", b"3", b"3", b"4"]
     names = ["red", "red", "green", "green", "blue"]
-    asked = Benchmark("toy", [str(n) for n in range(5)], content.__getitem__, {"short": Texts(names, [0, 1, 2, 3, 4])})
+    asked = Benchmark(
+        "toy", [str(n) for n in range(5)], content.__getitem__, {"short": ImageTexts(names, [0, 1, 2, 3, 4])}
+    )
     images = torch.stack([torch.eye(3)[Knowing.colours.index(name)] for name in names])
     limit, repeats = limits(asked)
     assert limit["short.text_to_image.r1"] == limit["short.image_to_text.r1"] == pytest.approx(3 / 5)

@@ -48,7 +48,7 @@ def test_json_is_one_object_over_all_files(monkeypatch, capsys, files):
     found = json.loads(out)
     assert found == {"texts": 3, "sub_captions_per_text": (2 + 1 + 3) / 3, "tokens_per_text": (6 + 3 + 12) / 3}
     assert out.count("\n") == 1
-    assert err == f"{files[0]}: 1 skipped: null or empty\n"
+    assert err == f"{files[0]}: 1 null or empty texts skipped\n"
 
 
 def test_the_table_has_a_line_for_each_file_and_one_for_all(monkeypatch, capsys, files):
@@ -57,7 +57,7 @@ def test_the_table_has_a_line_for_each_file_and_one_for_all(monkeypatch, capsys,
     assert rows[1:] == [
         [str(files[0]), "2", "1.50", "4.50"],
         [str(files[1]), "1", "3.00", "12.00"],
-        ["all", "3", "2.00", "7.00"],
+        ["total", "3", "2.00", "7.00"],
     ]
     assert program(monkeypatch, "stats", files[1]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
@@ -92,6 +92,7 @@ def test_the_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{lotlip.__version__}\n"
 
 
+@pytest.mark.integration
 def test_help_imports_nothing_heavy():
     check = "import atexit; atexit.register(lambda: print(*(m for m in sys.modules if '.' not in m), file=sys.stderr))"
     code = RUN.replace("import sys;", f"import sys; {check};")
@@ -102,6 +103,7 @@ def test_help_imports_nothing_heavy():
     assert not loaded & {"torch", "transformers", "timm", "mlflow", "pandas", "pyarrow", "tokenizers", "numpy"}
 
 
+@pytest.mark.integration
 def test_a_failure_has_status_1_and_says_so_on_stderr(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "a dog"},\n oops]')
@@ -183,7 +185,7 @@ def contents(folder: Path) -> list[tuple[str, str]]:
 def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
     from lotlip.evaluate import compare
 
-    monkeypatch.setattr(compare, "ask", never)
+    monkeypatch.setattr(compare, "load_benchmark", never)
     places = {**outs(tmp_path, ".json"), "a bare folder": tmp_path / "results"}
     before = contents(tmp_path)
     for kind, out in places.items():
@@ -212,21 +214,21 @@ def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
 def test_an_index_is_replaced_by_an_index(tmp_path, ending):
     import numpy as np
 
-    from lotlip.retrieval.index import Rows, check_free_index, index_writer
+    from lotlip.retrieval.index import IndexRows, check_free_index, index_writer
 
     out = tmp_path / f"index{ending}"
     for _ in range(2):
         check_free_index(out)
         about = {"model": "m", "weights_sha256": "0", "kind": "images", "width": 2}
         with index_writer(out, about) as write:
-            write(Rows(["a"], None, np.zeros((1, 2), dtype=np.float32)))
+            write(IndexRows(["a"], None, np.zeros((1, 2), dtype=np.float32)))
 
 
 def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(monkeypatch, capsys, tmp_path):
     from lotlip.core import files
     from lotlip.evaluate import compare
 
-    monkeypatch.setattr(compare, "ask", lambda *_: None)
+    monkeypatch.setattr(compare, "load_benchmark", lambda *_: None)
     monkeypatch.setattr(compare, "compare", lambda *_: [])
     monkeypatch.setattr("lotlip.evaluate.models.open_encoder", lambda *_: None)
     monkeypatch.setattr(compare, "table", lambda _: ["the table"])
@@ -250,6 +252,7 @@ def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(
     assert capsys.readouterr().out == "the table\n"
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
 def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path, encoding):
     path = tmp_path / "a→b.json"

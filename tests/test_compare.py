@@ -14,9 +14,9 @@ from lotlip.data.index import UnitIndex, write_index
 from lotlip.data.records import ImageRecord, Unit
 from lotlip.demo.world import generate_scene
 from lotlip.evaluate.benchmarks import open_benchmark
-from lotlip.evaluate.compare import Result, ask, compare, table, to_json
+from lotlip.evaluate.compare import Result, compare, load_benchmark, table, to_json
 from lotlip.evaluate.config import SceneBenchmarkConfig
-from lotlip.evaluate.evaluate import evaluate, images_of
+from lotlip.evaluate.evaluate import encoded_images, evaluate
 from lotlip.evaluate.metrics import Scores
 from lotlip.evaluate.models import open_encoder
 from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
@@ -82,7 +82,7 @@ def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path,
     lines = shown.out.splitlines()
     for one, model, line in zip(found, models, lines[3:], strict=False):
         encoder = open_encoder(model, 3, "cpu")
-        expected = evaluate(encoder, benchmark, encoder.images(images_of(benchmark)))
+        expected = evaluate(encoder, benchmark, encoder.images(encoded_images(benchmark)))
         assert one["scores"] == pytest.approx(dict(expected.values))
         about = one["protocol"]
         assert (about["model"], about["benchmark"], about["images"], about["split"]) == (
@@ -123,7 +123,7 @@ def test_a_partial_run_is_called_so_and_has_nothing_published_below_it(monkeypat
         for number in range(5):
             (part / kind / f"{number}.{ending}").write_bytes((urban / kind / f"{number}.{ending}").read_bytes())
     arguments = ["evaluate", models[0], "--benchmark", "urban-1k", "--data", part]
-    assert "but 1,000 images" in str(program(monkeypatch, *arguments))
+    assert "but the published benchmark has 1,000 images" in str(program(monkeypatch, *arguments))
     capsys.readouterr()
     assert program(monkeypatch, *arguments, "--partial") == 0
     shown = capsys.readouterr().out
@@ -148,7 +148,7 @@ def test_progress_counts_every_image_and_text(models, scenes):
     seen: list[tuple[str, str, int]] = []
     done: list[int] = []
     encoders = [(model, open_encoder(model, 3, "cpu", on_batch=done.append)) for model in models[:3]]
-    compare(encoders, [ask("scenes", scenes)], "", lambda *started: seen.append(started))
+    compare(encoders, [load_benchmark("scenes", scenes)], "", lambda *started: seen.append(started))
     assert [started[:2] for started in seen] == [(model, "scenes") for model in models[:3]]
     assert sum(done) == sum(started[2] for started in seen)
 
@@ -176,7 +176,7 @@ def test_the_table():
         "ours              64.1 [62.1, 65.1]  62.6 [60.6, 63.6]  50.0",
         "theirs            45.4 [43.4, 46.4]  43.0 [41.0, 44.0]  68.3",
         "CLIP (published)  45.5",
-        "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; in brackets: 95 % confidence",
+        "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; brackets: 95 % confidence interval",
         f"(published): {SOURCE}",
     ]
 
@@ -209,11 +209,11 @@ def test_json_has_all_scores_and_what_was_published():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--benchmark", "scene"], "there is no benchmark 'scene'; choose scenes, sharegpt4v-1k, "),
-        (["--benchmark", "scenes", "--benchmark", "dci"], "2 --benchmark, 1 --data, 0 --images: give --data for each"),
-        (["--benchmark", "scenes", "--partial"], "leave out images and partial"),
-        (["--benchmark", "scenes", "--precision", "fp8"], "no precision 'fp8'"),
-        (["--benchmark", "scenes", "no/such/model"], "no folder no/such/model is there"),
+        (["--benchmark", "scene"], "there is no benchmark 'scene'; choose from scenes, sharegpt4v-1k, "),
+        (["--benchmark", "scenes", "--benchmark", "dci"], "2 --benchmark, 1 --data, 0 --images: give one --data per"),
+        (["--benchmark", "scenes", "--partial"], "takes neither a folder of images nor a partial run; leave them out"),
+        (["--benchmark", "scenes", "--precision", "fp8"], "unknown precision 'fp8'"),
+        (["--benchmark", "scenes", "no/such/model"], "there is no folder no/such/model"),
     ],
 )
 def test_what_is_wrong_is_one_line_and_nothing_is_written(monkeypatch, tmp_path, models, scenes, arguments, message):
@@ -225,16 +225,16 @@ def test_what_is_wrong_is_one_line_and_nothing_is_written(monkeypatch, tmp_path,
 
 def test_scenes_need_a_test_split(tmp_path, tiny_samples):
     with pytest.raises(ValueError, match="has not finished"):
-        ask("scenes", tmp_path)
+        load_benchmark("scenes", tmp_path)
     write_index(tmp_path, [], UnitIndex)
-    with pytest.raises(ValueError, match="has no scene in its test split"):
-        ask("scenes", tmp_path)
+    with pytest.raises(ValueError, match="has no scenes in its test split"):
+        load_benchmark("scenes", tmp_path)
 
 
 def test_a_model_that_compares_token_by_token_is_scored(tmp_path, tiny_tower, scenes):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     encoder = open_encoder(str(folder), device="cpu")
-    (found,) = compare([("filip", encoder)], [ask("scenes", scenes)], "")
+    (found,) = compare([("filip", encoder)], [load_benchmark("scenes", scenes)], "")
     assert found.protocol["similarity"] == "late-interaction"
     assert 0 <= found.scores.values["long.text_to_image.r1"] <= 1
     assert torch.isfinite(torch.tensor(list(found.scores.values.values()))).all()

@@ -143,6 +143,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trac
         yield stack.enter_context(mlflow_server(free_port(), store, LOGIN)), tracker
 
 
+@pytest.mark.integration
 def test_the_experiment_says_what_it_is(server):
     address_, tracker = server
     link = tracker.comparison_link(address_)
@@ -155,6 +156,7 @@ def test_the_experiment_says_what_it_is(server):
     assert SHARED_VIEW + view_name(None) in before
 
 
+@pytest.mark.integration
 def test_a_sweep_that_no_filter_can_hold_is_refused(server):
     with pytest.raises(ValueError, match="quotation mark"):
         server[1].comparison_link(server[0], "tonight's")

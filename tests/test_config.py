@@ -11,7 +11,7 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from flows.sweep.trials import Sweep, points
+from flows.sweep.trials import Sweep, make_grid
 from lotlip.caption.config import PRESETS, TransformersCaptionerConfig
 from lotlip.config.moved import MOVED
 from lotlip.config.params import Params, checked_params, load_params
@@ -124,16 +124,20 @@ def test_an_entry_called_as_a_published_benchmark_is_that_one(tmp_path):
             "evaluate.benchmarks.urban-1k.folderr: unknown key; did you mean ",
         ),
         ("urban-1k", {}, "evaluate.benchmarks.urban-1k.folder: missing; it has no default"),
-        ("urban-1k", {"folder": "x", "partial": 0}, "evaluate.benchmarks.urban-1k.partial: true takes what is there, "),
+        (
+            "urban-1k",
+            {"folder": "x", "partial": 0},
+            "evaluate.benchmarks.urban-1k.partial: must be true (",
+        ),
         (
             "urban-1k",
             {"folder": "x", "partial": "yes"},
-            "evaluate.benchmarks.urban-1k.partial: true takes what is there",
+            "evaluate.benchmarks.urban-1k.partial: must be true (",
         ),
         (
             "dci-partial",
             {"kind": "dci", "folder": "x"},
-            "evaluate: benchmarks.dci-partial would look like a partial run",
+            "evaluate: benchmarks.dci-partial: the suffix -partial is reserved",
         ),
     ],
 )
@@ -349,7 +353,7 @@ def test_how_the_work_is_done_decides_nothing(tmp_path):
     assert OTHER_COMPUTE["training"].keys() | {"parallel_seeds"} == TrainingCompute.model_fields.keys()
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     plain = checked_params(demo, "params.yaml")
-    identity = points(Sweep(name="a", seeds=[0]), plain)[0].identity()
+    identity = make_grid(Sweep(name="a", seeds=[0]), plain)[0].identity()
     cases = [{key: value} for key, value in OTHER_COMPUTE.items()]
     cases += [{"training": {key: value}} for key, value in OTHER_COMPUTE["training"].items() if key != "launch"]
     cases += [{"training": {"parallel_seeds": 2}}]
@@ -357,7 +361,7 @@ def test_how_the_work_is_done_decides_nothing(tmp_path):
         changed = checked_params({**demo, "compute": case}, "params.yaml")
         assert changed.decisive_sections() == plain.decisive_sections()
         assert [changed.ablation(name) for name in changed.names] == [plain.ablation(name) for name in plain.names]
-        assert points(Sweep(name="a", seeds=[0]), changed)[0].identity() == identity
+        assert make_grid(Sweep(name="a", seeds=[0]), changed)[0].identity() == identity
     dvc = (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     assert "compute" not in dvc
 
@@ -589,7 +593,7 @@ def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
         ({"figure": {"kind": "cost", "x": "steps"}}, "tables.a.figure.x: unknown key (known here: kind)"),
         ({"figure": {"x": "steps"}}, "tables.a.figure.kind: missing; it has no default (there are: scores, cost)"),
         ({"rows": ["lotlip", "lotlip"]}, "tables.a.rows: contains duplicates: lotlip"),
-        ({"rows": [["lotlip"]]}, "tables.a.rows: must list names, each with or without a label"),
+        ({"rows": [["lotlip"]]}, "tables.a.rows: must be a list of names, each with an optional label"),
         ({"rows": []}, "tables.a.rows: Value should have at least 1 item"),
         ({"colums": []}, "tables.a.colums: unknown key; did you mean 'columns'?"),
     ],
@@ -601,7 +605,7 @@ def test_a_mistake_in_a_table_names_its_place_and_the_nearest(tmp_path, table, l
 
 def test_a_table_cannot_have_the_name_of_another_part_of_the_report(tmp_path):
     (line,) = complaints(tmp_path, {"tables": {"all": TABLE}})
-    assert line == "tables.all: the report has a table or figure of that name; choose another name"
+    assert line == "tables.all: this name is reserved by the report; choose another name"
 
 
 @pytest.mark.parametrize(

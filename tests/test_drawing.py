@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lotlip.evaluate.attention_pictures import ReadText, SeenImage, draw_reading, draw_relevance
+from lotlip.evaluate.attention_pictures import ImageRelevance, TextReading, draw_reading, draw_relevance
 from lotlip.evaluate.encoders import Runner
 from lotlip.figures import charts as drawing
-from lotlip.figures.charts import SMALL, Line, Point, draw_lines, drawn, label_ends, literal, render
+from lotlip.figures.charts import SMALL, Line, Point, draw_figure, draw_lines, label_ends, literal, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report import figures
 
@@ -50,9 +50,9 @@ def test_texts_of_data_do_not_stop_the_pictures_of_attention(text):
     maps = np.full((2, 4, 4), 1 / 16)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert is_picture(draw_relevance([SeenImage(Image.new("RGB", (160, 160)), [text, "a dog"], maps)]))
+        assert is_picture(draw_relevance([ImageRelevance(Image.new("RGB", (160, 160)), [text, "a dog"], maps)]))
         shares = {"[CLS]": np.array([0.5, 0.5]), "by length": np.array([0.5, 0.5])}
-        assert is_picture(draw_reading([ReadText([text, "a dog"], shares, {"[CLS]": 1.0})]))
+        assert is_picture(draw_reading([TextReading([text, "a dog"], shares, {"[CLS]": 1.0})]))
 
 
 def test_names_do_not_stop_the_figures_of_scores(text):
@@ -86,7 +86,7 @@ def failing(axes):
 
 
 def test_a_figure_that_fails_says_why_and_stops_nothing(caplog):
-    figure = drawn("loss", "Training loss", "", SMALL, failing)
+    figure = draw_figure("loss", "Training loss", "", SMALL, failing)
     assert "no ink" in figure.problem and not figure.png and not figure.svg
     assert "Training loss" in caplog.text and "no ink" in caplog.text
 
@@ -109,7 +109,7 @@ def test_a_benchmark_whose_pictures_fail_keeps_its_scores(monkeypatch, tmp_path,
     """The stage writes the scores first; what could not be drawn is written beside the pictures."""
     from lotlip.evaluate import ablation
     from lotlip.evaluate import attention_pictures as attention
-    from lotlip.evaluate.benchmarks import Benchmark, Texts
+    from lotlip.evaluate.benchmarks import Benchmark, ImageTexts
     from tests.tiny_model import save_tiny_model
 
     save_tiny_model(tmp_path / "model" / "seed-0", tiny_tower)
@@ -118,7 +118,7 @@ def test_a_benchmark_whose_pictures_fail_keeps_its_scores(monkeypatch, tmp_path,
         "own",
         [sample.key for sample in samples],
         lambda number: samples[number].image,
-        {"short": Texts(["costs $ _ ^ { $", "a dog", "a dog"], [0, 1, 2])},
+        {"short": ImageTexts(["costs $ _ ^ { $", "a dog", "a dog"], [0, 1, 2])},
     )
     config = {"seeds": [0], "text": {"tokenizer": "bert-base-uncased"}, "image_tower": {"frozen": True}}
 

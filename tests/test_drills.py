@@ -201,6 +201,7 @@ def drill(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     return run
 
 
+@pytest.mark.integration
 def test_a_run_that_recovers_passes(drill: Callable[..., Result]) -> None:
     result = drill()
     assert result.passed, explain(result)
@@ -208,6 +209,7 @@ def test_a_run_that_recovers_passes(drill: Callable[..., Result]) -> None:
     assert not result.kept
 
 
+@pytest.mark.integration
 def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], place: Place) -> None:
     result = drill(after="sys.exit('cannot go on')")
     assert not result.passed
@@ -218,18 +220,21 @@ def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], pl
     assert (row["tried"], row["recovered"], row["identical"], row["failed"]) == (1, 0, 0, 1)
 
 
+@pytest.mark.integration
 def test_a_run_that_hangs_after_a_kill_is_counted(drill: Callable[..., Result]) -> None:
     result = drill(after="time.sleep(600)", limit=2.0)
     assert not result.passed
     assert not result.disturbances[-1].recovered
 
 
+@pytest.mark.integration
 def test_other_outputs_after_a_kill_are_counted(drill: Callable[..., Result]) -> None:
     result = drill(after="pathlib.Path('data/shards/more').write_text('')")
     assert result.different == ["unexpected: data/shards/more"]
     assert not result.passed
 
 
+@pytest.mark.integration
 def test_a_child_that_outlives_its_killed_parent_is_counted(drill: Callable[..., Result], place: Place) -> None:
     result = drill(start="subprocess.Popen(['sleep', '60'])")
     assert any("process after" in line and "sleep" in line for line in result.left)
@@ -257,6 +262,7 @@ finally:
 """
 
 
+@pytest.mark.integration
 @pytest.mark.skipif(not can_isolate(), reason="mounting and namespaces need root")
 def test_a_full_disk_is_recovered_from(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write(place.project / "program.py", LARGE)
@@ -282,6 +288,7 @@ def test_a_full_disk_is_recovered_from(place: Place, tmp_path: Path, monkeypatch
     assert result.passed, explain(result)
 
 
+@pytest.mark.integration
 def test_damaged_input_that_goes_unnoticed_is_counted(place: Place, tmp_path: Path) -> None:
     bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
     drill = Drill(bench, Spec(0, "flip", "output", "then the stage alone", seed=1))

@@ -256,10 +256,10 @@ def without_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (bert, "a bert gives no features of images and of texts to compare; a model is the folder"),
+        (bert, "a bert is not a dual encoder of images and texts; a model must be the folder"),
         (own_code, "cannot be loaded: .*custom code"),
-        (without_a_weight, r"does not hold all weights of a clip: text_projection\.weight are not there"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: neither model"),
+        (without_a_weight, r"lacks weights of a clip: text_projection\.weight"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: there is neither model"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "cannot be loaded: "),
         (lambda folder: (folder / "config.json").unlink(), "neither a config.json with a model_type nor an open_clip"),
     ],
@@ -302,11 +302,14 @@ def test_the_code_of_a_text_tower_is_not_run_even_if_the_terminal_says_yes(model
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("nobody/nothing", "no folder nobody/nothing is there, and no model of that name can be had of Hugging Face"),
-        ("models/no/such", "no folder models/no/such is there"),
+        (
+            "nobody/nothing",
+            "there is no folder nobody/nothing, and no model of that name can be downloaded from",
+        ),
+        ("models/no/such", "there is no folder models/no/such"),
         ("open_clip:ViT-B-33:openai", r"no architecture 'ViT-B-33'; did you mean .*ViT-B-32"),
-        ("open_clip:ViT-B-32", r"which weights is not said; give open_clip:ViT-B-32:FILE, or a tag .*openai, "),
-        ("open_clip:ViT-B-32:none", "'none' is none of its tags, and no file"),
+        ("open_clip:ViT-B-32", r"no weights are given; use open_clip:ViT-B-32:FILE or a tag .*openai, "),
+        ("open_clip:ViT-B-32:none", "'none' is neither one of its tags nor a file"),
         ("open_clip:ViT-B-32:openai", r"open_clip:ViT-B-32:openai cannot be loaded: .*download"),
         ("open_clip:hf-hub:nobody/nothing", "open_clip:hf-hub:nobody/nothing cannot be loaded"),
     ],
@@ -323,7 +326,7 @@ def test_a_checkpoint_of_the_authors_must_be_imported_first(tmp_path):
 
 
 def test_wrong_arguments_are_errors(models):
-    with pytest.raises(ValueError, match="no precision 'fp8'; choose fp32 or bf16"):
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; choose fp32 or bf16"):
         Runner(precision="fp8")
     with pytest.raises(ValueError, match="batch_size is 0"):
         open_encoder(str(models["clip"]), 0)

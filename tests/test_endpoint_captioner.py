@@ -249,6 +249,7 @@ def test_a_server_that_fails_all_of_a_sudden_is_no_reason_to_give_pictures_up():
         list(captioner(server.url, retries=1, concurrency=4).caption(records(30)))
 
 
+@pytest.mark.integration
 def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_path):
     port, unit = free_port(), "train/part-00000"
     author = captioner(f"http://127.0.0.1:{port}/v1", concurrency=3, retries=1)

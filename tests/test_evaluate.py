@@ -18,10 +18,10 @@ from lotlip.data.records import Caption, ImageRecord, Unit
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.demo.questions import SHAPES, label, long_text, short_text
 from lotlip.demo.world import generate_scene
-from lotlip.evaluate.benchmarks import Benchmark, Prompts, Texts, open_benchmark
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, Prompts, open_benchmark
 from lotlip.evaluate.config import HeldOutBenchmarkConfig, SceneBenchmarkConfig
-from lotlip.evaluate.encoders import EachTextOnce, LotlipEncoder, Runner
-from lotlip.evaluate.evaluate import chances, evaluate, image_features, images_of, unseen_share
+from lotlip.evaluate.encoders import CachedTextEncoder, LotlipEncoder, Runner
+from lotlip.evaluate.evaluate import chances, encoded_images, evaluate, image_features, unseen_share
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.pretrain.config import PretrainConfig
@@ -60,7 +60,7 @@ def understanding() -> LotlipModel:
     return WordModel()  # type: ignore[return-value]
 
 
-def benchmark(retrieval: dict[str, Texts], prompts: Prompts | None = None, images: int = 4) -> Benchmark:
+def benchmark(retrieval: dict[str, ImageTexts], prompts: Prompts | None = None, images: int = 4) -> Benchmark:
     return Benchmark("toy", [str(number) for number in range(images)], lambda _: b"", retrieval, prompts)
 
 
@@ -73,7 +73,7 @@ def scored(model: LotlipModel, asked: Benchmark, images: Tensor, batch_size: int
 
 def test_a_model_that_understands_is_always_right():
     asked = benchmark(
-        {"short": Texts([f"a {word} thing" for word in WORDS], [0, 1, 2, 3])},
+        {"short": ImageTexts([f"a {word} thing" for word in WORDS], [0, 1, 2, 3])},
         Prompts([[f"the {word} one", f"all {word}"] for word in WORDS], [0, 1, 2, 3]),
     )
     scores = scored(understanding(), asked, torch.eye(4), 3)
@@ -87,7 +87,7 @@ def test_late_interaction_finds_what_its_patches_show():
     """Each picture has one patch of its colour and one of nothing, whatever else the texts say."""
     patches = torch.stack([torch.eye(4), torch.zeros(4, 4)], dim=1)  # [I, P, D]
     asked = benchmark(
-        {"short": Texts(["red", "a very big green thing", "the blue one", "white"], [0, 1, 2, 3])},
+        {"short": ImageTexts(["red", "a very big green thing", "the blue one", "white"], [0, 1, 2, 3])},
         Prompts([["red", "all red", "it is red"], ["green"], ["blue"], ["white"]], [0, 1, 2, 3]),
     )
     model: LotlipModel = WordByWordModel()  # type: ignore[assignment]
@@ -101,7 +101,7 @@ def test_late_interaction_finds_what_its_patches_show():
 def test_each_mistake_counts():
     """Two of four texts name the other's image; the labels of classes 0 and 1 are exchanged."""
     asked = benchmark(
-        {"short": Texts(["red", "green", "white", "blue"], [0, 1, 2, 3])},
+        {"short": ImageTexts(["red", "green", "white", "blue"], [0, 1, 2, 3])},
         Prompts([["red"], ["green"], ["blue"], ["white"]], [1, 0, 2, 3]),
     )
     scores = scored(understanding(), asked, torch.eye(4), 10)
@@ -111,13 +111,13 @@ def test_each_mistake_counts():
 
 
 def test_texts_belong_to_the_images_that_they_name():
-    asked = benchmark({"short": Texts(["blue", "red", "white", "green"], [2, 0, 3, 1])})
+    asked = benchmark({"short": ImageTexts(["blue", "red", "white", "green"], [2, 0, 3, 1])})
     scores = scored(understanding(), asked, torch.eye(4), 10)
     assert scores["short.image_to_text.r1"] == scores["short.text_to_image.r1"] == 1
 
 
 def test_images_without_a_long_text_are_left_out_of_the_long_texts_only():
-    asked = benchmark({"short": Texts(list(WORDS), [0, 1, 2, 3]), "long": Texts(["white", "green"], [3, 1])})
+    asked = benchmark({"short": ImageTexts(list(WORDS), [0, 1, 2, 3]), "long": ImageTexts(["white", "green"], [3, 1])})
     scores = scored(understanding(), asked, torch.eye(4), 10)
     assert scores["long.image_to_text.r1"] == scores["long.text_to_image.r1"] == 1
     chance = chances(asked)
@@ -127,7 +127,7 @@ def test_images_without_a_long_text_are_left_out_of_the_long_texts_only():
 
 
 def test_chances_are_those_of_guessing():
-    asked = benchmark({"short": Texts(["a"] * 40, list(range(40)))}, Prompts([["a"]] * 8, [0] * 40), images=40)
+    asked = benchmark({"short": ImageTexts(["a"] * 40, list(range(40)))}, Prompts([["a"]] * 8, [0] * 40), images=40)
     assert chances(asked) == pytest.approx(
         {f"short.{way}.r{k}": k / 40 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
         | {"classification.top1": 1 / 8, "classification.top5": 5 / 8}
@@ -139,7 +139,7 @@ def test_chances_are_those_of_guessing():
 
 
 def test_guessing_finds_one_of_several_texts_more_often_than_their_image():
-    asked = benchmark({"short": Texts(["a"] * 20, [image for image in range(4) for _ in range(5)])})
+    asked = benchmark({"short": ImageTexts(["a"] * 20, [image for image in range(4) for _ in range(5)])})
     chance = chances(asked)
     assert chance["short.image_to_text.r1"] == chance["short.text_to_image.r1"] == pytest.approx(1 / 4)
     assert chance["short.image_to_text.r5"] == pytest.approx(1 - math.comb(15, 5) / math.comb(20, 5))
@@ -153,7 +153,9 @@ def test_few_classes_cannot_be_missed_among_five():
 
 
 def test_the_unseen_share_counts_pieces_of_all_texts_and_prompts():
-    asked = benchmark({"short": Texts(["red green", "red"], [0, 1])}, Prompts([["blue"], ["white"]], [0, 1]), images=2)
+    asked = benchmark(
+        {"short": ImageTexts(["red green", "red"], [0, 1])}, Prompts([["blue"], ["white"]], [0, 1]), images=2
+    )
     assert unseen_share(asked, BERT, sorted(used_tokens(BERT, ["red green blue white"]))) == 0
     assert unseen_share(asked, BERT, sorted(used_tokens(BERT, ["red green blue"]))) == pytest.approx(1 / 4)
     assert unseen_share(asked, BERT, []) == 1
@@ -223,12 +225,12 @@ def caption(sample: TinySample, captioner: str, tokens: int) -> Caption:
 
 def test_held_out_images_come_with_their_captions(held):
     asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, ["llava", "gpt"])
-    assert list(images_of(asked)) == [sample.image for sample in held.samples]
-    assert asked.retrieval["short"] == Texts([sample.info["raw"] for sample in held.samples], [0, 1, 2, 3, 4])
+    assert list(encoded_images(asked)) == [sample.image for sample in held.samples]
+    assert asked.retrieval["short"] == ImageTexts([sample.info["raw"] for sample in held.samples], [0, 1, 2, 3, 4])
     keys = [sample.key for sample in held.samples]
     # the longest of each image's; the first image has none
     expected = [f"llava on {keys[1]}", f"gpt on {keys[2]}", f"llava on {keys[3]}", f"gpt on {keys[4]}"]
-    assert asked.retrieval["long"] == Texts(expected, [1, 2, 3, 4])
+    assert asked.retrieval["long"] == ImageTexts(expected, [1, 2, 3, 4])
     assert asked.prompts is None and asked.max_unseen_tokens is None
 
 
@@ -251,7 +253,7 @@ def test_without_long_captions_there_are_short_texts_only(held):
 
 
 def test_an_empty_split_is_an_error(held):
-    with pytest.raises(ValueError, match="benchmark mine: no image is in the split 'val'"):
+    with pytest.raises(ValueError, match="benchmark mine: the split 'val' has no images"):
         open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out", split="val"), held.paths, [])
 
 
@@ -262,7 +264,7 @@ def test_pictures_that_are_no_scenes_are_an_error(held):
 
 @pytest.mark.parametrize("size", [4, 6])
 def test_another_size_is_an_error(held, size):
-    message = rf"has 5 scenes, but evaluate\.benchmarks\.toy\.size is {size}; scores of another size cannot be compared"
+    message = rf"has 5 scenes, but evaluate\.benchmarks\.toy\.size is {size}; scores of different sizes are not"
     with pytest.raises(ValueError, match=message):
         open_benchmark("toy", SceneBenchmarkConfig(kind="scenes", size=size), held.paths, [])
 
@@ -273,8 +275,8 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
     paths = Paths(ingest=tmp_path)
     write_partition(Unit("test", 0, tuple(item.key for item in records)), records, tmp_path)
     asked = open_benchmark("scenes", SceneBenchmarkConfig(kind="scenes", size=3, max_unseen_tokens=0.5), paths, [])
-    assert asked.retrieval["long"] == Texts([long_text(scene) for scene in scenes], [0, 1, 2])
-    assert asked.retrieval["short"] == Texts([short_text(scene) for scene in scenes], [0, 1, 2])
+    assert asked.retrieval["long"] == ImageTexts([long_text(scene) for scene in scenes], [0, 1, 2])
+    assert asked.retrieval["short"] == ImageTexts([short_text(scene) for scene in scenes], [0, 1, 2])
     assert asked.prompts is not None
     assert len(asked.prompts.classes) == len(SHAPES)
     assert asked.prompts.labels == [label(scene) for scene in scenes]
@@ -285,11 +287,11 @@ def test_scenes_come_with_texts_and_prompts(tmp_path, tiny_samples):
 def test_features_of_images_do_not_depend_on_the_batch(held, tiny_tower, batch_size):
     asked = open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out"), held.paths, [])
     model = with_pictures(tiny_tower)
-    features = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
+    features = LotlipEncoder(model, TOKENIZER, batch_size).images(encoded_images(asked))
     expected = torch.stack([torch.from_numpy(sample.feature) for sample in held.samples])
     torch.testing.assert_close(features, torch.nn.functional.normalize(expected, dim=-1), atol=1e-5, rtol=1e-4)
     model.config.similarity = "late-interaction"
-    patches = LotlipEncoder(model, TOKENIZER, batch_size).images(images_of(asked))
+    patches = LotlipEncoder(model, TOKENIZER, batch_size).images(encoded_images(asked))
     assert patches.shape == (5, 16, 32)
     torch.testing.assert_close(patches.norm(dim=-1), torch.ones(5, 16))
 
@@ -307,7 +309,7 @@ def test_a_text_is_encoded_once_however_often_it_is_asked_for(tiny_tower, simila
     model.config.similarity = similarity
     encoded = []
     plain = LotlipEncoder(model, TOKENIZER, Runner(2, on_batch=encoded.append))
-    once = EachTextOnce(LotlipEncoder(model, TOKENIZER, Runner(2, on_batch=encoded.append)))
+    once = CachedTextEncoder(LotlipEncoder(model, TOKENIZER, Runner(2, on_batch=encoded.append)))
     first, again = ["red", "a red dog", "red"], ["a cat", "a red dog"]
     for asked in (first, again):
         (features, mask), (expected, expected_mask) = once.texts(asked), plain.texts(asked)

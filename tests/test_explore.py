@@ -14,7 +14,7 @@ from PIL import Image
 
 from lotlip.data.text import split_sub_captions
 from lotlip.explore.explorer import Explorer
-from lotlip.figures.overlay import beside, heat, shown
+from lotlip.figures.overlay import heat, scale_to_page, side_by_side
 from lotlip.retrieval.embedding import embed, search
 from tests.conftest import TinySample
 from tests.partitions import ingested
@@ -52,7 +52,7 @@ def test_a_text_finds_the_pictures_that_a_search_finds_each_with_a_map(explorer,
         assert one.picture == Image.open(io.BytesIO(images[one.match.name])).convert("RGB")
         assert one.relevance.shape == (4, 4)
         assert one.relevance.sum() == pytest.approx(1)
-        np.testing.assert_allclose(one.relevance, explorer.look(one.picture, TEXT).whole, atol=1e-6)
+        np.testing.assert_allclose(one.relevance, explorer.analyse(one.picture, TEXT).whole, atol=1e-6)
 
 
 def test_a_picture_finds_the_texts_that_a_search_finds(explorer, folder, tmp_path, tiny_samples):
@@ -65,32 +65,32 @@ def test_a_picture_finds_the_texts_that_a_search_finds(explorer, folder, tmp_pat
 
 def test_each_sub_caption_looks_as_a_text_of_its_own(explorer, tiny_samples):
     picture = Image.open(io.BytesIO(tiny_samples[0].image)).convert("RGB")
-    look = explorer.look(picture, TEXT)
+    look = explorer.analyse(picture, TEXT)
     assert look.sub_captions == split_sub_captions(TEXT)
-    alone = [explorer.look(picture, part).whole for part in look.sub_captions]
+    alone = [explorer.analyse(picture, part).whole for part in look.sub_captions]
     np.testing.assert_allclose(look.relevance, alone, atol=1e-5)
     assert np.abs(look.relevance[0] - look.relevance[1]).max() > 1e-4
 
 
 def test_a_text_is_read_by_cls_and_every_corner_token(explorer, tiny_samples):
-    look = explorer.look(Image.open(io.BytesIO(tiny_samples[0].image)).convert("RGB"), TEXT)
+    look = explorer.analyse(Image.open(io.BytesIO(tiny_samples[0].image)).convert("RGB"), TEXT)
     assert look.readers == ["[CLS]", "Cor 1", "Cor 2"]
     assert look.shares.shape == (3, 3)
     np.testing.assert_allclose(look.shares.sum(axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(look.tokens, np.array([5, 7, 4]) / 16, atol=1e-6)
-    assert ((look.spread > 0) & (look.spread <= 1)).all()
+    assert ((look.entropy > 0) & (look.entropy <= 1)).all()
 
 
 def test_a_text_that_is_too_long_is_cut_where_the_model_stops_to_read(explorer, tiny_samples):
     """The tiny model takes 32 tokens, of which [CLS], two corner tokens and the last [SEP] are no words."""
     words = " ".join(["dog"] * 20)
     text = f"{words}. {words}"
-    reading = explorer.reading(text)
+    reading = explorer.truncation(text)
     assert (reading.tokens, reading.limit) == (45, 32)
     assert text[: reading.end] == f"{words}. " + " ".join(["dog"] * 7)
-    look = explorer.look(Image.open(io.BytesIO(tiny_samples[0].image)).convert("RGB"), text)
+    look = explorer.analyse(Image.open(io.BytesIO(tiny_samples[0].image)).convert("RGB"), text)
     assert look.sub_captions == [words, " ".join(["dog"] * 7)]
-    short = explorer.reading("A dog. ")
+    short = explorer.truncation("A dog. ")
     assert (short.tokens, short.end) == (6, len("A dog. "))
 
 
@@ -103,13 +103,13 @@ def test_examples_are_the_longest_texts(explorer, folder):
 
 
 def test_what_does_not_belong_together_is_an_error(folder, tmp_path, tiny_tower):
-    with pytest.raises(ValueError, match=r"texts\.parquet is an index of texts, where one of images is wanted"):
+    with pytest.raises(ValueError, match=r"texts\.parquet is an index of texts; an index of images is needed"):
         Explorer(folder / "texts.parquet")
-    with pytest.raises(ValueError, match=r"pictures\.parquet is an index of images, where one of texts is wanted"):
+    with pytest.raises(ValueError, match=r"pictures\.parquet is an index of images; an index of texts is needed"):
         Explorer(folder / "pictures.parquet", folder / "pictures.parquet")
     other = save_tiny_model(tmp_path / "other", tiny_tower, seed=2)
     embed(other, folder / "texts.txt", tmp_path / "texts.parquet")
-    with pytest.raises(ValueError, match="are of two models' making"):
+    with pytest.raises(ValueError, match="were made by different models"):
         Explorer(folder / "pictures.parquet", tmp_path / "texts.parquet")
     with pytest.raises(ValueError, match="top is 0"):
         Explorer(folder / "pictures.parquet", top=0)
@@ -119,7 +119,7 @@ def test_pictures_may_have_moved(folder, tmp_path, tiny_samples):
     moved = shutil.copytree(folder / "ingest", tmp_path / "ingest")
     embed(folder / "model", moved, tmp_path / "pictures.parquet")
     moved.rename(tmp_path / "moved")
-    with pytest.raises(ValueError, match=r"were in .*ingest, which is not there; say with --pictures where"):
+    with pytest.raises(ValueError, match=r"the folder .*ingest of the pictures of .* does not exist; give it"):
         Explorer(tmp_path / "pictures.parquet")
     found = Explorer(tmp_path / "pictures.parquet", source=tmp_path / "moved", top=1).find_pictures(TEXT)
     assert found[0].picture.size == (16, 16)
@@ -128,7 +128,7 @@ def test_pictures_may_have_moved(folder, tmp_path, tiny_samples):
 def test_what_cannot_be_asked_is_an_error(explorer, folder):
     with pytest.raises(ValueError, match="the text is empty"):
         explorer.find_pictures(" \n")
-    with pytest.raises(ValueError, match="no texts to find: start with --texts"):
+    with pytest.raises(ValueError, match="there is no index of texts; give one with --texts"):
         Explorer(folder / "pictures.parquet").find_texts(Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="has no picture"):
         explorer.picture("../../etc/passwd")
@@ -155,11 +155,11 @@ def test_a_map_that_is_even_is_not_stretched_to_full_heat():
 
 def test_the_square_in_the_centre_is_what_the_model_sees():
     picture = Image.new("RGB", (200, 100), "black")
-    found = np.asarray(heat(shown(picture), np.full((2, 2), 0.25, dtype=np.float32)))
-    assert found.shape[1] == 2 * found.shape[0] == shown(picture).width
+    found = np.asarray(heat(scale_to_page(picture), np.full((2, 2), 0.25, dtype=np.float32)))
+    assert found.shape[1] == 2 * found.shape[0] == scale_to_page(picture).width
     pale = (found[..., 0] == found[..., 1]).all(axis=0)
     assert pale.tolist() == [abs(column + 0.5 - len(pale) / 2) > len(pale) / 4 for column in range(len(pale))]
-    both = beside(shown(picture), heat(shown(picture), np.ones((1, 1), dtype=np.float32)))
+    both = side_by_side(scale_to_page(picture), heat(scale_to_page(picture), np.ones((1, 1), dtype=np.float32)))
     assert both.height == found.shape[0]
 
 
@@ -169,7 +169,7 @@ def test_heat_covers_the_whole_picture_where_the_model_sees_all_of_it(size):
     relevance[:, 0] = relevance[:, 3] = 1 / 8
     if size[1] > size[0]:
         relevance = relevance.T.copy()
-    picture = shown(Image.new("RGB", size, "black"))
+    picture = scale_to_page(Image.new("RGB", size, "black"))
     for resize in ("squash", "pad"):
         found = np.asarray(heat(picture, relevance, resize)).astype(int)
         assert found.shape[:2] == picture.size[::-1]
@@ -182,36 +182,36 @@ def test_heat_covers_the_whole_picture_where_the_model_sees_all_of_it(size):
 def test_relevance_of_padding_is_not_drawn():
     relevance = np.zeros((8, 8), dtype=np.float32)
     relevance[[0, 7]] = 1 / 16  # rows above and below a wide picture
-    found = np.asarray(heat(shown(Image.new("RGB", (200, 100), "black")), relevance, "pad")).astype(int)
+    found = np.asarray(heat(scale_to_page(Image.new("RGB", (200, 100), "black")), relevance, "pad")).astype(int)
     assert (found[..., 0] == found[..., 1]).all()
 
 
 def test_what_stands_in_a_text_is_no_markup(explorer):
-    from lotlip.explore.page import reading_html, spread_html
+    from lotlip.explore.page import attention_html, truncation_html
 
     text = "<img src=x>. " + "dog " * 40
-    assert "<img" not in reading_html(text, explorer.reading(text))
-    assert "<s>" in reading_html(text, explorer.reading(text))
-    found = spread_html(explorer.look(Image.new("RGB", (16, 16)), text))
+    assert "<img" not in truncation_html(text, explorer.truncation(text))
+    assert "<s>" in truncation_html(text, explorer.truncation(text))
+    found = attention_html(explorer.analyse(Image.new("RGB", (16, 16)), text))
     assert "<img" not in found
     assert "&lt;img src=x&gt;" in found
 
 
 def test_a_port_that_is_taken_is_an_error_in_words(explorer):
-    from lotlip.explore.page import served
+    from lotlip.explore.page import serve_page
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ValueError, match=rf"cannot be served on 127\.0\.0\.1: .*{port}.*choose another --port"):
-            served(explorer, port).__enter__()
+            serve_page(explorer, port).__enter__()
 
 
 def test_pages_of_other_sites_can_neither_read_nor_ask(explorer):
     import httpx
 
-    from lotlip.explore.page import served
+    from lotlip.explore.page import serve_page
 
-    with served(explorer) as address:
+    with serve_page(explorer) as address:
         for path in ("", "config", "gradio_api/upload"):
             assert httpx.get(address + path, headers={"Host": "evil.example"}).status_code == 421
             assert httpx.post(address + path, headers={"Origin": "http://evil.example"}).status_code == 403
@@ -229,11 +229,11 @@ def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
         pytest.skip("Chromium is not installed: the page is not looked at")
     from playwright.sync_api import expect, sync_playwright
 
-    from lotlip.explore.page import served
+    from lotlip.explore.page import serve_page
 
     (tmp_path / "a.png").write_bytes(tiny_samples[0].image)
     (tmp_path / "broken.png").write_bytes(tiny_samples[0].image[:40])
-    with served(explorer) as address, sync_playwright() as playwright:
+    with serve_page(explorer) as address, sync_playwright() as playwright:
         assert urlsplit(address).hostname == "127.0.0.1"
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
@@ -244,9 +244,9 @@ def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
         page.goto(address)
 
         page.fill("#text textarea", f"{TEXT} " + "And so on. " * 20)
-        expect(page.locator("#reading")).to_contain_text("the model reads the first 32")
+        expect(page.locator("#reading")).to_contain_text("the model reads only the first 32")
         page.fill("#text textarea", TEXT)
-        expect(page.locator("#reading")).to_contain_text("22 of at most 32 tokens: the model reads all of it")
+        expect(page.locator("#reading")).to_contain_text("22 of at most 32 tokens: the model reads the whole text")
         page.click("#find")
         expect(page.locator("#pictures img")).to_have_count(3)
         expect(page.locator("#text-maps img")).to_have_count(2 + 3)
@@ -254,7 +254,7 @@ def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
         expect(page.locator("#text-maps")).to_contain_text(best)
         page.locator("#pictures button.thumbnail-item").nth(1).click()
         expect(page.locator("#text-maps")).to_contain_text(second)
-        expect(page.locator("#text-spread")).to_contain_text("Cor 2")
+        expect(page.locator("#text-attention")).to_contain_text("Cor 2")
 
         page.get_by_role("tab", name="Picture → texts").click()
         page.set_input_files("#upload input[type=file]", tmp_path / "broken.png")

@@ -27,6 +27,7 @@ print(Path.home(), getpass.getuser())
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("home", [None, "", "/nonexistent"])
 @pytest.mark.parametrize("nameless", [False, True])
 def test_a_missing_home_is_replaced_by_one_that_can_be_written_to(home, nameless, tmp_path):

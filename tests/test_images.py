@@ -371,6 +371,7 @@ def test_every_orientation_is_turned_upright_once(form: str, orientation: int) -
     np.testing.assert_array_equal(np.asarray(to_rgb(shown)), CORNERS)
 
 
+@pytest.mark.integration
 def test_broken_exif_data_hides_no_picture_and_nothing_is_printed() -> None:
     """In a process of its own: pytest has warnings of its own."""
     data = encoded(Image.new("RGB", (8, 4), "blue"), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01")

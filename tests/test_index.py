@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lotlip.retrieval import index
-from lotlip.retrieval.index import Rows, index_writer, nearest, open_index
+from lotlip.retrieval.index import IndexRows, index_writer, nearest, open_index
 
 ABOUT = {"model": "models/lotlip", "weights_sha256": "abc", "kind": "texts", "width": 3, "source": "texts.txt"}
 ENDINGS = (".parquet", ".npy")
@@ -29,7 +29,7 @@ def write(path: Path, rows: int, kind: str = "texts", block: int = 4) -> np.ndar
         for start in range(0, rows, block):
             numbers = range(start, min(start + block, rows))
             texts = [f"text “{number}”\n\u2028" for number in numbers] if kind == "texts" else None
-            add(Rows([f"name {number}" for number in numbers], texts, found[start : start + block]))
+            add(IndexRows([f"name {number}" for number in numbers], texts, found[start : start + block]))
     return found
 
 
@@ -97,7 +97,7 @@ def test_parquet_is_written_in_groups(tmp_path, monkeypatch):
 
 def test_an_index_of_before_sources_were_remembered_is_read(tmp_path):
     with index_writer(tmp_path / "index.npy", {name: ABOUT[name] for name in ABOUT if name != "source"}) as add:
-        add(Rows(["a"], ["b"], features(1)))
+        add(IndexRows(["a"], ["b"], features(1)))
     assert "source" not in open_index(tmp_path / "index.npy").about
 
 
@@ -121,7 +121,7 @@ def test_an_index_is_whole_or_not_there(tmp_path, ending):
             write(path, 2)
         before = {file: file.read_bytes() for file in tmp_path.iterdir()}
         with pytest.raises(RuntimeError, match="out of luck"), index_writer(path, ABOUT) as add:
-            add(Rows(["a"], ["b"], features(1)))
+            add(IndexRows(["a"], ["b"], features(1)))
             raise RuntimeError("out of luck")
         assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
 
@@ -133,7 +133,7 @@ def test_a_feature_that_is_not_finite_is_an_error_that_names_the_index_and_the_r
     found = features(9)
     found[5, 1] = value
     with index_writer(path, {**ABOUT, "kind": "images"}) as add:
-        add(Rows([str(number) for number in range(9)], None, found))
+        add(IndexRows([str(number) for number in range(9)], None, found))
     with pytest.raises(ValueError, match=rf"{path}.*row 5"):
         nearest(open_index(path).blocks(), found[0], 3)
 
@@ -155,9 +155,9 @@ def test_an_index_that_is_cut_or_damaged_is_an_error_that_names_it(tmp_path, end
 
 
 def test_another_ending_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"index\.csv has none of the endings \.parquet, \.npy"):
+    with pytest.raises(ValueError, match=r"index\.csv has an unknown suffix; use \.parquet or \.npy"):
         index_writer(tmp_path / "index.csv", ABOUT)
-    with pytest.raises(ValueError, match=r"none of the endings"):
+    with pytest.raises(ValueError, match=r"unknown suffix"):
         open_index(tmp_path / "index.csv")
 
 
@@ -185,23 +185,23 @@ def without_a_name(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "spoil", "message"),
     [
-        ("index.parquet", cut, r"index\.parquet cannot be read as Parquet"),
-        ("index.parquet", lambda path: table(path, {}), "does not say which model made it"),
-        ("index.parquet", lambda path: table(path, {"lotlip": '{"model": "a"}'}), "does not say which model made it"),
-        ("index.npy", cut, r"index\.npy cannot be read as a NumPy array"),
-        ("index.npy", lambda path: path.write_bytes(b""), r"index\.npy cannot be read as a NumPy array"),
+        ("index.parquet", cut, r"index\.parquet is damaged: it cannot be read as Parquet"),
+        ("index.parquet", lambda path: table(path, {}), "is not an index: it names no model"),
+        ("index.parquet", lambda path: table(path, {"lotlip": '{"model": "a"}'}), "is not an index: it names no model"),
+        ("index.npy", cut, r"index\.npy is damaged: it cannot be read as a NumPy array"),
+        ("index.npy", lambda path: path.write_bytes(b""), r"index\.npy is damaged: it cannot be read as a NumPy array"),
         ("index.npy", lambda path: path.with_suffix(".names.jsonl").unlink(), r"names\.jsonl.* does not exist"),
-        ("index.npy", without_a_name, r"of shape \(9, 3\), but .* names 8 rows"),
-        ("index.npy", lambda path: np.save(path, np.zeros((9, 4))), r"of shape \(9, 4\), but"),
+        ("index.npy", without_a_name, r"has shape \(9, 3\), but .* names 8 rows"),
+        ("index.npy", lambda path: np.save(path, np.zeros((9, 4))), r"has shape \(9, 4\), but"),
         (
             "index.npy",
             lambda path: path.with_suffix(".names.jsonl").write_text("[]\n"),
-            r"names\.jsonl does not say which model made it",
+            r"names\.jsonl is not an index: it names no model",
         ),
         (
             "index.npy",
             lambda path: path.with_suffix(".names.jsonl").write_text("name\n"),
-            r"names\.jsonl does not say which model made it",
+            r"names\.jsonl is not an index: it names no model",
         ),
     ],
 )

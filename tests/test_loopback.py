@@ -123,6 +123,7 @@ for name in ("127.0.0.1", "localhost"):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
 def test_http_clients_ask_loopback_directly_whatever_the_proxy_settings_are(name: str):
     hidden = ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")

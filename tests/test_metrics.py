@@ -268,7 +268,7 @@ def test_class_features_average_directions():
 
 @pytest.mark.parametrize(
     ("text_image", "message"),
-    [([0, 1, 1], "0 … 2 at least once"), ([0, 1, 3], "and no other"), ([0, 1], "one per text")],
+    [([0, 1, 1], "0 … 2 at least once"), ([0, 1, 3], "and nothing else"), ([0, 1], "one per text")],
 )
 def test_indices_that_do_not_fit_are_refused(text_image, message):
     with pytest.raises(ValueError, match=message):
@@ -284,7 +284,7 @@ def test_nan_is_refused_not_rewarded():
 
 
 def test_labels_without_a_class_are_refused():
-    with pytest.raises(ValueError, match="between 0 and 3"):
+    with pytest.raises(ValueError, match="are in 0 … 3"):
         classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="labels has shape"):
         classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1]))
@@ -367,7 +367,7 @@ def test_a_classs_prompts_are_averaged_by_their_similarities():
 
 @pytest.mark.parametrize(
     ("prompt_class", "message"),
-    [([0, 1, 1, 3], "prompt_class must name each of the classes 0 … 3"), ([0, 1], "prompt_class has shape")],
+    [([0, 1, 1, 3], "prompt_class must contain each of the classes 0 … 3"), ([0, 1], "prompt_class has shape")],
 )
 def test_prompts_without_a_class_are_refused(prompt_class, message):
     image, text, _, mask = token_case()
@@ -378,10 +378,10 @@ def test_prompts_without_a_class_are_refused(prompt_class, message):
 
 def test_features_of_another_kind_are_refused():
     image, text, text_image, mask = token_case()
-    with pytest.raises(ValueError, match=r"image_features has shape \[30, 3, 6\]; it needs \[rows, D\]"):
+    with pytest.raises(ValueError, match=r"image_features has shape \[30, 3, 6\]; expected \[rows, D\]"):
         retrieval(image, text, text_image)
-    with pytest.raises(ValueError, match=r"image_features has shape \[30, 6\]; it needs \[I, P, D\]"):
+    with pytest.raises(ValueError, match=r"image_features has shape \[30, 6\]; expected \[I, P, D\]"):
         retrieval(image[:, 0], text, text_image, text_mask=mask)
     for wrong in (text[:, 0], text[:, :4]):
-        with pytest.raises(ValueError, match=r"text_mask \[60, 5\] do not fit"):
+        with pytest.raises(ValueError, match=r"text_mask \[60, 5\] do not match"):
             retrieval(image, wrong, text_image, text_mask=mask)

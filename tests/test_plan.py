@@ -26,7 +26,7 @@ from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.plan.plan import (
     Gpu,
-    Texts,
+    TextLengths,
     Towers,
     activation_bytes,
     build_towers,
@@ -133,9 +133,9 @@ def test_what_does_not_fit_says_what_to_change():
         CC3M, differences={"processes": 1, "batch_size": 8192, "gradient_accumulation_steps": accumulation}
     )
     assert sum(mended.memory.values()) <= 80e9 and mended.remedy == ""
-    assert describe(whole, "x")[-1] == f"does not fit: {whole.remedy}"
+    assert describe(whole, "x")[-1] == f"does not fit in memory: {whole.remedy}"
     hopeless = plan(CC3M, CC3M.ablation("lotlip"), CC3M.training_compute("lotlip"), Gpu(memory=1e9))
-    assert hopeless.remedy.startswith("take more GPUs or lower pretrain.batch_size")
+    assert hopeless.remedy.startswith("use more GPUs or lower pretrain.batch_size")
 
 
 def test_each_gpu_keeps_its_micro_batch():
@@ -150,7 +150,7 @@ def test_each_gpu_keeps_its_micro_batch():
 
 def test_an_unknown_pretrained_tower_says_how_to_get_it():
     with pytest.raises(
-        ValueError, match=r"text\.pretrained roberta-large are not known here; train it first, fetch it once"
+        ValueError, match=r"text\.pretrained roberta-large are not available locally; train it first, download it"
     ):
         planned(CC3M, differences={"text": {"pretrained": "roberta-large"}})
 
@@ -182,7 +182,7 @@ def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision
     with SavedTensors(model) as saved:
         model.text._packed_hidden_states([packing.Texts(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))])
     length = sum(lengths) / texts
-    predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True, wanted=3)
+    predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True, outputs=3)
     assert predicted == pytest.approx(saved.total, rel=0.1)
 
 
@@ -193,7 +193,7 @@ def test_an_image_tower_in_training_keeps_what_is_predicted():
         tower(torch.randn(8, 3, 32, 32))
     config = PretrainConfig(batch_size=8, image_tower={"frozen": False})
     towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
-    parts = activation_bytes(config, TrainingCompute(), towers, Texts(8, 8, 0))
+    parts = activation_bytes(config, TrainingCompute(), towers, TextLengths(8, 8, 0))
     assert parts["pictures and image activations"] == pytest.approx(saved.total, rel=0.1)
 
 
@@ -204,7 +204,7 @@ def test_the_loss_keeps_what_is_predicted():
     with SavedTensors() as saved:
         lotlip_loss(images, texts, torch.ones(1, requires_grad=True))
     features = images.nbytes + texts.nbytes
-    predicted = loss_bytes(PretrainConfig(batch_size=batch), TrainingCompute(), Texts(8, 8, 1), width)
+    predicted = loss_bytes(PretrainConfig(batch_size=batch), TrainingCompute(), TextLengths(8, 8, 1), width)
     assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
 
 

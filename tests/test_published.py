@@ -15,10 +15,10 @@ from timm.data import ImageNetInfo
 from lotlip.core.paths import Paths
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate import published
-from lotlip.evaluate.benchmarks import Benchmark, Texts, open_benchmark
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, open_benchmark
 from lotlip.evaluate.config import PublishedBenchmarkConfig
 from lotlip.evaluate.encoders import LotlipEncoder
-from lotlip.evaluate.evaluate import chances, evaluate, images_of, protocol
+from lotlip.evaluate.evaluate import chances, encoded_images, evaluate, protocol
 from lotlip.evaluate.published import FORMATS, published_benchmark
 from lotlip.evaluate.reference import REFERENCE
 from lotlip.pretrain.config import PretrainConfig
@@ -175,12 +175,12 @@ def test_what_macos_leaves_beside_files_changes_nothing(kind, folder):
 @pytest.mark.parametrize("kind", LONG_KINDS)
 def test_long_texts_come_with_their_images(kind, folder):
     asked = published_benchmark(kind, folder)
-    numbers = [int(data.decode().removesuffix(".jpg")[-1]) for data in images_of(asked)]
+    numbers = [int(data.decode().removesuffix(".jpg")[-1]) for data in encoded_images(asked)]
     assert sorted(numbers) == list(range(SIZE))
     texts = [LONG[number].replace("\n", " ") if kind == "urban-1k" else LONG[number] for number in numbers]
     if kind == "dci":  # its parts are lines, an empty second one too
         texts = [text if "\n" in text else text + "\n" for text in texts]
-    assert asked.retrieval == {"long": Texts(texts, [0, 1, 2])}
+    assert asked.retrieval == {"long": ImageTexts(texts, [0, 1, 2])}
     assert asked.name == kind and asked.prompts is None and asked.max_unseen_tokens is None
 
 
@@ -192,15 +192,15 @@ def test_images_of_imageinwords_may_lie_beside_their_texts(kind, folder):
             path.rename(folder / part / path.name)
     asked = published_benchmark(kind, folder)
     assert asked.about == whole.about
-    assert list(images_of(asked)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
+    assert list(encoded_images(asked)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
 
 
 @pytest.mark.parametrize("kind", ["coco", "flickr30k"])
 def test_each_image_has_its_first_five_captions(kind, folder):
     asked = published_benchmark(kind, folder)
-    assert list(images_of(asked)) == [b"0.jpg", b"1.jpg", b"2.jpg"]
+    assert list(encoded_images(asked)) == [b"0.jpg", b"1.jpg", b"2.jpg"]
     texts = [caption for captions in CAPTIONS for caption in captions]
-    assert asked.retrieval == {"short": Texts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
+    assert asked.retrieval == {"short": ImageTexts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
 
 
 @pytest.mark.parametrize("kind", ["imagenet"])
@@ -210,7 +210,7 @@ def test_imagenet_s_labels_are_the_places_of_its_folders_among_the_class_names(k
     asked = published_benchmark(kind, folder, partial=True)
     assert asked.prompts is not None
     assert asked.prompts.labels == [0, 1, 2, 999]
-    assert list(images_of(asked))[-1] == late.name.encode()
+    assert list(encoded_images(asked))[-1] == late.name.encode()
     assert asked.retrieval == {}
     assert len(asked.prompts.classes) == 1000
     assert {len(prompts) for prompts in asked.prompts.classes} == {80}
@@ -236,7 +236,10 @@ def test_sharegpt4v_s_smaller_set_is_the_beginning_of_the_larger_one(tmp_path):
         image(tmp_path / f"{number}.jpg")
     asked = published_benchmark("sharegpt4v-1k", tmp_path)
     assert list(asked.images) == [f"{number}.jpg" for number in range(1000)]
-    with pytest.raises(ValueError, match=r"there are 1,200 images with 1,200 texts, but 10,000 .* 10,000 texts were"):
+    with pytest.raises(
+        ValueError,
+        match=r"there are 1,200 images with 1,200 texts, but .* has 10,000 .* 10,000 texts",
+    ):
         published_benchmark("sharegpt4v-10k", tmp_path)
 
 
@@ -255,7 +258,7 @@ def test_images_may_lie_in_a_folder_of_their_own(kind, folder, tmp_path_factory)
         published_benchmark(kind, folder, partial=False)
     asked = published_benchmark(kind, folder, apart)
     assert asked.about == whole.about
-    assert list(images_of(asked)) == [path.name.encode() for path in files(apart)] or kind == "dci"
+    assert list(encoded_images(asked)) == [path.name.encode() for path in files(apart)] or kind == "dci"
 
 
 @every_kind
@@ -277,8 +280,12 @@ def test_the_published_size_is_held(kind, tmp_path):
     sizes = {"coco": "5,000 images with 25,000 texts", "flickr30k": "1,000 images with 5,000 texts"}
     sizes |= {"sharegpt4v-1k": "1,000 images", "sharegpt4v-10k": "10,000", "dci": "7,805", "iiw": "612"}
     sizes |= {"urban-1k": "1,000", "docci": "5,000"}
-    message = f"but {sizes[kind]}" if kind in sizes else r"1,000 classes incomplete: .*n01440764 has 1 of 50 images; .*"
-    with pytest.raises(ValueError, match=rf"^benchmark {kind}: .*{message}.* or ask for a partial run"):
+    message = (
+        f"but the published benchmark has {sizes[kind]}"
+        if kind in sizes
+        else r"1,000 classes incomplete: .*n01440764 has 1 of 50 images; .*"
+    )
+    with pytest.raises(ValueError, match=rf"^benchmark {kind}: .*{message}.* or use a partial run"):
         published_benchmark(kind, tmp_path)
 
 
@@ -288,7 +295,7 @@ def test_more_than_was_published_is_another_set(kind, folder, monkeypatch, parti
     if kind in FORMATS:
         monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE - 1))
     monkeypatch.setattr(published, "IMAGENET_SIZE", SIZE - 1)
-    with pytest.raises(ValueError, match=r"there are 3 images.* more than the 2 images.* published: this is another"):
+    with pytest.raises(ValueError, match=r"there are 3 images.* more than the published 2 images.*: this is another"):
         published_benchmark(kind, folder, partial=partial)
 
 
@@ -338,7 +345,7 @@ def test_a_missing_text_is_named(kind, folder):
     spoil(folder, kind, blank)
     (folder / "caption/1.txt").unlink(missing_ok=True)
     have = "2 of 5" if FORMATS[kind].texts == 5 else "0 of 1"
-    message = rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; complete it, or ask"
+    message = rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; complete it, or use"
     with pytest.raises(ValueError, match=message):
         published_benchmark(kind, folder)
     asked = published_benchmark(kind, folder, partial=True)
@@ -386,7 +393,7 @@ def test_an_annotation_of_dci_that_is_not_there_is_named(kind, folder):
 def test_an_image_that_comes_twice_is_named(kind, folder, partial):
     name = next(name for name in published_benchmark(kind, folder).images if name.endswith("0.jpg"))
     spoil(folder, kind, rename(name.removeprefix("val2014/")))
-    with pytest.raises(ValueError, match=r"names .*0\.jpg, as .* did before; remove one of them"):
+    with pytest.raises(ValueError, match=r"names .*0\.jpg, which .* also names; remove one of them"):
         published_benchmark(kind, folder, partial=partial)
 
 
@@ -394,7 +401,7 @@ def test_an_image_that_comes_twice_is_named(kind, folder, partial):
 @pytest.mark.parametrize("name", [None, ""])
 def test_a_record_without_an_image_is_named(kind, folder, name):
     spoil(folder, kind, rename(name))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="names no image; mend it or remove it"):
+    with pytest.raises(ValueError, match="names no image; correct or remove it"):
         published_benchmark(kind, folder)
 
 
@@ -409,15 +416,15 @@ def test_a_name_that_no_file_can_have_is_a_missing_image(kind, folder, name):
 @pytest.mark.parametrize("kind", ["imagenet"])
 def test_a_folder_that_is_no_class_of_imagenet_is_named(kind, folder):
     image(folder / "val/n00000001/x.JPEG")
-    with pytest.raises(ValueError, match=r"n00000001/x\.JPEG is in no folder of a class of ImageNet-1k"):
+    with pytest.raises(ValueError, match=r"n00000001/x\.JPEG is not in the folder of an ImageNet-1k class"):
         published_benchmark(kind, folder, partial=True)
 
 
 @every_kind
 def test_a_folder_that_is_not_there_is_named(kind, tmp_path):
-    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere is not there; docs/benchmarks.md"):
+    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere does not exist; see docs/bench"):
         published_benchmark(kind, tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere is not there"):
+    with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere does not exist"):
         published_benchmark(kind, tmp_path, tmp_path / "nowhere")
 
 
@@ -431,7 +438,7 @@ def test_an_empty_folder_is_an_error_however_much_was_asked_for(kind, tmp_path):
 def test_a_partial_run_needs_one_image(kind, folder):
     for path in files(folder):
         path.unlink()
-    with pytest.raises(ValueError, match="no image is there with all its texts; a partial run needs one at least"):
+    with pytest.raises(ValueError, match="no image has all its texts; a partial run needs at least one"):
         published_benchmark(kind, folder, partial=True)
 
 
@@ -440,7 +447,7 @@ def test_of_several_json_files_the_known_one_is_read(tmp_path):
     write(tmp_path / "instances.json", {})
     assert len(published_benchmark("coco", tmp_path, partial=True).images) == SIZE
     (tmp_path / "dataset_coco.json").rename(tmp_path / "other.json")
-    with pytest.raises(ValueError, match=r"has 2 \.json files, instances\.json, other\.json, where one .* is needed"):
+    with pytest.raises(ValueError, match=r"has 2 \.json files, instances\.json, other\.json; it must have one"):
         published_benchmark("coco", tmp_path, partial=True)
 
 
@@ -463,8 +470,8 @@ def test_half_a_character_is_replaced(kind, folder):
 def test_an_image_that_goes_away_while_it_is_read_is_named(kind, folder):
     asked = published_benchmark(kind, folder)
     files(folder)[0].unlink()
-    with pytest.raises(ValueError, match=r"benchmark urban-1k: .*0\.jpg cannot be read"):
-        list(images_of(asked))
+    with pytest.raises(ValueError, match=r"benchmark urban-1k: cannot read .*0\.jpg"):
+        list(encoded_images(asked))
 
 
 # --- partial runs -------------------------------------------------------------------------------------------------
@@ -475,7 +482,7 @@ def test_an_image_that_goes_away_while_it_is_read_is_named(kind, folder):
 def test_a_partial_run_says_so_wherever_its_scores_go(kind, folder, partial, number):
     asked = published_benchmark(kind, folder, partial=partial)
     assert asked.name == f"{kind}-partial"
-    assert len(asked.images) == len(list(images_of(asked))) == number
+    assert len(asked.images) == len(list(encoded_images(asked))) == number
     assert asked.about["partial"] == f"{number} of 3 images"
     texts = [text for found in asked.retrieval.values() for text in found.texts]
     assert len(texts) == (number * FORMATS[kind].texts if kind in FORMATS else 0)
@@ -486,7 +493,7 @@ def test_what_a_partial_run_left_out_is_counted(kind, folder):
     files(folder)[0].unlink()
     asked = published_benchmark(kind, folder, partial=True)
     assert asked.about["partial"] == "2 of 3 images, 1 images missing"
-    assert b"0.jpg" not in [data[-5:] for data in images_of(asked)]
+    assert b"0.jpg" not in [data[-5:] for data in encoded_images(asked)]
 
 
 # --- end to end ---------------------------------------------------------------------------------------------------
@@ -497,7 +504,7 @@ def scored(asked: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, A
     settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
     model = build_for_pretraining(PretrainConfig.model_validate(settings), tower).eval()
     encoder = LotlipEncoder(model, TextTokenizer("bert-base-uncased", 32, model.config.corner_tokens), 2)
-    found = evaluate(encoder, asked, encoder.images(images_of(asked)))
+    found = evaluate(encoder, asked, encoder.images(encoded_images(asked)))
     return dict(found.values), protocol(encoder, asked)
 
 

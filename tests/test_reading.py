@@ -23,11 +23,11 @@ from lotlip.demo.world import COLOURS, POSITIONS, SHAPES, TEXTURES, Scene, gener
 from lotlip.evaluate.metrics import retrieval
 from lotlip.evaluate.reading import (
     ATTRIBUTES,
-    Quiz,
+    ReadingTest,
+    evaluate_reading,
     hard_negatives,
-    make_quiz,
+    make_reading_test,
     questions,
-    read_to_the_end,
     recall_by_length,
 )
 
@@ -42,8 +42,8 @@ def pieces(texts: Sequence[str]) -> list[int]:
 
 
 @cache
-def quiz() -> Quiz:
-    return make_quiz(SCENES, pieces)
+def quiz() -> ReadingTest:
+    return make_reading_test(SCENES, pieces)
 
 
 def fact(sentence: str) -> tuple[str, str, str, str] | None:
@@ -215,7 +215,7 @@ def test_whole_texts_score_as_long_texts_do():
 
 def test_answers_are_plain_json():
     few = SCENES[:12]
-    found = read_to_the_end(Reader(), make_quiz(few, pieces), Reader().seen(few)).to_json()
+    found = evaluate_reading(Reader(), make_reading_test(few, pieces), Reader().seen(few)).to_json()
     assert found["hard_negatives"]["by_position"][0].keys() == {"position", "tokens_before", "accuracy"}
     assert found["hard_negatives"]["accuracy"]["value"] == 1
     assert found["lengths"][-1].keys() == {"sentences", "tokens", "image_to_text", "text_to_image"}

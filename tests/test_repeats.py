@@ -58,6 +58,7 @@ def test_they_are_those_that_numpy_finds():
     assert count_duplicates([]) == 0
 
 
+@pytest.mark.integration
 def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
     """Two million values take more than the 64 MB that DuckDB may have here."""
     code = (

@@ -22,7 +22,7 @@ from lotlip.report.figures import colours, context_figures
 from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
 from lotlip.report.reading_figures import reading_figures
-from lotlip.report.sections import benchmark_sections, every_number
+from lotlip.report.sections import all_metrics_table, benchmark_sections
 from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
@@ -253,7 +253,7 @@ def inputs(project):
 
 
 def tables(inputs):
-    return [*(section.table for section in benchmark_sections(inputs, "scenes")), every_number(inputs, "scenes")]
+    return [*(section.table for section in benchmark_sections(inputs, "scenes")), all_metrics_table(inputs, "scenes")]
 
 
 def table(inputs, slug):
@@ -324,9 +324,9 @@ def test_everything_is_told(report, file):
     text = (report / file).read_text()
     for name in ABLATIONS:
         assert name in text
-    for piece in ("A report", "guessing", "salient shape", "93.4\u00a0%", "unreadable", "9.81", "llava", "make ui"):
+    for piece in ("A report", "chance", "salient shape", "93.4\u00a0%", "unreadable", "9.81", "llava", "make ui"):
         assert piece in text
-    assert "Not there" not in text
+    assert "Missing or outdated" not in text
 
 
 def test_words_are_escaped(report):
@@ -498,7 +498,7 @@ def test_a_tower_that_learns_is_not_called_frozen(tmp_path):
     inputs = load_inputs(params, tmp_path)
     assert "frozen" not in training_table(inputs).note
     page = build_report(inputs, tmp_path / "report").read_text()
-    assert "the image tower is frozen or learns as well" in page and "frozen after this" not in page
+    assert "the image tower is frozen or trained" in page and "frozen afterwards" not in page
 
 
 # --- context length -----------------------------------------------------------------------------------------------
@@ -547,7 +547,7 @@ def test_recall_and_cost_are_drawn_side_by_side(series):
     # both panels have the same places: where was trained, and a little further, to 1.5 × 192
     assert all(words.count(place) == 2 for place in ("64", "77", "128", "192", "256"))
     assert "384" not in words and "512" not in words
-    assert "of the text tower of gamma" in figure.note and "A dot marks" in figure.note
+    assert "Cost: the text tower of gamma" in figure.note and "A dot marks" in figure.note
 
 
 def test_cost_is_on_the_page_and_in_files(series):
@@ -568,7 +568,7 @@ def test_cost_is_on_the_page_and_in_files(series):
     rows = {row["ablation"]: row for row in read_csv(report, "training")}
     assert int(rows["iota"]["flops_per_text"]) == flops_of(192)
     assert int(rows["theta"]["flops_per_text"]) == flops_of(64)
-    assert "two for a multiply-add" in training_table(inputs).note
+    assert "a multiply-add counts as two" in training_table(inputs).note
 
 
 def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
@@ -621,11 +621,11 @@ def test_reading_to_the_end_is_drawn_and_told(tmp_path):
     hard, lengths = reading_figures(inputs, "scenes")
     assert {"LiT", "LiT + long texts", "LoTLIP", "accuracy (%)", "1", "2", "3"} <= set(drawn_words(hard))
     # alpha, beta and gamma, the mean of seeds 0 and 1
-    told = "LiT 75.0 % and 55.0 %; LiT + long texts 76.0 % and 56.0 %; LoTLIP 77.0 % and 57.0 %"
-    assert "30 word pieces stand before it) and in the last (50)" in hard.note and told in hard.note
-    assert "By what is wrong, LoTLIP: colour 67.0 %." in hard.note
+    accuracies = "LiT 75.0 % and 55.0 %; LiT + long texts 76.0 % and 56.0 %; LoTLIP 77.0 % and 57.0 %"
+    assert f"(after 30 word pieces on average) and at the last (50): {accuracies}." in hard.note
+    assert "By the changed attribute, LoTLIP: colour 67.0 %." in hard.note
     assert {"LiT", "LiT + long texts", "LoTLIP", "R@1 (%)", "5"} <= set(drawn_words(lengths))
-    assert "(on average 11 word pieces) and with all (55)" in lengths.note
+    assert "(11 word pieces on average) and with all sentences (55)" in lengths.note
     assert "LoTLIP 0.0 % and 66.7 %" in lengths.note
     report = build_report(inputs, tmp_path / "report").parent
     for figure in (hard, lengths):
@@ -676,7 +676,7 @@ def test_the_tower_whose_cost_is_drawn_is_named(tmp_path):
     assert cost_table(made(tmp_path / "with", {"wide": wide, **SERIES})).rows[0][0].text == "gamma"
     inputs = made(tmp_path / "without", {"wide": wide, "lit": {"text": {"corner_tokens": 0}}})
     assert cost_table(inputs).rows[0][0].text == "wide"
-    assert "of the text tower of wide" in context_figures(inputs)[0].note
+    assert "the text tower of wide" in context_figures(inputs)[0].note
 
 
 def test_one_counted_length_is_no_curve(tmp_path):
@@ -744,9 +744,9 @@ def test_best_is_bold_in_page_and_markdown(inputs, report):
     assert f"<b>{cells[0].text}</b>" not in (report / "index.html").read_text()
 
 
-def test_csv_has_every_number_in_full(report):
+def test_csv_has_all_numbers_unrounded(report):
     rows = {row["ablation"]: row for row in read_csv(report, "scenes-all")}
-    assert list(rows) == [*ABLATIONS, "guessing"]
+    assert list(rows) == [*ABLATIONS, "chance"]
     for place, name in enumerate(ABLATIONS):
         for metric, value in metrics_of(place, 0).items():
             values = [value, metrics_of(place, 1)[metric]]
@@ -754,14 +754,14 @@ def test_csv_has_every_number_in_full(report):
             assert float(rows[name][f"{metric}.std"]) == pytest.approx(
                 abs(values[0] - values[1]) / math.sqrt(2), abs=1e-12
             )
-    assert float(rows["guessing"]["long.text_to_image.r1"]) == 0.001
+    assert float(rows["chance"]["long.text_to_image.r1"]) == 0.001
 
 
 def test_csv_of_data_and_stages(report):
     assert [float(row["tokens_per_text"]) for row in read_csv(report, "data")] == [9.81, 83.5]
     stages = {row["stage"]: row for row in read_csv(report, "stages")}
     assert float(stages["ingest"]["orchestration_share"]) == pytest.approx(4 / 20)
-    assert float(stages["together"]["seconds"]) == pytest.approx(sum(20.0 + n for n in range(len(stages) - 1)))
+    assert float(stages["total"]["seconds"]) == pytest.approx(sum(20.0 + n for n in range(len(stages) - 1)))
     assert [(row["kind"], row["count"]) for row in read_csv(report, "failures")] == [
         ("empty", "1"),
         ("unreadable", "2"),
@@ -791,7 +791,7 @@ def test_summary_has_the_systems_numbers(inputs, report):
     for name, place in (("LiT", 0), ("LoTLIP", 2)):
         mean = sum(metrics_of(place, seed)["long.text_to_image.r1"] for seed in (0, 1)) / 2
         assert re.search(
-            rf"Given a long text,.*?{name} (?:puts the right picture first )?in {100 * mean:.1f}\u00a0%", text
+            rf"Given a long text,.*?{name} (?:ranks the correct image first )?in {100 * mean:.1f}\u00a0%", text
         )
     assert "single seed" not in text
 
@@ -828,7 +828,7 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
         assert piece in text
     assert Page(text).open == []
     assert inputs.not_run == list(ABLATIONS)
-    assert f"Not run: {', '.join(ABLATIONS)}; <code>make reproduce-all</code> runs everything." in text
+    assert f"Not run: {', '.join(ABLATIONS)}. To run all ablations, use <code>make reproduce-all</code>." in text
 
 
 def test_what_was_not_run_is_one_line_and_no_error(tmp_path):
@@ -841,8 +841,8 @@ def test_what_was_not_run_is_one_line_and_no_error(tmp_path):
     assert shown == {"scenes-systems": ["eta"], "scenes-corner-tokens": ["epsilon"], "scenes-sub-captions": ["zeta"]}
     page = build_report(inputs, tmp_path / "report")
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
-        assert "Not there" not in text
-        assert "Not run: epsilon, zeta, eta, theta; " in text and "Not run: epsilon." in text
+        assert "Missing or outdated" not in text
+        assert "Not run: epsilon, zeta, eta, theta. " in text and "Not run: epsilon." in text
 
 
 def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
@@ -853,7 +853,7 @@ def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
     (tmp_path / params.paths.models / "zeta" / "seed-1" / "history.json").unlink()
     inputs = load_inputs(params, tmp_path)
     assert inputs.missing == [
-        "metrics of gamma: metrics/gamma.json is not there",
+        "metrics of gamma: metrics/gamma.json does not exist",
         "loss curve of zeta: no history.json for seed 1",
         "records of stages: shard",
     ]
@@ -937,9 +937,9 @@ def test_many_records_of_one_stage_are_folded_and_open_where_one_failed(tmp_path
     write_json(path, record)
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
     text = page.read_text()
-    assert '<details class="stage"><summary>evaluate, 8 times — <span class="yes">all passed' in text
-    assert '<details class="stage" open><summary>pretrain, 8 times — <span class="no">1 failed' in text
-    assert "- pretrain, 8 times: failed in pretrain-eta" in (page.parent / "report.md").read_text()
+    assert '<details class="stage"><summary>evaluate, 8 runs — <span class="yes">all passed' in text
+    assert '<details class="stage" open><summary>pretrain, 8 runs — <span class="no">1 failed' in text
+    assert "- pretrain, 8 runs: failed in pretrain-eta" in (page.parent / "report.md").read_text()
 
 
 def test_failures_without_a_kind_are_not_lost(tmp_path):
@@ -970,7 +970,7 @@ def test_pages_of_the_gates_come_with_the_report(tmp_path):
     (pages / "validations/units/__none__/2026").mkdir(parents=True)
     (pages / "validations/units/__none__/2026/ingest-units.html").touch()
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
-    assert '<a href="data-docs/ingest/index.html">all Data Docs</a>' in page.read_text()
+    assert '<a href="data-docs/ingest/index.html">index</a>' in page.read_text()
     assert '<a href="data-docs/ingest/validations/units/__none__/2026/ingest-units.html">units</a>' in page.read_text()
     assert "data-docs/shard" not in page.read_text()
     assert (page.parent / "data-docs/ingest/index.html").read_text() == "what the gate looked at"
@@ -1116,13 +1116,13 @@ def test_the_data_are_told_with_failures_splits_copies_and_the_ceiling(own):
     assert "my-images/unreadable-3.jpg" not in page, "three of each kind"
     rows = {row["what"]: row["count"] for row in read_csv(own, "overview")}
     assert float(rows["images in split test"]) == 288
-    assert float(rows["of these, copies of an earlier image or key"]) == 5
+    assert float(rows["of these, duplicate images or keys"]) == 5
 
 
 def test_examples_have_their_rank_and_pictures_and_what_failed_is_named(own):
     page = (own / "index.html").read_text()
     assert "a lost cat" in page and "77.5" in page
-    assert page.count('class="right"') == 2  # its own picture, and that picture among the found
+    assert page.count('class="correct"') == 2  # the text's own image, and the same image among the retrieved ones
     assert "lit, relevance: no ink" in page
 
 
@@ -1155,7 +1155,7 @@ def test_the_best_possible_score_and_the_repeats_are_beside_the_scores(tmp_path)
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
     for text in (page.read_text(), (page.parent / "report.md").read_text()):
         assert "142 of 288 short texts" in text and "50.7 %" in text
-    assert "guessing 0.1\u00a0%, best possible 50.7\u00a0%" in page.read_text()
+    assert "chance 0.1\u00a0%, best possible 50.7\u00a0%" in page.read_text()
     rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "scenes-systems")}
     assert float(rows["best possible"]["short.image_to_text.r1"]) == 0.5069
 
@@ -1173,7 +1173,7 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     write_project(tmp_path, params)
     build_report(load_inputs(params, tmp_path), tmp_path / "report")
     rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "urban-1k-systems")}
-    assert list(rows)[-6:-4] == ["guessing", "CLIP B/32, 400M (published)"]
+    assert list(rows)[-6:-4] == ["chance", "CLIP B/32, 400M (published)"]
     assert float(rows["LoTLIP B/16, 100M (published)"]["long.text_to_image.r1"]) == 0.848
     assert not any("published" in row["ablation"] for row in read_csv(tmp_path / "report", "mine-systems"))
     assert "not measured here" in (tmp_path / "report" / "report.md").read_text()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lotlip.report.findings import CANNOT_TELL, CONTRADICTS, FINDINGS, NOT_RUN, SUPPORTS, judge_all
+from lotlip.report.findings import CONTRADICTS, FINDINGS, INCONCLUSIVE, NOT_RUN, SUPPORTS, evaluate_findings
 from lotlip.report.inputs import load_inputs
 from lotlip.report.measures import LONG, Measure
 from lotlip.report.page import build_report
@@ -114,7 +114,7 @@ def write_scores(root, params, long=None, short=None, top1=None):
 
 def judged(root, params, **scores):
     write_scores(root, params, **scores)
-    found = judge_all(load_inputs(params, root))
+    found = evaluate_findings(load_inputs(params, root))
     return {(one.finding.slug, one.measure.slug): one for one in found}
 
 
@@ -147,8 +147,8 @@ def test_the_page_of_many_ablations_is_whole_and_folds_what_its_figures_say(whol
     assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
     assert "<summary>The numbers: 16 rows</summary>" in text and "<summary>The numbers: 6 rows" not in text
     assert "<summary>Training: 34 rows</summary>" in text
-    assert '<span class="chip cannot-tell">cannot tell</span>' in text
-    assert "Thin lines are all other ablations" in text
+    assert '<span class="chip inconclusive">inconclusive</span>' in text
+    assert "Thin lines are the other ablations" in text
     assert {"scenes-sub-captions.png", "scenes-corner-tokens.png", "scenes-context-length.png"} <= {
         path.name for path in (report / "figures").iterdir()
     }
@@ -166,7 +166,7 @@ def test_a_difference_that_is_the_same_in_every_seed_decides(tmp_path):
     assert found["long-texts-cost-short", "short"].verdict == SUPPORTS
     assert found["corner-tokens-win-short-back", "short"].verdict == CONTRADICTS
     assert found["corner-tokens-win-short-back", "classification"].verdict == SUPPORTS
-    assert found["long-texts-cost-short", "classification"].verdict == CANNOT_TELL  # 0 in every seed
+    assert found["long-texts-cost-short", "classification"].verdict == INCONCLUSIVE  # 0 in every seed
     assert found["better-than-long-clip", "short"].weights == {"base": 1.0, "stretched": -1.0}
     assert not [one for one in found.values() if one.verdict == NOT_RUN]
 
@@ -178,27 +178,27 @@ def test_seeds_that_do_not_agree_cannot_tell(tmp_path):
     data = json.loads(path.read_text())
     data["benchmarks"]["scenes"]["seeds"]["2"]["long.text_to_image.r1"] = 0.38  # 50 % as the mean: −2 points
     path.write_text(json.dumps(data))
-    found = {(one.finding.slug, one.measure.slug): one for one in judge_all(load_inputs(params, tmp_path))}
+    found = {(one.finding.slug, one.measure.slug): one for one in evaluate_findings(load_inputs(params, tmp_path))}
     keep = found["corner-tokens-keep-long", "long"]
     assert keep.by_seed == pytest.approx({0: 8, 1: 8, 2: -3})
     # mean 4.333, deviation 6.351, t of two degrees of freedom 4.3027 over the root of three: ± 15.776
     assert (keep.difference.low, keep.difference.high) == pytest.approx((4.3333 - 15.776, 4.3333 + 15.776), abs=1e-3)
-    assert keep.verdict == CANNOT_TELL and keep.reason == ""
+    assert keep.verdict == INCONCLUSIVE and keep.reason == ""
 
 
 def test_one_seed_cannot_tell_and_says_why(tmp_path):
     found = judged(tmp_path, paper_params(seeds=[4]), long={"short": 10})
     one = found["long-texts-teach-long", "long"]
-    assert one.verdict == CANNOT_TELL and one.reason.startswith("one seed (4) has no interval")
+    assert one.verdict == INCONCLUSIVE and one.reason.startswith("one seed (4) has no interval")
     assert one.difference.value == pytest.approx(40) and one.difference.low is None
 
 
 def test_what_was_not_run_is_not_judged(tmp_path):
     found = judged(tmp_path, paper_params(ablations={"longs": corners(0), "base": {}}))
     verdicts = {slug: one.verdict for (slug, _), one in found.items()}
-    assert verdicts.pop("corner-tokens-win-short-back") == verdicts.pop("corner-tokens-keep-long") == CANNOT_TELL
+    assert verdicts.pop("corner-tokens-win-short-back") == verdicts.pop("corner-tokens-keep-long") == INCONCLUSIVE
     assert set(verdicts.values()) == {NOT_RUN}
-    assert found["mask", "long"].reason == "needs mask on − mask off, at LoTLIP's m"
+    assert found["mask", "long"].reason == "needs LoTLIP with the mask − without it"
 
 
 def test_slopes_are_of_least_squares_and_gains_level_off(tmp_path):
@@ -236,11 +236,11 @@ def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):
     data = json.loads((report / "findings.json").read_text())
     assert len(data["findings"]) == count == len(read_csv(report, "findings"))
     teach = data["findings"][0]
-    assert (teach["finding"], teach["measure"], teach["verdict"]) == ("long-texts-teach-long", "long", CANNOT_TELL)
+    assert (teach["finding"], teach["measure"], teach["verdict"]) == ("long-texts-teach-long", "long", INCONCLUSIVE)
     assert teach["ablations"] == {"longs": 1.0, "short": -1.0} and teach["points"] == pytest.approx(0)
     for text in ((report / "index.html").read_text(), (report / "report.md").read_text()):
-        assert f"it cannot tell for {count}" in text
-        assert f"not corrected for their number, {count}" in text and "longs − short" in text
+        assert f"; {count} are inconclusive" in text
+        assert f"The {count} tests are not corrected for multiple comparisons" in text and "longs − short" in text
         assert all(finding.where in text for finding in FINDINGS)
 
 
@@ -253,7 +253,7 @@ def test_several_benchmarks_are_one_measure_their_mean(tmp_path):
         ways = {f"long.{way}.r1": 0.5 for way in ("image_to_text", "text_to_image")}
         data["benchmarks"]["own"] = {"seeds": dict.fromkeys(("0", "1", "2"), ways)}
         path.write_text(json.dumps(data))
-    found = judge_all(load_inputs(params, tmp_path))
+    found = evaluate_findings(load_inputs(params, tmp_path))
     teach = next(one for one in found if one.finding.slug == "long-texts-teach-long")
     assert teach.benchmarks == ["scenes", "own"]  # params.yaml's first
     assert teach.by_seed == pytest.approx(dict.fromkeys((0, 1, 2), (0 + 40 + 0) / 2), abs=1)

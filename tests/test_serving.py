@@ -216,7 +216,7 @@ def test_late_interaction_is_told_when_it_is_loaded(tmp_path, tiny_tower, monkey
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"has no model: config\.json is not there"):
+    with pytest.raises(ValueError, match=r"has no model: config\.json is missing"):
         save_served_model(tmp_path, tmp_path / "served")
 
 

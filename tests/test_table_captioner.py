@@ -178,6 +178,7 @@ def test_many_threads_may_ask_at_once(tmp_path):
     assert found == [f"text of {key}" for key in keys] * 4
 
 
+@pytest.mark.integration
 def test_memory_does_not_grow_with_the_table(tmp_path):
     """A table of 150 MB, which pandas would hold twice over; SQLite's own share is at most 64 MB."""
     path = tmp_path / "t.csv"

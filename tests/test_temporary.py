@@ -42,6 +42,7 @@ def test_a_folder_goes_when_its_block_fails(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
+@pytest.mark.integration
 def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base: Path) -> None:
     (base / "lotlip-mine").mkdir()
     (base / "lotlip-mine" / "notes").write_text("x")
@@ -83,6 +84,7 @@ with multiprocessing_folder():
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("length", [10, 94])
 def test_multiprocessing_has_its_sockets_whatever_tmpdir_is_and_leaves_nothing(tmp_path: Path, length: int) -> None:
     base = tmp_path / ("x" * length)

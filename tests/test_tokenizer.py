@@ -431,6 +431,7 @@ def test_a_vocabulary_with_a_gap_or_these_names_has_no_place_for_extra_tokens(tm
         TextTokenizer(str(tmp_path), corner_tokens=1, register_tokens=1)
 
 
+@pytest.mark.integration
 def test_the_module_is_light():
     code = "import sys, lotlip.data.tokenizer; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

@@ -86,6 +86,7 @@ def test_a_fingerprint_has_one_run(store, experiment, client):
     assert run.data.params == {"steps": "5"}
 
 
+@pytest.mark.integration
 def test_two_processes_that_create_a_store_at_once_share_it(tmp_path):
     script = """
 import sys

@@ -262,7 +262,7 @@ def test_evaluate_fails_on_a_benchmark_that_nothing_of_is_held_against_chance(tm
 
 
 def test_evaluate_fails_without_a_score(tmp_path):
-    assert "something was measured: found 0" in found(evaluate(scores()[:0]), tmp_path)
+    assert "there are scores: found 0" in found(evaluate(scores()[:0]), tmp_path)
 
 
 # --- report -------------------------------------------------------------------------------------------------------
@@ -294,7 +294,7 @@ def test_report_passes(tmp_path):
 def test_report_fails_on_a_page_that_needs_another_file(tmp_path, extra):
     page = tmp_path / "index.html"
     page.write_text(PAGE + extra)
-    assert "index.html needs no other file: found 1 (" in found(
+    assert "index.html loads no other file: found 1 (" in found(
         lambda to: gate_report(page, 1, to), tmp_path / "report"
     )
 
@@ -307,13 +307,13 @@ def test_report_fails_on_missing_images(tmp_path):
 
 def test_report_fails_without_a_page(tmp_path):
     line = found(lambda report: gate_report(tmp_path / "index.html", 0, report), tmp_path / "report")
-    assert "index.html is there and is not empty (bytes): found 0" in line
+    assert "index.html exists and is not empty (bytes): found 0" in line
 
 
 def test_report_fails_on_a_link_to_nowhere(tmp_path):
     page = tmp_path / "index.html"
     page.write_text(PAGE + '<a href="data-docs/ingest/index.html">pages</a>')
-    line = "links to files that are there: found 1 (data-docs/ingest/index.html)"
+    line = "links only to existing files: found 1 (data-docs/ingest/index.html)"
     assert line in found(lambda report: gate_report(page, 1, report), tmp_path / "report")
     (tmp_path / "data-docs" / "ingest").mkdir(parents=True)
     (tmp_path / "data-docs" / "ingest" / "index.html").touch()

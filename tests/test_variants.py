@@ -222,6 +222,7 @@ def test_two_packages_with_one_kind_are_named(installed: Path, tmp_path: Path, m
         Variants("lotlip.sources").section("dots")
 
 
+@pytest.mark.integration
 def test_loading_parameters_imports_neither_torch_nor_the_code_of_a_kind() -> None:
     code = """
         import sys

@@ -30,14 +30,14 @@ def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
     done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
     assert done.exit_code == 0, done.output
     samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 samples"}[folder]
-    assert f"{clean.folder / folder}: {samples}, all as index.json says" in done.stdout
+    assert f"{clean.folder / folder}: {samples}, no problems" in done.stdout
 
 
 def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json does not exist"):
         verify(tmp_path)
     (tmp_path / "index.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not of ingest, of a captioner or of shards"):
+    with pytest.raises(ValueError, match="was not written by ingest, a captioner or the shard stage"):
         verify(tmp_path)
 
 
@@ -65,12 +65,12 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a file that nobody knows": (
         "ingest",
         lambda world: (world.ingest / "train/part-00000.tar.partial").touch(),
-        "train/part-00000.tar.partial: index.json does not know this file",
+        "train/part-00000.tar.partial: this file is not in index.json",
     ),
     "a marker that is gone": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.json").unlink(),
-        "val/part-00000: val/part-00000.json is missing, or of other files",
+        "val/part-00000: val/part-00000.json is missing or does not match the unit",
     ),
     "captions that were changed": (
         "captions/llava",
@@ -90,7 +90,7 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "a shard that was written again": (
         "shards",
         changing("train-000001", json=lambda content: content | {"raw": "Other."}),
-        "train-000001: train-000001.done.json is missing, or of another file",
+        "train-000001: train-000001.done.json is missing or does not match the shard",
     ),
     "an index of places that is gone": (
         "shards",
@@ -100,12 +100,12 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
     "token ids with a flipped bit": (
         "shards",
         lambda world: flip(world.shards / "val-000000.token-ids.arrow"),
-        "val-000000: it should hold that a shard's .token-ids.arrow, if it has one, is whole and of its samples' texts",
+        "val-000000: expected: a shard's .token-ids.arrow, if it has one, matches its samples' texts; found 1",
     ),
     "an index that counts otherwise": (
         "shards",
         lambda world: world.index("train-000001", samples=12),
-        "index.json: its 140 samples or its hash are not those of what it lists",
+        "index.json: its 140 samples or its hash do not match the units that it lists",
     ),
 }
 

@@ -1,1 +1,1 @@
-"""One flow for each stage."""
+"""The Prefect flow of each stage."""

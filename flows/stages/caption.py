@@ -1,4 +1,4 @@
-"""Stage `caption`: one captioner's long captions for every image. DVC runs it once for each captioner."""
+"""Stage `caption`: long captions of one captioner for every image. DVC runs it once per captioner."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def caption(captioner: str) -> None:
     """Writes a partition of captions for each partition of images.
 
     Args:
-        captioner: its name in params.yaml.
+        captioner: name of the captioner in params.yaml.
     """
     params = load_params()
     config, source = params.caption, params.paths.ingest
@@ -38,22 +38,20 @@ def caption(captioner: str) -> None:
 
     inputs = inputs_now()
     sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
-    deciding = [*sections, config.tokenizer, config.sentence_ends]
-    stage = Stage("caption", params, deciding, inputs, captioner)
+    settings_hashed = [*sections, config.tokenizer, config.sentence_ends]
+    stage = Stage("caption", params, settings_hashed, inputs, captioner)
     work = Captioning(
         captioner, config, source, params.paths.caption_store, stage.out, params.compute.captioner(captioner)
     )
     author, store = work.author(), work.stored()
     store.describe()
-    stage.log.info("captions that were written before are taken from %s", store.folder)
+    stage.log.info("existing captions are reused from %s", store.folder)
     units = [Partition(unit.name, unit.written, unit.sha256) for unit in read_index(source, UnitIndex).whole]
     reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
     changed = [name for name, value in inputs_now().items() if value != inputs[name]]
-    if changed:  # DVC hashes the inputs after this stage, so it would take the captions for those of the new ones
+    if changed:  # DVC hashes inputs after the stage, so it would record these captions for the changed inputs
         where = {"ingest": str(source), "path": str(settings.path)}
-        raise StageFailed(
-            f"{', '.join(where[name] for name in changed)} changed while it was read; run the stage again"
-        )
+        raise StageFailed(f"{', '.join(where[name] for name in changed)} changed while being read; run the stage again")
     tables = (read_captions(stage.out, report.name) for report in reports if report.written)
     quality = summarise(tables, Totals.of(reports).failure_kinds)
     index = write_index(
@@ -74,7 +72,7 @@ def caption(captioner: str) -> None:
 
 
 def running(params: Params) -> AbstractContextManager[Any]:
-    """Where partitions are captioned, as `compute.task_runner` says."""
+    """Returns the task runner of `compute.task_runner` as a context manager."""
     return on_ray(params) if params.compute.task_runner == "ray" else on_threads(params)
 
 

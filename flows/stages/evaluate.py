@@ -1,4 +1,4 @@
-"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once for each ablation."""
+"""Stage `evaluate`: scores every seed of one ablation. DVC runs it once per ablation."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
 def evaluate(ablation: str) -> None:
-    """Writes the scores of an ablation with the protocol that they were measured by, and sends them to MLflow.
+    """Scores an ablation, writes the scores with their protocol, and logs them to MLflow.
 
     Args:
-        ablation: its name in params.yaml.
+        ablation: name of the ablation in params.yaml.
     """
     params = load_params()
     config, paths = params.evaluate, params.paths
@@ -36,8 +36,8 @@ def evaluate(ablation: str) -> None:
         from lotlip.evaluate.ablation import draw, measure, summary
         from lotlip.evaluate.benchmarks import open_benchmark
         from lotlip.evaluate.encoders import Runner
-    for read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
-        check_input(read)
+    for folder_read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
+        check_input(folder_read)
     check_input(paths.shards, INDEX_FILE)
     run = Run.load(folder / RUN)
     compute = params.compute
@@ -51,7 +51,7 @@ def evaluate(ablation: str) -> None:
         "command": f"python -m flows evaluate {ablation}",
     }
     vocabulary = read_index(paths.shards, ShardIndex).vocabulary
-    found = measure(
+    measured = measure(
         folder,
         run.config,
         benchmarks,
@@ -64,18 +64,18 @@ def evaluate(ablation: str) -> None:
         ablation=ablation,
         config=run.config,
         fingerprints=run.fingerprints,
-        parameters=found.parameters,
-        text_tower_flops=found.text_tower_flops,
-        benchmarks=found.results,
+        parameters=measured.parameters,
+        text_tower_flops=measured.text_tower_flops,
+        benchmarks=measured.results,
     )
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate
 
-        checks = gate_evaluate(config, score_table(found.results), stage.gate_report)
+        checks = gate_evaluate(config, score_table(measured.results), stage.gate_report)
     scores.write(paths.metrics / f"{ablation}.json")
-    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(found.results))
-    seen = paths.metrics / "attention" / ablation
-    for benchmark, problems in draw(folder, run.config, benchmarks, how, seen, found.results).items():
+    write_json(paths.metrics / "summary" / f"{ablation}.json", summary(measured.results))
+    figures = paths.metrics / "attention" / ablation
+    for benchmark, problems in draw(folder, run.config, benchmarks, how, figures, measured.results).items():
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):
@@ -83,13 +83,14 @@ def evaluate(ablation: str) -> None:
 
         tracking = params.tracking
         with warn_on_failure(tracking.uri, stage.log.warning):
-            Tracker(tracking.uri, tracking.experiment, params.pretrain).log_scores(run, found.results, folder, seen)
+            tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
+            tracker.log_scores(run, measured.results, folder, figures)
     stage.discard()
-    stage.record(found.texts, checks)
+    stage.record(measured.texts, checks)
 
 
 def score_table(results: Mapping[str, BenchmarkScores]) -> pd.DataFrame:
-    """The scores that are shares, a row for each: benchmark, seed, metric, value, chance."""
+    """Returns a row for each score that is a fraction, with columns benchmark, seed, metric, value and chance."""
     import pandas as pd
 
     return pd.DataFrame(

@@ -1,4 +1,4 @@
-"""Stage `image-tower`: the pretrained image tower, which stays frozen from here on."""
+"""Stage `image-tower`: the pretrained image tower."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lotlip.config.params import load_params
 
 @flow(name="image-tower")
 def image_tower() -> None:
-    """Trains or loads the tower that `image_tower.kind` names."""
+    """Trains or loads the image tower of `image_tower.kind`."""
     params = load_params()
     config = params.image_tower
     stage = Stage("image-tower", params, config.model_dump(mode="json"))
@@ -29,8 +29,8 @@ def image_tower() -> None:
         left = (time.monotonic() - started) / max(step, 1) * (steps - step)
         stage.log.info("image-tower: step %d of %d, loss %.3f, %.0f s left", step, steps, loss, left)
 
-    made = make_tower(config, progress)
-    tower = made.tower
+    result = make_tower(config, progress)
+    tower = result.tower
     save_image_tower(tower, tower.spec, stage.out)
     size = tower.spec.image_size
     with torch.inference_mode():
@@ -38,9 +38,9 @@ def image_tower() -> None:
     with stage.clock.measure("gate"):
         from lotlip.image_tower.gate import gate_image_tower
 
-        checks = gate_image_tower(config, made.accuracy, features, stage.gate_report)
+        checks = gate_image_tower(config, result.accuracy, features, stage.gate_report)
     stage.publish(params.paths.image_tower)
-    stage.record(made.samples, checks, notes={f"accuracy.{name}": value for name, value in made.accuracy.items()})
+    stage.record(result.samples, checks, notes={f"accuracy.{name}": value for name, value in result.accuracy.items()})
 
 
 if __name__ == "__main__":

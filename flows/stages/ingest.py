@@ -1,4 +1,4 @@
-"""Stage `ingest`: images and short captions come in as partitions."""
+"""Stage `ingest`: writes images and short captions as partitions."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ def ingest() -> None:
     reports = unique_partitions(folder, written, stage.out, evaluation, copies)
     index = write_index(stage.out, reports, UnitIndex)
     for kind, what in (
-        ("duplicate-image", "are exact copies of others"),
-        ("near-evaluation", "resemble evaluation images"),
+        ("duplicate-image", "exact copies of others"),
+        ("near-evaluation", "similar to evaluation images"),
     ):
         if count := index.failure_kinds.get(kind):
-            stage.log.info("ingest: %d of %d images %s and are left out", count, index.read, what)
+            stage.log.info("ingest: %d of %d images left out: %s", count, index.read, what)
     with stage.clock.measure("gate"):
         from lotlip.ingest.gate import gate_ingest
 
@@ -74,10 +74,10 @@ def ingest() -> None:
 
 
 def _check_unchanged(source: Source, units: Sequence[Unit], partition_size: int, folder: Path) -> None:
-    """Makes sure that the source still is as it was when its units were read: DVC hashes it after this stage.
+    """Checks that the source did not change while it was read, because DVC hashes it after this stage.
 
     Raises:
-        StageFailed: an item was changed, added or removed meanwhile.
+        StageFailed: an item was changed, added or removed.
     """
 
     def changed(unit: Unit) -> bool:
@@ -85,14 +85,14 @@ def _check_unchanged(source: Source, units: Sequence[Unit], partition_size: int,
         return before is not None and before != source.state(unit)
 
     now = source.units(partition_size)
-    with ThreadPoolExecutor() as pool:  # for stores that take their time to answer
+    with ThreadPoolExecutor() as pool:  # remote storage may be slow
         names = [unit.name for unit, differs in zip(units, pool.map(changed, units), strict=True) if differs]
     names += sorted({unit.name for unit in units} ^ {unit.name for unit in now})
     if names or now != units:
         shown = ", ".join(names[:5] or ["other items"]) + (", …" if len(names) > 5 else "")
         raise StageFailed(
-            f"ingest.source changed while it was read ({shown}); run the stage again when nothing writes to it: "
-            "only changed units are read again"
+            f"ingest.source changed while being read ({shown}); run the stage again when nothing writes to it. "
+            "Only changed units are read again"
         )
 
 

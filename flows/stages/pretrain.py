@@ -1,4 +1,4 @@
-"""Stage `pretrain`: trains one ablation, all its seeds. DVC runs it once for each ablation."""
+"""Stage `pretrain`: trains all seeds of one ablation. DVC runs it once per ablation."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 @flow(name="pretrain", flow_run_name="pretrain-{ablation}")
 def pretrain(ablation: str) -> None:
-    """Trains every seed of an ablation in processes of their own, tracked by MLflow.
+    """Trains every seed of an ablation in separate processes, tracked by MLflow.
 
     Args:
-        ablation: its name in params.yaml.
+        ablation: name of the ablation in params.yaml.
     """
     params = load_params()
     config, paths, compute = params.ablation(ablation), params.paths, params.training_compute(ablation)
@@ -45,8 +45,8 @@ def pretrain(ablation: str) -> None:
             stage.log.warning("pretrain-%s: %s", ablation, warning)
 
     def fingerprint(seed: int) -> str:
-        own = [config.recipe(), inputs, starts.get(str(seed)), code_hash("pretrain")]
-        return f"{sha256_json(own)}-{ablation}-{seed}"
+        parts = [config.recipe(), inputs, starts.get(str(seed)), code_hash("pretrain")]
+        return f"{sha256_json(parts)}-{ablation}-{seed}"
 
     run = Run(
         ablation=ablation,
@@ -55,10 +55,10 @@ def pretrain(ablation: str) -> None:
         git_commit=git_commit(),
         fingerprints={str(seed): fingerprint(seed) for seed in config.seeds},
     )
-    runs: dict[str, str] = {}  # none where MLflow does not answer
+    runs: dict[str, str] = {}  # empty if MLflow does not respond
     warnings: list[str] = []
 
-    def warn(line: str) -> None:  # once: each seed meets the same server
+    def warn(line: str) -> None:  # only once, because all seeds use the same server
         if not warnings:
             stage.log.warning(line)
         warnings.append(line)
@@ -77,7 +77,7 @@ def pretrain(ablation: str) -> None:
             runs = Tracker(tracking.uri, tracking.experiment, params.pretrain).ensure_runs(run)
     reused = reuse_seeds(paths.models / ablation, run.fingerprints, stage.out)
     if reused:
-        stage.log.info("pretrain-%s: seed %s was trained before", ablation, ", ".join(reused))
+        stage.log.info("pretrain-%s: reusing trained seeds: %s", ablation, ", ".join(reused))
     run.write(stage.out / RUN)
     job_file = stage.scratch / "job.json"
     job = Job(
@@ -119,7 +119,7 @@ def pretrain(ablation: str) -> None:
     stage.publish(paths.models / ablation)
     with stage.clock.measure("mlflow"), warn_on_failure(tracking.uri, warn):
         tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
-        for seed, run_id in tracker.ensure_runs(run).items():  # anew: MLflow may not have answered before
+        for seed, run_id in tracker.ensure_runs(run).items():  # again, because MLflow may not have responded before
             tracker.log_history(run_id, read_history(paths.models / ablation, seed))
             tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
             tracker.finish(run_id)
@@ -128,32 +128,32 @@ def pretrain(ablation: str) -> None:
 
 
 def starting_weights(config: PretrainConfig) -> dict[str, str]:
-    """Seed → hash of the weights that it starts from; empty where these are random, or a hub's.
+    """Returns seed → hash of its initial weights; empty if they are random or from a hub.
 
     Raises:
-        Damaged: a file of the starting model is not what its stage wrote.
+        Damaged: a file of the initial model has changed since its stage wrote it.
     """
     if not config.text.pretrained:
         return {}
     folder = Path(config.text.pretrained)
     check_model(folder, hash_cache_of)
-    own = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # of an ablation, each seed has its own
+    seed_folders = {seed: folder / f"seed-{seed}" for seed in config.seeds}  # exist if it is an ablation's folder
     return {
-        str(seed): sha256_files(sorted((place if place.is_dir() else folder).rglob("*.safetensors")))
-        for seed, place in own.items()
+        str(seed): sha256_files(sorted((seed_folder if seed_folder.is_dir() else folder).rglob("*.safetensors")))
+        for seed, seed_folder in seed_folders.items()
     }
 
 
 def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> list[str]:
-    """Takes over the seeds of a published ablation that the same settings, inputs and code would train again.
+    """Copies seeds of a published ablation that were trained with the same settings, inputs and code.
 
     Args:
         published: folder of the ablation.
-        fingerprints: seed → fingerprint, of what is asked for.
-        out: where the seeds go.
+        fingerprints: seed → requested fingerprint.
+        out: output folder.
 
     Returns:
-        The seeds.
+        The reused seeds.
     """
     if not (published / RUN).is_file():
         return []
@@ -172,7 +172,7 @@ def reuse_seeds(published: Path, fingerprints: dict[str, str], out: Path) -> lis
 
 
 def histories(folder: Path, seeds: list[int]) -> pd.DataFrame:
-    """The curves of every seed in one table with the column `seed`."""
+    """Returns the training history of every seed in one table with the column `seed`."""
     import pandas as pd
 
     tables = [pd.DataFrame(read_history(folder, seed)).assign(seed=seed) for seed in seeds]
@@ -180,9 +180,10 @@ def histories(folder: Path, seeds: list[int]) -> pd.DataFrame:
 
 
 def chance_loss(config: PretrainConfig) -> float:
-    """The loss of guessing, summed over the weighted text features (paper, section 3.2).
+    """Computes the loss of guessing, summed over the weighted text features (paper, section 3.2).
 
-    Softmax: every one of the batch is as likely. Sigmoid: the bias alone says how many of the pairs belong together.
+    With softmax, all candidates in the batch are equally likely. With sigmoid, the bias alone predicts the fraction of
+    matching pairs.
     """
     from lotlip.objectives.contrastive import feature_shares
 
@@ -191,13 +192,13 @@ def chance_loss(config: PretrainConfig) -> float:
     raw, *others = feature_shares(1 + long_features, loss.short_loss_fraction).tolist()
     batch = config.batch_size
     one = math.log(batch)
-    if loss.objective == "siglip":  # each image's row: one pair of `batch` belongs together
+    if loss.objective == "siglip":  # in each image's row, one of `batch` pairs matches
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
     return one * (loss.short_loss_weight * raw + loss.long_loss_weight * sum(others))
 
 
 def git_commit() -> str:
-    """The commit that is checked out, with "-dirty" where code or params.yaml differ from it; "unknown" outside git."""
+    """Returns the checked-out commit, with "-dirty" if code or params.yaml differ from it; "unknown" outside git."""
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     if head.returncode:
         return "unknown"

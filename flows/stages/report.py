@@ -1,4 +1,4 @@
-"""Stage `report`: tables, figures and one page that a person enjoys reading."""
+"""Stage `report`: one page with all tables and figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lotlip.core.files import remove
 
 @flow(name="report")
 def report() -> None:
-    """Builds the page from what the other stages left on disk."""
+    """Builds the report from the outputs of the other stages."""
     params = load_params()
     settings = params.model_dump(mode="json", include={"report", "tables", "findings"})
     stage = Stage("report", params, settings)

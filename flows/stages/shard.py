@@ -1,4 +1,4 @@
-"""Stage `shard`: images, all their captions and the frozen tower's features become WebDataset tars."""
+"""Stage `shard`: writes images, captions and features of the frozen tower as WebDataset tars."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from lotlip.shard.shards import (
     write_shard_index,
 )
 
-SPLITS = ("train", "val")  # the test split stays as ingested: evaluation reads it there
+SPLITS = ("train", "val")  # evaluation reads the test split from ingest's output
 
 
 @flow(name="shard")
 def shard() -> None:
-    """Writes the shards of the training and validation splits, and what is in them."""
+    """Writes the shards of the training and validation splits, and their index."""
     params = load_params()
     config, ingest, ends = params.shard, params.paths.ingest, params.caption.sentence_ends
     tokenizer = params.pretrain.text.tokenizer
@@ -53,10 +53,10 @@ def shard() -> None:
             features = frozen_features(params.paths.image_tower, params.compute)
 
     def write(plan: ShardPlan) -> list[UnitReport]:
-        made_from = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
+        sources = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
         reports = reuse_or_write(
             plan.name,
-            sha256_json([asdict(plan), made_from, inputs.get("image_tower")]),
+            sha256_json([asdict(plan), sources, inputs.get("image_tower")]),
             stage.out,
             lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
             lambda: [write_shard(plan, group(plan.partitions), stage.out, features, params.compute.batch_size)],
@@ -72,8 +72,8 @@ def shard() -> None:
     indexes |= {str(folder): read_index(folder, CaptionIndex) for folder in captions.values()}
     partitions = {folder: {unit.name: unit.sha256 for unit in index.units} for folder, index in indexes.items()}
     group = group_reader(ingest, captions)
-    every = [plan for split in SPLITS for plan in plans[split]]
-    done = stage.fan_out(every, write, name=lambda plan: plan.name, size=len)
+    all_plans = [plan for split in SPLITS for plan in plans[split]]
+    done = stage.fan_out(all_plans, write, name=lambda plan: plan.name, size=len)
     by_name = {report.name: report for report in done}
     reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
     index = write_shard_index(
@@ -83,35 +83,35 @@ def shard() -> None:
         features=config.store_features,
         tokenizer=tokenizer,
         vocabulary=training_vocabulary(ingest, captions, "train", tokenizer, ends),
-        sentence_ends=ends,  # training and the models split texts as the shards say
+        sentence_ends=ends,  # training and the models use the shards' setting
     )
     with stage.clock.measure("gate"):
         from lotlip.data.inspection import held_out_images
         from lotlip.shard.gate import gate_shard
 
-        expected = sum(map(len, every))
+        expected = sum(map(len, all_plans))
         held_out = held_out_images(ingest, unit_names(ingest))
         checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
     stage.publish(params.paths.shards)
     stage.record(index.written, checks, index)
 
 
-def check_sentence_ends(captioner: str, folder: Path, wanted: SentenceEnds) -> None:
-    """Checks that a captioner's captions were split as params.yaml says.
+def check_sentence_ends(captioner: str, folder: Path, expected: SentenceEnds) -> None:
+    """Checks that a captioner's captions were split with the setting of params.yaml.
 
     Args:
-        captioner: its name.
-        folder: of its captions.
-        wanted: `caption.sentence_ends`.
+        captioner: name of the captioner.
+        folder: folder of its captions.
+        expected: `caption.sentence_ends`.
 
     Raises:
-        StageFailed: they were split otherwise.
+        StageFailed: they were split with another setting.
     """
-    found = read_index(folder, CaptionIndex).sentence_ends
-    if found != wanted:
+    actual = read_index(folder, CaptionIndex).sentence_ends
+    if actual != expected:
         raise StageFailed(
-            f"{folder} was split with sentence_ends {found!r}, but caption.sentence_ends of params.yaml is {wanted!r}; "
-            f"run `python -m flows caption {captioner}` again"
+            f"{folder} was split with sentence_ends {actual!r}, but caption.sentence_ends in params.yaml is "
+            f"{expected!r}; run `python -m flows caption {captioner}` again"
         )
 
 

@@ -1,1 +1,1 @@
-"""Sweeps: trials over parameters, each in a checkout of its own."""
+"""Sweeps: grids of trials over parameters, each run in its own checkout."""

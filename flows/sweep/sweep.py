@@ -1,7 +1,7 @@
-"""A grid of configurations, each point a DVC experiment in its own checkout, some at a time: `python -m flows.sweep`.
+"""Runs a grid of trials, each as a DVC experiment in its own checkout: `python -m flows.sweep`.
 
-A point is a configuration and a seed. What was done before, in this sweep or another, is found and not run again; what
-was killed goes on; what fails is tried again and stops nothing else.
+A trial is a configuration and a seed. Trials finished in this or another sweep are reused, killed trials are resumed,
+and failed trials are retried without stopping the others.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from flows.runtime.servers import (
 )
 from flows.runtime.stage import EXPECTED, hash_of, no_answer, unreachable, with_tracebacks
 from flows.runtime.supervisor import end_group, ending_well, guarded, start_group
-from flows.sweep.trials import Point, Sweep, points, selecting_scores, selection, short
+from flows.sweep.trials import Sweep, Trial, make_grid, selection, selection_scores, short_name
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.caches import private_folder
@@ -63,19 +63,19 @@ from lotlip.evaluate.records import AblationScores
 from lotlip.pretrain.records import RUN, Run
 from lotlip.tracking.mlflow import warn_on_failure
 
-DONE, FOUND, FAILED, LEFT_OUT, WAITING = "done", "found done", "failed", "left out", "waiting"
+DONE, REUSED, FAILED, SKIPPED, WAITING = "done", "reused", "failed", "skipped", "waiting"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a point.
+    """The outcome of a trial.
 
     Attributes:
-        status: of DONE, FOUND, FAILED, LEFT_OUT, WAITING.
-        scores: name → share, of those that select the best point; its benchmark may lack some.
-        minutes: that its training and evaluation took, whenever that was.
-        run_id: of its run in MLflow.
-        run: that run's address.
+        status: one of DONE, REUSED, FAILED, SKIPPED, WAITING.
+        scores: name → fraction, of the scores that select the best trial; the benchmark may lack some.
+        minutes: duration of its training and evaluation.
+        run_id: id of its run in MLflow.
+        run: URL of that run.
         reason: why it failed.
     """
 
@@ -88,19 +88,19 @@ class Outcome:
 
     @property
     def measure(self) -> float:
-        """What the best point is the best by: the mean of its scores, [0, 1]."""
+        """The measure that selects the best trial: the mean of its scores, [0, 1]."""
         return mean(self.scores.values()) if self.scores else 0.0
 
 
-class Workshop:
-    """Where points are run: knows the budget, what runs now, and whether all is to stop.
+class TrialRunner:
+    """Runs trials within the budget, and stops all of them on request.
 
     Args:
-        settings: of the sweep.
-        params: the project's.
-        snapshot: of the project, which every point is run from.
-        environment: of the programs that run them.
-        flow_run: address of the sweep's flow run in Prefect's UI.
+        settings: settings of the sweep.
+        params: params.yaml of the project.
+        snapshot: snapshot of the project that all trials run from.
+        environment: environment variables of the trials' processes.
+        flow_run: URL of the sweep's flow run in Prefect's UI.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Workshop:
         from lotlip.tracking.mlflow import Tracker, failure
 
         self.settings, self.params, self.snapshot, self.flow_run = settings, params, snapshot, flow_run
-        # made here, where the store's folder of artifacts is to be, before any point makes it elsewhere
+        # The tracker creates the store, whose artifact folder is relative to the current folder, before any trial does.
         tracking = params.tracking
         try:
             self.tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
-        except Exception as error:  # before anything has run, so that nothing is lost
+        except Exception as error:  # MLflow raises many types; nothing has run yet
             raise StageFailed(failure(os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri, error)) from error
         self.environment = dict(environment)
         self.inputs = {
@@ -121,32 +121,32 @@ class Workshop:
             "image_tower": hash_of(params.paths.image_tower / "model.safetensors"),
             "code": code_hash(*STAGES),
         }
-        self._started, self._begun = time.monotonic(), set[str]()
+        self._start, self._started_trials = time.monotonic(), set[str]()
         self._stopping, self._lock = Event(), Lock()
         self._running: list[subprocess.Popen[Any]] = []
 
-    def experiment(self, point: Point) -> Experiment:
-        """A point's experiment, there or not."""
-        return Experiment(self.snapshot.root, point.experiment(self.inputs))
+    def experiment(self, trial: Trial) -> Experiment:
+        """Returns a trial's experiment, which may not exist yet."""
+        return Experiment(self.snapshot.root, trial.experiment(self.inputs))
 
-    def make(self, point: Point) -> Outcome:
-        """Runs a point, unless it is done or the budget is spent.
+    def run(self, trial: Trial) -> Outcome:
+        """Runs a trial, unless it is finished or the budget is spent.
 
         Raises:
             StageFailed: it failed, or the sweep is being stopped.
         """
-        experiment = self.experiment(point)
-        with experiment.alone(self._go_on) as lock:
-            self._go_on()
+        experiment = self.experiment(trial)
+        with experiment.exclusive(self._check_not_stopping) as lock:
+            self._check_not_stopping()
             if experiment.revision():
-                return self._result(point, experiment, FOUND)
-            if not self._afford(experiment.name):
-                return Outcome(LEFT_OUT)
-            self._run(point, experiment, lock)
-        return self._result(point, experiment, DONE)
+                return self._outcome(trial, experiment, REUSED)
+            if not self._within_budget(experiment.name):
+                return Outcome(SKIPPED)
+            self._run_experiment(trial, experiment, lock)
+        return self._outcome(trial, experiment, DONE)
 
     def stop(self) -> None:
-        """Ends what runs, and lets nothing begin."""
+        """Ends the running trials and prevents others from starting."""
         self._stopping.set()
         with self._lock:
             running = list(self._running)
@@ -157,31 +157,31 @@ class Workshop:
 
     @property
     def stopping(self) -> bool:
-        """Whether all is to stop."""
+        """Whether the sweep is being stopped."""
         return self._stopping.is_set()
 
-    def _go_on(self) -> None:
+    def _check_not_stopping(self) -> None:
         if self.stopping:
             raise StageFailed("the sweep was stopped")
 
-    def _afford(self, name: str) -> bool:
-        """Whether the budget allows a point to begin; one that is tried again has begun already."""
+    def _within_budget(self, name: str) -> bool:
+        """Whether the budget allows a trial to start; retries are always allowed."""
         runs, minutes = self.settings.max_runs, self.settings.max_minutes
         with self._lock:
-            if name in self._begun:
+            if name in self._started_trials:
                 return True
-            spent = (runs is not None and len(self._begun) >= runs) or (
-                minutes is not None and time.monotonic() - self._started >= minutes * 60
+            spent = (runs is not None and len(self._started_trials) >= runs) or (
+                minutes is not None and time.monotonic() - self._start >= minutes * 60
             )
             if not spent:
-                self._begun.add(name)
+                self._started_trials.add(name)
             return not spent
 
-    def _run(self, point: Point, experiment: Experiment, lock: IO[Any]) -> None:
-        plain = point.params.model_dump(mode="json", exclude_unset=True)
-        project = experiment.prepare(self.snapshot, plain, point.changes)
+    def _run_experiment(self, trial: Trial, experiment: Experiment, lock: IO[Any]) -> None:
+        plain = trial.params.model_dump(mode="json", exclude_unset=True)
+        project = experiment.prepare(self.snapshot, plain, trial.changes)
         log = experiment.folder / "log.txt"
-        command = [sys.executable, "-m", *experiment.command(f"evaluate@{point.base}", point.changes)]
+        command = [sys.executable, "-m", *experiment.command(f"evaluate@{trial.base}", trial.changes)]
         environment = {
             **self.environment,
             "MLFLOW_TRACKING_URI": _absolute(self.tracker.uri, self.snapshot.root),
@@ -189,7 +189,7 @@ class Workshop:
         }
         with log.open("w") as output:
             with self._lock:
-                self._go_on()
+                self._check_not_stopping()
                 process = start_group(
                     guarded(command),
                     cwd=project,
@@ -197,7 +197,7 @@ class Workshop:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno()],  # held until all that the point has started has ended
+                    pass_fds=[lock.fileno()],  # held until all processes of the trial have ended
                 )
                 self._running.append(process)
             try:
@@ -206,26 +206,26 @@ class Workshop:
                 end_group(process)
                 with self._lock:
                     self._running.remove(process)
-        self._go_on()
+        self._check_not_stopping()
         if status:
-            raise StageFailed(f"{_reason(log, status)} (all it wrote: {log})")
+            raise StageFailed(f"{_reason(log, status)} (log: {log})")
         experiment.collect()
 
-    def _result(self, point: Point, experiment: Experiment, status: str) -> Outcome:
-        """The scores of a point that is done, whose run in MLflow is told of this sweep."""
-        paths, base = self.params.paths, point.base
+    def _outcome(self, trial: Trial, experiment: Experiment, status: str) -> Outcome:
+        """Reads the scores of a finished trial, and tags its run in MLflow with this sweep."""
+        paths, base = self.params.paths, trial.base
         benchmarks = experiment.read(paths.metrics / f"{base}.json", AblationScores).benchmarks
-        scores = selecting_scores(self.settings, point, benchmarks)
+        scores = selection_scores(self.settings, trial, benchmarks)
         files = [paths.stages / f"{stage}-{base}.json" for stage in ("pretrain", "evaluate")]
         seconds = sum(experiment.read(file, StageRecord).seconds for file in files)
         trained = experiment.read(paths.models / base / RUN, Run)
-        tags = {f"sweep.{self.settings.name}": self.flow_run, "point": experiment.name}
+        tags = {f"sweep.{self.settings.name}": self.flow_run, "trial": experiment.name}
         tags["mlflow.runName"] = experiment.name
         if status == DONE:
             tags["prefect.flow_run"] = self.flow_run
         run = address = ""
         with self._lock, warn_on_failure(self.tracker.uri, get_run_logger().warning):
-            run = self.tracker.ensure_runs(trained)[str(point.seed)]
+            run = self.tracker.ensure_runs(trained)[str(trial.seed)]
             self.tracker.set_tags(run, tags)
             address = run_address(self.tracker, run)
         return Outcome(
@@ -237,54 +237,54 @@ class Workshop:
         )
 
 
-@task(name="point", task_run_name="{name}", cache_policy=NO_CACHE)
-def run_point(name: str, workshop: Workshop, point: Point) -> Outcome:
-    """A point of the grid, in Prefect."""
-    outcome = workshop.make(point)
+@task(name="trial", task_run_name="{name}", cache_policy=NO_CACHE)
+def run_trial(name: str, runner: TrialRunner, trial: Trial) -> Outcome:
+    """Runs a trial as a Prefect task."""
+    outcome = runner.run(trial)
     if outcome.run:
-        create_link_artifact(outcome.run, link_text=name, key=_key(name), description="the point's run in MLflow")
+        create_link_artifact(outcome.run, link_text=name, key=_key(name), description="the trial's run in MLflow")
     return outcome
 
 
 @flow(name="sweep", flow_run_name="sweep-{settings.name}")
 def sweep(settings: Sweep) -> None:
-    """Trains and evaluates each point of a grid, some at a time; a table of all points is among its artifacts.
+    """Trains and evaluates each trial of a grid; a table of all trials is among the flow's artifacts.
 
     Args:
-        settings: the grid, its budget, and how many points are run at a time.
+        settings: the grid, its budget, and the number of parallel trials.
     """
     log, root, params = get_run_logger(), Path.cwd(), load_params()
-    grid = points(settings, params)
+    grid = make_grid(settings, params)
     check_inputs(params.inputs())
-    log.info("sweep %s: %d points", settings.name, len(grid))
+    log.info("sweep %s: %d trials", settings.name, len(grid))
     environment = _environment()
-    _bring_data(environment)
+    _update_data(environment)
     with ExitStack() as stack:
         snapshot = Snapshot.take(root)
         if SOCKET not in environment:
-            environment = stack.enter_context(_warm_code(snapshot, environment))
-        workshop = Workshop(settings, params, snapshot, environment, flow_run_address())
-        stack.callback(workshop.stop)
-        outcomes = _run_all(workshop, grid, log)
-    conclude(settings, workshop, grid, outcomes)
+            environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
+        runner = TrialRunner(settings, params, snapshot, environment, flow_run_address())
+        stack.callback(runner.stop)
+        outcomes = _run_all(runner, grid, log)
+    conclude(settings, runner, grid, outcomes)
 
 
-def _run_all(workshop: Workshop, grid: Sequence[Point], log: Any) -> list[Outcome]:
-    """Runs the grid, and keeps the table of it up to date; the outcomes are in the grid's order."""
-    settings = workshop.settings
-    names = [workshop.experiment(point).name for point in grid]
+def _run_all(runner: TrialRunner, grid: Sequence[Trial], log: Any) -> list[Outcome]:
+    """Runs the grid and keeps its table artifact up to date; returns the outcomes in the grid's order."""
+    settings = runner.settings
+    names = [runner.experiment(trial).name for trial in grid]
     outcomes = {name: Outcome(WAITING) for name in names}
     started = time.monotonic()
-    # the flow's own runner has as many threads as there are cores; a point's place is `parallelism`'s to give
-    runner: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallelism)
-    with runner:
+    # The flow's default task runner has one thread per core; `parallelism` decides instead.
+    pool: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallelism)
+    with pool:
         try:
-            configured = run_point.with_options(
-                retries=settings.retries, retry_condition_fn=lambda *_: not workshop.stopping
+            configured = run_trial.with_options(
+                retries=settings.retries, retry_condition_fn=lambda *_: not runner.stopping
             )
             futures: dict[PrefectFuture[Outcome], str] = {
-                runner.submit(configured, {"name": name, "workshop": workshop, "point": point}): name
-                for name, point in zip(names, grid, strict=True)
+                pool.submit(configured, {"name": name, "runner": runner, "trial": trial}): name
+                for name, trial in zip(names, grid, strict=True)
             }
             for done, future in enumerate(as_completed(list(futures)), 1):
                 name = futures[future]
@@ -292,98 +292,99 @@ def _run_all(workshop: Workshop, grid: Sequence[Point], log: Any) -> list[Outcom
                     outcomes[name] = future.result()
                 except Exception as error:
                     outcomes[name] = Outcome(FAILED, reason=str(error))
-                    log.warning("%s failed for good: %s", name, error)
+                    log.warning("%s failed after all retries: %s", name, error)
                 left = time_left(time.monotonic() - started, outcomes.values(), settings.parallelism)
-                log.info("%d of %d points: %s%s", done, len(grid), _counts(outcomes), left)
+                log.info("%d of %d trials: %s%s", done, len(grid), _counts(outcomes), left)
                 create_table_artifact(
                     _table(grid, names, outcomes), key=_key(f"sweep-{settings.name}"), description=_counts(outcomes)
                 )
         except BaseException:
-            workshop.stop()
+            runner.stop()
             raise
     return list(outcomes.values())
 
 
 def time_left(seconds: float, outcomes: Collection[Outcome], parallelism: int) -> str:
-    """How long the rest will take, in words; "" before a point was run: those that were found done tell nothing.
+    """Estimates the remaining time; "" before any trial was run. Reused trials are ignored.
 
-    Those that run now are taken for half done.
+    Running trials are assumed to be half done.
     """
-    every = [outcome.status for outcome in outcomes]
-    made, waiting = every.count(DONE) + every.count(FAILED), every.count(WAITING)
-    if not made or not waiting:
+    statuses = [outcome.status for outcome in outcomes]
+    finished, waiting = statuses.count(DONE) + statuses.count(FAILED), statuses.count(WAITING)
+    if not finished or not waiting:
         return ""
     running = min(parallelism, waiting) / 2
-    return f", about {seconds / (made + running) * (waiting - running) / 60:.1f} minutes left"
+    return f", about {seconds / (finished + running) * (waiting - running) / 60:.1f} minutes left"
 
 
-def conclude(settings: Sweep, workshop: Workshop, grid: Sequence[Point], outcomes: Sequence[Outcome]) -> None:
-    """Says which point is the best and how to take it up, and fails if a point did.
+def conclude(settings: Sweep, runner: TrialRunner, grid: Sequence[Trial], outcomes: Sequence[Outcome]) -> None:
+    """Reports the best trial and how to apply it, and fails if a trial failed.
 
     Raises:
-        StageFailed: points failed; the message has their names and reasons.
+        StageFailed: trials failed; the message has their names and reasons.
     """
-    names = [workshop.experiment(point).name for point in grid]
-    scored = [(point, name, found) for point, name, found in zip(grid, names, outcomes, strict=True) if found.scores]
-    failed = [f"{name}: {found.reason}" for name, found in zip(names, outcomes, strict=True) if found.status == FAILED]
+    names = [runner.experiment(trial).name for trial in grid]
+    results = list(zip(grid, names, outcomes, strict=True))
+    scored = [(trial, name, outcome) for trial, name, outcome in results if outcome.scores]
+    failed = [f"{name}: {outcome.reason}" for _, name, outcome in results if outcome.status == FAILED]
     counts = _counts(dict(zip(names, outcomes, strict=True)))
-    lines = [f"# Sweep {settings.name}", f"Of {len(grid)} points: {counts}."]
+    lines = [f"# Sweep {settings.name}", f"{len(grid)} trials: {counts}."]
     if scored:
         groups: dict[str, list[tuple[str, Outcome]]] = {}
-        for point, name, found in scored:
-            key = json.dumps(point.configuration, sort_keys=True, allow_nan=False)
-            groups.setdefault(key, []).append((name, found))
-        chosen, members = max(groups.items(), key=lambda group: mean(found.measure for _, found in group[1]))
+        for trial, name, outcome in scored:
+            key = json.dumps(trial.configuration, sort_keys=True, allow_nan=False)
+            groups.setdefault(key, []).append((name, outcome))
+        chosen, members = max(groups.items(), key=lambda group: mean(outcome.measure for _, outcome in group[1]))
         benchmark, _ = selection(settings, grid[0].params)
-        name, found = max(members, key=lambda member: member[1].measure)
+        name, best = max(members, key=lambda member: member[1].measure)
         average = mean(member.measure for _, member in members)
         lines += [
-            f"Best by {' and '.join(found.scores)} of {benchmark}, the mean over {len(members)} seed(s): "
+            f"Best by {' and '.join(best.scores)} of {benchmark}, mean over {len(members)} seed(s): "
             f"{average:.1%} with `{chosen}`.",
-            f"Its best seed is [{name}]({found.run}), {found.measure:.1%}. This brings its parameters into params.yaml,"
-            " whose seeds and comments stay:",
+            f"Its best seed is [{name}]({best.run}), {best.measure:.1%}. To write its parameters to params.yaml, "
+            "keeping the seeds and comments there:",
             f"    python -m flows.sweep --apply {name}",
         ]
-        with warn_on_failure(workshop.tracker.uri, lambda line: lines.append(f"- {line}")):
-            link = workshop.tracker.comparison_link(mlflow_address(workshop.tracker), settings.name)
-            lines.append(f"[All of its runs]({link}), side by side in MLflow.")
-            if found.run_id:
-                lines += _registered(settings, workshop, found.run_id)
+        with warn_on_failure(runner.tracker.uri, lambda line: lines.append(f"- {line}")):
+            link = runner.tracker.comparison_link(mlflow_address(runner.tracker), settings.name)
+            lines.append(f"[Compare all its runs]({link}) in MLflow.")
+            if best.run_id:
+                lines += _register(settings, runner, best.run_id)
     lines += [f"- failed: {line}" for line in failed]
     text = "\n\n".join(lines)
-    create_markdown_artifact(text, key=_key(f"sweep-{settings.name}-result"), description="the best point")
+    create_markdown_artifact(text, key=_key(f"sweep-{settings.name}-result"), description="the best trial")
     get_run_logger().info("%s", text)
     if failed:
-        raise StageFailed(f"{len(failed)} of {len(grid)} points failed:\n  - " + "\n  - ".join(failed))
+        raise StageFailed(f"{len(failed)} of {len(grid)} trials failed:\n  - " + "\n  - ".join(failed))
 
 
-def _registered(settings: Sweep, workshop: Workshop, run_id: str) -> list[str]:
-    """Has the best run's model go through the gate of the registry; gives what became of it."""
-    if workshop.params.registry is None:
+def _register(settings: Sweep, runner: TrialRunner, run_id: str) -> list[str]:
+    """Registers the best run's model if it passes the registry's gate; returns the result as lines."""
+    if runner.params.registry is None:
         return []
     from lotlip.tracking.registry import register
 
-    made = register(workshop.tracker, run_id, workshop.params.registry, settings.name)
-    if made.uri:
-        return [f"Its gate passed, so that `{made.uri}` loads version {made.version} in MLflow's registry."]
-    return ["The registry's gate refused the best model:", *(f"- {reason}" for reason in made.refusals)]
+    registration = register(runner.tracker, run_id, runner.params.registry, settings.name)
+    if registration.uri:
+        return [f"It passed the gate; `{registration.uri}` loads version {registration.version} in MLflow's registry."]
+    return ["The registry's gate rejected the best model:", *(f"- {reason}" for reason in registration.refusals)]
 
 
-def _table(grid: Sequence[Point], names: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
-    """A row for each point."""
+def _table(grid: Sequence[Trial], names: Sequence[str], outcomes: Mapping[str, Outcome]) -> list[dict[str, Any]]:
+    """Returns a row for each trial."""
     keys = list(grid[0].changes) if grid else []
     scores = list(dict.fromkeys(score for name in names for score in outcomes[name].scores))
     return [
         {
-            "point": name,
+            "trial": name,
             "status": outcomes[name].status,
-            **{short(key, keys): _cell(point.changes[key]) for key in keys},
+            **{short_name(key, keys): _cell(trial.changes[key]) for key in keys},
             **{score: _share(outcomes[name].scores.get(score)) for score in scores},
             "minutes": f"{outcomes[name].minutes:.1f}" if outcomes[name].minutes else "",
             "MLflow": f"[run]({outcomes[name].run})" if outcomes[name].run else "",
             "reason": outcomes[name].reason,
         }
-        for name, point in zip(names, grid, strict=True)
+        for name, trial in zip(names, grid, strict=True)
     ]
 
 
@@ -396,21 +397,21 @@ def _cell(value: Any) -> str:
 
 
 def _counts(outcomes: Mapping[str, Outcome]) -> str:
-    every = [outcome.status for outcome in outcomes.values()]
-    kinds = [status for status in (DONE, FOUND, FAILED, LEFT_OUT, WAITING) if status in every]
-    return ", ".join(f"{every.count(status)} {status}" for status in kinds)
+    statuses = [outcome.status for outcome in outcomes.values()]
+    present = [status for status in (DONE, REUSED, FAILED, SKIPPED, WAITING) if status in statuses]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in present)
 
 
 def _key(text: str) -> str:
-    """A name as Prefect wants artifacts' to be."""
+    """Converts a name to a valid Prefect artifact key."""
     return text.lower().replace("_", "-").replace(".", "-")
 
 
 def _environment() -> dict[str, str]:
-    """Of the programs that the sweep runs: they report to the same Prefect, and are no flow runs of its runner."""
+    """Environment of the sweep's programs. They use the same Prefect server but are not part of this flow run."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PREFECT__")}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', os.defpath)}"
-    # a flow run that Prefect started has them as settings
+    # In a flow run started by Prefect, these are settings rather than environment variables.
     if api := PREFECT_API_URL.value():
         environment["PREFECT_API_URL"] = api
     if login := PREFECT_API_AUTH_STRING.value():
@@ -418,8 +419,8 @@ def _environment() -> dict[str, str]:
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
-def _bring_data(environment: Mapping[str, str]) -> None:
-    """Has DVC make the shards that points read, if they are not up to date.
+def _update_data(environment: Mapping[str, str]) -> None:
+    """Runs `dvc repro shard`, so that the shards are up to date.
 
     Raises:
         StageFailed: a stage failed.
@@ -435,27 +436,27 @@ def _bring_data(environment: Mapping[str, str]) -> None:
             end_group(process)
     if status:
         raise StageFailed(
-            f"the data is not up to date and cannot be made so: {_reason(log, status)} (all of it: {log})"
+            f"the data is not up to date and `dvc repro shard` failed: {_reason(log, status)} (log: {log})"
         )
 
 
 @contextmanager
-def _warm_code(snapshot: Snapshot, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Keeps a warm process with the snapshot's code: the project's may change while the sweep runs."""
+def _snapshot_fork_server(snapshot: Snapshot, environment: dict[str, str]) -> Iterator[dict[str, str]]:
+    """Runs a fork server with the snapshot's code, because the project may change during the sweep."""
     folder = snapshot.root / SCRATCH / "sweeps" / f"code-{os.getpid()}"
-    for left in folder.parent.glob("code-*"):  # by sweeps that were killed
-        if left == folder or not psutil.pid_exists(int(left.name.removeprefix("code-"))):
-            remove(left)
+    for stale in folder.parent.glob("code-*"):  # left by killed sweeps
+        if stale == folder or not psutil.pid_exists(int(stale.name.removeprefix("code-"))):
+            remove(stale)
     try:
         snapshot.unpack(folder)
-        with fork_server({**environment, "PYTHONPATH": str(folder)}, folder) as found:
-            yield found
+        with fork_server({**environment, "PYTHONPATH": str(folder)}, folder) as extended:
+            yield extended
     finally:
         remove(folder)
 
 
-# What a line that names an error looks like, the most telling kind first: a stage's own words, the last line of a
-# traceback, a logger's record, DVC's summary.
+# Patterns of lines that name an error, most specific first: a stage's message, the last line of a traceback, a log
+# record, DVC's summary.
 _ERRORS = (
     r"error in ",
     r"error: ",
@@ -466,56 +467,56 @@ _ERRORS = (
 
 
 def _reason(log: Path, status: int) -> str:
-    """The line of a log that says what went wrong; where none does, how the program ended.
+    """Finds the line of a log that names the error; without one, describes how the program ended.
 
     Args:
-        log: what the program wrote.
-        status: that it ended with; that of a program that a signal has ended is -N, or 128 + N behind a guard.
+        log: the program's output.
+        status: exit status; after a signal N it is -N, or 128 + N from the supervisor.
     """
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     for pattern in _ERRORS:
-        if found := [line for line in lines if re.match(pattern, line)]:
-            return found[0]
+        if matching := [line for line in lines if re.match(pattern, line)]:
+            return matching[0]
     number = -status if status < 0 else status - 128
     if number in set(signal.Signals):
         out_of_memory = "; the machine may be out of memory" if number == signal.SIGKILL else ""
-        return f"it was ended by {signal.Signals(number).name}{out_of_memory}"
-    return f"it ended with status {status} and named no error"
+        return f"it was killed by {signal.Signals(number).name}{out_of_memory}"
+    return f"it exited with status {status} without an error message"
 
 
 def _absolute(uri: str, root: Path) -> str:
-    """A tracking store's address that means the same in another folder."""
+    """Makes a tracking URI independent of the current folder."""
     prefix = "sqlite:///"
     return f"{prefix}{root / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
 
 
 def flow_run_address() -> str:
-    """Of this flow run in Prefect's UI."""
+    """Returns the URL of this flow run in Prefect's UI."""
     run = get_run_context().flow_run  # type: ignore[union-attr]
     base = PREFECT_UI_URL.value() or (PREFECT_API_URL.value() or "").removesuffix("/api")
     return f"{base}/runs/flow-run/{run.id}" if run else ""
 
 
 def mlflow_address(tracker: Any) -> str:
-    """Of MLflow's UI: the tracking server's, or the one that `make ui` and `make serve` show."""
+    """Returns the URL of MLflow's UI: that of the tracking server, or that of `make ui` and `make serve`."""
     return tracker.uri.rstrip("/") if tracker.uri.startswith("http") else f"http://{HOST}:{port_of('mlflow')}"
 
 
 def run_address(tracker: Any, run_id: str) -> str:
-    """Of a run in MLflow's UI."""
+    """Returns the URL of a run in MLflow's UI."""
     return f"{mlflow_address(tracker)}/#/experiments/{tracker.experiment_id}/runs/{run_id}"
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a sweep as a program, or brings a point's parameters into params.yaml.
+    """Runs a sweep, or writes a trial's parameters to params.yaml.
 
     Raises:
-        StageFailed, ConfigError: as the sweep.
+        StageFailed, ConfigError: the sweep failed or is invalid.
     """
     parser = argparse.ArgumentParser(prog="python -m flows.sweep", description=__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("sweep", nargs="?", help="a YAML file, or JSON: name, corner_tokens, … (docs/sweeps.md)")
-    what.add_argument("--apply", metavar="POINT", help="writes the parameters of a point into params.yaml")
+    what.add_argument("sweep", nargs="?", help="YAML file, or JSON text, with name, corner_tokens, … (docs/sweeps.md)")
+    what.add_argument("--apply", metavar="TRIAL", help="write the parameters of a trial to params.yaml")
     chosen = parser.parse_args(arguments)
     if chosen.apply:
         changes = Experiment(Path.cwd(), chosen.apply).overrides()
@@ -525,7 +526,7 @@ def main(arguments: Sequence[str]) -> None:
         return
     with_tracebacks()
     settings = read_sweep(chosen.sweep)
-    points(settings, load_params())  # complaints come before anything starts
+    make_grid(settings, load_params())  # fails on invalid settings before anything starts
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         if not PREFECT_API_URL.value():
@@ -538,14 +539,14 @@ def main(arguments: Sequence[str]) -> None:
         except (httpx.TransportError, RuntimeError) as error:
             if not unreachable(error):
                 raise
-            raise StageFailed(f"{no_answer()}; start the same sweep again: finished points are kept") from error
+            raise StageFailed(f"{no_answer()}; rerun the same sweep: finished trials are kept") from error
 
 
 def read_sweep(text: str) -> Sweep:
-    """A sweep from a YAML file's name, or from JSON.
+    """Reads a sweep from a YAML file or from JSON text.
 
     Raises:
-        ConfigError: it cannot be used; the message says why.
+        ConfigError: it is invalid; the message says why.
     """
     try:
         content = text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8")
@@ -554,11 +555,11 @@ def read_sweep(text: str) -> Sweep:
         raise ConfigError(f"{text} is neither YAML nor JSON: {error}") from error
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
-        raise ConfigError(f"{text} is no sweep:", lines) from None
+        raise ConfigError(f"{text} is not a valid sweep:", lines) from None
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs `main` as a program: a failure is one clear line, and Ctrl-C says how to resume."""
+    """Runs `main` as a program: failures are printed on one line, and Ctrl-C says how to resume."""
     try:
         main(arguments)
     except EXPECTED as error:
@@ -566,5 +567,5 @@ def run(arguments: Sequence[str]) -> None:
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("stopped; start the same sweep again: finished points are kept", file=sys.stderr)
+        print("stopped; rerun the same sweep to resume: finished trials are kept", file=sys.stderr)
         sys.exit(INTERRUPTED)

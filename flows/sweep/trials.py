@@ -1,4 +1,4 @@
-"""What a sweep is asked for, and the points of its grid."""
+"""Settings of a sweep, and the trials of its grid."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ Value = bool | int | float | str | list[bool | int | float | str]
 
 
 class Sweep(Section):
-    """A grid of configurations, each trained and evaluated with each seed; an empty list: as params.yaml has it."""
+    """A grid of configurations, each trained and evaluated with each seed; an empty list takes params.yaml's value."""
 
-    name: Name = Field(title="Name", description="runs in MLflow are found by the tag sweep.NAME")
+    name: Name = Field(title="Name", description="MLflow runs have the tag sweep.NAME")
     corner_tokens: list[Annotated[int, Field(ge=0, le=16)]] = Field([], title="Corner tokens", description="m, 0 to 16")
-    corner_mask: list[bool] = Field([], title="Mask", description="corner tokens kept apart, or not")
+    corner_mask: list[bool] = Field([], title="Mask", description="with or without the attention mask of corner tokens")
     sub_captions: list[NonNegative] = Field([], title="Sub-captions", description="k; 0: short captions only")
     context_lengths: list[Annotated[int, Field(ge=8, le=512)]] = Field(
-        [], title="Context lengths", description="tokens of a text, 8 to 512"
+        [], title="Context lengths", description="tokens per text, 8 to 512"
     )
-    seeds: list[NonNegative] = Field([], title="Seeds", description="each is a run of its own")
+    seeds: list[NonNegative] = Field([], title="Seeds", description="one run per seed")
     other: dict[str, list[Value]] = Field(
         {},
         title="Other parameters",
@@ -44,15 +44,15 @@ class Sweep(Section):
     select_by: str | None = Field(
         None,
         title="Select by",
-        description="score of the best point, such as scenes.long.text_to_image.r1; none: mean R@1 on long and short "
-        "text of the first benchmark",
+        description="score that selects the best trial, such as scenes.long.text_to_image.r1; default: mean R@1 on "
+        "long and short text of the first benchmark",
     )
-    max_runs: Count | None = Field(None, title="Budget in runs", description="points that may be run; none: all")
+    max_runs: Count | None = Field(None, title="Budget in runs", description="maximum number of trials; default: all")
     max_minutes: Positive | None = Field(
-        None, title="Budget in minutes", description="after which no other point begins; none: no limit"
+        None, title="Budget in minutes", description="time after which no trial starts; default: no limit"
     )
-    parallelism: Count = Field(1, title="Parallelism", description="points at a time")
-    retries: NonNegative = Field(1, title="Retries", description="tries after the first, for a point")
+    parallelism: Count = Field(1, title="Parallelism", description="number of parallel trials")
+    retries: NonNegative = Field(1, title="Retries", description="retries of a failed trial")
 
     @model_validator(mode="after")
     def _axes(self) -> Sweep:
@@ -63,7 +63,7 @@ class Sweep(Section):
                     f"other.{key}: a sweep varies only settings that decide results, in {', '.join(DECISIVE_SECTIONS)}"
                 )
             if not values:
-                raise ValueError(f"other.{key} has no values; name some, or leave it out")
+                raise ValueError(f"other.{key} has no values; list some or remove it")
             for field, dotted in AXES.items():
                 if key == dotted:
                     raise ValueError(f"other.{key}: list its values in {field}")
@@ -71,19 +71,19 @@ class Sweep(Section):
 
     @property
     def axes(self) -> dict[str, list[Any]]:
-        """Dotted parameter → its values, of those that the sweep has values for, seeds excepted."""
+        """Dotted parameter → values, for all parameters with values except seeds."""
         named = {AXES[field]: getattr(self, field) for field in AXES if field != "seeds"}
         return {key: values for key, values in {**named, **self.other}.items() if values}
 
 
 @dataclass(frozen=True)
-class Point:
+class Trial:
     """A configuration and a seed.
 
     Attributes:
-        params: params.yaml as the point has it.
-        changes: dotted parameter → value, what is other than in the project's params.yaml or on an axis of the sweep.
-        base: the ablation that is `pretrain` without differences, which is what is trained.
+        params: params.yaml with the trial's values.
+        changes: dotted parameter → value, for the axes of the sweep and the seed.
+        base: the ablation without differences from `pretrain`, which the trial trains.
     """
 
     params: Params
@@ -92,66 +92,66 @@ class Point:
 
     @property
     def seed(self) -> int:
-        """Its only one."""
+        """The trial's seed."""
         return self.params.pretrain.seeds[0]
 
     @property
     def configuration(self) -> dict[str, Any]:
-        """Its changes without the seed: what is compared over seeds."""
+        """The changes without the seed."""
         return {key: value for key, value in self.changes.items() if key != AXES["seeds"]}
 
     def identity(self) -> dict[str, Any]:
-        """All settings that decide its result, equal for points that mean the same."""
+        """All settings that decide its result; equal for equivalent trials."""
         return {**self.params.decisive_sections(), "pretrain": self.params.ablation(self.base).effective()}
 
     def experiment(self, inputs: Mapping[str, str]) -> str:
-        """The name of its experiment in DVC: the same, whichever sweep asks for it, and another for other data or code.
+        """Returns the name of its DVC experiment, independent of the sweep; it changes with settings, data and code.
 
         Args:
-            inputs: hashes of what decides its result beside settings.
+            inputs: hashes of the data and code that decide its result.
         """
         text, long_texts = self.params.pretrain.text, self.params.pretrain.long_texts
         mask = "" if text.corner_mask or not text.corner_tokens else "-no-mask"
-        shown = f"m{text.corner_tokens}{mask}-k{long_texts.sub_captions}-c{text.context_length}-s{self.seed}"
-        return f"{shown}-{sha256_json([self.identity(), dict(inputs)])[:8]}"
+        label = f"m{text.corner_tokens}{mask}-k{long_texts.sub_captions}-c{text.context_length}-s{self.seed}"
+        return f"{label}-{sha256_json([self.identity(), dict(inputs)])[:8]}"
 
 
-def points(sweep: Sweep, params: Params) -> list[Point]:
-    """The grid, seeds innermost; points that mean the same are one.
+def make_grid(sweep: Sweep, params: Params) -> list[Trial]:
+    """Returns the trials of the grid, seeds innermost, without equivalent duplicates.
 
     Args:
-        sweep: what is asked for.
-        params: the project's params.yaml.
+        sweep: settings of the sweep.
+        params: params.yaml of the project.
 
     Raises:
-        ConfigError: `select_by` is no score, no ablation is `pretrain` as it is, or a key or value is wrong; the
-            message has all of them.
+        ConfigError: `select_by` is not a score, no ablation equals `pretrain`, or a key or value is invalid; the
+            message lists all problems.
     """
     base = next((name for name, differences in params.ablations.items() if not differences), None)
     if base is None:
-        raise ConfigError("a sweep trains `pretrain` as it is, which no ablation is; add `lotlip: {}` to ablations")
+        raise ConfigError("a sweep needs an ablation that equals `pretrain`; add `lotlip: {}` to ablations")
     plain = params.model_dump(mode="json", exclude_unset=True)
     axes, seeds = sweep.axes, sweep.seeds or params.pretrain.seeds
-    found: dict[str, Point] = {}
+    trials: dict[str, Trial] = {}
     problems: list[str] = []
     for values in itertools.product(*axes.values(), [[seed] for seed in seeds]):
         changes = dict(zip([*axes, AXES["seeds"]], values, strict=True))
         try:
-            point = Point(checked_params(with_changes(plain, changes), "params.yaml"), changes, base)
-            selection(sweep, point.params)
-            found.setdefault(sha256_json(point.identity()), point)
+            trial = Trial(checked_params(with_changes(plain, changes), "params.yaml"), changes, base)
+            selection(sweep, trial.params)
+            trials.setdefault(sha256_json(trial.identity()), trial)
         except ConfigError as error:
             problems += [problem for problem in error.problems or [str(error)] if problem not in problems]
     if problems:
-        raise ConfigError(f"sweep {sweep.name} cannot be run:", problems)
-    return list(found.values())
+        raise ConfigError(f"sweep {sweep.name} is invalid:", problems)
+    return list(trials.values())
 
 
 def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:
-    """The benchmark and its scores whose mean selects the best point; the benchmark may lack some of several.
+    """Returns the benchmark and the scores whose mean selects the best trial; the benchmark may lack some of them.
 
     Args:
-        sweep: what is asked for.
+        sweep: settings of the sweep.
         params: params.yaml, whose first benchmark is the default.
 
     Raises:
@@ -169,30 +169,30 @@ def selection(sweep: Sweep, params: Params) -> tuple[str, tuple[Metric, ...]]:
     return scores[sweep.select_by]
 
 
-def selecting_scores(sweep: Sweep, point: Point, results: Mapping[str, BenchmarkScores]) -> dict[str, float]:
-    """Score → share, of those that select the best point.
+def selection_scores(sweep: Sweep, trial: Trial, results: Mapping[str, BenchmarkScores]) -> dict[str, float]:
+    """Returns the scores of a trial that select the best one, name → fraction.
 
     Args:
-        sweep: what is asked for.
-        point: that was trained.
-        results: benchmark → what was measured; in any order, since JSON files sort them by name.
+        sweep: settings of the sweep.
+        trial: the trained trial.
+        results: benchmark → results, in any order, since JSON files sort them by name.
 
     Raises:
         ConfigError: the benchmark has none of these scores.
     """
-    benchmark, selecting = selection(sweep, point.params)
-    scores = results[benchmark].seeds[point.seed]
-    found = {str(name): scores[name] for name in selecting if name in scores}
-    if not found:
+    benchmark, selecting = selection(sweep, trial.params)
+    scores = results[benchmark].seeds[trial.seed]
+    selected = {str(name): scores[name] for name in selecting if name in scores}
+    if not selected:
         raise ConfigError(
-            f"benchmark {benchmark} has no {' or '.join(selecting)}, by which the sweep selects the best point; set "
-            f"select_by to a score that it has, such as {', '.join(f'{benchmark}.{name}' for name in scores)}"
+            f"benchmark {benchmark} has no {' or '.join(selecting)} to select the best trial by; set "
+            f"select_by to one of its scores, such as {', '.join(f'{benchmark}.{name}' for name in scores)}"
         )
-    return found
+    return selected
 
 
 def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration with other values for some dotted parameters."""
+    """Returns a configuration with new values for some dotted parameters."""
     changed = dict(data)
     for dotted, value in changes.items():
         nested: Any = value
@@ -202,7 +202,7 @@ def with_changes(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[st
     return changed
 
 
-def short(dotted: str, others: Sequence[str]) -> str:
-    """The last word of a dotted parameter, or all of it where another ends with the same word."""
+def short_name(dotted: str, others: Sequence[str]) -> str:
+    """Returns the last part of a dotted parameter, or all of it if another one ends with the same part."""
     last = dotted.rpartition(".")[2]
     return dotted if any(other != dotted and other.rpartition(".")[2] == last for other in others) else last

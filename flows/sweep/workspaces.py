@@ -1,9 +1,9 @@
-"""DVC experiments, each in a checkout of its own beside the project, so that any number of them can run at a time.
+"""DVC experiments in separate checkouts, so that any number of them can run in parallel.
 
-`dvc exp run --temp` would do, were it not for three things: it stashes and resets the project's own files at each
-start, which a kill in that moment leaves undone; it copies its workspace's data; and what it has trained is lost with
-it when it is killed. Here a checkout is a clone that borrows the project's git objects and links to DVC's cache, and a
-finished experiment is fetched from it. A checkout that was left half-way gives its scratch to the next try.
+`dvc exp run --temp` has three problems: it stashes and resets the project's files at each start, so a kill at that
+moment loses changes; it copies the data of its workspace; and a killed run loses its training progress. Here, a
+checkout is a clone that shares the project's git objects and links to DVC's cache, and a finished experiment is fetched
+from it. A retry takes over the scratch folder of an interrupted checkout.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from lotlip.core.record import as_record
 from lotlip.core.section import flatten
 
 CODE = ("flows", "lotlip", "dvc.yaml", "dvc.lock", "params.yaml", ".dvcignore", ".dvc/config")
-IDENTITY = {  # experiments are commits, and not every machine says who commits
+IDENTITY = {  # experiments are commits, which need an author
     "GIT_AUTHOR_NAME": "lotlip",
     "GIT_AUTHOR_EMAIL": "lotlip@localhost",
     "GIT_COMMITTER_NAME": "lotlip",
     "GIT_COMMITTER_EMAIL": "lotlip@localhost",
 }
 T = TypeVar("T")
-_dvc = Lock()  # its objects are not for several threads
+_dvc = Lock()  # DVC's objects are not thread-safe
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The project's files at one moment, with what is not committed yet.
+    """A snapshot of the project's files, including uncommitted changes.
 
     Attributes:
         root: the project's folder.
-        head: the commit that is checked out; experiments are filed under it.
-        tree: git's name of the files' content.
+        head: the checked-out commit, which experiments are based on.
+        tree: git tree of the files.
         cache: DVC's cache.
     """
 
@@ -54,7 +54,7 @@ class Snapshot:
 
     @classmethod
     def take(cls, root: Path) -> Snapshot:
-        """What git tracks as it lies there, and the code and configuration that it does not track yet.
+        """Takes a snapshot of all tracked files, and of untracked code and configuration.
 
         Raises:
             StageFailed: there is no commit.
@@ -62,7 +62,7 @@ class Snapshot:
         try:
             head = _git(root, "rev-parse", "--verify", "HEAD").strip()
         except StageFailed as error:
-            raise StageFailed(f"{root} has no commit to file experiments under; git add and commit first") from error
+            raise StageFailed(f"{root} has no commit to base experiments on; run `git add` and `git commit`") from error
         index = root / SCRATCH / f"index-{os.getpid()}"
         environment = {"GIT_INDEX_FILE": str(index)}
         try:
@@ -78,11 +78,11 @@ class Snapshot:
             return cls(root, head, tree, Path(repo.cache.local_cache_dir))
 
     def unpack(self, folder: Path, linked: Mapping[str, Any] | None = None) -> None:
-        """Makes a checkout of it.
+        """Creates a checkout of the snapshot.
 
         Args:
-            folder: which is not there yet.
-            linked: a params.yaml, whose files and folders that git does not have are linked from the project.
+            folder: the folder to create.
+            linked: a params.yaml; the untracked files and folders that it names are linked from the project.
         """
         _git(self.root, "clone", "--quiet", "--shared", "--no-checkout", str(self.root), str(folder))
         _git(folder, "checkout", "--quiet", "--detach", self.head)
@@ -95,17 +95,17 @@ class Snapshot:
 
         with Config(str(folder / ".dvc")).edit("local") as config:
             config["cache"] = {"dir": str(self.cache), "type": ["reflink", "hardlink", "symlink"]}
-        for name in _named(linked or {}):
-            source, here = self.root / name, folder / name
-            if source.exists() and not here.exists():
-                here.parent.mkdir(parents=True, exist_ok=True)
-                here.symlink_to(source, target_is_directory=source.is_dir())
+        for name in _input_paths(linked or {}):
+            source, link = self.root / name, folder / name
+            if source.exists() and not link.exists():
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(source, target_is_directory=source.is_dir())
 
 
-def _named(params: Mapping[str, Any]) -> Iterator[str]:
-    """What a params.yaml names that may be a path in the project: inputs of any kind, and the store of captions.
+def _input_paths(params: Mapping[str, Any]) -> Iterator[str]:
+    """Yields values of params.yaml that may be paths in the project: inputs and the caption store.
 
-    What stages write is DVC's to bring.
+    Outputs of stages are left out, because DVC checks them out.
     """
     outputs = [str(path) for key, path in params.get("paths", {}).items() if key != "caption_store"]
     for value in flatten(params).values():
@@ -122,11 +122,11 @@ def _overlap(one: Path, other: Path) -> bool:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One experiment of the project in DVC.
+    """A DVC experiment of the project.
 
     Attributes:
         root: the project's folder.
-        name: of the experiment.
+        name: name of the experiment.
     """
 
     root: Path
@@ -134,20 +134,20 @@ class Experiment:
 
     @property
     def folder(self) -> Path:
-        """Where its checkout is while it runs, and its log for good."""
+        """The folder of its checkout while it runs, and of its log."""
         return self.root / SCRATCH / "sweeps" / self.name
 
     def revision(self) -> str | None:
-        """The commit of its result, whichever commit it is filed under; None where there is none."""
+        """Returns the commit of its result, whatever commit it is based on; None if it is not finished."""
         lines = _git(self.root, "for-each-ref", "--sort=-creatordate", "--format=%(objectname) %(refname)", "refs/exps")
-        found = [line.split()[0] for line in lines.splitlines() if line.endswith(f"/{self.name}")]
-        return found[0] if found else None
+        commits = [line.split()[0] for line in lines.splitlines() if line.endswith(f"/{self.name}")]
+        return commits[0] if commits else None
 
     def read(self, path: Path, kind: type[T]) -> T:
-        """A record that a stage of it has written.
+        """Reads a record that one of its stages wrote.
 
         Raises:
-            StageFailed: there is no such experiment, or DVC's cache has lost the file.
+            StageFailed: there is no such experiment, or the file is missing from DVC's cache.
             ValueError: the file is not of this kind.
         """
         import dvc.api
@@ -161,26 +161,26 @@ class Experiment:
         return as_record(json.loads(text), kind, path)
 
     def overrides(self) -> dict[str, Any]:
-        """Dotted parameter → value, what it changed in params.yaml.
+        """Returns its changes to params.yaml, dotted parameter → value.
 
         Raises:
-            StageFailed: there is no such experiment, or no sweep has made it.
+            StageFailed: there is no such experiment, or it is not from a sweep.
         """
         revision = self.revision()
         if not revision:
-            raise StageFailed(f"no experiment {self.name!r}; `dvc exp list --all-commits` has them all")
+            raise StageFailed(f"no experiment {self.name!r}; list them with `dvc exp list --all-commits`")
         message = _git(self.root, "show", "--no-patch", "--format=%B", revision)
         try:
             return json.loads(message)
         except json.JSONDecodeError as error:
-            raise StageFailed(f"{self.name} is no point of a sweep; try `dvc exp apply {self.name}`") from error
+            raise StageFailed(f"{self.name} is not a trial of a sweep; try `dvc exp apply {self.name}`") from error
 
     @contextmanager
-    def alone(self, wait: Callable[[], None]) -> Iterator[IO[Any]]:
-        """Keeps others from the experiment's checkout for the block; gives what holds the lock, for who outlives it.
+    def exclusive(self, wait: Callable[[], None]) -> Iterator[IO[Any]]:
+        """Locks the experiment's checkout; yields the lock file, which a child process may inherit to keep the lock.
 
         Args:
-            wait: called again and again while somebody else has it; may raise.
+            wait: called repeatedly while another process has the lock; may raise.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "lock").open("w") as lock:
@@ -194,7 +194,7 @@ class Experiment:
             yield lock
 
     def prepare(self, snapshot: Snapshot, params: Mapping[str, Any], overrides: Mapping[str, Any]) -> Path:
-        """Makes its checkout, with the scratch of an earlier try if there was one; gives its folder."""
+        """Creates its checkout, with the scratch folder of an interrupted try if there is one; returns its folder."""
         project, kept = self.folder / "project", self.folder / "scratch"
         if (project / SCRATCH).is_dir():
             remove(kept)
@@ -208,28 +208,28 @@ class Experiment:
         return project
 
     def command(self, target: str, overrides: Mapping[str, Any]) -> list[str]:
-        """What runs it in its checkout."""
+        """Returns the command that runs it in its checkout."""
         message = json.dumps(dict(overrides), allow_nan=False)
         return ["flows.runtime.dvc", "exp", "run", "--name", self.name, "--message", message, target]
 
     def collect(self) -> None:
-        """Takes the result over from its checkout, which is then removed.
+        """Fetches the result from its checkout, and removes the checkout.
 
         Raises:
-            StageFailed: there is none.
+            StageFailed: there is no result.
         """
         project = self.folder / "project"
         refs = _git(project, "for-each-ref", "--format=%(refname)", "refs/exps").split()
-        ours = [ref for ref in refs if ref.endswith(f"/{self.name}")]
-        if not ours:
-            raise StageFailed(f"DVC ended well without the experiment; what it wrote is in {self.folder / 'log.txt'}")
-        _git(self.root, "fetch", "--quiet", "--no-write-fetch-head", str(project), *(f"+{ref}:{ref}" for ref in ours))
+        own = [ref for ref in refs if ref.endswith(f"/{self.name}")]
+        if not own:
+            raise StageFailed(f"DVC succeeded without creating the experiment; see {self.folder / 'log.txt'}")
+        _git(self.root, "fetch", "--quiet", "--no-write-fetch-head", str(project), *(f"+{ref}:{ref}" for ref in own))
         remove(project)
 
 
 def set_params(path: Path, changes: Mapping[str, Any]) -> None:
-    """Writes values of dotted parameters into a YAML file, whose comments and lines stay."""
-    from ruamel.yaml import YAML  # which DVC writes such files with, too
+    """Writes values of dotted parameters to a YAML file, keeping comments and layout."""
+    from ruamel.yaml import YAML  # also used by DVC
     from ruamel.yaml.comments import CommentedSeq
 
     yaml = YAML()

@@ -1,4 +1,4 @@
-"""All that is measured of a trained ablation: its seeds' scores, how far they read, where their attention goes."""
+"""Evaluation of a trained ablation: each seed's benchmark scores, reading tests and attention scores."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from lotlip.data.tokenizer import token_counts
 from lotlip.evaluate.attention_pictures import attention_pictures, small_jpeg
 from lotlip.evaluate.attention_scores import attention_scores
 from lotlip.evaluate.benchmarks import Benchmark
-from lotlip.evaluate.encoders import EachTextOnce, LotlipEncoder, Runner
+from lotlip.evaluate.encoders import CachedTextEncoder, LotlipEncoder, Runner
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol, unseen_share
 from lotlip.evaluate.examples import retrieval_examples, shown_images
 from lotlip.evaluate.flops import flops_by_context
-from lotlip.evaluate.reading import make_quiz, read_to_the_end
+from lotlip.evaluate.reading import evaluate_reading, make_reading_test
 from lotlip.evaluate.records import NOT_DRAWN, BenchmarkScores, NotDrawn
 from lotlip.evaluate.score_names import MAIN_METRICS
 from lotlip.figures.charts import in_one_line
@@ -28,14 +28,14 @@ from lotlip.models.saving import load_model
 
 
 @dataclass
-class Measured:
-    """What was found.
+class AblationResults:
+    """The results of an ablation.
 
     Attributes:
         results: benchmark → results.
         parameters: part of the model → number of parameters.
-        text_tower_flops: tokens of a text → floating-point operations of the text tower on it.
-        texts: that were scored, over all seeds.
+        text_tower_flops: tokens per text → FLOPs of the text tower per text.
+        texts: number of texts scored, over all seeds.
     """
 
     results: dict[str, BenchmarkScores] = field(default_factory=dict)
@@ -45,17 +45,17 @@ class Measured:
 
 
 def summary(results: Mapping[str, BenchmarkScores]) -> dict[str, dict[str, float]]:
-    """Benchmark → metric → the mean over seeds, rounded, of R@1 and top-1 alone: what `dvc metrics show` shows.
+    """Returns benchmark → metric → rounded mean over seeds, of R@1 and top-1 only, for `dvc metrics show`.
 
     Args:
-        results: as of `Measured`.
+        results: see `AblationResults`.
     """
-    found: dict[str, dict[str, float]] = {}
+    means: dict[str, dict[str, float]] = {}
     for benchmark, result in results.items():
         seeds = list(result.seeds.values())
         main = [name for name in seeds[0] if name in MAIN_METRICS]
-        found[benchmark] = {name: round(fmean(scores[name] for scores in seeds), 4) for name in main}
-    return found
+        means[benchmark] = {name: round(fmean(scores[name] for scores in seeds), 4) for name in main}
+    return means
 
 
 def measure(
@@ -66,44 +66,45 @@ def measure(
     about: Mapping[str, str],
     how: Runner,
     on_seed: Callable[[int], object] = lambda seed: None,
-) -> Measured:
+) -> AblationResults:
     """Scores every seed of an ablation on every benchmark.
 
     Args:
-        folder: of the trained ablation.
-        config: it was trained with: "seeds", "text" and "image_tower".
-        benchmarks: what to ask.
-        vocabulary: word pieces that training texts have.
-        about: what else the protocol says, such as "command".
+        folder: folder of the trained ablation.
+        config: its training settings, with "seeds", "text" and "image_tower".
+        benchmarks: the benchmarks to score it on.
+        vocabulary: word pieces that occur in training texts.
+        about: additional entries of the protocol, such as "command".
         how: device, precision and batch size.
-        on_seed: told of each seed that is done.
+        on_seed: called with each seed that is done.
 
     Raises:
         ValueError: a benchmark's texts have more unseen word pieces than it allows, or an image cannot be read.
     """
-    found = Measured()
+    measured = AblationResults()
     tokenizer = config["text"]["tokenizer"]
     images: dict[str, Tensor] = {}
     pieces = partial(token_counts, tokenizer)
-    quizzes = {benchmark.name: make_quiz(benchmark.scenes, pieces) for benchmark in benchmarks if benchmark.scenes}
+    reading_tests = {b.name: make_reading_test(b.scenes, pieces) for b in benchmarks if b.scenes}
     for seed in config["seeds"]:
-        own = folder / f"seed-{seed}"
-        encoder = LotlipEncoder(*load_model(own), how)
+        seed_folder = folder / f"seed-{seed}"
+        encoder = LotlipEncoder(*load_model(seed_folder), how)
         model = encoder.model
-        found.parameters = {
+        measured.parameters = {
             name: sum(weight.numel() for weight in tower.parameters())
             for name, tower in (("text_tower", model.text), ("image_tower", model.image_tower))
         }
-        found.text_tower_flops = found.text_tower_flops or flops_by_context(model.config)
+        measured.text_tower_flops = measured.text_tower_flops or flops_by_context(model.config)
         for benchmark in benchmarks:
-            name, quiz, asked = benchmark.name, quizzes.get(benchmark.name), EachTextOnce(encoder)
+            name, reading_test = benchmark.name, reading_tests.get(benchmark.name)
+            cached = CachedTextEncoder(encoder)
             if name not in images or not config["image_tower"]["frozen"]:  # all seeds share a frozen tower
                 images[name] = image_features(encoder, benchmark)
-            if name not in found.results:
-                false = [text for question in quiz.questions for text in question.changed] if quiz else []
-                unseen = unseen_share(benchmark, tokenizer, vocabulary, false, encoder.tokenizer.sentence_ends)
+            if name not in measured.results:
+                changed = [t for question in reading_test.questions for t in question.changed] if reading_test else []
+                unseen = unseen_share(benchmark, tokenizer, vocabulary, changed, encoder.tokenizer.sentence_ends)
                 ceiling, repeats = limits(benchmark)
-                found.results[name] = BenchmarkScores(
+                measured.results[name] = BenchmarkScores(
                     protocol={
                         "model": folder.as_posix(),
                         **protocol(encoder, benchmark),
@@ -113,18 +114,18 @@ def measure(
                     },
                     chance=chances(benchmark),
                     ceiling=ceiling,
-                    examples=retrieval_examples(asked, benchmark, images[name]),
+                    examples=retrieval_examples(cached, benchmark, images[name]),
                 )
-            result, scores = found.results[name], evaluate(asked, benchmark, images[name])
+            result, scores = measured.results[name], evaluate(cached, benchmark, images[name])
             result.seeds[seed] = dict(scores.values)
             result.intervals[seed] = dict(scores.intervals)
             result.attention[seed] = attention_scores(encoder, benchmark).to_json()
-            result.weights_sha256[seed] = weights_hash(own)
-            if quiz:
-                result.reading[seed] = read_to_the_end(asked, quiz, images[name]).to_json()
-            found.texts += sum(len(asked.texts) for asked in benchmark.retrieval.values())
+            result.weights_sha256[seed] = weights_hash(seed_folder)
+            if reading_test:
+                result.reading[seed] = evaluate_reading(cached, reading_test, images[name]).to_json()
+            measured.texts += sum(len(texts.texts) for texts in benchmark.retrieval.values())
         on_seed(seed)
-    return found
+    return measured
 
 
 def draw(
@@ -135,19 +136,19 @@ def draw(
     out: Path,
     results: Mapping[str, BenchmarkScores] | None = None,
 ) -> NotDrawn:
-    """Draws the first seed's pictures, after its scores are safe: a picture that fails is named and left out.
+    """Draws the first seed's figures. Call it after the scores are saved; figures that fail are listed and left out.
 
     Args:
-        folder: of the trained ablation.
-        config: it was trained with: "seeds".
-        benchmarks: that it was scored on.
+        folder: folder of the trained ablation.
+        config: its training settings, with "seeds".
+        benchmarks: the benchmarks it was scored on.
         how: device, precision and batch size.
-        out: folder that is written whole: `<benchmark>-<name>.png`, where attention goes; `images/<benchmark>/<number>
-            .jpg`, the images of the examples; and `not-drawn.json` where something could not be drawn.
-        results: as of `Measured`, with the examples.
+        out: output folder, written atomically: `<benchmark>-<name>.png`, the attention maps;
+            `images/<benchmark>/<index>.jpg`, the images of the examples; and `not-drawn.json`, the failures, if any.
+        results: see `AblationResults`, with the examples.
 
     Returns:
-        Benchmark → what could not be drawn → why.
+        Benchmark → figure that could not be drawn → reason.
     """
     encoder = LotlipEncoder(*load_model(folder / f"seed-{config['seeds'][0]}"), how)
     problems: NotDrawn = {}
@@ -157,13 +158,13 @@ def draw(
             failed: dict[str, str] = {}
             for name, png in attention_pictures(encoder, benchmark, failed.__setitem__).items():
                 (unfinished / f"{benchmark.name}-{name}.png").write_bytes(png)
-            found = (results or {}).get(benchmark.name)
-            for number in shown_images(found.examples if found else {}):
+            result = (results or {}).get(benchmark.name)
+            for number in shown_images(result.examples if result else {}):
                 file = unfinished / "images" / benchmark.name / f"{number}.jpg"
                 file.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     file.write_bytes(small_jpeg(benchmark, number))
-                except ValueError as error:  # it cannot be read or decoded
+                except ValueError as error:  # the image cannot be read or decoded
                     failed[f"image {benchmark.images[number]}"] = in_one_line(error)
             if failed:
                 problems[benchmark.name] = failed

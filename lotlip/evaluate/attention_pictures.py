@@ -1,4 +1,4 @@
-"""Pictures of where attention goes (paper, Figs. 1 and 6): over images for a text, over a text's sub-captions."""
+"""Figures of attention (paper, Figs. 1 and 6): over images for a text, and over a text's sub-captions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
     from lotlip.evaluate.encoders import LotlipEncoder
 
 IMAGES = 3
-SENTENCES = 6  # of a long text, the others have no place beside one another
-SIDE = 160  # pixels of a shown image
+SENTENCES = 6  # sentences of a long text that fit side by side
+SIDE = 160  # longer side of a displayed image, in pixels
 _DPI = 130
 
-Disc = tuple[float, float, float]  # x, y and radius in shares of a picture's side
+Disc = tuple[float, float, float]  # x, y and radius as fractions of the image's side
 
 
 @dataclass(frozen=True)
-class SeenImage:
-    """One image with what some texts find in it.
+class ImageRelevance:
+    """An image with its relevance maps for some texts.
 
     Attributes:
-        picture: the square that the model sees.
+        picture: the model's square input.
         texts: the texts.
         maps: relevance of the patches for each text, [N, G, G'].
-        named: for each text, where the object is that it names; None where that is not known, or there is none.
+        named: for each text, the position of the object that it names; None if unknown or if it names none.
     """
 
     picture: Image
@@ -47,13 +47,13 @@ class SeenImage:
 
 
 @dataclass(frozen=True)
-class ReadText:
-    """How one long text is read.
+class TextReading:
+    """The distribution of attention over a long text.
 
     Attributes:
-        sub_captions: that were not cut off, n.
-        shares: of attention, a row of n for each reader's name.
-        entropy: of each reader's shares, 0 … 1; NaN with one sub-caption.
+        sub_captions: the n sub-captions within the context.
+        shares: reader, such as "[CLS]" → shares of attention, [n].
+        entropy: reader → normalised entropy of its shares, 0 … 1; NaN with one sub-caption.
     """
 
     sub_captions: Sequence[str]
@@ -64,83 +64,93 @@ class ReadText:
 def attention_pictures(
     encoder: LotlipEncoder, benchmark: Benchmark, on_failure: Callable[[str, str], object] = lambda name, reason: None
 ) -> dict[str, bytes]:
-    """Name → PNG, for the first images of a benchmark; what a model does not show is left out.
+    """Draws attention figures for the first images of a benchmark; those that the model does not support are left out.
 
-    `relevance`: a row for each image, a column for its short text and for each sentence of its long one. `reading`: how
-    [CLS] and the corner tokens spread over the sub-captions of the long texts. `on_failure` gets the name and the
-    reason of a picture that could not be drawn.
+    `relevance` has a row for each image and a column for its short text and each sentence of its long one. `reading`
+    shows the attention of [CLS] and the corner tokens over the sub-captions of the long texts.
+
+    Args:
+        encoder: the model.
+        benchmark: the benchmark.
+        on_failure: called with the name of a figure that could not be drawn, and the reason.
+
+    Returns:
+        Name → PNG.
     """
     pictures = {}
-    seen: Any
-    for name, draw, look in (
-        ("relevance", draw_relevance, look_at_images),
-        ("reading", draw_reading, look_at_texts),
+    data: Any
+    for name, draw, compute in (
+        ("relevance", draw_relevance, image_relevance),
+        ("reading", draw_reading, text_readings),
     ):
         try:
-            seen = look(encoder, benchmark)
-        except ValueError:  # the reason stands beside the scores
+            data = compute(encoder, benchmark)
+        except ValueError:  # the attention scores have the reason
             continue
-        except Exception as error:  # such as too little memory; no picture is worth a score
+        except Exception as error:  # such as out of memory; a figure must not cost the scores
             on_failure(name, in_one_line(error))
             continue
         try:
-            if seen:
-                pictures[name] = draw(seen)
+            if data:
+                pictures[name] = draw(data)
         except Exception as error:  # matplotlib raises many types
             on_failure(name, in_one_line(error))
     return pictures
 
 
-def look_at_images(encoder: LotlipEncoder, benchmark: Benchmark) -> list[SeenImage]:
-    """The first images that have a text, each with its short text and the sentences of its long one."""
-    from lotlip.evaluate.attention import maps_of
+def image_relevance(encoder: LotlipEncoder, benchmark: Benchmark) -> list[ImageRelevance]:
+    """Computes relevance maps of the first images with texts, for the short text and the sentences of the long one."""
+    from lotlip.evaluate.attention import image_relevance_maps
 
-    asked: dict[int, list[str]] = {}
+    texts_of: dict[int, list[str]] = {}
     ends = encoder.tokenizer.sentence_ends
     for kind in ("short", "long"):
         if kind in benchmark.retrieval:
-            own = benchmark.retrieval[kind]
-            first = dict(reversed(list(zip(own.image, own.texts, strict=True))))
+            retrieval = benchmark.retrieval[kind]
+            first = dict(reversed(list(zip(retrieval.image, retrieval.texts, strict=True))))
             for image, text in first.items():
-                asked.setdefault(image, []).extend(
+                texts_of.setdefault(image, []).extend(
                     [text] if kind == "short" else split_sub_captions(text, ends)[:SENTENCES]
                 )
-    first_images = sorted(asked)[:IMAGES]
-    encoded, texts = [benchmark.read(image) for image in first_images], [asked[image] for image in first_images]
+    images = sorted(texts_of)[:IMAGES]
+    encoded, texts = [benchmark.read(image) for image in images], [texts_of[image] for image in images]
+    all_maps = image_relevance_maps(encoder, encoded, texts)
     return [
-        SeenImage(_square(encoder, benchmark, image, data), own, maps.numpy(), _named(benchmark, image, own))
-        for image, data, own, maps in zip(first_images, encoded, texts, maps_of(encoder, encoded, texts), strict=True)
+        ImageRelevance(
+            _model_input(encoder, benchmark, image, data), parts, maps.numpy(), _named_objects(benchmark, image, parts)
+        )
+        for image, data, parts, maps in zip(images, encoded, texts, all_maps, strict=True)
     ]
 
 
-def look_at_texts(encoder: LotlipEncoder, benchmark: Benchmark) -> list[ReadText]:
-    """The first long texts, read by [CLS], by each corner token, and by one that reads every token alike."""
+def text_readings(encoder: LotlipEncoder, benchmark: Benchmark) -> list[TextReading]:
+    """Computes the attention of [CLS] and each corner token over the first long texts, and uniform attention."""
     import torch
 
-    from lotlip.evaluate.attention import spread, sub_caption_shares, sub_captions, text_attention
+    from lotlip.evaluate.attention import normalised_entropy, sub_caption_shares, sub_captions, text_attention
 
-    model, read = encoder.model, []
+    model, readings = encoder.model, []
     for text in benchmark.retrieval["long"].texts[:IMAGES] if "long" in benchmark.retrieval else ():
-        ids, lengths = (torch.from_numpy(made).to(model.device) for made in encoder.tokenizer([text]))
+        ids, lengths = (torch.from_numpy(array).to(model.device) for array in encoder.tokenizer([text]))
         number = sub_captions(model, ids, lengths)
         shares, by_length = sub_caption_shares(text_attention(model, ids, lengths), number)
         rows = torch.cat([shares[0], by_length]).cpu()  # [1 + m + 1, N]
         names = ["[CLS]", *(f"Cor {corner}" for corner in range(1, len(rows) - 1)), "by length"]
-        entropy = spread(rows[None], number.amax(dim=1).cpu() + 1)[0].tolist()
+        entropy = normalised_entropy(rows[None], number.amax(dim=1).cpu() + 1)[0].tolist()
         parts = split_sub_captions(text, encoder.tokenizer.sentence_ends)[: rows.shape[1]]
-        read.append(
-            ReadText(parts, dict(zip(names, rows.numpy(), strict=True)), dict(zip(names, entropy, strict=True)))
+        readings.append(
+            TextReading(parts, dict(zip(names, rows.numpy(), strict=True)), dict(zip(names, entropy, strict=True)))
         )
-    return read
+    return readings
 
 
 def overlay(picture: Image, relevance: np.ndarray, named: Disc | None = None) -> Image:
-    """A picture in grey with relevance [G, G'] laid over it in red, full where it is largest.
+    """Draws relevance [G, G'] in red over a grey image, scaled to its maximum.
 
     Args:
-        picture: the square that the model sees.
-        relevance: of its patches.
-        named: a circle to draw.
+        picture: the model's square input.
+        relevance: relevance of its patches.
+        named: circle to draw.
     """
     from PIL import ImageDraw
 
@@ -151,8 +161,8 @@ def overlay(picture: Image, relevance: np.ndarray, named: Disc | None = None) ->
     return shown
 
 
-def draw_relevance(images: Sequence[SeenImage]) -> bytes:
-    """A row for each image, a column for each text, the text above; PNG."""
+def draw_relevance(images: Sequence[ImageRelevance]) -> bytes:
+    """Draws a row for each image and a column for each text, with the text above it, as PNG."""
     columns = 1 + max(len(image.texts) for image in images)
 
     def draw(figure: Figure) -> None:
@@ -172,8 +182,8 @@ def draw_relevance(images: Sequence[SeenImage]) -> bytes:
     return _png((1.3 * columns, 1.95 * len(images)), draw)
 
 
-def draw_reading(texts: Sequence[ReadText]) -> bytes:
-    """For each text a row for each reader, a column for each sub-caption: its share in colour, entropy on the right."""
+def draw_reading(texts: Sequence[TextReading]) -> bytes:
+    """Draws each text as a heat map of shares, readers by sub-captions, with the entropy on the right, as PNG."""
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("share", ["#ffffff", SYSTEM_COLOURS["LoTLIP"]])
@@ -182,8 +192,8 @@ def draw_reading(texts: Sequence[ReadText]) -> bytes:
     def draw(figure: Figure) -> None:
         for axes, text in zip(figure.subplots(len(texts), 1, squeeze=False)[:, 0], texts, strict=True):
             shares = np.stack(list(text.shares.values()))
-            most = max(float(shares.max()), 1e-6)
-            axes.imshow(shares, cmap=colours, vmin=0, vmax=most, aspect="auto")
+            maximum = max(float(shares.max()), 1e-6)
+            axes.imshow(shares, cmap=colours, vmin=0, vmax=maximum, aspect="auto")
             axes.set_xlim(-0.5, widest - 0.5)
             axes.grid(False)
             axes.spines["bottom"].set_visible(False)
@@ -192,7 +202,7 @@ def draw_reading(texts: Sequence[ReadText]) -> bytes:
             axes.set_xticks(range(len(labels)), labels, fontsize=6.5)
             axes.set_yticks(range(len(shares)), list(text.shares), fontsize=8)
             for (row, column), share in np.ndenumerate(shares):
-                ink = "white" if share > 0.6 * most else INK
+                ink = "white" if share > 0.6 * maximum else INK
                 axes.text(column, row, f"{100 * share:.0f} %", ha="center", va="center", fontsize=7.5, color=ink)
             for row, name in enumerate(text.shares):
                 entropy = text.entropy.get(name, np.nan)
@@ -209,7 +219,7 @@ def _wrapped(text: str, width: int, lines: int) -> str:
 
 
 def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
-    """An image of a benchmark, atomic_write, with a longer side of SIDE pixels; a scene is drawn anew."""
+    """Returns an image of a benchmark, uncropped, with a longer side of `SIDE` pixels; scenes are rendered again."""
     if benchmark.scenes:
         from lotlip.demo.world import render
 
@@ -224,8 +234,8 @@ def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
     return file.getvalue()
 
 
-def _square(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encoded: bytes) -> Image:
-    """What the model sees of an image, as it is to be shown; a scene is drawn anew, sharper than the model sees it."""
+def _model_input(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encoded: bytes) -> Image:
+    """The model's square input at display size; scenes are rendered again, sharper than the model sees them."""
     if benchmark.scenes:
         from lotlip.demo.world import render
 
@@ -236,18 +246,18 @@ def _square(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encoded: b
     return square(decode_rgb(encoded), SIDE, spec.resize, spec.mean)
 
 
-def _named(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc | None]:
-    """Where the object is that each text names: in a scene each has a shape of its own, which the text has."""
+def _named_objects(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc | None]:
+    """The position of the object that each text names. Shapes are unique within a scene, so the shape identifies it."""
     if not benchmark.scenes:
         return [None] * len(texts)
     scene = benchmark.scenes[image]
     objects = {thing.shape: thing.disc for thing in (scene.salient, *scene.objects)}
     words = [set(text.lower().split()) for text in texts]
-    return [next((disc for shape, disc in objects.items() if shape in own), None) for own in words]
+    return [next((disc for shape, disc in objects.items() if shape in text_words), None) for text_words in words]
 
 
 def _png(size: tuple[float, float], draw: Any) -> bytes:
-    """Draws a figure of `size` inches; the same numbers give the same bytes."""
+    """Draws a figure of `size` inches as PNG; equal inputs give equal bytes."""
     from matplotlib.figure import Figure as Canvas
 
     with styled():

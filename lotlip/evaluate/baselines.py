@@ -1,7 +1,7 @@
-"""Models of other projects as encoders: CLIP, SigLIP and their kin of transformers, and whatever open_clip loads.
+"""Encoders for external models: CLIP, SigLIP and similar models of transformers, and all models of open_clip.
 
-Each has its own tokenizer, context length and preprocessing. Images are decoded as everywhere in this project (turned
-upright, brought to sRGB, on white), so that all models of a table see the same pictures.
+Each uses its own tokenizer, context length and preprocessing. Images are decoded as everywhere in this project (rotated
+upright, converted to sRGB, on white), so that all models of a table see the same images.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from lotlip.data.weights import check_finite, check_weights
 from lotlip.evaluate.encoders import ACCEPTED, OPEN_CLIP, Runner, preprocessing
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-_LOCAL, _HUB = "local-dir:", "hf-hub:"  # how open_clip calls a folder, and a name of Hugging Face's
-# What a folder of transformers' or open_clip's is made of: no code.
+_LOCAL, _HUB = "local-dir:", "hf-hub:"  # open_clip's prefixes for a folder and for a Hugging Face name
+# The files of a model; code is never downloaded.
 _PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
-# Trained without an attention mask: padding is a part of the text, and the last position, padding or not, its feature.
+# Trained without an attention mask: padding is part of the text, and the feature is that of the last position.
 _PADDING_IS_TEXT = ("siglip", "siglip2")
 
 
 def from_hub(name: str) -> Path:
-    """The folder with the files of a model of Hugging Face's, which are fetched unless they are there.
+    """Downloads a model from Hugging Face, unless it is cached, and returns its folder.
 
     Raises:
-        ValueError: there is no such model, or it cannot be fetched.
+        ValueError: there is no such model, or it cannot be downloaded.
     """
     from huggingface_hub import snapshot_download
 
@@ -46,24 +46,25 @@ def from_hub(name: str) -> Path:
         folder = Path(fetch(allow_patterns=_PARTS))
         if not list(folder.glob("*.safetensors")):
             fetch(allow_patterns=["*.bin"])
-    except (OSError, ValueError) as error:  # its HTTP errors are OSErrors
+    except (OSError, ValueError) as error:  # huggingface_hub's HTTP errors are OSErrors
         reason = shorten(str(error), 300, placeholder=" …")
         raise ValueError(
-            f"no folder {name} is there, and no model of that name can be had of Hugging Face ({reason}); {ACCEPTED}"
+            f"there is no folder {name}, and no model of that name can be downloaded from Hugging Face ({reason}); "
+            f"{ACCEPTED}"
         ) from error
     return folder
 
 
 class TransformersEncoder:
-    """A dual encoder of transformers: whatever has get_image_features and get_text_features.
+    """A dual encoder of transformers: any model with get_image_features and get_text_features.
 
     Args:
-        name: for its protocol.
-        folder: in Hugging Face layout.
-        run: how.
+        name: its name in the protocol.
+        folder: a folder in Hugging Face layout.
+        run: device, precision and batch size.
 
     Raises:
-        ValueError: the folder's model is no such model, or the folder lacks weights, tokenizer or image processor.
+        ValueError: the model is of another kind, or the folder lacks weights, tokenizer or image processor.
     """
 
     def __init__(self, name: str, folder: Path, run: Runner) -> None:
@@ -74,9 +75,9 @@ class TransformersEncoder:
         self._name = name
         self._run = run
         self._weights = _weights_files(folder)
-        with _named(name), without_bars():
+        with _loading(name), without_bars():
             kind = _dual_encoder(folder)
-            # no name of Hugging Face's: all is in the folder, and nothing else is looked for
+            # `folder` is local and complete, so nothing is downloaded
             check_weights(folder)
             self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
             self._processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -90,7 +91,7 @@ class TransformersEncoder:
             )
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"]))
-            raise ValueError(f"{name} does not hold all weights of a {kind}: {missing} are not there")
+            raise ValueError(f"{name} lacks weights of a {kind}: {missing}")
         check_finite(model.named_parameters(), name)
         self._model = model.to(run.device).eval()
         text = model.config.get_text_config()
@@ -98,7 +99,7 @@ class TransformersEncoder:
         self._context_length = min(positions, self._tokenizer.model_max_length)
 
     def images(self, images: Iterable[bytes]) -> Tensor:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         encode = _pooled(self._model.get_image_features)
         return torch.cat(
             [
@@ -114,21 +115,21 @@ class TransformersEncoder:
         return dict(self._processor(images=[picture], return_tensors="pt"))
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, None]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         encode = _pooled(self._model.get_text_features)
         batches = in_batches(texts, self._run.batch_size)
         return torch.cat([self._run.features(encode, **self._tokens(batch)) for batch in batches]), None
 
     def _tokens(self, texts: list[str]) -> dict[str, Tensor]:
-        found = self._tokenizer(
+        encoding = self._tokenizer(
             texts, padding="max_length", truncation=True, max_length=self._context_length, return_tensors="pt"
         )
         if self._model.config.model_type in _PADDING_IS_TEXT:
-            return {"input_ids": found["input_ids"]}
-        return dict(found)
+            return {"input_ids": encoding["input_ids"]}
+        return dict(encoding)
 
     def protocol(self) -> dict[str, str | int]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         vision = self._model.config.vision_config
         return {
             "model": self._name,
@@ -144,21 +145,21 @@ class TransformersEncoder:
 
 
 def _dual_encoder(folder: Path) -> str:
-    """The kind of model that a folder has, if it encodes images and texts apart."""
+    """Returns the type of a folder's model, which must be a dual encoder."""
     from transformers import MODEL_MAPPING, AutoConfig
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    made = MODEL_MAPPING.get(type(config), None)
-    if not all(hasattr(made, f"get_{side}_features") for side in ("image", "text")):
-        raise ValueError(f"a {config.model_type} gives no features of images and of texts to compare; {ACCEPTED}")
+    model_class = MODEL_MAPPING.get(type(config), None)
+    if not all(hasattr(model_class, f"get_{side}_features") for side in ("image", "text")):
+        raise ValueError(f"a {config.model_type} is not a dual encoder of images and texts; {ACCEPTED}")
     return config.model_type
 
 
 def _weights_files(folder: Path) -> list[Path]:
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # in the order in which transformers looks for them
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):  # in transformers' order of precedence
         if files := sorted(folder.glob(pattern)):
             return files
-    raise ValueError(f"{folder} has no weights: neither model*.safetensors nor pytorch_model*.bin is there")
+    raise ValueError(f"{folder} has no weights: there is neither model*.safetensors nor pytorch_model*.bin")
 
 
 def _pooled(encode: Callable[..., Any]) -> Callable[..., Tensor]:
@@ -186,12 +187,12 @@ class OpenClipEncoder:
     """A model of open_clip.
 
     Args:
-        name: for its protocol.
+        name: its name in the protocol.
         address: NAME:TAG or NAME:FILE, where NAME is an architecture; `hf-hub:NAME` or `local-dir:FOLDER`.
-        run: how.
+        run: device, precision and batch size.
 
     Raises:
-        ValueError: there is no such model, no such weights, or they cannot be loaded.
+        ValueError: there is no such model, there are no such weights, or they cannot be loaded.
     """
 
     def __init__(self, name: str, address: str, run: Runner) -> None:
@@ -200,26 +201,26 @@ class OpenClipEncoder:
 
         self._name = name
         self._run = run
-        whole = address.startswith((_LOCAL, _HUB))
-        made, _, weights = (address, "", "") if whole else address.partition(":")
-        if not whole:
-            _check_address(made, weights)
-        with _named(name):
-            text = (open_clip.get_model_config(made) or {}).get("text_cfg", {})
-            # a model's own configuration could ask for its tokenizer's code to be run
-            never = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
-            if text.get("hf_model_name"):  # open_clip would let the terminal decide about a text tower's code
+        has_weights = address.startswith((_LOCAL, _HUB))
+        architecture, _, weights = (address, "", "") if has_weights else address.partition(":")
+        if not has_weights:
+            _check_address(architecture, weights)
+        with _loading(name):
+            text = (open_clip.get_model_config(architecture) or {}).get("text_cfg", {})
+            # A model's configuration could request running its tokenizer's code.
+            no_code = {"trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+            if text.get("hf_model_name"):  # open_clip would ask on the terminal whether to run a text tower's code
                 AutoConfig.from_pretrained(text["hf_model_name"], trust_remote_code=False)
             model, self._transform = open_clip.create_model_from_pretrained(
-                made, weights or None, device=run.device, weights_only=True
+                architecture, weights or None, device=run.device, weights_only=True
             )
-            self._tokenizer = open_clip.get_tokenizer(made, **never)
+            self._tokenizer = open_clip.get_tokenizer(architecture, **no_code)
         check_finite(model.named_parameters(), name)
         self._model = model.eval()
         self._preprocess = open_clip.transform.PreprocessCfg(**model.visual.preprocess_cfg)
 
     def images(self, images: Iterable[bytes]) -> Tensor:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         batches = self._run.prepared(images, self._prepare)
         return torch.cat([self._run.features(self._model.encode_image, torch.stack(batch)) for batch in batches])
 
@@ -228,18 +229,18 @@ class OpenClipEncoder:
         return self._transform(without_ends(picture) if self._preprocess.resize_mode == "shortest" else picture)
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, None]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         batches = in_batches(texts, self._run.batch_size)
         return torch.cat(
             [self._run.features(self._model.encode_text, self._tokenizer(batch)) for batch in batches]
         ), None
 
     def protocol(self) -> dict[str, str | int]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         used = self._preprocess
         height, width = used.size if isinstance(used.size, (tuple, list)) else (used.size, used.size)
         size = f"{height} × {width}"
-        # open_clip's own words: what becomes of pictures that are no squares
+        # open_clip's resize modes: how non-square images are made square
         resize, crop = {
             "shortest": (f"shorter side to {size}", f"centre crop to {size}"),
             "longest": (f"longer side to {size}", f"filled up to {size}"),
@@ -259,7 +260,7 @@ class OpenClipEncoder:
 
 
 def _check_address(architecture: str, weights: str) -> None:
-    """Whether open_clip knows an architecture and weights for it; its own messages list all that it has."""
+    """Raises ValueError unless open_clip has the architecture and the weights; its own errors list all models."""
     import open_clip
 
     known = open_clip.list_models()
@@ -269,17 +270,17 @@ def _check_address(architecture: str, weights: str) -> None:
         raise ValueError(f"open_clip has no architecture {architecture!r}{hint} ({ACCEPTED})")
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if weights.lower().replace("-", "_") not in tags and not Path(weights).is_file():
-        wrong = f"{weights!r} is none of its tags, and no file" if weights else "which weights is not said"
+        problem = f"{weights!r} is neither one of its tags nor a file" if weights else "no weights are given"
         raise ValueError(
-            f"{OPEN_CLIP}{architecture}: {wrong}; give {OPEN_CLIP}{architecture}:FILE, or a tag after the colon: "
+            f"{OPEN_CLIP}{architecture}: {problem}; use {OPEN_CLIP}{architecture}:FILE or a tag after the colon: "
             f"{', '.join(tags) or 'there are none'}"
         )
 
 
 def _state_hash(model: nn.Module) -> str:
-    """Of the weights as they are in memory: their names, kinds, shapes and bytes.
+    """Hashes the weights in memory: their names, dtypes, shapes and bytes.
 
-    open_clip chooses among several files, and does not tell which one it took.
+    open_clip does not report which of several files it loaded.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
@@ -289,8 +290,8 @@ def _state_hash(model: nn.Module) -> str:
 
 
 @contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Whatever a library says of a model that it cannot load becomes one line that names the model."""
+def _loading(name: str) -> Iterator[None]:
+    """Turns a library's error while it loads a model into a ValueError that names the model."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, UnpicklingError) as error:

@@ -1,4 +1,4 @@
-"""Benchmarks: readers that give images and the texts that belong to them."""
+"""Benchmarks: images with texts for retrieval and prompts for classification."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PUBLISHED = "lotlip.evaluate.published:open_published"
 
 
 @dataclass(frozen=True)
-class Texts:
+class ImageTexts:
     """Texts of one kind, each belonging to one image.
 
     Attributes:
@@ -38,11 +38,11 @@ class Texts:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Zero-shot classification.
+    """Prompts for zero-shot classification.
 
     Attributes:
-        classes: several prompts for each class.
-        labels: each image's class.
+        classes: the prompts of each class.
+        labels: the class of each image.
     """
 
     classes: list[list[str]]
@@ -51,23 +51,23 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Images with what is asked of them.
+    """Images with texts and prompts.
 
     Attributes:
-        name: that scores are filed under; a partial run's ends in "-partial", so that the word is wherever they are.
-        images: name of each image, unique.
-        read: number of an image → its encoded bytes.
+        name: name that scores are stored under; that of a partial run ends in "-partial".
+        images: unique name of each image.
+        read: index of an image → its encoded bytes.
         retrieval: "long" and "short" → texts.
-        prompts: for classification; None where there are no classes.
-        max_unseen_tokens: share of the texts' word pieces that no training text may have; None where any may.
-        about: what its protocol says of it, such as "split" and "version".
-        scenes: of each image, where it is a generated one and all is known of it; else none.
+        prompts: prompts for classification; None if there are no classes.
+        max_unseen_tokens: maximum share of the texts' word pieces that occur in no training text; None for no limit.
+        about: entries for the protocol, such as "split" and "version".
+        scenes: the scene of each image if images are generated; else empty.
     """
 
     name: str
     images: Sequence[str]
     read: Callable[[int], bytes]
-    retrieval: Mapping[str, Texts]
+    retrieval: Mapping[str, ImageTexts]
     prompts: Prompts | None = None
     max_unseen_tokens: float | None = None
     about: Mapping[str, str | int] = field(default_factory=dict)
@@ -75,31 +75,31 @@ class Benchmark:
 
 
 def open_benchmark(name: str, settings: BenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
-    """Reads a benchmark's texts; its images stay on disk.
+    """Opens a benchmark. Texts are read now, images when they are used.
 
     Args:
-        name: that its scores are filed under.
+        name: name that its scores are stored under.
         settings: `evaluate.benchmarks.<name>` of params.yaml.
-        paths: of the partitions and captions.
-        captioners: whose captions may be texts.
+        paths: locations of the partitions and captions.
+        captioners: captioners whose captions may be texts.
 
     Raises:
-        ValueError: the benchmark has another size than it should, or lacks what it needs.
+        ValueError: the benchmark has an unexpected size or is incomplete.
     """
-    opened = implementation("lotlip.benchmarks", settings.kind, _BUILT_IN | dict.fromkeys(PUBLISHED, _PUBLISHED))
-    return opened(name, settings, paths, captioners)
+    open_kind = implementation("lotlip.benchmarks", settings.kind, _BUILT_IN | dict.fromkeys(PUBLISHED, _PUBLISHED))
+    return open_kind(name, settings, paths, captioners)
 
 
-def images_of(source: Path, split: str, column: str) -> tuple[list[str], list[Any], Callable[[int], bytes]]:
-    """Of the images of a split of partitions the names, another column, and what reads each by its number."""
-    found = list(stored_images(source, unit_names(source, split), column))
-    return [key for key, _, _ in found], [value for _, value, _ in found], lambda number: found[number][2]()
+def split_images(source: Path, split: str, column: str) -> tuple[list[str], list[Any], Callable[[int], bytes]]:
+    """Returns the keys of a split's images, another column, and a function from an image's index to its bytes."""
+    images = list(stored_images(source, unit_names(source, split), column))
+    return [key for key, _, _ in images], [value for _, value, _ in images], lambda number: images[number][2]()
 
 
-def version_of(images: Sequence[str], retrieval: Mapping[str, Texts]) -> str:
-    """Hash of the images' names and their texts: equal where the same is asked."""
-    asked = {
+def version_of(images: Sequence[str], retrieval: Mapping[str, ImageTexts]) -> str:
+    """Hashes the names of the images and their texts, independent of the order."""
+    pairs = {
         kind: sorted([images[image], text] for text, image in zip(texts.texts, texts.image, strict=True))
         for kind, texts in retrieval.items()
     }
-    return sha256_json(asked)
+    return sha256_json(pairs)

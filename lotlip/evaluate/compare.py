@@ -1,4 +1,4 @@
-"""Several models on several benchmarks, side by side: a table for people, and everything that was measured as JSON."""
+"""Comparison of several models on several benchmarks, as a text table and as JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
 from lotlip.evaluate.score_names import Metric
 
 SCENES = "scenes"
-# What a table shows of a benchmark, where it has it.
+# Metric → column heading in the table.
 SHOWN = {
     Metric.LONG_IMAGE_TO_TEXT_R1: "long, i→t",
     Metric.LONG_TEXT_TO_IMAGE_R1: "long, t→i",
@@ -31,15 +31,15 @@ SHOWN = {
 
 @dataclass(frozen=True)
 class Result:
-    """What a model scored on a benchmark, and how that was measured.
+    """The scores of a model on a benchmark.
 
     Attributes:
-        model: as it was asked for.
-        benchmark: its name; a partial run's ends in "-partial".
-        scores: all of them.
-        chance: what guessing scores.
-        ceiling: the best that repeated texts and images allow for each recall.
-        protocol: all that decides the scores.
+        model: name of the model, as given.
+        benchmark: name of the benchmark; that of a partial run ends in "-partial".
+        scores: all scores.
+        chance: metric → the value expected from guessing.
+        ceiling: recall → the best value that repeated texts and images allow.
+        protocol: everything that determines the scores.
     """
 
     model: str
@@ -50,31 +50,30 @@ class Result:
     protocol: dict[str, str | int]
 
 
-def ask(name: str, data: Path, images: Path | None = None, partial: bool = False) -> Benchmark:
-    """A benchmark by its name.
+def load_benchmark(name: str, data: Path, images: Path | None = None, partial: bool = False) -> Benchmark:
+    """Opens a benchmark by its name.
 
     Args:
-        name: "scenes", or a published one, as of `PublishedBenchmarkConfig.kind`.
-        data: its folder; of scenes what ingest left, whose test split is asked.
-        images: where its images are, if not in `data`.
-        partial: whether a part of a published one will do.
+        name: "scenes", or the name of a published benchmark, see `PublishedBenchmarkConfig.kind`.
+        data: its folder; for scenes, the output of ingest, whose test split is used.
+        images: folder of its images, if not in `data`.
+        partial: whether an incomplete published benchmark is accepted.
 
     Raises:
-        ValueError: there is no such benchmark, or its folder is not as it must be.
+        ValueError: there is no such benchmark, or its folder is incomplete.
     """
     if name in PUBLISHED:
-        wanted = PublishedBenchmarkConfig(kind=name, folder=data, images=images, partial=partial)  # type: ignore[arg-type]
-        return open_benchmark(name, wanted, Paths(), [])
+        settings = PublishedBenchmarkConfig(kind=name, folder=data, images=images, partial=partial)  # type: ignore[arg-type]
+        return open_benchmark(name, settings, Paths(), [])
     if name != SCENES:
-        raise ValueError(f"there is no benchmark {name!r}; choose {SCENES}, {', '.join(PUBLISHED)}")
+        raise ValueError(f"there is no benchmark {name!r}; choose from {SCENES}, {', '.join(PUBLISHED)}")
     if images or partial:
-        raise ValueError(f"{SCENES} have their images with them, and any number will do: leave out images and partial")
+        raise ValueError(f"benchmark {SCENES} takes neither a folder of images nor a partial run; leave them out")
     units = read_index(data, UnitIndex).units
     size = sum(unit.written for unit in units if unit.name.startswith("test/"))
     if not size:
-        raise ValueError(f"{data} has no scene in its test split")
-    settings = SceneBenchmarkConfig(kind="scenes", size=size)
-    return open_benchmark(name, settings, Paths(ingest=data), [])
+        raise ValueError(f"{data} has no scenes in its test split; run ingest with a larger test share")
+    return open_benchmark(name, SceneBenchmarkConfig(kind="scenes", size=size), Paths(ingest=data), [])
 
 
 def compare(
@@ -83,13 +82,13 @@ def compare(
     command: str,
     on_start: Callable[[str, str, int], object] = lambda model, benchmark, items: None,
 ) -> list[Result]:
-    """Scores every model on every benchmark, a model after the other.
+    """Scores every model on every benchmark, one model at a time.
 
     Args:
-        models: what to call them, and they themselves.
-        benchmarks: what to ask.
-        command: that measures the same again, for the protocol.
-        on_start: told of a model and a benchmark, and how many images and texts will be encoded.
+        models: name and encoder of each model.
+        benchmarks: the benchmarks.
+        command: command that reproduces the scores, for the protocol.
+        on_start: called with model, benchmark, and the number of images and texts to encode.
 
     Raises:
         ValueError: an image cannot be read.
@@ -107,16 +106,16 @@ def compare(
 
 
 def _items(benchmark: Benchmark) -> int:
-    texts = sum(len(found.texts) for found in benchmark.retrieval.values())
-    prompts = sum(len(found) for found in benchmark.prompts.classes) if benchmark.prompts else 0
+    texts = sum(len(texts.texts) for texts in benchmark.retrieval.values())
+    prompts = sum(len(prompts) for prompts in benchmark.prompts.classes) if benchmark.prompts else 0
     return len(benchmark.images) + texts + prompts
 
 
 def to_json(results: Sequence[Result]) -> dict[str, Any]:
-    """All of it, with what was published on the same benchmarks."""
-    asked = {result.benchmark for result in results}
+    """Converts the results to JSON types, with published scores on the same benchmarks."""
+    names = {result.benchmark for result in results}
     published = {
-        reference.model: {name: dict(scores) for name, scores in reference.scores.items() if name in asked}
+        reference.model: {name: dict(scores) for name, scores in reference.scores.items() if name in names}
         for reference in REFERENCE
     }
     return {
@@ -137,17 +136,17 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
 
 
 def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE) -> list[str]:
-    """One table as lines: a row for each model, then for what was published; columns by benchmark, in percent.
+    """Formats a table in percent: a row per model, then published scores; a column per benchmark and metric.
 
-    Where repeated texts or images keep every model from 100 %, a row "best possible" follows the models.
-    A partial run has its own name, so that no published score stands below it.
+    A row "best possible" follows the models if repeated texts or images make 100 % impossible. A partial run has its
+    own name, so published scores are not shown for it.
     """
     columns = list(
         dict.fromkeys((result.benchmark, name) for result in results for name in SHOWN if name in result.scores.values)
     )
-    found = {(result.model, result.benchmark): result.scores for result in results}
+    scores_of = {(result.model, result.benchmark): result.scores for result in results}
     rows = [
-        [model, *(_cell(found[model, benchmark], metric) for benchmark, metric in columns)]
+        [model, *(_cell(scores_of[model, benchmark], metric) for benchmark, metric in columns)]
         for model in dict.fromkeys(result.model for result in results)
     ]
     limits = {(result.benchmark, metric): value for result in results for metric, value in result.ceiling.items()}
@@ -160,18 +159,20 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
         if any(score is not None for score in scores):
             shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
             published.append([f"{reference.model} (published)", *shown])
-    heads = [
+    header = [
         ["", *_once([benchmark for benchmark, _ in columns])],
         ["model", *(SHOWN[metric] for _, metric in columns)],
     ]
-    lines = _aligned([*heads, *rows, *published])
-    lines.append("R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; in brackets: 95 % confidence")
+    lines = _aligned([*header, *rows, *published])
+    lines.append(
+        "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; brackets: 95 % confidence interval"
+    )
     lines += _repeats(results)
     return [*lines, f"(published): {SOURCE}"] if published else lines
 
 
 def _repeats(results: Sequence[Result]) -> list[str]:
-    """A line for each benchmark whose ceiling is below 100 %: what is repeated in it."""
+    """Names the repeated texts and images of each benchmark whose ceiling is below 100 %."""
     lines = {}
     for result in results:
         if min(result.ceiling.values(), default=1.0) < 1:
@@ -183,18 +184,18 @@ def _cell(scores: Scores, metric: str) -> str:
     value = scores.values.get(metric)
     if value is None:
         return ""
-    ends = scores.intervals.get(metric)
-    around = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
-    return f"{100 * value:.1f}{around}"
+    bounds = scores.intervals.get(metric)
+    interval = f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else ""
+    return f"{100 * value:.1f}{interval}"
 
 
 def _once(names: list[str]) -> list[str]:
-    """A name stands above the first of its columns."""
+    """Blanks names that repeat the previous column's."""
     return [name if place == 0 or names[place - 1] != name else "" for place, name in enumerate(names)]
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    """Rows with a line below the two of the head; names flush left, numbers below their heads."""
+    """Aligns columns and adds a rule below the two header rows."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [*lines[:2], "  ".join("-" * width for width in widths), *lines[2:]]

@@ -12,42 +12,44 @@ from lotlip.core.variants import Variants, kinds_of
 
 
 class SceneBenchmarkConfig(Section):
-    """Held-out scenes: long and short texts in wording that training never had, and prompts for the shape."""
+    """Held-out scenes: long and short texts in wording that training texts do not have, and prompts for the shape."""
 
     kind: Literal["scenes"]
     split: Literal["val", "test"] = Field("test", description="split whose scenes are used")
-    size: Count = Field(description="scenes in the split; another number is an error")
-    max_unseen_tokens: Share = Field(0.01, description="share of the texts' word pieces that no training text has")
+    size: Count = Field(description="number of scenes in the split; any other number is an error")
+    max_unseen_tokens: Share = Field(
+        0.01, description="maximum share of the texts' word pieces that occur in no training text"
+    )
 
 
 class HeldOutBenchmarkConfig(Section):
-    """Held-out images of the data set itself: its short captions, and its long captions where there are any."""
+    """Held-out images of the data set with their short captions and, if there are any, their long captions."""
 
     kind: Literal["held-out"]
     split: Literal["val", "test"] = Field("test", description="split whose images are used")
 
 
-PARTIAL_RUN = "-partial"  # the end of the name that a partial run's scores are filed under
+PARTIAL_RUN = "-partial"  # suffix of the name that scores of a partial run are stored under
 
 
-def _how_partial(value: Any) -> bool | int:
+def _partial(value: Any) -> bool | int:
     if isinstance(value, bool) or (isinstance(value, int) and value > 0):
         return value
-    raise ValueError("true takes what is there, a number above 0 the first so many images of it, false all or nothing")
+    raise ValueError("must be true (all available images), a number above 0 (the first N of them) or false (complete)")
 
 
 class PublishedBenchmarkConfig(Section):
-    """A benchmark that others score on as well, held to its published size; an entry of its name needs no `kind`."""
+    """A published benchmark, which must have its published size; an entry with its name needs no `kind`."""
 
     kind: Literal[
         "sharegpt4v-1k", "sharegpt4v-10k", "dci", "iiw", "urban-1k", "docci", "coco", "flickr30k", "imagenet"
-    ] = Field(description="which benchmark it is")
-    folder: Path = Field(description="of its annotations, laid out as docs/benchmarks.md says")
-    images: Path | None = Field(None, description="folder of its images, where that is another one")
-    partial: Annotated[bool | int, PlainValidator(_how_partial)] = Field(
+    ] = Field(description="name of the benchmark")
+    folder: Path = Field(description="folder of its annotations, in the layout of docs/benchmarks.md")
+    images: Path | None = Field(None, description="folder of its images; default: in `folder`")
+    partial: Annotated[bool | int, PlainValidator(_partial)] = Field(
         False,
-        description="true: what is there, without what is missing; a number: the first so many images of that. The "
-        "scores are then filed under another name, which ends in -partial",
+        description="true: all available images; a number N: the first N of them. The name that scores are stored "
+        "under then ends in -partial",
     )
 
 
@@ -61,16 +63,16 @@ BenchmarkConfig = Annotated[
 class EvaluateConfig(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
-    benchmarks: dict[Name, BenchmarkConfig] = Field(description="name → a benchmark that every ablation is scored on")
+    benchmarks: dict[Name, BenchmarkConfig] = Field(description="name → benchmark; every ablation is scored on all")
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
         1.0,
-        description="times chance that each benchmark's R@1 of short text must reach (of long text, or top-1 accuracy, "
-        "where it has no short one); less fails the gate",
+        description="multiple of chance that R@1 of short text must reach on each benchmark, else the gate fails. "
+        "Without short texts, R@1 of long text or top-1 accuracy counts",
     )
 
     @property
     def names(self) -> list[str]:
-        """What the benchmarks' scores are filed under, in order."""
+        """Names that the benchmarks' scores are stored under, in order."""
         return [
             name + PARTIAL_RUN
             if isinstance(settings, PublishedBenchmarkConfig) and settings.partial is not False
@@ -80,8 +82,8 @@ class EvaluateConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _named_by_its_kind(cls, data: Any) -> Any:
-        """An entry that is called as a published benchmark and has no kind is that benchmark."""
+    def _kind_from_name(cls, data: Any) -> Any:
+        """Sets the kind of an entry that has the name of a published benchmark and no kind."""
         benchmarks = data.get("benchmarks") if isinstance(data, dict) else None
         if not isinstance(benchmarks, dict):
             return data
@@ -96,5 +98,5 @@ class EvaluateConfig(Section):
     def _distinct_names(self) -> EvaluateConfig:
         for name in self.benchmarks:
             if name.endswith(PARTIAL_RUN):
-                raise ValueError(f"benchmarks.{name} would look like a partial run; call it otherwise")
+                raise ValueError(f"benchmarks.{name}: the suffix {PARTIAL_RUN} is reserved; choose another name")
         return self

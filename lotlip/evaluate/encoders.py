@@ -1,4 +1,4 @@
-"""Models as evaluation sees them: images and texts in, features that can be compared out, and how they were made."""
+"""Encoders: models that turn images and texts into comparable features, with the protocol of how they do it."""
 
 from __future__ import annotations
 
@@ -28,62 +28,63 @@ if TYPE_CHECKING:
 PRECISIONS = ("fp32", "bf16")
 OPEN_CLIP = "open_clip:"
 ACCEPTED = (
-    "a model is the folder of a saved model of this project, a folder or the Hugging Face name of a CLIP or SigLIP of "
-    f"transformers or of a model of open_clip, or {OPEN_CLIP}NAME:TAG_OR_FILE"
+    "a model must be the folder of a saved model of this project, the folder or Hugging Face name of a CLIP or SigLIP "
+    f"model of transformers or of an open_clip model, or {OPEN_CLIP}NAME:TAG_OR_FILE"
 )
 
 
 class Encoder(Protocol):
-    """A dual encoder that can be scored. Features come back in float32 on the CPU, wherever they were made."""
+    """A dual encoder. Features are returned in float32 on the CPU."""
 
     def images(self, images: Iterable[bytes]) -> Tensor:
-        """Normalised features of encoded images, [I, D]; with late interaction those of their patches, [I, P, D].
+        """Returns normalised features of encoded images, [I, D]; with late interaction those of patches, [I, P, D].
 
         Raises:
-            UnreadableImage: one cannot be decoded.
+            UnreadableImage: an image cannot be decoded.
         """
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """Normalised features of texts, short and long alike.
+        """Returns normalised features of short or long texts.
 
         Returns:
-            [T, D] and None; with late interaction those of all tokens, [T, L, D], and which are no padding, [T, L].
+            [T, D] and None; with late interaction features of all tokens, [T, L, D], and a mask, [T, L], which is False
+            for padding.
         """
 
     def protocol(self) -> dict[str, str | int]:
-        """What decides its features: context length, image size, preparation of images and texts, precision, …"""
+        """Returns what determines the features: context length, image size, preprocessing, precision, …"""
 
 
-class EachTextOnce:
-    """Texts' features of an encoder, each made once however many measures ask for it.
+class CachedTextEncoder:
+    """An encoder that caches the features of texts, so that each text is encoded once.
 
     Args:
-        encoder: that makes them.
+        encoder: the encoder.
 
     Attributes:
-        protocol, images: the encoder's.
+        protocol, images: those of the encoder.
     """
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
-        self._rows: dict[str, Tensor] = {}  # [D]; with late interaction those of its tokens, [l, D]
+        self._rows: dict[str, Tensor] = {}  # text → [D]; with late interaction [l, D]
         self.images, self.protocol = encoder.images, encoder.protocol
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         if new := [text for text in dict.fromkeys(texts) if text not in self._rows]:
             features, mask = self._encoder.texts(new)
-            rows = features if mask is None else [row[own] for row, own in zip(features, mask, strict=True)]
-            self._rows |= zip(new, rows, strict=True)
-        found = [self._rows[text] for text in texts]
-        return (torch.stack(found), None) if found[0].ndim == 1 else _padded(found)
+            new_rows = features if mask is None else [row[valid] for row, valid in zip(features, mask, strict=True)]
+            self._rows |= zip(new, new_rows, strict=True)
+        rows = [self._rows[text] for text in texts]
+        return (torch.stack(rows), None) if rows[0].ndim == 1 else _padded(rows)
 
 
 class UnreadableImage(ValueError):
-    """An image that cannot be decoded.
+    """An image cannot be decoded.
 
     Attributes:
-        number: its place among those that were to be encoded.
+        number: its index among the images to encode.
     """
 
     def __init__(self, number: int, reason: str) -> None:
@@ -93,16 +94,16 @@ class UnreadableImage(ValueError):
 
 @dataclass(frozen=True)
 class Runner:
-    """How a model is run: a batch at a time, somewhere, in a precision.
+    """Runs a model in batches, on a device and in a precision.
 
     Attributes:
-        batch_size: images or texts encoded at a time.
+        batch_size: number of images or texts per batch.
         device: "cpu", "cuda" or "cuda:N".
-        precision: "fp32"; or "bf16", where weights stay fp32 and matrix products are made of bf16 (torch's autocast).
-        on_batch: told how many images or texts were encoded, after every batch.
+        precision: "fp32", or "bf16" for autocast: weights stay fp32, matrix products are bf16.
+        on_batch: called with the number of images or texts after every batch.
 
     Raises:
-        ValueError: a value is not allowed.
+        ValueError: a value is invalid.
     """
 
     batch_size: int = 64
@@ -112,13 +113,13 @@ class Runner:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}, and must be at least 1")
+            raise ValueError(f"batch_size is {self.batch_size}; it must be at least 1")
         if self.precision not in PRECISIONS:
-            raise ValueError(f"there is no precision {self.precision!r}; choose {' or '.join(PRECISIONS)}")
+            raise ValueError(f"unknown precision {self.precision!r}; choose {' or '.join(PRECISIONS)}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Within it a model runs in this precision, without gradients."""
+        """Sets the precision and disables gradients within the context."""
         with (
             torch.inference_mode(),
             torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"),
@@ -126,30 +127,30 @@ class Runner:
             yield
 
     def features(self, encode: Callable[..., Tensor], *inputs: Tensor, **named: Tensor) -> Tensor:
-        """Normalised features of one batch, float32 on the CPU: of what `encode` makes of tensors on the device."""
+        """Encodes one batch on the device and returns normalised features, float32 on the CPU."""
         with self.running():
             moved = [tensor.to(self.device) for tensor in inputs]
-            found = encode(*moved, **{name: tensor.to(self.device) for name, tensor in named.items()})
-            self.on_batch(len(found))
-            return normalize(found.float(), dim=-1).cpu()
+            features = encode(*moved, **{name: tensor.to(self.device) for name, tensor in named.items()})
+            self.on_batch(len(features))
+            return normalize(features.float(), dim=-1).cpu()
 
     def prepared(self, images: Iterable[bytes], prepare: Callable[[bytes], Any]) -> Iterator[list[Any]]:
-        """Images in batches, decoded and made ready by threads while the model runs.
+        """Yields batches of images, preprocessed by threads while the model runs.
 
         Raises:
-            UnreadableImage: one cannot be decoded.
+            UnreadableImage: an image cannot be decoded.
         """
 
-        def made(numbered: tuple[int, bytes]) -> Any:
+        def prepare_one(numbered: tuple[int, bytes]) -> Any:
             try:
                 return prepare(numbered[1])
             except ValueError as error:
                 raise UnreadableImage(numbered[0], str(error)) from error
 
-        return in_batches(prefetch(made, enumerate(images), 2 * self.batch_size), self.batch_size)
+        return in_batches(prefetch(prepare_one, enumerate(images), 2 * self.batch_size), self.batch_size)
 
     def protocol(self, *libraries: str) -> dict[str, str | int]:
-        """What of it decides features, with the versions of the libraries that make them."""
+        """Returns the settings that determine features, with the versions of the libraries."""
         return {
             "precision": self.precision,
             "device": self.device,
@@ -158,31 +159,31 @@ class Runner:
 
 
 class LotlipEncoder:
-    """A model of this project; its texts' features are [CLS]'s (paper, section 4).
+    """A model of this project; the feature of a text is that of [CLS] (paper, section 4).
 
     Args:
-        model: to score.
-        tokenizer: its own.
-        run: how; a number is a batch size, in fp32 on the CPU.
-        folder: where the model is, for its protocol to tell; None where it is in no folder.
+        model: the model.
+        tokenizer: its tokenizer.
+        run: device, precision and batch size; a number is a batch size, in fp32 on the CPU.
+        folder: the model's folder, for the protocol; None if it was not loaded from one.
 
     Attributes:
-        model: on the device.
-        tokenizer: its own.
+        model: the model, on the device.
+        tokenizer: its tokenizer.
     """
 
     def __init__(
         self, model: LotlipModel, tokenizer: TextTokenizer, run: Runner | int, folder: Path | None = None
     ) -> None:
         self._run = Runner(run) if isinstance(run, int) else run
-        moved: Any = model  # transformers' `to` has a type that mypy cannot call
-        self.model: Any = moved.to(self._run.device)
+        untyped: Any = model  # mypy cannot call the type of transformers' `to`
+        self.model: Any = untyped.to(self._run.device)
         self.tokenizer = tokenizer
         self._folder = folder
 
     @classmethod
     def open(cls, folder: Path, run: Runner) -> LotlipEncoder:
-        """Of a saved model.
+        """Loads a saved model.
 
         Raises:
             ValueError: the folder has no model.
@@ -192,7 +193,7 @@ class LotlipEncoder:
         return cls(*load_model(folder), run, folder)
 
     @property
-    def _token_by_token(self) -> bool:
+    def _late_interaction(self) -> bool:
         return self.model.config.similarity == "late-interaction"
 
     @cached_property
@@ -201,7 +202,7 @@ class LotlipEncoder:
         return image_transform(spec.image_size, spec.mean, spec.std, spec.resize)
 
     def prepare(self, image: Image.Image | bytes) -> np.ndarray:
-        """What the image tower takes of an image, float32 [3, S, S]: for threads to do beside the model.
+        """Preprocesses an image for the image tower, float32 [3, S, S]. Thread-safe.
 
         Raises:
             ValueError: the image cannot be decoded.
@@ -209,24 +210,24 @@ class LotlipEncoder:
         return self._transform(decode_rgb(image) if isinstance(image, bytes) else to_rgb(image))
 
     def prepared(self, pictures: Sequence[np.ndarray]) -> Tensor:
-        """Normalised features of a batch of what `prepare` made, as of `images`."""
-        encode = self.model.encode_image_patches if self._token_by_token else self.model.encode_image
+        """Returns normalised features of a batch of preprocessed images, as `images` does."""
+        encode = self.model.encode_image_patches if self._late_interaction else self.model.encode_image
         return self._run.features(encode, torch.from_numpy(np.stack(pictures)))
 
     def images(self, images: Iterable[bytes]) -> Tensor:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         return torch.cat([self.prepared(batch) for batch in self._run.prepared(images, self.prepare)])
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
-        """As of `Encoder`. Texts of like length are encoded together."""
+        """See `Encoder`. Texts of similar length are encoded together."""
         ids, lengths = self.tokenizer(texts)
-        encode = self._tokens if self._token_by_token else self._cls
+        encode = self._tokens if self._late_interaction else self._cls
         rows = [torch.empty(0)] * len(texts)
         for places in by_length(lengths, self._run.batch_size):
-            own = torch.from_numpy(ids[places, : lengths[places[-1]]]), torch.from_numpy(lengths[places])
-            for place, row in zip(places, self._run.features(encode, *own), strict=True):
-                rows[place] = row[: lengths[place]] if self._token_by_token else row
-        return _padded(rows) if self._token_by_token else (torch.stack(rows), None)
+            batch = torch.from_numpy(ids[places, : lengths[places[-1]]]), torch.from_numpy(lengths[places])
+            for place, row in zip(places, self._run.features(encode, *batch), strict=True):
+                rows[place] = row[: lengths[place]] if self._late_interaction else row
+        return _padded(rows) if self._late_interaction else (torch.stack(rows), None)
 
     def _cls(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_text(ids, lengths, cls_only=True)[:, 0]
@@ -235,7 +236,7 @@ class LotlipEncoder:
         return self.model.encode_text_tokens(ids, lengths)[0]
 
     def protocol(self) -> dict[str, str | int]:
-        """As of `Encoder`."""
+        """See `Encoder`."""
         spec = self.model.image_tower.spec
         side = spec.image_size
         steps = {
@@ -257,12 +258,12 @@ class LotlipEncoder:
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [l, D] of each text side by side, [T, L, D], and which are no padding, [T, L]."""
+    """Pads rows [l, D] of each text to [T, L, D], and returns a mask [T, L] that is False for padding."""
     padded = pad_sequence(list(rows), batch_first=True)
     return padded, torch.arange(padded.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
 
 def preprocessing(resize: str, crop: str, mean: Sequence[float], std: Sequence[float]) -> str:
-    """How pictures are prepared, in words."""
+    """Describes the preprocessing of images."""
     shift, scale = (", ".join(f"{value:.8g}" for value in values) for values in (mean, std))
     return ", ".join(part for part in (resize, crop, f"mean {shift}", f"std {scale}") if part)

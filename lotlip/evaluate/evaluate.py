@@ -1,4 +1,4 @@
-"""Scores of one model on one benchmark: zero-shot retrieval both ways, and classification by prompts."""
+"""Scores of one model on one benchmark: zero-shot retrieval in both directions, and classification by prompts."""
 
 from __future__ import annotations
 
@@ -20,46 +20,46 @@ KS = (1, 5, 10)
 
 
 def evaluate(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> Scores:
-    """Every score of a model on a benchmark, by name: "long.text_to_image.r1", "classification.top1", …
+    """Computes all scores of a model on a benchmark, by name: "long.text_to_image.r1", "classification.top1", …
 
     Args:
         encoder: the model.
-        benchmark: what to ask.
-        images: features of the benchmark's images as the encoder gives them, [I, D] or [I, P, D].
+        benchmark: the benchmark.
+        images: the encoder's features of the benchmark's images, [I, D] or [I, P, D].
     """
-    found = Scores()
+    scores = Scores()
     for kind, texts in benchmark.retrieval.items():
         features, mask = encoder.texts(texts.texts)
-        asked, image = torch.tensor(texts.image).unique(return_inverse=True)  # not every image has a long text
-        found |= retrieval(images[asked], features, image, KS, text_mask=mask).under(kind)
+        with_text, image = torch.tensor(texts.image).unique(return_inverse=True)  # not every image has a long text
+        scores |= retrieval(images[with_text], features, image, KS, text_mask=mask).under(kind)
     if benchmark.prompts:
-        found |= _classify(encoder, benchmark.prompts, images).under("classification")
-    return found
+        scores |= _classify(encoder, benchmark.prompts, images).under("classification")
+    return scores
 
 
 def image_features(encoder: Encoder, benchmark: Benchmark) -> Tensor:
-    """Features of a benchmark's images as the encoder gives them.
+    """Encodes a benchmark's images.
 
     Raises:
-        ValueError: one cannot be read or decoded; it is named.
+        ValueError: an image cannot be read or decoded; the message names it.
     """
     try:
-        return encoder.images(images_of(benchmark))
+        return encoder.images(encoded_images(benchmark))
     except UnreadableImage as error:
         raise ValueError(f"benchmark {benchmark.name}: image {benchmark.images[error.number]}: {error}") from error
 
 
-def images_of(benchmark: Benchmark) -> Iterator[bytes]:
-    """The encoded images of a benchmark, in order, one in memory at a time.
+def encoded_images(benchmark: Benchmark) -> Iterator[bytes]:
+    """Yields the encoded images of a benchmark in order, with one in memory at a time.
 
     Raises:
-        ValueError: one cannot be read.
+        ValueError: an image cannot be read.
     """
     return (benchmark.read(number) for number in range(len(benchmark.images)))
 
 
 def _classify(encoder: Encoder, prompts: Prompts, images: Tensor) -> Scores:
-    """A class is the mean of its prompts' features or, with late interaction, of their similarities."""
+    """Averages the features of each class's prompts or, with late interaction, their similarities."""
     sizes = [len(texts) for texts in prompts.classes]
     features, mask = encoder.texts([text for texts in prompts.classes for text in texts])
     labels = torch.tensor(prompts.labels)
@@ -70,13 +70,13 @@ def _classify(encoder: Encoder, prompts: Prompts, images: Tensor) -> Scores:
 
 
 def chances(benchmark: Benchmark) -> dict[str, float]:
-    """What guessing scores, for every metric that is a share."""
+    """Returns the expected score of guessing for every metric that is a fraction."""
     scores: dict[str, float] = {}
     for kind, texts in benchmark.retrieval.items():
         images = len(set(texts.image))
-        # exact where every image has as many texts, as in every benchmark here
-        each = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
-        scores |= {Metric(f"{kind}.{way}.r{k}"): chance(images, number, k) for way, number in each.items() for k in KS}
+        # Exact if all images have the same number of texts, as in all benchmarks here.
+        matches = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
+        scores |= {Metric(f"{kind}.{way}.r{k}"): chance(images, n, k) for way, n in matches.items() for k in KS}
     if benchmark.prompts:
         classes = len(benchmark.prompts.classes)
         scores |= {Metric(f"classification.top{k}"): min(k / classes, 1.0) for k in (1, 5)}
@@ -84,24 +84,23 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
 
 
 def limits(benchmark: Benchmark) -> tuple[dict[str, float], dict[str, int]]:
-    """What repeated texts and images leave to be scored: every image is read once.
+    """Computes how repeated texts and images limit the scores. Every image is read once.
 
     Returns:
-        The ceiling of each recall, by the names that `evaluate` gives the scores; and how many texts of each kind, and
-        how many images, repeat an earlier one: "repeated_short_texts", "repeated_images". Nothing where there is no
-        retrieval.
+        The ceiling of each recall, by the names of `evaluate`; and the number of texts of each kind and of images that
+        repeat an earlier one: "repeated_short_texts", "repeated_images". Empty without retrieval.
 
     Raises:
         ValueError: an image cannot be read.
     """
     if not benchmark.retrieval:
         return {}, {}
-    images = [hashlib.sha256(image).digest() for image in images_of(benchmark)]
+    images = [hashlib.sha256(image).digest() for image in encoded_images(benchmark)]
     ceiling: dict[str, float] = {}
     repeats = {}
     for kind, texts in benchmark.retrieval.items():
-        found = ceilings(texts.texts, texts.image, images, KS)
-        ceiling |= {Metric(f"{kind}.{metric}"): value for metric, value in found.items()}
+        by_metric = ceilings(texts.texts, texts.image, images, KS)
+        ceiling |= {Metric(f"{kind}.{metric}"): value for metric, value in by_metric.items()}
         repeats[f"repeated_{kind}_texts"] = repeated(texts.texts)
     return ceiling, {**repeats, "repeated_images": repeated(images)}
 
@@ -113,17 +112,19 @@ def unseen_share(
     others: Iterable[str] = (),
     sentence_ends: SentenceEnds = "released",
 ) -> float:
-    """Share of the word pieces of a benchmark's texts that no training text has: scores on such texts measure noise.
+    """Computes the share of the word pieces of a benchmark's texts that occur in no training text.
+
+    Scores on texts with untrained word pieces would measure noise.
 
     Args:
-        benchmark: with its texts and prompts.
-        tokenizer: whose word pieces they are.
-        vocabulary: word pieces that training texts have.
-        others: what else is asked.
-        sentence_ends: where the model's tokenizer ends a sentence; these characters are no word pieces to it.
+        benchmark: benchmark with its texts and prompts.
+        tokenizer: name of the tokenizer.
+        vocabulary: word pieces that occur in training texts.
+        others: further texts that are scored.
+        sentence_ends: how the model's tokenizer splits sentences; sentence ends are not word pieces to it.
 
     Raises:
-        ValueError: it is more than the benchmark allows.
+        ValueError: the share is larger than the benchmark allows.
     """
     texts = [*others, *(text for kind in benchmark.retrieval.values() for text in kind.texts)]
     if benchmark.prompts:
@@ -133,17 +134,17 @@ def unseen_share(
     limit = benchmark.max_unseen_tokens
     if limit is not None and share > limit:
         raise ValueError(
-            f"benchmark {benchmark.name}: {share:.1%} of its word pieces are in no training text, more than "
-            f"max_unseen_tokens {limit:.1%}: its scores would measure noise"
+            f"benchmark {benchmark.name}: {share:.1%} of its word pieces occur in no training text, more than "
+            f"max_unseen_tokens {limit:.1%}, so its scores would measure noise; train on more texts or raise the limit"
         )
     return share
 
 
 def protocol(encoder: Encoder, benchmark: Benchmark) -> dict[str, str | int]:
-    """How a score was measured, to be kept beside it: another size, length or preparation is another score."""
+    """Returns the settings that scores depend on, to be stored with them."""
     return {
         "images": len(benchmark.images),
-        **{f"{kind}_texts": len(found.texts) for kind, found in benchmark.retrieval.items()},
+        **{f"{kind}_texts": len(texts.texts) for kind, texts in benchmark.retrieval.items()},
         **benchmark.about,
         **encoder.protocol(),
     }

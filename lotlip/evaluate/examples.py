@@ -1,4 +1,4 @@
-"""Example retrievals: the texts whose picture a model finds most surely, and those whose picture it ranks lowest."""
+"""Example retrievals: the texts whose image is ranked first by the widest margin, or is ranked lowest."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lotlip.evaluate.benchmarks import Benchmark
 from lotlip.evaluate.encoders import Encoder
 from lotlip.evaluate.metrics import TILE, TOLERANCE, comparison
 
-EXAMPLES = 3  # of the best, and of the worst
-FOUND = 3  # first images of each text
-LONGEST = 600  # characters of a text that are kept
+EXAMPLES = 3  # number of the best, and of the worst
+TOP_IMAGES = 3  # top-ranked images kept for each text
+MAX_CHARACTERS = 600  # longer texts are truncated
 
 
 def retrieval_examples(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> dict[str, Any]:
-    """The best and the worst retrievals of images by a text, for each kind of text.
+    """Selects the best and worst text → image retrievals for each kind of text.
 
     Args:
-        encoder: of the model.
-        benchmark: whose texts search its images.
-        images: features of the benchmark's images as the encoder gives them, [I, D] or [I, P, D].
+        encoder: the model.
+        benchmark: the benchmark.
+        images: the encoder's features of the benchmark's images, [I, D] or [I, P, D].
 
     Returns:
-        Kind of text → "best" and "worst" → a list of "text", "image" (number of its image), "rank" (of that image; the
-        middle one where images are equally similar) and "found" (numbers of the first images), as plain JSON types. No
-        text and no image is in it twice.
+        Kind of text → "best" and "worst" → a list of "text", "image" (index of its image), "rank" (of that image; the
+        mean rank among ties) and "found" (indices of the top-ranked images), as JSON types. No text or image is
+        repeated.
     """
     return {kind: _of_kind(encoder, benchmark, images, kind) for kind in benchmark.retrieval}
 
@@ -36,28 +36,28 @@ def retrieval_examples(encoder: Encoder, benchmark: Benchmark, images: Tensor) -
 def _of_kind(encoder: Encoder, benchmark: Benchmark, images: Tensor, kind: str) -> dict[str, Any]:
     texts = benchmark.retrieval[kind]
     features, mask = encoder.texts(texts.texts)
-    asked, owner = torch.tensor(texts.image).unique(return_inverse=True)
-    compare = comparison(images[asked], features, mask, "text_features")
-    ranks, margins, found = [], [], []
+    with_text, owner = torch.tensor(texts.image).unique(return_inverse=True)
+    compare = comparison(images[with_text], features, mask, "text_features")
+    ranks, margins, top = [], [], []
     for start in range(0, len(owner), TILE):
         columns = slice(start, start + TILE)
         similarity = compare(slice(None), columns)[1].cpu()  # [I, t]
-        own = similarity.gather(0, owner[None, columns])  # [1, t]
-        found.append(similarity.topk(min(FOUND, len(asked)), dim=0).indices.T)
+        target = similarity.gather(0, owner[None, columns])  # [1, t]
+        top.append(similarity.topk(min(TOP_IMAGES, len(with_text)), dim=0).indices.T)
         others = similarity.scatter(0, owner[None, columns], -torch.inf)
-        ahead = (others > own + TOLERANCE).sum(dim=0)
-        equal = (others >= own - TOLERANCE).sum(dim=0) - ahead
-        ranks.append(1 + ahead + equal / 2)
-        margins.append(own[0] - others.amax(dim=0))
-    rank, margin, first = torch.cat(ranks).tolist(), torch.cat(margins).tolist(), torch.cat(found)
+        better = (others > target + TOLERANCE).sum(dim=0)
+        equal = (others >= target - TOLERANCE).sum(dim=0) - better
+        ranks.append(1 + better + equal / 2)
+        margins.append(target[0] - others.amax(dim=0))
+    rank, margin, first = torch.cat(ranks).tolist(), torch.cat(margins).tolist(), torch.cat(top)
 
     def example(place: int) -> dict[str, Any]:
         text = texts.texts[place]
         return {
-            "text": text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…",
+            "text": text if len(text) <= MAX_CHARACTERS else f"{text[: MAX_CHARACTERS - 1]}…",
             "image": texts.image[place],
             "rank": rank[place],
-            "found": asked[first[place]].tolist(),
+            "found": with_text[first[place]].tolist(),
         }
 
     best_first = sorted(range(len(rank)), key=lambda place: (rank[place], -margin[place], place))
@@ -69,7 +69,7 @@ def _of_kind(encoder: Encoder, benchmark: Benchmark, images: Tensor, kind: str) 
 
 
 def _distinct(places: Iterable[int], benchmark: Benchmark, kind: str, images: set[int]) -> list[int]:
-    """The first few texts that differ from each other, of images that are not in `images`."""
+    """Selects the first `EXAMPLES` distinct texts of distinct images that are not in `images`."""
     texts = benchmark.retrieval[kind]
     chosen: list[int] = []
     seen: set[str] = set()
@@ -84,6 +84,6 @@ def _distinct(places: Iterable[int], benchmark: Benchmark, kind: str, images: se
 
 
 def shown_images(examples: dict[str, Any]) -> list[int]:
-    """Numbers of all images in what `retrieval_examples` gives, sorted."""
-    every = [one for kind in examples.values() for group in kind.values() for one in group]
-    return sorted({number for one in every for number in (one["image"], *one["found"])})
+    """Returns the sorted indices of all images in the examples of `retrieval_examples`."""
+    flat = [one for kind in examples.values() for group in kind.values() for one in group]
+    return sorted({number for one in flat for number in (one["image"], *one["found"])})

@@ -12,17 +12,18 @@ from lotlip.core.checks import Check, each_value, one_value, run_gate
 from lotlip.evaluate.config import EvaluateConfig
 from lotlip.evaluate.score_names import MAIN
 
-# What is held against chance of a benchmark: the first of these that it has.
-TOLD_APART = (MAIN["short"], MAIN["long"], MAIN["classification"])
+# Metrics that must exceed chance: the first of these families that a benchmark has.
+_CHANCE_FAMILIES = (MAIN["short"], MAIN["long"], MAIN["classification"])
 
 
 def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) -> list[Check]:
-    """Scores are shares, and each benchmark's images are told apart better than by chance.
+    """Checks that scores are fractions and that each benchmark's scores exceed chance.
 
-    By short text, since a model that learned anything knows it; by long text or classes where there is no short text.
+    Short-text retrieval is compared with chance, because every working model has learned it. Benchmarks without short
+    texts use long texts or classification.
 
     Args:
-        settings: the stage's.
+        settings: settings of the stage.
         scores: columns benchmark, seed, metric, value, chance; a row per score.
         report: scratch folder.
     """
@@ -35,30 +36,30 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
             "over_chance": scores["value"] / scores["chance"],
         }
     )
-    held = {name: _told_apart(set(rows["metric"])) for name, rows in scores.groupby("benchmark")}
+    compared = {name: _metrics_over_chance(set(rows["metric"])) for name, rows in scores.groupby("benchmark")}
     pairs = zip(scores["benchmark"], scores["metric"], strict=True)
-    told_apart = named[np.array([metric in held[benchmark] for benchmark, metric in pairs], dtype=bool)]
-    unmeasured = [str(name) for name, metrics in held.items() if not metrics]
-    lowest = settings.min_score_over_chance
+    over_chance = named[np.array([metric in compared[benchmark] for benchmark, metric in pairs], dtype=bool)]
+    unmeasured = [str(name) for name, metrics in compared.items() if not metrics]
+    minimum = settings.min_score_over_chance
     tables = {
         "stage": pd.DataFrame([{"stage": "evaluate", "scores": len(scores), "unmeasured": len(unmeasured)}]),
         "scores": named,
-        "told_apart": told_apart,
+        "over_chance": over_chance,
     }
     suites = {
         "stage": [
-            one_value("scores", "something was measured", low=1),
+            one_value("scores", "there are scores", low=1),
             one_value("unmeasured", "every benchmark has R@1 or top-1 accuracy", high=0, detail=", ".join(unmeasured)),
         ],
         "scores": [
             each_value("unknown", "every score is a number", high=0),
             each_value("value", "every score is from 0 to 1", 0, 1),
         ],
-        "told_apart": [
+        "over_chance": [
             each_value(
                 "over_chance",
-                f"R@1 of short text (or of long, or top-1) is at least {lowest:g} times chance",
-                lowest,
+                f"R@1 of short text (or of long, or top-1) is at least {minimum:g} times chance",
+                minimum,
                 key="evaluate.min_score_over_chance",
             )
         ],
@@ -66,6 +67,6 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
     return run_gate("evaluate", tables, suites, report)
 
 
-def _told_apart(metrics: Set[str]) -> Sequence[str]:
-    """Which of a benchmark's metrics are held against chance."""
-    return next((family for family in TOLD_APART if metrics & set(family)), ())
+def _metrics_over_chance(metrics: Set[str]) -> Sequence[str]:
+    """Selects the metrics of a benchmark that must exceed chance."""
+    return next((family for family in _CHANCE_FAMILIES if metrics & set(family)), ())

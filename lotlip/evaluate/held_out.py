@@ -1,25 +1,25 @@
-"""A benchmark of the data set's own held-out images."""
+"""A benchmark of held-out images of the data set."""
 
 from __future__ import annotations
 
 from lotlip.core.paths import Paths
 from lotlip.data.partitions import read_captions, unit_names
-from lotlip.evaluate.benchmarks import Benchmark, Texts, images_of, version_of
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, split_images, version_of
 from lotlip.evaluate.config import HeldOutBenchmarkConfig
 
 
 def held_out_benchmark(name: str, settings: HeldOutBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
-    """Short captions as short texts; as long text of an image the one of its captions with the most tokens.
+    """Opens the benchmark: short captions are short texts, and the longest caption of an image is its long text.
 
     Raises:
-        ValueError: no image is in the split.
+        ValueError: the split is empty.
     """
-    keys, raw, read = images_of(paths.ingest, settings.split, "short_caption")
+    keys, raw, read = split_images(paths.ingest, settings.split, "short_caption")
     if not keys:
         raise ValueError(
-            f"benchmark {name}: no image is in the split {settings.split!r}; raise its share in params.yaml"
+            f"benchmark {name}: the split {settings.split!r} has no images; raise its share in params.yaml"
         )
-    retrieval = {"short": Texts([str(caption) for caption in raw], list(range(len(keys))))}
+    retrieval = {"short": ImageTexts([str(caption) for caption in raw], list(range(len(keys))))}
     longest: dict[str, tuple[int, str]] = {}
     for captioner in captioners:
         for unit in unit_names(paths.captions / captioner, settings.split):
@@ -28,6 +28,6 @@ def held_out_benchmark(name: str, settings: HeldOutBenchmarkConfig, paths: Paths
                 longest[key] = max(longest.get(key, (0, "")), (int(tokens), text))
     described = [(index, longest[key][1]) for index, key in enumerate(keys) if key in longest]
     if described:
-        retrieval["long"] = Texts([text for _, text in described], [index for index, _ in described])
+        retrieval["long"] = ImageTexts([text for _, text in described], [index for index, _ in described])
     about = {"split": settings.split, "version": version_of(keys, retrieval)}
     return Benchmark(name, keys, read, retrieval, about=about)

@@ -1,4 +1,4 @@
-"""Zero-shot retrieval and classification as pure functions of features; a tile of the similarities exists at a time."""
+"""Zero-shot retrieval and classification as pure functions of features; similarities are computed in tiles."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ from torch.nn import functional as F
 
 from lotlip.objectives.similarity import cosine, late_interaction
 
-# Cosines of equal features differ by this much at most, from the order in which a matrix product adds up.
+# Upper bound of the difference between cosines of equal features, from the order of summation in matrix products.
 TOLERANCE = 1e-6
 
-TILE = 512  # images and texts that are compared at a time: what is left of a product is still in the cache
-_OWN = 64  # images whose similarities to their own texts are looked up at a time
+TILE = 512  # images and texts per tile; a tile of similarities fits the cache
+_OWN_CHUNK = 64  # images per chunk when similarities to their own texts are computed
 RESAMPLES = 1000
-_DRAWS_AT_ONCE = 2**20  # of the bootstrap: 8 MB
+_BOOTSTRAP_CHUNK = 2**20  # draws in memory at a time, 8 MB
 
-# Some images, some texts → how alike they are when an image looks for its text and when a text looks for its image,
-# [i, t] each; by cosine both are the same tensor.
+# Images, texts → image→text similarities and text→image similarities, [i, t] each. With cosine similarity both are the
+# same tensor.
 Compare = Callable[[slice, slice], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What was measured.
+    """Scores with confidence intervals.
 
     Attributes:
-        values: by name; shares from 0 to 1, and ranks from 1.
-        intervals: of those that have one, the ends of their 95 % confidence interval, by the same names.
+        values: scores by name; fractions from 0 to 1, and ranks from 1.
+        intervals: bounds of the 95 % confidence intervals by name, for scores that have one.
     """
 
     values: Mapping[str, float] = field(default_factory=dict)
     intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def under(self, prefix: str) -> Scores:
-        """The same with names that begin with `prefix` and a dot."""
+        """Prefixes all names with `prefix` and a dot."""
         values, intervals = (
-            {f"{prefix}.{name}": value for name, value in found.items()} for found in (self.values, self.intervals)
+            {f"{prefix}.{name}": value for name, value in by_name.items()} for by_name in (self.values, self.intervals)
         )
         return Scores(values, intervals)  # type: ignore[arg-type]
 
@@ -59,46 +59,46 @@ def retrieval(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Recall at k, mean and median rank, both ways, by cosine similarity or late interaction.
+    """Computes recall at k, mean and median rank in both directions, by cosine similarity or late interaction.
 
-    An image counts as found when any of its texts is among the first k. Among equal similarities the order is a fair
-    draw, and the expected value over all draws is given: features that are all the same score exactly `chance`. Of
-    several texts of an image, the rank is the first one's; the best possible rank is 1.
+    An image counts as a hit if any of its texts is among the first k, and its rank is that of its first text. Ties are
+    broken at random, and the expected value over all random orders is returned, so constant features score exactly
+    `chance`. The best possible rank is 1.
 
-    Each similarity is computed once and serves both directions. Intervals say what other images might have given, among
-    the same ones to choose from: images are drawn anew, each with all of its texts (`summary`).
+    Each similarity is computed once for both directions. Intervals are bootstrap intervals over images, each with all
+    of its texts (`summary`), against an unchanged gallery.
 
     Args:
-        image_features: [I, D], of any length; with `text_mask` those of the patches, [I, P, D].
-        text_features: [T, D], of any length; T may be larger than I. With `text_mask` those of the tokens, [T, L, D].
-        text_image: [T], the index of each text's image, 0 … I−1; every image has a text at least.
-        ks: how many of the first ones count.
-        chunk: images and texts that are compared at a time; changes memory and time, not the result.
-        text_mask: bool, True at a text's tokens, [T, L]. With it similarity is FILIP's late interaction, each way by
-            its own direction.
-        resamples, seed: of the intervals.
+        image_features: [I, D], of any norm; with `text_mask` features of patches, [I, P, D].
+        text_features: [T, D], of any norm; T may be larger than I. With `text_mask` features of tokens, [T, L, D].
+        text_image: [T], the index of each text's image, 0 … I−1; every image needs at least one text.
+        ks: the values of k.
+        chunk: images and texts per tile; affects memory and time, not the result.
+        text_mask: bool, True at a text's tokens, [T, L]. If given, similarity is FILIP's late interaction, computed
+            separately for each direction.
+        resamples, seed: number of bootstrap samples and their seed.
 
     Returns:
         `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, and `….mean_rank`, all with intervals;
         `….median_rank`.
 
     Raises:
-        ValueError: shapes or indices do not fit, an image has no text, or a feature is not finite.
+        ValueError: shapes or indices do not match, an image has no text, or a feature is not finite.
     """
     _check_index(text_image, "text_image", "images", len(text_features), len(image_features))
-    order = text_image.argsort(stable=True)  # texts of an image side by side
+    order = text_image.argsort(stable=True)  # texts of the same image are adjacent
     compare = comparison(image_features, text_features, text_mask, "text_features", order.to(text_features.device))
     owner = text_image[order].to(image_features.device)
-    by_image, by_text = _search_both_ways(compare, owner, chunk)
-    found = Scores()
-    for direction, places, image in (
+    by_image, by_text = _rank_both_directions(compare, owner, chunk)
+    scores = Scores()
+    for direction, ranks, image in (
         ("image_to_text", by_image, torch.arange(len(image_features))),
         ("text_to_image", by_text, owner.cpu()),
     ):
-        outcomes = _outcomes(places, ks)
+        outcomes = _outcomes(ranks, ks)
         median = Scores({"median_rank": outcomes["mean_rank"].quantile(0.5).item()})
-        found |= (summary(outcomes, image, resamples, seed) | median).under(direction)
-    return found
+        scores |= (summary(outcomes, image, resamples, seed) | median).under(direction)
+    return scores
 
 
 def classification(
@@ -111,54 +111,54 @@ def classification(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Scores:
-    """Zero-shot accuracy: the share of images whose class is the most similar one, or among the first five.
+    """Computes zero-shot top-1 and top-5 accuracy.
 
-    Equal similarities are ordered by a fair draw, as in `retrieval`.
+    Ties are broken at random, as in `retrieval`.
 
     Args:
-        image_features: [I, D]; with `text_mask` those of the patches, [I, P, D].
-        class_features: [C, D], as `class_features` makes them; with `text_mask` those of the tokens of every class's
-            prompts, [T, L, D].
+        image_features: [I, D]; with `text_mask` features of patches, [I, P, D].
+        class_features: [C, D], see `class_features`; with `text_mask` features of the tokens of all classes' prompts,
+            [T, L, D].
         labels: [I], the index of each image's class.
-        chunk: images at a time.
-        text_mask: bool, True at a prompt's tokens, [T, L]. With it similarity is FILIP's late interaction, image→text.
-        prompt_class: [T], the index of each prompt's class, 0 … C−1. With it a class's similarity is the mean of its
-            prompts' similarities, which is how FILIP ensembles (arXiv 2111.07783); without it each row of
-            `class_features` is a class.
-        resamples, seed: of the intervals, as in `summary`; images are drawn anew.
+        chunk: images per chunk.
+        text_mask: bool, True at a prompt's tokens, [T, L]. If given, similarity is FILIP's late interaction,
+            image→text.
+        prompt_class: [T], the index of each prompt's class, 0 … C−1. If given, a class's similarity is the mean of its
+            prompts' similarities, as in FILIP (arXiv 2111.07783); otherwise each row of `class_features` is a class.
+        resamples, seed: number of bootstrap samples over images and their seed, see `summary`.
 
     Returns:
         `top1` and `top5` as fractions, with intervals.
 
     Raises:
-        ValueError: shapes or labels do not fit, or a feature is not finite.
+        ValueError: shapes or labels do not match, or a feature is not finite.
     """
     classes = len(class_features) if prompt_class is None else int(prompt_class.max()) + 1
     if labels.shape != (len(image_features),):
-        raise ValueError(f"labels has shape {list(labels.shape)}; it needs [{len(image_features)}], one per image")
+        raise ValueError(f"labels has shape {list(labels.shape)}; expected [{len(image_features)}], one per image")
     if labels.min() < 0 or labels.max() >= classes:
         raise ValueError(
-            f"labels lie between {int(labels.min())} and {int(labels.max())}, classes in 0 … {classes - 1}"
+            f"labels are in {int(labels.min())} … {int(labels.max())}, but classes are in 0 … {classes - 1}"
         )
     compare = comparison(image_features, class_features, text_mask, "class_features")
     if prompt_class is not None:
         _check_index(prompt_class, "prompt_class", "classes", len(class_features), classes)
-    found = []
+    counts = []
     for start in range(0, len(labels), chunk):
         similarity = compare(slice(start, start + chunk), slice(None))[0]  # [chunk, C]
         if prompt_class is not None:
             similarity = _class_means(similarity, prompt_class)
         label = labels[start : start + chunk, None].to(similarity.device)
-        tally = _Tally(similarity.gather(1, label)[:, 0])
-        tally.count(similarity.scatter(1, label, -math.inf), slice(None), 1)
-        found.append(tally.places(torch.ones(len(label))))
-    outcomes = _outcomes(_Places(*map(torch.cat, zip(*found, strict=True))), (1, 5))
+        counter = _RankCounter(similarity.gather(1, label)[:, 0])
+        counter.add(similarity.scatter(1, label, -math.inf), slice(None), 1)
+        counts.append(counter.counts(torch.ones(len(label))))
+    outcomes = _outcomes(_RankCounts(*map(torch.cat, zip(*counts, strict=True))), (1, 5))
     named = {"top1": outcomes["r1"], "top5": outcomes["r5"]}
     return summary(named, torch.arange(len(labels)), resamples, seed)
 
 
 def class_features(prompt_features: Sequence[Tensor]) -> Tensor:
-    """A feature for each class: the mean of its normalised prompts' features, normalised again (CLIP's ensembling).
+    """Computes class features by prompt ensembling as in CLIP: the normalised mean of normalised prompt features.
 
     Args:
         prompt_features: for each class [P, D], a row per prompt; P may differ between classes.
@@ -171,9 +171,9 @@ def class_features(prompt_features: Sequence[Tensor]) -> Tensor:
 
 
 def chance(images: int, texts_per_image: int, k: int) -> float:
-    """The expected image→text recall at k of guessing; exact when every image has as many texts.
+    """Computes the expected image→text recall at k of guessing, if all images have the same number of texts.
 
-    Guessing text→image is `chance(images, 1, k)`: each text has one image.
+    For text→image use `chance(images, 1, k)`, because each text has one image.
     """
     texts = images * texts_per_image
     return 1 - math.comb(texts - texts_per_image, k) / math.comb(texts, k) if k < texts else 1.0
@@ -186,22 +186,22 @@ def comparison(
     text_name: str,
     order: Tensor | slice = slice(None),
 ) -> Compare:
-    """What compares some images with some texts, by cosine or late interaction.
+    """Returns a function that compares images with texts, by cosine or late interaction.
 
     Args:
-        image_features, text_features, text_mask: as of `retrieval`.
-        text_name: what an error calls the texts.
-        order: texts are numbered in this order, [T].
+        image_features, text_features, text_mask: see `retrieval`.
+        text_name: name of the texts in error messages.
+        order: order of the texts, [T].
 
     Raises:
-        ValueError: shapes do not fit, or a feature is not finite.
+        ValueError: shapes do not match, or a feature is not finite.
     """
     if text_mask is None:
         images, texts = _normalised(image_features, "image_features"), _normalised(text_features, text_name)[order]
         return lambda rows, columns: cosine(images[rows], texts[columns])
     if text_features.ndim != 3 or text_mask.shape != text_features.shape[:2]:
         raise ValueError(
-            f"{text_name} {list(text_features.shape)} and text_mask {list(text_mask.shape)} do not fit; "
+            f"{text_name} {list(text_features.shape)} and text_mask {list(text_mask.shape)} do not match; "
             "late interaction needs [T, L, D] and [T, L]"
         )
     mask = text_mask[order]
@@ -211,175 +211,175 @@ def comparison(
 
 
 def summary(outcomes: Mapping[str, Tensor], cluster: Tensor, resamples: int = RESAMPLES, seed: int = 0) -> Scores:
-    """Means over queries, with 95 % confidence intervals by the percentile bootstrap.
+    """Computes means over queries, with 95 % confidence intervals by the percentile cluster bootstrap.
 
-    What belongs together is drawn together: a sample is as many clusters as there are, with replacement, each with all
-    of its queries. Equal seeds draw equal samples, so two systems' scores are on the same ones.
+    Each bootstrap sample draws C clusters with replacement, each with all of its queries. Equal seeds draw equal
+    samples, so the scores of two systems are on the same samples.
 
     Args:
-        outcomes: by name, one number for each query, [Q].
-        cluster: [Q], 0 … C−1: which queries belong together.
-        resamples: how many samples are drawn; with none there are no intervals.
-        seed: of the draws.
+        outcomes: name → one number per query, [Q].
+        cluster: [Q], the cluster of each query, 0 … C−1.
+        resamples: number of bootstrap samples; 0 for no intervals.
+        seed: seed of the draws.
 
     Returns:
-        a mean for each outcome, by the same names.
+        A mean for each outcome, by the same names.
     """
     columns = torch.stack([*outcomes.values()], dim=1).double()  # [Q, names]
     queries = cluster.bincount()
     sums = columns.new_zeros(len(queries), columns.shape[1]).index_add_(0, cluster, columns)
-    values, ends = ratios(sums, queries, resamples, seed)
-    return Scores(dict(zip(outcomes, values, strict=True)), dict(zip(outcomes, ends, strict=bool(resamples))))
+    values, intervals = ratios(sums, queries, resamples, seed)
+    return Scores(dict(zip(outcomes, values, strict=True)), dict(zip(outcomes, intervals, strict=bool(resamples))))
 
 
 def ratios(
-    above: Tensor, below: Tensor, resamples: int = RESAMPLES, seed: int = 0
+    numerators: Tensor, denominator: Tensor, resamples: int = RESAMPLES, seed: int = 0
 ) -> tuple[list[float], list[tuple[float, float]]]:
-    """Ratios of sums over the same clusters, with their 95 % confidence intervals by the percentile bootstrap.
+    """Computes ratios of sums over clusters, with 95 % confidence intervals by the percentile bootstrap.
 
     Args:
-        above: what each cluster adds to each ratio's numerator, [C, R].
-        below: what it adds to the denominator of all, [C].
-        resamples, seed: as of `summary`.
+        numerators: each cluster's contribution to each ratio's numerator, [C, R].
+        denominator: each cluster's contribution to the common denominator, [C].
+        resamples, seed: see `summary`.
 
     Returns:
-        each ratio, and the ends of each interval; no intervals with no resamples.
+        The ratios and the bounds of their intervals; no intervals without resamples.
     """
-    columns = torch.cat([above, below[:, None]], dim=1).double()
+    columns = torch.cat([numerators, denominator[:, None]], dim=1).double()
 
-    def found(counts: Tensor) -> Tensor:  # how often each cluster is in each sample, [samples, C] → [samples, R]
+    def sample_ratios(counts: Tensor) -> Tensor:  # count of each cluster in each sample, [samples, C] → [samples, R]
         totals = counts.double() @ columns
         return totals[:, :-1] / totals[:, -1:]
 
-    values = found(torch.ones(1, len(below)))[0].tolist()
+    values = sample_ratios(torch.ones(1, len(denominator)))[0].tolist()
     if not resamples:
         return values, []
-    drawn = torch.cat([found(counts) for counts in _samples(len(below), resamples, seed)])
-    ends = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
-    return values, [(low, high) for low, high in ends]
+    samples = torch.cat([sample_ratios(counts) for counts in _bootstrap_counts(len(denominator), resamples, seed)])
+    bounds = samples.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).T.tolist()
+    return values, [(low, high) for low, high in bounds]
 
 
-def _samples(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
-    """How often each cluster is in each of some samples, [samples, C], until there are all."""
+def _bootstrap_counts(clusters: int, resamples: int, seed: int) -> Iterator[Tensor]:
+    """Yields the count of each cluster in each bootstrap sample, [samples, C], in chunks."""
     generator = torch.Generator().manual_seed(seed)
-    at_once = max(1, _DRAWS_AT_ONCE // clusters)
-    for done in range(0, resamples, at_once):
-        samples = min(at_once, resamples - done)
+    chunk = max(1, _BOOTSTRAP_CHUNK // clusters)
+    for done in range(0, resamples, chunk):
+        samples = min(chunk, resamples - done)
         drawn = torch.randint(clusters, (samples, clusters), generator=generator)
         places = drawn + clusters * torch.arange(samples)[:, None]
         yield places.flatten().bincount(minlength=samples * clusters).view(samples, clusters)
 
 
-class _Places(NamedTuple):
-    """Where each query finds the first of its own; [Q] each, on the CPU.
+class _RankCounts(NamedTuple):
+    """Counts that determine the rank of each query's best match; [Q] each, on the CPU.
 
     Attributes:
-        ahead: others that are better than the best of its own.
-        own: of its own, those that are as good as the best of them.
-        others: others that are as good.
+        better: non-matches that are better than the best match.
+        own: matches that tie with the best match, itself included.
+        tied: non-matches that tie with the best match.
     """
 
-    ahead: Tensor
+    better: Tensor
     own: Tensor
-    others: Tensor
+    tied: Tensor
 
 
-class _Tally:
-    """Counts what is better than the best of each query's own, and what is as good.
+class _RankCounter:
+    """Counts candidates that are better than each query's best match, and candidates that tie with it.
 
     Args:
-        best: similarity of each query to the best of its own, [Q].
+        best: similarity of each query's best match, [Q].
     """
 
     def __init__(self, best: Tensor) -> None:
         self._best = best
-        self._better, self._good = torch.zeros_like(best).double(), torch.zeros_like(best).double()
+        self._better, self._not_worse = torch.zeros_like(best).double(), torch.zeros_like(best).double()
 
-    def count(self, similarity: Tensor, queries: slice, dim: int) -> None:
-        """Takes in a tile in which a query's own are −∞; its gallery lies along `dim`."""
+    def add(self, similarity: Tensor, queries: slice, dim: int) -> None:
+        """Adds a tile whose candidates are along `dim` and in which matches are −∞."""
         best = self._best[queries].unsqueeze(dim)
-        # As numbers, not as truth values: torch compares and counts those several times more slowly.
+        # Comparisons as numbers, because torch compares to and sums bool tensors several times more slowly.
         truth = torch.empty_like(similarity)
         self._better[queries] += torch.gt(similarity, best + TOLERANCE, out=truth).sum(dim)
-        self._good[queries] += torch.ge(similarity, best - TOLERANCE, out=truth).sum(dim)
+        self._not_worse[queries] += torch.ge(similarity, best - TOLERANCE, out=truth).sum(dim)
 
-    def places(self, own: Tensor) -> _Places:
-        """Of all tiles together; `own` is how many of its own are as good as the best, [Q]."""
-        return _Places(self._better.cpu(), own.double().cpu(), (self._good - self._better).cpu())
+    def counts(self, own: Tensor) -> _RankCounts:
+        """Returns the counts over all tiles; `own` is the number of matches that tie with the best match, [Q]."""
+        return _RankCounts(self._better.cpu(), own.double().cpu(), (self._not_worse - self._better).cpu())
 
 
-def _search_both_ways(compare: Compare, owner: Tensor, chunk: int) -> tuple[_Places, _Places]:
-    """Where images find their texts, and texts their images.
+def _rank_both_directions(compare: Compare, owner: Tensor, chunk: int) -> tuple[_RankCounts, _RankCounts]:
+    """Counts ranks for image→text and text→image.
 
-    owner is each text's image, [T], in rising order.
+    owner: [T], the index of each text's image, in ascending order.
     """
     ends = [0, *owner.bincount().cumsum(0).tolist()]  # an image's texts are ends[i]:ends[i + 1]
     images, texts = len(ends) - 1, len(owner)
-    place = torch.arange(texts, device=owner.device)
-    owns = []
-    for start in range(0, images, _OWN):
-        stop = min(start + _OWN, images)
-        mine = slice(ends[start], ends[stop])
-        found = compare(slice(start, stop), mine)
-        rows, columns = owner[mine] - start, place[mine] - mine.start
-        owns.append(torch.stack([similarity[rows, columns] for similarity in found]))
-    to_text, to_image = torch.cat(owns, dim=1)  # [T] each: similarity of each text and its image
+    index = torch.arange(texts, device=owner.device)
+    own_similarities = []
+    for start in range(0, images, _OWN_CHUNK):
+        stop = min(start + _OWN_CHUNK, images)
+        own_texts = slice(ends[start], ends[stop])
+        similarities = compare(slice(start, stop), own_texts)
+        rows, columns = owner[own_texts] - start, index[own_texts] - own_texts.start
+        own_similarities.append(torch.stack([similarity[rows, columns] for similarity in similarities]))
+    to_text, to_image = torch.cat(own_similarities, dim=1)  # [T] each: similarity of each text and its image
     best = to_text.new_full((images,), -math.inf).scatter_reduce(0, owner, to_text, "amax")
-    by_image, by_text = _Tally(best), _Tally(to_image)
+    by_image, by_text = _RankCounter(best), _RankCounter(to_image)
     for left in range(0, texts, chunk):
         for top in range(0, images, chunk):
-            tile, across = slice(top, min(top + chunk, images)), slice(left, min(left + chunk, texts))
-            found = compare(tile, across)
-            together = slice(max(ends[tile.start], across.start), min(ends[tile.stop], across.stop))
-            if together.start < together.stop:
-                pairs = owner[together] - top, place[together] - left
-                for similarity in found:
+            image_tile, text_tile = slice(top, min(top + chunk, images)), slice(left, min(left + chunk, texts))
+            similarities = compare(image_tile, text_tile)
+            matches = slice(max(ends[image_tile.start], text_tile.start), min(ends[image_tile.stop], text_tile.stop))
+            if matches.start < matches.stop:
+                pairs = owner[matches] - top, index[matches] - left
+                for similarity in similarities:
                     similarity[pairs] = -math.inf
-            by_image.count(found[0], tile, 1)
-            by_text.count(found[1], across, 0)
-    as_good = (to_text >= best[owner] - TOLERANCE).double()
-    own = torch.zeros_like(best).double().index_add_(0, owner, as_good)
-    return by_image.places(own), by_text.places(torch.ones(texts))
+            by_image.add(similarities[0], image_tile, 1)
+            by_text.add(similarities[1], text_tile, 0)
+    ties = (to_text >= best[owner] - TOLERANCE).double()
+    own = torch.zeros_like(best).double().index_add_(0, owner, ties)
+    return by_image.counts(own), by_text.counts(torch.ones(texts))
 
 
-def _outcomes(places: _Places, ks: Sequence[int]) -> dict[str, Tensor]:
-    """What `summary` averages: "r<k>" and "mean_rank", expected over fair draws; [Q] each."""
-    hits = {f"r{k}": _expected_hits(k - places.ahead, places.own, places.others) for k in ks}
-    return {**hits, "mean_rank": 1 + places.ahead + places.others / (places.own + 1)}
+def _outcomes(counts: _RankCounts, ks: Sequence[int]) -> dict[str, Tensor]:
+    """The expected "r<k>" and "mean_rank" over random orders of ties; [Q] each."""
+    hits = {f"r{k}": _expected_hits(k - counts.better, counts.own, counts.tied) for k in ks}
+    return {**hits, "mean_rank": 1 + counts.better + counts.tied / (counts.own + 1)}
 
 
 def _class_means(prompts: Tensor, prompt_class: Tensor) -> Tensor:
-    """[I, C] from [I, T]: the mean over each class's prompts."""
-    own_class = prompt_class.to(prompts.device)
-    count = own_class.bincount()
-    return prompts.new_zeros(len(prompts), len(count)).index_add_(1, own_class, prompts) / count
+    """Averages over each class's prompts, [I, T] → [I, C]."""
+    prompt_class = prompt_class.to(prompts.device)
+    count = prompt_class.bincount()
+    return prompts.new_zeros(len(prompts), len(count)).index_add_(1, prompt_class, prompts) / count
 
 
 def _check_index(index: Tensor, name: str, groups: str, rows: int, number: int) -> None:
     if index.shape != (rows,):
-        raise ValueError(f"{name} has shape {list(index.shape)}; it needs [{rows}], one per text")
+        raise ValueError(f"{name} has shape {list(index.shape)}; expected [{rows}], one per text")
     if not torch.equal(index.unique(), torch.arange(number, device=index.device)):
-        raise ValueError(f"{name} must name each of the {groups} 0 … {number - 1} at least once, and no other")
+        raise ValueError(f"{name} must contain each of the {groups} 0 … {number - 1} at least once, and nothing else")
 
 
-def _expected_hits(places: Tensor, own: Tensor, others: Tensor) -> Tensor:
-    """Chance that a fair shuffle of `own` + `others` equals puts one of `own` on the first `places`; all [Q].
+def _expected_hits(positions: Tensor, own: Tensor, tied: Tensor) -> Tensor:
+    """Probability that a random order of `own` + `tied` items has one of `own` in the first `positions`; all [Q].
 
-    One minus the hypergeometric chance of none, C(others, places) / C(own + others, places), as a product.
+    It is 1 minus the hypergeometric probability of none, C(tied, positions) / C(own + tied, positions), as a product.
     """
-    places = places.clamp(min=0)
-    none = torch.ones_like(places)
+    positions = positions.clamp(min=0)
+    none = torch.ones_like(positions)
     for i in range(1, int(own.max()) + 1):
-        factor = (others - places + i).clamp(min=0) / (others + i)
+        factor = (tied - positions + i).clamp(min=0) / (tied + i)
         none = torch.where(own >= i, none * factor, none)
     return 1 - none
 
 
 def _normalised(features: Tensor, name: str, shape: str = "[rows, D]") -> Tensor:
-    """Features of length 1 in fp32. NaN would win every comparison unseen, so it is refused here."""
+    """Normalises features in fp32. NaN is an error, because comparisons with NaN would silently count as hits."""
     if features.ndim != shape.count(",") + 1:
-        raise ValueError(f"{name} has shape {list(features.shape)}; it needs {shape}")
+        raise ValueError(f"{name} has shape {list(features.shape)}; expected {shape}")
     if not torch.isfinite(features).all():
         bad = int((~torch.isfinite(features).flatten(1).all(dim=1)).sum())
-        raise ValueError(f"{name}: {bad} of {len(features)} rows are not finite; the model that made them is broken")
+        raise ValueError(f"{name}: {bad} of {len(features)} rows are not finite; check the model that produced them")
     return F.normalize(features.detach().float(), dim=-1)

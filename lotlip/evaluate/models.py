@@ -1,4 +1,4 @@
-"""Opens whatever can be scored: a model of this project, of transformers or of open_clip."""
+"""Loads models for evaluation: of this project, of transformers or of open_clip."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ def open_encoder(
     precision: str = "fp32",
     on_batch: Callable[[int], object] = lambda _: None,
 ) -> Encoder:
-    """A model of any kind, loaded and ready to be scored, with its own tokenizer, context length and preprocessing.
+    """Loads a model of any kind, with its own tokenizer, context length and preprocessing.
 
-    Nothing that a model brings with it is run: no code of its repository, no pickle but tensors.
+    No code from the model's repository is run, and pickles may contain only tensors.
 
     Args:
-        model: a folder or a name, as `ACCEPTED` says. What a folder has is told by its config.json (a model of this
-            project's or of transformers') or its open_clip_config.json.
-        batch_size: as of `Runner`.
-        device: "cpu", "cuda", or "auto": cuda where there is one.
-        precision: as of `Runner`.
-        on_batch: as of `Runner`.
+        model: a folder or a name, see `ACCEPTED`. The kind of a folder's model is read from its config.json (this
+            project or transformers) or open_clip_config.json.
+        batch_size: see `Runner`.
+        device: "cpu", "cuda", or "auto" for cuda if available.
+        precision: see `Runner`.
+        on_batch: see `Runner`.
 
     Raises:
-        ValueError: there is no such model, it is no dual encoder, or an argument is wrong.
+        ValueError: there is no such model, it is not a dual encoder, or an argument is invalid.
     """
     run = Runner(batch_size, choose_device(device), precision, on_batch)
     if model.startswith(OPEN_CLIP):
         return baselines.OpenClipEncoder(model, model.removeprefix(OPEN_CLIP), run)
     if Path(model).is_file():
-        raise ValueError(f"{model} is a file; {ACCEPTED}; `lotlip import-official` makes a folder of the authors' .pt")
+        raise ValueError(f"{model} is a file; {ACCEPTED}; convert the authors' .pt file with `lotlip import-official`")
     folder = Path(model) if Path(model).is_dir() else baselines.from_hub(model)
     config = folder / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
@@ -49,6 +49,6 @@ def open_encoder(
     if (folder / baselines.OPEN_CLIP_CONFIG).is_file():
         return baselines.OpenClipEncoder(model, f"local-dir:{folder}", run)
     raise ValueError(
-        f"{model} has no model: neither a config.json with a model_type nor an {baselines.OPEN_CLIP_CONFIG} is there; "
-        f"{ACCEPTED}"
+        f"{model} has no model: there is neither a config.json with a model_type nor an "
+        f"{baselines.OPEN_CLIP_CONFIG}; {ACCEPTED}"
     )

@@ -1,8 +1,7 @@
-"""Does a model read to the end? Generated scenes, of which all is known, can ask for one detail anywhere in a text.
+"""Does a model use a long text to its end? Two tests on generated scenes, beyond the paper.
 
-Beyond the paper. Two questions: whether an image is nearer to its text than to one in which a single small object is
-told wrong, by where that object's sentence stands; and how well images and texts find each other by how many of a
-text's sentences there are.
+The first measures whether an image is closer to its text than to a text in which one detail of a small object is
+changed, by the position of that object's sentence. The second measures R@1 by the number of sentences of the texts.
 """
 
 from __future__ import annotations
@@ -24,25 +23,25 @@ from lotlip.evaluate.encoders import Encoder
 from lotlip.evaluate.metrics import TOLERANCE, comparison, retrieval, summary
 
 ATTRIBUTES = {"colour": tuple(COLOURS), "texture": TEXTURES, "shape": SHAPES, "position": tuple(POSITIONS)}
-_QUESTIONS_AT_ONCE = 64
+_BATCH = 64  # questions
 
 TokenCounts = Callable[[Sequence[str]], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share from 0 to 1, and the ends of its 95 % confidence interval over images."""
+    """A fraction from 0 to 1 and the bounds of its 95 % confidence interval over images."""
 
     value: float
     interval: tuple[float, float]
 
 
 @dataclass(frozen=True)
-class AtPosition:
-    """Accuracy where the changed sentence is the `position`-th of those on small objects, from 1.
+class PositionAccuracy:
+    """Accuracy when the changed sentence is the `position`-th of those on small objects, from 1.
 
     Attributes:
-        tokens_before: word pieces of the text before it, the mean.
+        tokens_before: mean number of word pieces before the sentence.
     """
 
     position: int
@@ -51,7 +50,7 @@ class AtPosition:
 
 
 @dataclass(frozen=True)
-class OfAttribute:
+class AttributeAccuracy:
     """Accuracy over all positions for the scenes in which this attribute was changed."""
 
     attribute: str
@@ -61,20 +60,20 @@ class OfAttribute:
 
 @dataclass(frozen=True)
 class HardNegatives:
-    """How often an image is nearer to its text than to the changed one; guessing gives one half."""
+    """How often an image is closer to its text than to the changed text; chance is one half."""
 
     scenes: int
     accuracy: Share
-    by_position: list[AtPosition]
-    by_attribute: list[OfAttribute]
+    by_position: list[PositionAccuracy]
+    by_attribute: list[AttributeAccuracy]
 
 
 @dataclass(frozen=True)
-class AtLength:
-    """R@1 with texts of this many sentences; texts that have fewer are whole.
+class LengthRecall:
+    """R@1 with texts truncated after this many sentences; shorter texts are complete.
 
     Attributes:
-        tokens: word pieces of a text, the mean.
+        tokens: mean number of word pieces per text.
     """
 
     sentences: int
@@ -84,26 +83,26 @@ class AtLength:
 
 
 @dataclass(frozen=True)
-class Reading:
-    """Both answers."""
+class ReadingScores:
+    """The results of both tests."""
 
     hard_negatives: HardNegatives
-    lengths: list[AtLength]
+    lengths: list[LengthRecall]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON types."""
+        """Converts the results to JSON types."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Question:
-    """A scene's true texts and as many with one sentence that is false of it, the same one everywhere.
+    """A scene's true texts, and the same texts with one changed sentence, with the sentence at each position.
 
     Attributes:
-        scene: its number.
-        attribute: what the false sentence has wrong of a small object: a key of `ATTRIBUTES`.
-        before: what the texts say before that sentence, shortest first; one for each of its positions.
-        true, changed: texts in which it stands there, in truth and changed.
+        scene: index of the scene.
+        attribute: the changed attribute of a small object, a key of `ATTRIBUTES`.
+        before: the text before the sentence, for each of its positions.
+        true, changed: the texts with the true and the changed sentence, for each of its positions.
     """
 
     scene: int
@@ -114,145 +113,146 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Quiz:
-    """What every model is asked, made once for all of them.
+class ReadingTest:
+    """The texts of both tests, the same for all models.
 
     Attributes:
         questions: see `questions`.
-        before: word pieces of what stands before the sentence in question, by position the mean.
-        cut: long texts that end after one sentence, two, …: one for each scene.
-        tokens: word pieces of those, the mean.
+        before: mean number of word pieces before the sentence in question, by position.
+        truncated: long texts truncated after one sentence, two, …; one for each scene.
+        tokens: mean number of word pieces of these texts.
     """
 
     questions: list[Question]
     before: list[float]
-    cut: list[list[str]]
+    truncated: list[list[str]]
     tokens: list[float]
 
 
-def make_quiz(scenes: Sequence[Scene], token_counts: TokenCounts) -> Quiz:
-    """Asks of some scenes.
+def make_reading_test(scenes: Sequence[Scene], token_counts: TokenCounts) -> ReadingTest:
+    """Builds the texts of both tests.
 
     Args:
-        scenes: of a benchmark's images.
-        token_counts: texts → word pieces of each, which say how far into a text a sentence stands.
+        scenes: the scenes of a benchmark's images.
+        token_counts: texts → number of word pieces of each.
     """
     asked = questions(scenes)
     before = zip(*[token_counts(question.before) for question in asked], strict=True)
-    told = [sentences(scene) for scene in scenes]
-    cut = [[as_text(some[:number]) for some in told] for number in range(1, max(map(len, told)) + 1)]
-    return Quiz(asked, [fmean(counts) for counts in before], cut, [fmean(token_counts(texts)) for texts in cut])
+    by_scene = [sentences(scene) for scene in scenes]
+    most = max(map(len, by_scene))
+    truncated = [[as_text(parts[:number]) for parts in by_scene] for number in range(1, most + 1)]
+    tokens = [fmean(token_counts(texts)) for texts in truncated]
+    return ReadingTest(asked, [fmean(counts) for counts in before], truncated, tokens)
 
 
 def questions(scenes: Sequence[Scene], seed: int = 0) -> list[Question]:
-    """One question for each of the scenes with the most small objects, so that every position asks of the same ones.
+    """Builds a question for each scene with the maximum number of small objects, so that all have all positions.
 
-    The wrong value is one that nothing in the scene has, so nobody can take it for another object's. As many scenes
-    have one attribute changed as another, as far as such values go: seven objects may have all textures. The frame of a
-    sentence goes with its object, not with its position.
+    The changed value does not occur elsewhere in the scene, so it cannot be confused with another object's. Attributes
+    are balanced over scenes, as far as unused values exist: seven objects may have all textures. A sentence keeps the
+    wording of its object at every position.
 
     Args:
-        scenes: of a benchmark's images.
-        seed: of the object and the value that are chosen.
+        scenes: the scenes of a benchmark's images.
+        seed: seed for the choice of objects and values.
     """
     most = max(len(scene.objects) for scene in scenes)
-    chance = random.Random(seed)
-    asked: Counter[str] = Counter()
-    found = []
+    rng = random.Random(seed)
+    uses: Counter[str] = Counter()
+    result = []
     for number, scene in enumerate(scenes):
         if len(scene.objects) < most:
             continue
-        free = {
+        unused = {
             attribute: [value for value in values if value not in _values(scene, attribute)]
             for attribute, values in ATTRIBUTES.items()
         }
-        attribute = min((name for name, values in free.items() if values), key=asked.__getitem__)
-        asked[attribute] += 1
-        place = chance.randrange(most)
-        change: dict[str, Any] = {attribute: chance.choice(free[attribute])}
+        attribute = min((name for name, values in unused.items() if values), key=uses.__getitem__)
+        uses[attribute] += 1
+        place = rng.randrange(most)
+        change: dict[str, Any] = {attribute: rng.choice(unused[attribute])}
         others = sentences(scene)
-        first = len(others) - most  # of the small objects
+        first = len(others) - most  # index of the first sentence on a small object
         truth = others.pop(first + place)
         starts = [others[: first + position] for position in range(most)]
         true, changed = (
             [as_text([*start, sentence, *others[len(start) :]]) for start in starts]
             for sentence in (truth, small_sentence(place, replace(scene.objects[place], **change)))
         )
-        found.append(Question(number, attribute, [as_text(start) for start in starts], true, changed))
-    return found
+        result.append(Question(number, attribute, [as_text(start) for start in starts], true, changed))
+    return result
 
 
 def _values(scene: Scene, attribute: str) -> set[str]:
-    """That any object of the scene has."""
+    """The values of an attribute in a scene."""
     return {getattr(thing, attribute) for thing in (scene.salient, *scene.objects)}
 
 
-def read_to_the_end(encoder: Encoder, quiz: Quiz, images: Tensor) -> Reading:
-    """Asks a model both.
+def evaluate_reading(encoder: Encoder, test: ReadingTest, images: Tensor) -> ReadingScores:
+    """Runs both tests on a model.
 
     Args:
         encoder: the model.
-        quiz: what to ask.
-        images: features of the quiz's images as the encoder gives them, [I, D] or [I, P, D].
+        test: the texts.
+        images: the encoder's features of the scenes' images, [I, D] or [I, P, D].
     """
-    return Reading(hard_negatives(encoder, quiz, images), recall_by_length(encoder, quiz, images))
+    return ReadingScores(hard_negatives(encoder, test, images), recall_by_length(encoder, test, images))
 
 
-def hard_negatives(encoder: Encoder, quiz: Quiz, images: Tensor) -> HardNegatives:
-    """The share of images that are nearer to the true text than to the changed one; equally near counts half.
+def hard_negatives(encoder: Encoder, test: ReadingTest, images: Tensor) -> HardNegatives:
+    """Measures the share of images that are closer to the true text than to the changed one; ties count half.
 
     Args:
-        encoder, quiz, images: as of `read_to_the_end`.
+        encoder, test, images: see `evaluate_reading`.
     """
-    asked = quiz.questions
-    batches = in_batches(asked, _QUESTIONS_AT_ONCE)
-    right = torch.cat([_right(encoder, some, images) for some in batches])  # [Q, positions]
+    batches = in_batches(test.questions, _BATCH)
+    correct = torch.cat([_correct(encoder, batch, images) for batch in batches])  # [Q, positions]
     by_position = [
-        AtPosition(number + 1, tokens, _share(right[:, number])) for number, tokens in enumerate(quiz.before)
+        PositionAccuracy(number + 1, tokens, _share(correct[:, number])) for number, tokens in enumerate(test.before)
     ]
     by_attribute = []
     for attribute in ATTRIBUTES:
-        rows = [number for number, question in enumerate(asked) if question.attribute == attribute]
+        rows = [number for number, question in enumerate(test.questions) if question.attribute == attribute]
         if rows:
-            by_attribute.append(OfAttribute(attribute, len(rows), _share(right[rows].mean(dim=1))))
-    return HardNegatives(len(asked), _share(right.mean(dim=1)), by_position, by_attribute)
+            by_attribute.append(AttributeAccuracy(attribute, len(rows), _share(correct[rows].mean(dim=1))))
+    return HardNegatives(len(test.questions), _share(correct.mean(dim=1)), by_position, by_attribute)
 
 
-def _right(encoder: Encoder, asked: Sequence[Question], images: Tensor) -> Tensor:
-    """1 where the true text is nearer, 0 where the changed one is, else one half; [Q, positions]."""
-    positions = len(asked[0].true)
-    features, mask = encoder.texts([text for question in asked for text in (*question.true, *question.changed)])
-    compare = comparison(images[[question.scene for question in asked]], features, mask, "text_features")
+def _correct(encoder: Encoder, batch: Sequence[Question], images: Tensor) -> Tensor:
+    """1 if the true text is closer, 0 if the changed one is, one half for ties; [Q, positions]."""
+    positions = len(batch[0].true)
+    features, mask = encoder.texts([text for question in batch for text in (*question.true, *question.changed)])
+    compare = comparison(images[[question.scene for question in batch]], features, mask, "text_features")
     rows = []
-    for number in range(len(asked)):
-        own = slice(2 * positions * number, 2 * positions * (number + 1))
-        true, changed = compare(slice(number, number + 1), own)[0].view(2, positions)
-        ahead = true - changed
-        rows.append((ahead > TOLERANCE).float() + (ahead.abs() <= TOLERANCE).float() / 2)
+    for number in range(len(batch)):
+        columns = slice(2 * positions * number, 2 * positions * (number + 1))
+        true, changed = compare(slice(number, number + 1), columns)[0].view(2, positions)
+        margin = true - changed
+        rows.append((margin > TOLERANCE).float() + (margin.abs() <= TOLERANCE).float() / 2)
     return torch.stack(rows).cpu()
 
 
-def recall_by_length(encoder: Encoder, quiz: Quiz, images: Tensor) -> list[AtLength]:
-    """R@1 both ways when long texts end after one sentence, two, … up to all.
+def recall_by_length(encoder: Encoder, test: ReadingTest, images: Tensor) -> list[LengthRecall]:
+    """Measures R@1 in both directions with long texts truncated after one sentence, two, … up to all.
 
     Args:
-        encoder, quiz, images: as of `read_to_the_end`.
+        encoder, test, images: see `evaluate_reading`.
     """
-    rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in quiz.cut for text in texts))}
-    features, mask = encoder.texts(list(rows))  # once each: many first sentences are equal, and whole texts come again
-    found = []
-    for number, (texts, tokens) in enumerate(zip(quiz.cut, quiz.tokens, strict=True), start=1):
-        own = torch.tensor([rows[text] for text in texts], device=features.device)
-        own_mask = None if mask is None else mask[own]
-        scores = retrieval(images, features[own], torch.arange(len(images)), (1,), text_mask=own_mask)
+    rows = {text: row for row, text in enumerate(dict.fromkeys(text for texts in test.truncated for text in texts))}
+    features, mask = encoder.texts(list(rows))  # each distinct text is encoded once
+    recalls = []
+    for number, (texts, tokens) in enumerate(zip(test.truncated, test.tokens, strict=True), start=1):
+        index = torch.tensor([rows[text] for text in texts], device=features.device)
+        text_mask = None if mask is None else mask[index]
+        scores = retrieval(images, features[index], torch.arange(len(images)), (1,), text_mask=text_mask)
         to_text, to_image = (
             Share(scores.values[name], scores.intervals[name]) for name in ("image_to_text.r1", "text_to_image.r1")
         )
-        found.append(AtLength(number, tokens, to_text, to_image))
-    return found
+        recalls.append(LengthRecall(number, tokens, to_text, to_image))
+    return recalls
 
 
 def _share(outcome: Tensor) -> Share:
-    """The mean over images."""
-    found = summary({"share": outcome}, torch.arange(len(outcome)))
-    return Share(found.values["share"], found.intervals["share"])
+    """The mean over images with its interval."""
+    scores = summary({"share": outcome}, torch.arange(len(outcome)))
+    return Share(scores.values["share"], scores.intervals["share"])

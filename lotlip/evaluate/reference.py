@@ -1,4 +1,4 @@
-"""Published scores, shown beside those that were measured here."""
+"""Published scores, shown next to measured ones."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ SOURCE = "published in the README of the method's authors' release; zero-shot, n
 
 @dataclass(frozen=True)
 class Reference:
-    """What was published of one model.
+    """The published scores of one model.
 
     Attributes:
-        model: what it is and how many images it was trained on.
-        scores: benchmark → metric, as in `Scores` → share from 0 to 1.
+        model: name, and number of training images.
+        scores: benchmark → metric, as in `Scores` → fraction from 0 to 1.
     """
 
     model: str
@@ -24,7 +24,7 @@ class Reference:
 
 
 def _reference(model: str, **percent: tuple[float, float]) -> Reference:
-    """Of R@1 in percent, image → text first, by benchmark; in names of benchmarks `_` stands for `-`."""
+    """Builds a reference from R@1 in percent (image → text, text → image) by benchmark, with `_` for `-` in names."""
     scores: dict[str, dict[str, float]] = {
         benchmark.replace("_", "-"): {
             Metric.LONG_IMAGE_TO_TEXT_R1: round(to_text / 100, 4),

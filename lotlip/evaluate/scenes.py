@@ -1,4 +1,4 @@
-"""The demo's benchmark: held-out scenes, and questions about all that is known of them."""
+"""The demo's benchmark: held-out scenes with long and short texts and prompts for the shape."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ import json
 from lotlip.core.paths import Paths
 from lotlip.demo.questions import label, long_text, shape_prompts, short_text
 from lotlip.demo.world import Scene
-from lotlip.evaluate.benchmarks import Benchmark, Prompts, Texts, images_of, version_of
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, Prompts, split_images, version_of
 from lotlip.evaluate.config import SceneBenchmarkConfig
 
 
 def scene_benchmark(name: str, settings: SceneBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
-    """The scenes of a split of ingest's partitions.
+    """Opens the benchmark of the scenes of a split.
 
     Raises:
-        ValueError: the split has another number of scenes than it should, or other pictures.
+        ValueError: the split has another number of scenes than `settings.size`, or its images are not scenes.
     """
     source = paths.ingest
-    keys, drawn, read = images_of(source, settings.split, "scene")
+    keys, graphs, read = split_images(source, settings.split, "scene")
     if len(keys) != settings.size:
         raise ValueError(
             f"benchmark {name}: {source}/{settings.split} has {len(keys)} scenes, but "
-            f"evaluate.benchmarks.{name}.size is {settings.size}; scores of another size cannot be compared"
+            f"evaluate.benchmarks.{name}.size is {settings.size}; scores of different sizes are not comparable"
         )
-    if not all(isinstance(scene, str) for scene in drawn):
+    if not all(isinstance(scene, str) for scene in graphs):
         raise ValueError(f"benchmark {name}: the images in {source} are not generated scenes; use `kind: held-out`")
-    scenes = [Scene.from_json(json.loads(str(scene))) for scene in drawn]
-    every = list(range(len(scenes)))
+    scenes = [Scene.from_json(json.loads(str(scene))) for scene in graphs]
+    indices = list(range(len(scenes)))
     retrieval = {
-        "long": Texts([long_text(scene) for scene in scenes], every),
-        "short": Texts([short_text(scene) for scene in scenes], every),
+        "long": ImageTexts([long_text(scene) for scene in scenes], indices),
+        "short": ImageTexts([short_text(scene) for scene in scenes], indices),
     }
     return Benchmark(
         name=name,

@@ -1,4 +1,4 @@
-"""The names of all scores, as they are written to metrics/<ablation>.json, MLflow and the report."""
+"""The names of all scores, as used in metrics/<ablation>.json, MLflow and the report."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import StrEnum
 
 
 class Metric(StrEnum):
-    """A score by name: kind of text, direction and statistic, or "classification" and statistic.
+    """The name of a score: kind of text, direction and statistic, or "classification" and statistic.
 
-    The order is that of tables.
+    The order is that of table columns.
     """
 
     LONG_IMAGE_TO_TEXT_R1 = "long.image_to_text.r1"
@@ -36,26 +36,26 @@ class Metric(StrEnum):
 
     @property
     def family(self) -> str:
-        """Kind of text, or "classification"."""
+        """The kind of text, or "classification"."""
         return self.partition(".")[0]
 
     @property
     def direction(self) -> str:
-        """ "image_to_text", "text_to_image", or nothing for classification."""
+        """ "image_to_text", "text_to_image", or empty for classification."""
         return self.rpartition(".")[0].partition(".")[2]
 
     @property
     def statistic(self) -> str:
-        """Such as "r1", "median_rank" or "top5"."""
+        """The statistic, such as "r1", "median_rank" or "top5"."""
         return self.rpartition(".")[2]
 
     @property
     def is_rank(self) -> bool:
-        """Whether it is a rank, from 1, of which a lower one is better; all others are shares, from 0 to 1."""
+        """Whether it is a rank from 1, where lower is better; all other scores are fractions from 0 to 1."""
         return self.statistic.endswith("rank")
 
 
-# What tables and figures compare models by.
+# The scores that tables and figures compare.
 MAIN = {
     "long": (Metric.LONG_IMAGE_TO_TEXT_R1, Metric.LONG_TEXT_TO_IMAGE_R1),
     "short": (Metric.SHORT_IMAGE_TO_TEXT_R1, Metric.SHORT_TEXT_TO_IMAGE_R1),

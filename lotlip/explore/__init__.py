@@ -1,1 +1,1 @@
-"""A page to look at a model with: texts find pictures, pictures find texts, and maps show what was looked at."""
+"""A page for exploring a model: text → image and image → text search with relevance maps."""

@@ -1,4 +1,4 @@
-"""What the page asks: the nearest pictures or texts, where attention goes, how far into a text the model reads."""
+"""The explorer's operations: search, relevance maps, and how much of a text the model reads."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from lotlip.data.pictures import Pictures, open_pictures
-from lotlip.retrieval.embedding import Embedder, Match, maker, matches
+from lotlip.retrieval.embedding import Embedder, Match, index_model, matches
 from lotlip.retrieval.index import Index, open_index
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_LOOKED_THROUGH = 256  # texts of the index, for examples
+_EXAMPLE_CANDIDATES = 256  # first texts of the index, from which examples are chosen
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How far into a text the model reads.
+class Truncation:
+    """How much of a text the model reads.
 
     Attributes:
-        tokens: of the whole text, special and corner tokens counted.
-        limit: most tokens that the model takes.
-        end: how many characters of the text it reads.
+        tokens: number of tokens of the complete text, including special and corner tokens.
+        limit: the model's context length.
+        end: number of characters of the text that the model reads.
     """
 
     tokens: int
@@ -37,13 +37,13 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A picture that was found, and which of its patches the text looks at.
+class PictureMatch:
+    """A picture found for a text, with its relevance map.
 
     Attributes:
-        match: its row in the index.
+        match: the search result.
         picture: RGB.
-        relevance: of patches of the square that the model sees, [G, G]; sums to 1.
+        relevance: relevance of the patches of the model's square input, [G, G]; sums to 1.
     """
 
     match: Match
@@ -52,18 +52,18 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Look:
-    """A text beside a picture, sub-caption by sub-caption.
+class Analysis:
+    """Relevance maps and attention of a text for a picture, by sub-caption.
 
     Attributes:
         whole: relevance of patches for the whole text, [G, G].
-        sub_captions: those that the model reads, the last one maybe cut.
-        relevance: for each of them as a text of its own, [N, G, G].
-        readers: "[CLS]", "Cor 1", …; none where the encoder does not tell.
-        shares: of each reader's attention on each sub-caption, [R, N].
-        tokens: each sub-caption's share of the tokens, [N].
-        spread: how evenly each reader spreads over the sub-captions, 0 … 1, [R]; NaN where there is but one.
-        silent: why there are no readers; empty where there are.
+        sub_captions: sub-captions within the context; the last one may be truncated.
+        relevance: relevance of patches for each sub-caption as a separate text, [N, G, G].
+        readers: "[CLS]", "Cor 1", …; empty if the encoder does not return attention.
+        shares: share of each reader's attention on each sub-caption, [R, N].
+        tokens: share of tokens of each sub-caption, [N].
+        entropy: normalised entropy of each reader's shares, 0 … 1, [R]; NaN for a single sub-caption.
+        problem: why there are no readers; empty if there are.
     """
 
     whole: np.ndarray
@@ -72,23 +72,23 @@ class Look:
     readers: list[str]
     shares: np.ndarray
     tokens: np.ndarray
-    spread: np.ndarray
-    silent: str = ""
+    entropy: np.ndarray
+    problem: str = ""
 
 
 class Explorer:
-    """A model with what it has embedded. Threads may share it: the model does one thing at a time.
+    """A model with its indexes of pictures and texts. Thread-safe; calls of the model are serialized.
 
     Args:
-        pictures: what `lotlip embed` wrote of images.
-        texts: the same of texts, by the same model.
-        model: its folder, if not where it was then.
-        source: folder of the pictures, if not where they were then.
-        top: how many pictures or texts are found.
-        device: as for `Embedder`.
+        pictures: index of pictures written by `lotlip embed`.
+        texts: index of texts by the same model.
+        model: folder of the model; default: the folder recorded in the index.
+        source: folder of the pictures; default: the folder recorded in the index.
+        top: number of search results.
+        device: see `Embedder`.
 
     Raises:
-        ValueError: an index, the model or the pictures are not there, or do not belong together.
+        ValueError: an index, the model or the pictures are missing or do not match.
     """
 
     def __init__(
@@ -101,13 +101,13 @@ class Explorer:
         device: str = "auto",
     ) -> None:
         if top < 1:
-            raise ValueError(f"top is {top}, and must be at least 1")
+            raise ValueError(f"top is {top}; it must be at least 1")
         self._pictures = _index(pictures, "images")
         self._texts = None if texts is None else _index(texts, "texts")
         about = self._pictures.about
         if self._texts is not None and self._texts.about["weights_sha256"] != about["weights_sha256"]:
-            raise ValueError(f"{pictures} and {texts} are of two models' making: embed both with one")
-        self.folder = maker(pictures, about, model)
+            raise ValueError(f"{pictures} and {texts} were made by different models; embed both with the same model")
+        self.folder = index_model(pictures, about, model)
         self._read = _pictures(pictures, about.get("source"), source, about.get("split")).read
         self._top = top
         self._embedder = Embedder(self.folder, device, batch_size=1)
@@ -118,65 +118,65 @@ class Explorer:
 
     # --- texts ----------------------------------------------------------------------------------------------------
 
-    def reading(self, text: str) -> Reading:
-        """How far into a text the model reads."""
+    def truncation(self, text: str) -> Truncation:
+        """Returns how much of a text the model reads."""
         encoding = self._whole_text.encode(text)
         limit = self._embedder.model.config.context_length
         if len(encoding) <= limit:
-            return Reading(len(encoding), limit, len(text))
-        return Reading(len(encoding), limit, encoding.offsets[limit - 2][1])  # the last token that is kept is [SEP]
+            return Truncation(len(encoding), limit, len(text))
+        return Truncation(len(encoding), limit, encoding.offsets[limit - 2][1])  # the last token kept is [SEP]
 
     def examples(self, number: int) -> list[str]:
-        """The longest of the first texts of the index; none where there is no such index."""
+        """Returns the longest of the first texts of the index; empty without an index of texts."""
         if self._texts is None:
             return []
-        first = self._texts.rows(range(min(_LOOKED_THROUGH, sum(len(block) for block in self._texts.blocks()))))
+        first = self._texts.rows(range(min(_EXAMPLE_CANDIDATES, sum(len(block) for block in self._texts.blocks()))))
         return sorted((text or "" for _, text in first.values()), key=len, reverse=True)[:number]
 
     @property
     def resize(self) -> str:
-        """How the model makes a square of a picture, one of `lotlip.data.images.RESIZES`."""
+        """How the model resizes pictures to a square, one of `lotlip.data.images.RESIZES`."""
         return self._embedder.model.image_tower.spec.resize
 
     @property
     def has_texts(self) -> bool:
-        """Whether texts can be found."""
+        """Whether there is an index of texts."""
         return self._texts is not None
 
     # --- search ---------------------------------------------------------------------------------------------------
 
-    def find_pictures(self, text: str) -> list[Found]:
-        """The pictures nearest to a text, best first, and where the text looks in each.
+    def find_pictures(self, text: str) -> list[PictureMatch]:
+        """Finds the nearest pictures to a text, best first, with relevance maps.
 
         Raises:
-            ValueError: the text is blank, or a picture of the index is not there any more.
+            ValueError: the text is blank, or a picture of the index no longer exists.
         """
-        from lotlip.evaluate.attention import maps_of
+        from lotlip.evaluate.attention import image_relevance_maps
 
         text = _not_blank(text)
         with self._lock:
             found = matches(self._pictures, self._embedder.texts([text])[0], self._top)
             pictures = [self.picture(match.name) for match in found]
-            maps = maps_of(self._embedder.encoder, pictures, [[text]] * len(found))
-        shown = zip(found, pictures, maps, strict=True)
-        return [Found(match, picture, relevance[0].numpy()) for match, picture, relevance in shown]
+            maps = image_relevance_maps(self._embedder.encoder, pictures, [[text]] * len(found))
+        results = zip(found, pictures, maps, strict=True)
+        return [PictureMatch(match, picture, relevance[0].numpy()) for match, picture, relevance in results]
 
     def find_texts(self, picture: Image.Image) -> list[Match]:
-        """The texts nearest to a picture, best first.
+        """Finds the nearest texts to a picture, best first.
 
         Raises:
             ValueError: there is no index of texts.
         """
         if self._texts is None:
-            raise ValueError("there are no texts to find: start with --texts and an index of some")
+            raise ValueError("there is no index of texts; give one with --texts")
         with self._lock:
             return matches(self._texts, self._embedder.images([picture])[0], self._top)
 
     def picture(self, name: str) -> Image.Image:
-        """A picture of the index, RGB.
+        """Returns a picture of the index, RGB.
 
         Raises:
-            ValueError: it is not there, or cannot be read.
+            ValueError: it does not exist or cannot be read.
         """
         from lotlip.data.images import decode_rgb
 
@@ -184,8 +184,8 @@ class Explorer:
 
     # --- attention ------------------------------------------------------------------------------------------------
 
-    def look(self, picture: Image.Image, text: str) -> Look:
-        """Where a text looks in a picture, and how the text tower reads it.
+    def analyse(self, picture: Image.Image, text: str) -> Analysis:
+        """Computes relevance maps of a picture and attention over the text, by sub-caption.
 
         Raises:
             ValueError: the text is blank.
@@ -199,19 +199,19 @@ class Explorer:
             place = attention.sub_captions(model, ids, lengths)  # [1, L]
             spans = _spans(place[0].tolist(), offsets)
             parts = [text[start:end] for start, end in spans]
-            whole, *maps = attention.maps_of(self._embedder.encoder, [picture], [[text, *parts]])[0].numpy()
+            (relevance,) = attention.image_relevance_maps(self._embedder.encoder, [picture], [[text, *parts]])
+            whole, *maps = relevance.numpy()
             names = ["[CLS]", *(f"Cor {number + 1}" for number in range(model.config.corner_tokens))]
-            silent = ""
+            problem = ""
             try:
                 over_tokens = attention.text_attention(model, ids, lengths)
             except ValueError as error:
-                silent, names, over_tokens = str(error), [], ids.new_zeros(1, 0, ids.shape[1]).float()
+                problem, names, over_tokens = str(error), [], ids.new_zeros(1, 0, ids.shape[1]).float()
             shares, tokens = attention.sub_caption_shares(over_tokens, place)
-            spread = attention.spread(shares, place.max(dim=1).values + 1)
+            entropy = attention.normalised_entropy(shares, place.max(dim=1).values + 1)
         grid = np.stack(maps) if maps else np.empty((0, *whole.shape), dtype=np.float32)
-        return Look(
-            whole, parts, grid, names, shares[0].cpu().numpy(), tokens[0].cpu().numpy(), spread[0].cpu().numpy(), silent
-        )
+        by_reader, by_length, by_entropy = (values[0].cpu().numpy() for values in (shares, tokens, entropy))
+        return Analysis(whole, parts, grid, names, by_reader, by_length, by_entropy, problem)
 
 
 def _tokenizer(path: Path) -> Tokenizer:
@@ -224,16 +224,16 @@ def _tokenizer(path: Path) -> Tokenizer:
 def _index(path: Path, kind: str) -> Index:
     index = open_index(path)
     if index.about["kind"] != kind:
-        raise ValueError(f"{path} is an index of {index.about['kind']}, where one of {kind} is wanted")
+        raise ValueError(f"{path} is an index of {index.about['kind']}; an index of {kind} is needed")
     return index
 
 
-def _pictures(index: Path, source: str | None, given: Path | None, split: str | None) -> Pictures:
-    if given is None and source is None:
-        raise ValueError(f"{index} does not say where its pictures are; say so with --pictures, or embed them anew")
-    folder = given or Path(str(source))
+def _pictures(index: Path, recorded: str | None, folder: Path | None, split: str | None) -> Pictures:
+    if folder is None and recorded is None:
+        raise ValueError(f"{index} does not record the folder of its pictures; give it with --pictures, or embed again")
+    folder = folder or Path(str(recorded))
     if not folder.is_dir():
-        raise ValueError(f"the pictures of {index} were in {folder}, which is not there; say with --pictures where")
+        raise ValueError(f"the folder {folder} of the pictures of {index} does not exist; give it with --pictures")
     return open_pictures(folder, split)
 
 
@@ -244,10 +244,10 @@ def _not_blank(text: str) -> str:
 
 
 def _spans(place: Sequence[int], offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where each sub-caption starts and ends in the text.
+    """Returns the start and end of each sub-caption in the text.
 
     Args:
-        place: sub-caption of each token that the model reads, −1 for special ones.
+        place: index of the sub-caption of each token within the context, −1 for special tokens.
         offsets: start and end of at least these tokens in the text.
     """
     spans: list[tuple[int, int]] = []

@@ -1,4 +1,4 @@
-"""The page itself: Gradio's components, a server on loopback, and nothing that leaves this machine."""
+"""The explorer's page: Gradio components, served on loopback only."""
 
 from __future__ import annotations
 
@@ -19,55 +19,55 @@ from starlette.middleware import Middleware
 from lotlip.core.loopback import HOST, LoopbackOnly
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.images import ENDINGS, decode_rgb
-from lotlip.explore.explorer import Explorer, Look, Reading
-from lotlip.figures.overlay import beside, heat, shown
+from lotlip.explore.explorer import Analysis, Explorer, Truncation
+from lotlip.figures.overlay import heat, scale_to_page, side_by_side
 
 MAX_UPLOAD = "64mb"
 _EXAMPLES = 4
-_KEPT_S = 3600  # pictures that the page has shown are deleted after so long, and when the server ends
+_CACHE_SECONDS = 3600  # displayed pictures are deleted after this time, and when the server stops
 _HINT = (
-    "Heat is relevance of patches for the text, by gradient-weighted attention roll-out; full heat is a picture's "
-    "hottest patch, or three times the even share if that is more. The model sees "
+    "Heat is the relevance of patches for the text, by gradient-weighted attention rollout. Full heat is the maximum "
+    "of the picture, but at least three times uniform relevance. The model sees "
 )
-_SEEN = {
+_MODEL_INPUT = {
     "crop": "the square in the centre.",
     "squash": "the whole picture, squashed to a square.",
     "pad": "the whole picture, padded to a square.",
 }
-# Gradio's galleries have square cells and scroll inside; here a cell is as high as its picture, and the page scrolls.
+# Gradio's galleries have square cells and scroll; here cells are as high as their pictures, and the page scrolls.
 _CSS = """
 .lotlip-gallery .grid-wrap {overflow: visible; min-height: 0 !important; max-height: none; padding: 0}
 .lotlip-gallery .grid-container {grid-template-rows: none !important; grid-auto-rows: auto !important}
 .lotlip-gallery .thumbnail-item {aspect-ratio: auto !important; height: auto !important}
 #texts * {font-family: var(--font) !important}
 .lotlip-text {white-space: pre-wrap} .lotlip-text s {opacity: .45}
-.lotlip-spread table {border-collapse: collapse; width: 100%} .lotlip-spread th {font-weight: 600}
-.lotlip-spread td, .lotlip-spread th {padding: .25rem .5rem; text-align: right; white-space: nowrap}
-.lotlip-spread td:first-child, .lotlip-spread th:first-child {text-align: left; white-space: normal; width: 100%}
-.lotlip-spread tfoot td {border-top: 1px solid var(--border-color-primary); opacity: .8}
+.lotlip-attention table {border-collapse: collapse; width: 100%} .lotlip-attention th {font-weight: 600}
+.lotlip-attention td, .lotlip-attention th {padding: .25rem .5rem; text-align: right; white-space: nowrap}
+.lotlip-attention td:first-child, .lotlip-attention th:first-child {text-align: left; white-space: normal; width: 100%}
+.lotlip-attention tfoot td {border-top: 1px solid var(--border-color-primary); opacity: .8}
 """
-# The browser itself keeps to this server, whatever the page's libraries would like to fetch.
+# Keeps the browser from loading anything from other servers.
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"
 )
 
 R = TypeVar("R")
-_Shown = list[tuple[Image.Image, str]]  # pictures of a gallery with what stands below them
+_Gallery = list[tuple[Image.Image, str]]  # pictures with captions
 
 
 @contextmanager
-def served(explorer: Explorer, port: int | None = None) -> Iterator[str]:
-    """A block during which the page is served; gives its address.
+def serve_page(explorer: Explorer, port: int | None = None) -> Iterator[str]:
+    """Serves the page within the context; yields its address.
 
     Args:
-        explorer: what the page asks.
-        port: on loopback; where None, the first that is free from 7860 on.
+        explorer: the explorer.
+        port: port on loopback; default: the first free one from 7860.
 
     Raises:
-        ValueError: the port is taken.
+        ValueError: the port is in use.
     """
-    # settings of Gradio's in the environment could open the server to others, or files of this machine to the page
+    # Gradio's environment variables could expose the server to other machines, or local files to the page.
     for name in [name for name in os.environ if name.startswith("GRADIO_")]:
         del os.environ[name]
     with temporary_folder("explore") as folder:
@@ -103,52 +103,52 @@ def served(explorer: Explorer, port: int | None = None) -> Iterator[str]:
 
 
 def _theme() -> gradio.themes.Base:
-    """Gradio's, in the report's colour and in fonts of the reader's own."""
+    """Gradio's default theme, with the report's colour and system fonts."""
     return gradio.themes.Default(
         primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
 
 
 class _Policy:
-    """Middleware that sends `_POLICY` with every answer."""
+    """Middleware that adds the content security policy to every response."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        async def answer(message: Any) -> None:
+        async def send_with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 headers = [(b"content-security-policy", _POLICY.encode()), (b"referrer-policy", b"no-referrer")]
                 message = {**message, "headers": [*message["headers"], *headers]}
             await send(message)
 
-        await self.app(scope, receive, answer)
+        await self.app(scope, receive, send_with_policy)
 
 
 def build_page(explorer: Explorer) -> gradio.Blocks:
-    """The page, not yet served."""
+    """Builds the page without serving it."""
     with gradio.Blocks(
-        title="LoTLIP explorer", analytics_enabled=False, fill_width=True, delete_cache=(_KEPT_S, _KEPT_S)
+        title="LoTLIP explorer", analytics_enabled=False, fill_width=True, delete_cache=(_CACHE_SECONDS, _CACHE_SECONDS)
     ) as page:
-        gradio.Markdown(f"# Explore\n`{_near(explorer.folder)}`: long texts find pictures, pictures find texts.")
+        gradio.Markdown(f"# Explore\n`{_relative(explorer.folder)}`: search pictures by text and texts by picture.")
         with gradio.Tab("Text → pictures"):
             _text_tab(explorer)
         with gradio.Tab("Picture → texts"):
             if explorer.has_texts:
                 _picture_tab(explorer)
             else:
-                gradio.Markdown("There are no texts to find: start with `--texts` and an index of some.")
+                gradio.Markdown("There is no index of texts. Start with `--texts INDEX` to search texts.")
     return page
 
 
-def _near(folder: Path) -> Path:
-    """A folder as it is called from here, where it is below."""
+def _relative(folder: Path) -> Path:
+    """Makes a path relative to the current folder if it is inside."""
     here = Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def _text_tab(explorer: Explorer) -> None:
-    searched = gradio.State(("", []))  # the text, and names of the pictures that it found
+    searched = gradio.State(("", []))  # the text, and the names of the pictures found
     with gradio.Row():
         with gradio.Column(scale=2, min_width=320):
             text = gradio.Textbox(
@@ -160,38 +160,48 @@ def _text_tab(explorer: Explorer) -> None:
                 labels = [shorten(example, 90, placeholder=" …") for example in examples]
                 gradio.Examples([[example] for example in examples], text, label="Long texts", example_labels=labels)
         with gradio.Column(scale=3, min_width=420):
-            gradio.Markdown("**Nearest pictures**, and where the text looks in each. Choose one to see more below.")
+            gradio.Markdown("**Nearest pictures** with relevance maps for the text. Select one for details below.")
             gallery = _gallery("pictures", columns=2)
-            gradio.Markdown(_HINT + _SEEN[explorer.resize])
+            gradio.Markdown(_HINT + _MODEL_INPUT[explorer.resize])
     details = _details("text")
 
     def read(text: str) -> str:
-        return reading_html(text, explorer.reading(text)) if text.strip() else ""
+        return truncation_html(text, explorer.truncation(text)) if text.strip() else ""
 
-    def find(text: str) -> tuple[_Shown, tuple[str, list[str]]]:
+    def find(text: str) -> tuple[_Gallery, tuple[str, list[str]]]:
         found = explorer.find_pictures(text)
         pictures = [
             (
-                beside(shown(one.picture), heat(shown(one.picture), one.relevance, explorer.resize)),
+                side_by_side(
+                    scale_to_page(one.picture), heat(scale_to_page(one.picture), one.relevance, explorer.resize)
+                ),
                 f"{one.match.score:.3f} · {one.match.name}",
             )
             for one in found
         ]
         return pictures, (text, [one.match.name for one in found])
 
-    def choose(searched: tuple[str, list[str]], number: int = 0) -> tuple[_Shown, str]:
+    def choose(searched: tuple[str, list[str]], number: int = 0) -> tuple[_Gallery, str]:
         text, names = searched
         picture = explorer.picture(names[number])
-        look = explorer.look(picture, text)
-        return look_pictures(picture, look, names[number], explorer.resize), spread_html(look)
+        analysis = explorer.analyse(picture, text)
+        return relevance_pictures(picture, analysis, names[number], explorer.resize), attention_html(analysis)
 
-    def chosen(searched: tuple[str, list[str]], event: gradio.SelectData) -> tuple[_Shown, str]:
+    def chosen(searched: tuple[str, list[str]], event: gradio.SelectData) -> tuple[_Gallery, str]:
         return choose(searched, event.index)
 
-    text.change(_told(read), text, reading, queue=False, show_progress="hidden", trigger_mode="always_last", **_PRIVATE)
-    asked = gradio.on([button.click, text.submit], _told(find), text, [gallery, searched], **_PRIVATE)
-    asked.success(_told(choose), searched, details, **_PRIVATE)
-    gallery.select(_told(chosen), searched, details, **_PRIVATE)
+    text.change(
+        _with_errors(read),
+        text,
+        reading,
+        queue=False,
+        show_progress="hidden",
+        trigger_mode="always_last",
+        **_PRIVATE,
+    )
+    search = gradio.on([button.click, text.submit], _with_errors(find), text, [gallery, searched], **_PRIVATE)
+    search.success(_with_errors(choose), searched, details, **_PRIVATE)
+    gallery.select(_with_errors(chosen), searched, details, **_PRIVATE)
 
 
 def _picture_tab(explorer: Explorer) -> None:
@@ -203,7 +213,7 @@ def _picture_tab(explorer: Explorer) -> None:
             )
             preview = gradio.Image(show_label=False, interactive=False, buttons=[], height=288, visible=False)
         with gradio.Column(scale=3, min_width=420):
-            gradio.Markdown("**Nearest texts.** Choose one to see more below.")
+            gradio.Markdown("**Nearest texts.** Select one for details below.")
             table = gradio.Dataframe(
                 headers=["cosine", "text", "name"],
                 show_label=False,
@@ -214,7 +224,7 @@ def _picture_tab(explorer: Explorer) -> None:
                 buttons=[],
                 elem_id="texts",
             )
-            gradio.Markdown(_HINT + _SEEN[explorer.resize])
+            gradio.Markdown(_HINT + _MODEL_INPUT[explorer.resize])
     details = _details("picture")
 
     def find(file: str | None) -> tuple[Any, list[list[str]], list[str]]:
@@ -223,31 +233,31 @@ def _picture_tab(explorer: Explorer) -> None:
         picture = decode_rgb(Path(file).read_bytes())
         found = explorer.find_texts(picture)
         rows = [[f"{one.score:.3f}", one.text or "", one.name] for one in found]
-        return gradio.Image(shown(picture), visible=True), rows, [one.text or "" for one in found]
+        return gradio.Image(scale_to_page(picture), visible=True), rows, [one.text or "" for one in found]
 
-    def choose(file: str | None, texts: list[str], number: int = 0) -> tuple[_Shown, str]:
+    def choose(file: str | None, texts: list[str], number: int = 0) -> tuple[_Gallery, str]:
         if file is None or not texts:
             return [], ""
         picture = decode_rgb(Path(file).read_bytes())
-        look = explorer.look(picture, texts[number])
-        return look_pictures(picture, look, "the picture", explorer.resize), spread_html(look)
+        analysis = explorer.analyse(picture, texts[number])
+        return relevance_pictures(picture, analysis, "the picture", explorer.resize), attention_html(analysis)
 
-    def chosen(file: str | None, texts: list[str], event: gradio.SelectData) -> tuple[_Shown, str]:
+    def chosen(file: str | None, texts: list[str], event: gradio.SelectData) -> tuple[_Gallery, str]:
         return choose(file, texts, event.index[0])
 
-    asked = upload.change(_told(find), upload, [preview, table, texts], **_PRIVATE)
-    asked.success(_told(choose), [upload, texts], details, **_PRIVATE)
-    table.select(_told(chosen), [upload, texts], details, **_PRIVATE)
+    search = upload.change(_with_errors(find), upload, [preview, table, texts], **_PRIVATE)
+    search.success(_with_errors(choose), [upload, texts], details, **_PRIVATE)
+    table.select(_with_errors(chosen), [upload, texts], details, **_PRIVATE)
 
 
 _PRIVATE: Any = {"api_visibility": "private"}
 
 
 def _details(name: str) -> list[Any]:
-    """Where a text is shown beside a picture, sub-caption by sub-caption."""
-    gradio.Markdown("**Where each sub-caption looks** as a text of its own, beside the whole text.")
+    """Adds the relevance maps and the attention table by sub-caption."""
+    gradio.Markdown("**Relevance maps** for the whole text, and for each sub-caption as a separate text.")
     maps = _gallery(f"{name}-maps", columns=6)
-    return [maps, gradio.HTML(elem_id=f"{name}-spread", elem_classes="lotlip-spread")]
+    return [maps, gradio.HTML(elem_id=f"{name}-attention", elem_classes="lotlip-attention")]
 
 
 def _gallery(name: str, columns: int) -> gradio.Gallery:
@@ -264,61 +274,61 @@ def _gallery(name: str, columns: int) -> gradio.Gallery:
     )
 
 
-def _told(work: Callable[..., R]) -> Callable[..., R]:
-    """What a person can mend is told on the page in its own words."""
+def _with_errors(work: Callable[..., R]) -> Callable[..., R]:
+    """Shows errors that a user can fix on the page."""
 
     @functools.wraps(work)
-    def telling(*arguments: Any) -> R:
+    def wrapped(*arguments: Any) -> R:
         try:
             return work(*arguments)
         except (ValueError, OSError) as error:
-            raise gradio.Error(escape(str(error)), title="That did not work", print_exception=False) from error
+            raise gradio.Error(escape(str(error)), title="Error", print_exception=False) from error
 
-    return telling
-
-
-# --- what is shown ----------------------------------------------------------------------------------------------------
+    return wrapped
 
 
-def look_pictures(picture: Image.Image, look: Look, name: str, resize: str) -> _Shown:
-    """The picture, then with where the whole text looks, then with where each sub-caption does."""
-    texts = ["the whole text", *(f"{number} · {text}" for number, text in enumerate(look.sub_captions, start=1))]
-    maps = zip([look.whole, *look.relevance], texts, strict=True)
-    return [(shown(picture), name), *((heat(shown(picture), one, resize), text) for one, text in maps)]
+# --- content ----------------------------------------------------------------------------------------------------------
 
 
-def reading_html(text: str, reading: Reading) -> str:
-    """How many tokens a text has; where it is too long, the text with its unread end struck out."""
-    if reading.end == len(text):
-        return f"<p>{reading.tokens} of at most {reading.limit} tokens: the model reads all of it.</p>"
-    read, rest = escape(text[: reading.end]), escape(text[reading.end :])
+def relevance_pictures(picture: Image.Image, analysis: Analysis, name: str, resize: str) -> _Gallery:
+    """Returns the picture, then its relevance maps for the whole text and for each sub-caption."""
+    texts = ["the whole text", *(f"{number} · {text}" for number, text in enumerate(analysis.sub_captions, start=1))]
+    maps = zip([analysis.whole, *analysis.relevance], texts, strict=True)
+    return [(scale_to_page(picture), name), *((heat(scale_to_page(picture), one, resize), text) for one, text in maps)]
+
+
+def truncation_html(text: str, truncation: Truncation) -> str:
+    """Shows the number of tokens of a text and, if it is too long, the text with the truncated part struck out."""
+    if truncation.end == len(text):
+        return f"<p>{truncation.tokens} of at most {truncation.limit} tokens: the model reads the whole text.</p>"
+    read, rest = escape(text[: truncation.end]), escape(text[truncation.end :])
     return (
-        f"<p>{reading.tokens} tokens, and the model reads the first {reading.limit}: not what is struck out.</p>"
+        f"<p>{truncation.tokens} tokens; the model reads only the first {truncation.limit}. The rest is struck out.</p>"
         f'<p class="lotlip-text">{read}<s>{rest}</s></p>'
     )
 
 
-def spread_html(look: Look) -> str:
-    """A table of how each token that gives a feature spreads its attention over the sub-captions."""
-    if look.silent:
-        return f"<p>{escape(look.silent)}</p>"
-    if not look.sub_captions:
+def attention_html(analysis: Analysis) -> str:
+    """Returns a table of the attention of [CLS] and the corner tokens over the sub-captions."""
+    if analysis.problem:
+        return f"<p>{escape(analysis.problem)}</p>"
+    if not analysis.sub_captions:
         return ""
-    highest = max(float(look.shares.max()), float(look.tokens.max()))
+    highest = max(float(analysis.shares.max()), float(analysis.tokens.max()))
 
     def cell(share: float) -> str:
         return f'<td style="background: rgba(79, 70, 229, {0.55 * share / highest:.2f})">{share:.0%}</td>'
 
     rows = [
-        f"<tr><td>{number + 1} · {escape(text)}</td>{''.join(cell(row[number]) for row in look.shares)}"
-        f"<td>{look.tokens[number]:.0%}</td></tr>"
-        for number, text in enumerate(look.sub_captions)
+        f"<tr><td>{number + 1} · {escape(text)}</td>{''.join(cell(row[number]) for row in analysis.shares)}"
+        f"<td>{analysis.tokens[number]:.0%}</td></tr>"
+        for number, text in enumerate(analysis.sub_captions)
     ]
-    head = "".join(f"<th>{escape(name)}</th>" for name in look.readers)
-    even = "".join(f"<td>{'–' if math.isnan(value) else f'{value:.2f}'}</td>" for value in look.spread)
+    head = "".join(f"<th>{escape(name)}</th>" for name in analysis.readers)
+    entropy = "".join(f"<td>{'–' if math.isnan(value) else f'{value:.2f}'}</td>" for value in analysis.entropy)
     return (
-        "<p><b>How the text tower reads it</b>: attention of each token that gives a feature, rolled out over all "
-        "layers, by sub-caption; beside it the sub-caption's share of the tokens.</p>"
+        "<p><b>Attention of the text tower</b>: share of the attention of [CLS] and each corner token on each "
+        "sub-caption, by attention rollout; last column: share of tokens.</p>"
         f"<table><thead><tr><th>sub-caption</th>{head}<th>tokens</th></tr></thead><tbody>{''.join(rows)}</tbody>"
-        f"<tfoot><tr><td>evenness: entropy over that of an even spread</td>{even}<td></td></tr></tfoot></table>"
+        f"<tfoot><tr><td>normalised entropy</td>{entropy}<td></td></tr></tfoot></table>"
     )

@@ -1,1 +1,1 @@
-"""Drawing: charts, overlays, intervals."""
+"""Charts, heat maps over images, and confidence intervals."""

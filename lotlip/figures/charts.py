@@ -1,4 +1,4 @@
-"""How the report draws: SVG for the page, whose ink follows its text colour, and PNG for Markdown."""
+"""Charts as SVG for the report page, in the page's text colour, and as PNG for Markdown."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ OTHER_COLOURS = (
     "#0891b2", "#be185d", "#65a30d", "#9333ea", "#0d9488", "#e11d48", "#2563eb", "#a16207", "#15803d", "#c026d3",
 )  # fmt: skip
 SMALL, WIDE, LOW = (4.6, 3.1), (9.4, 4.0), (9.4, 3.2)  # inches
-LONGEST = 60  # characters of a name in a figure
-STYLE: Any = {  # matplotlib types its keys one by one
-    "text.parse_math": False,  # dollar signs in captions are no formulas
+LONGEST = 60  # maximum length of a label in characters
+STYLE: Any = {  # Any: matplotlib types every key literally
+    "text.parse_math": False,  # dollar signs in captions do not start formulas
     "font.size": 9.5,
     "svg.fonttype": "none",
     "text.color": INK,
@@ -54,8 +54,8 @@ STYLE: Any = {  # matplotlib types its keys one by one
 class Figure:
     """A drawn figure.
 
-    `slug` is its file name; it is `wide` when it takes the page's whole width; without `svg` the page shows `png`.
-    `problem` is the reason why it could not be drawn; it then has neither.
+    `slug` is its file name. A `wide` figure has the full width of the page. Without `svg` the page shows `png`.
+    `problem` is the reason why the figure could not be drawn; it then has neither.
     """
 
     slug: str
@@ -68,7 +68,7 @@ class Figure:
 
 
 class Point(NamedTuple):
-    """Where on the x axis, and the number there with its interval."""
+    """A point of a line: x and an estimate with its interval."""
 
     x: float
     y: Estimate
@@ -76,7 +76,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class Line:
-    """Points that belong together; hollow markers for what has no mask. One without a label is not in the legend."""
+    """A line of a chart; without a label it is not in the legend."""
 
     label: str
     colour: str
@@ -85,8 +85,8 @@ class Line:
     hollow: bool = False
 
 
-def places(lines: Sequence[Line]) -> list[float]:
-    """All places on the x axis that have a point."""
+def x_values(lines: Sequence[Line]) -> list[float]:
+    """Returns the x values that have a point, sorted."""
     return sorted({point.x for line in lines for point in line.points})
 
 
@@ -98,16 +98,16 @@ def draw_lines(
     y_label: str,
     level: float | None = None,
 ) -> None:
-    """Lines with their intervals as bars, and a dotted one at `level`, what guessing has; without `ticks`, a few."""
+    """Draws lines with error bars, and a dotted line at the chance `level`; without `ticks`, matplotlib sets them."""
     lines = [line for line in lines if line.points]
     for line in lines:
-        xs, found = [point.x for point in line.points], [point.y for point in line.points]
-        # a bootstrap interval may end at the value itself, or by rounding just before it
-        lower = [max(one.value - one.low, 0.0) if one.low is not None else 0.0 for one in found]
-        upper = [max(one.high - one.value, 0.0) if one.high is not None else 0.0 for one in found]
+        xs, ys = [point.x for point in line.points], [point.y for point in line.points]
+        # A bootstrap bound may equal the value, or miss it by rounding; negative error bars are an error.
+        lower = [max(y.value - y.low, 0.0) if y.low is not None else 0.0 for y in ys]
+        upper = [max(y.high - y.value, 0.0) if y.high is not None else 0.0 for y in ys]
         axes.errorbar(
             xs,
-            [one.value for one in found],
+            [y.value for y in ys],
             yerr=(lower, upper) if any(lower) or any(upper) else None,
             label=literal(line.label) or None,
             color=line.colour,
@@ -131,16 +131,16 @@ def draw_lines(
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:
-    """Limits of an axis of percents: close around the values, but never so close that noise looks large."""
+    """Limits of an axis in percent: close to the values, but at least 10 points apart so that noise looks small."""
     low, high = min(values), max(values)
     pad = max(0.08 * (high - low), (10 - (high - low)) / 2)
     return max(low - pad, 0.0), min(high + pad, 101.0)
 
 
 def literal(text: str, longest: int = LONGEST) -> str:
-    """A text from data or params.yaml as a figure can show it: one line, no control characters, of limited length.
+    """Makes a text printable in a figure: one line, without control characters, of limited length.
 
-    Figures do not read formulas in texts (`STYLE`), so all other characters stay as they are.
+    All other characters are kept, because figures do not parse formulas (`STYLE`).
     """
     line = " ".join(text[: 4 * longest].split())
     clean = "".join("\ufffd" if unicodedata.category(one) in ("Cc", "Cs") else one for one in line)
@@ -149,7 +149,7 @@ def literal(text: str, longest: int = LONGEST) -> str:
 
 @contextmanager
 def styled(more: Any = None) -> Iterator[None]:
-    """The report's style for what is drawn inside; characters that the font lacks are boxes, without a warning."""
+    """Applies the report's style, and silences warnings about characters missing from the font."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE | (more or {})), warnings.catch_warnings():
@@ -159,13 +159,13 @@ def styled(more: Any = None) -> Iterator[None]:
         yield
 
 
-def drawn(
+def draw_figure(
     slug: str, title: str, note: str, size: tuple[float, float], *draws: Callable[[Axes], None], wide: bool = False
 ) -> Figure:
-    """A figure as `render` draws it; where that fails, one that says why, so that the rest of the page is made."""
+    """Draws a figure with `render`. If that fails, the figure has a `problem`, so that the report is still written."""
     try:
         svg, png = render(slug, size, *draws)
-    except Exception as error:  # matplotlib raises many types, and no figure is worth the others
+    except Exception as error:  # matplotlib raises many types
         reason = in_one_line(error)
         logging.getLogger(__name__).warning("%s could not be drawn: %s", title, reason)
         return Figure(slug, title, note, "", b"", wide, reason)
@@ -173,12 +173,12 @@ def drawn(
 
 
 def in_one_line(error: Exception) -> str:
-    """An error's message in one line, or its type where it has none."""
+    """Returns an error's message on one line, or its type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def render(slug: str, size: tuple[float, float], *draws: Callable[[Axes], None]) -> tuple[str, bytes]:
-    """Draws each panel once, side by side, under one legend; the same numbers give the same bytes."""
+    """Draws panels side by side under one legend and returns SVG and PNG; equal inputs give equal bytes."""
     from matplotlib.figure import Figure as Canvas
 
     with styled({"svg.hashsalt": slug}):
@@ -194,15 +194,15 @@ def render(slug: str, size: tuple[float, float], *draws: Callable[[Axes], None])
 
 
 def _legend(canvas: Canvas, panels: Sequence[Axes]) -> None:
-    """Above all panels, each label once; none where no line has one."""
-    found: dict[str, Any] = {}
+    """Draws a legend above the panels, with each label once."""
+    handles: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if found:
+            handles.setdefault(label, handle)
+    if handles:
         canvas.legend(
-            list(found.values()),
-            list(found),
+            list(handles.values()),
+            list(handles),
             loc="outside upper left",
             ncols=2 if len(panels) == 1 else 4,
             frameon=False,
@@ -212,10 +212,10 @@ def _legend(canvas: Canvas, panels: Sequence[Axes]) -> None:
 
 
 def _inline(svg: str) -> str:
-    """An SVG file as an element of the page: no prolog, no repeated ids, the page's ink and width."""
+    """Converts an SVG file to an element of the page: no prolog, no duplicate ids, the page's colour and width."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # names that nothing refers to, the same in every figure
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # unused, and the same in every figure
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
@@ -224,24 +224,24 @@ def _inline(svg: str) -> str:
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Names lines at their right ends, (x, y, text, colour) each, moved apart where they would overlap."""
+    """Labels lines at their right ends, given as (x, y, text, colour), and moves overlapping labels apart."""
     axes.autoscale_view()
     low, high = axes.get_ylim()
     axes.set_ylim(low, high)
-    height = 72 * axes.bbox.height / axes.figure.dpi  # in points; the layout changes it a little later
+    height = 72 * axes.bbox.height / axes.figure.dpi  # in points; approximate, as the layout changes it later
     step = (high - low) * 11.5 / height
     ordered = sorted(ends, key=lambda end: end[1])
-    places = [y for _, y, _, _ in ordered]
-    for _ in range(20 * len(places)):  # each round pushes neighbours that are too close apart, half each
-        for i in range(len(places) - 1):
-            short = step - (places[i + 1] - places[i])
+    heights = [y for _, y, _, _ in ordered]
+    for _ in range(20 * len(heights)):  # each pass moves neighbours apart that are too close
+        for i in range(len(heights) - 1):
+            short = step - (heights[i + 1] - heights[i])
             if short > 0:
-                places[i], places[i + 1] = places[i] - short / 2, places[i + 1] + short / 2
-    for (x, y, text, colour), place in zip(ordered, places, strict=True):
+                heights[i], heights[i + 1] = heights[i] - short / 2, heights[i + 1] + short / 2
+    for (x, y, text, colour), label_y in zip(ordered, heights, strict=True):
         axes.annotate(
             literal(text),
             xy=(x, y),
-            xytext=(1.03, place),
+            xytext=(1.03, label_y),
             textcoords=axes.get_yaxis_transform(),
             color=colour,
             va="center",

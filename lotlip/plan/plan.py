@@ -1,8 +1,8 @@
-"""What a training run takes, from its configuration alone: steps, tokens, arithmetic, memory, storage, time.
+"""Estimates of a training run from its configuration: steps, tokens, FLOPs, memory, storage and time.
 
-Towers are built on the meta device, where tensors have shapes and no values. What a configuration cannot tell is
-assumed, and the plan names what it assumed. All sizes are bytes, GB are 10⁹ of them; operations are those of matrix
-products, 2 for a multiply-add.
+Towers are built on the meta device, where tensors have shapes but no data. A plan lists the assumptions that it makes
+for unknown values. Sizes are in bytes, and 1 GB is 10⁹ bytes. FLOPs are those of matrix products, with 2 per
+multiply-add.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ from lotlip.pretrain.initialisation import text_config
 from lotlip.pretrain.model import LotlipForPreTraining
 
 FP32 = 4
-# Where no shards tell: word pieces of a short caption and of one sub-caption of a long one, its full stop counted.
+# Defaults without shards: word pieces of a short caption, and of a sub-caption including its full stop.
 RAW_TOKENS, SUB_CAPTION_TOKENS = 10, 20
-# Where no shards tell: a picture of 256 pixels as JPEG, and the texts of three captioners as JSON.
+# Defaults without shards: a JPEG of 256 pixels, and the texts of three captioners as JSON.
 IMAGE_BYTES, JSON_BYTES = 30_000, 3_000
-# CUDA, cuBLAS and NCCL, before the first tensor.
+# Memory of CUDA, cuBLAS and NCCL before the first tensor.
 CONTEXT_BYTES = 1.5e9
-# Matrices of logits that are there at a time: similarities and logits kept for the backward pass, or one block's and
-# their gradients.
-LOGITS_KEPT, LOGITS_OF_A_BLOCK = 2, 5
+# Number of logit matrices in memory: similarities and logits kept for the backward pass; or, for a block at a time, its
+# matrices with their gradients.
+LOGITS_KEPT, LOGITS_PER_BLOCK = 2, 5
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """One of the GPUs: an H100's numbers, and the share of its peak that training is taken to reach."""
+    """A GPU, by default an H100: memory in bytes, peak FLOP/s, and the fraction of the peak that training reaches."""
 
     memory: float = 80e9
     peak: float = 989e12
@@ -62,10 +62,10 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Towers:
-    """Both towers, without weights.
+    """Both towers on the meta device.
 
     Attributes:
-        model: what DeepSpeed wraps; its image tower is None where that is frozen.
+        model: the module that DeepSpeed wraps; its image tower is None if frozen.
         image: the image tower, frozen or not.
     """
 
@@ -74,18 +74,18 @@ class Towers:
 
     @property
     def trained(self) -> int:
-        """Parameters that are trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
 
 @dataclass(frozen=True)
-class Texts:
-    """Mean lengths in tokens, special and corner tokens among them.
+class TextLengths:
+    """Mean lengths in tokens, including special and corner tokens.
 
     Attributes:
-        raw: of a short caption.
-        long: of a long text.
-        per_image: long texts of an image at a step (K).
+        raw: tokens of a short caption.
+        long: tokens of a long text.
+        per_image: long texts per image and step (K).
     """
 
     raw: float
@@ -94,28 +94,28 @@ class Texts:
 
     @property
     def tokens(self) -> float:
-        """Of one sample."""
+        """Tokens per sample."""
         return self.raw + self.per_image * self.long
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's needs. Each mapping is by part.
+    """The estimated requirements of a run. Mappings are by component.
 
     Attributes:
-        config: of the ablation.
-        compute: how it would run.
-        gpu: what it runs on.
-        trained, frozen: parameters.
-        texts: mean lengths.
-        images: in the data set; None where nobody said.
-        flops: of a step, over all GPUs.
-        memory: of each GPU.
-        feature_flops: of the frozen tower over the whole data set, in the shard stage; 0 where it has no part or the
-            number of images is unknown.
-        storage: of shards and of what training writes.
-        remedy: what to change where memory does not suffice; "" where it does.
-        assumed: what was not known.
+        config: training settings of the ablation.
+        compute: compute settings of the run.
+        gpu: the GPU.
+        trained, frozen: numbers of parameters.
+        texts: mean text lengths.
+        images: number of images in the data set; None if unknown.
+        flops: FLOPs per step, over all GPUs.
+        memory: bytes per GPU.
+        feature_flops: FLOPs of the frozen tower over the data set, in the shard stage; 0 if features are not stored or
+            the number of images is unknown.
+        storage: bytes of the shards and of training outputs.
+        remedy: what to change if memory is insufficient; else "".
+        assumed: assumptions for unknown values.
     """
 
     config: PretrainConfig
@@ -123,7 +123,7 @@ class Plan:
     gpu: Gpu
     trained: dict[str, int]
     frozen: dict[str, int]
-    texts: Texts
+    texts: TextLengths
     images: int | None
     flops: dict[str, float]
     memory: dict[str, float]
@@ -134,22 +134,22 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Trained on, each as often as it comes."""
+        """Number of samples trained on, counting repeats."""
         return self.config.steps * self.config.batch_size
 
     @property
     def seconds(self) -> float:
-        """FLOPs / (GPUs × peak × utilisation), of one seed."""
-        used = self.compute.processes * self.gpu.peak * self.gpu.utilisation
-        return self.config.steps * sum(self.flops.values()) / used
+        """Training time of one seed: FLOPs / (GPUs × peak × utilisation)."""
+        throughput = self.compute.processes * self.gpu.peak * self.gpu.utilisation
+        return self.config.steps * sum(self.flops.values()) / throughput
 
     @property
     def feature_seconds(self) -> float:
-        """Of the shard stage's frozen features, on one GPU."""
+        """Time to compute the frozen features in the shard stage, on one GPU."""
         return self.feature_flops / (self.gpu.peak * self.gpu.utilisation)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything, as plain JSON types."""
+        """Converts the plan to JSON types."""
         return {
             "gpus": self.compute.processes,
             "gpu": vars(self.gpu),
@@ -178,18 +178,18 @@ def plan(
     index: ShardIndex | None = None,
     images: int | None = None,
 ) -> Plan:
-    """What a run of `config` takes.
+    """Estimates the requirements of a run.
 
     Args:
-        params: the whole configuration: image tower, captioners, shards.
-        config: of the ablation.
-        compute: how it runs, with the GPUs as `processes`.
-        gpu: what each of them is.
-        index: the shards' index.json, where they are written; its numbers go before assumed ones.
-        images: in the data set; those of the index where this is None.
+        params: params.yaml, for image tower, captioners and shards.
+        config: training settings of the ablation.
+        compute: compute settings, with the number of GPUs as `processes`.
+        gpu: the GPU.
+        index: the shards' index.json, if they exist; its numbers replace assumed ones.
+        images: number of images in the data set; default: from `index`.
 
     Raises:
-        ValueError: the pretrained text tower's sizes are not to be had here.
+        ValueError: the sizes of the pretrained text tower are not available locally.
     """
     assumed: list[str] = []
     towers = build_towers(config, params.image_tower, assumed)
@@ -197,11 +197,11 @@ def plan(
     texts = text_lengths(config, statistics, assumed)
     if images is None and index:
         images = index.splits["train"].samples
-    needed = memory(config, compute, towers, texts)
+    required = memory(config, compute, towers, texts)
     assumed.append(f"{CONTEXT_BYTES / 1e9:.1f} GB for CUDA, cuBLAS and NCCL; no fragmentation")
     assumed.append(f"{gpu.utilisation:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s are used, and no step waits for data")
     if config.similarity == "late-interaction":
-        assumed.append("late interaction's own products and similarities are left out")
+        assumed.append("products and similarities of late interaction are not counted")
     return Plan(
         config,
         compute,
@@ -210,10 +210,10 @@ def plan(
         texts,
         images,
         step_flops(config, compute, towers, texts),
-        needed,
+        required,
         float(images * _image_flops(towers.image)) if images and params.shard.store_features else 0.0,
         storage(params, config, towers, index, images, assumed),
-        "" if sum(needed.values()) <= gpu.memory else remedy(config, compute, towers, texts, gpu),
+        "" if sum(required.values()) <= gpu.memory else remedy(config, compute, towers, texts, gpu),
         assumed,
     )
 
@@ -221,59 +221,60 @@ def plan(
 def on_gpus(
     config: PretrainConfig, compute: TrainingCompute, gpus: int, differences: Mapping[str, Any] | None = None
 ) -> tuple[PretrainConfig, TrainingCompute]:
-    """A configuration on another number of GPUs: each keeps its micro-batch, as far as accumulation allows.
+    """Adapts a configuration to another number of GPUs, keeping the micro-batch if accumulation steps allow it.
 
     Args:
-        config: of the ablation.
-        compute: how it is trained now.
-        gpus: all together.
-        differences: from params.yaml, as those in infra/gpus: "pretrain" and "compute.training".
+        config: training settings of the ablation.
+        compute: current compute settings.
+        gpus: total number of GPUs.
+        differences: changes to params.yaml, as in infra/gpus: "pretrain" and "compute.training".
 
     Raises:
-        ValueError: the batch cannot be divided so.
+        ValueError: the batch cannot be divided among the GPUs.
     """
     steps = max(1, compute.processes * compute.gradient_accumulation_steps // gpus)
     base = compute.model_dump(mode="json", exclude_unset=True)
     base |= {"launch": {"kind": "local"}, "processes": gpus, "gradient_accumulation_steps": steps}
     if gpus > 1:
-        base["parallel_seeds"] = 1  # seeds side by side are for single processes
-    given = differences or {}
-    own = given.get("compute", {}).get("training", {})
+        base["parallel_seeds"] = 1  # parallel seeds need a single process per seed
+    changes = differences or {}
+    compute_changes = changes.get("compute", {}).get("training", {})
     try:
-        recipe = merge(config.model_dump(mode="json", exclude_unset=True), given.get("pretrain", {}))
-        found = PretrainConfig.model_validate(recipe), TrainingCompute.model_validate({**base, **own})
-        found[1].check_batch_size(config.batch_size)
+        recipe = merge(config.model_dump(mode="json", exclude_unset=True), changes.get("pretrain", {}))
+        adapted = PretrainConfig.model_validate(recipe), TrainingCompute.model_validate({**base, **compute_changes})
+        adapted[1].check_batch_size(config.batch_size)
     except ValidationError as error:
         reasons = "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
         raise ValueError(f"{gpus} GPUs cannot train this: {reasons}") from None
     except ValueError as error:
         raise ValueError(f"{gpus} GPUs cannot train this: {error}") from None
-    return found
+    return adapted
 
 
 def images_by_name(name: str) -> int | None:
-    """How many images a data set has whose name tells it in millions.
+    """Reads the number of images from a data set's name, in millions.
 
     >>> images_by_name("lotlip-100m")
     100000000
     """
-    found = re.search(r"(\d+)m$", name)
-    return int(found[1]) * 1_000_000 if found else None
+    match = re.search(r"(\d+)m$", name)
+    return int(match[1]) * 1_000_000 if match else None
 
 
 # --- towers -------------------------------------------------------------------------------------------------------
 
 
 def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: list[str] | None = None) -> Towers:
-    """Both towers on the meta device.
+    """Builds both towers on the meta device.
 
     Args:
-        config: of the ablation.
+        config: training settings of the ablation.
         image: section `image_tower` of params.yaml.
-        assumed: takes a line for each size that was not known.
+        assumed: receives assumptions for unknown sizes.
 
     Raises:
-        ValueError: the pretrained text tower's sizes are not to be had here.
+        ValueError: the sizes of the pretrained text tower are not available locally, or the kind of image tower is
+            unknown.
     """
     if isinstance(image, SceneTowerConfig):
         from lotlip.demo.tower import scenes_spec
@@ -282,7 +283,7 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
     elif isinstance(image, TimmTowerConfig):
         spec = ImageTowerSpec(image.model, image.image_size, resize=image.resize)
     else:
-        raise ValueError(f"the sizes of an image tower of kind {image.kind} are not known to `lotlip plan`")
+        raise ValueError(f"`lotlip plan` does not support image towers of kind {image.kind}")
     with torch.device("meta"):
         tower = build_image_tower(spec)
         model = LotlipForPreTraining(
@@ -303,24 +304,24 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
 
 
 def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> PretrainedConfig:
-    """The encoder's sizes; a pretrained one's from its folder or from the hub's cache, never from the net."""
+    """Returns the encoder's configuration; that of a pretrained one is read from its folder or the hub's cache."""
     tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
     sizes = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
-    found: Any = AutoConfig.for_model(**sizes)
+    model: Any = AutoConfig.for_model(**sizes)
     if text.pretrained:
         try:
-            seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model for each
+            seeds = sorted(Path(text.pretrained).glob("seed-*"))  # an ablation's folder has a model per seed
             name = str(seeds[0]) if seeds else text.pretrained
-            found = text_config(name, text.config, text.revision, local_files_only=True)
+            model = text_config(name, text.config, text.revision, local_files_only=True)
         except OSError as error:
             if not text.pretrained.endswith("bert-base-uncased"):
                 raise ValueError(
-                    f"the sizes of text.pretrained {text.pretrained} are not known here; train it first, fetch it once "
-                    f"(`hf download {text.pretrained}`), or name its folder"
+                    f"the sizes of text.pretrained {text.pretrained} are not available locally; train it first, "
+                    f"download it (`hf download {text.pretrained}`), or give its folder"
                 ) from error
             if assumed is not None:
                 assumed.append(f"{text.pretrained} has BERT-base's sizes (it is not on this machine)")
-    encoder = found.text_config if isinstance(found, LotlipConfig) else found
+    encoder = model.text_config if isinstance(model, LotlipConfig) else model
     encoder.vocab_size = tokenizer.vocabulary_size + text.corner_tokens + text.register_tokens
     if text.position_interpolation:
         encoder.max_position_embeddings = text.position_interpolation.interpolated
@@ -328,7 +329,7 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
 
 
 def parameters(config: PretrainConfig, towers: Towers) -> tuple[dict[str, int], dict[str, int]]:
-    """How many are trained and how many are frozen, by part; the trained ones add up to `towers.trained`."""
+    """Counts trained and frozen parameters by component; the trained ones add up to `towers.trained`."""
     text = towers.model.text
     width = text.transformer.config.hidden_size
     extra = (config.text.corner_tokens + config.text.register_tokens) * width
@@ -343,53 +344,59 @@ def parameters(config: PretrainConfig, towers: Towers) -> tuple[dict[str, int], 
     return (trained, {"image tower": image}) if config.image_tower.frozen else ({**trained, "image tower": image}, {})
 
 
-# --- tokens and arithmetic ----------------------------------------------------------------------------------------
+# --- tokens and FLOPs ---------------------------------------------------------------------------------------------
 
 
-def text_lengths(config: PretrainConfig, statistics: Mapping[str, Any], assumed: list[str] | None = None) -> Texts:
-    """Mean lengths of what a step reads; a full stop's place is taken by a [SEP].
+def text_lengths(
+    config: PretrainConfig, statistics: Mapping[str, Any], assumed: list[str] | None = None
+) -> TextLengths:
+    """Estimates the mean lengths of texts in a step; a [SEP] replaces each full stop.
 
     Args:
-        config: of the ablation.
-        statistics: of the shards: "raw" or captioner → sub_captions_per_text, tokens_per_text; empty where none are.
-        assumed: takes a line for what the statistics do not tell.
+        config: training settings of the ablation.
+        statistics: statistics of the shards: "raw" or captioner → sub_captions_per_text, tokens_per_text; empty without
+            shards.
+        assumed: receives assumptions for missing statistics.
 
     Raises:
-        ValueError: the ablation draws captions that the shards do not have.
+        ValueError: the ablation uses captions that the shards do not have.
     """
-    text, drawn = config.text, config.long_texts
+    text, long_texts = config.text, config.long_texts
     fixed = 1 + text.corner_tokens + text.register_tokens
     if not statistics and assumed is not None:
         assumed.append(
-            f"{RAW_TOKENS} word pieces in a short caption, {SUB_CAPTION_TOKENS} in a sub-caption (no shards to count)"
+            f"{RAW_TOKENS} word pieces per short caption, {SUB_CAPTION_TOKENS} per sub-caption (there are no shards)"
         )
     raw = statistics["raw"]["tokens_per_text"] if statistics else RAW_TOKENS
-    window = float(drawn.sub_captions * SUB_CAPTION_TOKENS)
-    captioners = drawn.captioners or [name for name in statistics if name != "raw"]
+    window = float(long_texts.sub_captions * SUB_CAPTION_TOKENS)
+    captioners = long_texts.captioners or [name for name in statistics if name != "raw"]
     if missing := [name for name in captioners if statistics and name not in statistics]:
-        there = ", ".join(name for name in statistics if name != "raw") or "none"
+        available = ", ".join(name for name in statistics if name != "raw") or "none"
         raise ValueError(
-            f"long_texts.captioners names {', '.join(missing)}, but the shards have captions by {there}; "
-            "write the shards anew (`dvc repro shard`), or plan without them"
+            f"long_texts.captioners names {', '.join(missing)}, but the shards have captions by {available}; "
+            "rewrite the shards (`dvc repro shard`) or remove these captioners"
         )
     if statistics and captioners:
-        windows = [_window(statistics[name], drawn.sub_captions) for name in captioners]
+        windows = [_window(statistics[name], long_texts.sub_captions) for name in captioners]
         window = sum(windows) / len(windows)
     limit = text.context_length
-    return Texts(min(fixed + raw + 1, limit), min(fixed + window, limit), drawn.per_image if drawn.sub_captions else 0)
+    per_image = long_texts.per_image if long_texts.sub_captions else 0
+    return TextLengths(min(fixed + raw + 1, limit), min(fixed + window, limit), per_image)
 
 
 def _window(statistics: Mapping[str, float], sub_captions: int) -> float:
-    """Tokens of a window of so many sub-captions, or of the whole caption where it has fewer."""
-    there = max(statistics["sub_captions_per_text"], 1)
-    return statistics["tokens_per_text"] * min(sub_captions / there, 1)
+    """Mean tokens of a window of sub-captions, or of the whole caption if it has fewer."""
+    per_text = max(statistics["sub_captions_per_text"], 1)
+    return statistics["tokens_per_text"] * min(sub_captions / per_text, 1)
 
 
-def step_flops(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts) -> dict[str, float]:
-    """Operations of one step over all GPUs.
+def step_flops(
+    config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths
+) -> dict[str, float]:
+    """Estimates the FLOPs of one step over all GPUs.
 
-    A backward pass costs two forward ones. With accumulation all features are computed once more, without gradients,
-    before the loss is known. Logits that do not exist all at once are computed twice, too.
+    A backward pass costs two forward passes. Gradient accumulation adds a forward pass without gradients, to compute
+    all features before the loss. Logits computed in blocks are computed twice.
     """
     passes = 3 if compute.gradient_accumulation_steps == 1 else 4
     model = towers.model.config
@@ -419,8 +426,8 @@ def _image_flops(tower: ImageTower) -> int:
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts) -> dict[str, float]:
-    """Bytes of one GPU by part, at the end of a forward pass and while gradients are exchanged."""
+def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths) -> dict[str, float]:
+    """Estimates the bytes per GPU by component, at the end of a forward pass and during gradient exchange."""
     return {
         **state_bytes(config, compute, towers.trained),
         **activation_bytes(config, compute, towers, texts),
@@ -430,28 +437,29 @@ def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, tex
 
 
 def state_bytes(config: PretrainConfig, compute: TrainingCompute, trained: int) -> dict[str, float]:
-    """Weights, gradients and optimizer states of one process (ZeRO, arXiv 1910.02054, section 3).
+    """Estimates weights, gradients and optimizer states per process (ZeRO, arXiv 1910.02054, section 3).
 
-    ZeRO 1 and 2 split the optimizer's fp32 weights and AdamW's two moments over the processes, 3 the weights too, which
-    it gathers as it needs them: at most all. What a process keeps of the gradients is its part, once they are added up;
-    with accumulation, ZeRO 1 keeps the whole until then.
+    ZeRO 1 and 2 partition the optimizer's fp32 weights and AdamW's two moments over the processes. ZeRO 3 also
+    partitions the weights and gathers them when needed, at most all at once. A process keeps its partition of the
+    reduced gradients. With accumulation, ZeRO 1 keeps all gradients until the reduction.
 
     Args:
-        config: of the ablation.
-        trained: parameters.
+        config: training settings of the ablation.
+        compute: compute settings.
+        trained: number of trained parameters.
     """
-    told = deepspeed_config(config, compute)["zero_optimization"]
-    stage, processes = told["stage"], compute.processes
+    zero = deepspeed_config(config, compute)["zero_optimization"]
+    stage, processes = zero["stage"], compute.processes
     size = _size(config)
     split = processes if stage else 1
-    whole_gradients = stage == 0 or (stage == 1 and compute.gradient_accumulation_steps > 1)
-    bucket = told["reduce_bucket_size"]
+    full_gradients = stage == 0 or (stage == 1 and compute.gradient_accumulation_steps > 1)
+    bucket = zero["reduce_bucket_size"]
     if stage == 0:
         bucket = min(bucket, trained) if processes > 1 else 0
     return {
         "weights": size * trained / (processes if stage == 3 else 1),
         "gathered weights": float(size * trained) if stage == 3 and processes > 1 else 0.0,
-        "gradients": size * trained / (1 if whole_gradients else split),
+        "gradients": size * trained / (1 if full_gradients else split),
         "fp32 weights": FP32 * trained / split if stage else 0.0,
         "AdamW's moments": 2 * FP32 * trained / split,
         "gradients on their way": float(size * bucket),
@@ -459,22 +467,23 @@ def state_bytes(config: PretrainConfig, compute: TrainingCompute, trained: int) 
 
 
 def activation_bytes(
-    config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts
+    config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths
 ) -> dict[str, float]:
-    """What autograd keeps of one micro-batch, and pictures where a step reads them."""
+    """Estimates the activations that autograd keeps for one micro-batch, and the images if a step reads them."""
     size, model = _size(config), towers.model
     batch = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
     encoder = model.text.transformer.config
     corners = config.text.corner_tokens
     late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
-    unseen = corners if packed and config.text.corner_mask else 0  # by what is wanted of a short caption: its [CLS]
-    kinds = [(texts.raw if late else texts.raw - unseen, 1)] + texts.per_image * [(texts.long, 1 + corners)]
+    # Packed short captions need only [CLS], which does not attend to masked corner tokens, so those are left out.
+    dropped = corners if packed and config.text.corner_mask else 0
+    kinds = [(texts.raw if late else texts.raw - dropped, 1)] + texts.per_image * [(texts.long, 1 + corners)]
     text = 0.0
-    for length, wanted in kinds:
-        last = wanted if packed and not late else None
-        text += encoder_bytes(encoder, batch, length, size, masked=True, wanted=last)
-        # input and output of the pooler's tanh, features before and after normalisation
-        heads = length if late else wanted
+    for length, outputs in kinds:
+        last = outputs if packed and not late else None
+        text += encoder_bytes(encoder, batch, length, size, masked=True, outputs=last)
+        # Input and output of the pooler's tanh, features before and after normalisation.
+        heads = length if late else outputs
         text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
     parts = {"text activations": text, "pictures and image activations": 0.0}
     if config.from_pixels:
@@ -487,7 +496,7 @@ def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float
     tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
     hidden = trunk.blocks[0].mlp.fc1.out_features
     pixels = batch * 3 * tower.spec.image_size**2 * FP32
-    if config.image_tower.frozen:  # nothing is kept, but the widest layer is there for a moment
+    if config.image_tower.frozen:  # nothing is kept for a backward pass; the widest layer is the peak
         return pixels + batch * tokens * (tower.width + 2 * hidden) * FP32
     sizes = SimpleNamespace(
         hidden_size=tower.width,
@@ -498,48 +507,49 @@ def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float
     return pixels + encoder_bytes(sizes, batch, tokens, _size(config), masked=False)
 
 
-def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, wanted: int | None = None) -> float:
-    """What autograd keeps of a transformer encoder, of BERT's kind or a ViT, whose attention is one fused operation.
+def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, outputs: int | None = None) -> float:
+    """Estimates the bytes that autograd keeps for a transformer encoder (BERT-like or ViT) with fused attention.
 
-    For a token and a layer: the inputs of both norms and of the four products that read hidden states (query, key and
-    value share one; attention's output; the first and, 4 H wide, the second of the feed-forward part), query, key and
-    value, and the activation's input: (8 H + 2 I) numbers; the norms' statistics and attention's normaliser in fp32. A
-    layer's mask is L² numbers of a text. Embeddings and the last states add 2 H. Dropout keeps a byte for each number
-    it may drop, of H at the embeddings and of 2 H in a layer (as CUDA does; attention's own is drawn anew).
+    Per token and layer there are 8 H + 2 I values: the inputs of both norms; the inputs of the four matrix products
+    (one shared by query, key and value; the attention output; two of the feed-forward part, the second I wide); query,
+    key and value; and the input of the activation. The statistics of the norms and the normaliser of attention are
+    fp32. The mask of a layer has L² values per text. Embeddings and last hidden states add 2 H. Dropout keeps a byte
+    per value that it may drop, H at the embeddings and 2 H per layer, as CUDA does; the dropout of attention is
+    recomputed.
 
     Args:
-        config: `hidden_size` H, `intermediate_size` I, layers, heads and dropout, as transformers names them.
-        texts: or pictures.
-        length: tokens of each: L.
-        size: bytes of a number.
-        masked: whether attention takes a mask for each pair of tokens.
-        wanted: where texts are packed, tokens of each whose last states are wanted: the last layer goes on from
-            attention with them alone. Attention's output is there twice then, by groups of like length and as a row.
-            None: all, padded.
+        config: `hidden_size` H, `intermediate_size` I, layers, heads and dropout, as named by transformers.
+        texts: number of texts or images.
+        length: tokens per text, L.
+        size: bytes per value.
+        masked: whether attention has a mask for each pair of tokens.
+        outputs: for packed texts, the number of tokens per text whose last hidden states are needed. After attention,
+            the last layer processes only these. The attention output then exists twice, grouped by length and packed.
+            None for padded texts, with the hidden states of all tokens.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    inner = getattr(config, "intermediate_size", 4 * hidden)  # DistilBERT names it otherwise
+    inner = getattr(config, "intermediate_size", 4 * hidden)  # DistilBERT has another name for it
     layer = (8 * hidden + 2 * inner) * size + (4 + config.num_attention_heads) * FP32 + masked * length * size
     dropped = (1 + 2 * layers) * hidden if getattr(config, "hidden_dropout_prob", 0) else 0
-    if wanted is None:
+    if outputs is None:
         return texts * length * (layers * layer + 2 * hidden * size + dropped)
     layer += hidden * size
-    after = (5 * hidden + 2 * inner) * size + 4 * FP32  # of what follows attention, the last states among it
-    narrow = min(wanted / length, 1)
-    return texts * length * (layers * layer - (1 - narrow) * after + 2 * hidden * size + dropped)
+    after = (5 * hidden + 2 * inner) * size + 4 * FP32  # of the operations after attention, with the last hidden states
+    fraction = min(outputs / length, 1)
+    return texts * length * (layers * layer - (1 - fraction) * after + 2 * hidden * size + dropped)
 
 
-def loss_bytes(config: PretrainConfig, compute: TrainingCompute, texts: Texts, embed_dim: int) -> float:
-    """A process's features and everybody's image features with their gradients, and logits, all in fp32."""
+def loss_bytes(config: PretrainConfig, compute: TrainingCompute, texts: TextLengths, embed_dim: int) -> float:
+    """Estimates the features of a process, the gathered image features, their gradients, and the logits, in fp32."""
     kinds = 1 + texts.per_image * (1 + config.text.corner_tokens)
     features = 2 * config.batch_size // compute.processes * (1 + kinds) * embed_dim
     gathered = 2 * config.batch_size * embed_dim if compute.processes > 1 else 0
-    logits = min(LOGITS_KEPT * _logits(config, compute, kinds), LOGITS_OF_A_BLOCK * LOGITS_AT_ONCE)
+    logits = min(LOGITS_KEPT * _logits(config, compute, kinds), LOGITS_PER_BLOCK * LOGITS_AT_ONCE)
     return FP32 * (features + gathered + logits)
 
 
 def _logits(config: PretrainConfig, compute: TrainingCompute, kinds: int) -> int:
-    """Of a process: its texts of so many kinds with all images."""
+    """Number of logits per process: its texts of all kinds by all images."""
     return kinds * config.batch_size**2 // compute.processes
 
 
@@ -547,8 +557,8 @@ def _size(config: PretrainConfig) -> int:
     return 2 if config.precision == "bf16" else FP32
 
 
-def remedy(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: Texts, gpu: Gpu) -> str:
-    """The smallest change that makes a run fit: accumulation first, then ZeRO, then GPUs or the batch."""
+def remedy(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths, gpu: Gpu) -> str:
+    """Finds the smallest change that makes a run fit: accumulation first, then ZeRO, then GPUs or batch size."""
     for stage in range(compute.zero_stage, 4):
         for accumulation in range(compute.gradient_accumulation_steps, config.batch_size // compute.processes // 2 + 1):
             if config.batch_size % (compute.processes * accumulation):
@@ -557,7 +567,7 @@ def remedy(config: PretrainConfig, compute: TrainingCompute, towers: Towers, tex
             if sum(memory(config, changed, towers, texts).values()) <= gpu.memory:
                 more = f" and zero_stage to {stage}" if stage > compute.zero_stage else ""
                 return f"raise compute.training.gradient_accumulation_steps to {accumulation}{more}"
-    return "take more GPUs or lower pretrain.batch_size: neither accumulation nor ZeRO suffices"
+    return "use more GPUs or lower pretrain.batch_size; neither accumulation nor ZeRO is enough"
 
 
 # --- storage ------------------------------------------------------------------------------------------------------
@@ -571,8 +581,8 @@ def storage(
     images: int | None,
     assumed: list[str],
 ) -> dict[str, float]:
-    """Bytes on disk: of a sample in the shards and of all, of a checkpoint and of those that are there at once, of the
-    model that is published."""
+    """Estimates bytes on disk: per sample and of all shards, of a checkpoint and of all kept at once, and of the
+    published model."""
     train = index.splits["train"] if index else None
     if train and train.samples:
         sample = sum(shard.bytes for shard in train.shards) / train.samples
@@ -580,9 +590,9 @@ def storage(
         members = [IMAGE_BYTES, JSON_BYTES]
         if params.shard.store_features:
             members.append(128 + FP32 * towers.model.config.embed_dim)
-        sample = sum(512 + 512 * math.ceil(size / 512) for size in members)  # tar: a header, whole blocks
-        assumed.append(f"{IMAGE_BYTES / 1e3:.0f} kB for a picture and {JSON_BYTES / 1e3:.0f} kB for its texts, stored")
-    checkpoint = float(3 * FP32 * towers.trained)  # weights and AdamW's moments, whatever precision and ZeRO are
+        sample = sum(512 + 512 * math.ceil(size / 512) for size in members)  # tar: a header and padded blocks
+        assumed.append(f"{IMAGE_BYTES / 1e3:.0f} kB per stored image and {JSON_BYTES / 1e3:.0f} kB for its texts")
+    checkpoint = float(3 * FP32 * towers.trained)  # fp32 weights and AdamW moments, for any precision and ZeRO stage
     frozen = sum(value.numel() for value in towers.image.parameters()) if config.image_tower.frozen else 0
     total = {"shards": float(sample * images)} if images else {}
     return {
@@ -594,21 +604,21 @@ def storage(
     }
 
 
-# --- for a reader -------------------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------------------
 
 
 def describe(plan: Plan, title: str) -> list[str]:
-    """The plan as lines of text."""
+    """Formats the plan as lines of text."""
     config, compute, gpu = plan.config, plan.compute, plan.gpu
-    needed = sum(plan.memory.values())
+    required = sum(plan.memory.values())
     micro = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
     count = "1 GPU" if compute.processes == 1 else f"{compute.processes} GPUs"
-    epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--samples)"
+    epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--images)"
     zero = deepspeed_config(config, compute)["zero_optimization"]["stage"]
     tokens = {"short caption": plan.texts.raw, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
     lines = [f"{title} on {count}, {config.precision}, ZeRO {zero}"]
     lines += _table("parameters, trained", {name: f"{count:,}" for name, count in plan.trained.items()})
-    lines.append(_row("all", f"{sum(plan.trained.values()):,}"))
+    lines.append(_row("total", f"{sum(plan.trained.values()):,}"))
     if plan.frozen:
         lines += _table("parameters, frozen", {name: f"{count:,}" for name, count in plan.frozen.items()})
     lines += _table(
@@ -617,24 +627,24 @@ def describe(plan: Plan, title: str) -> list[str]:
             "steps": f"{config.steps:,}",
             "batch": f"{config.batch_size:,}",
             "gradient accumulation steps": f"{compute.gradient_accumulation_steps:,}",
-            "micro-batch of a GPU": f"{micro:,}",
+            "micro-batch per GPU": f"{micro:,}",
             "samples": f"{plan.samples:,}",
             "epochs": epochs,
-            **{f"tokens of a {name}": f"{count:.1f}" for name, count in tokens.items()},
+            **{f"tokens per {name}": f"{count:.1f}" for name, count in tokens.items()},
             "tokens": f"{plan.samples * plan.texts.tokens / 1e9:,.1f} G",
         },
     )
-    lines += _table("TFLOP of a step", {name: f"{value / 1e12:,.1f}" for name, value in plan.flops.items() if value})
-    lines += _table("GB of a GPU", {name: f"{value / 1e9:,.2f}" for name, value in plan.memory.items() if value})
-    lines.append(_row("all", f"{needed / 1e9:,.2f} of {gpu.memory / 1e9:,.0f}"))
+    lines += _table("TFLOP per step", {name: f"{value / 1e12:,.1f}" for name, value in plan.flops.items() if value})
+    lines += _table("GB per GPU", {name: f"{value / 1e9:,.2f}" for name, value in plan.memory.items() if value})
+    lines.append(_row("total", f"{required / 1e9:,.2f} of {gpu.memory / 1e9:,.0f}"))
     lines += _table("storage", {name: _bytes(value) for name, value in plan.storage.items()})
     if plan.feature_flops:
         hours = f"{plan.feature_seconds / 3600:,.1f}"
-        lines += _table("frozen features, once for all ablations", {"one GPU, hours": hours})
+        lines += _table("frozen features, once for all ablations", {"hours on one GPU": hours})
     lines += _table("time", {"hours": f"{plan.seconds / 3600:,.1f}", "GPU hours": f"{_gpu_hours(plan):,.0f}"})
     lines += ["", "assumed", *(f"  {line}" for line in plan.assumed)]
     if plan.remedy:
-        lines += ["", f"does not fit: {plan.remedy}"]
+        lines += ["", f"does not fit in memory: {plan.remedy}"]
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The report's section "Where attention goes": a table of the numbers, and the main systems' pictures."""
+"""The report's section "Where attention goes": a table of attention scores and the main systems' attention maps."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from lotlip.figures.charts import Figure
 from lotlip.figures.intervals import estimate
-from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.tables import Cell, Column, Table, estimate_cell, number, score, words
+from lotlip.report.inputs import Ablation, BenchmarkResult, ReportInputs
+from lotlip.report.tables import Cell, Column, ReportTable, estimate_cell, number, score, words
 
 _SMALL, _SALIENT = "On small objects, %", "On the salient one"
 _ENTROPY, _WORDS = "Entropy", "On salient words, %"
@@ -25,8 +25,8 @@ _COLUMNS = (
     Column("cls_on_salient_words", "[CLS]", _WORDS),
     Column("corner1_on_salient_words", "Cor 1", _WORDS),
 )
-# What each would be if relevance were the same everywhere and each token read alike.
-_EVEN = {
+# Score → the measured quantity it equals under uniform relevance and uniform attention over tokens.
+_UNIFORM = {
     "on_named_object": "named_object_area",
     "on_object_not_named": "named_object_area",
     "on_salient_object": "salient_object_area",
@@ -36,43 +36,44 @@ _EVEN = {
     "corner1_on_salient_words": "salient_words_length",
 }
 _NOTE = (
-    "Relevance of patches, by gradient-weighted attention roll-out, that falls on an object when the text names it, or "
-    "another small one; chance is the object's share of the picture. Brackets: 95 % confidence interval over scenes, "
-    "for one seed; ±: half of the 95 % t interval over seeds. Attention over a long text, by roll-out: its entropy "
-    "over sub-captions, 1 where all have equal shares, and its share on the salient object's words. Last row: all "
-    "patches and all tokens alike."
+    "Share of patch relevance, by gradient-weighted attention rollout, that falls on an object when the text names it "
+    "or names another small object; chance is the object's share of the image. Brackets: 95 % confidence interval "
+    "over scenes, for one seed; ±: half of the 95 % t interval over seeds. Attention over a long text, by attention "
+    "rollout: its entropy over sub-captions, which is 1 when all have equal shares, and its share on the salient "
+    "object's words. Last row: uniform relevance and uniform attention."
 )
 _FIGURES = {
     "relevance": (
         "relevance of patches",
-        "Red: patches that speak for the text above, by gradient-weighted attention roll-out; each map is full where "
-        "it is largest. A circle marks the object that the text names, where that is known.",
+        "Red: patches that support the text above, by gradient-weighted attention rollout; each map is scaled to its "
+        "maximum. A circle marks the object that the text names, where that is known.",
     ),
     "reading": (
         "how a long text is read",
-        "Share of attention on each sub-caption, by attention roll-out, special tokens left out; by length: if each "
-        "token had the same share. Entropy: 1 where all sub-captions have equal shares.",
+        "Share of attention on each sub-caption, by attention rollout without special tokens; by length: if each "
+        "token had the same share. Entropy: 1 when all sub-captions have equal shares.",
     ),
 }
 
 
-def attention_table(inputs: ReportInputs, benchmark: str) -> Table | None:
-    """A row for each ablation that was looked into; columns that none has are left out."""
-    looked = [(a, a.benchmarks[benchmark]) for a in inputs.ablations if benchmark in a.benchmarks]
-    looked = [(ablation, result) for ablation, result in looked if result.attention]
-    columns = [column for column in _COLUMNS if any(_values(result, column.key) for _, result in looked)]
+def attention_table(inputs: ReportInputs, benchmark: str) -> ReportTable | None:
+    """Returns the attention scores, a row per ablation; None where there are none. Empty columns are left out."""
+    measured = [(a, a.benchmarks[benchmark]) for a in inputs.ablations if benchmark in a.benchmarks]
+    measured = [(ablation, result) for ablation, result in measured if result.attention]
+    columns = [column for column in _COLUMNS if any(_values(result, column.key) for _, result in measured)]
     if not columns:
         return None
-    rows = [[words(a.name), *(_cell(result, column.key) for column in columns)] for a, result in looked]
-    fullest = max((result for _, result in looked), key=lambda result: sum(map(len, _all_values(result))))
-    even = [number(1.0, "{:.2f}") if _RATIO in c.key else _cell(fullest, _EVEN[c.key]) for c in columns]
-    note = " ".join([_NOTE, *_left_out(looked)])
-    heads = [Column("ablation", "Ablation", numeric=False), *columns]
-    return Table(f"{benchmark}-attention", "Where attention goes", note, heads, rows, [[Cell("even"), *even]])
+    rows = [[words(a.name), *(_cell(result, column.key) for column in columns)] for a, result in measured]
+    most_complete = max((result for _, result in measured), key=lambda result: sum(map(len, _all_values(result))))
+    uniform = [number(1.0, "{:.2f}") if _RATIO in c.key else _cell(most_complete, _UNIFORM[c.key]) for c in columns]
+    note = " ".join([_NOTE, *_left_out(measured)])
+    header = [Column("ablation", "Ablation", numeric=False), *columns]
+    slug, title = f"{benchmark}-attention", "Where attention goes"
+    return ReportTable(slug, title, note, header, rows, [[Cell("uniform"), *uniform]])
 
 
 def attention_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
-    """The main systems' pictures, those of one kind one after another."""
+    """Returns the main systems' attention maps, grouped by kind."""
     figures = []
     for kind, (title, note) in _FIGURES.items():
         for system, ablation in inputs.systems.items():
@@ -81,21 +82,21 @@ def attention_figures(inputs: ReportInputs, benchmark: str) -> list[Figure]:
             if png or problem:
                 slug = f"{benchmark}-attention-{kind}-{ablation.name}"
                 figures.append(Figure(slug, f"{system}: {title}", note, "", png or b"", True, problem))
-                note = ""  # said once
+                note = ""  # only the first figure of a kind has the note
     return figures
 
 
-def _values(result: Benchmark, key: str) -> list[float]:
-    """Of each seed that has it."""
+def _values(result: BenchmarkResult, key: str) -> list[float]:
+    """The value for each seed that has it."""
     return [values[key] for values in _all_values(result) if key in values]
 
 
-def _all_values(result: Benchmark) -> list[dict[str, float]]:
+def _all_values(result: BenchmarkResult) -> list[dict[str, float]]:
     return [result.attention[seed].get("values", {}) for seed in sorted(result.attention)]
 
 
-def _cell(result: Benchmark, key: str) -> Cell:
-    """The mean over seeds with its interval; of one seed's ratio, the interval over scenes."""
+def _cell(result: BenchmarkResult, key: str) -> Cell:
+    """The mean over seeds with its interval; for a single seed's ratio, the interval over scenes."""
     values = _values(result, key)
     if not values or any(math.isnan(value) for value in values):
         return number(None)
@@ -103,14 +104,14 @@ def _cell(result: Benchmark, key: str) -> Cell:
         return score(values, key)
     low, high = next(iter(result.attention.values())).get("intervals", {}).get(key, (None, None))
     cell = estimate_cell(estimate(values, (low, high)), 1, "{:.2f}")
-    return replace(cell, text=f"{cell.text} {cell.span}".strip(), span="")  # in one line: the columns are narrow
+    return replace(cell, text=f"{cell.text} {cell.span}".strip(), span="")  # on one line: the columns are narrow
 
 
-def _left_out(looked: Sequence[tuple[Ablation, Benchmark]]) -> list[str]:
-    """What could not be measured and why, once for all ablations that share a reason."""
-    named: dict[str, list[str]] = {}
-    for ablation, result in looked:
-        reasons = {reason for seen in result.attention.values() for reason in seen.get("left_out", {}).values()}
+def _left_out(measured: Sequence[tuple[Ablation, BenchmarkResult]]) -> list[str]:
+    """Lists each reason why something was not measured, with the ablations that it applies to."""
+    by_reason: dict[str, list[str]] = {}
+    for ablation, result in measured:
+        reasons = {reason for scores in result.attention.values() for reason in scores.get("left_out", {}).values()}
         for reason in sorted(reasons):
-            named.setdefault(reason, []).append(ablation.name)
-    return [f"Left out of {', '.join(names)}: {reason}." for reason, names in named.items()]
+            by_reason.setdefault(reason, []).append(ablation.name)
+    return [f"Not measured for {', '.join(names)}: {reason}." for reason, names in by_reason.items()]

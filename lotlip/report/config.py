@@ -10,26 +10,26 @@ from pydantic import BeforeValidator, Field
 from lotlip.core.section import Name, NonNegative, Section, flatten, nearest
 from lotlip.evaluate.score_names import MAIN, Metric
 
-CHANGES, FLOPS = "changes", "flops"  # columns that are neither settings nor scores
+CHANGES, FLOPS = "changes", "flops"  # columns computed by the report
 SCORES = (*MAIN, *map(str, Metric))
-COLUMNS = (CHANGES, FLOPS, *SCORES)  # beside the keys of `pretrain`
-RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # other tables and figures have these names
+COLUMNS = (CHANGES, FLOPS, *SCORES)  # valid in addition to the keys of `pretrain`
+RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # names of the built-in tables and figures
 
 
 class ReportConfig(Section):
-    """The page that a person reads at the end."""
+    """Settings of the report page."""
 
     title: str = Field("LoTLIP", description="title of the page")
-    note: str = Field("", description="said in plain words at the top of the page")
-    contact_sheet: NonNegative = Field(12, description="pictures shown with their captions")
+    note: str = Field("", description="note at the top of the page")
+    contact_sheet: NonNegative = Field(12, description="number of images shown with their captions")
 
 
 def _labelled(given: Any) -> Any:
-    """A list such as ["a", {"b": "label"}] as a mapping, name → label."""
+    """Converts a list such as ["a", {"b": "label"}] to a mapping, name → label."""
     if not isinstance(given, list):
         return given
     if not all(isinstance(item, (str, dict)) for item in given):
-        raise ValueError('must list names, each with or without a label: [lit, lotlip: "m = 2"]')
+        raise ValueError('must be a list of names, each with an optional label: [lit, lotlip: "m = 2"]')
     pairs = [pair for item in given for pair in (item.items() if isinstance(item, dict) else [(item, "")])]
     names = [name for name, _ in pairs]
     if repeated := sorted({str(name) for name in names if names.count(name) > 1}):
@@ -38,67 +38,67 @@ def _labelled(given: Any) -> Any:
 
 
 def _listed(given: Any) -> Any:
-    """A single name as a list of one."""
+    """Wraps a single name in a list."""
     return [given] if isinstance(given, str) else given
 
 
 class ScoresFigureConfig(Section):
-    """Lines of long-text R@1, short-text R@1 and classification against a setting, a panel for each."""
+    """A figure of long-text R@1, short-text R@1 and classification accuracy against a setting, one panel each."""
 
     kind: Literal["scores"]
     x: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        description="key of `pretrain` on the x axis, such as text.corner_tokens; several: their sum"
+        description="key of `pretrain` on the x axis, such as text.corner_tokens; several keys are summed"
     )
-    x_label: str = Field("", description="label of the x axis; none: the keys")
+    x_label: str = Field("", description="label of the x axis; default: the keys")
     lines: dict[str, list[Name]] = Field(
-        default_factory=dict, description="label → ablations of a line; none: one line of all rows of the table"
+        default_factory=dict, description="label → ablations of a line; default: one line through all rows of the table"
     )
 
 
 class CostFigureConfig(Section):
-    """Long-text R@1 and the text tower's operations against the context length, and R@1 against operations."""
+    """A figure of long-text R@1 and the text tower's FLOPs against the context length, and of R@1 against FLOPs."""
 
     kind: Literal["cost"]
 
 
 class TableConfig(Section):
-    """A table of ablations, shown for each benchmark; it appears once two of its ablations have scores."""
+    """A table of ablations for each benchmark, shown once at least two of its ablations have scores."""
 
     title: str = Field(description="heading of the table")
-    paper: str = Field("", description="the paper's table or figure that it reproduces")
+    paper: str = Field("", description="table or figure of the paper that it reproduces")
     note: str = Field("", description="text above the table")
     rows: Annotated[dict[Name, str], BeforeValidator(_labelled), Field(min_length=1)] = Field(
-        description="ablations in order, each with or without a label"
+        description="ablations in display order, each with an optional label"
     )
     columns: Annotated[dict[str, str], BeforeValidator(_labelled), Field(min_length=1)] = Field(
         default_factory=lambda: dict.fromkeys([CHANGES, *MAIN], ""),
-        description="settings and scores, each with or without a label: a key of `pretrain`; `changes`: all settings "
-        "that differ from `pretrain`; `flops`: operations per text; `long`, `short`: R@1 in both directions; "
-        "`classification`: top-1; or the name of one score. Scores stand last and have fixed labels",
+        description="settings and scores, each with an optional label: a key of `pretrain`; `changes`: all settings "
+        "that differ from `pretrain`; `flops`: FLOPs per text; `long`, `short`: R@1 in both directions; "
+        "`classification`: top-1; or the name of one score. Scores are the last columns and have fixed labels",
     )
     published: bool = Field(False, description="add published scores on the same benchmark")
     figure: ScoresFigureConfig | CostFigureConfig | None = Field(
-        None, discriminator="kind", description="figure beside the table"
+        None, discriminator="kind", description="figure shown with the table"
     )
 
 
 class FindingsConfig(Section):
-    """The ablations that test the paper's findings, by role; a finding whose roles are empty is not tested."""
+    """The ablations that test the paper's findings, by role; a finding with an empty role is not tested."""
 
     lit: Name | None = Field(None, description="trained on short captions only")
-    lit_long: Name | None = Field(None, description="trained on long texts as well, without corner tokens")
+    lit_long: Name | None = Field(None, description="also trained on long texts, without corner tokens")
     long_clip: Name | None = Field(None, description="Long-CLIP: finetuned with interpolated positions")
-    lotlip: Name | None = Field(None, description="LoTLIP: long texts and corner tokens")
+    lotlip: Name | None = Field(None, description="LoTLIP: trained on long texts with corner tokens")
     no_mask: Name | None = Field(None, description="`lotlip` without the attention mask of corner tokens")
     corner_tokens: list[Name] = Field(default_factory=list, description="LoTLIP by number of corner tokens")
     lit_by_sub_captions: list[Name] = Field(default_factory=list, description="`lit_long` by number of sub-captions")
     lotlip_by_sub_captions: list[Name] = Field(default_factory=list, description="LoTLIP by number of sub-captions")
     context_lengths: list[Name] = Field(default_factory=list, description="LoTLIP by context length")
-    registers: list[Name] = Field(default_factory=list, description="register tokens instead of corner tokens")
-    captioners: list[Name] = Field(default_factory=list, description="LoTLIP with long texts of one captioner alone")
+    registers: list[Name] = Field(default_factory=list, description="with register tokens instead of corner tokens")
+    captioners: list[Name] = Field(default_factory=list, description="LoTLIP with long texts of a single captioner")
 
     def roles(self) -> Iterator[tuple[str, list[str]]]:
-        """Each role and its ablations."""
+        """Yields each role and its ablations."""
         for role in type(self).model_fields:
             given = getattr(self, role)
             yield role, given if isinstance(given, list) else [given] if given else []
@@ -107,12 +107,12 @@ class FindingsConfig(Section):
 def declaration_problems(
     tables: Mapping[str, TableConfig], findings: FindingsConfig, ablations: Mapping[str, Section]
 ) -> list[str]:
-    """What is wrong with the declared tables and findings, a line for each.
+    """Lists the problems of the declared tables and findings, one line each.
 
     Args:
         tables: name → table.
         findings: role → ablations.
-        ablations: name → its settings, as trained.
+        ablations: name → resolved training settings.
     """
     settings = {name: flatten(config.model_dump(mode="json")) for name, config in ablations.items()}
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
@@ -121,11 +121,11 @@ def declaration_problems(
     for slug, table in tables.items():
         place, figure = f"tables.{slug}", table.figure
         if slug in RESERVED:
-            problems.append(f"{place}: the report has a table or figure of that name; choose another name")
+            problems.append(f"{place}: this name is reserved by the report; choose another name")
         names += [(f"{place}.rows", name) for name in table.rows]
         problems += [
             f"{place}.columns: no setting or score {column!r}{nearest(column, [*COLUMNS, *keys])} "
-            f"(known: {', '.join(COLUMNS)} and the keys of pretrain)"
+            f"(there are: {', '.join(COLUMNS)} and the keys of pretrain)"
             for column in table.columns
             if column not in COLUMNS and column not in keys
         ]

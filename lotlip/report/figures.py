@@ -1,4 +1,4 @@
-"""The report's figures of scores: against sub-captions, corner tokens and context length, and the loss."""
+"""The report's figures: scores against a setting, scores and cost against context length, and training loss."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from lotlip.figures.charts import (
     Figure,
     Line,
     Point,
+    draw_figure,
     draw_lines,
-    drawn,
     label_ends,
-    places,
+    x_values,
 )
 from lotlip.report.config import CostFigureConfig, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
@@ -34,13 +34,13 @@ from lotlip.report.results import DIRECTIONS, benchmark_names
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED_CURVES = 12  # with more of them, only the systems' loss curves have a name and a colour
+NAMED_CURVES = 12  # beyond this many, only the main systems' loss curves are labelled and coloured
 LINE_COLOURS = (SYSTEM_COLOURS["LoTLIP"], SYSTEM_COLOURS["LiT + long texts"], *OTHER_COLOURS)
 _PANELS = {1: SMALL, 2: LOW, 3: LOW}
 
 
 def colours(inputs: ReportInputs) -> dict[str, str]:
-    """Ablation → colour of its curve; the paper's systems have theirs in every report."""
+    """Maps each ablation to a colour; the paper's systems have the same colour in every report."""
     chosen = {a.name: SYSTEM_COLOURS[system] for system, a in inputs.systems.items() if system in SYSTEM_COLOURS}
     rest = [ablation.name for ablation in inputs.ablations if ablation.name not in chosen]
     return chosen | {name: OTHER_COLOURS[i % len(OTHER_COLOURS)] for i, name in enumerate(rest)}
@@ -49,14 +49,14 @@ def colours(inputs: ReportInputs) -> dict[str, str]:
 def scores_figure(
     inputs: ReportInputs, benchmark: str, slug: str, table: TableConfig, declared: ScoresFigureConfig
 ) -> Figure | None:
-    """The figure of a table, a panel for each measure that has several places on the x axis; None where none has.
+    """Draws a table's figure, one panel per measure with at least two x values; None if no measure has them.
 
     Args:
-        inputs: what the report shows.
-        benchmark: whose scores are drawn.
+        inputs: the report's inputs.
+        benchmark: the benchmark whose scores are drawn.
         slug: name of the table.
-        table: that the figure belongs to.
-        declared: the figure.
+        table: the table that the figure belongs to.
+        declared: the figure's settings.
     """
     members = declared.lines or {"": list(table.rows)}
 
@@ -71,59 +71,58 @@ def scores_figure(
             if (points := _points(inputs.chosen(names), benchmark, measure, x))
         ]
 
-    panels = {measure: made for measure in MEASURES if len(places(made := lines(measure))) > 1}
+    panels = {measure: drawable for measure in MEASURES if len(x_values(drawable := lines(measure))) > 1}
     if not panels:
         return None
 
     def draw(measure: Measure, axes: Axes) -> None:
         x_label = declared.x_label or " + ".join(declared.x)
-        draw_lines(axes, panels[measure], places(panels[measure]), x_label, f"{measure.label} (%)")
+        draw_lines(axes, panels[measure], x_values(panels[measure]), x_label, f"{measure.label} (%)")
 
     title = f"Scores against {table.title[:1].lower()}{table.title[1:]}"
-    note = f"{NOTE} {_bars(inputs)}".strip()
+    note = f"{NOTE} {_error_bars_note(inputs)}".strip()
     draws = [partial(draw, measure) for measure in panels]
-    return drawn(f"{benchmark}-{slug}", title, note, _PANELS[len(draws)], *draws, wide=len(draws) > 1)
+    return draw_figure(f"{benchmark}-{slug}", title, note, _PANELS[len(draws)], *draws, wide=len(draws) > 1)
 
 
 def _points(
     ablations: Sequence[Ablation], benchmark: str, measure: Measure, x: Callable[[Ablation], float]
 ) -> list[Point]:
-    """In percent, of those that have the measure."""
-    found = [(x(ablation), measure.estimate(ablation, benchmark)) for ablation in ablations]
-    return [Point(place, one) for place, one in found if one]
+    """A point in percent for each ablation that has the measure."""
+    estimates = [(x(ablation), measure.estimate(ablation, benchmark)) for ablation in ablations]
+    return [Point(place, estimate) for place, estimate in estimates if estimate]
 
 
-def _bars(inputs: ReportInputs) -> str:
-    """What the bars in figures are."""
+def _error_bars_note(inputs: ReportInputs) -> str:
     several = any(len(result.seeds) > 1 for a in inputs.scored for result in a.benchmarks.values())
-    return f"Bars: 95 % {'t intervals over seeds' if several else 'bootstrap intervals over pictures'}."
+    return f"Error bars: 95 % {'t intervals over seeds' if several else 'bootstrap intervals over images'}."
 
 
 def context_figures(inputs: ReportInputs) -> list[Figure]:
-    """Long-text R@1 and the text tower's operations against context length, and one against the other.
+    """Draws long-text R@1 and the text tower's FLOPs against context length, and R@1 against FLOPs.
 
-    One for each table with a figure of kind `cost` and each benchmark that its rows have scores on at several context
-    lengths; where there is none, one of the operations alone; none where they are not known either.
+    There is one figure per table with a figure of kind `cost` and per benchmark with scores at several context
+    lengths. Without any, one figure shows the FLOPs alone, if they are known.
     """
-    found = []
+    drawn_figures = []
     for slug, table in inputs.params.tables.items():
         members = inputs.chosen(table.rows) if isinstance(table.figure, CostFigureConfig) else []
         recalls = {}
         for benchmark in benchmark_names(inputs):
             lines = _recall(members, benchmark, lambda a: a.config.text.context_length)
-            if len(places(lines)) > 1:
+            if len(x_values(lines)) > 1:
                 recalls[benchmark] = lines
         counted = [a for a in members if a.flops_per_text]
         for benchmark, lines in recalls.items():
             by_cost = _recall(counted, benchmark, lambda a: (a.flops_per_text or 0) / 1e9)
             where = f" on {benchmark}" if len(recalls) > 1 else ""
-            found.append(_context_figure(inputs, f"{benchmark}-{slug}", where, lines, by_cost))
-    found = found or [_context_figure(inputs, "context-length", "", [], [])]
-    return [figure for figure in found if figure]
+            drawn_figures.append(_context_figure(inputs, f"{benchmark}-{slug}", where, lines, by_cost))
+    drawn_figures = drawn_figures or [_context_figure(inputs, "context-length", "", [], [])]
+    return [figure for figure in drawn_figures if figure]
 
 
 def _recall(members: Sequence[Ablation], benchmark: str, x: Callable[[Ablation], float]) -> list[Line]:
-    """Long-text R@1, a line for each direction."""
+    """Long-text R@1, one line per direction."""
     directions = {
         DIRECTIONS[metric.direction]: Measure(f"long-{metric.direction}", "long text, R@1", (metric,))
         for metric in MAIN["long"]
@@ -137,10 +136,10 @@ def _recall(members: Sequence[Ablation], benchmark: str, x: Callable[[Ablation],
 def _context_figure(
     inputs: ReportInputs, slug: str, where: str, recall: Sequence[Line], by_cost: Sequence[Line]
 ) -> Figure | None:
-    """Panels of recall, where there is any, and of cost, where it is known; `where` ends the title."""
+    """Draws the panels of recall and of cost that have data; `where` is appended to the title."""
     towers = inputs.towers
-    trained = places(recall) or sorted({a.config.text.context_length for a in towers})
-    # a little further than recall is known: beyond that, its panel would be empty
+    trained = x_values(recall) or sorted({a.config.text.context_length for a in towers})
+    # The shared x axis ends shortly after the last recall, or the recall panel would be mostly empty.
     end = 1.5 * max(trained) if recall else math.inf
     costs: dict[float, float] = {
         length: flops / 1e9 for a in towers for length, flops in a.text_tower_flops.items() if length <= end
@@ -166,20 +165,22 @@ def _context_figure(
 
     panels, notes = {}, []
     if recall:
-        panels["recall"] = [draw_recall, *([draw_by_cost] if len(places(by_cost)) > 1 else [])]
-        notes.append(f"Recall: of ablations that differ in the context length alone. {_bars(inputs)}")
+        panels["recall"] = [draw_recall, *([draw_by_cost] if len(x_values(by_cost)) > 1 else [])]
+        notes.append(f"Recall: ablations that differ only in context length. {_error_bars_note(inputs)}")
     if len(lengths) > 1:
         panels["cost"] = [draw_cost]
-        notes.append(f"Cost: of the text tower of {towers[0].name}, for one text that fills the context.")
-        notes += ["A dot marks a length that was trained with."] if dots else []
+        notes.append(f"Cost: the text tower of {towers[0].name}, for one text that fills the context.")
+        notes += ["A dot marks a length used in training."] if dots else []
     if not panels:
         return None
     title = f"Context length: {' and '.join(panels)}{where}"
-    return drawn(slug, title, " ".join(notes), LOW, *(draw for draws in panels.values() for draw in draws), wide=True)
+    return draw_figure(
+        slug, title, " ".join(notes), LOW, *(draw for draws in panels.values() for draw in draws), wide=True
+    )
 
 
 def loss_figure(inputs: ReportInputs) -> Figure | None:
-    """Training loss of every ablation that left a history, the mean over its seeds."""
+    """Draws the training loss of every ablation that has a history, averaged over its seeds."""
     curves = {a.name: _mean_curve(list(a.history.values())) for a in inputs.ablations if a.history}
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
@@ -205,19 +206,22 @@ def loss_figure(inputs: ReportInputs) -> Figure | None:
         label_ends(axes, [(*curve[-1], name, palette[name]) for name, curve in curves.items() if name in named])
 
     note = (
-        "Mean over seeds. Curves compare only between ablations whose loss has the same terms: "
+        "Mean over seeds. Curves are comparable only between ablations whose loss has the same terms: "
         "short captions alone are an easier task than short captions and long texts."
     )
-    note += " Thin lines are all other ablations." if len(named) < len(curves) else ""
-    return drawn("loss", "Training loss", note, WIDE, draw, wide=True)
+    note += " Thin lines are the other ablations." if len(named) < len(curves) else ""
+    return draw_figure("loss", "Training loss", note, WIDE, draw, wide=True)
 
 
 def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -> dict[str, bytes]:
-    """The figures of one run, for its tracker: file name → PNG. One that cannot be drawn is left out, with a warning.
+    """Draws the figures of one training run for its tracker.
 
     Args:
         history: the run's logged steps.
-        scores: metric → fraction, of one benchmark.
+        scores: metric → fraction, on one benchmark.
+
+    Returns:
+        File name → PNG. A figure that cannot be drawn is left out with a warning.
     """
     names = [name for name in Metric if name in scores and name.statistic in ("r1", "r5", "r10")]
     recalls = {name: 100 * scores[name] for name in names}
@@ -233,14 +237,17 @@ def run_figures(history: Sequence[dict[str, float]], scores: dict[str, float]) -
         axes.set_xlim(0, 100)
         axes.set_xlabel("recall (%)")
 
-    made = [drawn("loss", "Training loss", "", SMALL, draw_loss), drawn("recall", "Recall", "", WIDE, draw_recall)]
-    return {f"{figure.slug}.png": figure.png for figure in made if figure.png}
+    figures = [
+        draw_figure("loss", "Training loss", "", SMALL, draw_loss),
+        draw_figure("recall", "Recall", "", WIDE, draw_recall),
+    ]
+    return {f"{figure.slug}.png": figure.png for figure in figures if figure.png}
 
 
 def _mean_curve(histories: Sequence[Sequence[dict[str, float]]]) -> list[tuple[float, float]]:
-    """(step, mean loss) at the steps that were logged."""
-    at: dict[float, list[float]] = {}
+    """(step, mean loss) at each logged step."""
+    losses_at: dict[float, list[float]] = {}
     for history in histories:
         for entry in history:
-            at.setdefault(entry["step"], []).append(entry["loss"])
-    return [(step, statistics.fmean(losses)) for step, losses in sorted(at.items())]
+            losses_at.setdefault(entry["step"], []).append(entry["loss"])
+    return [(step, statistics.fmean(losses)) for step, losses in sorted(losses_at.items())]

@@ -1,4 +1,4 @@
-"""What the report is made of, read from the other stages' outputs; what is not there is named, not guessed."""
+"""The report's inputs, read from the outputs of the other stages; missing inputs are listed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from lotlip.report.config import CostFigureConfig
 if TYPE_CHECKING:
     from lotlip.config.params import Params
 
-CAPTIONS_LOOKED_AT = 10_000
-PICTURE_SIZE = 320  # pixels of a picture's longer side on the page, at most
+CAPTION_SAMPLE = 10_000  # short captions whose words are counted
+PICTURE_SIZE = 320  # maximum length of a picture's longer side on the page, in pixels
 
 
-class Benchmark(BenchmarkScores):
-    """One ablation's results on one benchmark, with pictures.
+class BenchmarkResult(BenchmarkScores):
+    """One ablation's results on one benchmark, with figures.
 
     Attributes:
-        pictures: name → PNG, of where the first seed's attention goes.
-        example_images: number of an image in `examples` → JPEG.
-        not_drawn: what could not be drawn of it → why.
+        pictures: name → PNG of the first seed's attention maps.
+        example_images: index of an image in `examples` → JPEG.
+        not_drawn: figure that could not be drawn → reason.
     """
 
     pictures: dict[str, bytes] = Field({})
@@ -43,24 +43,24 @@ class Benchmark(BenchmarkScores):
     not_drawn: dict[str, str] = Field({})
 
     def values(self, metric: str) -> list[float]:
-        """The metric's value for each seed that has the metric, in the order of seeds."""
+        """Returns the metric's value for each seed that has the metric, in the order of seeds."""
         return [self.seeds[seed][metric] for seed in sorted(self.seeds) if metric in self.seeds[seed]]
 
     def interval(self, metric: str) -> tuple[float, float] | None:
-        """The metric's interval where there is one seed; of several, their spread tells more."""
+        """Returns the metric's bootstrap interval for a single seed; None for several, which have a t interval."""
         return self.intervals.get(next(iter(self.seeds)), {}).get(metric) if len(self.seeds) == 1 else None
 
 
 @dataclass(frozen=True)
 class Ablation:
-    """What is known about one ablation.
+    """Settings and results of one ablation.
 
     Attributes:
-        name: in params.yaml.
-        config: what it was trained with; while there are no metrics, what params.yaml resolves to.
+        name: name in params.yaml.
+        config: settings it was trained with; those of params.yaml while there are no metrics.
         parameters: part of the model → number of parameters.
-        text_tower_flops: tokens of a text → floating-point operations of the text tower on it; empty when not known.
-        benchmarks: benchmark's name → results; empty while there are none.
+        text_tower_flops: tokens per text → FLOPs of the text tower per text; empty if unknown.
+        benchmarks: benchmark → results; empty while there are none.
         history: seed → logged steps, each with "step", "loss", …
     """
 
@@ -68,21 +68,21 @@ class Ablation:
     config: PretrainConfig
     parameters: dict[str, int] = field(default_factory=dict)
     text_tower_flops: dict[int, int] = field(default_factory=dict)
-    benchmarks: dict[str, Benchmark] = field(default_factory=dict)
+    benchmarks: dict[str, BenchmarkResult] = field(default_factory=dict)
     history: dict[int, History] = field(default_factory=dict)
 
     @property
     def flops_per_text(self) -> int | None:
-        """Of a text that fills the ablation's own context; None when not known."""
+        """The text tower's FLOPs for a text that fills the ablation's context; None if unknown."""
         return self.text_tower_flops.get(self.config.text.context_length)
 
 
 class StageOutcome(StageRecord):
-    """A stage's record with its place.
+    """A stage's record of its last run, with the files that belong to it.
 
     Attributes:
         label: the record's file name: "ingest", "caption-llava", "pretrain-lotlip", …
-        data_docs: folder of Great Expectations' pages of it; None where there are none.
+        data_docs: folder of its Great Expectations Data Docs; None if it has none.
     """
 
     label: str
@@ -90,12 +90,12 @@ class StageOutcome(StageRecord):
 
     @property
     def failed_checks(self) -> list[Check]:
-        """What was expected in vain."""
+        """The gate's checks that failed."""
         return [check for check in self.gate if not check.success]
 
     @property
     def pages(self) -> dict[str, str]:
-        """Name of each table that the gate looked at → its page in `data_docs`; these need nothing from the web."""
+        """Table that the gate checked → its page in `data_docs`; these pages load nothing from the web."""
         if self.data_docs is None:
             return {}
         pages = (page.relative_to(self.data_docs) for page in sorted(self.data_docs.glob("validations/*/**/*.html")))
@@ -103,14 +103,14 @@ class StageOutcome(StageRecord):
 
     @property
     def orchestration_share(self) -> float:
-        """Of the stage's seconds; NaN when they are not known."""
+        """Orchestration as a fraction of the stage's duration; NaN if unknown."""
         known = self.orchestration_seconds and self.seconds > 0
         return sum(self.orchestration_seconds.values()) / self.seconds if known else math.nan
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture for the contact sheet: JPEG bytes, its short caption, and captioner → long caption."""
+    """A picture of the contact sheet: JPEG bytes, its short caption, and captioner → long caption."""
 
     key: str
     jpeg: bytes
@@ -120,20 +120,20 @@ class Picture:
 
 @dataclass(frozen=True)
 class ReportInputs:
-    """Everything the report shows.
+    """All inputs of the report.
 
     Attributes:
-        params: title, note, paths, and the base that ablations differ from.
-        ablations: all of params.yaml's, in its order.
-        stages: the records there are, in the order of stages.
+        params: params.yaml.
+        ablations: all ablations of params.yaml, in its order.
+        stages: the available stage records, in the order of stages.
         splits: split → number of samples.
-        statistics: "raw" or a captioner → figures about its texts.
+        statistics: "raw" or a captioner → statistics of its texts.
         pictures: the contact sheet.
-        missing: a line for a person for each piece that is not there or out of date.
-        not_run: ablations of which nothing is there, which need not be an error: the default set has few of them.
-        ingest: index.json of the ingest stage; None where it is not there.
-        caption_words: "captions", how many short captions were read, and quantiles of their words: "p05", "median",
-            "p95"; empty where there are none.
+        missing: messages about missing or outdated inputs.
+        not_run: ablations without any output. This is not an error: the default set runs few ablations.
+        ingest: index.json of the ingest stage; None if missing.
+        caption_words: "captions", the number of short captions read, and quantiles of their word counts: "p05",
+            "median", "p95"; empty if there are none.
     """
 
     params: Params
@@ -153,15 +153,15 @@ class ReportInputs:
         return [ablation for ablation in self.ablations if ablation.benchmarks]
 
     def chosen(self, names: Iterable[str]) -> list[Ablation]:
-        """Those of the named ablations that have results, in the order of the names."""
+        """Returns the named ablations that have results, in the order of the names."""
         scored = {ablation.name: ablation for ablation in self.scored}
         return [scored[name] for name in names if name in scored]
 
     @property
     def systems(self) -> dict[str, Ablation]:
-        """Name → ablation of what headlines and examples show: the paper's systems by the roles in `findings`.
+        """The main systems, shown in headlines and examples: the paper's systems, by their roles in `findings`.
 
-        Where no role is given, the first ablations by their own names.
+        If `findings` declares none, the first ablations under their own names.
         """
         findings, named = self.params.findings, {ablation.name: ablation for ablation in self.ablations}
         roles = {
@@ -175,9 +175,9 @@ class ReportInputs:
 
     @property
     def towers(self) -> list[Ablation]:
-        """Ablations whose text tower's operations are shown against the context length.
+        """Ablations whose text-tower FLOPs are shown against the context length.
 
-        The rows of tables with a figure of kind `cost`; where there are none, the first with counted operations.
+        These are the rows of tables with a figure of kind `cost`, or else the first ablation with counted FLOPs.
         """
         tables = [t for t in self.params.tables.values() if isinstance(t.figure, CostFigureConfig)]
         counted = [ablation for ablation in self.ablations if ablation.text_tower_flops]
@@ -185,9 +185,9 @@ class ReportInputs:
 
 
 def load_inputs(params: Params, root: Path) -> ReportInputs:
-    """Reads what the stages wrote below `root`.
+    """Reads the outputs of the stages below `root`.
 
-    A piece that is not there leaves a line in `missing`. A file that is there and broken is an error.
+    A missing input adds a message to `missing`; a broken file is an error.
 
     Raises:
         ValueError: a file is not what its stage writes.
@@ -215,35 +215,35 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
 
 
 def _caption_words(ingest: Path) -> dict[str, float]:
-    """Quantiles of the number of words of the first short captions, of all splits."""
+    """Quantiles of the word count of the first `CAPTION_SAMPLE` short captions."""
     import lotlip.data.partitions as partitions
 
     counts: list[int] = []
     for name in partitions.unit_names(ingest):
         captions = partitions.read_table(ingest, name, ["short_caption"])["short_caption"]
         counts += [len(caption.split()) for caption in captions]
-        if len(counts) >= CAPTIONS_LOOKED_AT:
+        if len(counts) >= CAPTION_SAMPLE:
             break
     if not counts:
         return {}
     ordered = sorted(counts)
     quantiles = {"p05": 0.05, "median": 0.5, "p95": 0.95}
-    at = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in quantiles.items()}
-    return {"captions": float(len(ordered)), **at}
+    values = {name: float(ordered[round(share * (len(ordered) - 1))]) for name, share in quantiles.items()}
+    return {"captions": float(len(ordered)), **values}
 
 
 def _was_run(params: Params, root: Path, name: str) -> bool:
-    """Whether anything is there of an ablation: scores, a model, or a stage's record."""
+    """Whether an ablation has any output: metrics, a model, or a stage record."""
     labels = (f"{stage}-{name}.json" for stage in ("pretrain", "evaluate"))
     paths = [params.paths.metrics / f"{name}.json", params.paths.models / name]
     return any((root / path).exists() for path in [*paths, *(params.paths.stages / label for label in labels)])
 
 
 def _optional(root: Path, path: Path, what: str, missing: list[str], kind: type[RecordT]) -> RecordT | None:
-    """The file's record, or None and a line in `missing`."""
+    """Reads a file's record; if there is no file, adds a message to `missing` and returns None."""
     if (root / path).exists():
         return kind.load(root / path)
-    missing.append(f"{what}: {path} is not there")
+    missing.append(f"{what}: {path} does not exist")
     return None
 
 
@@ -257,7 +257,7 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
     drawn = root / params.paths.metrics / "attention" / name
     not_drawn = read_record(drawn / NOT_DRAWN, NotDrawn) if (drawn / NOT_DRAWN).is_file() else {}
     benchmarks = {
-        benchmark: Benchmark(
+        benchmark: BenchmarkResult(
             **dict(result),
             pictures=attention_pictures(drawn, benchmark),
             example_images=_example_images(drawn / "images" / benchmark),
@@ -269,41 +269,44 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
         absent = sorted(set(wanted.seeds) - set(result.seeds))
         if absent:
             missing.append(f"metrics of {name} on {benchmark}: none for seed {', '.join(map(str, absent))}")
-    missing += [f"metrics of {name}: none on {asked}" for asked in params.evaluate.names if asked not in benchmarks]
+    missing += [f"metrics of {name}: none on {other}" for other in params.evaluate.names if other not in benchmarks]
     return Ablation(name, config, found.parameters, found.text_tower_flops, benchmarks, history)
 
 
 def in_order(results: Mapping[str, Any], benchmarks: Sequence[str]) -> dict[str, Any]:
-    """Results by benchmark in the order of params.yaml, then those of other benchmarks; JSON files sort them by name.
+    """Sorts results by the order of benchmarks in params.yaml, other benchmarks last; JSON files sort them by name.
 
     Args:
-        results: benchmark → what was measured.
-        benchmarks: in params.yaml's order.
+        results: benchmark → results.
+        benchmarks: benchmarks in the order of params.yaml.
     """
     names = [*(name for name in benchmarks if name in results), *sorted(set(results) - set(benchmarks))]
     return {name: results[name] for name in names}
 
 
 def attention_pictures(folder: Path, benchmark: str) -> dict[str, bytes]:
-    """Name → PNG, of what the evaluate stage drew for a benchmark; no name has a hyphen, while benchmarks' may."""
+    """Reads the attention maps that the evaluate stage drew for a benchmark, name → PNG.
+
+    Files are named <benchmark>-<name>.png; only the benchmark may contain hyphens.
+    """
     named = {file: file.stem.rpartition("-") for file in sorted(folder.glob("*.png"))}
     return {kind: file.read_bytes() for file, (of, _, kind) in named.items() if of == benchmark}
 
 
 def _example_images(folder: Path) -> dict[int, bytes]:
-    """Number of an image → JPEG, of what the evaluate stage left."""
+    """Reads the images of example retrievals, index → JPEG."""
     return {int(file.stem): file.read_bytes() for file in sorted(folder.glob("*.jpg"))}
 
 
 def _trained_with(stored: dict[str, Any], wanted: PretrainConfig, name: str, missing: list[str]) -> PretrainConfig:
-    """The configuration beside the metrics, which is what they hold for; params.yaml may have moved on since."""
+    """Returns the configuration stored with the metrics; params.yaml may have changed since."""
     try:
         config = PretrainConfig.model_validate(stored)
     except ValidationError:
-        missing.append(f"metrics of {name}: their configuration is of another version of lotlip; run it again")
+        missing.append(f"metrics of {name}: from another version of lotlip; rerun its evaluate stage")
         return wanted
     if config != wanted:
-        missing.append(f"metrics of {name}: measured with other values than params.yaml has now; run it again")
+        missing.append(f"metrics of {name}: params.yaml has changed since; rerun its evaluate stage")
     return config
 
 
@@ -342,7 +345,7 @@ def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) 
 
 
 def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
-    """The first pictures of the test split, drawn or scaled for the page, with what is said about them."""
+    """Returns the first pictures of the test split, rendered or scaled for the page, with their captions."""
     import lotlip.data.partitions as partitions
 
     if params.report.contact_sheet == 0:
@@ -351,30 +354,30 @@ def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
     names = partitions.unit_names(ingest, "test")
     if not names:
         missing.append(f"contact sheet: {params.paths.ingest / 'test'} has no partition")
-    silent: dict[str, None] = {}
+    no_captions: dict[str, None] = {}  # messages, in order and without duplicates
     pictures: list[Picture] = []
     for name in names:
         rows = partitions.read_table(ingest, name).head(params.report.contact_sheet - len(pictures)).to_dict("records")
-        captions = _long_captions(params, root, name, silent)
+        captions = _long_captions(params, root, name, no_captions)
         for row in rows:
             image = partitions.read_image(ingest, name, row["offset"], row["size"])
             jpeg = _jpeg(image, row.get("scene"))
             pictures.append(Picture(row["key"], jpeg, row["short_caption"], captions.get(row["key"], {})))
         if len(pictures) == params.report.contact_sheet:
             break
-    missing += silent
+    missing += no_captions
     return pictures
 
 
-def _long_captions(params: Params, root: Path, name: str, silent: dict[str, None]) -> dict[str, dict[str, str]]:
-    """Key → captioner → long caption, of a partition; `silent` gets a line for a captioner that has none for it."""
+def _long_captions(params: Params, root: Path, name: str, no_captions: dict[str, None]) -> dict[str, dict[str, str]]:
+    """Reads a partition's long captions, key → captioner → caption; adds missing captioners to `no_captions`."""
     import lotlip.data.partitions as partitions
 
     captions: dict[str, dict[str, str]] = {}
     for captioner in params.caption.captioners:
         folder = root / params.paths.captions / captioner
         if not (folder / f"{name}.parquet").exists():
-            silent[f"contact sheet: no captions of {captioner} for {name}"] = None
+            no_captions[f"contact sheet: no captions of {captioner} for {name}"] = None
             continue
         table = partitions.read_captions(folder, name, ["key", "text"])
         for key, text in zip(table["key"], table["text"], strict=True):
@@ -383,7 +386,7 @@ def _long_captions(params: Params, root: Path, name: str, silent: dict[str, None
 
 
 def _jpeg(image: bytes, scene: Any) -> bytes:
-    """A picture of at most PICTURE_SIZE pixels; a scene is drawn anew, sharper than the model sees it."""
+    """Scales an image to at most `PICTURE_SIZE` pixels; a scene is rendered again, sharper than the model sees it."""
     from PIL import Image
 
     from lotlip.data.images import decode_rgb

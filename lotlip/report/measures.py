@@ -1,4 +1,4 @@
-"""The three numbers by which ablations are compared: long retrieval, short retrieval, classification."""
+"""The three measures that ablations are compared by: long-text retrieval, short-text retrieval, classification."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lotlip.evaluate.score_names import MAIN
 from lotlip.figures.intervals import Estimate, estimate
-from lotlip.report.inputs import Ablation, Benchmark
+from lotlip.report.inputs import Ablation, BenchmarkResult
 
 NOTE = "Retrieval: the mean of R@1 image → text and text → image; classification: top-1."
 
@@ -19,9 +19,9 @@ class Measure:
     """The mean of some metrics, in percent.
 
     Attributes:
-        slug: its name in files.
-        label: its name for a person.
-        metrics: whose mean it is; a benchmark has it that has all of them.
+        slug: name in files.
+        label: name in the report.
+        metrics: the metrics averaged. A benchmark without all of them does not have the measure.
     """
 
     slug: str
@@ -29,35 +29,36 @@ class Measure:
     metrics: tuple[str, ...]
 
     def seeds(self, ablation: Ablation, benchmarks: Sequence[str]) -> dict[int, float]:
-        """Seed → percent, the mean over `benchmarks`, for the seeds that have a number on all of them."""
+        """Returns seed → mean over `benchmarks` in percent, for the seeds with values on all of them."""
         results = [ablation.benchmarks[name] for name in benchmarks]
-        found = {}
+        means = {}
         for seed in sorted(set.intersection(*(set(result.seeds) for result in results)) if results else ()):
             values = [result.seeds[seed].get(metric, math.nan) for result in results for metric in self.metrics]
             if not any(math.isnan(value) for value in values):
-                found[seed] = 100 * statistics.fmean(values)
-        return found
+                means[seed] = 100 * statistics.fmean(values)
+        return means
 
     def estimate(self, ablation: Ablation, benchmark: str) -> Estimate | None:
-        """In percent on one benchmark, with its interval; None where that has no number.
+        """Returns the measure on one benchmark in percent, with its interval; None if there is no value.
 
-        A lone seed's interval is the mean of its metrics' bootstrap intervals, which is no shorter than their mean's.
+        The interval of a single seed is the mean of its metrics' bootstrap intervals. It is at least as long as the
+        bootstrap interval of their mean.
         """
         if benchmark not in ablation.benchmarks:
             return None
         values = list(self.seeds(ablation, [benchmark]).values())
         return estimate(values, self._interval(ablation.benchmarks[benchmark])) if values else None
 
-    def _interval(self, result: Benchmark) -> tuple[float, float] | None:
-        """Of a lone seed's mean, in percent."""
-        found = [interval for metric in self.metrics if (interval := result.interval(metric))]
-        if len(found) < len(self.metrics):
+    def _interval(self, result: BenchmarkResult) -> tuple[float, float] | None:
+        """The interval of a single seed, in percent."""
+        intervals = [interval for metric in self.metrics if (interval := result.interval(metric))]
+        if len(intervals) < len(self.metrics):
             return None
-        low, high = (100 * statistics.fmean(ends) for ends in zip(*found, strict=True))
+        low, high = (100 * statistics.fmean(bounds) for bounds in zip(*intervals, strict=True))
         return low, high
 
     def benchmarks(self, ablations: Sequence[Ablation]) -> list[str]:
-        """Those that have the measure for all of the ablations, in the first one's order."""
+        """Returns the benchmarks that have the measure for all ablations, in the order of the first ablation."""
 
         def has(ablation: Ablation, benchmark: str) -> bool:
             result = ablation.benchmarks.get(benchmark)

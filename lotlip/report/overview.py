@@ -1,4 +1,4 @@
-"""What is said first of a person's own data: what came in, what did not and why, and what a model finds in it."""
+"""An overview of the data: what was ingested, what failed and why, and example retrievals."""
 
 from __future__ import annotations
 
@@ -8,37 +8,37 @@ from dataclasses import dataclass
 from typing import Any
 
 from lotlip.ingest.config import SceneSourceConfig
-from lotlip.report.findings import NOT_RUN, Judged
+from lotlip.report.findings import NOT_RUN, FindingResult
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.results import FAMILIES
-from lotlip.report.tables import Column, Table, number, words
+from lotlip.report.tables import Column, ReportTable, number, words
 
-FAILURES_OF_A_KIND = 3
-NOT_SHOWN = ("", "not among the first failures; see index.json")  # where, and why
-COPIES = "duplicate"  # the kind of failure that copies of images and of keys have
+FAILURES_PER_KIND = 3
+NOT_SHOWN = ("", "not among the first failures; see index.json")  # place and reason
+DUPLICATE = "duplicate"  # the failure kind of duplicate images and keys
 
 
 @dataclass(frozen=True)
 class ShownImage:
-    """An image on the page; `jpeg` is base64, empty where it could not be drawn; `right`: it is the text's own."""
+    """An image on the page. `jpeg` is base64, empty if it could not be drawn; `correct` marks the text's image."""
 
     jpeg: str
-    right: bool
+    correct: bool
 
 
 @dataclass(frozen=True)
 class Example:
-    """A text, the rank that its own image has, that image, and the images that the model puts first."""
+    """A text, the rank of its image, that image, and the top-ranked images."""
 
     text: str
     rank: str
-    own: ShownImage
-    found: Sequence[ShownImage]
+    target: ShownImage
+    retrieved: Sequence[ShownImage]
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Example retrievals of one kind of text: `title` says which, and `model` whose they are."""
+    """Example retrievals for one kind of text, by one model."""
 
     title: str
     model: str
@@ -46,38 +46,38 @@ class Examples:
     worst: Sequence[Example]
 
 
-def data_first(inputs: ReportInputs, judged: Sequence[Judged]) -> bool:
-    """Whether the page starts with the data: it is a person's own, or none of the paper's findings was run."""
-    own = not isinstance(inputs.params.ingest.source, SceneSourceConfig)
-    return own or all(one.verdict == NOT_RUN for one in judged)
+def data_first(inputs: ReportInputs, tested: Sequence[FindingResult]) -> bool:
+    """Whether the page starts with the data: it is the user's own, or no finding of the paper was tested."""
+    is_user_data = not isinstance(inputs.params.ingest.source, SceneSourceConfig)
+    return is_user_data or all(one.verdict == NOT_RUN for one in tested)
 
 
-def overview_table(inputs: ReportInputs) -> Table:
-    """Counts of the data: what was read, what came in, what failed, and how it is split."""
-    found = inputs.ingest
+def overview_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the counts of the data: items read, ingested and failed, images per split, and caption lengths."""
+    ingest = inputs.ingest
     rows = []
-    if found:
+    if ingest:
         rows = [
-            [words("items read"), number(found.read)],
-            [words("images with captions that came in"), number(found.written)],
-            [words("items that failed"), number(found.failed)],
-            [words("of these, copies of an earlier image or key"), number(found.failure_kinds.get(COPIES, 0))],
+            [words("items read"), number(ingest.read)],
+            [words("images ingested with captions"), number(ingest.written)],
+            [words("items that failed"), number(ingest.failed)],
+            [words("of these, duplicate images or keys"), number(ingest.failure_kinds.get(DUPLICATE, 0))],
         ]
         by_split: dict[str, int] = {}
-        for unit in found.units:
+        for unit in ingest.units:
             split = unit.name.partition("/")[0]
             by_split[split] = by_split.get(split, 0) + unit.written
         rows += [[words(f"images in split {split}"), number(count)] for split, count in by_split.items()]
     if inputs.caption_words:
-        what = f"words of a short caption (of {inputs.caption_words['captions']:,.0f} captions)"
-        for name, key in (("5 % have at most", "p05"), ("median", "median"), ("95 % have at most", "p95")):
+        what = f"words per short caption (from {inputs.caption_words['captions']:,.0f} captions)"
+        for name, key in (("5th percentile", "p05"), ("median", "median"), ("95th percentile", "p95")):
             rows.append([words(f"{what}: {name}"), number(inputs.caption_words[key])])
     columns = [Column("what", "What", numeric=False), Column("count", "Number")]
-    return Table("overview", "What was found", "", columns, rows)
+    return ReportTable("overview", "Overview", "", columns, rows)
 
 
-def failure_examples(inputs: ReportInputs) -> Table:
-    """The first failures of each kind in ingest, with place and reason; no rows where nothing failed."""
+def failure_examples(inputs: ReportInputs) -> ReportTable:
+    """Returns the first ingest failures of each kind, with place and reason; no rows if nothing failed."""
     shown: dict[str, list[tuple[str, str]]] = {}
     for failure in inputs.ingest.failures if inputs.ingest else ():
         shown.setdefault(failure.kind, []).append((failure.where, failure.reason))
@@ -90,33 +90,33 @@ def failure_examples(inputs: ReportInputs) -> Table:
             words(reason),
         ]
         for kind in sorted(kinds, key=lambda kind: -kinds[kind])
-        for where, reason in shown.get(kind, [NOT_SHOWN])[:FAILURES_OF_A_KIND]
+        for where, reason in shown.get(kind, [NOT_SHOWN])[:FAILURES_PER_KIND]
     ]
     columns = [
         Column("kind", "Kind", numeric=False),
-        Column("count", "Of this kind"),
+        Column("count", "Failures of this kind"),
         Column("where", "Where", numeric=False),
         Column("reason", "Reason", numeric=False),
     ]
-    note = f"Up to {FAILURES_OF_A_KIND} of each kind; docs/sources.md says what to do about them."
-    return Table("failure-examples", "Failed items, by kind", note, columns, rows)
+    note = f"Up to {FAILURES_PER_KIND} of each kind; docs/sources.md explains how to fix them."
+    return ReportTable("failure-examples", "Failed items, by kind", note, columns, rows)
 
 
 def example_sections(inputs: ReportInputs, benchmark: str) -> list[Examples]:
-    """The best and the worst retrievals of one model: the last of the main systems, or the first that has any."""
-    have = [a for a in inputs.scored if benchmark in a.benchmarks and a.benchmarks[benchmark].examples]
-    if not have:
+    """Returns the best and worst retrievals of one model: the last main system or else the first ablation with any."""
+    with_examples = [a for a in inputs.scored if benchmark in a.benchmarks and a.benchmarks[benchmark].examples]
+    if not with_examples:
         return []
-    main = [a for a in inputs.systems.values() if a in have]
-    ablation = (main or have[:1])[-1]
+    main = [a for a in inputs.systems.values() if a in with_examples]
+    ablation = (main or with_examples[:1])[-1]
     result = ablation.benchmarks[benchmark]
 
-    def image(place: int, own: int) -> ShownImage:
-        return ShownImage(base64.b64encode(result.example_images.get(place, b"")).decode(), place == own)
+    def image(index: int, target: int) -> ShownImage:
+        return ShownImage(base64.b64encode(result.example_images.get(index, b"")).decode(), index == target)
 
     def example(one: dict[str, Any]) -> Example:
-        found = [image(place, one["image"]) for place in one["found"]]
-        return Example(one["text"], f"{one['rank']:g}", image(one["image"], one["image"]), found)
+        retrieved = [image(index, one["image"]) for index in one["found"]]
+        return Example(one["text"], f"{one['rank']:g}", image(one["image"], one["image"]), retrieved)
 
     return [
         Examples(

@@ -1,4 +1,4 @@
-"""Puts tables and figures on one page: `index.html`, and the same as Markdown with PNG and CSV beside it."""
+"""Writes the report: `index.html`, and the same content as Markdown with PNG and CSV files."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lotlip.evaluate.score_names import Metric
 from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.reading_figures import reading_figures
-from lotlip.report.tables import Cell, Table
+from lotlip.report.tables import Cell, ReportTable
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One system's number in the headline, as text and as a bar."""
+    """One system's score in the headline, as text and as a bar."""
 
     label: str
     cell: Cell
@@ -30,12 +30,12 @@ class Bar:
 
     @property
     def width(self) -> float:
-        """Of the bar, in percent of its track."""
+        """Width of the bar in percent of its track."""
         return _on_track(self.cell.value or 0.0)
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Where on the track the interval begins, and how long it is, in percent."""
+        """Start and length of the confidence interval in percent of the track."""
         if self.cell.interval is None:
             return None
         low, high = map(_on_track, self.cell.interval)
@@ -47,9 +47,10 @@ def _on_track(share: float) -> float:
 
 
 def build_report(inputs: ReportInputs, out: Path) -> Path:
-    """Writes `out/index.html` (one file, nothing loaded from outside), `out/report.md`, `out/findings.json`,
-    `out/figures/*.png`, `out/tables/*.csv` and `out/data-docs`, the gates' pages. `out` is empty or not
-    there. Returns the page's path.
+    """Writes the report to `out`, which must be empty or missing, and returns the path of its page.
+
+    It consists of `index.html` (self-contained), `report.md`, `findings.json`, `figures/*.png`, `tables/*.csv` and
+    `data-docs`, the gates' Data Docs.
     """
     context = _context(inputs)
     for name in ("figures", "tables", DATA_DOCS):
@@ -62,7 +63,8 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
             (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
     for table in context["all_tables"]:
         (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
-    write_json(out / "findings.json", {"test": findings.TEST, "findings": [one.as_json() for one in context["judged"]]})
+    results = [result.as_json() for result in context["finding_results"]]
+    write_json(out / "findings.json", {"test": findings.TEST, "findings": results})
     _render("report.md.j2", context, out / "report.md")
     page = out / "index.html"
     _render("page.html.j2", context, page)
@@ -87,8 +89,8 @@ def _render(template: str, context: dict[str, Any], path: Path) -> None:
         partial.write_text(printable(environment.get_template(template).render(context)), encoding="utf-8")
 
 
-# What HTML may not contain: control characters but for tab, line feed and carriage return, lone surrogates, and code
-# points that are no characters.
+# Characters that HTML may not contain: control characters (except tab, line feed and carriage return), lone
+# surrogates, and noncharacters.
 _NOT_IN_HTML = re.compile(
     "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"
     + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0x110000, 0x10000))
@@ -97,32 +99,32 @@ _NOT_IN_HTML = re.compile(
 
 
 def printable(text: str) -> str:
-    """The text with replacement characters for what HTML may not contain, which captions from files may have."""
+    """Replaces characters that HTML may not contain; captions from files may contain them."""
     return _NOT_IN_HTML.sub("\ufffd", text)
 
 
 def _context(inputs: ReportInputs) -> dict[str, Any]:
-    """What both templates show."""
+    """Returns the variables of both templates."""
     benchmarks: list[dict[str, Any]] = [
         {
             "name": name,
             "headline": headline(inputs, name),
             "ceiling": results.ceiling_note(inputs, name),
             "sections": sections.benchmark_sections(inputs, name),
-            "every": sections.every_number(inputs, name),
+            "all_metrics": sections.all_metrics_table(inputs, name),
             "figures": reading_figures(inputs, name),
             "attention": attention_section.attention_table(inputs, name),
-            "seen": attention_section.attention_figures(inputs, name),
+            "attention_figures": attention_section.attention_figures(inputs, name),
             "examples": overview.example_sections(inputs, name),
             "not_drawn": _not_drawn(inputs, name),
         }
         for name in results.benchmark_names(inputs)
     ]
-    judged = findings.judge_all(inputs) if benchmarks else []
+    finding_results = findings.evaluate_findings(inputs) if benchmarks else []
     loss = figures.loss_figure(inputs)
     context_figures = figures.context_figures(inputs)
-    made = {
-        "findings": findings.findings_table(judged),
+    other_tables = {
+        "findings": findings.findings_table(finding_results),
         "overview": overview.overview_table(inputs),
         "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
@@ -134,13 +136,13 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "training": stages.training_table(inputs),
         "protocol": stages.protocol_table(inputs),
     }
-    other = {name: table if table.rows else None for name, table in made.items()}
-    all_tables: list[Table] = [
+    shown_tables = {name: table if table.rows else None for name, table in other_tables.items()}
+    all_tables: list[ReportTable] = [
         table
         for benchmark in benchmarks
         for table in [
             *(section.table for section in benchmark["sections"]),
-            benchmark["every"],
+            benchmark["all_metrics"],
             *([benchmark["attention"]] if benchmark["attention"] else []),
         ]
     ]
@@ -151,81 +153,79 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "tracking_uri": inputs.params.tracking.uri,
         "summary": summary(inputs),
         "missing": inputs.missing,
-        "not_run": sections.told_not_run(inputs.not_run),
-        "tally": findings.tally(judged) if judged else "",
-        "data_first": overview.data_first(inputs, judged),
-        "findings_not_run": findings.not_run(judged),
+        "not_run": sections.not_run_note(inputs.not_run),
+        "tally": findings.tally(finding_results) if finding_results else "",
+        "data_first": overview.data_first(inputs, finding_results),
+        "findings_not_run": findings.not_run(finding_results),
         "warnings": inputs.params.warnings,
-        "judged": judged,
+        "finding_results": finding_results,
         "intervals": results.intervals_note(inputs.scored),
         "pictures": inputs.pictures,
-        "stages": stage_kinds(inputs),
+        "stages": records_by_stage(inputs),
         "benchmarks": benchmarks,
         "loss": loss,
         "context_figures": context_figures,
-        **other,
+        **shown_tables,
         "all_figures": [
             *(section.figure for benchmark in benchmarks for section in benchmark["sections"] if section.figure),
-            *(figure for benchmark in benchmarks for figure in [*benchmark["figures"], *benchmark["seen"]]),
+            *(figure for benchmark in benchmarks for figure in benchmark["figures"] + benchmark["attention_figures"]),
             *context_figures,
             *([loss] if loss else []),
         ],
-        "all_tables": all_tables + [table for table in other.values() if table],
+        "all_tables": all_tables + [table for table in shown_tables.values() if table],
     }
 
 
 def _not_drawn(inputs: ReportInputs, benchmark: str) -> list[str]:
-    """A line for each picture of an ablation that could not be drawn, with its reason."""
-    found = [(a.name, a.benchmarks[benchmark].not_drawn) for a in inputs.scored if benchmark in a.benchmarks]
-    return [f"{name}, {what}: {reason}" for name, problems in found for what, reason in problems.items()]
+    """Lists the attention maps that could not be drawn, with reasons."""
+    not_drawn = [(a.name, a.benchmarks[benchmark].not_drawn) for a in inputs.scored if benchmark in a.benchmarks]
+    return [f"{name}, {what}: {reason}" for name, problems in not_drawn for what, reason in problems.items()]
 
 
-def stage_kinds(inputs: ReportInputs) -> list[tuple[str, list[StageOutcome]]]:
-    """The records, those of one stage together: (stage, its records)."""
-    kinds: dict[str, list[StageOutcome]] = {}
+def records_by_stage(inputs: ReportInputs) -> list[tuple[str, list[StageOutcome]]]:
+    """Groups the records by stage: (stage, its records)."""
+    by_stage: dict[str, list[StageOutcome]] = {}
     for record in inputs.stages:
-        kinds.setdefault(record.stage or record.label, []).append(record)
-    return list(kinds.items())
+        by_stage.setdefault(record.stage or record.label, []).append(record)
+    return list(by_stage.items())
 
 
 def headline(inputs: ReportInputs, benchmark: str) -> list[dict[str, Any]]:
-    """A panel per kind of text, in it a group of bars per direction: R@1 of the systems, those that have it."""
+    """Returns a panel per kind of text, with a group of bars per direction: R@1 of the main systems."""
     systems = inputs.systems
     palette = figures.colours(inputs)
     panels: dict[str, list[dict[str, Any]]] = {}
     for metric in results.main_metrics(results.metric_names(systems.values(), benchmark)):
         members = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
-        found = {name: result for name, result in members.items() if result.values(metric)}
+        scored = {name: result for name, result in members.items() if result.values(metric)}
         cells = tables.mark_best(
-            [tables.score(result.values(metric), metric, result.interval(metric)) for result in found.values()], metric
+            [tables.score(result.values(metric), metric, result.interval(metric)) for result in scored.values()], metric
         )
-        guess = next((result.chance[metric] for result in found.values() if metric in result.chance), None)
-        best = next((result.ceiling[metric] for result in found.values() if result.ceiling.get(metric, 1.0) < 1), None)
+        chance = next((result.chance[metric] for result in scored.values() if metric in result.chance), None)
+        ceiling = next((r.ceiling[metric] for r in scored.values() if r.ceiling.get(metric, 1.0) < 1), None)
         column = results.metric_column(metric, main=True)
-        bars = [Bar(name, cell, palette[systems[name].name]) for name, cell in zip(found, cells, strict=True)]
+        bars = [Bar(name, cell, palette[systems[name].name]) for name, cell in zip(scored, cells, strict=True)]
         group = {
             "title": column.label,
             "bars": bars,
-            "chance": tables.percent(guess).text if guess else "",
-            "ceiling": tables.percent(best).text if best else "",
+            "chance": tables.percent(chance).text if chance else "",
+            "ceiling": tables.percent(ceiling).text if ceiling else "",
         }
         panels.setdefault(column.group, []).append(group)
     return [{"title": title, "groups": members} for title, members in panels.items()]
 
 
 def summary(inputs: ReportInputs) -> str:
-    """What was done and what came out, in plain words; every number is read from the results."""
+    """Summarizes the run and its main results in a few sentences."""
     count = sum(bool(ablation.benchmarks) for ablation in inputs.ablations)
     if not count:
         return "Nothing has been evaluated yet."
     image_tower = (
-        "the image tower is frozen"
-        if results.all_frozen(inputs.scored)
-        else "the image tower is frozen or learns as well"
+        "the image tower is frozen" if results.all_frozen(inputs.scored) else "the image tower is frozen or trained"
     )
     text = [
-        f"{count} {'configuration was' if count == 1 else 'configurations were'} trained to match pictures with texts: "
-        f"{image_tower}, the text tower learns to place a text where its picture is."
+        f"{count} {'configuration was' if count == 1 else 'configurations were'} trained to match images with texts: "
+        f"{image_tower}; the text tower learns to embed a text close to its image."
     ]
     systems = inputs.systems
     for benchmark in results.benchmark_names(inputs)[:1]:
@@ -233,21 +233,22 @@ def summary(inputs: ReportInputs) -> str:
             (Metric.LONG_TEXT_TO_IMAGE_R1, "a long text"),
             (Metric.SHORT_TEXT_TO_IMAGE_R1, "a short caption"),
         ):
-            sentence = _found(systems, benchmark, metric)
+            sentence = _retrieval_clause(systems, benchmark, metric)
             if sentence:
                 text.append(f"Given {kind}, {sentence}.")
     if any(len(result.seeds) == 1 for ablation in inputs.ablations for result in ablation.benchmarks.values()):
-        text.append("Some numbers come from a single seed: small differences between them may be chance.")
+        text.append("Some scores come from a single seed, so small differences may be due to chance.")
     return " ".join(text)
 
 
-def _found(systems: Mapping[str, Ablation], benchmark: str, metric: Metric) -> str:
-    """Text → image R@1 of each system that has one, as the end of a sentence."""
+def _retrieval_clause(systems: Mapping[str, Ablation], benchmark: str, metric: Metric) -> str:
+    """States each system's text → image R@1, as a clause; empty if none has it."""
     measured = {name: a.benchmarks[benchmark] for name, a in systems.items() if benchmark in a.benchmarks}
     values = {name: result.values(metric) for name, result in measured.items() if result.values(metric)}
     if not values:
         return ""
     (first, share), *rest = [(name, tables.percent(statistics.fmean(v)).text) for name, v in values.items()]
-    told = [f"{first} puts the right picture first in {share} of cases", *(f"{name} in {text}" for name, text in rest)]
-    guess = next((result.chance[metric] for result in measured.values() if metric in result.chance), None)
-    return ", ".join(told) + ("" if guess is None else f" (guessing: {tables.percent(guess).text})")
+    shares = [f"{first} ranks the correct image first in {share} of cases"]
+    shares += [f"{name} in {text}" for name, text in rest]
+    chance = next((result.chance[metric] for result in measured.values() if metric in result.chance), None)
+    return ", ".join(shares) + ("" if chance is None else f" (chance: {tables.percent(chance).text})")

@@ -1,4 +1,4 @@
-"""Tables that `dvc plots show` draws (dvc.yaml: plots): curves and first-place recalls of all ablations."""
+"""Tables for `dvc plots show` (see `plots` in dvc.yaml): training curves and main scores of all ablations."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CURVES = ("loss", "in_batch_recall")
 
 
 def write_plots(inputs: ReportInputs, out: Path) -> None:
-    """Writes `curves.csv`, a row for each ablation, seed and step, and `scores.csv`, a row for each ablation's metric.
+    """Writes `curves.csv`, a row per ablation, seed and step, and `scores.csv`, a row per ablation and metric.
 
-    Scores are the seeds' means, in percent.
+    Scores are means over seeds, in percent.
     """
     out.mkdir(parents=True, exist_ok=True)
     _write(
@@ -35,9 +35,9 @@ def write_plots(inputs: ReportInputs, out: Path) -> None:
         (
             (ablation.name, f"{benchmark}.{metric}", round(100 * fmean(values), 4))
             for ablation in inputs.ablations
-            for benchmark, found in ablation.benchmarks.items()
+            for benchmark, result in ablation.benchmarks.items()
             for metric in main_metrics(metric_names([ablation], benchmark))
-            if (values := found.values(metric))
+            if (values := result.values(metric))
         ),
     )
 

@@ -1,4 +1,4 @@
-"""Tables of scores: ablations down, what they differ in and what was measured across."""
+"""Tables of scores, with ablations as rows and settings and metrics as columns."""
 
 from __future__ import annotations
 
@@ -6,40 +6,40 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from lotlip.evaluate.ceiling import repeats_in_words
 from lotlip.evaluate.score_names import MAIN_METRICS, RECALLS, Metric
-from lotlip.figures.intervals import OVER_PICTURES, OVER_SEEDS
-from lotlip.report.inputs import Ablation, Benchmark, ReportInputs
-from lotlip.report.tables import Cell, Column, Table, mark_best, number, score
+from lotlip.figures.intervals import OVER_IMAGES, OVER_SEEDS
+from lotlip.report.inputs import Ablation, BenchmarkResult, ReportInputs
+from lotlip.report.tables import Cell, Column, ReportTable, mark_best, number, score
 
 FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}
 FLOPS_COLUMN = Column("flops_per_text", "GFLOPs per text")
 FLOPS_NOTE = (
-    "GFLOPs: the text tower's billions of floating-point operations on one text that fills the context, "
-    "two for a multiply-add."
+    "GFLOPs: billions of floating-point operations of the text tower for one text that fills the context; a "
+    "multiply-add counts as two."
 )
 BEST_POSSIBLE = "best possible"
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
 def benchmark_names(inputs: ReportInputs) -> list[str]:
-    """Benchmarks that have a result, in params.yaml's order, then any others."""
-    found = {name for ablation in inputs.ablations for name in ablation.benchmarks}
-    wanted = [name for name in inputs.params.evaluate.names if name in found]
-    return [*wanted, *sorted(found - set(wanted))]
+    """Returns the benchmarks that have results, in the order of params.yaml, then any others."""
+    names = {name for ablation in inputs.ablations for name in ablation.benchmarks}
+    declared = [name for name in inputs.params.evaluate.names if name in names]
+    return [*declared, *sorted(names - set(declared))]
 
 
 def metric_names(ablations: Iterable[Ablation], benchmark: str) -> list[str]:
-    """All metrics of a benchmark in the order of `Metric`, then any others."""
+    """Returns all metrics of a benchmark in the order of `Metric`, then any others."""
     names = {name for a in ablations for seed in _results(a, benchmark).seeds.values() for name in seed}
     return [*(name for name in Metric if name in names), *sorted(names - set(Metric))]
 
 
 def main_metrics(names: Iterable[str]) -> list[str]:
-    """The ones for the paper's tables: first-place recall and accuracy."""
+    """Returns the metrics of the paper's tables: R@1 and accuracy."""
     return [name for name in names if name in MAIN_METRICS]
 
 
 def metric_column(metric: str, main: bool) -> Column:
-    """A metric's column; in the main tables the heading has the R@1 that its columns share."""
+    """Returns a metric's column; in the main tables, its group heading includes the statistic, such as R@1."""
     family, *rest = metric.split(".")
     stat = _stat_words(rest[-1]) if rest else family
     direction = " ".join(DIRECTIONS.get(part, part) for part in rest[:-1])
@@ -57,8 +57,8 @@ def _stat_words(stat: str) -> str:
     return stat.replace("_", " ")
 
 
-def _results(ablation: Ablation, benchmark: str) -> Benchmark:
-    return ablation.benchmarks.get(benchmark, Benchmark())
+def _results(ablation: Ablation, benchmark: str) -> BenchmarkResult:
+    return ablation.benchmarks.get(benchmark, BenchmarkResult())
 
 
 def results_table(
@@ -72,20 +72,21 @@ def results_table(
     main: bool = True,
     published: Mapping[str, Mapping[str, float]] | None = None,
     paper: str = "",
-) -> Table:
-    """Ablations down, the `lead` columns and then metrics across; below them guessing, the best possible
-    score where repeats lower it, and `published` models.
+) -> ReportTable:
+    """Returns a table with a row per ablation, the `lead` columns and a column per metric.
+
+    Reference rows at the end show chance, the best possible score if repeats lower it, and `published` models.
     """
-    found = [_results(a, benchmark) for a in ablations]
+    by_ablation = [_results(a, benchmark) for a in ablations]
     scores = [
-        mark_best([score(result.values(metric), metric, result.interval(metric)) for result in found], metric)
+        mark_best([score(result.values(metric), metric, result.interval(metric)) for result in by_ablation], metric)
         for metric in metrics
     ]
     columns = [column for column, _ in lead] + [metric_column(metric, main) for metric in metrics]
     rows = [list(row) for row in zip(*[cells for _, cells in lead], *scores, strict=True)]
-    guess = next((result.chance for result in found if result.chance), None)
-    best = next((result.ceiling for result in found if result.limited), None)
-    known = {"guessing": guess, BEST_POSSIBLE: best, **(published or {})}
+    chance = next((result.chance for result in by_ablation if result.chance), None)
+    ceiling = next((result.ceiling for result in by_ablation if result.limited), None)
+    reference_scores = {"chance": chance, BEST_POSSIBLE: ceiling, **(published or {})}
     blank = [Cell("") for _ in lead[1:]]
     references = [
         [
@@ -93,22 +94,22 @@ def results_table(
             *blank,
             *(score([values[metric]], metric) if metric in values else number(None) for metric in metrics),
         ]
-        for name, values in known.items()
+        for name, values in reference_scores.items()
         if values
     ]
-    return Table(slug, title, note, columns, rows, references, paper)
+    return ReportTable(slug, title, note, columns, rows, references, paper)
 
 
 def intervals_note(ablations: Iterable[Ablation]) -> str:
-    """What the intervals beside the scores are; empty where there are none."""
+    """Describes the intervals of the scores; empty if there are none."""
     results = [result for ablation in ablations for result in ablation.benchmarks.values()]
     several = any(len(result.seeds) > 1 for result in results)
-    alone = any(len(result.seeds) == 1 and result.intervals for result in results)
-    return " ".join([OVER_SEEDS] * several + [OVER_PICTURES] * alone)
+    single = any(len(result.seeds) == 1 and result.intervals for result in results)
+    return " ".join([OVER_SEEDS] * several + [OVER_IMAGES] * single)
 
 
 def ceiling_note(inputs: ReportInputs, benchmark: str) -> str:
-    """What repeated texts and images mean for a benchmark's scores; empty where nothing is repeated."""
+    """Explains how repeated texts and images limit a benchmark's scores; empty if nothing is repeated."""
     result = next((a.benchmarks[benchmark] for a in inputs.scored if _results(a, benchmark).limited), None)
     if result is None:
         return ""
@@ -117,15 +118,15 @@ def ceiling_note(inputs: ReportInputs, benchmark: str) -> str:
         for metric, value in result.ceiling.items()
         if metric in RECALLS and value < 1
     )
-    text = f"The benchmark has {repeats_in_words(result.protocol)}: no model can tell these apart."
+    text = f"The benchmark has {repeats_in_words(result.protocol)}, which no model can tell apart."
     return f"{text} The best possible R@1 is therefore below 100 %: {recalls}." if recalls else text
 
 
 def flops_known(ablations: Iterable[Ablation]) -> bool:
-    """Whether any has the operations on a text that fills its context."""
+    """Whether any ablation has FLOPs for a text that fills its context."""
     return any(ablation.flops_per_text is not None for ablation in ablations)
 
 
 def all_frozen(ablations: Iterable[Ablation]) -> bool:
-    """Whether none trains its image tower."""
+    """Whether all ablations freeze the image tower."""
     return all(ablation.config.image_tower.frozen for ablation in ablations)

@@ -1,4 +1,4 @@
-"""The declared tables of the report, and at the end the ablations that are in none."""
+"""The declared tables of the report, followed by the ablations that are in none of them."""
 
 from __future__ import annotations
 
@@ -21,35 +21,32 @@ from lotlip.report.results import (
     metric_names,
     results_table,
 )
-from lotlip.report.tables import Cell, Column, Table, gigaflops, number, words
+from lotlip.report.tables import Cell, Column, ReportTable, gigaflops, number, words
 
-FOLDED_FROM = 8  # rows of a table whose figure says the same
+FOLDED_FROM = 8  # a table with a figure is folded from this many rows
 RUN_EVERYTHING = "make reproduce-all"
 
 Lead = tuple[Column, list[Cell]]
 
 
 @dataclass(frozen=True)
-class Section:
-    """A table as it is shown.
+class TableSection:
+    """A table with its figure, and the ablations of the table that were not run."""
 
-    `folded` where the figure says most of it and the table is long; `not_run`: ablations that belong in it, too.
-    """
-
-    table: Table
+    table: ReportTable
     figure: figures.Figure | None = None
     not_run: Sequence[str] = ()
 
     @property
     def folded(self) -> bool:
-        """Whether the table is shown on demand."""
+        """Whether the table is collapsed: it is long, and a figure shows most of it."""
         return self.figure is not None and len(self.table.rows) >= FOLDED_FROM
 
 
-def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[Section]:
-    """The declared tables on one benchmark, then the ablations that are in none.
+def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[TableSection]:
+    """Returns the declared tables for one benchmark, then a table of the ablations that are in none.
 
-    A table shows what was run; with one row it compares nothing and is left out.
+    A table shows the ablations that were run. With fewer than two of them it is left out.
     """
     sections, seen = [], set[str]()
     for slug, declared in inputs.params.tables.items():
@@ -57,37 +54,42 @@ def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[Section]:
         if len(chosen) < 2:
             continue
         table = _table(inputs, benchmark, slug, declared, chosen)
-        asked = declared.figure
-        drawn = (
-            figures.scores_figure(inputs, benchmark, slug, declared, asked)
-            if isinstance(asked, ScoresFigureConfig)
+        figure = (
+            figures.scores_figure(inputs, benchmark, slug, declared, declared.figure)
+            if isinstance(declared.figure, ScoresFigureConfig)
             else None
         )
-        sections.append(Section(table, drawn, [name for name in declared.rows if name in inputs.not_run]))
+        sections.append(TableSection(table, figure, [name for name in declared.rows if name in inputs.not_run]))
         seen |= {ablation.name for ablation in chosen}
     others = [ablation for ablation in inputs.scored if ablation.name not in seen]
-    if sections and others:  # `pretrain` as it is beside them, to compare with
+    if sections and others:  # add the unchanged `pretrain` recipe for comparison
         base = inputs.params.pretrain
         others = [a for a in inputs.scored if a.name not in seen or not differences(a.config.recipe(), base.recipe())]
     if others:
         rest = TableConfig(
             title="Other ablations" if sections else "Ablations",
-            note="What each changes, against the section pretrain of params.yaml.",
+            note="Changes are relative to the section pretrain of params.yaml.",
             rows={ablation.name: "" for ablation in others},
         )
-        sections.append(Section(_table(inputs, benchmark, "others", rest, others)))
+        sections.append(TableSection(_table(inputs, benchmark, "others", rest, others)))
     return sections
 
 
-def _table(inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfig, chosen: Sequence[Ablation]) -> Table:
-    """A declared table of the `chosen` ablations, which are those of its rows that have results."""
+def _table(
+    inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfig, chosen: Sequence[Ablation]
+) -> ReportTable:
+    """Builds a declared table of the `chosen` ablations, those of its rows that have results."""
     published = {
-        f"{found.model} (published)": found.scores[benchmark]
-        for found in REFERENCE
-        if declared.published and benchmark in found.scores
+        f"{reference.model} (published)": reference.scores[benchmark]
+        for reference in REFERENCE
+        if declared.published and benchmark in reference.scores
     }
     with_flops = FLOPS in declared.columns and flops_known(chosen)
-    notes = [declared.note, f"Rows so named were {SOURCE}." if published else "", FLOPS_NOTE if with_flops else ""]
+    notes = [
+        declared.note,
+        f"Rows marked (published) were {SOURCE}." if published else "",
+        FLOPS_NOTE if with_flops else "",
+    ]
     metrics = {metric for column in declared.columns for metric in MAIN.get(column, (column,))}
     lead = [_names(chosen)]
     if any(declared.rows[a.name] for a in chosen):
@@ -119,7 +121,7 @@ def _table(inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfi
 
 
 def _setting(ablation: Ablation, key: str) -> Cell:
-    """A setting's value; a dash for null, and for the mask where there are no corner tokens."""
+    """Formats a setting's value; null is a dash, and so is the mask of an ablation without corner tokens."""
     value: Any = flatten(ablation.config.model_dump(mode="json")).get(key)
     if value is None or (key == "text.corner_mask" and not ablation.config.text.corner_tokens):
         return words(None)
@@ -128,19 +130,19 @@ def _setting(ablation: Ablation, key: str) -> Cell:
     return number(value, "{:,g}") if isinstance(value, (int, float)) else words(format_value(value))
 
 
-def every_number(inputs: ReportInputs, benchmark: str) -> Table:
-    """All metrics of all ablations that have results."""
-    every = inputs.scored
-    note = f"R@k and top-k in percent. {intervals_note(every)}".strip()
-    metrics = metric_names(every, benchmark)
+def all_metrics_table(inputs: ReportInputs, benchmark: str) -> ReportTable:
+    """Returns all metrics of all ablations that have results."""
+    scored = inputs.scored
+    note = f"R@k and top-k in percent. {intervals_note(scored)}".strip()
+    metrics = metric_names(scored, benchmark)
     return results_table(
-        f"{benchmark}-all", "Every number", note, every, [_names(every)], benchmark, metrics, main=False
+        f"{benchmark}-all", "All metrics", note, scored, [_names(scored)], benchmark, metrics, main=False
     )
 
 
-def told_not_run(names: Sequence[str]) -> str:
-    """One line on ablations that nothing is there of."""
-    return f"Not run: {', '.join(names)}; `{RUN_EVERYTHING}` runs everything." if names else ""
+def not_run_note(names: Sequence[str]) -> str:
+    """Names the ablations that were not run; empty if there are none."""
+    return f"Not run: {', '.join(names)}. To run all ablations, use `{RUN_EVERYTHING}`." if names else ""
 
 
 def _names(ablations: Sequence[Ablation]) -> Lead:

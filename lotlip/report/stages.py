@@ -1,4 +1,4 @@
-"""Tables about what lies behind the results: data, image tower, training, time, failures, protocol."""
+"""Background tables: data, image tower, training, time, failures and evaluation protocol."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 from lotlip.core.differences import differences, format_differences
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.results import FLOPS_COLUMN, FLOPS_NOTE, all_frozen, benchmark_names, flops_known
-from lotlip.report.tables import Cell, Column, Table, duration, gigaflops, number, percent, words
+from lotlip.report.tables import Cell, Column, ReportTable, duration, gigaflops, number, percent, words
 
 
-def statistics_table(inputs: ReportInputs) -> Table:
-    """Images, texts, sub-captions and tokens per text, for short captions and each captioner."""
+def statistics_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the images, texts, sub-captions and tokens per text, for short captions and each captioner."""
     columns = [
         Column("captions", "Captions", numeric=False),
         Column("images", "Images"),
@@ -28,40 +28,42 @@ def statistics_table(inputs: ReportInputs) -> Table:
         for name in names
     ]
     splits = ", ".join(f"{count:,} in {split}" for split, count in inputs.splits.items())
-    note = "Tokens are word pieces, special tokens not counted." + (f" Samples in shards: {splits}." if splits else "")
-    return Table("data", "Captions in numbers", note, columns, rows)
+    note = "Tokens are word pieces without special tokens." + (f" Samples in shards: {splits}." if splits else "")
+    return ReportTable("data", "Caption statistics", note, columns, rows)
 
 
-def accuracy_table(inputs: ReportInputs) -> Table:
-    """The image tower's accuracy per attribute, from the notes of its stage."""
+def accuracy_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the image tower's accuracy per attribute, from the notes of its stage."""
     notes = next((stage.notes for stage in inputs.stages if stage.label == "image-tower"), {})
-    found = {name.partition(".")[2]: value for name, value in notes.items() if name.startswith("accuracy.")}
+    accuracies = {name.partition(".")[2]: value for name, value in notes.items() if name.startswith("accuracy.")}
     columns = [Column("attribute", "Attribute", numeric=False), Column("accuracy", "Accuracy")]
-    rows = [[words(name.replace("_", " ")), percent(value)] for name, value in found.items()]
-    note = "On pictures that it was not trained on."
+    rows = [[words(name.replace("_", " ")), percent(value)] for name, value in accuracies.items()]
+    note = "On held-out images."
     if all_frozen(inputs.ablations):
-        note += " The tower is frozen after this."
-    return Table("image-tower", "What the image tower knows", note, columns, rows)
+        note += " The tower is frozen afterwards."
+    return ReportTable("image-tower", "Image tower: accuracy per attribute", note, columns, rows)
 
 
-def quality_table(inputs: ReportInputs) -> Table:
-    """What each captioner's captions are like, and the share that each rule dropped; from the notes of the stages."""
-    found = {
+def quality_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the quality of each captioner's captions and the share that each rule dropped, from the stages' notes."""
+    by_captioner = {
         stage.label.removeprefix("caption-"): stage.notes["quality"]
         for stage in inputs.stages
         if stage.label.startswith("caption-") and stage.notes.get("quality")
     }
-    # a column for each rule that dropped something
-    rules = list(dict.fromkeys(rule for each in found.values() for rule, count in each["filtered"].items() if count))
+    # Only rules that dropped a caption have a column.
+    rules = list(
+        dict.fromkeys(rule for each in by_captioner.values() for rule, count in each["filtered"].items() if count)
+    )
     columns = [
         Column("captioner", "Captioner", numeric=False),
         Column("captions", "Captions"),
         Column("words", "Words, mean"),
-        Column("words_p05", "5 %"),
-        Column("words_p95", "95 %"),
+        Column("words_p05", "5th pct."),
+        Column("words_p95", "95th pct."),
         Column("repetition", "Repetition"),
         Column("agreement", "Agreement"),
-        Column("truncated", "Cut off"),
+        Column("truncated", "Truncated"),
         Column("dropped", "all", group="Dropped"),
         *(Column(rule, rule, group="Dropped") for rule in rules),
     ]
@@ -79,18 +81,18 @@ def quality_table(inputs: ReportInputs) -> Table:
                 for count in (sum(quality["filtered"].values()), *(quality["filtered"][rule] for rule in rules))
             ),
         ]
-        for name, quality in found.items()
+        for name, quality in by_captioner.items()
     ]
     note = (
-        "Repetition is the mean share of runs of four words that were there before in the caption, agreement that of "
-        "the short caption's content words that the caption has. Rules are in caption.quality of params.yaml; all but "
-        "the shares of what they dropped is of the captions that they kept."
+        "Repetition is the mean share of a caption's 4-grams that occurred earlier in it. Agreement is the mean share "
+        "of the short caption's content words that the caption contains. The rules are set in caption.quality of "
+        "params.yaml. All columns except the dropped shares describe the captions that were kept."
     )
-    return Table("caption-quality", "Quality of long captions", note, columns, rows)
+    return ReportTable("caption-quality", "Quality of long captions", note, columns, rows)
 
 
-def stages_table(inputs: ReportInputs) -> Table:
-    """Time, throughput, counts and the orchestration's share, for each stage."""
+def stages_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the time, throughput, counts and orchestration overhead of each stage."""
     columns = [
         Column("stage", "Stage", numeric=False),
         Column("seconds", "Time"),
@@ -112,19 +114,19 @@ def stages_table(inputs: ReportInputs) -> Table:
         ]
         for stage in inputs.stages
     ]
-    note = "Time is from start to end. Orchestration is what was not work on data: imports, Prefect, the gate, MLflow."
-    whole = sum(stage.seconds for stage in inputs.stages if not math.isnan(stage.seconds))
-    around = sum(sum(stage.orchestration_seconds.values()) for stage in inputs.stages)
+    note = "Time is wall-clock time. Orchestration is the overhead: imports, Prefect, the gate, MLflow."
+    seconds = sum(stage.seconds for stage in inputs.stages if not math.isnan(stage.seconds))
+    overhead = sum(sum(stage.orchestration_seconds.values()) for stage in inputs.stages)
     total = (
-        [Cell("together"), duration(whole)]
+        [Cell("total"), duration(seconds)]
         + [Cell("")] * 4
-        + [duration(around), percent(around / whole if whole else None)]
+        + [duration(overhead), percent(overhead / seconds if seconds else None)]
     )
-    return Table("stages", "Time", note, columns, rows, [total] if rows else [])
+    return ReportTable("stages", "Time", note, columns, rows, [total] if rows else [])
 
 
-def training_table(inputs: ReportInputs) -> Table:
-    """What each ablation was trained with: seeds, steps, lengths, sizes, and what a text costs."""
+def training_table(inputs: ReportInputs) -> ReportTable:
+    """Returns each ablation's training settings, parameters, cost per text and throughput."""
     counted = flops_known(inputs.ablations)
     columns = [
         Column("ablation", "Ablation", numeric=False),
@@ -157,24 +159,24 @@ def training_table(inputs: ReportInputs) -> Table:
         ]
         for a in inputs.ablations
     ]
-    frozen = ", the image tower is frozen" if all_frozen(inputs.ablations) else ""
+    frozen = "; the image tower is frozen" if all_frozen(inputs.ablations) else ""
     notes = [
-        f"Context is the longest text in tokens; the towers' columns count parameters{frozen}.",
-        "Data wait is the share of a step's time that training waited for data.",
+        f"Context is the context length in tokens; the towers' columns are numbers of parameters{frozen}.",
+        "Data wait is the share of a step's time spent waiting for data.",
         *([FLOPS_NOTE] if counted else []),
     ]
-    return Table("training", "Training", " ".join(notes), columns, rows)
+    return ReportTable("training", "Training", " ".join(notes), columns, rows)
 
 
-def cost_table(inputs: ReportInputs) -> Table:
-    """Operations of the text tower, a column for each context length; no rows where they are not known."""
+def cost_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the text tower's FLOPs, a column per context length; no rows if they are unknown."""
     towers = inputs.towers
     counts = {length: flops for ablation in towers for length, flops in ablation.text_tower_flops.items()}
     lengths = sorted(counts)
     columns = [Column("ablation", "Text tower of", numeric=False)]
     columns += [Column(str(length), f"{length} tokens") for length in lengths]
     rows = [[words(towers[0].name), *(gigaflops(counts[length]) for length in lengths)]] if towers else []
-    return Table("text-cost", "GFLOPs per text, by context length", FLOPS_NOTE, columns, rows)
+    return ReportTable("text-cost", "GFLOPs per text, by context length", FLOPS_NOTE, columns, rows)
 
 
 def _millions(parameters: int | None) -> Cell:
@@ -182,13 +184,13 @@ def _millions(parameters: int | None) -> Cell:
 
 
 def _logged_mean(ablation: Ablation, key: str) -> float | None:
-    """Mean over all logged steps of all seeds; None where none was logged."""
+    """Mean over the logged steps of all seeds; None if nothing was logged."""
     logged = [entry[key] for history in ablation.history.values() for entry in history if key in entry]
     return statistics.fmean(logged) if logged else None
 
 
-def failures_table(inputs: ReportInputs) -> Table:
-    """Failures by stage and kind; no rows when nothing failed."""
+def failures_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the failures by stage and kind; no rows if nothing failed."""
     columns = [
         Column("stage", "Stage", numeric=False),
         Column("kind", "Kind", numeric=False),
@@ -200,17 +202,15 @@ def failures_table(inputs: ReportInputs) -> Table:
         for kind, count in [*sorted(stage.failure_kinds.items()), ("not recorded", _unnamed_failures(stage))]
         if count
     ]
-    return Table(
-        "failures", "Failures", "Items that did not come through, each recorded with its reason.", columns, rows
-    )
+    return ReportTable("failures", "Failures", "Items that were skipped, each recorded with its reason.", columns, rows)
 
 
 def _unnamed_failures(stage: StageOutcome) -> int:
     return stage.counts.get("failed", 0) - sum(stage.failure_kinds.values())
 
 
-def protocol_table(inputs: ReportInputs) -> Table:
-    """How each benchmark was measured; where ablations differ, all values."""
+def protocol_table(inputs: ReportInputs) -> ReportTable:
+    """Returns each benchmark's evaluation settings, with all values where ablations differ."""
     columns = [
         Column("benchmark", "Benchmark", numeric=False),
         Column("setting", "Setting", numeric=False),
@@ -218,18 +218,18 @@ def protocol_table(inputs: ReportInputs) -> Table:
     ]
     rows = []
     for benchmark in benchmark_names(inputs):
-        values: dict[str, dict[str, None]] = {}  # setting → its different values, in order
+        values: dict[str, dict[str, None]] = {}  # setting → its distinct values, in order
         for ablation in inputs.ablations:
             result = ablation.benchmarks.get(benchmark)
             for key, value in result.protocol.items() if result else ():
                 values.setdefault(key, {})[_plain(value, ablation.name)] = None
         rows += [[words(benchmark), words(key.replace("_", " ")), words(" · ".join(v))] for key, v in values.items()]
-    note = "Kept beside the scores, so that they can be measured again. Several values: ablations differ in it."
-    return Table("protocol", "Evaluation", note, columns, rows)
+    note = "Stored with the scores so that they can be reproduced. Several values mean that ablations differ."
+    return ReportTable("protocol", "Evaluation", note, columns, rows)
 
 
 def _plain(value: Any, ablation: str) -> str:
-    """A setting's value for a person; an ablation's own name in a command does not make it another command."""
+    """Formats a setting's value. In commands, the ablation's name becomes a placeholder, so that they are the same."""
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):

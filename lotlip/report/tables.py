@@ -1,4 +1,4 @@
-"""Tables as data: built once, then shown as HTML, as Markdown and as CSV."""
+"""Tables as data, rendered as HTML, Markdown and CSV."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ ABSENT = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown, and the number behind it.
+    """A table cell: the text shown and the value behind it.
 
     Attributes:
-        text: for a person.
-        value: the number, or the mean of several; None where the cell is words.
-        spread: standard deviation over seeds; None where there is one seed.
-        interval: ends of the value's 95 % confidence interval; None where it has none.
-        span: the interval as it is shown, "[12.1, 14.9]", where `text` does not say it.
-        best: of its column.
-        kind: of a word that has a colour of its own on the page.
+        text: the text shown.
+        value: the number, or the mean of several; None if the cell is text.
+        spread: standard deviation over seeds; None for a single seed.
+        interval: bounds of the value's 95 % confidence interval; None if it has none.
+        span: the interval as shown, such as "[12.1, 14.9]"; empty if `text` includes it.
+        best: whether it is the best of its column.
+        kind: CSS class of a label that is coloured on the page.
     """
 
     text: str
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """`key` names it in CSV; `group` stands above neighbours that share it."""
+    """A column: its name in CSV (`key`), its label, and the heading shared with neighbouring columns (`group`)."""
 
     key: str
     label: str
@@ -48,11 +48,11 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Table:
+class ReportTable:
     """A titled table.
 
-    `references` are rows that take no part in who is best, such as guessing; `paper` says which of the paper's tables
-    or figures it is shaped after.
+    `references` are rows at the end, such as chance, that are never marked as best. `paper` is the table or figure of
+    the paper that this table reproduces.
     """
 
     slug: str
@@ -65,12 +65,12 @@ class Table:
 
     @property
     def all_rows(self) -> list[list[Cell]]:
-        """The rows, the references last."""
+        """All rows, with the references at the end."""
         return [*self.rows, *self.references]
 
     @property
     def header_groups(self) -> list[tuple[str, int, bool]]:
-        """Runs of columns under one heading: (heading, columns, numeric)."""
+        """Runs of columns with the same group: (group, number of columns, numeric)."""
         runs: list[tuple[str, int, bool]] = []
         for column in self.columns:
             if runs and runs[-1][0] == column.group:
@@ -80,12 +80,15 @@ class Table:
         return runs
 
     def to_csv(self) -> str:
-        """All numbers in full; `<key>.std`, `<key>.low` and `<key>.high` follow a column wherever a cell has them."""
-        every = list(zip(*self.all_rows, strict=True)) or [() for _ in self.columns]
+        """Returns the table as CSV with unrounded numbers.
+
+        Columns `<key>.std`, `<key>.low` and `<key>.high` follow a column if any of its cells has these values.
+        """
+        cells_by_column = list(zip(*self.all_rows, strict=True)) or [() for _ in self.columns]
         columns = [
-            numbers
-            for column, cells in zip(self.columns, every, strict=True)
-            for numbers in _csv_columns(column.key, cells)
+            values
+            for column, cells in zip(self.columns, cells_by_column, strict=True)
+            for values in _csv_columns(column.key, cells)
         ]
         file = io.StringIO()
         csv.writer(file, lineterminator="\n").writerows(zip(*columns, strict=True))
@@ -93,7 +96,7 @@ class Table:
 
 
 def _csv_columns(key: str, cells: Sequence[Cell]) -> list[list[Any]]:
-    """A column's values below their name, then what else its cells have."""
+    """Returns the CSV columns of a table column, each with its name first."""
     columns: list[list[Any]] = [[key, *(cell.text if cell.value is None else cell.value for cell in cells)]]
     if any(cell.spread is not None for cell in cells):
         columns.append([f"{key}.std", *(cell.spread for cell in cells)])
@@ -107,25 +110,25 @@ def _csv_columns(key: str, cells: Sequence[Cell]) -> list[list[Any]]:
 
 
 def words(text: object) -> Cell:
-    """A cell that is not a number."""
+    """Returns a text cell; an empty text is a dash."""
     return Cell(str(text) if text not in (None, "") else ABSENT)
 
 
 def number(value: float | None, pattern: str = "{:,.0f}") -> Cell:
-    """A number as `pattern` shows it; unknown is a dash."""
+    """Returns a number formatted by `pattern`; None and NaN are a dash."""
     if value is None or math.isnan(value):
         return Cell(ABSENT, math.nan)
     return Cell(pattern.format(value), value)
 
 
 def percent(value: float | None) -> Cell:
-    """A fraction, shown in percent with one decimal."""
+    """Returns a fraction, shown in percent with one decimal."""
     shown = number(None if value is None else 100 * value, "{:.1f}\u00a0%")
     return shown if shown.text == ABSENT else replace(shown, value=value)
 
 
 def gigaflops(flops: int | None) -> Cell:
-    """Floating-point operations, shown in billions (10⁹) with three digits."""
+    """Returns a number of FLOPs, shown in billions (10⁹) with three digits."""
     if flops is None:
         return number(None)
     billions = flops / 1e9
@@ -133,28 +136,28 @@ def gigaflops(flops: int | None) -> Cell:
 
 
 def duration(seconds: float) -> Cell:
-    """Seconds the way a person says them."""
+    """Returns a duration, shown in seconds, minutes or hours."""
     if math.isnan(seconds):
         return number(None)
-    whole, minutes = round(seconds), round(seconds / 60)
+    rounded, minutes = round(seconds), round(seconds / 60)
     if seconds < 59.95:
         text = f"{seconds:.1f} s"
-    elif whole < 3600:
-        text = f"{whole // 60} min {whole % 60:02d} s"
+    elif rounded < 3600:
+        text = f"{rounded // 60} min {rounded % 60:02d} s"
     else:
         text = f"{minutes // 60} h {minutes % 60:02d} min"
     return Cell(text, seconds)
 
 
 def score(values: Sequence[float], metric: str, interval: tuple[float, float] | None = None) -> Cell:
-    """A metric over seeds: percent with one decimal, ranks as they are; of several, `mean ± half the 95 % t interval`.
+    """Returns a metric over seeds: fractions in percent, ranks as they are.
 
-    Not a number in one seed makes the whole cell unknown.
+    Several seeds are shown as `mean ± half the 95 % t interval`. A NaN in any seed makes the cell a dash.
 
     Args:
-        values: one for each seed.
-        metric: its name.
-        interval: of a lone seed's value; several seeds have their own.
+        values: the value for each seed.
+        metric: name of the metric.
+        interval: bootstrap interval of a single seed's value; ignored for several seeds.
     """
     if not values or any(math.isnan(value) for value in values):
         return number(None)
@@ -162,25 +165,25 @@ def score(values: Sequence[float], metric: str, interval: tuple[float, float] | 
     return estimate_cell(estimate(values, interval), scale, "{:.1f}")
 
 
-def estimate_cell(found: Estimate, scale: float, pattern: str) -> Cell:
-    """An estimate in one cell, shown `scale` times as large."""
-    text = pattern.format(scale * found.value)
-    if found.low is None or found.high is None:
-        return Cell(text, found.value)
-    interval = (found.low, found.high)
-    if found.spread is not None:
-        return Cell(f"{text} ± {pattern.format(scale * found.half)}", found.value, found.spread, interval)
-    low, high = (pattern.format(scale * end) for end in interval)
-    return Cell(text, found.value, interval=interval, span=f"[{low}, {high}]")
+def estimate_cell(value: Estimate, scale: float, pattern: str) -> Cell:
+    """Returns an estimate with its interval, both shown multiplied by `scale`."""
+    text = pattern.format(scale * value.value)
+    if value.low is None or value.high is None:
+        return Cell(text, value.value)
+    interval = (value.low, value.high)
+    if value.spread is not None:
+        return Cell(f"{text} ± {pattern.format(scale * value.half)}", value.value, value.spread, interval)
+    low, high = (pattern.format(scale * bound) for bound in interval)
+    return Cell(text, value.value, interval=interval, span=f"[{low}, {high}]")
 
 
 def is_rank(metric: str) -> bool:
-    """Whether the metric is a rank, where less is better, and not a fraction."""
+    """Whether the metric is a rank, where lower is better, rather than a fraction."""
     return metric.endswith("rank")
 
 
 def mark_best(cells: Sequence[Cell], metric: str) -> list[Cell]:
-    """The column with its best value marked, and with it those that look the same; a lone value is not best."""
+    """Marks the best value of a column and all values shown as the same; a single value is not marked."""
     known = [cell.value for cell in cells if cell.value is not None and not math.isnan(cell.value)]
     if len(known) < 2:
         return list(cells)

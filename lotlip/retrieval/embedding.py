@@ -1,4 +1,4 @@
-"""Features of texts and images by a saved model: in memory, into files, and the search through those files."""
+"""Embedding of texts and images with a saved model, in memory or into files, and search in those files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from lotlip.core.files import weights_hash
 from lotlip.data.batches import in_batches, prefetch
 from lotlip.data.pictures import Pictures, open_pictures, printable
-from lotlip.retrieval.index import Index, Rows, index_writer, nearest, open_index
+from lotlip.retrieval.index import Index, IndexRows, index_writer, nearest, open_index
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,42 +21,42 @@ if TYPE_CHECKING:
     from lotlip.models.lotlip import LotlipModel
 
 KINDS = ("images", "texts")
-_WINDOW = 4  # batches whose texts are sorted by length together, so that few positions are padding
+_WINDOW = 4  # number of batches that are sorted by length together to reduce padding
 
 
 class NotFiniteError(ValueError):
-    """A model gives features with NaN or infinity.
+    """A model returned a feature with NaN or infinity.
 
     Attributes:
-        row: of the first such feature, among those that were asked for.
+        row: index of the first such feature in the request.
     """
 
     def __init__(self, model: Path, what: str, row: int, name: str = "") -> None:
         super().__init__(
             f"the model in {model} is broken: its feature of {name or f'{what} {row}'} has NaN or infinity; restore "
-            "the model's files, or train it again"
+            "its files or train it again"
         )
         self.model, self.what, self.row = model, what, row
 
-    def of(self, names: Sequence[str]) -> NotFiniteError:
-        """The same error, with the item's name."""
+    def with_name(self, names: Sequence[str]) -> NotFiniteError:
+        """Returns the same error with the item's name."""
         return NotFiniteError(self.model, self.what, self.row, names[self.row])
 
 
 class Embedder:
-    """A saved model, ready to turn texts and images into features of one space.
+    """A saved model that embeds texts and images in the same space.
 
     Args:
-        folder: of the model.
-        device: "cpu", "cuda", or "auto": cuda where there is one.
-        batch_size: texts or images that the model takes at a time.
+        folder: folder of the model.
+        device: "cpu", "cuda", or "auto" for cuda if available.
+        batch_size: texts or images per batch.
 
     Attributes:
-        encoder: the model as evaluation runs it.
-        width: D, the size of a feature.
+        encoder: the encoder used in evaluation.
+        width: the dimension D of features.
 
     Raises:
-        ValueError: the folder has no model, its model gives no single features, or there is no such device.
+        ValueError: the folder has no model, the model uses late interaction, or the device does not exist.
     """
 
     def __init__(self, folder: Path, device: str = "auto", batch_size: int = 64) -> None:
@@ -68,24 +68,24 @@ class Embedder:
         config = self.encoder.model.config
         if config.similarity != "cosine":
             raise ValueError(
-                f"the model in {folder} compares texts and images token by token ({config.similarity}): none of "
-                "them has one feature to embed or to search by; take a model whose similarity is cosine"
+                f"the model in {folder} compares token by token (similarity {config.similarity}), so it has no single "
+                "feature to embed or search by; use a model with similarity cosine"
             )
         self.width: int = config.embed_dim
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
-        """Normalised [CLS] features of texts, long or short (paper, section 4): float32 [N, D].
+        """Returns normalised [CLS] features of long or short texts (paper, section 4), float32 [N, D].
 
         Raises:
             NotFiniteError: a feature has NaN or infinity.
         """
         if not texts:
-            return self._none
+            return self._empty
         features, _ = self.encoder.texts(texts)
         return self._finite(features.numpy(), "text")
 
     def images(self, images: Iterable[Image.Image | bytes]) -> np.ndarray:
-        """Normalised features of images, decoded or encoded: float32 [N, D].
+        """Returns normalised features of decoded or encoded images, float32 [N, D].
 
         Raises:
             ValueError: an image cannot be decoded.
@@ -93,7 +93,7 @@ class Embedder:
         return self.prepared(self.prepare(image) for image in images)
 
     def prepare(self, image: Image.Image | bytes) -> np.ndarray:
-        """What the image tower takes of an image, float32 [3, S, S]: for threads to do beside the model.
+        """Preprocesses an image for the image tower, float32 [3, S, S]. Thread-safe.
 
         Raises:
             ValueError: the image cannot be decoded.
@@ -101,13 +101,13 @@ class Embedder:
         return self.encoder.prepare(image)
 
     def prepared(self, pictures: Iterable[np.ndarray]) -> np.ndarray:
-        """Normalised features of what `prepare` made: float32 [N, D].
+        """Returns normalised features of preprocessed images, float32 [N, D].
 
         Raises:
             NotFiniteError: a feature has NaN or infinity.
         """
         features = [self.encoder.prepared(batch).numpy() for batch in in_batches(pictures, self._batch_size)]
-        return self._finite(np.concatenate([self._none, *features]), "image")
+        return self._finite(np.concatenate([self._empty, *features]), "image")
 
     def _finite(self, features: np.ndarray, what: str) -> np.ndarray:
         broken = np.flatnonzero(~np.isfinite(features).all(axis=1))
@@ -116,16 +116,16 @@ class Embedder:
         return features
 
     @property
-    def _none(self) -> np.ndarray:
+    def _empty(self) -> np.ndarray:
         return np.empty((0, self.width), dtype=np.float32)
 
     @property
     def model(self) -> LotlipModel:
-        """The model itself, on its device."""
+        """The model, on its device."""
         return self.encoder.model
 
     def tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """What the text tower takes of texts, on the model's device: ids [N, L], padded at the end, and lengths [N]."""
+        """Tokenizes texts, on the model's device: ids [N, L], padded at the end, and lengths [N]."""
         import torch
 
         ids, lengths = (torch.from_numpy(part).to(self.model.device) for part in self.encoder.tokenizer(texts))
@@ -136,13 +136,13 @@ class Embedder:
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """What `embed` has done.
+class EmbedResult:
+    """The result of `embed`.
 
     Attributes:
-        rows: features written.
-        width: D.
-        left_out: name of each item that has no feature, and the reason.
+        rows: number of features written.
+        width: the dimension D of features.
+        left_out: name of each item without a feature, and the reason.
     """
 
     rows: int
@@ -160,41 +160,40 @@ def embed(
     split: str | None = None,
     device: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Embedded:
-    """Writes the features of images, or of texts. The file is whole or not there.
+) -> EmbedResult:
+    """Writes the features of images or texts to a file, atomically.
 
-    Features are written as they come, so that memory does not grow with their number. An image that cannot be read, or
-    a text without a character, is left out.
+    Features are written in batches, so memory does not grow with their number. Unreadable images and empty texts are
+    left out.
 
     Args:
         model: folder of the saved model.
-        source: of images: a folder of them, or what ingest left, as for `lotlip.data.pictures.open_pictures`, which
-            names them. Of texts: a .txt file with one on each line, or whatever
-            `lotlip.data.annotations.read_texts` reads.
-        out: a .parquet or .npy file, as of `lotlip.retrieval.index`.
-        kind: "images" or "texts"; where None, a folder has images and a file has texts.
-        batch_size: items that the model takes at a time.
-        fields: of the texts, as for `read_texts`.
-        split: only this one, of what has splits; all where None.
-        device: as for `Embedder`.
-        on_progress: told how many items are done, and of how many.
+        source: for images, a folder of images or the output of ingest, see `lotlip.data.pictures.open_pictures`. For
+            texts, a .txt file with one text per line, or any source of `lotlip.data.annotations.read_texts`.
+        out: a .parquet or .npy file, see `lotlip.retrieval.index`.
+        kind: "images" or "texts"; default: images for a folder, texts for a file.
+        batch_size: items per batch.
+        fields: fields of the texts, see `read_texts`.
+        split: the split to embed; default: all.
+        device: see `Embedder`.
+        on_progress: called with the number of items done and the total.
 
     Raises:
-        ValueError: an argument is wrong, the model has no single features, or all items were left out.
+        ValueError: an argument is invalid, the model uses late interaction, or all items were left out.
     """
     kind = kind or ("images" if source.is_dir() else "texts")
     if kind not in KINDS:
-        raise ValueError(f"there is no kind {kind!r}; choose {' or '.join(KINDS)}")
+        raise ValueError(f"unknown kind {kind!r}; choose {' or '.join(KINDS)}")
     if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, and must be at least 1")
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     left_out: list[tuple[str, str]] = []
     if kind == "images":
         if fields:
-            raise ValueError("images have no fields: leave --field out, or say --kind texts")
+            raise ValueError("images have no fields; leave out --field or use --kind texts")
         pictures = open_pictures(source, split)
         total = len(pictures.names)
     else:
-        # reading texts takes little beside encoding them: what is broken is known before hours are spent
+        # Reading all texts first is cheap, and finds broken input before hours of encoding.
         total = sum(1 for _ in _texts(source, fields, split))
     embedder = Embedder(model, device, batch_size)
     about = {
@@ -217,14 +216,14 @@ def embed(
             written += len(rows.names)
             on_progress(written + len(left_out), total)
         if not written:
-            first = "; the first: " + ": ".join(left_out[0]) if left_out else ""
+            first = "; first problem: " + ": ".join(left_out[0]) if left_out else ""
             raise ValueError(f"none of the {total} {kind} in {source} can be embedded{first}")
-    return Embedded(written, embedder.width, left_out)
+    return EmbedResult(written, embedder.width, left_out)
 
 
 def _encode_images(
     embedder: Embedder, pictures: Pictures, batch_size: int, left_out: list[tuple[str, str]]
-) -> Iterator[Rows]:
+) -> Iterator[IndexRows]:
     """Encodes a batch of images while threads decode the next ones."""
 
     def prepare(name: str) -> tuple[str, np.ndarray | str]:
@@ -234,32 +233,32 @@ def _encode_images(
             return name, str(error)
 
     for batch in in_batches(prefetch(prepare, pictures.names, 2 * batch_size), batch_size):
-        left_out += [(name, found) for name, found in batch if isinstance(found, str)]
-        good = [(name, found) for name, found in batch if not isinstance(found, str)]
+        left_out += [(name, result) for name, result in batch if isinstance(result, str)]
+        good = [(name, result) for name, result in batch if not isinstance(result, str)]
         names = [name for name, _ in good]
         try:
             features = embedder.prepared(pixels for _, pixels in good)
         except NotFiniteError as error:
-            raise error.of(names) from None
-        yield Rows(names, None, features)
+            raise error.with_name(names) from None
+        yield IndexRows(names, None, features)
 
 
 def _encode_texts(
     embedder: Embedder, texts: Iterator[tuple[str, str]], batch_size: int, left_out: list[tuple[str, str]]
-) -> Iterator[Rows]:
+) -> Iterator[IndexRows]:
     for window in in_batches(texts, _WINDOW * batch_size):
         left_out += [(name, "the text is empty") for name, text in window if not text]
         good = [(name, text) for name, text in window if text]
-        names, found = [name for name, _ in good], [text for _, text in good]
+        names, batch = [name for name, _ in good], [text for _, text in good]
         try:
-            features = embedder.texts(found)
+            features = embedder.texts(batch)
         except NotFiniteError as error:
-            raise error.of(names) from None
-        yield Rows(names, found, features)
+            raise error.with_name(names) from None
+        yield IndexRows(names, batch, features)
 
 
 def _texts(source: Path, fields: Sequence[str], split: str | None) -> Iterator[tuple[str, str]]:
-    """Name and text of each; a text without a character is ""."""
+    """Yields the name and text of each; a blank text is ""."""
     from lotlip.data.annotations import read_texts
 
     if source.is_dir() or source.suffix.lower() != ".txt":
@@ -267,13 +266,13 @@ def _texts(source: Path, fields: Sequence[str], split: str | None) -> Iterator[t
             yield printable(name), text
         return
     if fields or split is not None:
-        raise ValueError(f"{source} has a text on each line, without fields or splits: leave --field and --split out")
+        raise ValueError(f"{source} has one text per line and no fields or splits; leave out --field and --split")
     try:
         with source.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 yield printable(f"{source.as_posix()}:{number}"), line.strip()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{source} is not UTF-8 ({error.reason})") from error
+        raise ValueError(f"{source} is not UTF-8 ({error.reason}); convert it to UTF-8") from error
 
 
 # --- search -----------------------------------------------------------------------------------------------------------
@@ -281,12 +280,12 @@ def _texts(source: Path, fields: Sequence[str], split: str | None) -> Iterator[t
 
 @dataclass(frozen=True)
 class Match:
-    """A row of an index.
+    """A search result.
 
     Attributes:
-        score: cosine of its feature with the query's.
-        name: of the image or text.
-        text: the text itself; None for an image.
+        score: cosine of its feature and the query's.
+        name: name of the image or text.
+        text: the text; None for an image.
     """
 
     score: float
@@ -302,32 +301,32 @@ def search(
     model: Path | None = None,
     device: str = "auto",
 ) -> list[Match]:
-    """The rows of an index that are nearest to a text or an image, best first; of equal ones, the earlier first.
+    """Finds the nearest rows of an index to a text or an image, best first; ties are in index order.
 
     Args:
-        index: what `embed` wrote.
-        text: to search for.
-        image: a file, to search for instead.
-        top: how many rows.
-        model: folder of the model that made the index; where None, the one where it was then.
-        device: as for `Embedder`.
+        index: an index written by `embed`.
+        text: query text.
+        image: query image file, instead of a text.
+        top: number of results.
+        model: folder of the model that made the index; default: the folder recorded in the index.
+        device: see `Embedder`.
 
     Raises:
-        ValueError: an argument is wrong, the index is none, or the model that made it is not there.
+        ValueError: an argument is invalid, the file is not an index, or its model is missing.
     """
     if (text is None) == (image is None):
-        raise ValueError("search for a text or for an image, one of the two")
+        raise ValueError("give either a text or an image to search for")
     if text is not None and not text.strip():
         raise ValueError("the text to search for is empty")
     if top < 1:
-        raise ValueError(f"top is {top}, and must be at least 1")
-    found = open_index(index)
-    embedder = Embedder(maker(index, found.about, model), device, batch_size=1)
-    return matches(found, _query(embedder, text, image), top)
+        raise ValueError(f"top is {top}; it must be at least 1")
+    opened = open_index(index)
+    embedder = Embedder(index_model(index, opened.about, model), device, batch_size=1)
+    return matches(opened, _query(embedder, text, image), top)
 
 
 def matches(index: Index, query: np.ndarray, top: int) -> list[Match]:
-    """The rows of an index that are nearest to a feature [D], as of `search`."""
+    """Finds the nearest rows of an index to a feature [D], see `search`."""
     best = nearest(index.blocks(), query, top)
     rows = index.rows([row for _, row in best])
     return [Match(score, *rows[row]) for score, row in best]
@@ -342,22 +341,22 @@ def _query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarr
         raise ValueError(f"{image}: {error}") from error
 
 
-def maker(index: Path, about: Mapping[str, Any], given: Path | None = None) -> Path:
-    """The folder of the model that made an index.
+def index_model(index: Path, about: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Returns the folder of the model that made an index.
 
     Args:
-        index: its file, for the messages.
-        about: what it says of itself.
-        given: where the model is now, if not where it was then.
+        index: file of the index, for messages.
+        about: metadata of the index.
+        folder: folder of the model; default: the folder recorded in the index.
 
     Raises:
-        ValueError: the model is not there, or has other weights.
+        ValueError: the model is missing or has different weights.
     """
-    folder = given or Path(about["model"])
+    folder = folder or Path(about["model"])
     if not folder.is_dir():
-        raise ValueError(f"{index} was made by a model in {folder}, which is not there; say with --model where it is")
+        raise ValueError(f"{index} was made by a model in {folder}, which does not exist; give its folder with --model")
     if weights_hash(folder) != about["weights_sha256"]:
         raise ValueError(
-            f"the weights in {folder} are not those that made {index}; say with --model where those are, or embed anew"
+            f"the weights in {folder} are not those that made {index}; give the model with --model, or embed again"
         )
     return folder

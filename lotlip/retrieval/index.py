@@ -1,4 +1,4 @@
-"""Files of features that remember their model: written as they come, searched without being held in memory."""
+"""Indexes: files of features with metadata about their model, written in batches and searched in blocks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 
 from lotlip.core.files import atomic_write, check_free, not_a_file
 
-_GROUP = 4096  # rows of a Parquet file that are written, and later searched, at a time
-_BLOCK = 16384  # rows of a .npy file that are searched at a time
-_ABOUT = "lotlip"  # the key of what an index says of itself
+_GROUP = 4096  # rows per row group of a Parquet file
+_BLOCK = 16384  # rows of a .npy file searched at a time
+_ABOUT = "lotlip"  # the key of an index's metadata
 
 
-class Rows(NamedTuple):
-    """Features with what they are of; images have no texts."""
+class IndexRows(NamedTuple):
+    """Features with the names and, for texts, the texts of their items."""
 
     names: Sequence[str]
     texts: Sequence[str] | None
@@ -30,10 +30,10 @@ class Index(NamedTuple):
     """An index on disk.
 
     Attributes:
-        about: "model", "weights_sha256", "kind" and "width", the D of its features; "source" and "split" of what was
-            embedded, in all but the oldest indexes.
-        blocks: gives the features, some rows [N, D] at a time.
-        rows: number of a row → its name and text.
+        about: metadata: "model", "weights_sha256", "kind" and "width", the dimension D of features; "source" and
+            "split" of the embedded items, except in the oldest indexes.
+        blocks: yields the features in blocks [N, D].
+        rows: numbers of rows → their names and texts.
     """
 
     about: Mapping[str, Any]
@@ -41,25 +41,25 @@ class Index(NamedTuple):
     rows: Callable[[Sequence[int]], dict[int, tuple[str, str | None]]]
 
 
-def index_writer(out: Path, about: Mapping[str, Any]) -> AbstractContextManager[Callable[[Rows], None]]:
-    """A block that is given a function to write rows with. The index is there, atomic_write, when the block ends well.
+def index_writer(out: Path, about: Mapping[str, Any]) -> AbstractContextManager[Callable[[IndexRows], None]]:
+    """Context manager that yields a function to write rows with; the index is written atomically.
 
     Args:
-        out: a .parquet file: columns name, text (of kind "texts") and embedding, `about` in the schema's metadata; or a
-            .npy file: an array [N, D], with names, texts and `about` beside it in `<stem>.names.jsonl`.
-        about: as of `Index`.
+        out: a .parquet file with columns name, text (kind "texts") and embedding, and `about` in the schema's metadata;
+            or a .npy file with an array [N, D], and names, texts and `about` in `<stem>.names.jsonl`.
+        about: metadata, see `Index`.
 
     Raises:
-        ValueError: the ending is another.
+        ValueError: the suffix is neither .parquet nor .npy.
     """
     return _format(out).writer(out, about)
 
 
 def open_index(path: Path) -> Index:
-    """Opens what `index_writer` wrote.
+    """Opens an index.
 
     Raises:
-        ValueError: it is not there, or not such a file. Its blocks raise one where a feature has NaN or infinity, or
+        ValueError: the file is missing or is not an index. `Index.blocks` raises it if a feature has NaN or infinity or
             the file is damaged.
     """
     kind = _format(path)
@@ -75,7 +75,7 @@ def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
         broken = np.flatnonzero(~np.isfinite(block).all(axis=1))
         if len(broken):
             raise ValueError(
-                f"the index {path} is broken: row {start + int(broken[0])} has NaN or infinity; write it again with "
+                f"the index {path} is broken: row {start + int(broken[0])} has NaN or infinity; rewrite it with "
                 "`lotlip embed` and an intact model"
             )
         yield block
@@ -83,16 +83,16 @@ def _finite(path: Path, blocks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def nearest(blocks: Iterable[np.ndarray], query: np.ndarray, top: int) -> list[tuple[float, int]]:
-    """Score and number of the best rows, best first; of equal ones, the earlier first.
+    """Returns score and number of the best rows, best first; ties are in index order.
 
     Args:
         blocks: features, [N, D] each.
         query: a feature, [D].
-        top: how many rows.
+        top: number of rows.
     """
     scores, rows, start = np.empty(0, dtype=np.float32), np.empty(0, dtype=np.int64), 0
     for block in blocks:
-        # summed in float64 and then rounded, so that equal rows score the same wherever they are in a block
+        # Float64 sums are rounded to float32, so that equal rows have equal scores at any position in a block.
         new = (block @ query.astype(np.float64)).astype(np.float32)
         scores, rows = np.append(scores, new), np.append(rows, np.arange(start, start + len(new)))
         best = np.argsort(-scores, kind="stable")[:top]
@@ -105,7 +105,7 @@ def nearest(blocks: Iterable[np.ndarray], query: np.ndarray, top: int) -> list[t
 
 
 @contextmanager
-def _write_parquet(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows], None]]:
+def _write_parquet(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[IndexRows], None]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -114,24 +114,24 @@ def _write_parquet(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Ro
     schema = pa.schema(
         [pa.field("name", pa.string()), *text, embedding], metadata={_ABOUT: json.dumps(about, allow_nan=False)}
     )
-    held: list[pa.RecordBatch] = []
+    buffered: list[pa.RecordBatch] = []
 
-    # hardly a feature comes twice: a dictionary of them would only be tried and given up
+    # Features are almost all distinct, so dictionary encoding would be wasted.
     with atomic_write(out) as partial, pq.ParquetWriter(partial, schema, use_dictionary=False) as writer:
 
-        def write(rows: Rows) -> None:
+        def write(rows: IndexRows) -> None:
             texts = [] if rows.texts is None else [pa.array(rows.texts, pa.string())]
             features = pa.FixedSizeListArray.from_arrays(pa.array(rows.features.ravel()), about["width"])
-            held.append(pa.record_batch([pa.array(rows.names, pa.string()), *texts, features], schema=schema))
-            if sum(len(batch) for batch in held) >= _GROUP:
+            buffered.append(pa.record_batch([pa.array(rows.names, pa.string()), *texts, features], schema=schema))
+            if sum(len(batch) for batch in buffered) >= _GROUP:
                 flush()
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_batches(held, schema))
-            held.clear()
+            writer.write_table(pa.Table.from_batches(buffered, schema))
+            buffered.clear()
 
         yield write
-        if held:
+        if buffered:
             flush()
 
 
@@ -150,7 +150,7 @@ def _open_parquet(path: Path) -> Index:
     def read(group: int, names: list[str]) -> pa.Table:
         try:
             return file.read_row_group(group, names)
-        except (pa.ArrowException, OSError) as error:  # a damaged page shows only when it is read
+        except (pa.ArrowException, OSError) as error:  # damaged pages are only detected when they are read
             raise _damaged(path, "Parquet", error) from error
 
     def blocks() -> Iterator[np.ndarray]:
@@ -158,16 +158,16 @@ def _open_parquet(path: Path) -> Index:
             column = read(group, ["embedding"]).column(0).combine_chunks()
             yield column.flatten().to_numpy().reshape(-1, about["width"])
 
-    def rows(wanted: Sequence[int]) -> dict[int, tuple[str, str | None]]:
-        found: dict[int, tuple[str, str | None]] = {}
+    def rows(numbers: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        by_number: dict[int, tuple[str, str | None]] = {}
         start = 0
         for group in groups:
             end = start + file.metadata.row_group(group).num_rows
-            if inside := [row for row in wanted if start <= row < end]:
+            if inside := [row for row in numbers if start <= row < end]:
                 table = read(group, columns).take([row - start for row in inside]).to_pylist()
-                found |= {row: (one["name"], one.get("text")) for row, one in zip(inside, table, strict=True)}
+                by_number |= {row: (one["name"], one.get("text")) for row, one in zip(inside, table, strict=True)}
             start = end
-        return found
+        return by_number
 
     return Index(about, blocks, rows)
 
@@ -176,7 +176,7 @@ def _open_parquet(path: Path) -> Index:
 
 
 @contextmanager
-def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows], None]]:
+def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[IndexRows], None]]:
     count = 0
     with (
         atomic_write(_names_file(out)) as partial_names,
@@ -185,7 +185,7 @@ def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows],
         partial.open("wb") as array,
     ):
 
-        def write(rows: Rows) -> None:
+        def write(rows: IndexRows) -> None:
             nonlocal count
             count += len(rows.names)
             array.write(rows.features.astype("<f4").tobytes())
@@ -198,7 +198,7 @@ def _write_npy(out: Path, about: Mapping[str, Any]) -> Iterator[Callable[[Rows],
         _write_header(array, 0, about["width"])
         yield write
         array.seek(0)
-        _write_header(array, count, about["width"])  # of the same length: NumPy leaves room for any number
+        _write_header(array, count, about["width"])  # NumPy pads headers, so this one has the same length
 
 
 def _write_header(file: IO[bytes], rows: int, width: int) -> None:
@@ -208,8 +208,8 @@ def _write_header(file: IO[bytes], rows: int, width: int) -> None:
 def _open_npy(path: Path) -> Index:
     names = _names_file(path)
     if not names.is_file():
-        fault = not_a_file(names)
-        raise ValueError(f"{names}, which names the rows of {path}, {fault}; write both with `lotlip embed`")
+        problem = not_a_file(names)
+        raise ValueError(f"{names}, which names the rows of {path}, {problem}; rewrite both with `lotlip embed`")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -218,22 +218,24 @@ def _open_npy(path: Path) -> Index:
         about = _about(names, file.readline(), _ABOUT)
         lines = sum(1 for _ in file)
     if array.shape != (lines, about["width"]):
-        raise ValueError(f"{path} is of shape {array.shape}, but {names} names {lines} rows; write both anew")
+        raise ValueError(
+            f"{path} has shape {array.shape}, but {names} names {lines} rows; rewrite both with `lotlip embed`"
+        )
     if array.dtype != np.float32:
-        raise _damaged(path, "an index", f"its numbers are {array.dtype}")
+        raise _damaged(path, "an index", f"its dtype is {array.dtype}")
 
     def blocks() -> Iterator[np.ndarray]:
         return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
 
-    def rows(wanted: Sequence[int]) -> dict[int, tuple[str, str | None]]:
-        numbers = set(wanted)
+    def rows(numbers: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        distinct = set(numbers)
         with names.open(encoding="utf-8") as file:
-            lines = {row: line for row, line in enumerate(islice(file, 1, None)) if row in numbers}
+            lines = {row: line for row, line in enumerate(islice(file, 1, None)) if row in distinct}
         try:
-            found = {row: json.loads(line) for row, line in lines.items()}
+            records = {row: json.loads(line) for row, line in lines.items()}
         except ValueError as error:
             raise _damaged(names, "JSON lines", error) from error
-        return {row: (one["name"], one.get("text")) for row, one in found.items()}
+        return {row: (one["name"], one.get("text")) for row, one in records.items()}
 
     return Index(about, blocks, rows)
 
@@ -242,19 +244,19 @@ def _names_file(path: Path) -> Path:
     return path.with_suffix(".names.jsonl")
 
 
-# --- where a user wants one -------------------------------------------------------------------------------------------
+# --- checks before writing --------------------------------------------------------------------------------------------
 
 
 def check_free_index(out: Path, force: bool = False) -> None:
-    """Checks, before any work is done, that an index can be written, and replaces nothing but an index.
+    """Checks, before any work is done, that an index can be written and would replace only an index.
 
     Args:
-        out: of the index.
-        force: replace any regular file.
+        out: file of the index.
+        force: allow replacing any regular file.
 
     Raises:
-        ValueError: it cannot be written there.
-        ForeignFileError: another file is there.
+        ValueError: the index cannot be written there.
+        ForeignFileError: it would replace another file.
     """
     _format(out)
     check_free(out, _is_index, force)
@@ -282,25 +284,25 @@ def _is_names(path: Path) -> bool:
     return True
 
 
-# --- either -----------------------------------------------------------------------------------------------------------
+# --- both formats -----------------------------------------------------------------------------------------------------
 
 
 def _about(path: Path, data: bytes, key: str | None = None) -> Mapping[str, Any]:
-    """What an index says of itself, from JSON."""
+    """Reads the metadata of an index from JSON."""
     try:
         about = json.loads(data)
         about = about[key] if key else about
         return {**about, **{name: about[name] for name in ("model", "weights_sha256", "kind", "width")}}
     except (ValueError, TypeError, LookupError) as error:
-        raise ValueError(f"{path} does not say which model made it; write an index with `lotlip embed`") from error
+        raise ValueError(f"{path} is not an index: it names no model; write one with `lotlip embed`") from error
 
 
 def _damaged(path: Path, what: str, error: object) -> ValueError:
-    return ValueError(f"{path} cannot be read as {what} ({error}); it is damaged: write it again with `lotlip embed`")
+    return ValueError(f"{path} is damaged: it cannot be read as {what} ({error}); rewrite it with `lotlip embed`")
 
 
 class _Format(NamedTuple):
-    writer: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Callable[[Rows], None]]]
+    writer: Callable[[Path, Mapping[str, Any]], AbstractContextManager[Callable[[IndexRows], None]]]
     opener: Callable[[Path], Index]
 
 
@@ -309,5 +311,5 @@ _FORMATS = {".parquet": _Format(_write_parquet, _open_parquet), ".npy": _Format(
 
 def _format(path: Path) -> _Format:
     if path.suffix not in _FORMATS:
-        raise ValueError(f"the index {path} has none of the endings {', '.join(_FORMATS)}, which say how it is written")
+        raise ValueError(f"the index {path} has an unknown suffix; use {' or '.join(_FORMATS)}")
     return _FORMATS[path.suffix]

@@ -1,4 +1,4 @@
-"""A saved model as MLflow's python_function, without pickle: what `mlflow models serve` and `mlflow.pyfunc` load."""
+"""A saved model as an MLflow python_function without pickle, for `mlflow models serve` and `mlflow.pyfunc`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from mlflow.models import Model
 
-# What the code needs to embed; `lotlip` itself comes with the model.
+# Dependencies for embedding; `lotlip` itself is packaged with the model.
 REQUIREMENTS = (
     "mlflow",
     "numpy",
@@ -42,17 +42,17 @@ EXAMPLE = {"columns": ["text"], "data": [["A red ball lies on the grass. Behind 
 def save_served_model(
     folder: Path, path: Path, provenance: Mapping[str, Any] | None = None, identity: Model | None = None
 ) -> None:
-    """Writes a model that MLflow serves. It has all it needs: the saved model, this package, versions of the others.
+    """Writes a self-contained model for MLflow: the saved model, this package, and pinned dependencies.
 
-    Its input is a table with the columns `text` (of any length) and `image` (an encoded image, as base64). A row has
-    one of the two; the other is null or its column not there. Its output are the rows' normalised features. A model
-    with late interaction is written too, but has no such features, and says so when it is loaded.
+    The input is a table with the columns `text` (of any length) and `image` (an encoded image, as base64). Each row has
+    exactly one of the two; the other is null or its column is missing. The output is the normalised feature of each
+    row. A model with late interaction is written, too, but fails to load, because it has no such features.
 
     Args:
-        folder: of the saved model.
-        path: folder to write, whole or not there; one that is there is replaced.
-        provenance: what its configuration and its card are to tell beside what they do, such as scores.
-        identity: what MLflow is to know of it, such as its run.
+        folder: folder of the saved model.
+        path: output folder, written atomically; an existing one is replaced.
+        provenance: entries added to its configuration and model card, such as scores.
+        identity: MLflow's metadata of the model, such as its run.
 
     Raises:
         ValueError: the folder has no model.
@@ -64,14 +64,14 @@ def save_served_model(
     from lotlip.models.saving import copy_with_provenance
 
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no model: config.json is not there")
+        raise ValueError(f"{folder} has no model: config.json is missing")
     model = identity or Model()
     with atomic_write(path) as partial:
-        # by hand: `pyfunc.save_model` copies once more, and looks through all that is installed, which takes a second
+        # Not with `pyfunc.save_model`, which makes another copy and scans all installed packages.
         copy_with_provenance(folder, partial / "data", provenance or {})
         package = Path(lotlip.__file__).parent
         shutil.copytree(package, partial / "code" / package.name, ignore=shutil.ignore_patterns("__pycache__"))
-        # without what no index has, the "+cpu" of a local version
+        # Local versions such as "+cpu" are not on package indexes.
         versions = [f"{name}=={version(name).partition('+')[0]}\n" for name in REQUIREMENTS]
         (partial / "requirements.txt").write_text("".join(versions))
         python = {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
@@ -91,25 +91,25 @@ def save_served_model(
 
 
 def _load_pyfunc(data_path: str) -> ServedModel:
-    """What MLflow calls to load a model that `save_served_model` wrote."""
+    """Loads a model written by `save_served_model`; called by MLflow."""
     return ServedModel(Embedder(Path(data_path)))
 
 
 class ServedModel:
-    """Embeds the rows of a table."""
+    """A model that embeds the rows of a table."""
 
     def __init__(self, embedder: Embedder) -> None:
         self._embedder = embedder
 
     def predict(self, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> list[list[float]]:
-        """Each row's normalised feature, [N, D].
+        """Returns the normalised feature of each row, [N, D].
 
         Args:
-            model_input: columns `text` and `image`, as `save_served_model` tells.
-            params: none are known.
+            model_input: columns `text` and `image`, see `save_served_model`.
+            params: ignored.
 
         Raises:
-            MlflowException: a row has not exactly one of the two, or an image that cannot be decoded. Servers answer
+            MlflowException: a row does not have exactly one of the two, or its image cannot be decoded. Servers respond
                 with status 400 and the message, which names the row, counted from 0.
         """
         from mlflow.exceptions import MlflowException
@@ -117,7 +117,7 @@ class ServedModel:
         texts: dict[int, str] = {}
         pictures: dict[int, np.ndarray] = {}
         try:
-            if not set(COLUMNS) & set(model_input):  # MLflow has dropped all others
+            if not set(COLUMNS) & set(model_input):  # MLflow drops all other columns
                 raise ValueError("the table has neither of the columns text and image")
             for row, (text, image) in enumerate(zip(*(_cells(model_input, name) for name in COLUMNS), strict=True)):
                 if bool(text) == bool(image):
@@ -128,9 +128,9 @@ class ServedModel:
                     pictures[row] = self._picture(row, image)
         except ValueError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from error
-        found = dict(zip(texts, self._embedder.texts(list(texts.values())).tolist(), strict=True))
-        found |= zip(pictures, self._embedder.prepared(pictures.values()).tolist(), strict=True)
-        return [found[row] for row in range(len(model_input))]
+        features = dict(zip(texts, self._embedder.texts(list(texts.values())).tolist(), strict=True))
+        features |= zip(pictures, self._embedder.prepared(pictures.values()).tolist(), strict=True)
+        return [features[row] for row in range(len(model_input))]
 
     def _picture(self, row: int, image: str) -> np.ndarray:
         try:
@@ -142,7 +142,7 @@ class ServedModel:
 
 
 def _cells(table: pd.DataFrame, column: str) -> list[str]:
-    """A column's texts; "" for what is null or blank."""
+    """Returns a column's texts, with "" for null and blank cells."""
     if column not in table:
         return [""] * len(table)
     return [cell if isinstance(cell, str) and cell.strip() else "" for cell in table[column]]

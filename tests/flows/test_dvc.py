@@ -96,6 +96,7 @@ def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.Complet
     return done
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_dvc_writes_its_locks_leaves_them_whole(project, sign):
     done = run(project, "-c", WORST_MOMENT, str(int(sign)), check=False)
@@ -118,6 +119,7 @@ def test_none_of_fifty_interruptions_blocks_the_next_run(project):
 DEAD = '{"o1": {"write": {"pid": 4194305, "cmd": "dvc"}}, "i": {"read": [{"pid": 4194305, "cmd": "dvc"}]}}'
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("content", ["", "{", "[]", DEAD])
 def test_a_stale_lock_of_a_dead_dvc_is_removed(project, content):
     lock = project / ".dvc/tmp/rwlock"
@@ -130,6 +132,7 @@ def test_a_stale_lock_of_a_dead_dvc_is_removed(project, content):
     assert (project / f"o{STAGES}").exists()
 
 
+@pytest.mark.integration
 def test_a_stale_lock_stays_while_another_dvc_runs(project):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
@@ -142,6 +145,7 @@ def test_a_stale_lock_stays_while_another_dvc_runs(project):
     assert not lock.exists()
 
 
+@pytest.mark.integration
 def test_a_lock_of_a_live_process_stays(project):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
@@ -150,6 +154,7 @@ def test_a_lock_of_a_live_process_stays(project):
     assert lock.exists()
 
 
+@pytest.mark.integration
 def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkeypatch):
     """DVC makes folders for everybody to write to; one above them must be closed to others."""
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
@@ -167,6 +172,7 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
     assert tmp_path / "cache" / "dvc" in closed
 
 
+@pytest.mark.integration
 def test_a_project_without_git_runs_and_takes_git_up_later(project):
     (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
     run(project, "-m", "flows.runtime.dvc", "repro")
@@ -212,6 +218,7 @@ def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return project
 
 
+@pytest.mark.integration
 def test_after_a_run_and_unrelated_edits_nothing_is_to_be_run(finished):
     for runs in ([[]], [["first"], ["--single-item", "second"]]):
         assert is_up_to_date(runs)
@@ -251,6 +258,7 @@ def _replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("run", [[], ["first"], ["--single-item", "first"]], ids=" ".join)
 def test_what_has_changed_is_to_be_run(finished, change, run):
@@ -258,6 +266,7 @@ def test_what_has_changed_is_to_be_run(finished, change, run):
     assert not is_up_to_date([run])
 
 
+@pytest.mark.integration
 def test_only_the_named_stages_are_looked_at(finished):
     (finished / "params.yaml").write_text("first: 1\nsecond: 2\n")
     assert is_up_to_date([["first"]])
@@ -267,12 +276,14 @@ def test_only_the_named_stages_are_looked_at(finished):
     assert is_up_to_date([["first"]])
 
 
+@pytest.mark.integration
 def test_of_a_single_item_earlier_stages_are_not_looked_at(finished):
     _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
     assert is_up_to_date([["--single-item", "first"]])
     assert not is_up_to_date([["first"]])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arguments", [["--force"], ["--dry", "first"], ["missing"]], ids=" ".join)
 def test_unknown_arguments_are_left_to_dvc(finished, arguments):
     assert not is_up_to_date([arguments])
@@ -289,6 +300,7 @@ print("started", started, "imported", [name for name in {HEAVY!r} if name in sys
 """
 
 
+@pytest.mark.integration
 def test_a_reproduction_with_nothing_to_do_starts_and_imports_nothing_heavy(project):
     shutil.copy(ROOT / "params.yaml", project)
     (project / "lotlip").symlink_to(ROOT / "lotlip")  # names of inputs are below it

@@ -42,6 +42,7 @@ def interrupt(process: subprocess.Popen[str]) -> None:
     assert errors.count("\n") == 1 and errors.startswith("stopped"), errors
 
 
+@pytest.mark.integration
 def test_a_command_of_lotlip_ends_in_one_line(tmp_path: Path):
     command = [sys.executable, "-c", BLOCKING_COMMAND, "block"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -50,6 +51,7 @@ def test_a_command_of_lotlip_ends_in_one_line(tmp_path: Path):
     interrupt(process)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("module", "read"),
     [

@@ -122,6 +122,7 @@ def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
         end_group(process)
 
 
+@pytest.mark.integration
 def test_those_that_join_run_what_is_announced_and_end_it_with_the_announcement(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="localhost:1")
@@ -284,6 +285,7 @@ def test_a_failure_without_an_error_has_its_last_line_as_reason():
     assert reason_of("") == ""
 
 
+@pytest.mark.integration
 def test_the_first_process_that_fails_ends_the_others(here):
     (here / "process.py").write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('error: rank 1 cannot')\ntime.sleep(600)"

@@ -97,6 +97,7 @@ def lives(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.integration
 def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
     with program(quick, "-m", "flows.runtime.run", "parent") as client:
         processes = started(client)
@@ -107,6 +108,7 @@ def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
         assert "killed" in client.communicate()[1]
 
 
+@pytest.mark.integration
 def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
     for sent in (b"", b"\0" * 3, (100).to_bytes(8, "big") + b"{"):
         with socket.socket(socket.AF_UNIX) as connection:
@@ -117,6 +119,7 @@ def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
         assert started(client)[0].ppid() == server().pid
 
 
+@pytest.mark.integration
 def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
     owner = (
         "import os, time\nfrom flows.runtime.fork_server import fork_server\n"
@@ -144,6 +147,7 @@ def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.integration
 def test_a_program_ends_with_the_process_that_started_it(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", PARENT) as parent:
         processes = started(parent)
@@ -177,6 +181,7 @@ trainer.side_by_side(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 """
 
 
+@pytest.mark.integration
 def test_the_processes_of_a_killed_training_end_with_it_even_if_they_are_stuck(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", STUCK) as training:
         processes = [started(training, 1)[0] for _ in range(6)]
@@ -184,6 +189,7 @@ def test_the_processes_of_a_killed_training_end_with_it_even_if_they_are_stuck(t
         assert end(processes)
 
 
+@pytest.mark.integration
 def test_a_stage_ends_with_the_dvc_that_runs_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'flows.stages.ingest'])"
@@ -213,12 +219,14 @@ def test_a_program_started_in_a_thread_outlives_the_thread():
         end_group(process)
 
 
+@pytest.mark.integration
 def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
     script = "from lotlip.core.lifetime import end_with_parent; end_with_parent(1 << 30); print('goes on')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGKILL, "")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_guard_ends_all_that_its_command_started(sign):
     """As a stage's servers and their workers: grandchildren that know nothing of their grandparent."""

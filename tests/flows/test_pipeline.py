@@ -50,7 +50,7 @@ def test_it_ends_with_a_report(reproduced: Workspace) -> None:
     assert "Done in" in reproduced.output
     page = (reproduced.folder / "report" / "index.html").read_text()
     assert "This is the demo" in page
-    assert "Not there, or out of date" not in page
+    assert "Missing or outdated" not in page
     for ablation in ("lit", "lotlip", "long-clip"):
         assert ablation in page
     assert (reproduced.folder / "report" / "report.md").is_file()

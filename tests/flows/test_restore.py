@@ -117,7 +117,7 @@ def test_dvc_shows_what_is_worth_comparing(pulled):
     assert "metrics/summary/lotlip.json" in shown.replace("\\", "/")
     run(workspace, clone, "-m", "dvc", "plots", "show", "--out", "drawn")
     page = (clone / "drawn" / "index.html").read_text()
-    for what in ("Loss", "First-place recall and accuracy", '"ablation": "lotlip"', "in_batch_recall"):
+    for what in ("Loss", "R@1 and accuracy", '"ablation": "lotlip"', "in_batch_recall"):
         assert what in page
     assert "<DVC_METRIC" not in page
 
@@ -135,5 +135,5 @@ def test_without_outputs_it_says_how_to_get_them(pulled, tmp_path):
         check=False,
     )
     assert done.returncode == 1
-    assert "models has no trained ablation; `dvc pull` gets them" in done.stderr
+    assert "models has no trained ablations; run `dvc pull`" in done.stderr
     assert "Traceback" not in done.stderr

@@ -44,7 +44,7 @@ def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None
     assert set(first) == {"lotlip/seed-0", "longer/seed-0"}
 
     for name, said in trained(workspace, 0, 1).items():
-        assert f"pretrain-{name}: seed 0 was trained before" in said
+        assert f"pretrain-{name}: reusing trained seeds: 0" in said
         assert f"{name} seed 1: step" in said
         assert f"{name} seed 0: step" not in said
     both = models(workspace)
@@ -52,6 +52,6 @@ def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None
     assert {name: both[name] for name in first} == first
 
     for name, said in trained(workspace, 1).items():
-        assert f"pretrain-{name}: seed 1 was trained before" in said
+        assert f"pretrain-{name}: reusing trained seeds: 1" in said
         assert ": step" not in said
     assert models(workspace) == {name: weights for name, weights in both.items() if name.endswith("seed-1")}

@@ -49,6 +49,7 @@ def test_a_port_that_is_in_use_is_not_taken(somebody: int):
         assert port != somebody
 
 
+@pytest.mark.integration
 def test_somebody_elses_server_is_not_taken_for_ours(somebody: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
     """It has come up between the look at the port and the start of ours, which then never listens."""
     monkeypatch.chdir(tmp_path)
@@ -62,6 +63,7 @@ def test_somebody_elses_server_is_not_taken_for_ours(somebody: int, tmp_path, mo
         pass
 
 
+@pytest.mark.integration
 def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     port = free_port()
@@ -70,6 +72,7 @@ def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.Monke
         assert address == f"http://{servers.HOST}:{port}"
 
 
+@pytest.mark.integration
 def test_mlflow_does_not_start_over_a_damaged_store(tmp_path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(b"garbage " * 1000)

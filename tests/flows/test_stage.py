@@ -183,6 +183,7 @@ with lock(pathlib.Path(".lotlip/locks/pretrain-lit.lock")):
 """
 
 
+@pytest.mark.integration
 def test_a_stage_runs_in_one_process_at_a_time(stage: Stage) -> None:
     holder = subprocess.Popen([sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
@@ -257,6 +258,7 @@ class Cancelled(BaseException):
     """As Prefect's cancellation, no Exception."""
 
 
+@pytest.mark.integration
 def test_a_cancelled_flow_leaves_no_process(tmp_path: Path) -> None:
     grandchildren: list[int] = []
 
@@ -269,6 +271,7 @@ def test_a_cancelled_flow_leaves_no_process(tmp_path: Path) -> None:
     assert await_dead(grandchildren[0])
 
 
+@pytest.mark.integration
 def test_a_failed_process_says_why(tmp_path: Path) -> None:
     script = "import sys; print('step 1'); sys.exit('error: the loss is nan at step 2')"
     lines: list[str] = []
@@ -348,6 +351,7 @@ def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
 # --- servers and errors ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.integration
 def test_a_port_in_use_is_named() -> None:
     port = free_port()
     assert is_free(port)
@@ -361,6 +365,7 @@ def test_a_port_in_use_is_named() -> None:
             prefect_server(port, "a:b").__enter__()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("edit", "message"),
     [

@@ -1,4 +1,4 @@
-"""Sweeps: which points a grid has, and what becomes of them when they are run, fail, are killed or cancelled."""
+"""Sweeps: the trials of a grid, and their outcomes when they are run, fail, are killed or cancelled."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.servers import free_port
-from flows.sweep.sweep import DONE, FAILED, FOUND, WAITING, Outcome, time_left
-from flows.sweep.trials import Point, Sweep, points, short
+from flows.sweep.sweep import DONE, FAILED, REUSED, WAITING, Outcome, time_left
+from flows.sweep.trials import Sweep, Trial, make_grid, short_name
 from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.loopback import basic
@@ -38,12 +38,12 @@ def params() -> Params:
     return load_params(ROOT / "params.yaml")
 
 
-def names(grid: list[Point]) -> list[str]:
+def names(grid: list[Trial]) -> list[str]:
     return [point.experiment({}) for point in grid]
 
 
 def test_a_grid_has_a_point_for_each_configuration_and_seed(params):
-    grid = points(Sweep(name="grid", corner_tokens=[1, 2], sub_captions=[1, 3, 5], seeds=[0, 1]), params)
+    grid = make_grid(Sweep(name="grid", corner_tokens=[1, 2], sub_captions=[1, 3, 5], seeds=[0, 1]), params)
     assert len(grid) == len(set(names(grid))) == 12
     chosen = grid[-1].params.pretrain
     assert (chosen.text.corner_tokens, chosen.long_texts.sub_captions, chosen.seeds) == (2, 5, [1])
@@ -51,24 +51,24 @@ def test_a_grid_has_a_point_for_each_configuration_and_seed(params):
 
 
 def test_an_empty_sweep_is_params_yaml_with_each_of_its_seeds(params):
-    grid = points(Sweep(name="plain"), params)
+    grid = make_grid(Sweep(name="plain"), params)
     assert [point.seed for point in grid] == params.pretrain.seeds
     assert grid[0].params.pretrain.text == params.pretrain.text
     assert grid[0].base == "lotlip"
 
 
 def test_points_that_mean_the_same_are_one(params):
-    assert len(points(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
+    assert len(make_grid(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
     drawn = {"pretrain.long_texts.per_image": [1, 2]}
-    assert len(points(Sweep(name="drawn", sub_captions=[0, 1], other=drawn, seeds=[0]), params)) == 3
-    assert len(points(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
+    assert len(make_grid(Sweep(name="drawn", sub_captions=[0, 1], other=drawn, seeds=[0]), params)) == 3
+    assert len(make_grid(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
 
 
 def test_a_point_is_called_the_same_whichever_sweep_asks_for_it(params):
     there = params.pretrain.text.corner_tokens
-    asked = points(Sweep(name="one", corner_tokens=[there], seeds=[0]), params)
-    assert names(asked) == names(points(Sweep(name="two", seeds=[0]), params))
-    assert names(points(Sweep(name="other", other={RATE: [0.5]}, seeds=[0]), params)) != names(asked)
+    asked = make_grid(Sweep(name="one", corner_tokens=[there], seeds=[0]), params)
+    assert names(asked) == names(make_grid(Sweep(name="two", seeds=[0]), params))
+    assert names(make_grid(Sweep(name="other", other={RATE: [0.5]}, seeds=[0]), params)) != names(asked)
     (point,) = asked
     assert point.experiment({"code": "a"}) != point.experiment({"code": "b"})
 
@@ -77,12 +77,12 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_known_one(params):
     with pytest.raises(
         ConfigError, match=r"pretrain\.optimizer\.learning_rat: unknown key; did you mean 'learning_rate'"
     ):
-        points(Sweep(name="typo", other={"pretrain.optimizer.learning_rat": [0.1]}), params)
+        make_grid(Sweep(name="typo", other={"pretrain.optimizer.learning_rat": [0.1]}), params)
 
 
 def test_all_that_is_wrong_with_a_grid_is_said_at_once(params):
     with pytest.raises(ConfigError) as refused:
-        points(Sweep(name="wrong", other={RATE: [0.1, -1.0], "evaluate.batch_size": [0]}, seeds=[0]), params)
+        make_grid(Sweep(name="wrong", other={RATE: [0.1, -1.0], "evaluate.batch_size": [0]}, seeds=[0]), params)
     assert "learning_rate" in str(refused.value)
     assert "batch_size" in str(refused.value)
 
@@ -104,11 +104,12 @@ def test_a_sweep_that_cannot_be_is_refused(wrong: dict[str, Any], reason: str):
 
 
 def test_the_scheduled_sweeps_fit_params_yaml(params):
-    assert 1 < len(points(NIGHTLY, params)) < len(points(WEEKLY, params))
+    assert 1 < len(make_grid(NIGHTLY, params)) < len(make_grid(WEEKLY, params))
 
 
+@pytest.mark.integration
 def test_the_time_left_is_told_by_the_points_that_were_run():
-    done, found, waiting = Outcome(DONE), Outcome(FOUND), Outcome(WAITING)
+    done, found, waiting = Outcome(DONE), Outcome(REUSED), Outcome(WAITING)
     assert time_left(60, [found, waiting, waiting], 2) == ""
     assert time_left(180, [done, *[waiting] * 5], 2) == ", about 6.0 minutes left"  # one and two halves in 3 minutes
     assert time_left(180, [done, Outcome(FAILED), *[found] * 9, waiting], 4) == ", about 0.6 minutes left"
@@ -117,7 +118,7 @@ def test_the_time_left_is_told_by_the_points_that_were_run():
 
 def test_columns_of_the_same_last_word_are_told_apart():
     keys = ["pretrain.text.config.dropout", "evaluate.dropout", "pretrain.steps"]
-    assert [short(key, keys) for key in keys] == [keys[0], keys[1], "steps"]
+    assert [short_name(key, keys) for key in keys] == [keys[0], keys[1], "steps"]
 
 
 def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
@@ -170,7 +171,7 @@ def tags(workspace: Workspace) -> dict[str, dict[str, str]]:
 
 
 def running(workspace: Workspace) -> list[str]:
-    """What runs in checkouts of points."""
+    """Processes in checkouts of trials."""
     found = []
     for process in psutil.process_iter(["pid", "cwd", "cmdline", "status"]):
         inside = (process.info["cwd"] or "").startswith(f"{workspace.folder}/.lotlip/sweeps/")
@@ -181,7 +182,7 @@ def running(workspace: Workspace) -> list[str]:
 
 @pytest.fixture(scope="module")
 def done(make_workspace) -> Workspace:
-    """Two points, run at the same time."""
+    """Two trials, run at the same time."""
     workspace = make_workspace()
     workspace.change(tiny)
     before = (workspace.folder / "params.yaml").read_text()
@@ -209,7 +210,7 @@ def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
 
 @pytest.mark.integration
 def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Workspace):
-    table = {row["point"]: row for row in artifact(done, "sweep-two")}
+    table = {row["trial"]: row for row in artifact(done, "sweep-two")}
     assert set(table) == set(experiments(done))
     page = artifact(done, "sweep-two-result")
     assert "python -m flows.sweep --apply m" in page
@@ -219,7 +220,7 @@ def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Works
         assert row["long.text_to_image.r1"].endswith("%")
         assert found["id"] in row["MLflow"]
         assert found["id"] in artifact(done, name)
-        assert found["point"] == name
+        assert found["trial"] == name
         base, _, run = found["sweep.two"].partition("/runs/flow-run/")
         assert found["prefect.flow_run"] == found["sweep.two"]
         assert base == done.environment["PREFECT_API_URL"].removesuffix("/api")
@@ -234,21 +235,21 @@ def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(
     asked = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
     ended = swept(done, asked, check=False)
     assert ended.returncode == 1
-    assert "1 of 3 points failed" in ended.stderr
+    assert "1 of 3 trials failed" in ended.stderr
     assert "Traceback" not in ended.stderr
     rows = artifact(done, "sweep-rates")
-    assert [row["status"] for row in rows] == ["found done", "failed", "left out"]
+    assert [row["status"] for row in rows] == ["reused", "failed", "skipped"]
     assert "error in pretrain lotlip" in rows[1]["reason"]
-    (tried,) = ask(done.environment, "task_runs/filter", {"task_runs": {"name": {"any_": [rows[1]["point"]]}}})
+    (tried,) = ask(done.environment, "task_runs/filter", {"task_runs": {"name": {"any_": [rows[1]["trial"]]}}})
     assert tried["run_count"] == 2
     assert experiments(done) == before
-    assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["point"]])
+    assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["trial"]])
 
 
 @pytest.mark.system
 def test_a_sweep_tells_a_server_of_its_own_all_before_that_ends(done: Workspace):
     ended = swept(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
-    assert "2 found done" in ended.stdout + ended.stderr
+    assert "2 reused" in ended.stdout + ended.stderr
     assert "Error logging to API" not in ended.stdout + ended.stderr
 
 
@@ -361,7 +362,7 @@ def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Wor
         page.locator("a[href*='/runs/flow-run/']").first.click()
         expect(page.get_by_text("Completed").first).to_be_visible(timeout=900_000)
         page.get_by_text("Artifacts", exact=True).click()
-        expect(page.get_by_text("1 done, 1 found done").first).to_be_visible()
+        expect(page.get_by_text("1 done, 1 reused").first).to_be_visible()
         picture(page, "sweep")
         result = artifact(done, "sweep-form-result")
         (link,) = re.findall(r"\((http[^)]*viewStateShareKey=sweep-form)\)", result)
@@ -391,7 +392,7 @@ def test_a_sweep_that_is_killed_or_cancelled_takes_all_with_it_and_goes_on(done:
 
     command = [sys.executable, "-m", "flows.sweep", json.dumps(asked)]
     process = subprocess.Popen(command, cwd=done.folder, env=done.environment, stdout=subprocess.DEVNULL)
-    await_that(begun, "the point has a checkpoint")
+    await_that(begun, "the trial has a checkpoint")
     assert running(done)
     process.send_signal(signal.SIGKILL)
     process.wait()

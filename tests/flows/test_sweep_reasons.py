@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.sweep.sweep import _reason
-from flows.sweep.trials import Sweep, points, selecting_scores
+from flows.sweep.trials import Sweep, make_grid, selection_scores
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
 from tests.workspace import ROOT
@@ -32,8 +32,8 @@ DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m fl
             "| ERROR   | Flow run 'a' - went wrong",
         ),
         ([INFO, DVC, INFO], 255, DVC),
-        ([INFO, INFO], -9, "ended by SIGKILL"),
-        ([INFO, INFO], 137, "ended by SIGKILL"),
+        ([INFO, INFO], -9, "killed by SIGKILL"),
+        ([INFO, INFO], 137, "killed by SIGKILL"),
         ([INFO], 3, "status 3"),
         ([], 1, "status 1"),
     ],
@@ -67,9 +67,9 @@ SCORES = {
 
 def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     sweep = Sweep(name="s", seeds=[0], select_by=select_by)
-    (point,) = points(sweep, params)
+    (point,) = make_grid(sweep, params)
     results = {name: {"seeds": {"0": SCORES[name.removesuffix("-partial")]}} for name in sorted(params.evaluate.names)}
-    return selecting_scores(sweep, point, results)  # sorted by name, as JSON files are
+    return selection_scores(sweep, point, results)  # sorted by name, as JSON files are
 
 
 def test_the_first_benchmark_of_params_yaml_selects_whatever_its_name():
@@ -84,14 +84,16 @@ def test_a_sweep_names_the_score_that_selects():
     params = of_benchmarks("held-out", "coco")
     assert selected(params, "coco-partial.short.text_to_image.r1") == {"short.text_to_image.r1": 0.9}
     assert selected(params, "held-out.short.text_to_image.r5") == {"short.text_to_image.r5": 0.5}
-    with pytest.raises(ConfigError, match=r"benchmark held-out has no long.text_to_image.r1, .*short.text_to_image.r5"):
+    with pytest.raises(
+        ConfigError, match=r"benchmark held-out has no long.text_to_image.r1 to .*short.text_to_image.r5"
+    ):
         selected(params, "held-out.long.text_to_image.r1")
 
 
 @pytest.mark.parametrize("name", ["held-out.short.text_to_image.r2", "short.text_to_image.r1", "scenes.long"])
 def test_an_unknown_score_is_refused_before_anything_runs(name: str):
     with pytest.raises(ConfigError, match=f"select_by: no score '{name}'") as caught:
-        points(Sweep(name="s", select_by=name), of_benchmarks("held-out", "coco"))
+        make_grid(Sweep(name="s", select_by=name), of_benchmarks("held-out", "coco"))
     assert "did you mean" in str(caught.value) or name == "scenes.long"
     assert "coco-partial.classification.top1" in str(caught.value)
     assert "mean_rank" not in str(caught.value)  # lower is better
