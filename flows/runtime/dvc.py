@@ -37,14 +37,15 @@ STOP_SECONDS = 30
 def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
     """Whether `dvc repro` would run no stage, by DVC's own checks and without starting anything.
 
-    It is False where this is uncertain: for options that are unknown here, while another DVC writes outputs, and
-    whenever DVC raises an error, which `dvc repro` then reports.
+    It is False where this is uncertain: for options and names that are unknown here, while another DVC writes outputs,
+    and whenever DVC raises an error, which `dvc repro` then reports.
 
     Args:
         runs: arguments of each `dvc repro`: names of stages, `--single-item` and a name, or nothing for all stages.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from networkx import descendants
 
     targets = [(name, run[0] != SINGLE_ITEM) for run in runs for name in run if name != SINGLE_ITEM]
     if any(name.startswith("-") for name, _ in targets):
@@ -54,11 +55,15 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
             locks = Path(repo.tmp_dir, "rwlock")
             if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
                 return False
-            stages = set(repo.index.stages) if not all(runs) else set()
+            # of the index, which parses dvc.lock once; DVC's own look-up parses it for each name
+            named = {stage.addressing: stage for stage in repo.index.stages}
+            stages = set() if all(runs) else set(named.values())
             for name, with_deps in targets:
-                stages.update(repo.stage.collect(name, with_deps=with_deps))
+                stages.add(named[name])
+                if with_deps:
+                    stages |= descendants(repo.index.graph, named[name])
             return not any(map(_is_stale, stages))
-    except (DvcException, ValueError, OSError):
+    except (DvcException, KeyError, ValueError, OSError):
         return False
 
 
