@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.stage import Stage
 
 SINGLE_ITEM = "--single-item"  # of `dvc repro`: the named stage without those that it depends on
@@ -62,16 +63,23 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
                 stages.add(named[name])
                 if with_deps:
                     stages |= descendants(repo.index.graph, named[name])
-            return not any(map(_is_stale, stages))
+            return not _any_is_stale(stages)
     except (DvcException, KeyError, ValueError, OSError):
         return False
 
 
-def _is_stale(stage: Stage) -> bool:
-    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged."""
-    if stage.changed_stage() or stage.is_callback or stage.always_changed:
-        return True
-    return any(path.status() for path in (*stage.deps, *stage.outs))
+def _any_is_stale(stages: Iterable[Stage]) -> bool:
+    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged.
+
+    What several stages expect of one path is checked once: most of them read the same code and data.
+    """
+    expected: dict[tuple[object, ...], Output] = {}
+    for stage in stages:
+        if stage.changed_stage() or stage.is_callback or stage.always_changed:
+            return True
+        for path in (*stage.deps, *stage.outs):
+            expected[type(path), path.fs_path, repr(path.hash_info), repr(getattr(path, "params", None))] = path
+    return any(path.status() for path in expected.values())
 
 
 @contextmanager

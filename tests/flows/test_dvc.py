@@ -267,6 +267,14 @@ def test_only_the_named_stages_are_looked_at(finished):
     assert is_up_to_date([["first"]])
 
 
+def test_of_stages_with_the_same_inputs_one_may_be_stale(finished):
+    CHANGES["code"](finished)
+    run(finished, "-m", "dvc", "repro", "first")
+    assert is_up_to_date([["first"]])
+    for runs in ([[]], [["first", "second"]], [["second", "first"]]):
+        assert not is_up_to_date(runs)
+
+
 def test_of_a_single_item_earlier_stages_are_not_looked_at(finished):
     _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
     assert is_up_to_date([["--single-item", "first"]])
