@@ -267,11 +267,12 @@ def test_only_the_named_stages_are_looked_at(finished):
     assert is_up_to_date([["first"]])
 
 
-def test_of_stages_with_the_same_inputs_one_may_be_stale(finished):
+@pytest.mark.parametrize(("current", "stale"), [("first", "second"), ("second", "first")])
+def test_of_stages_with_the_same_inputs_one_may_be_stale(finished, current, stale):
     CHANGES["code"](finished)
-    run(finished, "-m", "dvc", "repro", "first")
-    assert is_up_to_date([["first"]])
-    for runs in ([[]], [["first", "second"]], [["second", "first"]]):
+    run(finished, "-m", "dvc", "repro", current)
+    assert is_up_to_date([[current]])
+    for runs in ([[]], [[current, stale]], [[stale, current]], [[stale]]):
         assert not is_up_to_date(runs)
 
 
