@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 
 if TYPE_CHECKING:
+    from dvc.output import Output
     from dvc.stage import Stage
 
 SINGLE_ITEM = "--single-item"  # of `dvc repro`: the named stage without those that it depends on
@@ -37,14 +38,15 @@ STOP_SECONDS = 30
 def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
     """Whether `dvc repro` would run no stage, by DVC's own checks and without starting anything.
 
-    It is False where this is uncertain: for options that are unknown here, while another DVC writes outputs, and
-    whenever DVC raises an error, which `dvc repro` then reports.
+    It is False where this is uncertain: for options and names that are unknown here, while another DVC writes outputs,
+    and whenever DVC raises an error, which `dvc repro` then reports.
 
     Args:
         runs: arguments of each `dvc repro`: names of stages, `--single-item` and a name, or nothing for all stages.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from networkx import descendants
 
     targets = [(name, run[0] != SINGLE_ITEM) for run in runs for name in run if name != SINGLE_ITEM]
     if any(name.startswith("-") for name, _ in targets):
@@ -54,19 +56,30 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
             locks = Path(repo.tmp_dir, "rwlock")
             if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
                 return False
-            stages = set(repo.index.stages) if not all(runs) else set()
+            # of the index, which parses dvc.lock once; DVC's own look-up parses it for each name
+            named = {stage.addressing: stage for stage in repo.index.stages}
+            stages = set() if all(runs) else set(named.values())
             for name, with_deps in targets:
-                stages.update(repo.stage.collect(name, with_deps=with_deps))
-            return not any(map(_is_stale, stages))
-    except (DvcException, ValueError, OSError):
+                stages.add(named[name])
+                if with_deps:
+                    stages |= descendants(repo.index.graph, named[name])
+            return not _any_is_stale(stages)
+    except (DvcException, KeyError, ValueError, OSError):
         return False
 
 
-def _is_stale(stage: Stage) -> bool:
-    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged."""
-    if stage.changed_stage() or stage.is_callback or stage.always_changed:
-        return True
-    return any(path.status() for path in (*stage.deps, *stage.outs))
+def _any_is_stale(stages: Iterable[Stage]) -> bool:
+    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged.
+
+    What several stages expect of one path is checked once: most of them read the same code and data.
+    """
+    expected: dict[tuple[object, ...], Output] = {}
+    for stage in stages:
+        if stage.changed_stage() or stage.is_callback or stage.always_changed:
+            return True
+        for path in (*stage.deps, *stage.outs):
+            expected[type(path), path.fs_path, repr(path.hash_info), repr(getattr(path, "params", None))] = path
+    return any(path.status() for path in expected.values())
 
 
 @contextmanager

@@ -277,6 +277,16 @@ def test_only_the_named_stages_are_looked_at(finished):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize(("current", "stale"), [("first", "second"), ("second", "first")])
+def test_of_stages_with_the_same_inputs_one_may_be_stale(finished, current, stale):
+    CHANGES["code"](finished)
+    run(finished, "-m", "dvc", "repro", current)
+    assert is_up_to_date([[current]])
+    for runs in ([[]], [[current, stale]], [[stale, current]], [[stale]]):
+        assert not is_up_to_date(runs)
+
+
+@pytest.mark.integration
 def test_of_a_single_item_earlier_stages_are_not_looked_at(finished):
     _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
     assert is_up_to_date([["--single-item", "first"]])

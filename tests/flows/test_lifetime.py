@@ -109,6 +109,13 @@ def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
 
 
 @pytest.mark.integration
+def test_forks_collect_garbage_as_usual(quick, tmp_path):
+    (tmp_path / "collects.py").write_text("import gc; print(gc.isenabled())")
+    with program(quick, "-m", "flows.runtime.run", "collects") as client:
+        assert client.communicate(timeout=60)[0] == "True\n"
+
+
+@pytest.mark.integration
 def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
     for sent in (b"", b"\0" * 3, (100).to_bytes(8, "big") + b"{"):
         with socket.socket(socket.AF_UNIX) as connection:
