@@ -227,5 +227,5 @@ def test_the_index_hash_changes_with_any_unit(tmp_path):
 
 
 def test_an_index_that_is_not_there_says_so(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"index\.json is not there.*dvc repro"):
+    with pytest.raises(ValueError, match=r"index\.json does not exist.*dvc repro"):
         read_index(tmp_path, UnitIndex)

@@ -153,7 +153,7 @@ def read_index(folder: Path, kind: type[IndexT]) -> IndexT:
     """
     path = folder / INDEX_FILE
     if not path.is_file():
-        raise ValueError(f"{path} is not there: the stage that writes {folder} has not finished; run `dvc repro`")
+        raise ValueError(f"{path} does not exist: the stage that writes {folder} has not finished; run `dvc repro`")
     return kind.load(path)
 
 
