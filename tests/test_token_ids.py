@@ -311,7 +311,7 @@ def test_files_that_cannot_be_used_are_errors(tmp_path, tiny_samples, folders):
         with pytest.raises(ValueError, match=r"token-ids.arrow is not a file with the token ids of a tar .*; rem"):
             next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
     path.write_bytes(folders[1].joinpath("train-000000.token-ids.arrow").read_bytes())
-    with pytest.raises(ValueError, match=r"token-ids.arrow is stale: it is of a tar of \d+ bytes, and .*; remove"):
+    with pytest.raises(ValueError, match=r"token-ids.arrow is stale: it describes a tar of \d+ bytes, but .*; remove"):
         next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
     batch = pa.record_batch({"key": ["a"]}).replace_schema_metadata({"bytes": str(tar.stat().st_size)})
     with pa.ipc.new_file(str(path), batch.schema) as file:

@@ -229,11 +229,11 @@ def read_sidecar(path: Path, tar: Path, size: int, what: str) -> pa.RecordBatch:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         written_for = int(batch.schema.metadata[b"bytes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not {what} of a tar ({error}); remove it") from error
+        raise ValueError(f"{path} is not {what} ({error}); remove it") from error
     if written_for != size:
         raise ValueError(
-            f"{path} is stale: it is of a tar of {written_for} bytes, and {tar.name} has {size}; "
-            "remove it, or write the shard again"
+            f"{path} is stale: it describes a tar of {written_for} bytes, but {tar.name} has {size}; "
+            "remove it, or rerun the shard stage"
         )
     return batch
 
@@ -337,9 +337,9 @@ def read_index(tar: Path, size: int) -> pa.RecordBatch:
         ValueError: the file is not an index, or the index of a tar of another size.
     """
     path = index_path(tar)
-    index = read_sidecar(path, tar, size, "an index")
+    index = read_sidecar(path, tar, size, "a tar's index")
     if index.schema.remove_metadata() != COLUMNS:
-        raise ValueError(f"{path} is not an index of a tar: its columns are {index.schema.names}; remove it")
+        raise ValueError(f"{path} is not a tar's index: its columns are {index.schema.names}; remove it")
     return index
 
 

@@ -99,7 +99,7 @@ def read_token_ids(tar: TarSamples, words_hash: str | None = None) -> TokenIds |
     path = token_ids_path(tar.path)
     if not path.is_file():
         return None
-    batch = read_sidecar(path, tar.path, tar.size, "a file with the token ids")
+    batch = read_sidecar(path, tar.path, tar.size, "a file with the token ids of a tar")
     try:
         found = TokenIds(batch)
         foreign = words_hash not in (None, found.words_hash)
@@ -108,7 +108,7 @@ def read_token_ids(tar: TarSamples, words_hash: str | None = None) -> TokenIds |
     except (ValueError, LookupError, AttributeError) as error:
         raise ValueError(f"{path} is not a file with the token ids of a tar ({error}); remove it") from error
     if stale or not whole or len(found) != len(tar):
-        raise ValueError(f"{path} is stale: {tar.path.name} has other samples; remove it, or write the shard again")
+        raise ValueError(f"{path} is stale: {tar.path.name} has other samples; remove it, or rerun the shard stage")
     return None if foreign else found
 
 
