@@ -196,7 +196,7 @@ def test_the_saved_model_tells_where_it_comes_from(base):
     config = read_json(base.model_folder(0) / "config.json")
     about = config["provenance"]
     assert about["ablation"] == "tiny" and about["seed"] == 0
-    assert about["pretraining"] == base.config
+    assert about["pretraining"] == base.config.model_dump(mode="json")
     assert about["data"]["samples"] == {"train": 48}
     card = (base.model_folder(0) / "README.md").read_text()
     assert "# tiny, seed 0" in card
