@@ -12,6 +12,7 @@ import torch
 
 from lotlip.core.files import read_json
 from lotlip.models.saving import load_model
+from lotlip.pretrain.job import Job
 from lotlip.pretrain.trainer import Trainer
 from lotlip.pretrain.word_rows import MAX_SHARE, keep_used_rows
 from lotlip.tracking.mlflow import NullSink
@@ -107,12 +108,13 @@ def test_a_checkpoint_has_the_whole_table(group, tiny_world, whole_world, tmp_pa
 def test_a_run_goes_on_from_another_ones_model(group, tiny_world, whole_world, tmp_path):
     first = train(tiny_job(tiny_world, tmp_path / "first"))
     start = {"text": {"pretrained": str(first.model_folder(0)), "config": {}}, "optimizer": {"weight_decay": 0.5}}
-    used, whole = (
-        tiny_job(world, tmp_path / name, start) for name, world in (("used", tiny_world), ("whole", whole_world))
-    )
-    for job in (used, whole):
-        job.config["text"]["config"] = {}
-        train(job)
+
+    def continued(world: TinyWorld, name: str) -> Job:
+        job = tiny_job(world, tmp_path / name, start)
+        text = job.config.text.model_copy(update={"config": {}})  # sizes are those of the model
+        return train(job.model_copy(update={"config": job.config.model_copy(update={"text": text})}))
+
+    used, whole = continued(tiny_world, "used"), continued(whole_world, "whole")
     assert same_to(weights(used), weights(whole), 1e-6)
     assert not same(weights(used), weights(first))
 
