@@ -177,7 +177,7 @@ def test_a_model_that_cannot_be_written_ends_every_process_with_the_same_error(t
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, "steps": 2})
     first, second = both_processes(job, tmp_path, "lotlip.train")
     assert first == second
-    assert first.startswith("error: [Errno ") and job.out in first
+    assert first.startswith("error: [Errno ") and str(job.out) in first
 
 
 @pytest.mark.parametrize(
