@@ -1,4 +1,4 @@
-"""What a sweep says of a point: why it failed, and on which benchmark it was measured."""
+"""Why a trial of a sweep failed, and which score selects the best one."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from flows.sweep.sweep import _reason
 from flows.sweep.trials import Sweep, make_grid, selection_scores
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
+from lotlip.evaluate.records import BenchmarkScores
 from tests.workspace import ROOT
 
 INFO = "12:00:01.123 | INFO    | Flow run 'pretrain-lotlip' - lotlip seed 0: step 10/400"
@@ -67,9 +68,10 @@ SCORES = {
 
 def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     sweep = Sweep(name="s", seeds=[0], select_by=select_by)
-    (point,) = make_grid(sweep, params)
-    results = {name: {"seeds": {"0": SCORES[name.removesuffix("-partial")]}} for name in sorted(params.evaluate.names)}
-    return selection_scores(sweep, point, results)  # sorted by name, as JSON files are
+    (trial,) = make_grid(sweep, params)
+    names = sorted(params.evaluate.names)  # as JSON files sort them
+    results = {name: BenchmarkScores(seeds={0: SCORES[name.removesuffix("-partial")]}) for name in names}
+    return selection_scores(sweep, trial, results)
 
 
 def test_the_first_benchmark_of_params_yaml_selects_whatever_its_name():
