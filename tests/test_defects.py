@@ -398,15 +398,15 @@ SHARDS: dict[str, tuple[Callable[[World], Any], str]] = {
     ),
     "token ids of another shard": (
         lambda world: (world.shards / f"{SECOND}.token-ids.arrow").rename(world.shards / f"{FIRST}.token-ids.arrow"),
-        "whole and of its samples' texts: found 1 of 5 do not: train-000000 (1)",
+        "matches its samples' texts: found 1 of 5 do not: train-000000 (1)",
     ),
     "token ids with a flipped bit": (
         lambda world: flip(world.shards / f"{SECOND}.token-ids.arrow"),
-        "whole and of its samples' texts: found 1 of 5 do not: train-000001 (1)",
+        "matches its samples' texts: found 1 of 5 do not: train-000001 (1)",
     ),
     "token ids of texts that were changed": (
         lambda world: keeping_token_ids(world, changing(FIRST, 2, json=without_a_sub_caption)),
-        "whole and of its samples' texts: found 1 of 5 do not: train-000000 (1)",
+        "matches its samples' texts: found 1 of 5 do not: train-000000 (1)",
     ),
     "a sample without its feature": (changing(FIRST, npy=None), "all its parts: found 1 of 5 do not: train-000000"),
     "features with NaN": (
