@@ -157,7 +157,7 @@ def write_shards(folder: Path, samples: list[TinySample], shards: int, features:
         for name, part in zip(names, parts, strict=True)
     ]
     splits = {"train": SplitEntry(samples=len(samples), shards=listed)}
-    texts = [text for sample in samples for text in _texts(sample.info)]
+    texts = [text for sample in samples for text in _texts(sample.info) if isinstance(text, str)]  # some are defects
     vocabulary = sorted(used_tokens("bert-base-uncased", texts))
     own = {"statistics": {}, "features": features, "tokenizer": "bert-base-uncased", "vocabulary": vocabulary}
     write_index(folder, [], ShardIndex, splits=splits, **own)

@@ -108,7 +108,8 @@ def write_scores(root, params, long=None, short=None, top1=None):
             seeds[str(seed)] = {f"{kind}.{way}.r1": value[kind] for kind in ("long", "short") for way in ways}
             seeds[str(seed)]["classification.top1"] = value["top1"]
         found = {"protocol": {}, "chance": {}, "seeds": seeds}
-        result = {"ablation": name, "config": config.model_dump(mode="json"), "benchmarks": {"scenes": found}}
+        result = {"ablation": name, "config": config.model_dump(mode="json"), "fingerprints": {}}
+        result["benchmarks"] = {"scenes": found}
         (root / params.paths.metrics / f"{name}.json").write_text(json.dumps(result))
 
 
