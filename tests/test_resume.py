@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from flows.runtime.fork_server import SOCKET
 from flows.runtime.local_launch import STORE
 from lotlip.core.section import merge
 from lotlip.pretrain.engine import Engine, StepResult
@@ -226,7 +227,8 @@ def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_hung_peer_ends_the_run(tiny_world, tmp_path):
+def test_a_hung_peer_ends_the_run(tiny_world, tmp_path, monkeypatch):
+    monkeypatch.delenv(SOCKET)  # else the client of a fork would be suspended, and not the fork
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "steps": 1000, "peer_timeout_seconds": 20})
     process = start(job, tmp_path, processes=2)
     wait_for(process, "step 10/1000")
