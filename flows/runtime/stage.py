@@ -180,7 +180,7 @@ class Stage:
         return [report for unit in units for report in reports[name(unit)]]
 
     def publish(self, out: Path) -> None:
-        """Puts the scratch's output in its place, atomic_write, and drops what other settings left behind."""
+        """Moves the scratch's output into its place atomically, and removes what other settings left behind."""
         publish(self.out, out)
         self.discard()
         files.fill_hash_cache(out, hash_cache_of(out))
