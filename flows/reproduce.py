@@ -12,7 +12,7 @@ from pathlib import Path
 from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, run_dvc
 from flows.runtime.fork_server import fork_server
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
-from flows.runtime.servers import claimed_port, new_login, port_of, prefect_client, prefect_server, print_prefect
+from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
 from flows.runtime.supervisor import ending_well
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
@@ -68,15 +68,16 @@ def _run(runs: Sequence[Sequence[str]]) -> int:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         given = os.environ.get("PREFECT_API_URL")
-        port = stack.enter_context(claimed_port(port_of("prefect")))
+        listener = None if given else stack.enter_context(listen_for("prefect", any_port=True))
         login = new_login()
-        client = {} if given else prefect_client(port, login)
+        client = prefect_client(port_at(listener), login) if listener else {}
         # both take some seconds to come up, so they do it side by side
         environment = stack.enter_context(fork_server({**os.environ, **client}))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
-        else:
-            stack.enter_context(prefect_server(port, login))
+        elif listener:
+            port = port_at(listener)
+            stack.enter_context(prefect_server(listener, login))
             print_prefect(port, login)
         return next(filter(None, (run_dvc(["repro", *run], environment) for run in runs)), 0)
 

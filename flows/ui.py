@@ -9,9 +9,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from flows.runtime.servers import (
+    listen_for,
     mlflow_server,
     new_login,
-    port_of,
+    port_at,
     prefect_client,
     prefect_server,
     print_prefect,
@@ -38,8 +39,9 @@ def serve_uis() -> Iterator[None]:
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         else:
-            port = port_of("prefect")
-            stack.enter_context(prefect_server(port, login))
+            listener = listen_for("prefect")
+            port = port_at(listener)
+            stack.enter_context(prefect_server(listener, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
         tracker = Tracker(store, params.tracking.experiment)  # creates the store with a lock, unlike MLflow's server
@@ -47,7 +49,7 @@ def serve_uis() -> Iterator[None]:
             server = store
             print(f"MLflow   {store} (MLFLOW_TRACKING_URI)", flush=True)
         else:
-            server = stack.enter_context(mlflow_server(port_of("mlflow"), store, login))
+            server = stack.enter_context(mlflow_server(listen_for("mlflow"), store, login))
             user, _, password = login.partition(":")
             print(f"MLflow   {server}\n         when asked, log in as {user} with the password {password}", flush=True)
         print(f"All runs {tracker.comparison_link(server)}", flush=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flows.runtime.servers import free_port, mlflow_server
+from flows.runtime.servers import listen, mlflow_server
 from lotlip.evaluate.records import BenchmarkScores
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import Run
@@ -140,7 +140,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trac
                 run_id = tracker.ensure_run(name, name, tags, parameters)
                 tracker.log_metrics(run_id, dict.fromkeys(SCORES, 0.1 * (corners + 1)))
                 tracker.log_history(run_id, [{"step": step, "loss": 3.0 - step / 10} for step in (10, 20)])
-        yield stack.enter_context(mlflow_server(free_port(), store, LOGIN)), tracker
+        yield stack.enter_context(mlflow_server(listen(), store, LOGIN)), tracker
 
 
 @pytest.mark.integration

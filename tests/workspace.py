@@ -18,7 +18,7 @@ import pytest
 from coverage import Coverage
 
 from flows.runtime.fork_server import SOCKET, fork_server
-from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server
+from flows.runtime.servers import free_port, listen, new_login, prefect_client, prefect_server
 from tests.tiny_pipeline import ROOT, change_params, copy_checkout
 from tests.tiny_pipeline import tiny as tiny  # tests import it from here
 
@@ -149,7 +149,7 @@ def prefect_api(
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(home))
             patch.chdir(home)
-            stack.enter_context(prefect_server(port, prefect_address["PREFECT_API_AUTH_STRING"]))
+            stack.enter_context(prefect_server(listen(port), prefect_address["PREFECT_API_AUTH_STRING"]))
         yield prefect_address
 
 

@@ -1,10 +1,15 @@
-"""Prefect's and MLflow's web applications behind the checks of lotlip.core.loopback."""
+"""Prefect's and MLflow's web applications behind the checks of lotlip.core.loopback.
+
+`python -m flows.runtime.applications NAME FD` serves one on a listening socket that it has inherited.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sqlite3
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -73,3 +78,24 @@ def mlflow() -> LoopbackOnly:
     from mlflow.server.fastapi_app import app
 
     return LoopbackOnly(app, os.environ[LOGIN])
+
+
+def serve(name: str, descriptor: int) -> None:
+    """Serves an application until a signal ends it.
+
+    Args:
+        name: "prefect" or "mlflow".
+        descriptor: of the socket that listens.
+    """
+    import uvicorn
+
+    listener = socket.socket(fileno=descriptor)
+    listener.set_inheritable(False)
+    # a proxy's headers would say who asks; there is no proxy
+    application = {"prefect": prefect, "mlflow": mlflow}[name]
+    config = uvicorn.Config(application, factory=True, proxy_headers=False, log_level="warning")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], int(sys.argv[2]))

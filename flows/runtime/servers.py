@@ -10,23 +10,22 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
-
-import psutil
 
 from flows.runtime.applications import LOGIN
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.supervisor import end_group, start_group
-from lotlip.core.caches import Locked, cache_folder, lock
 from lotlip.core.loopback import HOST, NAMES, basic, origins
 from lotlip.tracking.mlflow import check_store
 
 # PREFECT_PORT and MLFLOW_PORT in the environment choose others.
 PORTS = {"prefect": 4200, "mlflow": 5000}
+TITLES = {"prefect": "Prefect", "mlflow": "MLflow"}
 DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a program ends
+BACKLOG = 128  # requests that wait for a server to start
 PATIENCE_SECONDS = 600  # a machine may be busy; a server that ends is told at once
 
 
@@ -35,38 +34,66 @@ def port_of(server: str) -> int:
     return int(os.environ.get(f"{server.upper()}_PORT", PORTS[server]))
 
 
+def listen(port: int = 0) -> socket.socket:
+    """A socket that listens on a port of loopback; 0: any free one.
+
+    A server that inherits it needs no time in which another program could take the port; requests that come before
+    the server is ready wait.
+
+    Raises:
+        OSError: the port is in use.
+    """
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that just ended holds the port
+        listener.bind((HOST, port))
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_for(server: str, any_port: bool = False) -> socket.socket:
+    """A socket that listens where a server is to be found.
+
+    Args:
+        server: "prefect" or "mlflow".
+        any_port: whether another port serves if that one is in use.
+
+    Raises:
+        StageFailed: the port is in use, and `any_port` is false.
+    """
+    port = port_of(server)
+    try:
+        return listen(port)
+    except OSError as error:
+        if any_port:
+            return listen()
+        raise StageFailed(
+            f"cannot listen on port {port} for {TITLES[server]}: {error.strerror}; "
+            f"stop what uses it, or choose another: {server.upper()}_PORT=… make ui"
+        ) from error
+
+
 def is_free(port: int) -> bool:
     """Whether nothing listens on a port of loopback."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
-        return True
+    try:
+        listen(port).close()
+    except OSError:
+        return False
+    return True
 
 
 def free_port() -> int:
     """A port of loopback that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+    with listen() as listener:
+        return port_at(listener)
 
 
-@contextmanager
-def claimed_port(preferred: int) -> Iterator[int]:
-    """A port for a server of the block: the preferred one, unless it is in use or another such block has claimed it.
-
-    A server takes seconds to listen; without the claim, two that start at the same time would both find the port free.
-    """
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(lock(cache_folder() / f"port-{preferred}.lock"))
-        except Locked:
-            port = free_port()
-        else:
-            port = preferred if is_free(preferred) else free_port()
-        yield port
+def port_at(listener: socket.socket) -> int:
+    """The port that a socket listens on."""
+    return int(listener.getsockname()[1])
 
 
 def new_login() -> str:
@@ -85,20 +112,21 @@ def prefect_client(port: int, login: str) -> dict[str, str]:
 
 
 @contextmanager
-def prefect_server(port: int, login: str, ui: bool = True) -> Iterator[None]:
+def prefect_server(listener: socket.socket, login: str, ui: bool = True) -> Iterator[None]:
     """Runs Prefect's server for the block.
 
     Whoever may use its API can have commands run, by a deployment's pull steps. So it asks for a password, refuses
     requests of other sites' pages, and answers under the names of loopback only (lotlip.core.loopback).
 
     Args:
-        port: of loopback.
+        listener: where it accepts requests; closed here.
         login: `user:password` that its API asks for.
         ui: whether it shows pages and runs what only they need, such as schedules.
 
     Raises:
-        StageFailed: the port is taken, or the server did not come up.
+        StageFailed: the server did not come up.
     """
+    port = port_at(listener)
     environment = {
         "PREFECT_SERVER_API_AUTH_STRING": login,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins(port)),
@@ -110,7 +138,7 @@ def prefect_server(port: int, login: str, ui: bool = True) -> Iterator[None]:
     if not ui:
         environment |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
     log = "prefect.log" if ui else "prefect-temporary.log"
-    with _server("Prefect", _uvicorn("prefect", port), port, "/api/health", environment, login, log):
+    with _server("prefect", listener, "/api/health", environment, login, log):
         yield
 
 
@@ -165,25 +193,26 @@ def prefect_for_program() -> Iterator[None]:
     if PREFECT_API_URL.value():
         yield
         return
-    port, login = free_port(), new_login()
-    with prefect_server(port, login, ui=False), using_prefect(prefect_client(port, login)):
+    listener, login = listen(), new_login()
+    client = prefect_client(port_at(listener), login)
+    with prefect_server(listener, login, ui=False), using_prefect(client):
         yield
 
 
 @contextmanager
-def mlflow_server(port: int, store: str, login: str) -> Iterator[str]:
+def mlflow_server(listener: socket.socket, store: str, login: str) -> Iterator[str]:
     """Runs MLflow's UI over a store; gives its address.
 
     Whoever may use its API can read and write files as this user, by artifacts of an experiment that lie anywhere, and
     its assistant runs commands. So it is behind the same checks as Prefect's server.
 
     Args:
-        port: of loopback.
+        listener: where it accepts requests; closed here.
         store: address of the tracking store.
         login: `user:password` that it asks for.
 
     Raises:
-        StageFailed: the port is taken, or the server did not come up.
+        StageFailed: the server did not come up.
         ValueError: the store is a damaged file.
     """
     check_store(store)  # MLflow would end with a traceback in its log
@@ -197,86 +226,55 @@ def mlflow_server(port: int, store: str, login: str) -> Iterator[str]:
         constants.ARTIFACTS_DESTINATION_ENV_VAR: "./mlartifacts",
         constants.SERVE_ARTIFACTS_ENV_VAR: "true",
         MLFLOW_SERVER_ALLOWED_HOSTS.name: ",".join(f"{name}*" for name in NAMES),
-        MLFLOW_SERVER_CORS_ALLOWED_ORIGINS.name: ",".join(origins(port)),
+        MLFLOW_SERVER_CORS_ALLOWED_ORIGINS.name: ",".join(origins(port_at(listener))),
         "_MLFLOW_SGI_NAME": "uvicorn",
         LOGIN: login,
     }
-    with _server("MLflow", _uvicorn("mlflow", port), port, "/health", environment, login) as address:
+    with _server("mlflow", listener, "/health", environment, login, "mlflow.log") as address:
         yield address
-
-
-def _uvicorn(application: str, port: int) -> list[str]:
-    """The command that serves an application of flows.runtime.applications."""
-    server = [sys.executable, "-m", "uvicorn", "--factory", f"flows.runtime.applications:{application}"]
-    # headers of a proxy would say who asks; there is none
-    return [*server, "--host", HOST, "--port", str(port), "--no-proxy-headers", "--log-level", "warning"]
 
 
 @contextmanager
 def _server(
-    name: str,
-    command: Sequence[str],
-    port: int,
-    health: str,
-    environment: Mapping[str, str],
-    login: str,
-    log_name: str | None = None,
+    name: str, listener: socket.socket, health: str, environment: Mapping[str, str], login: str, log_name: str
 ) -> Iterator[str]:
-    """Runs a server in a group of its own until the block ends.
+    """Runs an application of flows.runtime.applications in a process group of its own until the block ends.
 
     Raises:
-        StageFailed: the port is taken, or the server did not come up.
+        StageFailed: the server did not come up.
     """
-    if not is_free(port):
-        raise StageFailed(
-            f"port {port} is in use, so {name} cannot listen there; stop what uses it, or choose another: "
-            f"{name.upper()}_PORT=… make ui"
-        )
-    log = Path(SCRATCH) / "logs" / (log_name or f"{name.lower()}.log")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = Path(SCRATCH) / "logs" / log_name
     inherited = {key: value for key, value in os.environ.items() if key != "LOTLIP_FORK_SERVER"}
-    with log.open("w") as output:
-        process = start_group(
-            command,
-            signal.SIGKILL,  # uvicorn acts on a SIGTERM only when it has started, which can take half a minute
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**inherited, **environment},
-        )
-        try:
-            address = f"http://{HOST}:{port}"
-            _await(name, address + health, port, process, log, login)
-            yield address
-        finally:
-            end_group(process)
+    with listener:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("w") as output:
+            process = start_group(
+                [sys.executable, "-m", "flows.runtime.applications", name, str(listener.fileno())],
+                signal.SIGKILL,  # uvicorn acts on a SIGTERM only when it has started, which can take half a minute
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**inherited, **environment},
+                pass_fds=[listener.fileno()],
+            )
+        address = f"http://{HOST}:{port_at(listener)}"
+    try:  # this process's copy of the socket is closed: when the server ends, so does its port
+        _await(name, process, address + health, login, log)
+        yield address
+    finally:
+        end_group(process)
 
 
-def _await(name: str, address: str, port: int, process: subprocess.Popen[bytes], log: Path, login: str) -> None:
+def _await(name: str, process: subprocess.Popen[bytes], address: str, login: str, log: Path) -> None:
     request = urllib.request.Request(address, headers={"Authorization": basic(login)})  # noqa: S310 - of this machine
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            break
+    while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(request, timeout=5):  # noqa: S310
-                if _listens(process.pid, port):  # and not somebody else's server, which may end at any time
-                    return
+                return
         except OSError:
-            pass
-        time.sleep(0.2)
-    raise StageFailed(f"{name} did not come up at {address}; what it wrote is in {log}")
-
-
-def _listens(pid: int, port: int) -> bool:
-    """Whether a process or one that it has started listens on a port."""
-    try:
-        parent = psutil.Process(pid)
-        family = [parent, *parent.children(recursive=True)]
-        return any(
-            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-            for process in family
-            for connection in process.net_connections("tcp")
-        )
-    except psutil.NoSuchProcess:
-        return False
+            time.sleep(0.2)
+    status = process.poll()
+    what = f"did not answer within {PATIENCE_SECONDS} s" if status is None else f"ended with status {status}"
+    last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    raise StageFailed(": ".join([f"{TITLES[name]}'s server at {address} {what} (its log: {log})", *last]))

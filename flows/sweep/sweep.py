@@ -37,8 +37,9 @@ from pydantic import ValidationError
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
-    claimed_port,
+    listen_for,
     new_login,
+    port_at,
     port_of,
     prefect_client,
     prefect_server,
@@ -530,8 +531,9 @@ def main(arguments: Sequence[str]) -> None:
     with ExitStack() as stack:
         stack.enter_context(ending_well())
         if not PREFECT_API_URL.value():
-            port, login = stack.enter_context(claimed_port(port_of("prefect"))), new_login()
-            stack.enter_context(prefect_server(port, login))
+            listener, login = listen_for("prefect", any_port=True), new_login()
+            port = port_at(listener)
+            stack.enter_context(prefect_server(listener, login))
             stack.enter_context(using_prefect(prefect_client(port, login)))
             print_prefect(port, login)
         try:

@@ -21,7 +21,15 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.runtime.servers import free_port, new_login, prefect_client, prefect_server, using_prefect
+from flows.runtime.servers import (
+    free_port,
+    listen,
+    new_login,
+    port_at,
+    prefect_client,
+    prefect_server,
+    using_prefect,
+)
 from tests.flows.test_cancel import await_that
 from tests.workspace import ROOT, traced
 
@@ -121,11 +129,12 @@ def single(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> 
     """The server that a stage runs for itself."""
     folder = tmp_path_factory.mktemp("single")
     shutil.copy(prefect_database, folder)
-    port, login = free_port(), new_login()
+    listener, login = listen(), new_login()
+    port = port_at(listener)
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
         patch.setenv("PREFECT_HOME", str(folder))
         patch.chdir(folder)
-        stack.enter_context(prefect_server(port, login, ui=False))
+        stack.enter_context(prefect_server(listener, login, ui=False))
         yield Served(folder, f"http://127.0.0.1:{port}", login)
 
 

@@ -276,6 +276,6 @@ with prefect_for_program():
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
     with program(environment, "-c", script, cwd=tmp_path) as stage:
         processes = started(stage)
-        assert "uvicorn" in " ".join(processes[1].cmdline())
+        assert processes[1].cmdline()[1:4] == ["-m", "flows.runtime.applications", "prefect"]
         stage.kill()
         assert end(processes[1:])

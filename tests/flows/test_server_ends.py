@@ -32,7 +32,8 @@ def unit(number: int) -> int:
 @flow
 def here(item: str) -> None:
     get_run_logger().info("begins")
-    (server,) = [p for p in psutil.Process().children() if "flows.runtime.applications:prefect" in p.cmdline()]
+    command = ["-m", "flows.runtime.applications", "prefect"]
+    (server,) = [child for child in psutil.Process().children() if child.cmdline()[1:4] == command]
     server.kill()
     server.wait()
     assert [unit.submit(number).result() for number in range(3)] == [0, 1, 2]

@@ -1,10 +1,8 @@
-"""Servers on loopback: which port they take, and whose answer is believed."""
+"""Servers on loopback: which port they take, and what is said of one that does not start."""
 
 from __future__ import annotations
 
-import os
-import sys
-import tempfile
+import errno
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -12,64 +10,49 @@ import pytest
 
 from flows.runtime import servers
 from flows.runtime.scratch import StageFailed
-from flows.runtime.servers import claimed_port, free_port
-from lotlip.core.caches import cache_folder
+from flows.runtime.servers import free_port, is_free, listen, listen_for, port_at, port_of, prefect_server
 
 
-def test_two_that_start_at_the_same_time_take_different_ports():
-    port = free_port()
-    with claimed_port(port) as first, claimed_port(port) as second:
-        assert first == port
-        assert second != port
-    with claimed_port(port) as again:
-        assert again == port
+def test_two_that_start_at_the_same_time_take_different_ports(monkeypatch: pytest.MonkeyPatch):
+    """Whoever they are: nothing that they share, such as a lock in a user's folder, keeps them apart."""
+    monkeypatch.setenv("PREFECT_PORT", str(free_port()))
+    with listen_for("prefect", any_port=True) as first, listen_for("prefect", any_port=True) as second:
+        assert port_at(first) == port_of("prefect")
+        assert port_at(second) != port_of("prefect")
+    with listen_for("prefect", any_port=True) as again:
+        assert port_at(again) == port_of("prefect")
 
 
-def test_a_lock_that_another_user_made_a_link_is_not_followed(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """Not in the shared temporary folder, where anybody may put a link under the name, nor anywhere else."""
-    precious = tmp_path / "precious"
-    precious.write_text("kept")
-    port = free_port()
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    (tmp_path / f"lotlip-{os.getuid()}-port-{port}.lock").symlink_to(precious)
-    monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
-    with claimed_port(port) as claimed:
-        assert claimed == port
-    assert precious.read_text() == "kept"
-    (cache_folder() / f"port-{port}.lock").unlink()
-    (cache_folder() / f"port-{port}.lock").symlink_to(precious)
-    with pytest.raises(OSError, match=f"port-{port}.lock"), claimed_port(port):
-        pass
-    assert precious.read_text() == "kept"
+def test_a_port_in_use_is_named(somebody: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_PORT", str(somebody))
+    assert not is_free(somebody)
+    with pytest.raises(StageFailed, match=f"port {somebody} for Prefect: Address already in use; .*PREFECT_PORT="):
+        listen_for("prefect")
+    with listen_for("prefect", any_port=True) as listener:
+        assert port_at(listener) not in (0, somebody)
 
 
-def test_a_port_that_is_in_use_is_not_taken(somebody: int):
-    with claimed_port(somebody) as port:
-        assert port != somebody
+def test_a_port_that_nobody_may_take_is_named(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setenv("MLFLOW_PORT", "80")
+    monkeypatch.setattr(servers, "listen", refuse)
+    with pytest.raises(StageFailed, match=r"port 80 for MLflow: Permission denied; .*MLFLOW_PORT="):
+        listen_for("mlflow")
 
 
 @pytest.mark.integration
-def test_somebody_elses_server_is_not_taken_for_ours(somebody: int, tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """It has come up between the look at the port and the start of ours, which then never listens."""
+def test_a_server_that_cannot_start_is_an_error_with_its_reason(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """At once, though its port was open; and the port is free again."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(servers, "is_free", lambda port: True)
-    monkeypatch.setattr(servers, "PATIENCE_SECONDS", 2)
-    idle = [sys.executable, "-c", "import time; time.sleep(60)"]
-    with (
-        pytest.raises(StageFailed, match="Ours did not come up"),
-        servers._server("Ours", idle, somebody, "/", {}, "a:b"),
-    ):
+    listener = listen()
+    port = port_at(listener)
+    monkeypatch.setattr(servers, "prefect_client", lambda *_: {"PREFECT_SERVER_API_AUTH_STRING": ""})
+    message = r"Prefect's server at .* ended with status 1 .*prefect\.log\): RuntimeError: PREFECT_SERVER_API_AUTH"
+    with pytest.raises(StageFailed, match=message), prefect_server(listener, "a:b"):
         pass
-
-
-@pytest.mark.integration
-def test_our_own_server_is_known_by_its_port(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    port = free_port()
-    command = [sys.executable, "-m", "http.server", "--bind", servers.HOST, str(port)]
-    with servers._server("Ours", command, port, "/", {}, "a:b") as address:
-        assert address == f"http://{servers.HOST}:{port}"
+    assert is_free(port)
 
 
 @pytest.mark.integration
@@ -77,8 +60,9 @@ def test_mlflow_does_not_start_over_a_damaged_store(tmp_path, monkeypatch: pytes
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mlflow.db").write_bytes(b"garbage " * 1000)
     with (
+        listen() as listener,
         pytest.raises(ValueError, match=r"mlflow\.db.*flows\.restore"),
-        servers.mlflow_server(free_port(), "sqlite:///mlflow.db", "a:b"),
+        servers.mlflow_server(listener, "sqlite:///mlflow.db", "a:b"),
     ):
         pass
 

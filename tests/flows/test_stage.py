@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,6 @@ from flows.runtime import stage as stages
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.processes import run_group
 from flows.runtime.scratch import StageFailed
-from flows.runtime.servers import free_port, is_free, prefect_server
 from flows.runtime.stage import Stage, hash_of
 from lotlip.config.params import load_params
 from lotlip.core.caches import Locked
@@ -349,20 +347,6 @@ def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
 
 
 # --- servers and errors ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.integration
-def test_a_port_in_use_is_named() -> None:
-    port = free_port()
-    assert is_free(port)
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        assert not is_free(port)
-        with pytest.raises(
-            StageFailed, match=f"port {port} is in use, so Prefect cannot listen there; .*PREFECT_PORT="
-        ):
-            prefect_server(port, "a:b").__enter__()
 
 
 @pytest.mark.integration

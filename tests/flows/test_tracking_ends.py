@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from flows.runtime.servers import free_port, mlflow_server, new_login
+from flows.runtime.servers import free_port, listen, mlflow_server, new_login
 from tests.flows.test_cancel import await_that
 from tests.tiny_pipeline import smallest
 from tests.training import split
@@ -114,14 +114,13 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     monkeypatch.chdir(sharded.folder)
     account = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     with (
-        mlflow_server(port, "sqlite:///mlflow.db", login) as address,
+        mlflow_server(listen(port), "sqlite:///mlflow.db", login) as address,
         started(sharded, MLFLOW_TRACKING_URI=address, **account, **proxies()) as stage,
     ):
         await_that(lambda: begun(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
         assert stage.poll() is None, stage.communicate()
-        (server,) = [
-            p for p in psutil.Process().children(recursive=True) if "flows.runtime.applications:mlflow" in p.cmdline()
-        ]
+        command = ["-m", "flows.runtime.applications", "mlflow"]
+        (server,) = [child for child in psutil.Process().children(recursive=True) if child.cmdline()[1:4] == command]
         server.kill()
         output = stage.communicate()[0]
     assert stage.returncode == 0, output
@@ -131,7 +130,7 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     assert "Retrying" not in output
     assert (sharded.folder / "models" / "lotlip" / "seed-2" / "model.safetensors").is_file()
     assert 0 < len(logged_steps(sharded, 2)) < STEPS
-    with mlflow_server(port, "sqlite:///mlflow.db", login) as address:  # it is back
+    with mlflow_server(listen(port), "sqlite:///mlflow.db", login) as address:  # it is back
         check_restored(sharded, 2, list(range(1, STEPS + 1)), MLFLOW_TRACKING_URI=address, **account)
 
 
