@@ -24,8 +24,8 @@ import lotlip.data
 from lotlip.data.images import training_transform
 from lotlip.data.tars import TarSamples
 from lotlip.data.text import split_sub_captions
-from lotlip.data.token_ids import TokenIds, read_token_ids, token_ids_path, write_token_ids
-from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.token_ids import TokenIds, read_token_ids, token_ids_path, vocabulary, write_token_ids
+from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.pretrain.loader import Batch, Loader, Rows
 from tests.conftest import TinySample, write_shards
@@ -211,6 +211,20 @@ def test_the_file_has_every_sub_caption(tmp_path, tiny_samples):
     everything = TextTokenizer(BERT, 512).encode([["a dog", "it runs", "red", "blue sky", "green", "a cat", "white"]])
     assert found.vocabulary == sorted(set(everything[0][1:]))
     assert found.sentence_ends == "released" and found.words_hash == plain.words_hash and found.intact()
+
+
+def test_the_vocabulary_is_that_of_the_samples_in_the_tars(folders, tiny_samples, monkeypatch):
+    """Whether their ids are stored or not; a sample that the shard stage left out does not count."""
+    without, with_ids = (sorted(folder.glob("*.tar")) for folder in folders)
+    assert all(token_ids_path(tar).is_file() for tar in with_ids)
+    expected = vocabulary(without, BERT)
+    assert vocabulary([with_ids[0], *without[1:]], BERT) == expected
+    infos = [sample.info for sample in described(tiny_samples)]
+    texts = [part for info in infos for part in (info["raw"], *chain.from_iterable(info["captions"].values()))]
+    assert set(expected) == used_tokens(BERT, texts) - {TOKENIZER.sep_id}
+    assert set(vocabulary(without[:1], BERT)) < set(expected)
+    monkeypatch.setattr("lotlip.data.token_ids.used_tokens", None)  # nothing is tokenized
+    assert vocabulary(with_ids, BERT) == expected
 
 
 def test_the_bytes_depend_on_nothing_else(tmp_path, tiny_samples):

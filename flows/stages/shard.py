@@ -15,7 +15,7 @@ from lotlip.data.index import INDEX_FILE, CaptionIndex, UnitIndex, read_index
 from lotlip.data.partitions import reuse_or_write, unit_names
 from lotlip.data.records import UnitReport
 from lotlip.data.text import SentenceEnds
-from lotlip.data.token_ids import write_token_ids
+from lotlip.data.token_ids import vocabulary, write_token_ids
 from lotlip.data.tokenizer import count_tokens
 from lotlip.shard.shards import (
     ShardPlan,
@@ -23,7 +23,6 @@ from lotlip.shard.shards import (
     group_reader,
     plan_shards,
     shard_statistics,
-    training_vocabulary,
     write_shard,
     write_shard_index,
 )
@@ -76,13 +75,14 @@ def shard() -> None:
     done = stage.fan_out(all_plans, write, name=lambda plan: plan.name, size=len)
     by_name = {report.name: report for report in done}
     reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
+    tars = [stage.out / f"{report.name}.tar" for report in reports["train"] if report.written]
     index = write_shard_index(
         stage.out,
         reports,
         shard_statistics(ingest, captions, "train", count_tokens(tokenizer), ends),
         features=config.store_features,
         tokenizer=tokenizer,
-        vocabulary=training_vocabulary(ingest, captions, "train", tokenizer, ends),
+        vocabulary=vocabulary(tars, tokenizer, ends),
         sentence_ends=ends,  # training and the models use the shards' setting
     )
     with stage.clock.measure("gate"):

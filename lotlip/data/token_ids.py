@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -22,7 +22,7 @@ from tokenizers.normalizers import BertNormalizer
 from lotlip.core.files import remove
 from lotlip.data.tars import IDS, TarSamples, is_sidecar, read_sidecar, write_sidecar
 from lotlip.data.text import SentenceEnds, as_sentence_ends, join_sub_captions, sample_texts, split_sub_captions
-from lotlip.data.tokenizer import TextTokenizer, word_pieces
+from lotlip.data.tokenizer import TextTokenizer, used_tokens, word_pieces
 
 COLUMN = "token_ids"
 _COMPARED = 32  # samples of a tar
@@ -137,10 +137,7 @@ def write_token_ids(tar: Path, tokenizer: str, sentence_ends: SentenceEnds = "re
         if read_token_ids(samples, words.words_hash) is not None:
             return path
     remove(path, ours=is_sidecar)
-    texts = []
-    for row in range(len(samples)):
-        raw = samples.read(row, ["json"])
-        texts.append(sample_texts(raw["json"], f"sample {raw['__key__']} in {tar}", sentence_ends))
+    texts = list(_texts(samples, sentence_ends))
     captioners = sorted({name for _, long in texts for name in long})
     captions = [parts for short, long in texts for parts in (short, *(long.get(name, []) for name in captioners))]
     each = 1 + len(captioners)
@@ -173,6 +170,37 @@ def write_token_ids(tar: Path, tokenizer: str, sentence_ends: SentenceEnds = "re
         vocabulary=json.dumps(np.unique(ids).tolist(), allow_nan=False),
         sha256=_sha256(bounds, ends, ids),
     )
+
+
+def vocabulary(tars: Iterable[Path], tokenizer: str, sentence_ends: SentenceEnds = "released") -> list[int]:
+    """Ids of the word pieces in the texts of some tars, sorted.
+
+    Evaluation texts should be made of them, and training needs the embeddings of no others (`lotlip.pretrain`).
+
+    Args:
+        tars: samples as `lotlip.data.tars` reads them; the texts of those without a file of token ids are tokenized.
+        tokenizer: name of the word pieces.
+        sentence_ends: what ends a sentence.
+
+    Raises:
+        ValueError: a tar or its file is damaged.
+    """
+    words, used = _uncut(tokenizer, sentence_ends), set[int]()
+    for path in tars:
+        tar = TarSamples(path)
+        if found := read_token_ids(tar, words.words_hash):
+            used.update(found.vocabulary)
+        else:
+            captions = (caption for short, long in _texts(tar, sentence_ends) for caption in (short, *long.values()))
+            used |= used_tokens(tokenizer, map(join_sub_captions, captions), sentence_ends)
+    return sorted(used - {words.sep_id})
+
+
+def _texts(tar: TarSamples, sentence_ends: SentenceEnds) -> Iterator[tuple[list[str], dict[str, list[str]]]]:
+    """Each sample's sub-captions: of its short caption, and of its long ones by captioner."""
+    for row in range(len(tar)):
+        raw = tar.read(row, ["json"])
+        yield sample_texts(raw["json"], f"sample {raw['__key__']} in {tar.path}", sentence_ends)
 
 
 @lru_cache(maxsize=2)

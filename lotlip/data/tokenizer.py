@@ -150,7 +150,7 @@ class TextTokenizer:
         self._tokenizer = _with_ours(pieces, self._special, self._extra, sentence_ends)
         self._tokenizer.enable_truncation(context_length)
         self.pad_id = self._tokenizer.token_to_id(self._special["pad"])
-        self._sep_id = self._tokenizer.token_to_id(self._special["sep"])
+        self.sep_id = self._tokenizer.token_to_id(self._special["sep"])
         first = [self._special["cls"], *self._extra]
         self._first = np.array([self._tokenizer.token_to_id(token) for token in first], dtype=np.int64)
 
@@ -175,7 +175,7 @@ class TextTokenizer:
             words: ids of each sub-caption's words with [SEP] after them (`lotlip.data.token_ids`).
         """
         ids = np.concatenate([self._first, words[: self.context_length - len(self._first)]])
-        ids[-1] = self._sep_id  # also where the text is cut
+        ids[-1] = self.sep_id  # also where the text is cut
         return ids
 
     def __call__(

@@ -32,7 +32,6 @@ from lotlip.data.partitions import (
     MARKER,
     finished,
     is_marker,
-    read_captions,
     read_table,
     unit_names,
 )
@@ -364,32 +363,3 @@ def write_shard_index(
     }
     every = [report for shards in reports.values() for report in shards]
     return write_index(folder, every, ShardIndex, splits=splits, statistics=statistics, **more)
-
-
-def training_vocabulary(
-    ingest: Path,
-    captions: Mapping[str, Path],
-    split: str,
-    tokenizer: str,
-    sentence_ends: SentenceEnds = "released",
-) -> list[int]:
-    """Ids of the word pieces that the texts of a split use, sorted.
-
-    Evaluation texts should be made of them, and training needs the embeddings of no others (`lotlip.pretrain`).
-
-    Args:
-        ingest: folder of the ingest stage.
-        captions: captioner's name → folder of its captions.
-        split: of `lotlip.data.records.SPLITS`.
-        tokenizer: name of the word pieces.
-        sentence_ends: characters that end a sentence; these are not counted.
-    """
-    from lotlip.data.tokenizer import used_tokens
-
-    used: set[int] = set()
-    for name in unit_names(ingest, split):
-        used |= used_tokens(tokenizer, read_table(ingest, name, ["short_caption"])["short_caption"], sentence_ends)
-    for folder in captions.values():
-        for name in unit_names(folder, split):
-            used |= used_tokens(tokenizer, read_captions(folder, name, ["text"])["text"], sentence_ends)
-    return sorted(used)
