@@ -23,11 +23,13 @@ def image_tower() -> None:
         from lotlip.models.vision.image_tower import save_image_tower
     for warning in params.warnings:
         stage.log.warning("image-tower: %s", warning)
-    started = time.monotonic()
+    calls: list[tuple[float, int]] = []  # time and step; the first step comes when the scenes have been drawn
 
     def progress(step: int, steps: int, loss: float) -> None:
-        left = (time.monotonic() - started) / max(step, 1) * (steps - step)
-        stage.log.info("image-tower: step %d of %d, loss %.3f, %.0f s left", step, steps, loss, left)
+        calls.append((time.monotonic(), step))
+        (started, first), now = calls[0], calls[-1][0]
+        left = f", {(now - started) / (step - first) * (steps - step):.0f} s left" if step > first else ""
+        stage.log.info("image-tower: step %d of %d, loss %.3f%s", step, steps, loss, left)
 
     result = make_tower(config, progress)
     tower = result.tower

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
 
 from lotlip.data.images import MEAN, STD
 from lotlip.demo.world import attribute_classes, attribute_labels, generate_scene, render
@@ -14,7 +17,9 @@ from lotlip.image_tower.towers import OnProgress, TowerResult
 from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
 
 # Scenes for the accuracies, beyond those for training.
-_HELD_OUT = 1000
+_MAX_HELD_OUT = 1000
+# A worker process takes as long to start as drawing some hundred scenes.
+_SCENES_PER_WORKER = 1000
 
 
 def train_image_tower(config: SceneTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
@@ -34,7 +39,8 @@ def train_image_tower(config: SceneTowerConfig, on_progress: OnProgress | None =
             f"image_tower.scenes is {config.scenes}, less than one batch (image_tower.batch_size {config.batch_size})"
         )
     spec = scenes_spec(config)
-    pixels, labels = _draw(config.seed, config.scenes + _HELD_OUT, config.image_size)
+    held_out = min(config.scenes, _MAX_HELD_OUT)
+    pixels, labels = _draw(_Scenes(config.seed, config.scenes + held_out, config.image_size))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         tower = build_image_tower(spec)
@@ -148,12 +154,23 @@ def _accuracy(tower: ImageTower, heads: _Heads, pixels: Tensor, labels: Tensor) 
     return accuracy
 
 
-def _draw(seed: int, count: int, size: int) -> tuple[Tensor, Tensor]:
-    """Draws scenes of the tower's own: pixels uint8 [N, 3, size, size], labels int64 [N, attributes]."""
-    pixels = torch.empty((count, 3, size, size), dtype=torch.uint8)
-    labels = []
-    for number in range(count):
-        scene = generate_scene(seed, "tower", number)
-        pixels[number] = torch.from_numpy(np.array(render(scene, size))).permute(2, 0, 1)
-        labels.append(attribute_labels(scene))
-    return pixels, torch.tensor(labels)
+class _Scenes(Dataset[tuple[Tensor, Tensor]]):
+    """The tower's own scenes: pixels uint8 [3, size, size] and labels int64 [attributes]."""
+
+    def __init__(self, seed: int, count: int, size: int) -> None:
+        self._seed, self._count, self._size = seed, count, size
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        scene = generate_scene(self._seed, "tower", number)
+        pixels = torch.from_numpy(np.array(render(scene, self._size))).permute(2, 0, 1)
+        return pixels, torch.tensor(attribute_labels(scene))
+
+
+def _draw(scenes: _Scenes) -> tuple[Tensor, Tensor]:
+    """Draws scenes on all cores: pixels uint8 [N, 3, size, size], labels int64 [N, attributes]."""
+    workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_PER_WORKER)
+    pixels, labels = zip(*DataLoader(scenes, batch_size=100, num_workers=workers), strict=True)
+    return torch.cat(pixels), torch.cat(labels)
