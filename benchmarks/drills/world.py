@@ -175,7 +175,8 @@ class Place:
             here = Path(folder).relative_to(self.project)
             folders[:] = [name for name in folders if (here / name).as_posix() not in _NOISY and name != "__pycache__"]
             found |= {(here / name).as_posix() for name in files}
-        return found
+        # after a copy into its cache failed, DVC writes lists of folders again, in the layout of its version 2
+        return {name for name in found if not re.fullmatch(r"\.dvc/cache/[0-9a-f]{2}/[0-9a-f]{30}\.dir", name)}
 
     def left_behind(self, reference: Reference) -> list[str]:
         """Files that a finished run has left and the undisturbed run has not, and locks without a holder."""

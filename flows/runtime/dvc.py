@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 SINGLE_ITEM = "--single-item"  # of `dvc repro`: the named stage without those that it depends on
 STOPPING = "LOTLIP_STOPPING"  # in the environment of a stage that DVC starts after it was told to end
 STOP_SECONDS = 30
+_PARTIAL_COPY = re.compile(r"\.[\w-]{22}\.tmp")  # as DVC names what it copies, until the copy is complete
 
 
 def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
@@ -168,6 +170,24 @@ def remove_stale_lock(root: Path) -> bool:
         guard.close()
 
 
+def remove_partial_copies(root: Path) -> None:
+    """Removes the copies that an interrupted DVC, or one on a full disk, left unfinished in the project's cache.
+
+    Nothing is removed while another DVC may run in the project, or where the cache is elsewhere and may be shared.
+
+    Args:
+        root: of the DVC project.
+    """
+    partial = list((root / ".dvc" / "cache" / "files" / "md5").glob("??/.*.tmp"))
+    if partial and not _others(root):
+        for path in partial:
+            remove(path, _is_partial_copy)
+
+
+def _is_partial_copy(path: Path) -> bool:
+    return _PARTIAL_COPY.fullmatch(path.name) is not None
+
+
 def match_git(root: Path) -> None:
     """Lets DVC work without git where the project is no git repository, as a downloaded archive is, and only there.
 
@@ -253,6 +273,7 @@ def main(arguments: Sequence[str]) -> int:
     if STOPPING in os.environ:
         return INTERRUPTED
     if root:
+        remove_partial_copies(root)
         match_git(root)
     from dvc.cli import main as dvc
 

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from lotlip.core.files import atomic_write
+
 if TYPE_CHECKING:
     from great_expectations.expectations.expectation import Expectation
 
@@ -60,8 +62,8 @@ def run_gate(
     Raises:
         GateFailed: an expectation does not hold, or could not be evaluated.
     """
-    with _gate:
-        checks = _validate(stage, tables, suites, report / "data_docs")
+    with _gate, atomic_write(report / "data_docs") as pages:  # those of an interrupted gate go
+        checks = _validate(stage, tables, suites, pages)
     _write_report(stage, checks, report)
     failed = [check for check in checks if not check.success]
     if failed:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime.dvc import is_up_to_date, remove_stale_lock
+from flows.runtime.dvc import is_up_to_date, remove_partial_copies, remove_stale_lock
+from lotlip.core.files import ForeignFileError
 from tests.workspace import ROOT
 
 STAGES = 3
@@ -143,6 +144,26 @@ def test_a_stale_lock_stays_while_another_dvc_runs(project):
         assert not remove_stale_lock(project)
     assert remove_stale_lock(project)
     assert not lock.exists()
+
+
+@pytest.mark.integration
+def test_partial_copies_in_the_cache_are_removed_and_nothing_else(project):
+    cache = project / ".dvc/cache/files/md5/ab"
+    cache.mkdir(parents=True)
+    partial, others = cache / ".k--HGbZOlkk-Fcy2TXTncg.tmp", (cache / "cdef", cache / ".mine.tmp", cache / "k.tmp")
+    for path in (partial, *others[:1], *others[2:]):
+        path.write_text("x")
+    with subprocess.Popen(
+        ["dvc", "-c", "import sys; sys.stdin.read()"], executable=sys.executable, cwd=project, stdin=subprocess.PIPE
+    ):
+        remove_partial_copies(project)
+        assert partial.exists()  # it may be that DVC's
+    run(project, "-m", "flows.runtime.dvc", "status")
+    assert not partial.exists()
+    assert all(path.exists() for path in (others[0], others[2]))
+    others[1].write_text("x")
+    with pytest.raises(ForeignFileError, match=r"\.mine\.tmp"):
+        remove_partial_copies(project)
 
 
 @pytest.mark.integration
