@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,18 @@ def stages_that_depend_on(file: str) -> set[str]:
 )
 def test_an_edit_makes_only_what_it_decides_stale(file: str, stages: set[str]) -> None:
     assert stages_that_depend_on(file) == stages
+
+
+def test_a_parse_that_another_thread_disturbs_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 raises SystemError then, although nothing is wrong with the file."""
+    parse, failures = ast.parse, iter([SystemError("AST constructor recursion depth mismatch")] * 3)
+
+    def disturbed(source: str) -> ast.AST:
+        if error := next(failures, None):
+            raise error
+        return parse(source)
+
+    expected = stage_files("report")
+    monkeypatch.setattr(ast, "parse", disturbed)
+    assert stage_files("report") == expected
+    assert next(failures, None) is None

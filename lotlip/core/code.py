@@ -12,6 +12,7 @@ from lotlip.core.files import sha256_files
 from lotlip.core.stages import section
 
 ROOT = Path(__file__).parents[2]
+_TRIES = 20
 _MODULE = re.compile(r"((?:lotlip|flows)(?:\.\w+)+)(?::\w+)?")
 # Packages that store, show, start and check what others compute. Changing them does not change what a stage computes.
 INFRASTRUCTURE = (
@@ -61,7 +62,7 @@ def code_hash(*stages: str) -> str:
 
 def _imported(file: Path) -> Iterator[Path]:
     """The project's files that a file imports or names in a string, as programs to start and variants are named."""
-    pending: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    pending: list[ast.AST] = [_parse(file.read_text(encoding="utf-8"))]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -75,3 +76,16 @@ def _imported(file: Path) -> Iterator[Path]:
         for name in names:
             place = ROOT.joinpath(*name.split("."))
             yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+
+
+def _parse(source: str) -> ast.AST:
+    """Parses source code, again where Python 3.11 fails because another thread parses something at the same moment.
+
+    It counts the depth of recursion for all threads together (CPython issue 106905).
+    """
+    for _ in range(_TRIES):
+        try:
+            return ast.parse(source)
+        except SystemError:
+            continue
+    return ast.parse(source)
