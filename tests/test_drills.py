@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from benchmarks.drills.__main__ import explain, table, table_rows
-from benchmarks.drills.drills import KILLS, KINDS, Bench, Drill, Result, Spec, plan
+from benchmarks.drills.drills import KILLS, KINDS, Bench, Drill, Result, Spec, plan, stage_command
 from benchmarks.drills.isolation import can_isolate, isolate
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import MARKER, Found, end_all, marked, send, wait_until
@@ -329,7 +329,7 @@ def test_every_kind_comes_early_and_every_kill_comes() -> None:
     assert {spec.kind for spec in specs[:5]} == set(KINDS)
     assert {(spec.target, spec.how) for spec in specs if spec.kind == "kill"} == set(KILLS)
     assert Counter(spec.kind for spec in specs).most_common(1)[0][0] == "kill"
-    assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows.stages.pretrain"}
+    assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows pretrain"}
 
 
 def test_drills_follow_from_the_seed() -> None:
@@ -345,3 +345,28 @@ def test_the_table_sums_up() -> None:
     assert "| kill | top | SIGKILL | 0 | 0 | 0 | 0 | 0 | 0 | 3 |" in text
     assert "full (skipped)" in text
     assert "| all |" in text.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments"),
+    [
+        ("image-tower", ["-m", "flows", "image-tower"]),
+        ("caption@llava", ["-m", "flows", "caption", "llava"]),
+        ("evaluate-finetune@long-clip", ["-m", "flows", "evaluate", "long-clip"]),
+    ],
+)
+def test_a_stage_is_run_alone_as_dvc_runs_it(stage: str, arguments: list[str]) -> None:
+    assert stage_command(stage) == (sys.executable, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "role"),
+    [
+        ("/x/python -m flows.runtime.applications prefect 7", "server"),
+        ("/x/python -m flows.runtime.fork_server", "warm"),
+        ("/x/python -m flows.reproduce", "flows.reproduce"),
+        ("/x/python -m flows pretrain lotlip", "python"),
+    ],
+)
+def test_roles_of_processes(command: str, role: str) -> None:
+    assert Found(1, command).role == role

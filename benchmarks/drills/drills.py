@@ -14,10 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import yaml
+
 from benchmarks.drills import isolation
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import Found, children, end_all, listening, marked, send, wait_until
 from benchmarks.drills.world import ENDING_SECONDS, REPRODUCE, Place, Reference, Run
+from lotlip.core.code import ROOT
 
 KINDS = ("kill", "checkpoint", "flip", "two", "disk")
 # An order in which every kind comes early, and kills most often.
@@ -42,7 +45,7 @@ KILLS = (
 )
 OTHERS = {
     "checkpoint": (("newest", "bit flipped"), ("newest", "truncated")),
-    "two": (("flows.reproduce", "at once"), ("flows.stages.pretrain", "at once")),
+    "two": (("flows.reproduce", "at once"), ("flows pretrain", "at once")),
     "flip": (("output", "then flows.reproduce"), ("output", "then the stage alone")),
     "disk": (("project", "full"), ("scratch", "full"), ("TMPDIR", "full")),
 }
@@ -442,9 +445,7 @@ class Drill:
 
     def _alone(self, stage: int) -> Sequence[str]:
         """The command of a stage."""
-        name, _, item = self.reference.stages[stage].partition("@")
-        module = name.replace("-", "_").removesuffix("_continued")
-        return (sys.executable, "-m", f"flows.{module}", *([item] if item else []))
+        return stage_command(self.reference.stages[stage])
 
     def _stage(self, name: str) -> int:
         """The number of the first stage of a name."""
@@ -592,3 +593,11 @@ def _used(place: Path) -> int:
 def _sockets(folder: str, names: list[str]) -> list[str]:
     """Names that cannot be copied: sockets and pipes."""
     return [name for name in names if not (Path(folder, name).is_file() or Path(folder, name).is_dir())]
+
+
+def stage_command(stage: str) -> Sequence[str]:
+    """The command of a stage by its name in DVC, such as `caption@llava`, from dvc.yaml."""
+    name, _, item = stage.partition("@")
+    definition = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][name]
+    _, *arguments = (definition.get("do") or definition)["cmd"].replace("${key}", item).split()
+    return (sys.executable, *arguments)

@@ -33,7 +33,7 @@ class Found:
         words = self.command.split()
         if "flows.runtime.fork_server" in words:
             return "warm"
-        if ("prefect" in words and "server" in words) or "prefect.server.api.server:create_app" in self.command:
+        if "flows.runtime.applications" in words:
             return "server"
         for module in words:
             if module.startswith(("flows.", "lotlip.", "torch.")):

@@ -38,6 +38,11 @@ _NOISY = (
 )
 
 
+# After a copy into its cache failed, DVC writes lists of folders again, in the layout of its version 2. The journal of
+# a killed writer tells SQLite what to undo; the next writer does so and removes it.
+_RECOVERED_LATER = re.compile(r"\.dvc/cache/[0-9a-f]{2}/[0-9a-f]{30}\.dir|mlflow\.db-journal")
+
+
 @dataclass
 class Reference:
     """What an undisturbed run does.
@@ -175,8 +180,7 @@ class Place:
             here = Path(folder).relative_to(self.project)
             folders[:] = [name for name in folders if (here / name).as_posix() not in _NOISY and name != "__pycache__"]
             found |= {(here / name).as_posix() for name in files}
-        # after a copy into its cache failed, DVC writes lists of folders again, in the layout of its version 2
-        return {name for name in found if not re.fullmatch(r"\.dvc/cache/[0-9a-f]{2}/[0-9a-f]{30}\.dir", name)}
+        return {name for name in found if not _RECOVERED_LATER.fullmatch(name)}
 
     def left_behind(self, reference: Reference) -> list[str]:
         """Files that a finished run has left and the undisturbed run has not, and locks without a holder."""

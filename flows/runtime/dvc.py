@@ -222,7 +222,15 @@ def _stale(path: Path) -> bool:
     if not isinstance(found, dict):
         return True
     holders = list(_holders(found))
-    return bool(holders) and not any(map(psutil.pid_exists, holders))
+    return bool(holders) and not any(map(_lives, holders))
+
+
+def _lives(pid: int) -> bool:
+    """Whether a process exists that has not ended; one that nobody waits for stays as a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _holders(entry: Any) -> Iterator[int]:
@@ -278,6 +286,8 @@ def main(arguments: Sequence[str]) -> int:
     from dvc.cli import main as dvc
 
     status = dvc(list(arguments))
+    if root:
+        remove_stale_lock(root)  # of a process that had not quite ended before
     return INTERRUPTED if STOPPING in os.environ and status else status
 
 
