@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.packing import Texts
+from lotlip.models.packing import TextBatch
 from lotlip.pretrain.word_rows import WordRows
 
 
@@ -66,7 +66,7 @@ class LotlipForPreTraining(LotlipModel):
     def _features(
         self, images: Tensor, raw: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None
     ) -> dict[str, Any]:
-        batches = [Texts(*raw, cls_only=True)] + ([] if long is None else [Texts(*long)])
+        batches = [TextBatch(*raw, cls_only=True)] + ([] if long is None else [TextBatch(*long)])
         features = [found.reshape(len(raw[0]), -1, found.shape[-1]) for found in self.text.encode(*batches)]
         texts = normalize(torch.cat(features, dim=1), dim=-1)
         found = normalize(images, dim=-1) if self.image is None else self.encode_image(images.to(self.dtype))
