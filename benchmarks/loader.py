@@ -33,7 +33,7 @@ from benchmarks.data import write_data
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
-from lotlip.pretrain.loader import Loader, Rows
+from lotlip.pretrain.loader import BatchSlice, Loader
 
 SIDE, WIDTH = 224, 768  # side of the tower's pictures, dimension of its features
 
@@ -59,7 +59,7 @@ def ours(
 ) -> Iterator[Any]:
     """An epoch of this project's loader."""
     settings = PretrainConfig(long_texts=LongTextsConfig())
-    loader = Loader(folder, settings, tokenizer, 0, Rows(batch), transform, workers=workers)
+    loader = Loader(folder, settings, tokenizer, 0, BatchSlice(batch), transform, workers=workers)
     return loader.steps(0, loader.steps_per_epoch)
 
 

@@ -1,4 +1,4 @@
-"""The program of a training process: `python -m lotlip.train JOB.json` trains, and sends its curves to MLflow."""
+"""The program of a training process: `python -m lotlip.train JOB.json` trains and logs its curves to MLflow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lotlip.tracking.mlflow import TRACKING_WARNING, open_sink
 
 
 def sink(uri: str, run_id: str | None) -> Sink:
-    """Opens MLflow's sink; its warnings go to standard output, where the flow reads them."""
+    """Opens the MLflow sink. Its warnings go to standard output, where the flow reads them."""
     return open_sink(uri, run_id, lambda line: print(f"{TRACKING_WARNING}{line}", flush=True))
 
 

@@ -212,7 +212,7 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
             {"pretrain": {"text": {"context_length": 8, "corner_tokens": 5}}},
             "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
         ),
-        ({"pretrain": {"seeds": [1, 2, 1]}}, "pretrain: seeds [1, 2, 1] names one twice"),
+        ({"pretrain": {"seeds": [1, 2, 1]}}, "pretrain: seeds [1, 2, 1] contains duplicates; remove them"),
         (
             {"pretrain": {"text": {"corner_tokens": 0, "register_tokens": 5, "context_length": 8}}},
             "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
@@ -232,12 +232,11 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
         ),
         (
             {"pretrain": {"text": {"pretrained": "a", "position_interpolation": {"positions": 20}}}},
-            "pretrain.text.position_interpolation: keep 20 leaves none of 20 positions to stretch; set it lower",
+            "pretrain.text.position_interpolation: keep 20 leaves none of 20 positions to interpolate; set it lower",
         ),
         (
             {"ablations": {"filip": {"similarity": "late-interaction"}}},
-            "ablations.filip: similarity late-interaction compares words, not corner tokens; "
-            "set text.corner_tokens to 0",
+            "ablations.filip: similarity late-interaction does not support corner tokens; set text.corner_tokens to 0",
         ),
         (
             {
@@ -247,7 +246,7 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
                     "loss": {"image_components": 8},
                 }
             },
-            "pretrain: loss.image_components needs one feature for each image, which late-interaction does not have; "
+            "pretrain: loss.image_components needs one feature per image, which late-interaction does not have; "
             "set it to 0",
         ),
     ],
@@ -395,8 +394,11 @@ def test_an_old_key_below_a_name_does_too(tmp_path, data, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_tower": {"augmentation": {}}}, "stored features have none; set features to computed"),
-        ({"image_tower": {"features": "computed", "augmentation": {"scale": [0.9, 0.5]}}}, r"\[0.9, 0.5\] is no range"),
+        ({"image_tower": {"augmentation": {}}}, "the features are stored; set features to computed"),
+        (
+            {"image_tower": {"features": "computed", "augmentation": {"scale": [0.9, 0.5]}}},
+            r"\[0.9, 0.5\] is not a valid range",
+        ),
         ({"loader": {"weights": {"a": 2}}}, "weights need epochs: resampled"),
         ({"loader": {"samples_per_epoch": 10}}, "samples_per_epoch need epochs: resampled"),
     ],

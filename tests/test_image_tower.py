@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
-from lotlip.demo.tower import _draw, _Scenes, scenes_spec, train_image_tower
+from lotlip.demo.tower import _draw_scenes, _Scenes, scenes_spec, train_image_tower
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.image_tower.timm import _with_checkpoint, timm_tower
 from lotlip.models.vision.image_tower import (
@@ -223,9 +223,9 @@ def test_fewer_scenes_than_a_batch_is_an_error() -> None:
 @pytest.mark.integration
 def test_scenes_are_the_same_however_many_processes_draw_them(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = _Scenes(seed=1, count=250, size=32)
-    pixels, labels = _draw(scenes)
+    pixels, labels = _draw_scenes(scenes)
     monkeypatch.setattr("lotlip.demo.tower._SCENES_PER_WORKER", 100)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    again, labels_again = _draw(scenes)
+    again, labels_again = _draw_scenes(scenes)
     assert pixels.shape == (250, 3, 32, 32) and pixels.dtype == torch.uint8
     assert torch.equal(pixels, again) and torch.equal(labels, labels_again)

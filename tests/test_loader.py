@@ -27,7 +27,7 @@ from lotlip.data.images import Transform, decode_rgb, training_transform
 from lotlip.data.tars import index_path, write_index
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import AugmentationConfig, LongTextsConfig, PretrainConfig
-from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
+from lotlip.pretrain.loader import Batch, BatchSlice, Loader, WorkerLost
 from tests.conftest import TinySample, TinyWorld, write_shards, write_tar
 
 TOKENIZER = TextTokenizer("bert-base-uncased", 48, 1)
@@ -37,7 +37,7 @@ ONE = LongTextsConfig(sub_captions=1)
 
 def loader(
     shards: Path,
-    rows: Rows | None = None,
+    rows: BatchSlice | None = None,
     long_texts: LongTextsConfig = ONE,
     seed: int = 0,
     transform: Transform | None = None,
@@ -47,7 +47,7 @@ def loader(
 ) -> Loader:
     """Without workers, so that a test reads in its own process; `settings` are of the section `loader`."""
     config = PretrainConfig(long_texts=long_texts, loader=settings)
-    return Loader(shards, config, TOKENIZER, seed, rows or Rows(8), transform, workers=workers, prefetch=prefetch)
+    return Loader(shards, config, TOKENIZER, seed, rows or BatchSlice(8), transform, workers=workers, prefetch=prefetch)
 
 
 def epoch(shards: Path, *args: Any, epoch: int = 0, **more: Any) -> list[Batch]:
@@ -69,13 +69,13 @@ def rows_of(found: list[Batch]) -> list[tuple[Any, ...]]:
     """Everything that is known of each sample, in order."""
     rows: list[tuple[Any, ...]] = []
     for batch in found:
-        raw = texts(batch.raw_ids, batch.raw_lengths)
+        short = texts(batch.short_ids, batch.short_lengths)
         assert batch.long_ids is not None and batch.long_lengths is not None
         long = texts(batch.long_ids, batch.long_lengths)
-        per_image = len(long) // len(raw)
+        per_image = len(long) // len(short)
         rows += [
-            (key, tuple(image.tolist()), short, tuple(long[i * per_image : (i + 1) * per_image]))
-            for i, (key, image, short) in enumerate(zip(batch.keys, batch.images, raw, strict=True))
+            (key, tuple(image.tolist()), text, tuple(long[i * per_image : (i + 1) * per_image]))
+            for i, (key, image, text) in enumerate(zip(batch.keys, batch.images, short, strict=True))
         ]
     return rows
 
@@ -101,7 +101,7 @@ def test_an_epoch_has_every_sample_once(tmp_path, tiny_samples, small_windows, s
 
 
 def test_the_rest_that_fills_no_batch_is_left_out(tiny_world):
-    found = epoch(tiny_world.shards, Rows(10))
+    found = epoch(tiny_world.shards, BatchSlice(10))
     assert [len(batch.keys) for batch in found] == [10] * 4
     assert len(set(keys(found))) == 40
 
@@ -126,7 +126,7 @@ def test_samples_are_mixed_over_shards(tmp_path, tiny_samples):
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
 def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, small_windows, processes, workers):
     whole = rows_of(epoch(tiny_world.shards))
-    shares = [epoch(tiny_world.shards, Rows(8, rank, processes), workers=workers) for rank in range(processes)]
+    shares = [epoch(tiny_world.shards, BatchSlice(8, rank, processes), workers=workers) for rank in range(processes)]
     together = [share[number] for number in range(6) for share in shares]
     assert rows_of(together) == whole
 
@@ -135,27 +135,27 @@ def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, small_window
 @pytest.mark.parametrize("long_texts", [LongTextsConfig(sub_captions=3, per_image=2), LongTextsConfig(sub_captions=0)])
 def test_micro_batches_are_the_same_samples_with_like_lengths_together(tiny_world, processes, long_texts):
     for rank in range(processes):
-        whole = loader(tiny_world.shards, Rows(24, rank, processes), long_texts)
-        split = loader(tiny_world.shards, Rows(24, rank, processes, accumulation=3), long_texts)
+        whole = loader(tiny_world.shards, BatchSlice(24, rank, processes), long_texts)
+        split = loader(tiny_world.shards, BatchSlice(24, rank, processes, micro_batches=3), long_texts)
         for (batch,), parts in zip(whole.steps(0, 2), split.steps(0, 2), strict=True):
             assert [len(part.keys) for part in parts] == [8 // processes] * 3
             assert sorted(samples_of(parts)) == sorted(samples_of([batch]))
             longest = [lengths_of(part) for part in parts]
             assert [length for part in longest for length in part] == sorted(lengths_of(batch))
             for part, lengths in zip(parts, longest, strict=True):
-                ids = part.raw_ids if part.long_ids is None else part.long_ids
+                ids = part.short_ids if part.long_ids is None else part.long_ids
                 assert ids.shape[1] == max(lengths)
 
 
 def samples_of(found: list[Batch]) -> list[tuple[Any, ...]]:
     """As `rows_of`, with or without long texts."""
     if any(batch.long_ids is None for batch in found):
-        found = [replace(batch, long_ids=batch.raw_ids, long_lengths=batch.raw_lengths) for batch in found]
+        found = [replace(batch, long_ids=batch.short_ids, long_lengths=batch.short_lengths) for batch in found]
     return rows_of(found)
 
 
 def lengths_of(batch: Batch) -> list[int]:
-    lengths = batch.raw_lengths if batch.long_lengths is None else batch.long_lengths
+    lengths = batch.short_lengths if batch.long_lengths is None else batch.long_lengths
     return [int(row.max()) for row in lengths.view(len(batch.keys), -1)]
 
 
@@ -171,7 +171,7 @@ def test_a_run_resumes_at_any_step(tiny_world, small_windows, settings, workers)
 
 def test_fewer_samples_than_a_batch_are_an_error(tiny_world):
     with pytest.raises(ValueError, match=r"has 48 training samples, fewer than a batch of 49; set pretrain.batch_size"):
-        loader(tiny_world.shards, Rows(49))
+        loader(tiny_world.shards, BatchSlice(49))
 
 
 def test_stored_features_and_pixels_are_those_of_the_sample(tiny_world: TinyWorld):
@@ -228,7 +228,7 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
     ]
     shards = write_shards(tmp_path, samples, 1)
     long_texts = LongTextsConfig(sub_captions=3, captioners=["llava"])
-    found = {row[0]: row[3] for row in rows_of(epoch(shards, Rows(4), long_texts))}
+    found = {row[0]: row[3] for row in rows_of(epoch(shards, BatchSlice(4), long_texts))}
     assert found == {
         "none": (encoded("a dog", "it runs"),),
         "empty": (encoded("a cat", "it sits"),),
@@ -248,7 +248,7 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
         described(f"s{number}", tiny_samples[number], "raw", {"llava": [word] * 3})
         for number, word in enumerate(["red", "green", "blue", "white"])
     ]
-    (batch,) = epoch(write_shards(tmp_path, samples, 1), Rows(4), LongTextsConfig(sub_captions=1, per_image=3))
+    (batch,) = epoch(write_shards(tmp_path, samples, 1), BatchSlice(4), LongTextsConfig(sub_captions=1, per_image=3))
     assert batch.long_ids is not None and batch.long_ids.shape[0] == 12
     for key, *_, long in rows_of([batch]):
         word = ["red", "green", "blue", "white"][int(key[1])]
@@ -264,10 +264,10 @@ def test_several_long_texts_are_drawn_apart(tiny_world):
 def test_short_and_long_texts_are_padded_apart(tiny_world):
     for batch in epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=3)):
         assert batch.long_ids is not None and batch.long_lengths is not None
-        assert batch.raw_ids.shape == (8, batch.raw_lengths.max())
+        assert batch.short_ids.shape == (8, batch.short_lengths.max())
         assert batch.long_ids.shape == (8, batch.long_lengths.max())
-        assert batch.long_ids.shape[1] > batch.raw_ids.shape[1]
-        assert (batch.long_ids[:, 0] == CLS).all() and (batch.raw_ids[:, 1] == CORNER).all()
+        assert batch.long_ids.shape[1] > batch.short_ids.shape[1]
+        assert (batch.long_ids[:, 0] == CLS).all() and (batch.short_ids[:, 1] == CORNER).all()
         assert all(row[-1] == SEP for row in texts(batch.long_ids, batch.long_lengths))
 
 
@@ -281,7 +281,7 @@ def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windo
     found = keys(
         epoch(
             folder,
-            Rows(100),
+            BatchSlice(100),
             LongTextsConfig(sub_captions=0),
             epochs="resampled",
             samples_per_epoch=6000,
@@ -308,13 +308,15 @@ def test_a_resampled_epoch_has_as_many_draws_as_samples_and_repeats_some(tiny_wo
 
 def test_a_sample_that_is_drawn_again_brings_other_texts(tiny_world):
     texts_of: dict[str, set[Any]] = {}
-    for row in rows_of(epoch(tiny_world.shards, Rows(48), epochs="resampled", samples_per_epoch=480)):
+    for row in rows_of(epoch(tiny_world.shards, BatchSlice(48), epochs="resampled", samples_per_epoch=480)):
         texts_of.setdefault(row[0], set()).add(row[3])
     assert all(len(found) > 1 for found in texts_of.values())
 
 
 def test_a_weight_that_is_nobodys_is_an_error(tiny_world):
-    with pytest.raises(ValueError, match=r"weights: no sample's key begins with 'cc3m', 'rred'; keys are as \w+-\w+, "):
+    with pytest.raises(
+        ValueError, match=r"weights: no sample's key begins with 'cc3m', 'rred'; keys look like \w+-\w+, "
+    ):
         loader(tiny_world.shards, epochs="resampled", weights={"red": 2.0, "rred": 2.0, "cc3m": 1.0})
 
 
@@ -437,19 +439,19 @@ def test_a_broken_sample_is_named(tmp_path, members, message):
     index["splits"]["train"]["shards"][0]["samples"] = 1
     write_json(folder / "index.json", index)
     with pytest.raises(ValueError, match=rf"^(sample k in )?\S+train-000000.tar: {message}"):
-        epoch(folder, Rows(1))
+        epoch(folder, BatchSlice(1))
 
 
 def test_objects_are_never_unpickled(tmp_path, tiny_samples):
     objects = replace(tiny_samples[0], feature=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"its .npy cannot be read \(an array of object"):
-        epoch(write_shards(tmp_path, [objects], 1), Rows(1))
+        epoch(write_shards(tmp_path, [objects], 1), BatchSlice(1))
 
 
 def test_a_broken_image_names_its_sample(tmp_path, tiny_samples):
     folder = write_shards(tmp_path, [replace(tiny_samples[0], image=b"not a picture")], 1)
     with pytest.raises(ValueError, match=rf"^sample {tiny_samples[0].key} in \S+: not a readable image .13 bytes"):
-        epoch(folder, Rows(1), transform=training_transform(16), workers=1)
+        epoch(folder, BatchSlice(1), transform=training_transform(16), workers=1)
 
 
 def test_augmentation_is_drawn_by_seed_epoch_and_key(tiny_world):
@@ -494,7 +496,7 @@ def test_a_worker_that_is_killed_is_an_error(tiny_world, workers):
     steps = loader(tiny_world.shards, workers=2).steps(0, 10**6)
     next(steps)
     workers()[0].kill()
-    with pytest.raises(WorkerLost, match=r"a worker of the loader ended too early .*; if memory ran out, set"):
+    with pytest.raises(WorkerLost, match=r"a worker of the loader ended unexpectedly .*; if memory ran out, set"):
         for _ in steps:
             pass
 
@@ -504,12 +506,12 @@ import os, signal, sys
 from pathlib import Path
 import psutil
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.pretrain.loader import Loader, Rows
+from lotlip.pretrain.loader import Loader, BatchSlice
 from lotlip.data.tokenizer import TextTokenizer
 
 tokenizer = TextTokenizer("bert-base-uncased")
 tokenizer(["a red dog"] * 100)  # on threads, which a fork does not take along
-steps = Loader(Path(sys.argv[1]), PretrainConfig(), tokenizer, 0, Rows(8), workers=2).steps(0, 10**6)
+steps = Loader(Path(sys.argv[1]), PretrainConfig(), tokenizer, 0, BatchSlice(8), workers=2).steps(0, 10**6)
 next(steps)
 print(*[child.pid for child in psutil.Process().children()], flush=True)
 os.kill(os.getpid(), signal.SIGKILL)

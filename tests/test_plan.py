@@ -180,7 +180,9 @@ def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision
     predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True)
     assert predicted == pytest.approx(saved.total, rel=0.1)
     with SavedTensors(model) as saved:
-        model.text._packed_hidden_states([packing.Texts(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))])
+        model.text._packed_hidden_states(
+            [packing.TextBatch(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))]
+        )
     length = sum(lengths) / texts
     predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True, outputs=3)
     assert predicted == pytest.approx(saved.total, rel=0.1)

@@ -18,7 +18,7 @@ from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.models.saving import load_model
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
-from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_share, parameter_groups
+from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_factor, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.job import Job
 from lotlip.pretrain.trainer import Trainer, going_on
@@ -49,7 +49,7 @@ def test_deepspeed_is_told_what_the_parameters_say():
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing():
     settings = OptimizerConfig(warmup_steps=10)
-    shares = [learning_rate_share(step, 110, settings) for step in range(111)]
+    shares = [learning_rate_factor(step, 110, settings) for step in range(111)]
     assert shares[0] == pytest.approx(0.1)
     assert shares[4] == pytest.approx(0.5)
     assert shares[9] == shares[10] == 1
@@ -60,12 +60,12 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing():
 
 def test_without_warmup_the_learning_rate_starts_at_its_peak():
     settings = OptimizerConfig(warmup_steps=0)
-    assert learning_rate_share(0, 100, settings) == 1
-    assert learning_rate_share(50, 100, settings) == pytest.approx(0.5)
+    assert learning_rate_factor(0, 100, settings) == 1
+    assert learning_rate_factor(50, 100, settings) == pytest.approx(0.5)
 
 
 def test_a_warmup_longer_than_the_run_only_climbs():
-    shares = [learning_rate_share(step, 5, OptimizerConfig(warmup_steps=10)) for step in range(6)]
+    shares = [learning_rate_factor(step, 5, OptimizerConfig(warmup_steps=10)) for step in range(6)]
     assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 
@@ -97,7 +97,7 @@ def test_history_has_every_step_and_the_model_loads(base):
     assert all(point.keys() == keys for point in points)
     assert all(math.isfinite(value) for point in points for value in point.values())
     assert points[0]["temperature"] == pytest.approx(0.07, rel=0.01)
-    expected = [2e-3 * learning_rate_share(step, 12, OptimizerConfig(warmup_steps=2)) for step in range(12)]
+    expected = [2e-3 * learning_rate_factor(step, 12, OptimizerConfig(warmup_steps=2)) for step in range(12)]
     assert [point["learning_rate"] for point in points] == pytest.approx(expected)
     assert all(0 <= point["data_wait_share"] <= 1 for point in points)
     model, tokenizer = load_model(base.model_folder(0))
@@ -254,7 +254,7 @@ def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
     (tmp_path / "run.json").touch()
     (tmp_path / "seed-3").mkdir()
     assert going_on(config, 3).text.pretrained == str(tmp_path / "seed-3")
-    with pytest.raises(ValueError, match="has no seed-4 to go on from; train it with the same seeds"):
+    with pytest.raises(ValueError, match="has no seed-4 to start from; train it with the same seeds"):
         going_on(config, 4)
 
 

@@ -52,8 +52,8 @@ def words(model: LotlipForPreTraining) -> Tensor:
 
 def batch(config: PretrainConfig, images: Tensor) -> dict[str, Tensor]:
     """Three images with a short caption and two long texts each."""
-    raw, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
-    named = {"raw_ids": raw[0], "raw_lengths": raw[1], "long_ids": long[0], "long_lengths": long[1]}
+    short, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
+    named = {"short_ids": short[0], "short_lengths": short[1], "long_ids": long[0], "long_lengths": long[1]}
     return {"images": images, **named}
 
 
@@ -295,7 +295,9 @@ def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path
 
     rotated = AutoConfig.for_model("nomic_bert", **{**TEXT, "vocab_size": 30522, "pad_token_id": 0})
     AutoModel.from_config(rotated).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"has no learned positions to stretch; take out text.position_interpolation"):
+    with pytest.raises(
+        ValueError, match=r"has no learned positions to interpolate; remove text.position_interpolation"
+    ):
         build_for_pretraining(pretrained(tmp_path, position_interpolation={}), tiny_tower)
 
 
@@ -360,15 +362,15 @@ def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
     given = batch(config, patches)
     with torch.no_grad():
         features = model(**given)
-        raw, raw_mask = model.encode_text_tokens(given["raw_ids"], given["raw_lengths"])
+        short, short_mask = model.encode_text_tokens(given["short_ids"], given["short_lengths"])
         long, long_mask = model.encode_text_tokens(given["long_ids"], given["long_lengths"])
     texts, mask = features["text_features"], features["text_mask"]
     length = given["long_ids"].shape[1]
     assert texts.shape == (3, 3, length, 32)
     assert mask.shape == (3, 3, length)
-    assert torch.equal(texts[:, 0][mask[:, 0]], raw[raw_mask])
+    assert torch.equal(texts[:, 0][mask[:, 0]], short[short_mask])
     assert torch.equal(texts[1, 2][mask[1, 2]], long[3][long_mask[3]])  # image 1's second long text
-    assert mask.sum(dim=-1)[:, 0].tolist() == given["raw_lengths"].tolist()
+    assert mask.sum(dim=-1)[:, 0].tolist() == given["short_lengths"].tolist()
     torch.testing.assert_close(features["image_features"], normalize(patches, dim=-1))
     assert lotlip_loss(**features)["loss"].isfinite()
 

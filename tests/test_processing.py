@@ -173,7 +173,7 @@ def test_awkward_pictures_are_decoded_as_in_training(processor, tmp_path, kind):
     "array", [np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((1, 8, 8, 3))]
 )
 def test_an_array_that_is_no_picture_is_refused(array):
-    with pytest.raises(ValueError, match=r"an array of (uint8|float64) and shape \[.*\] is no picture; give uint8"):
+    with pytest.raises(ValueError, match=r"an array of (uint8|float64) and shape \[.*\] is not an image; pass uint8"):
         LotlipImageProcessor()(array)
 
 
@@ -211,7 +211,7 @@ def test_a_web_address_is_refused_before_any_request(processor, monkeypatch, url
 
 
 def test_options_are_refused_as_pictures_are_prepared_in_one_way(processor):
-    with pytest.raises(ValueError, match="has no options do_resize; pictures are prepared as trained"):
+    with pytest.raises(ValueError, match="has no options do_resize; remove them, images are prepared as trained"):
         processor.image_processor(picture(), do_resize=False)
     with pytest.raises(ValueError, match="has no options do_center_crop"):
         processor(images=picture(), images_kwargs={"do_center_crop": False})

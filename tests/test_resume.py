@@ -64,7 +64,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(
     assert 1 <= len(list((Path(job.scratch) / "checkpoints-0").glob("step-*[0-9]"))) <= 3  # two, and one too old
 
     out = finish(start(job, tmp_path / "killed", processes))
-    assert "goes on after step" in out and "step 1/40" not in out
+    assert "resumes after step" in out and "step 1/40" not in out
     assert losses(job) == losses(whole)
     assert same(weights(job), weights(whole))
     assert not (Path(job.scratch) / "checkpoints-0").exists()
@@ -105,7 +105,7 @@ def test_two_processes_go_on_where_one_was(base, tiny_world, tmp_path, monkeypat
     interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage}
     two = tiny_job(tiny_world, tmp_path, differences)
-    assert "goes on after step 6" in finish(start(two, tmp_path, processes=2))
+    assert "resumes after step 6" in finish(start(two, tmp_path, processes=2))
     assert losses(two) == pytest.approx(losses(base), abs=1e-5)
     assert same_to(weights(two), weights(base), 1e-3)
 
@@ -120,7 +120,7 @@ def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypa
     half.mkdir()
     (half / "weights.safetensors").write_bytes(b"half")
     train(job)
-    assert "goes on after step 8" in capfd.readouterr().out
+    assert "resumes after step 8" in capfd.readouterr().out
     assert losses(job) == losses(base)
     assert same(weights(job), weights(base))
 
@@ -134,7 +134,7 @@ def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_worl
     with torch.no_grad():
         trainer.engine.model.text.proj.weight[0, 0] = math.inf
     message = (
-        r"1 weights are no numbers after step 2, such as text.proj.weight; the last good checkpoint is \S+step-0+1;"
+        r"1 weights are not finite after step 2, such as text.proj.weight; the last good checkpoint is \S+step-0+1;"
     )
     with pytest.raises(TrainingStopped, match=message):
         trainer._checkpoint(2)
@@ -168,7 +168,7 @@ def test_weights_that_are_no_numbers_end_every_process_with_the_same_error(tiny_
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, **differences})
     first, second = both_processes(job, tmp_path, "tests.infinite_weight")
     assert first == second
-    assert first.startswith("error: tiny, seed 0: 1 weights are no numbers after step 2, such as text.proj.weight;")
+    assert first.startswith("error: tiny, seed 0: 1 weights are not finite after step 2, such as text.proj.weight;")
     assert not Path(job.out).exists()
 
 

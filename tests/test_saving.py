@@ -157,7 +157,7 @@ def altered(saved: tuple[Any, Path], folder: Path, change: Any) -> Path:
 
 def test_missing_weights_are_an_error_that_lists_them(saved, tmp_path):
     folder = altered(saved, tmp_path / "model", lambda weights: weights.pop("text.proj.weight"))
-    with pytest.raises(ValueError, match=r"does not hold this model's weights: .*missing_keys.*text\.proj\.weight"):
+    with pytest.raises(ValueError, match=r"do not match its config.json: .*missing_keys.*text\.proj\.weight"):
         load_model(folder)
 
 
@@ -168,5 +168,5 @@ def test_left_over_weights_are_an_error_that_lists_them(saved, tmp_path):
 
 
 def test_a_folder_without_a_model_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match=r"has no model: config\.json is not there"):
+    with pytest.raises(ValueError, match=r"has no model: config\.json is missing"):
         load_model(tmp_path)

@@ -172,12 +172,12 @@ def test_training_splits_raw_captions_as_the_shards_say(world, trained):
 
 def test_the_loader_gives_ids_with_sep_between_sub_captions(world, trained):
     from lotlip.pretrain.config import PretrainConfig
-    from lotlip.pretrain.loader import Loader, Rows
+    from lotlip.pretrain.loader import BatchSlice, Loader
 
     _, tokenizer = trained
     settings = PretrainConfig.model_validate({"batch_size": 4, "long_texts": {"sub_captions": 2}})
-    (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, Rows(4), workers=0).steps(0, 1)))
-    assert batch.raw_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
+    (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, BatchSlice(4), workers=0).steps(0, 1)))
+    assert batch.short_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
     assert {row.tolist().count(102) for row in batch.long_ids} == {2}
 
 

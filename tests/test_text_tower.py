@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoConfig, BertConfig
 
 from lotlip.models.corner_mask import corner_attention_mask
-from lotlip.models.packing import SLACK, Texts, pack
+from lotlip.models.packing import SLACK, TextBatch, pack
 from lotlip.models.text_tower import TextTower
 
 WORDS = 50
@@ -234,23 +234,23 @@ def test_a_family_that_takes_no_such_mask_is_an_error():
         TextTower(AutoConfig.for_model("mpnet"), 2, True, 8)
 
 
-# --- texts in one row ---------------------------------------------------------------------------------------------
+# --- packed texts -----------------------------------------------------------------------------------------------
 
 
 @given(lengths=st.lists(st.integers(4, LENGTH), min_size=1, max_size=6), cls_only=st.booleans(), separate=st.booleans())
-def test_a_row_holds_every_token_at_its_position(lengths, cls_only, separate):
+def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separate):
     ids, counts = texts(lengths, 2)
-    row = pack([Texts(ids, counts), Texts(ids, counts, cls_only)], 2, separate)
-    assert sum(mask.shape[0] * mask.shape[-1] for mask in row.masks) == len(row.ids) == len(row.positions)
-    assert [tuple(wanted.shape) for wanted in row.wanted] == [(len(ids), 3), (len(ids), 1 if cls_only else 3)]
-    for wanted, without in zip(row.wanted, (0, 2 if cls_only and separate else 0), strict=True):
-        positions = [0, *range(1 + without, LENGTH)]
-        for text, length, start in zip(ids, lengths, wanted[:, 0].tolist(), strict=True):
-            kept = positions[: length - without]
-            assert row.positions[start : start + len(kept)].tolist() == kept
-            assert torch.equal(row.ids[start : start + len(kept)], text[kept])
-    seen = [mask.any(dim=2).sum(dim=-1).flatten() for mask in row.masks]  # keys that any query sees: a text's tokens
-    for mask, tokens in zip(row.masks, seen, strict=True):
+    packed = pack([TextBatch(ids, counts), TextBatch(ids, counts, cls_only)], 2, separate)
+    assert sum(mask.shape[0] * mask.shape[-1] for mask in packed.masks) == len(packed.ids) == len(packed.positions)
+    assert [tuple(indices.shape) for indices in packed.outputs] == [(len(ids), 3), (len(ids), 1 if cls_only else 3)]
+    for indices, dropped in zip(packed.outputs, (0, 2 if cls_only and separate else 0), strict=True):
+        positions = [0, *range(1 + dropped, LENGTH)]
+        for text, length, start in zip(ids, lengths, indices[:, 0].tolist(), strict=True):
+            kept = positions[: length - dropped]
+            assert packed.positions[start : start + len(kept)].tolist() == kept
+            assert torch.equal(packed.ids[start : start + len(kept)], text[kept])
+    seen = [mask.any(dim=2).sum(dim=-1).flatten() for mask in packed.masks]  # keys that any query sees: a text's tokens
+    for mask, tokens in zip(packed.masks, seen, strict=True):
         assert mask.shape[-1] == tokens.max() <= tokens.min() * (1 + SLACK)
 
 
@@ -267,7 +267,7 @@ def test_packed_texts_have_the_features_and_gradients_of_padded_ones(family, cor
     config = AutoConfig.for_model(family, **sizes, initializer_range=0.3)
     model = TextTower(config, corner_tokens, corner_mask, embed_dim=8).eval()
     short, long = texts([7, 5, 6, 5], corner_tokens), texts([12, 9, 12, 6, 7], corner_tokens)
-    found = model.encode(Texts(*short, cls_only=True), Texts(*long))
+    found = model.encode(TextBatch(*short, cls_only=True), TextBatch(*long))
     expected = [padded_features(model, *short)[:, :1], padded_features(model, *long)]
     parameters = dict(model.named_parameters())
     gradients = []

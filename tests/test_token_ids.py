@@ -27,7 +27,7 @@ from lotlip.data.text import split_sub_captions
 from lotlip.data.token_ids import TokenIds, read_token_ids, token_ids_path, vocabulary, write_token_ids
 from lotlip.data.tokenizer import TextTokenizer, used_tokens
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
-from lotlip.pretrain.loader import Batch, Loader, Rows
+from lotlip.pretrain.loader import Batch, BatchSlice, Loader
 from tests.conftest import TinySample, write_shards
 from tests.test_tokenizer import FAMILIES, SIZES, family, ours, texts_of_all_sorts, write_roberta  # noqa: F401 (a fixture)
 
@@ -51,7 +51,7 @@ def described(samples: list[TinySample]) -> list[TinySample]:
     ]
 
 
-def loader(shards: Path, rows: Rows, texts: dict[str, Any], workers: int, **settings: Any) -> Loader:
+def loader(shards: Path, rows: BatchSlice, texts: dict[str, Any], workers: int, **settings: Any) -> Loader:
     tokenizer = settings.pop("tokenizer", TOKENIZER)
     config = PretrainConfig(long_texts=LongTextsConfig(**texts), loader=settings)
     return Loader(shards, config, tokenizer, 3, rows, workers=workers)
@@ -104,13 +104,13 @@ def nothing_is_tokenized(monkeypatch) -> Callable[[], None]:
 @pytest.mark.parametrize(
     ("texts", "rows", "workers"),
     [
-        ({"sub_captions": 3}, Rows(8), 0),
-        ({"sub_captions": 2, "per_image": 3}, Rows(8, accumulation=2), 1),
-        ({"sub_captions": 3, "window": "across-captions"}, Rows(16, 1, 2, accumulation=4), 2),
-        ({"sub_captions": 1, "captioners": ["gpt"]}, Rows(8), 0),
-        ({"sub_captions": 9, "captioners": ["llava", "nobody"], "per_image": 2}, Rows(8), 0),
-        ({"sub_captions": 5, "captioners": ["other", "gpt"], "window": "across-captions"}, Rows(8), 0),
-        ({"sub_captions": 0}, Rows(8, accumulation=2), 0),
+        ({"sub_captions": 3}, BatchSlice(8), 0),
+        ({"sub_captions": 2, "per_image": 3}, BatchSlice(8, micro_batches=2), 1),
+        ({"sub_captions": 3, "window": "across-captions"}, BatchSlice(16, 1, 2, micro_batches=4), 2),
+        ({"sub_captions": 1, "captioners": ["gpt"]}, BatchSlice(8), 0),
+        ({"sub_captions": 9, "captioners": ["llava", "nobody"], "per_image": 2}, BatchSlice(8), 0),
+        ({"sub_captions": 5, "captioners": ["other", "gpt"], "window": "across-captions"}, BatchSlice(8), 0),
+        ({"sub_captions": 0}, BatchSlice(8, micro_batches=2), 0),
     ],
 )
 def test_batches_are_those_of_the_texts(folders, small_windows, nothing_is_tokenized, settings, texts, rows, workers):
@@ -123,14 +123,16 @@ def test_batches_are_those_of_the_texts(folders, small_windows, nothing_is_token
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_at_any_step(folders, small_windows, workers):
     without, stored = folders
-    whole = list(loader(without, Rows(8), {}, 0).steps(0, 13))
+    whole = list(loader(without, BatchSlice(8), {}, 0).steps(0, 13))
     for first in (1, 5, 6, 11):
-        assert same(list(loader(stored, Rows(8), {}, workers).steps(first, 13)), whole[first:])
+        assert same(list(loader(stored, BatchSlice(8), {}, workers).steps(first, 13)), whole[first:])
 
 
 def test_pixels_come_with_the_same_texts(folders):
     def steps(shards: Path) -> list[list[Batch]]:
-        return list(Loader(shards, PretrainConfig(), TOKENIZER, 0, Rows(8), training_transform(16), 0).steps(0, 6))
+        return list(
+            Loader(shards, PretrainConfig(), TOKENIZER, 0, BatchSlice(8), training_transform(16), 0).steps(0, 6)
+        )
 
     assert same(steps(folders[1]), steps(folders[0]))
 
@@ -139,7 +141,7 @@ def test_only_the_feature_is_read(folders, monkeypatch):
     sizes: list[int] = []
     read = os.pread
     monkeypatch.setattr(os, "pread", lambda file, size, offset: sizes.append(size) or read(file, size, offset))
-    list(loader(folders[1], Rows(8), {}, 0).steps(0, 6))
+    list(loader(folders[1], BatchSlice(8), {}, 0).steps(0, 6))
     assert sizes == [128 + 32 * 4] * 48  # the .npy of 32 numbers
 
 
@@ -147,33 +149,33 @@ def test_a_sample_without_its_feature_says_how_to_get_one(tmp_path, tiny_samples
     shards = write_shards(tmp_path, tiny_samples, 1, features=False)
     write_token_ids(shards / "train-000000.tar", BERT)
     with pytest.raises(ValueError, match=r"^sample \S+ in \S+train-000000.tar has no stored feature; set shard"):
-        next(loader(shards, Rows(8), {}, 0).steps(0, 1))
+        next(loader(shards, BatchSlice(8), {}, 0).steps(0, 1))
 
 
 def test_tars_with_and_without_token_ids_share_batches(tmp_path, tiny_samples, folders):
     mixed = write_shards(tmp_path, described(tiny_samples), 3)
     write_token_ids(mixed / "train-000001.tar", BERT)
-    expected = list(loader(folders[0], Rows(8), {}, 0).steps(0, 6))
-    assert same(list(loader(mixed, Rows(8), {}, 0).steps(0, 6)), expected)
+    expected = list(loader(folders[0], BatchSlice(8), {}, 0).steps(0, 6))
+    assert same(list(loader(mixed, BatchSlice(8), {}, 0).steps(0, 6)), expected)
 
 
 def test_ids_of_another_tokenizer_are_not_used(folders):
     without, stored = folders
     tokenizer = TextTokenizer(BERT, 24, 2, sentence_ends="unicode")
     found, expected = (
-        list(loader(path, Rows(8), {}, 0, tokenizer=tokenizer).steps(0, 6)) for path in (stored, without)
+        list(loader(path, BatchSlice(8), {}, 0, tokenizer=tokenizer).steps(0, 6)) for path in (stored, without)
     )
     assert same(found, expected)
-    assert not same(found, list(loader(stored, Rows(8), {}, 0).steps(0, 6)))
+    assert not same(found, list(loader(stored, BatchSlice(8), {}, 0).steps(0, 6)))
 
 
 def test_context_and_corner_tokens_do_not_matter(folders, nothing_is_tokenized):
     without, stored = folders
     sizes = [TextTokenizer(BERT, 9, 4), TextTokenizer(BERT, 500, 0, 2)]
-    expected = [list(loader(without, Rows(8), {}, 0, tokenizer=size).steps(0, 6)) for size in sizes]
+    expected = [list(loader(without, BatchSlice(8), {}, 0, tokenizer=size).steps(0, 6)) for size in sizes]
     nothing_is_tokenized()
     for size, batches in zip(sizes, expected, strict=True):
-        assert same(list(loader(stored, Rows(8), {}, 0, tokenizer=size).steps(0, 6)), batches)
+        assert same(list(loader(stored, BatchSlice(8), {}, 0, tokenizer=size).steps(0, 6)), batches)
 
 
 # --- what is written ----------------------------------------------------------------------------------------------
@@ -323,21 +325,21 @@ def test_files_that_cannot_be_used_are_errors(tmp_path, tiny_samples, folders):
     for data in (b"something else", b"", folders[1].joinpath("train-000000.token-ids.arrow").read_bytes()[:-100]):
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"token-ids.arrow is not a file with the token ids of a tar .*; rem"):
-            next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+            next(loader(tmp_path, BatchSlice(1), {}, 0).steps(0, 1))
     path.write_bytes(folders[1].joinpath("train-000000.token-ids.arrow").read_bytes())
     with pytest.raises(ValueError, match=r"token-ids.arrow is stale: it describes a tar of \d+ bytes, but .*; remove"):
-        next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+        next(loader(tmp_path, BatchSlice(1), {}, 0).steps(0, 1))
     batch = pa.record_batch({"key": ["a"]}).replace_schema_metadata({"bytes": str(tar.stat().st_size)})
     with pa.ipc.new_file(str(path), batch.schema) as file:
         file.write_batch(batch)
     with pytest.raises(ValueError, match=r"token-ids.arrow is not a file with the token ids of a tar .*; remove"):
-        next(loader(tmp_path, Rows(1), {}, 0).steps(0, 1))
+        next(loader(tmp_path, BatchSlice(1), {}, 0).steps(0, 1))
     assert write_token_ids(tar, BERT)
     other = one_tar(tmp_path / "other", tiny_samples[1:], {"raw": "a cat", "captions": {}})
     assert other.stat().st_size == tar.stat().st_size
     token_ids_path(other).write_bytes(path.read_bytes())
     with pytest.raises(ValueError, match=r"token-ids.arrow is stale: train-000000.tar has other samples; remove"):
-        next(loader(other.parent, Rows(1), {}, 0).steps(0, 1))
+        next(loader(other.parent, BatchSlice(1), {}, 0).steps(0, 1))
 
 
 def test_a_normaliser_that_joins_characters_is_watched_in_every_sample(tmp_path, tiny_samples, monkeypatch):

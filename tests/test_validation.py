@@ -84,7 +84,7 @@ def test_image_tower_fails_on_low_accuracy(tmp_path, accuracy):
 def test_image_tower_fails_on_features_that_are_all_alike(tmp_path):
     settings = TimmTowerConfig(kind="timm", model="vit")
     line = found(lambda report: gate_image_tower(settings, {}, np.ones((8, 4)), report), tmp_path)
-    assert "features differ from picture to picture" in line
+    assert "features differ from image to image" in line
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -124,7 +124,7 @@ def test_a_token_outside_of_the_vocabulary_is_an_error(group, tiny_world, tmp_pa
     vocabulary = read_json(tiny_world.shards / "index.json")["vocabulary"]
     world = with_index(tiny_world, tmp_path / "shards", vocabulary=[index for index in vocabulary if index != 3899])
     made = trainer(world, tmp_path)
-    message = r"a text of sample \w+-dog has the token 'dog' \(id 3899\), .* write the shards again"
+    message = r"a text of sample \w+-dog has the token 'dog' \(id 3899\), .* rewrite the shards"
     with pytest.raises(ValueError, match=message):
         list(made.loader.steps(0, 12))
 
@@ -149,4 +149,4 @@ def test_a_checkpoint_of_a_smaller_table_is_an_error(group, tiny_world, tmp_path
     rows = trainer(tiny_world, tmp_path).engine.model.word_rows
     assert rows is not None
     with pytest.raises(ValueError, match=rf"{TABLE} has shape \(5, 32\), not \({ROWS}, 32\)"):
-        rows.used(torch.zeros(5, 32))
+        rows.select(torch.zeros(5, 32))

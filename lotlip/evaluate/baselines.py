@@ -70,12 +70,12 @@ class TransformersEncoder:
     def __init__(self, name: str, folder: Path, run: Runner) -> None:
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-        from lotlip.models.saving import without_bars
+        from lotlip.models.saving import without_progress_bars
 
         self._name = name
         self._run = run
         self._weights = _weights_files(folder)
-        with _loading(name), without_bars():
+        with _loading(name), without_progress_bars():
             kind = _dual_encoder(folder)
             # `folder` is local and complete, so nothing is downloaded
             check_weights(folder)

@@ -16,21 +16,19 @@ from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 def gate_image_tower(
     settings: SceneTowerConfig | TimmTowerConfig, accuracy: Mapping[str, float], features: np.ndarray, report: Path
 ) -> list[Check]:
-    """The tower's features tell pictures apart, and the demo's tower has learned its attributes.
+    """Checks that features differ between images, and that the demo's tower has learned the attributes.
 
     Args:
-        settings: the stage's.
-        accuracy: attribute → share told right, on scenes it was not trained on; empty for a tower from elsewhere.
-        features: of a few different pictures, [n, D].
+        settings: the stage's settings.
+        accuracy: attribute → accuracy on held-out scenes; empty for a tower that was not trained here.
+        features: features of a few different images, [n, D].
         report: scratch folder.
     """
     spread = float(features.std(axis=0).max()) if np.isfinite(features).all() else None
     stage: dict[str, Any] = {"stage": "image_tower", "not_finite": int((~np.isfinite(features)).sum())}
     checks = [
         one_value("not_finite", "features have no NaN or infinity", high=0),
-        one_value(
-            "spread", "features differ from picture to picture (largest standard deviation is above 0)", low=1e-6
-        ),
+        one_value("spread", "features differ from image to image (largest standard deviation is above 0)", low=1e-6),
     ]
     if isinstance(settings, SceneTowerConfig):
         stage["accuracy"] = float(np.mean(list(accuracy.values()))) if accuracy else None

@@ -1,4 +1,4 @@
-"""Where the pretrained image tower comes from."""
+"""Selects the implementation that builds the image tower."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class TowerResult:
 
     Attributes:
         tower: in evaluation mode.
-        samples: pictures that it was trained on here, each as often as it was shown.
-        accuracy: attribute → share told right on scenes it was not trained on; small objects count where there are any.
-        history: (step, loss), once in 10 steps.
+        samples: number of images that it was trained on here; an image counts once per epoch.
+        accuracy: attribute → accuracy on held-out scenes. Attributes of small objects use scenes that have some.
+        history: (step, loss), once per 10 steps.
     """
 
     tower: ImageTower
@@ -32,13 +32,13 @@ class TowerResult:
 
 
 def make_tower(settings: ImageTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
-    """The image tower that `image_tower` of params.yaml describes.
+    """Builds the image tower that `image_tower` of params.yaml describes.
 
     Args:
-        settings: the stage's.
-        on_progress: called with (step, steps, loss) now and then where the tower is trained here.
+        settings: the stage's settings.
+        on_progress: called with (step, steps, loss) from time to time if the tower is trained here.
 
     Raises:
-        ValueError: its settings, its weights or its entry point cannot be used.
+        ValueError: the settings, the weights or the entry point cannot be used.
     """
     return implementation("lotlip.image_towers", settings.kind, _BUILT_IN)(settings, on_progress)

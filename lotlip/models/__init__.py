@@ -1,6 +1,6 @@
 """The model.
 
-To read it, start with `corner_mask` (who sees whom) and `text_tower` (features), go on with `lotlip` (both towers, as
-users call them) and `pretraining` (the features that the loss compares). The others build, prepare, save and describe
-what these are.
+Start reading at `corner_mask` (the attention mask) and `text_tower` (text features). `lotlip` joins both towers in the
+model that users load; `lotlip.pretrain.model` adds the features that the loss compares. The other modules configure the
+model, prepare its inputs, save it and describe it.
 """

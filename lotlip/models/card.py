@@ -1,4 +1,4 @@
-"""The model card: what a saved model is, how it came to be and what it scores, read from its configuration."""
+"""The model card: a saved model's architecture, origin and scores, read from its configuration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lotlip.core.section import flatten
 from lotlip.models.configuration import LotlipConfig
 
 _USE = """
-import lotlip  # makes transformers know the model
+import lotlip  # registers the model with transformers
 import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
@@ -26,20 +26,20 @@ with torch.inference_mode():
 
 
 def model_card(config: LotlipConfig) -> str:
-    """The card as Markdown with the front matter that model hubs read."""
-    about = config.provenance or {}
+    """Returns the card as Markdown, with the front matter that model hubs read."""
+    provenance = config.provenance or {}
     front = {
         "library_name": "transformers",
         "pipeline_tag": "zero-shot-image-classification",
         "tags": ["lotlip", "clip", "long-text", "image-text-retrieval"],
     }
-    title = about.get("name", "LoTLIP")
+    title = provenance.get("name", "LoTLIP")
     parts = ["---", yaml.safe_dump(front, sort_keys=False).strip(), "---", "", f"# {title}", ""]
     parts += [*_summary(config), "", "## Use", "", "```python", _USE.strip(), "```", ""]
-    parts += _scores(about.get("scores"), about.get("protocol"))
-    parts += _section("Data", about.get("data"))
-    parts += _section("Training configuration", about.get("pretraining"))
-    origin = {key: value for key, value in about.items() if isinstance(value, str | int) and key != "name"}
+    parts += _scores(provenance.get("scores"), provenance.get("protocol"))
+    parts += _section("Data", provenance.get("data"))
+    parts += _section("Training configuration", provenance.get("pretraining"))
+    origin = {key: value for key, value in provenance.items() if isinstance(value, str | int) and key != "name"}
     parts += _section("Origin", origin)
     return "\n".join(parts)
 
@@ -52,16 +52,16 @@ def _summary(config: LotlipConfig) -> Iterator[str]:
     if config.register_tokens:
         corner += f", {config.register_tokens} register tokens"
     yield (
-        "A language-image model after LoTLIP (NeurIPS 2024, [arXiv 2410.05249](https://arxiv.org/abs/2410.05249)): "
-        f"texts of up to {config.context_length} tokens and pictures in one space of {config.embed_dim} dimensions."
+        "A language-image model after LoTLIP (NeurIPS 2024, [arXiv 2410.05249](https://arxiv.org/abs/2410.05249)). "
+        f"It embeds texts of up to {config.context_length} tokens and images in {config.embed_dim} dimensions."
     )
     yield ""
     size = f"{encoder.num_hidden_layers} layers, {encoder.hidden_size} wide"
     yield f"- text tower: {encoder.model_type}, {size}; {corner}"
     resize = {
-        "crop": "the centre of a picture",
-        "squash": "the whole picture, squashed to a square",
-        "pad": "the whole picture, padded to a square",
+        "crop": "the centre of an image",
+        "squash": "the entire image, squashed to a square",
+        "pad": "the entire image, padded to a square",
     }[image.get("resize", "crop")]
     yield f"- image tower: {image['timm_model']}, {image['image_size']} pixels; it sees {resize}"
     yield f"- similarity: {config.similarity}{', logits with a bias' if config.logit_bias else ''}"
@@ -71,10 +71,10 @@ def _scores(scores: Mapping[str, Mapping[str, float]] | None, protocol: Mapping[
     if not scores:
         return ["## Scores", "", "Not evaluated yet.", ""]
     parts = ["## Scores", ""]
-    for benchmark, found in scores.items():
-        parts += [f"### {benchmark}", "", *_table(found), ""]
+    for benchmark, values in scores.items():
+        parts += [f"### {benchmark}", "", *_table(values), ""]
         if protocol and benchmark in protocol:
-            parts += ["Measured so:", "", *_table(protocol[benchmark]), ""]
+            parts += ["Protocol:", "", *_table(protocol[benchmark]), ""]
     return parts
 
 

@@ -1,4 +1,4 @@
-"""What a saved model says of itself: enough to build it, to prepare its input and to tell where it comes from."""
+"""A saved model's configuration: all that is needed to build it, prepare its inputs and trace its origin."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ class LotlipConfig(PretrainedConfig):
     """Configuration of `LotlipModel`.
 
     Args:
-        text_config: of the BERT-family encoder; its `vocab_size` counts the corner and register tokens.
+        text_config: the BERT-family encoder's; `vocab_size` includes the corner and register tokens.
         image_config: the image tower's `ImageTowerSpec`, as JSON.
-        embed_dim: D, the width of the shared space: the image tower's.
-        context_length: most tokens in a text.
+        embed_dim: D, the width of the shared space, which is the image tower's width.
+        context_length: maximum number of tokens in a text.
         corner_tokens: m (paper, section 3.2).
-        corner_mask: whether [CLS] and the corner tokens are kept apart (section 3.2).
-        register_tokens: learned tokens without a mask and a loss of their own (Table 7).
-        similarity: "cosine" of one feature each, or FILIP's "late-interaction" (arXiv 2111.07783).
+        corner_mask: whether [CLS] and the corner tokens are masked from one another (section 3.2).
+        register_tokens: learned tokens that have neither a mask nor a loss of their own (Table 7).
+        similarity: "cosine" of one feature per input, or FILIP's "late-interaction" (arXiv 2111.07783).
         logit_bias: whether the logits have a learned bias, as SigLIP's do (arXiv 2303.15343).
-        sentence_ends: where training split texts into sub-captions, as in `lotlip.data.text.split_sub_captions`; models
-            from before this field split as released.
-        provenance: how the weights came to be (training configuration, data, scores), for the model card.
+        sentence_ends: how training split texts into sub-captions, as in `lotlip.data.text.split_sub_captions`. Models
+            saved before this field existed use "released".
+        provenance: origin of the weights (training configuration, data, scores), for the model card.
     """
 
     model_type = "lotlip"

@@ -1,4 +1,4 @@
-"""Who sees whom in a text with corner tokens (paper, section 3.2)."""
+"""The attention mask of a text with corner tokens (paper, section 3.2)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from torch import Tensor
 
 
 def corner_attention_mask(lengths: Tensor, length: int, corner_tokens: int, separate: bool = True) -> Tensor:
-    """Which token sees which, from the texts' lengths alone (paper, section 3.2 and Fig. 3).
+    """Builds the attention mask from the texts' lengths (paper, section 3.2 and Fig. 3).
 
-    The tokens are `[CLS] [Cor 1] … [Cor m] words [PAD]…`. [CLS] and the corner tokens see the words and themselves but
-    never one another, so that each gathers the text apart; words never see a corner token; no one sees padding.
+    The tokens are `[CLS] [Cor 1] … [Cor m] words [PAD]…`. [CLS] and each corner token attend to the words and to
+    themselves, but not to one another, so each summarises the text independently. Words never attend to a corner token.
+    No token attends to padding.
 
     Args:
-        lengths: tokens of each text, padding not counted, [B].
-        length: tokens of a row, padding counted: L.
+        lengths: number of tokens of each text, without padding, [B].
+        length: L, the number of tokens with padding.
         corner_tokens: m.
-        separate: False gives the plain padding mask (the "mask off" ablation).
+        separate: False returns the plain padding mask (the "mask off" ablation).
 
     Returns:
-        bool, True where the query (row) sees the key (column): [B, 1, L, L], or [B, 1, 1, L] where all queries see the
-        same. In the form that scaled-dot-product attention takes.
+        bool, True where the query (row) attends to the key (column), as scaled-dot-product attention expects:
+        [B, 1, L, L], or [B, 1, 1, L] if the mask is the same for all queries.
     """
     position = torch.arange(length, device=lengths.device)
     real = (position < lengths[:, None])[:, None, None, :]  # [B, 1, 1, L]
@@ -28,8 +29,8 @@ def corner_attention_mask(lengths: Tensor, length: int, corner_tokens: int, sepa
         return real
     query, key = position[:, None], position[None, :]
     corner_query, corner_key = _is_corner(query, corner_tokens), _is_corner(key, corner_tokens)
-    seen = torch.where(corner_key, query == key, ~(corner_query & (key == 0)))  # [L, L]
-    return seen & real
+    visible = torch.where(corner_key, query == key, ~(corner_query & (key == 0)))  # [L, L]
+    return visible & real
 
 
 def _is_corner(position: Tensor, corner_tokens: int) -> Tensor:

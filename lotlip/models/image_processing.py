@@ -1,4 +1,4 @@
-"""Pictures to what the model takes, as transformers' image processors do; exactly as in training."""
+"""The image processor, in the form that transformers expects. It prepares images exactly as training does."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lotlip.models.configuration import LotlipConfig
 
 
 class LotlipImageProcessor(BaseImageProcessor):
-    """Pictures to normalised pixels: a square, resized with a bicubic filter, by default the centre (released code).
+    """Converts images to normalised square pixels: bicubic resizing, by default of the centre, as in the released code.
 
-    CLIP's own processor of transformers would cut out another centre where a side's length is odd.
+    The CLIP processor of transformers crops a different centre if a side's length is odd.
 
     Args:
-        image_size: pixels of a side.
-        image_mean: of the channels, for pixels in 0..1.
-        image_std: likewise.
-        resize: how a picture becomes a square: `crop`, `squash` or `pad`, as in `lotlip.data.images.square`. Saved
-            processors without it were trained with `crop`.
+        image_size: side of the square in pixels.
+        image_mean: mean of each channel, for pixels in 0..1.
+        image_std: standard deviation of each channel, for pixels in 0..1.
+        resize: how an image becomes a square: `crop`, `squash` or `pad`, as in `lotlip.data.images.square`. Processors
+            saved without this field belong to models trained with `crop`.
 
     Raises:
         ValueError: `resize` is unknown.
@@ -50,39 +50,38 @@ class LotlipImageProcessor(BaseImageProcessor):
         self.resize = resize
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """One picture or a list of them → `pixel_values` [B, 3, S, S] float32.
+        """Converts one image or a list of images to `pixel_values` [B, 3, S, S] float32.
 
         Args:
             images: PIL images, arrays [H, W, 3] of uint8, encoded files' bytes, paths or `data:image/…;base64,` URLs.
             return_tensors: "pt" for torch, "np" for NumPy.
-            kwargs: refused, so that no option is passed over in silence.
+            kwargs: rejected, so that no option is silently ignored.
 
         Raises:
-            ValueError: a picture cannot be read or is a web address, or an option is unknown.
+            ValueError: an image cannot be read or is a web address, or an option is unknown.
         """
         if kwargs:
             raise ValueError(
-                f"LotlipImageProcessor has no options {', '.join(kwargs)}; pictures are prepared as trained"
+                f"LotlipImageProcessor has no options {', '.join(kwargs)}; remove them, images are prepared as trained"
             )
-        pictures = self.fetch_images(images if isinstance(images, list | tuple) else [images])
+        rgb_images = self.fetch_images(images if isinstance(images, list | tuple) else [images])
         transform = image_transform(self.image_size, self.image_mean, self.image_std, self.resize)
-        pixels = np.stack([transform(picture) for picture in pictures])
+        pixels = np.stack([transform(image) for image in rgb_images])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Each picture as RGB. A processor asks for it first; transformers' own would blacken what is transparent."""
+        """Converts each image to RGB. Overrides the method of transformers, which turns transparent pixels black."""
         if isinstance(image_url_or_urls, list | tuple):
             return [self.fetch_images(image) for image in image_url_or_urls]
-        return _picture(image_url_or_urls)
+        return _as_rgb(image_url_or_urls)
 
 
-def _picture(image: Any) -> Image.Image:
-    """As RGB."""
+def _as_rgb(image: Any) -> Image.Image:
     if isinstance(image, str) and image.lower().startswith(("http://", "https://")):
-        # transformers would fetch it without any limit of size, pixels or time
-        raise ValueError(f"{image} is a web address; download the picture, and give its bytes or its path")
+        # transformers would download it without limits on size, pixels or time
+        raise ValueError(f"{image} is a web address; download the image, and pass its bytes or its path")
     if isinstance(image, str) and image.startswith("data:image/"):
-        return decode_rgb(_data_of(image))
+        return decode_rgb(_decode_data_url(image))
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, bytes):
@@ -92,24 +91,22 @@ def _picture(image: Any) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(
-            f"an array of {array.dtype} and shape {list(array.shape)} is no picture; give uint8 [height, width, 3]"
+            f"an array of {array.dtype} and shape {list(array.shape)} is not an image; pass uint8 [height, width, 3]"
         )
     return Image.fromarray(array)
 
 
-def _data_of(url: str) -> bytes:
-    """The bytes in a `data:image/…;base64,` URL."""
+def _decode_data_url(url: str) -> bytes:
+    """Returns the bytes in a `data:image/…;base64,` URL."""
     head, comma, data = url.partition(",")
     if not comma or not head.endswith(";base64"):
-        raise ValueError(f"{url[:40]!r}… is not a base64 data URL; give the picture's bytes or its path")
+        raise ValueError(f"{url[:40]!r}… is not a base64 data URL; pass the image's bytes or its path")
     try:
         return base64.b64decode("".join(data.split()), validate=True)
     except ValueError as error:
-        raise ValueError(
-            f"{url[:40]!r}… is not valid base64 ({error}); give the picture's bytes or its path"
-        ) from error
+        raise ValueError(f"{url[:40]!r}… is not valid base64 ({error}); pass the image's bytes or its path") from error
 
 
-# transformers looks for a torchvision backend first, and would warn that it takes another
+# transformers looks for a torchvision backend first, and warns if it has to use another one
 _BACKENDS: dict[str, type] = {"pil": LotlipImageProcessor, "torchvision": LotlipImageProcessor}
 AutoImageProcessor.register(LotlipConfig, image_processor_classes=_BACKENDS, exist_ok=True)

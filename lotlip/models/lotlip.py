@@ -1,4 +1,4 @@
-"""The dual encoder as a Hugging Face model: an image tower, the text tower and their temperature."""
+"""The dual encoder as a Hugging Face model: the image tower, the text tower and the temperature."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.packing import Texts
+from lotlip.models.packing import TextBatch
 from lotlip.models.text_tower import TextTower
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.objectives.similarity import cosine, late_interaction
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 MAX_LOGIT_SCALE = math.log(100)
-# SigLIP's (arXiv 2303.15343, section 3.2): nearly all pairs are negative, and the bias says so from the start.
+# From SigLIP (arXiv 2303.15343, section 3.2): nearly all pairs are negative, and the initial bias reflects that.
 INITIAL_SIGMOID_SCALE, INITIAL_LOGIT_BIAS = math.log(10), -10.0
 
 
 @dataclass
 class LotlipOutput(ModelOutput):
-    """What `LotlipModel` returns, by the names that CLIP models use.
+    """Output of `LotlipModel`, with the field names of CLIP models.
 
     Attributes:
-        loss: of contrasting image i with text i, [1]; None unless it was asked for.
+        loss: contrastive loss in which image i matches text i, [1]; None unless `return_loss` is set.
         logits_per_image: scaled similarities, [I, T].
-        logits_per_text: the same seen from the texts, [T, I].
+        logits_per_text: scaled similarities from text to image, [T, I].
         text_embeds: normalised [CLS] features, [T, D].
         image_embeds: normalised features, [I, D].
     """
@@ -55,8 +55,8 @@ class LotlipModel(PreTrainedModel):
     """LoTLIP's two towers (paper, section 3).
 
     Args:
-        config: of the model.
-        image_tower: False leaves the image tower out, for training on its stored features.
+        config: configuration of the model.
+        image_tower: False builds the model without the image tower, to train on its stored features.
     """
 
     config: LotlipConfig
@@ -70,7 +70,7 @@ class LotlipModel(PreTrainedModel):
         super().__init__(config)
         self.text = TextTower(config.text_config, config.corner_tokens, config.corner_mask, config.embed_dim)
         scale = INITIAL_SIGMOID_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE
-        self.logit_scale = nn.Parameter(torch.full((1,), scale))  # DeepSpeed takes no 0-d parameters
+        self.logit_scale = nn.Parameter(torch.full((1,), scale))  # DeepSpeed does not support 0-d parameters
         self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS)) if config.logit_bias else None
         self.image: ImageTower | None = None
         if image_tower:
@@ -80,7 +80,7 @@ class LotlipModel(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: each tower has initialised its own weights."""
+        """Does nothing: each tower initialises its own weights."""
 
     @property
     def image_tower(self) -> ImageTower:
@@ -96,63 +96,63 @@ class LotlipModel(PreTrainedModel):
     # --- features -------------------------------------------------------------------------------------------------
 
     def encode_text(self, input_ids: Tensor, lengths: Tensor, cls_only: bool = False) -> Tensor:
-        """Normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2).
+        """Returns normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2).
 
         Args:
             input_ids: [B, L], padded at the end.
-            lengths: tokens of each text, [B].
-            cls_only: only [CLS]'s are wanted, [B, 1, D], which takes less where it sees no corner token.
+            lengths: number of tokens of each text, [B].
+            cls_only: return the features of [CLS] only, [B, 1, D]; this is faster if [CLS] sees no corner token.
         """
-        return normalize(self.text.encode(Texts(input_ids, lengths, cls_only))[0], dim=-1)
+        return normalize(self.text.encode(TextBatch(input_ids, lengths, cls_only))[0], dim=-1)
 
     def encode_text_tokens(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Normalised features of every token [B, L, D], and which are no padding [B, L] (FILIP, section 3.1)."""
+        """Returns normalised features of all tokens [B, L, D] and the padding mask [B, L] (FILIP, section 3.1)."""
         features = self.text.features(self.text.hidden_states(input_ids, lengths))
         return normalize(features, dim=-1), torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
-        """The image tower's normalised [CLS] feature, [B, D], from pixels [B, 3, S, S]."""
+        """Returns the image tower's normalised [CLS] features, [B, D], from pixels [B, 3, S, S]."""
         return normalize(self.image_tower(pixel_values), dim=-1)
 
     def encode_image_patches(self, pixel_values: Tensor) -> Tensor:
-        """Normalised features of every patch, [B, P, D], from pixels [B, 3, S, S] (FILIP, section 3.1)."""
+        """Returns normalised features of all patches, [B, P, D], from pixels [B, 3, S, S] (FILIP, section 3.1)."""
         tower = self.image_tower
         return normalize(tower.patches(tower.hidden_states(pixel_values)), dim=-1)
 
     @property
     def scale(self) -> Tensor:
-        """What similarities are multiplied by, [1]: the temperature's inverse, at most 100 as in CLIP (not SigLIP)."""
+        """Inverse temperature that multiplies similarities, [1]: at most 100, as in CLIP; unlimited for SigLIP."""
         return (self.logit_scale if self.config.logit_bias else self.logit_scale.clamp(max=MAX_LOGIT_SCALE)).exp()
 
-    # --- what users of CLIP models call -----------------------------------------------------------------------------
+    # --- the interface of transformers' CLIP models -----------------------------------------------------------------
 
     @can_return_tuple
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Texts' features for short and long text alike: those of [CLS] (paper, section 4).
+        """Returns the [CLS] features of short or long texts (paper, section 4).
 
         Args:
-            input_ids: [B, L], padded at the end, as `LotlipProcessor` or the saved tokenizer makes them.
-            attention_mask: 1 for tokens and 0 for padding, [B, L]; without one, the padding token's id tells.
-            kwargs: `return_dict`, as of every model.
+            input_ids: [B, L], padded at the end, from `LotlipProcessor` or the saved tokenizer.
+            attention_mask: 1 for tokens and 0 for padding, [B, L]; None: derived from the padding token's id.
+            kwargs: `return_dict`, as for every model of transformers.
 
         Returns:
             `pooler_output`: normalised, [B, D]; `last_hidden_state`: the encoder's, [B, L, H].
 
         Raises:
-            ValueError: texts are padded anywhere but at the end.
+            ValueError: texts are not padded at the end.
         """
         hidden = self.text.hidden_states(input_ids, self._lengths(input_ids, attention_mask))
         return BaseModelOutputWithPooling(hidden, normalize(self.text.features(hidden[:, 0]), dim=-1))
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Pictures' features.
+        """Returns the features of images.
 
         Args:
-            pixel_values: [B, 3, S, S], as `LotlipProcessor` makes them.
-            kwargs: `return_dict`, as of every model.
+            pixel_values: [B, 3, S, S], from `LotlipProcessor`.
+            kwargs: `return_dict`, as for every model of transformers.
 
         Returns:
             `pooler_output`: normalised, [B, D]; `last_hidden_state`: the image tower's, [B, T, D].
@@ -169,14 +169,14 @@ class LotlipModel(PreTrainedModel):
         return_loss: bool | None = None,
         **kwargs: Any,
     ) -> LotlipOutput:
-        """How well each picture fits each text.
+        """Scores every image against every text.
 
         Args:
             input_ids: [T, L], as in `get_text_features`.
             pixel_values: [I, 3, S, S].
             attention_mask: [T, L].
-            return_loss: also the loss of image i belonging to text i; then I = T.
-            kwargs: `return_dict`, as of every model.
+            return_loss: also return the contrastive loss in which image i matches text i; requires I = T.
+            kwargs: `return_dict`, as for every model of transformers.
         """
         lengths = self._lengths(input_ids, attention_mask)
         hidden = self.image_tower.hidden_states(pixel_values)
@@ -196,7 +196,7 @@ class LotlipModel(PreTrainedModel):
         return LotlipOutput(loss, per_image, per_text.T, texts, images)
 
     def _loss(self, images: Tensor, texts: Tensor, text_mask: Tensor | None) -> Tensor:
-        """The contrastive loss of one text for each image."""
+        """Returns the contrastive loss with one text per image."""
         return lotlip_loss(
             images,
             texts[:, None],
@@ -207,7 +207,7 @@ class LotlipModel(PreTrainedModel):
         )["loss"]
 
     def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Tokens of each text, [B]."""
+        """Returns the number of tokens of each text, [B]."""
         if attention_mask is None:
             attention_mask = input_ids != self.config.text_config.pad_token_id
         lengths = attention_mask.sum(dim=1)
@@ -222,7 +222,9 @@ class LotlipModel(PreTrainedModel):
         if kwargs.get("is_main_process", True):
             card = Path(save_directory) / "README.md"
             card.write_text(model_card(self.config), encoding="utf-8")
-            for weights in card.parent.glob("*.safetensors"):  # written for their owner alone, unlike all the rest
+            for weights in card.parent.glob(
+                "*.safetensors"
+            ):  # created readable by their owner only, unlike the other files
                 weights.chmod(card.stat().st_mode)
 
 

@@ -1,4 +1,4 @@
-"""Texts and pictures to what the model takes, as transformers' processors do; exactly as in training."""
+"""The processor for texts and images, in the form that transformers expects. It works exactly as training does."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from lotlip.models.image_processing import LotlipImageProcessor
 
 
 class LotlipProcessor(ProcessorMixin):
-    """`processor(text=…, images=…, return_tensors="pt")` gives what `LotlipModel` takes.
+    """`processor(text=…, images=…, return_tensors="pt")` returns the inputs of `LotlipModel`.
 
-    Texts are padded to the longest and cut at the context length unless it is told otherwise.
+    By default, texts are padded to the longest and truncated at the context length.
     """
 
     text_kwargs = {"padding": True, "truncation": True}  # noqa: RUF012 (transformers' own type)
@@ -32,20 +32,20 @@ class LotlipProcessor(ProcessorMixin):
 
     @classmethod
     def build(cls, tokenizer: TextTokenizer, config: LotlipConfig) -> LotlipProcessor:
-        """The processor of a model.
+        """Builds the processor of a model.
 
         Args:
-            tokenizer: of the model.
-            config: its image tower says how pictures are prepared.
+            tokenizer: the model's tokenizer.
+            config: the model's configuration; its `image_config` defines how images are prepared.
         """
-        image = config.image_config  # an ImageTowerSpec would import timm, which takes 2 s
+        image = config.image_config  # building an ImageTowerSpec would import timm, which takes 2 s
         with temporary_folder("tokenizer") as folder:
             tokenizer.save(folder)
-            of_text = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        of_images = LotlipImageProcessor(
+            fast_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
+        image_processor = LotlipImageProcessor(
             image["image_size"], image.get("mean", MEAN), image.get("std", STD), image.get("resize", "crop")
         )
-        return cls(of_images, of_text)
+        return cls(image_processor, fast_tokenizer)
 
 
 AutoProcessor.register(LotlipConfig, LotlipProcessor, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Folders in Hugging Face layout: configuration, weights, processor and model card."""
+"""Saves and loads models in the Hugging Face layout: configuration, weights, processor and model card."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ def save_model(
     folder: Path,
     image_tower: Path | None,
 ) -> None:
-    """Writes a whole model, which needs nothing else: processor, both towers, card.
+    """Writes a self-contained model: processor, both towers and card.
 
     Args:
-        config: of the model.
-        weights: as trained, fp32.
-        tokenizer: of the model.
+        config: the model's configuration.
+        weights: trained weights, fp32.
+        tokenizer: the model's tokenizer.
         folder: where to write.
-        image_tower: folder of the frozen tower, as `save_image_tower` left it, when its weights are not in `weights`.
+        image_tower: folder of the frozen tower, written by `save_image_tower`; None if `weights` include the tower.
     """
     frozen = read_weights(image_tower / "model.safetensors") if image_tower else {}
     image = {f"image.{name}": weight for name, weight in frozen.items()}
-    # a trained module may be rounded to bf16, and its config would tell readers to round the weights, too
-    with without_bars():
+    # a trained module may be in bf16, and its config would then make readers round the fp32 weights
+    with without_progress_bars():
         LotlipModel(config, image_tower=False).save_pretrained(folder, state_dict={**image, **weights})
     LotlipProcessor.build(tokenizer, config).save_pretrained(folder)
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """transformers' progress bars are for files of many GB; whoever wants them elsewhere keeps them."""
+def without_progress_bars() -> Iterator[None]:
+    """Disables the progress bars of transformers, which suit files of many GB, and restores them afterwards."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -58,26 +58,30 @@ def without_bars() -> Iterator[None]:
 
 
 def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
-    """A saved model, ready to evaluate, and its tokenizer.
+    """Loads a saved model in evaluation mode, and its tokenizer.
 
     Raises:
-        ValueError: the folder has no model, weights are missing in it, left over, damaged or not finite, or its
-            configuration and its tokenizer split sentences differently.
+        ValueError: the folder has no model; weights are missing, unexpected, damaged or not finite; or the
+            configuration and the tokenizer split sentences differently.
     """
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} has no model: config.json is not there")
+        raise ValueError(f"{folder} has no model: config.json is missing")
     kind = read_json(folder / "config.json").get("model_type")
     if kind != LotlipConfig.model_type:
         raise ValueError(f"{folder} has a model of type {kind!r}, not a {LotlipConfig.model_type} model")
     check_weights(folder)
-    with without_bars():
+    with without_progress_bars():
         loaded: Any = LotlipModel.from_pretrained(
             folder, output_loading_info=True, trust_remote_code=False, weights_only=True
         )
     model, info = loaded
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise ValueError(f"{folder} does not hold this model's weights: {wrong}")
+    mismatches = {
+        kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]
+    }
+    if mismatches:
+        raise ValueError(
+            f"the weights in {folder} do not match its config.json: {mismatches}; restore the files of one model"
+        )
     check_finite(model.named_parameters(), f"in {folder}")
     config = model.config
     ends = as_sentence_ends(config.sentence_ends, str(folder / "config.json"))
@@ -86,15 +90,15 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     if saved not in (None, ends):
         raise ValueError(
             f"{folder}: sentence_ends is {ends!r} in config.json, but tokenizer.json splits sentences as {saved!r}; "
-            "restore the two files of one model"
+            "restore both files of the same model"
         )
     return model.eval(), tokenizer
 
 
-def copy_with_provenance(folder: Path, out: Path, more: Mapping[str, Any]) -> None:
-    """Copies a saved model and tells more of where it comes from, such as its scores; weights stay as they are."""
+def copy_with_provenance(folder: Path, out: Path, entries: Mapping[str, Any]) -> None:
+    """Copies a saved model and adds entries to its provenance, such as its scores. The weights do not change."""
     shutil.copytree(folder, out)
     config = LotlipConfig.from_pretrained(folder, trust_remote_code=False)
-    config.provenance = {**(config.provenance or {}), **more}
+    config.provenance = {**(config.provenance or {}), **entries}
     config.save_pretrained(out)
     (out / "README.md").write_text(model_card(config), encoding="utf-8")

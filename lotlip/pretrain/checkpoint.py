@@ -1,11 +1,10 @@
-"""Checkpoints that any number of processes, under any ZeRO stage, goes on from: safetensors and JSON, no pickle.
+"""Checkpoints in safetensors and JSON, without pickle, that any number of processes and any ZeRO stage can resume.
 
-Whatever training draws at random it draws from seed and step, and the learning rate follows from the step: so weights,
-the optimizer's two moments and the step are all there is to keep. DeepSpeed's own checkpoints come in pieces, as many
-as there were processes.
+Random numbers are derived from seed and step, and the learning rate from the step. So a checkpoint contains only the
+weights, the optimizer's two moments and the step. DeepSpeed's own checkpoints have one piece per process instead.
 
-Each checkpoint has a file of hashes, `sha256.json`, over all of its other files. A checkpoint that does not match its
-hashes is skipped when training resumes, and the one before it is loaded.
+Each checkpoint has a file, `sha256.json`, with the hashes of its other files. When training resumes, a checkpoint that
+does not match its hashes is skipped, and the one before it is loaded.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ from lotlip.data.weights import open_weights
 KEPT = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HASHES = "sha256.json"
-FILES = ("state.json", *(f"{name}.safetensors" for name in ("weights", *MOMENTS)))  # of a checkpoint, beside HASHES
+FILES = ("state.json", *(f"{name}.safetensors" for name in ("weights", *MOMENTS)))  # of a checkpoint, besides HASHES
 _NAME = "step-{:09d}"
 
 
 class Checkpoints:
-    """The checkpoints of a run in one folder, each whole or not there.
+    """The checkpoints of a run, each written atomically.
 
     Args:
-        folder: in which each is a folder `step-…`. All processes see it; the first one writes.
+        folder: contains one folder `step-…` per checkpoint. All processes read it; the first process writes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,60 +42,60 @@ class Checkpoints:
         self._damaged: list[Path] = []
 
     def newest(self) -> Path | None:
-        """The one of the latest step; None where there is none."""
-        return max(self._all(), default=None)
+        """Returns the checkpoint of the latest step; None if there is none."""
+        return max(self._folders(), default=None)
 
-    def save(self, engine: Any, step: int, more: dict[str, Any]) -> None:
-        """Writes a checkpoint and removes those that are too old. Every process has to call it.
+    def save(self, engine: Any, step: int, extra: dict[str, Any]) -> None:
+        """Writes a checkpoint and removes all but the newest `KEPT`. Every process must call it.
 
         Args:
-            engine: of DeepSpeed.
-            step: optimizer steps that were done.
-            more: what else is to be kept, as plain JSON.
+            engine: DeepSpeed's engine.
+            step: number of optimizer steps done.
+            extra: further state to save, as plain JSON.
 
         Raises:
-            FloatingPointError: a weight or moment is not finite; the earlier checkpoints stay.
+            FloatingPointError: a weight or moment is not finite; earlier checkpoints are kept.
             OSError: the first process could not write it.
         """
         weights, moments = full_weights(engine), _full_moments(engine)
-        by_first_process(lambda: self._write({"weights": weights, **moments}, step, more))
+        by_first_process(lambda: self._write({"weights": weights, **moments}, step, extra))
 
-    def _write(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, more: dict[str, Any]) -> None:
+    def _write(self, parts: Mapping[str, Mapping[str, Tensor]], step: int, extra: dict[str, Any]) -> None:
         require_finite(parts.values(), step)
         # hashing takes longer than writing, so each file is hashed while the next ones are written
         with atomic_write(self.folder / _NAME.format(step)) as partial, ThreadPoolExecutor(len(FILES)) as pool:
             partial.mkdir(parents=True)
-            write_json(partial / "state.json", {"step": step, **more})
+            write_json(partial / "state.json", {"step": step, **extra})
             hashes = {"state.json": pool.submit(sha256_files, [partial / "state.json"])}
             for name, values in parts.items():
                 file = partial / f"{name}.safetensors"
                 save_file(dict(values), file)
                 hashes[file.name] = pool.submit(sha256_files, [file])
-            write_json(partial / HASHES, {name: found.result() for name, found in hashes.items()})
-            for path in [*partial.iterdir(), partial]:  # on disk before it takes its name
+            write_json(partial / HASHES, {name: future.result() for name, future in hashes.items()})
+            for path in [*partial.iterdir(), partial]:  # flush to disk before the rename
                 _sync(path)
         _sync(self.folder)
-        for damaged in self._damaged:  # so that none of them takes the place of an intact one
+        for damaged in self._damaged:  # damaged checkpoints must not count towards KEPT
             if damaged.name != _NAME.format(step):
                 remove(damaged)
         self._damaged.clear()
-        for old in sorted(self._all())[:-KEPT]:
+        for old in sorted(self._folders())[:-KEPT]:
             remove(old)
 
     def load(self, engine: Any) -> dict[str, Any] | None:
-        """Loads the newest intact checkpoint into an engine that has made no step yet. Every process has to call it.
+        """Loads the newest intact checkpoint into an engine that has done no step yet. Every process must call it.
 
-        Damaged checkpoints are skipped with a warning. All processes load the same one: a checkpoint counts as intact
-        only if each of them reads it as it was written.
+        Damaged checkpoints are skipped with a warning. All processes load the same checkpoint: it counts as intact only
+        if the hashes match in every process.
 
         Returns:
-            `step`, and what else was kept; None if there is no intact checkpoint.
+            `step` and the further state; None if there is no intact checkpoint.
 
         Raises:
-            ValueError: a checkpoint is of another model.
+            ValueError: a checkpoint belongs to another model.
         """
-        # one process's view of a shared folder may be older than another's
-        folders = _of_first_process(sorted(self._all(), reverse=True))
+        # on a shared file system, one process may see an older listing than another
+        folders = _broadcast(sorted(self._folders(), reverse=True))
         for folder in folders:
             problem = _first_problem(damage(folder))
             if problem:
@@ -105,8 +104,8 @@ class Checkpoints:
                 continue
             try:
                 state = read_json(folder / "state.json")
-                _put(engine, folder, state["step"])
-            except Exception as error:  # safetensors, JSON and torch each have errors of their own
+                _load_into(engine, folder, state["step"])
+            except Exception as error:  # safetensors, JSON and torch raise different types
                 raise ValueError(
                     f"cannot resume from checkpoint {folder}: {error}; remove the folder to resume from an earlier "
                     "checkpoint, or to start again if there is none"
@@ -121,17 +120,17 @@ class Checkpoints:
             print(f"warning: skipped damaged checkpoint {folder}: {problem}", flush=True)
 
     def remove(self) -> None:
-        """Removes them all: the run is over."""
+        """Removes all checkpoints after the run has finished."""
         remove(self.folder)
 
-    def _all(self) -> list[Path]:
+    def _folders(self) -> list[Path]:
         return list(self.folder.glob("step-*[0-9]"))
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint on disk: the first file that does not match its hash; None if it is intact.
+    """Describes the first file of a checkpoint that does not match its hash; returns None if all match.
 
-    A changed file of hashes does not match the files either, so it needs no hash of its own.
+    The file of hashes needs no hash: if it is damaged, it does not match the files.
     """
     try:
         hashes = read_json(folder / HASHES)
@@ -150,31 +149,31 @@ def require_finite(parts: Iterable[Mapping[str, Tensor]], step: int) -> None:
     """Checks weights and moments after a step.
 
     Raises:
-        FloatingPointError: one has NaN or infinity.
+        FloatingPointError: one contains NaN or infinity.
     """
     broken = sorted(name for part in parts for name, value in part.items() if not value.isfinite().all())
     if broken:
-        raise FloatingPointError(f"{len(broken)} weights are no numbers after step {step}, such as {broken[0]}")
+        raise FloatingPointError(f"{len(broken)} weights are not finite after step {step}, such as {broken[0]}")
 
 
 def by_first_process(work: Callable[[], None]) -> None:
-    """Has the first process do some work while the others wait. Every process has to call it.
+    """Runs `work` in the first process while the others wait. Every process must call it.
 
-    If the work fails, every process raises the error. Otherwise the others would wait for `peer_timeout_seconds`.
+    If the work fails, every process raises the error, so that none waits for `peer_timeout_seconds`.
     """
     error = None
     if dist.get_rank() == 0:
         try:
             work()
-        except Exception as found:
-            error = found
-    error = _of_first_process(error)
+        except Exception as raised:
+            error = raised
+    error = _broadcast(error)
     if error is not None:
         raise error
 
 
-def _of_first_process(value: Any) -> Any:
-    """The first process's value, in all processes."""
+def _broadcast(value: Any) -> Any:
+    """Returns the first process's value in all processes."""
     if dist.get_world_size() == 1:
         return value
     shared = [value]
@@ -183,72 +182,75 @@ def _of_first_process(value: Any) -> Any:
 
 
 def _first_problem(problem: str | None) -> str | None:
-    """The problem of the first process that has one, in all processes; None if none has one."""
+    """Returns, in all processes, the problem of the first process that has one; None if no process has one."""
     if dist.get_world_size() == 1:
         return problem
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
-    return next((found for found in problems if found), None)
+    return next((reported for reported in problems if reported), None)
 
 
 def full_weights(engine: Any) -> dict[str, Tensor]:
-    """Every trained weight in fp32 on the CPU: the optimizer's own copy where the model is rounded or split.
+    """Returns the trained weights in fp32 on the CPU, from the optimizer's copy if the model is in bf16 or partitioned.
 
-    Every process has to call it, and the first one gets all of them, the whole table of word embeddings among them.
+    Every process must call it. The first process gets all weights, including the full table of word embeddings.
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     for name, parameter in engine.module.named_parameters():
         value = safe_get_full_fp32_param(parameter)
-        _keep(found, name, parameter if value is None else value)
+        _collect(weights, name, parameter if value is None else value)
     rows = engine.module.word_rows
-    if rows is not None and rows.name in found:
-        found[rows.name] = rows.whole(found[rows.name], engine.global_steps)
-    return found
+    if rows is not None and rows.name in weights:
+        weights[rows.name] = rows.full(weights[rows.name], engine.global_steps)
+    return weights
 
 
 def _full_moments(engine: Any) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's two moments of every weight, as `full_weights` gives these."""
+    """Returns the optimizer's two moments of every weight, in the same form as `full_weights`."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link_moments(engine)
-    found: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     for name, parameter in engine.module.named_parameters():
         for moment in MOMENTS:
             if _is_split(parameter):
                 value = safe_get_full_optimizer_state(parameter, moment)
             else:
                 value = engine.optimizer.state[parameter][moment]
-            _keep(found[moment], name, value)
+            _collect(moments[moment], name, value)
     rows = engine.module.word_rows
     if rows is not None:
-        for moments in found.values():
-            if rows.name in moments:
-                moments[rows.name] = rows.whole_moment(moments[rows.name])
-    return found
+        for values in moments.values():
+            if rows.name in values:
+                values[rows.name] = rows.full_moment(values[rows.name])
+    return moments
 
 
-def _keep(found: dict[str, Tensor], name: str, value: Tensor) -> None:
+def _collect(values: dict[str, Tensor], name: str, value: Tensor) -> None:
+    """Adds a value to `values` in the first process."""
     if dist.get_rank() == 0:
-        found[name] = value.detach().float().cpu().contiguous()
+        values[name] = value.detach().float().cpu().contiguous()
 
 
 def _is_split(parameter: nn.Parameter) -> bool:
-    """Whether ZeRO holds the parameter's fp32 copy and its optimizer states, in pieces."""
+    """Returns whether ZeRO partitions the parameter's fp32 copy and its optimizer states."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
 
 def _link_moments(engine: Any) -> None:
-    """DeepSpeed (0.19) looks for the moments once, when its first parameter group has stepped and the others have not
-    yet, and so misses theirs; it is made to look again."""
+    """Makes DeepSpeed link the moments of all parameters.
+
+    DeepSpeed 0.19 links them once, after the step of the first parameter group, and so misses the other groups.
+    """
     if hasattr(engine.optimizer, "_hp_optimizer_states_linked"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _put(engine: Any, folder: Path, step: int) -> None:
-    _make_states(engine, step)
+def _load_into(engine: Any, folder: Path, step: int) -> None:
+    _create_states(engine, step)
     _link_moments(engine)
     parameters = dict(engine.module.named_parameters())
     rows = engine.module.word_rows
@@ -257,35 +259,35 @@ def _put(engine: Any, folder: Path, step: int) -> None:
             missing = sorted(parameters.keys() ^ set(tensors.keys()))
             if missing:
                 raise ValueError(
-                    f"{len(missing)} weights are in one of model and {file}.safetensors only: {missing[0]}"
+                    f"{len(missing)} weights are only in the model or only in {file}.safetensors, such as {missing[0]}"
                 )
             for name, parameter in parameters.items():
                 value = tensors.get_tensor(name)
                 if rows is not None and name == rows.name:
-                    value = rows.used(value)
-                _set(engine, parameter, value, None if file == "weights" else file)
+                    value = rows.select(value)
+                _assign(engine, parameter, value, None if file == "weights" else file)
     engine.global_steps = step
     engine.micro_steps = step * engine.gradient_accumulation_steps()
 
 
-def _make_states(engine: Any, step: int) -> None:
-    """The optimizer's states, which AdamW would make at its first step."""
+def _create_states(engine: Any, step: int) -> None:
+    """Creates the optimizer's states, which AdamW otherwise creates in its first step."""
     zero = engine.optimizer
     inner = getattr(zero, "optimizer", zero)
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
-        held = zero.fp32_partitioned_groups_flat
+        parameters = zero.fp32_partitioned_groups_flat
     else:
-        held = [parameter for group in inner.param_groups for parameter in group["params"]]
-    for value in held:
+        parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for value in parameters:
         inner.state[value] = {moment: torch.zeros_like(value) for moment in MOMENTS}
         inner.state[value]["step"] = torch.tensor(float(step), device=value.device)
 
 
-def _set(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
-    """Writes a weight, or one of its moments, into what this process holds of it."""
+def _assign(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+    """Writes a weight, or one of its moments, into this process's part of it."""
     value = value.to(parameter.device)
     if hasattr(parameter, "ds_id"):
-        _set_stage_3(parameter, value, moment)
+        _assign_stage_3(parameter, value, moment)
         return
     expected = tuple(parameter.shape)
     if tuple(value.shape) != expected:
@@ -304,18 +306,18 @@ def _set(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None
             parameter.copy_(value)
 
 
-def _set_stage_3(parameter: Any, value: Tensor, moment: str | None) -> None:
+def _assign_stage_3(parameter: Any, value: Tensor, moment: str | None) -> None:
     from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     piece = safe_get_local_fp32_param(parameter).numel()
     padded = torch.zeros(piece * dist.get_world_size(), device=value.device)
     padded[: value.numel()] = value.flatten()
-    own = padded[piece * dist.get_rank() :][:piece]
+    local = padded[piece * dist.get_rank() :][:piece]
     if moment:
-        safe_set_local_optimizer_state(parameter, own, moment)
+        safe_set_local_optimizer_state(parameter, local, moment)
     else:
-        safe_set_local_fp32_param(parameter, own)
-        parameter.ds_tensor.data.copy_(own)
+        safe_set_local_fp32_param(parameter, local)
+        parameter.ds_tensor.data.copy_(local)
 
 
 def _sync(path: Path) -> None:

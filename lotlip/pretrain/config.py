@@ -1,4 +1,4 @@
-"""The stage that trains: texts, images, loss, optimizer, launch."""
+"""Settings of the pretrain stage: texts, images, loss and optimizer."""
 
 from __future__ import annotations
 
@@ -13,34 +13,36 @@ from lotlip.data.text import Window
 
 
 class PositionInterpolation(Section):
-    """Long-CLIP's longer context: trained positions are stretched, the best trained ones kept as they are.
+    """Long-CLIP's longer context: interpolates trained positions, and keeps the first ones, which are trained best.
 
     arXiv 2403.15378, section 3.1; the defaults are its 77 → 248 positions.
     """
 
-    positions: Annotated[int, Field(ge=2)] = Field(77, description="that were trained, of the pretrained text tower")
-    keep: NonNegative = Field(20, description="first positions that stay as they are")
-    factor: Count = Field(4, description="new positions for each of the others")
+    positions: Annotated[int, Field(ge=2)] = Field(
+        77, description="number of trained positions of the pretrained text tower"
+    )
+    keep: NonNegative = Field(20, description="number of first positions that are not interpolated")
+    factor: Count = Field(4, description="number of new positions for each of the others")
 
     @property
     def interpolated(self) -> int:
-        """How many positions there are afterwards."""
+        """Number of positions after interpolation."""
         return self.keep + (self.positions - self.keep) * self.factor
 
     @model_validator(mode="after")
-    def _some_left_to_stretch(self) -> PositionInterpolation:
+    def _positions_left(self) -> PositionInterpolation:
         if self.keep >= self.positions:
-            raise ValueError(f"keep {self.keep} leaves none of {self.positions} positions to stretch; set it lower")
+            raise ValueError(f"keep {self.keep} leaves none of {self.positions} positions to interpolate; set it lower")
         return self
 
 
-# Model types of transformers that can be the text tower: their attention takes a mask for each pair of tokens.
+# Model types of transformers that can be the text tower: their attention supports a mask for each pair of tokens.
 TEXT_MODELS = (
     "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "nomic_bert", "lotlip",
 )  # fmt: skip
 
-# Options of transformers' from_pretrained. Beside fields of a configuration they would say what is loaded, from where,
-# and whether the code that comes with it is run.
+# Options of transformers' from_pretrained. Among the fields of a configuration they would control what is loaded, from
+# where, and whether its code is run.
 LOADING_OPTIONS = frozenset(
     [
         "adapter_kwargs",
@@ -97,42 +99,45 @@ LOADING_OPTIONS = frozenset(
 
 
 def loading_options(config: Any, under: str = "") -> list[str]:
-    """Keys of a nested configuration that are `LOADING_OPTIONS`, or private, as dotted names."""
+    """Returns the keys of a nested configuration that are private or in `LOADING_OPTIONS`, as dotted names."""
     if isinstance(config, list):
         return [name for item in config for name in loading_options(item, under)]
     if not isinstance(config, dict):
         return []
-    own = [f"{under}{key}" for key in config if str(key) in LOADING_OPTIONS or str(key).startswith("_")]
-    return own + [name for key, value in config.items() for name in loading_options(value, f"{under}{key}.")]
+    options = [f"{under}{key}" for key in config if str(key) in LOADING_OPTIONS or str(key).startswith("_")]
+    return options + [name for key, value in config.items() for name in loading_options(value, f"{under}{key}.")]
 
 
 class TextTowerConfig(Section):
     """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
 
     tokenizer: str = Field(
-        "bert-base-uncased", description="of a BERT-family model: bert-base-uncased, a tokenizer.json or its folder"
+        "bert-base-uncased",
+        description="tokenizer of a BERT-family model: bert-base-uncased, a tokenizer.json or its folder",
     )
     pretrained: str | None = Field(
         None,
-        description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or of an ablation with a "
-        "model for each seed; without one, `config`",
+        description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or folder of an ablation "
+        "with a model for each seed; null: a new model, from `config`",
     )
     revision: Commit | None = Field(
-        None, description="the hub's commit of `pretrained`; without one, whatever the hub has; none for a folder"
+        None, description="commit of `pretrained` on the hub; null: the newest; not allowed for a folder"
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="of transformers' BertConfig; what is not named is BERT-base's"
+        default_factory=dict, description="fields of transformers' BertConfig; others have BERT-base's values"
     )
     context_length: Annotated[int, Field(ge=8, le=512)] = Field(
-        128, description="the most tokens that are read of a text, in training and in evaluation"
+        128, description="maximum number of tokens of a text, in training and in evaluation"
     )
-    corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m")
-    corner_mask: bool = Field(True, description="corner tokens and [CLS] see words only, not one another (section 3.2)")
+    corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m, the number of corner tokens")
+    corner_mask: bool = Field(
+        True, description="corner tokens and [CLS] attend to words, not to one another (section 3.2)"
+    )
     register_tokens: Annotated[int, Field(ge=0, le=16)] = Field(
-        0, description="learned tokens that are masked as words are and get no loss (Table 7)"
+        0, description="number of learned tokens that are masked like words and have no loss (Table 7)"
     )
     position_interpolation: PositionInterpolation | None = Field(
-        None, description="Long-CLIP: stretch the positions of `pretrained`"
+        None, description="Long-CLIP: interpolate the positions of `pretrained`"
     )
 
     @field_validator("config")
@@ -148,7 +153,7 @@ class TextTowerConfig(Section):
     @field_validator("pretrained")
     @classmethod
     def _a_text_model(cls, pretrained: str | None) -> str | None:
-        """A folder that is there must be of a text model; a missing one may be trained first, or be a name."""
+        """Checks that an existing folder has a text model. A missing one may be trained later, or be on the hub."""
         file = Path(pretrained or "", "config.json")
         if pretrained and Path(pretrained).is_file():
             raise ValueError("is a file; name a folder with config.json and model.safetensors")
@@ -170,9 +175,11 @@ class TextTowerConfig(Section):
         if extra + 4 > self.context_length:
             raise ValueError(f"context_length {self.context_length} has no room for {extra} extra tokens and words")
         if self.revision and not self.pretrained:
-            raise ValueError("revision is a commit of the hub's model; name the model in pretrained, or take it out")
+            raise ValueError(
+                "revision is a commit of the hub's model; name the model in pretrained, or remove revision"
+            )
         if self.revision and Path(self.pretrained or "").is_dir():
-            raise ValueError(f"pretrained {self.pretrained} is a folder, which has no commits; take out revision")
+            raise ValueError(f"pretrained {self.pretrained} is a folder, which has no commits; remove revision")
         if self.position_interpolation and not self.pretrained:
             raise ValueError("position_interpolation needs trained positions; name the text tower in pretrained")
         if self.position_interpolation and self.position_interpolation.interpolated < self.context_length:
@@ -184,134 +191,141 @@ class TextTowerConfig(Section):
 
 
 class AugmentationConfig(Section):
-    """A random piece of each picture, resized to the tower's size, as CLIP's training has it."""
+    """A random crop of each image, resized to the tower's input size, as in CLIP's training."""
 
-    scale: tuple[Share, Share] = Field((0.9, 1.0), description="share of the picture's area that the piece has")
-    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="of its width to its height")
+    scale: tuple[Share, Share] = Field((0.9, 1.0), description="area of the crop as a share of the image")
+    ratio: tuple[Positive, Positive] = Field((3 / 4, 4 / 3), description="aspect ratio of the crop, width to height")
 
     @model_validator(mode="after")
     def _ranges(self) -> AugmentationConfig:
         for name, (low, high) in (("scale", self.scale), ("ratio", self.ratio)):
             if not 0 < low <= high:
-                raise ValueError(f"{name} {[low, high]} is no range; give the lower number, above 0, first")
+                raise ValueError(f"{name} {[low, high]} is not a valid range; expected 0 < low <= high")
         return self
 
 
 class ImageTowerTraining(Section):
-    """What training does with the image tower: LiT locks it (section 3.1), CLIP and its kin train it too."""
+    """How training uses the image tower: LiT freezes it (section 3.1), CLIP trains it too."""
 
-    frozen: bool = Field(True, description="false: the image tower is trained as well, from where its stage left it")
+    frozen: bool = Field(True, description="false: train the image tower too, starting from the weights of its stage")
     features: Literal["stored", "computed"] = Field(
         "stored",
-        description="a frozen tower's features: from the shards (where they hold them), or from pixels each step",
+        description="features of a frozen tower: read from the shards, if these store them, or computed in each step",
     )
     augmentation: AugmentationConfig | None = Field(
-        None, description="of pictures that a step reads; without it, pictures are prepared as in evaluation"
+        None, description="augmentation of the images of a step; null: images are prepared as in evaluation"
     )
 
     @model_validator(mode="after")
-    def _pictures_to_augment(self) -> ImageTowerTraining:
+    def _images_to_augment(self) -> ImageTowerTraining:
         if self.augmentation and self.frozen and self.features == "stored":
-            raise ValueError("augmentation changes pictures, and stored features have none; set features to computed")
+            raise ValueError("augmentation needs images, but the features are stored; set features to computed")
         return self
 
 
 class LongTextsConfig(Section):
-    """What is drawn from the long captions at each step."""
+    """How each step samples texts from the long captions."""
 
-    per_image: Count = Field(1, description="K: long texts drawn for an image")
+    per_image: Count = Field(1, description="K: number of long texts sampled per image")
     sub_captions: NonNegative = Field(
-        3, description="k: consecutive sub-captions in a long text; 0: short captions only"
+        3, description="k: number of consecutive sub-captions in a long text; 0: short captions only"
     )
-    captioners: list[Name] = Field(default_factory=list, description="whose captions to draw from; none named: all")
+    captioners: list[Name] = Field(
+        default_factory=list, description="captioners whose captions are sampled; empty: all"
+    )
     window: Window = Field(
         "within-caption",
-        description="whether the sub-captions of a long text may come from several captions of an image",
+        description="whether the sub-captions of a long text may come from several captions of the image",
     )
 
 
 class LoaderConfig(Section):
-    """Which samples an epoch has."""
+    """Which samples an epoch contains."""
 
     epochs: Literal["exact", "resampled"] = Field(
-        "exact", description="each sample once an epoch, or each drawn at random, with `weights`"
+        "exact", description="exact: each sample once per epoch; resampled: random draws, with `weights`"
     )
-    samples_per_epoch: Count | None = Field(None, description="of a resampled epoch; without it, as many as there are")
+    samples_per_epoch: Count | None = Field(None, description="size of a resampled epoch; null: that of the data set")
     weights: dict[str, Positive] = Field(
         default_factory=dict,
-        description="resampled: beginning of a sample's key → how often it is drawn; others count 1",
+        description="resampled: prefix of sample keys → relative frequency; other samples have 1",
     )
 
     @model_validator(mode="after")
     def _resampling(self) -> LoaderConfig:
         given = [name for name in ("samples_per_epoch", "weights") if getattr(self, name)]
         if given and self.epochs == "exact":
-            raise ValueError(f"{' and '.join(given)} need epochs: resampled; an exact epoch has each sample once")
+            raise ValueError(
+                f"{' and '.join(given)} need epochs: resampled, because an exact epoch has each sample once"
+            )
         return self
 
 
 class LossConfig(Section):
-    """How texts and images of a batch are contrasted, and what each kind of text counts."""
+    """The contrastive loss, and the weight of each kind of text in it."""
 
     objective: Literal["infonce", "siglip"] = Field(
-        "infonce", description="symmetric InfoNCE as CLIP and the paper have it, or SigLIP's pairs (arXiv 2303.15343)"
+        "infonce",
+        description="symmetric InfoNCE, as in CLIP and the paper, or SigLIP's pairwise loss (arXiv 2303.15343)",
     )
     short_loss_fraction: Share | None = Field(
         None,
-        description="of the loss that the short caption's feature has, the others sharing the rest; without it each of "
-        "the N features has 1/N, so that the short caption counts the less the more of them there are",
+        description="fraction of the loss that the short caption's feature has; the others share the rest. null: each "
+        "of the N features has 1/N, so the short caption counts less with more features",
     )
     short_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
     long_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
     image_components: NonNegative = Field(
         0,
-        description="Long-CLIP: the short caption is held against so many principal components of the image features "
-        "(32 there; arXiv 2403.15378, section 3.2); 0: against the whole feature",
+        description="Long-CLIP: number of principal components of the image features that the short caption is "
+        "compared with (32 there; arXiv 2403.15378, section 3.2); 0: the full feature",
     )
 
 
 class OptimizerConfig(Section):
     """AdamW with warm-up and cosine decay; defaults are the released code's."""
 
-    learning_rate: Positive = Field(5e-4, description="highest learning rate, after warm-up")
+    learning_rate: Positive = Field(5e-4, description="peak learning rate, after warm-up")
     betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the moments")
     eps: Positive = Field(1e-6, description="AdamW's constant against division by zero")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="AdamW's weight decay")
-    warmup_steps: NonNegative = Field(50, description="steps in which the learning rate rises from 0")
-    gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="largest norm; 0: off")
+    warmup_steps: NonNegative = Field(50, description="number of steps in which the learning rate rises from 0")
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="maximum norm of the gradient; 0: off")
 
 
 class PretrainConfig(Section):
     """Contrastive training of the text tower, with long texts and corner tokens (paper, section 3)."""
 
-    seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="a model is trained for each")
-    steps: Count = Field(500, description="optimizer steps")
-    batch_size: Annotated[int, Field(ge=2)] = Field(64, description="over all processes and micro-batches")
+    seeds: Annotated[list[int], Field(min_length=1)] = Field([0], description="one model is trained per seed")
+    steps: Count = Field(500, description="number of optimizer steps")
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        64, description="samples per step, over all processes and micro-batches"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
     text: TextTowerConfig = TextTowerConfig()
     long_texts: LongTextsConfig = LongTextsConfig()
     loader: LoaderConfig = LoaderConfig()
     image_tower: ImageTowerTraining = ImageTowerTraining()
     similarity: Literal["cosine", "late-interaction"] = Field(
-        "cosine", description="of one feature each, or token by token as in FILIP (arXiv 2111.07783)"
+        "cosine", description="cosine of one feature per input, or token by token as in FILIP (arXiv 2111.07783)"
     )
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
     def from_pixels(self) -> bool:
-        """Whether a step needs pictures: stored features are of a frozen tower, and one for each image."""
+        """Whether a step needs pixels: stored features come from a frozen tower, one per image."""
         late = self.similarity == "late-interaction"
         return late or not self.image_tower.frozen or self.image_tower.features == "computed"
 
     def recipe(self) -> dict[str, Any]:
-        """All settings that decide the model of a seed."""
+        """Returns all settings that affect the model of a seed."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key != "seeds"}
 
     def effective(self) -> dict[str, Any]:
-        """Dotted key → value of every setting that has an effect beside the others: equal for runs that mean the same.
+        """Returns dotted key → value of every setting that has an effect; equivalent configurations are equal.
 
-        The mask has none without corner tokens, and settings of long texts have none without long texts.
+        The mask has no effect without corner tokens, nor have the settings of long texts without long texts.
         """
         settings = flatten(self.model_dump(mode="json"))
         if not self.text.corner_tokens:
@@ -327,13 +341,13 @@ class PretrainConfig(Section):
         if self.similarity == "late-interaction":
             if self.text.corner_tokens:
                 raise ValueError(
-                    "similarity late-interaction compares words, not corner tokens; set text.corner_tokens to 0"
+                    "similarity late-interaction does not support corner tokens; set text.corner_tokens to 0"
                 )
             if self.loss.image_components:
                 raise ValueError(
-                    "loss.image_components needs one feature for each image, which late-interaction does not have; "
+                    "loss.image_components needs one feature per image, which late-interaction does not have; "
                     "set it to 0"
                 )
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds} names one twice")
+            raise ValueError(f"seeds {self.seeds} contains duplicates; remove them")
         return self

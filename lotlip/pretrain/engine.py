@@ -1,9 +1,10 @@
-"""The optimizer step: DeepSpeed around a contrastive loss whose negatives are the whole global batch.
+"""The optimizer step: DeepSpeed with a contrastive loss whose negatives come from the entire global batch.
 
-A loss over the whole batch needs every feature of it before the first gradient, but not every activation. So a batch of
-several micro-batches goes through the towers twice (GradCache, arXiv 2101.06983): once without gradients, for the
-features; the loss then says what gradient each feature has; and once more, micro-batch by micro-batch, to carry that
-gradient back. Memory holds the activations of one micro-batch, and loss and gradients are those of the batch at once.
+The loss needs the features of the entire batch before the first gradient, but not all activations. So a batch of
+several micro-batches passes through the towers twice (GradCache, arXiv 2101.06983). The first pass computes the
+features without gradients, and the loss gives the gradient of each feature. The second pass, one micro-batch at a time,
+backpropagates these gradients. Memory holds the activations of one micro-batch only, and loss and gradients equal those
+of the undivided batch.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from lotlip.pretrain.model import LotlipForPreTraining, padded
 if TYPE_CHECKING:
     from lotlip.models.vision.image_tower import ImageTower
 
-# What there is one of, not one for each sample.
+# Outputs of the model that are shared by all samples.
 SHARED = ("logit_scale", "logit_bias")
 
 
-# Gradients that are exchanged at a time. ZeRO makes room for so many, however few there are: by default half a billion.
+# Gradients per exchange. ZeRO allocates a buffer of this size even for small models; its default is half a billion.
 BUCKET = 50_000_000
 
 
 class NotFinite(FloatingPointError):
-    """The loss of a step is not a number, or infinite.
+    """The loss of a step is NaN or infinite.
 
     Attributes:
-        loss: what it is.
-        broken: keys of samples whose image features are no numbers, of all processes.
-        keys: of this process's samples.
+        loss: the loss.
+        broken: keys of samples, in all processes, whose image features are not finite.
+        keys: keys of this process's samples.
     """
 
     def __init__(self, loss: float, broken: list[str], keys: list[str]) -> None:
@@ -55,11 +56,11 @@ class NotFinite(FloatingPointError):
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step tells, the same in every process.
+    """Metrics of a step, equal in every process.
 
     Attributes:
-        loss: of the global batch.
-        recall: share of its texts that are nearer to their own image than to any other of the batch.
+        loss: loss of the global batch.
+        recall: share of its texts that are closer to their own image than to any other image of the batch.
     """
 
     loss: float
@@ -67,10 +68,10 @@ class StepResult:
 
 
 def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[str, Any]:
-    """DeepSpeed's configuration, all of it derived from params.yaml."""
-    rounded = config.precision == "bf16"
-    # without ZeRO, DeepSpeed's optimizer for bf16 does not hand out its fp32 weights; stage 1 computes the same
-    stage = max(compute.zero_stage, int(rounded))
+    """Derives DeepSpeed's configuration from params.yaml."""
+    bf16 = config.precision == "bf16"
+    # without ZeRO, DeepSpeed's bf16 optimizer gives no access to its fp32 weights; stage 1 gives the same results
+    stage = max(compute.zero_stage, int(bf16))
     return {
         "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size
@@ -80,13 +81,13 @@ def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[s
         "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
         "zero_allow_untested_optimizer": True,  # torch's fused AdamW
         "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": rounded},
+        "bf16": {"enabled": bf16},
         "steps_per_print": sys.maxsize,  # the training loop reports
     }
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: norms, biases and the temperature do not decay, as in the released code."""
+    """Splits trainable parameters in two groups: norms, biases and the temperature do not decay (released code)."""
     parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
 
     def decays(name: str, value: Tensor) -> bool:
@@ -98,34 +99,34 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     ]
 
 
-def learning_rate_share(step: int, steps: int, optimizer: OptimizerConfig) -> float:
-    """Share of the peak learning rate at a step that counts from 0: linear warm-up, then half a cosine down to 0."""
+def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
+    """Returns the learning rate relative to its peak, at a step from 0: linear warm-up, then cosine decay to 0."""
     warmup = optimizer.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
 
-def decay(steps: int, config: PretrainConfig) -> float:
-    """What weight decay leaves, after some steps, of a weight that has no gradient: a factor."""
+def decay_factor(steps: int, config: PretrainConfig) -> float:
+    """Returns the factor by which weight decay has scaled a weight without gradients after a number of steps."""
     adamw = config.optimizer
-    rates = (adamw.learning_rate * learning_rate_share(step, config.steps, adamw) for step in range(steps))
+    rates = (adamw.learning_rate * learning_rate_factor(step, config.steps, adamw) for step in range(steps))
     return math.prod(1 - rate * adamw.weight_decay for rate in rates)
 
 
 class Engine:
-    """DeepSpeed's engine with AdamW, and the step of the contrastive loss. One for each process.
+    """DeepSpeed's engine with AdamW, and the step of the contrastive loss. Each process has one.
 
     Args:
-        model: to train.
-        config: what is learned, and how.
-        compute: processes, accumulation and ZeRO.
-        seed: of the run: dropout is drawn from it.
-        frozen_tower: gives the features of pictures; None where they are stored, or the model has the image tower.
+        model: the model to train.
+        config: model and training settings.
+        compute: processes, gradient accumulation and ZeRO.
+        seed: seed of the run; dropout uses it.
+        frozen_tower: computes image features; None if they are stored, or if the model has the image tower.
 
     Attributes:
         deepspeed: DeepSpeed's engine.
-        device: that this process computes on.
+        device: device of this process.
     """
 
     def __init__(
@@ -150,37 +151,37 @@ class Engine:
             model=model, optimizer=optimizer, config=deepspeed_config(config, compute)
         )
         if dist.get_world_size() == 1 and not self.deepspeed.zero_optimization_stage():
-            # DeepSpeed would copy all gradients to exchange them with nobody: an eighth of the demo's step
+            # with one process, DeepSpeed would copy all gradients for nothing: an eighth of the demo's step
             self.deepspeed.enable_backward_allreduce = False
         self.device: torch.device = self.deepspeed.device
         self.frozen_tower = None if frozen_tower is None else frozen_tower.to(self.device).eval().requires_grad_(False)
 
     @property
     def model(self) -> LotlipForPreTraining:
-        """The model that is trained."""
+        """The model in training."""
         return self.deepspeed.module
 
     def learning_rate(self, step: int) -> float:
-        """Of a step that counts from 0."""
+        """Returns the learning rate of a step, which counts from 0."""
         settings = self.config.optimizer
-        return settings.learning_rate * learning_rate_share(step, self.config.steps, settings)
+        return settings.learning_rate * learning_rate_factor(step, self.config.steps, settings)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:
-        """One optimizer step.
+        """Does one optimizer step.
 
         Args:
             batches: this process's micro-batches of the global batch.
             step: counts from 0.
 
         Raises:
-            NotFinite: the loss is no number, or infinite. No weight has changed.
+            NotFinite: the loss is NaN or infinite. No weight has changed.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = self.learning_rate(step)
         batches = [self._with_features(batch.to(self.device)) for batch in batches]
         with torch.set_grad_enabled(len(batches) == 1):
             outputs = [self._forward(batch, step, number) for number, batch in enumerate(batches)]
-        features: dict[str, Any] = _joined(outputs)
+        features: dict[str, Any] = _join(outputs)
         losses = lotlip_loss(**features, **self.config.loss.model_dump())
         result = StepResult(losses["loss"].item(), losses["recall"].item())
         if not math.isfinite(result.loss):
@@ -188,12 +189,12 @@ class Engine:
         losses["loss"].backward()
         for number, batch in enumerate(batches):
             output = outputs[0] if len(batches) == 1 else self._forward(batch, step, number)
-            self.deepspeed.backward(_carried(output, features, number, len(batches)), scale_wrt_gas=False)
+            self.deepspeed.backward(_surrogate_loss(output, features, number, len(batches)), scale_wrt_gas=False)
             self.deepspeed.step()
         return result
 
     def _with_features(self, batch: Batch) -> Batch:
-        """The frozen tower's features in the pictures' place."""
+        """Replaces the images of a batch by the frozen tower's features."""
         if self.frozen_tower is None:
             return batch
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16"):
@@ -202,7 +203,7 @@ class Engine:
             return replace(batch, images=(tower.patches(hidden) if late else tower.feature(hidden)).float())
 
     def _forward(self, batch: Batch, step: int, number: int) -> dict[str, Tensor]:
-        # dropout is drawn from the step's own seed: who resumes, or goes through the towers again, draws the same
+        # dropout is seeded per step, so that a resumed run and the second pass draw the same masks
         draw = random.Random(f"{self.seed}/{step}/{dist.get_rank()}/{number}")
         torch.manual_seed(draw.getrandbits(32))
         return self.deepspeed(batch.images, **batch.texts)
@@ -214,26 +215,26 @@ class Engine:
         return NotFinite(loss, [key for keys in broken for key in keys], [key for key, _ in pairs])
 
 
-def _joined(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """What the loss takes, of all micro-batches: fp32 leaves that collect a gradient each."""
+def _join(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Joins the outputs of all micro-batches to the inputs of the loss: fp32 leaves that collect gradients."""
     joined = {}
     for name, first in outputs[0].items():
         parts = [output[name].detach() for output in outputs]
-        value = first.detach() if name in SHARED else torch.cat(_alike(parts))
+        value = first.detach() if name in SHARED else torch.cat(_pad_alike(parts))
         joined[name] = value.float().requires_grad_() if value.is_floating_point() else value
     return joined
 
 
-def _alike(parts: list[Tensor]) -> list[Tensor]:
-    """Late interaction has tokens [B, N, L, …], and L is each micro-batch's own: zeros up to the longest."""
+def _pad_alike(parts: list[Tensor]) -> list[Tensor]:
+    """Pads tokens [B, N, L, …] of late interaction with zeros, because L differs between micro-batches."""
     if parts[0].ndim < 3 or len({part.shape[2:3] for part in parts}) == 1:
         return parts
     longest = max(part.shape[2] for part in parts)
     return [padded(part, longest) for part in parts]
 
 
-def _carried(output: Mapping[str, Tensor], features: Mapping[str, Tensor], number: int, batches: int) -> Tensor:
-    """A number whose gradient, by the weights, is that of the loss through the features of one micro-batch."""
+def _surrogate_loss(output: Mapping[str, Tensor], features: Mapping[str, Tensor], number: int, batches: int) -> Tensor:
+    """Returns a scalar with the same gradients as the loss, for the weights, through one micro-batch's features."""
     total = torch.zeros((), device=next(iter(output.values())).device)
     for name, value in output.items():
         gradient = features[name].grad
@@ -250,7 +251,7 @@ def _carried(output: Mapping[str, Tensor], features: Mapping[str, Tensor], numbe
 
 
 def import_deepspeed() -> Any:
-    """DeepSpeed, but not MLflow with it, which its autotuner imports whole: a fifth of what starting takes."""
+    """Imports DeepSpeed without MLflow, which its autotuner imports: a fifth of the start-up time."""
     absent = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
     try:
         import deepspeed
@@ -261,30 +262,30 @@ def import_deepspeed() -> Any:
 
 
 def initialise_processes(compute: TrainingCompute) -> None:
-    """Joins the processes that train together; one process makes a group of its own.
+    """Initialises the process group of the processes that train together; a single process has its own group.
 
-    Nothing listens on the network for one process, and on loopback only for several on one machine.
+    A single process listens on no port. Several processes on one machine listen on the loopback interface only.
 
     Raises:
-        ValueError: the launcher started another number of processes than params.yaml says.
+        ValueError: the number of processes differs from params.yaml.
     """
     deepspeed = import_deepspeed()
-    # On a CPU, DeepSpeed would compile an operation here, half a minute long, that only its inference engine calls.
+    # On a CPU, DeepSpeed would compile an operation for half a minute that only its inference engine calls.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     timeout = timedelta(seconds=compute.peer_timeout_seconds)
-    together = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
-    if together > 1:  # a launcher gives each of several a single thread, or all of them
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // together))
-    if int(os.environ.get("WORLD_SIZE", "1")) == together and not dist.is_initialized():
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
+    if local_size > 1:  # launchers give each process one thread, or as many as there are cores
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+    if int(os.environ.get("WORLD_SIZE", "1")) == local_size and not dist.is_initialized():
         _stay_on_loopback()
-    store: dist.Store | None = None  # a cluster's launcher has one
-    if file := os.environ.get("LOTLIP_STORE"):  # of `flows.runtime.local_launch`
+    store: dist.Store | None = None  # None: the launcher of a cluster provides it
+    if file := os.environ.get("LOTLIP_STORE"):  # set by `flows.runtime.local_launch`
         store = dist.FileStore(file, int(os.environ["WORLD_SIZE"]))
     elif "RANK" not in os.environ:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         store = dist.HashStore()
     if store is not None:
-        # DeepSpeed wants an address even where it finds a group
+        # DeepSpeed requires an address even if a group exists
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         if not dist.is_initialized():
             rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -14,13 +14,13 @@ from lotlip.core.checks import Check, each_value, in_percent, one_value, run_gat
 def gate_pretrain(
     seeds: Sequence[int], limit: float, history: pd.DataFrame, chance_loss: float, report: Path
 ) -> list[Check]:
-    """Training was sound at every step that was logged, and learned something.
+    """Checks that every logged step is valid, and that training has reduced the loss.
 
     Args:
-        seeds: that were asked for.
+        seeds: the configured seeds.
         limit: `compute.training.max_final_loss_share`.
-        history: columns seed, step, loss, temperature, learning_rate, samples_per_second; a row per logged step.
-        chance_loss: what guessing would lose.
+        history: columns seed, step, loss, temperature, learning_rate, samples_per_second; one row per logged step.
+        chance_loss: loss of guessing.
         report: scratch folder.
     """
     places = zip(history["seed"], history["step"], strict=True)

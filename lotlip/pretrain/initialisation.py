@@ -1,4 +1,4 @@
-"""What training starts from: random weights, a BERT-family model, or another LoTLIP model."""
+"""Initial weights: random, or from a BERT-family model or another LoTLIP model."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ POSITIONS = "text.transformer.embeddings.position_embeddings.weight"
 def build_for_pretraining(
     config: PretrainConfig, image_tower: Path, sentence_ends: SentenceEnds = "released"
 ) -> LotlipForPreTraining:
-    """A new model to train: its text tower from random or pretrained weights, corner and register tokens added.
+    """Builds the model to train: a text tower with random or pretrained weights, plus corner and register tokens.
 
     Args:
-        config: section of params.yaml.
-        image_tower: folder of the image tower, whose width is that of the shared space. Its weights come in only where
+        config: settings of the pretrain stage.
+        image_tower: folder of the image tower, whose width is that of the shared space. Its weights are loaded only if
             they are trained.
         sentence_ends: how the training texts are split into sub-captions.
 
     Raises:
-        ValueError: tokenizer and encoder do not fit, the context length exceeds the encoder's positions, or a
-            pretrained LoTLIP model is of another width.
+        ValueError: tokenizer and encoder do not match, the context length exceeds the encoder's positions, or a
+            pretrained LoTLIP model has another width.
     """
     text = config.text
     tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
@@ -48,7 +48,7 @@ def build_for_pretraining(
         LotlipConfig(
             text_config=start.config.to_dict(),
             image_config=read_json(image_tower / "config.json"),
-            embed_dim=_width(image_tower),
+            embed_dim=_feature_width(image_tower),
             context_length=text.context_length,
             corner_tokens=text.corner_tokens,
             corner_mask=text.corner_mask,
@@ -61,13 +61,14 @@ def build_for_pretraining(
     )
     if text.context_length > model.text.positions:
         raise ValueError(
-            f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions"
+            f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions; "
+            "set it lower"
         )
     if config.loss.objective == "siglip":
-        # one pair of `batch_size` belongs together; SigLIP's −10 is that of its batch of 32 k (section 3.2 there)
+        # one in `batch_size` pairs matches; SigLIP's −10 corresponds to its batch size of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
-    if start.earlier is not None:
-        weights |= _other_weights(start.earlier, model, text)
+    if start.source is not None:
+        weights |= _weights_beside_encoder(start.source, model, text)
     if not config.image_tower.frozen:
         tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
@@ -77,17 +78,17 @@ def build_for_pretraining(
 
 @dataclass(frozen=True)
 class _Start:
-    """Where the text tower starts.
+    """Initial state of the text tower.
 
     Attributes:
-        config: of its encoder, corner and register tokens counted.
-        weights: of its encoder, by the model's names; none of a random one.
-        earlier: the LoTLIP model that the encoder comes from, where it comes from one.
+        config: configuration of the encoder, including corner and register tokens.
+        weights: weights of the encoder, by the model's names; empty for random weights.
+        source: the LoTLIP model that the encoder comes from; None if it comes from another model.
     """
 
     config: PretrainedConfig
     weights: dict[str, Tensor] = field(default_factory=dict)
-    earlier: LotlipForPreTraining | None = None
+    source: LotlipForPreTraining | None = None
 
 
 def _random(text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
@@ -97,35 +98,35 @@ def _random(text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
 
 
 def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
-    encoder, earlier = _open(name, text.config, text.revision)
-    _fit_vocabulary(encoder, text, tokenizer, earlier)
+    encoder, source = _load_pretrained(name, text.config, text.revision)
+    _resize_vocabulary(encoder, text, tokenizer, source)
     weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
     if text.position_interpolation:
         table = position_table(encoder)
         if table is None:
             raise ValueError(
-                f"text.pretrained {name} has no learned positions to stretch; take out text.position_interpolation"
+                f"text.pretrained {name} has no learned positions to interpolate; remove text.position_interpolation"
             )
-        stretched = interpolate_positions(table.weight.detach(), text.position_interpolation, first_position(table))
-        weights[POSITIONS] = stretched
-        encoder.config.max_position_embeddings = len(stretched)
-    return _Start(encoder.config, weights, earlier)
+        positions = interpolate_positions(table.weight.detach(), text.position_interpolation, first_position(table))
+        weights[POSITIONS] = positions
+        encoder.config.max_position_embeddings = len(positions)
+    return _Start(encoder.config, weights, source)
 
 
 def text_config(
     name: str, changes: Mapping[str, Any], revision: str | None = None, local_files_only: bool = False
 ) -> PretrainedConfig:
-    """The configuration of a pretrained text tower, of one of `TEXT_MODELS` or of a LoTLIP model.
+    """Returns the configuration of a pretrained text tower, one of `TEXT_MODELS`.
 
     Args:
         name: folder of the model, or its name on the hub.
-        changes: `text.config`, which go before what the model's own configuration says.
+        changes: `text.config`, which overrides the model's configuration.
         revision: commit of the model on the hub; None: the newest.
-        local_files_only: whether the hub's cache will do, and the hub is not asked.
+        local_files_only: whether to use the local cache only and make no request to the hub.
 
     Raises:
-        OSError: the hub does not have it, or not its cache.
-        ValueError: it is no folder with a model, or of a model that cannot be a text tower.
+        OSError: neither the hub nor the local cache has the model.
+        ValueError: the folder has no model, or the model cannot be a text tower.
     """
     folder = Path(name)
     if folder.is_file():
@@ -133,22 +134,22 @@ def text_config(
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ValueError(f"text.pretrained {name} has no config.json; name the folder of a model")
-        _check_kind(name, read_json(folder / "config.json").get("model_type"))
+        _check_model_type(name, read_json(folder / "config.json").get("model_type"))
     options = {"local_files_only": local_files_only, "revision": revision or "main"}
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options, **changes)
-    _check_kind(name, config.model_type)
+    _check_model_type(name, config.model_type)
     if isinstance(config, LotlipConfig):
-        given = config.text_config.to_dict()
-        other = [f"{key}: {value!r}" for key, value in changes.items() if given.get(key) != value]
-        if other:
+        original = config.text_config.to_dict()
+        different = [f"{key}: {value!r}" for key, value in changes.items() if original.get(key) != value]
+        if different:
             raise ValueError(
-                f"text.config ({', '.join(other)}) differs from the text tower of text.pretrained {name}, which cannot "
-                "be changed; remove these keys, or set them to that model's values"
+                f"text.config ({', '.join(different)}) differs from the text tower of text.pretrained {name}, which "
+                "cannot be changed; remove these keys, or set them to that model's values"
             )
     return config
 
 
-def _check_kind(name: str, kind: str | None) -> None:
+def _check_model_type(name: str, kind: str | None) -> None:
     if kind not in TEXT_MODELS:
         raise ValueError(
             f"text.pretrained {name} is a model of type {kind!r}, which cannot be the text tower; supported are "
@@ -156,16 +157,16 @@ def _check_kind(name: str, kind: str | None) -> None:
         )
 
 
-def _open(
+def _load_pretrained(
     name: str, changes: Mapping[str, Any], revision: str | None
 ) -> tuple[PreTrainedModel, LotlipForPreTraining | None]:
-    """The pretrained encoder and, where it comes from one, the LoTLIP model."""
+    """Loads the pretrained encoder and, if it is part of one, the LoTLIP model."""
     try:
         config = text_config(name, changes, revision)
     except OSError as error:
         raise ValueError(
-            f"text.pretrained {name} is neither a folder with a model nor one that the hub has: {error}; "
-            "train it first, or mend the name"
+            f"text.pretrained {name} is neither a folder with a model nor one on the hub: {error}; train it "
+            "first, or correct the name"
         ) from error
     check_weights(Path(name))
     options: dict[str, Any] = {
@@ -174,55 +175,56 @@ def _open(
         "weights_only": True,
     }
     if isinstance(config, LotlipConfig):
-        earlier = LotlipForPreTraining.from_pretrained(name, image_tower=False, trust_remote_code=False, **options)
-        return earlier.text.transformer, earlier
+        source = LotlipForPreTraining.from_pretrained(name, image_tower=False, trust_remote_code=False, **options)
+        return source.text.transformer, source
     return AutoModel.from_pretrained(name, config=config, trust_remote_code=False, **options), None
 
 
-def _fit_vocabulary(
+def _resize_vocabulary(
     encoder: PreTrainedModel,
     text: TextTowerSettings,
     tokenizer: TextTokenizer,
-    earlier: LotlipForPreTraining | None,
+    source: LotlipForPreTraining | None,
 ) -> None:
-    """A row for every word piece, then one for each corner and register token, each drawn from N(0, initializer_range).
+    """Resizes the table to one row per word piece, corner token and register token.
 
-    Rows of an earlier model's corner and register tokens stay where it had as many.
+    Rows of corner and register tokens are drawn from N(0, initializer_range). If `source` has the same numbers of these
+    tokens, its rows are kept.
     """
     words, extra = tokenizer.vocabulary_size, text.corner_tokens + text.register_tokens
-    had = encoder.config.vocab_size
-    numbers = (text.corner_tokens, text.register_tokens)
-    if earlier is not None:
-        if (earlier.config.corner_tokens, earlier.config.register_tokens) == numbers and had == words + extra:
+    pretrained_words = encoder.config.vocab_size
+    counts = (text.corner_tokens, text.register_tokens)
+    if source is not None:
+        if (source.config.corner_tokens, source.config.register_tokens) == counts and pretrained_words == words + extra:
             return
-        had -= earlier.config.corner_tokens + earlier.config.register_tokens
-    if had < words or encoder.config.pad_token_id != tokenizer.pad_id:
+        pretrained_words -= source.config.corner_tokens + source.config.register_tokens
+    if pretrained_words < words or encoder.config.pad_token_id != tokenizer.pad_id:
         raise ValueError(
-            f"text.pretrained {text.pretrained} has {had} word pieces and pads with {encoder.config.pad_token_id}, but "
-            f"text.tokenizer {text.tokenizer} has {words} and pads with {tokenizer.pad_id}; name that model's own "
-            "tokenizer"
+            f"text.pretrained {text.pretrained} has {pretrained_words} word pieces and pads with "
+            f"{encoder.config.pad_token_id}, but text.tokenizer {text.tokenizer} has {words} and pads with "
+            f"{tokenizer.pad_id}; name that model's own tokenizer"
         )
-    encoder.resize_token_embeddings(words, mean_resizing=False)  # some tables are padded to a rounder number
+    encoder.resize_token_embeddings(words, mean_resizing=False)  # some tables are padded to a round number of rows
     table = encoder.resize_token_embeddings(words + extra, mean_resizing=False)
     nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)
 
 
 def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, first: int = 0) -> Tensor:
-    """Long-CLIP's longer context from trained positions (arXiv 2403.15378, section 3.1).
+    """Extends trained positions to Long-CLIP's longer context (arXiv 2403.15378, section 3.1).
 
-    The first `keep` stay; each of the others becomes `factor` positions on the straight line to the next, and the last
-    one goes on in the direction that led to it, as in its release.
+    The first `keep` positions do not change. Each of the others becomes `factor` positions on the line to the next one.
+    The last one is extrapolated from its predecessor, as in the Long-CLIP release.
 
     Args:
         table: position embeddings, [P, H].
-        interpolation: how many were trained, stay, and become of each.
-        first: rows before the first position's, which stay.
+        interpolation: number of trained positions, of kept positions, and of new positions per trained one.
+        first: number of rows before the first position, which do not change.
 
     Returns:
         [first + interpolation.interpolated, H]
 
     Raises:
-        ValueError: the table has fewer positions than were trained.
+        ValueError: the table has fewer positions than `interpolation.positions`.
     """
     trained = table[first : first + interpolation.positions]
     if len(trained) < interpolation.positions:
@@ -238,24 +240,24 @@ def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, f
     return torch.cat([table[: first + interpolation.keep], between.flatten(0, 1)])
 
 
-def _other_weights(
-    earlier: LotlipForPreTraining, model: LotlipForPreTraining, text: TextTowerSettings
+def _weights_beside_encoder(
+    source: LotlipForPreTraining, model: LotlipForPreTraining, text: TextTowerSettings
 ) -> dict[str, Tensor]:
-    """Projection, pooler and temperature of an earlier model; the temperature only where the contrast is the same."""
-    if earlier.config.embed_dim != model.config.embed_dim:
+    """Returns projection, pooler and temperature of `source`; the temperature only if the objective is the same."""
+    if source.config.embed_dim != model.config.embed_dim:
         raise ValueError(
-            f"text.pretrained {text.pretrained} matches images by features of width {earlier.config.embed_dim}, but "
-            f"the image tower's are {model.config.embed_dim} wide; train it with the same image tower"
+            f"text.pretrained {text.pretrained} was trained with image features of width {source.config.embed_dim}, "
+            f"but the image tower's are {model.config.embed_dim} wide; use a model trained with the same image tower"
         )
-    same = earlier.config.logit_bias == model.config.logit_bias
+    same_objective = source.config.logit_bias == model.config.logit_bias
     return {
         name: value
-        for name, value in earlier.state_dict().items()
-        if not name.startswith("text.transformer.") and (same or not name.startswith("logit_"))
+        for name, value in source.state_dict().items()
+        if not name.startswith("text.transformer.") and (same_objective or not name.startswith("logit_"))
     }
 
 
-def _width(image_tower: Path) -> int:
-    """D, from the weights on disk: building the tower would import timm, which takes 2 s."""
+def _feature_width(image_tower: Path) -> int:
+    """Reads D from the weights on disk: building the tower would import timm, which takes 2 s."""
     with open_weights(image_tower / "model.safetensors") as weights:
         return weights.get_slice("trunk.cls_token").get_shape()[-1]

@@ -1,4 +1,4 @@
-"""What the flow asks the training processes to do, as JSON on disk."""
+"""The job that the flow gives to the training processes, as JSON on disk."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from lotlip.pretrain.config import PretrainConfig
 
 
 class Job(Record):
-    """All that a training process needs to know.
+    """Input of a training process.
 
     Attributes:
         ablation: name of the configuration.
-        config: what is trained, resolved.
-        compute: how it is trained, resolved.
-        seeds: that are trained.
+        config: what to train, resolved.
+        compute: how to train it, resolved.
+        seeds: seeds to train.
         shards: folder of the data set.
-        image_tower: folder of the frozen tower.
-        scratch: where checkpoints go, and how long starting took.
-        out: where finished seeds go.
-        tracking_uri: of MLflow.
-        run_ids: seed → MLflow run; a seed that is not named is not tracked.
-        git_commit: of the code, for the model card.
+        image_tower: folder of the image tower.
+        scratch: folder for checkpoints and start-up times.
+        out: folder for finished seeds.
+        tracking_uri: address of MLflow.
+        run_ids: seed → ID of its MLflow run. A seed without a run is not tracked.
+        git_commit: commit of the code, for the model card.
     """
 
     ablation: str
@@ -39,20 +39,20 @@ class Job(Record):
     git_commit: str = "unknown"
 
     def model_folder(self, seed: int) -> Path:
-        """Where a seed's finished model stands."""
+        """Returns the folder of a seed's finished model."""
         return self.out / f"seed-{seed}"
 
     @property
     def timing(self) -> Path:
-        """Where the training process writes its `Timing`."""
+        """File to which the training process writes its `Timing`."""
         return self.scratch / "timing.json"
 
 
 class Timing(Record):
-    """How long starting a training process took.
+    """Start-up time of a training process.
 
     Attributes:
-        imports: seconds from the process's start until it was ready.
+        imports: seconds from the start of the process until it was ready.
     """
 
     imports: float

@@ -1,4 +1,4 @@
-"""The one way of a sample from shards to a batch: `Loader` lists its steps in order."""
+"""The data path from shards to batches: `Loader._pipeline` lists its steps in order."""
 
 from __future__ import annotations
 
@@ -28,81 +28,81 @@ from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import LoaderConfig as LoaderSettings
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
-from lotlip.pretrain.order import WINDOW, ExactOrder, Place, ResampledOrder
+from lotlip.pretrain.order import WINDOW, ExactOrder, ResampledOrder, SampleLocation
 
 
 class WorkerLost(RuntimeError):
-    """A worker process of the loader ended before its work did."""
+    """A worker process of the loader ended before it had finished."""
 
 
 @dataclass(frozen=True)
-class _Unusable:
-    """What a worker hands over in place of a step: why there is none, for the training process to raise."""
+class _WorkerError:
+    """An error that a worker returns instead of a step; the training process raises it."""
 
     message: str
 
 
-# A text as its sub-captions, or as the ids of its words where those are stored (`TextTokenizer.__call__`).
+# A text: its sub-captions, or the ids of its words if these are stored (`TextTokenizer.__call__`).
 Text = list[str] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one image brings to a step: its features or pixels, its short caption and the long texts drawn for it."""
+    """An image of a step, with its short caption and the long texts sampled for it."""
 
     key: str
     image: np.ndarray  # [D] stored feature, or [3, H, W] pixels
-    raw: Text  # the short caption
+    short: Text  # short caption
     long: Sequence[Text]  # K long texts; empty without long texts
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What the towers take. Short and long texts are padded apart, each to its own longest.
+    """Inputs of the towers. Short and long texts are padded separately, each to their longest.
 
     Attributes:
-        keys: of the B samples.
+        keys: keys of the B samples.
         images: stored features [B, D], or pixels [B, 3, H, W].
-        raw_ids, raw_lengths: short captions, [B, L] and [B].
-        long_ids, long_lengths: K long texts of each image in a row, [B·K, L'] and [B·K]; None without long texts.
+        short_ids, short_lengths: short captions, [B, L] and [B].
+        long_ids, long_lengths: K consecutive long texts per image, [B·K, L'] and [B·K]; None without long texts.
     """
 
     keys: list[str]
     images: Tensor
-    raw_ids: Tensor
-    raw_lengths: Tensor
+    short_ids: Tensor
+    short_lengths: Tensor
     long_ids: Tensor | None
     long_lengths: Tensor | None
 
     @property
     def texts(self) -> dict[str, Tensor | None]:
-        """The arguments of `LotlipModel.forward`."""
+        """The texts as arguments of `LotlipForPreTraining.forward`."""
         return {
-            "raw_ids": self.raw_ids,
-            "raw_lengths": self.raw_lengths,
+            "short_ids": self.short_ids,
+            "short_lengths": self.short_lengths,
             "long_ids": self.long_ids,
             "long_lengths": self.long_lengths,
         }
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """Returns the batch with its tensors on `device`."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in memory that a GPU copies from while it computes; torch's DataLoader asks for it."""
+        """Returns the batch in page-locked memory, for asynchronous copies to a GPU; called by torch's DataLoader."""
         return self._with(Tensor.pin_memory)
 
     def by_length(self, parts: int) -> list[Batch]:
-        """The same samples in `parts` micro-batches, shorter texts first, each padded to its own longest.
+        """Splits the batch into `parts` micro-batches by ascending text length, each padded to its own longest text.
 
-        The longest of a sample's long texts counts; of its short caption where it has none.
+        The length of a sample is that of its longest long text, or of its short caption without long texts.
         """
-        lengths = self.raw_lengths if self.long_lengths is None else self.long_lengths
+        lengths = self.short_lengths if self.long_lengths is None else self.long_lengths
         longest = lengths.view(len(self.keys), -1).amax(1)
         return [self._part(rows) for rows in longest.argsort(stable=True).chunk(parts)]
 
     def _part(self, rows: Tensor) -> Batch:
-        raw_lengths, long_ids, long_lengths = self.raw_lengths[rows], self.long_ids, self.long_lengths
+        short_lengths, long_ids, long_lengths = self.short_lengths[rows], self.long_ids, self.long_lengths
         if long_ids is not None and long_lengths is not None:
             texts = torch.arange(len(long_ids)).view(len(self.keys), -1)[rows].flatten()
             long_lengths = long_lengths[texts]
@@ -110,8 +110,8 @@ class Batch:
         return Batch(
             keys=[self.keys[row] for row in rows.tolist()],
             images=self.images[rows],
-            raw_ids=self.raw_ids[rows, : int(raw_lengths.max())],
-            raw_lengths=raw_lengths,
+            short_ids=self.short_ids[rows, : int(short_lengths.max())],
+            short_lengths=short_lengths,
             long_ids=long_ids,
             long_lengths=long_lengths,
         )
@@ -124,53 +124,53 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Which rows of every global batch a process decodes, and in how many pieces.
+class BatchSlice:
+    """The rows of every global batch that a process decodes, and the number of micro-batches.
 
     Attributes:
-        batch_size: of the global batch, over all processes and micro-batches.
-        rank: this process.
-        processes: how many there are.
-        accumulation: micro-batches per step.
+        batch_size: size of the global batch, over all processes and micro-batches.
+        rank: rank of this process.
+        processes: number of processes.
+        micro_batches: number of micro-batches per step.
     """
 
     batch_size: int
     rank: int = 0
     processes: int = 1
-    accumulation: int = 1
+    micro_batches: int = 1
 
     @property
-    def own(self) -> slice:
-        """This process's rows of a global batch."""
+    def rows(self) -> slice:
+        """Rows of this process in a global batch."""
         size = self.batch_size // self.processes
         return slice(self.rank * size, (self.rank + 1) * size)
 
 
 class Loader:
-    """Batches of shards: which sample stands where depends on seed, epoch and the data set alone.
+    """Loads batches from shards. The order of samples depends only on seed, epoch and data set.
 
-    It does not depend on how many workers, processes or micro-batches share the work, so a run may resume with others,
-    at any step, without passing over those before it. Workers are processes that read, decode and tokenize ahead; each
-    makes whole steps, in turn. Texts whose token ids are stored beside their tar are not tokenized; the batches are the
-    same.
+    The order does not depend on the number of workers, processes or micro-batches. So a run may resume with other
+    numbers of them, at any step, without reading the steps before it. Workers are processes that read, decode and
+    tokenize ahead; they take turns, one step each. Texts whose token ids are stored beside their tar are not tokenized
+    again; the batches are the same.
 
     Args:
         shards: folder with `index.json` and its tars: `key.json`, and `key.npy` or an image.
-        settings: of the ablation: `loader` and `long_texts`.
-        tokenizer: of the text tower.
-        seed: of the run.
-        rows: the part of each global batch that this process decodes.
-        transform: encoded image → pixels [3, H, W]; None takes the stored features.
-        workers: processes that read ahead; 0: this one reads.
-        prefetch: steps that each worker holds ready.
-        row_of: token id → row of the model's table of word embeddings, −1 where it has none, as in
-            `lotlip.pretrain.word_rows`; batches then have rows in the place of ids. None: the table is whole.
+        settings: settings of the ablation; `loader` and `long_texts` are used.
+        tokenizer: tokenizer of the text tower.
+        seed: seed of the run.
+        part: the part of each global batch that this process decodes.
+        transform: encoded image → pixels [3, H, W]; None: use stored features.
+        workers: number of worker processes; 0: read in this process.
+        prefetch: number of steps that each worker prepares ahead.
+        row_of: token id → row of the model's table of word embeddings, −1 if it has none, as in
+            `lotlip.pretrain.word_rows`; batches then contain rows instead of ids. None: the table is complete.
 
     Attributes:
-        steps_per_epoch: global batches in an epoch; the rest that fills no batch is left out.
+        steps_per_epoch: number of global batches per epoch; an incomplete last batch is dropped.
 
     Raises:
-        ValueError: an epoch has fewer samples than a batch, or no key begins as one of the weights does.
+        ValueError: an epoch has fewer samples than a batch, or a prefix in `loader.weights` matches no key.
     """
 
     def __init__(
@@ -179,21 +179,21 @@ class Loader:
         settings: PretrainConfig,
         tokenizer: TextTokenizer,
         seed: int,
-        rows: Rows,
+        part: BatchSlice,
         transform: Transform | None = None,
         workers: int = 1,
         prefetch: int = 4,
         row_of: np.ndarray | None = None,
     ) -> None:
-        listed = read_index(shards, ShardIndex).splits["train"].shards
-        paths = [shards / f"{shard.name}.tar" for shard in listed]
-        self._rows, self._workers, self._prefetch = rows, workers, prefetch
-        self._shards = Shards(paths, [shard.samples for shard in listed], opened=2 * WINDOW)
+        train = read_index(shards, ShardIndex).splits["train"].shards
+        paths = [shards / f"{shard.name}.tar" for shard in train]
+        self._part, self._workers, self._prefetch = part, workers, prefetch
+        self._shards = Shards(paths, [shard.samples for shard in train], opened=2 * WINDOW)
         self._order = _order(self._shards, seed, settings.loader)
-        self.steps_per_epoch = self._order.samples // rows.batch_size
+        self.steps_per_epoch = self._order.samples // part.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
-                f"{shards} has {self._order.samples} training samples, fewer than a batch of {rows.batch_size}; "
+                f"{shards} has {self._order.samples} training samples, fewer than a batch of {part.batch_size}; "
                 "set pretrain.batch_size lower"
             )
         self._words_hash = tokenizer.words_hash
@@ -204,16 +204,16 @@ class Loader:
         self._index, self._tokenizer, self._row_of = shards / "index.json", tokenizer, row_of
 
     def steps(self, first: int, last: int) -> Generator[list[Batch], None, None]:
-        """The micro-batches of this process for the global steps first … last − 1, counted from 0 over all epochs.
+        """Yields this process's micro-batches of the global steps first … last − 1, counted from 0 over all epochs.
 
-        Its workers end when it does, or when it is closed.
+        The workers end with the generator.
 
         Raises:
             ValueError: a sample or a shard cannot be used.
             WorkerLost: a worker was killed.
         """
         workers = min(self._workers, max(last - first, 0))
-        loader: DataLoader[list[Batch] | _Unusable] = DataLoader(
+        loader: DataLoader[list[Batch] | _WorkerError] = DataLoader(
             self._pipeline(first, last),
             batch_size=None,
             num_workers=workers,
@@ -222,39 +222,39 @@ class Loader:
             multiprocessing_context="fork" if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
-        steps = _started(loader)
+        steps = _start_workers(loader)
         try:
             for step in steps:
-                if isinstance(step, _Unusable):
+                if isinstance(step, _WorkerError):
                     raise ValueError(step.message)
                 yield step
-        except (RuntimeError, OSError, EOFError) as error:  # the last two: while its tensors were fetched
+        except (RuntimeError, OSError, EOFError) as error:  # the last two occur while tensors are transferred
             if isinstance(error, RuntimeError) and "DataLoader worker (pid" not in str(error):
                 raise
             raise WorkerLost(
-                f"a worker of the loader ended too early ({str(error).partition(chr(10))[0]}); if memory ran out, set "
-                "compute.training.loader_workers or compute.training.prefetch lower"
+                f"a worker of the loader ended unexpectedly ({str(error).partition(chr(10))[0]}); if memory ran out, "
+                "set compute.training.loader_workers or compute.training.prefetch lower"
             ) from error
         finally:
             del steps  # this ends the workers
 
     def _pipeline(self, first: int, last: int) -> wds.DataPipeline:
         return wds.DataPipeline(
-            partial(_own_steps, first, last),
-            wds.map(self._places),  # of this process's rows
-            wds.map(self._read),  # one read a sample, of what is used
-            wds.map(self._parsed),  # decoded, long texts drawn
-            wds.map(self._batched),  # tokenized where ids are not stored, like lengths together
-            _errors_handed_over,
+            partial(_steps_of_worker, first, last),
+            wds.map(self._locations),  # of this process's rows
+            wds.map(self._read),  # one read per sample, of the used members only
+            wds.map(self._parse_all),  # decode images, sample long texts
+            wds.map(self._micro_batches),  # tokenize texts without stored ids, group by length
+            _errors_as_values,
         )
 
-    def _places(self, step: int) -> list[Place]:
+    def _locations(self, step: int) -> list[SampleLocation]:
         epoch, batch = divmod(step, self.steps_per_epoch)
-        start, own = batch * self._rows.batch_size, self._rows.own
-        return list(self._order.places(epoch, start + own.start, start + own.stop))
+        start, rows = batch * self._part.batch_size, self._part.rows
+        return list(self._order.locations(epoch, start + rows.start, start + rows.stop))
 
-    def _read(self, places: list[Place]) -> list[tuple[Place, RawSample]]:
-        return [(place, self._shards[place.shard].read(place.row, self._members(place.shard))) for place in places]
+    def _read(self, locations: list[SampleLocation]) -> list[tuple[SampleLocation, RawSample]]:
+        return [(at, self._shards[at.shard].read(at.row, self._members(at.shard))) for at in locations]
 
     def _read_token_ids(self, shard: int) -> TokenIds | None:
         return read_token_ids(self._shards[shard], self._words_hash)
@@ -262,34 +262,31 @@ class Loader:
     def _members(self, shard: int) -> tuple[str, ...]:
         return ("json", self._image) if self._token_ids(shard) is None else (self._image,)
 
-    def _parsed(self, group: list[tuple[Place, RawSample]]) -> list[Sample]:
-        return [
-            self._parse(raw, row=place.row, draw=place.draw, token_ids=self._token_ids(place.shard))
-            for place, raw in group
-        ]
+    def _parse_all(self, samples: list[tuple[SampleLocation, RawSample]]) -> list[Sample]:
+        return [self._parse(raw, row=at.row, seed=at.seed, token_ids=self._token_ids(at.shard)) for at, raw in samples]
 
-    def _batched(self, samples: list[Sample]) -> list[Batch]:
+    def _micro_batches(self, samples: list[Sample]) -> list[Batch]:
         batch = self._collate(samples)
         if self._row_of is not None:
-            batch = self._in_rows(batch, self._row_of)
-        return [batch] if self._rows.accumulation == 1 else batch.by_length(self._rows.accumulation)
+            batch = self._with_table_rows(batch, self._row_of)
+        return [batch] if self._part.micro_batches == 1 else batch.by_length(self._part.micro_batches)
 
-    def _in_rows(self, batch: Batch, row_of: np.ndarray) -> Batch:
-        """The batch with rows of the model's table of word embeddings in the place of token ids."""
-        found: dict[str, Any] = {}
-        for name in ("raw_ids", "long_ids"):
+    def _with_table_rows(self, batch: Batch, row_of: np.ndarray) -> Batch:
+        """Replaces token ids by rows of the model's table of word embeddings."""
+        changed: dict[str, Any] = {}
+        for name in ("short_ids", "long_ids"):
             ids = getattr(batch, name)
             if ids is None:
                 continue
-            rows = found[name] = torch.from_numpy(row_of[ids.numpy()])
+            rows = changed[name] = torch.from_numpy(row_of[ids.numpy()])
             if rows.min() < 0:
-                text, place = (rows < 0).nonzero()[0].tolist()
-                token, key = ids[text, place].item(), batch.keys[text * len(batch.keys) // len(ids)]
+                text, position = (rows < 0).nonzero()[0].tolist()
+                token, key = ids[text, position].item(), batch.keys[text * len(batch.keys) // len(ids)]
                 raise ValueError(
                     f"a text of sample {key} has the token {self._tokenizer.token(token)!r} (id {token}), which is not "
-                    f"in the vocabulary of {self._index}; write the shards again (python -m flows shard)"
+                    f"in the vocabulary of {self._index}; rewrite the shards (python -m flows shard)"
                 )
-        return replace(batch, **found)
+        return replace(batch, **changed)
 
 
 def _order(shards: Shards, seed: int, settings: LoaderSettings) -> ExactOrder:
@@ -298,24 +295,24 @@ def _order(shards: Shards, seed: int, settings: LoaderSettings) -> ExactOrder:
     return ResampledOrder(shards, seed, settings.samples_per_epoch, settings.weights)
 
 
-def _own_steps(first: int, last: int) -> Iterator[int]:
-    """Every n-th step for each of n workers: torch's DataLoader asks them in turn."""
+def _steps_of_worker(first: int, last: int) -> Iterator[int]:
+    """Yields every n-th step for each of n workers, because torch's DataLoader reads from them in turn."""
     worker = get_worker_info()
     yield from range(first, last) if worker is None else range(first + worker.id, last, worker.num_workers)
 
 
-def _errors_handed_over(steps: Iterable[list[Batch]]) -> Iterator[list[Batch] | _Unusable]:
-    """Errors as values: raised in a worker, torch would wrap them in the worker's whole traceback."""
+def _errors_as_values(steps: Iterable[list[Batch]]) -> Iterator[list[Batch] | _WorkerError]:
+    """Returns errors as values: if a worker raised them, torch would wrap them in the worker's traceback."""
     try:
         yield from steps
     except (ValueError, OSError) as error:
-        yield _Unusable(str(error))
+        yield _WorkerError(str(error))
 
 
-def _started(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Starts a loader's workers; its next step, within seconds, tells that one was lost.
+def _start_workers(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Starts a loader's workers. If one is lost, reading the next step raises an error within seconds.
 
-    torch has a signal handler tell it at once, which raises wherever the training process happens to be.
+    This removes torch's signal handler, which would raise at once, at any point of the training process.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     steps = iter(loader)
@@ -332,12 +329,12 @@ def _start_worker(parent: int | None, _: int) -> None:
     """Prepares a worker.
 
     Args:
-        parent: the training process, which the worker ends with. torch's workers look for it only while they wait.
-            None: a thread started the worker, and the kernel would end it with that thread.
+        parent: ID of the training process, with which the worker ends. torch's workers check for it only while they
+            wait. None if a thread started the worker, because the kernel would end the worker with that thread.
     """
     if parent is not None:
         end_with_parent(parent)
-    # Workers are the parallelism: the tokenizers library would start a thread for each core in every one of them.
+    # Workers already run in parallel; the tokenizers library would start a thread per core in each of them.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
@@ -345,56 +342,57 @@ def parse_sample(
     raw: RawSample,
     long_texts: LongTextsConfig,
     row: int,
-    draw: str,
+    seed: str,
     transform: Transform | None,
     tokenizer: TextTokenizer,
     token_ids: TokenIds | None = None,
 ) -> Sample:
-    """Decodes what is used of a sample and draws its long texts.
+    """Decodes the used members of a sample and samples its long texts.
 
     Args:
-        raw: as `lotlip.data.tars` reads it.
-        long_texts: what to draw.
+        raw: the sample as read by `lotlip.data.tars`.
+        long_texts: how to sample long texts.
         row: number of the sample in its tar.
-        draw: where chance comes from, together with the key, so that draws do not depend on order.
+        seed: seed of the sample's random numbers. The key is added, so that they do not depend on the order of samples.
         transform: as in `Loader`.
-        tokenizer: its sentence ends split the short caption into sub-captions; the long ones are stored split.
-        token_ids: of the tar's texts; None: the sample's .json has them.
+        tokenizer: its sentence ends split the short caption into sub-captions; long captions are stored split.
+        token_ids: token ids of the tar's texts; None: read the texts from the sample's .json.
 
     Raises:
-        ValueError: the sample lacks what is needed, or it cannot be read.
+        ValueError: a member that is needed is missing or cannot be read.
     """
     key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
     text: Text
     long: Sequence[Text]
     if token_ids is None:
         text, captions = sample_texts(raw["json"], place, tokenizer.sentence_ends)
-        long = _draw(text, captions, long_texts, f"{draw}/{key}")
+        long = _sample_long_texts(text, captions, long_texts, f"{seed}/{key}")
     else:
-        numbers, numbered = token_ids.captions(row)
-        text = token_ids.words(numbers)
-        long = [token_ids.words(drawn) for drawn in _draw(numbers, numbered, long_texts, f"{draw}/{key}")]
-    image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{draw}/{key}/image")
+        short_ids, caption_ids = token_ids.captions(row)
+        text = token_ids.words(short_ids)
+        sampled = _sample_long_texts(short_ids, caption_ids, long_texts, f"{seed}/{key}")
+        long = [token_ids.words(window) for window in sampled]
+    image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{seed}/{key}/image")
     return Sample(key, image, text, long)
 
 
-def _draw(
+def _sample_long_texts(
     short: Sequence[SubCaption],
     captions: Mapping[str, Sequence[SubCaption]],
     settings: LongTextsConfig,
-    chance: str,
+    seed: str,
 ) -> list[list[SubCaption]]:
-    """The long texts of an image.
+    """Samples the long texts of an image.
 
-    An image that none of the captioners described keeps its place in the batch: its short caption stands in.
+    An image without long captions stays in the batch: its long texts are sampled from its short caption.
     """
     if not settings.sub_captions:
         return []
     if settings.captioners:
         captions = {name: captions[name] for name in settings.captioners if name in captions}
-    if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count how often
+    if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count these
         captions = {"raw": short}
-    rng = random.Random(chance)
+    rng = random.Random(seed)
     return [sample_window(captions, settings.sub_captions, rng, settings.window) for _ in range(settings.per_image)]
 
 
@@ -402,22 +400,24 @@ def _feature(raw: RawSample, place: str) -> np.ndarray:
     if "npy" not in raw:
         raise ValueError(f"{place} has no stored feature; set shard.store_features to true")
     try:
-        return _array(raw["npy"])
+        return _read_npy(raw["npy"])
     except ValueError as error:
-        raise ValueError(f"{place}: its .npy cannot be read ({error}); write the shard again") from error
+        raise ValueError(
+            f"{place}: its .npy cannot be read ({error}); rewrite the shards (python -m flows shard)"
+        ) from error
 
 
-def _pixels(raw: RawSample, place: str, transform: Transform, draw: str) -> np.ndarray:
+def _pixels(raw: RawSample, place: str, transform: Transform, seed: str) -> np.ndarray:
     if "image" not in raw:
-        raise ValueError(f"{place} has no image; write the shard again, or set image_tower.features to stored")
+        raise ValueError(f"{place} has no image; rewrite the shards, or set image_tower.features to stored")
     try:
-        return transform(raw["image"], random.Random(draw))
+        return transform(raw["image"], random.Random(seed))
     except ValueError as error:
-        raise ValueError(f"{place}: {error}; take it out, or write the shard again") from error
+        raise ValueError(f"{place}: {error}; remove the sample, or rewrite the shards") from error
 
 
-def _array(data: bytes) -> np.ndarray:
-    """What np.load gives, but all features of a data set have one header, and it is read once."""
+def _read_npy(data: bytes) -> np.ndarray:
+    """Reads an array like np.load, but parses equal headers once: all features of a data set have the same one."""
     length = 10 + int.from_bytes(data[8:10], "little")
     dtype, shape = _npy_header(data[:length])
     return np.frombuffer(data, dtype, offset=length).reshape(shape)
@@ -430,20 +430,20 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
         raise ValueError("its format is not version 1.0")
     shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
     if fortran or dtype.hasobject:
-        raise ValueError(f"an array of {dtype} in {'column' if fortran else 'row'} order is no feature")
+        raise ValueError(f"an array of {dtype} in {'column' if fortran else 'row'} order is not a feature")
     return dtype, shape
 
 
 def collate(samples: list[Sample], tokenizer: TextTokenizer) -> Batch:
-    """Stacks samples and tokenizes those of their texts whose ids are not stored."""
-    raw_ids, raw_lengths = tokenizer([sample.raw for sample in samples])
+    """Stacks samples and tokenizes the texts whose ids are not stored."""
+    short_ids, short_lengths = tokenizer([sample.short for sample in samples])
     long = [text for sample in samples for text in sample.long]
     long_ids, long_lengths = map(torch.from_numpy, tokenizer(long)) if long else (None, None)
     return Batch(
         keys=[sample.key for sample in samples],
         images=torch.from_numpy(np.stack([sample.image for sample in samples])),
-        raw_ids=torch.from_numpy(raw_ids),
-        raw_lengths=torch.from_numpy(raw_lengths),
+        short_ids=torch.from_numpy(short_ids),
+        short_lengths=torch.from_numpy(short_lengths),
         long_ids=long_ids,
         long_lengths=long_lengths,
     )

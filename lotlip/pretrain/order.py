@@ -1,7 +1,7 @@
-"""Which sample stands at which position of which epoch, found without going through those before it.
+"""The order of samples in each epoch. Any position can be computed without computing those before it.
 
-Shards are put into an order of chance and taken in windows, and samples are mixed inside a window. So memory grows with
-a window, never with the data set, and the order is a function of seed, epoch and the data set's index alone.
+Shards are shuffled and read in windows, and samples are shuffled within a window. So memory grows with the window, not
+with the data set, and the order is a function of seed, epoch and the data set's index only.
 """
 
 from __future__ import annotations
@@ -17,42 +17,43 @@ import pyarrow.compute as pc
 
 from lotlip.data.tars import Shards
 
-# Shards whose samples are mixed. Shards were shuffled when they were written (`lotlip.shard.shards.plan_shards`).
+# Number of shards whose samples are mixed. Samples were already shuffled when the shards were written
+# (`lotlip.shard.shards.plan_shards`).
 WINDOW = 64
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a sample of an epoch lies.
+class SampleLocation:
+    """Location of a sample of an epoch.
 
     Attributes:
-        shard: its number in the data set.
-        row: the sample's number in the shard.
-        draw: where the sample's chance comes from (long texts, augmentation), together with its key.
+        shard: number of the shard in the data set.
+        row: number of the sample in the shard.
+        seed: seed of the sample's random numbers (long texts, augmentation), together with its key.
     """
 
     shard: int
     row: int
-    draw: str
+    seed: str
 
 
 class ExactOrder:
-    """Epochs in which each sample comes once.
+    """Epochs that contain each sample once.
 
     Attributes:
-        samples: positions in an epoch.
+        samples: number of positions in an epoch.
     """
 
     def __init__(self, shards: Shards, seed: int) -> None:
         self._shards, self._seed = shards, seed
         self._counts = np.asarray(shards.counts, dtype=np.int64)
         self.samples = int(self._counts.sum())
-        # a batch may lie across windows, and a worker may stand in the last one of an epoch while the next begins
+        # two windows: a batch may span two, and a worker may read the last one of an epoch and the first of the next
         self._windows = lru_cache(maxsize=1)(self._lay_out)
         self._mixed = lru_cache(maxsize=2)(self._mix)
 
-    def places(self, epoch: int, start: int, stop: int) -> Iterator[Place]:
-        """Where the samples at positions start … stop − 1 of an epoch lie."""
+    def locations(self, epoch: int, start: int, stop: int) -> Iterator[SampleLocation]:
+        """Yields the locations of the samples at positions start … stop − 1 of an epoch."""
         shards, ends = self._windows(epoch)
         while start < stop:
             window = int(np.searchsorted(ends, start, side="right"))
@@ -61,17 +62,17 @@ class ExactOrder:
             inside = shards[window * WINDOW : (window + 1) * WINDOW]
             numbers, rows = self._pick(epoch, window, inside, start - first, end - first)
             for position, number, row in zip(range(start, end), numbers.tolist(), rows.tolist(), strict=True):
-                yield Place(int(inside[number]), row, self._draw(epoch, position))
+                yield SampleLocation(int(inside[number]), row, self._sample_seed(epoch, position))
             start = end
 
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The shards in the epoch's order, and the position at which each window of them ends."""
+        """Returns the shards in the epoch's order, and the position at which each window ends."""
         shards = _permutation(len(self._counts), f"{self._seed}/{epoch}")
         starts = np.arange(0, len(shards), WINDOW)
         return shards, self._ends(epoch, np.add.reduceat(self._sizes()[shards], starts))
 
     def _sizes(self) -> np.ndarray:
-        """How much of an epoch each shard has."""
+        """Returns the weight of each shard in an epoch, relative to the others."""
         return self._counts
 
     def _ends(self, epoch: int, sizes: np.ndarray) -> np.ndarray:
@@ -80,30 +81,30 @@ class ExactOrder:
     def _pick(
         self, epoch: int, window: int, shards: np.ndarray, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Positions start … stop − 1 of a window as the number of a shard in it, and a row of that."""
+        """Returns the shard (its number in the window) and the row for positions start … stop − 1 of a window."""
         ends = np.cumsum(self._counts[shards])
         return _split(self._mixed(epoch, window, int(ends[-1]))[start:stop], ends)
 
     def _mix(self, epoch: int, window: int, samples: int) -> np.ndarray:
         return _permutation(samples, f"{self._seed}/{epoch}/{window}")
 
-    def _draw(self, epoch: int, position: int) -> str:
+    def _sample_seed(self, epoch: int, position: int) -> str:
         return f"{self._seed}/{epoch}"
 
 
 class ResampledOrder(ExactOrder):
-    """Virtual epochs: each position is a draw from all samples, as likely as their weights say, with replacement.
+    """Virtual epochs: each position is drawn from all samples with replacement, in proportion to their weights.
 
-    A window has as many positions as its share of all weights, rounded up or down by chance.
+    The number of positions of a window is proportional to its weight, randomly rounded up or down.
 
     Args:
-        shards: of the data set. Where there are weights, all keys are read once, here.
-        seed: of all draws.
-        samples: positions in an epoch; None: as many as there are samples.
-        weights: beginning of a key → weight. The longest that fits counts, and 1 where none does.
+        shards: shards of the data set. With weights, all keys are read here, once.
+        seed: seed of all random numbers.
+        samples: number of positions in an epoch; None: the number of samples in the data set.
+        weights: prefix of a key → weight. The longest matching prefix counts; without a match the weight is 1.
 
     Raises:
-        ValueError: no key begins with one of `weights`.
+        ValueError: a prefix in `weights` matches no key.
     """
 
     def __init__(self, shards: Shards, seed: int, samples: int | None, weights: Mapping[str, float]) -> None:
@@ -114,7 +115,7 @@ class ResampledOrder(ExactOrder):
         self._summed = lru_cache(maxsize=2)(self._sum)
 
     def _weigh(self) -> np.ndarray:
-        """The weight of each shard."""
+        """Returns the weight of each shard."""
         unused = set(self._weights)
         sums = np.zeros(len(self._counts))
         for number in range(len(sums)):
@@ -122,10 +123,10 @@ class ResampledOrder(ExactOrder):
             sums[number] = sample_weights(keys, self._weights).sum()
             unused -= {prefix for prefix in unused if pc.any(pc.starts_with(keys, prefix)).as_py()}
         if unused:
-            some = ", ".join(str(self._shards[number].keys[0]) for number in range(min(len(sums), 4)))
+            examples = ", ".join(str(self._shards[number].keys[0]) for number in range(min(len(sums), 4)))
             raise ValueError(
                 f"pretrain.loader.weights: no sample's key begins with {', '.join(map(repr, sorted(unused)))}; "
-                f"keys are as {some}"
+                f"keys look like {examples}"
             )
         return sums
 
@@ -143,37 +144,37 @@ class ResampledOrder(ExactOrder):
         self, epoch: int, window: int, shards: np.ndarray, start: int, stop: int
     ) -> tuple[np.ndarray, np.ndarray]:
         summed = self._summed(tuple(shards.tolist()))
-        chance = _uniform(f"{self._seed}/{epoch}/{window}", start, stop) * summed[-1]
-        found = np.searchsorted(summed, chance, side="right").clip(max=len(summed) - 1)  # the product may round up
-        return _split(found, np.cumsum(self._counts[shards]))
+        draws = _uniform(f"{self._seed}/{epoch}/{window}", start, stop) * summed[-1]
+        samples = np.searchsorted(summed, draws, side="right").clip(max=len(summed) - 1)  # the product may round up
+        return _split(samples, np.cumsum(self._counts[shards]))
 
     def _sum(self, shards: tuple[int, ...]) -> np.ndarray:
-        """Summed weights over the samples of a window."""
+        """Returns the cumulative weights of the samples of a window."""
         if not self._weights:
             return np.arange(1, self._counts[list(shards)].sum() + 1)
         return np.cumsum(
             np.concatenate([sample_weights(self._shards[number].keys, self._weights) for number in shards])
         )
 
-    def _draw(self, epoch: int, position: int) -> str:
-        return f"{self._seed}/{epoch}/{position}"  # a sample that comes twice brings other texts
+    def _sample_seed(self, epoch: int, position: int) -> str:
+        return f"{self._seed}/{epoch}/{position}"  # a repeated sample gets other texts
 
 
 def sample_weights(keys: pa.Array, weights: Mapping[str, float]) -> np.ndarray:
-    """The weight of each key [n] float64: of the longest beginning in `weights` that it has, 1 if it has none."""
-    found = np.ones(len(keys))
+    """Returns the weight of each key [n] float64: that of its longest prefix in `weights`, or 1 without a match."""
+    result = np.ones(len(keys))
     for prefix in sorted(weights, key=len):
-        found[pc.starts_with(keys, prefix).to_numpy(zero_copy_only=False)] = weights[prefix]
-    return found
+        result[pc.starts_with(keys, prefix).to_numpy(zero_copy_only=False)] = weights[prefix]
+    return result
 
 
 def _split(samples: np.ndarray, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers of samples in a row of shards as the shard's number and the row in it; `ends`: where each shard ends."""
+    """Maps numbers of samples in concatenated shards, with ends `ends`, to numbers of shards and rows in them."""
     shards = np.searchsorted(ends, samples, side="right")
     return shards, samples - np.concatenate([[0], ends])[shards]
 
 
-# NumPy promises the same raw bits of a generator in all versions, but not the same permutations.
+# NumPy guarantees that a generator's raw bits are the same in all versions, but not its permutations.
 
 
 def _bits(name: str) -> np.random.PCG64:
@@ -181,10 +182,10 @@ def _bits(name: str) -> np.random.PCG64:
 
 
 def _permutation(size: int, name: str) -> np.ndarray:
-    """0 … size − 1 in an order of chance, [size] int64."""
+    """Returns 0 … size − 1 in random order, [size] int64."""
     return np.argsort(_bits(name).random_raw(size), kind="stable")
 
 
 def _uniform(name: str, start: int, stop: int) -> np.ndarray:
-    """Numbers start … stop − 1 of an endless row between 0 and 1, [stop − start] float64."""
+    """Returns numbers start … stop − 1 of an infinite sequence of random numbers in [0, 1), [stop − start] float64."""
     return (_bits(name).advance(start).random_raw(stop - start) >> np.uint64(11)) * 2.0**-53

@@ -1,4 +1,4 @@
-"""The files of a trained ablation that other stages read: `run.json`, and each seed's `history.json`."""
+"""The files of a trained ablation that other stages read: `run.json` and each seed's `history.json`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ History = list[dict[str, int | float]]
 
 
 class Run(Record):
-    """What an ablation was trained from, `run.json`.
+    """The inputs of an ablation's training, stored in `run.json`.
 
     Attributes:
-        ablation: its name in params.yaml.
+        ablation: name of the ablation in params.yaml.
         config: `PretrainConfig` as JSON. It stays JSON because models outlive the settings of a version of lotlip.
-        data_hash: of the shards' index.json.
-        git_commit: of the code; "unknown" outside git.
-        fingerprints: seed → what makes two runs of it the same.
+        data_hash: hash of the shards' index.json.
+        git_commit: commit of the code; "unknown" outside git.
+        fingerprints: seed → fingerprint of its inputs; two runs with equal fingerprints are the same.
     """
 
     ablation: str
@@ -33,5 +33,5 @@ class Run(Record):
 
 
 def read_history(ablation: Path, seed: int | str) -> History:
-    """The curves of a seed of a trained ablation's folder; raises what `read_record` raises."""
+    """Reads the curves of one seed from a trained ablation's folder; raises what `read_record` raises."""
     return read_record(ablation / f"seed-{seed}" / HISTORY, History)

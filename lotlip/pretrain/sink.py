@@ -1,4 +1,4 @@
-"""Where a training process sends its curves."""
+"""Destinations for the curves of a training process."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from typing import Protocol
 
 
 class Sink(Protocol):
-    """Where a training process sends its curves."""
+    """Receives the curves of a training process."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Takes the values of one step."""
+        """Logs the values of one step."""
 
     def close(self) -> None:
-        """Hands over what is still held back."""
+        """Flushes buffered values."""
 
 
 class NullSink:
-    """Tracks nothing, so that callers need not ask whether there is tracking."""
+    """Discards all values, so that callers need no check for whether tracking is on."""
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
-# Tracking URI and run ID → sink; without a run, the sink does nothing.
+# Tracking URI and run ID → sink. Without a run, the sink discards its values.
 OpenSink = Callable[[str, str | None], Sink]

@@ -1,6 +1,6 @@
-"""Contrastive pretraining through DeepSpeed: the work of one training process.
+"""Contrastive pretraining with DeepSpeed: the work of one training process.
 
-`python -m lotlip.train JOB.json` is the program, started once, or by a launcher once per process.
+The program is `python -m lotlip.train JOB.json`. It is started once, or by a launcher once per process.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay, import_deepspeed, initialise_processes
+from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay_factor, import_deepspeed, initialise_processes
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.job import Job, Timing
-from lotlip.pretrain.loader import Batch, Loader, Rows, WorkerLost
+from lotlip.pretrain.loader import Batch, BatchSlice, Loader, WorkerLost
 from lotlip.pretrain.records import HISTORY, RUN, History
 from lotlip.pretrain.sink import OpenSink, Sink
 from lotlip.pretrain.word_rows import keep_used_rows
@@ -46,21 +46,20 @@ if TYPE_CHECKING:
 
 
 class TrainingStopped(RuntimeError):
-    """Training cannot go on; the message says at which step, with which samples, and what is safe."""
+    """Training cannot continue; the message names the step, the samples and the last good checkpoint."""
 
 
 class ChanceWatch:
-    """Tells when retrieval inside the batch stays at chance.
+    """Detects when in-batch retrieval stays at chance.
 
-    In each period of `period` steps its later half is looked at, so that a start that is no better than chance is
-    forgiven, and a model that collapses later is seen.
+    The second half of each period is evaluated. So a start at chance is tolerated, and a later collapse is detected.
 
     Args:
-        period: steps; 0: never stuck.
-        batch_size: images that a text has to choose from.
+        period: number of steps; 0: off.
+        batch_size: number of images that a text is matched against.
 
     Attributes:
-        recall: mean over the half period that was looked at last.
+        recall: mean recall over the last half period that was evaluated.
     """
 
     def __init__(self, period: int, batch_size: int) -> None:
@@ -69,16 +68,16 @@ class ChanceWatch:
         self._recalls: list[float] = []
 
     def stuck(self, step: int, recall: float) -> bool:
-        """Takes the recall of a step, which counts from 1; True where that of half a period was no better than chance.
+        """Adds the recall of a step, from 1; returns True if the mean recall of the last half period is at chance.
 
-        Better are five standard deviations of what guessing would find.
+        The threshold is five standard deviations above chance.
         """
         if not self.period:
             return False
-        place = (step - 1) % self.period + 1
-        if 2 * place > self.period:
+        position = (step - 1) % self.period + 1
+        if 2 * position > self.period:
             self._recalls.append(recall)
-        if place < self.period:
+        if position < self.period:
             return False
         self.recall = sum(self._recalls) / len(self._recalls)
         chance, texts = 1 / self.batch_size, self.batch_size * len(self._recalls)
@@ -86,11 +85,11 @@ class ChanceWatch:
         return self.recall <= chance + 5 * math.sqrt(chance * (1 - chance) / texts)
 
     def state(self) -> list[float]:
-        """What a checkpoint keeps."""
+        """Returns the state to save in a checkpoint."""
         return self._recalls
 
     def load_state(self, state: list[float]) -> None:
-        """The inverse of `state`."""
+        """Restores the state from a checkpoint."""
         self._recalls = state
 
 
@@ -98,9 +97,9 @@ class Trainer:
     """Trains one seed of one configuration, from the last checkpoint if there is one.
 
     Args:
-        job: what to do.
-        seed: of weights, order and draws.
-        sink: where curves go; only the first process has a real one.
+        job: the job.
+        seed: seed of weights, sample order and sampled texts.
+        sink: receives the curves; only the first process has a sink that logs.
     """
 
     def __init__(self, job: Job, seed: int, sink: Sink) -> None:
@@ -115,18 +114,20 @@ class Trainer:
         tower, transform = None, None
         if config.from_pixels or not self.index.features:
             tower, transform = self._open_image_tower()
-        rows = Rows(config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps)
+        part = BatchSlice(
+            config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps
+        )
         seed_everything(seed)
         model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
-        if self.index.tokenizer == text.tokenizer:  # the index has the ids of all word pieces in training texts
+        if self.index.tokenizer == text.tokenizer:  # the index lists the ids of all word pieces in training texts
             used = {*self.index.vocabulary, *self.tokenizer.special_ids}
-            keep_used_rows(model, used, partial(decay, config=config))
+            keep_used_rows(model, used, partial(decay_factor, config=config))
         self.loader = Loader(
             job.shards,
             config,
             self.tokenizer,
             seed,
-            rows,
+            part,
             transform,
             workers=compute.loader_workers,
             prefetch=compute.prefetch,
@@ -138,7 +139,7 @@ class Trainer:
         self.watch = ChanceWatch(compute.stop_at_chance_after, config.batch_size)
 
     def _open_image_tower(self) -> tuple[ImageTower, Transform]:
-        """The image tower in the loop, and what makes pixels of pictures."""
+        """Loads the image tower that runs in each step, and the transform from images to pixels."""
         from lotlip.models.vision.image_tower import load_image_tower
 
         tower = load_image_tower(self.job.image_tower)
@@ -147,29 +148,29 @@ class Trainer:
         return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
 
     def train(self) -> None:
-        """Runs all steps that are left, then saves the model and its curves.
+        """Runs the remaining steps, then saves the model and its curves.
 
         Raises:
-            TrainingStopped: the loss or a weight is not a number, or retrieval stays at chance.
+            TrainingStopped: the loss or a weight is not finite, or retrieval stays at chance.
         """
         first = self._resume()
-        started = mark = time.monotonic()
+        start = last_log = time.monotonic()
         waited = 0.0
         with closing(self.loader.steps(first, self.config.steps)) as steps:
             for step in range(first, self.config.steps):
-                fetching = time.monotonic()
+                fetch_start = time.monotonic()
                 batches = next(steps)
-                waited += time.monotonic() - fetching
+                waited += time.monotonic() - fetch_start
                 result = self._step(batches, step)
                 done = step + 1
                 if done % self.compute.log_every == 0 or done == self.config.steps:
                     now = time.monotonic()
                     interval = done - max(first, self.history[-1]["step"] if self.history else 0)
-                    rate = interval * self.config.batch_size / (now - mark)
-                    self._log(step, result, rate, waited / (now - mark))
-                    left = (now - started) / (done - first) * (self.config.steps - done)
-                    self._say(done, result, left)
-                    mark, waited = now, 0.0
+                    rate = interval * self.config.batch_size / (now - last_log)
+                    self._log(step, result, rate, waited / (now - last_log))
+                    remaining = (now - start) / (done - first) * (self.config.steps - done)
+                    self._print_progress(done, result, remaining)
+                    last_log, waited = now, 0.0
                 if done % self.compute.checkpoint_every == 0 and done < self.config.steps:
                     self._checkpoint(done)
         self._save()
@@ -178,26 +179,26 @@ class Trainer:
         try:
             result = self.engine.step(batches, step)
         except NotFinite as error:
-            whose = "the broken image features of " if error.broken else "the samples "
+            samples = "the broken image features of " if error.broken else "the samples "
             keys = ", ".join((error.broken or error.keys)[:8])
-            remedy = "take their images out" if error.broken else "try a lower pretrain.optimizer.learning_rate"
-            raise self._stopped(f"{error} at step {step + 1} with {whose}{keys}, …", remedy) from error
+            remedy = "remove these images" if error.broken else "try a lower pretrain.optimizer.learning_rate"
+            raise self._stop_error(f"{error} at step {step + 1} with {samples}{keys}, …", remedy) from error
         if self.watch.stuck(step + 1, result.recall):
-            raise self._stopped(
+            raise self._stop_error(
                 f"after {step + 1} steps a text finds its image among the batch's {self.config.batch_size} no more "
                 f"often than by chance ({self.watch.recall:.2%} of texts)",
-                "see whether captions and images belong together and pretrain.optimizer.learning_rate is right, or set "
-                "compute.training.stop_at_chance_after higher (0: never)",
+                "check that captions match their images and that pretrain.optimizer.learning_rate is right, or raise "
+                "compute.training.stop_at_chance_after (0: never)",
             )
         return result
 
-    def _stopped(self, what: str, remedy: str) -> TrainingStopped:
+    def _stop_error(self, problem: str, remedy: str) -> TrainingStopped:
         newest = self.checkpoints.newest()
-        safe = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written before"
-        return TrainingStopped(f"{self.job.ablation}, seed {self.seed}: {what}; {safe}; {remedy}")
+        saved = f"the last good checkpoint is {newest}" if newest else "no checkpoint was written before"
+        return TrainingStopped(f"{self.job.ablation}, seed {self.seed}: {problem}; {saved}; {remedy}")
 
     def _log(self, step: int, result: StepResult, rate: float, wait: float) -> None:
-        point = {
+        values = {
             "step": step + 1,
             "loss": result.loss,
             "in_batch_recall": result.recall,
@@ -206,41 +207,41 @@ class Trainer:
             "samples_per_second": rate,
             "data_wait_share": wait,
         }
-        self.history.append(point)
-        self.sink.log({name: value for name, value in point.items() if name != "step"}, step + 1)
+        self.history.append(values)
+        self.sink.log({name: value for name, value in values.items() if name != "step"}, step + 1)
 
-    def _say(self, step: int, result: StepResult, left: float) -> None:
+    def _print_progress(self, step: int, result: StepResult, remaining: float) -> None:
         if dist.get_rank() == 0:
             print(
                 f"{self.job.ablation} seed {self.seed}: step {step}/{self.config.steps}, loss {result.loss:.3f}, "
-                f"{self.history[-1]['samples_per_second']:.0f} samples/s, {left:.0f} s left",
+                f"{self.history[-1]['samples_per_second']:.0f} samples/s, {remaining:.0f} s left",
                 flush=True,
             )
 
     def _checkpoint(self, step: int) -> None:
-        with self._finite():
+        with self._stop_if_not_finite():
             self.checkpoints.save(self.engine.deepspeed, step, {"history": self.history, "watch": self.watch.state()})
 
     @contextmanager
-    def _finite(self) -> Iterator[None]:
+    def _stop_if_not_finite(self) -> Iterator[None]:
         try:
             yield
         except FloatingPointError as error:
-            raise self._stopped(str(error), "try a lower pretrain.optimizer.learning_rate") from error
+            raise self._stop_error(str(error), "try a lower pretrain.optimizer.learning_rate") from error
 
     def _resume(self) -> int:
-        """Loads the newest checkpoint; returns the number of steps it has."""
+        """Loads the newest checkpoint; returns its number of steps."""
         state = self.checkpoints.load(self.engine.deepspeed)
         if state is None:
             return 0
         self.history = state["history"]
         self.watch.load_state(state["watch"])
         if dist.get_rank() == 0:
-            print(f"{self.job.ablation} seed {self.seed}: goes on after step {state['step']}", flush=True)
+            print(f"{self.job.ablation} seed {self.seed}: resumes after step {state['step']}", flush=True)
         return state["step"]
 
     def _provenance(self) -> dict[str, Any]:
-        """What the model card tells of training."""
+        """Returns the origin of the model for its card."""
         return {
             "name": f"{self.job.ablation}, seed {self.seed}",
             "ablation": self.job.ablation,
@@ -248,7 +249,7 @@ class Trainer:
             "pretraining": self.config.model_dump(mode="json"),
             "data": {
                 "sha256": sha256_files([self.job.shards / INDEX_FILE]),
-                "samples": {split: found.samples for split, found in self.index.splits.items()},
+                "samples": {split: entry.samples for split, entry in self.index.splits.items()},
                 "statistics": self.index.statistics,
             },
             "image_tower_sha256": sha256_files([self.job.image_tower / "model.safetensors"]),
@@ -257,16 +258,16 @@ class Trainer:
         }
 
     def _save(self) -> None:
-        trained = full_weights(self.engine.deepspeed)  # every process takes part: under ZeRO each has a piece
-        with self._finite():
+        trained = full_weights(self.engine.deepspeed)  # called in every process, because ZeRO partitions the weights
+        with self._stop_if_not_finite():
             by_first_process(lambda: self._write_model(trained))
 
     def _write_model(self, trained: dict[str, Tensor]) -> None:
-        from lotlip.models.saving import save_model  # brings timm along, which is not needed before
+        from lotlip.models.saving import save_model  # imports timm, which is not needed before
 
         require_finite([trained], self.config.steps)
         model = self.engine.model
-        # a tower in training has buffers, too, which bf16 has rounded
+        # an image tower in training also has buffers, in bf16 if the model is
         buffers = {
             name: (value.float() if value.is_floating_point() else value).cpu()
             for name, value in model.state_dict().items()
@@ -291,21 +292,21 @@ def going_on(config: PretrainConfig, seed: int) -> PretrainConfig:
     ablation = Path(config.text.pretrained or "")
     if not (ablation / RUN).is_file():
         return config
-    own = ablation / f"seed-{seed}"
-    if not own.is_dir():
-        raise ValueError(f"text.pretrained {ablation} has no seed-{seed} to go on from; train it with the same seeds")
-    return config.model_copy(update={"text": config.text.model_copy(update={"pretrained": str(own)})})
+    model = ablation / f"seed-{seed}"
+    if not model.is_dir():
+        raise ValueError(f"text.pretrained {ablation} has no seed-{seed} to start from; train it with the same seeds")
+    return config.model_copy(update={"text": config.text.model_copy(update={"pretrained": str(model)})})
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds every generator that training draws from."""
+    """Seeds all random number generators that training uses."""
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
 def main(job: Job, open_sink: OpenSink) -> None:
-    """Trains every seed of a job that is not finished yet, one after another."""
+    """Trains the unfinished seeds of a job, one after another."""
     initialise_processes(job.compute)
     if dist.get_rank() == 0 and job.compute.parallel_seeds == 1:
         _write_start(job)
@@ -319,47 +320,47 @@ def main(job: Job, open_sink: OpenSink) -> None:
 
 
 def _write_start(job: Job) -> None:
-    """Writes how long this process has taken to be ready."""
+    """Writes how long this process took to start."""
     Timing(imports=time.time() - psutil.Process().create_time()).write(job.timing)
 
 
-def side_by_side(job: Job, at_once: int, open_sink: OpenSink) -> str | None:
-    """Trains the seeds of a job in processes of their own, some at a time; the first that stops ends the others.
+def train_in_parallel(job: Job, parallel: int, open_sink: OpenSink) -> str | None:
+    """Trains each seed of a job in its own process, `parallel` at a time; the first that fails ends the others.
 
-    They are forks, which have nothing to import. They end with this process, and stay in its group.
+    The processes are forks, so they import nothing. They end with this process, and stay in its process group.
 
     Returns:
-        What `run` gives.
+        As `run`.
     """
     import_deepspeed()
     _write_start(job)
-    threads = max(1, (os.cpu_count() or 1) // min(at_once, len(job.seeds)))
-    waiting, running, own = list(job.seeds), set[int](), os.getpid()
-    stopped = None
+    threads = max(1, (os.cpu_count() or 1) // min(parallel, len(job.seeds)))
+    waiting, running, parent = list(job.seeds), set[int](), os.getpid()
+    failure = None
     while waiting or running:
-        while waiting and len(running) < at_once:
-            one = job.model_copy(update={"seeds": [waiting.pop(0)]})
+        while waiting and len(running) < parallel:
+            seed_job = job.model_copy(update={"seeds": [waiting.pop(0)]})
             child = os.fork()
             if not child:
-                end_with_parent(own)
-                _become(one, threads, open_sink)
+                end_with_parent(parent)
+                _run_child(seed_job, threads, open_sink)
             running.add(child)
         child, status = os.wait()
         running.discard(child)
-        if status and stopped is None:
-            stopped = f"a seed's process ended with status {os.waitstatus_to_exitcode(status)}"
+        if status and failure is None:
+            failure = f"a seed's process ended with status {os.waitstatus_to_exitcode(status)}"
             waiting.clear()
             for other in running:
                 os.kill(other, signal.SIGTERM)
-    return stopped
+    return failure
 
 
-def _become(job: Job, threads: int, open_sink: OpenSink) -> NoReturn:
-    """Makes a fork the process of one seed."""
+def _run_child(job: Job, threads: int, open_sink: OpenSink) -> NoReturn:
+    """Runs the job of one seed in a forked process, and exits."""
     status = 1
     try:
         torch.set_num_threads(threads)
-        reason = attempt(job, open_sink)
+        reason = run_job(job, open_sink)
         if reason:
             print(reason, file=sys.stderr)
         status = int(bool(reason))
@@ -371,39 +372,39 @@ def _become(job: Job, threads: int, open_sink: OpenSink) -> NoReturn:
         os._exit(status)
 
 
-# What gloo and NCCL say when another process does not answer, and when it is gone.
+# Parts of the errors of gloo and NCCL when another process does not answer or has ended.
 PEER_ERRORS = ("timed out", "timeout", "closed by peer", "reset by peer", "remote process exited")
 
 
 def run(job_file: str, open_sink: OpenSink) -> str | None:
-    """Trains what a job file asks for.
+    """Runs a job file.
 
     Args:
         job_file: JSON of a `Job`.
-        open_sink: opens where a seed's curves go.
+        open_sink: opens the sink for a seed's curves.
 
     Returns:
-        One line that says why it stopped; None where it finished.
+        The reason for stopping, in one line; None if the job has finished.
     """
     job = Job.load(Path(job_file))
-    at_once = job.compute.parallel_seeds
-    return side_by_side(job, at_once, open_sink) if at_once > 1 else attempt(job, open_sink)
+    parallel = job.compute.parallel_seeds
+    return train_in_parallel(job, parallel, open_sink) if parallel > 1 else run_job(job, open_sink)
 
 
-def attempt(job: Job, open_sink: OpenSink) -> str | None:
-    """Does a job in this process; gives what `run` does."""
+def run_job(job: Job, open_sink: OpenSink) -> str | None:
+    """Runs a job in this process; returns as `run`."""
     try:
         with multiprocessing_folder():
             main(job, open_sink)
     except (TrainingStopped, ValueError, OSError, WorkerLost) as error:
         return f"error: {error}"
-    except RuntimeError as error:  # torch.distributed has no type of its own for it on every backend
+    except RuntimeError as error:  # not all backends of torch.distributed have a specific type
         if not any(words in str(error).lower() for words in PEER_ERRORS):
             raise
-        how = job.compute
+        compute = job.compute
         return (
-            f"error: {job.ablation}: process {os.environ.get('RANK')} of {how.processes} lost another one, which "
-            f"ended or did not answer for {how.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
-            f"{str(error).splitlines()[0]}; run again, and training resumes from the last checkpoint"
+            f"error: {job.ablation}: process {os.environ.get('RANK')} of {compute.processes} lost another one, which "
+            f"ended or did not answer for {compute.peer_timeout_seconds:g} s (compute.training.peer_timeout_seconds): "
+            f"{str(error).splitlines()[0]}; rerun to resume from the last checkpoint"
         )
     return None

@@ -175,7 +175,7 @@ class Stuck(torch.utils.data.IterableDataset):
         time.sleep(600)
         yield
 
-def attempt(job, open_sink):
+def run_job(job, open_sink):
     os.write(1, f"{os.getpid()}\\n".encode())
     loader = object.__new__(Loader)
     loader._workers, loader._prefetch = 2, 4
@@ -183,8 +183,8 @@ def attempt(job, open_sink):
     next(loader.steps(0, 100))
 
 trainer.import_deepspeed = trainer._write_start = lambda *_: None
-trainer.attempt = attempt
-trainer.side_by_side(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
+trainer.run_job = run_job
+trainer.train_in_parallel(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 """
 
 

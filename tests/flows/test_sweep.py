@@ -400,11 +400,11 @@ def test_a_sweep_that_is_killed_or_cancelled_takes_all_with_it_and_goes_on(done:
 
     (point,) = sweeps.glob("m2-*")
     run = start(done, "sweep/by-hand", {"settings": asked}).json()["id"]
-    await_that(lambda: "goes on after step" in (point / "log.txt").read_text(), "training goes on")
+    await_that(lambda: "resumes after step" in (point / "log.txt").read_text(), "training goes on")
     ask(done.environment, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     await_that(lambda: not running(done), "all of its processes have ended")
     assert served.poll() is None
 
     swept(done, asked)  # finishes what the first two began
     assert artifact(done, "sweep-long")[0]["status"] == "done"
-    assert "goes on after step" in (point / "log.txt").read_text()
+    assert "resumes after step" in (point / "log.txt").read_text()
