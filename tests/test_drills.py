@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -330,6 +331,24 @@ def test_every_kind_comes_early_and_every_kill_comes() -> None:
     assert {(spec.target, spec.how) for spec in specs if spec.kind == "kill"} == set(KILLS)
     assert Counter(spec.kind for spec in specs).most_common(1)[0][0] == "kill"
     assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows.stages.pretrain"}
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "arguments"),
+    [
+        ("image-tower", "flows.stages.image_tower", []),
+        ("caption@llava", "flows.stages.caption", ["llava"]),
+        ("finetune@lotlip", "flows.stages.pretrain", ["lotlip"]),
+        ("evaluate-finetune@lotlip", "flows.stages.evaluate", ["lotlip"]),
+    ],
+)
+def test_a_stage_alone_is_run_by_its_module(
+    sandbox: Sandbox, tmp_path: Path, stage: str, module: str, arguments: list[str]
+) -> None:
+    runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox, stages=[stage]), isolated=False, limit=30.0)
+    drill = Drill(runner, Spec(0, "kill", "alone", "SIGKILL", seed=1))
+    assert drill._alone(0) == (sys.executable, "-m", module, *arguments)
+    assert find_spec(module) is not None
 
 
 def test_drills_follow_from_the_seed() -> None:

@@ -18,6 +18,7 @@ from benchmarks.drills import isolation
 from benchmarks.drills.outputs import differences, fingerprints
 from benchmarks.drills.processes import DrillProcess, children, end_all, listening, marked, send, wait_until
 from benchmarks.drills.world import ENDING_SECONDS, REPRODUCE, Reference, Run, Sandbox
+from flows import stage_module
 
 KINDS = ("kill", "checkpoint", "flip", "two", "disk")
 # Every kind is early in this order, and kills are the most frequent.
@@ -448,8 +449,8 @@ class Drill:
     def _alone(self, stage: int) -> Sequence[str]:
         """Returns the command that runs a stage on its own."""
         name, _, item = self.reference.stages[stage].partition("@")
-        module = name.replace("-", "_").removesuffix("_continued")
-        return (sys.executable, "-m", f"flows.{module}", *([item] if item else []))
+        name = {"finetune": "pretrain", "evaluate-finetune": "evaluate"}.get(name, name)
+        return (sys.executable, "-m", stage_module(name), *([item] if item else []))
 
     def _stage(self, name: str) -> int:
         """Returns the number of the first stage with a name."""
