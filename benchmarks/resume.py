@@ -27,6 +27,7 @@ from benchmarks.data import write_data
 from flows.runtime.processes import launch
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.compute import LocalLaunch, TrainingCompute
+from lotlip.core.files import SCRATCH
 from lotlip.core.record import read_record
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 from lotlip.pretrain.config import PretrainConfig
@@ -84,7 +85,7 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
         seeds=settings.seeds,
         shards=root / "shards",
         image_tower=root / "tower",
-        scratch=root / name / "scratch",
+        scratch=root / name / SCRATCH,
         out=root / name / "out",
         tracking_uri="",
         run_ids={},

@@ -45,7 +45,7 @@ def build(variant: str, options: argparse.Namespace, folder: Path) -> Trainer:
     for path in options.shards.glob("train-*"):
         (shards / path.name).symlink_to(path.resolve())
     index = read_json(options.shards / "index.json")
-    write_json(shards / "index.json", index if VARIANTS[variant] else {**index, "tokenizer": None})
+    write_json(shards / "index.json", index if VARIANTS[variant] else {**index, "tokenizer": ""})
     params = load_params(options.params)
     job = Job(
         ablation=variant,
