@@ -3,7 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 VENV := .venv
 BIN := $(VENV)/bin
-# Tools and stages are called by name.
+# Puts the environment's tools on the PATH.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Cached bytecode halves the start-up time of a stage.
 export PYTHONDONTWRITEBYTECODE :=
@@ -17,7 +17,7 @@ help:
 reproduce: setup ## run the whole pipeline on the offline demo and write a report
 	@python -m flows.reproduce
 
-reproduce-all: setup ## run it with every ablation, for all tables of the paper
+reproduce-all: setup ## run the pipeline with every ablation, for all tables of the paper
 	@python -m flows.reproduce --all
 
 test: setup ## run the unit and integration tests, and a smoke test of each system
@@ -42,7 +42,7 @@ format: setup ## fix and format with ruff
 ui: setup ## serve Prefect and MLflow and print their addresses
 	@python -m flows.ui
 
-serve: setup ## serve both, with forms that start reproductions and sweeps
+serve: setup ## serve Prefect and MLflow, with forms that start reproductions and sweeps
 	@python -m flows.serve
 
 setup: $(VENV)/.installed ## create or update .venv from requirements.lock
@@ -58,5 +58,5 @@ lock: setup ## update requirements.lock, with hashes and without registry addres
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
 		--quiet --custom-compile-command "make lock" --output-file requirements.lock
 
-clean: setup ## remove outputs of stages and scratch files; keeps your files, .venv and DVC's cache
+clean: setup ## remove outputs of stages and scratch files, but not your files, .venv and DVC's cache
 	@python -m flows.clean

@@ -1,4 +1,4 @@
-"""The measurements that docs/performance.md quotes, each with its command."""
+"""Benchmarks. docs/performance.md has their commands and results."""
 
 import sys
 

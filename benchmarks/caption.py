@@ -1,11 +1,11 @@
-"""Captioning speed compared with a plain loop over the images: `python -m benchmarks.caption`.
+"""Compares the captioning speed with a plain loop over the images: `python -m benchmarks.caption`.
 
-Ours is the captioner of kind `transformers`, as the caption stage runs it. The plain loop is what a model card shows:
-for each image, decode it, call `processor` and `model.generate`, decode the text. Both have the same weights, images,
-prompt and greedy decoding; their texts must be equal, or the benchmark fails. A round runs both once. Rates are medians
-over rounds; the ratio is the median of the rounds' ratios. One thread by default: with more, the tiny model's small
-layers wait for one another, especially in the loop. The model is a generated tiny LLaVA with random weights; `--model`
-uses the model in a folder instead. `--json` prints one object.
+Ours is the captioner of kind `transformers`, as the caption stage runs it. The plain loop is the code of a model card:
+for each image, it decodes the image, calls `processor` and `model.generate`, and decodes the text. Both have the same
+weights, images, prompt and greedy decoding. Their texts must be equal, or the benchmark fails. A round runs both once.
+Rates are medians over rounds, and the ratio is the median of the rounds' ratios. The default is one thread: with more,
+threads wait for one another in the tiny model's small layers, especially in the loop. The model is a generated tiny
+LLaVA with random weights; `--model` uses the model in a folder instead. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -50,21 +50,21 @@ class PlainLoop:
             self.text = self.processor.apply_chat_template([message], add_generation_prompt=True)
 
     def __call__(self, records: list[ImageRecord]) -> tuple[list[str], int]:
-        """The texts, and the number of generated tokens."""
+        """Returns the texts and the number of generated tokens."""
         texts, count = [], 0
         for record in records:
             image = Image.open(io.BytesIO(record.image)).convert("RGB")
             inputs = self.processor(images=image, text=self.text, return_tensors="pt")
             with torch.inference_mode():
-                (written,) = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False)
-            written = written[inputs["input_ids"].shape[1] :]
-            texts.append(self.processor.tokenizer.decode(written, skip_special_tokens=True).strip())
-            count += len(written)
+                (tokens,) = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False)
+            tokens = tokens[inputs["input_ids"].shape[1] :]
+            texts.append(self.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip())
+            count += len(tokens)
         return texts, count
 
 
 def pictures(count: int) -> list[ImageRecord]:
-    """JPEG files of mixed sizes that take as long to decode as photographs."""
+    """Returns JPEG images of mixed sizes that take as long to decode as photographs."""
     rng, records = np.random.default_rng(0), []
     for number in range(count):
         width, height = SIZES[number % len(SIZES)]
@@ -76,7 +76,7 @@ def pictures(count: int) -> list[ImageRecord]:
 
 
 def measure(model: Path | None, images: int, batch: int, tokens: int, threads: int, rounds: int) -> dict[str, Any]:
-    """Images and tokens per second of both, and the ratio of ours to the loop."""
+    """Returns images and tokens per second of both, and the ratio of ours to the loop."""
     disable_progress_bar()
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as name:
@@ -105,26 +105,26 @@ def measure(model: Path | None, images: int, batch: int, tokens: int, threads: i
             if texts != expected:
                 raise AssertionError("texts of batches differ from those of single images")
     return {
-        "images_per_second": {way: images / median(taken) for way, taken in seconds.items()},
-        "tokens_per_second": {way: count / median(taken) for way, taken in seconds.items()},
+        "images_per_second": {name: images / median(times) for name, times in seconds.items()},
+        "tokens_per_second": {name: count / median(times) for name, times in seconds.items()},
         "tokens_per_image": count / images,
         "ours_over_loop": median(b / a for a, b in zip(seconds["ours"], seconds["loop"], strict=True)),
     }
 
 
 def table(measured: dict[str, Any]) -> str:
-    """The measurement as a Markdown table."""
+    """Returns the measurement as a Markdown table."""
     lines = ["| | images/s | tokens/s |", "|---|---|---|"]
-    for way, rate in measured["images_per_second"].items():
-        lines.append(f"| {way} | {rate:.1f} | {measured['tokens_per_second'][way]:.0f} |")
+    for name, rate in measured["images_per_second"].items():
+        lines.append(f"| {name} | {rate:.1f} | {measured['tokens_per_second'][name]:.0f} |")
     ratio = f"Ours over the plain loop: {measured['ours_over_loop']:.2f} times"
     return "\n".join([*lines, "", f"{ratio}, with equal texts of {measured['tokens_per_image']:.1f} tokens."])
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.caption", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a model; default: a tiny one with random weights")
+    parser.add_argument("--model", type=Path, help="folder of a model (default: a tiny one with random weights)")
     for name, default in {"images": 64, "batch": 16, "tokens": 64, "threads": 1, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", action="store_true")

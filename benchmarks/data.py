@@ -1,4 +1,4 @@
-"""Shards of synthetic samples that take as long to read as real ones."""
+"""Creates shards of synthetic samples that take as long to read as real ones."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ WORDS += ["dog", "house", "tree", "street", "table", "window", "person", "sky", 
 
 
 def write_data(folder: Path, samples: int, shards: int, image_size: int, width: int) -> None:
-    """Writes shards of key.json, key.npy of `width` numbers, key.jpg, and key.txt, the short caption for open_clip.
+    """Writes shards with key.json, key.npy [width], key.jpg, and key.txt with the short caption for open_clip.
 
-    The token ids of their texts are beside them, as the shard stage writes them.
+    Files with token ids are written beside them, as by the shard stage.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rng, noise = random.Random(0), np.random.default_rng(0)
-    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]  # enough variety
+    pictures = [_picture(noise, image_size) for _ in range(min(samples, 64))]
     sizes = [len(range(number, samples, shards)) for number in range(shards)]
     names = [f"train-{number:06d}" for number in range(shards)]
     for name, size in zip(names, sizes, strict=True):
@@ -67,17 +67,17 @@ def write_data(folder: Path, samples: int, shards: int, image_size: int, width: 
     ]
     splits = {"train": SplitEntry(samples=samples, shards=listed)}
     vocabulary = sorted(used_tokens(TOKENIZER, WORDS))
-    own = {"statistics": {}, "features": True, "tokenizer": TOKENIZER, "vocabulary": vocabulary}
-    write_index(folder, [], ShardIndex, splits=splits, **own)
+    fields = {"statistics": {}, "features": True, "tokenizer": TOKENIZER, "vocabulary": vocabulary}
+    write_index(folder, [], ShardIndex, splits=splits, **fields)
 
 
 def sentence(rng: random.Random) -> str:
-    """Eight to fourteen words."""
+    """Returns a random sentence of 8 to 14 words."""
     return " ".join(rng.choices(WORDS, k=rng.randint(8, 14)))
 
 
 def _picture(noise: np.random.Generator, size: int) -> bytes:
-    """Noise of every scale, strongest at coarse scales, as in photographs: about 3 bits per pixel as JPEG."""
+    """Returns a JPEG of noise at all scales, strongest at coarse ones as in photographs: about 3 bits per pixel."""
     pixels = np.full((size, size, 3), 128.0)
     for cells, strength in ((4, 60), (16, 30), (64, 12), (size, 6)):
         coarse = noise.standard_normal((cells, cells, 3)).clip(-3, 3) * 42 + 128

@@ -1,13 +1,13 @@
-"""Loading speed compared with open_clip's training pipeline: `python -m benchmarks.loader`.
+"""Compares the loading speed with open_clip's training pipeline: `python -m benchmarks.loader`.
 
-It writes shards of pictures that take as long to decode as photographs, with features of 768 numbers and short and long
-captions, and reads them with both loaders and equally many workers. open_clip's loader is `get_wds_dataset` of its
-training code. For features, which open_clip does not support, the same steps read the stored .npy instead of the
-picture and decode only what is used. open_clip tokenizes the short caption. Ours takes the short caption and a long
-text from the token ids that the shard stage stores, or tokenizes both for tars without them. A round runs every variant
-once, from starting its workers to the epoch's last batch. Rates are medians over rounds, ratios medians of the rounds'
-ratios. The share of time that training waits for data is measured with steps of a given length in which the processor
-is idle. `--json` prints one object.
+It writes shards of pictures that take as long to decode as photographs, with features of dimension 768 and short and
+long captions. Both loaders read them with the same number of workers. open_clip's loader is `get_wds_dataset` of its
+training code. open_clip does not support features, so for them the same steps read the stored .npy instead of the
+picture, and decode only the members that are used. open_clip tokenizes the short caption. Ours reads the short caption
+and a long text from the token ids that the shard stage stores, or tokenizes both for tars without them. A round runs
+every variant once, from the start of its workers to the epoch's last batch. Rates are medians over rounds, and ratios
+are medians of the rounds' ratios. The share of time that training waits for data is measured with simulated steps of a
+given length, in which the processor is idle. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from lotlip.pretrain.loader import BatchSlice, Loader
 
 SIDE, WIDTH = 224, 768  # side of the tower's pictures, dimension of its features
 
-# Compared pairs: ours, open_clip's.
+# Pairs of variants that are compared: ours, open_clip's.
 PAIRS = {
     "stored features": ("ours, features", "open_clip, features"),
     "stored features without token ids": ("ours, features, no ids", "open_clip, features"),
@@ -57,7 +57,7 @@ Batches = Callable[[], Iterable[Any]]
 def ours(
     folder: Path, workers: int, batch: int, tokenizer: TextTokenizer, transform: Transform | None
 ) -> Iterator[Any]:
-    """An epoch of this project's loader."""
+    """Returns the batches of an epoch of this project's loader."""
     settings = PretrainConfig(long_texts=LongTextsConfig())
     loader = Loader(folder, settings, tokenizer, 0, BatchSlice(batch), transform, workers=workers)
     return loader.steps(0, loader.steps_per_epoch)
@@ -66,7 +66,7 @@ def ours(
 def open_clip_images(
     folder: Path, workers: int, batch: int, tokenizer: Any, samples: int, augmented: bool
 ) -> Iterable[Any]:
-    """An epoch of open_clip's pipeline, in the order of `get_wds_dataset`."""
+    """Returns the batches of an epoch of open_clip's pipeline."""
     args = SimpleNamespace(
         train_data="::".join(map(str, sorted(folder.glob("*.tar")))),
         train_num_samples=samples,
@@ -81,7 +81,7 @@ def open_clip_images(
 
 
 def open_clip_features(folder: Path, workers: int, batch: int, tokenizer: Any, samples: int) -> Iterable[Any]:
-    """The same steps with the stored .npy instead of the picture."""
+    """Returns the batches of an epoch with the steps of `get_wds_dataset`, but features instead of pictures."""
     steps = [
         wds.SimpleShardList([str(path) for path in sorted(folder.glob("*.tar"))]),
         wds.split_by_worker,
@@ -98,27 +98,27 @@ def open_clip_features(folder: Path, workers: int, batch: int, tokenizer: Any, s
 
 
 def without_token_ids(folder: Path) -> Path:
-    """The same shards, linked into a folder inside, as somebody else's writer leaves them, but with the index."""
-    inside = folder / "without"
-    inside.mkdir()
+    """Links the shards without their token ids into a subfolder, and returns it."""
+    subfolder = folder / "without"
+    subfolder.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path.suffixes[-2:] != [".token-ids", ".arrow"]:
-            os.link(path, inside / path.name)
-    return inside
+            os.link(path, subfolder / path.name)
+    return subfolder
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 
 def samples_per_second(batches: Batches, batch: int) -> float:
-    """Rate over a whole epoch, including the start of its workers."""
+    """Measures the rate over an epoch, including the start of the workers."""
     started = time.perf_counter()
     count = sum(1 for _ in batches())
     return count * batch / (time.perf_counter() - started)
 
 
 def waiting_share(batches: Batches, step_seconds: float, steps: int) -> float:
-    """Share of time that steps of a given length wait for data, without the first, in which workers start."""
+    """Measures the share of time that steps wait for data, without the first step, in which the workers start."""
     stream = iter(batches())
     next(stream)
     started, waited = time.perf_counter(), 0.0
@@ -133,55 +133,55 @@ def waiting_share(batches: Batches, step_seconds: float, steps: int) -> float:
 def measure(
     samples: int, shards: int, image_size: int, workers: int, batch: int, step_ms: float, rounds: int, images: bool
 ) -> dict[str, Any]:
-    """Samples per second and waiting share of every variant, and ratios of ours to open_clip's."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    """Returns samples per second and waiting share of every variant, and ratios of ours to open_clip's."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_data(folder, samples, shards, image_size, WIDTH)
         tokenizer = TextTokenizer("bert-base-uncased")
-        own = partial(ours, folder, workers, batch, tokenizer)
+        our_loader = partial(ours, folder, workers, batch, tokenizer)
         clip_tokenizer = open_clip.get_tokenizer("ViT-B-32")
         theirs = partial(open_clip_images, folder, workers, batch, clip_tokenizer, samples)
-        ways: dict[str, Batches] = {
-            "ours, features": partial(own, None),
+        variants: dict[str, Batches] = {
+            "ours, features": partial(our_loader, None),
             "ours, features, no ids": partial(ours, without_token_ids(folder), workers, batch, tokenizer, None),
             "open_clip, features": partial(open_clip_features, folder, workers, batch, clip_tokenizer, samples),
         }
         if images:
-            ways |= {
-                "ours, centre": partial(own, training_transform(SIDE)),
+            variants |= {
+                "ours, centre": partial(our_loader, training_transform(SIDE)),
                 "open_clip, centre": partial(theirs, False),
-                "ours, augmented": partial(own, training_transform(SIDE, augmentation=AugmentationConfig())),
+                "ours, augmented": partial(our_loader, training_transform(SIDE, augmentation=AugmentationConfig())),
                 "open_clip, augmented": partial(theirs, True),
             }
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        waits: dict[str, list[float]] = {way: [] for way in ways}
+        rates: dict[str, list[float]] = {name: [] for name in variants}
+        waits: dict[str, list[float]] = {name: [] for name in variants}
         steps = min(20, samples // batch - 1)
-        for way in tqdm([*ways] * rounds, desc="rounds × ways", disable=None):
-            rates[way].append(samples_per_second(ways[way], batch))
-            waits[way].append(waiting_share(ways[way], step_ms / 1000, steps))
+        for name in tqdm([*variants] * rounds, desc="rounds × variants", disable=None):
+            rates[name].append(samples_per_second(variants[name], batch))
+            waits[name].append(waiting_share(variants[name], step_ms / 1000, steps))
     ratios = {
         pair: median(a / b for a, b in zip(rates[mine], rates[other], strict=True))
         for pair, (mine, other) in PAIRS.items()
         if mine in rates
     }
     return {
-        "samples_per_second": {way: median(values) for way, values in rates.items()},
-        "waiting_share": {way: median(values) for way, values in waits.items()},
+        "samples_per_second": {name: median(values) for name, values in rates.items()},
+        "waiting_share": {name: median(values) for name, values in waits.items()},
         "ours_over_open_clip": ratios,
     }
 
 
 def table(measured: dict[str, Any], step_ms: float) -> str:
-    """The measurement as a Markdown table."""
+    """Returns the measurement as a Markdown table."""
     lines = [f"| | samples/s | waiting, with steps of {step_ms:g} ms |", "|---|---|---|"]
-    for way, rate in measured["samples_per_second"].items():
-        lines.append(f"| {way} | {rate:.0f} | {measured['waiting_share'][way]:.0%} |")
+    for name, rate in measured["samples_per_second"].items():
+        lines.append(f"| {name} | {rate:.0f} | {measured['waiting_share'][name]:.0%} |")
     ratios = (f"{pair} {ratio:.2f} times" for pair, ratio in measured["ours_over_open_clip"].items())
     return "\n".join([*lines, "", f"Ours compared with open_clip's: {', '.join(ratios)}."])
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Runs the benchmark and prints the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.splitlines()[0])
     sizes = {"samples": 4000, "shards": 4, "image-size": 256, "workers": 1, "batch": 64, "rounds": 3}
     for name, default in sizes.items():

@@ -1,8 +1,9 @@
-"""Memory and time of the contrastive loss at a large batch, in several processes: `python -m benchmarks.loss`.
+"""Measures memory and time of the contrastive loss at a large batch, in several processes: `python -m benchmarks.loss`.
 
 Each process has its share of the batch: image features and the features of each image's texts, as the towers return
-them. The peak memory beyond that, with the gradients of all features, is attributed to the loss. `--at-once` sets how
-many logits exist at a time; a huge number computes all of them at once, as other code does. `--json` prints one object.
+them. The additional peak memory, which includes the gradients of the features, is attributed to the loss. `--at-once`
+sets the number of logits in memory at a time; with a huge number, all are computed at once, as in other code. `--json`
+prints one object.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ GB = 1e9
 
 
 def measure(batch: int, kinds: int, width: int, logits_at_once: int) -> dict[str, float]:
-    """In one process: bytes of its features, additional bytes at the loss's peak, seconds."""
+    """Measures one process: bytes of its features, additional bytes at the loss's peak, and seconds."""
     torch.manual_seed(dist.get_rank())
-    own = batch // dist.get_world_size()
-    images = normalize(torch.randn(own, width), dim=-1).requires_grad_()
-    texts = normalize(torch.randn(own, kinds, width), dim=-1).requires_grad_()
+    local_batch = batch // dist.get_world_size()
+    images = normalize(torch.randn(local_batch, width), dim=-1).requires_grad_()
+    texts = normalize(torch.randn(local_batch, kinds, width), dim=-1).requires_grad_()
     scale = torch.tensor([14.3], requires_grad=True)
     before = psutil.Process().memory_info().rss
     started = time.monotonic()
@@ -46,7 +47,7 @@ def measure(batch: int, kinds: int, width: int, logits_at_once: int) -> dict[str
 
 
 def worker(arguments: argparse.Namespace) -> None:
-    """One of the processes; the first prints the results of all."""
+    """Runs one of the processes. Rank 0 prints the results of all."""
     torch.set_num_threads(max(1, (psutil.cpu_count() or 1) // arguments.processes))
     dist.init_process_group("gloo")
     results: list[Any] = [None] * arguments.processes
@@ -57,33 +58,33 @@ def worker(arguments: argparse.Namespace) -> None:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Starts the processes; returns the largest value over all of them."""
+    """Starts the processes, and returns the maximum of each value over them."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}"]
     command = [sys.executable, *launcher, "-m", "benchmarks.loss", "--worker", *sys.argv[1:]]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     results = json.loads(done.stdout.strip().splitlines()[-1])
-    most = {name: max(result[name] for result in results) for name in results[0]}
-    return {"batch": arguments.batch, "processes": arguments.processes, "at_once": arguments.at_once, **most}
+    maxima = {name: max(result[name] for result in results) for name in results[0]}
+    return {"batch": arguments.batch, "processes": arguments.processes, "at_once": arguments.at_once, **maxima}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16384, help="images, over all processes")
+    parser.add_argument("--batch", type=int, default=16384, help="number of images in all processes")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--kinds", type=int, default=4, help="text features per image: 1 + K (m + 1)")
     parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--at-once", type=int, default=LOGITS_AT_ONCE, help="number of logits that exist at a time")
+    parser.add_argument("--at-once", type=int, default=LOGITS_AT_ONCE, help="number of logits in memory at a time")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        worker(given)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options)
     else:
-        result = main(given)
+        result = main(options)
         print(
             json.dumps(result, allow_nan=False)
-            if given.json
+            if options.json
             else f"a batch of {result['batch']:,} in {result['processes']} processes: features "
-            f"{result['features_bytes'] / GB:.2f} GB per process, {result['more_bytes'] / GB:.2f} GB more for loss and "
-            f"gradients, {result['seconds']:.1f} s"
+            f"{result['features_bytes'] / GB:.2f} GB per process, loss and gradients "
+            f"{result['more_bytes'] / GB:.2f} GB, {result['seconds']:.1f} s"
         )

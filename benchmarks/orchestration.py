@@ -1,8 +1,8 @@
-"""The share of orchestration in the last `make reproduce`: `python -m benchmarks.orchestration`.
+"""Measures the share of orchestration in the last `make reproduce`: `python -m benchmarks.orchestration`.
 
-Work is what the stages themselves compute. Everything else from the start of `flows.reproduce` to its end is
-orchestration: servers, DVC, Prefect, imports, gates and MLflow. All stages run only after `make clean`; if nothing was
-stale, the whole run is orchestration. `--json` prints one object.
+Work is the time that stages compute. The rest of the run of `flows.reproduce` is orchestration: servers, DVC, Prefect,
+imports, gates and MLflow. For a run of all stages, run `make clean` before; if no stage was stale, the whole run is
+orchestration. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ PARTS = ("imports", "prefect", "gate", "mlflow")
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Seconds by stage (all instances together) and part, for the stages that the last run ran.
+    """Returns seconds by stage and part, for the stages of the last run. The items of a stage are added up.
 
-    The last row, "all", has the whole run, and the number of stages that were up to date.
+    The row "all" has the whole run, and the number of stages that were up to date.
 
     Raises:
-        ValueError: there was no run yet.
+        ValueError: there is no record of a run.
     """
     params = load_params()
     if not REPRODUCTION.is_file():
@@ -49,15 +49,15 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    """The measurement as a Markdown table, in seconds."""
+    """Returns the measurement as a Markdown table, in seconds."""
     columns = ("runs", "work", *PARTS)
     lines = ["| stage | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for stage, row in rows.items():
         lines.append(f"| {stage} | {row['runs']:.0f} | " + " | ".join(f"{row[c]:.1f}" for c in columns[1:]) + " |")
     total = rows["all"]
     lines.append(
-        f"\n{total['seconds']:.0f} s in all; servers, DVC and the rest {total['servers, DVC, rest']:.1f} s; "
-        f"orchestration is {total['orchestration share']:.1%} of it. {total['up to date']:.0f} stages were up to date."
+        f"\n{total['seconds']:.0f} s in total; servers, DVC and the rest: {total['servers, DVC, rest']:.1f} s; "
+        f"orchestration: {total['orchestration share']:.1%}. {total['up to date']:.0f} stages were up to date."
     )
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""The released training step, rewritten from its description, for comparison in `benchmarks.train_step`."""
+"""The training step of the method's release, rewritten from its description, for `benchmarks.train_step`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ReleasedStep(nn.Module):
     """Runs the image tower at every step, pads texts to the context length, and has one logit matrix per kind of text.
 
     Args:
-        model: source of the text tower's weights and the temperature, which are copied.
+        model: model whose text tower and temperature are copied.
         vision: timm's name of the frozen image tower, which gets random weights.
     """
 
@@ -36,23 +36,23 @@ class ReleasedStep(nn.Module):
         self.logit_scale = nn.Parameter(model.logit_scale.detach().clone())
 
     def train(self, mode: bool = True) -> ReleasedStep:
-        """Sets the training mode of all modules but the frozen tower."""
+        """Sets the training mode of all modules except the frozen tower."""
         super().train(mode)
         self.visual.eval()
         return self
 
     def optimizer(self, **settings: Any) -> torch.optim.Optimizer:
-        """AdamW that updates one parameter after another."""
+        """Returns AdamW in the variant that updates parameters one after another."""
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(trained, foreach=False, fused=False, **settings)
 
     def image_features(self, pixels: Tensor) -> Tensor:
-        """The frozen tower's features, [B, D], of pixels [B, 3, S, S]."""
+        """Returns the frozen tower's features [B, D] of pixels [B, 3, S, S]."""
         with torch.no_grad():
             return self.visual(pixels)
 
     def forward(self, pixels: Tensor, raw: list[list[int]], long: list[list[int]]) -> Tensor:
-        """The training loss, a scalar, from pictures [B, 3, S, S] and the token ids of their texts."""
+        """Returns the training loss, a scalar, for pixels [B, 3, S, S] and the token ids of their texts."""
         images = normalize(self.image_features(pixels), dim=-1)
         texts = [self._text_features(raw)[:, 0], *self._text_features(long).unbind(dim=1)]
         target = torch.arange(len(images))
@@ -63,7 +63,7 @@ class ReleasedStep(nn.Module):
         return torch.stack(terms).mean()
 
     def _text_features(self, texts: list[list[int]]) -> Tensor:
-        """Normalised features of [CLS] and each corner token, [B, 1 + m, D]."""
+        """Returns the normalised features of [CLS] and each corner token, [B, 1 + m, D]."""
         padding = self.encoder.config.pad_token_id
         ids = torch.tensor([text + [padding] * (CONTEXT_LENGTH - len(text)) for text in texts])
         hidden = self.encoder(input_ids=ids, attention_mask=self._mask(texts)).last_hidden_state
@@ -71,7 +71,7 @@ class ReleasedStep(nn.Module):
         return normalize(self.proj(pooled), dim=-1)
 
     def _mask(self, texts: list[list[int]]) -> Tensor:
-        """The mask that is added to the attention's scores, [B, 1, L, L], built one text at a time."""
+        """Returns the additive attention mask [B, 1, L, L], built one text at a time."""
         masks = []
         for text in texts:
             visible = torch.zeros(CONTEXT_LENGTH, CONTEXT_LENGTH, dtype=torch.bool)

@@ -1,9 +1,9 @@
 """Kills training at random moments and compares the result with an undisturbed run: `python -m benchmarks.resume`.
 
-Two processes train a small model with dropout. Each kill is `kill -9` of one of them (or of their launcher) at a random
+Two processes train a small model with dropout. Each kill is `kill -9` of one of them, or of their launcher, at a random
 moment: during a step, while a checkpoint is written, or during the start. Then training is restarted. The final weights
-and the curve must be identical to those of a run that was never killed, bit for bit. `--json` prints one object; the
-exit status is 1 if they differ.
+and the loss curve must be bit-identical to those of an undisturbed run; otherwise the exit status is 1. `--json` prints
+one object.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from benchmarks.data import write_data
 from flows.runtime.processes import launch
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.compute import LocalLaunch, TrainingCompute
+from lotlip.core.files import SCRATCH
 from lotlip.core.record import read_record
 from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
 from lotlip.pretrain.config import PretrainConfig
@@ -38,21 +39,21 @@ MODULE = "lotlip.train"
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Runs both; returns the kills, and whether the results are identical."""
+    """Runs both, and returns the kills and whether the results are identical."""
     rng = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         write_data(root / "shards", samples=1000, shards=3, image_size=32, width=WIDTH)
         spec = ImageTowerSpec("vit_scenes", 32, {"patch_size": 16, "embed_dim": WIDTH, "depth": 1, "num_heads": 2})
         save_image_tower(build_image_tower(spec), spec, root / "tower")
-        undisturbed, killed = (_job(root, name, arguments) for name in ("whole", "killed"))
+        undisturbed, killed = (_job(root, name, arguments) for name in ("undisturbed", "killed"))
         started = time.monotonic()
         _train(undisturbed, arguments.processes, None, rng)
         seconds = time.monotonic() - started
         kills: list[dict[str, Any]] = []
         while not (killed.parent / "out").exists():
-            more = len(kills) < arguments.kills
-            kill = _train(killed, arguments.processes, _moment(rng, arguments, kills) if more else None, rng)
+            moment = _moment(rng, arguments) if len(kills) < arguments.kills else None
+            kill = _train(killed, arguments.processes, moment, rng)
             if kill:
                 kills.append(kill)
                 print(f"killed {kill['process']} {kill['when']}", file=sys.stderr)
@@ -84,7 +85,7 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
         seeds=settings.seeds,
         shards=root / "shards",
         image_tower=root / "tower",
-        scratch=root / name / "scratch",
+        scratch=root / name / SCRATCH,
         out=root / name / "out",
         tracking_uri="",
         run_ids={},
@@ -93,17 +94,17 @@ def _job(root: Path, name: str, arguments: argparse.Namespace) -> Path:
     return root / name / "job.json"
 
 
-def _moment(rng: random.Random, arguments: argparse.Namespace, kills: list[dict[str, Any]]) -> tuple[int, float]:
-    """When a process is killed: after how many steps of a run (0: during the start), and how many seconds later."""
-    share = arguments.steps // (arguments.kills + 1)
-    return (0 if rng.random() < 0.2 else rng.randint(1, share), rng.uniform(0, 0.2))
+def _moment(rng: random.Random, arguments: argparse.Namespace) -> tuple[int, float]:
+    """Chooses when to kill a process: the number of steps in its run (0: during the start), and a delay in seconds."""
+    max_steps = arguments.steps // (arguments.kills + 1)
+    return (0 if rng.random() < 0.2 else rng.randint(1, max_steps), rng.uniform(0, 0.2))
 
 
 def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: random.Random) -> dict[str, Any] | None:
-    """Trains to the end, or until a process is killed; returns which one was killed and when.
+    """Trains to the end, or kills a process at the given moment. Returns the kill: which process, and when.
 
     Raises:
-        RuntimeError: training failed although nothing was killed.
+        RuntimeError: training failed although no process was killed.
     """
     process = start_group(
         launch(MODULE, [str(job)], processes, LocalLaunch()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -131,11 +132,11 @@ def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: ran
 
 
 def _kill(launcher: int, rng: random.Random, when: str) -> dict[str, Any]:
-    started = psutil.Process(launcher)
-    others = [child for child in started.children(recursive=True) if MODULE in child.cmdline()]
-    chosen = rng.choice([started, *others])
-    chosen.kill()
-    return {"process": "the launcher" if chosen == started else "a training process", "when": when}
+    parent = psutil.Process(launcher)
+    ranks = [child for child in parent.children(recursive=True) if MODULE in child.cmdline()]
+    victim = rng.choice([parent, *ranks])
+    victim.kill()
+    return {"process": "the launcher" if victim == parent else "a training process", "when": when}
 
 
 def _compare(first: Path, second: Path) -> dict[str, Any]:
@@ -159,19 +160,19 @@ if __name__ == "__main__":
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--zero-stage", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the choice of processes")
+    parser.add_argument("--seed", type=int, default=0, help="seed for the moments and the choice of processes")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = main(options)
+    result = main(options)
     if options.json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(result, allow_nan=False))
     else:
-        for kill in found["kills"]:
+        for kill in result["kills"]:
             print(f"kill -9 of {kill['process']}, {kill['when']}")
         print(
-            f"after {len(found['kills'])} kills in {found['steps']} steps the weights are "
-            f"{'identical, bit for bit' if found['weights_identical'] else 'NOT identical'} "
-            f"(largest difference {found['largest_difference']:g}), and the curves "
-            f"{'are too' if found['curves_identical'] else 'are NOT'}"
+            f"after {len(result['kills'])} kills in {result['steps']} steps: weights "
+            f"{'bit-identical' if result['weights_identical'] else 'NOT identical'} "
+            f"(largest difference {result['largest_difference']:g}), loss curves "
+            f"{'identical' if result['curves_identical'] else 'NOT identical'}"
         )
-    sys.exit(not (found["weights_identical"] and found["curves_identical"]))
+    sys.exit(not (result["weights_identical"] and result["curves_identical"]))

@@ -1,9 +1,9 @@
-"""Time and memory of retrieval scores, compared with the plain product of features: `python -m benchmarks.retrieval`.
+"""Compares time and memory of retrieval scores with the plain product of features: `python -m benchmarks.retrieval`.
 
-Features are random, as many as in COCO by default. Product and scores alternate, and the best round of each counts, for
-wall time and for CPU time, which other work on the machine disturbs less (least with `--threads 1`: threads that wait
-for one another are busy too). Memory is measured in another process: its peak beyond what it takes once torch has
-multiplied matrices and the features exist. `--json` prints one object.
+Features are random; by default there are as many as in COCO. Product and scores alternate. The best round of each is
+reported, in wall time and in CPU time. Other work on the machine disturbs CPU time less, and least with `--threads 1`,
+because threads that wait for one another use CPU time too. Memory is measured in another process: the peak beyond its
+memory after torch has multiplied matrices and the features exist. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -28,38 +28,38 @@ MB = 1e6
 
 
 def features(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of images and texts, and each text's image."""
+    """Returns features of images [I, D] and of texts [T, D], and each text's image [T]."""
     torch.manual_seed(0)
     text_image = torch.arange(arguments.texts) % arguments.images
     images = normalize(torch.randn(arguments.images, arguments.width), dim=-1)
     return images, normalize(torch.randn(arguments.texts, arguments.width), dim=-1), text_image
 
 
-def spent(work: Callable[[], Any]) -> tuple[float, float]:
-    """Seconds of wall time and of CPU time."""
+def time_of(work: Callable[[], Any]) -> tuple[float, float]:
+    """Measures seconds of wall time and of CPU time."""
     wall, cpu = time.perf_counter(), time.process_time()
     work()
     return time.perf_counter() - wall, time.process_time() - cpu
 
 
 def times(arguments: argparse.Namespace) -> dict[str, float]:
-    """The best time of each over all rounds, in seconds."""
+    """Measures the best time of each computation over all rounds, in seconds."""
     images, texts, text_image = features(arguments)
-    ways: dict[str, Callable[[], Any]] = {
+    computations: dict[str, Callable[[], Any]] = {
         "product": lambda: images @ texts.T,
         "scores": lambda: retrieval(images, texts, text_image, resamples=0),
         "scores_and_intervals": lambda: retrieval(images, texts, text_image),
     }
-    rounds = [{name: spent(work) for name, work in ways.items()} for _ in range(arguments.rounds)]
+    rounds = [{name: time_of(work) for name, work in computations.items()} for _ in range(arguments.rounds)]
     return {
-        f"{name}_{clock}_seconds": min(one[name][place] for one in rounds)
-        for name in ways
-        for place, clock in enumerate(("wall", "cpu"))
+        f"{name}_{clock}_seconds": min(times[name][index] for times in rounds)
+        for name in computations
+        for index, clock in enumerate(("wall", "cpu"))
     }
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, int]:
-    """In a separate process: bytes of the features, and additional bytes at the peak."""
+    """Measures, in a separate process, the bytes of the features and the additional bytes at the peak."""
     images, texts, text_image = features(arguments)
     images[:64] @ texts[:64].T
     before = psutil.Process().memory_info().rss
@@ -69,7 +69,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, int]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All measurements."""
+    """Returns all measurements."""
     command = [sys.executable, "-m", "benchmarks.retrieval", "--measure-memory", *sys.argv[1:]]
     peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     return {"images": arguments.images, "texts": arguments.texts, "width": arguments.width, **times(arguments), **peak}
@@ -84,24 +84,24 @@ if __name__ == "__main__":
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--measure-memory", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    if given.measure_memory:
-        print(json.dumps(memory(given), allow_nan=False))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.measure_memory:
+        print(json.dumps(memory(options), allow_nan=False))
     else:
-        result = main(given)
-        if given.json:
+        result = main(options)
+        if options.json:
             print(json.dumps(result, allow_nan=False))
         else:
-            print(f"{given.images:,} images, {given.texts:,} texts, {given.width} numbers each")
-            for name, words in (
+            print(f"{options.images:,} images, {options.texts:,} texts, dimension {options.width}")
+            for name, title in (
                 ("product", "plain product"),
                 ("scores", "scores"),
                 ("scores_and_intervals", "scores and intervals"),
             ):
                 wall, cpu = (result[f"{name}_{clock}_seconds"] for clock in ("wall", "cpu"))
-                times_wall, times_cpu = wall / result["product_wall_seconds"], cpu / result["product_cpu_seconds"]
-                print(f"{words}: {wall:.2f} s, {times_wall:.2f} times; CPU time {cpu:.2f} s, {times_cpu:.2f} times")
+                wall_ratio, cpu_ratio = wall / result["product_wall_seconds"], cpu / result["product_cpu_seconds"]
+                print(f"{title}: {wall:.2f} s, {wall_ratio:.2f} times; CPU time {cpu:.2f} s, {cpu_ratio:.2f} times")
             print(
-                f"features {result['features_bytes'] / MB:.0f} MB, {result['more_bytes'] / MB:.0f} MB more at the peak"
+                f"features {result['features_bytes'] / MB:.0f} MB; peak: {result['more_bytes'] / MB:.0f} MB in addition"
             )

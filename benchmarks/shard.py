@@ -1,12 +1,12 @@
-"""Speed and memory of writing shards: `python -m benchmarks.shard`.
+"""Measures speed and memory of writing shards: `python -m benchmarks.shard`.
 
 It creates small JPEGs with a short and three long captions each, as files and as partitions like those of ingest and
-captioners, and writes tars of 1,000 samples from them in three ways: ours (from partitions: shuffled, hashed, indexed),
-webdataset's `ShardWriter` and GNU tar (both from the files, in order). A round runs each way once. Rates are medians
-over rounds, ratios medians of the rounds' ratios. Then ours runs with a quarter, half and all of the samples. Memory
-is the peak of a process that does everything that the stages do with partitions except drawing and captioning pictures:
-duplicate search, both gates, shards and statistics, with some partitions and with ten times as many. `--json` prints
-one object.
+captioners. It writes tars of 1,000 samples from them with three writers: ours (from partitions: shuffled, hashed,
+indexed), webdataset's `ShardWriter` and GNU tar (both from the files, in order). A round runs each writer once. Rates
+are medians over rounds, and ratios are medians of the rounds' ratios. Then ours runs with a quarter, half and all of
+the samples. Memory is the peak of a process that does the stages' work on existing partitions: duplicate search, both
+gates, shards and statistics. It is measured for two numbers of partitions, of which the second is ten times the first.
+`--json` prints one object.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ MEMORY_PARTITION = 250  # samples per partition when memory is measured
 
 
 def records(samples: int) -> list[ImageRecord]:
-    """Small JPEGs, all different, with short captions."""
+    """Returns small JPEGs, all different, with short captions."""
     rng, noise = random.Random(0), np.random.default_rng(0)
-    samples_written = []
+    image_records = []
     for number in range(samples):
         pixels = noise.integers(0, 256, (8, 8, 3), dtype=np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).resize((96, 96), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
         image = file.getvalue()
         sha256 = hashlib.sha256(image).hexdigest()
-        samples_written.append(ImageRecord(f"s{number:08d}", image, "jpg", sentence(rng), 96, 96, sha256))
-    return samples_written
+        image_records.append(ImageRecord(f"s{number:08d}", image, "jpg", sentence(rng), 96, 96, sha256))
+    return image_records
 
 
 def write_data(folder: Path, samples: int, partition: int) -> None:
@@ -81,11 +81,11 @@ def write_data(folder: Path, samples: int, partition: int) -> None:
         write_index(folder / "captions" / name, reports[name], CaptionIndex)
 
 
-# --- three ways ---------------------------------------------------------------------------------------------------
+# --- three writers ------------------------------------------------------------------------------------------------
 
 
 def ours(data: Path, out: Path) -> list[UnitReport]:
-    """Writes all shards of the training split."""
+    """Writes all shards of the training split with this project's writer."""
     captions = {name: data / "captions" / name for name in CAPTIONERS}
     group = group_reader(data / "ingest", captions)
     plans = plan_shards(data / "ingest", captions, "train", PER_SHARD, 0)
@@ -121,21 +121,22 @@ def unpack(shards: Path, folder: Path) -> list[str]:
     return sorted(keys)
 
 
-def seconds(way: Callable[[Path], Any], folder: Path) -> float:
+def seconds(write: Callable[[Path], Any], folder: Path) -> float:
+    """Measures the seconds that a writer takes, and removes its output."""
     out = folder / SCRATCH / "out"
     out.parent.mkdir(exist_ok=True)
     start = time.perf_counter()
-    way(out)
-    taken = time.perf_counter() - start
+    write(out)
+    duration = time.perf_counter() - start
     remove(out)
-    return taken
+    return duration
 
 
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
 def all_stages(data: Path) -> None:
-    """Does what ingest, shard and their gates do with existing partitions."""
+    """Does the work of ingest, shard and their gates on existing partitions."""
     from lotlip.ingest.gate import gate_ingest
     from lotlip.shard.gate import gate_shard
 
@@ -157,7 +158,7 @@ def all_stages(data: Path) -> None:
 
 
 def peak_memory(partitions: int) -> float:
-    """Peak memory of a separate process that runs `all_stages`, in MB."""
+    """Measures the peak memory of a separate process that runs `all_stages`, in MB."""
     with tempfile.TemporaryDirectory() as folder:
         write_data(Path(folder), partitions * MEMORY_PARTITION, MEMORY_PARTITION)
         command = [sys.executable, "-m", "benchmarks.shard", "--stages", folder]
@@ -166,22 +167,27 @@ def peak_memory(partitions: int) -> float:
 
 
 def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
-    """Rates in samples/s and ratios by way; seconds per 1,000 samples by share of the samples; peak memory in MB."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    """Measures all quantities.
+
+    Returns:
+        Samples per second and ratios by writer, seconds per 1,000 samples by number of samples, and peak memory in MB
+        by number of partitions.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         write_data(folder / "data", samples, 1000)
         ours(folder / "data", folder / SCRATCH / "shards")
         files = unpack(folder / SCRATCH / "shards", folder / "files")
         remove(folder / SCRATCH / "shards")
-        ways: dict[str, Callable[[Path], Any]] = {
+        writers: dict[str, Callable[[Path], Any]] = {
             "ours": lambda out: ours(folder / "data", out),
             "webdataset": lambda out: with_webdataset(files, folder / "files", out),
             "GNU tar": lambda out: with_gnu_tar(files, folder / "files", out),
         }
-        taken: dict[str, list[float]] = {way: [] for way in ways}
+        durations: dict[str, list[float]] = {name: [] for name in writers}
         for _ in range(rounds):
-            for way, write in ways.items():
-                taken[way].append(seconds(write, folder))
+            for name, write in writers.items():
+                durations[name].append(seconds(write, folder))
         growth = {}
         for part in (samples // 4, samples // 2, samples):
             write_data(folder / str(part), part, 1000)
@@ -189,10 +195,10 @@ def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
             growth[part] = 1000 * median(times) / part
     return {
         "samples": samples,
-        "samples_per_second": {way: len(files) / median(times) for way, times in taken.items()},
+        "samples_per_second": {name: len(files) / median(times) for name, times in durations.items()},
         "ours_to": {
-            way: median(other / ours_taken for other, ours_taken in zip(taken[way], taken["ours"], strict=True))
-            for way in ("webdataset", "GNU tar")
+            name: median(other / own for other, own in zip(durations[name], durations["ours"], strict=True))
+            for name in ("webdataset", "GNU tar")
         },
         "seconds_per_1000": growth,
         "peak_megabytes": {count: peak_memory(count) for count in (partitions, 10 * partitions)},
@@ -204,7 +210,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument(
-        "--partitions", type=int, default=20, help="number for which memory is measured, and for ten times as many"
+        "--partitions", type=int, default=20, help="memory is measured with this number of partitions, and ten times it"
     )
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--stages", type=Path, help=argparse.SUPPRESS)
@@ -213,16 +219,16 @@ def main() -> None:
         all_stages(options.stages)
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         return
-    found = measure(options.samples, options.rounds, options.partitions)
+    result = measure(options.samples, options.rounds, options.partitions)
     if options.json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(result, allow_nan=False))
         return
-    for way, rate in found["samples_per_second"].items():
-        ratio = f"   ours: {found['ours_to'][way]:.2f} times" if way in found["ours_to"] else ""
-        print(f"{way:12} {rate:8,.0f} samples/s{ratio}")
-    for count, taken in found["seconds_per_1000"].items():
-        print(f"ours, {count:7,} samples: {taken:.3f} s per 1,000")
-    for count, peak in found["peak_megabytes"].items():
+    for name, rate in result["samples_per_second"].items():
+        ratio = f"   ours: {result['ours_to'][name]:.2f} times as fast" if name in result["ours_to"] else ""
+        print(f"{name:12} {rate:8,.0f} samples/s{ratio}")
+    for count, duration in result["seconds_per_1000"].items():
+        print(f"ours, {count:7,} samples: {duration:.3f} s per 1,000")
+    for count, peak in result["peak_megabytes"].items():
         print(f"peak memory with {count:5,} partitions: {peak:,.0f} MB")
 
 

@@ -1,9 +1,9 @@
-"""What speeds up the demo's training step: `python -m benchmarks.step`.
+"""Compares variants of the demo's training step: `python -m benchmarks.step`.
 
-It trains the recipe of params.yaml. The variants take turns, one step at a time, in one process and with equal batches,
-so that other work on the machine slows all of them. For each variant it prints the median CPU time of a step, and the
-median ratio to the first variant's time in the same round. The shards are made up; `--shards data/shards --image-tower
-data/image-tower` takes those of `make reproduce`. `--json` prints one object.
+It trains with the configuration of params.yaml. The variants alternate, one step at a time, in one process and with
+equal batches, so that other work on the machine slows all of them. For each variant it prints the median CPU time of a
+step, and the median ratio to the first variant's time in the same round. The shards are synthetic; with `--shards
+data/shards --image-tower data/image-tower`, they are those of `make reproduce`. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from lotlip.pretrain.engine import initialise_processes
 from lotlip.pretrain.trainer import Job, Trainer
 from lotlip.tracking.mlflow import NullSink
 
-# Name → whether shards list their vocabulary, so that only the used word embeddings are trained.
+# For each variant, whether shards list their vocabulary, so that only the used word embeddings are trained.
 VARIANTS = {"whole table": False, "used rows": True}
 
 
-def made_up_data(folder: Path) -> tuple[Path, Path]:
-    """Folders of shards and of an image tower with the demo's sizes."""
+def synthetic_data(folder: Path) -> tuple[Path, Path]:
+    """Creates shards and an image tower with the demo's sizes, and returns their folders."""
     write_data(folder / "shards", samples=2000, shards=2, image_size=64, width=128)
     spec = ImageTowerSpec("vit_scenes", 64, {"patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 8})
     save_image_tower(build_image_tower(spec), spec, folder / "tower")
@@ -39,13 +39,13 @@ def made_up_data(folder: Path) -> tuple[Path, Path]:
 
 
 def build(variant: str, options: argparse.Namespace, folder: Path) -> Trainer:
-    """A trainer of the variant."""
+    """Returns a trainer of the variant."""
     shards = folder / variant
     shards.mkdir()
     for path in options.shards.glob("train-*"):
         (shards / path.name).symlink_to(path.resolve())
     index = read_json(options.shards / "index.json")
-    write_json(shards / "index.json", index if VARIANTS[variant] else {**index, "tokenizer": None})
+    write_json(shards / "index.json", index if VARIANTS[variant] else {**index, "tokenizer": ""})
     params = load_params(options.params)
     job = Job(
         ablation=variant,
@@ -63,28 +63,28 @@ def build(variant: str, options: argparse.Namespace, folder: Path) -> Trainer:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """CPU seconds of a step for each variant, and how many times as fast as the first one each is."""
+    """Measures the CPU seconds of a step of each variant, and its speed relative to the first variant's."""
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if options.shards is None:
-            options.shards, options.image_tower = made_up_data(folder)
+            options.shards, options.image_tower = synthetic_data(folder)
         trainers = {variant: build(variant, options, folder) for variant in VARIANTS}
         initial = options.warm_up
-        steps = {variant: found.loader.steps(0, initial + options.rounds) for variant, found in trainers.items()}
+        steps = {variant: trainer.loader.steps(0, initial + options.rounds) for variant, trainer in trainers.items()}
         seconds: dict[str, list[float]] = {variant: [] for variant in trainers}
         losses: dict[str, float] = {}
         for step in range(initial + options.rounds):
-            for variant, found in trainers.items():
+            for variant, trainer in trainers.items():
                 batches = next(steps[variant])
                 started = time.process_time()
-                losses[variant] = found.engine.step(batches, step).loss
+                losses[variant] = trainer.engine.step(batches, step).loss
                 seconds[variant].append(time.process_time() - started)
-    return compared({variant: times[initial:] for variant, times in seconds.items()}, losses)
+    return compare({variant: times[initial:] for variant, times in seconds.items()}, losses)
 
 
-def compared(seconds: dict[str, list[float]], losses: dict[str, float]) -> dict[str, Any]:
-    """Medians of each variant, and of its ratios to the first one."""
+def compare(seconds: dict[str, list[float]], losses: dict[str, float]) -> dict[str, Any]:
+    """Returns the medians of each variant's times and of its ratios to the first variant."""
     first = next(iter(seconds.values()))
     return {
         name: {
@@ -100,23 +100,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--ablation", default="lotlip")
-    parser.add_argument("--shards", type=Path, help="of the shard stage; made up without")
-    parser.add_argument("--image-tower", type=Path, help="of the image-tower stage")
-    parser.add_argument("--rounds", type=int, default=50, help="steps of each variant")
-    parser.add_argument("--warm-up", type=int, default=3, help="steps before those")
+    parser.add_argument("--shards", type=Path, help="folder of the shard stage; default: synthetic shards")
+    parser.add_argument("--image-tower", type=Path, help="folder of the image-tower stage")
+    parser.add_argument("--rounds", type=int, default=50, help="measured steps of each variant")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps before the measured ones")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if (options.shards is None) != (options.image_tower is None):
-        parser.error("--shards and --image-tower belong together")
+        parser.error("--shards and --image-tower must be given together")
     initialise_processes(load_params(options.params).compute.training.model_copy(update={"processes": 1}))
-    found = measure(options)
+    result = measure(options)
     torch.distributed.destroy_process_group()
     if options.json:
-        print(json.dumps(found, allow_nan=False))
+        print(json.dumps(result, allow_nan=False))
         return
     print("| variant | CPU ms per step | times as fast | last loss |\n|---|---|---|---|")
-    for variant, figures in found.items():
+    for variant, figures in result.items():
         milliseconds, ratio, loss = figures["cpu_seconds"] * 1e3, figures["times_as_fast"], figures["last_loss"]
         print(f"| {variant} | {milliseconds:.1f} | {ratio:.2f} | {loss:.6f} |")
 

@@ -1,8 +1,8 @@
-"""Time and memory of the search for duplicates among many keys: `python -m benchmarks.tables`.
+"""Measures time and memory of the search for duplicates among many hashes: `python -m benchmarks.tables`.
 
-Partitions are written as by ingest, but with only the column of hashes; about one value in ten occurred before. Each
-number of rows is measured in a separate process. `--before COMMIT` also measures the code of that commit, in a checkout
-that is removed afterwards. `--json` prints one object.
+Partitions are written as by ingest, but with only the column of hashes; about one value in ten is a duplicate. Each
+number of rows is measured in a separate process. `--before COMMIT` also measures the code of that commit, in a
+temporary checkout. `--json` prints one object.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ PARTITION = 10_000  # rows
 
 
 def write_tables(folder: Path, rows: int) -> list[str]:
-    """Writes partitions whose column `sha256` has `rows` rows in all; returns their names."""
+    """Writes partitions whose column `sha256` has `rows` rows in total, and returns their names."""
     names = []
     for first in range(0, rows, PARTITION):
         numbers = np.arange(first, min(first + PARTITION, rows))
-        numbers[9::10] //= 2  # nine in ten of these are duplicates
+        numbers[9::10] //= 2  # makes nine in ten of these duplicates
         digests = np.random.default_rng(0).bytes(32).hex()[:44]
         names.append(f"part-{first // PARTITION:05d}")
         column = pa.array([f"{number * 2654435761 % 2**64:020d}{digests}" for number in numbers.tolist()])
@@ -40,7 +40,7 @@ def write_tables(folder: Path, rows: int) -> list[str]:
 
 
 def measure(folder: Path, rows: int) -> dict[str, Any]:
-    """Finds the duplicates, with the `lotlip` that is first on the path, which may be that of an older commit."""
+    """Measures the search with the `lotlip` that is first on the path, which may be that of an older commit."""
     from lotlip.data import duplicates
     from lotlip.data.partitions import read_table
 
@@ -48,7 +48,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     hashes = duplicates.hashes
     names = sorted(path.stem for path in folder.glob("*.parquet"))
     hashes(read_table(folder, names[0], ["sha256"])["sha256"])  # warm-up: imports
-    before, started, busy = _peak(), time.monotonic(), time.process_time()
+    before, started, cpu_started = _peak(), time.monotonic(), time.process_time()
 
     def read(part: int) -> np.ndarray:
         return hashes(read_table(folder, names[part], ["sha256"])["sha256"])
@@ -58,7 +58,7 @@ def measure(folder: Path, rows: int) -> dict[str, Any]:
     else:
         batches = find(map(read, range(len(names))))
     count = sum(map(len, batches))
-    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - busy
+    seconds, cpu_seconds = time.monotonic() - started, time.process_time() - cpu_started
     return {"rows": rows, "found": count, "seconds": seconds, "cpu_seconds": cpu_seconds, "more_mb": _peak() - before}
 
 
@@ -79,7 +79,7 @@ def _measured(code: Path, folder: Path, rows: int) -> dict[str, Any]:
 
 
 def main(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
-    """Code version → measurements for each number of rows."""
+    """Returns, by code version, the measurements for each number of rows."""
     results: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         versions = {"now": ROOT}
@@ -104,13 +104,13 @@ if __name__ == "__main__":
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000_000, 3_000_000, 10_000_000])
     parser.add_argument("--before", metavar="COMMIT", help="also measure the code of this commit")
     parser.add_argument("--json", action="store_true")
-    given = parser.parse_args()
-    found = main(given)
-    if given.json:
-        print(json.dumps(found, allow_nan=False))
-    for name, rows in [] if given.json else found.items():
+    options = parser.parse_args()
+    results = main(options)
+    if options.json:
+        print(json.dumps(results, allow_nan=False))
+    for name, rows in [] if options.json else results.items():
         for row in rows:
             print(
-                f"{name}: {row['rows']:,} rows, {row['found']:,} found: {row['seconds']:.1f} s, "
-                f"{row['cpu_seconds']:.1f} s of CPU time, {row['more_mb']:.0f} MB more at the peak"
+                f"{name}: {row['rows']:,} rows, {row['found']:,} duplicates: {row['seconds']:.1f} s, "
+                f"{row['cpu_seconds']:.1f} s of CPU time, peak memory {row['more_mb']:.0f} MB in addition"
             )

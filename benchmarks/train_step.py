@@ -1,8 +1,8 @@
-"""Speed of the training step, compared with the released one: `python -m benchmarks.train_step`.
+"""Compares the speed of the training step with the released one: `python -m benchmarks.train_step`.
 
-Each side runs in a separate process, and they alternate, one step at a time, so that other work on the machine slows
-both. Medians are reported; on a busy machine, CPU time with `--threads 1` is more reliable. Weights are random, equal
-on both sides, and the losses on the same images and captions are compared first. `--json` prints one object.
+Each side runs in a separate process. The sides alternate, one step at a time, so that other work on the machine slows
+both. Medians are reported; on a busy machine, CPU time with `--threads 1` is more reliable. Weights are random and
+equal on both sides. The losses on the same images and captions are compared first. `--json` prints one object.
 docs/performance.md has results.
 """
 
@@ -44,7 +44,7 @@ Texts = list[list[int]]
 
 
 def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
-    """The model with random weights, the same in every process."""
+    """Returns the model with random weights, which are the same in every process."""
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": options.dropout, "attention_probs_dropout_prob": options.dropout}
     text = AutoConfig.for_model("bert", vocab_size=WORDS + CORNER_TOKENS, **TEXT_TOWERS[options.text], **dropout)
@@ -55,7 +55,7 @@ def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
 
 
 def draw_texts(number: int, lengths: tuple[int, int], seed: str) -> Texts:
-    """Token ids of `number` texts with uniformly distributed lengths."""
+    """Returns token ids of `number` texts with uniformly distributed lengths."""
     rng = random.Random(seed)
     corners = range(WORDS, WORDS + CORNER_TOKENS)
     words = [rng.randint(*lengths) - 2 - CORNER_TOKENS for _ in range(number)]
@@ -63,7 +63,7 @@ def draw_texts(number: int, lengths: tuple[int, int], seed: str) -> Texts:
 
 
 def draw_batch(options: argparse.Namespace, batch: int, seed: int) -> tuple[Texts, Texts]:
-    """Short and long texts, one of each per image."""
+    """Returns short and long texts, one of each per image."""
     return (
         draw_texts(batch, options.short, f"short {batch} {seed}"),
         draw_texts(batch, options.long, f"long {batch} {seed}"),
@@ -71,7 +71,7 @@ def draw_batch(options: argparse.Namespace, batch: int, seed: int) -> tuple[Text
 
 
 def padded(texts: Texts) -> tuple[Tensor, Tensor]:
-    """Token ids [B, L], padded to the longest, and lengths [B], as the loader returns them."""
+    """Returns token ids [B, L], padded to the longest, and lengths [B], as the loader does."""
     lengths = torch.tensor([len(text) for text in texts])
     ids = torch.zeros(len(texts), int(lengths.max()), dtype=torch.int64)
     for row, text in zip(ids, texts, strict=True):
@@ -90,7 +90,7 @@ class Released:
         self.optimizer = self.module.optimizer(**ADAMW)
 
     def images(self, batch: int) -> Tensor:
-        """Pixels [B, 3, S, S]."""
+        """Returns pixels [B, 3, S, S]."""
         return torch.randn(batch, 3, IMAGE_SIZE, IMAGE_SIZE, generator=torch.Generator().manual_seed(0))
 
     def loss(self, images: Tensor, raw: Texts, long: Texts) -> Tensor:
@@ -106,7 +106,7 @@ class Ours:
         self.optimizer = torch.optim.AdamW(self.module.parameters(), fused=True, **ADAMW)
 
     def images(self, batch: int) -> Tensor:
-        """Stored features [B, D]."""
+        """Returns stored features [B, D]."""
         return torch.randn(batch, self.module.config.embed_dim, generator=torch.Generator().manual_seed(0))
 
     def loss(self, images: Tensor, raw: Texts, long: Texts) -> Tensor:
@@ -119,7 +119,7 @@ SIDES: dict[str, type[Released | Ours]] = {"released": Released, "ours": Ours}
 
 
 def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
-    """A side's process: executes the commands that it receives."""
+    """Runs a side's process, which executes the commands that it receives."""
     torch.set_num_threads(options.threads)
     before = peak_memory()
     side = SIDES[name](options)
@@ -137,7 +137,7 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
         side.optimizer.step()
 
     def check(features: Tensor | None) -> dict[str, Any]:
-        """The loss of the first few images; the released side also returns their features, which ours gets as input."""
+        """Returns the loss of the first images. The released side also returns their features, the input of ours."""
         side.module.eval()
         texts = draw_batch(options, CHECKED, 0)
         with torch.no_grad():
@@ -150,9 +150,9 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
         return result
 
     def run(seed: int) -> tuple[float, float]:
-        started, worked = time.perf_counter(), time.process_time()
+        started, cpu_started = time.perf_counter(), time.process_time()
         step(seed)
-        return time.perf_counter() - started, time.process_time() - worked
+        return time.perf_counter() - started, time.process_time() - cpu_started
 
     def count(seed: int) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -166,7 +166,7 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
 
 
 def peak_memory() -> int:
-    """The process's peak memory in bytes."""
+    """Returns the process's peak memory in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -174,7 +174,7 @@ def peak_memory() -> int:
 
 
 def matrix_product_rate(size: int, precision: str) -> float:
-    """Operations per second of one product of square matrices."""
+    """Measures the operations per second of a product of square matrices."""
     left, right = torch.randn(2, size, size, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     started = time.perf_counter()
     left @ right
@@ -182,7 +182,7 @@ def matrix_product_rate(size: int, precision: str) -> float:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Speed, memory and share of the machine's peak of each side; both losses; the ratio of speeds."""
+    """Measures speed, memory and share of the machine's peak of each side, both losses, and the ratio of speeds."""
     torch.set_num_threads(options.threads)
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -194,10 +194,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         pipes[name].send((command, argument))
         return pipes[name].recv()
 
-    found: dict[str, Any] = {}
+    result: dict[str, Any] = {}
     if set(options.sides) == set(SIDES):
         released = ask("released", "check")
-        found["losses"] = [released["loss"], ask("ours", "check", released["features"])["loss"]]
+        result["losses"] = [released["loss"], ask("ours", "check", released["features"])["loss"]]
     flops = {name: ask(name, "count", 0) for name in options.sides}  # also a warm-up
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in options.sides}
     peak = 0.0
@@ -205,15 +205,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in options.sides:
             seconds[name].append(ask(name, "run", number))
         peak = max(peak, *(matrix_product_rate(size, options.precision) for size in MATRIX_SIZES))
-    found["matrix_product_gflops"] = peak / 1e9
+    result["matrix_product_gflops"] = peak / 1e9
     for name in options.sides:
         batch = options.released_batch if name == "released" else options.batch
-        step, worked = (statistics.median(kind) for kind in zip(*seconds[name], strict=True))
+        step, cpu_step = (statistics.median(times) for times in zip(*seconds[name], strict=True))
         tokens = sum(len(text) for texts in draw_batch(options, batch, 1) for text in texts)
-        found[name] = {
+        result[name] = {
             "batch": batch,
             "seconds_per_step": step,
-            "cpu_seconds_per_step": worked,
+            "cpu_seconds_per_step": cpu_step,
             "images_per_second": batch / step,
             "tokens_per_second": tokens / step,
             "peak_memory_gib": ask(name, "memory") / 2**30,
@@ -223,26 +223,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         }
         pipes[name].send(None)
     if set(options.sides) == set(SIDES):
-        released, ours = found["released"], found["ours"]
-        found["ratio"] = ours["images_per_second"] / released["images_per_second"]
-        worked = [side["cpu_seconds_per_step"] / side["batch"] for side in (released, ours)]
-        found["cpu_ratio"] = worked[0] / worked[1]
-    return found
+        released, ours = result["released"], result["ours"]
+        result["ratio"] = ours["images_per_second"] / released["images_per_second"]
+        cpu_per_image = [side["cpu_seconds_per_step"] / side["batch"] for side in (released, ours)]
+        result["cpu_ratio"] = cpu_per_image[0] / cpu_per_image[1]
+    return result
 
 
-def table(found: dict[str, Any]) -> str:
-    """The measurement as a Markdown table."""
-    sides = [name for name in SIDES if name in found]
+def table(result: dict[str, Any]) -> str:
+    """Returns the measurement as a Markdown table."""
+    sides = [name for name in SIDES if name in result]
     lines = ["| | " + " | ".join(sides) + " |", "|---" * (len(sides) + 1) + "|"]
-    for figure in found[sides[0]]:
-        cells = [f"{found[name][figure]:.3g}" for name in sides]
+    for figure in result[sides[0]]:
+        cells = [f"{result[name][figure]:.3g}" for name in sides]
         lines.append(f"| {figure.replace('_', ' ')} | " + " | ".join(cells) + " |")
-    lines.append(f"\nThe machine's best matrix product: {found['matrix_product_gflops']:.0f} GFLOP/s.")
-    if "ratio" in found:
-        released, ours = found["losses"]
+    lines.append(f"\nThe machine's best matrix product: {result['matrix_product_gflops']:.0f} GFLOP/s.")
+    if "ratio" in result:
+        released, ours = result["losses"]
         lines.append(f"Loss on the same {CHECKED} images: released {released:.6f}, ours {ours:.6f}.")
         lines.append(
-            f"Ours trains {found['ratio']:.1f} times as many images per second, {found['cpu_ratio']:.1f} by CPU time."
+            f"Ours trains {result['ratio']:.1f} times as many images per second, "
+            f"{result['cpu_ratio']:.1f} times by CPU time."
         )
     return "\n".join(lines)
 
@@ -271,8 +272,8 @@ def main() -> None:
     parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    found = measure(options)
-    print(json.dumps(found, allow_nan=False) if options.json else table(found))
+    result = measure(options)
+    print(json.dumps(result, allow_nan=False) if options.json else table(result))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prefect flows, one per DVC stage. They open paths, fan out, run gates and publish; the work is done in lotlip."""
+"""Prefect flows, one per DVC stage. They open paths, fan out, run gates and publish outputs. lotlip does the work."""
 
 import os
 import sys
@@ -29,7 +29,7 @@ os.environ.setdefault("PREFECT_HOME", str(Path(".prefect").resolve()))
 os.environ.setdefault("PREFECT_RESULTS_PERSIST_BY_DEFAULT", "false")
 # Stages log one line per unit; Prefect would add two per task.
 os.environ.setdefault("PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL", "WARNING")
-# A stage run on its own starts a server, whose database may be in use by another server.
+# A stage that runs on its own starts a server, whose database may be in use by another server.
 os.environ.setdefault("PREFECT_SERVER_DATABASE_TIMEOUT", "60")
 # That server (flows.runtime.servers) requires a password. Prefect's ephemeral server would run commands for any user
 # of the machine.
@@ -47,7 +47,7 @@ _NOT_DELEGATED = (
 )
 
 if _program.startswith("flows."):
-    if "DVC_STAGE" in os.environ and _program not in _NOT_DELEGATED:  # DVC cannot end it when DVC is killed
+    if "DVC_STAGE" in os.environ and _program not in _NOT_DELEGATED:  # a killed DVC cannot end its stage
         end_with_parent()
     sys.excepthook = exit_on_interrupt
     if os.environ.get("LOTLIP_STOPPING") and _program != "flows.runtime.dvc":  # DVC is ending (flows.runtime.dvc)
@@ -64,9 +64,10 @@ for _variable, _name in {"DVC_SITE_CACHE_DIR": "dvc", "TORCHINDUCTOR_CACHE_DIR":
                 raise
             sys.exit(f"error: {error}")
 
-# With a fork server, `python -m flows.STAGE` delegates to it here, before the stage's imports, and exits. Not under
-# torchrun or DeepSpeed's launcher, which send signals to the process that they started. This project's launcher
-# (flows.runtime.local_launch) sets LOTLIP_STORE for the ranks that it starts, and a fork ends with its client.
+# With a fork server, `python -m flows STAGE` delegates to it here, before the stage's imports, and exits. Ranks of
+# torchrun and DeepSpeed's launcher do not delegate, because those launchers signal the processes that they started.
+# Ranks of this project's launcher (flows.runtime.local_launch) have LOTLIP_STORE set. They may delegate, because a fork
+# ends with its client.
 _foreign_launcher = "RANK" in os.environ and "LOTLIP_STORE" not in os.environ
 if os.environ.get("LOTLIP_FORK_SERVER") and _program and _program not in _NOT_DELEGATED and not _foreign_launcher:
     from flows.runtime.fork_server import delegate

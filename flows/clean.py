@@ -42,21 +42,21 @@ def _clean(paths: Paths) -> Iterator[str]:
         kept = remove_listed(folder)
         yield f"removed {folder}"
         yield from (f"kept    {folder / name}: no stage wrote it" for name in kept)
-    for folder, is_own in (
+    for folder, is_written_by_stage in (
         (paths.stages, is_stage_record),
         (paths.metrics / "summary", is_summary),
         (paths.metrics, is_scores),
     ):
         for file in sorted(folder.glob("*.json")):
-            if file.is_file() and is_own(file):
-                remove(file, is_own)
+            if file.is_file() and is_written_by_stage(file):
+                remove(file, is_written_by_stage)
                 yield f"removed {file}"
     scratch = Path(SCRATCH)
     if scratch.is_symlink():
         yield f"kept    {scratch}: it is a link"
     elif scratch.is_dir():
         for path in sorted(scratch.iterdir()):  # the folder itself may be a mount point
-            if path.name != "locks":  # a stage that is starting would otherwise lock a removed file
+            if path.name != "locks":  # otherwise a stage that is starting could lock a removed file
                 remove(path)
         yield f"removed {scratch}"
     for name, path in paths:

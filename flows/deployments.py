@@ -42,7 +42,7 @@ def reproduce(what: Literal["default", "all"] = "default", ablations: tuple[str,
     for name in ablations:
         params.ablation(name)  # raises ConfigError for unknown names
     chosen = list(ablations) or (params.reproduce.ablations if what == "default" else [])
-    reproduction.reproduce(params, reproduction.of_ablations(params, chosen))
+    reproduction.reproduce(params, reproduction.runs_of_ablations(params, chosen))
 
 
 def deployments() -> list[RunnerDeployment]:

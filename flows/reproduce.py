@@ -1,4 +1,4 @@
-"""The whole pipeline by `dvc repro`, under one Prefect server for its duration. Ends with the report's address."""
+"""Runs the whole pipeline with `dvc repro` and one Prefect server, and prints the location of the report."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, run_dvc
 from flows.runtime.fork_server import fork_server
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
-from flows.runtime.supervisor import ending_well
+from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.record import Record
@@ -23,11 +23,11 @@ REPRODUCTION = SCRATCH / "reproduce.json"
 
 
 class Reproduction(Record):
-    """The last run.
+    """Start and duration of the last run.
 
     Attributes:
-        started: seconds since 1970.
-        seconds: that it took.
+        started: Unix time, in seconds.
+        seconds: duration.
     """
 
     started: float
@@ -35,11 +35,11 @@ class Reproduction(Record):
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
-    """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one; starts nothing if nothing is stale.
+    """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one. Starts no process if nothing is stale.
 
     Args:
-        params: the project's.
-        runs: arguments of each `dvc repro`, one after another.
+        params: params.yaml of the project.
+        runs: arguments of each `dvc repro`; they run one after another.
 
     Raises:
         StageFailed: a stage failed.
@@ -47,7 +47,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     """
     check_inputs(params.inputs())
     started = time.time()
-    # dvc.yaml says `python`, which is the one beside this interpreter
+    # so that `python` in dvc.yaml is this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if current := is_up_to_date(runs):
         print("Nothing has changed since the last run.")
@@ -55,23 +55,26 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     seconds = time.time() - started
     Reproduction(started=started, seconds=seconds).write(REPRODUCTION)
     if status:
-        raise StageFailed("a stage failed (see above); mend it and run again: it goes on from the last finished unit")
-    print(closing_words(params, seconds))
+        raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
+    print(closing_message(params, seconds))
 
 
 def _run(runs: Sequence[Sequence[str]]) -> int:
-    """Runs `dvc repro` under a Prefect server and a fork server; gives the status of the first run that failed, or 0.
+    """Runs `dvc repro` with a Prefect server and a fork server, up to the first run that fails.
+
+    Returns:
+        The exit status of the run that failed, or 0.
 
     Raises:
-        StageFailed: a server did not come up.
+        StageFailed: a server did not start.
     """
     with ExitStack() as stack:
-        stack.enter_context(ending_well())
+        stack.enter_context(exit_on_signals())
         given = os.environ.get("PREFECT_API_URL")
         listener = None if given else stack.enter_context(listen_for("prefect", any_port=True))
         login = new_login()
         client = prefect_client(port_at(listener), login) if listener else {}
-        # both take some seconds to come up, so they do it side by side
+        # both servers take some seconds to start, so they start in parallel
         environment = stack.enter_context(fork_server({**os.environ, **client}))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
@@ -82,28 +85,33 @@ def _run(runs: Sequence[Sequence[str]]) -> int:
         return next(filter(None, (run_dvc(["repro", *run], environment) for run in runs)), 0)
 
 
-def asked_for(params: Params, arguments: list[str]) -> list[list[str]]:
-    """The runs of `dvc repro` that a command line asks for.
+def dvc_runs(params: Params, arguments: list[str]) -> list[list[str]]:
+    """Returns the arguments of each `dvc repro` for a command line.
 
     Args:
-        params: the project's.
-        arguments: none: the ablations of `reproduce` in params.yaml, with a report; `--all`: everything; anything else
-            is handed on to `dvc repro`, such as a stage's name.
+        params: params.yaml of the project.
+        arguments: without any, the ablations of `reproduce` in params.yaml and a report; with `--all`, everything.
+            Others, such as a stage's name, are passed to `dvc repro`.
     """
     if arguments == ["--all"]:
         return [[]]
-    return [arguments] if arguments else of_ablations(params, params.reproduce.ablations)
+    return [arguments] if arguments else runs_of_ablations(params, params.reproduce.ablations)
 
 
-def of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
-    """The runs of `dvc repro` that score some ablations, and report all that is there; no name: everything."""
+def runs_of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
+    """Returns the arguments of each `dvc repro` that evaluates ablations and reports all scores on disk.
+
+    Args:
+        params: params.yaml of the project.
+        names: ablations; without any, everything is run.
+    """
     scores = [f"{'evaluate-finetune' if name in params.finetune else 'evaluate'}@{name}" for name in names]
-    # by its name alone, DVC would first run whatever the report could show
+    # without `--single-item`, DVC would first run every ablation that the report can show
     return [scores, [SINGLE_ITEM, "report"]] if scores else [[]]
 
 
-def closing_words(params: Params, seconds: float) -> str:
-    """What to look at next."""
+def closing_message(params: Params, seconds: float) -> str:
+    """Returns the message after a successful run: where the results are."""
     page = (params.paths.report / "index.html").resolve()
     return (
         f"\nDone in {seconds / 60:.1f} minutes.\n"
@@ -117,7 +125,7 @@ def closing_words(params: Params, seconds: float) -> str:
 if __name__ == "__main__":
     try:
         settings = load_params()
-        reproduce(settings, asked_for(settings, sys.argv[1:]))
+        reproduce(settings, dvc_runs(settings, sys.argv[1:]))
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -9,7 +9,7 @@ import os
 import sys
 
 from flows.runtime.scratch import StageFailed
-from flows.runtime.stage import EXPECTED, with_tracebacks
+from flows.runtime.stage import EXPECTED, configure_tracebacks
 from lotlip.config.params import load_params
 from lotlip.evaluate.records import AblationScores
 from lotlip.pretrain.records import RUN, Run
@@ -57,7 +57,7 @@ if __name__ == "__main__":
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except Exception as error:  # MLflow raises many types
-        if with_tracebacks():
+        if configure_tracebacks():
             raise
         from lotlip.tracking.mlflow import failure
 

@@ -12,14 +12,14 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.deployments import deployments
 from flows.runtime.stage import EXPECTED
-from flows.runtime.supervisor import ending_well
+from flows.runtime.supervisor import exit_on_signals
 from flows.ui import serve_uis
 from lotlip.core.console import INTERRUPTED
 
 
 def main() -> None:
     """Serves until Ctrl-C or SIGTERM, which also end running flows."""
-    with ending_well(), serve_uis():
+    with exit_on_signals(), serve_uis():
         api = PREFECT_API_URL.value() or ""
         print(f"Forms    {api.removesuffix('/api')}/deployments\nPress Ctrl-C to stop.", flush=True)
         serve(*deployments(), print_starting_message=False)

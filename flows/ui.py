@@ -19,7 +19,7 @@ from flows.runtime.servers import (
     using_prefect,
 )
 from flows.runtime.stage import EXPECTED
-from flows.runtime.supervisor import ending_well
+from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.tracking.mlflow import Tracker
@@ -27,10 +27,10 @@ from lotlip.tracking.mlflow import Tracker
 
 @contextmanager
 def serve_uis() -> Iterator[None]:
-    """Runs both servers on loopback within the context, and prints their addresses and the login.
+    """Runs both servers on loopback for the duration of the block, and prints their addresses and the login.
 
     The environment variables PREFECT_PORT and MLFLOW_PORT override `PORTS`. PREFECT_API_URL and MLFLOW_TRACKING_URI
-    select existing servers instead. Code in the context uses this Prefect server.
+    select existing servers instead. Code in the block uses this Prefect server.
     """
     params, given = load_params(), os.environ.get("PREFECT_API_URL")
     store = os.environ.get("MLFLOW_TRACKING_URI") or params.tracking.uri
@@ -58,7 +58,7 @@ def serve_uis() -> Iterator[None]:
 
 def show() -> None:
     """Serves both UIs until Ctrl-C or SIGTERM."""
-    with ending_well(), serve_uis():
+    with exit_on_signals(), serve_uis():
         print("Press Ctrl-C to stop.", flush=True)
         threading.Event().wait()
 

@@ -8,7 +8,7 @@ from lotlip.core.loopback import bypass_proxies
 
 __version__ = "0.1.0"
 
-# There may be no internet, and nobody asked to be counted: the libraries' telemetry is off unless it was set otherwise.
+# Turns the telemetry of libraries off, unless the environment sets it: there may be no internet access.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
     "DVC_NO_ANALYTICS": "1",

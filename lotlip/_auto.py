@@ -1,7 +1,7 @@
-"""Makes transformers' Auto classes know the model, without importing transformers before somebody else does.
+"""Registers the model with transformers' Auto classes, without importing transformers.
 
-Each of our modules below registers its class at its end. Here it is only seen to that the module is imported as soon as
-the Auto class that would look for it is. (What those modules import must not import these Auto classes at its top.)
+Each of this package's modules below registers its class when it is imported. An import hook imports the module right
+after the module of its Auto class. (The modules' dependencies must not import these Auto classes at the top level.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _REGISTERS = {
 
 
 class _AfterImport(MetaPathFinder):
-    """Finds the Auto classes' modules as ever, and has ours imported when they have run."""
+    """Import hook that imports this package's module after the module of an Auto class."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name not in _REGISTERS:
@@ -43,5 +43,5 @@ class _AfterImport(MetaPathFinder):
 
 sys.meta_path.insert(0, _AfterImport())
 for _theirs, _ours in _REGISTERS.items():
-    if _theirs in sys.modules:  # somebody has been quicker
+    if _theirs in sys.modules:  # transformers is already imported
         import_module(_ours)

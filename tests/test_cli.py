@@ -145,7 +145,7 @@ def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
     write_index(tmp_path / "data" / "shards", [], ShardIndex, statistics=statistics, **more)
     assert program(monkeypatch, "plan", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["tokens_per_text"] == {"raw": 11.0, "long": 33.0}
+    assert found["tokens_per_text"] == {"short": 11.0, "long": 33.0}
     assert (found["epochs"], found["storage_bytes"]["shards"]) == (80.0, 640 * 5000)
 
 

@@ -1,4 +1,4 @@
-"""The drills' own judgement: each fault that they are to find is planted, and has to be found."""
+"""The drills detect faults: each test plants a fault that a drill must find."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ import pytest
 import yaml
 
 from benchmarks.drills.__main__ import explain, table, table_rows
-from benchmarks.drills.drills import KILLS, KINDS, Bench, Drill, Result, Spec, plan, stage_command
+from benchmarks.drills.drills import KILLS, KINDS, Drill, DrillRunner, Result, Spec, plan, stage_command
 from benchmarks.drills.isolation import can_isolate, isolate
 from benchmarks.drills.outputs import differences, fingerprints
-from benchmarks.drills.processes import MARKER, Found, end_all, marked, send, wait_until
-from benchmarks.drills.world import Place, Reference
+from benchmarks.drills.processes import MARKER, DrillProcess, end_all, marked, send, wait_until
+from benchmarks.drills.world import Reference, Sandbox
 from lotlip.core.files import RECORD
 
 REPORT = """# Report
@@ -40,11 +40,11 @@ PAGE = (
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     """A checkout with some outputs."""
-    place = Place(tmp_path / "place")
-    place.temporary.mkdir(parents=True)
-    project = place.project
+    sandbox = Sandbox(tmp_path / "sandbox")
+    sandbox.temporary.mkdir(parents=True)
+    project = sandbox.project
     _write(project / "data/shards/train-000000.tar", "tar")
     _write(project / "models/lotlip/seed-0/history.json", json.dumps([{"loss": 1.0, "samples_per_second": 9.0}]))
     _write(project / "metrics/stages/ingest.json", json.dumps({"seconds": 1.5, "counts": {"read": 3}}))
@@ -53,9 +53,9 @@ def place(tmp_path: Path) -> Iterator[Place]:
     _write(project / "report/index.html", PAGE.format(time="1.5 s", read=3, when="20261128T052447.547212Z"))
     _write(project / "metrics/stages/data-docs/ingest/20261128T052447.547212Z/a.html", "at 2026-11-28T05:24:47Z: 3")
     _write(project / ".dvc/tmp/rwlock", "{}")
-    yield place
+    yield sandbox
     for marker in ("here", "000-kill-top-SIGKILL"):
-        end_all(marker, place.root)
+        end_all(marker, sandbox.root)
 
 
 def _write(path: Path, text: str) -> None:
@@ -63,9 +63,9 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text)
 
 
-def _reference(place: Place, **changes: object) -> Reference:
+def _reference(sandbox: Sandbox, **changes: object) -> Reference:
     settings = {"stages": ["ingest"], "starts": [0.2], "seconds": 0.6} | changes
-    return Reference(fingerprints(place.project), files=place.files(), **settings)  # type: ignore[arg-type]
+    return Reference(fingerprints(sandbox.project), files=sandbox.files(), **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -82,23 +82,23 @@ def _reference(place: Place, **changes: object) -> Reference:
         ("metrics/stages/data-docs/ingest/20261128T052447.547212Z/a.html", ": 3", ": 4"),
     ],
 )
-def test_a_changed_byte_in_an_output_is_found(place: Place, name: str, old: str, new: str) -> None:
-    expected = fingerprints(place.project)
-    path = place.project / name
+def test_a_changed_byte_in_an_output_is_found(sandbox: Sandbox, name: str, old: str, new: str) -> None:
+    expected = fingerprints(sandbox.project)
+    path = sandbox.project / name
     path.write_text(path.read_text().replace(old, new, 1))
-    assert differences(expected, place.project) == [f"different: {name.replace('20261128T052447.547212Z', 'TIME')}"]
+    assert differences(expected, sandbox.project) == [f"different: {name.replace('20261128T052447.547212Z', 'TIME')}"]
 
 
-def test_missing_and_unexpected_outputs_are_found(place: Place) -> None:
-    expected = fingerprints(place.project)
-    (place.project / "data/shards/train-000000.tar").rename(place.project / "data/shards/train-000001.tar")
-    found = differences(expected, place.project)
+def test_missing_and_unexpected_outputs_are_found(sandbox: Sandbox) -> None:
+    expected = fingerprints(sandbox.project)
+    (sandbox.project / "data/shards/train-000000.tar").rename(sandbox.project / "data/shards/train-000001.tar")
+    found = differences(expected, sandbox.project)
     assert found == ["missing: data/shards/train-000000.tar", "unexpected: data/shards/train-000001.tar"]
 
 
-def test_times_do_not_count_as_differences(place: Place) -> None:
-    expected = fingerprints(place.project)
-    project, later = place.project, "20270101T000000.000001Z"
+def test_times_do_not_count_as_differences(sandbox: Sandbox) -> None:
+    expected = fingerprints(sandbox.project)
+    project, later = sandbox.project, "20270101T000000.000001Z"
     _write(project / "models/lotlip/seed-0/history.json", json.dumps([{"loss": 1.0, "samples_per_second": 8.0}]))
     _write(project / "metrics/stages/ingest.json", json.dumps({"seconds": 2.5, "counts": {"read": 3}}))
     _write(project / "report/tables/stages.csv", "stage,seconds,read\ningest,2.5,3\n")
@@ -110,23 +110,23 @@ def test_times_do_not_count_as_differences(place: Place) -> None:
     assert differences(expected, project) == []
 
 
-def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(place: Place) -> None:
-    record = place.project / "models/lotlip" / RECORD
+def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(sandbox: Sandbox) -> None:
+    record = sandbox.project / "models/lotlip" / RECORD
     files = {"seed-0/history.json": {"bytes": 1, "sha256": "a"}}
     _write(record, json.dumps({"files": files, "folders": ["stage/20261128T052447.547212Z"]}))
-    expected = fingerprints(place.project)
+    expected = fingerprints(sandbox.project)
     other = {"seed-0/history.json": {"bytes": 2, "sha256": "b"}}
     _write(record, json.dumps({"files": other, "folders": ["stage/20261128T091720.135197Z"]}))
-    assert differences(expected, place.project) == []
+    assert differences(expected, sandbox.project) == []
     _write(record, json.dumps({"files": files | {"more": {"bytes": 1, "sha256": "a"}}, "folders": []}))
-    assert differences(expected, place.project) == [f"different: models/lotlip/{RECORD}"]
+    assert differences(expected, sandbox.project) == [f"different: models/lotlip/{RECORD}"]
 
 
-def test_a_second_validation_of_a_table_is_found(place: Place) -> None:
-    expected = fingerprints(place.project)
-    pages = place.project / "metrics/stages/data-docs/ingest"
+def test_a_second_validation_of_a_table_is_found(sandbox: Sandbox) -> None:
+    expected = fingerprints(sandbox.project)
+    pages = sandbox.project / "metrics/stages/data-docs/ingest"
     _write(pages / "20270101T000000.000001Z" / "a.html", "at 2027-01-01T00:00:00Z: 3")
-    found = differences(expected, place.project)
+    found = differences(expected, sandbox.project)
     assert found == ["unexpected: metrics/stages/data-docs/ingest/TIME/a.html (again)"]
 
 
@@ -142,29 +142,29 @@ def test_a_second_validation_of_a_table_is_found(place: Place) -> None:
         ("project/dvc.lock.tmp", "", "file: dvc.lock.tmp"),
     ],
 )
-def test_a_leftover_file_is_found(place: Place, name: str, text: str, left: str) -> None:
-    reference = _reference(place)
-    assert place.left_behind(reference) == []
-    _write(place.root / name, text)
-    assert any(line.startswith(left) for line in place.left_behind(reference))
+def test_a_leftover_file_is_found(sandbox: Sandbox, name: str, text: str, left: str) -> None:
+    reference = _reference(sandbox)
+    assert sandbox.left_behind(reference) == []
+    _write(sandbox.root / name, text)
+    assert any(line.startswith(left) for line in sandbox.left_behind(reference))
 
 
 def _sleeper(folder: Path, marker: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(["sleep", "60"], cwd=folder, env={**os.environ, MARKER: marker}, start_new_session=True)
 
 
-def test_a_leftover_process_is_found_and_no_other_is_hit(place: Place, tmp_path: Path) -> None:
+def test_a_leftover_process_is_found_and_no_other_is_hit(sandbox: Sandbox, tmp_path: Path) -> None:
     ours, other, elsewhere = (
         _sleeper(folder, marker)
-        for folder, marker in ((place.project, "here"), (place.project, "there"), (tmp_path, "here"))
+        for folder, marker in ((sandbox.project, "here"), (sandbox.project, "there"), (tmp_path, "here"))
     )
     try:
-        assert wait_until(lambda: [p.pid for p in marked("here", place.root)] == [ours.pid], 10)
-        assert not send(Found(other.pid, "sleep"), signal.SIGKILL, "here", place.root)
-        end_all("here", place.root)
+        assert wait_until(lambda: [p.pid for p in marked("here", sandbox.root)] == [ours.pid], 10)
+        assert not send(DrillProcess(other.pid, "sleep"), signal.SIGKILL, "here", sandbox.root)
+        end_all("here", sandbox.root)
         assert ours.wait(10) == -signal.SIGKILL
         assert (other.poll(), elsewhere.poll()) == (None, None)
-        assert marked("here", place.root) == []
+        assert marked("here", sandbox.root) == []
     finally:
         for process in (ours, other, elsewhere):
             process.kill()
@@ -187,16 +187,16 @@ trace.unlink()
 
 
 @pytest.fixture
-def drill(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+def drill(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
     """Runs a drill of kills on a program; gives what it found."""
 
     def run(after: str = "pass", start: str = "", seconds: float = 0.5, limit: float = 30.0) -> Result:
-        _write(place.project / "program.py", PROGRAM.format(after=after, start=start, seconds=seconds))
+        _write(sandbox.project / "program.py", PROGRAM.format(after=after, start=start, seconds=seconds))
         monkeypatch.setattr(Drill, "_moment", lambda *_, **__: ("in a stage", "Running stage '", 1, 0.2))
         monkeypatch.setattr(Drill, "restore", lambda *_: None)
-        reference, command = _reference(place), (sys.executable, "program.py")
-        bench = Bench(place, tmp_path / "bench", reference, False, limit=limit, ending=0.5, command=command)
-        return bench.run(Spec(0, "kill", "top", "SIGKILL", seed=1))
+        reference, command = _reference(sandbox), (sys.executable, "program.py")
+        runner = DrillRunner(sandbox, tmp_path / "runner", reference, False, limit=limit, ending=0.5, command=command)
+        return runner.run(Spec(0, "kill", "top", "SIGKILL", seed=1))
 
     return run
 
@@ -210,7 +210,7 @@ def test_a_run_that_recovers_passes(drill: Callable[..., Result]) -> None:
 
 
 @pytest.mark.integration
-def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], place: Place) -> None:
+def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], sandbox: Sandbox) -> None:
     result = drill(after="sys.exit('cannot go on')")
     assert not result.passed
     assert [hit.recovered for hit in result.disturbances] == [False]
@@ -235,16 +235,16 @@ def test_other_outputs_after_a_kill_are_counted(drill: Callable[..., Result]) ->
 
 
 @pytest.mark.integration
-def test_a_child_that_outlives_its_killed_parent_is_counted(drill: Callable[..., Result], place: Place) -> None:
+def test_a_child_that_outlives_its_killed_parent_is_counted(drill: Callable[..., Result], sandbox: Sandbox) -> None:
     result = drill(start="subprocess.Popen(['sleep', '60'])")
     assert any("process after" in line and "sleep" in line for line in result.left)
     assert not result.passed
-    assert marked(result.spec.name, place.root) == []
+    assert marked(result.spec.name, sandbox.root) == []
 
 
-def test_a_drill_that_is_not_possible_here_says_so(place: Place, tmp_path: Path) -> None:
-    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
-    result = bench.run(Spec(0, "disk", "TMPDIR", "full", seed=1))
+def test_a_drill_that_is_not_possible_here_says_so(sandbox: Sandbox, tmp_path: Path) -> None:
+    runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
+    result = runner.run(Spec(0, "disk", "TMPDIR", "full", seed=1))
     assert result.passed
     assert "root" in result.skipped
 
@@ -264,17 +264,17 @@ finally:
 
 @pytest.mark.integration
 @pytest.mark.skipif(not can_isolate(), reason="mounting and namespaces need root")
-def test_a_full_disk_is_recovered_from(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _write(place.project / "program.py", LARGE)
+def test_a_full_disk_is_recovered_from(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(sandbox.project / "program.py", LARGE)
     monkeypatch.setattr(Drill, "restore", lambda *_: None)
     command = (sys.executable, "program.py")
-    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=True, limit=30.0, command=command)
+    runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=True, limit=30.0, command=command)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe()
 
     def work() -> None:
         isolate()
-        drill = Drill(bench, Spec(0, "disk", "project", "full", seed=1))
+        drill = Drill(runner, Spec(0, "disk", "project", "full", seed=1))
         drill.run()
         sender.send((drill.result, (drill.folder / "run-1.log").read_text()))
         drill.clean_up()
@@ -289,38 +289,38 @@ def test_a_full_disk_is_recovered_from(place: Place, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.integration
-def test_damaged_input_that_goes_unnoticed_is_counted(place: Place, tmp_path: Path) -> None:
-    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
-    drill = Drill(bench, Spec(0, "flip", "output", "then the stage alone", seed=1))
-    _write(place.project / "report/report.md", "of damaged scores")
-    drill._nothing_false("shard")
+def test_damaged_input_that_goes_unnoticed_is_counted(sandbox: Sandbox, tmp_path: Path) -> None:
+    runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
+    drill = Drill(runner, Spec(0, "flip", "output", "then the stage alone", seed=1))
+    _write(sandbox.project / "report/report.md", "of damaged scores")
+    drill._check_published("shard")
     assert drill.result.problems == []
-    drill._nothing_false("report")
+    drill._check_published("report")
     assert "report/report.md" in drill.result.problems[0]
 
 
 @pytest.mark.parametrize("truncate", [False, True])
-def test_damage_changes_a_file(place: Place, tmp_path: Path, truncate: bool) -> None:
-    bench = Bench(place, tmp_path / "bench", _reference(place), isolated=False, limit=30.0)
-    Drill(bench, Spec(0, "flip", "output", "", seed=1))._damage(
-        place.project / "data/shards/train-000000.tar", truncate
+def test_damage_changes_a_file(sandbox: Sandbox, tmp_path: Path, truncate: bool) -> None:
+    runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
+    Drill(runner, Spec(0, "flip", "output", "", seed=1))._damage(
+        sandbox.project / "data/shards/train-000000.tar", truncate
     )
-    assert differences(bench.reference.outputs, place.project) == ["different: data/shards/train-000000.tar"]
+    assert differences(runner.reference.outputs, sandbox.project) == ["different: data/shards/train-000000.tar"]
 
 
-def test_rewinding_undoes_stages(place: Place) -> None:
+def test_rewinding_undoes_stages(sandbox: Sandbox) -> None:
     lock = {"schema": "2.0", "stages": {}}
-    cache = place.project / ".dvc/cache/files/md5"
+    cache = sandbox.project / ".dvc/cache/files/md5"
     for stage, out, md5 in (("ingest", "data/ingest", "aa1.dir"), ("report", "report", "bb2.dir")):
         lock["stages"][stage] = {"outs": [{"path": out, "md5": md5}]}
         _write(cache / md5[:2] / md5[2:], json.dumps([{"md5": f"{md5[:2]}9", "relpath": "x"}]))
         _write(cache / md5[:2] / "9", "x")
-    _write(place.project / "data/ingest/x", "x")
-    _write(place.project / "dvc.lock", yaml.safe_dump(lock))
-    place.rewind(["report"])
-    assert not (place.project / "report").exists()
-    assert (place.project / "data/ingest/x").is_file()
-    assert list(yaml.safe_load((place.project / "dvc.lock").read_text())["stages"]) == ["ingest"]
+    _write(sandbox.project / "data/ingest/x", "x")
+    _write(sandbox.project / "dvc.lock", yaml.safe_dump(lock))
+    sandbox.rewind(["report"])
+    assert not (sandbox.project / "report").exists()
+    assert (sandbox.project / "data/ingest/x").is_file()
+    assert list(yaml.safe_load((sandbox.project / "dvc.lock").read_text())["stages"]) == ["ingest"]
     assert sorted(path.relative_to(cache).as_posix() for path in cache.glob("*/*")) == ["aa/1.dir", "aa/9"]
 
 
@@ -333,7 +333,7 @@ def test_every_kind_comes_early_and_every_kill_comes() -> None:
 
 
 def test_drills_follow_from_the_seed() -> None:
-    draws = [plan(number, seed).chance().random() for seed in (1, 1, 2) for number in (0, 7)]
+    draws = [plan(number, seed).rng().random() for seed in (1, 1, 2) for number in (0, 7)]
     assert draws[:2] == draws[2:4]
     assert len(set(draws)) == 4
 
@@ -363,10 +363,10 @@ def test_a_stage_is_run_alone_as_dvc_runs_it(stage: str, arguments: list[str]) -
     ("command", "role"),
     [
         ("/x/python -m flows.runtime.applications prefect 7", "server"),
-        ("/x/python -m flows.runtime.fork_server", "warm"),
+        ("/x/python -m flows.runtime.fork_server", "fork-server"),
         ("/x/python -m flows.reproduce", "flows.reproduce"),
         ("/x/python -m flows pretrain lotlip", "python"),
     ],
 )
 def test_roles_of_processes(command: str, role: str) -> None:
-    assert Found(1, command).role == role
+    assert DrillProcess(1, command).role == role

@@ -75,11 +75,11 @@ def test_tokens_are_those_that_the_shards_have():
     }
     config = PretrainConfig(long_texts={"sub_captions": 3, "per_image": 2})
     found = text_lengths(config, statistics)
-    assert (found.raw, found.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has but two
-    assert found.tokens == found.raw + 2 * found.long
+    assert (found.short, found.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has but two
+    assert found.tokens == found.short + 2 * found.long
     one = PretrainConfig(long_texts={"sub_captions": 3, "captioners": ["a"]}, text={"context_length": 40})
     assert text_lengths(one, statistics).long == 40
-    assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.raw
+    assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.short
 
 
 def test_a_captioner_that_the_shards_lack_is_named():
@@ -120,7 +120,7 @@ def test_a_tower_in_the_loop_costs_memory_and_operations():
     assert stored.flops["image tower"] == 0
     assert computed.flops["image tower"] == pytest.approx(2048 * 35.1e9, rel=0.01)  # of one forward pass
     assert trained.flops["image tower"] == 3 * computed.flops["image tower"]
-    part = "pictures and image activations"
+    part = "images and image activations"
     assert stored.memory[part] == 0 < computed.memory[part] < trained.memory[part]
     assert trained.trained["image tower"] == stored.frozen["image tower"]
 
@@ -196,7 +196,7 @@ def test_an_image_tower_in_training_keeps_what_is_predicted():
     config = PretrainConfig(batch_size=8, image_tower={"frozen": False})
     towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
     parts = activation_bytes(config, TrainingCompute(), towers, TextLengths(8, 8, 0))
-    assert parts["pictures and image activations"] == pytest.approx(saved.total, rel=0.1)
+    assert parts["images and image activations"] == pytest.approx(saved.total, rel=0.1)
 
 
 def test_the_loss_keeps_what_is_predicted():

@@ -1,1 +1,1 @@
-"""Black-box drills: kills, full disks, flipped bits and two runs at once, each followed by the same command again."""
+"""Black-box drills: kills, full disks, flipped bits and concurrent runs, each followed by the same command again."""

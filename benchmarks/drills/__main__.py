@@ -1,10 +1,10 @@
-"""Runs drills for some minutes and prints what was tried, recovered and identical: `python -m benchmarks.drills`.
+"""Runs drills and prints the numbers of disturbances, recoveries and identical outputs: `python -m benchmarks.drills`.
 
 Each drill disturbs a small pipeline: it kills a process, fills a disk, flips a bit or starts a second run. The same
-command is then run again, without help, until it ends. Every output is compared with that of an undisturbed run, and
-whatever is left behind (processes, ports, temporary files, locks) counts as a failure. The status is 1 if a drill
-failed; its checkout and log are kept. All happens in a folder of its own, on loopback, with one thread per process.
-As root, two drills run side by side in namespaces of their own; others run one at a time and without a full disk.
+command then runs again, without any repair, until it ends. Every output is compared with that of an undisturbed run.
+Processes, ports, temporary files and locks that are left behind count as failures. The exit status is 1 if a drill
+failed; its checkout and log are kept. Drills run in a folder of their own, on loopback, with one thread per process.
+As root, two drills run in parallel in namespaces of their own. Other users run one at a time, without a full disk.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.drills import isolation
-from benchmarks.drills.drills import KINDS, Bench, Result, plan
-from benchmarks.drills.world import Place, prepare
+from benchmarks.drills.drills import KINDS, DrillRunner, Result, plan
+from benchmarks.drills.world import Sandbox, prepare
 
-LEAST_LIMIT_SECONDS = 150.0
+MIN_LIMIT_SECONDS = 150.0
 PREPARATION_LIMIT_SECONDS = 1200.0
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Runs the drills, prints the table and returns the exit status."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would ours
+    # a shell's background jobs ignore SIGINT, and the programs of the drills would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(10**6)
     deadline = time.monotonic() + arguments.minutes * 60
     folder = Path(tempfile.mkdtemp(prefix="lotlip-drills-")) if arguments.folder is None else arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
-        sys.exit(f"error: {folder} is not empty; name a new folder")
+        sys.exit(f"error: {folder} is not empty; choose a new folder")
     isolated = isolation.can_isolate()
     parallel = arguments.parallel or (2 if isolated else 1)
     print(f"seed {seed}; {parallel} at a time in {folder}", flush=True)
     if not isolated:
         parallel = 1
-        print("no namespaces here (they need root): one drill at a time, and none with a full disk", flush=True)
+        print("no namespaces (they need root): one drill at a time, and none with a full disk", flush=True)
     settings = Settings(
         folder,
         isolated,
@@ -81,18 +82,18 @@ def main(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Settings:
-    """What workers are told.
+    """The settings of all workers.
 
     Attributes:
-        folder: for all that is written.
-        isolated: whether a worker makes namespaces of its own.
-        seed: of all drills.
-        kinds: that are run.
-        count: of drills; None: until the deadline.
-        deadline: by the monotonic clock, after which no drill starts and no other kill comes.
+        folder: folder for all files.
+        isolated: whether each worker creates its own namespaces.
+        seed: seed of all drills.
+        kinds: the kinds of drills to run.
+        count: number of drills; None: until the deadline.
+        deadline: time by the monotonic clock after which no drill starts and no process is killed.
         first: number of the first drill.
-        kills: at most in one drill.
-        prebuilt: folder of what is put into the place before the first run.
+        kills: maximum number of kills in a drill.
+        prebuilt: folder that is copied into the sandbox before the first run.
     """
 
     folder: Path
@@ -107,15 +108,19 @@ class Settings:
 
 
 def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any]]:
-    """Makes the reference run, then runs drills in some workers; gives their results as far as they came."""
+    """Makes the reference run, then runs drills in parallel workers.
+
+    Returns:
+        The results, also of an interrupted session, and the times of the reference run in seconds.
+    """
     context = multiprocessing.get_context("fork")
-    found: Any = context.Queue()
+    messages: Any = context.Queue()
     results: list[Result] = []
-    workers = [_in_worker(context, found, _prepare, settings, 0)]
+    workers = [_start_worker(context, messages, _prepare, settings, 0)]
     try:
-        kind, reference = _next(found, workers)
+        kind, reference = _next_message(messages, workers)
         if kind != "reference":
-            sys.exit(f"error: {reference or 'the undisturbed run ended without a word'}")
+            sys.exit(f"error: {reference or 'the undisturbed run ended without a message'}")
         workers.pop().join()
         print(
             f"an undisturbed run takes {reference.seconds:.0f} s and writes {len(reference.outputs)} files: "
@@ -123,14 +128,14 @@ def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any
             flush=True,
         )
         numbers = context.Value("i", settings.first)
-        workers += [_in_worker(context, found, _drill, settings, n, reference, numbers) for n in range(parallel)]
-        while (message := _next(found, workers))[0] == "result":
+        workers += [_start_worker(context, messages, _drill, settings, n, reference, numbers) for n in range(parallel)]
+        while (message := _next_message(messages, workers))[0] == "result":
             results.append(message[1])
             _progress(message[1], results, settings)
         if message[0] == "error":
             sys.exit(f"error: {message[1]}")
     except KeyboardInterrupt:
-        print("stopped; the table has what was done", file=sys.stderr)
+        print("stopped; the table has the completed drills", file=sys.stderr)
         if not results:
             sys.exit(130)
     finally:
@@ -142,52 +147,52 @@ def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any
     return sorted(results, key=lambda result: result.spec.number), seconds
 
 
-def _in_worker(context: Any, found: Any, work: Any, settings: Settings, *arguments: Any) -> Any:
-    """Starts a worker process, which sends what it finds."""
-    process = context.Process(target=_worker, args=(found, work, settings, *arguments))
+def _start_worker(context: Any, messages: Any, work: Any, settings: Settings, *arguments: Any) -> Any:
+    """Starts a worker process, which puts its results into the queue."""
+    process = context.Process(target=_worker, args=(messages, work, settings, *arguments))
     process.start()
     return process
 
 
-def _next(found: Any, workers: Sequence[Any]) -> tuple[str, Any]:
-    """What a worker sends next; ("end", None) when all have ended."""
+def _next_message(messages: Any, workers: Sequence[Any]) -> tuple[str, Any]:
+    """Returns the next message of a worker, or ("end", None) when all workers have ended."""
     while True:
         alive = any(worker.is_alive() for worker in workers)
         try:
-            return found.get(timeout=1)
+            return messages.get(timeout=1)
         except queue.Empty:
             if not alive:
                 return "end", None
 
 
-def _worker(found: Any, work: Any, settings: Settings, number: int, *arguments: Any) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an ordinary end, which ends what a drill has started
-    # the main process says when to end; a handler, unlike SIG_IGN, is not inherited by the programs under test
+def _worker(messages: Any, work: Any, settings: Settings, number: int, *arguments: Any) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # an exit that ends the drill's processes
+    # The main process ends the workers on Ctrl-C. Unlike SIG_IGN, the programs under test do not inherit a handler.
     signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        place = settings.folder / "place"
-        place.mkdir(exist_ok=True)
+        sandbox = settings.folder / "sandbox"
+        sandbox.mkdir(exist_ok=True)
         if settings.isolated:
-            own = settings.folder / f"worker-{number}"
-            own.mkdir(exist_ok=True)
+            folder = settings.folder / f"worker-{number}"
+            folder.mkdir(exist_ok=True)
             isolation.isolate()
-            isolation.bind(own, place)
-        work(found, settings, Place(place), *arguments)
+            isolation.bind(folder, sandbox)
+        work(messages, settings, Sandbox(sandbox), *arguments)
     except Exception:
-        found.put(("error", traceback.format_exc()))
-    found.close()
-    found.join_thread()
+        messages.put(("error", traceback.format_exc()))
+    messages.close()
+    messages.join_thread()
 
 
-def _prepare(found: Any, settings: Settings, place: Place) -> None:
-    place.clear()
-    found.put(("reference", prepare(place, settings.folder, PREPARATION_LIMIT_SECONDS, settings.prebuilt)))
+def _prepare(messages: Any, settings: Settings, sandbox: Sandbox) -> None:
+    sandbox.clear()
+    messages.put(("reference", prepare(sandbox, settings.folder, PREPARATION_LIMIT_SECONDS, settings.prebuilt)))
 
 
-def _drill(found: Any, settings: Settings, place: Place, reference: Any, numbers: Any) -> None:
-    limit = max(LEAST_LIMIT_SECONDS, 3 * reference.seconds)
-    bench = Bench(
-        place, settings.folder, reference, settings.isolated, limit, kills=settings.kills, deadline=settings.deadline
+def _drill(messages: Any, settings: Settings, sandbox: Sandbox, reference: Any, numbers: Any) -> None:
+    limit = max(MIN_LIMIT_SECONDS, 3 * reference.seconds)
+    runner = DrillRunner(
+        sandbox, settings.folder, reference, settings.isolated, limit, kills=settings.kills, deadline=settings.deadline
     )
     parent = multiprocessing.parent_process()
     while time.monotonic() < settings.deadline and parent is not None and parent.is_alive():
@@ -196,17 +201,17 @@ def _drill(found: Any, settings: Settings, place: Place, reference: Any, numbers
             numbers.value += 1
         if settings.count is not None and number >= settings.first + settings.count:
             break
-        found.put(("result", bench.run(plan(number, settings.seed, settings.kinds))))
+        messages.put(("result", runner.run(plan(number, settings.seed, settings.kinds))))
 
 
 def _progress(result: Result, results: Sequence[Result], settings: Settings) -> None:
-    word = f"skipped: {result.skipped}" if result.skipped else "ok" if result.passed else "FAILED"
+    outcome = f"skipped: {result.skipped}" if result.skipped else "ok" if result.passed else "FAILED"
     left = max(settings.deadline - time.monotonic(), 0) / 60
     hits = sum(len(each.disturbances) for each in results)
     spec = result.spec
     print(
         f"{spec.number:4d} {spec.kind} {spec.target} {spec.how} ({result.state}): {len(result.disturbances)} tried, "
-        f"{word}, {result.seconds:.0f} s; {hits} in all, {left:.1f} min left",
+        f"{outcome}, {result.seconds:.0f} s; {hits} in total, {left:.1f} min left",
         flush=True,
     )
     if not result.passed:
@@ -214,7 +219,7 @@ def _progress(result: Result, results: Sequence[Result], settings: Settings) -> 
 
 
 def table_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
-    """A row for each kind, target and signal: what was tried and what came of it."""
+    """Returns a row for each kind, target and signal, with the numbers of disturbances and of their outcomes."""
     rows: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results:
         spec = result.spec
@@ -248,7 +253,7 @@ def table_rows(results: Iterable[Result]) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Returns the rows as a Markdown table."""
     names = ["drill", "target", "signal", "tried", "recovered", "identical", "left behind", "failed drills"]
     keys = [
         "kind",
@@ -276,31 +281,33 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def explain(result: Result) -> str:
-    """Why a drill failed, in some lines."""
+    """Returns lines that say why a drill failed."""
     lines = [f"FAILED {result.spec.name} ({result.state}); logs: {result.kept}/run-*.log"]
     lines += [f"  {hit.moment}{'' if hit.recovered else ': NOT RECOVERED'}" for hit in result.disturbances]
-    for name, found in (("problem", result.problems), ("output", result.different), ("left", result.left)):
-        lines += [f"  {name}: {line}" for line in found[:8]]
-        if len(found) > 8:
-            lines.append(f"  {name}: and {len(found) - 8} more")
+    for name, faults in (("problem", result.problems), ("output", result.different), ("left", result.left)):
+        lines += [f"  {name}: {line}" for line in faults[:8]]
+        if len(faults) > 8:
+            lines.append(f"  {name}: and {len(faults) - 8} more")
     lines += [f"  warning: {line}" for line in result.warnings]
     return "\n".join(lines)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.drills", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--minutes", type=float, default=30.0, help="after which no drill starts and no other kill comes"
+        "--minutes", type=float, default=30.0, help="time after which no drill starts and no process is killed"
     )
-    parser.add_argument("--count", type=int, help="of drills at most")
+    parser.add_argument("--count", type=int, help="maximum number of drills")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--seed", type=int, help="of all that is random; drawn and printed without it")
-    parser.add_argument("--first", type=int, default=0, help="number of the first drill: repeats one with --count 1")
-    parser.add_argument("--kills", type=int, default=24, help="in one drill at most")
-    parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ to start from: what takes long")
-    parser.add_argument("--parallel", type=int, help="drills at a time (default: 2 as root, else 1)")
-    parser.add_argument("--folder", type=Path, help="new folder for all that is written (default: a temporary one)")
+    parser.add_argument("--seed", type=int, help="seed of all random choices (default: random; it is printed)")
+    parser.add_argument(
+        "--first", type=int, default=0, help="number of the first drill; with --count 1, repeats a drill"
+    )
+    parser.add_argument("--kills", type=int, default=24, help="maximum number of kills in a drill")
+    parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ that the checkout starts from")
+    parser.add_argument("--parallel", type=int, help="number of drills at a time (default: 2 as root, else 1)")
+    parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,4 @@
-"""The drills: each disturbs the pipeline, runs the same command again without help, and compares the end."""
+"""The drills. Each disturbs the pipeline, runs the same command again without any repair, and compares the outputs."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ import yaml
 
 from benchmarks.drills import isolation
 from benchmarks.drills.outputs import differences, fingerprints
-from benchmarks.drills.processes import Found, children, end_all, listening, marked, send, wait_until
-from benchmarks.drills.world import ENDING_SECONDS, REPRODUCE, Place, Reference, Run
+from benchmarks.drills.processes import DrillProcess, children, end_all, listening, marked, send, wait_until
+from benchmarks.drills.world import ENDING_SECONDS, REPRODUCE, Reference, Run, Sandbox
 from lotlip.core.code import ROOT
 
 KINDS = ("kill", "checkpoint", "flip", "two", "disk")
-# An order in which every kind comes early, and kills most often.
+# Every kind is early in this order, and kills are the most frequent.
 _CYCLE = ("kill", "checkpoint", "two", "flip", "disk", *("kill",) * 14)
-# What is hit by what. `alone` is a stage that is run by itself.
+# Targets and signals. `alone` is a stage that runs on its own.
 KILLS = (
     ("top", "SIGKILL"),
-    ("warm", "SIGKILL"),
+    ("fork-server", "SIGKILL"),
     ("group", "SIGINT"),
     ("child", "SIGKILL"),
     ("server", "SIGKILL"),
@@ -38,7 +38,7 @@ KILLS = (
     ("top", "SIGTERM"),
     ("top", "SIGINT"),
     ("child", "SIGTERM"),
-    ("warm", "SIGTERM"),
+    ("fork-server", "SIGTERM"),
     ("server", "SIGTERM"),
     ("alone", "SIGINT"),
     ("alone", "SIGTERM"),
@@ -55,14 +55,14 @@ TRACEBACK = "Traceback (most recent call last)"
 
 @dataclass(frozen=True)
 class Spec:
-    """Which drill it is; everything random in it follows from seed and number.
+    """The specification of a drill. Its random choices are derived from (seed, number).
 
     Attributes:
-        number: of the drill.
+        number: number of the drill.
         kind: one of KINDS.
-        target: what is disturbed.
+        target: the target of the disturbance.
         how: the signal, or the kind of damage.
-        seed: of the whole session.
+        seed: seed of the whole session.
     """
 
     number: int
@@ -73,16 +73,16 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """Of its folder and marker."""
+        """The name of the drill's folder and marker."""
         return f"{self.number:03d}-{self.kind}-{self.target}-{self.how}".replace(" ", "-").replace(".", "-")
 
-    def chance(self) -> random.Random:
-        """The drill's own generator."""
+    def rng(self) -> random.Random:
+        """Returns the drill's random number generator."""
         return random.Random(f"{self.seed}-{self.number}")
 
 
 def plan(number: int, seed: int, kinds: Sequence[str] = KINDS) -> Spec:
-    """The drill of a number: kinds and targets come in turn."""
+    """Returns the drill of a number. Kinds and targets alternate."""
     cycle = [kind for kind in _CYCLE if kind in kinds]
     kind = cycle[number % len(cycle)]
     before = number // len(cycle) * cycle.count(kind) + cycle[: number % len(cycle)].count(kind)
@@ -93,13 +93,13 @@ def plan(number: int, seed: int, kinds: Sequence[str] = KINDS) -> Spec:
 
 @dataclass
 class Disturbance:
-    """One disturbance and what came of it.
+    """A disturbance and its outcome.
 
     Attributes:
-        moment: when, in words.
-        recovered: whether the same command, run again, ended well or got on to the next disturbance.
-        stopped_seconds: from the disturbance until the program had ended.
-        recovery_seconds: that the run after it took, to its end or the next disturbance.
+        moment: description of the moment.
+        recovered: whether the next run of the same command succeeded or reached the next disturbance.
+        stopped_seconds: time from the disturbance to the end of the program.
+        recovery_seconds: duration of the next run, until its end or the next disturbance.
     """
 
     moment: str
@@ -110,19 +110,20 @@ class Disturbance:
 
 @dataclass
 class Result:
-    """What a drill found.
+    """The result of a drill.
 
     Attributes:
         spec: the drill.
-        state: that it started from.
-        disturbances: in their order.
-        problems: what failed, a line each; none: the drill passed.
-        different: outputs that differ from the reference's at the end.
-        left: what was left behind: processes, files, locks.
-        warnings: what does not fail a drill.
-        seconds: that it took.
-        kept: folder of the failed drill's checkout and log.
-        skipped: why it was not run.
+        state: the state of the checkout at the start.
+        disturbances: the disturbances in order.
+        problems: a line for each failure.
+        different: outputs that differ from those of the reference run at the end.
+        left: processes, files and locks that were left behind.
+        warnings: observations that do not fail a drill.
+        compared: whether the outputs were compared.
+        seconds: duration of the drill.
+        kept: folder with the checkout and logs of a failed drill.
+        skipped: the reason why the drill did not run, or "".
     """
 
     spec: Spec
@@ -139,35 +140,35 @@ class Result:
 
     @property
     def identical(self) -> bool:
-        """Whether all outputs were compared and are the reference's."""
+        """Whether all outputs were compared and equal those of the reference run."""
         return self.compared and not self.different
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was wrong."""
+        """Whether the drill had no failure, or was skipped."""
         return bool(self.skipped) or not (
             self.problems or self.left or not self.identical or not all(hit.recovered for hit in self.disturbances)
         )
 
 
-class Bench:
-    """A worker's place and the states that it starts drills from.
+class DrillRunner:
+    """Runs a worker's drills in its sandbox.
 
     Args:
-        place: the folders in which drills run.
-        folder: with the states `fresh` and `done`; failed drills are kept in it, too.
+        sandbox: the folders in which drills run.
+        folder: folder with the states `fresh` and `done`, and for failed drills.
         reference: the undisturbed run.
-        isolated: whether this process may mount.
-        limit: seconds that a run may take before it counts as hanging.
-        ending: seconds in which a stopped run and what it started must have ended.
-        kills: at most in one drill.
-        deadline: by the monotonic clock, after which a drill kills no more and only recovers.
-        command: that is disturbed and run again.
+        isolated: whether this process may mount file systems.
+        limit: seconds after which a run counts as hanging.
+        ending: seconds in which a stopped run and its child processes must end.
+        kills: maximum number of kills in a drill.
+        deadline: time by the monotonic clock after which a drill kills no process and only recovers.
+        command: the command that is disturbed and run again.
     """
 
     def __init__(
         self,
-        place: Place,
+        sandbox: Sandbox,
         folder: Path,
         reference: Reference,
         isolated: bool,
@@ -177,87 +178,87 @@ class Bench:
         deadline: float = math.inf,
         command: Sequence[str] = REPRODUCE,
     ) -> None:
-        self.place, self.folder, self.reference, self.isolated = place, folder, reference, isolated
+        self.sandbox, self.folder, self.reference, self.isolated = sandbox, folder, reference, isolated
         self.limit, self.ending, self.kills, self.deadline = limit, ending, kills, deadline
         self.command = command
 
     def run(self, spec: Spec) -> Result:
-        """Runs one drill; keeps its checkout and log if it fails."""
+        """Runs a drill. Keeps its checkout and logs if it fails."""
         drill = Drill(self, spec)
         started = time.monotonic()
         try:
             drill.run()
-        except _Failed as error:
+        except _DrillFailed as error:
             drill.result.problems.append(str(error))
         finally:
-            end_all(spec.name, self.place.root)
+            end_all(spec.name, self.sandbox.root)
             drill.clean_up()
         drill.result.seconds = time.monotonic() - started
         return drill.result
 
 
-class _Failed(Exception):
-    """A drill cannot go on; the message says why."""
+class _DrillFailed(Exception):
+    """A drill cannot continue; the message says why."""
 
 
 class Drill:
-    """One drill in progress.
+    """A drill in progress.
 
     Args:
-        bench: where.
-        spec: which.
+        runner: the runner with the sandbox and the reference run.
+        spec: the drill.
     """
 
-    def __init__(self, bench: Bench, spec: Spec) -> None:
-        self.bench, self.spec, self.place, self.reference = bench, spec, bench.place, bench.reference
+    def __init__(self, runner: DrillRunner, spec: Spec) -> None:
+        self.runner, self.spec, self.sandbox, self.reference = runner, spec, runner.sandbox, runner.reference
         self.result = Result(spec)
-        self.chance = spec.chance()
-        self.folder = bench.folder / "failed" / spec.name
+        self.rng = spec.rng()
+        self.folder = runner.folder / "failed" / spec.name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.runs = 0
         self.mounted: list[Path] = []
-        self.when = 0.0  # of the first kill, in seconds of the reference run
-        self.overlapped = False  # whether the last run was started beside remains of the one before
+        self.when = 0.0  # time of the first kill, in seconds of the reference run
+        self.overlapped = False  # whether processes of the previous run still ran when the last run started
 
     def run(self) -> None:
-        """Runs it to its end."""
+        """Runs the drill."""
         {
             "kill": self._kill,
             "checkpoint": self._checkpoint,
             "flip": self._flip,
-            "two": self._two,
+            "two": self._concurrent_runs,
             "disk": self._disk,
         }[self.spec.kind]()
 
     def clean_up(self) -> None:
-        """Unmounts; keeps what is needed for a diagnosis if the drill failed."""
+        """Unmounts file systems, and keeps the checkout, temporary files and logs of a failed drill."""
         if self.result.passed:
             shutil.rmtree(self.folder)
         else:
             self.result.kept = str(self.folder)
-            shutil.copytree(self.place.project, self.folder / "project", symlinks=True)
-            if self.place.temporary.is_dir():
-                shutil.copytree(self.place.temporary, self.folder / "tmp", symlinks=True, ignore=_sockets)
-        for place in self.mounted:
-            isolation.unmount(place)
+            shutil.copytree(self.sandbox.project, self.folder / "project", symlinks=True)
+            if self.sandbox.temporary.is_dir():
+                shutil.copytree(self.sandbox.temporary, self.folder / "tmp", symlinks=True, ignore=_sockets)
+        for mountpoint in self.mounted:
+            isolation.unmount(mountpoint)
 
-    # --- what all kinds share -----------------------------------------------------------------------------------------
+    # --- shared by all kinds ------------------------------------------------------------------------------------------
 
     def restore(self, stage: int | None) -> None:
-        """Puts the checkout to the moment before a stage; None: to that of a fresh clone."""
+        """Restores the state of the checkout before a stage, or that of a fresh checkout if `stage` is None."""
         if stage is None:
-            self.place.restore(self.bench.folder / "fresh")
+            self.sandbox.restore(self.runner.folder / "fresh")
             self.result.state = "fresh"
         else:
-            self.place.restore(self.bench.folder / "done")
-            self.place.rewind(self.reference.stages[stage:])
+            self.sandbox.restore(self.runner.folder / "done")
+            self.sandbox.rewind(self.reference.stages[stage:])
             self.result.state = f"before {self.reference.stages[stage]}"
 
     def start(self, command: Sequence[str] | None = None) -> Run:
-        """Starts a program, with a log of its own: what an earlier one has left may still write to its log."""
+        """Starts a program with a new log: remaining processes of an earlier run may still write to theirs."""
         self.runs += 1
-        self.overlapped = bool(marked(self.spec.name, self.place.root))
-        return self.place.start(command or self.bench.command, self.spec.name, self.folder / f"run-{self.runs}.log")
+        self.overlapped = bool(marked(self.spec.name, self.sandbox.root))
+        return self.sandbox.start(command or self.runner.command, self.spec.name, self.folder / f"run-{self.runs}.log")
 
     def hit(self, moment: str) -> Disturbance:
         """Records a disturbance."""
@@ -265,53 +266,53 @@ class Drill:
         return self.result.disturbances[-1]
 
     def end(self, run: Run, seconds: float) -> int | None:
-        """Waits for a program's end; one that does not end is recorded and killed, and gives None."""
+        """Waits for a program's end and returns its status; if it hangs, records that, kills it and returns None."""
         try:
             return run.wait(seconds)
         except TimeoutError as error:
             self.result.problems.append(f"the run {error} and was killed")
-            end_all(self.spec.name, self.place.root)
+            end_all(self.spec.name, self.sandbox.root)
             run.process.wait()
             return None
 
     def settle(self) -> None:
-        """Waits until no process of the drill is left; those that stay are recorded and killed."""
-        if not wait_until(lambda: not marked(self.spec.name, self.place.root), self.bench.ending):
-            for process in marked(self.spec.name, self.place.root):
-                self.result.left.append(f"process after {self.bench.ending:.0f} s: {process.role}: {process.command}")
-            ports = listening(self.spec.name, self.place.root)
+        """Waits until all processes of the drill have ended. Records and kills those that do not end."""
+        if not wait_until(lambda: not marked(self.spec.name, self.sandbox.root), self.runner.ending):
+            for process in marked(self.spec.name, self.sandbox.root):
+                self.result.left.append(f"process after {self.runner.ending:.0f} s: {process.role}: {process.command}")
+            ports = listening(self.spec.name, self.sandbox.root)
             self.result.left += [f"listens on port {port}" for port in ports]
-            end_all(self.spec.name, self.place.root)
+            end_all(self.spec.name, self.sandbox.root)
 
     def recover(self) -> None:
-        """Runs the command to its end; it must end well, which is the last disturbance's recovery.
+        """Runs the command to its end, and marks the last disturbance as recovered.
 
         Raises:
-            _Failed: it does not.
+            _DrillFailed: the command failed or did not end.
         """
         run = self.start()
-        status = self.end(run, self.bench.limit)
+        status = self.end(run, self.runner.limit)
         if status != 0:
-            raise _Failed(f"the run after the disturbance ended with status {status}")
+            raise _DrillFailed(f"the run after the disturbance ended with status {status}")
         for hit in self.result.disturbances[-1:]:
             hit.recovered, hit.recovery_seconds = True, run.seconds
 
     def compare(self) -> None:
-        """Looks at what is left when all is done."""
+        """Compares the outputs with the reference run's, and records what was left behind."""
         self.settle()
-        self.result.different = differences(self.reference.outputs, self.place.project)
+        self.result.different = differences(self.reference.outputs, self.sandbox.project)
         self.result.compared = True
-        self.result.left += self.place.left_behind(self.reference)
+        self.result.left += self.sandbox.left_behind(self.reference)
 
     # --- kills --------------------------------------------------------------------------------------------------------
 
     def _kill(self) -> None:
         target, sign = self.spec.target, signal.Signals[self.spec.how]
         alone = target == "alone"
-        stage = self._uniform_moment(alone)
+        stage = self._choose_start(alone)
         self.restore(stage)
-        command: Sequence[str] = self._alone(stage or 0) if alone else self.bench.command
-        for number in range(self.chance.randint((self.bench.kills + 1) // 2, self.bench.kills)):
+        command: Sequence[str] = self._alone(stage or 0) if alone else self.runner.command
+        for number in range(self.rng.randint((self.runner.kills + 1) // 2, self.runner.kills)):
             moment = self._moment(first=number == 0, alone=alone)
             run = self.start(command)
             if not self._reach(run, moment):
@@ -322,48 +323,52 @@ class Drill:
             hit = self.hit(f"{moment[0]}, after {run.seconds:.1f} s: {victim.role} ({victim.pid})")
             struck = time.monotonic()
             self._strike(run, target, victim, sign)
-            status = self.end(run, self.bench.limit)
+            status = self.end(run, self.runner.limit)
             hit.stopped_seconds = time.monotonic() - struck
-            if status == 0:  # what was hit was not needed
+            if status == 0:  # the killed process was not needed
                 hit.recovered = True
                 break
-            if self.chance.random() < 0.5:
+            if self.rng.random() < 0.5:
                 self.settle()
-            if time.monotonic() > self.bench.deadline:
+            if time.monotonic() > self.runner.deadline:
                 run = self.start(command)
                 break
         else:
             run = self.start(command)
-        self._last(run, command)
+        self._finish(run, command)
         if alone:
             self.settle()
-            self._undisturbed()
+            self._run_undisturbed()
         texts = {path.name: path.read_text(errors="replace") for path in sorted(self.folder.glob("run-*.log"))}
         traced = [name for name, text in texts.items() if TRACEBACK in text]
         if traced:
             self.result.warnings.append(f"tracebacks in {', '.join(traced)}")
         self.compare()
 
-    def _uniform_moment(self, alone: bool) -> int | None:
-        """Chooses the state to start from: by a moment that is uniform over the reference run."""
+    def _choose_start(self, alone: bool) -> int | None:
+        """Chooses the stage to start at, by a uniformly random moment of the reference run."""
         stages, reference = range(len(self.reference.stages)), self.reference
         if alone:
-            return self.chance.choice(stages)
-        self.when = self.chance.uniform(0, reference.seconds)
+            return self.rng.choice(stages)
+        self.when = self.rng.uniform(0, reference.seconds)
         reached = [stage for stage in stages if reference.starts[stage] <= self.when]
         return reached[-1] if reached else None
 
     def _moment(self, first: bool, alone: bool) -> tuple[str, str, int, float]:
-        """When to strike: what it is in words, the text to wait for and how often, and the seconds after that."""
-        reference, chance = self.reference, self.chance
+        """Chooses when to kill.
+
+        Returns:
+            A description, the text to wait for, the number of its occurrences, and the delay after them in seconds.
+        """
+        reference, rng = self.reference, self.rng
         if alone:
-            return ("in a stage alone", "", 0, chance.uniform(0, max(reference.startup, 5.0)))
+            return ("in a stage alone", "", 0, rng.uniform(0, max(reference.startup, 5.0)))
         if first and self.when >= reference.startup:
             stage = max(s for s in range(len(reference.stages)) if reference.starts[s] <= self.when)
             return (f"in {reference.stages[stage]}", "Running stage '", 1, self.when - reference.starts[stage])
-        if first or chance.random() < 0.4:
-            return ("in the start", "", 0, chance.uniform(0, reference.startup))
-        text, words, longest = chance.choice(
+        if first or rng.random() < 0.4:
+            return ("in the start", "", 0, rng.uniform(0, reference.startup))
+        text, words, longest = rng.choice(
             [
                 ("Running stage '", "in a stage", 5.0),
                 ("Running stage '", "in a stage", 5.0),
@@ -371,84 +376,84 @@ class Drill:
                 ("Updating lock file", "when DVC writes", 0.2),
             ]
         )
-        return (words, text, chance.randint(1, 2), chance.uniform(0, longest))
+        return (words, text, rng.randint(1, 2), rng.uniform(0, longest))
 
     def _reach(self, run: Run, moment: tuple[str, str, int, float]) -> bool:
-        """Waits for a moment; returns whether it came before the program's end."""
+        """Waits for a moment. Returns whether it occurred before the program's end."""
         _, text, times, delay = moment
         try:
-            if text and not run.wait_for(lambda: run.output().count(text) >= times, self.bench.limit):
+            if text and not run.wait_for(lambda: run.output().count(text) >= times, self.runner.limit):
                 return False
         except TimeoutError as error:
-            raise _Failed(f"the run hung: {error}") from None
+            raise _DrillFailed(f"the run hung: {error}") from None
         reached = time.monotonic()
         came = run.wait_for(lambda: time.monotonic() - reached >= delay, delay + 60)
         if came:
-            self._got_on(run)
+            self._mark_recovered(run)
         return came
 
-    def _got_on(self, run: Run) -> None:
-        """The run has got to its own disturbance, so the one before is recovered from."""
+    def _mark_recovered(self, run: Run) -> None:
+        """Marks the previous disturbance as recovered: this run has reached its own disturbance, or its end."""
         for hit in self.result.disturbances[-1:]:
             hit.recovered, hit.recovery_seconds = True, run.seconds
 
-    def _victim(self, run: Run, target: str) -> Found | None:
-        """The process to strike, as soon as there is one; None if the program ends before."""
+    def _victim(self, run: Run, target: str) -> DrillProcess | None:
+        """Waits for a process of the target and returns it, or None if the program ends first."""
         if target in ("top", "group", "alone"):
-            return Found(run.process.pid, " ".join(run.command))
-        chosen: list[Found] = []
+            return DrillProcess(run.process.pid, " ".join(run.command))
+        candidates: list[DrillProcess] = []
 
-        def look() -> bool:
-            living = {process.pid: process for process in marked(self.spec.name, self.place.root)}
-            descendants = [living[pid] for pid in children(run.process.pid) if pid in living]
-            if target == "warm":
-                descendants = [p for p in descendants if p.role == "warm" and _session(p.pid) == p.pid]
+        def find() -> bool:
+            running = {process.pid: process for process in marked(self.spec.name, self.sandbox.root)}
+            descendants = [running[pid] for pid in children(run.process.pid) if pid in running]
+            if target == "fork-server":  # its forks have the same command line, but are not session leaders
+                descendants = [p for p in descendants if p.role == "fork-server" and _session(p.pid) == p.pid]
             elif target == "server":
                 descendants = [p for p in descendants if p.role == "server"]
-            chosen[:] = descendants
-            return bool(chosen)
+            candidates[:] = descendants
+            return bool(candidates)
 
         try:
-            return self.chance.choice(sorted(chosen, key=lambda p: p.pid)) if run.wait_for(look, 60) else None
+            return self.rng.choice(sorted(candidates, key=lambda p: p.pid)) if run.wait_for(find, 60) else None
         except TimeoutError:
             return None
 
-    def _strike(self, run: Run, target: str, victim: Found, sign: signal.Signals) -> None:
+    def _strike(self, run: Run, target: str, victim: DrillProcess, sign: signal.Signals) -> None:
         if target == "group" or (target == "alone" and sign == signal.SIGINT):  # as a terminal does for Ctrl-C
             if run.process.poll() is None:
                 os.killpg(run.process.pid, sign)
         else:
-            send(victim, sign, self.spec.name, self.place.root)
+            send(victim, sign, self.spec.name, self.sandbox.root)
 
-    def _last(self, run: Run, command: Sequence[str]) -> None:
-        """Waits for the end of the last run. One that met what the run before it left running may be started again.
+    def _finish(self, run: Run, command: Sequence[str]) -> None:
+        """Waits for the end of the last run. Repeats it if it failed while processes of the previous run still ran.
 
         Raises:
-            _Failed: it did not end well.
+            _DrillFailed: the run failed or did not end.
         """
-        status = self.end(run, self.bench.limit)
+        status = self.end(run, self.runner.limit)
         if status not in (0, None) and self.result.disturbances:
             if not self.overlapped:
-                raise _Failed(f"the run after the disturbance ended with status {status}")
+                raise _DrillFailed(f"the run after the disturbance ended with status {status}")
             self.result.warnings.append("a run was refused while the killed one was still ending")
             self.settle()
             run = self.start(command)
-            status = self.end(run, self.bench.limit)
+            status = self.end(run, self.runner.limit)
         if status != 0:
-            raise _Failed(f"the run after the disturbance ended with status {status}")
-        self._got_on(run)
+            raise _DrillFailed(f"the run after the disturbance ended with status {status}")
+        self._mark_recovered(run)
 
-    def _undisturbed(self) -> None:
+    def _run_undisturbed(self) -> None:
         run = self.start()
-        if self.end(run, self.bench.limit) != 0:
-            raise _Failed("flows.reproduce failed after all was over")
+        if self.end(run, self.runner.limit) != 0:
+            raise _DrillFailed("flows.reproduce failed after the drill had recovered")
 
     def _alone(self, stage: int) -> Sequence[str]:
-        """The command of a stage."""
+        """Returns the command that runs a stage on its own."""
         return stage_command(self.reference.stages[stage])
 
     def _stage(self, name: str) -> int:
-        """The number of the first stage of a name."""
+        """Returns the number of the first stage with a name."""
         return next(n for n, stage in enumerate(self.reference.stages) if stage.split("@")[0] == name)
 
     # --- damaged files ------------------------------------------------------------------------------------------------
@@ -457,82 +462,83 @@ class Drill:
         self.restore(self._stage("pretrain"))
         run = self.start()
         pattern = ".lotlip/work/pretrain-*/*/checkpoints-*/step-*[0-9]"
-        least = self.chance.randint(1, 2)
-        if not run.wait_for(lambda: len(list(self.place.project.glob(pattern))) >= least, self.bench.limit):
-            raise _Failed("training ended before there was a checkpoint")
-        end_all(self.spec.name, self.place.root)
+        count = self.rng.randint(1, 2)
+        if not run.wait_for(lambda: len(list(self.sandbox.project.glob(pattern))) >= count, self.runner.limit):
+            raise _DrillFailed("training ended before there was a checkpoint")
+        end_all(self.spec.name, self.sandbox.root)
         run.process.wait()
-        newest = max(self.place.project.glob(pattern), key=lambda path: path.name)
+        newest = max(self.sandbox.project.glob(pattern), key=lambda path: path.name)
         files = sorted(newest.iterdir())
         weights = [path for path in files if path.name.startswith("weights")]
-        # most of what is in the moments belongs to words that do not occur, where damage changes no output
-        path = self.chance.choice([*files, *weights * len(files)])
+        # Weights are chosen more often: most of the optimizer's moments belong to words that do not occur, where damage
+        # changes no output.
+        path = self.rng.choice([*files, *weights * len(files)])
         self._damage(path, truncate=self.spec.how == "truncated")
         self.recover()
         self.compare()
 
     def _damage(self, path: Path, truncate: bool) -> None:
         data = bytearray(path.read_bytes())
-        place = self.chance.randrange(len(data))
+        offset = self.rng.randrange(len(data))
         if truncate:
-            del data[place:]
+            del data[offset:]
         else:
-            data[place] ^= 1 << self.chance.randrange(8)
+            data[offset] ^= 1 << self.rng.randrange(8)
         path.write_bytes(data)
-        name = path.relative_to(self.place.project)
-        self.hit(f"{'truncated at' if truncate else 'bit flipped in'} byte {place} of {name}")
+        name = path.relative_to(self.sandbox.project)
+        self.hit(f"{'truncated at' if truncate else 'bit flipped in'} byte {offset} of {name}")
 
     def _flip(self) -> None:
-        stage = self.chance.randrange(1, len(self.reference.stages))
+        stage = self.rng.randrange(1, len(self.reference.stages))
         self.restore(stage)
-        published = [name for name in fingerprints(self.place.project) if not name.startswith("data/caption-store")]
-        if "alone" in self.spec.how:  # what a stage reads by itself; the rest is for DVC to find
+        published = [name for name in fingerprints(self.sandbox.project) if not name.startswith("data/caption-store")]
+        if "alone" in self.spec.how:  # a stage checks only its own inputs; DVC finds damage in other outputs
             published = [name for name in published if name.startswith(("data/", "models/"))]
-        files = [self.place.project / name for name in published if "TIME" not in name]
-        self._damage(self.chance.choice([path for path in files if path.is_file() and path.stat().st_size]), False)
+        files = [self.sandbox.project / name for name in published if "TIME" not in name]
+        self._damage(self.rng.choice([path for path in files if path.is_file() and path.stat().st_size]), False)
         if "alone" in self.spec.how:
             command = self._alone(stage)
             self.result.disturbances[-1].moment += f", then {command[2]}"
             run = self.start(command)
-            status = self.end(run, self.bench.limit)
+            status = self.end(run, self.runner.limit)
             if status == 0:
-                self._nothing_false(self.reference.stages[stage])
+                self._check_published(self.reference.stages[stage])
             self.settle()
         self.recover()
         self.compare()
 
-    def _nothing_false(self, stage: str) -> None:
-        """A stage that ended well although its input is damaged must have published what it should."""
-        damaged = set(differences(self.reference.outputs, self.place.project))
-        own = {"ingest": "data/ingest/", "image-tower": "data/image-tower/", "shard": "data/shards/"}
+    def _check_published(self, stage: str) -> None:
+        """Checks that a stage that succeeded on a damaged input has published the outputs of the reference run."""
+        damaged = set(differences(self.reference.outputs, self.sandbox.project))
+        single = {"ingest": "data/ingest/", "image-tower": "data/image-tower/", "shard": "data/shards/"}
         name, _, item = stage.partition("@")
-        prefix = {**own, "caption": f"data/captions/{item}/", "pretrain": f"models/{item}/", "report": "report/"}
-        begins = prefix.get(name, f"metrics/{item}")
-        wrong = [line for line in damaged if line.startswith(f"different: {begins}")]
+        prefixes = {**single, "caption": f"data/captions/{item}/", "pretrain": f"models/{item}/", "report": "report/"}
+        prefix = prefixes.get(name, f"metrics/{item}")
+        wrong = [line for line in damaged if line.startswith(f"different: {prefix}")]
         if wrong:
-            self.result.problems.append(f"{stage} ended well on damaged input, and published {wrong[0]}")
+            self.result.problems.append(f"{stage} succeeded on a damaged input, and published {wrong[0]}")
 
-    # --- two at once --------------------------------------------------------------------------------------------------
+    # --- concurrent runs ----------------------------------------------------------------------------------------------
 
-    def _two(self) -> None:
+    def _concurrent_runs(self) -> None:
         stage = self._stage("pretrain") if "pretrain" in self.spec.target else None
-        self.restore(self.chance.randrange(len(self.reference.stages)) if stage is None else stage)
-        command = self.bench.command if stage is None else self._alone(stage)
-        gap = self.chance.choice([0.0, self.chance.uniform(0, 3), self.chance.uniform(0, self.reference.startup + 5)])
+        self.restore(self.rng.randrange(len(self.reference.stages)) if stage is None else stage)
+        command = self.runner.command if stage is None else self._alone(stage)
+        gap = self.rng.choice([0.0, self.rng.uniform(0, 3), self.rng.uniform(0, self.reference.startup + 5)])
         first = self.start(command)
         first.wait_for(lambda: first.seconds >= gap, gap + 60)
         second = self.start(command)
         self.hit(f"a second {command[2]} after {gap:.1f} s")
-        statuses = [self.end(run, self.bench.limit) for run in (first, second)]
+        statuses = [self.end(run, self.runner.limit) for run in (first, second)]
         for run, status in zip((first, second), statuses, strict=True):
-            if status and TRACEBACK in run.output():  # a refusal is one clear line
+            if status and TRACEBACK in run.output():  # a run that is refused prints one line
                 self.result.problems.append(f"one of the two failed with a traceback; see {run.log.name}")
-        self.result.warnings.append(f"they ended with {statuses}")
+        self.result.warnings.append(f"their exit statuses: {statuses}")
         if 0 not in statuses:
-            self.result.problems.append(f"neither of the two ended well: {statuses}")
+            self.result.problems.append(f"both runs failed: {statuses}")
         elif stage is not None:
-            model = [line for line in differences(self.reference.outputs, self.place.project) if ": models/" in line]
-            self.result.problems += [f"after both had ended: {line}" for line in model]
+            model = [line for line in differences(self.reference.outputs, self.sandbox.project) if ": models/" in line]
+            self.result.problems += [f"after both runs: {line}" for line in model]
         self.settle()
         self.recover()
         self.compare()
@@ -540,36 +546,36 @@ class Drill:
     # --- a full disk --------------------------------------------------------------------------------------------------
 
     def _disk(self) -> None:
-        if not self.bench.isolated:
+        if not self.runner.isolated:
             self.result.skipped = "mounting a small file system needs root"
             return
-        stage = self.chance.randrange(len(self.reference.stages))
+        stage = self.rng.randrange(len(self.reference.stages))
         self.restore(stage)
-        place = {
-            "project": self.place.project,
-            "scratch": self.place.project / ".lotlip",
-            "TMPDIR": self.place.temporary,
+        mountpoint = {
+            "project": self.sandbox.project,
+            "scratch": self.sandbox.project / ".lotlip",
+            "TMPDIR": self.sandbox.temporary,
         }[self.spec.target]
-        done = self.bench.folder / "done" / place.relative_to(self.place.root)
-        used = _size(place)
-        room = self.chance.randint(1 << 16, max(_size(done) - used, 1 << 17))
-        copy = self.place.root / "moved"
-        place.mkdir(exist_ok=True)
-        place.rename(copy)
-        place.mkdir()
-        isolation.mount_small(place, GIGABYTE)
-        self.mounted.append(place)
-        subprocess.run(["cp", "-a", f"{copy}/.", str(place)], check=True)
+        done = self.runner.folder / "done" / mountpoint.relative_to(self.sandbox.root)
+        used = _size(mountpoint)
+        free = self.rng.randint(1 << 16, max(_size(done) - used, 1 << 17))
+        copy = self.sandbox.root / "moved"
+        mountpoint.mkdir(exist_ok=True)
+        mountpoint.rename(copy)
+        mountpoint.mkdir()
+        isolation.mount_small(mountpoint, GIGABYTE)
+        self.mounted.append(mountpoint)
+        subprocess.run(["cp", "-a", f"{copy}/.", str(mountpoint)], check=True)
         shutil.rmtree(copy)
-        isolation.resize(place, _used(place) + room)
-        hit = self.hit(f"{room >> 10} KiB free in {self.spec.target}, {self.result.state}")
+        isolation.resize(mountpoint, _used(mountpoint) + free)
+        hit = self.hit(f"{free >> 10} KiB free in {self.spec.target}, {self.result.state}")
         run = self.start()
-        status = self.end(run, self.bench.limit)
+        status = self.end(run, self.runner.limit)
         hit.stopped_seconds = run.seconds
         if status == 0:
-            self.result.warnings.append("the room was enough")
+            self.result.warnings.append("the free space was sufficient")
         self.settle()
-        isolation.resize(place, GIGABYTE)
+        isolation.resize(mountpoint, GIGABYTE)
         self.recover()
         self.compare()
 
@@ -585,13 +591,13 @@ def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
 
 
-def _used(place: Path) -> int:
-    usage = os.statvfs(place)
+def _used(mountpoint: Path) -> int:
+    usage = os.statvfs(mountpoint)
     return (usage.f_blocks - usage.f_bfree) * usage.f_frsize
 
 
 def _sockets(folder: str, names: list[str]) -> list[str]:
-    """Names that cannot be copied: sockets and pipes."""
+    """Returns the names of sockets and pipes, which cannot be copied."""
     return [name for name in names if not (Path(folder, name).is_file() or Path(folder, name).is_dir())]
 
 

@@ -1,6 +1,6 @@
-"""Namespaces of a worker's own: mounts that vanish with it, and a network that is loopback alone.
+"""Gives a worker its own mount and network namespaces: mounts that end with it, and a network with only loopback.
 
-Two workers then run the same checkout at the same path and use the same ports without meeting. Needs root.
+Parallel workers can then use the same paths and ports without conflict. Needs root.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 0x1
 
 
 def isolate() -> None:
-    """Moves this process to namespaces of its own.
+    """Moves this process to new namespaces.
 
     Raises:
-        OSError: this is not allowed here.
+        OSError: the kernel does not allow it.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS | _CLONE_NEWNET):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), "unshare")
-    _mount("--make-rprivate", "/")
+    _run_mount("--make-rprivate", "/")
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         request = struct.pack("16sh14x", b"lo", 0)
         flags = struct.unpack("16sh14x", fcntl.ioctl(any_socket, _SIOCGIFFLAGS, request))[1]
@@ -35,7 +35,7 @@ def isolate() -> None:
 
 
 def can_isolate() -> bool:
-    """Whether this user may make such namespaces and mount in them; tried in a child process."""
+    """Returns whether this user may create such namespaces and mount in them. A child process tries it."""
     child = os.fork()
     if not child:
         status = 1
@@ -48,27 +48,27 @@ def can_isolate() -> bool:
     return os.waitpid(child, 0)[1] == 0
 
 
-def bind(source: Path, place: Path) -> None:
-    """Shows a folder at another place, to this process and those that it starts."""
-    _mount("--bind", str(source), str(place))
+def bind(source: Path, mountpoint: Path) -> None:
+    """Mounts a folder at another path, for this process and those that it starts."""
+    _run_mount("--bind", str(source), str(mountpoint))
 
 
-def mount_small(place: Path, size: int) -> None:
+def mount_small(mountpoint: Path, size: int) -> None:
     """Mounts an empty file system of `size` bytes."""
-    _mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place))
+    _run_mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(mountpoint))
 
 
-def resize(place: Path, size: int) -> None:
-    """Changes the size of such a file system, in bytes."""
-    _mount("-o", f"remount,size={size}", str(place))
+def resize(mountpoint: Path, size: int) -> None:
+    """Changes the size of a file system from `mount_small` to `size` bytes."""
+    _run_mount("-o", f"remount,size={size}", str(mountpoint))
 
 
-def unmount(place: Path) -> None:
-    """Takes a mount away, at once for those who look anew."""
-    subprocess.run(["umount", "--lazy", str(place)], check=True, capture_output=True)
+def unmount(mountpoint: Path) -> None:
+    """Detaches a mount at once; processes that use it keep it."""
+    subprocess.run(["umount", "--lazy", str(mountpoint)], check=True, capture_output=True)
 
 
-def _mount(*arguments: str) -> None:
+def _run_mount(*arguments: str) -> None:
     done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"mount {' '.join(arguments)} failed: {done.stderr.strip()}")

@@ -1,6 +1,6 @@
-"""Hashes of everything that the pipeline publishes, without the times that legitimately differ between two runs.
+"""Hashes all outputs of the pipeline, without times, which differ between two runs.
 
-Files with times are normalized, not skipped: a value is removed only at the key, column or pattern that holds a time.
+Files with times are normalized, not skipped: only the value of a key, column or pattern that holds a time is removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 from lotlip.core.files import RECORD
 
-# What stages publish, relative to the checkout.
+# The outputs of stages, relative to the checkout.
 OUTPUTS = (
     "data/ingest",
     "data/image-tower",
@@ -42,28 +42,28 @@ TIMES = frozenset(
 
 
 def fingerprints(project: Path) -> dict[str, str]:
-    """Relative name → SHA-256 of its normalized content, for every published file and link of a checkout.
+    """Returns the SHA-256 of the normalized content of every published file and link, by its name in the checkout.
 
-    Great Expectations puts the time of a validation into the names of its pages; it is removed from them, too.
+    Great Expectations puts the time of a validation into the names of its pages. It is removed from the names too.
     """
-    found: dict[str, str] = {}
+    hashes: dict[str, str] = {}
     for output in OUTPUTS:
         for path in sorted((project / output).rglob("*")):
             if path.is_symlink() or path.is_file():
                 name = _RUN_TIME.sub("TIME", path.relative_to(project).as_posix())
-                while name in found:  # a second validation of the same table, which a single run does not have
+                while name in hashes:  # a second validation of the same table, which a single run does not have
                     name += " (again)"
-                found[name] = hashlib.sha256(_content(path, name)).hexdigest()
-    return found
+                hashes[name] = hashlib.sha256(_content(path, name)).hexdigest()
+    return hashes
 
 
 def differences(expected: dict[str, str], project: Path) -> list[str]:
-    """What differs between a checkout's outputs and the fingerprints of another one, a line for each file."""
-    found = fingerprints(project)
+    """Returns a line for each file in which a checkout's outputs differ from the fingerprints of another one."""
+    actual = fingerprints(project)
     return [
-        *(f"missing: {name}" for name in sorted(expected.keys() - found.keys())),
-        *(f"unexpected: {name}" for name in sorted(found.keys() - expected.keys())),
-        *(f"different: {name}" for name in sorted(expected.keys() & found.keys()) if expected[name] != found[name]),
+        *(f"missing: {name}" for name in sorted(expected.keys() - actual.keys())),
+        *(f"unexpected: {name}" for name in sorted(actual.keys() - expected.keys())),
+        *(f"different: {name}" for name in sorted(expected.keys() & actual.keys()) if expected[name] != actual[name]),
     ]
 
 
@@ -81,7 +81,7 @@ def _content(path: Path, name: str) -> bytes:
 
 
 def _normalizer(name: str) -> Callable[[str], str] | None:
-    """The function that removes the times from a file's text; None where there are none."""
+    """Returns the function that removes the times from a file's text, or None if the file has no times."""
     if name.endswith(f"/{RECORD}"):
         return _record
     if "/data-docs/" in name:
@@ -96,7 +96,7 @@ def _normalizer(name: str) -> Callable[[str], str] | None:
 
 
 def _record(text: str) -> str:
-    """The record of a folder has the sizes and hashes of files with times; those files are compared themselves."""
+    """Keeps only the names in a folder's record. Files with times change the hashes, and are compared themselves."""
     data = json.loads(_RUN_TIME.sub("TIME", text))
     return json.dumps(data | {"files": sorted(data["files"])}, allow_nan=False)
 
@@ -124,11 +124,11 @@ _ID = re.compile(r"\b[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12
 
 
 def _pages(text: str) -> str:
-    """Great Expectations' pages have the time of the run and identifiers drawn at random."""
+    """Removes the run's time and random identifiers from Great Expectations' pages."""
     return _ID.sub("ID", _SORT_KEY.sub("TIME", _DATE.sub("TIME", _RUN_TIME.sub("TIME", text))))
 
 
-# Headings of the report's columns that hold times or rates; "Share" does so only beside "Time".
+# Headings of the report's columns that hold times or rates; "Share" is a share of time only in tables with "Time".
 _TIME_HEADINGS = frozenset({"Time", "Samples/s", "Orchestration", "Data wait"})
 _PARTS = re.compile(r"Orchestration: [^<]+<")  # a stage's orchestration by part, in seconds
 _TABLE = re.compile(r"<table\b.*?</table>", re.DOTALL)
@@ -138,7 +138,7 @@ _TAG = re.compile(r"<[^>]+>")
 
 
 def _report(text: str) -> str:
-    """The page (HTML) or its Markdown without the cells of such columns."""
+    """Removes the cells of columns with times from the report's HTML or Markdown."""
     if "<table" in text:
         text = _PARTS.sub("Orchestration: TIME<", _RUN_TIME.sub("TIME", text))
         return _TABLE.sub(lambda table: _html_table(table[0]), text)
@@ -160,9 +160,9 @@ def _html_table(table: str) -> str:
     first = _ROW.search(table)
     dropped = _time_columns([cell[2] for cell in _CELL.finditer(first[0])]) if first else set()
 
-    def row(found: re.Match[str]) -> str:
-        numbers = iter(range(found[0].count("<t")))
-        return _CELL.sub(lambda cell: cell[1] + ("" if next(numbers) in dropped else cell[2]) + cell[3], found[0])
+    def row(match: re.Match[str]) -> str:
+        numbers = iter(range(match[0].count("<t")))
+        return _CELL.sub(lambda cell: cell[1] + ("" if next(numbers) in dropped else cell[2]) + cell[3], match[0])
 
     return _ROW.sub(row, table) if dropped else table
 

@@ -1,4 +1,7 @@
-"""Processes of a drill: found by a variable in their environment and by their folder, so that no other is ever hit."""
+"""Finds and signals the processes of a drill, by a variable in their environment and by their working folder.
+
+Other processes are never signalled.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ POLL_SECONDS = 0.02
 
 
 @dataclass(frozen=True)
-class Found:
+class DrillProcess:
     """A process of a drill.
 
     Attributes:
-        pid: its number.
-        command: its command line.
+        pid: the process id.
+        command: the command line.
     """
 
     pid: int
@@ -29,10 +32,10 @@ class Found:
 
     @property
     def role(self) -> str:
-        """What it is in the pipeline, for reports."""
+        """The role of the process in the pipeline, for reports."""
         words = self.command.split()
         if "flows.runtime.fork_server" in words:
-            return "warm"
+            return "fork-server"
         if "flows.runtime.applications" in words:
             return "server"
         for module in words:
@@ -41,28 +44,29 @@ class Found:
         return "dvc" if "dvc" in words else Path(words[0]).name if words else "?"
 
 
-def marked(marker: str, root: Path) -> list[Found]:
-    """The living processes that inherited a drill's marker and work in its folder; zombies do not count."""
-    wanted = f"{MARKER}={marker}".encode()
-    found = []
+def marked(marker: str, root: Path) -> list[DrillProcess]:
+    """Returns the running processes that inherited a drill's marker and work in its folder, without zombies."""
+    variable = f"{MARKER}={marker}".encode()
+    processes = []
     for entry in os.scandir("/proc"):
         if not entry.name.isdigit():
             continue
         try:
             folder = Path(entry.path)
-            if wanted not in (folder / "environ").read_bytes().split(b"\0"):
+            if variable not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
             where = str((folder / "cwd").readlink()).removesuffix(" (deleted)")
             words = (folder / "cmdline").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or belongs to another user
+        except OSError:  # the process has ended or belongs to another user
             continue
         if Path(where).is_relative_to(root):
-            found.append(Found(int(entry.name), " ".join(word.decode(errors="replace") for word in words if word)))
-    return found
+            command = " ".join(word.decode(errors="replace") for word in words if word)
+            processes.append(DrillProcess(int(entry.name), command))
+    return processes
 
 
-def send(process: Found, sign: signal.Signals, marker: str, root: Path) -> bool:
-    """Sends a signal to a drill's process, unless its number belongs to another process by now."""
+def send(process: DrillProcess, sign: signal.Signals, marker: str, root: Path) -> bool:
+    """Sends a signal to a drill's process, unless its id now belongs to another one. Returns whether it was sent."""
     try:
         descriptor = os.pidfd_open(process.pid)
     except OSError:
@@ -79,7 +83,11 @@ def send(process: Found, sign: signal.Signals, marker: str, root: Path) -> bool:
 
 
 def end_all(marker: str, root: Path) -> None:
-    """Kills every process of a drill, including those that they start meanwhile."""
+    """Kills all processes of a drill, including those that they start meanwhile.
+
+    Raises:
+        RuntimeError: processes are still running after 100 attempts.
+    """
     for _ in range(100):
         processes = marked(marker, root)
         if not processes:
@@ -91,7 +99,7 @@ def end_all(marker: str, root: Path) -> None:
 
 
 def children(pid: int) -> list[int]:
-    """Processes that a process has started, and those that these have started."""
+    """Returns the ids of all descendants of a process."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
@@ -99,7 +107,7 @@ def children(pid: int) -> list[int]:
 
 
 def wait_until(event: Callable[[], bool], seconds: float) -> bool:
-    """Waits until something holds, at most so long; returns whether it holds."""
+    """Waits until an event occurs, for a limited time. Returns whether it occurred."""
     deadline = time.monotonic() + seconds
     while not event():
         if time.monotonic() > deadline:
@@ -109,7 +117,7 @@ def wait_until(event: Callable[[], bool], seconds: float) -> bool:
 
 
 def listening(marker: str, root: Path) -> list[int]:
-    """TCP ports that a drill's processes listen on."""
+    """Returns the TCP ports that a drill's processes listen on."""
     ports = set()
     for process in marked(marker, root):
         try:

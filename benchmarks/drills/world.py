@@ -1,4 +1,4 @@
-"""The checkout that drills disturb: its folders, its reference run, and the states that a drill starts from."""
+"""The checkout that drills disturb: its folders, its reference run, and the states from which drills start."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.tiny_pipeline import change_params, copy_checkout, smallest
 
 REPRODUCE = (sys.executable, "-m", "flows.reproduce")
 RUNNING = re.compile(r"^Running stage '(.+)':", re.MULTILINE)
-ENDING_SECONDS = 20.0  # in which what a stopped run leaves running must end
+ENDING_SECONDS = 20.0  # time in which the remaining processes of a stopped run must end
 
-# Not compared by name: what changes in them is no trace of a disturbance.
+# Folders whose file names differ between undisturbed runs, so they are not compared.
 _NOISY = (
     ".git",
     ".prefect",
@@ -45,15 +45,15 @@ _RECOVERED_LATER = re.compile(r"\.dvc/cache/[0-9a-f]{2}/[0-9a-f]{30}\.dir|mlflow
 
 @dataclass
 class Reference:
-    """What an undisturbed run does.
+    """The outputs and times of an undisturbed run.
 
     Attributes:
-        outputs: name → hash, as `outputs.fingerprints` gives them.
-        stages: names in the order of the run.
-        starts: when each began, in seconds since the start of the run.
-        seconds: of the whole run.
-        files: names outside of the outputs that the run leaves in the checkout.
-        temporary: names that it leaves in TMPDIR.
+        outputs: hashes by name, from `outputs.fingerprints`.
+        stages: names of the stages, in the order of the run.
+        starts: start of each stage, in seconds since the start of the run.
+        seconds: duration of the run.
+        files: names of files that the run leaves in the checkout outside of the outputs.
+        temporary: names of files that it leaves in TMPDIR.
     """
 
     outputs: dict[str, str]
@@ -64,20 +64,20 @@ class Reference:
     temporary: set[str] = field(default_factory=set)
 
     def duration(self, stage: int) -> float:
-        """Seconds from a stage's start to the next one's, or to the end."""
+        """Returns the seconds from a stage's start to the next stage's start, or to the end of the run."""
         return [*self.starts, self.seconds][stage + 1] - self.starts[stage]
 
     @property
     def startup(self) -> float:
-        """Seconds until the first stage begins."""
+        """Seconds until the first stage starts."""
         return self.starts[0] if self.starts else self.seconds
 
 
-class Place:
-    """The folders of a checkout under test, all below one root: nothing of the user's is read or written.
+class Sandbox:
+    """The folders of a checkout under test. All are in one root folder; no files of the user are read or written.
 
     Args:
-        root: the folder.
+        root: the root folder.
 
     Attributes:
         project: the checkout.
@@ -90,7 +90,7 @@ class Place:
         self.temporary = root / "tmp"
 
     def environment(self, marker: str) -> dict[str, str]:
-        """Of a drill's programs: one thread each, caches of their own, and the drill's marker."""
+        """Returns the environment of a drill's programs: one thread, separate caches, and the drill's marker."""
         foreign = ("PREFECT_", "LOTLIP_", "MLFLOW_", "DVC_", "COVERAGE_", "COV_CORE_")
         kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         cache = str(self.root / "cache")
@@ -109,7 +109,7 @@ class Place:
         }
 
     def make(self) -> None:
-        """Makes a fresh checkout of the smallest world."""
+        """Creates a fresh checkout with the smallest configuration."""
         self.temporary.mkdir(parents=True)
         copy_checkout(self.project)
         change_params(self.project, smallest)
@@ -123,22 +123,22 @@ class Place:
             subprocess.run(command, cwd=self.project, env=self.environment("setup"), check=True, capture_output=True)
 
     def copy_to(self, folder: Path) -> None:
-        """Copies all of it; blocks are shared where the file system can."""
+        """Copies the root folder. Blocks are shared if the file system supports it."""
         folder.mkdir(parents=True)
         subprocess.run(["cp", "-a", "--reflink=auto", f"{self.root}/.", str(folder)], check=True)
 
     def clear(self) -> None:
-        """Removes what is in it."""
+        """Removes the contents of the root folder."""
         for path in self.root.iterdir():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
     def restore(self, saved: Path) -> None:
-        """Makes it what was copied before."""
+        """Replaces the contents of the root folder by a copy."""
         self.clear()
         subprocess.run(["cp", "-a", "--reflink=auto", f"{saved}/.", str(self.root)], check=True)
 
     def rewind(self, stages: Sequence[str]) -> None:
-        """Undoes stages of a finished run, as if they had never been run: outputs, DVC's lock and cache, scratch."""
+        """Removes all traces of stages from a finished run: outputs, scratch, entries of dvc.lock and DVC's cache."""
         path = self.project / "dvc.lock"
         lock = yaml.safe_load(path.read_text())
         for stage in stages:
@@ -159,7 +159,7 @@ class Place:
         self._collect_garbage(lock["stages"])
 
     def _collect_garbage(self, stages: dict[str, Any]) -> None:
-        """Removes what DVC's cache holds of other stages, so that these write it again."""
+        """Removes the outputs of other stages from DVC's cache, so that those stages write them again."""
         cache = self.project / ".dvc" / "cache" / "files" / "md5"
         used = set()
         for stage in stages.values():
@@ -174,16 +174,16 @@ class Place:
                 path.unlink()
 
     def files(self) -> set[str]:
-        """Names in the checkout outside of the outputs and of what changes from run to run."""
-        found = set()
+        """Returns the names of files in the checkout, without outputs and files that differ between runs."""
+        names = set()
         for folder, folders, files in os.walk(self.project):
-            here = Path(folder).relative_to(self.project)
-            folders[:] = [name for name in folders if (here / name).as_posix() not in _NOISY and name != "__pycache__"]
-            found |= {(here / name).as_posix() for name in files}
-        return {name for name in found if not _RECOVERED_LATER.fullmatch(name)}
+            base = Path(folder).relative_to(self.project)
+            folders[:] = [name for name in folders if (base / name).as_posix() not in _NOISY and name != "__pycache__"]
+            names |= {(base / name).as_posix() for name in files}
+        return {name for name in names if not _RECOVERED_LATER.fullmatch(name)}
 
     def left_behind(self, reference: Reference) -> list[str]:
-        """Files that a finished run has left and the undisturbed run has not, and locks without a holder."""
+        """Returns a line for each file that a run left but the undisturbed run did not, and for each stale lock."""
         left = [f"temporary file: {name}" for name in sorted(_names(self.temporary) - reference.temporary)]
         left += [f"file: {name}" for name in sorted(self.files() - reference.files)]
         unfinished = (path for ending in (PARTIAL, ASIDE) for path in self.project.rglob(f"*{ending}"))
@@ -200,7 +200,7 @@ class Place:
         return left
 
     def start(self, command: Sequence[str], marker: str, log: Path) -> Run:
-        """Starts a program in the checkout, as from a shell of its own."""
+        """Starts a program in the checkout, in a session of its own."""
         return Run(self, command, marker, log)
 
 
@@ -226,26 +226,26 @@ class Run:
     """One run of a program in a checkout.
 
     Args:
-        place: the checkout's folders.
+        sandbox: the checkout's folders.
         command: the program and its arguments.
-        marker: of the drill.
-        log: file that takes what the program prints.
+        marker: the drill's marker.
+        log: file for the program's output.
 
     Attributes:
-        process: the program, leader of a group and session of its own.
-        started: by the monotonic clock.
+        process: the program, leader of its own process group and session.
+        started: start time by the monotonic clock.
     """
 
-    def __init__(self, place: Place, command: Sequence[str], marker: str, log: Path) -> None:
-        self.place, self.command, self.marker, self.log = place, command, marker, log
+    def __init__(self, sandbox: Sandbox, command: Sequence[str], marker: str, log: Path) -> None:
+        self.sandbox, self.command, self.marker, self.log = sandbox, command, marker, log
         with log.open("wb") as output:
             output.write(f"=== {time.strftime('%H:%M:%S')} {' '.join(command)}\n".encode())
             output.flush()
             self.started = time.monotonic()
             self.process = subprocess.Popen(
                 command,
-                cwd=place.project,
-                env=place.environment(marker),
+                cwd=sandbox.project,
+                env=sandbox.environment(marker),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -253,34 +253,34 @@ class Run:
             )
 
     def output(self) -> str:
-        """What the program has printed so far."""
+        """Returns the program's output so far."""
         return self.log.read_text(errors="replace")
 
     @property
     def ended(self) -> bool:
-        """Whether the program has ended; what it started may still run."""
+        """Whether the program has ended. Its child processes may still run."""
         return self.process.poll() is not None
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return time.monotonic() - self.started
 
     def wait_for(self, event: Callable[[], bool], seconds: float) -> bool:
-        """Waits for an event while the program runs; returns whether it came.
+        """Waits for an event while the program runs. Returns whether it occurred before the program's end.
 
         Raises:
-            TimeoutError: neither the event nor the end of the program came in time.
+            TimeoutError: neither the event nor the end of the program occurred in time.
         """
         if not wait_until(lambda: self.ended or event(), seconds):
             raise TimeoutError(f"nothing happened for {seconds:.0f} s")
         return not self.ended
 
     def wait(self, seconds: float) -> int:
-        """Waits for the program's end and returns its status.
+        """Waits for the program's end and returns its exit status.
 
         Raises:
-            TimeoutError: it runs longer than `seconds`.
+            TimeoutError: the program runs longer than `seconds`.
         """
         try:
             return self.process.wait(seconds)
@@ -288,24 +288,24 @@ class Run:
             raise TimeoutError(f"did not end within {seconds:.0f} s") from None
 
 
-def prepare(place: Place, folder: Path, limit: float, prebuilt: Path | None = None) -> Reference:
-    """Makes a checkout, runs it undisturbed, and keeps both states in `folder` as `fresh` and `done`.
+def prepare(sandbox: Sandbox, folder: Path, limit: float, prebuilt: Path | None = None) -> Reference:
+    """Creates a checkout, runs it undisturbed, and stores the states before and after in `folder`: `fresh` and `done`.
 
     Args:
-        place: where the checkout is made.
-        folder: that takes the states, and the run's log.
-        limit: seconds that the run may take.
-        prebuilt: folder of what takes long to make and is copied instead, such as Prefect's database in
-            `project/.prefect`.
+        sandbox: the sandbox for the checkout.
+        folder: folder for the two states and the run's log.
+        limit: maximum duration of the run, in seconds.
+        prebuilt: folder whose contents are copied into the sandbox because they are slow to create, such as Prefect's
+            database in `project/.prefect`.
 
     Raises:
         RuntimeError: the run failed.
     """
-    place.make()
+    sandbox.make()
     if prebuilt:
-        subprocess.run(["cp", "-a", f"{prebuilt}/.", str(place.root)], check=True)
-    place.copy_to(folder / "fresh")
-    run = place.start(REPRODUCE, "reference", folder / "reference.log")
+        subprocess.run(["cp", "-a", f"{prebuilt}/.", str(sandbox.root)], check=True)
+    sandbox.copy_to(folder / "fresh")
+    run = sandbox.start(REPRODUCE, "reference", folder / "reference.log")
     starts: dict[str, float] = {}
     try:
         while not run.ended and run.seconds < limit:
@@ -315,12 +315,12 @@ def prepare(place: Place, folder: Path, limit: float, prebuilt: Path | None = No
         seconds = run.seconds
         if run.process.poll() != 0:
             raise RuntimeError(f"the undisturbed run failed; see {run.log}")
-        if not wait_until(lambda: not marked("reference", place.root), ENDING_SECONDS):
-            raise RuntimeError(f"the undisturbed run left processes: {marked('reference', place.root)}")
+        if not wait_until(lambda: not marked("reference", sandbox.root), ENDING_SECONDS):
+            raise RuntimeError(f"the undisturbed run left processes: {marked('reference', sandbox.root)}")
     finally:
-        end_all("reference", place.root)
-    place.copy_to(folder / "done")
-    reference = Reference(fingerprints(place.project), list(starts), list(starts.values()), seconds)
-    reference.files = place.files()
-    reference.temporary = _names(place.temporary)
+        end_all("reference", sandbox.root)
+    sandbox.copy_to(folder / "done")
+    reference = Reference(fingerprints(sandbox.project), list(starts), list(starts.values()), seconds)
+    reference.files = sandbox.files()
+    reference.temporary = _names(sandbox.temporary)
     return reference

@@ -1,1 +1,1 @@
-"""What runs flows: processes, servers, launchers, DVC."""
+"""The runtime of flows: processes, servers, launchers and DVC."""

@@ -1,7 +1,7 @@
-"""Takes part in training on another machine: `python -m flows.runtime.agent`, in the project's shared folder.
+"""Joins trainings from another machine: `python -m flows.runtime.agent`, in the project's shared folder.
 
-The machine that runs the stages announces each training there. Those that join run their share of it, end it when it is
-announced no longer, and wait for the next, until they are ended themselves.
+The machine that runs the stages announces each training in a file there. An agent starts its share of the processes,
+ends them when the announcement is removed, and waits for the next one until it is stopped.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from flows.runtime.processes import GUEST, HOST
+from flows.runtime.processes import STORE_CLIENT, STORE_HOST
 from flows.runtime.scratch import SCRATCH
-from flows.runtime.supervisor import end_group, ending_well, start_group
+from flows.runtime.supervisor import end_group, exit_on_signals, start_group
 from lotlip.core.compute import Launch, RendezvousLaunch
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import read_json, remove, write_json
@@ -23,17 +23,17 @@ POLL_SECONDS = 2
 
 
 @contextmanager
-def announced(command: Sequence[str], how: Launch) -> Iterator[None]:
-    """Calls the other machines to a training for as long as the block runs, where they come by rendezvous.
+def announced(command: Sequence[str], settings: Launch) -> Iterator[None]:
+    """Announces a training to the agents for the duration of the block. Does nothing unless the launch is a rendezvous.
 
     Args:
-        command: this machine's, of `flows.runtime.processes.launch`.
-        how: `compute.training.launch`.
+        command: this machine's command, from `flows.runtime.processes.launch`.
+        settings: `compute.training.launch`.
     """
-    if not isinstance(how, RendezvousLaunch):
+    if not isinstance(settings, RendezvousLaunch):
         yield
         return
-    write_json(ANNOUNCED, [GUEST if word == HOST else word for word in command[1:]])
+    write_json(ANNOUNCED, [STORE_CLIENT if word == STORE_HOST else word for word in command[1:]])
     try:
         yield
     finally:
@@ -41,17 +41,17 @@ def announced(command: Sequence[str], how: Launch) -> Iterator[None]:
 
 
 def join() -> None:
-    """Takes part in every training that is announced; a try that failed here waits for the next announcement."""
+    """Joins every announced training, until a signal ends it. If a training fails here, waits for the next one."""
     joined, process = None, None
     try:
         while True:
-            wanted = _announcement()
-            if wanted != joined:
+            command = _announcement()
+            if command != joined:
                 if process:
                     end_group(process)
-                process = start_group([sys.executable, *wanted]) if wanted else None
-                joined = wanted
-                print(f"joins {' '.join(wanted)}" if wanted else "waits for the next training", flush=True)
+                process = start_group([sys.executable, *command]) if command else None
+                joined = command
+                print(f"joining {' '.join(command)}" if command else "waiting for the next training", flush=True)
             time.sleep(POLL_SECONDS)
     finally:
         if process:
@@ -66,7 +66,7 @@ def _announcement() -> list[str] | None:
 
 
 if __name__ == "__main__":
-    with ending_well():
+    with exit_on_signals():
         try:
             join()
         except KeyboardInterrupt:

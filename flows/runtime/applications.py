@@ -1,6 +1,6 @@
 """Prefect's and MLflow's web applications behind the checks of lotlip.core.loopback.
 
-`python -m flows.runtime.applications NAME FD` serves one on a listening socket that it has inherited.
+`python -m flows.runtime.applications NAME FD` serves one on an inherited listening socket.
 """
 
 from __future__ import annotations
@@ -18,11 +18,15 @@ from lotlip.core.caches import cache_folder, lock, private_folder
 from lotlip.core.files import atomic_write
 from lotlip.core.loopback import LoopbackOnly
 
-LOGIN = "LOTLIP_SERVER_LOGIN"  # `user:password` of MLflow's server, in the environment of that server alone
+LOGIN = "LOTLIP_SERVER_LOGIN"  # `user:password` of MLflow's server; set only in that server's environment
 
 
 def prefect() -> LoopbackOnly:
-    """Prefect's API and UI. Prefect asks for PREFECT_SERVER_API_AUTH_STRING itself, for WebSockets too."""
+    """Returns Prefect's API and UI. Prefect itself requires PREFECT_SERVER_API_AUTH_STRING, also for WebSockets.
+
+    Raises:
+        RuntimeError: PREFECT_SERVER_API_AUTH_STRING is not set.
+    """
     from prefect.server.api.server import create_app
 
     if not os.environ.get("PREFECT_SERVER_API_AUTH_STRING"):
@@ -32,9 +36,10 @@ def prefect() -> LoopbackOnly:
 
 
 def create_prefect_tables() -> None:
-    """Creates the tables of Prefect's database if it is a new SQLite file: from a copy, or by slow migrations.
+    """Creates the tables of Prefect's database if it is a new SQLite file.
 
-    The copy is in the user's cache, one for each version of Prefect. It has tables without rows.
+    Migrations are slow, so an empty migrated database is kept in the user's cache, one for each version of Prefect.
+    Later databases are copies of it.
     """
     import prefect
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_DATABASE_MIGRATE_ON_START
@@ -50,7 +55,7 @@ def create_prefect_tables() -> None:
         if prepared.is_file():
             _copy_database(prepared, Path(url.database))
         else:
-            with ThreadPoolExecutor(1) as thread:  # uvicorn's event loop runs in this one
+            with ThreadPoolExecutor(1) as thread:  # uvicorn's event loop runs in the current thread
                 thread.submit(asyncio.run, _migrate()).result()
             _copy_database(Path(url.database), prepared)
 
@@ -74,7 +79,7 @@ async def _migrate() -> None:
 
 
 def mlflow() -> LoopbackOnly:
-    """MLflow's API and UI. Whoever can talk to it can read and write files as the user that runs it."""
+    """Returns MLflow's API and UI. Any client of the API can read and write files as the user that runs the server."""
     from mlflow.server.fastapi_app import app
 
     return LoopbackOnly(app, os.environ[LOGIN])
@@ -85,13 +90,13 @@ def serve(name: str, descriptor: int) -> None:
 
     Args:
         name: "prefect" or "mlflow".
-        descriptor: of the socket that listens.
+        descriptor: file descriptor of the listening socket.
     """
     import uvicorn
 
     listener = socket.socket(fileno=descriptor)
     listener.set_inheritable(False)
-    # a proxy's headers would say who asks; there is no proxy
+    # there is no proxy, so proxy headers would be forged
     application = {"prefect": prefect, "mlflow": mlflow}[name]
     config = uvicorn.Config(application, factory=True, proxy_headers=False, log_level="warning")
     uvicorn.Server(config).run(sockets=[listener])

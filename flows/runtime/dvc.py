@@ -1,9 +1,8 @@
-"""DVC: a quick check whether it has anything to run, and a program that may be interrupted at any moment.
+"""Runs DVC so that it can be interrupted safely, and checks quickly whether DVC has anything to run.
 
-The program is `python -m flows.runtime.dvc ARGUMENTS…`.
-
-DVC writes the file of its locks in place. A signal in that moment leaves it empty, and the next run refuses to start.
-So a signal to this program never interrupts DVC: it ends the stage that runs, and DVC then ends by itself.
+`python -m flows.runtime.dvc ARGUMENTS…` runs `dvc ARGUMENTS…`. DVC rewrites its lock file in place, so a signal at that
+moment leaves the file empty, and the next run refuses to start. A signal to this program therefore never interrupts
+DVC: it ends the running stage, and DVC then exits.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from flows.runtime.supervisor import ENDING, group
+from flows.runtime.supervisor import END_SIGNALS, group
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
 
@@ -31,17 +30,17 @@ if TYPE_CHECKING:
     from dvc.output import Output
     from dvc.stage import Stage
 
-SINGLE_ITEM = "--single-item"  # of `dvc repro`: the named stage without those that it depends on
-STOPPING = "LOTLIP_STOPPING"  # in the environment of a stage that DVC starts after it was told to end
+SINGLE_ITEM = "--single-item"  # option of `dvc repro`: runs the named stage without the stages that it depends on
+STOPPING = "LOTLIP_STOPPING"  # set in the environment of a stage that DVC starts after a signal
 STOP_SECONDS = 30
 _PARTIAL_COPY = re.compile(r"\.[\w-]{22}\.tmp")  # as DVC names what it copies, until the copy is complete
 
 
 def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
-    """Whether `dvc repro` would run no stage, by DVC's own checks and without starting anything.
+    """Returns whether `dvc repro` would run no stage, by DVC's own checks and without starting a process.
 
-    It is False where this is uncertain: for options and names that are unknown here, while another DVC writes outputs,
-    and whenever DVC raises an error, which `dvc repro` then reports.
+    Returns False if this is uncertain: for unknown options and stages, while another DVC process writes outputs, and
+    when DVC raises an error, which `dvc repro` then reports.
 
     Args:
         runs: arguments of each `dvc repro`: names of stages, `--single-item` and a name, or nothing for all stages.
@@ -58,7 +57,7 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
             locks = Path(repo.tmp_dir, "rwlock")
             if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
                 return False
-            # of the index, which parses dvc.lock once; DVC's own look-up parses it for each name
+            # The index parses dvc.lock once. DVC's own lookup by name parses it for each name.
             named = {stage.addressing: stage for stage in repo.index.stages}
             stages = set() if all(runs) else set(named.values())
             for name, with_deps in targets:
@@ -71,9 +70,9 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
 
 
 def _any_is_stale(stages: Iterable[Stage]) -> bool:
-    """As `stage.changed`, without DVC's locks of single files, which a signal to this process could leave damaged.
+    """Does what `stage.changed` does, without DVC's locks of files, which a signal to this process could damage.
 
-    What several stages expect of one path is checked once: most of them read the same code and data.
+    Most stages read the same code and data, so a path that several stages share is checked once.
     """
     expected: dict[tuple[object, ...], Output] = {}
     for stage in stages:
@@ -86,7 +85,7 @@ def _any_is_stale(stages: Iterable[Stage]) -> bool:
 
 @contextmanager
 def _params_read_once() -> Iterator[None]:
-    """Keeps what DVC parses for the block: it would parse params.yaml for each stage, a third of the time."""
+    """Caches parsed parameter files within the block. DVC would parse params.yaml per stage: a third of the time."""
     from dvc.dependency import param
 
     load = param.load_path
@@ -98,13 +97,13 @@ def _params_read_once() -> Iterator[None]:
 
 
 def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
-    """Runs DVC to its end; gives its status.
+    """Runs DVC and returns its exit status.
 
-    If this program is interrupted, the running stage is ended, and DVC has STOP_SECONDS to end by itself.
+    If this program is interrupted, the running stage is ended, and DVC has STOP_SECONDS to exit.
 
     Args:
-        arguments: of `dvc`.
-        environment: of DVC and its stages.
+        arguments: arguments of `dvc`.
+        environment: environment variables of DVC and its stages.
     """
     with group([sys.executable, "-m", "flows.runtime.dvc", *arguments], env=dict(environment)) as process:
         try:
@@ -114,16 +113,16 @@ def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
 
 
 def stop(process: subprocess.Popen[Any]) -> None:
-    """Has a `flows.runtime.dvc` end, and waits for it; one that does not end in time is left as it is."""
+    """Signals a `flows.runtime.dvc` process until it exits, for at most STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        process.terminate()  # again and again: DVC may have started a stage at the moment of the last one
+        process.terminate()  # repeatedly: DVC may have started a stage at the moment of the last signal
         with suppress(subprocess.TimeoutExpired):
             process.wait(1)
 
 
 class _Stop:
-    """The handler of signals: ends the stage that runs, and lets none begin."""
+    """A signal handler that interrupts the running stage and prevents further stages from starting."""
 
     def __init__(self) -> None:
         self.signalled: set[int] = set()
@@ -135,25 +134,25 @@ class _Stop:
             if process.pid in self.signalled:
                 continue
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
-                if os.getpgid(process.pid) == own:  # what a stage starts in another group, it ends itself
+                if os.getpgid(process.pid) == own:  # a stage itself ends what it started in other groups
                     self.signalled.add(process.pid)
                     os.kill(process.pid, signal.SIGINT)
 
 
 def remove_stale_lock(root: Path) -> bool:
-    """Removes DVC's file of locks if it is unreadable, or names dead processes alone, and no DVC runs in the project.
+    """Removes DVC's `rwlock` file if it is unreadable or names only dead processes, and no DVC runs in the project.
 
-    DVC's other lock files are locked by the kernel: whatever is in them, they block nobody when their owner has ended.
+    DVC's other lock files use kernel locks, which end with their owner whatever the files contain.
 
     Args:
-        root: of the DVC project.
+        root: root folder of the DVC project.
 
     Returns:
-        Whether it was removed.
+        Whether the file was removed.
     """
     folder = root / ".dvc" / "tmp"
     path = folder / "rwlock"
-    if not _stale(path):
+    if not _is_stale_lock(path):
         return False
     import zc.lockfile
 
@@ -162,9 +161,9 @@ def remove_stale_lock(root: Path) -> bool:
     except zc.lockfile.LockError:
         return False
     try:
-        if not _stale(path) or _others(root):
+        if not _is_stale_lock(path) or _other_dvc_processes(root):
             return False
-        remove(path, _stale)
+        remove(path, _is_stale_lock)
         return True
     finally:
         guard.close()
@@ -179,7 +178,7 @@ def remove_partial_copies(root: Path) -> None:
         root: of the DVC project.
     """
     partial = list((root / ".dvc" / "cache" / "files" / "md5").glob("??/.*.tmp"))
-    if partial and not _others(root):
+    if partial and not _other_dvc_processes(root):
         for path in partial:
             remove(path, _is_partial_copy)
 
@@ -189,12 +188,12 @@ def _is_partial_copy(path: Path) -> bool:
 
 
 def match_git(root: Path) -> None:
-    """Lets DVC work without git where the project is no git repository, as a downloaded archive is, and only there.
+    """Sets DVC's `core.no_scm` if the project is not a git repository, for example if it was downloaded as an archive.
 
-    The setting is in `.dvc/config.local`, which git ignores. It goes again when the project has become a repository.
+    The setting is in `.dvc/config.local`, which git ignores. It is removed once the project is a repository.
 
     Args:
-        root: of the DVC project.
+        root: root folder of the DVC project.
     """
     from dvc.config import Config
 
@@ -212,43 +211,43 @@ def match_git(root: Path) -> None:
             core["no_scm"] = True
 
 
-def _stale(path: Path) -> bool:
+def _is_stale_lock(path: Path) -> bool:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        locks = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return False
     except ValueError:
         return True
-    if not isinstance(found, dict):
+    if not isinstance(locks, dict):
         return True
-    holders = list(_holders(found))
-    return bool(holders) and not any(map(_lives, holders))
+    holders = list(_lock_holders(locks))
+    return bool(holders) and not any(map(_is_alive, holders))
 
 
-def _lives(pid: int) -> bool:
-    """Whether a process exists that has not ended; one that nobody waits for stays as a zombie."""
+def _is_alive(pid: int) -> bool:
+    """Whether a process has not ended. A process that ended stays as a zombie until its parent waits for it."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
 
 
-def _holders(entry: Any) -> Iterator[int]:
-    """The processes that a part of DVC's file of locks names."""
+def _lock_holders(entry: Any) -> Iterator[int]:
+    """Yields the process ids in a part of DVC's lock file."""
     if isinstance(entry, dict):
         if isinstance(entry.get("pid"), int):
             yield entry["pid"]
         for value in entry.values():
-            yield from _holders(value)
+            yield from _lock_holders(value)
     elif isinstance(entry, list):
         for value in entry:
-            yield from _holders(value)
+            yield from _lock_holders(value)
 
 
-def _others(root: Path) -> list[int]:
-    """Other processes of this machine that may be DVC in the project."""
+def _other_dvc_processes(root: Path) -> list[int]:
+    """Returns the ids of other processes on this machine that may be DVC in the project."""
     family = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
-    found = []
+    others = []
     for process in psutil.process_iter():
         if process.pid in family:
             continue
@@ -256,28 +255,28 @@ def _others(root: Path) -> list[int]:
             words = process.cmdline()
             named = any(Path(word).name in ("dvc", "flows.runtime.dvc") for word in words[:4])
             if named and process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(root):
-                found.append(process.pid)
+                others.append(process.pid)
         except psutil.NoSuchProcess:
             continue
-        except psutil.AccessDenied:  # another user's: it may be
+        except psutil.AccessDenied:  # another user's process, whose folder is unknown
             if named:
-                found.append(process.pid)
-    return found
+                others.append(process.pid)
+    return others
 
 
-def _root(folder: Path) -> Path | None:
-    return next((place for place in (folder, *folder.parents) if (place / ".dvc").is_dir()), None)
+def _project_root(folder: Path) -> Path | None:
+    return next((parent for parent in (folder, *folder.parents) if (parent / ".dvc").is_dir()), None)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs DVC in this process; gives its status."""
+    """Runs DVC in this process and returns its exit status."""
     stop = _Stop()
-    for sign in ENDING:
+    for sign in END_SIGNALS:
         if signal.getsignal(sign) != signal.SIG_IGN:
             signal.signal(sign, stop)
-    root = _root(Path.cwd())
+    root = _project_root(Path.cwd())
     if root and remove_stale_lock(root):
-        print(f"removed {root / '.dvc/tmp/rwlock'}, which an interrupted DVC left behind", file=sys.stderr)
+        print(f"removed {root / '.dvc/tmp/rwlock'}: a stale lock of an interrupted DVC", file=sys.stderr)
     if STOPPING in os.environ:
         return INTERRUPTED
     if root:

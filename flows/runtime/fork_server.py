@@ -1,9 +1,9 @@
-"""A process that has imported everything and forks for each stage: a stage by itself spends 5 to 12 s on imports.
+"""A fork server: a process with all imports done, which forks for each stage and so saves it 5 to 12 s of imports.
 
-`flows.reproduce` keeps one for its duration and names its socket in LOTLIP_FORK_SERVER. `python -m flows STAGE` then
+`flows.reproduce` runs one for its duration and names its socket in LOTLIP_FORK_SERVER. `python -m flows STAGE` then
 delegates: it sends its arguments, environment, folder and terminal, waits, and exits with the status that it receives.
-Without a socket it does its own imports. Nothing outlives its owner: a stage ends when the program that delegated it
-does, and the fork server when `flows.reproduce` does, however they end.
+Without a socket it does its own imports. No process outlives its owner, however the owner ends: a stage ends with the
+program that delegated it, and the fork server with `flows.reproduce`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import temporary_folder
 
 SOCKET = "LOTLIP_FORK_SERVER"
-# How long the warm process waits for a client's request, which the client sends at once.
+# How long the fork server waits for the request of a connected client, which sends it immediately.
 REQUEST_SECONDS = 10
 
-# What the stages import; every fork shares it.
+# Modules that the stages import; all forks share them.
 PRELOADED = (
     "prefect",
     "flows.runtime.stage",
@@ -47,7 +47,7 @@ PRELOADED = (
     "deepspeed",
     "mlflow",
     "mlflow.pyfunc",
-    "mlflow.store.tracking.sqlalchemy_store",  # MLflow imports it when a store is opened
+    "mlflow.store.tracking.sqlalchemy_store",  # MLflow imports it when it opens a store
     "great_expectations",
     "pandas",
     "pyarrow.parquet",
@@ -57,8 +57,8 @@ PRELOADED = (
 )
 
 
-def code() -> str:
-    """What the project's code is here, in hex: a checkout's stages are not run by other code than its own."""
+def code_digest() -> str:
+    """Returns a hash of the project's code, in hex. A stage must run the code of its own checkout."""
     digest = hashlib.sha256()
     for package in (Path(__file__).parent, Path(lotlip.__file__).parent):
         for path in sorted(package.rglob("*.py")):
@@ -66,15 +66,15 @@ def code() -> str:
     return digest.hexdigest()
 
 
-# --- the side of the program that hands over ------------------------------------------------------------------------
+# --- the client -----------------------------------------------------------------------------------------------------
 
 
 def delegate(module: str, arguments: list[str]) -> None:
-    """Has the warm process run a module as a program, and ends with its status; returns where there is none.
+    """Has the fork server run a module as a program, and exits with its status. Returns if there is no fork server.
 
     Args:
-        module: as after `python -m`.
-        arguments: of the program.
+        module: name of the module, as after `python -m`.
+        arguments: arguments of the program.
     """
     path = os.environ.get(SOCKET)
     if not path:
@@ -82,11 +82,16 @@ def delegate(module: str, arguments: list[str]) -> None:
     with socket.socket(socket.AF_UNIX) as connection:
         try:
             connection.connect(path)
-            request = {"code": code(), "argv": [module, *arguments], "cwd": str(Path.cwd()), "env": dict(os.environ)}
+            request = {
+                "code": code_digest(),
+                "argv": [module, *arguments],
+                "cwd": str(Path.cwd()),
+                "env": dict(os.environ),
+            }
             data = json.dumps(request, allow_nan=False).encode()
             socket.send_fds(connection, [len(data).to_bytes(8, "big")], [0, 1, 2])
             connection.sendall(data)
-        except OSError:  # its owner has ended
+        except OSError:  # the fork server's owner has ended
             return
         try:
             answer = connection.makefile().readline().strip()
@@ -96,28 +101,29 @@ def delegate(module: str, arguments: list[str]) -> None:
             sys.exit(INTERRUPTED)
     if answer == "other code":
         return
-    if not answer:  # the warm process was killed, and the stage with it
+    if not answer:  # the fork server was killed, and the stage with it
         sys.exit(f"error: {module}: the process that ran it was killed; if memory ran out, free some and run again")
     sys.exit(int(answer))
 
 
-# --- the warm process -----------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def fork_server(environment: dict[str, str], folder: Path | None = None) -> Iterator[dict[str, str]]:
-    """Keeps a warm process for the block; gives the environment in which stages hand over to it.
+    """Runs a fork server for the duration of the block. Yields the environment in which stages delegate to it.
 
     Args:
-        environment: of the warm process and of the stages: Prefect reads its settings once, when it is imported.
-        folder: of the checkout whose code it runs; without one, where this program was started.
+        environment: environment variables of the fork server and of the stages. Prefect reads its settings only once,
+            when it is imported.
+        folder: the checkout whose code it runs; default: the current folder.
     """
-    if sys.platform != "linux":  # stages do their own imports: file descriptors of processes are Linux's alone
+    if sys.platform != "linux":  # pidfd exists only on Linux; elsewhere stages do their own imports
         yield environment
         return
-    with temporary_folder("warm", for_sockets=True) as scratch:
+    with temporary_folder("fork", for_sockets=True) as scratch:
         path = str(scratch / "socket")
-        # listening from here on: clients wait in line until the imports are done, instead of doing their own
+        # The socket listens before the imports, so that clients wait for them instead of importing themselves.
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen()
@@ -132,34 +138,34 @@ def fork_server(environment: dict[str, str], folder: Path | None = None) -> Iter
             yield {**environment, SOCKET: path}
         finally:
             assert process.stdin is not None
-            process.stdin.close()  # which it waits for
+            process.stdin.close()  # tells the fork server to end
             process.wait()
 
 
 class _Server:
-    """Forks for each request, and tells each client how its fork ended.
+    """Forks for each request, and sends each client the exit status of its fork.
 
     Args:
-        listener: the socket that programs hand over at.
-        owner: a stream that ends when the process that owns this one does.
+        listener: the socket that clients connect to.
+        owner: a stream that reaches its end when the process that owns this one ends.
     """
 
     def __init__(self, listener: socket.socket, owner: IO[bytes]) -> None:
         self.listener = listener
         self.owner = owner
-        self.code = code()
-        self.clients: dict[int, socket.socket] = {}  # by process
+        self.code = code_digest()
+        self.clients: dict[int, socket.socket] = {}  # by the id of the forked process
         self.events = selectors.DefaultSelector()
 
     def serve(self) -> None:
-        """Until the owner ends; then ends every fork."""
+        """Serves until the owner ends, then kills all forks and exits."""
         self.events.register(self.owner, selectors.EVENT_READ, self._stop)
-        gc.disable()  # of the time that imports take, a sixth would go into collections that free nothing
+        gc.disable()  # collections would free nothing and take a sixth of the import time
         for name in PRELOADED:
             if self.events.select(0):  # the owner has ended already
                 os._exit(0)
             importlib.import_module(name)
-        gc.freeze()  # the collector would write to, and so copy, what the forks share
+        gc.freeze()  # otherwise the collector writes to the pages that forks share, which copies them
         gc.enable()
         self.events.register(self.listener, selectors.EVENT_READ, self._accept)
         with contextlib.suppress(_Stopped):
@@ -167,16 +173,16 @@ class _Server:
                 for event, _ in self.events.select():
                     event.data(event.fileobj)
         for process in list(self.clients):
-            _end(process)
-        os._exit(0)  # what was preloaded has nothing to tidy up, and some of it complains when it does
+            _kill_group(process)
+        os._exit(0)  # the preloaded modules need no clean-up, and the exit handlers of some print errors
 
     def _stop(self, _owner: IO[bytes]) -> None:
         raise _Stopped
 
     def _accept(self, listener: socket.socket) -> None:
         client, _ = listener.accept()
-        request, descriptors = _request(client)
-        own = os.getpid()
+        request, descriptors = _receive_request(client)
+        server = os.getpid()
         if request is None:
             client.close()
         elif request["code"] != self.code:
@@ -184,23 +190,23 @@ class _Server:
                 client.sendall(b"other code\n")
             client.close()
         elif process := os.fork():
-            with contextlib.suppress(OSError):  # whichever of the two is first
+            with contextlib.suppress(OSError):  # the fork also calls setpgid; the second call may fail
                 os.setpgid(process, process)
             self.clients[process] = client
             self.events.register(os.pidfd_open(process), selectors.EVENT_READ, lambda fd: self._ended(process, fd))
-            self.events.register(client, selectors.EVENT_READ, lambda _: _end(process))
+            self.events.register(client, selectors.EVENT_READ, lambda _: _kill_group(process))
         else:
-            end_with_parent(own)  # first of all: this process may be killed at any time
+            end_with_parent(server)  # before anything else, because the server may be killed at any time
             self.events.close()
             self.listener.close()
             for other in (client, *self.clients.values()):
                 other.close()
-            _become(request, descriptors)
+            _run_program(request, descriptors)
         for descriptor in descriptors:
             os.close(descriptor)
 
     def _ended(self, process: int, descriptor: int) -> None:
-        """A fork is over: tells its client, if that still listens."""
+        """Sends the exit status of an ended fork to its client, if the client still listens."""
         self.events.unregister(descriptor)
         os.close(descriptor)
         _, status = os.waitpid(process, 0)
@@ -211,8 +217,11 @@ class _Server:
         client.close()
 
 
-def _request(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
-    """What a client asks for, and its standard streams; None if the client ended, or hung, before it had asked."""
+def _receive_request(client: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Returns a client's request and the descriptors of its standard streams.
+
+    The request is None if the client ended before it was complete, or did not send it within REQUEST_SECONDS.
+    """
     descriptors: list[int] = []
     client.settimeout(REQUEST_SECONDS)
     try:
@@ -234,14 +243,14 @@ class _Stopped(Exception):
     """The owner has ended."""
 
 
-def _end(process: int) -> None:
-    """Ends a fork and all that it started."""
+def _kill_group(process: int) -> None:
+    """Kills a fork and the processes in its group."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process, signal.SIGKILL)
 
 
-def _become(request: dict[str, Any], descriptors: list[int]) -> None:
-    """Turns a fork into the program that was asked for; never returns."""
+def _run_program(request: dict[str, Any], descriptors: list[int]) -> None:
+    """Runs the requested program in this fork, and exits with its status. Never returns."""
     status = 1
     try:
         os.setpgid(0, 0)
@@ -255,7 +264,7 @@ def _become(request: dict[str, Any], descriptors: list[int]) -> None:
         os.environ.update(request["env"])
         os.chdir(request["cwd"])
         sys.argv = list(request["argv"])
-        sys.path[0] = request["cwd"]  # as `python -m` has it
+        sys.path[0] = request["cwd"]  # as `python -m` sets it
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:

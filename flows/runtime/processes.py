@@ -1,4 +1,4 @@
-"""Training processes: one group of their own, so that none outlives the flow that started them."""
+"""Launches training processes in a process group of their own, so that none outlives the flow that started them."""
 
 from __future__ import annotations
 
@@ -17,92 +17,100 @@ from lotlip.core.compute import HostfileLaunch, Launch, RendezvousLaunch, SlurmL
 from lotlip.core.files import not_a_file
 
 TORCHRUN = "torch.distributed.run"
-HOST, GUEST = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"  # who keeps the store that all meet at
+# Options of torchrun: the node that serves the rendezvous store, and the nodes that connect to it.
+STORE_HOST, STORE_CLIENT = "--rdzv-conf=is_host=1", "--rdzv-conf=is_host=0"
 
 
-def launch(module: str, arguments: Sequence[str], processes: int, how: Launch) -> list[str]:
-    """The command that runs a module as so many processes that train together.
+def launch(module: str, arguments: Sequence[str], processes: int, settings: Launch) -> list[str]:
+    """Returns the command that runs a module in distributed training processes.
 
     Args:
-        module: as after `python -m`.
-        arguments: of the module.
-        processes: on all machines together.
-        how: `compute.training.launch`.
+        module: name of the module, as after `python -m`.
+        arguments: arguments of the module.
+        processes: total number of processes on all machines.
+        settings: `compute.training.launch`.
 
     Raises:
-        StageFailed: the hostfile has another number of slots, or there is no Slurm allocation.
+        StageFailed: the hostfile cannot be used or has another number of slots, or there is no Slurm allocation.
     """
     program = ["-m", "flows.runtime.run", module, *arguments]
-    if isinstance(how, HostfileLaunch):
-        return [sys.executable, *_deepspeed(how, processes), *program[1:]]
-    if isinstance(how, SlurmLaunch):
+    if isinstance(settings, HostfileLaunch):
+        return [sys.executable, *_deepspeed(settings, processes), *program[1:]]
+    if isinstance(settings, SlurmLaunch):
         if "SLURM_JOB_ID" not in os.environ:
             raise StageFailed(
-                "compute.training.launch is slurm, but this is no Slurm allocation; submit infra/slurm/reproduce.sbatch"
+                "compute.training.launch is slurm, but this program does not run in a Slurm allocation; submit "
+                "infra/slurm/reproduce.sbatch"
             )
-        step = ["srun", f"--nodes={how.nodes}", f"--ntasks={how.nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
-        endpoint = f"{socket.gethostname()}:{how.port}"  # sbatch runs its script on the first node
-        return [*step, sys.executable, *_torchrun(processes, how.nodes, endpoint), *program]
-    if isinstance(how, RendezvousLaunch):
-        meeting = _torchrun(processes, how.nodes, how.endpoint)
-        return [sys.executable, *meeting, HOST, *program]
-    if processes == 1:  # a warm one's, if there is one
+        step = [
+            "srun",
+            f"--nodes={settings.nodes}",
+            f"--ntasks={settings.nodes}",
+            "--ntasks-per-node=1",
+            "--kill-on-bad-exit=1",
+        ]
+        endpoint = f"{socket.gethostname()}:{settings.port}"  # sbatch runs its script on the first node
+        return [*step, sys.executable, *_torchrun(processes, settings.nodes, endpoint), *program]
+    if isinstance(settings, RendezvousLaunch):
+        launcher = _torchrun(processes, settings.nodes, settings.endpoint)
+        return [sys.executable, *launcher, STORE_HOST, *program]
+    if processes == 1:  # delegated to the fork server, if there is one
         return [sys.executable, *program]
     return [sys.executable, "-m", "flows.runtime.local_launch", str(processes), module, *arguments]
 
 
 def _torchrun(processes: int, nodes: int, endpoint: str) -> list[str]:
-    """torch's launcher, the same on every node; each try has its own id, so that nobody meets an earlier one's."""
-    each = [f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
-    meeting = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={uuid4().hex}"]
-    return ["-m", TORCHRUN, *each, *meeting]
+    """Returns torchrun's arguments, the same for every node. Each launch has a new id, so earlier nodes cannot join."""
+    size = [f"--nnodes={nodes}", f"--nproc-per-node={processes // nodes}"]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={uuid4().hex}"]
+    return ["-m", TORCHRUN, *size, *rendezvous]
 
 
-def _deepspeed(how: HostfileLaunch, processes: int) -> list[str]:
-    """DeepSpeed's launcher. It is told where the processes meet, for it would ask the first host by ssh."""
-    hosts = read_hostfile(how.path)
+def _deepspeed(settings: HostfileLaunch, processes: int) -> list[str]:
+    """Returns the arguments of DeepSpeed's launcher. Without a master address it would ask the first host by ssh."""
+    hosts = read_hostfile(settings.path)
     slots = sum(hosts.values())
     if slots != processes:
         raise StageFailed(
-            f"{how.path} has {slots} slots, but compute.training.processes is {processes}; make them the same number"
+            f"{settings.path} has {slots} slots, but compute.training.processes is {processes}; make them equal"
         )
-    meeting = ["--no_ssh_check", f"--master_addr={next(iter(hosts))}", f"--master_port={how.port}"]
+    rendezvous = ["--no_ssh_check", f"--master_addr={next(iter(hosts))}", f"--master_port={settings.port}"]
     options = ["--quiet", "--no_local_rank", "--module"]
-    return ["-m", "deepspeed.launcher.runner", f"--hostfile={how.path}", *meeting, *options]
+    return ["-m", "deepspeed.launcher.runner", f"--hostfile={settings.path}", *rendezvous, *options]
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
-    """Hosts of a DeepSpeed hostfile and their slots, in its order.
+    """Reads a DeepSpeed hostfile. Returns the number of slots by host, in the file's order.
 
     Raises:
-        StageFailed: the file is not there, or a line is not `HOST slots=NUMBER`.
+        StageFailed: the file does not exist, has no hosts, or has a line that is not `HOST slots=NUMBER`.
     """
     if not path.is_file():
-        raise StageFailed(f"{path} {not_a_file(path)}; write a line `HOST slots=GPUS` for each machine into it")
+        raise StageFailed(f"{path} {not_a_file(path)}; create it with a line `HOST slots=GPUS` for each machine")
     hosts: dict[str, int] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         text = line.partition("#")[0].strip()
         if not text:
             continue
-        found = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
-        if not found or found[1] in hosts:
-            raise StageFailed(f"{path} has the line {line!r}; it needs `HOST slots=GPUS`, each host once")
-        hosts[found[1]] = int(found[2])
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", text)
+        if not match or match[1] in hosts:
+            raise StageFailed(f"{path} has the line {line!r}; expected `HOST slots=GPUS`, with each host once")
+        hosts[match[1]] = int(match[2])
     if not hosts:
-        raise StageFailed(f"{path} names no host; write a line `HOST slots=GPUS` for each machine")
+        raise StageFailed(f"{path} has no hosts; add a line `HOST slots=GPUS` for each machine")
     return hosts
 
 
 def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path) -> None:
-    """Runs a command in a process group of its own and hands its lines on; ends the whole group when this flow ends.
+    """Runs a command in a process group of its own. The whole group ends with this flow.
 
     Args:
-        command: and its arguments.
-        on_line: takes each line of standard output.
-        log: file that keeps standard error.
+        command: the program and its arguments.
+        on_line: called with each line of standard output that is not blank.
+        log: file for standard error.
 
     Raises:
-        StageFailed: the command failed; the message has its error, or the last line it wrote.
+        StageFailed: the command failed. The message has its error, or the last line that it wrote.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     last = ""
@@ -118,31 +126,31 @@ def run_group(command: Sequence[str], on_line: Callable[[str], None], log: Path)
         process.wait()
     if process.returncode:
         reason = reason_of(log.read_text(encoding="utf-8", errors="replace")) or last
-        raise StageFailed(f"{reason} (status {process.returncode}; all it wrote: {log})")
+        raise StageFailed(f"{reason} (status {process.returncode}; log: {log})")
 
 
-# A line that says what ended a Python program: our own words, or the last line of a traceback.
+# A line that says why a Python program failed: this project's error message, or the last line of a traceback.
 _ERROR = re.compile(
     r"(?:\[rank\d+\]:\s*)?(?:error: (?P<ours>.+)|(?P<raised>(?:\w+\.)*\w*(?:Error|Exception|Interrupt)\b(?::.*)?))"
 )
-# What torchrun and DeepSpeed's launcher say of their workers' end, which is no reason.
+# Errors of torchrun and DeepSpeed's launcher that only say that a worker failed.
 _LAUNCHER = ("ChildFailedError", "SignalException", "CalledProcessError")
-# What torchrun says of a worker that wrote nothing itself.
+# torchrun's line for a worker that wrote nothing itself.
 _SILENT = re.compile(r"Signal \d+ \(SIG\w+\) received by PID \d+|failed \(exitcode: -?\d+\) local_rank: \d+")
 
 
 def reason_of(errors: str) -> str:
-    """The line of a program's standard error that says why it failed; the last line if none does, "" if it is empty.
+    """Returns the line of a program's standard error that says why it failed.
 
-    The first of our own errors counts: the other processes fail because one did. torchrun follows it with a block of
-    its own, which says no more than that a process failed.
+    Without such a line it returns the last line, or "" if there is none. Of this project's errors, the first one is
+    returned: the other processes fail because one did. torchrun appends a report that only says that a process failed.
     """
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    found = [match for line in lines if (match := _ERROR.fullmatch(line))]
-    if ours := [match["ours"] for match in found if match["ours"]]:
-        lost = "lost another one"  # as `lotlip.train` says of a process that waited for the one that failed
+    matches = [match for line in lines if (match := _ERROR.fullmatch(line))]
+    if ours := [match["ours"] for match in matches if match["ours"]]:
+        lost = "lost another one"  # part of `lotlip.train`'s error in a process that waited for the one that failed
         return next((line for line in ours if lost not in line), ours[0])
-    raised = [match["raised"] for match in found if not any(name in match["raised"] for name in _LAUNCHER)]
+    raised = [match["raised"] for match in matches if not any(name in match["raised"] for name in _LAUNCHER)]
     silent = [match[0] for line in lines if (match := _SILENT.search(line))]
     plain = [line for line in lines if set(line) - set("=-* ")]
     return [*plain[-1:], *silent[-1:], *raised[-1:]][-1] if plain else ""

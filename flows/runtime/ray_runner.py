@@ -1,4 +1,4 @@
-"""Units of a stage on Ray's workers: of a Ray on this machine for the time of the flow, or of a cluster that runs."""
+"""Runs a stage's units on Ray: on a temporary local Ray instance, or on an existing cluster."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from flows.runtime.scratch import StageFailed
 from lotlip.config.params import Params
 from lotlip.core.temporary import temporary_folder
 
-# Units are paths and reports are short: nearly nothing goes through Ray's store of objects. This is its least size.
+# Units are paths and reports are short, so Ray's object store is nearly unused. This is its minimum size.
 OBJECT_STORE_BYTES = 80 * 2**20
 
 
 @contextmanager
 def on_ray(params: Params) -> Iterator[Any]:
-    """Gives Prefect's runner of units on Ray, with all that its workers need, for the time of the flow.
+    """Yields Prefect's task runner for Ray, for the duration of the flow.
 
-    A unit whose worker is killed is done again by another, as often as `compute.retries` says.
+    If a worker is killed, Ray reruns its unit on another one, up to `compute.retries` times.
 
     Raises:
         StageFailed: Ray is not installed.
@@ -47,17 +47,17 @@ def on_ray(params: Params) -> Iterator[Any]:
 
 @contextmanager
 def _ray_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
-    """What `ray.init` is told, to start a Ray that listens on loopback only, to who has its token, and leaves nothing.
+    """Yields arguments of `ray.init` for a Ray instance that listens on loopback, requires a token and leaves no files.
 
-    Ray would make a token by itself, and keep it in the user's home where everybody may read it.
+    Ray itself would store a token in the user's home folder, where other users can read it.
     """
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # its name is for other systems, but this is what makes a node's address loopback: `_node_ip_address` does not
+        # despite its name, this variable makes Ray use loopback; `_node_ip_address` does not
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     }
-    # a short name, since those of sockets in it may not be long; what a killed worker still writes may be left
+    # The name is short because Ray creates sockets in the folder.
     with temporary_folder("ray", for_sockets=True) as folder, patch.dict(os.environ, environment):
         yield {
             "num_cpus": workers,

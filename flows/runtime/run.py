@@ -1,6 +1,6 @@
-"""Runs any module as a program, `python -m flows.runtime.run MODULE …`.
+"""Runs any module as a program: `python -m flows.runtime.run MODULE …`.
 
-A warm process can take it over, and the program ends with the process that started it.
+The fork server runs it if there is one. The program ends with the process that started it.
 """
 
 import runpy

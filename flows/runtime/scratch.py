@@ -1,4 +1,4 @@
-"""The project's scratch, and how a stage says that it failed."""
+"""The project's scratch folder, and the error of a failed stage."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ SCRATCH = Path(files.SCRATCH)
 
 
 class StageFailed(RuntimeError):
-    """A stage ended without publishing; the message is for a person."""
+    """A stage ended without publishing. The message is for the user."""
 
 
-# What a user can mend: shown as one line. LOTLIP_TRACEBACK=1 shows the traceback too.
+# Errors that a user can fix. They are shown as one line; LOTLIP_TRACEBACK=1 shows the traceback too.
 EXPECTED = (StageFailed, ValueError, OSError)

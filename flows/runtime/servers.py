@@ -1,4 +1,4 @@
-"""Prefect's and MLflow's servers, on loopback, for as long as a block of code runs."""
+"""Runs Prefect's and MLflow's servers on loopback for the duration of a block."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.loopback import HOST, NAMES, basic, origins
 from lotlip.tracking.mlflow import check_store
 
-# PREFECT_PORT and MLFLOW_PORT in the environment choose others.
+# Default ports; the environment variables PREFECT_PORT and MLFLOW_PORT override them.
 PORTS = {"prefect": 4200, "mlflow": 5000}
 TITLES = {"prefect": "Prefect", "mlflow": "MLflow"}
-DRAIN_SECONDS = 20  # for logs and events that are still to be sent when a program ends
-BACKLOG = 128  # requests that wait for a server to start
-PATIENCE_SECONDS = 600  # a machine may be busy; a server that ends is told at once
+DRAIN_SECONDS = 20  # time for sending pending logs and events when a program ends
+BACKLOG = 128  # number of requests that can wait for a server to start
+START_TIMEOUT_SECONDS = 600  # long, because a machine may be busy; a server that ends is noticed at once
 
 
 def port_of(server: str) -> int:
-    """Where a server is to listen, "prefect" or "mlflow"."""
+    """Returns the configured port of a server, "prefect" or "mlflow"."""
     return int(os.environ.get(f"{server.upper()}_PORT", PORTS[server]))
 
 
 def listen(port: int = 0) -> socket.socket:
-    """A socket that listens on a port of loopback; 0: any free one.
+    """Opens a socket that listens on a loopback port; 0 stands for any free port.
 
-    A server that inherits it needs no time in which another program could take the port; requests that come before
-    the server is ready wait.
+    No other program can take the port before a server inherits the socket. Requests that arrive before the server is
+    ready wait.
 
     Raises:
         OSError: the port is in use.
     """
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # else a server that just ended holds the port
+        # otherwise a server that has just ended would keep the port in use
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen(BACKLOG)
     except OSError:
@@ -55,14 +56,14 @@ def listen(port: int = 0) -> socket.socket:
 
 
 def listen_for(server: str, any_port: bool = False) -> socket.socket:
-    """A socket that listens where a server is to be found.
+    """Opens a socket that listens on the configured port of a server.
 
     Args:
         server: "prefect" or "mlflow".
-        any_port: whether another port serves if that one is in use.
+        any_port: whether to take any free port if the configured one is in use.
 
     Raises:
-        StageFailed: the port is in use, and `any_port` is false.
+        StageFailed: the port cannot be used, and `any_port` is false.
     """
     port = port_of(server)
     try:
@@ -72,12 +73,12 @@ def listen_for(server: str, any_port: bool = False) -> socket.socket:
             return listen()
         raise StageFailed(
             f"cannot listen on port {port} for {TITLES[server]}: {error.strerror}; "
-            f"stop what uses it, or choose another: {server.upper()}_PORT=… make ui"
+            f"stop the program that uses it, or choose another port: {server.upper()}_PORT=… make ui"
         ) from error
 
 
 def is_free(port: int) -> bool:
-    """Whether nothing listens on a port of loopback."""
+    """Returns whether no program listens on a loopback port."""
     try:
         listen(port).close()
     except OSError:
@@ -86,54 +87,54 @@ def is_free(port: int) -> bool:
 
 
 def free_port() -> int:
-    """A port of loopback that nothing listens on."""
+    """Returns a loopback port that no program listens on."""
     with listen() as listener:
         return port_at(listener)
 
 
 def port_at(listener: socket.socket) -> int:
-    """The port that a socket listens on."""
+    """Returns the port that a socket listens on."""
     return int(listener.getsockname()[1])
 
 
 def new_login() -> str:
-    """A fresh `user:password` for a server; processes get it by their environment, which other users cannot read."""
+    """Returns a new `user:password` for a server. It is passed in the environment, which other users cannot read."""
     return f"lotlip:{secrets.token_urlsafe(18)}"
 
 
 def api_address(port: int) -> str:
-    """Of the API of Prefect's server on a port."""
+    """Returns the address of the API of the Prefect server on a port."""
     return f"http://{HOST}:{port}/api"
 
 
 def prefect_client(port: int, login: str) -> dict[str, str]:
-    """The environment of programs that use the Prefect server on a port."""
+    """Returns the environment variables of programs that use the Prefect server on a port."""
     return {"PREFECT_API_URL": api_address(port), "PREFECT_API_AUTH_STRING": login}
 
 
 @contextmanager
 def prefect_server(listener: socket.socket, login: str, ui: bool = True) -> Iterator[None]:
-    """Runs Prefect's server for the block.
+    """Runs Prefect's server for the duration of the block.
 
-    Whoever may use its API can have commands run, by a deployment's pull steps. So it asks for a password, refuses
-    requests of other sites' pages, and answers under the names of loopback only (lotlip.core.loopback).
+    Any client of its API can run commands, through a deployment's pull steps. The server therefore requires a password,
+    rejects cross-origin requests, and answers only to the host names of loopback (lotlip.core.loopback).
 
     Args:
-        listener: where it accepts requests; closed here.
-        login: `user:password` that its API asks for.
-        ui: whether it shows pages and runs what only they need, such as schedules.
+        listener: the socket on which it accepts requests. This function closes it.
+        login: `user:password` that its API requires.
+        ui: whether it serves the UI and the services that only the UI needs, such as schedules.
 
     Raises:
-        StageFailed: the server did not come up.
+        StageFailed: the server did not start.
     """
     port = port_at(listener)
     environment = {
         "PREFECT_SERVER_API_AUTH_STRING": login,
         "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": ",".join(origins(port)),
-        "PREFECT_SERVER_UI_API_URL": api_address(port),  # the page would ask the default port
+        "PREFECT_SERVER_UI_API_URL": api_address(port),  # otherwise the page requests the default port
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "PREFECT__SERVER_FINAL": "1",
-        **prefect_client(port, login),  # its own services are clients, too
+        **prefect_client(port, login),  # the server's own services are clients too
     }
     if not ui:
         environment |= {"PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1"}
@@ -143,7 +144,7 @@ def prefect_server(listener: socket.socket, login: str, ui: bool = True) -> Iter
 
 
 def print_prefect(port: int, login: str) -> None:
-    """Prints the address of a Prefect server, and what its page asks for."""
+    """Prints the address of a Prefect server, and the login that its page asks for."""
     print(
         f"Prefect  {api_address(port).removesuffix('/api')}\n         when asked for a password, paste {login}",
         flush=True,
@@ -152,10 +153,10 @@ def print_prefect(port: int, login: str) -> None:
 
 @contextmanager
 def using_prefect(client: Mapping[str, str]) -> Iterator[None]:
-    """Has this process, and the programs that it starts, use a Prefect server for the block.
+    """Makes this process and the programs that it starts use a Prefect server for the duration of the block.
 
     Args:
-        client: environment, as of `prefect_client`.
+        client: environment variables, from `prefect_client`.
     """
     from prefect.events.worker import EventsWorker
     from prefect.logging.handlers import APILogWorker
@@ -172,8 +173,9 @@ def using_prefect(client: Mapping[str, str]) -> Iterator[None]:
             try:
                 yield
             finally:
-                if not is_free(urlsplit(client["PREFECT_API_URL"]).port or 0):  # it has not been killed
-                    for worker in (APILogWorker, EventsWorker):  # or Prefect tries for a minute to reach what has ended
+                # drained while the server runs: after its end, Prefect would try for a minute to reach it
+                if not is_free(urlsplit(client["PREFECT_API_URL"]).port or 0):
+                    for worker in (APILogWorker, EventsWorker):
                         worker.drain_all(timeout=DRAIN_SECONDS)
     finally:
         for name, value in before.items():
@@ -184,9 +186,9 @@ def using_prefect(client: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def prefect_for_program() -> Iterator[None]:
-    """A Prefect server for the flow of a program that runs by itself: the one that PREFECT_API_URL names, or its own.
+    """Provides a Prefect server for a stage that runs on its own: the one that PREFECT_API_URL names, or a new one.
 
-    Prefect would start one that asks for no password and outlives a program that is killed.
+    Prefect's ephemeral server would require no password, and would outlive a killed program.
     """
     from prefect.settings import PREFECT_API_URL
 
@@ -201,25 +203,25 @@ def prefect_for_program() -> Iterator[None]:
 
 @contextmanager
 def mlflow_server(listener: socket.socket, store: str, login: str) -> Iterator[str]:
-    """Runs MLflow's UI over a store; gives its address.
+    """Runs MLflow's server for a tracking store, and yields its address.
 
-    Whoever may use its API can read and write files as this user, by artifacts of an experiment that lie anywhere, and
-    its assistant runs commands. So it is behind the same checks as Prefect's server.
+    Any client of its API can read and write files as this user, because an experiment's artifacts may be anywhere on
+    disk. Its assistant runs commands. The server therefore has the same checks as Prefect's.
 
     Args:
-        listener: where it accepts requests; closed here.
-        store: address of the tracking store.
-        login: `user:password` that it asks for.
+        listener: the socket on which it accepts requests. This function closes it.
+        store: URI of the tracking store.
+        login: `user:password` that it requires.
 
     Raises:
-        StageFailed: the server did not come up.
+        StageFailed: the server did not start.
         ValueError: the store is a damaged file.
     """
-    check_store(store)  # MLflow would end with a traceback in its log
+    check_store(store)  # otherwise MLflow ends with a traceback in its log
     from mlflow.environment_variables import MLFLOW_SERVER_ALLOWED_HOSTS, MLFLOW_SERVER_CORS_ALLOWED_ORIGINS
     from mlflow.server import constants
 
-    environment = {  # as `mlflow server` sets it; its command has no place for the checks
+    environment = {  # as the command `mlflow server` sets it, which has no option to add the checks
         constants.BACKEND_STORE_URI_ENV_VAR: store,
         constants.REGISTRY_STORE_URI_ENV_VAR: store,
         constants.ARTIFACT_ROOT_ENV_VAR: "mlflow-artifacts:/",
@@ -241,7 +243,7 @@ def _server(
     """Runs an application of flows.runtime.applications in a process group of its own until the block ends.
 
     Raises:
-        StageFailed: the server did not come up.
+        StageFailed: the server did not start.
     """
     log = Path(SCRATCH) / "logs" / log_name
     inherited = {key: value for key, value in os.environ.items() if key != "LOTLIP_FORK_SERVER"}
@@ -250,7 +252,7 @@ def _server(
         with log.open("w") as output:
             process = start_group(
                 [sys.executable, "-m", "flows.runtime.applications", name, str(listener.fileno())],
-                signal.SIGKILL,  # uvicorn acts on a SIGTERM only when it has started, which can take half a minute
+                signal.SIGKILL,  # uvicorn handles SIGTERM only once it has started, which can take half a minute
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -258,16 +260,16 @@ def _server(
                 pass_fds=[listener.fileno()],
             )
         address = f"http://{HOST}:{port_at(listener)}"
-    try:  # this process's copy of the socket is closed: when the server ends, so does its port
-        _await(name, process, address + health, login, log)
+    try:  # this process's copy of the socket is closed, so the port becomes free when the server ends
+        _wait_until_healthy(name, process, address + health, login, log)
         yield address
     finally:
         end_group(process)
 
 
-def _await(name: str, process: subprocess.Popen[bytes], address: str, login: str, log: Path) -> None:
-    request = urllib.request.Request(address, headers={"Authorization": basic(login)})  # noqa: S310 - of this machine
-    deadline = time.monotonic() + PATIENCE_SECONDS
+def _wait_until_healthy(name: str, process: subprocess.Popen[bytes], address: str, login: str, log: Path) -> None:
+    request = urllib.request.Request(address, headers={"Authorization": basic(login)})  # noqa: S310 - on loopback
+    deadline = time.monotonic() + START_TIMEOUT_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             with urllib.request.urlopen(request, timeout=5):  # noqa: S310
@@ -275,6 +277,6 @@ def _await(name: str, process: subprocess.Popen[bytes], address: str, login: str
         except OSError:
             time.sleep(0.2)
     status = process.poll()
-    what = f"did not answer within {PATIENCE_SECONDS} s" if status is None else f"ended with status {status}"
+    reason = f"did not answer within {START_TIMEOUT_SECONDS} s" if status is None else f"ended with status {status}"
     last = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-    raise StageFailed(": ".join([f"{TITLES[name]}'s server at {address} {what} (its log: {log})", *last]))
+    raise StageFailed(": ".join([f"{TITLES[name]}'s server at {address} {reason} (log: {log})", *last]))

@@ -1,4 +1,4 @@
-"""What every stage's flow shares: scratch that survives a kill, a clock, fan-out over units, publishing, the record."""
+"""The parts that the flows of all stages share: resumable scratch, a clock, fan-out over units, publishing, records."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ from lotlip.core.files import (
     write_record,
 )
 from lotlip.data.index import Totals
-from lotlip.data.records import DATA_DOCS, Failure, UnitReport, Unusable
+from lotlip.data.records import DATA_DOCS, Failure, NonRetryableError, UnitReport
 from lotlip.data.stage_record import StageRecord
 
-# Four megabytes of films and fonts that Great Expectations puts beside each of its pages.
-_DECORATION = shutil.ignore_patterns("*.gif", "fonts")
+# Great Expectations adds 4 MB of animations and fonts to each of its sites.
+_PAGE_MEDIA = shutil.ignore_patterns("*.gif", "fonts")
 T = TypeVar("T")
 
 
 class Clock:
-    """Where a stage's time went: orchestration by part, everything else is work."""
+    """Measures the time that a stage spends on each part of orchestration. The rest of its time is work."""
 
     def __init__(self) -> None:
         self.started = time.time()
@@ -59,20 +59,20 @@ class Clock:
         self.called = 0.0
 
     def call(self) -> None:
-        """Marks the moment the flow is called: all before it, since the process started, was imports."""
+        """Marks the call of the flow. The time since the start of the process counts as imports."""
         self.started = psutil.Process().create_time()
         self.parts = {"imports": self.seconds()}
         self.called = time.monotonic()
 
     def begin(self) -> None:
-        """Marks the moment the flow's body begins: since `call`, it was Prefect's turn."""
+        """Marks the start of the flow's body. The time since `call` counts as Prefect's."""
         if self.called:
             self.add("prefect", time.monotonic() - self.called)
             self.called = 0.0
 
     @contextmanager
     def measure(self, part: str) -> Iterator[None]:
-        """Adds the block's time to a part of orchestration: "imports", "prefect", "gate" or "mlflow"."""
+        """Adds the duration of the block to a part of orchestration: "imports", "prefect", "gate" or "mlflow"."""
         start = time.monotonic()
         try:
             yield
@@ -84,7 +84,7 @@ class Clock:
         self.parts[part] = self.parts.get(part, 0.0) + seconds
 
     def seconds(self) -> float:
-        """Since the process started."""
+        """Returns the time since the process started."""
         return time.time() - self.started
 
 
@@ -92,25 +92,25 @@ _clock = Clock()
 
 
 class Stage:
-    """One run of a stage. No other process runs the same one at the same time.
+    """One run of a stage. A lock prevents a second process from running the same stage.
 
-    Before it does anything, it checks that all it will publish replaces nothing but its own earlier output.
+    Before any work it checks that it will replace only its own earlier outputs.
 
     Args:
-        name: of the stage: "ingest", "pretrain", …
+        name: name of the stage: "ingest", "pretrain", …
         params: the whole configuration.
-        settings: the part of it that decides the outputs.
-        inputs: the hashes of what it reads.
-        item: the instance of a stage that fans out in dvc.yaml: an ablation or captioner.
+        settings: the part of the configuration that decides the outputs.
+        inputs: hashes of the inputs by name.
+        item: the item of a stage with a `foreach` in dvc.yaml: an ablation or captioner.
 
     Attributes:
-        fingerprint: of settings, inputs and code. Scratch is kept under it, so that work killed half-way goes on where
-            it was, and only there: other settings never find it.
-        scratch: what is not published yet. `out` in it becomes the stage's output, whole.
+        fingerprint: hash of settings, inputs and code. It names the scratch folder, so that an interrupted stage
+            resumes its own work, and never that of other settings.
+        scratch: folder of unpublished work. Its subfolder `out` is published atomically as the stage's output.
 
     Raises:
-        Locked: another process runs it.
-        ForeignFileError: a file or folder that no stage wrote is where this one would write.
+        Locked: another process runs the stage.
+        ForeignFileError: a file or folder that no stage wrote is in the place of an output.
     """
 
     def __init__(
@@ -134,23 +134,24 @@ class Stage:
         name: Callable[[T], str],
         size: Callable[[T], int],
     ) -> list[UnitReport]:
-        """Runs `work` on every unit as a Prefect task, some at a time, each retried.
+        """Runs `work` on every unit as a Prefect task, `compute.workers` at a time, with retries.
 
-        A unit whose last try fails is reported with all its items failed: the gate decides whether the stage may go on.
+        If the last attempt at a unit fails, all items of the unit are reported as failures. The gate decides whether
+        the stage continues.
 
         Args:
-            units: pieces of work that are done whole.
-            work: does one; returns at once what a finished unit's markers say. Where units run in other processes,
-                it is sent to them: a function of a module or a small frozen object, no closure.
-            name: of a unit.
-            size: items in a unit.
+            units: the work units; each is written atomically.
+            work: processes a unit, or returns the stored reports of a finished one. It must be picklable if units run
+                in other processes: a module's function or a small frozen object, not a closure.
+            name: returns the name of a unit.
+            size: returns the number of items in a unit.
 
         Returns:
-            What `work` returned, in the order of the units.
+            The reports of all units, in the order of `units`.
 
         Raises:
-            OSError: the disk is full or read-only: no other unit would fare better.
-            Unusable: as a unit says of what all of them need.
+            OSError: the disk is full or read-only, so other units would fail too.
+            NonRetryableError: a resource that all units need cannot be used.
         """
         settings = self.params.compute
         futures = {}
@@ -159,7 +160,7 @@ class Stage:
                 task_run_name=f"{self.label}: {name(unit)}",
                 retries=settings.retries,
                 retry_delay_seconds=settings.retry_delay_seconds,
-                retry_condition_fn=_may_pass,
+                retry_condition_fn=_is_retryable,
             )
             futures[run.submit(_Opaque(partial(work, unit)))] = unit
         reports: dict[str, list[UnitReport]] = {}
@@ -170,9 +171,9 @@ class Stage:
                 reports[name(unit)] = future.result()
             except Exception as error:
                 full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-                if full or isinstance(error, Unusable):
+                if full or isinstance(error, NonRetryableError):
                     raise
-                self.log.warning("%s: %s failed for good: %s", self.label, name(unit), error)
+                self.log.warning("%s: %s failed on its last attempt: %s", self.label, name(unit), error)
                 failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
                 reports[name(unit)] = [UnitReport(name(unit), size(unit), 0, "", 0, failures)]
             left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
@@ -180,14 +181,14 @@ class Stage:
         return [report for unit in units for report in reports[name(unit)]]
 
     def publish(self, out: Path) -> None:
-        """Moves the scratch's output into its place atomically, and removes what other settings left behind."""
+        """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings."""
         publish(self.out, out)
         self.discard()
         files.fill_hash_cache(out, hash_cache_of(out))
         self.log.info("%s: wrote %s", self.label, out)
 
     def discard(self) -> None:
-        """Removes the stage's scratch, other settings' too: it ended well."""
+        """Removes the stage's scratch, including that of other settings."""
         remove(self.scratch.parent)
 
     def record(
@@ -197,13 +198,13 @@ class Stage:
         index: Totals | None = None,
         notes: dict[str, Any] | None = None,
     ) -> None:
-        """Writes what the report says of the stage: time, throughput, counts, what the gate checked and its pages.
+        """Writes the stage record for the report: time, throughput, counts, the gate's checks and its pages.
 
         Args:
-            samples: images (or texts, or training samples) that went through.
-            checks: the gate's.
-            index: the index.json that the stage wrote; None where a stage has no items.
-            notes: anything else, by name.
+            samples: number of processed images, texts or training samples.
+            checks: the gate's checks.
+            index: the index.json that the stage wrote; None for a stage without items.
+            notes: further values by name.
         """
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
         work = max(seconds - sum(orchestration.values()), 1e-6)
@@ -226,39 +227,39 @@ class Stage:
         if pages.is_dir():
             copy = stages / DATA_DOCS / self.label
             with atomic_write(copy) as partial:
-                shutil.copytree(pages, partial, ignore=_DECORATION)
+                shutil.copytree(pages, partial, ignore=_PAGE_MEDIA)
                 write_record(partial, copy)
 
 
 def claim(params: Params, name: str, item: str | None = None) -> str:
-    """Locks a stage until this process ends, and checks that it replaces nothing but its own earlier output.
+    """Locks a stage until this process ends, and checks that it will replace only its own earlier outputs.
 
     Args:
         params: the whole configuration.
-        name: of the stage.
-        item: of the stage, if it fans out.
+        name: name of the stage.
+        item: the item of a stage with a `foreach` in dvc.yaml.
 
     Returns:
-        What files of this stage are called.
+        The label of the stage, `NAME` or `NAME-ITEM`, which names its files.
 
     Raises:
-        Locked: another process runs it.
-        ForeignFileError: a file or folder that no stage wrote is where this one would write.
-        StageFailed: scratch is a link.
+        Locked: another process runs the stage.
+        ForeignFileError: a file or folder that no stage wrote is in the place of an output.
+        StageFailed: the scratch folder is a link.
         ValueError: a path leads out of the project.
     """
     label = f"{name}-{item}" if item else name
     check_scratch()
-    hold(SCRATCH / "locks" / f"{label}.lock", f"stage {label}")
+    hold_lock(SCRATCH / "locks" / f"{label}.lock", f"stage {label}")
     params.paths.check_links(Path())
     prepare(outputs(params.paths, name, item))
     return label
 
 
 class _Opaque:
-    """A unit's work, in this folder, for any process of any machine that has the folder.
+    """The work of a unit, which runs in the current folder, also in another process or on another machine.
 
-    It hides the work's contents from Prefect, which would search a task's arguments for futures.
+    It hides its contents from Prefect, which would search a task's arguments for futures.
     """
 
     def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
@@ -266,7 +267,7 @@ class _Opaque:
         self.folder = Path.cwd()
 
     def call(self) -> list[UnitReport]:
-        if Path.cwd() != self.folder:  # a cluster's worker starts elsewhere
+        if Path.cwd() != self.folder:  # a cluster's worker starts in another folder
             os.chdir(self.folder)
         return self.work()
 
@@ -276,30 +277,33 @@ def _run_unit(work: _Opaque) -> list[UnitReport]:
     return work.call()
 
 
-def _may_pass(_task: Any, _run: Any, state: State[Any]) -> bool:
-    """Whether what made a unit fail may be gone at the next try."""
-    return not isinstance(state.result(raise_on_failure=False), Unusable)
+def _is_retryable(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Returns whether a failed unit may succeed on the next attempt."""
+    return not isinstance(state.result(raise_on_failure=False), NonRetryableError)
 
 
 def hash_of(index: Path) -> str:
-    """The hash of a published folder's contents, from its index.json.
+    """Returns the hash of a published folder, after checking its files.
+
+    Args:
+        index: a file that identifies the folder's contents, such as its index.json.
 
     Raises:
-        StageFailed: there is none; the message names the command to run.
+        StageFailed: the file is missing; the message names the command to run.
         Damaged: a file in the folder is not what its stage wrote.
     """
     if not index.is_file():
-        raise StageFailed(f"{index} is not there; run `dvc repro` so that the stage that writes it runs first")
+        raise StageFailed(f"{index} is missing; run `dvc repro`, which first runs the stage that writes it")
     check_input(index.parent)
     return sha256_files([index])
 
 
 def check_input(folder: Path, within: str = "") -> None:
-    """Compares a folder that another stage published with its record; large files only if they were touched.
+    """Compares the files of a published folder with its record. Large files are hashed only if they were touched.
 
     Args:
-        folder: that is read.
-        within: only files whose names begin with this.
+        folder: the folder that a stage reads.
+        within: only files whose names begin with this are checked.
 
     Raises:
         Damaged: a file is missing or has other contents.
@@ -309,35 +313,35 @@ def check_input(folder: Path, within: str = "") -> None:
 
 
 def hash_cache_of(folder: Path) -> Path:
-    """Where it is remembered which files of a published folder were hashed."""
+    """Returns the file that caches the hashes of a published folder's files."""
     return SCRATCH / "checked" / f"{sha256_json(folder.absolute().as_posix())[:16]}.json"
 
 
 def check_scratch() -> None:
-    """Checks that scratch is in the project.
+    """Checks that the scratch folder is in the project.
 
     Raises:
-        StageFailed: it is a link: what is in it would not be known to be scratch.
+        StageFailed: it is a link, so the files in it may not be scratch.
     """
     if SCRATCH.is_symlink():
         raise StageFailed(
-            f"{SCRATCH} is a link, but scratch must be a folder of the project; remove the link, and mount another "
-            "disk there if this one is too small"
+            f"{SCRATCH} is a link, but it must be a folder in the project; remove the link, and mount another disk "
+            "there if this one is too small"
         )
 
 
 _held: dict[Path, ExitStack] = {}
 
 
-def hold(path: Path, what: str) -> None:
-    """Holds a lock until this process ends, or `release` is called.
+def hold_lock(path: Path, what: str) -> None:
+    """Holds a lock until this process ends or calls `release_locks`.
 
     Args:
-        path: of the lock file.
-        what: is locked, for the message.
+        path: path of the lock file.
+        what: what the lock protects, for the error message.
 
     Raises:
-        Locked: another process holds it.
+        Locked: another process holds the lock.
     """
     path = path.absolute()
     if path not in _held:
@@ -346,8 +350,8 @@ def hold(path: Path, what: str) -> None:
             _held[path] = stack.pop_all()
 
 
-def release() -> None:
-    """Frees all locks that `hold` took."""
+def release_locks() -> None:
+    """Releases all locks that `hold_lock` acquired."""
     while _held:
         _held.popitem()[1].close()
 
@@ -355,76 +359,77 @@ def release() -> None:
 EXPECTED = (*scratch.EXPECTED, GateFailed)
 
 
-class _NoTraceback(logging.Filter):
-    """Keeps Prefect from printing a traceback for what `main` says in one line."""
+class _TracebackFilter(logging.Filter):
+    """Keeps Prefect from printing tracebacks of errors that `main` prints as one line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
         return not isinstance(error, (*EXPECTED, httpx.TransportError))
 
 
-class _OneLine(logging.Filter):
-    """Says once, in one line, that Prefect's server has ended, instead of a traceback for each event."""
+class _ServerLossFilter(logging.Filter):
+    """Logs one line when Prefect's server has ended, instead of a traceback for each event."""
 
-    said = False
+    logged = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         if "EventsWorker" not in record.getMessage():
             return True
-        if self.said:
+        if self.logged:
             return False
-        self.said = True
-        record.msg, record.args = f"{no_answer()}; the stage goes on, and its page will lack what happens now", ()
+        self.logged = True
+        record.msg = f"{no_answer_message()}; the stage continues, and its page in Prefect will lack later events"
+        record.args = ()
         record.exc_info = record.exc_text = None
         return True
 
 
-def unreachable(error: Exception) -> bool:
-    """Whether an error of Prefect's client is that its server does not answer."""
+def is_unreachable(error: Exception) -> bool:
+    """Returns whether an error of Prefect's client means that its server does not answer."""
     return isinstance(error, httpx.TransportError) or str(error).startswith("Failed to reach API")
 
 
-def no_answer() -> str:
-    """That Prefect's server does not answer, with its address."""
+def no_answer_message() -> str:
+    """Returns the message that Prefect's server does not answer, with its address."""
     return f"Prefect's server at {(PREFECT_API_URL.value() or '').removesuffix('/api')} does not answer"
 
 
-def with_tracebacks() -> bool:
-    """Whether LOTLIP_TRACEBACK asks for tracebacks; where it does not, Prefect prints none for what a user can mend."""
-    asked = bool(os.environ.get("LOTLIP_TRACEBACK"))
-    if not asked:
+def configure_tracebacks() -> bool:
+    """Returns whether LOTLIP_TRACEBACK asks for tracebacks. If not, Prefect prints none for errors of the user."""
+    enabled = bool(os.environ.get("LOTLIP_TRACEBACK"))
+    if not enabled:
         for name in ("prefect.flow_runs", "prefect.task_runs", "prefect.engine"):
-            logging.getLogger(name).addFilter(_NoTraceback())
-        logging.getLogger("prefect._internal.concurrency").addFilter(_OneLine())
-        logging.raiseExceptions = False  # or each log that Prefect's server does not take prints an error of its own
-    return asked
+            logging.getLogger(name).addFilter(_TracebackFilter())
+        logging.getLogger("prefect._internal.concurrency").addFilter(_ServerLossFilter())
+        logging.raiseExceptions = False  # otherwise each record that Prefect's server does not accept prints an error
+    return enabled
 
 
 @contextmanager
 def on_threads(params: Params) -> Iterator[Any]:
-    """Units run in threads of this process, `compute.workers` at a time."""
+    """Yields Prefect's task runner that runs units in threads, `compute.workers` at a time."""
     yield ThreadPoolTaskRunner(max_workers=params.compute.workers)
 
 
 def main(
     stage: Flow[..., Any],
     *arguments: str,
-    running: Callable[[Params], AbstractContextManager[Any]] = on_threads,
+    task_runner: Callable[[Params], AbstractContextManager[Any]] = on_threads,
 ) -> None:
-    """Runs a stage's flow as a program, `python -m flows.STAGE [ITEM]`; a failure is status 1 and one clear line.
+    """Runs a stage's flow as a program, `python -m flows STAGE [ITEM]`. A failure prints one line and exits with 1.
 
     Args:
         stage: the flow.
-        arguments: of the flow.
-        running: gives Prefect's runner of units, for the time that the flow takes.
+        arguments: arguments of the flow.
+        task_runner: context manager that provides Prefect's task runner for the duration of the flow.
     """
     from flows.runtime.servers import prefect_for_program
 
-    tracebacks = with_tracebacks()
+    tracebacks = configure_tracebacks()
     finished = False
-    missing = ""  # names the server; its address is a setting of the block below
+    no_answer = ""  # has the server's address, which is known only in the block below
 
-    @wraps(stage.fn)  # Prefect names a run by the parameters
+    @wraps(stage.fn)  # Prefect derives the run's name from the signature
     def body(*given: Any, **named: Any) -> None:
         nonlocal finished
         stage.fn(*given, **named)
@@ -433,10 +438,10 @@ def main(
     name = " ".join([stage.name, *arguments])
     try:
         params = load_params()
-        if set(arguments) <= {*params.names, *params.caption.captioners}:  # the flow refuses what is not there
+        if set(arguments) <= {*params.names, *params.caption.captioners}:  # the flow rejects unknown names
             claim(params, stage.name, *arguments)  # before Prefect's server starts, which takes seconds
-        with prefect_for_program(), running(params) as runner:
-            missing = no_answer()
+        with prefect_for_program(), task_runner(params) as runner:
+            no_answer = no_answer_message()
             _clock.call()
             configured = stage.with_options(task_runner=runner)
             configured.fn = body
@@ -446,13 +451,15 @@ def main(
             raise
         sys.exit(f"error in {name}: {explain(error)}")
     except (httpx.TransportError, RuntimeError) as error:
-        if not unreachable(error):
+        if not is_unreachable(error):
             raise
-        if finished:  # all is published; only the run's last state could not be sent
-            print(f"warning in {name}: {missing}; the stage has finished, and its page shows it as running")
+        if finished:  # the outputs are published; only the run's final state could not be sent
+            print(
+                f"warning in {name}: {no_answer}; the stage has finished, and its page in Prefect shows it as running"
+            )
             return
         if tracebacks:
             raise
-        sys.exit(f"error in {name}: {missing}; start it and run again: finished units are kept")
+        sys.exit(f"error in {name}: {no_answer}; start it and run again: finished units are kept")
     finally:
-        release()
+        release_locks()

@@ -1,8 +1,8 @@
-"""Programs in process groups of their own, which end with the program that started them.
+"""Runs programs in process groups of their own, which end with the program that started them.
 
-`python -m flows.runtime.supervisor COMMAND…` runs a command so, and ends with its status. A program that is killed by
-SIGKILL cannot clean up. The supervisor runs between it and the command: the kernel signals the supervisor, which ends
-all that the command has started.
+`python -m flows.runtime.supervisor COMMAND…` runs a command and exits with its status. A program that is killed by
+SIGKILL cannot clean up, so the supervisor runs between the program and the command. The kernel signals the supervisor,
+which ends all processes that the command has started.
 """
 
 from __future__ import annotations
@@ -22,45 +22,44 @@ from typing import Any
 from lotlip.core.lifetime import end_with_parent
 
 GRACE_SECONDS = 10
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def guarded(command: Sequence[str]) -> list[str]:
-    """The command that runs another one under a guard."""
+def supervised(command: Sequence[str]) -> list[str]:
+    """Returns the command that runs a command under a supervisor."""
     return [sys.executable, "-m", "flows.runtime.supervisor", *command]
 
 
 def start_group(command: Sequence[str], sign: int = signal.SIGTERM, **options: Any) -> subprocess.Popen[Any]:
-    """Starts a command in a process group of its own, which gets a signal when this process ends, even by SIGKILL.
+    """Starts a command in a process group of its own. It gets a signal when this process ends, even by SIGKILL.
 
     May be called from any thread.
 
     Args:
-        command: and its arguments.
+        command: the program and its arguments.
         sign: the signal.
-        options: of subprocess.Popen.
+        options: options of subprocess.Popen.
     """
-    tie = partial(_tie, os.getpid(), sign)
-    start = partial(subprocess.Popen, command, start_new_session=True, preexec_fn=tie, **options)
-    # The kernel signals a child when the thread that started it ends. The main thread lasts as long as the process.
+    bind = partial(_bind_to_parent, os.getpid(), sign)
+    start = partial(subprocess.Popen, command, start_new_session=True, preexec_fn=bind, **options)
+    # The kernel signals a child when the thread that started it ends. The main thread lives as long as the process.
     if threading.current_thread() is threading.main_thread():
         return start()
-    return _starter(os.getpid())(start)
+    return _starter_thread(os.getpid())(start)
 
 
-def _tie(parent: int, sign: int) -> None:
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+def _bind_to_parent(parent: int, sign: int) -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
     end_with_parent(parent, sign)
 
 
 @contextmanager
 def group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
-    """Starts a command as `start_group` does, and ends what is left of its group with the block.
+    """Starts a command as `start_group` does, and ends its process group with the block.
 
-    A signal that arrives while the command starts is delivered when the block has begun, so that it cannot prevent the
-    clean-up.
+    Signals are blocked until the command has started and the block has begun, so that they cannot prevent the clean-up.
     """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)
     try:
         process = start_group(command, **options)
         try:
@@ -73,8 +72,11 @@ def group(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[A
 
 
 @cache
-def _starter(_process: int) -> Callable[[Callable[[], subprocess.Popen[Any]]], subprocess.Popen[Any]]:
-    """Runs functions in one thread that lasts as long as the process; a fork needs another, hence the argument."""
+def _starter_thread(_process: int) -> Callable[[Callable[[], subprocess.Popen[Any]]], subprocess.Popen[Any]]:
+    """Returns a function that runs its argument in one thread, which lives as long as the process.
+
+    A fork needs a new thread, so the cache's key is the process id.
+    """
     waiting: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
 
     def work() -> None:
@@ -96,14 +98,14 @@ def _starter(_process: int) -> Callable[[Callable[[], subprocess.Popen[Any]]], s
 
 
 @contextmanager
-def ending_well() -> Iterator[None]:
-    """Makes Ctrl-C, SIGTERM and SIGHUP (a closed terminal) end the block by an exception, so that it can clean up.
+def exit_on_signals() -> Iterator[None]:
+    """Makes Ctrl-C, SIGTERM and SIGHUP (a closed terminal) raise an exception in the block, so that it can clean up.
 
-    Only the first signal counts: a second one would interrupt the clean-up.
+    Only the first signal has an effect: a second one would interrupt the clean-up.
 
     Raises:
         KeyboardInterrupt: on Ctrl-C.
-        SystemExit: on SIGTERM and SIGHUP, with the status that a shell gives a program that they end.
+        SystemExit: on SIGTERM and SIGHUP, with status 128 plus the signal's number, as in a shell.
     """
     ending = False
 
@@ -117,8 +119,8 @@ def ending_well() -> Iterator[None]:
         sys.exit(128 + sign)
 
     before = {}
-    for sign in ENDING:
-        if signal.getsignal(sign) != signal.SIG_IGN:  # as under nohup
+    for sign in END_SIGNALS:
+        if signal.getsignal(sign) != signal.SIG_IGN:  # ignored under nohup
             before[sign] = signal.signal(sign, end)
     try:
         yield
@@ -128,7 +130,7 @@ def ending_well() -> Iterator[None]:
 
 
 def end_group(process: subprocess.Popen[Any]) -> None:
-    """Ends what is left of a process's group: asks first, then kills."""
+    """Ends the remaining processes of a group: by SIGTERM first, then by SIGKILL."""
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -141,6 +143,6 @@ def end_group(process: subprocess.Popen[Any]) -> None:
 
 
 if __name__ == "__main__":
-    with ending_well(), group(sys.argv[1:]) as command:
+    with exit_on_signals(), group(sys.argv[1:]) as command:
         command.wait()
     sys.exit(command.returncode if command.returncode >= 0 else 128 - command.returncode)

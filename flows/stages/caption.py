@@ -71,10 +71,10 @@ def caption(captioner: str) -> None:
     stage.record(index.read, checks, index, {"revision": author.revision, "quality": quality})
 
 
-def running(params: Params) -> AbstractContextManager[Any]:
+def task_runner(params: Params) -> AbstractContextManager[Any]:
     """Returns the task runner of `compute.task_runner` as a context manager."""
     return on_ray(params) if params.compute.task_runner == "ray" else on_threads(params)
 
 
 if __name__ == "__main__":
-    main(caption, *sys.argv[1:], running=running)
+    main(caption, *sys.argv[1:], task_runner=task_runner)

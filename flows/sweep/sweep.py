@@ -46,8 +46,8 @@ from flows.runtime.servers import (
     print_prefect,
     using_prefect,
 )
-from flows.runtime.stage import EXPECTED, hash_of, no_answer, unreachable, with_tracebacks
-from flows.runtime.supervisor import end_group, ending_well, guarded, start_group
+from flows.runtime.stage import EXPECTED, configure_tracebacks, hash_of, is_unreachable, no_answer_message
+from flows.runtime.supervisor import end_group, exit_on_signals, start_group, supervised
 from flows.sweep.trials import Sweep, Trial, make_grid, selection, selection_scores, short_name
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
 from lotlip.config.params import Params, load_params
@@ -192,7 +192,7 @@ class TrialRunner:
             with self._lock:
                 self._check_not_stopping()
                 process = start_group(
-                    guarded(command),
+                    supervised(command),
                     cwd=project,
                     env=environment,
                     stdin=subprocess.DEVNULL,
@@ -429,7 +429,7 @@ def _update_data(environment: Mapping[str, str]) -> None:
     log = SCRATCH / "sweeps" / "data.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        command = guarded([sys.executable, "-m", "flows.runtime.dvc", "repro", "shard"])
+        command = supervised([sys.executable, "-m", "flows.runtime.dvc", "repro", "shard"])
         process = start_group(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             status = process.wait()
@@ -525,11 +525,11 @@ def main(arguments: Sequence[str]) -> None:
         set_params(Path("params.yaml"), changes)
         print(f"params.yaml now has {', '.join(f'{key}={value}' for key, value in changes.items())}")
         return
-    with_tracebacks()
+    configure_tracebacks()
     settings = read_sweep(chosen.sweep)
     make_grid(settings, load_params())  # fails on invalid settings before anything starts
     with ExitStack() as stack:
-        stack.enter_context(ending_well())
+        stack.enter_context(exit_on_signals())
         if not PREFECT_API_URL.value():
             listener, login = listen_for("prefect", any_port=True), new_login()
             port = port_at(listener)
@@ -539,9 +539,9 @@ def main(arguments: Sequence[str]) -> None:
         try:
             sweep(settings)
         except (httpx.TransportError, RuntimeError) as error:
-            if not unreachable(error):
+            if not is_unreachable(error):
                 raise
-            raise StageFailed(f"{no_answer()}; rerun the same sweep: finished trials are kept") from error
+            raise StageFailed(f"{no_answer_message()}; rerun the same sweep: finished trials are kept") from error
 
 
 def read_sweep(text: str) -> Sweep:
@@ -565,7 +565,7 @@ def run(arguments: Sequence[str]) -> None:
     try:
         main(arguments)
     except EXPECTED as error:
-        if with_tracebacks():
+        if configure_tracebacks():
             raise
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -17,7 +17,7 @@ SPLITS = ("train", "val", "test")
 DATA_DOCS = "data-docs"
 
 
-class Unusable(ValueError):
+class NonRetryableError(ValueError):
     """Something that every unit needs cannot be used. The stage ends at once, because only the user can fix it."""
 
 

@@ -41,7 +41,7 @@ from lotlip.pretrain.model import LotlipForPreTraining
 
 FP32 = 4
 # Defaults without shards: word pieces of a short caption, and of a sub-caption including its full stop.
-RAW_TOKENS, SUB_CAPTION_TOKENS = 10, 20
+SHORT_TOKENS, SUB_CAPTION_TOKENS = 10, 20
 # Defaults without shards: a JPEG of 256 pixels, and the texts of three captioners as JSON.
 IMAGE_BYTES, JSON_BYTES = 30_000, 3_000
 # Memory of CUDA, cuBLAS and NCCL before the first tensor.
@@ -83,19 +83,19 @@ class TextLengths:
     """Mean lengths in tokens, including special and corner tokens.
 
     Attributes:
-        raw: tokens of a short caption.
+        short: tokens of a short caption.
         long: tokens of a long text.
         per_image: long texts per image and step (K).
     """
 
-    raw: float
+    short: float
     long: float
     per_image: int
 
     @property
     def tokens(self) -> float:
         """Tokens per sample."""
-        return self.raw + self.per_image * self.long
+        return self.short + self.per_image * self.long
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Plan:
             "gradient_accumulation_steps": self.compute.gradient_accumulation_steps,
             "samples": self.samples,
             "epochs": self.samples / self.images if self.images else None,
-            "tokens_per_text": {"raw": self.texts.raw, "long": self.texts.long},
+            "tokens_per_text": {"short": self.texts.short, "long": self.texts.long},
             "tokens": self.samples * self.texts.tokens,
             "flops_per_step": self.flops,
             "memory_bytes_per_gpu": self.memory,
@@ -365,9 +365,9 @@ def text_lengths(
     fixed = 1 + text.corner_tokens + text.register_tokens
     if not statistics and assumed is not None:
         assumed.append(
-            f"{RAW_TOKENS} word pieces per short caption, {SUB_CAPTION_TOKENS} per sub-caption (there are no shards)"
+            f"{SHORT_TOKENS} word pieces per short caption, {SUB_CAPTION_TOKENS} per sub-caption (there are no shards)"
         )
-    raw = statistics["raw"]["tokens_per_text"] if statistics else RAW_TOKENS
+    short = statistics["raw"]["tokens_per_text"] if statistics else SHORT_TOKENS
     window = float(long_texts.sub_captions * SUB_CAPTION_TOKENS)
     captioners = long_texts.captioners or [name for name in statistics if name != "raw"]
     if missing := [name for name in captioners if statistics and name not in statistics]:
@@ -381,7 +381,7 @@ def text_lengths(
         window = sum(windows) / len(windows)
     limit = text.context_length
     per_image = long_texts.per_image if long_texts.sub_captions else 0
-    return TextLengths(min(fixed + raw + 1, limit), min(fixed + window, limit), per_image)
+    return TextLengths(min(fixed + short + 1, limit), min(fixed + window, limit), per_image)
 
 
 def _window(statistics: Mapping[str, float], sub_captions: int) -> float:
@@ -400,7 +400,7 @@ def step_flops(
     """
     passes = 3 if compute.gradient_accumulation_steps == 1 else 4
     model = towers.model.config
-    text = text_tower_flops(model, round(texts.raw))
+    text = text_tower_flops(model, round(texts.short))
     if texts.per_image:
         text += texts.per_image * text_tower_flops(model, round(texts.long))
     image_passes = int(config.from_pixels) if config.image_tower.frozen else passes
@@ -462,7 +462,7 @@ def state_bytes(config: PretrainConfig, compute: TrainingCompute, trained: int) 
         "gradients": size * trained / (1 if full_gradients else split),
         "fp32 weights": FP32 * trained / split if stage else 0.0,
         "AdamW's moments": 2 * FP32 * trained / split,
-        "gradients on their way": float(size * bucket),
+        "gradient reduction buffers": float(size * bucket),
     }
 
 
@@ -477,7 +477,7 @@ def activation_bytes(
     late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
     # Packed short captions need only [CLS], which does not attend to masked corner tokens, so those are left out.
     dropped = corners if packed and config.text.corner_mask else 0
-    kinds = [(texts.raw if late else texts.raw - dropped, 1)] + texts.per_image * [(texts.long, 1 + corners)]
+    kinds = [(texts.short if late else texts.short - dropped, 1)] + texts.per_image * [(texts.long, 1 + corners)]
     text = 0.0
     for length, outputs in kinds:
         last = outputs if packed and not late else None
@@ -485,9 +485,9 @@ def activation_bytes(
         # Input and output of the pooler's tanh, features before and after normalisation.
         heads = length if late else outputs
         text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
-    parts = {"text activations": text, "pictures and image activations": 0.0}
+    parts = {"text activations": text, "images and image activations": 0.0}
     if config.from_pixels:
-        parts["pictures and image activations"] = _image_bytes(config, towers.image, batch)
+        parts["images and image activations"] = _image_bytes(config, towers.image, batch)
     return parts
 
 
@@ -599,7 +599,7 @@ def storage(
         "sample": float(sample),
         **total,
         "checkpoint": checkpoint,
-        "checkpoints at once": (KEPT + 1) * checkpoint,
+        "peak checkpoints": (KEPT + 1) * checkpoint,
         "model": float(FP32 * (towers.trained + frozen)),
     }
 
@@ -615,7 +615,7 @@ def describe(plan: Plan, title: str) -> list[str]:
     count = "1 GPU" if compute.processes == 1 else f"{compute.processes} GPUs"
     epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--images)"
     zero = deepspeed_config(config, compute)["zero_optimization"]["stage"]
-    tokens = {"short caption": plan.texts.raw, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
+    tokens = {"short caption": plan.texts.short, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
     lines = [f"{title} on {count}, {config.precision}, ZeRO {zero}"]
     lines += _table("parameters, trained", {name: f"{count:,}" for name, count in plan.trained.items()})
     lines.append(_row("total", f"{sum(plan.trained.values()):,}"))

@@ -235,7 +235,7 @@ def attacked(served: Served, deployment: str, mark: Path) -> None:
 
 
 @needs_curl
-def test_nobody_else_can_run_commands_by_make_serve(serve: Served, tmp_path: Path):
+def test_other_users_cannot_run_commands_through_make_serve(serve: Served, tmp_path: Path):
     deployment = deployments(serve)["reproduce/by-hand"]
     attacked(serve, deployment, tmp_path / "mark")
     # the requests are right: with the printed login they are accepted, and the runner runs the command
@@ -245,21 +245,21 @@ def test_nobody_else_can_run_commands_by_make_serve(serve: Served, tmp_path: Pat
 
 @needs_curl
 @pytest.mark.smoke
-def test_nobody_else_can_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
+def test_other_users_cannot_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
     deployment = create_deployment(ui)
     attacked(ui, deployment, tmp_path / "mark")
     assert chain(ui, deployment, tmp_path / "mark", "--user", ui.login) == [200, 204, 201]
 
 
 @needs_curl
-def test_nobody_else_can_use_the_server_of_a_run(inner: Served, tmp_path: Path):
+def test_other_users_cannot_use_the_server_of_a_run(inner: Served, tmp_path: Path):
     deployment = create_deployment(inner)
     attacked(inner, deployment, tmp_path / "mark")
     assert chain(inner, deployment, tmp_path / "mark", "--user", inner.login) == [200, 204, 201]
 
 
 @needs_curl
-def test_nobody_else_can_use_mlflow(ui: Served, tmp_path: Path):
+def test_other_users_cannot_use_mlflow(ui: Served, tmp_path: Path):
     """Artifacts of an experiment may lie anywhere: whoever may make one can read and write this user's files."""
     address = f"{ui.mlflow}/api/2.0/mlflow/experiments/create"
     for number, (options, status) in enumerate(REFUSED):
@@ -273,7 +273,7 @@ def test_nobody_else_can_use_mlflow(ui: Served, tmp_path: Path):
 
 
 @pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
-def test_websockets_ask_for_the_login_and_the_origin(inner: Served, path: str):
+def test_websockets_require_the_login_and_the_origin(inner: Served, path: str):
     from websockets.exceptions import ConnectionClosed, InvalidStatus
     from websockets.sync.client import connect
 
@@ -365,7 +365,7 @@ def elsewhere() -> Iterator[str]:
 @needs_curl
 @needs_chromium
 @pytest.mark.parametrize("name", ["serve", "ui", "reproduce"])
-def test_a_page_of_another_site_can_do_nothing_in_a_browser_that_is_logged_in(
+def test_another_sites_page_can_do_nothing_in_a_logged_in_browser(
     name: str, request: pytest.FixtureRequest, elsewhere: str, tmp_path: Path
 ):
     from playwright.sync_api import expect, sync_playwright

@@ -111,7 +111,7 @@ def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_flow_that_is_ended_takes_training_with_it(server, job, sign):
+def test_a_terminated_flow_ends_its_training(server, job, sign):
     flow = begin(server, job, str(job))
     await_that(lambda: trains(job), "training runs")
     assert len(running(job)) == 5
@@ -121,7 +121,7 @@ def test_a_flow_that_is_ended_takes_training_with_it(server, job, sign):
 
 
 @pytest.mark.smoke
-def test_a_flow_that_is_cancelled_takes_training_with_it(server, job):
+def test_a_cancelled_flow_ends_its_training(server, job):
     """As the button in Prefect's UI does it, by the flow run's state."""
     runner = begin(server, job)
     try:

@@ -22,7 +22,7 @@ from lotlip.data.partitions import read_captions, unit_names
 from tests.workspace import ROOT, Workspace, tiny
 
 
-def test_dvc_watches_what_decides_captions_and_not_where_they_are_written():
+def test_dvc_watches_parameters_that_decide_captions_but_not_the_output_folder():
     watched = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["caption"]["do"]["params"]
     deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - {"captioners"}}
     assert set(watched) == deciding | {"caption.captioners.${key}"}
@@ -112,7 +112,7 @@ def keys(workspace: Workspace, captioner: str) -> list[str]:
 
 
 @pytest.mark.integration
-def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow(workspace) -> None:
+def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace) -> None:
     slow(workspace, 0.02)
     forget(workspace)
     run_on(workspace, "threads")
@@ -154,7 +154,7 @@ def test_captions_are_written_once_whatever_is_killed_and_whichever_rules_follow
 
 @pytest.mark.system
 @pytest.mark.smoke
-def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace) -> None:
+def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspace) -> None:
     slow(workspace, 0.05)
     run_on(workspace, "threads")
     workspace.python("flows.stages.caption", "sharegpt4v")
@@ -191,7 +191,7 @@ def test_ray_s_worker_may_be_killed_and_the_bytes_are_those_of_threads(workspace
 
 
 @pytest.mark.system
-def test_ray_ends_with_a_flow_that_is_killed(workspace) -> None:
+def test_ray_ends_with_a_killed_flow(workspace) -> None:
     slow(workspace, 0.2)
     forget(workspace)
     run_on(workspace, "ray")
@@ -220,7 +220,7 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
 
 
 @pytest.mark.integration
-def test_a_server_that_is_not_there_is_one_clear_line(workspace: Workspace) -> None:
+def test_a_missing_server_is_one_clear_line(workspace: Workspace) -> None:
     before = (workspace.folder / "params.yaml").read_text()
     gone = {"kind": "endpoint", "path": "lotlip/caption/captioners/endpoint.py", "model": "tiny", "revision": "1"}
     gone["url"] = f"http://127.0.0.1:{free_port()}/v1"

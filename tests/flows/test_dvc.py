@@ -99,7 +99,7 @@ def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.Complet
 
 @pytest.mark.integration
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_dvc_writes_its_locks_leaves_them_whole(project, sign):
+def test_a_signal_while_dvc_writes_its_locks_does_not_damage_them(project, sign):
     done = run(project, "-c", WORST_MOMENT, str(int(sign)), check=False)
     assert done.returncode == 130, done.stderr
     assert not (project / f"o{STAGES}").exists()  # no further stage was run
@@ -108,7 +108,7 @@ def test_a_signal_while_dvc_writes_its_locks_leaves_them_whole(project, sign):
 
 
 @pytest.mark.system
-def test_none_of_fifty_interruptions_blocks_the_next_run(project):
+def test_fifty_interruptions_never_block_the_next_run(project):
     done = run(project, "-c", INTERRUPTIONS, "50", "1.5")
     lines = done.stdout.splitlines()
     assert len(lines) == 50
@@ -176,7 +176,7 @@ def test_a_lock_of_a_live_process_stays(project):
 
 
 @pytest.mark.integration
-def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkeypatch):
+def test_other_users_cannot_write_the_files_that_dvc_unpickles(project, tmp_path, monkeypatch):
     """DVC makes folders for everybody to write to; one above them must be closed to others."""
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
     environment = {
@@ -194,7 +194,7 @@ def test_no_other_user_can_write_to_what_dvc_unpickles(project, tmp_path, monkey
 
 
 @pytest.mark.integration
-def test_a_project_without_git_runs_and_takes_git_up_later(project):
+def test_a_project_without_git_runs_and_can_be_added_to_git_later(project):
     (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
     run(project, "-m", "flows.runtime.dvc", "repro")
     assert (project / f"o{STAGES}").exists()
@@ -240,7 +240,7 @@ def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.integration
-def test_after_a_run_and_unrelated_edits_nothing_is_to_be_run(finished):
+def test_after_a_run_and_unrelated_edits_nothing_is_stale(finished):
     for runs in ([[]], [["first"], ["--single-item", "second"]]):
         assert is_up_to_date(runs)
     (finished / "params.yaml").write_text("unused: 2\nsecond: 1\nfirst: 1\n")
@@ -282,13 +282,13 @@ def _replace(path: Path, old: str, new: str) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("run", [[], ["first"], ["--single-item", "first"]], ids=" ".join)
-def test_what_has_changed_is_to_be_run(finished, change, run):
+def test_changed_stages_are_stale(finished, change, run):
     CHANGES[change](finished)
     assert not is_up_to_date([run])
 
 
 @pytest.mark.integration
-def test_only_the_named_stages_are_looked_at(finished):
+def test_only_the_named_stages_are_checked(finished):
     (finished / "params.yaml").write_text("first: 1\nsecond: 2\n")
     assert is_up_to_date([["first"]])
     assert not is_up_to_date([["first", "second"]])
@@ -299,7 +299,7 @@ def test_only_the_named_stages_are_looked_at(finished):
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("current", "stale"), [("first", "second"), ("second", "first")])
-def test_of_stages_with_the_same_inputs_one_may_be_stale(finished, current, stale):
+def test_one_of_several_stages_with_the_same_inputs_can_be_stale(finished, current, stale):
     CHANGES["code"](finished)
     run(finished, "-m", "dvc", "repro", current)
     assert is_up_to_date([[current]])
@@ -308,7 +308,7 @@ def test_of_stages_with_the_same_inputs_one_may_be_stale(finished, current, stal
 
 
 @pytest.mark.integration
-def test_of_a_single_item_earlier_stages_are_not_looked_at(finished):
+def test_with_single_item_earlier_stages_are_not_checked(finished):
     _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
     assert is_up_to_date([["--single-item", "first"]])
     assert not is_up_to_date([["first"]])

@@ -62,24 +62,24 @@ def test_deepspeed_reads_the_hostfile_as_we_do():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a slots=8\n", "has 8 slots, but compute.training.processes is 16; make them the same number"),
-        ("a slots=8\na slots=8\n", "has the line 'a slots=8'; it needs `HOST slots=GPUS`, each host once"),
-        ("a 8\n", "has the line 'a 8'; it needs `HOST slots=GPUS`"),
-        ("# nothing\n", "names no host; write a line"),
+        ("a slots=8\n", "has 8 slots, but compute.training.processes is 16; make them equal"),
+        ("a slots=8\na slots=8\n", "has the line 'a slots=8'; expected `HOST slots=GPUS`, with each host once"),
+        ("a 8\n", "has the line 'a 8'; expected `HOST slots=GPUS`"),
+        ("# nothing\n", "has no hosts; add a line"),
     ],
 )
-def test_a_hostfile_that_cannot_be_used_says_why(tmp_path, text, message):
+def test_an_unusable_hostfile_is_an_error_with_its_reason(tmp_path, text, message):
     path = hostfile(tmp_path, text)
     with pytest.raises(StageFailed, match=message):
         launch("m", [], 16, HostfileLaunch(kind="hostfile", path=path))
-    with pytest.raises(StageFailed, match="does not exist; write a line"):
+    with pytest.raises(StageFailed, match="does not exist; create it with a line"):
         read_hostfile(tmp_path / "none")
 
 
 def test_slurm_needs_an_allocation(monkeypatch):
     how = SlurmLaunch(kind="slurm", nodes=4)
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    with pytest.raises(StageFailed, match=r"no Slurm allocation; submit infra/slurm/reproduce\.sbatch"):
+    with pytest.raises(StageFailed, match=r"does not run in a Slurm allocation; submit infra/slurm/reproduce\.sbatch"):
         launch("m", ["x"], 32, how)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     command = launch("m", ["x"], 32, how)
@@ -87,7 +87,7 @@ def test_slurm_needs_an_allocation(monkeypatch):
     assert {"--nnodes=4", "--nproc-per-node=8"} <= set(command)
 
 
-def test_each_try_meets_apart_and_one_machine_is_the_host():
+def test_each_launch_has_its_own_rendezvous_and_one_machine_hosts_the_store():
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="lead:29500")
     first, second = (launch("m", ["x"], 16, how) for _ in range(2))
     assert first != second
@@ -102,7 +102,7 @@ def test_each_try_meets_apart_and_one_machine_is_the_host():
         ({"kind": "mpi"}, "'local', 'hostfile', 'slurm', 'rendezvous'"),
     ],
 )
-def test_a_launch_that_cannot_be_used_says_why(launched, message):
+def test_an_invalid_launch_is_an_error_with_its_reason(launched, message):
     with pytest.raises(ValueError, match=message):
         TrainingCompute(processes=8, launch=launched)
 
@@ -123,17 +123,17 @@ def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.mark.integration
-def test_those_that_join_run_what_is_announced_and_end_it_with_the_announcement(tmp_path, monkeypatch):
+def test_agents_run_the_announced_training_until_the_announcement_is_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="localhost:1")
     program = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
     with joining(tmp_path) as process:
         assert process.stdout is not None
         with join.announced(["python", "-c", program, "--rdzv-conf=is_host=1"], how):
-            assert process.stdout.readline().startswith("joins -c import os, time")
+            assert process.stdout.readline().startswith("joining -c import os, time")
             arguments = json.loads(join.ANNOUNCED.read_text())
             assert arguments == ["-c", program, "--rdzv-conf=is_host=0"]
-        assert process.stdout.readline() == "waits for the next training\n"
+        assert process.stdout.readline() == "waiting for the next training\n"
         started = tmp_path / "pid"
         assert not started.is_file() or not Path(f"/proc/{started.read_text()}").exists()
     assert process.returncode is not None
@@ -174,14 +174,14 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.system
 @pytest.mark.smoke
-def test_two_machines_that_meet_train_as_one(alone, tiny_world, here):
+def test_training_on_two_machines_equals_training_on_one(alone, tiny_world, here):
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
     with joining(here):
         assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
 
 
 @pytest.mark.system
-def test_deepspeeds_launcher_trains_as_one(alone, tiny_world, here):
+def test_training_with_deepspeeds_launcher_equals_training_in_one_process(alone, tiny_world, here):
     how = HostfileLaunch(kind="hostfile", path=hostfile(here, "localhost slots=2\n"), port=free_port())
     assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
 
@@ -271,7 +271,7 @@ def test_the_reason_of_a_failure_is_found_before_torchruns_report(written, reaso
     assert reason_of(written) == reason
 
 
-def test_a_process_that_wrote_nothing_has_what_torchrun_saw_of_it_as_reason():
+def test_the_reason_of_a_silent_process_is_torchruns_line_about_it():
     seen = "E1128 05:00:00.000000 7 torch/distributed/elastic/api.py:984] failed (exitcode: 3) local_rank: 0 (pid: 8)"
     end = "Traceback (most recent call last):\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     srun = "srun: error: node-1: task 0: Exited with exit code 1\nsrun: Terminating StepId=5.0\n"
@@ -280,7 +280,7 @@ def test_a_process_that_wrote_nothing_has_what_torchrun_saw_of_it_as_reason():
     assert reason_of(f"{seen}\n{end}{killed}") == "Signal 9 (SIGKILL) received by PID 8"
 
 
-def test_a_failure_without_an_error_has_its_last_line_as_reason():
+def test_the_reason_of_a_failure_without_an_error_is_its_last_line():
     assert reason_of("Segmentation fault\n=====\n") == "Segmentation fault"
     assert reason_of("") == ""
 

@@ -1,4 +1,4 @@
-"""What ends, and what is left, when a process is killed: the warm process, its forks, what stages start."""
+"""What ends, and what is left, when a process is killed: the fork server, its forks, processes that stages start."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from flows.runtime import fork_server as warm_module
+from flows.runtime import fork_server as fork_server_module
 from flows.runtime.fork_server import SOCKET, fork_server
-from flows.runtime.supervisor import end_group, ending_well, start_group
+from flows.runtime.supervisor import end_group, exit_on_signals, start_group
 from tests.workspace import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
@@ -40,19 +40,19 @@ fork_server._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).se
 
 @pytest.fixture
 def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
-    """The environment of programs that find a warm process which has imported nothing."""
+    """The environment of programs that use a fork server without preloaded modules."""
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
         return start_group([command[0], "-c", QUICK, command[-1]], **options)
 
-    monkeypatch.setattr(warm_module, "start_group", start)
+    monkeypatch.setattr(fork_server_module, "start_group", start)
     (tmp_path / "parent.py").write_text(PARENT)
     with fork_server({**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}) as environment:
         yield environment
 
 
 def server() -> psutil.Process:
-    """The warm process that this one has started."""
+    """The fork server that this process has started."""
     return next(child for child in psutil.Process().children() if QUICK in child.cmdline())
 
 
@@ -98,7 +98,7 @@ def lives(process: psutil.Process) -> bool:
 
 
 @pytest.mark.integration
-def test_killing_the_warm_process_ends_its_forks_and_what_they_started(quick):
+def test_killing_the_fork_server_ends_its_forks_and_their_processes(quick):
     with program(quick, "-m", "flows.runtime.run", "parent") as client:
         processes = started(client)
         assert processes[0].ppid() == server().pid
@@ -116,7 +116,7 @@ def test_forks_collect_garbage_as_usual(quick, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
+def test_the_fork_server_survives_a_client_that_ends_before_its_request(quick):
     for sent in (b"", b"\0" * 3, (100).to_bytes(8, "big") + b"{"):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(quick[SOCKET])
@@ -127,7 +127,7 @@ def test_a_client_that_ends_before_it_asks_leaves_the_warm_process_alive(quick):
 
 
 @pytest.mark.integration
-def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
+def test_the_fork_server_leaves_no_folder_however_its_owner_ends(tmp_path, monkeypatch):
     owner = (
         "import os, time\nfrom flows.runtime.fork_server import fork_server\n"
         f"with fork_server(dict(os.environ)) as e:\n print(e[{SOCKET!r}], flush=True)\n time.sleep(600)"
@@ -145,7 +145,7 @@ def test_the_warm_process_leaves_no_folder_however_its_owner_ends(tmp_path, monk
         assert end(processes)
     assert left.is_dir() and left.parent == tmp_path
     monkeypatch.setattr(
-        warm_module,
+        fork_server_module,
         "start_group",
         lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options),
     )
@@ -189,7 +189,7 @@ trainer.train_in_parallel(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 
 
 @pytest.mark.integration
-def test_the_processes_of_a_killed_training_end_with_it_even_if_they_are_stuck(tmp_path):
+def test_stuck_processes_of_a_killed_training_end_with_it(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", STUCK) as training:
         processes = [started(training, 1)[0] for _ in range(6)]
         training.kill()
@@ -197,15 +197,15 @@ def test_the_processes_of_a_killed_training_end_with_it_even_if_they_are_stuck(t
 
 
 @pytest.mark.integration
-def test_a_stage_ends_with_the_dvc_that_runs_it(tmp_path, monkeypatch):
+def test_a_stage_ends_when_dvc_is_killed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the path of a socket must be short
     script = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'flows.stages.ingest'])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DVC_STAGE": "ingest", SOCKET: "socket"}
-    with socket.socket(socket.AF_UNIX) as warm_process, program(environment, "-c", script) as dvc:
-        warm_process.bind("socket")
-        warm_process.listen()
-        warm_process.settimeout(60)
-        with warm_process.accept()[0]:  # never answers
+    with socket.socket(socket.AF_UNIX) as fork_server_process, program(environment, "-c", script) as dvc:
+        fork_server_process.bind("socket")
+        fork_server_process.listen()
+        fork_server_process.settimeout(60)
+        with fork_server_process.accept()[0]:  # never answers
             stage = psutil.Process(dvc.pid).children()
             dvc.kill()
             assert stage and end(stage)
@@ -227,7 +227,7 @@ def test_a_program_started_in_a_thread_outlives_the_thread():
 
 
 @pytest.mark.integration
-def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
+def test_a_child_exits_if_its_parent_ended_before_it_was_bound(tmp_path):
     script = "from lotlip.core.lifetime import end_with_parent; end_with_parent(1 << 30); print('goes on')"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGKILL, "")
@@ -235,11 +235,11 @@ def test_a_child_that_loses_its_parent_before_it_can_ask_ends_at_once(tmp_path):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_guard_ends_all_that_its_command_started(sign):
+def test_the_supervisor_ends_all_processes_of_its_command(sign):
     """As a stage's servers and their workers: grandchildren that know nothing of their grandparent."""
     owner = """
-from flows.runtime.supervisor import ending_well, group, guarded
-with ending_well(), group(guarded(["sh", "-c", "sleep 600 & echo $$ $!; wait"])) as process:
+from flows.runtime.supervisor import exit_on_signals, group, supervised
+with exit_on_signals(), group(supervised(["sh", "-c", "sleep 600 & echo $$ $!; wait"])) as process:
     process.wait()
 """
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", owner) as parent:
@@ -249,10 +249,10 @@ with ending_well(), group(guarded(["sh", "-c", "sleep 600 & echo $$ $!; wait"]))
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
+def test_only_the_first_signal_interrupts_and_the_clean_up_completes(sign):
     cleaned = False
     kind: type[BaseException] = KeyboardInterrupt if sign == signal.SIGINT else SystemExit
-    with pytest.raises(kind), ending_well():
+    with pytest.raises(kind), exit_on_signals():
         try:
             os.kill(os.getpid(), sign)
             signal.pause()
@@ -264,7 +264,7 @@ def test_only_the_first_signal_interrupts_and_cleaning_up_is_finished(sign):
 
 
 @pytest.mark.system
-def test_the_prefect_server_of_a_killed_stage_ends_with_it(tmp_path):
+def test_the_prefect_server_of_a_killed_stage_ends(tmp_path):
     script = """
 import os, signal, psutil
 from flows.runtime.servers import prefect_for_program

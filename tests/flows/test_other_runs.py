@@ -15,7 +15,7 @@ from tests.workspace import tiny
 pytestmark = pytest.mark.system
 
 
-def test_a_stage_killed_half_way_goes_on(make_workspace) -> None:
+def test_a_stage_killed_half_way_resumes(make_workspace) -> None:
     workspace = make_workspace()
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=5))
@@ -100,7 +100,7 @@ def tar_of(path: Path, samples: dict[str, tuple[bytes, str, str]]) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-def test_published_data_with_some_dirt(make_workspace) -> None:
+def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
     """img2dataset's tars and DreamLIP's table: from raw files to shards that `lotlip verify` finds in order."""
     import csv
     import io

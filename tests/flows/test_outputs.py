@@ -134,7 +134,7 @@ def test_clean_removes_what_stages_wrote_and_nothing_else(
     assert [path.name for path in Path(".lotlip").iterdir()] == []
 
 
-def test_clean_waits_for_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clean_fails_while_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"))
     published(Path("models/lit"))

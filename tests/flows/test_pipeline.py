@@ -10,8 +10,8 @@ import httpx
 import pytest
 import yaml
 
-from flows.reproduce import asked_for
-from flows.runtime.servers import PATIENCE_SECONDS, free_port, is_free
+from flows.reproduce import dvc_runs
+from flows.runtime.servers import START_TIMEOUT_SECONDS, free_port, is_free
 from lotlip.config.params import Reproduce, load_params
 from tests.workspace import ROOT, Workspace, tiny
 
@@ -41,9 +41,11 @@ def reproduced(make_workspace) -> Workspace:
         (["lotlip"], ["shard"], [["shard"]]),
     ],
 )
-def test_what_is_reproduced(chosen: list[str], arguments: list[str], runs: list[list[str]]) -> None:
+def test_the_runs_of_dvc_follow_the_command_line(
+    chosen: list[str], arguments: list[str], runs: list[list[str]]
+) -> None:
     params = load_params(ROOT / "params.yaml").model_copy(update={"reproduce": Reproduce(ablations=chosen)})
-    assert asked_for(params, arguments) == runs
+    assert dvc_runs(params, arguments) == runs
 
 
 def test_it_ends_with_a_report(reproduced: Workspace) -> None:
@@ -56,7 +58,7 @@ def test_it_ends_with_a_report(reproduced: Workspace) -> None:
     assert (reproduced.folder / "report" / "report.md").is_file()
 
 
-def test_scores_stand_beside_their_protocol(reproduced: Workspace) -> None:
+def test_scores_are_shown_with_their_protocol(reproduced: Workspace) -> None:
     scores = json.loads((reproduced.folder / "metrics" / "lotlip.json").read_text())
     found = scores["benchmarks"]["scenes"]
     assert found["protocol"]["images"] == 60
@@ -152,7 +154,7 @@ def test_the_same_parameters_give_the_same_scores(reproduced: Workspace, again: 
     assert json.loads(after) == json.loads(again["lotlip.json"])
 
 
-def test_a_lost_store_is_rebuilt_by_evaluating_again(reproduced: Workspace, again: dict[str, bytes]) -> None:
+def test_evaluating_again_rebuilds_a_lost_store(reproduced: Workspace, again: dict[str, bytes]) -> None:
     from mlflow import MlflowClient
 
     client = MlflowClient(rebuilt(reproduced))
@@ -197,7 +199,7 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         assert said[3].split()[-1] == password
         assert said[4].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
         assert "viewStateShareKey=comparison" in said[4]
-        with httpx.Client(timeout=PATIENCE_SECONDS, auth=(user, password)) as client:
+        with httpx.Client(timeout=START_TIMEOUT_SECONDS, auth=(user, password)) as client:
             settings = client.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
             assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
             assert client.post(f"http://127.0.0.1:{prefect}/api/flow_runs/count", json={}).json() >= 10
@@ -207,6 +209,6 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         assert [experiment["name"] for experiment in found["experiments"]] == ["lotlip"]
     finally:
         process.terminate()
-    assert process.wait(PATIENCE_SECONDS) == 128 + signal.SIGTERM
+    assert process.wait(START_TIMEOUT_SECONDS) == 128 + signal.SIGTERM
     assert is_free(prefect)
     assert is_free(mlflow)

@@ -41,7 +41,7 @@ def public() -> Iterator[Path]:
     reason="only root with setpriv (util-linux) becomes another user",
 )
 @pytest.mark.parametrize("home", [None, "/nonexistent"])
-def test_a_nameless_user_without_home_and_git_trains_in_a_folder_with_an_odd_name(home: str | None, public: Path):
+def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(home: str | None, public: Path):
     project, temporary, extensions = (public / name for name in ('it\'s $HOME, "é"', "tmp", "extensions"))
     copy_checkout(project)
     change_params(project, shortest)

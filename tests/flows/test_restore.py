@@ -68,7 +68,7 @@ def pulled(make_workspace, tmp_path_factory: pytest.TempPathFactory) -> tuple[Wo
 
 
 def run(workspace: Workspace, clone: Path, *arguments: str) -> str:
-    """Runs Python in the clone, with the workspace's Prefect server and no warm process."""
+    """Runs Python in the clone, with the workspace's Prefect server and no fork server."""
     environment = {key: value for key, value in workspace.environment.items() if key != "LOTLIP_FORK_SERVER"}
     done = subprocess.run(
         [sys.executable, *arguments],
@@ -122,7 +122,7 @@ def test_dvc_shows_what_is_worth_comparing(pulled):
     assert "<DVC_METRIC" not in page
 
 
-def test_without_outputs_it_says_how_to_get_them(pulled, tmp_path):
+def test_without_outputs_the_error_says_how_to_get_them(pulled, tmp_path):
     workspace, clone = pulled
     environment = {**workspace.alone, "PYTHONPATH": os.fspath(clone)}
     (tmp_path / "params.yaml").write_bytes((clone / "params.yaml").read_bytes())

@@ -32,7 +32,7 @@ def test_a_port_in_use_is_named(somebody: int, monkeypatch: pytest.MonkeyPatch):
         assert port_at(listener) not in (0, somebody)
 
 
-def test_a_port_that_nobody_may_take_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 

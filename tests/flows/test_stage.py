@@ -1,4 +1,4 @@
-"""What the flows share: fan-out, publishing, errors, processes, the warm process, servers."""
+"""What the flows share: fan-out, publishing, errors, processes, the fork server, servers."""
 
 import errno
 import json
@@ -22,7 +22,7 @@ from lotlip.config.params import load_params
 from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, ForeignFileError
 from lotlip.core.section import ConfigError
-from lotlip.data.records import UnitReport, Unusable
+from lotlip.data.records import NonRetryableError, UnitReport
 from tests.workspace import Workspace
 
 ROOT = Path(__file__).parents[2]
@@ -106,11 +106,11 @@ def test_a_full_disk_ends_the_stage(stage: Stage) -> None:
         fan_out(stage, work)
 
 
-def test_what_no_unit_can_use_ends_the_stage(stage: Stage) -> None:
+def test_a_non_retryable_error_ends_the_stage(stage: Stage) -> None:
     def work(unit: str) -> list[UnitReport]:
-        raise Unusable("http://127.0.0.1:8000/v1 does not answer")
+        raise NonRetryableError("http://127.0.0.1:8000/v1 does not answer")
 
-    with pytest.raises(Unusable, match="does not answer"):
+    with pytest.raises(NonRetryableError, match="does not answer"):
         fan_out(stage, work)
 
 
@@ -214,7 +214,7 @@ def test_the_fingerprint_follows_settings_and_inputs(stage: Stage) -> None:
     assert Stage("ingest", stage.params, {"a": 1}, {"data": "x"}).fingerprint != stage.fingerprint
 
 
-def test_a_record_tells_work_from_orchestration(stage: Stage) -> None:
+def test_a_record_separates_work_from_orchestration(stage: Stage) -> None:
     stage.clock.parts = {}
     with stage.clock.measure("gate"):
         time.sleep(0.05)
@@ -273,16 +273,16 @@ def test_a_cancelled_flow_leaves_no_process(tmp_path: Path) -> None:
 def test_a_failed_process_says_why(tmp_path: Path) -> None:
     script = "import sys; print('step 1'); sys.exit('error: the loss is nan at step 2')"
     lines: list[str] = []
-    with pytest.raises(StageFailed, match=r"^the loss is nan at step 2 \(status 1; all it wrote: .*log\)"):
+    with pytest.raises(StageFailed, match=r"^the loss is nan at step 2 \(status 1; log: .*log\)"):
         run_group([sys.executable, "-c", script], lines.append, tmp_path / "log")
     assert lines == ["step 1"]
 
 
-# --- the warm process -----------------------------------------------------------------------------------------------
+# --- the fork server ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.integration
-def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_path: Path) -> None:
+def test_a_fork_runs_the_requested_program(checkout: Workspace, tmp_path: Path) -> None:
     code = "import os, sys; print(os.getcwd(), sys.argv[1:], 'torch' in sys.modules, os.environ['MARK']); sys.exit(7)"
     (tmp_path / "target.py").write_text(code)
     done = subprocess.run(
@@ -297,7 +297,7 @@ def test_a_warm_fork_is_the_program_it_was_asked_to_be(checkout: Workspace, tmp_
 
 
 @pytest.mark.integration
-def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace, tmp_path: Path) -> None:
+def test_a_fork_ends_with_the_program_that_delegated(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
         [sys.executable, "-c", "from flows.runtime.fork_server import delegate; delegate('target', [])"],
@@ -314,7 +314,7 @@ def test_a_warm_fork_ends_with_the_program_that_handed_over(checkout: Workspace,
 
 
 @pytest.mark.integration
-def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
+def test_the_fork_server_ends_with_its_owner(tmp_path: Path) -> None:
     owner = subprocess.Popen(
         [
             sys.executable,
@@ -328,19 +328,19 @@ def test_a_warm_process_ends_with_its_owner(tmp_path: Path) -> None:
         text=True,
     )
     assert owner.stdout.readline()
-    (warm_process,) = (child.pid for child in psutil.Process(owner.pid).children())
+    (fork_server_process,) = (child.pid for child in psutil.Process(owner.pid).children())
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     deadline = time.monotonic() + 300  # it may be importing still
-    while alive(warm_process) and time.monotonic() < deadline:
+    while alive(fork_server_process) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(warm_process)
+    assert not alive(fork_server_process)
 
 
-def test_without_a_warm_process_a_program_runs_by_itself(monkeypatch) -> None:
+def test_delegate_returns_without_a_fork_server(monkeypatch) -> None:
     from flows.runtime.fork_server import delegate
 
-    monkeypatch.setenv(SOCKET, "/nowhere/warm")
+    monkeypatch.setenv(SOCKET, "/nowhere/socket")
     delegate("json.tool", [])  # returns
     monkeypatch.delenv(SOCKET)
     delegate("json.tool", [])

@@ -42,7 +42,7 @@ def names(grid: list[Trial]) -> list[str]:
     return [point.experiment({}) for point in grid]
 
 
-def test_a_grid_has_a_point_for_each_configuration_and_seed(params):
+def test_a_grid_has_a_trial_for_each_configuration_and_seed(params):
     grid = make_grid(Sweep(name="grid", corner_tokens=[1, 2], sub_captions=[1, 3, 5], seeds=[0, 1]), params)
     assert len(grid) == len(set(names(grid))) == 12
     chosen = grid[-1].params.pretrain
@@ -57,14 +57,14 @@ def test_an_empty_sweep_is_params_yaml_with_each_of_its_seeds(params):
     assert grid[0].base == "lotlip"
 
 
-def test_points_that_mean_the_same_are_one(params):
+def test_equivalent_trials_are_one(params):
     assert len(make_grid(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
     drawn = {"pretrain.long_texts.per_image": [1, 2]}
     assert len(make_grid(Sweep(name="drawn", sub_captions=[0, 1], other=drawn, seeds=[0]), params)) == 3
     assert len(make_grid(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
 
 
-def test_a_point_is_called_the_same_whichever_sweep_asks_for_it(params):
+def test_a_trial_has_the_same_name_in_every_sweep(params):
     there = params.pretrain.text.corner_tokens
     asked = make_grid(Sweep(name="one", corner_tokens=[there], seeds=[0]), params)
     assert names(asked) == names(make_grid(Sweep(name="two", seeds=[0]), params))
@@ -80,7 +80,7 @@ def test_an_unknown_parameter_is_refused_with_the_nearest_known_one(params):
         make_grid(Sweep(name="typo", other={"pretrain.optimizer.learning_rat": [0.1]}), params)
 
 
-def test_all_that_is_wrong_with_a_grid_is_said_at_once(params):
+def test_all_errors_of_a_grid_are_reported_at_once(params):
     with pytest.raises(ConfigError) as refused:
         make_grid(Sweep(name="wrong", other={RATE: [0.1, -1.0], "evaluate.batch_size": [0]}, seeds=[0]), params)
     assert "learning_rate" in str(refused.value)
@@ -98,7 +98,7 @@ def test_all_that_is_wrong_with_a_grid_is_said_at_once(params):
         ({"budget": 3}, "Extra inputs"),
     ],
 )
-def test_a_sweep_that_cannot_be_is_refused(wrong: dict[str, Any], reason: str):
+def test_an_invalid_sweep_is_refused(wrong: dict[str, Any], reason: str):
     with pytest.raises(ValidationError, match=reason):
         Sweep.model_validate({"name": "wrong", **wrong})
 
@@ -108,7 +108,7 @@ def test_the_scheduled_sweeps_fit_params_yaml(params):
 
 
 @pytest.mark.integration
-def test_the_time_left_is_told_by_the_points_that_were_run():
+def test_the_time_left_is_estimated_from_finished_trials():
     done, found, waiting = Outcome(DONE), Outcome(REUSED), Outcome(WAITING)
     assert time_left(60, [found, waiting, waiting], 2) == ""
     assert time_left(180, [done, *[waiting] * 5], 2) == ", about 6.0 minutes left"  # one and two halves in 3 minutes
@@ -116,7 +116,7 @@ def test_the_time_left_is_told_by_the_points_that_were_run():
     assert time_left(180, [done, found], 2) == ""
 
 
-def test_columns_of_the_same_last_word_are_told_apart():
+def test_columns_with_the_same_last_word_get_distinct_names():
     keys = ["pretrain.text.config.dropout", "evaluate.dropout", "pretrain.steps"]
     assert [short_name(key, keys) for key in keys] == [keys[0], keys[1], "steps"]
 
@@ -192,7 +192,7 @@ def done(make_workspace) -> Workspace:
 
 
 @pytest.mark.integration
-def test_points_are_experiments_that_params_yaml_can_take_up(done: Workspace):
+def test_trials_are_experiments_that_can_be_applied_to_params_yaml(done: Workspace):
     assert [name.rpartition("-")[0] for name in sorted(experiments(done))] == ["m0-k3-c128-s0", "m1-k3-c128-s0"]
     assert not list((done.folder / ".lotlip" / "sweeps").glob("*/project"))
     name = max(experiments(done))
@@ -230,7 +230,7 @@ def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Works
 
 
 @pytest.mark.integration
-def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(done: Workspace):
+def test_finished_trials_are_kept_failed_ones_retried_and_the_budget_ends_the_sweep(done: Workspace):
     before, rates = experiments(done), [0.001, 1e30, 2e30]
     asked = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
     ended = swept(done, asked, check=False)
@@ -247,7 +247,7 @@ def test_what_is_done_is_found_what_fails_is_tried_again_and_the_budget_ends_it(
 
 
 @pytest.mark.system
-def test_a_sweep_tells_a_server_of_its_own_all_before_that_ends(done: Workspace):
+def test_a_sweep_sends_everything_to_its_own_server_before_that_ends(done: Workspace):
     ended = swept(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
     assert "2 reused" in ended.stdout + ended.stderr
     assert "Error logging to API" not in ended.stdout + ended.stderr
@@ -296,7 +296,7 @@ def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.
 
 @pytest.mark.system
 @pytest.mark.usefixtures("served")
-def test_the_forms_check_what_is_asked_for_and_schedules_are_off(done: Workspace):
+def test_the_forms_validate_their_input_and_schedules_are_inactive(done: Workspace):
     schedules = {name: [one["active"] for one in form["schedules"]] for name, form in deployed(done).items()}
     by_hand: dict[str, list[bool]] = {"reproduce/by-hand": [], "sweep/by-hand": []}
     assert schedules == {**by_hand, "sweep/nightly": [False], "sweep/weekly": [False]}
@@ -308,7 +308,7 @@ def test_the_forms_check_what_is_asked_for_and_schedules_are_off(done: Workspace
 
 @pytest.mark.system
 @pytest.mark.usefixtures("served")
-def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
+def test_the_form_reproduces_an_ablation(done: Workspace):
     scores = done.folder / "metrics" / "lotlip.json"
     assert not scores.exists()
     run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).json()["id"]
@@ -324,7 +324,7 @@ def test_an_ablation_is_reproduced_by_the_form(done: Workspace):
 @pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
 @pytest.mark.usefixtures("served")
-def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Workspace):
+def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done: Workspace):
     from playwright.sync_api import Page, expect, sync_playwright
 
     kept = os.environ.get("LOTLIP_PICTURES")  # a folder for what the browser shows, such as docs
@@ -381,7 +381,7 @@ def test_a_browser_starts_a_sweep_by_the_form_and_opens_its_comparison(done: Wor
 
 
 @pytest.mark.system
-def test_a_sweep_that_is_killed_or_cancelled_takes_all_with_it_and_goes_on(done: Workspace, served):
+def test_a_killed_or_cancelled_sweep_ends_its_processes_and_resumes(done: Workspace, served):
     done.change(lambda params: params["compute"]["training"].update(checkpoint_every=20, stop_at_chance_after=0))
     steps = {"pretrain.steps": [600]}
     asked = {"name": "long", "other": steps, "corner_tokens": [2], "retries": 0}

@@ -39,7 +39,7 @@ DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m fl
         ([], 1, "status 1"),
     ],
 )
-def test_the_reason_is_an_error_and_never_a_line_of_information(
+def test_the_reason_is_an_error_and_never_an_informational_line(
     tmp_path: Path, lines: list[str], status: int, expected: str
 ):
     log = tmp_path / "log.txt"
@@ -74,7 +74,7 @@ def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     return selection_scores(sweep, trial, results)
 
 
-def test_the_first_benchmark_of_params_yaml_selects_whatever_its_name():
+def test_the_first_benchmark_of_params_yaml_selects_regardless_of_its_name():
     assert selected(of_benchmarks("held-out", "coco")) == {
         "short.image_to_text.r1": 0.1,
         "short.text_to_image.r1": 0.2,

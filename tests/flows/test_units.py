@@ -186,7 +186,7 @@ def test_a_folder_that_was_repaired_after_its_gate_failed_passes(project: Path) 
     assert len(captions()) == 15
 
 
-def test_a_key_that_became_free_is_taken_after_an_interruption(project: Path, monkeypatch) -> None:
+def test_a_key_that_became_free_is_used_after_an_interruption(project: Path, monkeypatch) -> None:
     """Whether an item is a duplicate depends on the items of other units."""
     change(lambda params: params["ingest"].update(partition_size=1))
     add(project / "my-images", "a/b", 1)
@@ -279,7 +279,7 @@ def test_a_tar_of_another_store_is_read_again_when_it_changed(project: Path, mon
     assert captions()["000"] == "NUMBER 0"
 
 
-def test_a_store_that_refused_a_tar_is_asked_again(project: Path) -> None:
+def test_a_tar_that_the_store_refused_is_requested_again(project: Path) -> None:
     use(kind="webdataset", path="list.txt", images=["png"])
     (project / "list.txt").write_text("raw/0.tar\nraw/1.tar\n")
     tar_of(project / "raw/0.tar", range(10))
@@ -357,7 +357,7 @@ def long_captions() -> dict[str, str]:
     return found
 
 
-def test_captions_follow_a_table_that_was_rewritten_after_an_interruption(described: Path, monkeypatch) -> None:
+def test_captions_are_those_of_a_table_that_was_rewritten_after_an_interruption(described: Path, monkeypatch) -> None:
     def run() -> None:
         caption.fn("mine")
 
@@ -385,7 +385,7 @@ def test_a_table_that_changes_while_it_is_read_is_not_published(described: Path,
     assert all(text.startswith("Now it is") for text in long_captions().values())
 
 
-def test_captions_follow_partitions_that_changed_under_the_same_index(described: Path, monkeypatch) -> None:
+def test_captions_follow_partitions_that_changed_while_their_index_did_not(described: Path, monkeypatch) -> None:
     """A unit compares its own inputs, whatever the stage's fingerprint covers."""
     from dataclasses import replace
 
@@ -455,7 +455,7 @@ def test_copies_have_a_limit_of_their_own(project: Path) -> None:
         ingest.fn()
 
 
-def test_keys_that_are_taken_still_are_failures(project: Path) -> None:
+def test_duplicate_keys_are_still_failures(project: Path) -> None:
     for number in range(10):
         add(project / "my-images", f"{number}/a", number)
         add(project / "my-images", f"{number}_a", 100 + number)

@@ -24,7 +24,7 @@ from lotlip.caption.config import EndpointCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.data.images import decode_rgb
-from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
+from lotlip.data.records import Caption, Failure, ImageRecord, NonRetryableError
 from lotlip.data.text import has_words, split_sub_captions
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class EndpointCaptioner:
         Up to twice `concurrency` images are in memory, so that a slow one does not block others.
 
         Raises:
-            Unusable: the server cannot be used with these settings.
+            NonRetryableError: the server cannot be used with these settings.
             ConnectionError: the server is down, or too busy for a single caption; retry the unit later.
         """
         self.check()
@@ -146,7 +146,7 @@ class EndpointCaptioner:
         """On the first call, checks that the server serves the model and can caption a trial picture.
 
         Raises:
-            Unusable: it cannot be reached, rejects the key, or does not serve the model.
+            NonRetryableError: it cannot be reached, rejects the key, or does not serve the model.
             ConnectionError: it fails for a reason that may be temporary.
         """
         import openai
@@ -261,7 +261,7 @@ class EndpointCaptioner:
         """The models that the server lists; None if it cannot list them.
 
         Raises:
-            Unusable: it cannot be reached, rejects the key, or lists other models.
+            NonRetryableError: it cannot be reached, rejects the key, or lists other models.
         """
         import openai
 
@@ -269,7 +269,7 @@ class EndpointCaptioner:
         try:
             models = [listed.id for listed in client.models.list().data]
         except openai.APIConnectionError as error:
-            raise Unusable(
+            raise NonRetryableError(
                 f"{url} does not respond: {self._error_text(error)}; start the server there, or correct `url` of "
                 f"{self._place} in params.yaml"
             ) from None
@@ -284,24 +284,26 @@ class EndpointCaptioner:
         if "@" in model or (_is_folder(model) and not any(map(_is_folder, models))):
             log.warning("%s does not list the requested %s; it lists: %s", url, model, _join_names(models))
             return models
-        raise Unusable(
+        raise NonRetryableError(
             f"{url} does not serve {model!r}; it has: {_join_names(models)}; set `model` of {self._place} in "
             "params.yaml to one of them, or start the server with that model"
         )
 
     def _unusable(self, error: openai.APIError, models: list[str] | None) -> Exception:
-        """The error for a server that cannot be used; `Unusable` if the user must fix something."""
+        """The error for a server that cannot be used; `NonRetryableError` if the user must fix something."""
         url, reason = self.settings.url, self._error_text(error)
         if getattr(error, "status_code", None) in (401, 403):
             rejected = "the key in the environment" if _key() != NO_KEY else "requests without a key"
-            return Unusable(f"{url} rejects {rejected}: {reason}; set {KEYS[0]} in the environment to the server's key")
+            return NonRetryableError(
+                f"{url} rejects {rejected}: {reason}; set {KEYS[0]} in the environment to the server's key"
+            )
         listed = "" if models is None else f" (it lists: {_join_names(models)})"
         if _fault(error) == "server":
             return ConnectionError(
                 f"{url} cannot caption a trial picture with {self.settings.model!r}{listed}: {reason}; "
                 "check the server's log"
             )
-        return Unusable(
+        return NonRetryableError(
             f"{url} does not accept requests for {self.settings.model!r}{listed}: {reason}; set `url`, `model` and "
             f"`max_tokens` of {self._place} in params.yaml to what it serves, set parameters that it does not accept "
             "to null, or start it with that model"

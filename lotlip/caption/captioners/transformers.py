@@ -18,7 +18,7 @@ from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_tree
 from lotlip.data.batches import in_batches, prefetch
 from lotlip.data.images import decode_rgb
-from lotlip.data.records import Caption, Failure, ImageRecord, Unusable
+from lotlip.data.records import Caption, Failure, ImageRecord, NonRetryableError
 from lotlip.data.text import has_words, split_sub_captions
 from lotlip.data.weights import check_weights
 
@@ -86,7 +86,7 @@ class TransformersCaptioner:
         Some batches of encoded images are in memory at a time, and a few decoded ones.
 
         Raises:
-            Unusable: the model cannot be loaded, or the GPU's memory is too small for a single image.
+            NonRetryableError: the model cannot be loaded, or the GPU's memory is too small for a single image.
         """
         mllm = _load(self._settings, self.revision, self._compute.device)
         for batch in prefetch(partial(self._prepare, mllm), self._batches(mllm, records), _PREFETCH):
@@ -145,7 +145,7 @@ class TransformersCaptioner:
                 return mllm.answers(inputs or mllm.inputs(images, self.prompt), keys, self._settings)
             except torch.OutOfMemoryError as error:
                 if len(images) == 1:
-                    raise Unusable(
+                    raise NonRetryableError(
                         f"image {keys[0]} does not fit into the GPU's memory with {self._settings.model}; lower "
                         f"max_new_tokens or num_beams of caption.captioners.{self._name}, or provide more GPUs"
                     ) from error
@@ -314,7 +314,7 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
 
     gpu = torch.cuda.is_available() and device != "cpu"
     if device.startswith("cuda") and not gpu:
-        raise Unusable(f"torch finds no GPU for the device {device}; set it to auto or cpu")
+        raise NonRetryableError(f"torch finds no GPU for the device {device}; set it to auto or cpu")
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
     # never run code that comes with a model; weights in other formats are pickles, which may contain code
@@ -333,13 +333,13 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise Unusable(
+        raise NonRetryableError(
             f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
             f"with safetensors weights and no custom code: {reason}"
         ) from error
     for name in ("patch_size", "num_query_tokens"):
         if getattr(processor, name, 0) is None:
-            raise Unusable(
+            raise NonRetryableError(
                 f"the processor of {source} ({revision}) has no {name}, because an old version of transformers saved "
                 "it; use a later revision, or save it again with the value in the model's config.json"
             )
@@ -351,7 +351,7 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     configurations = (model.generation_config, model.config.get_text_config(decoder=True), tokenizer)
     ids = next((ids for config in configurations if (ids := config.eos_token_id) is not None), None)
     if ids is None:
-        raise Unusable(f"{model.name_or_path} has no end-of-text token; add it to generation_config.json")
+        raise NonRetryableError(f"{model.name_or_path} has no end-of-text token; add it to generation_config.json")
     return [ids] if isinstance(ids, int) else list(ids)
 
 
