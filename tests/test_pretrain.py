@@ -21,7 +21,7 @@ from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, learning_rate_factor, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.job import Job
-from lotlip.pretrain.trainer import Trainer, going_on
+from lotlip.pretrain.trainer import Trainer, resolve_pretrained
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinySample, write_shards
 from tests.training import TINY, finish, history, losses, same, split, start, tiny_job, train, weights
@@ -250,12 +250,12 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
 
 def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
     config = PretrainConfig.model_validate({"text": {"pretrained": str(tmp_path)}})
-    assert going_on(config, 3).text.pretrained == str(tmp_path)  # a model's folder
+    assert resolve_pretrained(config, 3).text.pretrained == str(tmp_path)  # a model's folder
     (tmp_path / "run.json").touch()
     (tmp_path / "seed-3").mkdir()
-    assert going_on(config, 3).text.pretrained == str(tmp_path / "seed-3")
+    assert resolve_pretrained(config, 3).text.pretrained == str(tmp_path / "seed-3")
     with pytest.raises(ValueError, match="has no seed-4 to start from; train it with the same seeds"):
-        going_on(config, 4)
+        resolve_pretrained(config, 4)
 
 
 @pytest.mark.integration

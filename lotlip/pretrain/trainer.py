@@ -118,7 +118,7 @@ class Trainer:
             config.batch_size, dist.get_rank(), dist.get_world_size(), compute.gradient_accumulation_steps
         )
         seed_everything(seed)
-        model = build_for_pretraining(going_on(config, seed), job.image_tower, ends)
+        model = build_for_pretraining(resolve_pretrained(config, seed), job.image_tower, ends)
         if self.index.tokenizer == text.tokenizer:  # the index lists the ids of all word pieces in training texts
             used = {*self.index.vocabulary, *self.tokenizer.special_ids}
             keep_used_rows(model, used, partial(decay_factor, config=config))
@@ -283,7 +283,7 @@ class Trainer:
         self.checkpoints.remove()
 
 
-def going_on(config: PretrainConfig, seed: int) -> PretrainConfig:
+def resolve_pretrained(config: PretrainConfig, seed: int) -> PretrainConfig:
     """The configuration of one seed: where `text.pretrained` is a trained ablation's folder, its model of that seed.
 
     Raises:
