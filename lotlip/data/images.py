@@ -30,6 +30,8 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, as in Pillow
 # How a picture is made square. `Resize` of lotlip.image_tower.config has the same names; this module does not import
 # configuration.
 RESIZES = ("crop", "squash", "pad")
+# Pillow's filters for resizing; all but "nearest" are antialiased.
+INTERPOLATIONS = tuple(sorted(filter_.name.lower() for filter_ in Image.Resampling))
 
 # The formats that are decoded, with their file endings; the first ending is the one that is written. Pillow reads more
 # formats, some by starting other programs (PostScript), which is not safe for pictures from outside.
@@ -300,18 +302,20 @@ def image_transform(
     mean: Sequence[float] = MEAN,
     std: Sequence[float] = STD,
     resize: str = "crop",
+    interpolation: str = "bicubic",
+    crop: float = 1.0,
 ) -> Callable[[Image.Image], np.ndarray]:
     """A function from an RGB image to the tower's input, float32 [3, image_size, image_size].
 
-    The picture is made square (see `square`), scaled to 0..1 and normalised. With `crop`, the pixels equal those of the
-    released code, which uses torchvision.
+    The picture is made square (see `square`), scaled to 0..1 and normalised. With the mode `crop`, the pixels equal
+    those of torchvision, and so those of the released code and of timm.
 
     Raises:
-        ValueError: `resize` is not one of `RESIZES`.
+        ValueError: `resize`, `interpolation` or `crop` is not a possible value.
     """
-    check_resize(resize)
+    check_resize(resize, interpolation, crop)
     normalise = _normalisation(mean, std)
-    return lambda image: normalise(square(image, image_size, resize, mean))
+    return lambda image: normalise(square(image, image_size, resize, mean, interpolation, crop))
 
 
 class RandomCrop(Protocol):
@@ -330,26 +334,28 @@ def training_transform(
     std: Sequence[float] = STD,
     augmentation: RandomCrop | None = None,
     resize: str = "crop",
+    interpolation: str = "bicubic",
+    crop: float = 1.0,
 ) -> Transform:
     """A function from an encoded image to the tower's input in training, float32 [3, image_size, image_size].
 
     Without augmentation its output equals that of evaluation bit for bit. With it, the output is a random crop, drawn
-    as torchvision's RandomResizedCrop draws it (bicubic, antialiased), whatever `resize` is. The transform raises
+    as torchvision's RandomResizedCrop draws it (antialiased), whatever `resize` and `crop` are. The transform raises
     ValueError as `decode_rgb` does.
 
     Raises:
-        ValueError: `resize` is not one of `RESIZES`.
+        ValueError: `resize`, `interpolation` or `crop` is not a possible value.
     """
-    check_resize(resize)
+    check_resize(resize, interpolation, crop)
     if augmentation is None:
-        as_evaluated = image_transform(image_size, mean, std, resize)
+        as_evaluated = image_transform(image_size, mean, std, resize, interpolation, crop)
         return lambda data, _: as_evaluated(decode_rgb(data))
     normalise, size = _normalisation(mean, std), (image_size, image_size)
 
     def transform(data: bytes, rng: random.Random) -> np.ndarray:
         image = decode_rgb(data)
         piece = image.crop(random_box(image.width, image.height, augmentation, rng))
-        return normalise(piece.resize(size, Image.Resampling.BICUBIC))
+        return normalise(piece.resize(size, _filter(interpolation)))
 
     return transform
 
@@ -388,24 +394,40 @@ def _normalisation(mean: Sequence[float], std: Sequence[float]) -> Callable[[Ima
     return normalise
 
 
-def resized(image: Image.Image, shorter: int) -> Image.Image:
-    """The whole picture, resized so that its shorter side has this length, bicubic and antialiased."""
+def resized(image: Image.Image, shorter: int, interpolation: str = "bicubic") -> Image.Image:
+    """The whole picture, resized so that its shorter side has this length."""
     width, height = image.size
     if min(width, height) == shorter:
         return image
     # The longer side is truncated to whole pixels, not rounded, as in torchvision.
     size = (shorter, shorter * height // width) if width <= height else (shorter * width // height, shorter)
-    return image.resize(size, Image.Resampling.BICUBIC)
+    return image.resize(size, _filter(interpolation))
 
 
-def check_resize(resize: str) -> None:
-    """Raises ValueError if `resize` is not one of `RESIZES`."""
+def check_resize(resize: str, interpolation: str = "bicubic", crop: float = 1.0) -> None:
+    """Checks the settings by which a picture becomes a square.
+
+    Raises:
+        ValueError: `resize` is not one of `RESIZES`, `interpolation` not one of `INTERPOLATIONS`, or `crop` not in
+            0.1..1.
+    """
     if resize not in RESIZES:
         raise ValueError(f"unknown resize mode {resize!r}; use one of {', '.join(RESIZES)}")
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"unknown interpolation {interpolation!r}; use one of {', '.join(INTERPOLATIONS)}")
+    if not 0.1 <= crop <= 1:
+        raise ValueError(f"crop is {crop}; it is the share of a side that is kept, from 0.1 to 1")
 
 
-def square(image: Image.Image, side: int, resize: str = "crop", mean: Sequence[float] = MEAN) -> Image.Image:
-    """Makes an RGB picture square with a bicubic, antialiased filter. All modes agree on square pictures.
+def square(
+    image: Image.Image,
+    side: int,
+    resize: str = "crop",
+    mean: Sequence[float] = MEAN,
+    interpolation: str = "bicubic",
+    crop: float = 1.0,
+) -> Image.Image:
+    """Makes an RGB picture square. All modes agree on square pictures where `crop` is 1.
 
     Args:
         image: RGB.
@@ -413,59 +435,69 @@ def square(image: Image.Image, side: int, resize: str = "crop", mean: Sequence[f
         resize: `crop` resizes the shorter side and keeps the centre; `squash` resizes both sides, which changes the
             aspect ratio; `pad` resizes the longer side and fills the rest.
         mean: colour of the padding, in 0..1, rounded to 8 bits.
+        interpolation: filter, one of `INTERPOLATIONS`.
+        crop: share of the resized sides that is kept, from their centre (timm's `crop_pct`); `pad` keeps all.
     """
+    resized_side = math.floor(side / crop)
     if resize == "squash":
-        return _squashed(image, side)
+        return _centre(_squashed(image, resized_side, interpolation), side)
     if resize == "pad":
-        return _padded(image, side, mean)
-    return _cropped(image, side)
+        return _padded(image, side, mean, interpolation)
+    return _cropped(image, side, resized_side, interpolation)
 
 
-def seen_box(width: int, height: int, resize: str = "crop") -> Box:
+def seen_box(width: int, height: int, resize: str = "crop", crop: float = 1.0) -> Box:
     """The part of a picture that becomes the square, in the picture's pixels; with `pad`, it extends beyond them."""
-    if resize == "squash":
-        return 0, 0, width, height
-    side = max(width, height) if resize == "pad" else min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    return left, top, left + side, top + side
+    if resize == "pad":
+        seen_width = seen_height = max(width, height)
+    elif resize == "squash":
+        seen_width, seen_height = round(width * crop), round(height * crop)
+    else:
+        seen_width = seen_height = round(min(width, height) * crop)
+    left, top = (width - seen_width) // 2, (height - seen_height) // 2
+    return left, top, left + seen_width, top + seen_height
 
 
-def _squashed(image: Image.Image, side: int) -> Image.Image:
+def _filter(interpolation: str) -> Image.Resampling:
+    return Image.Resampling[interpolation.upper()]
+
+
+def _squashed(image: Image.Image, side: int, interpolation: str) -> Image.Image:
     if image.height > max(_EXTREME_RATIO * image.width, side):
         # Pillow resizes rows first, so a narrow picture would reach the square's width at its full height
-        image = image.resize((image.width, side), Image.Resampling.BICUBIC)
-    return image.resize((side, side), Image.Resampling.BICUBIC)
+        image = image.resize((image.width, side), _filter(interpolation))
+    return image.resize((side, side), _filter(interpolation))
 
 
-def _padded(image: Image.Image, side: int, mean: Sequence[float]) -> Image.Image:
+def _padded(image: Image.Image, side: int, mean: Sequence[float], interpolation: str) -> Image.Image:
     longer = max(image.size)
     size = tuple(max(1, round(length * side / longer)) for length in image.size)
     whole = Image.new("RGB", (side, side), tuple(round(255 * min(max(value, 0), 1)) for value in mean))
     whole.paste(
-        image.resize(size, Image.Resampling.BICUBIC),  # type: ignore[arg-type]
+        image.resize(size, _filter(interpolation)),  # type: ignore[arg-type]
         ((side - size[0]) // 2, (side - size[1]) // 2),
     )
     return whole
 
 
-def _cropped(image: Image.Image, side: int) -> Image.Image:
-    """The centre `side` × `side` pixels of the picture, after its shorter side was resized to `side`."""
+def _cropped(image: Image.Image, side: int, shorter: int, interpolation: str) -> Image.Image:
+    """The centre `side` × `side` pixels of the picture, after its shorter side was resized to `shorter`."""
     width, height = image.size
-    if min(width, height) == side or max(width, height) <= _EXTREME_RATIO * min(width, height):
-        return _centre(resized(image, side), side)
-    whole = (side, side * height // width) if width <= height else (side * width // height, side)
-    lengths, starts, ends = image.size, [0, 0], [width, height]
-    box = [0.0, 0.0, float(width), float(height)]
-    long = int(height > width)
-    scale = lengths[long] / whole[long]
-    first = round((whole[long] - side) / 2) * scale
-    # The cropped part must include the neighbouring pixels that the filter reads.
-    reach = math.ceil(2 * max(scale, 1)) + 1
-    starts[long] = max(math.floor(first) - reach, 0)
-    ends[long] = min(math.ceil(first + side * scale) + reach, lengths[long])
-    box[long], box[long + 2] = first - starts[long], first + side * scale - starts[long]
+    if min(width, height) == shorter or max(width, height) <= _EXTREME_RATIO * min(width, height):
+        return _centre(resized(image, shorter, interpolation), side)
+    whole = (shorter, shorter * height // width) if width <= height else (shorter * width // height, shorter)
+    starts, ends, box = [0, 0], [0, 0], [0.0, 0.0, 0.0, 0.0]
+    for axis, length in enumerate(image.size):
+        scale = length / whole[axis]
+        first = round((whole[axis] - side) / 2) * scale
+        last = min(first + side * scale, length)
+        # The cropped part must include the neighbouring pixels that the filter reads.
+        reach = math.ceil(3 * max(scale, 1)) + 1
+        starts[axis] = max(math.floor(first) - reach, 0)
+        ends[axis] = min(math.ceil(last) + reach, length)
+        box[axis], box[axis + 2] = first - starts[axis], last - starts[axis]
     part = image.crop((starts[0], starts[1], ends[0], ends[1]))
-    return part.resize((side, side), Image.Resampling.BICUBIC, tuple(box))  # type: ignore[arg-type]
+    return part.resize((side, side), _filter(interpolation), tuple(box))  # type: ignore[arg-type]
 
 
 def without_ends(image: Image.Image) -> Image.Image:

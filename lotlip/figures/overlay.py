@@ -20,7 +20,7 @@ def scale_to_page(picture: Image.Image) -> Image.Image:
     return picture.resize(size, Image.Resampling.BICUBIC)
 
 
-def heat(picture: Image.Image, relevance: np.ndarray, resize: str = "crop") -> Image.Image:
+def heat(picture: Image.Image, relevance: np.ndarray, resize: str = "crop", crop: float = 1.0) -> Image.Image:
     """Draws patch relevance in colour over a grey image; parts of the image that the model does not see are pale.
 
     The grey levels exclude black and white, so that the heat stands out from any image.
@@ -30,11 +30,12 @@ def heat(picture: Image.Image, relevance: np.ndarray, resize: str = "crop") -> I
         relevance: relevance of the patches of the model's square input, [G, G']; sums to 1. Relevance of padding is
             not drawn.
         resize: how the model resizes images to its square input, one of `lotlip.data.images.RESIZES`.
+        crop: share of the resized sides that the model sees.
 
     Returns:
         RGB, of the same size.
     """
-    left, top, right, bottom = seen_box(*picture.size, resize)
+    left, top, right, bottom = seen_box(*picture.size, resize, crop)
     # The intersection of the image and the square input, which is smaller than the square if there is padding.
     first, last = (max(left, 0), max(top, 0)), (min(right, picture.width), min(bottom, picture.height))
     across, down = relevance.shape[1] / (right - left), relevance.shape[0] / (bottom - top)
