@@ -1,11 +1,15 @@
-"""Reads safetensors files; errors name the file and a remedy."""
+"""Reads files of weights, safetensors and torch's; errors name the file and a remedy."""
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,6 +39,55 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     with open_weights(path) as tensors:
         return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (not a mapping)
+
+
+def read_any_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file or of a torch checkpoint by name, on the CPU.
+
+    A checkpoint's weights may be under `state_dict`, `model` or `module`, and their names may start with `module.`.
+
+    Raises:
+        ValueError: the file is missing, damaged, not safe to read, or has something else than weights.
+    """
+    if not path.is_file() or path.suffix == ".safetensors":
+        return read_weights(path)
+    content = load_checkpoint(path)
+    for name in ("state_dict", "model", "module"):
+        if isinstance(content, dict) and isinstance(content.get(name), dict):
+            content = content[name]
+            break
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise ValueError(f"{path} has something else than weights by name; save the model's state_dict alone")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def load_checkpoint(path: Path) -> Any:
+    """The content of a torch checkpoint, on the CPU; only tensors and plain types are read.
+
+    Raises:
+        ValueError: the file is missing, damaged, or contains objects whose reading would run code.
+    """
+    import torch
+
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint {path}; check the path")
+    try:
+        with warnings.catch_warnings(action="ignore"):  # problems that torch warns about raise an error below
+            # a file in torch's older format is not a zip file and cannot be memory-mapped
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+    except OSError:
+        raise
+    except Exception as error:  # torch raises many types on invalid files
+        needed = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
+        if isinstance(error, UnpicklingError) and needed:
+            raise ValueError(
+                f"{path} needs {needed[1]} besides its weights, so reading it would run code from the file; if you "
+                "trust it, load it with torch.load(…, weights_only=False) and save only its 'state_dict'"
+            ) from error
+        raise ValueError(
+            f"{path} ({path.stat().st_size} bytes) is incomplete or not a torch checkpoint that is safe to read; "
+            "download it again if it is truncated"
+        ) from error
 
 
 def check_weights(folder: Path) -> None:

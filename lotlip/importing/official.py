@@ -5,13 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -21,10 +18,11 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lotlip.core.files import ForeignFileError, atomic_write, check_free, check_replaceable, write_record
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.weights import load_checkpoint
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.saving import save_model
-from lotlip.models.vision.image_tower import ImageTowerSpec
+from lotlip.models.vision.spec import ImageTowerSpec
 
 RELEASED_IMAGE_TOWER = ImageTowerSpec("vit_base_patch16_224", 224)  # of LoTLIP-ViT-B-16
 MAX_CORNER_TOKENS = 16  # more extra rows mean that the checkpoint has another tokenizer
@@ -108,14 +106,14 @@ def import_official(
 
 def describe(config: LotlipConfig) -> list[str]:
     """One line for each part of an imported model."""
-    text, image = config.text_config, config.image_config
+    text, image = config.text_config, ImageTowerSpec.from_json(config.image_config)
     words = text.vocab_size - config.corner_tokens
     size = f"{text.num_hidden_layers} layers, {text.hidden_size} wide, {text.num_attention_heads} heads"
     tables = f"{text.max_position_embeddings} positions, {text.type_vocab_size} token types"
     return [
         f"text tower: {text.model_type}, {size}, feed-forward width {text.intermediate_size}, {tables}",
         f"vocabulary: {words} words and {config.corner_tokens} corner tokens; texts of {config.context_length} tokens",
-        f"image tower: {image['timm_model']}, {image['image_size']} pixels, {config.embed_dim}-dimensional features",
+        f"image tower: {image.model}, {image.image_size} pixels, {config.embed_dim}-dimensional features",
     ]
 
 
@@ -143,7 +141,7 @@ def read_checkpoint(file: Path) -> Checkpoint:
     Raises:
         ValueError: the file does not exist, is not a torch checkpoint, or contains more than tensors and plain values.
     """
-    content = _load(file)
+    content = load_checkpoint(file)
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping) or not state:
         raise ValueError(f"{file} contains a {type(state).__name__}, not weights by name; name a model.pt")
@@ -159,28 +157,6 @@ def read_checkpoint(file: Path) -> Checkpoint:
     }
     about = {"epoch": content.get("epoch"), "official_name": content.get("name")}
     return Checkpoint(file, weights, {key: value for key, value in about.items() if isinstance(value, int | str)})
-
-
-def _load(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"there is no checkpoint {file}; name the authors' model.pt")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # problems that torch warns about raise an error below
-            # a file in torch's older format is not a zip file and cannot be memory-mapped
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except OSError:
-        raise
-    except Exception as error:  # torch raises many types on invalid files
-        needed = re.search(r"GLOBAL (\S+) was not an allowed global", str(error))
-        if isinstance(error, UnpicklingError) and needed:
-            raise ValueError(
-                f"{file} needs {needed[1]} besides its weights, so reading it would run code from the file; if you "
-                "trust it, load it with torch.load(…, weights_only=False) and save only its 'state_dict'"
-            ) from error
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is incomplete or not a torch checkpoint that is safe to read; name "
-            "the authors' model.pt, and download it again if it is truncated"
-        ) from error
 
 
 def read_text_config(file: Path) -> tuple[dict[str, Any], list[str]]:
@@ -250,7 +226,7 @@ def convert(
     _check_fit(checkpoint, model)
     if model.image_tower.width != config.embed_dim:
         raise ValueError(
-            f"{checkpoint.file}: the text features have {config.embed_dim} dimensions, those of {image.timm_model} "
+            f"{checkpoint.file}: the text features have {config.embed_dim} dimensions, those of {image.model} "
             f"{model.image_tower.width}; set --vision to the ViT that the checkpoint was trained with"
         )
     if context_length > model.text.positions:
@@ -332,8 +308,8 @@ def _check_fit(checkpoint: Checkpoint, model: LotlipModel) -> None:
         if expected.get(name, shape) != shape
     ]
     if problems:
-        spec, text = model.config.image_config, model.config.text_config
-        towers = f"a {spec['timm_model']} for {spec['image_size']} pixels and a {text.model_type}"
+        spec, text = ImageTowerSpec.from_json(model.config.image_config), model.config.text_config
+        towers = f"a {spec.model} for {spec.image_size} pixels and a {text.model_type}"
         remedy = "describe the model that it was trained as with --vision, --image-size and --text-config"
         listed = "\n  ".join(problems)
         raise WrongWeightsError(f"{checkpoint.file} does not contain {towers}; {remedy}. Mismatches:\n  {listed}")
