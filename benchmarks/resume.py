@@ -29,7 +29,8 @@ from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.compute import LocalLaunch, TrainingCompute
 from lotlip.core.files import SCRATCH
 from lotlip.core.record import read_record
-from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job
 from lotlip.pretrain.records import HISTORY, History
@@ -45,7 +46,7 @@ def main(arguments: argparse.Namespace) -> dict[str, Any]:
         root = Path(folder)
         write_data(root / "shards", samples=1000, shards=3, image_size=32, width=WIDTH)
         spec = ImageTowerSpec("vit_scenes", 32, {"patch_size": 16, "embed_dim": WIDTH, "depth": 1, "num_heads": 2})
-        save_image_tower(build_image_tower(spec), spec, root / "tower")
+        save_image_tower(build_image_tower(spec), root / "tower")
         undisturbed, killed = (_job(root, name, arguments) for name in ("undisturbed", "killed"))
         started = time.monotonic()
         _train(undisturbed, arguments.processes, None, rng)

@@ -21,7 +21,8 @@ import torch
 from benchmarks.data import write_data
 from lotlip.config.params import load_params
 from lotlip.core.files import read_json, write_json
-from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.pretrain.engine import initialise_processes
 from lotlip.pretrain.trainer import Job, Trainer
 from lotlip.tracking.mlflow import NullSink
@@ -34,7 +35,7 @@ def synthetic_data(folder: Path) -> tuple[Path, Path]:
     """Creates shards and an image tower with the demo's sizes, and returns their folders."""
     write_data(folder / "shards", samples=2000, shards=2, image_size=64, width=128)
     spec = ImageTowerSpec("vit_scenes", 64, {"patch_size": 16, "embed_dim": 128, "depth": 2, "num_heads": 8})
-    save_image_tower(build_image_tower(spec), spec, folder / "tower")
+    save_image_tower(build_image_tower(spec), folder / "tower")
     return folder / "shards", folder / "tower"
 
 

@@ -122,7 +122,7 @@ def import_official(
 ) -> None:
     """Convert a checkpoint of the LoTLIP authors to a transformers model; the defaults are for their B/16."""
     from lotlip.importing.official import WrongWeightsError, describe, import_official
-    from lotlip.models.vision.image_tower import ImageTowerSpec
+    from lotlip.models.vision.spec import ImageTowerSpec
 
     typer.echo(f"reading {checkpoint}")
     spec = ImageTowerSpec(vision, image_size)

@@ -189,7 +189,8 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a frozen image tower, 32 wide."""
     import torch
 
-    from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+    from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
+    from lotlip.models.vision.spec import ImageTowerSpec
 
     folder = tmp_path_factory.mktemp("tower") / "image-tower"
     kwargs = {"patch_size": 4, "embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -200,7 +201,7 @@ def tiny_tower(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for weight in tower.parameters():
             if weight.ndim > 1:  # as initialised, pictures would hardly differ in their features
                 torch.nn.init.normal_(weight, std=0.5)
-    save_image_tower(tower, spec, folder)
+    save_image_tower(tower, folder)
     return folder
 
 
@@ -213,7 +214,7 @@ def tiny_samples(tiny_tower: Path) -> list[TinySample]:
     from lotlip.models.vision.image_tower import load_image_tower
 
     tower = load_image_tower(tiny_tower)
-    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
+    transform = image_transform(**tower.spec.preprocessing)
     kinds = [(colour, thing) for colour in COLOURS for thing in THINGS]
     images = [_picture(*kind) for kind in kinds]
     with torch.inference_mode():

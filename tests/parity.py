@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lotlip.models.vision.image_tower import ImageTowerSpec
+from lotlip.models.vision.spec import ImageTowerSpec
 
 PARITY = Path(__file__).parent / "data" / "parity"
 IMAGE_TOWER = ImageTowerSpec("test_vit", 160)

@@ -189,7 +189,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_an_unknown_kind_lists_those_there_are(tmp_path):
     (line,) = complaints(tmp_path, {"image_tower": {"kind": "resnet"}})
-    assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm)"
+    assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, transformers, open_clip)"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from lotlip.config.params import FinetuneConfig
 from lotlip.data.weights import read_weights
 from lotlip.image_tower.config import TimmTowerConfig
 from lotlip.models.saving import load_model
-from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.models.vision.image_tower import build_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.pretrain.config import LOADING_OPTIONS, PretrainConfig, TextTowerConfig
 from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TEXT
@@ -190,11 +191,11 @@ def test_the_encoder_of_a_continued_ablation_cannot_be_changed(tiny_tower, tmp_p
         build_for_pretraining(pretrain(pretrained=str(model), config={"hidden_dropout_prob": 0.1}), tiny_tower)
 
 
-def test_a_torch_checkpoint_is_no_image_tower(tmp_path):
+def test_weights_of_something_else_are_no_image_tower(tmp_path):
     from lotlip.image_tower.timm import timm_tower
 
     torch.save({"cls_token": torch.zeros(1)}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'vit.pth'} is a torch checkpoint.*convert"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'vit.pth'} does not fit the model"):
         timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=tmp_path / "vit.pth"))
 
 

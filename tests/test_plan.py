@@ -22,7 +22,8 @@ from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.statistics import text_statistics
 from lotlip.models import packing
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower
+from lotlip.models.vision.image_tower import build_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.plan.plan import (
     Gpu,

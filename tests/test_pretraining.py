@@ -233,10 +233,11 @@ def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
 
 
 def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
-    from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower, save_image_tower
+    from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
+    from lotlip.models.vision.spec import ImageTowerSpec
 
     spec = ImageTowerSpec("vit_scenes", IMAGE_SIZE, {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2})
-    save_image_tower(build_image_tower(spec), spec, tmp_path / "narrow")
+    save_image_tower(build_image_tower(spec), tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"features of width 32, but the image tower's are 16 wide"):
         build_for_pretraining(pretrained(short[1], context_length=12), tmp_path / "narrow")
 

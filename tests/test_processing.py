@@ -226,6 +226,8 @@ def test_the_image_processor_is_saved_by_itself(tmp_path):
         "image_mean": TOWER["mean"],
         "image_std": TOWER["std"],
         "resize": "crop",
+        "interpolation": "bicubic",
+        "crop": 1.0,
     }
     loaded = AutoImageProcessor.from_pretrained(tmp_path)
     assert isinstance(loaded, LotlipImageProcessor)

@@ -33,7 +33,7 @@ def image_tower() -> None:
 
     result = make_tower(config, progress)
     tower = result.tower
-    save_image_tower(tower, tower.spec, stage.out)
+    save_image_tower(tower, stage.out)
     size = tower.spec.image_size
     with torch.inference_mode():
         features = tower(torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))).numpy()

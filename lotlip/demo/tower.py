@@ -14,7 +14,8 @@ from lotlip.data.images import MEAN, STD
 from lotlip.demo.world import attribute_classes, attribute_labels, generate_scene, render
 from lotlip.image_tower.config import SceneTowerConfig
 from lotlip.image_tower.towers import OnProgress, TowerResult
-from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
+from lotlip.models.vision.image_tower import ImageTower, build_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 
 # Maximum number of held-out scenes, on which accuracy is measured.
 _MAX_HELD_OUT = 1000

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from timm.models import VisionTransformer
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lotlip.data.batches import in_batches
 from lotlip.evaluate.encoders import LotlipEncoder
@@ -19,6 +21,8 @@ from lotlip.models.text_tower import TextTower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from lotlip.models.vision.image_tower import ImageTower
 
 _IMAGE_BATCH = 16  # the attention of all blocks of the image tower is in memory for each image
 
@@ -56,7 +60,8 @@ def relevance_maps(
 
     Follows Chefer et al. (arXiv 2103.15679, eq. 5 and 6). Relevance is propagated through the blocks of the image
     tower by R ← R + Ā R. Ā is the mean over heads of the positive part of a block's attention times its gradient with
-    respect to the cosine of image and text. The row of [CLS] in R is the map.
+    respect to the cosine of image and text. The row of [CLS] in R is the map, or the mean of the patches' rows where
+    these are the feature.
 
     The model and its gradients are left unchanged. It may be frozen, and the caller may be in `inference_mode`. The
     attention of all blocks is in memory, 45 MB per image for ViT-B/16, so choose the batch accordingly. Attention is
@@ -77,26 +82,60 @@ def relevance_maps(
         ValueError: the model uses late interaction or is in training mode, or its attention is not accessible.
     """
     _check(model)
-    trunk: Any = model.image_tower.trunk
+    tower = model.image_tower
+    check_maps(tower)
     # Tensors made in inference mode cannot be differentiated, so the pixels are cloned outside of it.
     with torch.inference_mode(False):
         with torch.no_grad():
             texts = model.encode_text(input_ids, lengths, cls_only=True)[:, 0]
-        with torch.enable_grad(), _attention_of(trunk) as attention:
+        with torch.enable_grad(), _attention_of(tower.trunk) as attention:
             # With a frozen tower, only the pixels can require gradients.
             images = model.encode_image(pixels.detach().clone().requires_grad_())
         image = torch.arange(len(texts), device=texts.device) if image is None else image
         rows = texts.new_empty(len(texts), attention[0].shape[-1], dtype=torch.float32)
+        first = 1 if _pooling(tower) == "token" else rows.shape[1]
         for group in _groups_of_distinct_images(image):
             cosines = (images[image[group]] * texts[group]).sum()
             gradients = torch.autograd.grad(cosines, attention, retain_graph=True)
             pairs = zip(attention, gradients, strict=True)
             blocks = [(a.detach() * g)[image[group]].float().relu().mean(dim=1) for a, g in pairs]
-            rows[group] = rollout(blocks)[:, 0]
-    patches = rows[:, trunk.num_prefix_tokens :]
+            rows[group] = _pooled_rows(tower, rollout(blocks, first))
+    patches = rows[:, tower.prefix_tokens :]
     total = patches.sum(dim=1, keepdim=True)
     maps = torch.where(total > 0, patches / total, 1 / patches.shape[1])
-    return maps.unflatten(1, trunk.patch_embed.grid_size)
+    side = math.isqrt(maps.shape[1])
+    return maps.unflatten(1, getattr(getattr(tower.trunk, "patch_embed", None), "grid_size", (side, side)))
+
+
+def check_maps(tower: ImageTower) -> None:
+    """Checks that relevance maps exist for an image tower.
+
+    Raises:
+        ValueError: its attention is not accessible, or its feature is not a mean of tokens.
+    """
+    name = f"the image tower {tower.spec.model} ({tower.spec.library})"
+    if not isinstance(tower.trunk, VisionTransformer | PreTrainedModel):
+        raise ValueError(f"attention maps are not available for {name}: it is not a plain ViT of timm or transformers")
+    if _pooling(tower) is None:
+        raise ValueError(f"attention maps are not available for {name}: it pools by attention, not from its tokens")
+
+
+def _pooling(tower: ImageTower) -> str | None:
+    """Which tokens the feature is made of: "token", "mean" or "token+mean"; None where it is none of these."""
+    if tower.spec.pooling != "model":
+        return None if tower.spec.pooling == "map" else tower.spec.pooling
+    if isinstance(tower.trunk, VisionTransformer):
+        return {"token": "token", "avg": "mean"}.get(tower.trunk.global_pool)
+    return "token" if tower.has_cls else None
+
+
+def _pooled_rows(tower: ImageTower, rows: Tensor) -> Tensor:
+    """Relevance of each token [B, T] for the feature, from that for each token, [B, T, T] or [B, 1, T]."""
+    pooling = _pooling(tower) or ""
+    parts = [rows[:, 0]] if "token" in pooling else []
+    if "mean" in pooling:
+        parts.append(rows[:, tower.prefix_tokens :].mean(dim=1))
+    return torch.stack(parts).mean(dim=0)
 
 
 def _groups_of_distinct_images(image: Tensor) -> Iterator[Tensor]:
@@ -125,10 +164,14 @@ def rollout(blocks: list[Tensor], first: int = 1) -> Tensor:
 @contextmanager
 def _attention_of(trunk: Any) -> Iterator[list[Tensor]]:
     """Collects the attention [B, h, T, T] of each block of a ViT in order, during the forward pass."""
+    attention: list[Tensor] = []
+    if isinstance(trunk, PreTrainedModel):
+        with _eager_attention(trunk, attention):
+            yield attention
+        return
     layers: list[Any] = [getattr(block, "attn", None) for block in getattr(trunk, "blocks", ())]
     if not layers or not all(hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop") for layer in layers):
         raise ValueError(f"{type(trunk).__name__} is not a plain timm ViT, so its attention is not accessible")
-    attention: list[Tensor] = []
     was_fused = [layer.fused_attn for layer in layers]
     hooks = [layer.attn_drop.register_forward_hook(lambda *call: attention.append(call[-1])) for layer in layers]
     try:
@@ -139,6 +182,26 @@ def _attention_of(trunk: Any) -> Iterator[list[Tensor]]:
         for layer, fused, hook in zip(layers, was_fused, hooks, strict=True):
             layer.fused_attn = fused
             hook.remove()
+
+
+@contextmanager
+def _eager_attention(model: Any, attention: list[Tensor]) -> Iterator[None]:
+    """Has a model of transformers compute its attention so that it can be collected."""
+    implementation = model.config._attn_implementation
+    forward = model.forward
+
+    def with_attentions(*inputs: Any, **options: Any) -> Any:
+        output = forward(*inputs, **options, output_attentions=True)
+        attention.extend(output.attentions)
+        return output
+
+    try:
+        model.set_attn_implementation("eager")
+        model.forward = with_attentions
+        yield
+    finally:
+        del model.forward
+        model.set_attn_implementation(implementation)
 
 
 # --- texts --------------------------------------------------------------------------------------------------------

@@ -243,7 +243,7 @@ def _model_input(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encod
     from lotlip.data.images import decode_rgb, square
 
     spec = encoder.model.image_tower.spec
-    return square(decode_rgb(encoded), SIDE, spec.resize, spec.mean)
+    return square(decode_rgb(encoded), SIDE, spec.resize, spec.mean, spec.interpolation, spec.crop)
 
 
 def _named_objects(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -199,7 +200,7 @@ class LotlipEncoder:
     @cached_property
     def _transform(self) -> Callable[[Image.Image], np.ndarray]:
         spec = self.model.image_tower.spec
-        return image_transform(spec.image_size, spec.mean, spec.std, spec.resize)
+        return image_transform(**spec.preprocessing)
 
     def prepare(self, image: Image.Image | bytes) -> np.ndarray:
         """Preprocesses an image for the image tower, float32 [3, S, S]. Thread-safe.
@@ -238,11 +239,12 @@ class LotlipEncoder:
     def protocol(self) -> dict[str, str | int]:
         """See `Encoder`."""
         spec = self.model.image_tower.spec
-        side = spec.image_size
+        side, resized = spec.image_size, math.floor(spec.image_size / spec.crop)
+        cropped = f"centre crop to {side}"
         steps = {
-            "crop": (f"shorter side to {side}, bicubic", f"centre crop to {side}"),
-            "squash": (f"both sides to {side}, bicubic", ""),
-            "pad": (f"longer side to {side}, bicubic", f"padded to {side} with the mean"),
+            "crop": (f"shorter side to {resized}, {spec.interpolation}", cropped),
+            "squash": (f"both sides to {resized}, {spec.interpolation}", cropped if resized > side else ""),
+            "pad": (f"longer side to {side}, {spec.interpolation}", f"padded to {side} with the mean"),
         }[spec.resize]
         where = {"model": str(self._folder), "weights_sha256": weights_hash(self._folder)} if self._folder else {}
         return {

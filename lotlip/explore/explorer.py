@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,12 +44,13 @@ class PictureMatch:
     Attributes:
         match: the search result.
         picture: RGB.
-        relevance: relevance of the patches of the model's square input, [G, G]; sums to 1.
+        relevance: relevance of the patches of the model's square input, [G, G]; sums to 1. None where the image tower
+            has no attention maps.
     """
 
     match: Match
     picture: Image.Image
-    relevance: np.ndarray
+    relevance: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Analysis:
     """Relevance maps and attention of a text for a picture, by sub-caption.
 
     Attributes:
-        whole: relevance of patches for the whole text, [G, G].
+        whole: relevance of patches for the whole text, [G, G]; None where the image tower has no attention maps.
         sub_captions: sub-captions within the context; the last one may be truncated.
-        relevance: relevance of patches for each sub-caption as a separate text, [N, G, G].
+        relevance: relevance of patches for each sub-caption as a separate text, [N, G, G]; N = 0 without maps.
         readers: "[CLS]", "Cor 1", …; empty if the encoder does not return attention.
         shares: share of each reader's attention on each sub-caption, [R, N].
         tokens: share of tokens of each sub-caption, [N].
@@ -66,7 +68,7 @@ class Analysis:
         problem: why there are no readers; empty if there are.
     """
 
-    whole: np.ndarray
+    whole: np.ndarray | None
     sub_captions: list[str]
     relevance: np.ndarray
     readers: list[str]
@@ -138,6 +140,22 @@ class Explorer:
         """How the model resizes pictures to a square, one of `lotlip.data.images.RESIZES`."""
         return self._embedder.model.image_tower.spec.resize
 
+    @cached_property
+    def maps_problem(self) -> str:
+        """Why the image tower has no attention maps; empty if it has them."""
+        from lotlip.evaluate.attention import check_maps
+
+        try:
+            check_maps(self._embedder.model.image_tower)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    @property
+    def crop(self) -> float:
+        """The share of the resized picture's sides that the model sees."""
+        return self._embedder.model.image_tower.spec.crop
+
     @property
     def has_texts(self) -> bool:
         """Whether there is an index of texts."""
@@ -157,6 +175,8 @@ class Explorer:
         with self._lock:
             found = matches(self._pictures, self._embedder.texts([text])[0], self._top)
             pictures = [self.picture(match.name) for match in found]
+            if self.maps_problem:
+                return [PictureMatch(match, picture, None) for match, picture in zip(found, pictures, strict=True)]
             maps = image_relevance_maps(self._embedder.encoder, pictures, [[text]] * len(found))
         results = zip(found, pictures, maps, strict=True)
         return [PictureMatch(match, picture, relevance[0].numpy()) for match, picture, relevance in results]
@@ -199,8 +219,10 @@ class Explorer:
             place = attention.sub_captions(model, ids, lengths)  # [1, L]
             spans = _spans(place[0].tolist(), offsets)
             parts = [text[start:end] for start, end in spans]
-            (relevance,) = attention.image_relevance_maps(self._embedder.encoder, [picture], [[text, *parts]])
-            whole, *maps = relevance.numpy()
+            whole, maps = None, list[np.ndarray]()
+            if not self.maps_problem:
+                (relevance,) = attention.image_relevance_maps(self._embedder.encoder, [picture], [[text, *parts]])
+                whole, *maps = relevance.numpy()
             names = ["[CLS]", *(f"Cor {number + 1}" for number in range(model.config.corner_tokens))]
             problem = ""
             try:
@@ -209,7 +231,7 @@ class Explorer:
                 problem, names, over_tokens = str(error), [], ids.new_zeros(1, 0, ids.shape[1]).float()
             shares, tokens = attention.sub_caption_shares(over_tokens, place)
             entropy = attention.normalised_entropy(shares, place.max(dim=1).values + 1)
-        grid = np.stack(maps) if maps else np.empty((0, *whole.shape), dtype=np.float32)
+        grid = np.stack(maps) if maps else np.empty((0, 0, 0), dtype=np.float32)
         by_reader, by_length, by_entropy = (values[0].cpu().numpy() for values in (shares, tokens, entropy))
         return Analysis(whole, parts, grid, names, by_reader, by_length, by_entropy, problem)
 

@@ -162,7 +162,7 @@ def _text_tab(explorer: Explorer) -> None:
         with gradio.Column(scale=3, min_width=420):
             gradio.Markdown("**Nearest pictures** with relevance maps for the text. Select one for details below.")
             gallery = _gallery("pictures", columns=2)
-            gradio.Markdown(_HINT + _MODEL_INPUT[explorer.resize])
+            gradio.Markdown(explorer.maps_problem or _HINT + _MODEL_INPUT[explorer.resize])
     details = _details("text")
 
     def read(text: str) -> str:
@@ -172,8 +172,11 @@ def _text_tab(explorer: Explorer) -> None:
         found = explorer.find_pictures(text)
         pictures = [
             (
-                side_by_side(
-                    scale_to_page(one.picture), heat(scale_to_page(one.picture), one.relevance, explorer.resize)
+                scale_to_page(one.picture)
+                if one.relevance is None
+                else side_by_side(
+                    scale_to_page(one.picture),
+                    heat(scale_to_page(one.picture), one.relevance, explorer.resize, explorer.crop),
                 ),
                 f"{one.match.score:.3f} · {one.match.name}",
             )
@@ -185,7 +188,7 @@ def _text_tab(explorer: Explorer) -> None:
         text, names = searched
         picture = explorer.picture(names[number])
         analysis = explorer.analyse(picture, text)
-        return relevance_pictures(picture, analysis, names[number], explorer.resize), attention_html(analysis)
+        return relevance_pictures(picture, analysis, names[number], explorer), attention_html(analysis)
 
     def chosen(searched: tuple[str, list[str]], event: gradio.SelectData) -> tuple[_Gallery, str]:
         return choose(searched, event.index)
@@ -224,7 +227,7 @@ def _picture_tab(explorer: Explorer) -> None:
                 buttons=[],
                 elem_id="texts",
             )
-            gradio.Markdown(_HINT + _MODEL_INPUT[explorer.resize])
+            gradio.Markdown(explorer.maps_problem or _HINT + _MODEL_INPUT[explorer.resize])
     details = _details("picture")
 
     def find(file: str | None) -> tuple[Any, list[list[str]], list[str]]:
@@ -240,7 +243,7 @@ def _picture_tab(explorer: Explorer) -> None:
             return [], ""
         picture = decode_rgb(Path(file).read_bytes())
         analysis = explorer.analyse(picture, texts[number])
-        return relevance_pictures(picture, analysis, "the picture", explorer.resize), attention_html(analysis)
+        return relevance_pictures(picture, analysis, "the picture", explorer), attention_html(analysis)
 
     def chosen(file: str | None, texts: list[str], event: gradio.SelectData) -> tuple[_Gallery, str]:
         return choose(file, texts, event.index[0])
@@ -290,11 +293,14 @@ def _with_errors(work: Callable[..., R]) -> Callable[..., R]:
 # --- content ----------------------------------------------------------------------------------------------------------
 
 
-def relevance_pictures(picture: Image.Image, analysis: Analysis, name: str, resize: str) -> _Gallery:
+def relevance_pictures(picture: Image.Image, analysis: Analysis, name: str, explorer: Explorer) -> _Gallery:
     """Returns the picture, then its relevance maps for the whole text and for each sub-caption."""
     texts = ["the whole text", *(f"{number} · {text}" for number, text in enumerate(analysis.sub_captions, start=1))]
+    if analysis.whole is None:
+        return [(scale_to_page(picture), name)]
     maps = zip([analysis.whole, *analysis.relevance], texts, strict=True)
-    return [(scale_to_page(picture), name), *((heat(scale_to_page(picture), one, resize), text) for one, text in maps)]
+    shown, seen = scale_to_page(picture), (explorer.resize, explorer.crop)
+    return [(shown, name), *((heat(shown, one, *seen), text) for one, text in maps)]
 
 
 def truncation_html(text: str, truncation: Truncation) -> str:

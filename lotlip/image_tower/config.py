@@ -13,6 +13,10 @@ from lotlip.core.variants import Variants
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
 Channels = tuple[float, float, float]
+# Names as in `lotlip.data.images.INTERPOLATIONS`.
+Interpolation = Literal["bicubic", "bilinear", "box", "hamming", "lanczos", "nearest"]
+# Names as in `lotlip.models.vision.spec.POOLINGS`.
+Pooling = Literal["model", "token", "mean", "token+mean", "map"]
 
 
 _RESIZE = (
@@ -43,19 +47,36 @@ class SceneTowerConfig(Section):
     )
 
 
-class TimmTowerConfig(Section):
-    """A pretrained image tower from timm, such as the paper's `vit_base_patch16_224.augreg_in21k`."""
+class PretrainedTowerConfig(Section):
+    """Settings of all pretrained image towers; null: as the model was trained."""
 
-    kind: Literal["timm"]
-    model: str = Field(description="name in timm of a ViT with a [CLS] token")
-    checkpoint: Path | None = Field(None, description="local safetensors file; null: timm downloads from the model hub")
-    revision: Commit | None = Field(None, description="commit of the model's repository on the hub; null: the newest")
-    image_size: Annotated[int, Field(ge=32, le=1024)] = Field(224, description="side of an image in pixels")
-    resize: Resize = Field("crop", description=_RESIZE)
+    pooling: Pooling = Field(
+        "model",
+        description="how the image's feature is computed. model: as the model's library does it, projection included; "
+        "token: the [CLS] token after the last norm; mean: the mean of the patches; token+mean: both concatenated, "
+        "which doubles the width; map: the model's attention pooling",
+    )
+    image_size: Annotated[int, Field(ge=32, le=1024)] | None = Field(None, description="side of an image in pixels")
+    resize: Resize | None = Field(None, description=_RESIZE)
+    interpolation: Interpolation | None = Field(None, description="filter that resizes pictures")
+    crop: Annotated[float, Field(ge=0.1, le=1)] | None = Field(
+        None, description="fraction of the resized image's sides that is kept, from its centre; `resize: pad` keeps all"
+    )
     mean: Channels | None = Field(
         None, description="mean of each channel, for pixels in 0..1; null: as the model was trained"
     )
     std: Channels | None = Field(None, description="standard deviation of each channel; null: as the model was trained")
+
+
+class TimmTowerConfig(PretrainedTowerConfig):
+    """A pretrained image tower from timm, such as the paper's `vit_base_patch16_224.augreg_in21k`."""
+
+    kind: Literal["timm"]
+    model: str = Field(description="name in timm of a ViT with or without a [CLS] token, or of a convolutional model")
+    checkpoint: Path | None = Field(
+        None, description="local file of weights, safetensors or torch; null: timm downloads from the model hub"
+    )
+    revision: Commit | None = Field(None, description="commit of the model's repository on the hub; null: the newest")
 
     @model_validator(mode="after")
     def _possible(self) -> TimmTowerConfig:
@@ -64,4 +85,22 @@ class TimmTowerConfig(Section):
         return self
 
 
-ImageTowerConfig = Annotated[SceneTowerConfig | TimmTowerConfig, Variants("lotlip.image_towers")]
+class TransformersTowerConfig(PretrainedTowerConfig):
+    """The image tower of a model of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3."""
+
+    kind: Literal["transformers"]
+    model: str = Field(description="folder of a model with its preprocessor_config.json, or its name on the hub")
+    revision: Commit | None = Field(None, description="commit of the model's repository on the hub; null: the newest")
+
+
+class OpenClipTowerConfig(PretrainedTowerConfig):
+    """The image tower of an open_clip model."""
+
+    kind: Literal["open_clip"]
+    model: str = Field(description="name of a configuration in open_clip, such as ViT-B-32")
+    weights: str = Field(description="tag of pretrained weights in open_clip, or a local file with the whole model")
+
+
+ImageTowerConfig = Annotated[
+    SceneTowerConfig | TimmTowerConfig | TransformersTowerConfig | OpenClipTowerConfig, Variants("lotlip.image_towers")
+]

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 
 from lotlip.core.checks import Check, in_percent, one_value, run_gate
-from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
+from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig
 
 
 def gate_image_tower(
-    settings: SceneTowerConfig | TimmTowerConfig, accuracy: Mapping[str, float], features: np.ndarray, report: Path
+    settings: ImageTowerConfig, accuracy: Mapping[str, float], features: np.ndarray, report: Path
 ) -> list[Check]:
     """Checks that features differ between images, and that the demo's tower has learned the attributes.
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
-from timm.data import resolve_model_data_config
+import timm
+from timm.data import resolve_data_config
 
-from lotlip.data.weights import read_weights
+from lotlip.data.weights import read_any_weights
 from lotlip.image_tower.config import TimmTowerConfig
+from lotlip.image_tower.preprocessing import with_settings
 from lotlip.image_tower.towers import OnProgress, TowerResult
-from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower, load_weights
+from lotlip.models.vision.image_tower import load_weights
+from lotlip.models.vision.spec import ImageTowerSpec
+from lotlip.models.vision.timm_tower import TimmTower
+
+_RESIZE = {"center": "crop", "squash": "squash", "border": "pad"}  # timm's crop_mode
 
 
 def pretrained_tower(config: TimmTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
@@ -18,47 +23,67 @@ def pretrained_tower(config: TimmTowerConfig, on_progress: OnProgress | None = N
     return TowerResult(timm_tower(config))
 
 
-def timm_tower(config: TimmTowerConfig) -> ImageTower:
-    """Builds a tower by its name in timm, with pretrained weights from a local file or from the model hub.
-
-    Pixels are normalised as the model was trained, unless the settings override that.
+def timm_spec(config: TimmTowerConfig) -> ImageTowerSpec:
+    """What `timm_tower` builds. Pictures are prepared as timm does it, unless the settings say otherwise.
 
     Raises:
-        ValueError: the hub cannot be reached, or the weights do not fit.
+        ValueError: timm has no such model.
     """
-    spec = ImageTowerSpec(config.model, config.image_size, resize=config.resize)
-    if config.checkpoint is not None:
-        tower = _with_checkpoint(build_image_tower(spec), config.checkpoint)
-    else:
-        tower = _from_hub(spec, config.revision)
-    trained_with = resolve_model_data_config(tower.trunk)
-    tower.spec = replace(spec, mean=config.mean or trained_with["mean"], std=config.std or trained_with["std"])
+    if not timm.is_model(config.model):
+        raise ValueError(
+            f"timm {timm.__version__} has no model {config.model!r}; timm.list_models('vit*') lists those it has"
+        )
+    pretrained = timm.get_pretrained_cfg(config.model)
+    data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
+    spec = ImageTowerSpec(
+        config.model,
+        data["input_size"][-1],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        resize=_RESIZE[data["crop_mode"]],
+        interpolation=data["interpolation"],
+        crop=data["crop_pct"],
+    )
+    return with_settings(spec, config)
+
+
+def timm_tower(config: TimmTowerConfig) -> TimmTower:
+    """Builds a pretrained tower by its name in timm, with the weights of a local file or of timm's hub.
+
+    Raises:
+        ValueError: the hub cannot be reached, the weights do not fit, or the model cannot pool as the settings say.
+    """
+    spec = timm_spec(config)
+    if config.checkpoint is None:
+        return _from_hub(spec, config.revision).eval()
+    tower = TimmTower(spec)
+    _load_checkpoint(tower, config.checkpoint)
     return tower.eval()
 
 
-def _from_hub(spec: ImageTowerSpec, revision: str | None) -> ImageTower:
+def _from_hub(spec: ImageTowerSpec, revision: str | None) -> TimmTower:
     try:
-        return build_image_tower(spec, pretrained=True, revision=revision)
+        return TimmTower(spec, pretrained=True, revision=revision)
     except ValueError:
         raise
     except Exception as error:  # the hub's client and the network layer raise many types
         raise ValueError(
-            f"cannot download the weights of {spec.timm_model} from timm's hub ({type(error).__name__}: {error}); "
+            f"cannot download the weights of {spec.model} from timm's hub ({type(error).__name__}: {error}); "
             "download its model.safetensors on another machine and set image_tower.checkpoint to the file"
         ) from error
 
 
-def _with_checkpoint(tower: ImageTower, checkpoint: Path) -> ImageTower:
+def _load_checkpoint(tower: TimmTower, checkpoint: Path) -> None:
     if not checkpoint.is_file():
         raise ValueError(f"image_tower.checkpoint: {checkpoint} does not exist")
-    weights = read_weights(checkpoint)
+    weights = read_any_weights(checkpoint)
     if foreign := [name for name in weights if name.startswith(("text", "image.", "vision_model.", "visual."))]:
         raise ValueError(
-            f"image_tower.checkpoint {checkpoint} holds a model of images and texts ({foreign[0]}, …); use a file "
-            "with the weights of timm's model only"
+            f"image_tower.checkpoint {checkpoint} holds a model of images and texts ({foreign[0]}, …); use the kind "
+            "transformers or open_clip, which take their image tower, or give the weights of timm's model alone"
         )
-    expected = tower.trunk.state_dict()
-    # drop the classifier, but keep the last norm, which some models store under the same prefix
-    kept = {k: value for k, value in weights.items() if k in expected or not k.startswith(("head.", "pre_logits."))}
+    have = tower.trunk.state_dict()
+    # the classifier is dropped; some models have their last norm under the same name
+    classifiers = ("head.", "pre_logits.", "fc.", "classifier.")
+    kept = {name: value for name, value in weights.items() if name in have or not name.startswith(classifiers)}
     load_weights(tower.trunk, kept, checkpoint)
-    return tower

@@ -9,7 +9,12 @@ from lotlip.core.variants import implementation
 from lotlip.image_tower.config import ImageTowerConfig
 from lotlip.models.vision.image_tower import ImageTower
 
-_BUILT_IN = {"scenes": "lotlip.demo.tower:train_image_tower", "timm": "lotlip.image_tower.timm:pretrained_tower"}
+_BUILT_IN = {
+    "scenes": "lotlip.demo.tower:train_image_tower",
+    "timm": "lotlip.image_tower.timm:pretrained_tower",
+    "transformers": "lotlip.image_tower.transformers:pretrained_tower",
+    "open_clip": "lotlip.image_tower.open_clip:pretrained_tower",
+}
 
 OnProgress = Callable[[int, int, float], None]
 

@@ -10,6 +10,7 @@ import yaml
 
 from lotlip.core.section import flatten
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.vision.spec import ImageTowerSpec
 
 _USE = """
 import lotlip  # registers the model with transformers
@@ -45,7 +46,7 @@ def model_card(config: LotlipConfig) -> str:
 
 
 def _summary(config: LotlipConfig) -> Iterator[str]:
-    encoder, image = config.text_config, config.image_config
+    encoder, image = config.text_config, ImageTowerSpec.from_json(config.image_config)
     corner = f"{config.corner_tokens} corner tokens"
     if config.corner_tokens and not config.corner_mask:
         corner += " without their mask"
@@ -62,8 +63,8 @@ def _summary(config: LotlipConfig) -> Iterator[str]:
         "crop": "the centre of an image",
         "squash": "the entire image, squashed to a square",
         "pad": "the entire image, padded to a square",
-    }[image.get("resize", "crop")]
-    yield f"- image tower: {image['timm_model']}, {image['image_size']} pixels; it sees {resize}"
+    }[image.resize]
+    yield f"- image tower: {image.model} ({image.library}), {image.image_size} pixels; it sees {resize}"
     yield f"- similarity: {config.similarity}{', logits with a bias' if config.logit_bias else ''}"
 
 

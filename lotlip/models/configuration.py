@@ -48,7 +48,7 @@ class LotlipConfig(PretrainedConfig):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**{"model_type": "bert", **text_config})
         self.text_config: PretrainedConfig = text_config
-        self.image_config = image_config or {"timm_model": "vit_base_patch16_224", "image_size": 224}
+        self.image_config = image_config or {"model": "vit_base_patch16_224", "image_size": 224}
         self.embed_dim = embed_dim
         self.context_length = context_length
         self.corner_tokens = corner_tokens

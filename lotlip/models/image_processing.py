@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, BatchFeature
 
 from lotlip.data.images import MEAN, STD, check_resize, decode_rgb, image_transform, to_rgb
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.vision.spec import ImageTowerSpec
 
 
 class LotlipImageProcessor(BaseImageProcessor):
@@ -27,9 +28,11 @@ class LotlipImageProcessor(BaseImageProcessor):
         image_std: standard deviation of each channel, for pixels in 0..1.
         resize: how an image becomes a square: `crop`, `squash` or `pad`, as in `lotlip.data.images.square`. Processors
             saved without this field belong to models trained with `crop`.
+        interpolation: filter for resizing, one of `lotlip.data.images.INTERPOLATIONS`.
+        crop: fraction of the resized image's sides that is kept.
 
     Raises:
-        ValueError: `resize` is unknown.
+        ValueError: `resize`, `interpolation` or `crop` is not a possible value.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 (transformers' own type)
@@ -40,14 +43,24 @@ class LotlipImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float] = MEAN,
         image_std: Sequence[float] = STD,
         resize: str = "crop",
+        interpolation: str = "bicubic",
+        crop: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        check_resize(resize)
+        check_resize(resize, interpolation, crop)
         super().__init__(**kwargs)
         self.image_size = image_size
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.resize = resize
+        self.interpolation = interpolation
+        self.crop = crop
+
+    @classmethod
+    def of(cls, spec: ImageTowerSpec) -> LotlipImageProcessor:
+        """The processor for an image tower."""
+        options: dict[str, Any] = dict(spec.preprocessing)
+        return cls(options.pop("image_size"), options.pop("mean"), options.pop("std"), **options)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Converts one image or a list of images to `pixel_values` [B, 3, S, S] float32.
@@ -65,7 +78,9 @@ class LotlipImageProcessor(BaseImageProcessor):
                 f"LotlipImageProcessor has no options {', '.join(kwargs)}; remove them, images are prepared as trained"
             )
         rgb_images = self.fetch_images(images if isinstance(images, list | tuple) else [images])
-        transform = image_transform(self.image_size, self.image_mean, self.image_std, self.resize)
+        transform = image_transform(
+            self.image_size, self.image_mean, self.image_std, self.resize, self.interpolation, self.crop
+        )
         pixels = np.stack([transform(image) for image in rgb_images])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 

@@ -20,6 +20,7 @@ from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.packing import TextBatch
 from lotlip.models.text_tower import TextTower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.objectives.similarity import cosine, late_interaction
 
@@ -74,7 +75,7 @@ class LotlipModel(PreTrainedModel):
         self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS)) if config.logit_bias else None
         self.image: ImageTower | None = None
         if image_tower:
-            from lotlip.models.vision.image_tower import ImageTowerSpec, build_image_tower  # timm takes 2 s to import
+            from lotlip.models.vision.image_tower import build_image_tower  # timm takes 2 s to import
 
             self.image = build_image_tower(ImageTowerSpec.from_json(config.image_config))
         self.post_init()

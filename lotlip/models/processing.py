@@ -11,10 +11,10 @@ from transformers import (
 )
 
 from lotlip.core.temporary import temporary_folder
-from lotlip.data.images import MEAN, STD
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.image_processing import LotlipImageProcessor
+from lotlip.models.vision.spec import ImageTowerSpec
 
 
 class LotlipProcessor(ProcessorMixin):
@@ -38,14 +38,10 @@ class LotlipProcessor(ProcessorMixin):
             tokenizer: the model's tokenizer.
             config: the model's configuration; its `image_config` defines how images are prepared.
         """
-        image = config.image_config  # building an ImageTowerSpec would import timm, which takes 2 s
         with temporary_folder("tokenizer") as folder:
             tokenizer.save(folder)
             fast_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
-        image_processor = LotlipImageProcessor(
-            image["image_size"], image.get("mean", MEAN), image.get("std", STD), image.get("resize", "crop")
-        )
-        return cls(image_processor, fast_tokenizer)
+        return cls(LotlipImageProcessor.of(ImageTowerSpec.from_json(config.image_config)), fast_tokenizer)
 
 
 AutoProcessor.register(LotlipConfig, LotlipProcessor, exist_ok=True)

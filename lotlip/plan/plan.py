@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from timm.models import VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, PretrainedConfig
 
@@ -27,10 +28,15 @@ from lotlip.data.index import ShardIndex
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
-from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
+from lotlip.image_tower.config import (
+    OpenClipTowerConfig,
+    SceneTowerConfig,
+    TimmTowerConfig,
+    TransformersTowerConfig,
+)
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text_tower import PACKED
-from lotlip.models.vision.image_tower import ImageTower, ImageTowerSpec, build_image_tower
+from lotlip.models.vision.image_tower import ImageTower, build_image_tower
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
 from lotlip.pretrain.checkpoint import KEPT
 from lotlip.pretrain.config import PretrainConfig
@@ -281,7 +287,17 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
 
         spec = scenes_spec(image)
     elif isinstance(image, TimmTowerConfig):
-        spec = ImageTowerSpec(image.model, image.image_size, resize=image.resize)
+        from lotlip.image_tower.timm import timm_spec
+
+        spec = timm_spec(image)
+    elif isinstance(image, TransformersTowerConfig):
+        from lotlip.image_tower.transformers import transformers_spec
+
+        spec = transformers_spec(image, local_files_only=True)
+    elif isinstance(image, OpenClipTowerConfig):
+        from lotlip.image_tower.open_clip import open_clip_spec
+
+        spec = open_clip_spec(image)
     else:
         raise ValueError(f"`lotlip plan` does not support image towers of kind {image.kind}")
     with torch.device("meta"):
@@ -492,6 +508,8 @@ def activation_bytes(
 
 
 def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float:
+    if not isinstance(tower.trunk, VisionTransformer):
+        return batch * _other_image_bytes(tower, trained=not config.image_tower.frozen)
     trunk: Any = tower.trunk
     tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens
     hidden = trunk.blocks[0].mlp.fc1.out_features
@@ -505,6 +523,37 @@ def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float
         num_attention_heads=trunk.blocks[0].attn.num_heads,
     )
     return pixels + encoder_bytes(sizes, batch, tokens, _size(config), masked=False)
+
+
+def _other_image_bytes(tower: ImageTower, trained: bool) -> float:
+    """Measures the bytes of one image in a tower of any kind, by a forward pass on the meta device.
+
+    Trained towers keep what autograd saves; a frozen one needs the inputs and outputs of its widest layer.
+    """
+    widest, saved = 0.0, dict[int, float]()
+    weights = {value.untyped_storage()._cdata for value in tower.state_dict().values()}
+
+    def measure(_module: Any, inputs: Any, output: Any) -> None:
+        nonlocal widest
+        tensors = [one for one in (*inputs, output) if isinstance(one, torch.Tensor)]
+        widest = max(widest, sum(one.numel() * FP32 for one in tensors))
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            saved[storage._cdata] = float(storage.nbytes())
+        return tensor
+
+    size = tower.spec.image_size
+    hooks = [module.register_forward_hook(measure) for module in tower.modules()]
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            kept = tower(torch.zeros(1, 3, size, size, device="meta", requires_grad=True))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    del kept
+    return 3 * size**2 * FP32 + (sum(saved.values()) if trained else widest)
 
 
 def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, outputs: int | None = None) -> float:

@@ -145,7 +145,7 @@ class Trainer:
         tower = load_image_tower(self.job.image_tower)
         spec = tower.spec
         augmentation = self.config.image_tower.augmentation
-        return tower, training_transform(spec.image_size, spec.mean, spec.std, augmentation, spec.resize)
+        return tower, training_transform(augmentation=augmentation, **spec.preprocessing)
 
     def train(self) -> None:
         """Runs the remaining steps, then saves the model and its curves.

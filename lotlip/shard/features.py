@@ -28,7 +28,7 @@ def frozen_features(folder: Path, compute: Compute) -> Features:
     """
     device = choose_device(compute.device)
     tower = load_image_tower(folder).eval().to(device)
-    transform = image_transform(tower.spec.image_size, tower.spec.mean, tower.spec.std, tower.spec.resize)
+    transform = image_transform(**tower.spec.preprocessing)
     lock = threading.Lock()  # one call already uses the whole device
 
     def features(pictures: list[Image.Image]) -> np.ndarray:

@@ -1,197 +1,168 @@
-"""The image tower: a timm ViT whose [CLS] token, after the last norm, is the image feature (paper, section 3.1)."""
+"""Image towers: pictures to tokens, and tokens to the image's feature (paper, section 3.1)."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from math import log2
 from pathlib import Path
 from typing import Any
 
-import timm
+import torch
 from safetensors.torch import save_file
-from timm.layers import PatchEmbed
-from timm.models import VisionTransformer, register_model
 from torch import Tensor, nn
 
 from lotlip.core.files import atomic_write, read_json, write_json
-from lotlip.data.images import MEAN, STD, check_resize
 from lotlip.data.weights import read_weights
-
-# Options of timm's create_model that load files. They are rejected, because a configuration may be untrusted.
-LOADING_OPTIONS = ("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
-
-
-@dataclass(frozen=True)
-class ImageTowerSpec:
-    """Everything needed to build an image tower and to prepare images for it.
-
-    Attributes:
-        timm_model: name of a ViT in timm, or `vit_scenes`.
-        kwargs: arguments of that model that differ from its defaults; plain JSON types.
-        image_size: side of the square input in pixels.
-        mean, std: mean and standard deviation of each channel, for pixels in 0..1.
-        resize: how an image becomes a square, one of `lotlip.data.images.RESIZES`.
-
-    Raises:
-        ValueError: `resize` is unknown.
-    """
-
-    timm_model: str
-    image_size: int
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
-    resize: str = "crop"
-
-    def __post_init__(self) -> None:
-        check_resize(self.resize)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns all fields as plain JSON types."""
-        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> ImageTowerSpec:
-        """Inverts `to_json`; missing fields take the values of the released models."""
-        return cls(**{**data, **{name: tuple(data[name]) for name in ("mean", "std") if name in data}})
+from lotlip.models.vision.spec import ImageTowerSpec
 
 
 class ImageTower(nn.Module):
-    """A timm ViT without its classifier.
+    """A vision model without its classifier. A subclass adapts the models of one library.
 
     Attributes:
-        trunk: the timm model.
         spec: what it was built from.
+        trunk: the library's model.
         width: D, the size of a feature.
-    """
-
-    def __init__(self, trunk: nn.Module, spec: ImageTowerSpec) -> None:
-        super().__init__()
-        self.trunk = trunk
-        self.spec = spec
-        self.width = int(trunk.num_features)  # type: ignore[arg-type]
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Maps normalised pixels [B, 3, S, S] to [CLS] features [B, D], which are not normalised."""
-        return self.feature(self.hidden_states(pixel_values))
-
-    def hidden_states(self, pixel_values: Tensor) -> Tensor:
-        """Returns the ViT's tokens after its last norm, [B, T, D]: [CLS], other prefix tokens, then patches."""
-        return self.trunk.forward_features(pixel_values)  # type: ignore[operator]
-
-    def feature(self, hidden: Tensor) -> Tensor:
-        """Returns the feature of [CLS], [B, D], from hidden states [B, T, D]."""
-        return self.trunk.forward_head(hidden)  # type: ignore[operator]
-
-    def patches(self, hidden: Tensor) -> Tensor:
-        """Returns the features of the patches, [B, P, D], from hidden states [B, T, D]."""
-        return hidden[:, self.trunk.num_prefix_tokens :]  # type: ignore[misc]
-
-
-def build_image_tower(spec: ImageTowerSpec, pretrained: bool = False, revision: str | None = None) -> ImageTower:
-    """Builds the tower, with random weights unless `pretrained` is set.
-
-    Args:
-        spec: the tower's specification.
-        pretrained: whether timm downloads its weights from the model hub.
-        revision: commit of the model's repository on the hub; None: the newest.
 
     Raises:
-        ValueError: timm has no such model, it is not a ViT with a [CLS] token, `spec.kwargs` would load files, or
-            `revision` is set and the weights are not on the hub.
+        ValueError: the model cannot pool as the spec says.
     """
-    if not timm.is_model(spec.timm_model):
-        raise ValueError(
-            f"timm {timm.__version__} has no model {spec.timm_model!r}; timm.list_models('vit*') lists the names"
-        )
-    if options := [name for name in LOADING_OPTIONS if name in spec.kwargs]:
-        raise ValueError(f"kwargs of the image tower {spec.timm_model} load other files: remove {', '.join(options)}")
-    arguments = {"num_classes": 0, "global_pool": "token", "img_size": spec.image_size, **spec.kwargs}
-    if revision is not None:
-        source = timm.get_pretrained_cfg(spec.timm_model)
-        if source is None or not source.hf_hub_id:
-            raise ValueError(f"timm's weights of {spec.timm_model} are not on the hub; remove the revision {revision}")
-        arguments["pretrained_cfg_overlay"] = {"hf_hub_id": f"{source.hf_hub_id}@{revision}"}
-    try:
-        trunk = timm.create_model(spec.timm_model, pretrained=pretrained, **arguments)
-    except (TypeError, AssertionError) as error:  # timm raises either for unsupported arguments, such as this pooling
-        raise ValueError(f"{spec.timm_model} cannot be an image tower: {error}; choose a ViT of timm") from error
-    if getattr(trunk, "cls_token", None) is None:
-        raise ValueError(f"{spec.timm_model} has no [CLS] token to take the image feature from; choose another ViT")
-    return ImageTower(trunk, spec)
+
+    def __init__(self, spec: ImageTowerSpec, trunk: Any) -> None:
+        super().__init__()
+        self.spec = spec
+        self.trunk = trunk
+        if "token" in spec.pooling and not self.has_cls:
+            raise ValueError(
+                f"{spec.model} has no [CLS] token, which pooling {spec.pooling!r} needs; use 'model' or 'mean'"
+            )
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, S, S] → features [B, D], not normalised."""
+        return self.feature(self.hidden_states(pixel_values))
+
+    def feature(self, hidden: Tensor) -> Tensor:
+        """The image's feature [B, D] from tokens [B, T, C], by the spec's pooling.
+
+        Raises:
+            ValueError: the pooling is `map`, and the model has no attention pooling.
+        """
+        if self.spec.pooling == "model":
+            return self.own_feature(hidden)
+        if self.spec.pooling == "map":
+            return self.attention_pool(hidden)
+        pooled = []
+        if "token" in self.spec.pooling:
+            pooled.append(self.normalised(hidden[:, 0]))
+        if "mean" in self.spec.pooling:
+            pooled.append(self.normalised(hidden[:, self.prefix_tokens :].mean(dim=1)))
+        return torch.cat(pooled, dim=-1)
+
+    def patches(self, hidden: Tensor) -> Tensor:
+        """Features of the patches, or of the places of a feature map, [B, P, C], from tokens [B, T, C]."""
+        return self.normalised(hidden[:, self.prefix_tokens :])
+
+    @property
+    def width(self) -> int:
+        """D, the size of a feature."""
+        if self.spec.pooling == "model":
+            return self.own_width
+        return self.token_width * (2 if self.spec.pooling == "token+mean" else 1)
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the first token is one that stands for the image."""
+        return self.prefix_tokens > 0
+
+    @property
+    @abstractmethod
+    def prefix_tokens(self) -> int:
+        """The number of tokens before those of the patches."""
+
+    @property
+    @abstractmethod
+    def token_width(self) -> int:
+        """C, the size of a token."""
+
+    @property
+    @abstractmethod
+    def own_width(self) -> int:
+        """The size of the feature that the library itself gives."""
+
+    @abstractmethod
+    def hidden_states(self, pixel_values: Tensor) -> Tensor:
+        """Normalised pictures [B, 3, S, S] → tokens [B, T, C] of the last layer, those of the patches last."""
+
+    @abstractmethod
+    def own_feature(self, hidden: Tensor) -> Tensor:
+        """The feature that the library itself gives, [B, D], from tokens [B, T, C]."""
+
+    def normalised(self, hidden: Tensor) -> Tensor:
+        """Applies the model's last norm to tokens [..., C], where `hidden_states` has not done so."""
+        return hidden
+
+    def attention_pool(self, hidden: Tensor) -> Tensor:
+        """The feature by the model's own attention pooling, [B, C], from tokens [B, T, C].
+
+        Raises:
+            ValueError: the model has no attention pooling.
+        """
+        raise ValueError(f"{self.spec.model} has no attention pooling; use the pooling 'model', 'mean' or 'token'")
 
 
-def save_image_tower(tower: ImageTower, spec: ImageTowerSpec, folder: Path) -> None:
-    """Writes `config.json` and `model.safetensors` atomically."""
+def build_image_tower(spec: ImageTowerSpec) -> ImageTower:
+    """Builds a tower with random weights.
+
+    Raises:
+        ValueError: the library has no such model, or it cannot be built or pooled as the spec says.
+    """
+    if spec.library == "transformers":
+        from lotlip.models.vision.transformers_tower import TransformersTower
+
+        return TransformersTower(spec)
+    if spec.library == "open_clip":
+        from lotlip.models.vision.open_clip_tower import OpenClipTower
+
+        return OpenClipTower(spec)
+    from lotlip.models.vision.timm_tower import TimmTower
+
+    return TimmTower(spec)
+
+
+def save_image_tower(tower: ImageTower, folder: Path) -> None:
+    """Writes `config.json` and `model.safetensors`; the folder appears only when both are complete."""
     with atomic_write(folder) as partial:
         partial.mkdir()
         save_file(
             {name: value.contiguous() for name, value in tower.state_dict().items()}, partial / "model.safetensors"
         )
-        write_json(partial / "config.json", spec.to_json())
+        sizes = {"width": tower.width, "token_width": tower.token_width}
+        write_json(partial / "config.json", tower.spec.to_json() | sizes)
 
 
 def load_image_tower(folder: Path) -> ImageTower:
-    """Loads what `save_image_tower` wrote, in evaluation mode.
+    """Reads what `save_image_tower` wrote, ready for inference.
 
     Raises:
-        ValueError: the folder has no tower, or its weights do not match its specification.
+        ValueError: the folder has no tower, or the weights do not fit it.
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} has no image tower (no config.json); run the image_tower stage first")
-    spec = ImageTowerSpec.from_json(read_json(folder / "config.json"))
-    tower = build_image_tower(spec)
+    tower = build_image_tower(ImageTowerSpec.from_json(read_json(folder / "config.json")))
     load_weights(tower, read_weights(folder / "model.safetensors"), folder / "model.safetensors")
     return tower.eval()
 
 
-def load_weights(module: nn.Module, weights: Mapping[str, Tensor], file: Path) -> None:
-    """Loads weights, whose names and shapes must match the module's exactly.
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], place: object) -> None:
+    """Loads weights that must fit exactly.
 
     Raises:
-        ValueError: names or shapes differ; the message names the file and the first few weights.
+        ValueError: weights are missing, left over or of another shape; the message lists them.
     """
-    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    actual = {name: tuple(value.shape) for name, value in weights.items()}
-    wrong = sorted(name for name in expected.keys() | actual.keys() if expected.get(name) != actual.get(name))
+    have = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    given = {name: tuple(value.shape) for name, value in weights.items()}
+    wrong = sorted(name for name in have.keys() | given.keys() if have.get(name) != given.get(name))
     if wrong:
-        first = "; ".join(f"{name}: model {expected.get(name)}, file {actual.get(name)}" for name in wrong[:3])
-        raise ValueError(f"{file} does not fit the model in {len(wrong)} of {len(expected)} weights ({first})")
+        first = "; ".join(f"{name}: model {have.get(name)}, file {given.get(name)}" for name in wrong[:3])
+        raise ValueError(f"{place} does not fit the model in {len(wrong)} of {len(have)} weights ({first})")
     module.load_state_dict(dict(weights))
-
-
-# --- the demo's ViT -----------------------------------------------------------------------------------------------
-
-
-class ConvStem(PatchEmbed):
-    """Patch embedding by 3×3 convolutions of stride 2, which learn small objects faster than one large convolution."""
-
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, **others: Any) -> None:
-        super().__init__(img_size=img_size, patch_size=patch_size, in_chans=in_chans, embed_dim=embed_dim, **others)
-        halvings = int(log2(patch_size))
-        if 2**halvings != patch_size:
-            raise ValueError(
-                f"patch_size {patch_size} is not a power of 2; the stem halves the resolution in each step"
-            )
-        layers: list[nn.Module] = []
-        channels = in_chans
-        for step in range(halvings):
-            width = embed_dim // 2 ** max(halvings - 2 - step, 0)
-            layers += [nn.Conv2d(channels, width, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-            channels = width
-        self.proj = nn.Sequential(*layers, nn.Conv2d(channels, embed_dim, 1))  # type: ignore[assignment]
-
-
-@register_model
-def vit_scenes(
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,  # timm passes these three; this model does not use them
-    pretrained_cfg_overlay: Any = None,
-    cache_dir: Any = None,
-    **kwargs: Any,
-) -> VisionTransformer:
-    """A small ViT with a convolutional stem for the demo's scenes; `kwargs` set all sizes."""
-    if pretrained:
-        raise ValueError("vit_scenes has no pretrained weights; run the image_tower stage to train it")
-    return VisionTransformer(embed_layer=ConvStem, **kwargs)

@@ -1,0 +1,83 @@
+"""A pretrained image tower from open_clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+
+from lotlip.image_tower.config import OpenClipTowerConfig
+from lotlip.image_tower.preprocessing import with_settings
+from lotlip.image_tower.towers import OnProgress, TowerResult
+from lotlip.models.vision.image_tower import load_weights
+from lotlip.models.vision.open_clip_tower import OpenClipTower
+from lotlip.models.vision.spec import ImageTowerSpec
+
+_RESIZE = {"shortest": "crop", "squash": "squash", "longest": "pad"}  # open_clip's resize_mode
+
+
+def pretrained_tower(config: OpenClipTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
+    """Returns the result of the stage for `open_clip_tower`, which is not trained here."""
+    return TowerResult(open_clip_tower(config))
+
+
+def open_clip_spec(config: OpenClipTowerConfig) -> ImageTowerSpec:
+    """What `open_clip_tower` builds. Pictures are prepared as open_clip does it.
+
+    Raises:
+        ValueError: open_clip has no such configuration or weights.
+    """
+    found = open_clip.get_model_config(config.model)
+    if found is None:
+        raise ValueError(
+            f"open_clip {open_clip.__version__} has no model {config.model!r}; open_clip.list_models() lists its models"
+        )
+    data: Any = open_clip.get_pretrained_cfg(config.model, config.weights) or {}
+    if not data and not Path(config.weights).is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
+        raise ValueError(
+            f"image_tower.weights {config.weights} is neither a file nor a tag of {config.model} in open_clip "
+            f"(tags: {tags})"
+        )
+    kwargs = {
+        "embed_dim": found["embed_dim"],
+        "vision_cfg": found["vision_cfg"],
+        "quick_gelu": bool(data.get("quick_gelu", found.get("quick_gelu", False))),
+    }
+    spec = ImageTowerSpec(
+        config.model,
+        found["vision_cfg"].get("image_size", 224),
+        kwargs=kwargs,
+        library="open_clip",
+        mean=tuple(data.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        std=tuple(data.get("std", open_clip.OPENAI_DATASET_STD)),
+        resize=_RESIZE[data.get("resize_mode", "shortest")],
+        interpolation=data.get("interpolation", "bicubic"),
+    )
+    return with_settings(spec, config)
+
+
+def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
+    """Builds the image tower of an open_clip model with its weights.
+
+    Raises:
+        ValueError: as `open_clip_spec`, or the weights cannot be had or do not fit.
+    """
+    spec = open_clip_spec(config)
+    try:
+        model = open_clip.create_model(
+            config.model,
+            config.weights,
+            weights_only=True,
+            force_image_size=spec.image_size,
+            force_quick_gelu=spec.kwargs["quick_gelu"],
+        )
+    except Exception as error:  # the hub's client, torch and open_clip raise many types
+        raise ValueError(
+            f"open_clip cannot load {config.model} with the weights {config.weights}: {type(error).__name__}: {error}"
+        ) from error
+    tower = OpenClipTower(spec)
+    weights = {f"trunk.{name}": value for name, value in model.visual.state_dict().items()}
+    load_weights(tower, weights, f"open_clip's {config.model}")
+    return tower.eval()

@@ -1,0 +1,125 @@
+"""A pretrained image tower from transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, SiglipVisionModel
+
+from lotlip.image_tower.config import TransformersTowerConfig
+from lotlip.image_tower.preprocessing import with_settings
+from lotlip.image_tower.towers import OnProgress, TowerResult
+from lotlip.models.vision.image_tower import load_weights
+from lotlip.models.vision.spec import ImageTowerSpec
+from lotlip.models.vision.transformers_tower import CLIP, SIGLIP, TransformersTower, check_type
+
+_PROJECTED = "CLIPVisionModelWithProjection"
+
+
+def pretrained_tower(config: TransformersTowerConfig, on_progress: OnProgress | None = None) -> TowerResult:
+    """Returns the result of the stage for `transformers_tower`, which is not trained here."""
+    return TowerResult(transformers_tower(config))
+
+
+def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = False) -> ImageTowerSpec:
+    """What `transformers_tower` builds. Pictures are prepared as the model's own processor does it.
+
+    Args:
+        config: section of params.yaml.
+        local_files_only: whether only a folder and the hub's cache are read.
+
+    Raises:
+        ValueError: the model or its processor is not found, or it is of a type that cannot be an image tower.
+    """
+    options = _options(config) | {"local_files_only": local_files_only}
+    try:
+        whole = AutoConfig.from_pretrained(config.model, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"image_tower.model {config.model} is neither a folder with a model of transformers nor one that the hub "
+            f"has: {error}"
+        ) from error
+    vision: Any = getattr(whole, "vision_config", whole)
+    check_type(vision.model_type, f"image_tower.model {config.model}")
+    kwargs: dict[str, Any] = {"config": _plain(vision)}
+    if vision.model_type == CLIP and (vision is not whole or _PROJECTED in (whole.architectures or ())):
+        kwargs["projection_dim"] = whole.projection_dim
+    spec = ImageTowerSpec(vision.model_type, getattr(vision, "image_size", 224), kwargs=kwargs, library="transformers")
+    return with_settings(_prepared(spec, config, options), config)
+
+
+def transformers_tower(config: TransformersTowerConfig) -> TransformersTower:
+    """Builds the image tower of a model of transformers with its weights.
+
+    Raises:
+        ValueError: as `transformers_spec`, or weights are missing or left over.
+    """
+    spec = transformers_spec(config)
+    options = _options(config) | {"weights_only": True, "dtype": "float32", "output_loading_info": True}
+    try:
+        model, info = _model_class(config, spec).from_pretrained(config.model, trust_remote_code=False, **options)
+    except OSError as error:
+        raise ValueError(f"the weights of image_tower.model {config.model} cannot be read: {error}") from error
+    if missing := sorted({*info["missing_keys"], *info["mismatched_keys"]}):
+        raise ValueError(
+            f"image_tower.model {config.model} lacks {len(missing)} weights of its image tower: "
+            f"{', '.join(map(str, missing[:3]))}"
+        )
+    tower = TransformersTower(spec)
+    weights = {f"trunk.{name}": value for name, value in getattr(model, "vision_model", model).state_dict().items()}
+    if tower.proj is not None:
+        weights["proj.weight"] = model.visual_projection.weight
+    load_weights(tower, weights, f"image_tower.model {config.model}")
+    return tower.eval()
+
+
+def _model_class(config: TransformersTowerConfig, spec: ImageTowerSpec) -> Any:
+    """The class that reads the image tower's weights. CLIP's with a projection takes its width from a whole CLIP."""
+    if spec.model == SIGLIP:
+        return SiglipVisionModel
+    if (
+        spec.kwargs.get("projection_dim")
+        and AutoConfig.from_pretrained(config.model, trust_remote_code=False, **_options(config)).model_type == CLIP
+    ):
+        return CLIPVisionModelWithProjection
+    return AutoModel
+
+
+def _options(config: TransformersTowerConfig) -> dict[str, Any]:
+    return {"revision": config.revision or "main"}
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    """A configuration as JSON types, without what concerns only the file it came from."""
+    transient = ("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype")
+    return {name: value for name, value in config.to_diff_dict().items() if name not in transient} | {
+        "model_type": config.model_type
+    }
+
+
+def _prepared(spec: ImageTowerSpec, config: TransformersTowerConfig, options: dict[str, Any]) -> ImageTowerSpec:
+    """The spec with the preprocessing of the model's processor."""
+    try:
+        processor: Any = AutoImageProcessor.from_pretrained(config.model, trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        if None not in (config.mean, config.std, config.resize):
+            return spec
+        raise ValueError(
+            f"image_tower.model {config.model} says nothing of how pictures are prepared ({error}); give "
+            "image_tower.mean, std and resize"
+        ) from error
+    size, square = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    shorter: int = size.get("shortest_edge") or size["height"]
+    cropped: int = square.get("height", shorter) if getattr(processor, "do_center_crop", False) else shorter
+    return ImageTowerSpec(
+        spec.model,
+        cropped,
+        kwargs=spec.kwargs,
+        mean=tuple(processor.image_mean),
+        std=tuple(processor.image_std),
+        resize="crop" if size.get("shortest_edge") else "squash",
+        library=spec.library,
+        interpolation=Image.Resampling(int(processor.resample)).name.lower(),
+        crop=cropped / shorter,
+    )

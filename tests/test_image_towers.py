@@ -1,0 +1,343 @@
+"""Image towers of timm, transformers and open_clip: the features, preprocessing and files of each library."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    BitImageProcessor,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionConfig,
+    Dinov2Config,
+    Dinov2WithRegistersConfig,
+    DINOv3ConvNextConfig,
+    DINOv3ViTConfig,
+    SiglipConfig,
+    SiglipImageProcessor,
+    SiglipModel,
+)
+
+from lotlip.core.section import Section
+from lotlip.data.images import image_transform
+from lotlip.evaluate.attention import check_maps
+from lotlip.image_tower.config import OpenClipTowerConfig, TimmTowerConfig, TransformersTowerConfig
+from lotlip.image_tower.open_clip import open_clip_tower
+from lotlip.image_tower.timm import timm_tower
+from lotlip.image_tower.transformers import transformers_tower
+from lotlip.models.vision.image_tower import ImageTower, build_image_tower, load_image_tower, save_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
+
+SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT: dict[str, Any] = {**SIZES, "vocab_size": 99}
+VISION: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
+TIMM = ("test_vit", "test_vit2", "test_vit3", "test_efficientnet", "test_convnext", "test_resnet", "test_mambaout")
+
+
+def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
+
+
+def pixels(tower: ImageTower, *sizes: tuple[int, int]) -> Tensor:
+    transform = image_transform(**tower.spec.preprocessing)
+    return torch.from_numpy(np.stack([transform(picture) for picture in pictures(*sizes)]))
+
+
+def randomise(model: nn.Module) -> nn.Module:
+    """Gives every weight a random value, also where a library starts from zeros or ones."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model.eval()
+
+
+@torch.inference_mode()
+def check_features(tower: ImageTower, expected: Tensor, inputs: Tensor, folder: Path) -> None:
+    """Features equal the library's, and so do those of the tower that was saved."""
+    assert expected.shape == (len(inputs), tower.width)
+    torch.testing.assert_close(tower(inputs), expected, atol=1e-5, rtol=0)
+    save_image_tower(tower, folder)
+    again = load_image_tower(folder)
+    assert again.spec == tower.spec
+    torch.testing.assert_close(again(inputs), tower(inputs), atol=1e-6, rtol=0)
+    hidden = tower.hidden_states(inputs)
+    assert tower.patches(hidden).shape == (len(inputs), hidden.shape[1] - tower.prefix_tokens, tower.token_width)
+
+
+# --- timm -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_a_timm_tower_has_the_features_and_the_preprocessing_of_timm(name: str, tmp_path: Path) -> None:
+    model: Any = randomise(timm.create_model(name))
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    tower = timm_tower(TimmTowerConfig(kind="timm", model=name, checkpoint=tmp_path / "weights.pth"))
+    transform: Any = create_transform(**resolve_model_data_config(model))
+    sizes = ((200, 160), (333, 222))
+    inputs = torch.stack([transform(picture) for picture in pictures(*sizes)])
+    torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=1e-6, rtol=0)
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(inputs), pre_logits=True)
+    check_features(tower, expected, inputs, tmp_path / "tower")
+
+
+@pytest.mark.parametrize("place", ["state_dict", "model", "module."])
+def test_a_checkpoint_may_have_its_weights_under_a_name(place: str, tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit").state_dict()
+    content: Any = {f"module.{name}": value for name, value in weights.items()} if "." in place else {place: weights}
+    torch.save(content, tmp_path / "weights.pth")
+    tower = timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "weights.pth"))
+    assert torch.equal(tower.trunk.cls_token, weights["cls_token"])
+
+
+def test_a_checkpoint_without_weights_is_an_error(tmp_path: Path) -> None:
+    torch.save({"epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth has something else than weights"):
+        timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "weights.pth"))
+
+
+def test_missing_and_unexpected_weights_are_named(tmp_path: Path) -> None:
+    weights = timm.create_model("test_vit").state_dict()
+    torch.save({"extra": weights.pop("cls_token"), **weights}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"does not fit the model in 2 of .*cls_token.*extra"):
+        timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "weights.pth"))
+
+
+# --- transformers -----------------------------------------------------------------------------------------------------
+
+
+def save_transformers(kind: str, folder: Path) -> tuple[Any, Any]:
+    """Saves a small random model with its processor; returns both."""
+    processor: Any
+    if kind == "clip":
+        config: Any = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
+        model: Any = CLIPModel(config)
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    elif kind == "siglip":
+        model = SiglipModel(SiglipConfig(text_config=TEXT, vision_config=VISION))
+        processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    else:
+        sizes = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1]} if kind == "dinov3-convnext" else VISION
+        configs: dict[str, Any] = {
+            "dinov2": Dinov2Config,
+            "dinov2-registers": Dinov2WithRegistersConfig,
+            "dinov3": DINOv3ViTConfig,
+            "dinov3-convnext": DINOv3ConvNextConfig,
+        }
+        model = AutoModel.from_config(configs[kind](**{**sizes, "image_size": 32}))
+        processor = BitImageProcessor(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32})
+    randomise(model).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return model, processor
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2-registers", "dinov3", "dinov3-convnext"])
+def test_a_transformers_tower_has_the_features_and_the_preprocessing_of_transformers(kind: str, tmp_path: Path) -> None:
+    model, processor = save_transformers(kind, tmp_path / "model")
+    tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path / "model")))
+    sizes = ((40, 40), (72, 36), (36, 72))  # even differences: transformers crops another centre where they are odd
+    inputs = processor(pictures(*sizes), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=0.03, rtol=0)  # torchvision rounds differently
+    with torch.inference_mode():
+        if kind in ("clip", "siglip"):
+            expected = model.get_image_features(inputs).pooler_output
+        else:
+            expected = model(inputs).pooler_output
+    check_features(tower, expected, inputs, tmp_path / "tower")
+
+
+def test_a_vision_model_without_a_projection_is_taken_as_it_is(tmp_path: Path) -> None:
+    model: Any = randomise(AutoModel.from_config(CLIPVisionConfig(**VISION)))
+    model.save_pretrained(tmp_path)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+    inputs = pixels(tower, (40, 40))
+    with torch.inference_mode():
+        torch.testing.assert_close(tower(inputs), model(inputs).pooler_output, atol=1e-5, rtol=0)
+
+
+def test_another_image_size_stretches_the_positions(tmp_path: Path) -> None:
+    model, _ = save_transformers("siglip", tmp_path)
+    tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), image_size=48))
+    inputs = pixels(tower, (80, 48))
+    with torch.inference_mode():
+        expected = model.get_image_features(inputs, interpolate_pos_encoding=True).pooler_output
+        torch.testing.assert_close(tower(inputs), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("bert", "is a model of type 'bert' and cannot be an image tower: supported are clip"),
+        ("siglip2", "takes pictures of any shape; take the version of one size"),
+    ],
+)
+def test_models_that_cannot_be_image_towers_are_named(kind: str, message: str, tmp_path: Path) -> None:
+    from transformers import BertConfig, Siglip2Config
+
+    (BertConfig() if kind == "bert" else Siglip2Config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_transformers("dinov2", tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("embeddings.cls_token")
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of its image tower: embeddings\.cls_token"):
+        transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+
+
+def test_a_model_without_a_processor_needs_its_settings(tmp_path: Path) -> None:
+    save_transformers("dinov2", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"give image_tower\.mean, std and resize"):
+        transformers_tower(TransformersTowerConfig(**settings))
+    given = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
+    assert transformers_tower(given).spec.image_size == 32
+
+
+# --- open_clip --------------------------------------------------------------------------------------------------------
+
+OPEN_CLIP: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 32, "layers": 2, "width": 64, "head_width": 16, "patch_size": 8},
+    "vit-pooled": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "attentional_pool": True},
+    "vit-mean": {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "pool_type": "avg"},
+    "resnet": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 16},
+    "timm": {"image_size": 160, "timm_model_name": "test_vit", "timm_model_pretrained": False, "timm_pool": ""},
+}
+
+
+@pytest.fixture
+def known_to_open_clip(tmp_path: Path) -> None:
+    """Registers small configurations with open_clip, for this process."""
+    import json
+
+    for name, vision in OPEN_CLIP.items():
+        text = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
+        path = tmp_path / "configurations" / f"test-{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}))
+        open_clip.add_model_config(path)
+
+
+@pytest.mark.usefixtures("known_to_open_clip")
+@pytest.mark.parametrize("name", OPEN_CLIP)
+def test_an_open_clip_tower_has_the_features_and_the_preprocessing_of_open_clip(name: str, tmp_path: Path) -> None:
+    model: Any = randomise(open_clip.create_model(f"test-{name}"))
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    config = OpenClipTowerConfig(kind="open_clip", model=f"test-{name}", weights=str(tmp_path / "weights.pt"))
+    tower = open_clip_tower(config)
+    transform: Any = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)
+    sizes = ((200, 160), (64, 90))
+    inputs = torch.stack([transform(picture) for picture in pictures(*sizes)])
+    torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=1e-6, rtol=0)
+    with torch.inference_mode():
+        expected = model.encode_image(inputs)
+    check_features(tower, expected, inputs, tmp_path / "tower")
+
+
+def test_open_clip_names_what_it_does_not_have() -> None:
+    with pytest.raises(ValueError, match=r"open_clip .* has no model 'nothing'"):
+        open_clip_tower(OpenClipTowerConfig(kind="open_clip", model="nothing", weights="openai"))
+    with pytest.raises(ValueError, match=r"neither a file nor a tag of ViT-B-32 in open_clip \(tags: openai"):
+        open_clip_tower(OpenClipTowerConfig(kind="open_clip", model="ViT-B-32", weights="nothing"))
+
+
+# --- pooling ----------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("pooling", ["token", "mean", "token+mean"])
+def test_pooling_is_what_its_name_says(pooling: str) -> None:
+    spec = ImageTowerSpec("test_vit", 32, pooling=pooling)
+    tower = build_image_tower(spec).eval()
+    tokens = tower.trunk.forward_features(inputs := torch.randn(2, 3, 32, 32))
+    parts = {"token": tokens[:, 0], "mean": tokens[:, 1:].mean(dim=1)}
+    expected = torch.cat([parts[name] for name in pooling.split("+")], dim=1)
+    assert expected.shape == (2, tower.width)
+    torch.testing.assert_close(tower(inputs), expected)
+
+
+@torch.inference_mode()
+def test_the_attention_pooling_of_a_model_is_found(tmp_path: Path) -> None:
+    save_transformers("siglip", tmp_path)
+    own = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+    pooled = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="map"))
+    inputs = pixels(own, (40, 40))
+    assert torch.equal(own(inputs), pooled(inputs))
+    mean = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="mean"))
+    torch.testing.assert_close(mean(inputs), own.hidden_states(inputs).mean(dim=1))
+    with pytest.raises(ValueError, match="test_vit has no attention pooling"):
+        build_image_tower(ImageTowerSpec("test_vit", 32, pooling="map"))(torch.randn(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
+def test_a_model_without_cls_cannot_pool_by_it(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} has no \[CLS\] token, which pooling 'token' needs"):
+        build_image_tower(ImageTowerSpec(name, 64, pooling="token"))
+
+
+def test_settings_override_what_the_model_was_trained_with(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pth")
+    settings: dict[str, Any] = {"kind": "timm", "model": "test_vit", "checkpoint": tmp_path / "weights.pth"}
+    own = timm_tower(TimmTowerConfig(**settings)).spec
+    assert (own.image_size, own.mean, own.crop, own.resize) == (160, (0.5, 0.5, 0.5), 0.95, "crop")
+    changed = timm_tower(
+        TimmTowerConfig(**settings, image_size=160, resize="squash", interpolation="bilinear", mean=(0, 0, 0))
+    ).spec
+    assert (changed.mean, changed.std, changed.interpolation) == ((0, 0, 0), own.std, "bilinear")
+    assert (changed.resize, changed.crop) == ("squash", 1.0)  # who chooses a mode wants to see all that it shows
+
+
+def test_files_of_earlier_versions_are_read() -> None:
+    spec = ImageTowerSpec.from_json({"timm_model": "vit_base_patch16_224", "image_size": 224, "resize": "pad"})
+    assert (spec.model, spec.library, spec.pooling, spec.crop) == ("vit_base_patch16_224", "timm", "model", 1.0)
+    assert spec.kwargs == {"global_pool": "token"}
+    assert ImageTowerSpec.from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+    "option", [{"library": "keras"}, {"pooling": "max"}, {"interpolation": "cubic"}, {"crop": 2.0}]
+)
+def test_unknown_options_are_named(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=str(next(iter(option.values())))):
+        ImageTowerSpec("test_vit", 32, **option)
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def test_attention_maps_are_not_available_for_convolutional_towers_and_attention_pooling(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not available for the image tower test_convnext \(timm\)"):
+        check_maps(build_image_tower(ImageTowerSpec("test_convnext", 64, pooling="model")))
+    save_transformers("siglip", tmp_path)
+    with pytest.raises(ValueError, match="it pools by attention"):
+        check_maps(transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path))))
+    check_maps(transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="mean")))
+
+
+def test_every_setting_of_a_pretrained_tower_is_described() -> None:
+    sections: tuple[type[Section], ...] = (TimmTowerConfig, TransformersTowerConfig, OpenClipTowerConfig)
+    for section in sections:
+        assert all(field.description for name, field in section.model_fields.items() if name != "kind")
+    assert math.isclose(ImageTowerSpec("test_vit", 32).crop, 1.0)
