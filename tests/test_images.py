@@ -29,6 +29,7 @@ from lotlip.data.images import (
     open_image,
     random_box,
     resized,
+    resized_side,
     seen_box,
     square,
     to_rgb,
@@ -585,3 +586,9 @@ class Always(random.Random):
 
     def random(self) -> float:
         return self.value
+
+
+def test_the_side_before_a_crop_is_found_again_from_the_share():
+    for side in (32, 224, 518):
+        assert all(resized_side(side, side / before) == before for before in range(side, 3 * side))
+    assert [resized_side(224, crop) for crop in (0.875, 0.9, 0.95, 1.0)] == [256, 248, 235, 224]  # as timm

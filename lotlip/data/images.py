@@ -438,12 +438,16 @@ def square(
         interpolation: filter, one of `INTERPOLATIONS`.
         crop: share of the resized sides that is kept, from their centre (timm's `crop_pct`); `pad` keeps all.
     """
-    resized_side = math.floor(side / crop)
     if resize == "squash":
-        return _centre(_squashed(image, resized_side, interpolation), side)
+        return _centre(_squashed(image, resized_side(side, crop), interpolation), side)
     if resize == "pad":
         return _padded(image, side, mean, interpolation)
-    return _cropped(image, side, resized_side, interpolation)
+    return _cropped(image, side, resized_side(side, crop), interpolation)
+
+
+def resized_side(side: int, crop: float) -> int:
+    """The pixels of a side before the crop, of which `side` are kept; a crop of `side / n` gives n again."""
+    return math.floor(side / crop + 1e-9)
 
 
 def seen_box(width: int, height: int, resize: str = "crop", crop: float = 1.0) -> Box:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from lotlip.core.files import weights_hash
 from lotlip.data.batches import by_length, in_batches, prefetch
-from lotlip.data.images import decode_rgb, image_transform, to_rgb
+from lotlip.data.images import decode_rgb, image_transform, resized_side, to_rgb
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.lotlip import LotlipModel
 
@@ -239,7 +238,7 @@ class LotlipEncoder:
     def protocol(self) -> dict[str, str | int]:
         """See `Encoder`."""
         spec = self.model.image_tower.spec
-        side, resized = spec.image_size, math.floor(spec.image_size / spec.crop)
+        side, resized = spec.image_size, resized_side(spec.image_size, spec.crop)
         cropped = f"centre crop to {side}"
         steps = {
             "crop": (f"shorter side to {resized}, {spec.interpolation}", cropped),
