@@ -37,6 +37,7 @@ from lotlip.plan.plan import (
     on_gpus,
     plan,
     state_bytes,
+    step_flops,
     text_lengths,
 )
 from lotlip.pretrain.config import PretrainConfig
@@ -189,15 +190,29 @@ def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision
     assert predicted == pytest.approx(saved.total, rel=0.1)
 
 
-def test_an_image_tower_in_training_keeps_what_is_predicted():
-    kwargs = {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}
-    tower = build_image_tower(ImageTowerSpec("vit_base_patch16_224", 32, kwargs)).eval()
+DINO = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+IMAGE_TOWERS = {
+    "vit": ImageTowerSpec("vit_base_patch16_224", 32, {"patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4}),
+    "convnext": ImageTowerSpec("test_convnext", 64, pooling="model"),
+    "dinov2": ImageTowerSpec(
+        "dinov2", 32, {"config": {"model_type": "dinov2", **DINO}}, library="transformers", pooling="model"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGE_TOWERS)
+def test_an_image_tower_in_training_keeps_what_is_predicted(kind: str):
+    spec = IMAGE_TOWERS[kind]
+    tower = build_image_tower(spec).eval()
     with SavedTensors(tower) as saved:
-        tower(torch.randn(8, 3, 32, 32))
+        tower(torch.randn(8, 3, spec.image_size, spec.image_size))
     config = PretrainConfig(batch_size=8, image_tower={"frozen": False})
-    towers = Towers(build_towers(config, DEMO.image_tower).model, tower)
+    with torch.device("meta"):
+        planned = build_image_tower(spec)
+    towers = Towers(build_towers(config, DEMO.image_tower).model, planned)
     parts = activation_bytes(config, TrainingCompute(), towers, TextLengths(8, 8, 0))
     assert parts["images and image activations"] == pytest.approx(saved.total, rel=0.1)
+    assert step_flops(config, TrainingCompute(), towers, TextLengths(8, 8, 0))["image tower"] > 0
 
 
 def test_the_loss_keeps_what_is_predicted():

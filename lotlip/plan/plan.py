@@ -553,7 +553,7 @@ def _other_image_bytes(tower: ImageTower, trained: bool) -> float:
         for hook in hooks:
             hook.remove()
     del kept
-    return 3 * size**2 * FP32 + (sum(saved.values()) if trained else widest)
+    return sum(saved.values()) if trained else 3 * size**2 * FP32 + widest  # what is saved includes the image
 
 
 def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, outputs: int | None = None) -> float:
