@@ -17,6 +17,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
+    AutoProcessor,
     BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
@@ -33,13 +34,15 @@ from transformers import (
 
 from lotlip.core.section import Section
 from lotlip.data.images import image_transform
-from lotlip.evaluate.attention import check_maps
+from lotlip.evaluate.attention import check_maps, relevance_maps
 from lotlip.image_tower.config import OpenClipTowerConfig, TimmTowerConfig, TransformersTowerConfig
 from lotlip.image_tower.open_clip import open_clip_tower
 from lotlip.image_tower.timm import timm_tower
 from lotlip.image_tower.transformers import transformers_tower
+from lotlip.models.saving import load_model
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower, load_image_tower, save_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
+from tests.tiny_model import save_tiny_model
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT: dict[str, Any] = {**SIZES, "vocab_size": 99}
@@ -322,6 +325,53 @@ def test_files_of_earlier_versions_are_read() -> None:
 def test_unknown_options_are_named(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(option.values())))):
         ImageTowerSpec("test_vit", 32, **option)
+
+
+# --- in a model -------------------------------------------------------------------------------------------------------
+
+
+def saved_model(kind: str, folder: Path) -> tuple[ImageTower, Path]:
+    """A model with one of these towers, and the tower by itself."""
+    if kind == "convnext":
+        tower: ImageTower = build_image_tower(ImageTowerSpec("test_convnext", 64, pooling="model", crop=0.9))
+        randomise(tower)
+    else:
+        save_transformers(kind, folder / kind)
+        tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(folder / kind)))
+    save_image_tower(tower, folder / "tower")
+    return tower, save_tiny_model(folder / "model", folder / "tower", embed_dim=tower.width)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ["convnext", "clip", "siglip", "dinov2"])
+def test_a_saved_model_has_its_tower_and_prepares_images_as_it_needs(kind: str, tmp_path: Path) -> None:
+    tower, folder = saved_model(kind, tmp_path)
+    model, _ = load_model(folder)
+    inputs = pixels(tower, (70, 50))
+    torch.testing.assert_close(model.encode_image(inputs), nn.functional.normalize(tower(inputs), dim=-1))
+    assert model.encode_image_patches(inputs).shape[-1] == tower.token_width
+    processor: Any = AutoProcessor.from_pretrained(folder)
+    found = processor(images=pictures((70, 50)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(found, inputs, atol=1e-6, rtol=0)
+    assert tower.spec.model in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("kind", "pooling"), [("dinov2", "model"), ("dinov2", "token+mean"), ("siglip", "mean")])
+def test_attention_maps_of_a_transformers_tower_sum_to_one(kind: str, pooling: Any, tmp_path: Path) -> None:
+    save_transformers(kind, tmp_path / kind)
+    config = TransformersTowerConfig(kind="transformers", model=str(tmp_path / kind), pooling=pooling)
+    tower = transformers_tower(config)
+    save_image_tower(tower, tmp_path / "tower")
+    model, tokenizer = load_model(save_tiny_model(tmp_path / "model", tmp_path / "tower", embed_dim=tower.width))
+    inputs, (ids, lengths) = pixels(tower, (40, 40), (36, 72)), map(torch.from_numpy, tokenizer(["a dog", "a red cat"]))
+    with torch.inference_mode():
+        before = model.encode_image(inputs)
+    maps = relevance_maps(model, inputs, ids, lengths)
+    assert maps.shape == (2, 4, 4) and (maps >= 0).all()
+    torch.testing.assert_close(maps.sum(dim=(1, 2)), torch.ones(2))
+    assert maps[0].std() > 0
+    with torch.inference_mode():
+        torch.testing.assert_close(model.encode_image(inputs), before)  # attention is fused again
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

@@ -33,20 +33,23 @@ class TransformersTower(ImageTower):
         super().__init__(spec, trunk)
         dimension = spec.kwargs.get("projection_dim")
         self.proj = nn.Linear(config.hidden_size, dimension, bias=False) if dimension else None
-        self._type = config.model_type
         # transformers stretches DINO's positions by itself
-        self._stretches = self._type in (CLIP, SIGLIP) and spec.image_size != config.image_size
+        self._stretches = config.model_type in (CLIP, SIGLIP) and spec.image_size != config.image_size
 
     @property
     def prefix_tokens(self) -> int:
         """[CLS] and register tokens, which come before the patches."""
-        if self._type == SIGLIP:
+        if self.trunk.config.model_type == SIGLIP:
             return 0
         return 1 + (getattr(self.trunk.config, "num_register_tokens", None) or 0)
 
     @property
     def token_width(self) -> int:
-        return self.trunk.config.hidden_sizes[-1] if self._type == "dinov3_convnext" else self.trunk.config.hidden_size
+        return (
+            self.trunk.config.hidden_sizes[-1]
+            if self.trunk.config.model_type == "dinov3_convnext"
+            else self.trunk.config.hidden_size
+        )
 
     @property
     def own_width(self) -> int:
@@ -55,10 +58,10 @@ class TransformersTower(ImageTower):
     def hidden_states(self, pixel_values: Tensor) -> Tensor:
         options = {"interpolate_pos_encoding": True} if self._stretches else {}
         hidden = self.trunk(pixel_values, **options).last_hidden_state
-        return self.trunk.post_layernorm(hidden) if self._type == CLIP else hidden
+        return self.trunk.post_layernorm(hidden) if self.trunk.config.model_type == CLIP else hidden
 
     def own_feature(self, hidden: Tensor) -> Tensor:
-        if self._type == SIGLIP:
+        if self.trunk.config.model_type == SIGLIP:
             return self.attention_pool(hidden)
         return hidden[:, 0] if self.proj is None else self.proj(hidden[:, 0])
 
