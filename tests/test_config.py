@@ -644,6 +644,19 @@ def test_hub_models_that_are_not_pinned_are_warned_of(tmp_path):
     assert load(tmp_path, hub).warnings == []
     hub["image_tower"] = {"kind": "timm", "model": "vit_tiny_patch16_224", "checkpoint": "vit.safetensors"}
     assert load(tmp_path, hub).warnings == []
+    hub["image_tower"] = {"kind": "transformers", "model": "facebook/dinov2-base"}
+    (line,) = load(tmp_path, hub).warnings
+    assert line.startswith("image_tower.model facebook/dinov2-base is not pinned")
+    hub["image_tower"]["revision"] = commit
+    assert load(tmp_path, hub).warnings == []
+    hub["image_tower"] = {"kind": "transformers", "model": str(tmp_path)}
+    assert load(tmp_path, hub).warnings == []
+    hub["image_tower"] = {"kind": "open_clip", "model": "ViT-B-32", "weights": "openai"}
+    (line,) = load(tmp_path, hub).warnings
+    assert line.startswith("image_tower.weights openai is not pinned")
+    (tmp_path / "vit.pt").touch()
+    hub["image_tower"]["weights"] = str(tmp_path / "vit.pt")
+    assert load(tmp_path, hub).warnings == []
 
 
 def test_an_ablation_that_goes_on_from_another_has_not_the_commit_of_the_hubs_model(tmp_path):

@@ -17,7 +17,13 @@ from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nea
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
-from lotlip.image_tower.config import ImageTowerConfig, SceneTowerConfig, TimmTowerConfig
+from lotlip.image_tower.config import (
+    ImageTowerConfig,
+    OpenClipTowerConfig,
+    SceneTowerConfig,
+    TimmTowerConfig,
+    TransformersTowerConfig,
+)
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
@@ -101,6 +107,13 @@ class Params(Section):
         pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
         if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
             lines.append(f"image_tower.model {tower.model} {pin}")
+        if isinstance(tower, TransformersTowerConfig) and tower.revision is None and self._on_hub(tower.model):
+            lines.append(f"image_tower.model {tower.model} {pin}")
+        if isinstance(tower, OpenClipTowerConfig) and not Path(tower.weights).exists():
+            lines.append(
+                f"image_tower.weights {tower.weights} is not pinned and may change on the hub; open_clip takes no "
+                "commit, so name a local file to pin it"
+            )
         texts = [self.ablation(name).text for name in self.names]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
         return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
