@@ -69,6 +69,12 @@ def test_an_object_covers_what_is_drawn_of_it() -> None:
         assert abs((row + 0.5) / 8 - y) < radius
 
 
+def test_an_object_is_where_it_is_in_the_centre_that_the_model_sees() -> None:
+    things = (SCENES[0].salient, *SCENES[0].objects)
+    whole, seen = coverage(things, (40, 40)), coverage(things, (32, 32), crop=0.8)
+    torch.testing.assert_close(seen, whole[:, 4:36, 4:36], atol=0.02, rtol=0)
+
+
 def test_shares_on_objects_have_known_values() -> None:
     scene = SCENES[0]
     objects = coverage((scene.salient, *scene.objects), (32, 32))

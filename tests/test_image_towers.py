@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ from lotlip.core.section import Section
 from lotlip.data.images import image_transform
 from lotlip.evaluate.attention import check_maps, relevance_maps
 from lotlip.image_tower.config import OpenClipTowerConfig, TimmTowerConfig, TransformersTowerConfig
-from lotlip.image_tower.open_clip import open_clip_tower
+from lotlip.image_tower.open_clip import open_clip_spec, open_clip_tower
 from lotlip.image_tower.timm import timm_tower
-from lotlip.image_tower.transformers import transformers_tower
+from lotlip.image_tower.transformers import transformers_spec, transformers_tower
 from lotlip.models.saving import load_model
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower, load_image_tower, save_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
@@ -213,7 +214,7 @@ def test_a_model_without_a_processor_needs_its_settings(tmp_path: Path) -> None:
     save_transformers("dinov2", tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
-    with pytest.raises(ValueError, match=r"give image_tower\.mean, std and resize"):
+    with pytest.raises(ValueError, match=r"set image_tower\.mean, std and resize"):
         transformers_tower(TransformersTowerConfig(**settings))
     given = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
     assert transformers_tower(given).spec.image_size == 32
@@ -233,8 +234,6 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def known_to_open_clip(tmp_path: Path) -> None:
     """Registers small configurations with open_clip, for this process."""
-    import json
-
     for name, vision in OPEN_CLIP.items():
         text = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
         path = tmp_path / "configurations" / f"test-{name}.json"
@@ -248,9 +247,10 @@ def known_to_open_clip(tmp_path: Path) -> None:
 def test_an_open_clip_tower_has_the_features_and_the_preprocessing_of_open_clip(name: str, tmp_path: Path) -> None:
     model: Any = randomise(open_clip.create_model(f"test-{name}"))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    config = OpenClipTowerConfig(kind="open_clip", model=f"test-{name}", weights=str(tmp_path / "weights.pt"))
-    tower = open_clip_tower(config)
-    transform: Any = image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), False)
+    own = PreprocessCfg(**model.visual.preprocess_cfg)
+    given: dict[str, Any] = {"mean": own.mean, "std": own.std, "resize": "crop", "checkpoint": tmp_path / "weights.pt"}
+    tower = open_clip_tower(OpenClipTowerConfig(kind="open_clip", model=f"test-{name}", **given))
+    transform: Any = image_transform_v2(own, False)
     sizes = ((200, 160), (64, 90))
     inputs = torch.stack([transform(picture) for picture in pictures(*sizes)])
     torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=1e-6, rtol=0)
@@ -262,8 +262,107 @@ def test_an_open_clip_tower_has_the_features_and_the_preprocessing_of_open_clip(
 def test_open_clip_names_what_it_does_not_have() -> None:
     with pytest.raises(ValueError, match=r"open_clip .* has no model 'nothing'"):
         open_clip_tower(OpenClipTowerConfig(kind="open_clip", model="nothing", weights="openai"))
-    with pytest.raises(ValueError, match=r"neither a file nor a tag of ViT-B-32 in open_clip \(tags: openai"):
+    with pytest.raises(ValueError, match=r"not a tag of ViT-B-32 in open_clip \(tags: openai"):
         open_clip_tower(OpenClipTowerConfig(kind="open_clip", model="ViT-B-32", weights="nothing"))
+    with pytest.raises(ValueError, match="nothing says how images were prepared"):
+        OpenClipTowerConfig(kind="open_clip", model="ViT-B-32", checkpoint=Path("weights.pt"))
+
+
+def test_a_file_of_an_open_clip_model_is_prepared_for_as_its_tag_says() -> None:
+    settings: dict[str, Any] = {"kind": "open_clip", "checkpoint": Path("weights.pt")}
+    siglip = open_clip_spec(OpenClipTowerConfig(model="ViT-B-16-SigLIP", weights="webli", **settings))
+    assert (siglip.mean, siglip.resize) == ((0.5, 0.5, 0.5), "squash")
+    assert open_clip_spec(OpenClipTowerConfig(model="ViT-B-32", weights="openai", **settings)).kwargs["quick_gelu"]
+    with pytest.raises(ValueError, match=r"weights\.pt does not exist"):
+        open_clip_tower(OpenClipTowerConfig(model="ViT-B-32", weights="openai", **settings))
+
+
+@pytest.mark.parametrize("name", ["local-dir:/tmp/x", "hf-hub:evil/repo", "nothing"])
+def test_a_configuration_of_open_clip_loads_no_files(name: str) -> None:
+    vision = {**OPEN_CLIP["timm"], "timm_model_name": name}
+    with pytest.raises(ValueError, match="timm has no model"):
+        build_image_tower(
+            ImageTowerSpec("x", 160, {"embed_dim": 8, "vision_cfg": vision}, library="open_clip", pooling="model")
+        )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixer_s16_224",
+        "twins_svt_small",
+        "hiera_tiny_224",
+        "swin_tiny_patch4_window7_224",
+        "mobilenetv3_small_100",
+        "eva02_tiny_patch14_224",
+        "maxvit_tiny_rw_224",
+        "regnetx_002",
+        "vgg11",
+        "deit_tiny_distilled_patch16_224",
+    ],
+)
+def test_every_kind_of_timm_model_has_features_of_the_width_that_it_says(name: str) -> None:
+    with torch.device("meta"):
+        tower = build_image_tower(ImageTowerSpec(name, 224, pooling="model"))
+        inputs = torch.empty(2, 3, 224, 224)
+        hidden = tower.hidden_states(inputs)
+        expected = tower.trunk.forward_head(tower.trunk.forward_features(inputs))
+        assert tower.feature(hidden).shape == expected.shape == (2, tower.width)
+        assert tower.patches(hidden).shape[0] == 2
+
+
+def test_a_timm_model_with_several_feature_maps_is_refused() -> None:
+    with torch.device("meta"), pytest.raises(ValueError, match="neither tokens nor one feature map"):
+        build_image_tower(ImageTowerSpec("crossvit_9_240", 240, pooling="model"))(torch.empty(1, 3, 240, 240))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"resample": None}, "NoneType"),
+        ({"size": {"longest_edge": 40}}, "height"),
+        ({"image_mean": None}, "NoneType"),
+        ({"do_resize": False}, "do_resize is false"),
+        ({"crop_size": {"height": 64, "width": 64}}, "larger than size"),
+        ({"crop_size": {"height": 32, "width": 24}}, "not a square"),
+    ],
+)
+def test_a_processor_that_cannot_be_followed_is_named(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+    save_transformers("dinov2", tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
+    with pytest.raises(
+        ValueError, match=rf"(?s)preprocessor_config\.json.*{problem}.*set image_tower\.mean, std and resize"
+    ):
+        transformers_spec(TransformersTowerConfig(**settings))
+    given = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
+    assert transformers_spec(given).image_size == 32
+
+
+def test_a_processor_without_normalisation_leaves_pixels_as_they_are(tmp_path: Path) -> None:
+    save_transformers("dinov2", tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_normalize": False}))
+    spec = transformers_spec(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+    assert (spec.mean, spec.std) == ((0, 0, 0), (1, 1, 1))
+
+
+def test_damaged_weights_and_other_sizes_are_one_clear_error(tmp_path: Path) -> None:
+    save_transformers("dinov2", tmp_path)
+    config = TransformersTowerConfig(kind="transformers", model=str(tmp_path))
+    about = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(about | {"hidden_size": 64}))
+    with pytest.raises(ValueError, match=r"cannot be read, or do not fit its config\.json"):
+        transformers_tower(config)
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    with pytest.raises(ValueError, match="cannot be read, or do not fit"):
+        transformers_tower(config)
+    (tmp_path / "config.json").write_text(json.dumps(about | {"image_size": "32"}))
+    with pytest.raises(ValueError, match="neither a folder with a model"):
+        transformers_tower(config)
 
 
 # --- pooling ----------------------------------------------------------------------------------------------------------
@@ -291,7 +390,7 @@ def test_the_attention_pooling_of_a_model_is_found(tmp_path: Path) -> None:
     mean = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="mean"))
     torch.testing.assert_close(mean(inputs), own.hidden_states(inputs).mean(dim=1))
     with pytest.raises(ValueError, match="test_vit has no attention pooling"):
-        build_image_tower(ImageTowerSpec("test_vit", 32, pooling="map"))(torch.randn(1, 3, 32, 32))
+        build_image_tower(ImageTowerSpec("test_vit", 32, pooling="map"))
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
@@ -381,7 +480,7 @@ def test_attention_maps_are_not_available_for_convolutional_towers_and_attention
     with pytest.raises(ValueError, match=r"not available for the image tower test_convnext \(timm\)"):
         check_maps(build_image_tower(ImageTowerSpec("test_convnext", 64, pooling="model")))
     save_transformers("siglip", tmp_path)
-    with pytest.raises(ValueError, match="it pools by attention"):
+    with pytest.raises(ValueError, match="its feature is not"):
         check_maps(transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path))))
     check_maps(transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="mean")))
 

@@ -242,6 +242,17 @@ def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
         build_for_pretraining(pretrained(short[1], context_length=12), tmp_path / "narrow")
 
 
+def test_late_interaction_needs_patches_of_the_features_width(tmp_path):
+    from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
+    from lotlip.models.vision.spec import ImageTowerSpec
+
+    save_image_tower(build_image_tower(ImageTowerSpec("test_vit", 32, pooling="token+mean")), tmp_path / "tower")
+    text, filip = {"config": TEXT, "corner_tokens": 0}, {"similarity": "late-interaction"}
+    config = PretrainConfig.model_validate({"text": text, "long_texts": {"sub_captions": 0}, **filip})
+    with pytest.raises(ValueError, match=r"patches of width 64 and features of width 128"):
+        build_for_pretraining(config, tmp_path / "tower")
+
+
 # --- Long-CLIP's positions ----------------------------------------------------------------------------------------
 
 

@@ -37,6 +37,11 @@ def image_tower() -> None:
     size = tower.spec.image_size
     with torch.inference_mode():
         features = tower(torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))).numpy()
+    if features.shape != (16, tower.width):
+        raise ValueError(
+            f"the image tower {tower.spec.model} gives features of shape {list(features.shape)} for 16 images instead "
+            f"of [16, {tower.width}]; choose another model or image_tower.pooling"
+        )
     with stage.clock.measure("gate"):
         from lotlip.image_tower.gate import gate_image_tower
 

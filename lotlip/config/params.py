@@ -109,10 +109,10 @@ class Params(Section):
             lines.append(f"image_tower.model {tower.model} {pin}")
         if isinstance(tower, TransformersTowerConfig) and tower.revision is None and self._on_hub(tower.model):
             lines.append(f"image_tower.model {tower.model} {pin}")
-        if isinstance(tower, OpenClipTowerConfig) and not Path(tower.weights).exists():
+        if isinstance(tower, OpenClipTowerConfig) and tower.checkpoint is None:
             lines.append(
                 f"image_tower.weights {tower.weights} is not pinned and may change on the hub; open_clip takes no "
-                "commit, so name a local file to pin it"
+                "commit, so name a local file in image_tower.checkpoint to pin it"
             )
         texts = [self.ablation(name).text for name in self.names]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)

@@ -114,10 +114,16 @@ def check_maps(tower: ImageTower) -> None:
         ValueError: its attention is not accessible, or its feature is not a mean of tokens.
     """
     name = f"the image tower {tower.spec.model} ({tower.spec.library})"
-    if not isinstance(tower.trunk, VisionTransformer | PreTrainedModel):
+    if isinstance(tower.trunk, PreTrainedModel):
+        is_plain = hasattr(tower.trunk.config, "num_attention_heads")
+    else:
+        is_plain = isinstance(tower.trunk, VisionTransformer) and _attention_layers(tower.trunk) is not None
+    if not is_plain:
         raise ValueError(f"attention maps are not available for {name}: it is not a plain ViT of timm or transformers")
     if _pooling(tower) is None:
-        raise ValueError(f"attention maps are not available for {name}: it pools by attention, not from its tokens")
+        raise ValueError(
+            f"attention maps are not available for {name}: its feature is not [CLS], the mean of the patches, or both"
+        )
 
 
 def _pooling(tower: ImageTower) -> str | None:
@@ -125,6 +131,8 @@ def _pooling(tower: ImageTower) -> str | None:
     if tower.spec.pooling != "model":
         return None if tower.spec.pooling == "map" else tower.spec.pooling
     if isinstance(tower.trunk, VisionTransformer):
+        if hasattr(tower.trunk, "dist_token"):  # [CLS] and the distillation token
+            return None
         return {"token": "token", "avg": "mean"}.get(tower.trunk.global_pool)
     return "token" if tower.has_cls else None
 
@@ -169,8 +177,8 @@ def _attention_of(trunk: Any) -> Iterator[list[Tensor]]:
         with _eager_attention(trunk, attention):
             yield attention
         return
-    layers: list[Any] = [getattr(block, "attn", None) for block in getattr(trunk, "blocks", ())]
-    if not layers or not all(hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop") for layer in layers):
+    layers = _attention_layers(trunk)
+    if layers is None:
         raise ValueError(f"{type(trunk).__name__} is not a plain timm ViT, so its attention is not accessible")
     was_fused = [layer.fused_attn for layer in layers]
     hooks = [layer.attn_drop.register_forward_hook(lambda *call: attention.append(call[-1])) for layer in layers]
@@ -182,6 +190,13 @@ def _attention_of(trunk: Any) -> Iterator[list[Tensor]]:
         for layer, fused, hook in zip(layers, was_fused, hooks, strict=True):
             layer.fused_attn = fused
             hook.remove()
+
+
+def _attention_layers(trunk: Any) -> list[Any] | None:
+    """The attention of each block of a plain timm ViT; None for other models."""
+    layers: list[Any] = [getattr(block, "attn", None) for block in getattr(trunk, "blocks", ())]
+    plain = layers and all(hasattr(layer, "fused_attn") and hasattr(layer, "attn_drop") for layer in layers)
+    return layers if plain else None
 
 
 @contextmanager

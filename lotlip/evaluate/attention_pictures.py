@@ -29,6 +29,12 @@ _DPI = 130
 Disc = tuple[float, float, float]  # x, y and radius as fractions of the image's side
 
 
+def disc_in_crop(disc: Disc, crop: float) -> Disc:
+    """A disc as fractions of the side of the centre that a crop keeps, of which it is the share."""
+    x, y, radius = disc
+    return (x - 0.5) / crop + 0.5, (y - 0.5) / crop + 0.5, radius / crop
+
+
 @dataclass(frozen=True)
 class ImageRelevance:
     """An image with its relevance maps for some texts.
@@ -117,7 +123,10 @@ def image_relevance(encoder: LotlipEncoder, benchmark: Benchmark) -> list[ImageR
     all_maps = image_relevance_maps(encoder, encoded, texts)
     return [
         ImageRelevance(
-            _model_input(encoder, benchmark, image, data), parts, maps.numpy(), _named_objects(benchmark, image, parts)
+            _model_input(encoder, benchmark, image, data),
+            parts,
+            maps.numpy(),
+            _named_objects(benchmark, image, parts, encoder.model.image_tower.spec.crop),
         )
         for image, data, parts, maps in zip(images, encoded, texts, all_maps, strict=True)
     ]
@@ -236,22 +245,23 @@ def small_jpeg(benchmark: Benchmark, image: int) -> bytes:
 
 def _model_input(encoder: LotlipEncoder, benchmark: Benchmark, image: int, encoded: bytes) -> Image:
     """The model's square input at display size; scenes are rendered again, sharper than the model sees them."""
+    from lotlip.data.images import decode_rgb, resized_side, square
+
+    spec = encoder.model.image_tower.spec
     if benchmark.scenes:
         from lotlip.demo.world import render
 
-        return render(benchmark.scenes[image], SIDE)
-    from lotlip.data.images import decode_rgb, square
-
-    spec = encoder.model.image_tower.spec
+        whole = render(benchmark.scenes[image], resized_side(SIDE, spec.crop))
+        return square(whole, SIDE, crop=spec.crop)
     return square(decode_rgb(encoded), SIDE, spec.resize, spec.mean, spec.interpolation, spec.crop)
 
 
-def _named_objects(benchmark: Benchmark, image: int, texts: Sequence[str]) -> list[Disc | None]:
+def _named_objects(benchmark: Benchmark, image: int, texts: Sequence[str], crop: float) -> list[Disc | None]:
     """The position of the object that each text names. Shapes are unique within a scene, so the shape identifies it."""
     if not benchmark.scenes:
         return [None] * len(texts)
     scene = benchmark.scenes[image]
-    objects = {thing.shape: thing.disc for thing in (scene.salient, *scene.objects)}
+    objects = {thing.shape: disc_in_crop(thing.disc, crop) for thing in (scene.salient, *scene.objects)}
     words = [set(text.lower().split()) for text in texts]
     return [next((disc for shape, disc in objects.items() if shape in text_words), None) for text_words in words]
 

@@ -20,6 +20,7 @@ from lotlip.evaluate.attention import (
     sub_captions,
     text_attention,
 )
+from lotlip.evaluate.attention_pictures import disc_in_crop
 from lotlip.evaluate.benchmarks import Benchmark
 from lotlip.evaluate.encoders import LotlipEncoder
 from lotlip.evaluate.metrics import Scores, ratios
@@ -90,7 +91,8 @@ def object_scores(encoder: LotlipEncoder, benchmark: Benchmark, images: int = IM
     scenes = benchmark.scenes[:images]
     texts = [object_texts(scene) for scene in scenes]
     maps = image_relevance_maps(encoder, map(benchmark.read, range(len(scenes))), texts)
-    rows = torch.stack([on_objects(scene, each) for scene, each in zip(scenes, maps, strict=True)]).double()
+    crop = encoder.model.image_tower.spec.crop
+    rows = torch.stack([on_objects(scene, each, crop) for scene, each in zip(scenes, maps, strict=True)]).double()
     names = (
         "on_named_object", "on_object_not_named", "named_object_area", "on_salient_object", "salient_object_area",
     )  # fmt: skip
@@ -108,18 +110,19 @@ def object_scores(encoder: LotlipEncoder, benchmark: Benchmark, images: int = IM
     )
 
 
-def on_objects(scene: Scene, maps: Tensor) -> Tensor:
+def on_objects(scene: Scene, maps: Tensor, crop: float = 1.0) -> Tensor:
     """Computes the shares of relevance on the objects of one scene.
 
     Args:
         scene: a scene with n small objects, n ≥ 2.
         maps: relevance for the text of the salient object, then of each small one, [1 + n, G, G'].
+        crop: share of the scene's sides that the model sees, from the centre.
 
     Returns:
         [5]: averaged over small objects, the share on the object when the text names it, the share on it when the text
         names another small one, and its area; the share on the salient object when it is named, and its area.
     """
-    objects = coverage((scene.salient, *scene.objects), tuple(maps.shape[1:]))
+    objects = coverage((scene.salient, *scene.objects), tuple(maps.shape[1:]), crop)
     share = maps.flatten(1) @ objects.flatten(1).T  # [text, object]
     area = objects.mean(dim=(1, 2))
     small = share[1:, 1:]
@@ -128,13 +131,13 @@ def on_objects(scene: Scene, maps: Tensor) -> Tensor:
     return torch.stack([named.mean(), not_named.mean(), area[1:].mean(), share[0, 0], area[0]])
 
 
-def coverage(things: Iterable[SceneObject], grid: tuple[int, ...]) -> Tensor:
+def coverage(things: Iterable[SceneObject], grid: tuple[int, ...], crop: float = 1.0) -> Tensor:
     """Computes the fraction of each patch that lies in the circle around each object, [N, G, G'], 0 … 1.
 
     The mean is the object's area, which is the share that a uniform map has on it.
     """
     rows, columns = ((torch.arange(size * _SAMPLES_PER_SIDE) + 0.5) / (size * _SAMPLES_PER_SIDE) for size in grid)
-    discs = torch.tensor([thing.disc for thing in things])[..., None, None]  # [N, 3, 1, 1]
+    discs = torch.tensor([disc_in_crop(thing.disc, crop) for thing in things])[..., None, None]  # [N, 3, 1, 1]
     x, y, radius = discs.unbind(dim=1)
     inside = ((columns - x) ** 2 + (rows[:, None] - y) ** 2 <= radius**2).float()
     return torch.nn.functional.avg_pool2d(inside, _SAMPLES_PER_SIDE)

@@ -98,7 +98,21 @@ class OpenClipTowerConfig(PretrainedTowerConfig):
 
     kind: Literal["open_clip"]
     model: str = Field(description="name of a configuration in open_clip, such as ViT-B-32")
-    weights: str = Field(description="tag of pretrained weights in open_clip, or a local file with the whole model")
+    weights: str | None = Field(
+        None, description="tag of pretrained weights in open_clip; it also decides how images are prepared"
+    )
+    checkpoint: Path | None = Field(
+        None, description="local file with the whole model's weights; null: open_clip downloads those of the tag"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> OpenClipTowerConfig:
+        if self.weights is None and (self.checkpoint is None or None in (self.mean, self.std, self.resize)):
+            raise ValueError(
+                "weights is null, so nothing says how images were prepared in training; name a tag of open_clip in "
+                "weights, or set checkpoint, mean, std and resize"
+            )
+        return self
 
 
 ImageTowerConfig = Annotated[

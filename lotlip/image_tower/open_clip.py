@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import open_clip
@@ -33,12 +32,12 @@ def open_clip_spec(config: OpenClipTowerConfig) -> ImageTowerSpec:
         raise ValueError(
             f"open_clip {open_clip.__version__} has no model {config.model!r}; open_clip.list_models() lists its models"
         )
-    data: Any = open_clip.get_pretrained_cfg(config.model, config.weights) or {}
-    if not data and not Path(config.weights).is_file():
+    data: Any = open_clip.get_pretrained_cfg(config.model, config.weights) if config.weights else {}
+    if config.weights and not data:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(config.model)) or "none"
         raise ValueError(
-            f"image_tower.weights {config.weights} is neither a file nor a tag of {config.model} in open_clip "
-            f"(tags: {tags})"
+            f"image_tower.weights {config.weights} is not a tag of {config.model} in open_clip (tags: {tags}); name a "
+            "local file in image_tower.checkpoint"
         )
     kwargs = {
         "embed_dim": found["embed_dim"],
@@ -65,17 +64,20 @@ def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
         ValueError: as `open_clip_spec`, or the weights cannot be had or do not fit.
     """
     spec = open_clip_spec(config)
+    if config.checkpoint is not None and not config.checkpoint.is_file():
+        raise ValueError(f"image_tower.checkpoint: {config.checkpoint} does not exist")
+    source = str(config.checkpoint or config.weights)
     try:
         model = open_clip.create_model(
             config.model,
-            config.weights,
+            source,
             weights_only=True,
             force_image_size=spec.image_size,
             force_quick_gelu=spec.kwargs["quick_gelu"],
         )
     except Exception as error:  # the hub's client, torch and open_clip raise many types
         raise ValueError(
-            f"open_clip cannot load {config.model} with the weights {config.weights}: {type(error).__name__}: {error}"
+            f"open_clip cannot load {config.model} with the weights {source}: {type(error).__name__}: {error}"
         ) from error
     tower = OpenClipTower(spec)
     weights = {f"trunk.{name}": value for name, value in model.visual.state_dict().items()}

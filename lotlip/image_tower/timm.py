@@ -35,14 +35,20 @@ def timm_spec(config: TimmTowerConfig) -> ImageTowerSpec:
         )
     pretrained = timm.get_pretrained_cfg(config.model)
     data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
+    height, width = data["input_size"][1:]
+    if height != width and config.image_size is None:
+        raise ValueError(
+            f"{config.model} was trained with images of {width} × {height} pixels, and image towers take squares; "
+            "set image_tower.image_size"
+        )
     spec = ImageTowerSpec(
         config.model,
-        data["input_size"][-1],
+        width,
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         resize=_RESIZE[data["crop_mode"]],
         interpolation=data["interpolation"],
-        crop=data["crop_pct"],
+        crop=min(data["crop_pct"], 1.0),
     )
     return with_settings(spec, config)
 
@@ -84,6 +90,10 @@ def _load_checkpoint(tower: TimmTower, checkpoint: Path) -> None:
         )
     have = tower.trunk.state_dict()
     # the classifier is dropped; some models have their last norm under the same name
-    classifiers = ("head.", "pre_logits.", "fc.", "classifier.")
-    kept = {name: value for name, value in weights.items() if name in have or not name.startswith(classifiers)}
-    load_weights(tower.trunk, kept, checkpoint)
+    named = (tower.trunk.default_cfg or {}).get("classifier") or ()
+    dropped = ("head.", "pre_logits.", "fc.", "classifier.", *([named] if isinstance(named, str) else named))
+    kept = {name: value for name, value in weights.items() if name in have or not name.startswith(dropped)}
+    own = (tower.trunk.default_cfg or {}).get("input_size", (0, 0, 0))[-1]
+    size = tower.spec.image_size
+    hint = f"; with image_tower.image_size {size}, it must be of a model for {size} pixels" if size != own else ""
+    load_weights(tower.trunk, kept, f"image_tower.checkpoint {checkpoint}{hint}:")

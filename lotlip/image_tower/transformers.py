@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, SiglipVisionModel
 
 from lotlip.image_tower.config import TransformersTowerConfig
@@ -35,12 +38,19 @@ def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = 
     options = _options(config) | {"local_files_only": local_files_only}
     try:
         whole = AutoConfig.from_pretrained(config.model, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
+        place = "a folder with a model of transformers, nor in the hub's cache on this machine"
+        if not local_files_only:
+            place = "a folder with a model of transformers, nor a model that the hub has"
+        raise ValueError(f"image_tower.model {config.model} is neither {place}: {error}") from error
+    vision: Any = whole
+    if whole.model_type in ("clip", "siglip", "siglip2"):  # the last one has an error of its own
+        vision = whole.vision_config
+    elif hasattr(whole, "vision_config"):
         raise ValueError(
-            f"image_tower.model {config.model} is neither a folder with a model of transformers nor one that the hub "
-            f"has: {error}"
-        ) from error
-    vision: Any = getattr(whole, "vision_config", whole)
+            f"image_tower.model {config.model} is a {whole.model_type} model; only the image towers of CLIP and SigLIP "
+            "models can be taken out of a whole model"
+        )
     check_type(vision.model_type, f"image_tower.model {config.model}")
     kwargs: dict[str, Any] = {"config": _plain(vision)}
     if vision.model_type == CLIP and (vision is not whole or _PROJECTED in (whole.architectures or ())):
@@ -59,8 +69,10 @@ def transformers_tower(config: TransformersTowerConfig) -> TransformersTower:
     options = _options(config) | {"weights_only": True, "dtype": "float32", "output_loading_info": True}
     try:
         model, info = _model_class(config, spec).from_pretrained(config.model, trust_remote_code=False, **options)
-    except OSError as error:
-        raise ValueError(f"the weights of image_tower.model {config.model} cannot be read: {error}") from error
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"the weights of image_tower.model {config.model} cannot be read, or do not fit its config.json: {error}"
+        ) from error
     if missing := sorted({*info["missing_keys"], *info["mismatched_keys"]}):
         raise ValueError(
             f"image_tower.model {config.model} lacks {len(missing)} weights of its image tower: "
@@ -99,27 +111,50 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def _prepared(spec: ImageTowerSpec, config: TransformersTowerConfig, options: dict[str, Any]) -> ImageTowerSpec:
-    """The spec with the preprocessing of the model's processor."""
+    """The spec with the preprocessing of the model's processor.
+
+    Raises:
+        ValueError: there is no processor, or it prepares images in a way that has no equal here, and the settings do
+            not say how to prepare them.
+    """
     try:
-        processor: Any = AutoImageProcessor.from_pretrained(config.model, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+        processor = AutoImageProcessor.from_pretrained(config.model, trust_remote_code=False, **options)
+        return replace(spec, **_preprocessing(processor))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         if None not in (config.mean, config.std, config.resize):
             return spec
         raise ValueError(
-            f"image_tower.model {config.model} says nothing of how pictures are prepared ({error}); give "
-            "image_tower.mean, std and resize"
+            f"how image_tower.model {config.model} prepares images cannot be taken from its preprocessor_config.json "
+            f"({error}); set image_tower.mean, std and resize"
         ) from error
-    size, square = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
-    shorter: int = size.get("shortest_edge") or size["height"]
-    cropped: int = square.get("height", shorter) if getattr(processor, "do_center_crop", False) else shorter
-    return ImageTowerSpec(
-        spec.model,
-        cropped,
-        kwargs=spec.kwargs,
-        mean=tuple(processor.image_mean),
-        std=tuple(processor.image_std),
-        resize="crop" if size.get("shortest_edge") else "squash",
-        library=spec.library,
-        interpolation=Image.Resampling(int(processor.resample)).name.lower(),
-        crop=cropped / shorter,
-    )
+
+
+def _preprocessing(processor: Any) -> dict[str, Any]:
+    """Fields of an `ImageTowerSpec` from a processor of transformers.
+
+    Raises:
+        ValueError, TypeError, KeyError: it does something that these fields cannot express.
+    """
+    for step in ("do_resize", "do_rescale"):
+        if getattr(processor, step, True) is False:
+            raise ValueError(f"{step} is false")
+    size, cut = dict(processor.size), dict(getattr(processor, "crop_size", None) or {})
+    shorter = size.get("shortest_edge") or _side(size, "size")
+    cropped = _side(cut, "crop_size") if getattr(processor, "do_center_crop", False) and cut else shorter
+    if cropped > shorter:
+        raise ValueError(f"crop_size {cropped} is larger than size {shorter}")
+    plain = getattr(processor, "do_normalize", True) is False
+    return {
+        "image_size": cropped,
+        "mean": (0.0, 0.0, 0.0) if plain else tuple(processor.image_mean),
+        "std": (1.0, 1.0, 1.0) if plain else tuple(processor.image_std),
+        "resize": "crop" if size.get("shortest_edge") else "squash",
+        "interpolation": Image.Resampling(int(processor.resample)).name.lower(),
+        "crop": cropped / shorter,
+    }
+
+
+def _side(size: dict[str, Any], name: str) -> int:
+    if size["height"] != size["width"]:
+        raise ValueError(f"{name} is {size['width']} × {size['height']}, not a square")
+    return size["height"]

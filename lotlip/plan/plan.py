@@ -508,7 +508,7 @@ def activation_bytes(
 
 
 def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float:
-    if not isinstance(tower.trunk, VisionTransformer):
+    if not isinstance(tower.trunk, VisionTransformer) or not hasattr(tower.trunk.blocks[0], "mlp"):
         return batch * _other_image_bytes(tower, trained=not config.image_tower.frozen)
     trunk: Any = tower.trunk
     tokens = trunk.patch_embed.num_patches + trunk.num_prefix_tokens

@@ -48,7 +48,7 @@ def build_for_pretraining(
         LotlipConfig(
             text_config=start.config.to_dict(),
             image_config=read_json(image_tower / "config.json"),
-            embed_dim=_feature_width(image_tower),
+            embed_dim=_feature_width(image_tower, config.similarity == "late-interaction"),
             context_length=text.context_length,
             corner_tokens=text.corner_tokens,
             corner_mask=text.corner_mask,
@@ -257,8 +257,14 @@ def _weights_beside_encoder(
     }
 
 
-def _feature_width(image_tower: Path) -> int:
+def _feature_width(image_tower: Path, late_interaction: bool) -> int:
     """Returns D, from the files on disk: building the tower would import its library, which takes 2 s."""
-    width = read_json(image_tower / "config.json").get("width")
+    about = read_json(image_tower / "config.json")
+    width, token_width = about.get("width"), about.get("token_width")
+    if late_interaction and width != token_width:
+        raise ValueError(
+            f"similarity is late-interaction, which compares patches, but {image_tower} has patches of width "
+            f"{token_width} and features of width {width}; use a tower or image_tower.pooling where they are equal"
+        )
     with open_weights(image_tower / "model.safetensors") as weights:  # damaged ones are found before training
         return width or weights.get_slice("trunk.cls_token").get_shape()[-1]

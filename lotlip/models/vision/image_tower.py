@@ -37,16 +37,15 @@ class ImageTower(nn.Module):
                 f"{spec.model} has no [CLS] token, which pooling {spec.pooling!r} needs; use 'model' or 'mean'"
             )
 
+        if spec.pooling == "map" and not self.has_attention_pool:
+            raise ValueError(f"{spec.model} has no attention pooling; use the pooling 'model', 'mean' or 'token'")
+
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Normalised pictures [B, 3, S, S] → features [B, D], not normalised."""
         return self.feature(self.hidden_states(pixel_values))
 
     def feature(self, hidden: Tensor) -> Tensor:
-        """The image's feature [B, D] from tokens [B, T, C], by the spec's pooling.
-
-        Raises:
-            ValueError: the pooling is `map`, and the model has no attention pooling.
-        """
+        """The image's feature [B, D] from tokens [B, T, C], by the spec's pooling."""
         if self.spec.pooling == "model":
             return self.own_feature(hidden)
         if self.spec.pooling == "map":
@@ -101,13 +100,14 @@ class ImageTower(nn.Module):
         """Applies the model's last norm to tokens [..., C], where `hidden_states` has not done so."""
         return hidden
 
-    def attention_pool(self, hidden: Tensor) -> Tensor:
-        """The feature by the model's own attention pooling, [B, C], from tokens [B, T, C].
+    @property
+    def has_attention_pool(self) -> bool:
+        """Whether the model pools by attention."""
+        return False
 
-        Raises:
-            ValueError: the model has no attention pooling.
-        """
-        raise ValueError(f"{self.spec.model} has no attention pooling; use the pooling 'model', 'mean' or 'token'")
+    def attention_pool(self, hidden: Tensor) -> Tensor:
+        """The feature by the model's own attention pooling, [B, C], from tokens [B, T, C]; see `has_attention_pool`."""
+        raise NotImplementedError
 
 
 def build_image_tower(spec: ImageTowerSpec) -> ImageTower:

@@ -90,4 +90,7 @@ class ImageTowerSpec:
             # as those versions built the model
             given |= {"pooling": "model", "kwargs": {"global_pool": "token", **given.get("kwargs", {})}}
         given |= {name: tuple(given[name]) for name in ("mean", "std") if name in given}
-        return cls(**given)
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise ValueError(f"the configuration of an image tower is not valid: {error}") from error

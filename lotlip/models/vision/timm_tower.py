@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import timm
@@ -41,7 +42,9 @@ class TimmTower(ImageTower):
             if config is None or not config.hf_hub_id:
                 raise ValueError(f"timm's weights of {spec.model} are not on the hub; remove the revision {revision}")
             arguments["pretrained_cfg_overlay"] = {"hf_hub_id": f"{config.hf_hub_id}@{revision}"}
-        super().__init__(spec, _create(spec, arguments))
+        trunk = _create(spec, arguments)
+        super().__init__(spec, trunk)
+        self._grid = Grid(trunk)
 
     @property
     def prefix_tokens(self) -> int:
@@ -61,18 +64,20 @@ class TimmTower(ImageTower):
         return self.trunk.head_hidden_size
 
     def hidden_states(self, pixel_values: Tensor) -> Tensor:
-        return grid_tokens(self.trunk, self.trunk.forward_features(pixel_values))
+        return self._grid.tokens(self.trunk.forward_features(pixel_values))
 
     def own_feature(self, hidden: Tensor) -> Tensor:
-        return self.trunk.forward_head(ungrid(self.trunk, hidden))
+        return self.trunk.forward_head(self._grid.features(hidden))
 
     def normalised(self, hidden: Tensor) -> Tensor:
-        # ViTs that pool by the mean have their last norm after it
-        return self.trunk.fc_norm(hidden) if isinstance(getattr(self.trunk, "fc_norm", None), nn.Module) else hidden
+        return last_norm(self.trunk, hidden)
+
+    @property
+    def has_attention_pool(self) -> bool:
+        return has_attention_pool(self.trunk)
 
     def attention_pool(self, hidden: Tensor) -> Tensor:
-        pooled = attention_pooled(self.trunk, hidden)
-        return super().attention_pool(hidden) if pooled is None else pooled
+        return self.trunk.pool(hidden)
 
 
 def _create(spec: ImageTowerSpec, arguments: dict[str, Any]) -> Any:
@@ -92,23 +97,47 @@ def number_of_prefix_tokens(trunk: nn.Module) -> int:
     return int(getattr(trunk, "num_prefix_tokens", 0))  # type: ignore[call-overload]
 
 
-def grid_tokens(trunk: nn.Module, features: Tensor) -> Tensor:
-    """Tokens [B, T, C] of a timm model's features: [B, T, C], or a feature map [B, C, G, G] or [B, G, G, C]."""
-    if features.ndim != 4:
-        return features
-    last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-    return features.flatten(1, 2) if last else features.flatten(2).transpose(1, 2)
+class Grid:
+    """The layout of a timm model's features: tokens [B, T, C], or a feature map [B, C, G, G] or [B, G, G, C]."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        self._channels_last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
+        self._is_map = False
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Features as tokens [B, T, C]. Their layout is remembered for `features`.
+
+        Raises:
+            ValueError: the features are neither tokens nor one map.
+        """
+        if not isinstance(features, Tensor) or features.ndim not in (3, 4):
+            raise ValueError(
+                "this model of timm gives neither tokens nor one feature map, so it cannot be an image tower; "
+                "choose a ViT or a convolutional model"
+            )
+        self._is_map = features.ndim == 4
+        if not self._is_map:
+            return features
+        return features.flatten(1, 2) if self._channels_last else features.flatten(2).transpose(1, 2)
+
+    def features(self, tokens: Tensor) -> Tensor:
+        """The inverse of `tokens`; images are square."""
+        if not self._is_map:
+            return tokens
+        side = math.isqrt(tokens.shape[1])
+        return (
+            tokens.unflatten(1, (side, side))
+            if self._channels_last
+            else tokens.transpose(1, 2).unflatten(2, (side, side))
+        )
 
 
-def ungrid(trunk: Any, tokens: Tensor) -> Tensor:
-    """The inverse of `grid_tokens`; pictures are square."""
-    if hasattr(trunk, "num_prefix_tokens") or hasattr(trunk, "cls_token"):
-        return tokens
-    side = int(tokens.shape[1] ** 0.5)
-    last = getattr(trunk, "output_fmt", "NCHW") == "NHWC"
-    return tokens.unflatten(1, (side, side)) if last else tokens.transpose(1, 2).unflatten(2, (side, side))
+def last_norm(trunk: nn.Module, hidden: Tensor) -> Tensor:
+    """Applies a timm model's last norm where it comes after the mean over tokens."""
+    norm = getattr(trunk, "fc_norm", None)
+    return norm(hidden) if isinstance(norm, nn.Module) else hidden
 
 
-def attention_pooled(trunk: Any, hidden: Tensor) -> Tensor | None:
-    """The feature by a timm ViT's attention pooling; None if it has none."""
-    return trunk.pool(hidden) if isinstance(getattr(trunk, "attn_pool", None), nn.Module) else None
+def has_attention_pool(trunk: nn.Module) -> bool:
+    """Whether a timm ViT pools by attention."""
+    return isinstance(getattr(trunk, "attn_pool", None), nn.Module)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
@@ -65,9 +66,12 @@ class TransformersTower(ImageTower):
             return self.attention_pool(hidden)
         return hidden[:, 0] if self.proj is None else self.proj(hidden[:, 0])
 
+    @property
+    def has_attention_pool(self) -> bool:
+        return isinstance(getattr(self.trunk, "head", None), nn.Module)
+
     def attention_pool(self, hidden: Tensor) -> Tensor:
-        pool = getattr(self.trunk, "head", None)
-        return super().attention_pool(hidden) if pool is None else pool(hidden)
+        return self.trunk.head(hidden)
 
 
 def vision_config(spec: ImageTowerSpec) -> PretrainedConfig:
@@ -81,7 +85,7 @@ def vision_config(spec: ImageTowerSpec) -> PretrainedConfig:
     check_type(kind, spec.model)
     try:
         return AutoConfig.for_model(kind, **given)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, StrictDataclassError) as error:
         raise ValueError(f"the configuration of the image tower {spec.model} is not valid: {error}") from error
 
 
