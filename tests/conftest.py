@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ if TYPE_CHECKING:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell's background job ignores these, and so would every program that a test interrupts.
+for _sign in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_sign) == signal.SIG_IGN:
+        signal.signal(_sign, signal.default_int_handler if _sign == signal.SIGINT else signal.SIG_DFL)
 
 # Equal examples at every run, and no complaint about a busy machine.
 settings.register_profile("lotlip", deadline=None, derandomize=True)
