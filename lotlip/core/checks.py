@@ -63,6 +63,7 @@ def run_gate(
         GateFailed: an expectation does not hold, or could not be evaluated.
     """
     with _gate, atomic_write(report / "data_docs") as pages:  # those of an interrupted gate go
+        pages.mkdir()
         checks = _validate(stage, tables, suites, pages)
     _write_report(stage, checks, report)
     failed = [check for check in checks if not check.success]
