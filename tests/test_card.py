@@ -18,7 +18,7 @@ def test_an_untold_origin_leaves_only_the_model():
     assert "lotlip" in front["tags"]
     assert "# LoTLIP\n" in card
     assert "- text tower: bert, 1 layers, 32 wide; 2 corner tokens\n" in card
-    assert "- image tower: vit_base_patch16_224, 224 pixels" in card
+    assert "- image tower: vit_base_patch16_224 (timm), 224 pixels" in card
     assert "Not evaluated yet." in card
     assert "Training configuration" not in card
     assert "## Origin" not in card

@@ -195,7 +195,7 @@ def test_weights_of_something_else_are_no_image_tower(tmp_path):
     from lotlip.image_tower.timm import timm_tower
 
     torch.save({"cls_token": torch.zeros(1)}, tmp_path / "vit.pth")
-    with pytest.raises(ValueError, match=rf"{tmp_path / 'vit.pth'} does not fit the model"):
+    with pytest.raises(ValueError, match=rf"{tmp_path / 'vit.pth'}: does not fit the model"):
         timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=tmp_path / "vit.pth"))
 
 
