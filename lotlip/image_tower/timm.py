@@ -13,7 +13,7 @@ from lotlip.image_tower.preprocessing import with_settings
 from lotlip.image_tower.towers import OnProgress, TowerResult
 from lotlip.models.vision.image_tower import load_weights
 from lotlip.models.vision.spec import ImageTowerSpec
-from lotlip.models.vision.timm_tower import TimmTower
+from lotlip.models.vision.timm_tower import TimmTower, check_name
 
 _RESIZE = {"center": "crop", "squash": "squash", "border": "pad"}  # timm's crop_mode
 
@@ -29,10 +29,7 @@ def timm_spec(config: TimmTowerConfig) -> ImageTowerSpec:
     Raises:
         ValueError: timm has no such model.
     """
-    if not timm.is_model(config.model):
-        raise ValueError(
-            f"timm {timm.__version__} has no model {config.model!r}; timm.list_models('vit*') lists those it has"
-        )
+    check_name(config.model)
     pretrained = timm.get_pretrained_cfg(config.model)
     data = resolve_data_config(pretrained_cfg=pretrained.to_dict() if pretrained else {})
     height, width = data["input_size"][1:]

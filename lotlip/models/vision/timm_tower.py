@@ -30,10 +30,7 @@ class TimmTower(ImageTower):
     """
 
     def __init__(self, spec: ImageTowerSpec, pretrained: bool = False, revision: str | None = None) -> None:
-        if not timm.is_model(spec.model):
-            raise ValueError(
-                f"timm {timm.__version__} has no model {spec.model!r}; timm.list_models('vit*') lists those it has"
-            )
+        check_name(spec.model)
         if options := [name for name in LOADING_OPTIONS if name in spec.kwargs]:
             raise ValueError(f"kwargs of the image tower {spec.model} load other files: remove {', '.join(options)}")
         arguments: dict[str, Any] = {"num_classes": 0, **spec.kwargs, "pretrained": pretrained}
@@ -90,6 +87,12 @@ def _create(spec: ImageTowerSpec, arguments: dict[str, Any]) -> Any:
             return timm.create_model(spec.model, **arguments)  # a convolutional model, which takes every size
     except (TypeError, AssertionError) as error:  # how timm refuses options that a model does not have
         raise ValueError(f"timm cannot build the image tower {spec.model} with {arguments}: {error}") from error
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError if timm has no model of a name. Other names, such as `hf-hub:…`, would make it load files."""
+    if not timm.is_model(name):
+        raise ValueError(f"timm {timm.__version__} has no model {name!r}; timm.list_models('vit*') lists those it has")
 
 
 def number_of_prefix_tokens(trunk: nn.Module) -> int:
