@@ -8,7 +8,14 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, CLIPVisionModelWithProjection, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPVisionModelWithProjection,
+    PretrainedConfig,
+    SiglipVisionModel,
+)
 
 from lotlip.image_tower.config import TransformersTowerConfig
 from lotlip.image_tower.preprocessing import with_settings
@@ -36,13 +43,26 @@ def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = 
         ValueError: the model or its processor is not found, or it is of a type that cannot be an image tower.
     """
     options = _options(config) | {"local_files_only": local_files_only}
+    return _spec(config, _read_config(config, options), options)
+
+
+def _read_config(config: TransformersTowerConfig, options: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of the model that the settings name.
+
+    Raises:
+        ValueError: there is no such model.
+    """
     try:
-        whole = AutoConfig.from_pretrained(config.model, trust_remote_code=False, **options)
+        return AutoConfig.from_pretrained(config.model, trust_remote_code=False, **options)
     except (OSError, ValueError, StrictDataclassError) as error:
         place = "a folder with a model of transformers, nor in the hub's cache on this machine"
-        if not local_files_only:
+        if not options.get("local_files_only"):
             place = "a folder with a model of transformers, nor a model that the hub has"
         raise ValueError(f"image_tower.model {config.model} is neither {place}: {error}") from error
+
+
+def _spec(config: TransformersTowerConfig, whole: Any, options: dict[str, Any]) -> ImageTowerSpec:
+    """What is built of a model with a configuration; see `transformers_spec`."""
     vision: Any = whole
     if whole.model_type in ("clip", "siglip", "siglip2"):  # the last one has an error of its own
         vision = whole.vision_config
@@ -65,10 +85,12 @@ def transformers_tower(config: TransformersTowerConfig) -> TransformersTower:
     Raises:
         ValueError: as `transformers_spec`, or weights are missing or left over.
     """
-    spec = transformers_spec(config)
-    options = _options(config) | {"weights_only": True, "dtype": "float32", "output_loading_info": True}
+    options = _options(config)
+    whole = _read_config(config, options)
+    spec = _spec(config, whole, options)
+    options |= {"weights_only": True, "dtype": "float32", "output_loading_info": True}
     try:
-        model, info = _model_class(config, spec).from_pretrained(config.model, trust_remote_code=False, **options)
+        model, info = _model_class(whole, spec).from_pretrained(config.model, trust_remote_code=False, **options)
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise ValueError(
             f"the weights of image_tower.model {config.model} cannot be read, or do not fit its config.json: {error}"
@@ -86,16 +108,11 @@ def transformers_tower(config: TransformersTowerConfig) -> TransformersTower:
     return tower.eval()
 
 
-def _model_class(config: TransformersTowerConfig, spec: ImageTowerSpec) -> Any:
+def _model_class(whole: PretrainedConfig, spec: ImageTowerSpec) -> Any:
     """The class that reads the image tower's weights. CLIP's with a projection takes its width from a whole CLIP."""
     if spec.model == SIGLIP:
         return SiglipVisionModel
-    if (
-        spec.kwargs.get("projection_dim")
-        and AutoConfig.from_pretrained(config.model, trust_remote_code=False, **_options(config)).model_type == CLIP
-    ):
-        return CLIPVisionModelWithProjection
-    return AutoModel
+    return CLIPVisionModelWithProjection if whole.model_type == CLIP and "projection_dim" in spec.kwargs else AutoModel
 
 
 def _options(config: TransformersTowerConfig) -> dict[str, Any]:
