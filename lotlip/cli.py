@@ -121,7 +121,8 @@ def import_official(
     force: Annotated[bool, typer.Option("--force", help="Replace a model that this command wrote.")] = False,
 ) -> None:
     """Convert a checkpoint of the LoTLIP authors to a transformers model; the defaults are for their B/16."""
-    from lotlip.importing.official import WrongWeightsError, describe, import_official
+    from lotlip.importing.official import WrongWeightsError, import_official
+    from lotlip.importing.output import describe
     from lotlip.models.vision.spec import ImageTowerSpec
 
     typer.echo(f"reading {checkpoint}")
@@ -133,7 +134,43 @@ def import_official(
         raise typer.Exit(1) from error
     if ignored:
         typer.echo(f"ignored unknown fields of {text_config}: {', '.join(ignored)}", err=True)
-    for line in describe(config):
+    _print_imported(describe(config), out)
+
+
+@app.command("import")
+def import_model(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="Folder or hub name of a CLIP or SigLIP model (NAME@COMMIT pins it), open_clip:NAME:TAG_OR_FILE, or a "
+            "checkpoint of CLIP, Long-CLIP or LoTLIP.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Output folder, in Hugging Face layout.", metavar="DIR")],
+    tokenizer: Annotated[
+        str | None, typer.Option(help="A bundled name, a tokenizer.json or its folder; default: the model's own.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a model that this command wrote.")] = False,
+) -> None:
+    """Convert a dual encoder of another library to a model of this project."""
+    from lotlip.core.files import write_record
+    from lotlip.importing.output import check_out, describe
+    from lotlip.importing.start import open_start
+    from lotlip.models.saving import save_whole_model
+
+    place = Path(source.removeprefix("open_clip:").rpartition(":")[2])
+    check_out(out, [path.resolve() for path in (place, Path(tokenizer or "")) if path.name and path.exists()], force)
+    typer.echo(f"reading {source}")
+    opened = open_start(source, tokenizer)
+    model = opened.build()
+    save_whole_model(model, opened.tokenizer, out.resolve(), {"name": out.resolve().name, "source": source})
+    write_record(out.resolve(), Path(out.resolve().name))
+    _print_imported(describe(model.config), out)
+
+
+def _print_imported(lines: list[str], out: Path) -> None:
+    for line in lines:
         typer.echo(line)
     typer.echo(f"written to {out}; to load it:")
     typer.echo(f'  import lotlip, transformers; model = transformers.AutoModel.from_pretrained("{out}").eval()')

@@ -56,7 +56,7 @@ def stages_that_depend_on(file: str) -> set[str]:
     ("file", "stages"),
     [
         ("lotlip/report/page.py", {"report"}),
-        ("lotlip/importing/official.py", set()),
+        ("lotlip/importing/official.py", {"image-tower"}),  # `pretrain.start` may name the authors' checkpoint
         ("lotlip/ingest/config.py", {"ingest", "report"}),
         ("lotlip/image_tower/config.py", {"image-tower"}),
         ("lotlip/caption/config.py", {"caption"}),

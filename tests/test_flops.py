@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lotlip.evaluate.flops import CONTEXT_LENGTHS, flops_by_context, text_tower_flops
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.text_tower import TextTower
+from lotlip.models.text.text_tower import build_text_tower
 
 # Nothing is four times anything else, so that no width can stand in for another.
 NARROW = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_hidden_layers": 3}
@@ -67,10 +67,10 @@ def test_the_count_is_the_closed_form_for_any_size(heads, head_width, inner, lay
 def test_a_tower_with_weights_does_as_much(corner_tokens, corner_mask):
     """With the attention that a processor really runs. The tower's own pass leaves out what no feature is made from."""
     config = model_config(NARROW, corner_tokens, corner_mask=corner_mask)
-    tower = TextTower(config.text_config, corner_tokens=corner_tokens, corner_mask=corner_mask, embed_dim=56)
+    tower = build_text_tower(config)
     text = torch.zeros(1, 24, dtype=torch.int64), torch.tensor([24])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        tower.features(tower.hidden_states(*text)[:, : 1 + corner_tokens])
+        tower.features(tower.hidden_states(*text)[1])
     assert text_tower_flops(config, 24) == counter.get_total_flops()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(*text)

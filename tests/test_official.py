@@ -24,11 +24,11 @@ from lotlip.importing.official import (
     Checkpoint,
     WrongWeightsError,
     convert,
-    describe,
     import_official,
     read_checkpoint,
     read_text_config,
 )
+from lotlip.importing.output import describe
 from lotlip.models.saving import load_model
 from lotlip.models.vision.spec import ImageTowerSpec
 from tests.parity import IMAGE_TOWER, state_dict, write_checkpoint, write_text_config

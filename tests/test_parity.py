@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 from lotlip.importing.official import import_official
-from lotlip.models.corner_mask import corner_attention_mask
 from lotlip.models.saving import load_model
+from lotlip.models.text.masks import corner_attention_mask
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.model import LotlipForPreTraining
 from tests.parity import IMAGE_TOWER, PARITY, write_checkpoint, write_text_config

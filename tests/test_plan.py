@@ -243,7 +243,7 @@ for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
     config = PretrainConfig(batch_size=2, precision=precision)
     compute = TrainingCompute(processes=2, zero_stage=stage)
     model = nn.Sequential(*[nn.Linear(256, 256) for _ in range(8)])
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=True)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(config, compute))
     inputs = torch.randn(1, 256, dtype=next(engine.module.parameters()).dtype)
     for _ in range(2):

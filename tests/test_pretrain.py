@@ -73,7 +73,7 @@ def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
     model = build_for_pretraining(PretrainConfig.model_validate(split(TINY)[0]), tiny_tower)
     model.text.proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, others = parameter_groups(model, 0.2)
+    decayed, others = parameter_groups(model, PretrainConfig(optimizer=OptimizerConfig(weight_decay=0.2)))
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
     plain = {names[id(parameter)] for parameter in others["params"]}
     assert plain == {name for name in names.values() if name == "logit_scale" or "bias" in name or "LayerNorm" in name}
@@ -82,7 +82,7 @@ def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
 
 
 def test_a_norm_without_a_name_to_know_it_by_does_not_decay():
-    decayed, others = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), 0.1)
+    decayed, others = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), PretrainConfig())
     assert (len(decayed["params"]), len(others["params"])) == (1, 3)
 
 

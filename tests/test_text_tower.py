@@ -8,17 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoConfig, BertConfig
+from transformers import AutoConfig, BertConfig, PretrainedConfig
 
-from lotlip.models.corner_mask import corner_attention_mask
-from lotlip.models.packing import SLACK, TextBatch, pack
-from lotlip.models.text_tower import TextTower
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.text.bert import BertTower
+from lotlip.models.text.masks import corner_attention_mask
+from lotlip.models.text.packing import SLACK, TextBatch, pack
 
 WORDS = 50
 LENGTH = 12
 
 
-def tower(corner_tokens: int, corner_mask: bool = True, layers: int = 2) -> TextTower:
+def build(config: PretrainedConfig, corner_tokens: int, corner_mask: bool = True) -> BertTower:
+    settings = {"corner_tokens": corner_tokens, "corner_mask": corner_mask, "embed_dim": 8}
+    return BertTower(LotlipConfig(text_config=config, **settings)).eval()
+
+
+def tower(corner_tokens: int, corner_mask: bool = True, layers: int = 2) -> BertTower:
     torch.manual_seed(corner_tokens)
     config = BertConfig(
         vocab_size=WORDS + corner_tokens,
@@ -29,7 +35,7 @@ def tower(corner_tokens: int, corner_mask: bool = True, layers: int = 2) -> Text
         max_position_embeddings=32,
         initializer_range=0.3,  # so large that what should not matter would be seen if it did
     )
-    return TextTower(config, corner_tokens, corner_mask, embed_dim=8).eval()
+    return build(config, corner_tokens, corner_mask)
 
 
 def texts(lengths: list[int], corner_tokens: int, padded: int = LENGTH) -> tuple[Tensor, Tensor]:
@@ -212,7 +218,7 @@ def test_other_families_keep_the_corner_tokens_apart(family):
         sizes = {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32}
     config = AutoConfig.for_model(family, **sizes, vocab_size=WORDS + 2, max_position_embeddings=32)
     config.initializer_range = 0.3
-    model = TextTower(config, corner_tokens=2, corner_mask=True, embed_dim=8).eval()
+    model = build(config, corner_tokens=2)
     ids, lengths = texts([7, 12], 2)
     ids[0, 7:] = config.pad_token_id or 0
     other = ids.clone()
@@ -231,7 +237,7 @@ def test_other_families_keep_the_corner_tokens_apart(family):
 
 def test_a_family_that_takes_no_such_mask_is_an_error():
     with pytest.raises(ValueError, match=r"a mpnet model cannot be the text tower: .* such as bert, roberta"):
-        TextTower(AutoConfig.for_model("mpnet"), 2, True, 8)
+        build(AutoConfig.for_model("mpnet"), corner_tokens=2)
 
 
 # --- packed texts -----------------------------------------------------------------------------------------------
@@ -240,7 +246,8 @@ def test_a_family_that_takes_no_such_mask_is_an_error():
 @given(lengths=st.lists(st.integers(4, LENGTH), min_size=1, max_size=6), cls_only=st.booleans(), separate=st.booleans())
 def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separate):
     ids, counts = texts(lengths, 2)
-    packed = pack([TextBatch(ids, counts), TextBatch(ids, counts, cls_only)], 2, separate)
+    model = tower(2, separate)
+    packed = pack([model._trimmed(TextBatch(ids, counts, only)) for only in (False, cls_only)], model._arrange)
     assert sum(mask.shape[0] * mask.shape[-1] for mask in packed.masks) == len(packed.ids) == len(packed.positions)
     assert [tuple(indices.shape) for indices in packed.outputs] == [(len(ids), 3), (len(ids), 1 if cls_only else 3)]
     for indices, dropped in zip(packed.outputs, (0, 2 if cls_only and separate else 0), strict=True):
@@ -254,8 +261,8 @@ def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separa
         assert mask.shape[-1] == tokens.max() <= tokens.min() * (1 + SLACK)
 
 
-def padded_features(model: TextTower, ids: Tensor, lengths: Tensor) -> Tensor:
-    return model.features(model.hidden_states(ids, lengths)[:, : 1 + model.corner_tokens])
+def padded_features(model: BertTower, ids: Tensor, lengths: Tensor) -> Tensor:
+    return model.features(model.hidden_states(ids, lengths)[1])
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
@@ -265,7 +272,7 @@ def test_packed_texts_have_the_features_and_gradients_of_padded_ones(family, cor
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"vocab_size": WORDS + corner_tokens, "max_position_embeddings": 32, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **sizes, initializer_range=0.3)
-    model = TextTower(config, corner_tokens, corner_mask, embed_dim=8).eval()
+    model = build(config, corner_tokens, corner_mask)
     short, long = texts([7, 5, 6, 5], corner_tokens), texts([12, 9, 12, 6, 7], corner_tokens)
     found = model.encode(TextBatch(*short, cls_only=True), TextBatch(*long))
     expected = [padded_features(model, *short)[:, :1], padded_features(model, *long)]

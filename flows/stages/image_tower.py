@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from prefect import flow
 
 from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
+from lotlip.core.files import sha256_files
+from lotlip.image_tower.config import StartTowerConfig
+from lotlip.models.vision.spec import START
 
 
 @flow(name="image-tower")
@@ -15,11 +19,13 @@ def image_tower() -> None:
     """Trains or loads the image tower of `image_tower.kind`."""
     params = load_params()
     config = params.image_tower
-    stage = Stage("image-tower", params, config.model_dump(mode="json"))
+    start = params.pretrain.start if isinstance(config, StartTowerConfig) else None
+    settings = config.model_dump(mode="json") | ({"start": start} if start else {})
+    stage = Stage("image-tower", params, settings, start_files(start))
     with stage.clock.measure("imports"):
         import torch
 
-        from lotlip.image_tower.towers import make_tower
+        from lotlip.image_tower.towers import TowerResult, make_tower
         from lotlip.models.vision.image_tower import save_image_tower
     for warning in params.warnings:
         stage.log.warning("image-tower: %s", warning)
@@ -31,9 +37,19 @@ def image_tower() -> None:
         left = f", {(now - started) / (step - first) * (steps - step):.0f} s left" if step > first else ""
         stage.log.info("image-tower: step %d of %d, loss %.3f%s", step, steps, loss, left)
 
-    result = make_tower(config, progress)
+    if start:
+        from lotlip.importing.start import open_start
+        from lotlip.models.saving import save_whole_model
+
+        opened = open_start(start)
+        model = opened.build()
+        result = TowerResult(model.image_tower)
+        save_image_tower(result.tower, stage.out)
+        save_whole_model(model, opened.tokenizer, stage.out / START, {"name": start, "source": start})
+    else:
+        result = make_tower(config, progress)
+        save_image_tower(result.tower, stage.out)
     tower = result.tower
-    save_image_tower(tower, stage.out)
     size = tower.spec.image_size
     with torch.inference_mode():
         features = tower(torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))).numpy()
@@ -48,6 +64,15 @@ def image_tower() -> None:
         checks = gate_image_tower(config, result.accuracy, features, stage.gate_report)
     stage.publish(params.paths.image_tower)
     stage.record(result.samples, checks, notes={f"accuracy.{name}": value for name, value in result.accuracy.items()})
+
+
+def start_files(start: str | None) -> dict[str, str]:
+    """Returns the hashes of the starting model's files by name; empty if it is not on this machine."""
+    path = Path((start or "").removeprefix("open_clip:").rpartition(":")[2])
+    if not start or not path.exists():
+        return {}
+    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
+    return {file.name: sha256_files([file]) for file in files}
 
 
 if __name__ == "__main__":

@@ -21,10 +21,12 @@ from lotlip.image_tower.config import (
     ImageTowerConfig,
     OpenClipTowerConfig,
     SceneTowerConfig,
+    StartTowerConfig,
     TimmTowerConfig,
     TransformersTowerConfig,
 )
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
+from lotlip.models.vision.spec import START
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
 from lotlip.shard.config import ShardConfig
@@ -114,6 +116,9 @@ class Params(Section):
                 f"image_tower.weights {tower.weights} is not pinned and may change on the hub; open_clip takes no "
                 "commit, so name a local file in image_tower.checkpoint to pin it"
             )
+        start = self.pretrain.start
+        if start and "@" not in start and not start.startswith("open_clip:") and self._on_hub(start):
+            lines.append(f"pretrain.start {start} is not pinned and may change on the hub; write {start}@COMMIT")
         texts = [self.ablation(name).text for name in self.names]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
         return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
@@ -165,10 +170,22 @@ class Params(Section):
             for metric in (self.registry.min_scores if self.registry else [])
             if metric.partition(".")[0] not in self.evaluate.names
         ]
+        if bool(self.pretrain.start) != isinstance(self.image_tower, StartTowerConfig):
+            problems.append(
+                f"pretrain.start is {self.pretrain.start}, but image_tower.kind is {self.image_tower.kind}; a starting "
+                "model has both towers, so set image_tower: {kind: start}"
+                if self.pretrain.start
+                else "image_tower.kind is start, but pretrain.start is null; name the model in pretrain.start"
+            )
         resolved = {}
         for name in self.names:
             try:
                 config = resolved[name] = self.ablation(name)
+                if config.start not in (None, self.pretrain.start):
+                    problems.append(
+                        f"ablations.{name}.start: all ablations share the image tower of pretrain.start; set "
+                        "pretrain.start, and null for ablations that do not start from it"
+                    )
                 problems += self._caption_problems(name, config.long_texts)
                 self.training_compute(name).check_batch_size(config.batch_size)
             except ConfigError as error:
@@ -184,6 +201,8 @@ class Params(Section):
     def inputs(self) -> Iterator[tuple[str, Path]]:
         """The user's files and folders that stages read, each with its key in params.yaml."""
         yield from self.ingest.inputs()
+        if self.pretrain.start and Path(self.pretrain.start).exists():
+            yield "pretrain.start", Path(self.pretrain.start)
         for name, captioner in self.caption.captioners.items():
             yield f"caption.captioners.{name}.path", captioner.path
         for name, benchmark in self.evaluate.benchmarks.items():
@@ -220,8 +239,11 @@ class Params(Section):
         if name not in self.finetune:
             raise ConfigError(f"no ablation {name!r} in params.yaml; there are: {', '.join(self.names)}")
         settings, place = self.finetune[name], f"finetune.{name}.pretrain"
-        start = {"text": {"pretrained": (self.paths.models / settings.init_from).as_posix(), "revision": None}}
-        return _validated(PretrainConfig, merge(merge(base, settings.pretrain), start), place, place)
+        text: dict[str, Any] = {"pretrained": (self.paths.models / settings.init_from).as_posix(), "revision": None}
+        if base.get("start"):
+            text["tokenizer"] = (self.paths.image_tower / START).as_posix()
+        changes = {"start": None, "text": text}
+        return _validated(PretrainConfig, merge(merge(base, settings.pretrain), changes), place, place)
 
     def training_compute(self, name: str) -> TrainingCompute:
         """Compute settings of an ablation: `compute.training` with the differences of `compute.ablations`.

@@ -20,6 +20,7 @@ import pyarrow as pa
 from tokenizers.normalizers import BertNormalizer
 
 from lotlip.core.files import remove
+from lotlip.data.plain_tokenizer import tokenizer_family
 from lotlip.data.tars import IDS, TarSamples, is_sidecar, read_sidecar, write_sidecar
 from lotlip.data.text import SentenceEnds, as_sentence_ends, join_sub_captions, sample_texts, split_sub_captions
 from lotlip.data.tokenizer import TextTokenizer, used_tokens, word_pieces
@@ -118,7 +119,8 @@ def write_token_ids(tar: Path, tokenizer: str, sentence_ends: SentenceEnds = "re
     Sub-captions are encoded one by one. That stands for the texts made of them only if it gives the ids of these texts,
     so it is compared with the ids of all sub-captions of a sample together: of some samples, or of all where the word
     pieces' normaliser may look at several characters. Where ids differ, no file is written and training tokenizes by
-    itself; so it does where something that a captioner's list has as one sub-caption is several.
+    itself; so it does where something that a captioner's list has as one sub-caption is several, and for tokenizers of
+    CLIP and SigLIP, which do not mark the ends of sub-captions.
 
     Args:
         tar: samples as `lotlip.data.tars` reads them.
@@ -131,6 +133,8 @@ def write_token_ids(tar: Path, tokenizer: str, sentence_ends: SentenceEnds = "re
     Raises:
         ValueError: the tar is broken, or a sample's text is missing, is not text or has no words.
     """
+    if tokenizer_family(tokenizer) != "bert":
+        return None  # ids of a text of CLIP are not those of its sub-captions, one after another
     path, words = token_ids_path(tar), _uncut(tokenizer, sentence_ends)
     samples = TarSamples(tar)
     with suppress(ValueError):  # a damaged or stale one is written again
@@ -185,15 +189,16 @@ def vocabulary(tars: Iterable[Path], tokenizer: str, sentence_ends: SentenceEnds
     Raises:
         ValueError: a tar or its file is damaged.
     """
-    words, used = _uncut(tokenizer, sentence_ends), set[int]()
+    words = _uncut(tokenizer, sentence_ends) if tokenizer_family(tokenizer) == "bert" else None
+    used = set[int]()
     for path in tars:
         tar = TarSamples(path)
-        if found := read_token_ids(tar, words.words_hash):
+        if words and (found := read_token_ids(tar, words.words_hash)):
             used.update(found.vocabulary)
         else:
             captions = (caption for short, long in _texts(tar, sentence_ends) for caption in (short, *long.values()))
             used |= used_tokens(tokenizer, map(join_sub_captions, captions), sentence_ends)
-    return sorted(used - {words.sep_id})
+    return sorted(used - {words.sep_id} if words else used)
 
 
 def _texts(tar: TarSamples, sentence_ends: SentenceEnds) -> Iterator[tuple[list[str], dict[str, list[str]]]]:

@@ -24,6 +24,7 @@ from lotlip.data.text import SENTENCE_ENDS, SentenceEnds, join_sub_captions, spl
 
 # Shipped with the package, so that tokenizing works offline (Apache-2.0).
 BUNDLED = ("bert-base-uncased",)
+CLIP = "clip"  # CLIP's own, whose vocabulary open_clip ships
 
 # Names of the special tokens in the BERT family: BERT's first, then RoBERTa's. The last two kinds may be missing.
 _SPECIAL = {
@@ -43,22 +44,22 @@ _EXTRA = re.compile(r"\[(?:COR|REG)\.[0-9]+\]")
 
 @lru_cache(maxsize=8)
 def word_pieces(name: str) -> Tokenizer:
-    """The word pieces of a BERT-family model, without what `TextTokenizer` adds.
+    """The word pieces of a model, without what `TextTokenizer` adds.
 
     Args:
-        name: a bundled vocabulary ("bert-base-uncased"), a `tokenizer.json`, or a folder that contains one, including
-            one that `TextTokenizer` saved.
+        name: a bundled vocabulary ("bert-base-uncased", "clip"), a `tokenizer.json`, or a folder that contains one,
+            including one that `TextTokenizer` saved.
 
     Raises:
         ValueError: there is no such tokenizer.
     """
-    file = Path(str(files("lotlip.data"))) / name / "tokenizer.json" if name in BUNDLED else Path(name)
-    if file.is_dir():
-        file = file / "tokenizer.json"
+    if name == CLIP:
+        return _clip_word_pieces()
+    file = tokenizer_file(name)
     if not file.is_file():
         raise ValueError(
             f"no tokenizer {name!r}: {file} does not exist; name a tokenizer.json, a folder with one, "
-            f"or a bundled name ({', '.join(BUNDLED)})"
+            f"or a bundled name ({', '.join((*BUNDLED, CLIP))})"
         )
     try:
         data = _without_ours(json.loads(file.read_text(encoding="utf-8")))
@@ -68,6 +69,33 @@ def word_pieces(name: str) -> Tokenizer:
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer
+
+
+def tokenizer_file(name: str) -> Path:
+    """The `tokenizer.json` of a name as `word_pieces` takes it, unless it is "clip"; it may not exist."""
+    file = Path(str(files("lotlip.data"))) / name / "tokenizer.json" if name in BUNDLED else Path(name)
+    return file / "tokenizer.json" if file.is_dir() else file
+
+
+def _clip_word_pieces() -> Tokenizer:
+    """CLIP's word pieces, from the merges that open_clip ships; the ids are those of OpenAI's tokenizer."""
+    import gzip
+    from importlib.util import find_spec
+
+    from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    package = find_spec("open_clip")
+    if package is None or package.origin is None:
+        raise ValueError("the tokenizer 'clip' needs open_clip's vocabulary; pip install open_clip_torch")
+    text = gzip.decompress((Path(package.origin).parent / "bpe_simple_vocab_16e6.txt.gz").read_bytes()).decode()
+    merges = text.split("\n")[1 : 49152 - 256 - 2 + 1]  # the file has more than CLIP uses
+    characters = list(bytes_to_unicode().values())
+    words = [*characters, *(f"{character}</w>" for character in characters), *("".join(m.split()) for m in merges)]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 
 def count_tokens(name: str) -> Callable[[str], int]:
@@ -149,7 +177,9 @@ class TextTokenizer:
             )
         self._tokenizer = _with_ours(pieces, self._special, self._extra, sentence_ends)
         self._tokenizer.enable_truncation(context_length)
-        self.pad_id = self._tokenizer.token_to_id(self._special["pad"])
+        pad_id = self._tokenizer.token_to_id(self._special["pad"])
+        assert pad_id is not None  # `_special_tokens` found it
+        self.pad_id: int = pad_id
         self.sep_id = self._tokenizer.token_to_id(self._special["sep"])
         first = [self._special["cls"], *self._extra]
         self._first = np.array([self._tokenizer.token_to_id(token) for token in first], dtype=np.int64)
@@ -162,6 +192,11 @@ class TextTokenizer:
         """
         whole = [text if isinstance(text, str) else join_sub_captions(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole)]
+
+    @property
+    def family(self) -> str:
+        """Of models that read its texts: "bert", "clip" or "siglip"."""
+        return "bert"
 
     @cached_property
     def words_hash(self) -> str:
@@ -324,7 +359,7 @@ def _has_ours(steps: Sequence[Any]) -> bool:
 
 def _without_ours(data: dict[str, Any]) -> dict[str, Any]:
     """Removes what `_with_ours` added from a `tokenizer.json`; returns any other file's data unchanged."""
-    steps = (data["normalizer"] or {}).get("normalizers", [])
+    steps = (data.get("normalizer") or {}).get("normalizers", [])
     if not _has_ours(steps):
         return data
     added = [token for token in data["added_tokens"] if not _EXTRA.fullmatch(token["content"])]

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from lotlip.data.batches import in_batches
 from lotlip.evaluate.encoders import LotlipEncoder
-from lotlip.models.corner_mask import corner_attention_mask
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.text_tower import TextTower
+from lotlip.models.text.bert import BertTower
+from lotlip.models.text.masks import corner_attention_mask
+from lotlip.models.text.text_tower import TextTower
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -242,6 +243,11 @@ def text_attention(model: LotlipModel, input_ids: Tensor, lengths: Tensor) -> Te
         ValueError: the model uses late interaction or is in training mode, or its encoder does not return attention.
     """
     _check(model)
+    if type(model.text) is not BertTower:
+        raise ValueError(
+            "attention over the tokens of a text is not available for a text tower of type "
+            f"{model.config.text_config.model_type}: only for those of the BERT family"
+        )
     with torch.no_grad():
         layers = text_layers(model.text, input_ids, lengths)[1]
     # Rows of Π (1 + A) / 2. The factor 1/2 cancels in the normalisation.
@@ -282,9 +288,8 @@ def text_layers(tower: TextTower, input_ids: Tensor, lengths: Tensor) -> tuple[T
 def sub_captions(model: LotlipModel, input_ids: Tensor, lengths: Tensor) -> Tensor:
     """Returns the index of each token's sub-caption, [B, L]; −1 for special tokens and padding."""
     position = torch.arange(input_ids.shape[1], device=input_ids.device)
-    extra = 1 + model.config.corner_tokens + model.config.register_tokens
     ends = input_ids.gather(1, lengths[:, None] - 1)  # the last token is [SEP], also in a truncated text
-    words = (position >= extra) & (position < lengths[:, None]) & (input_ids != ends)
+    words = (position >= model.text.first_word) & (position < lengths[:, None]) & (input_ids != ends)
     starts = words & ~words.roll(1, dims=1)  # `roll` wraps around to position 0, which is [CLS] and never a word
     return torch.where(words, starts.cumsum(dim=1) - 1, -1)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from copy import copy
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.text_tower import TextTower
+from lotlip.models.text.text_tower import TextTower, build_text_tower
 
 CONTEXT_LENGTHS = (32, 64, 96, 128, 192, 256, 384, 512)  # up to the maximum of params.yaml
 
@@ -20,9 +21,9 @@ def flops_by_context(config: LotlipConfig, lengths: Iterable[int] = CONTEXT_LENG
         config: configuration of the model; its context length is always included.
         lengths: further lengths; those beyond the encoder's positions are left out.
     """
-    tower = _meta_tower(config)
-    counted = {length for length in lengths if length <= tower.positions} | {config.context_length}
-    return {length: _count(tower, config, length) for length in sorted(counted)}
+    positions = _meta_tower(config).positions
+    counted = {length for length in lengths if length <= positions} | {config.context_length}
+    return {length: text_tower_flops(config, length) for length in sorted(counted)}
 
 
 def text_tower_flops(config: LotlipConfig, context_length: int) -> int:
@@ -39,21 +40,9 @@ def text_tower_flops(config: LotlipConfig, context_length: int) -> int:
     Raises:
         ValueError: the encoder has fewer positions.
     """
-    return _count(_meta_tower(config), config, context_length)
-
-
-def _meta_tower(config: LotlipConfig) -> TextTower:
-    """Builds the text tower on the meta device, where tensors have shapes but no data."""
-    with torch.device("meta"):
-        return TextTower(
-            config.text_config,
-            corner_tokens=config.corner_tokens,
-            corner_mask=config.corner_mask,
-            embed_dim=config.embed_dim,
-        )
-
-
-def _count(tower: TextTower, config: LotlipConfig, context_length: int) -> int:
+    config = copy(config)
+    config.context_length = context_length
+    tower = _meta_tower(config)
     if context_length > tower.positions:  # no operation on the meta device would fail
         raise ValueError(
             f"context length {context_length} exceeds the text encoder's {tower.positions} positions; "
@@ -63,6 +52,12 @@ def _count(tower: TextTower, config: LotlipConfig, context_length: int) -> int:
     lengths = torch.full((1,), context_length, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         # `tower(...)` would need the values of the lengths
-        hidden = tower.hidden_states(input_ids, lengths)  # [1, L, H]
-        tower.features(hidden if config.similarity == "late-interaction" else hidden[:, : 1 + tower.corner_tokens])
+        tokens, outputs = tower.hidden_states(input_ids, lengths)
+        tower.features(tokens if config.similarity == "late-interaction" else outputs)
     return counter.get_total_flops()
+
+
+def _meta_tower(config: LotlipConfig) -> TextTower:
+    """Builds the text tower on the meta device, where tensors have shapes but no data."""
+    with torch.device("meta"):
+        return build_text_tower(config)

@@ -115,6 +115,13 @@ class OpenClipTowerConfig(PretrainedTowerConfig):
         return self
 
 
+class StartTowerConfig(Section):
+    """The image tower of the model that training starts from, `pretrain.start`, which the stage reads as a whole."""
+
+    kind: Literal["start"]
+
+
 ImageTowerConfig = Annotated[
-    SceneTowerConfig | TimmTowerConfig | TransformersTowerConfig | OpenClipTowerConfig, Variants("lotlip.image_towers")
+    SceneTowerConfig | TimmTowerConfig | TransformersTowerConfig | OpenClipTowerConfig | StartTowerConfig,
+    Variants("lotlip.image_towers"),
 ]

@@ -57,8 +57,8 @@ def open_clip_spec(config: OpenClipTowerConfig) -> ImageTowerSpec:
     return with_settings(spec, config)
 
 
-def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
-    """Builds the image tower of an open_clip model with its weights.
+def load_open_clip(config: OpenClipTowerConfig) -> Any:
+    """Returns open_clip's model with both towers and their weights.
 
     Raises:
         ValueError: as `open_clip_spec`, or the weights cannot be had or do not fit.
@@ -68,7 +68,7 @@ def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
         raise ValueError(f"image_tower.checkpoint: {config.checkpoint} does not exist")
     source = str(config.checkpoint or config.weights)
     try:
-        model = open_clip.create_model(
+        return open_clip.create_model(
             config.model,
             source,
             weights_only=True,
@@ -79,7 +79,15 @@ def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
         raise ValueError(
             f"open_clip cannot load {config.model} with the weights {source}: {type(error).__name__}: {error}"
         ) from error
-    tower = OpenClipTower(spec)
-    weights = {f"trunk.{name}": value for name, value in model.visual.state_dict().items()}
+
+
+def open_clip_tower(config: OpenClipTowerConfig) -> OpenClipTower:
+    """Builds the image tower of an open_clip model with its weights.
+
+    Raises:
+        ValueError: as `load_open_clip`.
+    """
+    tower = OpenClipTower(open_clip_spec(config))
+    weights = {f"trunk.{name}": value for name, value in load_open_clip(config).visual.state_dict().items()}
     load_weights(tower, weights, f"open_clip's {config.model}")
     return tower.eval()

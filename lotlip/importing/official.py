@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lotlip.core.files import ForeignFileError, atomic_write, check_free, check_replaceable, write_record
+from lotlip.core.files import atomic_write, write_record
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.data.weights import load_checkpoint
+from lotlip.importing.output import check_out
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.saving import save_model
@@ -91,7 +92,7 @@ def import_official(
             exists.
     """
     inputs = [Path(path).resolve() for path in (file, text_config, tokenizer) if path]
-    _check_free(out, inputs, force)
+    check_out(out, inputs, force)
     checkpoint = read_checkpoint(file)
     settings, ignored = read_text_config(text_config) if text_config else ({}, [])
     config, weights, words = convert(checkpoint, image, settings, tokenizer, context_length)
@@ -102,34 +103,6 @@ def import_official(
         save_model(config, weights, words, partial, image_tower=None)
         write_record(partial, Path(out.resolve().name))
     return config, ignored
-
-
-def describe(config: LotlipConfig) -> list[str]:
-    """One line for each part of an imported model."""
-    text, image = config.text_config, ImageTowerSpec.from_json(config.image_config)
-    words = text.vocab_size - config.corner_tokens
-    size = f"{text.num_hidden_layers} layers, {text.hidden_size} wide, {text.num_attention_heads} heads"
-    tables = f"{text.max_position_embeddings} positions, {text.type_vocab_size} token types"
-    return [
-        f"text tower: {text.model_type}, {size}, feed-forward width {text.intermediate_size}, {tables}",
-        f"vocabulary: {words} words and {config.corner_tokens} corner tokens; texts of {config.context_length} tokens",
-        f"image tower: {image.model}, {image.image_size} pixels, {config.embed_dim}-dimensional features",
-    ]
-
-
-def _check_free(out: Path, inputs: list[Path], force: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; name a folder that does not exist yet")
-    inside = [path for path in inputs if path.is_relative_to(out.resolve()) and path.exists()]
-    if inside:  # the folder is replaced as a whole
-        raise ValueError(f"--out {out} contains the input {inside[0]}; name another folder")
-    if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty; name another folder, or use --force to replace an imported model")
-    try:
-        check_replaceable(out.resolve())
-    except ForeignFileError as error:
-        raise ForeignFileError(f"--out {out} cannot be replaced: {error}") from error
-    check_free(out.resolve() / "config.json", lambda _: True)
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

@@ -18,8 +18,8 @@ from transformers.utils.generic import can_return_tuple
 
 from lotlip.models.card import model_card
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.packing import TextBatch
-from lotlip.models.text_tower import TextTower
+from lotlip.models.text.packing import TextBatch
+from lotlip.models.text.text_tower import build_text_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.objectives.similarity import cosine, late_interaction
@@ -69,7 +69,7 @@ class LotlipModel(PreTrainedModel):
 
     def __init__(self, config: LotlipConfig, image_tower: bool = True) -> None:
         super().__init__(config)
-        self.text = TextTower(config.text_config, config.corner_tokens, config.corner_mask, config.embed_dim)
+        self.text = build_text_tower(config)
         scale = INITIAL_SIGMOID_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE
         self.logit_scale = nn.Parameter(torch.full((1,), scale))  # DeepSpeed does not support 0-d parameters
         self.logit_bias = nn.Parameter(torch.full((1,), INITIAL_LOGIT_BIAS)) if config.logit_bias else None
@@ -97,19 +97,19 @@ class LotlipModel(PreTrainedModel):
     # --- features -------------------------------------------------------------------------------------------------
 
     def encode_text(self, input_ids: Tensor, lengths: Tensor, cls_only: bool = False) -> Tensor:
-        """Returns normalised features of [CLS] and of each corner token, [B, 1 + m, D] (paper, section 3.2).
+        """Returns normalised features of texts and of their corner tokens, [B, 1 + m, D] (paper, section 3.2).
 
         Args:
             input_ids: [B, L], padded at the end.
             lengths: number of tokens of each text, [B].
-            cls_only: return the features of [CLS] only, [B, 1, D]; this is faster if [CLS] sees no corner token.
+            cls_only: return the features of texts only, [B, 1, D]; this is faster if [CLS] sees no corner token.
         """
         return normalize(self.text.encode(TextBatch(input_ids, lengths, cls_only))[0], dim=-1)
 
     def encode_text_tokens(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns normalised features of all tokens [B, L, D] and the padding mask [B, L] (FILIP, section 3.1)."""
-        features = self.text.features(self.text.hidden_states(input_ids, lengths))
-        return normalize(features, dim=-1), torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
+        features = self.text.features(self.text.hidden_states(input_ids, lengths)[0])
+        return normalize(features, dim=-1), _token_mask(input_ids, lengths)
 
     def encode_image(self, pixel_values: Tensor) -> Tensor:
         """Returns the image tower's normalised [CLS] features, [B, D], from pixels [B, 3, S, S]."""
@@ -131,11 +131,11 @@ class LotlipModel(PreTrainedModel):
     def get_text_features(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> BaseModelOutputWithPooling:
-        """Returns the [CLS] features of short or long texts (paper, section 4).
+        """Returns the features of short or long texts (paper, section 4).
 
         Args:
             input_ids: [B, L], padded at the end, from `LotlipProcessor` or the saved tokenizer.
-            attention_mask: 1 for tokens and 0 for padding, [B, L]; None: derived from the padding token's id.
+            attention_mask: 1 for tokens and 0 for padding, [B, L]; None: derived from the ids.
             kwargs: `return_dict`, as for every model of transformers.
 
         Returns:
@@ -144,8 +144,8 @@ class LotlipModel(PreTrainedModel):
         Raises:
             ValueError: texts are not padded at the end.
         """
-        hidden = self.text.hidden_states(input_ids, self._lengths(input_ids, attention_mask))
-        return BaseModelOutputWithPooling(hidden, normalize(self.text.features(hidden[:, 0]), dim=-1))
+        hidden, outputs = self.text.hidden_states(input_ids, self._lengths(input_ids, attention_mask))
+        return BaseModelOutputWithPooling(hidden, normalize(self.text.features(outputs[:, 0]), dim=-1))
 
     @can_return_tuple
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
@@ -183,8 +183,10 @@ class LotlipModel(PreTrainedModel):
         hidden = self.image_tower.hidden_states(pixel_values)
         images, mask = normalize(self.image_tower.feature(hidden), dim=-1), None
         if self.config.similarity == "late-interaction":
-            tokens, mask = self.encode_text_tokens(input_ids, lengths)
-            texts = tokens[:, 0]
+            tokens, texts = (
+                normalize(self.text.features(part), dim=-1) for part in self.text.hidden_states(input_ids, lengths)
+            )
+            texts, mask = texts[:, 0], _token_mask(input_ids, lengths)
             compared = normalize(self.image_tower.patches(hidden), dim=-1), tokens
             similarities = late_interaction(*compared, mask)
         else:
@@ -210,10 +212,9 @@ class LotlipModel(PreTrainedModel):
     def _lengths(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Returns the number of tokens of each text, [B]."""
         if attention_mask is None:
-            attention_mask = input_ids != self.config.text_config.pad_token_id
+            attention_mask = self.text.attention_mask(input_ids)
         lengths = attention_mask.sum(dim=1)
-        at_the_end = torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
-        if not torch.equal(attention_mask.bool(), at_the_end):
+        if not torch.equal(attention_mask.bool(), _token_mask(input_ids, lengths)):
             raise ValueError("texts must be padded at the end; set the tokenizer's padding_side to 'right'")
         return lengths
 
@@ -227,6 +228,11 @@ class LotlipModel(PreTrainedModel):
                 "*.safetensors"
             ):  # created readable by their owner only, unlike the other files
                 weights.chmod(card.stat().st_mode)
+
+
+def _token_mask(input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """Returns which ids [B, L] are tokens of texts with `lengths` [B] tokens, not padding, [B, L]."""
+    return torch.arange(input_ids.shape[1], device=lengths.device) < lengths[:, None]
 
 
 AutoModel.register(LotlipConfig, LotlipModel, exist_ok=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers.utils import logging
 
-from lotlip.core.files import read_json
+from lotlip.core.files import atomic_write, read_json
+from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.data.text import as_sentence_ends
 from lotlip.data.tokenizer import TextTokenizer, saved_sentence_ends
 from lotlip.data.weights import check_finite, check_weights, read_weights
@@ -43,6 +45,22 @@ def save_model(
     with without_progress_bars():
         LotlipModel(config, image_tower=False).save_pretrained(folder, state_dict={**image, **weights})
     LotlipProcessor.build(tokenizer, config).save_pretrained(folder)
+
+
+def save_whole_model(model: LotlipModel, tokenizer: TextTokenizer, folder: Path, provenance: Mapping[str, Any]) -> None:
+    """Writes a model with both towers; the folder appears only when it is complete.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        folder: where to write.
+        provenance: origin of the weights, for the model card; entries that the model has already are kept.
+    """
+    config = copy(model.config)
+    config.provenance = {**provenance, **(config.provenance or {})}
+    with atomic_write(folder) as partial:
+        partial.mkdir()
+        save_model(config, model.state_dict(), tokenizer, partial, image_tower=None)
 
 
 @contextmanager
@@ -85,7 +103,7 @@ def load_model(folder: Path) -> tuple[LotlipModel, TextTokenizer]:
     check_finite(model.named_parameters(), f"in {folder}")
     config = model.config
     ends = as_sentence_ends(config.sentence_ends, str(folder / "config.json"))
-    tokenizer = TextTokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens, ends)
+    tokenizer = open_tokenizer(str(folder), config.context_length, config.corner_tokens, config.register_tokens, ends)
     saved = saved_sentence_ends(folder)
     if saved not in (None, ends):
         raise ValueError(

@@ -25,24 +25,25 @@ from lotlip.config.params import Params
 from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
 from lotlip.data.index import ShardIndex
-from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
 from lotlip.image_tower.config import (
     OpenClipTowerConfig,
     SceneTowerConfig,
+    StartTowerConfig,
     TimmTowerConfig,
     TransformersTowerConfig,
 )
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.text_tower import PACKED
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower
+from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
 from lotlip.pretrain.checkpoint import KEPT
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.engine import deepspeed_config
-from lotlip.pretrain.initialisation import text_config
+from lotlip.pretrain.initialisation import WHOLE_MODELS, text_config
 from lotlip.pretrain.model import LotlipForPreTraining
 
 FP32 = 4
@@ -198,7 +199,7 @@ def plan(
         ValueError: the sizes of the pretrained text tower are not available locally.
     """
     assumed: list[str] = []
-    towers = build_towers(config, params.image_tower, assumed)
+    towers = build_towers(config, params.image_tower, assumed, params.pretrain.start)
     statistics = index.statistics if index else {}
     texts = text_lengths(config, statistics, assumed)
     if images is None and index:
@@ -270,18 +271,22 @@ def images_by_name(name: str) -> int | None:
 # --- towers -------------------------------------------------------------------------------------------------------
 
 
-def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: list[str] | None = None) -> Towers:
+def build_towers(
+    config: PretrainConfig, image: ImageTowerSettings, assumed: list[str] | None = None, start: str | None = None
+) -> Towers:
     """Builds both towers on the meta device.
 
     Args:
         config: training settings of the ablation.
         image: section `image_tower` of params.yaml.
         assumed: receives assumptions for unknown sizes.
+        start: `pretrain.start`, whose image tower is used if `image` says so.
 
     Raises:
         ValueError: the sizes of the pretrained text tower are not available locally, or the kind of image tower is
             unknown.
     """
+    encoder: PretrainedConfig | None = None
     if isinstance(image, SceneTowerConfig):
         from lotlip.demo.tower import scenes_spec
 
@@ -298,13 +303,20 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
         from lotlip.image_tower.open_clip import open_clip_spec
 
         spec = open_clip_spec(image)
+    elif isinstance(image, StartTowerConfig) and start:
+        from lotlip.importing.start import open_start
+
+        opened = open_start(start, local_files_only=True)
+        spec = ImageTowerSpec.from_json(opened.config.image_config)
+        if config.start:
+            encoder = _extended(opened.config.text_config, opened.tokenizer.vocabulary_size, config.text)
     else:
         raise ValueError(f"`lotlip plan` does not support image towers of kind {image.kind}")
     with torch.device("meta"):
         tower = build_image_tower(spec)
         model = LotlipForPreTraining(
             LotlipConfig(
-                text_config=_encoder_config(config.text, assumed),
+                text_config=encoder or _encoder_config(config.text, assumed),
                 image_config=spec.to_json(),
                 embed_dim=tower.width,
                 context_length=config.text.context_length,
@@ -321,7 +333,7 @@ def build_towers(config: PretrainConfig, image: ImageTowerSettings, assumed: lis
 
 def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> PretrainedConfig:
     """Returns the encoder's configuration; that of a pretrained one is read from its folder or the hub's cache."""
-    tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
+    tokenizer = open_tokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
     sizes = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
     model: Any = AutoConfig.for_model(**sizes)
     if text.pretrained:
@@ -337,8 +349,13 @@ def _encoder_config(text: TextTowerSettings, assumed: list[str] | None) -> Pretr
                 ) from error
             if assumed is not None:
                 assumed.append(f"{text.pretrained} has BERT-base's sizes (it is not on this machine)")
-    encoder = model.text_config if isinstance(model, LotlipConfig) else model
-    encoder.vocab_size = tokenizer.vocabulary_size + text.corner_tokens + text.register_tokens
+    encoder = model.text_config if model.model_type in ("lotlip", *WHOLE_MODELS) else model
+    return _extended(encoder, tokenizer.vocabulary_size, text)
+
+
+def _extended(encoder: PretrainedConfig, words: int, text: TextTowerSettings) -> PretrainedConfig:
+    """Returns the configuration of an encoder with corner and register tokens and interpolated positions."""
+    encoder.vocab_size = words + text.corner_tokens + text.register_tokens
     if text.position_interpolation:
         encoder.max_position_embeddings = text.position_interpolation.interpolated
     return encoder
@@ -490,7 +507,7 @@ def activation_bytes(
     batch = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
     encoder = model.text.transformer.config
     corners = config.text.corner_tokens
-    late, packed = config.similarity == "late-interaction", encoder.model_type in PACKED
+    late, packed = config.similarity == "late-interaction", model.text.packs
     # Packed short captions need only [CLS], which does not attend to masked corner tokens, so those are left out.
     dropped = corners if packed and config.text.corner_mask else 0
     kinds = [(texts.short if late else texts.short - dropped, 1)] + texts.per_image * [(texts.long, 1 + corners)]

@@ -38,7 +38,8 @@ class PositionInterpolation(Section):
 
 # Model types of transformers that can be the text tower: their attention supports a mask for each pair of tokens.
 TEXT_MODELS = (
-    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "nomic_bert", "lotlip",
+    "bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "nomic_bert", "modernbert",
+    "clip", "clip_text_model", "siglip", "siglip_text_model", "lotlip",
 )  # fmt: skip
 
 # Options of transformers' from_pretrained. Among the fields of a configuration they would control what is loaded, from
@@ -109,25 +110,31 @@ def loading_options(config: Any, under: str = "") -> list[str]:
 
 
 class TextTowerConfig(Section):
-    """The BERT-family text encoder and its corner tokens (paper, section 3.2)."""
+    """The text encoder and its corner tokens (paper, section 3.2)."""
 
     tokenizer: str = Field(
         "bert-base-uncased",
-        description="tokenizer of a BERT-family model: bert-base-uncased, a tokenizer.json or its folder",
+        description="tokenizer of the text tower: bert-base-uncased, clip, a tokenizer.json or its folder; `start` has "
+        "its own",
     )
     pretrained: str | None = Field(
         None,
-        description="folder or hub name of a BERT-family model, folder of a LoTLIP model, or folder of an ablation "
-        "with a model for each seed; null: a new model, from `config`",
+        description="folder or hub name of a BERT-family, ModernBERT, CLIP or SigLIP model, whose text encoder is "
+        "used; folder of a LoTLIP model, or folder of an ablation with a model for each seed; null: a new model, from "
+        "`config`",
     )
     revision: Commit | None = Field(
         None, description="commit of `pretrained` on the hub; null: the newest; not allowed for a folder"
     )
     config: dict[str, Any] = Field(
-        default_factory=dict, description="fields of transformers' BertConfig; others have BERT-base's values"
+        default_factory=dict,
+        description="fields of transformers' BertConfig, or of the configuration of another `model_type`; others have "
+        "the defaults of transformers",
     )
     context_length: Annotated[int, Field(ge=8, le=512)] = Field(
-        128, description="maximum number of tokens of a text, in training and in evaluation"
+        128,
+        description="maximum number of tokens of a text, in training and in evaluation; corner and register tokens "
+        "count, except with CLIP and SigLIP, where they take no position",
     )
     corner_tokens: Annotated[int, Field(ge=0, le=16)] = Field(2, description="m, the number of corner tokens")
     corner_mask: bool = Field(
@@ -137,7 +144,15 @@ class TextTowerConfig(Section):
         0, description="number of learned tokens that are masked like words and have no loss (Table 7)"
     )
     position_interpolation: PositionInterpolation | None = Field(
-        None, description="Long-CLIP: interpolate the positions of `pretrained`"
+        None, description="Long-CLIP: interpolate the positions of `start` or `pretrained`"
+    )
+    frozen: bool = Field(False, description="true: do not train the text tower")
+    frozen_positions: NonNegative = Field(
+        0, description="number of first positions whose embeddings are not trained (Long-CLIP: 20)"
+    )
+    learning_rate: Positive | None = Field(None, description="peak learning rate; null: that of `optimizer`")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="weight decay; null: that of `optimizer`"
     )
 
     @field_validator("config")
@@ -180,8 +195,16 @@ class TextTowerConfig(Section):
             )
         if self.revision and Path(self.pretrained or "").is_dir():
             raise ValueError(f"pretrained {self.pretrained} is a folder, which has no commits; remove revision")
-        if self.position_interpolation and not self.pretrained:
-            raise ValueError("position_interpolation needs trained positions; name the text tower in pretrained")
+        if self.frozen and extra:
+            raise ValueError(
+                f"frozen is true, but {extra} corner and register tokens need training; set corner_tokens and "
+                "register_tokens to 0, or frozen to false"
+            )
+        if self.frozen_positions >= self.context_length:
+            raise ValueError(
+                f"frozen_positions {self.frozen_positions} leaves none of {self.context_length} positions to train; "
+                "set it lower"
+            )
         if self.position_interpolation and self.position_interpolation.interpolated < self.context_length:
             raise ValueError(
                 f"position_interpolation gives {self.position_interpolation.interpolated} positions, fewer than "
@@ -215,11 +238,18 @@ class ImageTowerTraining(Section):
     augmentation: AugmentationConfig | None = Field(
         None, description="augmentation of the images of a step; null: images are prepared as in evaluation"
     )
+    learning_rate: Positive | None = Field(None, description="peak learning rate; null: that of `optimizer`")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="weight decay; null: that of `optimizer`"
+    )
 
     @model_validator(mode="after")
     def _images_to_augment(self) -> ImageTowerTraining:
         if self.augmentation and self.frozen and self.features == "stored":
             raise ValueError("augmentation needs images, but the features are stored; set features to computed")
+        given = [name for name in ("learning_rate", "weight_decay") if getattr(self, name) is not None]
+        if self.frozen and given:
+            raise ValueError(f"{' and '.join(given)} of a frozen image tower have no effect; remove them")
         return self
 
 
@@ -302,6 +332,12 @@ class PretrainConfig(Section):
         64, description="samples per step, over all processes and micro-batches"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
+    start: str | None = Field(
+        None,
+        description="complete dual encoder to continue from, with image_tower: {kind: start}: folder or hub name of a "
+        "CLIP or SigLIP model, a pinned hub name NAME@COMMIT, open_clip:NAME:TAG_OR_FILE, a checkpoint of CLIP, "
+        "Long-CLIP or LoTLIP, or folder of a model of this project; null: the towers are chosen separately",
+    )
     text: TextTowerConfig = TextTowerConfig()
     long_texts: LongTextsConfig = LongTextsConfig()
     loader: LoaderConfig = LoaderConfig()
@@ -348,6 +384,23 @@ class PretrainConfig(Section):
                     "loss.image_components needs one feature per image, which late-interaction does not have; "
                     "set it to 0"
                 )
+        text = self.text
+        if self.start and text.pretrained:
+            raise ValueError(
+                f"start {self.start} and text.pretrained {text.pretrained} both name the text tower; remove one"
+            )
+        if self.start and text.config:
+            raise ValueError(f"text.config has no effect on the text tower of start {self.start}; remove it")
+        if text.position_interpolation and not (self.start or text.pretrained):
+            raise ValueError(
+                "text.position_interpolation needs trained positions; name the model in start or text.pretrained"
+            )
+        if text.frozen and not (self.start or text.pretrained):
+            raise ValueError("text.frozen needs trained weights; name the model in start or text.pretrained")
+        if text.frozen and self.image_tower.frozen:
+            raise ValueError(
+                "both towers are frozen, so nothing is trained; set text.frozen or image_tower.frozen to false"
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} contains duplicates; remove them")
         return self

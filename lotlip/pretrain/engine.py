@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lotlip.core.compute import TrainingCompute
+from lotlip.models.text.text_tower import position_table
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.loader import Batch
@@ -86,17 +87,30 @@ def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[s
     }
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Splits trainable parameters in two groups: norms, biases and the temperature do not decay (released code)."""
-    parameters = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+    """Splits trainable parameters by their tower's learning rate and weight decay.
 
-    def decays(name: str, value: Tensor) -> bool:
-        return value.ndim >= 2 and "norm" not in name.lower()
+    Norms, biases and the temperature do not decay (released code), nor does a table of which some rows are frozen.
 
-    return [
-        {"params": [value for name, value in parameters if decays(name, value)], "weight_decay": weight_decay},
-        {"params": [value for name, value in parameters if not decays(name, value)], "weight_decay": 0.0},
-    ]
+    Returns:
+        groups of AdamW, each with its peak learning rate as `lr`.
+    """
+    adamw, text, image = config.optimizer, config.text, config.image_tower
+    frozen_rows = position_table(model.get_submodule("text.transformer")) if text.frozen_positions else None
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, value in model.named_parameters():
+        if not value.requires_grad:
+            continue
+        tower = {"text": text, "image": image}.get(name.partition(".")[0])
+        rate = getattr(tower, "learning_rate", None) or adamw.learning_rate
+        own = getattr(tower, "weight_decay", None)
+        decay = adamw.weight_decay if own is None else own
+        if value.ndim < 2 or "norm" in name.lower() or (frozen_rows and value is frozen_rows[1].weight):
+            decay = 0.0
+        groups.setdefault((rate, decay), []).append(value)
+    # those that decay come first
+    ordered = sorted(groups.items(), key=lambda item: item[0][1] == 0)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in ordered]
 
 
 def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
@@ -108,10 +122,12 @@ def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> f
 
 
 def decay_factor(steps: int, config: PretrainConfig) -> float:
-    """Returns the factor by which weight decay has scaled a weight without gradients after a number of steps."""
-    adamw = config.optimizer
-    rates = (adamw.learning_rate * learning_rate_factor(step, config.steps, adamw) for step in range(steps))
-    return math.prod(1 - rate * adamw.weight_decay for rate in rates)
+    """Returns the factor by which weight decay has scaled a word without gradients after a number of steps."""
+    adamw, text = config.optimizer, config.text
+    peak = text.learning_rate or adamw.learning_rate
+    decay = adamw.weight_decay if text.weight_decay is None else text.weight_decay
+    rates = (peak * learning_rate_factor(step, config.steps, adamw) for step in range(steps))
+    return math.prod(1 - rate * decay for rate in rates)
 
 
 class Engine:
@@ -139,8 +155,10 @@ class Engine:
     ) -> None:
         deepspeed = import_deepspeed()
         adamw = config.optimizer
+        groups = parameter_groups(model, config)
+        self._peaks = [group["lr"] for group in groups]
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, adamw.weight_decay),
+            groups,
             lr=adamw.learning_rate,
             betas=adamw.betas,
             eps=adamw.eps,
@@ -162,9 +180,8 @@ class Engine:
         return self.deepspeed.module
 
     def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a step, which counts from 0."""
-        settings = self.config.optimizer
-        return settings.learning_rate * learning_rate_factor(step, self.config.steps, settings)
+        """Returns the largest learning rate of any parameter in a step, which counts from 0."""
+        return max(self._peaks) * learning_rate_factor(step, self.config.steps, self.config.optimizer)
 
     def step(self, batches: list[Batch], step: int) -> StepResult:
         """Does one optimizer step.
@@ -176,8 +193,9 @@ class Engine:
         Raises:
             NotFinite: the loss is NaN or infinite. No weight has changed.
         """
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = self.learning_rate(step)
+        factor = learning_rate_factor(step, self.config.steps, self.config.optimizer)
+        for group, peak in zip(self.deepspeed.optimizer.param_groups, self._peaks, strict=True):
+            group["lr"] = peak * factor
         batches = [self._with_features(batch.to(self.device)) for batch in batches]
         with torch.set_grad_enabled(len(batches) == 1):
             outputs = [self._forward(batch, step, number) for number, batch in enumerate(batches)]

@@ -13,22 +13,27 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 
 from lotlip.core.files import read_json
+from lotlip.data.plain_tokenizer import PlainTokenizer, open_tokenizer
 from lotlip.data.text import SentenceEnds
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.data.weights import check_weights, open_weights, read_weights
 from lotlip.models.configuration import LotlipConfig
-from lotlip.models.text_tower import first_position, position_table
+from lotlip.models.text.bert import first_position
+from lotlip.models.text.siglip import SiglipTower
+from lotlip.models.text.text_tower import position_table
+from lotlip.models.vision.spec import START
 from lotlip.pretrain.config import TEXT_MODELS, PositionInterpolation, PretrainConfig
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.model import LotlipForPreTraining
 
-POSITIONS = "text.transformer.embeddings.position_embeddings.weight"
+# Dual encoders of transformers, whose text encoder `text.pretrained` uses.
+WHOLE_MODELS = ("clip", "siglip")
 
 
 def build_for_pretraining(
     config: PretrainConfig, image_tower: Path, sentence_ends: SentenceEnds = "released"
 ) -> LotlipForPreTraining:
-    """Builds the model to train: a text tower with random or pretrained weights, plus corner and register tokens.
+    """Builds the model to train: a text tower with random or trained weights, plus corner and register tokens.
 
     Args:
         config: settings of the pretrain stage.
@@ -41,8 +46,12 @@ def build_for_pretraining(
             pretrained LoTLIP model has another width.
     """
     text = config.text
-    tokenizer = TextTokenizer(text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens)
-    start = _pretrained(text.pretrained, text, tokenizer) if text.pretrained else _random(text, tokenizer)
+    tokenizer = open_tokenizer(
+        tokenizer_name(config, image_tower), text.context_length, text.corner_tokens, text.register_tokens
+    )
+    name = str(image_tower / START) if config.start else text.pretrained
+    start = _pretrained(name, text, tokenizer) if name else _random(text, tokenizer)
+    _check_family(start.config, tokenizer)
     weights = dict(start.weights)
     model = LotlipForPreTraining(
         LotlipConfig(
@@ -62,18 +71,59 @@ def build_for_pretraining(
     if text.context_length > model.text.positions:
         raise ValueError(
             f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions; "
-            "set it lower"
+            "set it lower, or set text.position_interpolation"
+        )
+    if isinstance(model.text, SiglipTower) and text.context_length != model.text.positions and name:
+        raise ValueError(
+            f"text.context_length is {text.context_length}, but SigLIP reads texts padded to its "
+            f"{model.text.positions} positions; set it to {model.text.positions}, or set text.position_interpolation "
+            "for longer texts"
         )
     if config.loss.objective == "siglip":
         # one in `batch_size` pairs matches; SigLIP's −10 corresponds to its batch size of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
     if start.source is not None:
-        weights |= _weights_beside_encoder(start.source, model, text)
+        weights |= _weights_beside_encoder(start.source, model, str(name))
     if not config.image_tower.frozen:
         tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
     model.load_state_dict({**model.state_dict(), **weights})
+    _freeze(model, text)
     return model.train()
+
+
+def tokenizer_name(config: PretrainConfig, image_tower: Path) -> str:
+    """Returns the name of the text tower's tokenizer; a starting model has its own."""
+    return str(image_tower / START) if config.start else config.text.tokenizer
+
+
+def _check_family(encoder: PretrainedConfig, tokenizer: TextTokenizer) -> None:
+    """Raises ValueError if an encoder reads texts of another form than its tokenizer writes."""
+    family = {"clip_text_model": "clip", "siglip_text_model": "siglip"}.get(encoder.model_type, "bert")
+    if tokenizer.family != family:
+        raise ValueError(
+            f"text.tokenizer {tokenizer.name} is made for models of the {tokenizer.family} family, but the text tower "
+            f"is a {encoder.model_type}; name that model's own tokenizer"
+        )
+
+
+def _freeze(model: LotlipForPreTraining, text: TextTowerSettings) -> None:
+    """Freezes the text tower, or the embeddings of its first positions, as the settings say."""
+    if text.frozen:
+        model.text.requires_grad_(False)
+    if not text.frozen_positions:
+        return
+    found = position_table(model.text.transformer)
+    if found is None:
+        raise ValueError(
+            f"text.frozen_positions is {text.frozen_positions}, but a {model.text.transformer.config.model_type} "
+            "encoder has no learned positions; set it to 0"
+        )
+    table = found[1]
+    frozen = first_position(table) + text.frozen_positions
+    # AdamW does not change rows without gradients, as the table then has no weight decay (`parameter_groups`)
+    rows = (torch.arange(table.num_embeddings) >= frozen)[:, None]
+    table.weight.register_hook(lambda gradient: gradient * rows.to(gradient.device))
 
 
 @dataclass(frozen=True)
@@ -92,23 +142,31 @@ class _Start:
 
 
 def _random(text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
-    kind = {"model_type": "bert", "pad_token_id": tokenizer.pad_id, **text.config}
+    kind = {"model_type": "bert", **_token_ids(tokenizer), **text.config}
     rows = tokenizer.vocabulary_size + text.corner_tokens + text.register_tokens
     return _Start(AutoConfig.for_model(**{**kind, "vocab_size": rows}))
 
 
+def _token_ids(tokenizer: TextTokenizer) -> dict[str, int]:
+    """Returns the fields of an encoder's configuration that its tokenizer decides."""
+    if isinstance(tokenizer, PlainTokenizer):
+        first, *_ = tokenizer.special_ids
+        return {"pad_token_id": tokenizer.pad_id, "eos_token_id": tokenizer.end_id, "bos_token_id": first}
+    return {"pad_token_id": tokenizer.pad_id}
+
+
 def _pretrained(name: str, text: TextTowerSettings, tokenizer: TextTokenizer) -> _Start:
     encoder, source = _load_pretrained(name, text.config, text.revision)
-    _resize_vocabulary(encoder, text, tokenizer, source)
-    weights = {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
+    _resize_vocabulary(encoder, name, text, tokenizer, source)
+    weights = {f"text.transformer.{key}": value for key, value in encoder.state_dict().items()}
+    weights = {key: value for key, value in weights.items() if not key.startswith("text.transformer.head.")}
     if text.position_interpolation:
-        table = position_table(encoder)
-        if table is None:
-            raise ValueError(
-                f"text.pretrained {name} has no learned positions to interpolate; remove text.position_interpolation"
-            )
+        found = position_table(encoder)
+        if found is None:
+            raise ValueError(f"{name} has no learned positions to interpolate; remove text.position_interpolation")
+        table = found[1]
         positions = interpolate_positions(table.weight.detach(), text.position_interpolation, first_position(table))
-        weights[POSITIONS] = positions
+        weights[f"text.transformer.{found[0]}.weight"] = positions
         encoder.config.max_position_embeddings = len(positions)
     return _Start(encoder.config, weights, source)
 
@@ -138,6 +196,10 @@ def text_config(
     options = {"local_files_only": local_files_only, "revision": revision or "main"}
     config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options, **changes)
     _check_model_type(name, config.model_type)
+    if config.model_type in WHOLE_MODELS and changes:
+        raise ValueError(
+            f"text.config cannot change a part of the whole model text.pretrained {name}; remove {', '.join(changes)}"
+        )
     if isinstance(config, LotlipConfig):
         original = config.text_config.to_dict()
         different = [f"{key}: {value!r}" for key, value in changes.items() if original.get(key) != value]
@@ -177,11 +239,13 @@ def _load_pretrained(
     if isinstance(config, LotlipConfig):
         source = LotlipForPreTraining.from_pretrained(name, image_tower=False, trust_remote_code=False, **options)
         return source.text.transformer, source
-    return AutoModel.from_pretrained(name, config=config, trust_remote_code=False, **options), None
+    model = AutoModel.from_pretrained(name, config=config, trust_remote_code=False, **options)
+    return (model.text_model if config.model_type in WHOLE_MODELS else model), None
 
 
 def _resize_vocabulary(
     encoder: PreTrainedModel,
+    name: str,
     text: TextTowerSettings,
     tokenizer: TextTokenizer,
     source: LotlipForPreTraining | None,
@@ -191,6 +255,9 @@ def _resize_vocabulary(
     Rows of corner and register tokens are drawn from N(0, initializer_range). If `source` has the same numbers of these
     tokens, its rows are kept.
     """
+    if isinstance(tokenizer, PlainTokenizer):  # configurations of earlier versions of CLIP have other ids
+        for field_name, number in _token_ids(tokenizer).items():
+            setattr(encoder.config, field_name, number)
     words, extra = tokenizer.vocabulary_size, text.corner_tokens + text.register_tokens
     pretrained_words = encoder.config.vocab_size
     counts = (text.corner_tokens, text.register_tokens)
@@ -200,13 +267,14 @@ def _resize_vocabulary(
         pretrained_words -= source.config.corner_tokens + source.config.register_tokens
     if pretrained_words < words or encoder.config.pad_token_id != tokenizer.pad_id:
         raise ValueError(
-            f"text.pretrained {text.pretrained} has {pretrained_words} word pieces and pads with "
-            f"{encoder.config.pad_token_id}, but text.tokenizer {text.tokenizer} has {words} and pads with "
+            f"the text tower of {name} has {pretrained_words} word pieces and pads with "
+            f"{encoder.config.pad_token_id}, but the tokenizer {tokenizer.name} has {words} and pads with "
             f"{tokenizer.pad_id}; name that model's own tokenizer"
         )
     encoder.resize_token_embeddings(words, mean_resizing=False)  # some tables are padded to a round number of rows
     table = encoder.resize_token_embeddings(words + extra, mean_resizing=False)
-    nn.init.normal_(table.weight.data[words:], std=encoder.config.initializer_range)
+    # SigLIP's configuration has no such field
+    nn.init.normal_(table.weight.data[words:], std=getattr(encoder.config, "initializer_range", 0.02))
 
 
 def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, first: int = 0) -> Tensor:
@@ -229,8 +297,8 @@ def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, f
     trained = table[first : first + interpolation.positions]
     if len(trained) < interpolation.positions:
         raise ValueError(
-            f"text.position_interpolation.positions is {interpolation.positions}, but text.pretrained has "
-            f"{len(table) - first} positions"
+            f"text.position_interpolation.positions is {interpolation.positions}, but the text tower has "
+            f"{len(table) - first} positions; set it to that number"
         )
     others = trained[interpolation.keep :]
     steps = torch.diff(trained, dim=0)  # towards the next position, [positions − 1, H]
@@ -240,13 +308,11 @@ def interpolate_positions(table: Tensor, interpolation: PositionInterpolation, f
     return torch.cat([table[: first + interpolation.keep], between.flatten(0, 1)])
 
 
-def _weights_beside_encoder(
-    source: LotlipForPreTraining, model: LotlipForPreTraining, text: TextTowerSettings
-) -> dict[str, Tensor]:
+def _weights_beside_encoder(source: LotlipForPreTraining, model: LotlipForPreTraining, name: str) -> dict[str, Tensor]:
     """Returns projection, pooler and temperature of `source`; the temperature only if the objective is the same."""
     if source.config.embed_dim != model.config.embed_dim:
         raise ValueError(
-            f"text.pretrained {text.pretrained} was trained with image features of width {source.config.embed_dim}, "
+            f"{name} was trained with image features of width {source.config.embed_dim}, "
             f"but the image tower's are {model.config.embed_dim} wide; use a model trained with the same image tower"
         )
     same_objective = source.config.logit_bias == model.config.logit_bias

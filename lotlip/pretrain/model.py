@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.packing import TextBatch
+from lotlip.models.text.packing import TextBatch
 from lotlip.pretrain.word_rows import WordRows
 
 

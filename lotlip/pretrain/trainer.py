@@ -30,11 +30,11 @@ from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
-from lotlip.data.tokenizer import TextTokenizer
+from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay_factor, import_deepspeed, initialise_processes
-from lotlip.pretrain.initialisation import build_for_pretraining
+from lotlip.pretrain.initialisation import build_for_pretraining, tokenizer_name
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.loader import Batch, BatchSlice, Loader, WorkerLost
 from lotlip.pretrain.records import HISTORY, RUN, History
@@ -108,9 +108,8 @@ class Trainer:
         self.index = read_index(job.shards, ShardIndex)
         text = config.text
         ends = self.index.sentence_ends
-        self.tokenizer = TextTokenizer(
-            text.tokenizer, text.context_length, text.corner_tokens, text.register_tokens, ends
-        )
+        tokenizer = tokenizer_name(config, job.image_tower)
+        self.tokenizer = open_tokenizer(tokenizer, text.context_length, text.corner_tokens, text.register_tokens, ends)
         tower, transform = None, None
         if config.from_pixels or not self.index.features:
             tower, transform = self._open_image_tower()
@@ -119,7 +118,8 @@ class Trainer:
         )
         seed_everything(seed)
         model = build_for_pretraining(resolve_pretrained(config, seed), job.image_tower, ends)
-        if self.index.tokenizer == text.tokenizer:  # the index lists the ids of all word pieces in training texts
+        # The index lists the ids of all word pieces in sub-captions. Those of CLIP's texts differ by punctuation.
+        if self.index.tokenizer == tokenizer and self.tokenizer.family == "bert" and not text.frozen:
             used = {*self.index.vocabulary, *self.tokenizer.special_ids}
             keep_used_rows(model, used, partial(decay_factor, config=config))
         self.loader = Loader(

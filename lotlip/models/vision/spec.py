@@ -8,6 +8,9 @@ from typing import Any, TypedDict
 
 from lotlip.data.images import MEAN, STD, check_resize
 
+# Folder in that of the image tower with the complete model that training starts from, if it starts from one.
+START = "start"
+
 LIBRARIES = ("timm", "transformers", "open_clip")
 POOLINGS = ("model", "token", "mean", "token+mean", "map")
 # What `config.json` of an image tower has besides the spec.

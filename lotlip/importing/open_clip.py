@@ -1,0 +1,149 @@
+"""Starting models of open_clip."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import CLIPTextConfig, PretrainedConfig, SiglipTextConfig
+
+from lotlip.data.plain_tokenizer import PlainTokenizer
+from lotlip.data.tokenizer import CLIP
+from lotlip.image_tower.config import OpenClipTowerConfig
+from lotlip.image_tower.open_clip import load_open_clip, open_clip_spec
+from lotlip.importing.clip_names import text_weights
+from lotlip.importing.start import StartingModel
+from lotlip.importing.tokenizers import save_as_plain
+from lotlip.models.configuration import LotlipConfig
+
+# What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
+_CLIP: dict[str, Any] = {"no_causal_mask": False, "pool_type": "argmax", "proj_bias": False}
+_SIGLIP: dict[str, Any] = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+_PLAIN: dict[str, Any] = {"hf_model_name": None, "embed_cls": False, "ls_init_value": None, "block_type": None}
+
+
+def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
+    """Opens a model of open_clip.
+
+    Args:
+        address: NAME:TAG or NAME:FILE. A file's images are prepared as open_clip does it by default.
+        tokenizer: see `lotlip.importing.start.open_start`.
+
+    Raises:
+        ValueError: open_clip has no such model, or its text tower is of another kind than CLIP's and SigLIP's.
+    """
+    architecture, _, source = address.partition(":")
+    if not source:
+        raise ValueError(f"open_clip:{address} names no weights; use open_clip:{architecture}:TAG_OR_FILE")
+    settings: dict[str, Any] = {"kind": "open_clip", "model": architecture}
+    if Path(source).is_file():
+        import open_clip
+
+        defaults = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "resize": "crop"}
+        tower = OpenClipTowerConfig(**settings, checkpoint=Path(source), **defaults)
+    else:
+        tower = OpenClipTowerConfig(**settings, weights=source)
+    spec = open_clip_spec(tower)
+    text = spec_text(architecture)
+    siglip = is_siglip(text, f"open_clip:{address}")
+    words = _tokenizer(architecture, text, siglip, tokenizer)
+    config = LotlipConfig(
+        text_config=text_config(text, spec.kwargs["embed_dim"], bool(spec.kwargs["quick_gelu"]), words),
+        image_config=spec.to_json(),
+        embed_dim=spec.kwargs["embed_dim"],
+        context_length=words.context_length,
+        corner_tokens=0,
+        logit_bias=siglip,
+    )
+    return StartingModel(f"open_clip:{address}", config, words, lambda: _weights(tower, siglip))
+
+
+def spec_text(architecture: str) -> dict[str, Any]:
+    """Returns the text configuration of an architecture, with open_clip's default for each field that it lacks."""
+    from dataclasses import asdict
+
+    import open_clip
+    from open_clip.model import CLIPTextCfg
+
+    found: Any = open_clip.get_model_config(architecture)
+    return asdict(CLIPTextCfg(**found["text_cfg"]))
+
+
+def is_siglip(text: Mapping[str, Any], name: str) -> bool:
+    """Returns whether a text tower is SigLIP's rather than CLIP's.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    for siglip, expected in ((False, _CLIP), (True, _SIGLIP)):
+        if all(text[field] == value for field, value in {**expected, **_PLAIN}.items()):
+            return siglip
+    different = {field: text[field] for field in {**_CLIP, **_PLAIN} if text[field] != {**_CLIP, **_PLAIN}[field]}
+    raise ValueError(
+        f"{name} has a text tower of another kind than CLIP's and SigLIP's ({different}), so it cannot be a starting "
+        "model; its image tower can be used by image_tower: {kind: open_clip}"
+    )
+
+
+def text_config(text: Mapping[str, Any], width: int, quick_gelu: bool, words: PlainTokenizer) -> PretrainedConfig:
+    """Returns the configuration of transformers for a text tower of open_clip.
+
+    Args:
+        text: all fields of open_clip's text configuration.
+        width: of the shared space.
+        quick_gelu: whether the activation is OpenAI's approximation of GELU.
+        words: the model's tokenizer.
+    """
+    activation = "quick_gelu" if quick_gelu else "gelu"
+    if (text["act_kwargs"] or {}).get("approximate") == "tanh":
+        activation = "gelu_pytorch_tanh"
+    common: dict[str, Any] = {
+        "vocab_size": text["vocab_size"],
+        "hidden_size": text["width"],
+        "intermediate_size": int(text["width"] * text["mlp_ratio"]),
+        "num_hidden_layers": text["layers"],
+        "num_attention_heads": text["heads"],
+        "max_position_embeddings": text["context_length"],
+        "hidden_act": activation,
+        "layer_norm_eps": (text["norm_kwargs"] or {}).get("eps", 1e-5),
+        "pad_token_id": words.pad_id,
+        "eos_token_id": words.end_id,
+        "bos_token_id": words.special_ids[0],
+    }
+    if text["no_causal_mask"]:
+        return SiglipTextConfig(projection_size=width, **common)
+    return CLIPTextConfig(projection_dim=width, **common)
+
+
+def _tokenizer(architecture: str, text: Mapping[str, Any], siglip: bool, tokenizer: str | None) -> PlainTokenizer:
+    if tokenizer is None and text["hf_tokenizer_name"]:
+        import open_clip
+
+        try:
+            library: Any = open_clip.get_tokenizer(architecture)
+        except Exception as error:  # the hub's client raises many types
+            raise ValueError(
+                f"the tokenizer {text['hf_tokenizer_name']} of open_clip's {architecture} cannot be loaded ({error}); "
+                "name a local one with --tokenizer"
+            ) from error
+        return save_as_plain(library.tokenizer, text["context_length"])
+    if tokenizer is None and siglip:
+        raise ValueError(f"open_clip's {architecture} names no tokenizer; name a local one with --tokenizer")
+    return PlainTokenizer(tokenizer or CLIP, text["context_length"])
+
+
+def _weights(tower: OpenClipTowerConfig, siglip: bool) -> dict[str, Tensor]:
+    model = load_open_clip(tower)
+    state: dict[str, Tensor] = {name: value.float() for name, value in model.state_dict().items()}
+    image = {f"image.trunk.{name}": value.float() for name, value in model.visual.state_dict().items()}
+    text = {
+        name.removeprefix("text."): value
+        for name, value in state.items()
+        if not name.startswith("visual.") and name not in ("logit_scale", "logit_bias", "attn_mask")
+    }
+    scalars = {"logit_scale": state["logit_scale"].reshape(1)}
+    if siglip:
+        scalars["logit_bias"] = state["logit_bias"].reshape(1)
+    return {**image, **text_weights(text), **scalars}

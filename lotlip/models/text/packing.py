@@ -1,0 +1,136 @@
+"""Packs texts of different lengths into one sequence, so that weights are read once per step and padding is rare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Attention runs on groups of texts, padded to the longest of the group. The longest exceeds the shortest by at most
+# this fraction, which bounds the padding.
+SLACK = 1 / 8
+
+
+class TextBatch(NamedTuple):
+    """A batch of texts.
+
+    Attributes:
+        ids: [B, L], padded at the end.
+        lengths: number of tokens of each text, [B].
+        cls_only: whether only the features of the summary token, such as [CLS], are needed.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    cls_only: bool = False
+
+
+class Arranged(NamedTuple):
+    """A group of n texts, padded to T tokens, in the order in which a tower reads them.
+
+    Attributes:
+        ids: [n, T].
+        positions: position of each token in its text, from 0, [n, T].
+        mask: attention mask, [n, 1, T, T].
+        outputs: for each text, the columns of the tokens whose features are needed, [n, K].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    outputs: Tensor
+
+
+# Arranges texts [n, L] with lengths [n]; the last argument is `cls_only`.
+Arrange = Callable[[Tensor, Tensor, bool], Arranged]
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Texts concatenated into one sequence of N tokens, in groups of similar length.
+
+    Attributes:
+        ids: [N].
+        positions: position of each token in its text, from 0, [N].
+        masks: attention mask of each group of n texts padded to T tokens, [n, 1, T, T]; Σ n·T = N.
+        outputs: for each batch, the indices in the sequence of the tokens whose features are needed, [B, K].
+    """
+
+    ids: Tensor
+    positions: Tensor
+    masks: list[Tensor]
+    outputs: list[Tensor]
+
+
+def pack(batches: Sequence[TextBatch], arrange: Arrange) -> PackedTexts:
+    """Packs batches of texts into one sequence.
+
+    Args:
+        batches: texts.
+        arrange: adds a tower's own tokens, positions and mask to a group of texts of similar length.
+    """
+    ids, positions, masks, outputs = [], [], [], []
+    end = 0
+    for texts in batches:
+        order = texts.lengths.argsort(stable=True)
+        lengths = texts.lengths[order]
+        groups = _group_lengths(lengths.tolist())  # the only synchronisation with the device
+        sizes = [len(group) for group in groups]
+        wanted = []
+        for rows, real, group in zip(texts.ids[order].split(sizes), lengths.split(sizes), groups, strict=True):
+            arranged = arrange(rows[:, : group[-1]], real, texts.cls_only)
+            number, length = arranged.ids.shape
+            ids.append(arranged.ids.flatten())
+            positions.append(arranged.positions.flatten())
+            masks.append(arranged.mask)
+            starts = end + length * torch.arange(number, device=real.device)
+            wanted.append(starts[:, None] + arranged.outputs)
+            end += length * number
+        outputs.append(torch.cat(wanted)[order.argsort()])
+    return PackedTexts(torch.cat(ids), torch.cat(positions), masks, outputs)
+
+
+def unpack(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
+    """Splits hidden states of all needed tokens [W, H] into one [B, K, H] per batch, by `PackedTexts.outputs`."""
+    shapes = [indices.shape for indices in outputs]
+    parts = hidden.split([shape.numel() for shape in shapes])
+    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _group_lengths(lengths: list[int]) -> list[list[int]]:
+    """Splits ascending lengths into groups of similar length."""
+    groups: list[list[int]] = []
+    for length in lengths:
+        if not groups or length > groups[-1][0] * (1 + SLACK):
+            groups.append([])
+        groups[-1].append(length)
+    return groups
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor], heads: int, dropout: float = 0.0
+) -> Tensor:
+    """Computes scaled dot-product attention within each packed text.
+
+    Args:
+        query, key, value: [N, H].
+        masks: attention mask of each group, `PackedTexts.masks`.
+        heads: number of attention heads.
+        dropout: probability with which attention is dropped.
+
+    Returns:
+        [N, H]
+    """
+    sizes = [mask.shape[0] * mask.shape[-1] for mask in masks]
+    groups = zip(*(tokens.split(sizes) for tokens in (query, key, value)), strict=True)
+    outputs = []
+    for mask, group in zip(masks, groups, strict=True):
+        number, length = mask.shape[0], mask.shape[-1]
+        q, k, v = (tokens.view(number, length, heads, -1).transpose(1, 2) for tokens in group)
+        attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        outputs.append(attended.transpose(1, 2).reshape(number * length, -1))
+    return torch.cat(outputs)

@@ -1,0 +1,165 @@
+"""Starting models: the features, texts and preprocessing of each library, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
+
+from lotlip.data.plain_tokenizer import open_tokenizer
+from lotlip.importing.start import StartingModel, open_start, split_commit
+from lotlip.models.lotlip import LotlipModel
+from lotlip.models.saving import load_model, save_model
+from tests.tiny_baselines import (
+    CLIP_LENGTH,
+    SIGLIP_LENGTH,
+    register_open_clip,
+    save_clip,
+    save_open_clip,
+    save_siglip,
+    spread,
+)
+
+# The second text is longer than each context.
+TEXTS = ["a red dog", "The white house is on the tree, and there is a Blue dog. A green house! " * 3, "a dog"]
+
+
+def pictures() -> list[Image.Image]:
+    draw = torch.Generator().manual_seed(1)
+    sizes = ((30, 40), (64, 24))
+    return [
+        Image.fromarray(torch.randint(256, (*size, 3), generator=draw, dtype=torch.uint8).numpy()) for size in sizes
+    ]
+
+
+def features(start: StartingModel, folder: Path) -> tuple[Tensor, Tensor, LotlipModel]:
+    """Saves a starting model, loads it as users do, and returns its features of `pictures` and `TEXTS`."""
+    save_model(start.config, start.read_weights(), start.tokenizer, folder, image_tower=None)
+    model: Any = AutoModel.from_pretrained(folder).eval()
+    inputs = AutoProcessor.from_pretrained(folder)(text=TEXTS, images=pictures(), return_tensors="pt")
+    with torch.inference_mode():
+        output = model(**inputs)
+        again, tokenizer = load_model(folder)
+        ids, lengths = tokenizer(TEXTS)
+        encoded = again.encode_text(torch.from_numpy(ids), torch.from_numpy(lengths))[:, 0]
+    assert torch.allclose(encoded, output.text_embeds, atol=1e-6)
+    return output.image_embeds, output.text_embeds, model
+
+
+@pytest.mark.parametrize("save", [save_clip, save_siglip])
+def test_a_model_of_transformers_keeps_its_features(save: Any, tmp_path: Path) -> None:
+    folder = save(tmp_path / "theirs")
+    images, texts, ours = features(open_start(str(folder)), tmp_path / "ours")
+    theirs: Any = AutoModel.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, split_special_tokens=True)
+    length = {"padding": "max_length"} if save is save_siglip else {"padding": True}
+    length["max_length"] = CLIP_LENGTH if save is save_clip else SIGLIP_LENGTH
+    # SigLIP's training lowers case and removes punctuation before the tokenizer (`canonicalize_text` of big_vision)
+    plain = [text.lower().translate(str.maketrans("", "", string.punctuation)) for text in TEXTS]
+    read = plain if save is save_siglip else TEXTS
+    ids = tokenizer(read, truncation=True, return_tensors="pt", **length)["input_ids"]
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures(), return_tensors="pt")
+    with torch.inference_mode():
+        expected = theirs(input_ids=ids, **pixels)
+    assert torch.allclose(texts, expected.text_embeds, atol=1e-5)
+    assert torch.allclose(images, expected.image_embeds, atol=1e-3)  # transformers rounds pixels to 8 bits
+    assert torch.allclose(ours.scale, theirs.logit_scale.exp())
+    if save is save_siglip:
+        assert torch.equal(ours.logit_bias, theirs.logit_bias)
+
+
+def test_a_model_of_open_clip_keeps_its_features(tmp_path: Path) -> None:
+    name = register_open_clip(tmp_path, "start-test")
+    save_open_clip(tmp_path / "theirs", name)
+    file = tmp_path / "theirs" / "open_clip_model.safetensors"
+    images, texts, _ = features(open_start(f"open_clip:{name}:{file}"), tmp_path / "ours")
+    theirs, _, prepare = open_clip.create_model_and_transforms(name, str(file))
+    theirs.eval()
+    with torch.inference_mode():
+        ids = open_clip.get_tokenizer(name)(TEXTS)
+        assert torch.allclose(texts, normalize(theirs.encode_text(ids), dim=-1), atol=1e-5)
+        pixels = torch.stack([prepare(picture) for picture in pictures()])
+        assert torch.allclose(images, normalize(theirs.encode_image(pixels), dim=-1), atol=1e-5)
+
+
+def save_longclip(file: Path) -> Any:
+    """Writes a checkpoint of Long-CLIP; returns open_clip's model with the positions that Long-CLIP uses."""
+    about = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": 24, "layers": 2, "width": 128, "head_width": 64, "patch_size": 8},
+        "text_cfg": {"context_length": 30, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+    }
+    model = spread(open_clip.CLIP(**about, quick_gelu=True))
+    weights = {name: value for name, value in model.state_dict().items() if name != "attn_mask"}
+    first, rest = torch.randn(30, 64), torch.randn(30, 64)
+    torch.save(weights | {"positional_embedding": first, "positional_embedding_res": rest}, file)
+    model.positional_embedding.data = torch.cat([first[:20], rest[20:]])
+    return model
+
+
+def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
+    theirs = save_longclip(tmp_path / "longclip-B.pt")
+    start = open_start(str(tmp_path / "longclip-B.pt"))
+    assert start.config.context_length == 30
+    images, texts, ours = features(start, tmp_path / "ours")
+    with torch.inference_mode():
+        ids = open_clip.get_tokenizer("ViT-B-32", context_length=30)(TEXTS)
+        assert torch.allclose(texts, normalize(theirs.encode_text(ids), dim=-1), atol=1e-5)
+        pixels = AutoProcessor.from_pretrained(tmp_path / "ours")(images=pictures(), return_tensors="pt")[
+            "pixel_values"
+        ]
+        assert torch.allclose(images, normalize(theirs.encode_image(pixels), dim=-1), atol=1e-5)
+    assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape(1))
+
+
+def test_a_caption_that_spells_a_special_token_of_clip_has_only_words(tmp_path: Path) -> None:
+    tokenizer = open_tokenizer("clip", 77)
+    assert tokenizer.encode(["a <|endoftext|> dog<|startoftext|>"]) == tokenizer.encode(["a dog"])
+    tokenizer.save(tmp_path)
+    saved = AutoTokenizer.from_pretrained(tmp_path)
+    assert saved(["a <|endoftext|> dog<|startoftext|>"])["input_ids"] == tokenizer.encode(["a dog"])
+
+
+def test_a_commit_is_split_from_a_name() -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    assert split_commit(f"openai/clip@{commit}") == ("openai/clip", commit)
+    assert split_commit("folder@home/model") == ("folder@home/model", None)
+
+
+def test_what_cannot_be_a_starting_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        open_start(str(tmp_path / "empty"))
+    (tmp_path / "seeds" / "seed-0").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"name one of its seeds, such as .*seed-0"):
+        open_start(str(tmp_path / "seeds"))
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(ValueError, match="type 'bert', which cannot be a starting model"):
+        open_start(str(tmp_path / "bert"))
+    torch.save({"fc.weight": torch.zeros(2, 2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=r"lacks positional_embedding, visual\.proj, text_projection"):
+        open_start(str(tmp_path / "other.pt"))
+    with pytest.raises(ValueError, match="names no weights"):
+        open_start("open_clip:ViT-B-32")
+    with pytest.raises(ValueError, match="text tower of another kind"):
+        open_start("open_clip:roberta-ViT-B-32:laion2b_s12b_b32k")
+
+
+def test_missing_and_unexpected_weights_are_listed(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = save_clip(tmp_path / "theirs")
+    weights = load_file(folder / "model.safetensors")
+    del weights["text_projection.weight"]
+    save_file(weights | {"extra.weight": torch.zeros(1)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"missing keys: text_projection\.weight; unexpected keys: extra\.weight"):
+        open_start(str(folder)).read_weights()

@@ -1,0 +1,208 @@
+"""Text towers of every family: the rule of corner tokens, and independence of padding, order and packing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import CLIPTextModelWithProjection, ModernBertModel, SiglipTextModel
+
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.text.packing import TextBatch
+from lotlip.models.text.text_tower import TextTower, build_text_tower
+
+WORDS, CONTEXT = 60, 16
+START, END, PAD = 58, 59, 1
+SETTINGS: dict[str, dict[str, Any]] = {
+    "bert": {"max_position_embeddings": 40},
+    "modernbert": {"num_hidden_layers": 4, "local_attention": 6, "cls_token_id": 2, "sep_token_id": 3},
+    "clip_text_model": {"max_position_embeddings": CONTEXT, "projection_dim": 8},
+    "siglip_text_model": {"max_position_embeddings": CONTEXT, "projection_size": 8},
+}
+families = pytest.mark.parametrize("family", SETTINGS)
+masks = pytest.mark.parametrize("corner_mask", [True, False])
+
+
+def build(family: str, corner_tokens: int = 0, registers: int = 0, corner_mask: bool = True) -> TextTower:
+    """A tower with such large weights that what should not matter would be seen if it did."""
+    common = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
+    ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
+    config = LotlipConfig(
+        text_config={
+            "model_type": family,
+            **common,
+            **ids,
+            **SETTINGS[family],
+            "vocab_size": WORDS + corner_tokens + registers,
+        },
+        embed_dim=8,
+        context_length=CONTEXT,
+        corner_tokens=corner_tokens,
+        corner_mask=corner_mask,
+        register_tokens=registers,
+    )
+    torch.manual_seed(0)
+    tower = build_text_tower(config)
+    with torch.no_grad():
+        for parameter in tower.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return tower.eval()
+
+
+def texts(tower: TextTower, lengths: list[int], padded: int | None = None) -> tuple[Tensor, Tensor]:
+    """Random texts as the family's tokenizer writes them; `lengths` are those of words and the first and last token."""
+    draw = torch.Generator().manual_seed(3)
+    vocabulary = tower.transformer.config.vocab_size
+    extra = torch.arange(WORDS, vocabulary) if tower.first_word > 1 else torch.arange(0)
+    rows = torch.full((len(lengths), len(extra) + (padded or max(lengths))), PAD)
+    for row, length in zip(rows, lengths, strict=True):
+        words = torch.randint(5, START, (CONTEXT,), generator=draw)[: length - 2]
+        row[: length + len(extra)] = torch.cat([torch.tensor([START]), extra, words, torch.tensor([END])])
+    return rows, torch.tensor(lengths) + len(extra)
+
+
+@families
+def test_without_corner_tokens_the_features_are_the_librarys(family: str) -> None:
+    tower = build(family)
+    ids, lengths = texts(tower, [9, 4, 12, 7])
+    encoder: Any = tower.transformer
+    weights = encoder.state_dict()
+    with torch.no_grad():
+        found = tower(ids, lengths)[:, 0]
+        if family == "clip_text_model":
+            clip: Any = CLIPTextModelWithProjection(encoder.config).eval()
+            clip.text_model.load_state_dict(weights)
+            clip.text_projection.weight = tower.proj.weight
+            expected = clip(input_ids=ids).text_embeds
+        elif family == "siglip_text_model":
+            siglip: Any = SiglipTextModel(encoder.config).eval()
+            siglip.load_state_dict(weights | {f"head.{k}": v for k, v in tower.proj.state_dict().items()})
+            whole = torch.full((4, CONTEXT), PAD)
+            whole[:, : ids.shape[1]] = ids
+            expected = siglip(input_ids=whole).pooler_output
+        else:
+            other: Any = ModernBertModel(encoder.config).eval() if family == "modernbert" else encoder
+            other.load_state_dict(weights)
+            mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+            expected = tower.features(other(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@families
+@given(
+    corner_tokens=st.integers(0, 3),
+    registers=st.integers(0, 2),
+    corner_mask=st.booleans(),
+    lengths=st.lists(st.integers(3, 12), min_size=1, max_size=4),
+    padding=st.integers(0, 4),
+)
+def test_features_depend_on_the_text_alone(
+    family: str, corner_tokens: int, registers: int, corner_mask: bool, lengths: list[int], padding: int
+) -> None:
+    tower = build(family, corner_tokens, registers, corner_mask)
+    ids, counts = texts(tower, lengths)
+    with torch.no_grad():
+        together, summaries = tower.encode(TextBatch(ids, counts), TextBatch(ids, counts, cls_only=True))
+        assert together.shape == (len(lengths), 1 + corner_tokens, 8)
+        wider = tower(*texts(tower, lengths, max(lengths) + padding))
+        alone = torch.cat([tower(row[:, :n], torch.tensor([n])) for row, n in zip(ids.split(1), counts, strict=True)])
+        padded = tower.features(tower.hidden_states(ids, counts)[1])
+        reverse = torch.arange(len(lengths)).flip(0)
+        backwards = tower(ids[reverse], counts[reverse])
+    for other in (wider, alone, padded, backwards[reverse]):
+        torch.testing.assert_close(other, together, atol=2e-5, rtol=0)
+    torch.testing.assert_close(summaries[:, 0], together[:, 0], atol=2e-5, rtol=0)
+
+
+def influence(tower: TextTower, token: int) -> Tensor:
+    """How much each feature [1 + m] changes with the embedding of a token."""
+    ids, lengths = texts(tower, [CONTEXT - 4])
+    table: Any = tower.transformer.get_input_embeddings()
+    with torch.no_grad():
+        before = tower(ids, lengths)
+        table.weight[token] += torch.randn(16, generator=torch.Generator().manual_seed(1))
+        return (tower(ids, lengths) - before).abs().amax(dim=-1)[0]
+
+
+@families
+def test_a_corner_token_changes_its_own_feature_and_no_other(family: str) -> None:
+    changes = influence(build(family, corner_tokens=3, registers=1), WORDS + 1)
+    assert changes[2] > 1e-2
+    assert changes[[0, 1, 3]].max() < 1e-6
+
+
+@families
+def test_with_the_mask_off_later_features_change_too(family: str) -> None:
+    """All others do, but for CLIP, where attention is causal."""
+    changes = influence(build(family, corner_tokens=3, corner_mask=False), WORDS + 1)
+    assert changes[[2, 3]].min() > 1e-3
+    assert (changes[[0, 1]] > 1e-3).all() == (family != "clip_text_model")
+
+
+@families
+@masks
+def test_a_register_changes_every_feature(family: str, corner_mask: bool) -> None:
+    assert influence(build(family, corner_tokens=2, registers=2, corner_mask=corner_mask), WORDS + 3).min() > 1e-3
+
+
+@families
+def test_words_reach_every_feature(family: str) -> None:
+    tower = build(family, corner_tokens=2)
+    ids, lengths = texts(tower, [10])
+    other = ids.clone()
+    other[0, -3] = (other[0, -3] - 4) % 40 + 5
+    with torch.no_grad():
+        changes = (tower(ids, lengths) - tower(other, lengths)).abs().amax(dim=-1)
+    assert changes.min() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["clip_text_model", "siglip_text_model"])
+def test_the_texts_own_feature_does_not_depend_on_the_number_of_corner_tokens(family: str) -> None:
+    without, with_three = build(family), build(family, corner_tokens=3)
+    weights = without.state_dict()
+    table = next(name for name in weights if name.endswith("token_embedding.weight"))
+    weights[table] = torch.cat([weights[table], with_three.state_dict()[table][WORDS:]])
+    with_three.load_state_dict(weights)
+    given_texts = texts(without, [9, 4, 14])
+    with torch.no_grad():
+        assert torch.allclose(with_three(*given_texts)[:, 0], without(*given_texts)[:, 0], atol=1e-5)
+
+
+@families
+@masks
+def test_packed_texts_have_the_gradients_of_padded_ones(family: str, corner_mask: bool) -> None:
+    tower = build(family, 2, 1, corner_mask)
+    batch = texts(tower, [9, 4, 12, 7])
+    gradients = []
+    for features in (tower(*batch), tower.features(tower.hidden_states(*batch)[1])):
+        loss = (features * torch.linspace(-1, 1, features.numel()).view(features.shape)).sum()
+        gradients.append(torch.autograd.grad(loss, list(tower.parameters()), allow_unused=True))
+    for (name, _), packed, padded in zip(tower.named_parameters(), *gradients, strict=True):
+        torch.testing.assert_close(packed, padded, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@families
+def test_bf16_is_close(family: str) -> None:
+    tower = build(family, corner_tokens=2)
+    batch = texts(tower, [7, 12])
+    with torch.no_grad():
+        expected = tower(*batch)
+        found = tower.bfloat16()(*batch)
+    assert found.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+
+
+def test_clip_finds_the_end_of_a_text_that_is_padded_with_the_end_token() -> None:
+    tower = build("clip_text_model")
+    ids = torch.tensor([[START, 7, 8, END, END, END], [START, 7, END, 0, 0, 0]])
+    assert tower.attention_mask(ids).sum(dim=1).tolist() == [4, 3]
+
+
+def test_a_text_that_is_longer_than_siglips_context_is_an_error() -> None:
+    ids = torch.full((1, CONTEXT + 1), 7)
+    with pytest.raises(ValueError, match="17 tokens, but the model's context length is 16"):
+        build("siglip_text_model")(ids, torch.tensor([CONTEXT + 1]))
