@@ -205,7 +205,7 @@ def test_attention_is_that_of_the_models_own_outputs(kind: str, corner_mask: boo
     ids, lengths = tokens(model)
     with torch.inference_mode():
         hidden, layers = text_layers(model.text, ids, lengths)
-        usual = model.text.hidden_states(ids, lengths)
+        usual, _ = model.text.hidden_states(ids, lengths)
     for text, length in enumerate(lengths):
         torch.testing.assert_close(hidden[text, :length], usual[text, :length], atol=1e-5, rtol=1e-4)
         for layer in layers:

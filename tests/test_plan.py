@@ -20,8 +20,8 @@ from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.statistics import text_statistics
-from lotlip.models import packing
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.text import packing
 from lotlip.models.vision.image_tower import build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
@@ -182,12 +182,36 @@ def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision
     predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True)
     assert predicted == pytest.approx(saved.total, rel=0.1)
     with SavedTensors(model) as saved:
-        model.text._packed_hidden_states(
-            [packing.TextBatch(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))]
-        )
+        batch = packing.TextBatch(torch.randint(5, 200, (texts, length)), torch.tensor(lengths))
+        model.text._packed_hidden_states(packing.pack([batch], model.text._arrange))
     length = sum(lengths) / texts
     predicted = encoder_bytes(encoder, texts, length, precision.itemsize, masked=True, outputs=3)
     assert predicted == pytest.approx(saved.total, rel=0.1)
+
+
+TEXT_TOWERS: dict[str, dict[str, Any]] = {
+    "clip_text_model": {"max_position_embeddings": 32, "projection_dim": 64},
+    "siglip_text_model": {"max_position_embeddings": 32, "projection_size": 64},
+    "modernbert": {"local_attention": 16, "cls_token_id": 1, "sep_token_id": 2},
+}
+
+
+@pytest.mark.parametrize("kind", TEXT_TOWERS)
+def test_a_text_tower_of_another_family_keeps_what_is_predicted(kind: str):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 256}
+    ids = {"vocab_size": 202, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = {"model_type": kind, **sizes, **ids, **TEXT_TOWERS[kind]}
+    config = LotlipConfig(text_config=text, embed_dim=64, context_length=32)
+    model = LotlipForPreTraining(config, image_tower=False).train()
+    with SavedTensors(model) as saved:
+        short = packing.TextBatch(torch.randint(5, 200, (6, 16)), torch.full((6,), 16), cls_only=True)
+        kept = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
+    with torch.device("meta"):
+        towers = Towers(LotlipForPreTraining(config, image_tower=False), build_image_tower(IMAGE_TOWERS["vit"]))
+    settings = PretrainConfig(batch_size=6, text={"context_length": 32}, long_texts={"sub_captions": 1})
+    parts = activation_bytes(settings, TrainingCompute(), towers, TextLengths(16, 32, 1))
+    assert parts["text activations"] == pytest.approx(saved.total, rel=0.1)
+    del kept
 
 
 DINO = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}

@@ -144,7 +144,7 @@ def test_pretrained_text_features_mean_something(minilm, tiny_tower):
     model = build_for_pretraining(config, tiny_tower).eval()
     with torch.no_grad():
         texts = ["a small dog is running", "a little puppy runs", "the stock market fell today"]
-        hidden = model.text.hidden_states(*ids(config, texts))
+        hidden, _ = model.text.hidden_states(*ids(config, texts))
     cosine = torch.nn.functional.cosine_similarity
     assert cosine(hidden[0, 0], hidden[1, 0], dim=0) > cosine(hidden[0, 0], hidden[2, 0], dim=0) + 0.1
 
@@ -172,7 +172,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_tower):
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig(vocab_size=100, **TEXT)).save_pretrained(tmp_path / "few")
-    with pytest.raises(ValueError, match=r"has 100 word pieces .* text.tokenizer bert-base-uncased has 30522"):
+    with pytest.raises(ValueError, match=r"has 100 word pieces .* tokenizer bert-base-uncased has 30522"):
         build_for_pretraining(pretrained(tmp_path / "few"), tiny_tower)
     BertModel(BertConfig(**TEXT, pad_token_id=7)).save_pretrained(tmp_path / "padding")
     with pytest.raises(ValueError, match=r"pads with 7, but .* pads with 0; name that model's own tokenizer"):
@@ -297,7 +297,7 @@ def test_a_stretched_model_reads_further(short, tiny_tower):
 
 def test_too_few_trained_positions_are_an_error(short, tiny_tower):
     with pytest.raises(
-        ValueError, match=r"text.position_interpolation.positions is 77, but text.pretrained has 12 positions"
+        ValueError, match=r"text.position_interpolation.positions is 77, but the text tower has 12 positions"
     ):
         build_for_pretraining(pretrained(short[1], corner_tokens=0, position_interpolation={}), tiny_tower)
 

@@ -107,7 +107,7 @@ def test_a_tokenizer_of_another_family_is_refused(tmp_path):
 
 
 def test_an_unknown_tokenizer_names_what_can_be_given(tmp_path):
-    with pytest.raises(ValueError, match=r"no tokenizer 'bert-large'.*or a bundled name \(bert-base-uncased\)"):
+    with pytest.raises(ValueError, match=r"no tokenizer 'bert-large'.*or a bundled name \(bert-base-uncased, clip\)"):
         TextTokenizer("bert-large")
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
         TextTokenizer(str(tmp_path))

@@ -94,7 +94,8 @@ def _clip_word_pieces() -> Tokenizer:
     words = [*characters, *(f"{character}</w>" for character in characters), *("".join(m.split()) for m in merges)]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges)
+    pairs: Any = [tuple(merge.split()) for merge in merges]
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=pairs)
     return Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
 
 

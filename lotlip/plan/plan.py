@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,6 +36,9 @@ from lotlip.image_tower.config import (
     TransformersTowerConfig,
 )
 from lotlip.models.configuration import LotlipConfig
+from lotlip.models.text.bert import BertTower
+from lotlip.models.text.siglip import SiglipTower
+from lotlip.models.text.text_tower import TextTower
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
@@ -202,6 +205,8 @@ def plan(
     towers = build_towers(config, params.image_tower, assumed, params.pretrain.start)
     statistics = index.statistics if index else {}
     texts = text_lengths(config, statistics, assumed)
+    if isinstance(towers.model.text, SiglipTower):  # reads every text padded to its context
+        texts = replace(texts, short=float(config.text.context_length), long=float(config.text.context_length))
     if images is None and index:
         images = index.splits["train"].samples
     required = memory(config, compute, towers, texts)
@@ -514,7 +519,10 @@ def activation_bytes(
     text = 0.0
     for length, outputs in kinds:
         last = outputs if packed and not late else None
-        text += encoder_bytes(encoder, batch, length, size, masked=True, outputs=last)
+        if type(model.text) is BertTower:
+            text += encoder_bytes(encoder, batch, length, size, masked=True, outputs=last)
+        else:
+            text += batch * _other_text_bytes(model.text, round(length)) * size / FP32
         # Input and output of the pooler's tanh, features before and after normalisation.
         heads = length if late else outputs
         text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
@@ -547,13 +555,36 @@ def _other_image_bytes(tower: ImageTower, trained: bool) -> float:
 
     Trained towers keep what autograd saves; a frozen one needs the inputs and outputs of its widest layer.
     """
-    widest, saved = 0.0, dict[int, float]()
-    weights = {value.untyped_storage()._cdata for value in tower.state_dict().values()}
+    widest = 0.0
 
     def measure(_module: Any, inputs: Any, output: Any) -> None:
         nonlocal widest
         tensors = [one for one in (*inputs, output) if isinstance(one, torch.Tensor)]
         widest = max(widest, sum(one.numel() * FP32 for one in tensors))
+
+    size = tower.spec.image_size
+    hooks = [module.register_forward_hook(measure) for module in tower.modules()]
+    try:
+        saved = _saved_bytes(tower, lambda: tower(torch.zeros(1, 3, size, size, device="meta", requires_grad=True)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return saved if trained else 3 * size**2 * FP32 + widest  # what is saved includes the image
+
+
+def _other_text_bytes(tower: TextTower, length: int) -> float:
+    """Measures the fp32 bytes that autograd keeps of one text in a tower of any kind, on the meta device.
+
+    The last layer counts in full, although a step computes only a part of it.
+    """
+    ids, lengths = torch.zeros(1, length, dtype=torch.int64, device="meta"), torch.full((1,), length, device="meta")
+    return _saved_bytes(tower, lambda: tower.hidden_states(ids, lengths))
+
+
+def _saved_bytes(module: torch.nn.Module, run: Callable[[], object]) -> float:
+    """Measures what autograd keeps between forward and backward, without the module's weights."""
+    saved = dict[int, float]()
+    weights = {value.untyped_storage()._cdata for value in module.state_dict().values()}
 
     def save(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -561,16 +592,10 @@ def _other_image_bytes(tower: ImageTower, trained: bool) -> float:
             saved[storage._cdata] = float(storage.nbytes())
         return tensor
 
-    size = tower.spec.image_size
-    hooks = [module.register_forward_hook(measure) for module in tower.modules()]
-    try:
-        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-            kept = tower(torch.zeros(1, 3, size, size, device="meta", requires_grad=True))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        kept = run()  # storages must live until all are counted
     del kept
-    return sum(saved.values()) if trained else 3 * size**2 * FP32 + widest  # what is saved includes the image
+    return sum(saved.values())
 
 
 def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: bool, outputs: int | None = None) -> float:
