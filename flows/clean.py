@@ -14,6 +14,7 @@ from lotlip.core.caches import lock
 from lotlip.core.console import explain
 from lotlip.core.files import ASIDE, PARTIAL, RECORD, SCRATCH, recover, remove, remove_listed
 from lotlip.core.paths import Paths
+from lotlip.evaluate.records import BASELINES
 
 
 def clean(params: Params) -> Iterator[str]:
@@ -66,7 +67,7 @@ def _clean(paths: Paths) -> Iterator[str]:
 
 def _published(paths: Paths) -> Iterator[Path]:
     """Yields published folders, including those of captioners and ablations that are no longer in params.yaml."""
-    single = [paths.ingest, paths.image_tower, paths.shards, paths.report]
+    single = [paths.ingest, paths.image_tower, paths.shards, paths.metrics / BASELINES, paths.report]
     several = [paths.captions, paths.models, paths.metrics / "attention", paths.stages / "data-docs"]
     names = {
         parent / child.name.removesuffix(ASIDE).removesuffix(PARTIAL)

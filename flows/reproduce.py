@@ -16,8 +16,11 @@ from flows.runtime.servers import listen_for, new_login, port_at, prefect_client
 from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
+from lotlip.core.files import remove_listed
 from lotlip.core.record import Record
 from lotlip.data.paths import check_inputs
+from lotlip.evaluate.config import local_hashes
+from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 
 REPRODUCTION = SCRATCH / "reproduce.json"
 
@@ -46,6 +49,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
         ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
     check_inputs(params.inputs())
+    remove_outdated_baselines(params)
     started = time.time()
     # so that `python` in dvc.yaml is this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -57,6 +61,24 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     if status:
         raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
     print(closing_message(params, seconds))
+
+
+def remove_outdated_baselines(params: Params) -> None:
+    """Removes the scores of baselines if a model's files have changed since, so that DVC runs their stage again.
+
+    DVC cannot watch these files: dvc.yaml cannot name the paths in a list of models.
+
+    Args:
+        params: params.yaml of the project.
+    """
+    file = params.paths.metrics / BASELINES / BASELINE_SCORES
+    if not file.is_file():
+        return
+    hashes = local_hashes(params.evaluate.baselines)
+    changed = [one.model for one in Baselines.load(file).models if hashes.get(one.model) != one.sha256]
+    if changed:
+        print(f"Changed since they were scored, so all baselines are scored again: {', '.join(changed)}")
+        remove_listed(file.parent)
 
 
 def _run(runs: Sequence[Sequence[str]]) -> int:

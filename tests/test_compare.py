@@ -33,8 +33,11 @@ SCENES = 7
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySample]) -> Path:
+    return write_scenes(tmp_path_factory.mktemp("scenes") / "ingest", tiny_samples)
+
+
+def write_scenes(folder: Path, tiny_samples: list[TinySample]) -> Path:
     """What ingest left: scenes of the test split, and one of another. Their pictures are the tiny world's."""
-    folder = tmp_path_factory.mktemp("scenes") / "ingest"
     reports = []
     for split, samples in (("test", tiny_samples[:SCENES]), ("val", tiny_samples[SCENES : SCENES + 1])):
         found = [

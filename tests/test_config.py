@@ -658,6 +658,50 @@ def test_hub_models_that_are_not_pinned_are_warned_of(tmp_path):
     assert load(tmp_path, hub).warnings == []
 
 
+@pytest.mark.parametrize(
+    ("evaluate", "line"),
+    [
+        ({"baselines": ["start", " "]}, "evaluate.baselines: an entry is empty; name a model, or remove the entry"),
+        ({"baselines": ["a/b", "c", "a/b"]}, "evaluate.baselines: a/b: listed more than once; list each model once"),
+        ({"baselines": [7]}, "evaluate.baselines.0: Input should be a valid string, not 7"),
+        (
+            {"max_short_text_loss": 0.1, "baselines": ["openai/clip-vit-base-patch16"]},
+            "evaluate: max_short_text_loss compares each model with the one that training starts from; add start to "
+            "evaluate.baselines, or set max_short_text_loss to null",
+        ),
+        (
+            {"max_short_text_loss": 1.5},
+            "evaluate.max_short_text_loss: Input should be less than or equal to 1, not 1.5",
+        ),
+        (
+            {"baselines": ["models/lotlip/seed-0"]},
+            "evaluate.baselines: models/lotlip/seed-0 overlaps with paths.models, which a stage replaces; move the "
+            "data to another folder",
+        ),
+    ],
+)
+def test_a_wrong_baseline_is_found_when_params_yaml_is_read(tmp_path, evaluate, line):
+    assert complaints(tmp_path, {"evaluate": evaluate}) == [line]
+
+
+def test_baselines_from_the_hub_are_warned_of_and_local_ones_are_inputs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("clip").mkdir()
+    Path("siglip").mkdir()
+    Path("weights.pt").touch()
+    local = ["start", "clip", "open_clip:ViT-B-16:weights.pt", "open_clip:local-dir:siglip"]
+    hub = ["openai/clip-vit-base-patch16", "open_clip:ViT-B-16:openai", "open_clip:hf-hub:timm/ViT-B-16-SigLIP"]
+    base = {"image_tower": {"revision": "0123456789" * 4}}
+    params = load(tmp_path, {**base, "evaluate": {"max_short_text_loss": 0.1, "baselines": [*local, *hub]}})
+    assert params.warnings == [
+        f"evaluate.baselines {name} is not pinned and may change on the hub; name a local folder or file to pin it"
+        for name in hub
+    ]
+    inputs = [path for key, path in params.inputs() if key == "evaluate.baselines"]
+    assert inputs == [Path("clip"), Path("weights.pt"), Path("siglip")]
+    assert "baselines" not in params.decisive_sections()["evaluate"]
+
+
 def test_an_ablation_that_goes_on_from_another_has_not_the_commit_of_the_hubs_model(tmp_path):
     text = {"pretrained": "google-bert/bert-base-uncased", "revision": "0123456789" * 4}
     later = {"long-clip": {"init_from": "lotlip", "pretrain": {}}}

@@ -62,7 +62,7 @@ def stages_that_depend_on(file: str) -> set[str]:
         ("lotlip/caption/config.py", {"caption"}),
         ("lotlip/shard/config.py", {"shard"}),
         ("lotlip/pretrain/config.py", {"pretrain", "report"}),  # the report says how ablations differ
-        ("lotlip/evaluate/config.py", {"evaluate", "report"}),
+        ("lotlip/evaluate/config.py", {"baselines", "evaluate", "report"}),
         ("lotlip/report/config.py", {"report"}),
     ],
 )

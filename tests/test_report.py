@@ -16,11 +16,13 @@ from lotlip.config.params import Params
 from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
+from lotlip.evaluate.score_names import MAIN_METRICS
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
 from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
+from lotlip.report.plots import write_plots
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.sections import all_metrics_table, benchmark_sections
 from lotlip.report.stages import cost_table, quality_table, training_table
@@ -1162,6 +1164,70 @@ def test_the_best_possible_score_and_the_repeats_are_beside_the_scores(tmp_path)
 
 def test_nothing_is_said_of_the_best_possible_score_where_nothing_is_repeated(report):
     assert "best possible" not in (report / "index.html").read_text()
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------
+
+
+def write_baselines(root, params, *names):
+    """Made-up scores of models that are not trained here."""
+    models = [
+        {
+            "model": name,
+            "sha256": None,
+            "benchmarks": {
+                benchmark: {
+                    "protocol": {"kind": f"kind of {name}", "context_length": 77, "weights_sha256": "ab" * 32},
+                    "chance": {},
+                    "ceiling": {},
+                    "scores": metrics_of(6, 9),
+                }
+                for benchmark in params.evaluate.benchmarks
+            },
+        }
+        for name in names
+    ]
+    write_json(root / params.paths.metrics / "baselines" / "scores.json", {"models": models})
+
+
+def test_baselines_are_rows_of_every_table_of_scores_without_intervals(tmp_path):
+    evaluate = {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}, "baselines": ["start", "some/clip"]}
+    params = make_params(evaluate=evaluate)
+    write_project(tmp_path, params)
+    write_baselines(tmp_path, params, "some/clip", "gone/from-params", "start")
+    inputs = load_inputs(params, tmp_path)
+    build_report(inputs, tmp_path / "report")
+    expected, labels = metrics_of(6, 9), ["start (not trained here)", "some/clip (not trained here)"]
+    for table in ("systems", "corner-tokens", "all"):
+        rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", f"scenes-{table}")}
+        assert [name for name in rows if "not trained here" in name] == labels
+        for label in labels:
+            assert float(rows[label]["long.text_to_image.r1"]) == expected["long.text_to_image.r1"]
+            assert not rows[label]["long.text_to_image.r1.low"]
+            assert not rows[label]["long.text_to_image.r1.std"]
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "Models that were not trained here" in page and "kind of some/clip" in page
+    assert "Rows marked (not trained here) are models that were only scored." in page
+    assert "gone/from-params" not in page
+    write_plots(inputs, tmp_path / "plots")
+    with (tmp_path / "plots" / "scores.csv").open() as file:
+        plotted = [row for row in csv.DictReader(file) if row["ablation"] == labels[0]]
+    assert {row["metric"]: float(row["percent"]) for row in plotted} == {
+        f"scenes.{metric}": round(100 * expected[metric], 4) for metric in MAIN_METRICS
+    }
+
+
+def test_a_baseline_without_scores_is_named_as_missing(tmp_path):
+    evaluate = {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}, "baselines": ["start", "some/clip"]}
+    params = make_params(evaluate=evaluate)
+    write_project(tmp_path, params)
+    assert (
+        "scores of the baselines: metrics/baselines/scores.json does not exist" in load_inputs(params, tmp_path).missing
+    )
+    write_baselines(tmp_path, params, "start")
+    inputs = load_inputs(params, tmp_path)
+    assert "scores of the baseline some/clip: there are none; rerun the stage baselines" in inputs.missing
+    assert [one.model for one in inputs.baselines] == ["start"]
 
 
 # --- published scores ---------------------------------------------------------------------------------------------

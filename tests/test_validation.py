@@ -265,6 +265,45 @@ def test_evaluate_fails_without_a_score(tmp_path):
     assert "there are scores: found 0" in found(evaluate(scores()[:0]), tmp_path)
 
 
+# --- evaluate, compared with the model that training starts from ---------------------------------------------------
+
+
+def with_start(limit: float, start: dict[str, float], rows: pd.DataFrame) -> Callable[[Path], list[Check]]:
+    settings = EVALUATE.model_copy(update={"max_short_text_loss": limit, "baselines": ["start"]})
+    return lambda report: gate_evaluate(settings, rows, report, start)
+
+
+@pytest.mark.parametrize(("trained", "start"), [(0.5, 0.3), (0.38, 0.4), (0.5, 0.0)])  # 1 - 0.38 / 0.4 > 0.05
+def test_a_model_may_lose_as_much_of_the_starts_short_text_recall_as_the_limit_says(tmp_path, trained, start):
+    checks = with_start(0.05, {"scenes": start}, scores().assign(value=trained))(tmp_path)
+    assert all(check.success for check in checks)
+    assert [check.key for check in checks][-1] == "evaluate.max_short_text_loss"
+
+
+def test_a_model_that_loses_more_fails_with_both_scores(tmp_path):
+    rows = scores()
+    rows.loc[rows["seed"] == 1, "value"] = [0.3, 0.5, 0.9]
+    line = found(with_start(0.1, {"scenes": 0.5}, rows), tmp_path)
+    assert line == (
+        "R@1 of short text (mean of both directions) is at most 10 % below the start's; otherwise give short texts a "
+        "larger share of the loss, lower the learning rate or train fewer steps: found 1 of 2 do not: scenes seed 1: "
+        "R@1 40 %, start 50 % (20 %); evaluate.max_short_text_loss in params.yaml sets the limit"
+    )
+
+
+def test_the_start_limits_nothing_without_a_limit(tmp_path):
+    checks = gate_evaluate(EVALUATE, scores(), tmp_path, {"scenes": 1.0})
+    assert not any(check.key == "evaluate.max_short_text_loss" for check in checks)
+
+
+def test_a_limit_needs_a_benchmark_with_short_texts_and_the_starts_scores_on_each(tmp_path):
+    rows = scores()
+    line = found(with_start(0.1, {}, rows[rows["metric"] == "long.image_to_text.r1"]), tmp_path)
+    assert line.startswith("a benchmark has short texts to compare with the start; add one, or set the limit to null")
+    with pytest.raises(ValueError, match="benchmark scenes: the scores of `start` do not include it; run `dvc repro"):
+        with_start(0.1, {"other": 0.5}, rows)(tmp_path)
+
+
 # --- report -------------------------------------------------------------------------------------------------------
 
 PAGE = (

@@ -510,7 +510,12 @@ class Drill:
     def _check_published(self, stage: str) -> None:
         """Checks that a stage that succeeded on a damaged input has published the outputs of the reference run."""
         damaged = set(differences(self.reference.outputs, self.sandbox.project))
-        single = {"ingest": "data/ingest/", "image-tower": "data/image-tower/", "shard": "data/shards/"}
+        single = {
+            "ingest": "data/ingest/",
+            "image-tower": "data/image-tower/",
+            "shard": "data/shards/",
+            "baselines": "metrics/baselines/",
+        }
         name, _, item = stage.partition("@")
         prefixes = {**single, "caption": f"data/captions/{item}/", "pretrain": f"models/{item}/", "report": "report/"}
         prefix = prefixes.get(name, f"metrics/{item}")

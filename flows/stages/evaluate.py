@@ -12,7 +12,7 @@ from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_files, write_json
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
-from lotlip.evaluate.records import AblationScores, BenchmarkScores
+from lotlip.evaluate.records import BASELINES, START_SCORES, AblationScores, BenchmarkScores, StartScores
 from lotlip.pretrain.records import RUN, Run
 
 if TYPE_CHECKING:
@@ -30,7 +30,12 @@ def evaluate(ablation: str) -> None:
     config, paths = params.evaluate, params.paths
     folder = paths.models / ablation
     inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / INDEX_FILE)}
-    stage = Stage("evaluate", params, config.model_dump(mode="json"), inputs, ablation)
+    start = None
+    if config.max_short_text_loss is not None:
+        file = paths.metrics / BASELINES / START_SCORES
+        inputs["start"] = hash_of(file)
+        start = StartScores.load(file).short_text_r1
+    stage = Stage("evaluate", params, config.model_dump(mode="json", exclude={"baselines"}), inputs, ablation)
     with stage.clock.measure("imports"):
         from lotlip.core.device import choose_device
         from lotlip.evaluate.ablation import draw, measure, summary
@@ -71,7 +76,7 @@ def evaluate(ablation: str) -> None:
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate
 
-        checks = gate_evaluate(config, score_table(measured.results), stage.gate_report)
+        checks = gate_evaluate(config, score_table(measured.results), stage.gate_report, start)
     scores.write(paths.metrics / f"{ablation}.json")
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(measured.results))
     figures = paths.metrics / "attention" / ablation

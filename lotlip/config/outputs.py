@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from lotlip.core.files import ForeignFileError, check_replaceable, recover
 from lotlip.core.paths import Paths
 from lotlip.data.records import DATA_DOCS
+from lotlip.evaluate.records import BASELINES
 
 
 class Outputs(NamedTuple):
@@ -33,6 +34,8 @@ def outputs(paths: Paths, stage: str, item: str | None = None) -> Outputs:
         item: the captioner or ablation, for a stage that has one.
     """
     label = f"{stage}-{item}" if item else stage
+    if stage == "baselines":  # has no gate, so no pages of one
+        return Outputs([paths.metrics / BASELINES], {paths.stages / f"{label}.json": is_stage_record})
     folders = [paths.stages / DATA_DOCS / label]
     files: dict[Path, Callable[[Path], bool]] = {paths.stages / f"{label}.json": is_stage_record}
     if stage in ("ingest", "shard", "report"):

@@ -16,7 +16,7 @@ from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
-from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
+from lotlip.evaluate.config import START, EvaluateConfig, PublishedBenchmarkConfig, local_model
 from lotlip.image_tower.config import (
     ImageTowerConfig,
     OpenClipTowerConfig,
@@ -39,8 +39,8 @@ class Reproduce(Section):
     ablations: list[Name] = Field(default_factory=list, description="ablations to run; empty: all")
 
 
-# The sections that decide models and their scores: one for each stage before the report.
-DECISIVE_SECTIONS = tuple(section(stage) for stage in STAGES if stage != "report")
+# The sections that decide models and their scores: one for each stage before the report; `baselines` has none.
+DECISIVE_SECTIONS = tuple(section(stage) for stage in STAGES if stage not in ("baselines", "report"))
 
 
 class FinetuneConfig(Section):
@@ -121,7 +121,12 @@ class Params(Section):
             lines.append(f"pretrain.start {start} is not pinned and may change on the hub; write {start}@COMMIT")
         texts = [self.ablation(name).text for name in self.names]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
-        return lines + [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
+        lines += [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
+        return lines + [
+            f"evaluate.baselines {name} is not pinned and may change on the hub; name a local folder or file to pin it"
+            for name in self.evaluate.baselines
+            if name != START and local_model(name) is None and self._on_hub(name)
+        ]
 
     def _on_hub(self, name: str) -> bool:
         """Whether a model's name is one on the hub, not a folder, which an ablation may not have written yet."""
@@ -210,6 +215,10 @@ class Params(Section):
                 yield f"evaluate.benchmarks.{name}.folder", benchmark.folder
                 if benchmark.images:
                     yield f"evaluate.benchmarks.{name}.images", benchmark.images
+        for name in self.evaluate.baselines:
+            path = Path(name) if self.paths.models in Path(name).parents else local_model(name)
+            if path and name != START:
+                yield "evaluate.baselines", path
 
     def _caption_problems(self, name: str, long_texts: LongTextsConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""
@@ -256,8 +265,10 @@ class Params(Section):
         return _validated(TrainingCompute, merge(base, self.compute.ablations.get(name, {})), place, place)
 
     def decisive_sections(self) -> dict[str, Any]:
-        """The sections that decide models and scores, without `compute`, tracking, registry and report."""
-        return {name: getattr(self, name).model_dump(mode="json") for name in DECISIVE_SECTIONS}
+        """The sections that decide models and scores, without baselines, `compute`, tracking, registry and report."""
+        sections = {name: getattr(self, name).model_dump(mode="json") for name in DECISIVE_SECTIONS}
+        del sections["evaluate"]["baselines"]
+        return sections
 
 
 def load_params(path: Path | str = "params.yaml") -> Params:

@@ -80,7 +80,7 @@ class Paths(Section):
                     raise ValueError(
                         f"paths.{name} ({path}) is inside paths.{other} ({other_path}); choose separate folders"
                     )
-        if self.stages.parent == self.metrics and self.stages.name in ("summary", "attention"):
+        if self.stages.parent == self.metrics and self.stages.name in ("summary", "attention", "baselines"):
             raise ValueError(
                 f"paths.stages ({self.stages}) is a folder that paths.metrics uses itself; choose another folder"
             )

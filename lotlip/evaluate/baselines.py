@@ -23,10 +23,11 @@ from lotlip.core.files import sha256_files
 from lotlip.data.batches import in_batches
 from lotlip.data.images import decode_rgb, without_ends
 from lotlip.data.weights import check_finite, check_weights
-from lotlip.evaluate.encoders import ACCEPTED, OPEN_CLIP, Runner, preprocessing
+from lotlip.evaluate.config import LOCAL, OPEN_CLIP
+from lotlip.evaluate.encoders import ACCEPTED, Runner, preprocessing
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-_LOCAL, _HUB = "local-dir:", "hf-hub:"  # open_clip's prefixes for a folder and for a Hugging Face name
+_HUB = "hf-hub:"  # open_clip's prefix for a Hugging Face name
 # The files of a model; code is never downloaded.
 _PARTS = ["*.json", "*.txt", "*.model", "*.safetensors"]
 # Trained without an attention mask: padding is part of the text, and the feature is that of the last position.
@@ -201,7 +202,7 @@ class OpenClipEncoder:
 
         self._name = name
         self._run = run
-        has_weights = address.startswith((_LOCAL, _HUB))
+        has_weights = address.startswith((LOCAL, _HUB))
         architecture, _, weights = (address, "", "") if has_weights else address.partition(":")
         if not has_weights:
             _check_address(architecture, weights)

@@ -1,12 +1,14 @@
-"""Settings of the evaluate stage: its benchmarks."""
+"""Settings of the evaluate stage: its benchmarks, and the models that ablations are compared with."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainValidator, field_validator, model_validator
 
+from lotlip.core.files import sha256_tree
 from lotlip.core.section import Count, Name, Section, Share
 from lotlip.core.variants import Variants, kinds_of
 
@@ -60,6 +62,28 @@ BenchmarkConfig = Annotated[
 ]
 
 
+START = "start"  # in `baselines`: the dual encoder that training starts from
+OPEN_CLIP, LOCAL = "open_clip:", "local-dir:"  # prefixes of a model of open_clip, and of its folder
+
+
+def local_model(name: str) -> Path | None:
+    """The file or folder on this machine that a model is loaded from; None if the name is not one.
+
+    Args:
+        name: as `lotlip.evaluate.models.open_encoder` takes it.
+    """
+    if name.startswith(OPEN_CLIP):
+        address = name.removeprefix(OPEN_CLIP)
+        name = address.removeprefix(LOCAL) if address.startswith(LOCAL) else address.partition(":")[2]
+    return Path(name) if name and Path(name).exists() else None
+
+
+def local_hashes(baselines: Iterable[str]) -> dict[str, str]:
+    """The hash of each baseline's files on this machine, by name, without `start`, which is an output of a stage."""
+    places = {name: local_model(name) for name in baselines if name != START}
+    return {name: sha256_tree(place) for name, place in places.items() if place}
+
+
 class EvaluateConfig(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
@@ -68,6 +92,17 @@ class EvaluateConfig(Section):
         1.0,
         description="multiple of chance that R@1 of short text must reach on each benchmark, else the gate fails. "
         "Without short texts, R@1 of long text or top-1 accuracy counts",
+    )
+    baselines: list[str] = Field(
+        default_factory=list,
+        description="models that are not trained here, scored once on the same benchmarks and shown beside the "
+        "ablations: a folder or hub name of a CLIP or SigLIP model, open_clip:NAME:TAG_OR_FILE, the folder of a saved "
+        f"model, or {START}, the dual encoder that training starts from",
+    )
+    max_short_text_loss: Share | None = Field(
+        None,
+        description=f"largest share of the short-text R@1 (mean of both directions) of {START} that a trained model "
+        f"may lose on a benchmark, else the gate fails; needs {START} among `baselines`; null: no limit",
     )
 
     @property
@@ -93,6 +128,24 @@ class EvaluateConfig(Section):
                 for name, entry in benchmarks.items()
             }
         }
+
+    @field_validator("baselines")
+    @classmethod
+    def _distinct_models(cls, baselines: list[str]) -> list[str]:
+        if not all(name.strip() for name in baselines):
+            raise ValueError("an entry is empty; name a model, or remove the entry")
+        if repeated := [name for name in dict.fromkeys(baselines) if baselines.count(name) > 1]:
+            raise ValueError(f"{', '.join(repeated)}: listed more than once; list each model once")
+        return baselines
+
+    @model_validator(mode="after")
+    def _start_is_scored(self) -> EvaluateConfig:
+        if self.max_short_text_loss is not None and START not in self.baselines:
+            raise ValueError(
+                f"max_short_text_loss compares each model with the one that training starts from; add {START} to "
+                "evaluate.baselines, or set max_short_text_loss to null"
+            )
+        return self
 
     @model_validator(mode="after")
     def _distinct_names(self) -> EvaluateConfig:

@@ -20,13 +20,13 @@ from lotlip.core.files import weights_hash
 from lotlip.data.batches import by_length, in_batches, prefetch
 from lotlip.data.images import decode_rgb, image_transform, resized_side, to_rgb
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.evaluate.config import OPEN_CLIP
 from lotlip.models.lotlip import LotlipModel
 
 if TYPE_CHECKING:
     from PIL import Image
 
 PRECISIONS = ("fp32", "bf16")
-OPEN_CLIP = "open_clip:"
 ACCEPTED = (
     "a model must be the folder of a saved model of this project, the folder or Hugging Face name of a CLIP or SigLIP "
     f"model of transformers or of an open_clip model, or {OPEN_CLIP}NAME:TAG_OR_FILE"

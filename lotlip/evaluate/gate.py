@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from lotlip.core.checks import Check, each_value, one_value, run_gate
+from lotlip.core.checks import Check, each_value, in_percent, one_value, run_gate
 from lotlip.evaluate.config import EvaluateConfig
 from lotlip.evaluate.score_names import MAIN
 
 # Metrics that must exceed chance: the first of these families that a benchmark has.
+_LOSS_KEY = "evaluate.max_short_text_loss"
 _CHANCE_FAMILIES = (MAIN["short"], MAIN["long"], MAIN["classification"])
 
 
-def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) -> list[Check]:
-    """Checks that scores are fractions and that each benchmark's scores exceed chance.
+def gate_evaluate(
+    settings: EvaluateConfig, scores: pd.DataFrame, report: Path, start: Mapping[str, float] | None = None
+) -> list[Check]:
+    """Checks that scores are fractions, that each benchmark's scores exceed chance, and that short texts still match.
 
     Short-text retrieval is compared with chance, because every working model has learned it. Benchmarks without short
     texts use long texts or classification.
@@ -26,6 +29,12 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
         settings: settings of the stage.
         scores: columns benchmark, seed, metric, value, chance; a row per score.
         report: scratch folder.
+        start: benchmark → short-text R@1, the mean of both directions, of the model that training started from; used if
+            `settings.max_short_text_loss` is set.
+
+    Raises:
+        GateFailed: a check fails.
+        ValueError: a benchmark with short texts is not in `start`.
     """
     names = zip(scores["benchmark"], scores["metric"], scores["seed"], strict=True)
     named = pd.DataFrame(
@@ -64,7 +73,46 @@ def gate_evaluate(settings: EvaluateConfig, scores: pd.DataFrame, report: Path) 
             )
         ],
     }
+    limit = settings.max_short_text_loss
+    if limit is not None:
+        tables["short_text_loss"] = losses = _short_text_losses(scores, start or {})
+        tables["compared"] = pd.DataFrame([{"stage": "evaluate", "compared": len(losses)}])
+        suites["compared"] = [
+            one_value(
+                "compared",
+                "a benchmark has short texts to compare with the start; add one, or set the limit to null",
+                low=1,
+                key=_LOSS_KEY,
+            )
+        ]
+        suites["short_text_loss"] = [
+            each_value(
+                "loss",
+                f"R@1 of short text (mean of both directions) is at most {in_percent(limit)} below the start's; "
+                "otherwise give short texts a larger share of the loss, lower the learning rate or train fewer steps",
+                high=limit,
+                percent=True,
+                key=_LOSS_KEY,
+            )
+        ]
     return run_gate("evaluate", tables, suites, report)
+
+
+def _short_text_losses(scores: pd.DataFrame, start: Mapping[str, float]) -> pd.DataFrame:
+    """Returns a row for each benchmark and seed: both scores in words, and the share of the start's that is lost."""
+    rows = []
+    short = scores[scores["metric"].isin(MAIN["short"])]
+    means = short.groupby(["benchmark", "seed"], as_index=False)["value"].mean()
+    for benchmark, seed, trained in zip(means["benchmark"], means["seed"], means["value"], strict=True):
+        if benchmark not in start:
+            raise ValueError(
+                f"benchmark {benchmark}: the scores of `start` do not include it; run `dvc repro baselines` first"
+            )
+        before = start[benchmark]
+        model = f"{benchmark} seed {seed}: R@1 {in_percent(trained)}, start {in_percent(before)}"
+        # rounded, because a loss equal to the limit must pass
+        rows.append({"model": model, "loss": round(1 - trained / before, 9) if before else 0.0})
+    return pd.DataFrame(rows, columns=["model", "loss"])
 
 
 def _metrics_over_chance(metrics: Set[str]) -> Sequence[str]:

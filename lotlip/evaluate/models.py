@@ -8,7 +8,8 @@ from pathlib import Path
 from lotlip.core.device import choose_device
 from lotlip.core.files import read_json
 from lotlip.evaluate import baselines
-from lotlip.evaluate.encoders import ACCEPTED, OPEN_CLIP, Encoder, LotlipEncoder, Runner
+from lotlip.evaluate.config import LOCAL, OPEN_CLIP
+from lotlip.evaluate.encoders import ACCEPTED, Encoder, LotlipEncoder, Runner
 from lotlip.models.lotlip import LotlipModel
 
 
@@ -47,7 +48,7 @@ def open_encoder(
     if kind:
         return baselines.TransformersEncoder(model, folder, run)
     if (folder / baselines.OPEN_CLIP_CONFIG).is_file():
-        return baselines.OpenClipEncoder(model, f"local-dir:{folder}", run)
+        return baselines.OpenClipEncoder(model, f"{LOCAL}{folder}", run)
     raise ValueError(
         f"{model} has no model: there is neither a config.json with a model_type nor an "
         f"{baselines.OPEN_CLIP_CONFIG}; {ACCEPTED}"

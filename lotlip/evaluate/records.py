@@ -1,4 +1,4 @@
-"""The scores of an ablation, `metrics/<ablation>.json`."""
+"""The scores of an ablation, `metrics/<ablation>.json`, and of models not trained here, `metrics/baselines/`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pydantic import Field
 from lotlip.core.record import Record
 
 NOT_DRAWN = "not-drawn.json"  # in the folder of an ablation's pictures
+BASELINES = "baselines"  # folder in `paths.metrics`
+BASELINE_SCORES, START_SCORES = "scores.json", "start.json"  # files in it
 
 # Benchmark → what could not be drawn → why.
 NotDrawn = dict[str, dict[str, str]]
@@ -64,3 +66,52 @@ class AblationScores(Record):
     parameters: dict[str, int] = Field({})
     text_tower_flops: dict[int, int] = Field({})
     benchmarks: dict[str, BenchmarkScores]
+
+
+class BaselineResult(Record):
+    """A baseline's results on one benchmark.
+
+    Attributes:
+        protocol: see `BenchmarkScores`.
+        chance: see `BenchmarkScores`.
+        ceiling: see `BenchmarkScores`.
+        scores: metric → value; fractions, except ranks.
+    """
+
+    protocol: dict[str, Any]
+    chance: dict[str, float]
+    ceiling: dict[str, float]
+    scores: dict[str, float]
+
+
+class Baseline(Record):
+    """A model that is not trained here, and its scores.
+
+    Attributes:
+        model: its name in params.yaml.
+        sha256: hash of its files if they are on this machine; None for a model from a hub, and for `start`.
+        benchmarks: benchmark's name → results.
+    """
+
+    model: str
+    sha256: str | None
+    benchmarks: dict[str, BaselineResult]
+
+
+class Baselines(Record):
+    """`scores.json`: all baselines, in the order of params.yaml."""
+
+    models: list[Baseline]
+
+
+class StartScores(Record):
+    """`start.json`: what the gate of `evaluate` compares with.
+
+    It is a file of its own so that another baseline leaves the scores of ablations up to date.
+
+    Attributes:
+        short_text_r1: benchmark → R@1 on short text of the model that training starts from, the mean of both
+            directions; empty if `start` is not among the baselines.
+    """
+
+    short_text_r1: dict[str, float]

@@ -17,7 +17,16 @@ from lotlip.core.record import RecordT, read_record
 from lotlip.data.index import INDEX_FILE, ShardIndex, UnitIndex
 from lotlip.data.records import DATA_DOCS
 from lotlip.data.stage_record import StageRecord
-from lotlip.evaluate.records import NOT_DRAWN, AblationScores, BenchmarkScores, NotDrawn
+from lotlip.evaluate.records import (
+    BASELINE_SCORES,
+    BASELINES,
+    NOT_DRAWN,
+    AblationScores,
+    Baseline,
+    Baselines,
+    BenchmarkScores,
+    NotDrawn,
+)
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import HISTORY, History, read_history
 from lotlip.report.config import CostFigureConfig
@@ -134,6 +143,7 @@ class ReportInputs:
         ingest: index.json of the ingest stage; None if missing.
         caption_words: "captions", the number of short captions read, and quantiles of their word counts: "p05",
             "median", "p95"; empty if there are none.
+        baselines: scored models that were not trained here, in the order of params.yaml.
     """
 
     params: Params
@@ -146,6 +156,7 @@ class ReportInputs:
     not_run: list[str] = field(default_factory=list)
     ingest: UnitIndex | None = None
     caption_words: dict[str, float] = field(default_factory=dict)
+    baselines: list[Baseline] = field(default_factory=list)
 
     @property
     def scored(self) -> list[Ablation]:
@@ -211,6 +222,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         not_run=not_run,
         ingest=_optional(root, params.paths.ingest / INDEX_FILE, "ingest's index", [], UnitIndex),
         caption_words=_caption_words(root / params.paths.ingest),
+        baselines=_baselines(params, root, missing),
     )
 
 
@@ -273,6 +285,18 @@ def _ablation(params: Params, root: Path, name: str, missing: list[str]) -> Abla
     return Ablation(name, config, found.parameters, found.text_tower_flops, benchmarks, history)
 
 
+def _baselines(params: Params, root: Path, missing: list[str]) -> list[Baseline]:
+    if not params.evaluate.baselines:
+        return []
+    path = params.paths.metrics / BASELINES / BASELINE_SCORES
+    found = _optional(root, path, "scores of the baselines", missing, Baselines)
+    scored = {one.model: one for one in found.models} if found else {}
+    if found:
+        absent = [name for name in params.evaluate.baselines if name not in scored]
+        missing += [f"scores of the baseline {name}: there are none; rerun the stage baselines" for name in absent]
+    return [scored[name] for name in params.evaluate.baselines if name in scored]
+
+
 def in_order(results: Mapping[str, Any], benchmarks: Sequence[str]) -> dict[str, Any]:
     """Sorts results by the order of benchmarks in params.yaml, other benchmarks last; JSON files sort them by name.
 
@@ -326,6 +350,7 @@ def _stages(params: Params, root: Path, not_run: list[str], missing: list[str]) 
         *(f"caption-{name}" for name in params.caption.captioners),
         "shard",
         *(f"pretrain-{name}" for name in names),
+        *(["baselines"] if params.evaluate.baselines else []),
         *(f"evaluate-{name}" for name in names),
     ]
     paths = {label: root / params.paths.stages / f"{label}.json" for label in labels}

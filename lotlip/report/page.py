@@ -135,6 +135,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "cost": stages.cost_table(inputs),
         "training": stages.training_table(inputs),
         "protocol": stages.protocol_table(inputs),
+        "baselines": stages.baselines_table(inputs),
     }
     shown_tables = {name: table if table.rows else None for name, table in other_tables.items()}
     all_tables: list[ReportTable] = [

@@ -20,6 +20,23 @@ BEST_POSSIBLE = "best possible"
 DIRECTIONS = {"image_to_text": "image → text", "text_to_image": "text → image"}
 
 
+NOT_TRAINED_HERE = "(not trained here)"
+
+
+def baseline_label(model: str) -> str:
+    """Returns the name of a baseline in tables."""
+    return f"{model} {NOT_TRAINED_HERE}"
+
+
+def baseline_scores(inputs: ReportInputs, benchmark: str) -> dict[str, dict[str, float]]:
+    """Returns the rows of the baselines: label → metric → value."""
+    return {
+        baseline_label(one.model): one.benchmarks[benchmark].scores
+        for one in inputs.baselines
+        if benchmark in one.benchmarks
+    }
+
+
 def benchmark_names(inputs: ReportInputs) -> list[str]:
     """Returns the benchmarks that have results, in the order of params.yaml, then any others."""
     names = {name for ablation in inputs.ablations for name in ablation.benchmarks}
@@ -70,12 +87,13 @@ def results_table(
     benchmark: str,
     metrics: Sequence[str],
     main: bool = True,
-    published: Mapping[str, Mapping[str, float]] | None = None,
+    others: Mapping[str, Mapping[str, float]] | None = None,
     paper: str = "",
 ) -> ReportTable:
     """Returns a table with a row per ablation, the `lead` columns and a column per metric.
 
-    Reference rows at the end show chance, the best possible score if repeats lower it, and `published` models.
+    Reference rows at the end show chance, the best possible score if repeats lower it, and
+    `others`: models that are no ablations.
     """
     by_ablation = [_results(a, benchmark) for a in ablations]
     scores = [
@@ -86,7 +104,7 @@ def results_table(
     rows = [list(row) for row in zip(*[cells for _, cells in lead], *scores, strict=True)]
     chance = next((result.chance for result in by_ablation if result.chance), None)
     ceiling = next((result.ceiling for result in by_ablation if result.limited), None)
-    reference_scores = {"chance": chance, BEST_POSSIBLE: ceiling, **(published or {})}
+    reference_scores = {"chance": chance, BEST_POSSIBLE: ceiling, **(others or {})}
     blank = [Cell("") for _ in lead[1:]]
     references = [
         [

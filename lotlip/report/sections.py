@@ -16,6 +16,8 @@ from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
     FLOPS_COLUMN,
     FLOPS_NOTE,
+    NOT_TRAINED_HERE,
+    baseline_scores,
     flops_known,
     intervals_note,
     metric_names,
@@ -84,9 +86,11 @@ def _table(
         for reference in REFERENCE
         if declared.published and benchmark in reference.scores
     }
+    baselines = baseline_scores(inputs, benchmark)
     with_flops = FLOPS in declared.columns and flops_known(chosen)
     notes = [
         declared.note,
+        f"Rows marked {NOT_TRAINED_HERE} are models that were only scored." if baselines else "",
         f"Rows marked (published) were {SOURCE}." if published else "",
         FLOPS_NOTE if with_flops else "",
     ]
@@ -115,7 +119,7 @@ def _table(
         lead,
         benchmark,
         [metric for metric in metric_names(inputs.scored, benchmark) if metric in metrics],
-        published=published,
+        others=baselines | published,
         paper=declared.paper,
     )
 
@@ -131,12 +135,20 @@ def _setting(ablation: Ablation, key: str) -> Cell:
 
 
 def all_metrics_table(inputs: ReportInputs, benchmark: str) -> ReportTable:
-    """Returns all metrics of all ablations that have results."""
+    """Returns all metrics of all ablations that have results, and of the baselines."""
     scored = inputs.scored
     note = f"R@k and top-k in percent. {intervals_note(scored)}".strip()
     metrics = metric_names(scored, benchmark)
     return results_table(
-        f"{benchmark}-all", "All metrics", note, scored, [_names(scored)], benchmark, metrics, main=False
+        f"{benchmark}-all",
+        "All metrics",
+        note,
+        scored,
+        [_names(scored)],
+        benchmark,
+        metrics,
+        main=False,
+        others=baseline_scores(inputs, benchmark),
     )
 
 

@@ -228,6 +228,21 @@ def protocol_table(inputs: ReportInputs) -> ReportTable:
     return ReportTable("protocol", "Evaluation", note, columns, rows)
 
 
+def baselines_table(inputs: ReportInputs) -> ReportTable:
+    """Returns what each baseline is and how it was scored; no rows without baselines."""
+    settings = ("kind", "context_length", "image_size", "preprocessing", "text_preparation", "precision", "libraries")
+    columns = [
+        Column(key, key.replace("_", " ").capitalize(), numeric=False) for key in ("model", *settings, "weights")
+    ]
+    rows = []
+    for baseline in inputs.baselines:
+        about = next((result.protocol for result in baseline.benchmarks.values()), {})
+        cells = (about.get(key) for key in settings)
+        rows.append(list(map(words, [baseline.model, *cells, about.get("weights_sha256", "")[:12]])))
+    note = "Each model has its own tokenizer and preprocessing. Weights: the first digits of their SHA-256."
+    return ReportTable("baselines", "Models that were not trained here", note, columns, rows)
+
+
 def _plain(value: Any, ablation: str) -> str:
     """Formats a setting's value. In commands, the ablation's name becomes a placeholder, so that they are the same."""
     if isinstance(value, float):

@@ -92,7 +92,8 @@ def test_clean_removes_what_stages_wrote_and_nothing_else(
         )
     Path("params.yaml").write_text(text)
     paths = load_params().paths
-    stages = [("ingest", None), ("image-tower", None), ("caption", "llava"), ("shard", None), ("report", None)]
+    stages = [("ingest", None), ("image-tower", None), ("caption", "llava"), ("shard", None)]
+    stages += [("baselines", None), ("report", None)]
     stages += [(stage, "gone-from-params") for stage in ("pretrain", "evaluate")]
     ours: list[Path] = []
     for stage, item in stages:

@@ -5,14 +5,19 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from flows.reproduce import dvc_runs
 from flows.runtime.servers import START_TIMEOUT_SECONDS, free_port, is_free
 from lotlip.config.params import Reproduce, load_params
+from lotlip.core.files import write_record
+from lotlip.evaluate.records import StartScores
+from tests.tiny_baselines import save_clip
 from tests.workspace import ROOT, Workspace, tiny
 
 pytestmark = pytest.mark.integration
@@ -77,7 +82,7 @@ def test_every_flow_and_unit_is_in_prefect(reproduced: Workspace) -> None:
             "group by 1, 2"
         ).fetchall()
         units = store.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()[0]
-    once = dict.fromkeys(("image-tower", "ingest", "report", "shard"), 1)
+    once = dict.fromkeys(("baselines", "image-tower", "ingest", "report", "shard"), 1)
     assert {name: count for name, _, count in flows} == {**once, "caption": 3, "evaluate": 3, "pretrain": 3}
     assert {state for _, state, _ in flows} == {"COMPLETED"}
     assert units == 5 + 3 * 5 + 4  # partitions, partitions by captioner, shards
@@ -179,6 +184,71 @@ def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
     gate = reproduced.folder / ".lotlip" / "gates" / "evaluate-lit"
     assert "60 times chance" in (gate / "gate.md").read_text()
     assert list((gate / "data_docs").rglob("index.html"))
+
+
+def test_baselines_are_scored_once_and_again_when_their_files_change(reproduced: Workspace) -> None:
+    before = (reproduced.folder / "params.yaml").read_text()
+    weights = save_clip(reproduced.folder / "imported-clip") / "model.safetensors"
+    scores = reproduced.folder / "metrics" / "baselines" / "scores.json"
+
+    def repro() -> list[str]:
+        return ran(reproduced.run("dvc", "repro", "evaluate@lit", "report").stdout)
+
+    try:
+        reproduced.change(lambda params: params["evaluate"].update(baselines=["imported-clip"]))
+        assert repro() == ["baselines", "report"]  # the ablations' scores stay
+        first = scores.read_bytes()
+        assert "imported-clip (not trained here)" in (reproduced.folder / "report" / "index.html").read_text()
+        assert repro() == []
+        save_file({name: 2 * weight for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
+        output = reproduced.python("flows.reproduce", "evaluate@lit", "report").stdout
+        assert "so all baselines are scored again: imported-clip" in output
+        assert ran(output) == ["baselines", "report"]
+        assert scores.read_bytes() != first
+        assert "Nothing has changed" in reproduced.python("flows.reproduce", "evaluate@lit", "report").stdout
+    finally:
+        (reproduced.folder / "params.yaml").write_text(before)
+    repro()
+    assert json.loads(scores.read_text()) == {"models": []}
+
+
+def ran(output: str) -> list[str]:
+    """The stages that DVC ran."""
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_the_gate_compares_short_text_scores_with_the_starts(reproduced: Workspace, start: float) -> None:
+    before = (reproduced.folder / "params.yaml").read_text()
+    folder = reproduced.folder / "metrics" / "baselines"
+    stored = {file.name: file.read_bytes() for file in folder.iterdir()}
+    changes = {"baselines": ["start"], "max_short_text_loss": 0.1}
+    try:
+        reproduced.change(lambda params: params["evaluate"].update(changes))
+        StartScores(short_text_r1={"scenes": start}).write(folder / "start.json")
+        write_record(folder, Path("metrics/baselines"))
+        done = reproduced.python("flows.stages.evaluate", "lit", check=False)
+    finally:
+        (reproduced.folder / "params.yaml").write_text(before)
+        for name, data in stored.items():
+            (folder / name).write_bytes(data)
+    assert done.returncode == (1 if start else 0), done.stderr
+    if start:
+        assert "R@1 of short text (mean of both directions) is at most 10 % below the start's" in done.stderr
+        assert "scenes seed 0: R@1" in done.stderr and "start 100 %" in done.stderr
+
+
+def test_the_start_must_exist(reproduced: Workspace) -> None:
+    before = (reproduced.folder / "params.yaml").read_text()
+    try:
+        reproduced.change(lambda params: params["evaluate"].update(baselines=["start"]))
+        done = reproduced.python("flows.stages.baselines", check=False)
+    finally:
+        (reproduced.folder / "params.yaml").write_text(before)
+    assert done.returncode == 1
+    assert "data/image-tower/start does not exist: start needs pretrain.start and image_tower: {kind: start}" in (
+        done.stderr
+    )
 
 
 @pytest.mark.system
