@@ -189,7 +189,7 @@ def test_what_is_missing_is_named(tmp_path):
 
 def test_an_unknown_kind_lists_those_there_are(tmp_path):
     (line,) = complaints(tmp_path, {"image_tower": {"kind": "resnet"}})
-    assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, transformers, open_clip)"
+    assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, transformers, open_clip, start)"
 
 
 @pytest.mark.parametrize(
@@ -218,8 +218,17 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
             "pretrain.text: context_length 8 has no room for 5 extra tokens and words",
         ),
         (
+            {"pretrain": {"start": "openai/clip-vit-base-patch16"}},
+            "pretrain.start is openai/clip-vit-base-patch16, but image_tower.kind is scenes; a starting model has both "
+            "towers, so set image_tower: {kind: start}",
+        ),
+        (
+            {"image_tower": {"kind": "start"}},
+            "image_tower.kind is start, but pretrain.start is null; name the model in pretrain.start",
+        ),
+        (
             {"pretrain": {"text": {"position_interpolation": {}}}},
-            "pretrain.text: position_interpolation needs trained positions; name the text tower in pretrained",
+            "pretrain: text.position_interpolation needs trained positions; name the model in start or text.pretrained",
         ),
         (
             {

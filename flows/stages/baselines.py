@@ -13,7 +13,7 @@ from lotlip.config.params import load_params
 from lotlip.core.files import check_model
 from lotlip.core.paths import Paths
 from lotlip.data.index import INDEX_FILE
-from lotlip.evaluate.config import START, local_hashes
+from lotlip.evaluate.config import local_hashes
 from lotlip.evaluate.records import (
     BASELINE_SCORES,
     BASELINES,
@@ -24,6 +24,7 @@ from lotlip.evaluate.records import (
     StartScores,
 )
 from lotlip.evaluate.score_names import MAIN
+from lotlip.models.vision.spec import START
 
 
 @flow(name="baselines")

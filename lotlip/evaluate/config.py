@@ -11,6 +11,7 @@ from pydantic import Field, PlainValidator, field_validator, model_validator
 from lotlip.core.files import sha256_tree
 from lotlip.core.section import Count, Name, Section, Share
 from lotlip.core.variants import Variants, kinds_of
+from lotlip.models.vision.spec import START
 
 
 class SceneBenchmarkConfig(Section):
@@ -62,7 +63,6 @@ BenchmarkConfig = Annotated[
 ]
 
 
-START = "start"  # in `baselines`: the dual encoder that training starts from
 OPEN_CLIP, LOCAL = "open_clip:", "local-dir:"  # prefixes of a model of open_clip, and of its folder
 
 
