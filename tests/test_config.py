@@ -192,6 +192,12 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
     assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, transformers, open_clip, start)"
 
 
+def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
+    changed = MINIMAL | {"image_tower": {"kind": "start"}}
+    with pytest.raises(ConfigError, match=r"image_tower\.kind is start, but pretrain\.start is null"):
+        checked_params(changed, "params.yaml")
+
+
 @pytest.mark.parametrize(
     ("differences", "line"),
     [
@@ -219,12 +225,8 @@ def test_an_unknown_kind_lists_those_there_are(tmp_path):
         ),
         (
             {"pretrain": {"start": "openai/clip-vit-base-patch16"}},
-            "pretrain.start is openai/clip-vit-base-patch16, but image_tower.kind is scenes; a starting model has both "
+            "pretrain.start is openai/clip-vit-base-patch16, but image_tower.kind is timm; a starting model has both "
             "towers, so set image_tower: {kind: start}",
-        ),
-        (
-            {"image_tower": {"kind": "start"}},
-            "image_tower.kind is start, but pretrain.start is null; name the model in pretrain.start",
         ),
         (
             {"pretrain": {"text": {"position_interpolation": {}}}},
