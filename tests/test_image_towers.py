@@ -43,6 +43,7 @@ from lotlip.image_tower.transformers import transformers_spec, transformers_towe
 from lotlip.models.saving import load_model
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower, load_image_tower, save_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
+from tests.saved_tensors import SavedTensors
 from tests.tiny_model import save_tiny_model
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -490,3 +491,36 @@ def test_every_setting_of_a_pretrained_tower_is_described() -> None:
     for section in sections:
         assert all(field.description for name, field in section.model_fields.items() if name != "kind")
     assert math.isclose(ImageTowerSpec("test_vit", 32).crop, 1.0)
+
+
+@pytest.mark.parametrize("library", ["timm", "transformers", "open_clip"])
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(library: str) -> None:
+    dino = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    vision = {"layers": 4, "width": 32, "head_width": 16, "patch_size": 8}
+    timm_vit = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
+    spec = {
+        "timm": ImageTowerSpec("vit_base_patch16_224", 32, timm_vit),
+        "transformers": ImageTowerSpec("dinov2", 32, {"config": {"model_type": "dinov2", **dino}}, library=library),
+        "open_clip": ImageTowerSpec("x", 32, {"embed_dim": 16, "vision_cfg": vision}, library=library),
+    }[library]
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        tower = build_image_tower(spec).eval()  # as in training
+        if checkpointing:
+            tower.enable_checkpointing()
+        with SavedTensors(tower) as saved:
+            features = tower(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
+        kept.append(saved.now)
+        gradients.append(torch.autograd.grad(features.square().sum(), list(tower.parameters()), allow_unused=True))
+    assert kept[1] < kept[0] / 2
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_a_tower_that_cannot_checkpoint_is_named() -> None:
+    sizes = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    kwargs = {"config": {"model_type": "dinov3_convnext", **sizes}}
+    tower = build_image_tower(ImageTowerSpec("dinov3_convnext", 64, kwargs, library="transformers", pooling="model"))
+    with pytest.raises(ValueError, match="does not support activation checkpointing"):
+        tower.enable_checkpointing()

@@ -209,8 +209,17 @@ def test_a_text_tower_of_another_family_keeps_what_is_predicted(kind: str):
     with torch.device("meta"):
         towers = Towers(LotlipForPreTraining(config, image_tower=False), build_image_tower(IMAGE_TOWERS["vit"]))
     settings = PretrainConfig(batch_size=6, text={"context_length": 32}, long_texts={"sub_captions": 1})
-    parts = activation_bytes(settings, TrainingCompute(), towers, TextLengths(16, 32, 1))
+    lengths = TextLengths(32 if kind == "siglip_text_model" else 16, 32, 1)  # SigLIP pads to its context
+    parts = activation_bytes(settings, TrainingCompute(), towers, lengths)
     assert parts["text activations"] == pytest.approx(saved.total, rel=0.1)
+    del kept
+    model.text.enable_checkpointing()
+    with SavedTensors(model) as saved:
+        kept = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
+    compute = TrainingCompute(activation_checkpointing=True)
+    checkpointed = activation_bytes(settings, compute, towers, lengths)
+    one_layer = parts["text activations"] / 12  # recomputed in the backward pass, which is not run here
+    assert checkpointed["text activations"] - one_layer == pytest.approx(saved.now, rel=0.25)
     del kept
 
 

@@ -106,18 +106,19 @@ def test_towers_have_their_own_learning_rate_and_weight_decay(towers: dict[str, 
     assert found["text.transformer.embeddings.position_embedding.weight"] == (1e-4, 0.0)
 
 
-def trained(tmp_path: Path, world: TinyWorld, tower: Path, differences: dict[str, Any], processes: int = 1) -> Any:
+def trained(
+    tmp_path: Path, world: TinyWorld, tower: Path, differences: dict[str, Any], processes: int = 1, **compute: Any
+) -> Any:
     """Trains from the images of the tiny world."""
     differences = {"text": {"config": {}}, **differences}
     job = tiny_job(world, tmp_path, None, image_tower=str(tower))
     config = PretrainConfig.model_validate(
         {"steps": 6, "batch_size": 8, "long_texts": {"sub_captions": 2}} | differences
     )
-    job = job.model_copy(update={"config": config})
+    changed = job.compute.model_copy(update={"processes": processes, **compute})
+    job = job.model_copy(update={"config": config, "compute": changed})
     if processes == 1:
         return train(job)
-    compute = job.compute.model_copy(update={"processes": processes})
-    job = job.model_copy(update={"compute": compute})
     finish(start(job, tmp_path, processes))
     return job
 
@@ -158,6 +159,14 @@ def test_two_processes_train_as_one(towers: dict[str, Path], tiny_world: TinyWor
     one = trained(tmp_path / "one", tiny_world, towers["clip"], differences)
     two = trained(tmp_path / "two", tiny_world, towers["clip"], differences, processes=2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
+
+
+@pytest.mark.integration
+def test_checkpointing_trains_as_well(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
+    differences = settings("clip", image_tower={"frozen": False})
+    plain = trained(tmp_path / "plain", tiny_world, towers["clip"], differences)
+    again = trained(tmp_path / "again", tiny_world, towers["clip"], differences, activation_checkpointing=True)
+    assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(

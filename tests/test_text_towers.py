@@ -14,6 +14,7 @@ from transformers import CLIPTextModelWithProjection, ModernBertModel, SiglipTex
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text.packing import TextBatch
 from lotlip.models.text.text_tower import TextTower, build_text_tower
+from tests.saved_tensors import SavedTensors
 
 WORDS, CONTEXT = 60, 16
 START, END, PAD = 58, 59, 1
@@ -183,6 +184,22 @@ def test_packed_texts_have_the_gradients_of_padded_ones(family: str, corner_mask
         gradients.append(torch.autograd.grad(loss, list(tower.parameters()), allow_unused=True))
     for (name, _), packed, padded in zip(tower.named_parameters(), *gradients, strict=True):
         torch.testing.assert_close(packed, padded, atol=1e-3, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@families
+def test_checkpointing_keeps_less_and_gives_the_same_gradients(family: str) -> None:
+    gradients, kept = [], []
+    for checkpointing in (False, True):
+        tower = build(family, corner_tokens=2).train()
+        if checkpointing:
+            tower.enable_checkpointing()
+        with SavedTensors(tower) as saved:
+            features = tower(*texts(tower, [9, 4, 12, 7]))
+        kept.append(saved.now)
+        gradients.append(torch.autograd.grad(features.square().sum(), list(tower.parameters()), allow_unused=True))
+    assert kept[1] < kept[0] / 2
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(again, plain)
 
 
 @families

@@ -66,6 +66,11 @@ class TrainingCompute(Section):
     gradient_accumulation_steps: Count = Field(
         1, description="micro-batches per step and process; memory holds the activations of one, the loss is the same"
     )
+    activation_checkpointing: bool = Field(
+        False,
+        description="recompute the activations of each layer in the backward pass instead of keeping them: a third "
+        "more computation for a fraction of the memory",
+    )
     loader_workers: NonNegative = Field(
         1, description="processes that read, decode and tokenize ahead, per training process; 0: no extra process"
     )

@@ -517,19 +517,47 @@ def activation_bytes(
     dropped = corners if packed and config.text.corner_mask else 0
     kinds = [(texts.short if late else texts.short - dropped, 1)] + texts.per_image * [(texts.long, 1 + corners)]
     text = 0.0
+    layers = encoder.num_hidden_layers if compute.activation_checkpointing else 0
     for length, outputs in kinds:
         last = outputs if packed and not late else None
         if type(model.text) is BertTower:
-            text += encoder_bytes(encoder, batch, length, size, masked=True, outputs=last)
+            kept = encoder_bytes(encoder, batch, length, size, masked=True, outputs=last)
         else:
-            text += batch * _other_text_bytes(model.text, round(length)) * size / FP32
+            kept = batch * _other_text_bytes(model.text, round(length)) * size / FP32
+        text += _checkpointed(kept, layers, batch * length * encoder.hidden_size * size)
         # Input and output of the pooler's tanh, features before and after normalisation.
         heads = length if late else outputs
         text += batch * heads * 2 * (encoder.hidden_size + model.config.embed_dim) * size
     parts = {"text activations": text, "images and image activations": 0.0}
     if config.from_pixels:
-        parts["images and image activations"] = _image_bytes(config, towers.image, batch)
+        image = _image_bytes(config, towers.image, batch)
+        if not config.image_tower.frozen and compute.activation_checkpointing:
+            blocks, tokens, width = _blocks(towers.image)
+            image = _checkpointed(image, blocks, batch * tokens * width * size)
+        parts["images and image activations"] = image
     return parts
+
+
+def _checkpointed(kept: float, layers: int, hidden: float) -> float:
+    """Returns the bytes with activation checkpointing: the input of each layer, and all activations of one layer.
+
+    Args:
+        kept: bytes without checkpointing.
+        layers: number of layers that are checkpointed; 0: checkpointing is off.
+        hidden: bytes of a layer's input.
+    """
+    return min(kept, layers * hidden + kept / layers) if layers else kept
+
+
+def _blocks(tower: ImageTower) -> tuple[int, int, int]:
+    """Returns an image tower's number of blocks, of tokens, and the width of a token; convolutional towers have 1."""
+    size = tower.spec.image_size
+    with torch.no_grad():
+        hidden = tower.hidden_states(torch.zeros(1, 3, size, size, device="meta"))
+    trunk: Any = getattr(tower.trunk, "trunk", tower.trunk)
+    found = getattr(trunk, "blocks", None) or getattr(getattr(trunk, "transformer", None), "resblocks", None)
+    number = len(found) if found is not None else getattr(getattr(trunk, "config", None), "num_hidden_layers", 1)
+    return number, hidden.shape[1], hidden.shape[2]
 
 
 def _image_bytes(config: PretrainConfig, tower: ImageTower, batch: int) -> float:

@@ -154,6 +154,10 @@ class Engine:
         frozen_tower: ImageTower | None = None,
     ) -> None:
         deepspeed = import_deepspeed()
+        if compute.activation_checkpointing:
+            model.text.enable_checkpointing()
+            if model.image is not None:
+                model.image.enable_checkpointing()
         adamw = config.optimizer
         groups = parameter_groups(model, config)
         self._peaks = [group["lr"] for group in groups]

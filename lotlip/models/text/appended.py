@@ -38,9 +38,10 @@ class AppendedTower(TextTower):
         hidden = self._embed(packed.ids, packed.positions)
         *layers, last = encoder.encoder.layers
         for layer in layers:
-            hidden = _packed_layer(layer, hidden, packed.masks)
+            hidden = self.run_layer(_packed_layer, layer, hidden, packed.masks)
         # the last layer's outputs for words are not used
-        hidden = _packed_layer(last, hidden, packed.masks, torch.cat([index.flatten() for index in packed.outputs]))
+        outputs = torch.cat([index.flatten() for index in packed.outputs])
+        hidden = self.run_layer(_packed_layer, last, hidden, packed.masks, outputs)
         return [self.features(part) for part in unpack(encoder.final_layer_norm(hidden), packed.outputs)]
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,8 +82,9 @@ class BertTower(TextTower):
         hidden = encoder.embeddings(ids, torch.zeros_like(ids), positions[None])[0]  # [N, H]
         *layers, last = encoder.encoder.layer
         for layer in layers:
-            hidden = _packed_layer(layer, hidden, packed.masks)
-        return _packed_layer(last, hidden, packed.masks, torch.cat([indices.flatten() for indices in packed.outputs]))
+            hidden = self.run_layer(_packed_layer, layer, hidden, packed.masks)
+        outputs = torch.cat([indices.flatten() for indices in packed.outputs])
+        return self.run_layer(_packed_layer, last, hidden, packed.masks, outputs)
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         mask = corner_attention_mask(lengths, input_ids.shape[1], self.corner_tokens, self.corner_mask)

@@ -37,9 +37,9 @@ class ModernBertTower(BertTower):
         }
         *layers, last = encoder.layers
         for layer in layers:
-            hidden = _packed_layer(layer, hidden, masks, rotations)
+            hidden = self.run_layer(_packed_layer, layer, hidden, masks, rotations)
         outputs = torch.cat([indices.flatten() for indices in packed.outputs])
-        return encoder.final_norm(_packed_layer(last, hidden, masks, rotations, outputs))
+        return encoder.final_norm(self.run_layer(_packed_layer, last, hidden, masks, rotations, outputs))
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         length = input_ids.shape[1]

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lotlip.models.checkpointing import checkpoint_layers
 from lotlip.models.text.packing import TextBatch
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ class TextTower(nn.Module):
 
     def __init__(self, transformer: PreTrainedModel, config: LotlipConfig) -> None:
         super().__init__()
+        self.checkpointing = False
         self.transformer = transformer
         self.corner_tokens = config.corner_tokens
         self.register_tokens = config.register_tokens
@@ -74,6 +79,25 @@ class TextTower(nn.Module):
             self.features(self.hidden_states(ids, lengths)[1][:, : 1 if cls_only else None])
             for ids, lengths, cls_only in batches
         ]
+
+    def enable_checkpointing(self) -> None:
+        """Makes the backward pass recompute the activations of layers.
+
+        Raises:
+            ValueError: the encoder does not support it.
+        """
+        if not checkpoint_layers(self.transformer):
+            raise ValueError(
+                f"a {self.transformer.config.model_type} encoder does not support activation checkpointing; set "
+                "compute.training.activation_checkpointing to false"
+            )
+        self.checkpointing = True
+
+    def run_layer(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """Runs a layer on packed texts, with checkpointing if it is enabled."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
 
     def attention_mask(self, input_ids: Tensor) -> Tensor:
         """Returns 1 for tokens and 0 for padding, [B, L], derived from the ids."""

@@ -100,6 +100,20 @@ class ImageTower(nn.Module):
         """Applies the model's last norm to tokens [..., C], where `hidden_states` has not done so."""
         return hidden
 
+    def enable_checkpointing(self) -> None:
+        """Makes the backward pass recompute the activations of blocks.
+
+        Raises:
+            ValueError: the model does not support it.
+        """
+        try:
+            self.trunk.set_grad_checkpointing(True)
+        except (AttributeError, AssertionError, NotImplementedError) as error:
+            raise ValueError(
+                f"the image tower {self.spec.model} ({self.spec.library}) does not support activation checkpointing; "
+                "set compute.training.activation_checkpointing to false"
+            ) from error
+
     @property
     def has_attention_pool(self) -> bool:
         """Whether the model pools by attention."""

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from lotlip.models.checkpointing import checkpoint_layers
 from lotlip.models.vision.image_tower import ImageTower
 from lotlip.models.vision.spec import ImageTowerSpec
 
@@ -65,6 +66,13 @@ class TransformersTower(ImageTower):
         if self.trunk.config.model_type == SIGLIP:
             return self.attention_pool(hidden)
         return hidden[:, 0] if self.proj is None else self.proj(hidden[:, 0])
+
+    def enable_checkpointing(self) -> None:
+        if not checkpoint_layers(self.trunk):
+            raise ValueError(
+                f"the image tower {self.spec.model} (transformers) does not support activation checkpointing; set "
+                "compute.training.activation_checkpointing to false"
+            )
 
     @property
     def has_attention_pool(self) -> bool:
