@@ -434,9 +434,10 @@ def step_flops(
     """Estimates the FLOPs of one step over all GPUs.
 
     A backward pass costs two forward passes. Gradient accumulation adds a forward pass without gradients, to compute
-    all features before the loss. Logits computed in blocks are computed twice.
+    all features before the loss, and activation checkpointing one that recomputes activations. Logits computed in
+    blocks are computed twice.
     """
-    passes = 3 if compute.gradient_accumulation_steps == 1 else 4
+    passes = 3 + (compute.gradient_accumulation_steps > 1) + compute.activation_checkpointing
     model = towers.model.config
     text = text_tower_flops(model, round(texts.short))
     if texts.per_image:
