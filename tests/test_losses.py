@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, logsigmoid, normalize
 
@@ -25,6 +28,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sigmoid": {"objective": "siglip", "logit_bias": BIAS},
     "principal components": {"image_components": 2},
     "sigmoid of principal components": {"objective": "siglip", "logit_bias": BIAS, "image_components": 3},
+    "share of variance": {"image_components": 0.6, "text_components": 0.7},
+    "components of texts": {"text_components": 2},
+    "label smoothing": {"label_smoothing": 0.1},
+    "margin": {"hard_negative_margin": 0.5},
+    "sigmoid with a margin": {"objective": "siglip", "logit_bias": BIAS, "hard_negative_margin": 0.25},
+    "everything": {"label_smoothing": 0.2, "hard_negative_margin": 0.5, "image_components": 3, "text_components": 2},
     "late interaction": {"text_mask": None},
     "sigmoid of late interaction": {"objective": "siglip", "logit_bias": BIAS, "text_mask": None},
 }
@@ -58,32 +67,54 @@ def case(variant: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
 
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
     """The loss again, a kind of text at a time, as its equations have it."""
-    batch, number = texts.shape[:2]
+    number = texts.shape[1]
     mask, components = settings.get("text_mask"), settings.get("image_components", 0)
     terms = []
     for n in range(number):
         if mask is not None:
-            to_text, to_image = late_interaction(images, texts[:, n], mask[:, n])
+            term = plain_term(*late_interaction(images, texts[:, n], mask[:, n]), None, scale, settings)
         else:
             rebuilt = projection(images, components) if components and n == 0 else images
-            to_text = to_image = rebuilt @ texts[:, n].T
-        own = torch.arange(batch)
-        if settings.get("objective") == "siglip":
-            z = -torch.ones(batch, batch, dtype=images.dtype)
-            z[own, own] = 1
-            bias = settings["logit_bias"]
-            ways = [-logsigmoid(z * (scale * way + bias)).sum() / batch for way in (to_text, to_image)]
-        else:
-            ways = [cross_entropy(scale * to_text, own), cross_entropy((scale * to_image).T, own)]
-        terms.append((ways[0] + ways[1]) / 2 / number)
+            kinds = [(rebuilt, texts[:, n])]
+            if n and settings.get("text_components"):
+                kinds.append((images, projection(texts[:, n], settings["text_components"])))
+            term = sum((plain_term(i @ t.T, i @ t.T, t, scale, settings) for i, t in kinds), torch.zeros(()))
+        terms.append(term / number)
     return {"raw": terms[0], "long": sum(terms[1:], torch.zeros(())), "loss": sum(terms, torch.zeros(()))}
 
 
-def projection(features: Tensor, number: int) -> Tensor:
+def plain_term(
+    to_text: Tensor, to_image: Tensor, texts: Tensor | None, scale: Tensor, settings: dict[str, Any]
+) -> Tensor:
+    """One kind of text: similarities [T, T] with rows of images, and the texts' features for the margin."""
+    batch = len(to_text)
+    own = torch.arange(batch)
+    if texts is not None and (margin := settings.get("hard_negative_margin")):
+        constant = texts.detach()
+        between = constant @ constant.T
+        between[own, own] = 0
+        to_text = to_image = to_text + margin * between
+    if settings.get("objective") == "siglip":
+        z = -torch.ones(batch, batch, dtype=to_text.dtype)
+        z[own, own] = 1
+        bias = settings["logit_bias"]
+        ways = [-logsigmoid(z * (scale * way + bias)).sum() / batch for way in (to_text, to_image)]
+    else:
+        smoothing = settings.get("label_smoothing", 0.0)
+        rows = (scale * to_text, (scale * to_image).T)
+        ways = [cross_entropy(logits, own, label_smoothing=smoothing) for logits in rows]
+    return (ways[0] + ways[1]) / 2
+
+
+def projection(features: Tensor, number: float) -> Tensor:
     """Reconstruction from principal components by numpy's singular value decomposition, as constants."""
     mean = features.mean(dim=0)
     constant = features.detach().double().numpy()
-    directions = np.linalg.svd(constant - constant.mean(axis=0))[2][:number]
+    _, values, directions = np.linalg.svd(constant - constant.mean(axis=0))
+    if number < 1:  # the fewest components that reach this share of the variance
+        shares = (values**2).cumsum() / (values**2).sum()
+        number = 1 + int((shares < number).sum())
+    directions = directions[: int(number)]
     projector = torch.from_numpy(directions.T @ directions).to(features.dtype)
     return (features - mean) @ projector + mean
 
@@ -232,12 +263,25 @@ def test_every_variant_is_its_equations(variant, at_once):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_right(variant):
     images, texts, settings = case(variant)
-    images, texts, scale = images[:4].double(), texts[:4, :2].double().requires_grad_(), SCALE.double().requires_grad_()
+    images, texts, scale = images[:4].double(), texts[:4, :2].double(), SCALE.double().requires_grad_()
     if "text_mask" in settings:
         settings["text_mask"] = settings["text_mask"][:4]
-    images.requires_grad_("image_components" not in settings)  # where the directions count as constants, on purpose
+    # directions of components and texts in a margin count as constants, on purpose
+    images.requires_grad_("image_components" not in settings)
+    texts.requires_grad_(not {"text_components", "hard_negative_margin"} & settings.keys())
     leaves = [leaf for leaf in (images, texts, scale) if leaf.requires_grad]
     assert torch.autograd.gradcheck(lambda *_: lotlip_loss(images, texts, scale, **settings)["loss"], leaves)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_are_those_of_the_equations(variant):
+    images, texts, settings = case(variant)
+    leaves = [images.double().requires_grad_(), texts.double().requires_grad_(), SCALE.double().requires_grad_()]
+    found = torch.autograd.grad(lotlip_loss(*leaves, **settings)["loss"], leaves)
+    for gradient, expected in zip(
+        found, torch.autograd.grad(plain_loss(*leaves, settings)["loss"], leaves), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("late", [False, True])
@@ -379,6 +423,8 @@ def test_the_order_of_the_batch_does_not_matter(variant):
         ({"objective": "hinge"}, "unknown objective 'hinge'; use one of infonce, siglip"),
         ({"objective": "siglip"}, "siglip needs logit_bias"),
         ({"image_components": -1}, "components is -1"),
+        ({"text_components": 1.5}, "components is 1.5; it must be a whole number from 1, or a share"),
+        ({"objective": "siglip", "logit_bias": BIAS, "label_smoothing": 0.1}, "label_smoothing needs the objective"),
         ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"expected \[B, P, D\] and \[B, N, L, D\]"),
     ],
 )
@@ -390,14 +436,48 @@ def test_impossible_settings_are_refused(settings, message):
 def test_features_that_do_not_fit_are_refused():
     images, texts = random_features()
     patches, tokens, mask = random_tokens()
-    with pytest.raises(ValueError, match="image_components need one feature"):
-        lotlip_loss(patches, tokens, SCALE, text_mask=mask, image_components=2)
+    for name in ("image_components", "text_components", "hard_negative_margin"):
+        with pytest.raises(ValueError, match=r"need one feature per image and text, .* set them to 0"):
+            lotlip_loss(patches, tokens, SCALE, text_mask=mask, **{name: 0.5})
     for wrong in ((images, texts[:, 0]), (images[:7], texts), (images[:, :5], texts), (patches, tokens)):
         with pytest.raises(ValueError, match=r"text_mask none do not match; expected \[B, D\] and \[B, N, D\]$"):
             lotlip_loss(*wrong, SCALE)
     for wrong in ((patches[:7], tokens, mask), (patches, tokens, mask[..., :4]), (patches[:, 0], tokens, mask)):
         with pytest.raises(ValueError, match="with text_mask"):
             lotlip_loss(*wrong[:2], SCALE, text_mask=wrong[2])
+
+
+def method_vectors() -> dict[str, Tensor]:
+    """Features, components and losses computed by the released code of HiMo-CLIP and Long-CLIP."""
+    folder = Path(os.environ.get("LOTLIP_METHOD_VECTORS", Path(__file__).parent / "data" / "methods"))
+    size = json.loads((folder / "case.json").read_text())
+    vectors = load_file(folder / "components.safetensors")
+    assert vectors["image"].shape == (size["batch"], size["width"])
+    return vectors
+
+
+def test_long_clips_loss_is_that_of_its_release():
+    vectors = method_vectors()
+    texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
+    found = lotlip_loss(vectors["image"], texts, vectors["logit_scale"].exp(), image_components=32, label_smoothing=0.1)
+    rebuilt = principal_components(vectors["image"], 32)
+    torch.testing.assert_close(rebuilt, vectors["longclip_image_components_32"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(2 * found["raw"], vectors["longclip_loss_short"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(2 * found["long"], vectors["longclip_loss_long"][0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6])
+def test_himo_clips_loss_is_that_of_its_release(share):
+    vectors = method_vectors()
+    texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
+    scale = vectors["logit_scale"].exp()
+    found = lotlip_loss(
+        vectors["image"], texts, scale, text_components=share, label_smoothing=0.1, short_loss_fraction=0.0
+    )
+    rebuilt = principal_components(vectors["long"], share)
+    torch.testing.assert_close(rebuilt, vectors[f"himo_text_components_{share}"], atol=1e-5, rtol=0)
+    expected = vectors[f"himo_loss_text_{share}"] + vectors[f"himo_loss_components_{share}"]
+    torch.testing.assert_close(found["long"], expected[0], atol=1e-5, rtol=0)
 
 
 def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[str, Tensor]:

@@ -194,7 +194,8 @@ def chance_loss(config: PretrainConfig) -> float:
     one = math.log(batch)
     if loss.objective == "siglip":  # in each image's row, one of `batch` pairs matches
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
-    return one * (loss.short_loss_weight * raw + loss.long_loss_weight * sum(others))
+    terms = 2 if loss.text_components else 1  # of each long text
+    return one * (loss.short_loss_weight * raw + terms * loss.long_loss_weight * sum(others))
 
 
 def git_commit() -> str:

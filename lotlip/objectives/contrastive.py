@@ -55,7 +55,7 @@ def gather(features: Tensor) -> Tensor:
 # Each has one function for a block of logits and one that combines the blocks of all processes. A block is [N, B, T]:
 # the logits of B texts of each of N kinds with all T images. `picks_image` has those by which a text picks its image,
 # along T; `picks_text` those by which an image picks its text, along the B of all blocks. `own`, [B], is the index of
-# each text's own image.
+# each text's own image. `smoothing` is that of labels.
 
 
 def _positives(logits: Tensor, own: Tensor) -> Tensor:
@@ -63,9 +63,18 @@ def _positives(logits: Tensor, own: Tensor) -> Tensor:
     return logits.gather(2, own.expand(len(logits), -1)[..., None])[..., 0]
 
 
-def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost without the images' normalisers [N], and these texts' part of the log-normalisers [N, T]."""
-    costs = picks_image.logsumexp(2) - _positives(picks_image, own) - _positives(picks_text, own)
+def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Cost without the images' normalisers [N], and these texts' part of the log-normalisers [N, T].
+
+    With label smoothing, a target is the positive with probability 1 − smoothing, and else any candidate.
+    """
+    to_image, to_text = _positives(picks_image, own), _positives(picks_text, own)
+    if smoothing:
+        to_image, to_text = (
+            (1 - smoothing) * positive + smoothing * logits.sum(2) / logits.shape[2]
+            for positive, logits in ((to_image, picks_image), (to_text, picks_text))
+        )
+    costs = picks_image.logsumexp(2) - to_image - to_text
     return costs.sum(1), picks_text.logsumexp(1)
 
 
@@ -74,7 +83,7 @@ def _softmax(costs: Tensor, normalisers: Tensor) -> Tensor:
     return (costs.sum(0) + normalisers.logsumexp(0).sum(1)) / (2 * normalisers.shape[2])
 
 
-def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Cost of classifying each pair independently, mean of both directions, [N]; blocks do not depend on each other."""
     directions = [picks_image] if picks_image is picks_text else [picks_image, picks_text]
     # −log σ(−x) = softplus(x) for a negative pair, −log σ(x) = softplus(x) − x for a positive one
@@ -87,29 +96,33 @@ def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
     return costs.sum(0) / normalisers.shape[2]
 
 
-Objective = tuple[Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
+Objective = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
 OBJECTIVES: dict[str, Objective] = {"infonce": (_softmax_block, _softmax), "siglip": (_sigmoid_block, _sigmoid)}
 
 
-def principal_components(features: Tensor, number: int) -> Tensor:
+def principal_components(features: Tensor, number: float) -> Tensor:
     """Reconstructs features from the batch's first principal components (Long-CLIP, arXiv 2403.15378, section 3.2).
 
-    This keeps what varies most between features and drops details. As in Long-CLIP's release, the result is not
-    normalised again. The directions are treated as constants: the gradient flows through the projection and the mean,
-    not through the eigenvectors, whose gradient is unbounded where eigenvalues are close.
+    This keeps what varies most between features and drops details. As in the releases of Long-CLIP and HiMo-CLIP (arXiv
+    2511.06653), the result is not normalised again. The directions are treated as constants: the gradient flows through
+    the projection and the mean, not through the eigenvectors, whose gradient is unbounded where eigenvalues are close.
 
     Args:
         features: [B, D].
-        number: of components, at least 1; D or more return the features unchanged.
+        number: of components, at least 1; D or more return the features unchanged. A number below 1 is a share of the
+            variance: the fewest components that reach it are used.
 
     Returns:
-        [B, D], of rank `number` about their mean.
+        [B, D], of that rank about their mean.
 
     Raises:
-        ValueError: `number` is below 1.
+        ValueError: `number` is not above 0, or is neither whole nor below 1.
     """
-    if number < 1:
-        raise ValueError(f"the number of principal components is {number}; it must be at least 1")
+    if number <= 0 or (number > 1 and number % 1):
+        raise ValueError(
+            f"the number of principal components is {number}; it must be a whole number from 1, or a share of the "
+            "variance between 0 and 1"
+        )
     if number >= features.shape[1]:
         return features
     exact = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -117,8 +130,16 @@ def principal_components(features: Tensor, number: int) -> Tensor:
     centred = exact - mean
     # eigh rejects NaN; replaced here, the NaN of the features still reaches the loss, where training reports the step
     covariance = (centred.T @ centred).detach().nan_to_num()
-    directions = torch.linalg.eigh(covariance).eigenvectors[:, -number:]  # [D, number], eigenvalues ascend
-    return (mean + centred @ directions @ directions.T).to(features.dtype)
+    values, vectors = torch.linalg.eigh(covariance)  # eigenvalues ascend
+    if number >= 1:
+        directions = vectors[:, -int(number) :]  # [D, number]
+        return (mean + centred @ directions @ directions.T).to(features.dtype)
+    # A component is used if those before it have not reached the share. Multiplying by 0 or 1 instead of selecting
+    # needs no synchronisation with the device.
+    largest_first = values.flip(0).clamp(min=0)
+    before = largest_first.cumsum(0) - largest_first
+    used = (before < number * largest_first.sum()).flip(0).to(vectors)
+    return (mean + centred @ (vectors * used) @ vectors.T).to(features.dtype)
 
 
 def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
@@ -141,7 +162,10 @@ def lotlip_loss(
     short_loss_fraction: float | None = None,
     short_loss_weight: float = 1.0,
     long_loss_weight: float = 1.0,
-    image_components: int = 0,
+    image_components: float = 0,
+    text_components: float = 0,
+    label_smoothing: float = 0.0,
+    hard_negative_margin: float = 0.0,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> dict[str, Tensor]:
     """Mean over an image's N text features of their objective with the image features (paper, section 3.2).
@@ -162,10 +186,16 @@ def lotlip_loss(
             rest; None: each of the N has 1/N, as in the paper.
         short_loss_weight: factor of the short caption's term (`clip_lossweight` in the released code).
         long_loss_weight: factor of the other terms (`declip_lossweight`).
-        image_components: number of principal components of the image features that the short caption is contrasted with
-            (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0: the full features. They are computed over
-            the whole batch, so the result does not depend on the number of processes; Long-CLIP's release computes them
-            per process.
+        image_components: number, or share of variance, of the principal components of the image features that the short
+            caption is contrasted with (Long-CLIP, arXiv 2403.15378, section 3.2; 32 in its release); 0: the full
+            features. They are computed over the whole batch, so the result does not depend on the number of processes;
+            Long-CLIP's release computes them per process.
+        text_components: number, or share of variance, of the principal components of each kind of long text feature
+            that the images are contrasted with as well (HiMo-CLIP, arXiv 2511.06653, with the share 0.9); 0: only with
+            the full features. Computed over the whole batch too.
+        label_smoothing: of infonce; 0.1 in Long-CLIP, HiMo-CLIP and ALIGN.
+        hard_negative_margin: γ. The similarity of an image and another image's text grows by γ times the cosine of that
+            text and the image's own text, without gradient (arXiv 2608.18521).
         logits_at_once: logits per block (at least one text of each kind with all images); changes memory, not the
             result.
 
@@ -175,21 +205,30 @@ def lotlip_loss(
         over the N kinds.
 
     Raises:
-        ValueError: the objective is unknown or lacks its bias, shapes do not match, or principal components are
-            combined with late interaction.
+        ValueError: the objective is unknown or lacks its bias, shapes do not match, principal components or a margin
+            are combined with late interaction, or label smoothing with siglip.
     """
     if objective not in OBJECTIVES:
         raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
     if objective == "siglip" and logit_bias is None:
         raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
     _check_shapes(image_features, text_features, text_mask)
-    if text_mask is not None and image_components:
+    if text_mask is not None and (image_components or text_components or hard_negative_margin):
         raise ValueError(
-            "image_components need one feature per image, which late interaction does not have; set it to 0"
+            "image_components, text_components and hard_negative_margin need one feature per image and text, which "
+            "late interaction does not have; set them to 0"
         )
+    if label_smoothing and objective != "infonce":
+        raise ValueError("label_smoothing needs the objective infonce; set it to 0")
     images = gather(image_features)  # [T, D] or [T, P, D]
     compare = partial(
-        _terms, scale=logit_scale, bias=logit_bias, objective=OBJECTIVES[objective], logits_at_once=logits_at_once
+        _terms,
+        scale=logit_scale,
+        bias=logit_bias,
+        objective=OBJECTIVES[objective],
+        smoothing=label_smoothing,
+        margin=hard_negative_margin,
+        logits_at_once=logits_at_once,
     )
     if image_components:
         raw_terms, raw_hits = compare(principal_components(images, image_components), text_features[:, :1])
@@ -197,9 +236,20 @@ def lotlip_loss(
         terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
     else:
         terms, hits = compare(images, text_features, text_mask)
+    if text_components and text_features.shape[1] > 1:
+        reduced, _ = compare(images, _text_components(text_features[:, 1:], text_components))
+        terms = torch.cat([terms[:1], terms[1:] + reduced])
     terms = terms * feature_shares(len(terms), short_loss_fraction).to(terms)  # [N]
     raw, long = short_loss_weight * terms[0], long_loss_weight * terms[1:].sum()
     return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
+
+
+def _text_components(texts: Tensor, number: float) -> Tensor:
+    """Reduces each kind of text feature, [B, N, D], to the principal components of its global batch."""
+    everything = gather(texts)
+    reduced = torch.stack([principal_components(kind, number) for kind in everything.unbind(1)], dim=1)
+    first = dist.get_rank() * len(texts) if _several_processes() else 0
+    return reduced[first : first + len(texts)]
 
 
 def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tensor | None) -> None:
@@ -225,6 +275,8 @@ def _terms(
     scale: Tensor,
     bias: Tensor | None,
     objective: Objective,
+    smoothing: float,
+    margin: float,
     logits_at_once: int,
 ) -> tuple[Tensor, Tensor]:
     """The objective over all T images and the texts of all processes; those of this process are [B, N, …].
@@ -237,7 +289,15 @@ def _terms(
         return texts.new_zeros(0), texts.new_zeros(0)
     first = dist.get_rank() * rows if _several_processes() else 0
     own = torch.arange(first, first + rows, device=texts.device)
-    block = partial(_block, scale=scale, bias=bias, objective=objective[0])
+    own_texts = gather(texts.detach()) if margin else None
+    block = partial(
+        _block,
+        scale=scale,
+        bias=bias,
+        objective=partial(objective[0], smoothing=smoothing),
+        margin=margin,
+        own_texts=own_texts,
+    )
     size = max(1, logits_at_once // (kinds * len(images)))
     blocks = []
     masks = [None] * -(-rows // size) if text_mask is None else text_mask.split(size)
@@ -259,8 +319,13 @@ def _block(
     scale: Tensor,
     bias: Tensor | None,
     objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
+    margin: float,
+    own_texts: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The objective for the texts of a block, [b, N, …], and how many of them pick their own image, [N]."""
+    """The objective for the texts of a block, [b, N, …], and how many of them pick their own image, [N].
+
+    `own_texts`, [T, N, D], has each image's own texts; None without a margin.
+    """
 
     def logits(similarity: Tensor) -> Tensor:
         """[T, N·b] as [N, b, T]."""
@@ -274,6 +339,10 @@ def _block(
         image_to_text, text_to_image = late_interaction(images, flat, text_mask.transpose(0, 1).flatten(0, 1))
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
+    if own_texts is not None:  # only without late interaction, so both directions are the same
+        similar = torch.einsum("bnd,tnd->nbt", texts.detach(), own_texts)
+        similar = similar.scatter(2, own.expand(len(similar), -1)[..., None], 0.0)  # not for the positive pairs
+        picks_image = picks_text = picks_image + margin * scale * similar
     with torch.no_grad():
         # strictly nearer than all others, so that identical features do not count as hits
         hits = (picks_image >= _positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)

@@ -291,6 +291,9 @@ class LoaderConfig(Section):
         return self
 
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
 class LossConfig(Section):
     """The contrastive loss, and the weight of each kind of text in it."""
 
@@ -305,11 +308,30 @@ class LossConfig(Section):
     )
     short_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="the released code's `clip_lossweight`")
     long_loss_weight: Annotated[float, Field(ge=0)] = Field(1.0, description="its `declip_lossweight`")
-    image_components: NonNegative = Field(
+    image_components: NonNegative | Fraction = Field(
         0,
         description="Long-CLIP: number of principal components of the image features that the short caption is "
-        "compared with (32 there; arXiv 2403.15378, section 3.2); 0: the full feature",
+        "compared with (32 there; arXiv 2403.15378, section 3.2), or share of their variance; 0: the full feature",
     )
+    text_components: NonNegative | Fraction = Field(
+        0,
+        description="HiMo-CLIP: number of principal components of long texts' features that the image is compared with "
+        "as well, or share of their variance (0.9 there; arXiv 2511.06653); 0: the full features only",
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="label smoothing of infonce (0.1 in Long-CLIP, HiMo-CLIP and ALIGN)"
+    )
+    hard_negative_margin: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="adds this times the cosine of a negative text and the image's own text to the negative's "
+        "similarity, without gradient (0.5 in arXiv 2608.18521)",
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_of_softmax(self) -> LossConfig:
+        if self.label_smoothing and self.objective != "infonce":
+            raise ValueError("label_smoothing needs objective: infonce; set it to 0")
+        return self
 
 
 class OptimizerConfig(Section):
@@ -379,11 +401,12 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "similarity late-interaction does not support corner tokens; set text.corner_tokens to 0"
                 )
-            if self.loss.image_components:
-                raise ValueError(
-                    "loss.image_components needs one feature per image, which late-interaction does not have; "
-                    "set it to 0"
-                )
+            for name in ("image_components", "text_components", "hard_negative_margin"):
+                if getattr(self.loss, name):
+                    raise ValueError(
+                        f"loss.{name} needs one feature per image and text, which late-interaction does not have; "
+                        "set it to 0"
+                    )
         text = self.text
         if self.start and text.pretrained:
             raise ValueError(
