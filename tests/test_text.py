@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotlip.data.text import join_sub_captions, sample_window, split_sub_captions
+from lotlip.data.text import join_sub_captions, sample_long_text, split_sub_captions
 
 # What a sub-caption can be: stripped, not empty, no sentence end inside.
 sub_caption = st.text(min_size=1).map(
@@ -52,7 +52,7 @@ def test_split_gives_stripped_pieces_of_the_text_in_order(text):
 
 @given(captions, st.integers(1, 8), seeds)
 def test_a_window_lies_inside_one_caption(captions, length, seed):
-    window = sample_window(captions, length, random.Random(seed))
+    window = sample_long_text(captions, "window", length, random.Random(seed))
     (author,) = {part.split()[0] for part in window}
     own = captions[author]
     assert len(window) == min(length, len(own))
@@ -62,7 +62,7 @@ def test_a_window_lies_inside_one_caption(captions, length, seed):
 
 @given(captions, st.integers(1, 30), seeds)
 def test_a_window_across_captions_is_consecutive_in_the_row_of_all(captions, length, seed):
-    window = sample_window(captions, length, random.Random(seed), "across-captions")
+    window = sample_long_text(captions, "window", length, random.Random(seed), "across-captions")
     row = [part for name in sorted(captions) for part in captions[name]]
     assert len(window) == min(length, len(row))
     start = row.index(window[0])
@@ -72,15 +72,15 @@ def test_a_window_across_captions_is_consecutive_in_the_row_of_all(captions, len
 @given(captions, st.integers(1, 8), seeds, st.sampled_from(["within-caption", "across-captions"]))
 def test_the_order_of_captioners_does_not_matter(captions, length, seed, window):
     backwards = dict(reversed(captions.items()))
-    first = sample_window(captions, length, random.Random(seed), window)
-    assert sample_window(backwards, length, random.Random(seed), window) == first
+    first = sample_long_text(captions, "window", length, random.Random(seed), window)
+    assert sample_long_text(backwards, "window", length, random.Random(seed), window) == first
 
 
 @pytest.mark.parametrize("window", ["within-caption", "across-captions"])
 def test_every_start_is_reached_about_as_often(window):
     captions = numbered({"a": 5, "b": 0, "c": 5})
     rng = random.Random(0)
-    starts = Counter(sample_window(captions, 3, rng, window)[0] for _ in range(4000))
+    starts = Counter(sample_long_text(captions, "window", 3, rng, window)[0] for _ in range(4000))
     if window == "within-caption":
         expected = {f"{name} {number}" for name in "ac" for number in range(3)}
     else:
@@ -91,7 +91,9 @@ def test_every_start_is_reached_about_as_often(window):
 
 def test_captioners_are_chosen_alike_however_much_they_wrote():
     rng = random.Random(0)
-    authors = Counter(sample_window(numbered({"a": 1, "b": 50}), 1, rng)[0].split()[0] for _ in range(2000))
+    authors = Counter(
+        sample_long_text(numbered({"a": 1, "b": 50}), "window", 1, rng)[0].split()[0] for _ in range(2000)
+    )
     assert 850 < authors["a"] < 1150
 
 
@@ -99,10 +101,37 @@ def test_captioners_are_chosen_alike_however_much_they_wrote():
 @pytest.mark.parametrize("captions", [{}, {"a": []}, {"a": [], "b": []}])
 def test_nothing_to_draw_from_is_an_error(captions, window):
     with pytest.raises(ValueError, match="no captioner wrote anything"):
-        sample_window(captions, 1, random.Random(0), window)
+        sample_long_text(captions, "window", 1, random.Random(0), window)
 
 
 @pytest.mark.parametrize("length", [0, -1])
 def test_a_window_of_nothing_is_an_error(length):
     with pytest.raises(ValueError, match=f"at least 1 sub-caption, not {length}"):
-        sample_window({"a": ["x"]}, length, random.Random(0))
+        sample_long_text({"a": ["x"]}, "window", length, random.Random(0))
+
+
+SENTENCES = [f"s{number}" for number in range(1, 6)]
+
+
+def test_all_is_the_whole_caption_of_one_captioner():
+    captions = {"a": ["a1", "a2"], "b": SENTENCES}
+    drawn = {tuple(sample_long_text(captions, "all", 1, random.Random(seed))) for seed in range(50)}
+    assert drawn == {("a1", "a2"), tuple(SENTENCES)}
+
+
+def test_first_is_a_beginning_of_every_length_alike():
+    drawn = [sample_long_text({"a": SENTENCES}, "first", 1, random.Random(seed)) for seed in range(2000)]
+    assert all(text == SENTENCES[: len(text)] for text in drawn)
+    lengths = Counter(map(len, drawn))
+    assert lengths.keys() == {1, 2, 3, 4, 5}
+    assert min(lengths.values()) > 300
+
+
+def test_without_first_leaves_the_first_out_and_shuffles_the_others():
+    drawn = [sample_long_text({"a": SENTENCES}, "without-first", 1, random.Random(seed)) for seed in range(2000)]
+    assert all(set(text) <= set(SENTENCES[1:]) and len(set(text)) == len(text) for text in drawn)
+    lengths = Counter(map(len, drawn))
+    assert lengths.keys() == {1, 2, 3, 4}
+    assert min(lengths.values()) > 400
+    assert any(text != sorted(text) for text in drawn)
+    assert sample_long_text({"a": ["only"]}, "without-first", 1, random.Random(0)) == ["only"]

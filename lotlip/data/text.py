@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
 Window = Literal["within-caption", "across-captions"]
+Sampler = Literal["window", "first", "all", "without-first"]
 SentenceEnds = Literal["released", "unicode"]
 SubCaption = TypeVar("SubCaption")  # its words, or its number among those of a tar
 
@@ -120,21 +121,26 @@ def sample_texts(data: bytes, place: str, sentence_ends: SentenceEnds) -> tuple[
     return short, captions
 
 
-def sample_window(
+def sample_long_text(
     captions: Mapping[str, Sequence[SubCaption]],
+    sampler: Sampler,
     length: int,
     rng: random.Random,
     window: Window = "within-caption",
 ) -> list[SubCaption]:
-    """Draws a long text: `length` consecutive sub-captions of an image's long captions (paper, Figs. 2 and 5).
+    """Draws a long text from an image's long captions.
 
     Args:
         captions: captioner's name → its sub-captions, in order. The order of names does not matter.
-        length: number of sub-captions; a caption with fewer is used in full.
+        sampler: "window": `length` consecutive sub-captions (paper, Figs. 2 and 5). The others first draw a captioner.
+            "all": its whole caption. "first": its first r sub-captions, r uniform (SmartCLIP, arXiv 2507.22264).
+            "without-first": a uniform number of sub-captions after the first, in random order, or the whole caption
+            if it has only one (DeBias-CLIP, arXiv 2602.22419).
+        length: number of sub-captions of a window; a caption with fewer is used in full.
         rng: random number generator.
-        window: "within-caption" first draws a captioner, then a window of its caption, so that a text has one author.
-            "across-captions" concatenates all captions in the order of the captioners' names, and a window may cross
-            from one into the next, as in the authors' earlier code. The paper does not specify this.
+        window: "within-caption": a window lies in one caption, so that a text has one author. "across-captions":
+            all captions are concatenated in the order of the captioners' names, and a window may cross from one into
+            the next, as in the authors' earlier code. The paper does not specify this.
 
     Raises:
         ValueError: there are no sub-captions, or `length` < 1.
@@ -144,6 +150,15 @@ def sample_window(
     texts = [list(captions[name]) for name in sorted(captions) if captions[name]]
     if not texts:
         raise ValueError("there are no sub-captions to draw from: no captioner wrote anything for this image")
-    sequence = rng.choice(texts) if window == "within-caption" else [part for text in texts for part in text]
+    if sampler == "window" and window == "across-captions":
+        sequence = [part for text in texts for part in text]
+    else:
+        sequence = rng.choice(texts)
+    if sampler == "all" or (sampler == "without-first" and len(sequence) == 1):
+        return sequence
+    if sampler == "first":
+        return sequence[: rng.randint(1, len(sequence))]
+    if sampler == "without-first":
+        return rng.sample(sequence[1:], rng.randint(1, len(sequence) - 1))
     start = rng.randrange(max(len(sequence) - length, 0) + 1)
     return sequence[start : start + length]

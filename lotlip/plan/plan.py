@@ -43,7 +43,7 @@ from lotlip.models.vision.image_tower import ImageTower, build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
 from lotlip.pretrain.checkpoint import KEPT
-from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.engine import deepspeed_config
 from lotlip.pretrain.initialisation import WHOLE_MODELS, text_config
@@ -415,17 +415,18 @@ def text_lengths(
             "rewrite the shards (`dvc repro shard`) or remove these captioners"
         )
     if statistics and captioners:
-        windows = [_window(statistics[name], long_texts.sub_captions) for name in captioners]
+        windows = [_window(statistics[name], long_texts) for name in captioners]
         window = sum(windows) / len(windows)
     limit = text.context_length
     per_image = long_texts.per_image if long_texts.sub_captions else 0
     return TextLengths(min(fixed + short + 1, limit), min(fixed + window, limit), per_image)
 
 
-def _window(statistics: Mapping[str, float], sub_captions: int) -> float:
-    """Mean tokens of a window of sub-captions, or of the whole caption if it has fewer."""
+def _window(statistics: Mapping[str, float], long_texts: LongTextsConfig) -> float:
+    """Mean tokens of a long text, which is at most a whole caption."""
     per_text = max(statistics["sub_captions_per_text"], 1)
-    return statistics["tokens_per_text"] * min(sub_captions / per_text, 1)
+    drawn = {"all": per_text, "first": (per_text + 1) / 2, "without-first": per_text / 2}
+    return statistics["tokens_per_text"] * min(drawn.get(long_texts.sampler, long_texts.sub_captions) / per_text, 1)
 
 
 def step_flops(

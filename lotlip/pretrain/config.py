@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
-from lotlip.data.text import Window
+from lotlip.data.text import Sampler, Window
 
 
 class PositionInterpolation(Section):
@@ -257,8 +257,15 @@ class LongTextsConfig(Section):
     """How each step samples texts from the long captions."""
 
     per_image: Count = Field(1, description="K: number of long texts sampled per image")
+    sampler: Sampler = Field(
+        "window",
+        description="which sub-captions of a long caption a text has. window: `sub_captions` consecutive ones; all; "
+        "first: the first r, r random; without-first: a random number of those after the first, in random order",
+    )
     sub_captions: NonNegative = Field(
-        3, description="k: number of consecutive sub-captions in a long text; 0: short captions only"
+        3,
+        description="k: number of consecutive sub-captions in a long text, with the sampler window; 0: short captions "
+        "only, with every sampler",
     )
     captioners: list[Name] = Field(
         default_factory=list, description="captioners whose captions are sampled; empty: all"
@@ -391,7 +398,8 @@ class PretrainConfig(Section):
         if not self.long_texts.sub_captions:
             kept = {key: value for key, value in settings.items() if not key.startswith("long_texts.")}
             settings = {**kept, "long_texts.sub_captions": 0}
-            del settings["loss.long_loss_weight"], settings["loss.short_loss_fraction"]
+            for key in ("long_loss_weight", "short_loss_fraction", "text_components"):
+                del settings[f"loss.{key}"]
         return settings
 
     @model_validator(mode="after")

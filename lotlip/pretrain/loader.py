@@ -23,7 +23,7 @@ from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
 from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.tars import RawSample, Shards
-from lotlip.data.text import SubCaption, sample_texts, sample_window
+from lotlip.data.text import SubCaption, sample_long_text, sample_texts
 from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.pretrain.config import LoaderConfig as LoaderSettings
@@ -393,7 +393,10 @@ def _sample_long_texts(
     if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count these
         captions = {"raw": short}
     rng = random.Random(seed)
-    return [sample_window(captions, settings.sub_captions, rng, settings.window) for _ in range(settings.per_image)]
+    return [
+        sample_long_text(captions, settings.sampler, settings.sub_captions, rng, settings.window)
+        for _ in range(settings.per_image)
+    ]
 
 
 def _feature(raw: RawSample, place: str) -> np.ndarray:
