@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from prefect import flow
 
 from flows.runtime.agent import announced
@@ -21,6 +22,7 @@ from lotlip.core.files import Damaged, atomic_write, check_model, sha256_files, 
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job, Timing
+from lotlip.pretrain.order import subset_counts
 from lotlip.pretrain.records import HISTORY, RUN, Run, read_history
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def pretrain(ablation: str) -> None:
     with stage.clock.measure("gate"):
         from lotlip.pretrain.gate import gate_pretrain
 
-        samples = read_index(paths.shards, ShardIndex).splits["train"].samples
+        samples = number_of_samples(read_index(paths.shards, ShardIndex).splits["train"].samples, config.samples)
         history = histories(stage.out, config.seeds)
         limit = compute.max_final_loss_share
         checks = gate_pretrain(config.seeds, limit, history, chance_loss(config), stage.gate_report)
@@ -125,6 +127,11 @@ def pretrain(ablation: str) -> None:
             tracker.finish(run_id)
     trained = (len(config.seeds) - len(reused)) * config.steps * config.batch_size
     stage.record(trained, checks, notes={"epochs": config.steps * config.batch_size / samples})
+
+
+def number_of_samples(available: int, subset: float | None) -> int:
+    """Returns how many training images an ablation uses, by `pretrain.samples`."""
+    return int(subset_counts(np.array([available]), subset).sum())
 
 
 def starting_weights(config: PretrainConfig) -> dict[str, str]:

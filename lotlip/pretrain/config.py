@@ -11,6 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
 from lotlip.data.text import Sampler, Window
 
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+
 
 class PositionInterpolation(Section):
     """Long-CLIP's longer context: interpolates trained positions, and keeps the first ones, which are trained best.
@@ -298,9 +300,6 @@ class LoaderConfig(Section):
         return self
 
 
-Fraction = Annotated[float, Field(gt=0, lt=1)]
-
-
 class LossConfig(Section):
     """The contrastive loss, and the weight of each kind of text in it."""
 
@@ -359,6 +358,11 @@ class PretrainConfig(Section):
     steps: Count = Field(500, description="number of optimizer steps")
     batch_size: Annotated[int, Field(ge=2)] = Field(
         64, description="samples per step, over all processes and micro-batches"
+    )
+    samples: Count | Fraction | None = Field(
+        None,
+        description="number, or share, of the training images that are used; a smaller set is contained in every "
+        "larger one; null: all",
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
     start: str | None = Field(

@@ -26,7 +26,6 @@ from lotlip.data.tars import RawSample, Shards
 from lotlip.data.text import SubCaption, sample_long_text, sample_texts
 from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.pretrain.config import LoaderConfig as LoaderSettings
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
 from lotlip.pretrain.order import WINDOW, ExactOrder, ResampledOrder, SampleLocation
 
@@ -189,7 +188,7 @@ class Loader:
         paths = [shards / f"{shard.name}.tar" for shard in train]
         self._part, self._workers, self._prefetch = part, workers, prefetch
         self._shards = Shards(paths, [shard.samples for shard in train], opened=2 * WINDOW)
-        self._order = _order(self._shards, seed, settings.loader)
+        self._order = _order(self._shards, seed, settings)
         self.steps_per_epoch = self._order.samples // part.batch_size
         if not self.steps_per_epoch:
             raise ValueError(
@@ -289,10 +288,11 @@ class Loader:
         return replace(batch, **changed)
 
 
-def _order(shards: Shards, seed: int, settings: LoaderSettings) -> ExactOrder:
-    if settings.epochs == "exact":
-        return ExactOrder(shards, seed)
-    return ResampledOrder(shards, seed, settings.samples_per_epoch, settings.weights)
+def _order(shards: Shards, seed: int, settings: PretrainConfig) -> ExactOrder:
+    epochs = settings.loader
+    if epochs.epochs == "exact":
+        return ExactOrder(shards, seed, settings.samples)
+    return ResampledOrder(shards, seed, epochs.samples_per_epoch, epochs.weights, settings.samples)
 
 
 def _steps_of_worker(first: int, last: int) -> Iterator[int]:

@@ -40,13 +40,21 @@ class SampleLocation:
 class ExactOrder:
     """Epochs that contain each sample once.
 
+    Args:
+        shards: shards of the data set.
+        seed: seed of all random numbers.
+        subset: number, or share, of the samples that are used; see `subset_counts`. None: all.
+
     Attributes:
         samples: number of positions in an epoch.
+
+    Raises:
+        ValueError: `subset` exceeds the number of samples.
     """
 
-    def __init__(self, shards: Shards, seed: int) -> None:
+    def __init__(self, shards: Shards, seed: int, subset: float | None = None) -> None:
         self._shards, self._seed = shards, seed
-        self._counts = np.asarray(shards.counts, dtype=np.int64)
+        self._counts = subset_counts(np.asarray(shards.counts, dtype=np.int64), subset)
         self.samples = int(self._counts.sum())
         # two windows: a batch may span two, and a worker may read the last one of an epoch and the first of the next
         self._windows = lru_cache(maxsize=1)(self._lay_out)
@@ -102,13 +110,21 @@ class ResampledOrder(ExactOrder):
         seed: seed of all random numbers.
         samples: number of positions in an epoch; None: the number of samples in the data set.
         weights: prefix of a key → weight. The longest matching prefix counts; without a match the weight is 1.
+        subset: as in `ExactOrder`.
 
     Raises:
-        ValueError: a prefix in `weights` matches no key.
+        ValueError: a prefix in `weights` matches no key, or `subset` exceeds the number of samples.
     """
 
-    def __init__(self, shards: Shards, seed: int, samples: int | None, weights: Mapping[str, float]) -> None:
-        super().__init__(shards, seed)
+    def __init__(
+        self,
+        shards: Shards,
+        seed: int,
+        samples: int | None,
+        weights: Mapping[str, float],
+        subset: float | None = None,
+    ) -> None:
+        super().__init__(shards, seed, subset)
         self.samples = samples or self.samples
         self._weights = weights
         self._shard_weights = self._weigh() if weights else self._counts.astype(np.float64)
@@ -119,7 +135,7 @@ class ResampledOrder(ExactOrder):
         unused = set(self._weights)
         sums = np.zeros(len(self._counts))
         for number in range(len(sums)):
-            keys = self._shards[number].keys
+            keys = self._keys(number)
             sums[number] = sample_weights(keys, self._weights).sum()
             unused -= {prefix for prefix in unused if pc.any(pc.starts_with(keys, prefix)).as_py()}
         if unused:
@@ -129,6 +145,9 @@ class ResampledOrder(ExactOrder):
                 f"keys look like {examples}"
             )
         return sums
+
+    def _keys(self, shard: int) -> pa.Array:
+        return self._shards[shard].keys[: self._counts[shard]]
 
     def _sizes(self) -> np.ndarray:
         return self._shard_weights
@@ -152,12 +171,42 @@ class ResampledOrder(ExactOrder):
         """Returns the cumulative weights of the samples of a window."""
         if not self._weights:
             return np.arange(1, self._counts[list(shards)].sum() + 1)
-        return np.cumsum(
-            np.concatenate([sample_weights(self._shards[number].keys, self._weights) for number in shards])
-        )
+        return np.cumsum(np.concatenate([sample_weights(self._keys(number), self._weights) for number in shards]))
 
     def _sample_seed(self, epoch: int, position: int) -> str:
         return f"{self._seed}/{epoch}/{position}"  # a repeated sample gets other texts
+
+
+def subset_counts(counts: np.ndarray, subset: float | None) -> np.ndarray:
+    """Returns how many samples of each shard, from its first, belong to a subset of the data set, [S].
+
+    Samples were shuffled when the shards were written, so the first ones of each shard are a random subset. A smaller
+    subset is contained in every larger one, also if one is given as a number and the other as a share.
+
+    Args:
+        counts: number of samples of each shard, [S].
+        subset: number of samples; below 1 a share of all, rounded to at least one sample; None: all.
+
+    Raises:
+        ValueError: the number exceeds that of all samples.
+    """
+    if subset is None:
+        return counts
+    total = int(counts.sum())
+    wanted = int(subset) if subset >= 1 else max(round(subset * total), 1)
+    if wanted > total:
+        raise ValueError(f"pretrain.samples is {wanted}, but the shards have {total} training samples; set it lower")
+    # Sample j of a shard of n samples belongs to a subset if (j + u) / n is below a threshold; u is a random number of
+    # the shard. So subsets grow with the threshold, sample by sample.
+    shifts = _uniform("subset", 0, len(counts))
+
+    def below(threshold: float) -> np.ndarray:
+        return np.clip(np.ceil(threshold * counts - shifts), 0, counts).astype(np.int64)
+
+    low, high = 0.0, 2.0
+    while (found := below((low + high) / 2)).sum() != wanted:
+        low, high = ((low + high) / 2, high) if found.sum() < wanted else (low, (low + high) / 2)
+    return found
 
 
 def sample_weights(keys: pa.Array, weights: Mapping[str, float]) -> np.ndarray:
