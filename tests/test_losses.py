@@ -537,5 +537,5 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
         assert len(one) == 6
         for name, expected in one.items():
             mean = (first[variant, size][name] + second[variant, size][name]) / 2
-            torch.testing.assert_close(mean, expected, atol=1e-6, rtol=0, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
+            torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
         assert torch.equal(first[variant, size]["loss"], second[variant, size]["loss"])

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from lotlip.importing.start import open_start
 from lotlip.models.saving import load_model, save_whole_model
 from lotlip.models.vision.image_tower import save_image_tower
 from lotlip.models.vision.spec import START
 from lotlip.pretrain.config import PretrainConfig
-from lotlip.pretrain.engine import parameter_groups
+from lotlip.pretrain.engine import Engine, parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TinyWorld
 from tests.tiny_baselines import CLIP_LENGTH, SIGLIP_LENGTH, save_clip, save_siglip
-from tests.training import finish, losses, start, tiny_job, train, weights
+from tests.training import finish, losses, same, start, tiny_job, train, weights
 
 TEXTS = ["a red dog", "the white house is on the tree"]
 pytestmark = pytest.mark.usefixtures("group", "forked")
@@ -144,13 +145,52 @@ def test_training_changes_what_is_not_frozen(
 
 
 @pytest.mark.integration
-def test_a_frozen_text_tower_does_not_change(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_frozen_text_tower_does_not_change(
+    precision: str, towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     differences = settings("clip", text={"corner_tokens": 0, "frozen": True}, image_tower={"frozen": False})
-    job = trained(tmp_path, tiny_world, towers["clip"], differences)
-    before = build_for_pretraining(job.config, towers["clip"]).state_dict()
+    differences["precision"] = precision
+    job = trained(tmp_path, tiny_world, towers["clip"], differences, checkpoint_every=2)
+    model = build_for_pretraining(job.config, towers["clip"])
+    assert not model.text.training
+    before = model.state_dict()
     changed = {name for name, value in weights(job).items() if not torch.equal(value, before[name])}
     assert changed
     assert not [name for name in changed if name.startswith("text.")]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_training_with_a_frozen_tower_resumes_bit_for_bit(
+    zero_stage: int, towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    differences = settings("clip", text={"corner_tokens": 0, "frozen": True}, image_tower={"frozen": False})
+    compute = {"checkpoint_every": 2, "zero_stage": zero_stage}
+    whole = trained(tmp_path / "whole", tiny_world, towers["clip"], differences, **compute)
+    step = Engine.step
+
+    def stop(self: Engine, batches: Any, number: int) -> Any:
+        if number == 5:
+            raise KeyboardInterrupt
+        return step(self, batches, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            trained(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
+    resumed = trained(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
+    assert same(weights(whole), weights(resumed))
+
+
+@pytest.mark.integration
+def test_frozen_positions_are_exact_in_bf16(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
+    differences = settings("clip", text={"frozen_positions": 4}, image_tower={"frozen": False})
+    job = trained(tmp_path, tiny_world, towers["clip"], {**differences, "precision": "bf16"})
+    table = "text.transformer.embeddings.position_embedding.weight"
+    before, after = build_for_pretraining(job.config, towers["clip"]).state_dict()[table], weights(job)[table]
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.equal(before[4:], after[4:])
 
 
 @pytest.mark.integration
@@ -185,3 +225,32 @@ def test_checkpointing_trains_as_well(towers: dict[str, Path], tiny_world: TinyW
 def test_settings_that_contradict_one_another_are_named(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainConfig.model_validate(change)
+
+
+def test_a_frozen_encoder_without_a_projection_is_an_error(tmp_path: Path, tiny_tower: Path) -> None:
+    folder = save_clip(tmp_path / "clip")
+    text = {
+        "pretrained": str(folder),
+        "tokenizer": str(folder),
+        "frozen": True,
+        "corner_tokens": 0,
+        "context_length": 20,
+    }
+    config = PretrainConfig.model_validate({"text": text, "image_tower": {"frozen": False}})
+    with pytest.raises(ValueError, match="has no projection to the shared space"):
+        build_for_pretraining(config, tiny_tower)
+
+
+@kinds
+def test_a_text_encoder_of_a_whole_model_is_used(kind: str, tmp_path: Path, tiny_tower: Path) -> None:
+    save, length = SAVE[kind]
+    folder = save(tmp_path / kind)
+    text = {"pretrained": str(folder), "tokenizer": str(folder), "context_length": length}
+    model = build_for_pretraining(PretrainConfig.model_validate({"text": text}), tiny_tower)
+    original: Any = AutoModel.from_pretrained(folder).text_model
+    assert torch.equal(
+        model.text.transformer.encoder.layers[1].mlp.fc1.weight, original.encoder.layers[1].mlp.fc1.weight
+    )
+    other = {**text, "tokenizer": "bert-base-uncased", "context_length": length}
+    with pytest.raises(ValueError, match="tokenizer bert-base-uncased"):
+        build_for_pretraining(PretrainConfig.model_validate({"text": other}), tiny_tower)

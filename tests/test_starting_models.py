@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 from typing import Any
@@ -163,3 +164,41 @@ def test_missing_and_unexpected_weights_are_listed(tmp_path: Path) -> None:
     save_file(weights | {"extra.weight": torch.zeros(1)}, folder / "model.safetensors")
     with pytest.raises(ValueError, match=r"missing keys: text_projection\.weight; unexpected keys: extra\.weight"):
         open_start(str(folder)).read_weights()
+
+
+def test_padding_that_a_tokenizer_file_remembers_has_no_effect(tmp_path: Path) -> None:
+    folder = save_siglip(tmp_path / "theirs")
+    expected = open_start(str(folder)).tokenizer.encode(TEXTS)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer(TEXTS, padding="max_length", truncation=True, max_length=SIGLIP_LENGTH)
+    tokenizer.save_pretrained(folder)
+    assert open_start(str(folder)).tokenizer.encode(TEXTS) == expected
+
+
+@pytest.mark.parametrize("tokenizer", [None, "itself"])
+def test_siglips_texts_are_prepared_wherever_the_tokenizer_comes_from(tokenizer: str | None, tmp_path: Path) -> None:
+    folder = save_siglip(tmp_path / "theirs")
+    start = open_start(str(folder), str(folder) if tokenizer else None)
+    assert start.tokenizer.encode(["A RED dog!"]) == start.tokenizer.encode(["a red dog"])
+
+
+def test_a_tokenizer_class_that_cannot_be_imported_does_not_matter(tmp_path: Path) -> None:
+    folder = save_siglip(tmp_path / "theirs")
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tokenizer_class": "SiglipTokenizer"}))
+    assert open_start(str(folder)).tokenizer.encode(["a red dog"])[0]
+
+
+def test_a_folder_without_its_tokenizer_is_an_error(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "theirs")
+    for file in folder.glob("token*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="tokenizer"):
+        open_start(str(folder))
+
+
+def test_an_archive_with_code_is_named(tmp_path: Path) -> None:
+    # DeepSpeed replaces the function of a linear layer by one that cannot be scripted
+    torch.jit.script(torch.nn.ReLU()).save(str(tmp_path / "ViT-B-32.pt"))
+    with pytest.raises(ValueError, match=r"TorchScript archive, .* open_clip:ViT-B-16:openai"):
+        open_start(str(tmp_path / "ViT-B-32.pt"))

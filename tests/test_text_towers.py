@@ -223,3 +223,11 @@ def test_a_text_that_is_longer_than_siglips_context_is_an_error() -> None:
     ids = torch.full((1, CONTEXT + 1), 7)
     with pytest.raises(ValueError, match="17 tokens, but the model's context length is 16"):
         build("siglip_text_model")(ids, torch.tensor([CONTEXT + 1]))
+
+
+def test_clip_names_texts_that_it_cannot_read() -> None:
+    tower = build("clip_text_model")
+    with pytest.raises(ValueError, match="17 tokens, but the model's context length is 16"):
+        tower(torch.full((1, CONTEXT + 1), 7), torch.tensor([CONTEXT + 1]))
+    with pytest.raises(ValueError, match="begins with the end token; pad texts at the end"):
+        tower.attention_mask(torch.tensor([[END, END, START, 7, END]]))

@@ -31,7 +31,9 @@ def evaluate(ablation: str) -> None:
     folder = paths.models / ablation
     inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / INDEX_FILE)}
     start = None
-    if config.max_short_text_loss is not None:
+    trained = params.ablation(ablation)
+    # an ablation with a new text tower did not come from the starting model
+    if config.max_short_text_loss is not None and (trained.start or trained.text.pretrained):
         file = paths.metrics / BASELINES / START_SCORES
         inputs["start"] = hash_of(file)
         start = StartScores.load(file).short_text_r1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import string
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from tokenizers import Tokenizer
-from tokenizers.normalizers import Replace
+from tokenizers import Regex, Tokenizer
+from tokenizers.normalizers import Lowercase, Replace, Strip
 from tokenizers.normalizers import Sequence as Steps
 
 from lotlip.core.files import read_json, sha256_json
@@ -71,7 +73,7 @@ class PlainTokenizer(TextTokenizer):
 
     def _use(self, pieces: Tokenizer, name: str, context_length: int, pad_id: int | None) -> None:
         self.name, self.context_length = name, context_length
-        self._tokenizer = _without_names(pieces)
+        self._tokenizer = _prepared(pieces)
         special = self._tokenizer.encode("").ids
         if pieces.token_to_id(_CLIP_TOKENS[1]) is not None and special[-1:] != [pieces.token_to_id(_CLIP_TOKENS[1])]:
             raise ValueError(
@@ -172,17 +174,37 @@ def open_tokenizer(
     return kind(name, context_length, corner_tokens, register_tokens, sentence_ends)
 
 
-def _without_names(pieces: Tokenizer) -> Tokenizer:
-    """Returns a copy that gives a special token's id for no caption that spells the token's name.
+def _prepared(pieces: Tokenizer) -> Tokenizer:
+    """Returns a copy that prepares captions as the model was trained, and gives no id of a special token for words.
 
+    SigLIP lowers case, removes punctuation and joins white space before its tokenizer (`canonicalize_text` of
+    big_vision); SigLIP 2 lowers case. Some files of these tokenizers do so, and others leave it to their library.
     CLIP's word pieces include the names of its start and end tokens, so these are removed from captions.
     """
     tokenizer = Tokenizer.from_str(pieces.to_str())
-    names = [name for name in _CLIP_TOKENS if pieces.token_to_id(name) is not None]
-    own = pieces.normalizer
-    if names and (own is None or names[0] in own.normalize_str(names[0])):
-        tokenizer.normalizer = Steps([*(Replace(name, " ") for name in names), *([own] if own is not None else [])])
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True
+    own = pieces.normalizer
+
+    def has(*tokens: str) -> bool:
+        return all(pieces.token_to_id(token) is not None for token in tokens)
+
+    def equal(first: str, second: str) -> bool:
+        return own is not None and own.normalize_str(first) == own.normalize_str(second)
+
+    steps: list[Any] = []
+    if has(*_CLIP_TOKENS):
+        if not equal(f"a{_CLIP_TOKENS[0]}", "a "):
+            steps = [Replace(name, " ") for name in _CLIP_TOKENS]
+    elif has(*_GEMMA_TOKENS):
+        if not equal("A", "a"):
+            steps = [Lowercase()]
+    elif not equal("A-b", "ab"):
+        punctuation = Regex(f"[{re.escape(string.punctuation)}]")
+        steps = [Lowercase(), Replace(punctuation, ""), Replace(Regex(r"\s+"), " "), Strip()]
+    if steps:
+        tokenizer.normalizer = Steps([*steps, *([own] if own is not None else [])])
     return tokenizer
 
 
@@ -195,7 +217,8 @@ def _padding(name: str, tokenizer: Tokenizer, end: int) -> int:
     """Returns the id of the padding token: that of tokenizer_config.json, else the end token's."""
     file = Path() if name in ("", CLIP) else tokenizer_file(name).parent / "tokenizer_config.json"
     if not file.is_file():
-        return end
+        padding = tokenizer.token_to_id("<pad>") if tokenizer.token_to_id(_GEMMA_TOKENS[0]) is not None else None
+        return end if padding is None else padding
     token = read_json(file).get("pad_token")
     content = token.get("content") if isinstance(token, dict) else token
     number = tokenizer.token_to_id(content) if isinstance(content, str) else None

@@ -78,7 +78,10 @@ def tokenizer_file(name: str) -> Path:
 
 
 def _clip_word_pieces() -> Tokenizer:
-    """CLIP's word pieces, from the merges that open_clip ships; the ids are those of OpenAI's tokenizer."""
+    """CLIP's word pieces, from the merges that open_clip ships.
+
+    The ids are those of CLIPTokenizer of transformers; open_clip also decodes HTML entities and repairs mojibake.
+    """
     import gzip
     from importlib.util import find_spec
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
+from zipfile import ZipFile, is_zipfile
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -83,6 +83,11 @@ def load_checkpoint(path: Path) -> Any:
             raise ValueError(
                 f"{path} needs {needed[1]} besides its weights, so reading it would run code from the file; if you "
                 "trust it, load it with torch.load(…, weights_only=False) and save only its 'state_dict'"
+            ) from error
+        if is_zipfile(path) and any("/code/" in name for name in ZipFile(path).namelist()):
+            raise ValueError(
+                f"{path} is a TorchScript archive, which contains code; save only the model's state_dict, or name "
+                "OpenAI's models as open_clip does, such as open_clip:ViT-B-16:openai"
             ) from error
         raise ValueError(
             f"{path} ({path.stat().st_size} bytes) is incomplete or not a torch checkpoint that is safe to read; "

@@ -15,7 +15,7 @@ from lotlip.image_tower.config import OpenClipTowerConfig
 from lotlip.image_tower.open_clip import load_open_clip, open_clip_spec
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.start import StartingModel
-from lotlip.importing.tokenizers import save_as_plain
+from lotlip.importing.tokenizers import check_vocabulary, save_as_plain
 from lotlip.models.configuration import LotlipConfig
 
 # What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
@@ -49,6 +49,7 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
     text = spec_text(architecture)
     siglip = is_siglip(text, f"open_clip:{address}")
     words = _tokenizer(architecture, text, siglip, tokenizer)
+    check_vocabulary(words, text["vocab_size"], f"open_clip:{address}")
     config = LotlipConfig(
         text_config=text_config(text, spec.kwargs["embed_dim"], bool(spec.kwargs["quick_gelu"]), words),
         image_config=spec.to_json(),

@@ -15,6 +15,7 @@ from lotlip.importing import official
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.open_clip import spec_text, text_config
 from lotlip.importing.start import ACCEPTED, StartingModel
+from lotlip.importing.tokenizers import check_vocabulary
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.vision.spec import ImageTowerSpec
 
@@ -40,7 +41,11 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
         words_name = tokenizer or "bert-base-uncased"
         config, converted, words = official.convert(checkpoint, official.RELEASED_IMAGE_TOWER, {}, words_name)
         return StartingModel(str(file), config, words, lambda: converted)
-    if missing := [name for name in ("positional_embedding", "visual.proj", "text_projection") if name not in weights]:
+    if missing := [
+        name
+        for name in ("positional_embedding", "visual.proj", "text_projection", "logit_scale")
+        if name not in weights
+    ]:
         resnet = " (OpenAI's CLIP with a ResNet can be named as open_clip:RN50:openai)"
         raise ValueError(
             f"{file} lacks {', '.join(missing)}, so it is neither a checkpoint of CLIP or Long-CLIP with a ViT nor one "
@@ -55,6 +60,7 @@ def open_start(file: Path, tokenizer: str | None = None) -> StartingModel:
     spec = _image_tower(weights)
     text = _text(weights)
     words = PlainTokenizer(tokenizer or CLIP, text["context_length"])
+    check_vocabulary(words, text["vocab_size"], str(file))
     config = LotlipConfig(
         text_config=text_config(text, spec.kwargs["embed_dim"], True, words),
         image_config=spec.to_json(),

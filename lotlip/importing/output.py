@@ -15,10 +15,12 @@ def describe(config: LotlipConfig) -> list[str]:
     words = text.vocab_size - config.corner_tokens - config.register_tokens
     size = f"{text.num_hidden_layers} layers, {text.hidden_size} wide, {text.num_attention_heads} heads"
     tables = f"{text.max_position_embeddings} positions"
+    # OpenAI's layout does not show it
+    activation = f", {text.hidden_act}" if text.model_type == "clip_text_model" else ""
     if types := getattr(text, "type_vocab_size", None):
         tables += f", {types} token types"
     return [
-        f"text tower: {text.model_type}, {size}, feed-forward width {text.intermediate_size}, {tables}",
+        f"text tower: {text.model_type}, {size}, feed-forward width {text.intermediate_size}{activation}, {tables}",
         f"vocabulary: {words} words and {config.corner_tokens} corner tokens; texts of {config.context_length} tokens",
         f"image tower: {image.model}, {image.image_size} pixels, {config.embed_dim}-dimensional features",
     ]

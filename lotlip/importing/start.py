@@ -73,6 +73,11 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
         return openai.open_start(path, tokenizer)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / "open_clip_config.json").is_file():
+                raise ValueError(
+                    f"{name} is a folder of open_clip; name its architecture and weights: "
+                    f"open_clip:ARCHITECTURE:{path}/open_clip_model.safetensors"
+                )
             seeds = sorted(path.glob("seed-*"))
             hint = f"; name one of its seeds, such as {seeds[0]}" if seeds else f"; {ACCEPTED}"
             raise ValueError(f"{name} has no model (config.json is missing){hint}")

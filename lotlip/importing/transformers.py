@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -14,7 +15,7 @@ from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.image_tower.config import TransformersTowerConfig
 from lotlip.image_tower.transformers import transformers_spec
 from lotlip.importing.start import ACCEPTED, StartingModel
-from lotlip.importing.tokenizers import save_as_plain
+from lotlip.importing.tokenizers import check_vocabulary, save_as_plain
 from lotlip.models.configuration import LotlipConfig
 
 TYPES = ("clip", "siglip")
@@ -43,6 +44,7 @@ def open_start(
     tower = TransformersTowerConfig(kind="transformers", model=name, revision=revision)
     spec = transformers_spec(tower, local_files_only)
     words = _tokenizer(name, options, whole.text_config.max_position_embeddings, tokenizer)
+    check_vocabulary(words, whole.text_config.vocab_size, name)
     is_siglip = whole.model_type == "siglip"
     text = whole.text_config
     # models of earlier versions have other ids in their configuration than in their tokenizer
@@ -61,13 +63,16 @@ def open_start(
 def _tokenizer(name: str, options: Mapping[str, Any], positions: int, tokenizer: str | None) -> PlainTokenizer:
     if tokenizer is not None:
         return PlainTokenizer(tokenizer, positions)
-    try:
+    words: Any = None
+    with suppress(Exception):  # SigLIP's own needs sentencepiece, but its tokenizer.json does not
         words = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
-        if not words.is_fast:  # SigLIP's own is slow, but its tokenizer.json can be read
+    try:
+        if words is None or not words.is_fast:
             words = PreTrainedTokenizerFast.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # the tokenizers library and sentencepiece raise Exception and ImportError
+    except Exception as error:  # the tokenizers library raises Exception itself
         raise ValueError(
-            f"the tokenizer of {name} cannot be read: {error}; name a folder with a tokenizer.json with --tokenizer"
+            f"the tokenizer of {name} cannot be read: {error}; import the model with `lotlip import --tokenizer "
+            "FOLDER`, where the folder has a tokenizer.json"
         ) from error
     return save_as_plain(words, positions)
 

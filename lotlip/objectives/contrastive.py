@@ -68,13 +68,12 @@ def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothi
 
     With label smoothing, a target is the positive with probability 1 − smoothing, and else any candidate.
     """
-    to_image, to_text = _positives(picks_image, own), _positives(picks_text, own)
-    if smoothing:
-        to_image, to_text = (
-            (1 - smoothing) * positive + smoothing * logits.sum(2) / logits.shape[2]
-            for positive, logits in ((to_image, picks_image), (to_text, picks_text))
-        )
-    costs = picks_image.logsumexp(2) - to_image - to_text
+    costs = picks_image.logsumexp(2)
+    for logits in (picks_image, picks_text):
+        target = _positives(logits, own)
+        if smoothing:
+            target = (1 - smoothing) * target + smoothing * logits.sum(2) / picks_image.shape[2]
+        costs = costs - target
     return costs.sum(1), picks_text.logsumexp(1)
 
 

@@ -190,6 +190,11 @@ def _first_problem(problem: str | None) -> str | None:
     return next((reported for reported in problems if reported), None)
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the parameters that are not frozen, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def full_weights(engine: Any) -> dict[str, Tensor]:
     """Returns the trained weights in fp32 on the CPU, from the optimizer's copy if the model is in bf16 or partitioned.
 
@@ -198,7 +203,7 @@ def full_weights(engine: Any) -> dict[str, Tensor]:
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights: dict[str, Tensor] = {}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module).items():
         value = safe_get_full_fp32_param(parameter)
         _collect(weights, name, parameter if value is None else value)
     rows = engine.module.word_rows
@@ -213,7 +218,7 @@ def _full_moments(engine: Any) -> dict[str, dict[str, Tensor]]:
 
     _link_moments(engine)
     moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine.module).items():
         for moment in MOMENTS:
             if _is_split(parameter):
                 value = safe_get_full_optimizer_state(parameter, moment)
@@ -252,7 +257,7 @@ def _link_moments(engine: Any) -> None:
 def _load_into(engine: Any, folder: Path, step: int) -> None:
     _create_states(engine, step)
     _link_moments(engine)
-    parameters = dict(engine.module.named_parameters())
+    parameters = trained_parameters(engine.module)
     rows = engine.module.word_rows
     for file in ("weights", *MOMENTS):
         with open_weights(folder / f"{file}.safetensors") as tensors:
@@ -281,6 +286,12 @@ def _create_states(engine: Any, step: int) -> None:
     for value in parameters:
         inner.state[value] = {moment: torch.zeros_like(value) for moment in MOMENTS}
         inner.state[value]["step"] = torch.tensor(float(step), device=value.device)
+
+
+def assign_weights(engine: Any, weights: Mapping[str, Tensor]) -> None:
+    """Writes trained weights in fp32 into DeepSpeed's copy, which it otherwise makes from the rounded weights."""
+    for name, parameter in trained_parameters(engine.module).items():
+        _assign(engine, parameter, weights[name], None)
 
 
 def _assign(engine: Any, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:

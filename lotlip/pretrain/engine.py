@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lotlip.core.compute import TrainingCompute
 from lotlip.models.text.text_tower import position_table
 from lotlip.objectives.contrastive import lotlip_loss
+from lotlip.pretrain.checkpoint import assign_weights, trained_parameters
 from lotlip.pretrain.config import OptimizerConfig, PretrainConfig
 from lotlip.pretrain.loader import Batch
 from lotlip.pretrain.model import LotlipForPreTraining, padded
@@ -169,9 +170,13 @@ class Engine:
             fused=True,
         )
         self.config, self.seed = config, seed
+        rounds = config.precision == "bf16"
+        exact = {name: value.detach().clone() for name, value in trained_parameters(model).items()} if rounds else {}
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, compute)
         )
+        if exact:
+            assign_weights(self.deepspeed, exact)
         if dist.get_world_size() == 1 and not self.deepspeed.zero_optimization_stage():
             # with one process, DeepSpeed would copy all gradients for nothing: an eighth of the demo's step
             self.deepspeed.enable_backward_allreduce = False

@@ -70,8 +70,8 @@ def build_for_pretraining(
     )
     if text.context_length > model.text.positions:
         raise ValueError(
-            f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions; "
-            "set it lower, or set text.position_interpolation"
+            f"text.context_length {text.context_length} exceeds the encoder's {model.text.positions} positions; set it "
+            "lower, or " + ("set text.position_interpolation" if name else "raise text.config.max_position_embeddings")
         )
     if isinstance(model.text, SiglipTower) and text.context_length != model.text.positions and name:
         raise ValueError(
@@ -88,6 +88,11 @@ def build_for_pretraining(
         tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
     model.load_state_dict({**model.state_dict(), **weights})
+    if text.frozen and start.source is None:
+        raise ValueError(
+            f"text.frozen is true, but text.pretrained {name} has no projection to the shared space, which needs "
+            "training; use pretrain.start, or set text.frozen to false"
+        )
     _freeze(model, text)
     return model.train()
 
@@ -239,7 +244,16 @@ def _load_pretrained(
     if isinstance(config, LotlipConfig):
         source = LotlipForPreTraining.from_pretrained(name, image_tower=False, trust_remote_code=False, **options)
         return source.text.transformer, source
-    model = AutoModel.from_pretrained(name, config=config, trust_remote_code=False, **options)
+    loaded: Any = AutoModel.from_pretrained(
+        name, config=config, trust_remote_code=False, output_loading_info=True, **options
+    )
+    model, info = loaded
+    # a model of another task may lack the pooler, which then starts at random
+    if missing := sorted(key for key in info["missing_keys"] if not key.startswith("pooler.")):
+        raise ValueError(
+            f"text.pretrained {name} lacks {len(missing)} weights of its encoder: {', '.join(missing[:3])}; restore "
+            "the file, or name another model"
+        )
     return (model.text_model if config.model_type in WHOLE_MODELS else model), None
 
 

@@ -26,10 +26,15 @@ class LotlipForPreTraining(LotlipModel):
     _keys_to_ignore_on_load_unexpected = [r"^image\."]  # noqa: RUF012 (transformers' own type)
 
     def train(self, mode: bool = True) -> LotlipForPreTraining:
-        """Sets training mode, except for the image tower, whose running statistics stay fixed: batches may be split."""
+        """Sets training mode, except for the image tower, whose running statistics stay fixed: batches may be split.
+
+        A frozen text tower stays in evaluation mode, without dropout.
+        """
         super().train(mode)
         if self.image is not None:
             self.image.eval()
+        if not any(parameter.requires_grad for parameter in self.text.parameters()):
+            self.text.eval()
         return self
 
     def forward(  # type: ignore[override]

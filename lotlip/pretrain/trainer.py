@@ -118,6 +118,12 @@ class Trainer:
         )
         seed_everything(seed)
         model = build_for_pretraining(resolve_pretrained(config, seed), job.image_tower, ends)
+        # DeepSpeed rounds them to bf16, and ZeRO 3 partitions them
+        self.frozen = {
+            name: parameter.detach().clone()
+            for name, parameter in model.named_parameters()
+            if not parameter.requires_grad
+        }
         # The index lists the ids of all word pieces in sub-captions. Those of CLIP's texts differ by punctuation.
         if self.index.tokenizer == tokenizer and self.tokenizer.family == "bert" and not text.frozen:
             used = {*self.index.vocabulary, *self.tokenizer.special_ids}
@@ -271,14 +277,14 @@ class Trainer:
         buffers = {
             name: (value.float() if value.is_floating_point() else value).cpu()
             for name, value in model.state_dict().items()
-            if name not in trained
+            if name not in trained and name not in self.frozen
         }
         model_config = model.config
         model_config.provenance = self._provenance()
         frozen = self.job.image_tower if self.config.image_tower.frozen else None
         with atomic_write(self.job.model_folder(self.seed)) as folder:
             folder.mkdir()
-            save_model(model_config, buffers | trained, self.tokenizer, folder, frozen)
+            save_model(model_config, buffers | self.frozen | trained, self.tokenizer, folder, frozen)
             write_json(folder / HISTORY, self.history)
         self.checkpoints.remove()
 

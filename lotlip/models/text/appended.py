@@ -58,8 +58,19 @@ class AppendedTower(TextTower):
         return self.proj(hidden)
 
     def _completed(self, texts: TextBatch) -> TextBatch:
-        """Returns texts as the encoder was trained to read them."""
+        """Returns texts as the encoder was trained to read them.
+
+        Raises:
+            ValueError: they are too long.
+        """
+        self.check_length(texts.ids.shape[1], self.positions)
         return texts
+
+    @staticmethod
+    def check_length(length: int, limit: int) -> None:
+        """Raises ValueError if texts are longer than the limit."""
+        if length > limit:
+            raise ValueError(f"texts have {length} tokens, but the model's context length is {limit}; truncate them")
 
     def _arrange(self, ids: Tensor, lengths: Tensor, cls_only: bool) -> Arranged:
         """See `lotlip.models.text.packing.Arrange`. Corner tokens that no needed token reads are left out."""

@@ -23,5 +23,7 @@ class ClipTower(AppendedTower):
 
     def attention_mask(self, input_ids: Tensor) -> Tensor:
         # CLIP pads with [EOT] too, so a text ends at the first one
+        if (input_ids[:, 0] == self.transformer.config.eos_token_id).any():
+            raise ValueError("a text begins with the end token; pad texts at the end, or give the attention mask")
         is_end = (input_ids == self.transformer.config.eos_token_id).long()
         return is_end.cumsum(dim=1) == is_end

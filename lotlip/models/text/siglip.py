@@ -34,10 +34,7 @@ class SiglipTower(AppendedTower):
     def _completed(self, texts: TextBatch) -> TextBatch:
         ids, lengths, cls_only = texts
         padding, length = self.transformer.config.pad_token_id, ids.shape[1]
-        if length > self.context_length:
-            raise ValueError(
-                f"texts have {length} tokens, but the model's context length is {self.context_length}; truncate them"
-            )
+        self.check_length(length, self.context_length)
         is_padding = torch.arange(length, device=ids.device) >= lengths[:, None]
         ids = pad(ids.masked_fill(is_padding, padding), (0, self.context_length - length), value=padding)
         return TextBatch(ids, torch.full_like(lengths, self.context_length), cls_only)
