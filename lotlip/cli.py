@@ -9,7 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -167,6 +167,23 @@ def import_model(
     save_whole_model(model, opened.tokenizer, out.resolve(), {"name": out.resolve().name, "source": source})
     write_record(out.resolve(), Path(out.resolve().name))
     _print_imported(describe(model.config), out)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    to: Annotated[Literal["transformers", "open_clip", "onnx"], typer.Option(help="Layout of the result.")],
+    out: Annotated[Path, typer.Option(help="Output folder.", metavar="DIR")],
+    force: Annotated[bool, typer.Option("--force", help="Replace an export that this command wrote.")] = False,
+) -> None:
+    """Convert a model to one of transformers or open_clip, or to ONNX; the result does not need lotlip."""
+    from lotlip.exporting.export import export
+
+    typer.echo(f"reading {model}")
+    difference = export(model, to, out, force)
+    typer.echo(
+        f"written to {out}; features differ from the model's by {difference:.1e} at most; see {out / 'README.md'}"
+    )
 
 
 def _print_imported(lines: list[str], out: Path) -> None:

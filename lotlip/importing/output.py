@@ -1,4 +1,4 @@
-"""Where an import writes its model, and what it prints about it."""
+"""Where an import or export writes its model, and what an import prints about it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def describe(config: LotlipConfig) -> list[str]:
 
 
 def check_out(out: Path, inputs: list[Path], force: bool) -> None:
-    """Checks that an import may write a folder.
+    """Checks that an import or export may write a folder.
 
     Args:
         out: the folder.
         inputs: files and folders that are read.
-        force: whether an imported model in `out` may be replaced.
+        force: whether a model of this project in `out` may be replaced.
 
     Raises:
         ValueError: it may not.
@@ -43,7 +43,9 @@ def check_out(out: Path, inputs: list[Path], force: bool) -> None:
     if inside:  # the folder is replaced as a whole
         raise ValueError(f"--out {out} contains the input {inside[0]}; name another folder")
     if not force and out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty; name another folder, or use --force to replace an imported model")
+        raise ValueError(
+            f"--out {out} is not empty; name another folder, or use --force to replace a model that this command wrote"
+        )
     try:
         check_replaceable(out.resolve())
     except ForeignFileError as error:

@@ -77,9 +77,7 @@ class AppendedTower(TextTower):
         number, length = ids.shape
         corners = 0 if cls_only and (self.causal or self.corner_mask) else self.corner_tokens
         rows = self.transformer.config.vocab_size
-        registers = torch.arange(rows - self.register_tokens, rows, device=ids.device)
-        first = rows - self.register_tokens - self.corner_tokens
-        extra = torch.cat([torch.arange(first, first + corners, device=ids.device), registers])
+        extra = torch.arange(rows - self.register_tokens - corners, rows, device=ids.device)  # `corners` is 0 or m
         end = lengths[:, None] - 1
         appended = length + torch.arange(0 if cls_only else corners, device=ids.device)
         return Arranged(

@@ -29,7 +29,7 @@ def corner_attention_mask(lengths: Tensor, length: int, corner_tokens: int, sepa
         return real
     query, key = position[:, None], position[None, :]
     corner_query, corner_key = _is_corner(query, corner_tokens), _is_corner(key, corner_tokens)
-    visible = torch.where(corner_key, query == key, ~(corner_query & (key == 0)))  # [L, L]
+    visible = (query == key) | ~corner_key & ~(corner_query & (key == 0))  # [L, L]
     return visible & real
 
 

@@ -1,0 +1,473 @@
+"""Exports: other libraries give the model's features, without this package, and what cannot be exported is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionModelWithProjection,
+    SiglipModel,
+)
+
+from lotlip.core.files import ForeignFileError, read_json
+from lotlip.data.tokenizer import TextTokenizer
+from lotlip.exporting.export import export
+from lotlip.importing.start import StartingModel, open_start
+from lotlip.models.configuration import LotlipConfig
+from lotlip.models.lotlip import LotlipModel
+from lotlip.models.saving import load_model, save_whole_model
+from lotlip.models.vision.spec import ImageTowerSpec
+from tests.conftest import TEXT
+from tests.test_cli import program
+from tests.test_starting_models import TEXTS, pictures
+from tests.tiny_baselines import OPEN_CLIP, SIZE, register_open_clip, save_clip, save_open_clip, save_siglip, spread
+
+CORNERS = 2
+Change = Callable[[LotlipConfig], None]
+
+
+def open_tiny(kind: str, folder: Path) -> StartingModel:
+    """A tiny CLIP or SigLIP of transformers, or a tiny CLIP of open_clip."""
+    if kind == "open_clip":
+        name = register_open_clip(folder, f"export-{folder.name}")
+        file = save_open_clip(folder / "theirs", name) / "open_clip_model.safetensors"
+        return open_start(f"open_clip:{name}:{file}")
+    return open_start(str((save_clip if kind == "clip" else save_siglip)(folder / "theirs")))
+
+
+def save(start: StartingModel, folder: Path, registers: int = 0, change: Change | None = None) -> Path:
+    """Saves a starting model with corner tokens, and with register tokens, whose embeddings are as large as words'."""
+    config = deepcopy(start.config)
+    config.corner_tokens, config.register_tokens = CORNERS, registers
+    config.text_config.vocab_size += CORNERS + registers
+    if change:
+        change(config)
+    weights, name = dict(start.read_weights()), "text.transformer.embeddings.token_embedding.weight"
+    weights[name] = torch.cat([weights[name], torch.randn(CORNERS + registers, weights[name].shape[1])])
+    model = LotlipModel(config)
+    model.load_state_dict(weights)
+    save_whole_model(model, start.tokenizer, folder, {})
+    return folder
+
+
+def save_tiny(kind: str, folder: Path, **more: Any) -> Path:
+    return save(open_tiny(kind, folder), folder / "ours", **more)
+
+
+def change_image(**changes: Any) -> Change:
+    def change(config: LotlipConfig) -> None:
+        config.image_config = replace(ImageTowerSpec.from_json(config.image_config), **changes).to_json()
+
+    return change
+
+
+def features(folder: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of `TEXTS`, pixels of `pictures`, and features of these, as this package computes them."""
+    model, tokenizer = load_model(folder)
+    ids, lengths = (torch.from_numpy(part) for part in tokenizer(TEXTS))
+    pixels = AutoProcessor.from_pretrained(folder)(images=pictures(), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        return model.encode_text(ids, lengths)[:, 0], pixels, model.encode_image(pixels)
+
+
+def assert_exported_to_transformers(ours: Path, out: Path, kind: type) -> None:
+    texts, pixels, images = features(ours)
+    model: Any = AutoModel.from_pretrained(out).eval()
+    assert type(model) is kind
+    inputs = AutoProcessor.from_pretrained(out)(
+        text=TEXTS, images=pictures(), padding="max_length", truncation=True, return_tensors="pt"
+    )
+    tokens = AutoTokenizer.from_pretrained(out)(TEXTS, padding="max_length", truncation=True)["input_ids"]
+    assert inputs["input_ids"].tolist() == tokens
+    assert torch.allclose(inputs["pixel_values"], pixels, atol=2e-2)  # transformers rounds pixels to 8 bits
+    with torch.no_grad():
+        output = model(**{**inputs, "pixel_values": pixels})
+    assert torch.allclose(output.text_embeds, texts, atol=1e-5)
+    assert torch.allclose(output.image_embeds, images, atol=1e-5)
+    assert torch.allclose(model.logit_scale.exp(), load_model(ours)[0].scale)
+    if kind is CLIPModel:  # it reads the width from another field
+        vision = CLIPVisionModelWithProjection.from_pretrained(out).eval()
+        with torch.no_grad():
+            assert torch.allclose(normalize(vision(pixels).image_embeds, dim=-1), images, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "type_"), [("clip", CLIPModel), ("siglip", SiglipModel), ("open_clip", CLIPModel)])
+def test_transformers_gives_the_features_of_an_export(kind: str, type_: type, tmp_path: Path) -> None:
+    ours = save_tiny(kind, tmp_path)
+    export(ours, "transformers", tmp_path / "out")
+    assert_exported_to_transformers(ours, tmp_path / "out", type_)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_an_export_to_transformers_can_be_imported_again(kind: str, tmp_path: Path) -> None:
+    start = open_tiny(kind, tmp_path)
+    export(save(start, tmp_path / "ours"), "transformers", tmp_path / "out")
+    again = open_start(str(tmp_path / "out"))
+    before, after = start.read_weights(), again.read_weights()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert again.tokenizer.encode(TEXTS) == start.tokenizer.encode(TEXTS)
+    assert again.config.context_length == start.config.context_length
+    assert ImageTowerSpec.from_json(again.config.image_config).preprocessing == (
+        ImageTowerSpec.from_json(start.config.image_config).preprocessing
+    )
+
+
+@pytest.mark.parametrize(("kind", "type_"), [("clip", CLIPModel), ("siglip", SiglipModel)])
+def test_another_image_size_and_preprocessing_are_exported(kind: str, type_: type, tmp_path: Path) -> None:
+    change = change_image(
+        image_size=SIZE + 16,
+        resize="squash",
+        crop=0.8,
+        interpolation="bilinear",
+        mean=(0.1, 0.2, 0.3),
+        std=(0.6, 0.7, 0.8),
+    )
+    ours = save_tiny(kind, tmp_path, change=change)
+    export(ours, "transformers", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "config.json")["vision_config"]["image_size"] == SIZE + 16
+    assert_exported_to_transformers(ours, tmp_path / "out", type_)
+
+
+def save_siglip_with_timm(folder: Path) -> Path:
+    """A model as those of open_clip whose image tower is one of timm, and whose text tower is SigLIP's."""
+    start = open_tiny("siglip", folder)
+    vision = {"timm_model_name": "test_vit", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    spec = ImageTowerSpec(
+        "tiny", 32, {"embed_dim": 32, "vision_cfg": vision, "quick_gelu": False}, library="open_clip", pooling="model"
+    )
+    config = deepcopy(start.config)
+    config.image_config = spec.to_json()
+    config.text_config.hidden_act = "gelu_pytorch_tanh"
+    model = spread(LotlipModel(config))
+    save_whole_model(model, start.tokenizer, folder / "ours", {})
+    return folder / "ours"
+
+
+def shorten(config: LotlipConfig) -> None:
+    config.context_length -= 4  # fewer tokens than positions
+
+
+@pytest.mark.parametrize("kind", ["clip", "open_clip", "siglip_with_timm"])
+def test_open_clip_gives_the_features_of_an_export(kind: str, tmp_path: Path) -> None:
+    is_siglip = kind == "siglip_with_timm"
+    ours = save_siglip_with_timm(tmp_path) if is_siglip else save_tiny(kind, tmp_path, change=shorten)
+    export(ours, "open_clip", tmp_path / "out")
+    texts, pixels, images = features(ours)
+    name = f"local-dir:{tmp_path / 'out'}"
+    model, prepare = open_clip.create_model_from_pretrained(name)
+    model.eval()
+    tokenizer = open_clip.get_tokenizer(name)
+    assert isinstance(tokenizer, open_clip.SimpleTokenizer) == (kind == "open_clip")
+    assert torch.allclose(torch.stack([prepare(picture) for picture in pictures()]), pixels, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(normalize(model.encode_text(tokenizer(TEXTS)), dim=-1), texts, atol=1e-5)
+        assert torch.allclose(normalize(model.encode_image(pixels), dim=-1), images, atol=1e-5)
+    assert torch.allclose(model.logit_scale.exp(), load_model(ours)[0].scale)
+    assert (model.logit_bias is not None) == is_siglip
+
+
+# --- ONNX -----------------------------------------------------------------------------------------------------------
+
+
+def save_with_new_text_tower(folder: Path, text: dict[str, Any]) -> Path:
+    """A model of this project's default kind: a BERT-like text tower and a tower of timm."""
+    config = LotlipConfig(
+        text_config={**TEXT, **text, "vocab_size": 30522 + CORNERS},
+        image_config=ImageTowerSpec("test_vit", 32).to_json(),
+        embed_dim=64,
+        context_length=32,
+        corner_tokens=CORNERS,
+    )
+    tokenizer = TextTokenizer("bert-base-uncased", 32, CORNERS)
+    save_whole_model(spread(LotlipModel(config)), tokenizer, folder / "ours", {})
+    return folder / "ours"
+
+
+MODERN = {
+    "model_type": "modernbert",
+    "num_hidden_layers": 4,
+    "local_attention": 6,
+    "pad_token_id": 0,
+    "cls_token_id": 101,
+    "sep_token_id": 102,
+    "bos_token_id": 101,
+    "eos_token_id": 102,
+}
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["bert", "modernbert", "clip", "siglip"])
+def test_onnxruntime_gives_the_features_of_an_export(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    if kind == "siglip":
+        monkeypatch.setattr("lotlip.exporting.onnx._LARGEST_FILE", 0)  # weights in a second file
+    if kind in ("bert", "modernbert"):
+        ours = save_with_new_text_tower(tmp_path, {} if kind == "bert" else MODERN)
+    else:
+        ours = save_tiny(kind, tmp_path, registers=1)
+    out = tmp_path / "out"
+    export(ours, "onnx", out)
+    assert (out / "text.onnx.data").exists() == (kind == "siglip")
+    model, tokenizer = load_model(ours)
+    text, image = (onnxruntime.InferenceSession(out / f"{name}.onnx") for name in ("text", "image"))
+    longest = "the white house is on the tree " * 20
+    for captions in ([longest], ["a", "a dog", "a red dog", longest, "the tree"], ["dog"] * 7):
+        ids, lengths = tokenizer(captions)
+        mask = (np.arange(ids.shape[1]) < lengths[:, None]).astype(np.int64)
+        found = text.run(None, {"input_ids": ids, "attention_mask": mask})[0]
+        with torch.no_grad():
+            expected = model.encode_text(torch.from_numpy(ids), torch.from_numpy(lengths))[:, 0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    for number in (1, 5):
+        pixels = torch.randn(number, 3, model.image_tower.spec.image_size, model.image_tower.spec.image_size)
+        with torch.no_grad():
+            expected = model.encode_image(pixels)
+        found = image.run(None, {"pixel_values": pixels.numpy()})[0]
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+    about = read_json(out / "export.json")
+    assert about["logit_scale"] == pytest.approx(model.scale.item())
+    assert about["logit_bias"] == (0 if model.logit_bias is None else pytest.approx(model.logit_bias.item()))
+
+
+# --- without this package -------------------------------------------------------------------------------------------
+
+# Reads exports as a machine without this package does: `lotlip` and `flows` cannot be imported.
+ELSEWHERE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("lotlip", "flows", "tests"):
+            raise ImportError(f"{name} is not installed here")
+
+sys.meta_path.insert(0, Blocked())
+for name in ("lotlip", "flows"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    sys.exit(f"{name} can be imported")
+
+import json
+import numpy as np, open_clip, onnxruntime, torch
+from PIL import Image
+from tokenizers import Tokenizer
+from transformers import AutoImageProcessor, AutoModel, AutoProcessor
+
+texts, folders = json.loads(sys.argv[1]), sys.argv[2:]
+pictures = [Image.open(f"picture-{number}.png") for number in range(2)]
+expected = {folder: np.load(f"{folder}.npz") for folder in folders}
+
+def check(folder, found_texts, found_images, tolerance):
+    # pictures are prepared by the library, which may round pixels to 8 bits
+    for name, found, allowed in (("texts", found_texts, tolerance), ("images", found_images, 1e-2)):
+        difference = np.abs(np.asarray(found) - expected[folder][name]).max()
+        assert difference < allowed, (folder, name, difference)
+
+with torch.no_grad():
+    for folder in folders:
+        pixels = torch.from_numpy(expected[folder]["pixels"])
+        if folder.startswith("transformers"):
+            model = AutoModel.from_pretrained(folder).eval()
+            processor = AutoProcessor.from_pretrained(folder)
+            options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+            output = model(**processor(text=texts, images=pictures, **options))
+            check(folder, output.text_embeds, output.image_embeds, 1e-5)
+            exact = model(**processor(text=texts, **options), pixel_values=pixels).image_embeds
+        elif folder.startswith("open_clip"):
+            model, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+            model.eval()
+            ids = open_clip.get_tokenizer(f"local-dir:{folder}")(texts)
+            images = model.encode_image(torch.stack([prepare(picture) for picture in pictures]), normalize=True)
+            check(folder, model.encode_text(ids, normalize=True), images, 1e-5)
+            exact = model.encode_image(pixels, normalize=True)
+        else:
+            tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+            encoded = tokenizer.encode_batch(texts)
+            inputs = {name: np.array([getattr(text, kind) for text in encoded])
+                      for name, kind in (("input_ids", "ids"), ("attention_mask", "attention_mask"))}
+            prepared = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="np")["pixel_values"]
+            image = onnxruntime.InferenceSession(f"{folder}/image.onnx")
+            text = onnxruntime.InferenceSession(f"{folder}/text.onnx")
+            check(folder, text.run(None, inputs)[0], image.run(None, {"pixel_values": prepared})[0], 1e-4)
+            exact = image.run(None, {"pixel_values": pixels.numpy()})[0]
+        difference = np.abs(np.asarray(exact) - expected[folder]["images"]).max()
+        assert difference < (1e-4 if folder.startswith("onnx") else 1e-5), (folder, difference)
+assert not any(name.partition(".")[0] == "lotlip" for name in sys.modules)
+print("checked", len(folders))
+"""
+
+
+@pytest.mark.integration
+def test_exports_are_used_without_this_package(tmp_path: Path) -> None:
+    """Exports give the model's features in a process that cannot import this package.
+
+    It uses the installed packages, because a virtual environment with torch and transformers takes gigabytes.
+    """
+    kinds = {
+        "transformers-clip": save_tiny("clip", made(tmp_path / "clip")),
+        "transformers-siglip": save_tiny("siglip", made(tmp_path / "siglip")),
+        "open_clip": save_tiny("open_clip", made(tmp_path / "open_clip-model")),
+        "onnx": save_with_new_text_tower(tmp_path, {}),
+    }
+    for name, ours in kinds.items():
+        export(ours, name.partition("-")[0], tmp_path / name)  # type: ignore[arg-type]
+        texts, pixels, images = features(ours)
+        np.savez(tmp_path / f"{name}.npz", texts=texts.numpy(), pixels=pixels.numpy(), images=images.numpy())
+    for number, picture in enumerate(pictures()):
+        picture.save(tmp_path / f"picture-{number}.png")
+    ran = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, json.dumps(TEXTS), *kinds],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.strip().endswith(f"checked {len(kinds)}")
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
+
+
+# --- what cannot be exported ----------------------------------------------------------------------------------------
+
+
+def assert_refused(ours: Path, to: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(ours, to, ours.with_name("refused"))
+    assert not ours.with_name("refused").exists()
+
+
+def test_a_model_with_a_bert_is_exported_to_onnx_only(tmp_path: Path) -> None:
+    ours = save_with_new_text_tower(tmp_path, {})
+    message = (
+        "has no class for this model: its text tower is of type bert, .* use --to onnx, .* AutoModel after `import"
+    )
+    assert_refused(ours, "transformers", message)
+    assert_refused(ours, "open_clip", message)
+
+
+@pytest.mark.parametrize("to", ["transformers", "open_clip"])
+def test_a_feature_that_depends_on_extra_tokens_is_not_exported(to: Any, tmp_path: Path) -> None:
+    assert_refused(save_tiny("clip", made(tmp_path / "clip"), registers=1), to, "depends on the model's 1 register")
+
+    def without_mask(config: LotlipConfig) -> None:
+        config.corner_mask = False
+
+    ours = save_tiny("siglip", made(tmp_path / "siglip"), change=without_mask)
+    assert_refused(ours, to, "without the corner mask, so the text's feature depends on its 2 corner tokens")
+
+
+def test_clip_is_exported_without_the_corner_mask_too(tmp_path: Path) -> None:
+    def without_mask(config: LotlipConfig) -> None:
+        config.corner_mask = False
+
+    ours = save_tiny("clip", tmp_path, change=without_mask)
+    export(ours, "transformers", tmp_path / "out")
+    assert_exported_to_transformers(ours, tmp_path / "out", CLIPModel)
+
+
+@pytest.mark.integration
+def test_images_that_are_padded_are_described_for_onnx(tmp_path: Path) -> None:
+    ours = save_tiny("clip", tmp_path, change=change_image(resize="pad"))
+    export(ours, "onnx", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "export.json")["image"]["resize"] == "pad"
+    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
+    assert "transformers cannot pad" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_late_interaction_is_not_exported(tmp_path: Path) -> None:
+    def late(config: LotlipConfig) -> None:
+        config.similarity = "late-interaction"
+
+    ours = save_tiny("clip", tmp_path, change=late)
+    for to in ("transformers", "open_clip", "onnx"):
+        assert_refused(ours, to, "similarity of this model is late-interaction, which compares tokens")
+
+
+def test_what_a_library_lacks_is_named(tmp_path: Path) -> None:
+    ours = save_tiny("clip", made(tmp_path / "pad"), change=change_image(resize="pad"))
+    assert_refused(ours, "transformers", "padded to a square, which no processor of transformers does")
+    assert_refused(ours, "open_clip", r"cannot prepare images as this model needs \(resize pad")
+    siglip = save_tiny("siglip", made(tmp_path / "siglip"))
+    assert_refused(siglip, "open_clip", "cannot build the image tower siglip_vision_model .* --to transformers")
+    assert_refused(save_siglip_with_timm(made(tmp_path / "timm")), "transformers", "needs the SigLIP image tower")
+
+    def gelu(config: LotlipConfig) -> None:
+        config.text_config.hidden_act = "gelu"
+
+    ours = save_tiny("clip", made(tmp_path / "gelu"), change=gelu)
+    assert_refused(ours, "open_clip", r"activations of the towers are gelu \(text\) and quick_gelu \(image\)")
+
+
+def test_a_vit_of_another_structure_than_clips_is_not_exported_to_transformers(tmp_path: Path) -> None:
+    start = open_tiny("open_clip", tmp_path)
+    config = deepcopy(start.config)
+    kwargs = {"embed_dim": 16, "quick_gelu": False, "vision_cfg": {**OPEN_CLIP["vision_cfg"], "no_ln_pre": True}}
+    change_image(kwargs=kwargs)(config)
+    save_whole_model(LotlipModel(config), start.tokenizer, tmp_path / "ours", {})
+    assert_refused(tmp_path / "ours", "transformers", r"not built as CLIP's: no ln_pre\.weight, no ln_pre\.bias; use")
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = save_tiny("clip", tmp_path)
+    found = importlib.util.find_spec
+    monkeypatch.setattr("lotlip.exporting.onnx.find_spec", lambda name: None if name == "onnxscript" else found(name))
+    assert_refused(ours, "onnx", r"needs onnxscript: pip install 'lotlip\[export\]'")
+
+
+def test_an_export_with_other_features_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = save_tiny("clip", tmp_path)
+    monkeypatch.setattr("lotlip.exporting.export.TOLERANCE", 1e-12)
+    assert_refused(ours, "transformers", "features of the export differ from those of")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_replaces_only_exports(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, out = save_tiny("clip", tmp_path), tmp_path / "out"
+    assert program(monkeypatch, "export", ours, "--to", "transformers", "--out", out) == 0
+    assert f"written to {out}" in capsys.readouterr().out
+    assert "AutoProcessor" in (out / "README.md").read_text()
+    message = program(monkeypatch, "export", ours, "--to", "transformers", "--out", out)
+    assert "is not empty" in str(message) and "--force" in str(message)
+    assert program(monkeypatch, "export", ours, "--to", "open_clip", "--out", out, "--force") == 0
+    assert not (out / "model.safetensors").exists()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(ForeignFileError, match="mine"):
+        export(ours, "transformers", out, force=True)
+    # a model that training or an import wrote has a record too
+    imported = save_tiny("siglip", made(tmp_path / "siglip"))
+    with pytest.raises(ValueError, match="has a model that is not an export"):
+        export(ours, "transformers", imported, force=True)
+    with pytest.raises(ValueError, match="contains the input"):
+        export(ours, "transformers", ours, force=True)
