@@ -63,29 +63,41 @@ class Drawing:
     creator: str
 
 
-def parse(data: bytes) -> Element:
-    """Parses XML as ElementTree does, except that it refuses entities.
+class _Found(Exception):
+    """Ends parsing; its argument is the element."""
+
+
+def work_of(svg: bytes) -> Element:
+    """The element of an SVG's RDF that describes it. What follows it, mostly the drawing, is not parsed.
 
     Raises:
-        Unreadable: it is not well-formed, or declares entities, which can expand to gigabytes.
+        Unreadable: there is none, the XML before it is not well-formed, or it declares entities, which can expand to
+            gigabytes.
     """
+    builder, parser = TreeBuilder(), expat.ParserCreate(namespace_separator="}")
+
+    def tag(name: str) -> str:  # as ElementTree writes it
+        return f"{{{name}" if "}" in name else name
+
+    def end(name: str) -> None:
+        element = builder.end(tag(name))
+        if element.tag.endswith("}Work"):
+            raise _Found(element)
 
     def refuse(name: str, *_: object) -> None:
         raise Unreadable(f"it declares the entity {name}")
 
-    def tag(name: str) -> str:
-        return f"{{{name}" if "}" in name else name
-
-    builder, parser = TreeBuilder(), expat.ParserCreate(namespace_separator="}")
-    parser.EntityDeclHandler = refuse
     parser.StartElementHandler = lambda name, attributes: builder.start(tag(name), attributes)
-    parser.EndElementHandler = lambda name: builder.end(tag(name))
+    parser.EndElementHandler = end
     parser.CharacterDataHandler = builder.data
+    parser.EntityDeclHandler = refuse
     try:
-        parser.Parse(data, True)
-        return builder.close()
+        parser.Parse(svg, True)
+    except _Found as found:
+        return found.args[0]
     except expat.ExpatError as error:
         raise Unreadable(f"it is not well-formed: {error}") from error
+    raise Unreadable("it has no RDF")
 
 
 def read_drawing(svg: Path, path: str) -> Drawing:
@@ -94,9 +106,7 @@ def read_drawing(svg: Path, path: str) -> Drawing:
     Raises:
         Unreadable: the file is not XML, declares entities, or has no RDF.
     """
-    work = next((element for element in parse(svg.read_bytes()).iter() if element.tag.endswith("}Work")), None)
-    if work is None:
-        raise Unreadable("it has no RDF")
+    work = work_of(svg.read_bytes())
     creator = work.find(f"{_DC}creator")
     names = [] if creator is None else [one_line(title.text) for title in creator.iter(f"{_DC}title")]
     words = [one_line(element.text) for element in work.iter() if element.tag.endswith("}li")]

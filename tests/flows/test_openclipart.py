@@ -32,8 +32,8 @@ def slice_of(params: dict[str, Any]) -> None:
     """Small pictures, a third of them held out, and one short ablation."""
     params["ingest"]["source"]["test_share"] = 0.3
     params["ingest"]["partition_size"] = 200
-    params["image_tower"]["image_size"] = 128
-    params["pretrain"] |= {"steps": 40, "batch_size": 32}
+    params["image_tower"]["image_size"] = 96
+    params["pretrain"] |= {"steps": 20, "batch_size": 24}
     params["pretrain"]["optimizer"]["warmup_steps"] = 5
     params["evaluate"]["min_score_over_chance"] = 1.0
     params["report"]["contact_sheet"] = 4
@@ -45,7 +45,7 @@ def scores(make_workspace) -> dict[str, Any]:
     skip_without_packages()
     workspace: Workspace = make_workspace()
     example = ROOT / "examples" / "openclipart"
-    workspace.run(sys.executable, str(example / "prepare.py"), "data/openclipart", "--limit", "400", alone=True)
+    workspace.run(sys.executable, str(example / "prepare.py"), "data/openclipart", "--limit", "300", alone=True)
     shutil.copy(example / "params.yaml", workspace.folder)
     workspace.change(slice_of)
     workspace.run("dvc", "repro")
