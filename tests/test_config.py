@@ -20,7 +20,7 @@ from lotlip.core.section import ConfigError, merge
 from lotlip.pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))]
+SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")]
 MINIMAL: dict[str, Any] = {
     "ingest": {"source": {"kind": "folder", "path": "pictures"}},
     "image_tower": {"kind": "timm", "model": "vit_base_patch16_224"},
@@ -509,7 +509,18 @@ def demo(**paths: str) -> dict:
     "path",
     [
         *(".", "./", "..", "../x", "/tmp/x", "data/../..", "x/../../y", "data", "models/lit", "metrics"),
-        *("lotlip", "lotlip/x", ".git", ".dvc/x", ".lotlip/x", "tests", "docs", "params.yaml", "imported/b16"),
+        *(
+            "lotlip",
+            "lotlip/x",
+            ".git",
+            ".dvc/x",
+            ".lotlip/x",
+            "tests",
+            "docs",
+            "examples",
+            "params.yaml",
+            "imported/b16",
+        ),
     ],
 )
 def test_a_path_is_a_folder_of_its_own_inside_the_project(path: str) -> None:

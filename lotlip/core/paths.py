@@ -19,6 +19,7 @@ _RESERVED = frozenset(
         "benchmarks",
         "infra",
         "profiles",
+        "examples",
         "imported",
         "mlruns",
         "mlartifacts",

@@ -29,7 +29,9 @@ def test_dvc_watches_parameters_that_decide_captions_but_not_the_output_folder()
 
 
 @pytest.mark.parametrize(
-    "path", [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml"))], ids=lambda p: p.stem
+    "path",
+    [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")],
+    ids=lambda p: p.stem,
 )
 def test_what_dvc_watches_is_written_out(path):
     # DVC knows no defaults
