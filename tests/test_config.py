@@ -257,7 +257,7 @@ def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
                     "loss": {"image_components": 8},
                 }
             },
-            "pretrain: loss.image_components needs one feature per image, which late-interaction does not have; "
+            "pretrain: loss.image_components needs one feature per image and text, which late-interaction does not have; "
             "set it to 0",
         ),
     ],
@@ -323,8 +323,8 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     )
     params = load_params(tmp_path / "params.yaml")
     configs = {name: params.ablation(name) for name in params.names}
-    assert len(configs) == 14
-    assert len({config.model_dump_json() for config in configs.values()}) == 14  # no two are the same
+    assert len(configs) == 16
+    assert len({config.model_dump_json() for config in configs.values()}) == 16  # no two are the same
     assert configs["long-clip"].text.position_interpolation is not None
     assert configs["long-clip"].text.position_interpolation.interpolated == 248
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels
@@ -342,6 +342,7 @@ OTHER_COMPUTE = {
     "training": {
         "processes": 2,
         "gradient_accumulation_steps": 4,
+        "activation_checkpointing": True,
         "zero_stage": 2,
         "launch": {"kind": "rendezvous", "nodes": 2, "endpoint": "a:1"},
         "loader_workers": 7,
