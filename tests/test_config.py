@@ -257,8 +257,8 @@ def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
                     "loss": {"image_components": 8},
                 }
             },
-            "pretrain: loss.image_components needs one feature per image and text, which late-interaction does not have; "
-            "set it to 0",
+            "pretrain: loss.image_components needs one feature per image and text, which late-interaction does not "
+            "have; set it to 0",
         ),
     ],
 )
