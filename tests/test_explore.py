@@ -220,6 +220,23 @@ def test_pages_of_other_sites_can_neither_read_nor_ask(explorer):
         assert httpx.get(f"{address}config", headers={"Origin": address.rstrip("/")}).status_code == 200
 
 
+def test_a_picture_at_two_places_of_the_page_is_two_files(explorer):
+    # Gradio writes a file again for each place, also while the browser reads it.
+    from gradio import Gallery
+    from gradio import Image as ImageOnPage
+
+    from lotlip.explore.page import build_page
+
+    picture, files = Image.new("RGB", (8, 8), "red"), {}
+    for block in build_page(explorer).blocks.values():
+        if isinstance(block, Gallery):
+            files[block.elem_id] = block.postprocess([picture]).root[0].image.path
+        elif isinstance(block, ImageOnPage):
+            files["preview"] = block.postprocess(picture).path
+    assert files["text-maps"] != files["pictures"]
+    assert files["picture-maps"] != files["preview"]
+
+
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 

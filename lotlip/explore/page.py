@@ -160,10 +160,11 @@ def _text_tab(explorer: Explorer) -> None:
                 labels = [shorten(example, 90, placeholder=" …") for example in examples]
                 gradio.Examples([[example] for example in examples], text, label="Long texts", example_labels=labels)
         with gradio.Column(scale=3, min_width=420):
-            gradio.Markdown("**Nearest pictures** with relevance maps for the text. Select one for details below.")
+            maps = "" if explorer.maps_problem else " with relevance maps for the text"
+            gradio.Markdown(f"**Nearest pictures**{maps}. Select one for details below.")
             gallery = _gallery("pictures", columns=2)
             gradio.Markdown(explorer.maps_problem or _HINT + _MODEL_INPUT[explorer.resize])
-    details = _details("text")
+    details = _details("text", explorer)
 
     def read(text: str) -> str:
         return truncation_html(text, explorer.truncation(text)) if text.strip() else ""
@@ -228,7 +229,7 @@ def _picture_tab(explorer: Explorer) -> None:
                 elem_id="texts",
             )
             gradio.Markdown(explorer.maps_problem or _HINT + _MODEL_INPUT[explorer.resize])
-    details = _details("picture")
+    details = _details("picture", explorer)
 
     def find(file: str | None) -> tuple[Any, list[list[str]], list[str]]:
         if file is None:
@@ -256,15 +257,19 @@ def _picture_tab(explorer: Explorer) -> None:
 _PRIVATE: Any = {"api_visibility": "private"}
 
 
-def _details(name: str) -> list[Any]:
-    """Adds the relevance maps and the attention table by sub-caption."""
-    gradio.Markdown("**Relevance maps** for the whole text, and for each sub-caption as a separate text.")
-    maps = _gallery(f"{name}-maps", columns=6)
+def _details(name: str, explorer: Explorer) -> list[Any]:
+    """Adds the relevance maps, if there are any, and the attention table by sub-caption."""
+    if not explorer.maps_problem:
+        gradio.Markdown("**Relevance maps** for the whole text, and for each sub-caption as a separate text.")
+    # Gradio names a picture's file by its bytes and writes it anew for each place on the page, also while the browser
+    # reads it. Another format makes it another file.
+    maps = _gallery(f"{name}-maps", columns=6, encoding="png")
     return [maps, gradio.HTML(elem_id=f"{name}-attention", elem_classes="lotlip-attention")]
 
 
-def _gallery(name: str, columns: int) -> gradio.Gallery:
+def _gallery(name: str, columns: int, encoding: str = "webp") -> gradio.Gallery:
     return gradio.Gallery(
+        format=encoding,
         show_label=False,
         columns=columns,
         height="auto",
