@@ -32,8 +32,9 @@ def evaluate(ablation: str) -> None:
     inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / INDEX_FILE)}
     start = None
     trained = params.ablation(ablation)
-    # an ablation with a new text tower did not come from the starting model
-    if config.max_short_text_loss is not None and (trained.start or trained.text.pretrained):
+    # an ablation whose text tower is new did not come from the starting model
+    is_new = params.pretrain.start is not None and not (trained.start or trained.text.pretrained)
+    if config.max_short_text_loss is not None and not is_new:
         file = paths.metrics / BASELINES / START_SCORES
         inputs["start"] = hash_of(file)
         start = StartScores.load(file).short_text_r1

@@ -234,6 +234,9 @@ def set_params(path: Path, changes: Mapping[str, Any]) -> None:
 
     yaml = YAML()
     yaml.preserve_quotes, yaml.width = True, 120
+    # by default it would write `key: null` as `key:`
+    null = "tag:yaml.org,2002:null"
+    yaml.representer.add_representer(type(None), lambda representer, _: representer.represent_scalar(null, "null"))
     data = yaml.load(path.read_text(encoding="utf-8"))
     for dotted, value in changes.items():
         *parents, last = dotted.split(".")

@@ -96,10 +96,6 @@ class PlainTokenizer(TextTokenizer):
     def words_hash(self) -> str:
         return sha256_json(self._tokenizer.to_str())
 
-    def resized(self, context_length: int) -> PlainTokenizer:
-        """Returns the same tokenizer with another context length."""
-        return PlainTokenizer.of(self._tokenizer, context_length, self.pad_id)
-
     def encode(self, texts: Sequence[str | Sequence[str]]) -> list[list[int]]:
         whole = [text if isinstance(text, str) else _joined(text) for text in texts]
         return [encoding.ids for encoding in self._tokenizer.encode_batch_fast(whole)]

@@ -30,7 +30,7 @@ def gate_evaluate(
         scores: columns benchmark, seed, metric, value, chance; a row per score.
         report: scratch folder.
         start: benchmark → short-text R@1, the mean of both directions, of the model that training started from; used if
-            `settings.max_short_text_loss` is set.
+            `settings.max_short_text_loss` is set. None: training did not start from it.
 
     Raises:
         GateFailed: a check fails.
@@ -74,8 +74,8 @@ def gate_evaluate(
         ],
     }
     limit = settings.max_short_text_loss
-    if limit is not None:
-        tables["short_text_loss"] = losses = _short_text_losses(scores, start or {})
+    if limit is not None and start is not None:
+        tables["short_text_loss"] = losses = _short_text_losses(scores, start)
         tables["compared"] = pd.DataFrame([{"stage": "evaluate", "compared": len(losses)}])
         suites["compared"] = [
             one_value(
