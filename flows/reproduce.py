@@ -19,7 +19,7 @@ from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove_listed
 from lotlip.core.record import Record
 from lotlip.data.paths import check_inputs
-from lotlip.evaluate.config import local_hashes
+from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 
 REPRODUCTION = SCRATCH / "reproduce.json"
@@ -74,7 +74,7 @@ def remove_outdated_baselines(params: Params) -> None:
     file = params.paths.metrics / BASELINES / BASELINE_SCORES
     if not file.is_file():
         return
-    hashes = local_hashes(params.evaluate.baselines)
+    hashes = baseline_hashes(params.evaluate.baselines)
     changed = [one.model for one in Baselines.load(file).models if hashes.get(one.model) != one.sha256]
     if changed:
         print(f"Changed since they were scored, so all baselines are scored again: {', '.join(changed)}")

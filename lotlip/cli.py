@@ -155,12 +155,12 @@ def import_model(
 ) -> None:
     """Convert a dual encoder of another library to a model of this project."""
     from lotlip.core.files import write_record
+    from lotlip.data.models import local_model
     from lotlip.importing.output import check_out, describe
     from lotlip.importing.start import open_start
     from lotlip.models.saving import save_whole_model
 
-    place = Path(source.removeprefix("open_clip:").rpartition(":")[2])
-    check_out(out, [path.resolve() for path in (place, Path(tokenizer or "")) if path.name and path.exists()], force)
+    check_out(out, [path.resolve() for name in (source, tokenizer or "") if (path := local_model(name))], force)
     typer.echo(f"reading {source}")
     opened = open_start(source, tokenizer)
     model = opened.build()

@@ -13,7 +13,7 @@ from lotlip.config.params import load_params
 from lotlip.core.files import check_model
 from lotlip.core.paths import Paths
 from lotlip.data.index import INDEX_FILE
-from lotlip.evaluate.config import local_hashes
+from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import (
     BASELINE_SCORES,
     BASELINES,
@@ -33,7 +33,7 @@ def baselines() -> None:
     params = load_params()
     config, paths = params.evaluate, params.paths
     addresses = {name: address_of(name, paths) for name in config.baselines}
-    hashes = local_hashes(config.baselines)
+    hashes = baseline_hashes(config.baselines)
     inputs = {"ingest": hash_of(paths.ingest / INDEX_FILE), **hashes}
     settings = config.model_dump(mode="json", include={"baselines", "benchmarks"})
     stage = Stage("baselines", params, settings, inputs)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from prefect import flow
 
 from flows.runtime.stage import Stage, main
 from lotlip.config.params import load_params
-from lotlip.core.files import sha256_files
+from lotlip.data.models import local_hashes
 from lotlip.image_tower.config import StartTowerConfig
 from lotlip.models.vision.spec import START
 
@@ -21,7 +20,7 @@ def image_tower() -> None:
     config = params.image_tower
     start = params.pretrain.start if isinstance(config, StartTowerConfig) else None
     settings = config.model_dump(mode="json") | ({"start": start} if start else {})
-    stage = Stage("image-tower", params, settings, start_files(start))
+    stage = Stage("image-tower", params, settings, local_hashes([start] if start else []))
     with stage.clock.measure("imports"):
         import torch
 
@@ -64,15 +63,6 @@ def image_tower() -> None:
         checks = gate_image_tower(config, result.accuracy, features, stage.gate_report)
     stage.publish(params.paths.image_tower)
     stage.record(result.samples, checks, notes={f"accuracy.{name}": value for name, value in result.accuracy.items()})
-
-
-def start_files(start: str | None) -> dict[str, str]:
-    """Returns the hashes of the starting model's files by name; empty if it is not on this machine."""
-    path = Path((start or "").removeprefix("open_clip:").rpartition(":")[2])
-    if not start or not path.exists():
-        return {}
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
-    return {file.name: sha256_files([file]) for file in files}
 
 
 if __name__ == "__main__":

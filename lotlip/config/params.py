@@ -16,7 +16,8 @@ from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
-from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig, local_model
+from lotlip.data.models import local_model
+from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import (
     ImageTowerConfig,
     OpenClipTowerConfig,

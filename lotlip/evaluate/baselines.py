@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lotlip.core.files import sha256_files
 from lotlip.data.batches import in_batches
 from lotlip.data.images import decode_rgb, without_ends
+from lotlip.data.models import LOCAL, OPEN_CLIP
 from lotlip.data.weights import check_finite, check_weights
-from lotlip.evaluate.config import LOCAL, OPEN_CLIP
 from lotlip.evaluate.encoders import ACCEPTED, Runner, preprocessing
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from lotlip.core.files import sha256_tree
 from lotlip.core.section import Count, Name, Section, Share
 from lotlip.core.variants import Variants, kinds_of
+from lotlip.data.models import local_hashes
 from lotlip.models.vision.spec import START
 
 
@@ -63,25 +63,9 @@ BenchmarkConfig = Annotated[
 ]
 
 
-OPEN_CLIP, LOCAL = "open_clip:", "local-dir:"  # prefixes of a model of open_clip, and of its folder
-
-
-def local_model(name: str) -> Path | None:
-    """The file or folder on this machine that a model is loaded from; None if the name is not one.
-
-    Args:
-        name: as `lotlip.evaluate.models.open_encoder` takes it.
-    """
-    if name.startswith(OPEN_CLIP):
-        address = name.removeprefix(OPEN_CLIP)
-        name = address.removeprefix(LOCAL) if address.startswith(LOCAL) else address.partition(":")[2]
-    return Path(name) if name and Path(name).exists() else None
-
-
-def local_hashes(baselines: Iterable[str]) -> dict[str, str]:
+def baseline_hashes(baselines: Iterable[str]) -> dict[str, str]:
     """The hash of each baseline's files on this machine, by name, without `start`, which is an output of a stage."""
-    places = {name: local_model(name) for name in baselines if name != START}
-    return {name: sha256_tree(place) for name, place in places.items() if place}
+    return local_hashes(name for name in baselines if name != START)
 
 
 class EvaluateConfig(Section):

@@ -19,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lotlip.core.files import weights_hash
 from lotlip.data.batches import by_length, in_batches, prefetch
 from lotlip.data.images import decode_rgb, image_transform, resized_side, to_rgb
+from lotlip.data.models import OPEN_CLIP
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.evaluate.config import OPEN_CLIP
 from lotlip.models.lotlip import LotlipModel
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lotlip.core.device import choose_device
 from lotlip.core.files import read_json
+from lotlip.data.models import LOCAL, OPEN_CLIP
 from lotlip.evaluate import baselines
-from lotlip.evaluate.config import LOCAL, OPEN_CLIP
 from lotlip.evaluate.encoders import ACCEPTED, Encoder, LotlipEncoder, Runner
 from lotlip.models.lotlip import LotlipModel
 

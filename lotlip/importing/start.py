@@ -10,13 +10,13 @@ from pathlib import Path
 from torch import Tensor
 
 from lotlip.core.files import read_json
+from lotlip.data.models import OPEN_CLIP
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.data.weights import check_finite
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.vision.image_tower import load_weights
 
-OPEN_CLIP = "open_clip:"
 ACCEPTED = (
     "a starting model is the folder or hub name of a CLIP or SigLIP model of transformers, open_clip:NAME:TAG_OR_FILE, "
     "a checkpoint in the layout of OpenAI's CLIP, Long-CLIP or LoTLIP, or the folder of a model of this project"
