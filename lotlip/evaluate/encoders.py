@@ -22,6 +22,7 @@ from lotlip.data.images import decode_rgb, image_transform, resized_side, to_rgb
 from lotlip.data.models import OPEN_CLIP
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.lotlip import LotlipModel
+from lotlip.models.vision.image_tower import for_inference
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -178,6 +179,8 @@ class LotlipEncoder:
         self._run = Runner(run) if isinstance(run, int) else run
         untyped: Any = model  # mypy cannot call the type of transformers' `to`
         self.model: Any = untyped.to(self._run.device)
+        if self.model.image is not None:
+            for_inference(self.model.image, self._run.device)
         self.tokenizer = tokenizer
         self._folder = folder
 

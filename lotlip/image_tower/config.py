@@ -85,6 +85,13 @@ class TimmTowerConfig(PretrainedTowerConfig):
         return self
 
 
+class PackagedTowerConfig(PretrainedTowerConfig):
+    """EfficientNet-Lite0 with ImageNet weights from a Python package (extra `offline-tower`); no hub is needed."""
+
+    kind: Literal["packaged"]
+    model: Literal["efficientnet-lite0"] = Field("efficientnet-lite0", description="name of the model")
+
+
 class TransformersTowerConfig(PretrainedTowerConfig):
     """The image tower of a model of transformers: CLIP, SigLIP, SigLIP 2, DINOv2 or DINOv3."""
 
@@ -122,6 +129,11 @@ class StartTowerConfig(Section):
 
 
 ImageTowerConfig = Annotated[
-    SceneTowerConfig | TimmTowerConfig | TransformersTowerConfig | OpenClipTowerConfig | StartTowerConfig,
+    SceneTowerConfig
+    | TimmTowerConfig
+    | PackagedTowerConfig
+    | TransformersTowerConfig
+    | OpenClipTowerConfig
+    | StartTowerConfig,
     Variants("lotlip.image_towers"),
 ]

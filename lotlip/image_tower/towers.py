@@ -12,6 +12,7 @@ from lotlip.models.vision.image_tower import ImageTower
 _BUILT_IN = {
     "scenes": "lotlip.demo.tower:train_image_tower",
     "timm": "lotlip.image_tower.timm:pretrained_tower",
+    "packaged": "lotlip.image_tower.packaged:packaged_tower",
     "transformers": "lotlip.image_tower.transformers:pretrained_tower",
     "open_clip": "lotlip.image_tower.open_clip:pretrained_tower",
 }

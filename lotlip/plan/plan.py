@@ -30,6 +30,7 @@ from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
 from lotlip.image_tower.config import (
     OpenClipTowerConfig,
+    PackagedTowerConfig,
     SceneTowerConfig,
     StartTowerConfig,
     TimmTowerConfig,
@@ -300,6 +301,10 @@ def build_towers(
         from lotlip.image_tower.timm import timm_spec
 
         spec = timm_spec(image)
+    elif isinstance(image, PackagedTowerConfig):
+        from lotlip.image_tower.packaged import packaged_spec
+
+        spec = packaged_spec(image)
     elif isinstance(image, TransformersTowerConfig):
         from lotlip.image_tower.transformers import transformers_spec
 

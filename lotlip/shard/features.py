@@ -12,7 +12,7 @@ from PIL import Image
 from lotlip.core.compute import Compute
 from lotlip.core.device import choose_device
 from lotlip.data.images import image_transform
-from lotlip.models.vision.image_tower import load_image_tower
+from lotlip.models.vision.image_tower import for_inference, load_image_tower
 from lotlip.shard.shards import Features
 
 
@@ -27,7 +27,7 @@ def frozen_features(folder: Path, compute: Compute) -> Features:
         ValueError: the device does not exist, or the tower cannot be read.
     """
     device = choose_device(compute.device)
-    tower = load_image_tower(folder).eval().to(device)
+    tower = for_inference(load_image_tower(folder), device)
     transform = image_transform(**tower.spec.preprocessing)
     lock = threading.Lock()  # one call already uses the whole device
 
