@@ -106,7 +106,7 @@ def test_a_missing_file_says_what_to_do(tmp_path):
 
 def test_another_ending_is_refused(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"must end in \.parquet or \.csv"):
+    with pytest.raises(ValueError, match=r"must end in \.parquet, \.csv, \.jsonl"):
         captioner(tmp_path / "captions.json")
 
 

@@ -1,9 +1,10 @@
-"""Parquet and CSV files with a row for each image, and the published tables of long captions beside them."""
+"""Parquet, CSV and JSONL files with a row for each image, and the published tables of long captions beside them."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import os
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from lotlip.data.keys import key_of
 from lotlip.data.partitions import read_records, write_partitions
 from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.rows import RowRange, open_table
-from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, ParquetSourceConfig
+from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, JsonlSourceConfig, ParquetSourceConfig
 from lotlip.ingest.sources import open_source
 from lotlip.ingest.sources.table import TableSource
 
@@ -370,3 +371,60 @@ def test_absolute_paths_are_read_inside_the_folder_of_images_only(tmp_path):
     assert [getattr(item, "kind", "") for item in found] == ["", "unsafe", "unsafe", "unsafe"]
     assert found[0].key == "deep_a"
     assert "ingest.source.images" in found[1].reason
+
+
+# --- JSONL --------------------------------------------------------------------------------------------------------
+
+
+def write_jsonl(path: Path, lines: list[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    texts = [line if isinstance(line, bytes) else json.dumps(line, ensure_ascii=False).encode() for line in lines]
+    path.write_bytes(b"\n".join(texts) + b"\n")
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_units_are_all_lines_of_a_jsonl_file(tmp_path, size):
+    for name in ("a.png", "b.png", "7"):
+        add(tmp_path / "images", name)
+    lines: list[object] = [
+        {"image": "a.png", "caption": "a dog", "long": ["It is brown.", "It runs. "]},
+        b"",
+        b"{broken",
+        [1, 2],
+        {"caption": "no image"},
+        {"image": 7, "caption": "a number"},
+        b'{"image": "b.png", "caption": "\xff"}',
+        {"image": "b.png", "caption": 'é "quoted"\nline', "more": {"ignored": 1}},
+    ]
+    table = write_jsonl(tmp_path / "t.jsonl", lines)
+    source = open_source(JsonlSourceConfig(kind="jsonl", path=table, images=tmp_path / "images"))
+    items = read_all(source, size)
+    assert kinds(items) == [
+        ("a", ""),
+        ("t-000000003", "row"),
+        ("t-000000004", "row"),
+        ("t-000000005", "missing"),
+        ("7", ""),
+        ("t-000000007", "encoding"),
+        ("b", ""),
+    ]
+    assert items[-1].short_caption == 'é "quoted" line'
+    assert next(row.values for row in open_table(table).rows(["long"])) == ("It is brown. It runs.",)
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"), [(b"", "is empty"), (b"[1]\n", "not a JSON object"), (b"{\n", "not JSON")]
+)
+def test_a_jsonl_file_without_a_first_object_is_an_error(tmp_path, content, fault):
+    (tmp_path / "t.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=fault):
+        open_table(tmp_path / "t.jsonl")
+
+
+def test_long_captions_are_read_from_jsonl(tmp_path):
+    table = write_jsonl(tmp_path / "t.jsonl", [{"file": "dogs/1.png", "text": "A dog. It runs."}])
+    settings = TableSettings(kind="table", path=table, key="file", captioner=None)
+    captioner = TableCaptioner("mine", settings, lambda text: len(text.split()))
+    (caption,) = captioner.caption([ImageRecord("dogs_1", picture(), "png", "a dog", 6, 4, "0" * 64)])
+    assert isinstance(caption, Caption) and caption.sub_captions == ["A dog", "It runs"]

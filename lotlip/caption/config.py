@@ -25,7 +25,7 @@ class SceneCaptionerConfig(Section):
 
 
 class TableCaptionerConfig(Section):
-    """Existing long captions, in Parquet or CSV files."""
+    """Existing long captions, in Parquet, CSV or JSONL files."""
 
     kind: Literal["table"]
     path: Path = Field(description="a file, or a folder of files; a subfolder's name is put before its keys")

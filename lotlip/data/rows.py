@@ -1,10 +1,11 @@
-"""Reads rows of Parquet and CSV files in small pieces from any position, however large the file is."""
+"""Reads rows of Parquet, CSV and JSONL files in small pieces from any position, however large the file is."""
 
 from __future__ import annotations
 
 import codecs
 import csv
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -22,7 +23,7 @@ class RowRange:
     """Consecutive rows of a table.
 
     Attributes:
-        start: position of the first row: its number from 0 (Parquet), its first byte (CSV).
+        start: position of the first row: its number from 0 (Parquet), its first byte (CSV, JSONL).
         number: number of the first row for messages: its row or line, from 1.
         count: number of rows.
     """
@@ -36,7 +37,7 @@ class TableRow(NamedTuple):
     """One row of a table.
 
     Attributes:
-        number: for messages, from 1: the row (Parquet), or the line where it begins (CSV).
+        number: for messages, from 1: the row (Parquet), or the line where it begins (CSV, JSONL).
         values: of the requested columns; None for null, which CSV does not have.
         problem: why there are no values, and a kind: "row" or "encoding"; None if the row is valid.
     """
@@ -73,7 +74,7 @@ def open_table(path: Path) -> TableFile:
         ValueError: the file cannot be read in that format.
     """
     try:
-        return ParquetTable(path) if path.suffix.lower() == ".parquet" else CsvTable(path)
+        return _FORMATS.get(path.suffix.lower(), CsvTable)(path)
     except (ValueError, OSError) as error:  # pyarrow raises subclasses of both
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
@@ -273,3 +274,81 @@ def _is_text(value: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+class JsonlTable:
+    """A UTF-8 file with a JSON object per line. The columns are the keys of the first object.
+
+    A list of texts is joined by spaces, because captions are often stored as lists of sentences. A column that an
+    object lacks is null.
+    """
+
+    unit = "line"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            first = next(self._records(file), None)
+        if first is None:
+            raise ValueError("the file is empty")
+        if isinstance(first[2], str):
+            raise ValueError(f"line {first[1]}: {first[2]}")
+        self.columns = list(first[2])
+
+    def ranges(self, size: int) -> Iterator[RowRange]:
+        with self.path.open("rb") as file:
+            start, number, count = 0, 1, 0
+            for place, line, _ in self._lines(file):
+                if count == size:
+                    yield RowRange(start, number, count)
+                    count = 0
+                if count == 0:
+                    start, number = place, line
+                count += 1
+            if count:
+                yield RowRange(start, number, count)
+
+    def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
+        with self.path.open("rb") as file:
+            file.seek(part.start if part else 0)
+            records = self._records(file, part.number - 1 if part else 0)
+            for _, number, record in islice(records, part.count if part else None):
+                if isinstance(record, str):
+                    yield TableRow(number, problem=(record, "encoding" if "UTF-8" in record else "row"))
+                else:
+                    yield TableRow(number, tuple(_cell(record.get(column)) for column in columns))
+
+    @staticmethod
+    def _lines(file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, bytes]]:
+        """First byte, number and bytes of each line that is not blank, from the file's position on."""
+        place = file.tell()
+        while data := file.readline(_LONGEST_LINE):
+            line += 1
+            if data.strip():
+                yield place, line, data
+            place += len(data)
+
+    def _records(self, file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
+        """First byte, line, and object or problem of each line."""
+        for place, number, data in self._lines(file, line):
+            try:
+                value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+                record = value if isinstance(value, dict) else "it is not a JSON object"
+            except UnicodeDecodeError:
+                record = "it is not UTF-8"
+            except ValueError as error:
+                record = f"it is not JSON ({error})"
+            yield place, number, record
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
+        return " ".join(part.strip() for part in value)
+    return value
+
+
+_FORMATS: dict[str, Callable[[Path], TableFile]] = {
+    ".parquet": ParquetTable,
+    ".jsonl": JsonlTable,
+    ".jsonlines": JsonlTable,
+}

@@ -92,8 +92,19 @@ class CsvSourceConfig(SplitByKey):
     key: str | None = Field(None, description="column that names samples; null: the image's path")
 
 
+class JsonlSourceConfig(CsvSourceConfig):
+    """JSONL files (UTF-8) with an object per line and image; the images are files below `images`."""
+
+    kind: Literal["jsonl"]  # type: ignore[assignment]
+
+
 SourceConfig = Annotated[
-    SceneSourceConfig | FolderSourceConfig | WebDatasetSourceConfig | ParquetSourceConfig | CsvSourceConfig,
+    SceneSourceConfig
+    | FolderSourceConfig
+    | WebDatasetSourceConfig
+    | ParquetSourceConfig
+    | CsvSourceConfig
+    | JsonlSourceConfig,
     Variants("lotlip.sources", required_fields=("path",)),
 ]
 

@@ -290,12 +290,12 @@ def test_a_tar_that_the_store_refused_is_requested_again(project: Path) -> None:
     assert len(captions()) == 20
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "parquet of images"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "parquet of images"])
 @pytest.mark.parametrize("changed", ["row", "image"])
 def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypatch, kind, changed) -> None:
     import pandas as pd
 
-    table = project / ("raw.csv" if kind == "csv" else "raw.parquet")
+    table = project / f"raw.{kind.split()[0]}"
     for number in range(20):
         add(project / "images", f"{number:02d}", number)
 
@@ -306,7 +306,12 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
         (project / "images/00.png").write_bytes(data)
         frame = pd.DataFrame({"image": images, "caption": [first] + [f"row {n}" for n in range(1, 20)]})
         frame["id"] = [f"k{number}" for number in range(20)]
-        frame.to_csv(table, index=False) if kind == "csv" else frame.to_parquet(table)
+        if kind == "csv":
+            frame.to_csv(table, index=False)
+        elif kind == "jsonl":
+            frame.to_json(table, orient="records", lines=True)
+        else:
+            frame.to_parquet(table)
 
     write("row 0", picture(0))
     use(kind=kind.split()[0], path=table.name, images="images", key="id")

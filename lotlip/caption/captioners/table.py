@@ -1,4 +1,4 @@
-"""Existing long captions, from Parquet or CSV files with a row per image."""
+"""Existing long captions, from Parquet, CSV or JSONL files with a row per image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.rows import as_name, find_tables, open_table, require
 from lotlip.data.text import has_words, split_sub_captions
 
-ENDINGS = (".parquet", ".csv")
+ENDINGS = (".parquet", ".csv", ".jsonl")
 
 
 class TableCaptioner:
@@ -32,8 +32,8 @@ class TableCaptioner:
     of kind "empty".
 
     Raises:
-        ValueError: a file is missing, is neither Parquet nor CSV, has an invalid row, or lacks a column; there are no
-            rows for this captioner, or two for one key.
+        ValueError: a file is missing, is none of Parquet, CSV and JSONL, has an invalid row, or lacks a column; there
+            are no rows for this captioner, or two for one key.
     """
 
     prompt = ""
@@ -207,7 +207,7 @@ def _in_temporary_folder() -> Iterator[None]:
 
 def _tables(path: Path) -> list[Path]:
     if not path.is_dir() and path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path}: a table of captions must end in .parquet or .csv; convert it")
+        raise ValueError(f"{path}: a table of captions must end in {', '.join(ENDINGS)}; convert it")
     tables = find_tables(path, ENDINGS)
     if not tables or not tables[0].is_file():
         fault = "has no table" if path.is_dir() else "does not exist"

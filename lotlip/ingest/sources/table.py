@@ -1,4 +1,4 @@
-"""Parquet and CSV files with a row per image."""
+"""Parquet, CSV and JSONL files with a row per image."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class TableSource:
             self._check(table)
 
     def units(self, partition_size: int) -> list[Unit]:
-        """Ranges of `partition_size` rows of a file; CSV files are read once to find them."""
+        """Ranges of `partition_size` rows of a file; CSV and JSONL files are read once to find them."""
         ranges = ((table, part) for table in self._tables for part in open_table(table).ranges(partition_size))
         return [
             Unit(None, index, (f"{part.start}:{part.number}:{part.count}:{table}",))
@@ -164,4 +164,6 @@ def _image(value: Any) -> tuple[bytes | None, str]:
     if isinstance(value, dict):  # as written by the datasets library
         path = value.get("path")
         return value.get("bytes"), path if isinstance(path, str) else ""
-    return (value, "") if isinstance(value, bytes) else (None, value or "")
+    if isinstance(value, bytes):
+        return value, ""
+    return None, value if isinstance(value, str) else as_name(value)
