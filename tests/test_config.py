@@ -183,13 +183,16 @@ def test_what_is_missing_is_named(tmp_path):
     assert complaints(tmp_path, {}, base) == ["ingest: missing; it has no default"]
     base = {**MINIMAL, "ingest": {"source": {"path": "pictures"}}}
     assert complaints(tmp_path, {}, base) == [
-        "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv)"
+        "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv, jsonl)"
     ]
 
 
 def test_an_unknown_kind_lists_those_there_are(tmp_path):
     (line,) = complaints(tmp_path, {"image_tower": {"kind": "resnet"}})
-    assert line == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, transformers, open_clip, start)"
+    assert (
+        line
+        == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, packaged, transformers, open_clip, start)"
+    )
 
 
 def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
@@ -270,6 +273,8 @@ def test_long_texts_need_a_captioner(tmp_path):
     bare = {**MINIMAL, "caption": {}}
     (line,) = complaints(tmp_path, {}, bare)
     assert line.startswith("ablations.lotlip uses long texts, but caption.captioners is empty: add a captioner")
+    params = load(tmp_path, {"pretrain": {"long_texts": {"captioners": ["raw"]}}}, bare)
+    assert params.ablation("lotlip").long_texts.sub_captions == 3
     params = load(tmp_path, {"pretrain": {"long_texts": {"sub_captions": 0}}}, bare)
     assert params.ablation("lotlip").long_texts.sub_captions == 0
 

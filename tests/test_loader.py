@@ -237,6 +237,20 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
     }
 
 
+def test_the_short_caption_s_own_sentences_can_be_the_long_text(tmp_path, tiny_samples):
+    """Also for images that a captioner described."""
+    sample = described("a", tiny_samples[0], "a dog. it runs. it is red", {"llava": ["a long dog"]})
+    shards = write_shards(tmp_path, [sample], 1)
+
+    def texts(captioners: list[str]) -> set[tuple[str, ...]]:
+        long_texts = LongTextsConfig(sub_captions=2, captioners=captioners, per_image=24)
+        return set(rows_of(epoch(shards, BatchSlice(1), long_texts))[0][3])
+
+    own = {encoded("a dog", "it runs"), encoded("it runs", "it is red")}
+    assert texts(["raw"]) == own
+    assert texts(["raw", "llava"]) == {*own, encoded("a long dog")}
+
+
 def test_without_long_texts_there_are_none(tiny_world):
     found = epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=0))
     assert all(batch.long_ids is None and batch.long_lengths is None for batch in found)

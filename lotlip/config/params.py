@@ -28,7 +28,7 @@ from lotlip.image_tower.config import (
 )
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.models.vision.spec import START
-from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import RAW, LongTextsConfig, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
 from lotlip.shard.config import ShardConfig
 from lotlip.tracking.config import RegistryConfig, TrackingConfig
@@ -224,12 +224,13 @@ class Params(Section):
     def _caption_problems(self, name: str, long_texts: LongTextsConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""
         known = self.caption.captioners
-        if long_texts.sub_captions and not known:
+        if long_texts.sub_captions and not known and RAW not in long_texts.captioners:
             return [
-                f"ablations.{name} uses long texts, but caption.captioners is empty: "
-                "add a captioner, or set long_texts.sub_captions to 0"
+                f"ablations.{name} uses long texts, but caption.captioners is empty: add a captioner, set "
+                f"long_texts.captioners to [{RAW}] to sample the sentences of the short captions, or set "
+                "long_texts.sub_captions to 0"
             ]
-        unknown = sorted(set(long_texts.captioners) - set(known))
+        unknown = sorted(set(long_texts.captioners) - {*known, RAW})
         if unknown:
             names = ", ".join(known) or "none"
             return [f"ablations.{name} uses {', '.join(unknown)}, but caption.captioners has {names}"]

@@ -111,6 +111,9 @@ def loading_options(config: Any, under: str = "") -> list[str]:
     return options + [name for key, value in config.items() for name in loading_options(value, f"{under}{key}.")]
 
 
+RAW = "raw"  # in long_texts.captioners: the short caption's own sentences
+
+
 class TextTowerConfig(Section):
     """The text encoder and its corner tokens (paper, section 3.2)."""
 
@@ -270,7 +273,9 @@ class LongTextsConfig(Section):
         "only, with every sampler",
     )
     captioners: list[Name] = Field(
-        default_factory=list, description="captioners whose captions are sampled; empty: all"
+        default_factory=list,
+        description="captioners whose captions are sampled; raw: the sentences of the short caption; empty: all "
+        "captioners",
     )
     window: Window = Field(
         "within-caption",

@@ -26,7 +26,7 @@ from lotlip.data.tars import RawSample, Shards
 from lotlip.data.text import SubCaption, sample_long_text, sample_texts
 from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import RAW, LongTextsConfig, PretrainConfig
 from lotlip.pretrain.order import WINDOW, ExactOrder, ResampledOrder, SampleLocation
 
 
@@ -389,9 +389,10 @@ def _sample_long_texts(
     if not settings.sub_captions:
         return []
     if settings.captioners:
-        captions = {name: captions[name] for name in settings.captioners if name in captions}
+        available = {**captions, RAW: short}
+        captions = {name: available[name] for name in settings.captioners if name in available}
     if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count these
-        captions = {"raw": short}
+        captions = {RAW: short}
     rng = random.Random(seed)
     return [
         sample_long_text(captions, settings.sampler, settings.sub_captions, rng, settings.window)
