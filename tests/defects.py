@@ -107,7 +107,7 @@ class World:
 
     def gate_shard(self, report: Path) -> list[Check]:
         held_out = held_out_images(self.ingest, unit_names(self.ingest)) | self.evaluation
-        return gate_shard(SHARD, self.shards, read_index(self.shards, ShardIndex), 140, held_out, report)
+        return gate_shard(SHARD, self.shards, read_index(self.shards, ShardIndex), 140, held_out, None, report)
 
     # --- ways to plant a defect ---
 

@@ -87,13 +87,17 @@ def shard() -> None:
     )
     with stage.clock.measure("gate"):
         from lotlip.data.inspection import held_out_images
+        from lotlip.data.separation import separation
         from lotlip.shard.gate import gate_shard
 
         expected = sum(map(len, all_plans))
         held_out = held_out_images(ingest, unit_names(ingest))
-        checks = gate_shard(config, stage.out, index, expected, held_out, stage.gate_report)
+        separated = separation(stage.out, index) if config.store_features else None
+        checks = gate_shard(config, stage.out, index, expected, held_out, separated, stage.gate_report)
+    if separated and separated.warning:
+        stage.log.warning("shard: %s", separated.warning)
     stage.publish(params.paths.shards)
-    stage.record(index.written, checks, index)
+    stage.record(index.written, checks, index, notes={"separation": asdict(separated)} if separated else {})
 
 
 def check_sentence_ends(captioner: str, folder: Path, expected: SentenceEnds) -> None:

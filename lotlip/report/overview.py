@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lotlip.data.separation import Separation
 from lotlip.ingest.config import SceneSourceConfig
 from lotlip.report.findings import NOT_RUN, FindingResult
 from lotlip.report.inputs import ReportInputs
@@ -72,8 +73,20 @@ def overview_table(inputs: ReportInputs) -> ReportTable:
         what = f"words per short caption (from {inputs.caption_words['captions']:,.0f} captions)"
         for name, key in (("5th percentile", "p05"), ("median", "median"), ("95th percentile", "p95")):
             rows.append([words(f"{what}: {name}"), number(inputs.caption_words[key])])
+    noted = next((stage.notes["separation"] for stage in inputs.stages if "separation" in stage.notes), None)
+    note = ""
+    if noted:
+        separated = Separation(**noted)
+        what = "similarity of the captions of nearest neighbours"
+        for name, value in (
+            (f"{what}, by the image tower", separated.tower),
+            (f"{what}, by raw pixels", separated.pixels),
+            ("similarity of the captions of random pairs", separated.chance),
+        ):
+            rows.append([words(name), number(value, "{:.3f}")])
+        note = f"Warning: {separated.warning}." if separated.warning else ""
     columns = [Column("what", "What", numeric=False), Column("count", "Number")]
-    return ReportTable("overview", "Overview", "", columns, rows)
+    return ReportTable("overview", "Overview", note, columns, rows)
 
 
 def failure_examples(inputs: ReportInputs) -> ReportTable:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lotlip.core.section import Count, Section, Share
+from lotlip.core.section import Count, Positive, Section, Share
 
 
 class ShardConfig(Section):
@@ -16,3 +16,9 @@ class ShardConfig(Section):
     store_features: bool = Field(True, description="run the frozen tower once, in this stage, instead of at every step")
     max_failure_share: Share = Field(0.01, description="largest share of samples that fail")
     max_uncaptioned_share: Share = Field(0.05, description="largest share of samples without any long caption")
+    min_caption_similarity_ratio: Positive | None = Field(
+        None,
+        description="smallest ratio, of the image tower's features to raw pixels, of the similarity between the "
+        "captions of nearest neighbours; 1 requires a tower that separates the pictures better than their pixels do; "
+        "null: a ratio below 1 is only a warning",
+    )

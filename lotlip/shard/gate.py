@@ -16,6 +16,7 @@ from lotlip.data.inspection import (
     inspect_shard,
     read_keys,
 )
+from lotlip.data.separation import Separation
 from lotlip.shard.config import ShardConfig
 
 
@@ -25,6 +26,7 @@ def gate_shard(
     index: ShardIndex,
     expected_samples: int,
     held_out: Collection[str],
+    separated: Separation | None,
     report: Path,
 ) -> list[Check]:
     """Checks that the shards match their index, and that every planned sample is in a shard or has failed.
@@ -35,6 +37,7 @@ def gate_shard(
         index: their index.json.
         expected_samples: number of planned samples.
         held_out: hashes of images that must not be trained on.
+        separated: how well the tower separates the pictures; None: not measured.
         report: scratch folder.
     """
     rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in index.shards]
@@ -55,6 +58,12 @@ def gate_shard(
     largest = settings.samples_per_shard
     key = "shard.max_uncaptioned_share"
     captioned = [max_share("uncaptioned", "samples without a long caption", settings.max_uncaptioned_share, key)]
+    ratio = settings.min_caption_similarity_ratio
+    better = []
+    if ratio is not None and separated is not None:
+        stage["caption_similarity_ratio"] = separated.tower / max(separated.pixels, 1e-12)
+        what = "captions of nearest neighbours by the image tower are more similar than by raw pixels (ratio)"
+        better = [one_value("caption_similarity_ratio", what, low=ratio)]
     suites = {
         "stage": [
             few_failures,
@@ -62,6 +71,7 @@ def gate_shard(
             one_value("train", "the train split has samples", low=1),
             one_value("repeated_keys", "keys are unique", high=0),
             one_value("widths", "all features have the same dimension (number of dimensions)", high=1),
+            *better,
             *(captioned if set(index.statistics) - {"raw"} else []),  # only if there are captioners
         ],
         "shards": [
