@@ -406,6 +406,40 @@ def verify(
 
 
 @app.command()
+def init(
+    data: Annotated[
+        Path,
+        typer.Option(
+            help="A .csv, .jsonl or .parquet file, tars, or a folder of images with captions in .txt files.",
+            metavar="PATH",
+        ),
+    ],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the paths in a table start from.", metavar="DIR")
+    ] = None,
+    start: Annotated[
+        str | None,
+        typer.Option(
+            help="Model to continue from: a folder, file or hub name of a CLIP or SigLIP, or open_clip:NAME:TAG. "
+            "Default: a packaged image tower and a new text tower.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    image_column: Annotated[str | None, typer.Option(help="Column of images or their paths.", metavar="NAME")] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Column of short captions.", metavar="NAME")] = None,
+    long_column: Annotated[
+        list[str] | None, typer.Option(help="Column of long captions; repeatable.", metavar="NAME")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")] = Path("params.yaml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file; the old one is kept beside it.")] = False,
+) -> None:
+    """Look at own data and write a params.yaml that trains on it."""
+    from lotlip.init.init import init
+
+    init(data, images, start, (image_column, caption_column, long_column or ()), out, force, typer.echo)
+
+
+@app.command()
 def plan(
     params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),
     profile: Annotated[

@@ -188,6 +188,14 @@ class TextTokenizer:
         first = [self._special["cls"], *self._extra]
         self._first = np.array([self._tokenizer.token_to_id(token) for token in first], dtype=np.int64)
 
+    def full_lengths(self, texts: Sequence[str]) -> list[int]:
+        """Number of tokens of each text, special tokens included, before truncation."""
+        self._tokenizer.no_truncation()
+        try:
+            return [len(ids) for ids in self.encode(texts)]
+        finally:
+            self._tokenizer.enable_truncation(self.context_length)
+
     def encode(self, texts: Sequence[str | Sequence[str]]) -> list[list[int]]:
         """Token ids of each text, without padding.
 

@@ -1,0 +1,1 @@
+"""Configures the pipeline for own data: `lotlip init`."""

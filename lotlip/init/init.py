@@ -1,0 +1,119 @@
+"""The command `lotlip init`."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from lotlip.core.files import atomic_write, check_free
+from lotlip.data.plain_tokenizer import open_tokenizer
+from lotlip.importing.start import StartingModel, open_start
+from lotlip.init.inspection import describe, inspect
+from lotlip.init.params import checked, fit, params_text
+from lotlip.init.source import Columns, find_source
+from lotlip.plan.plan import Gpu, Plan
+from lotlip.plan.plan import plan as make_plan
+
+
+def init(
+    data: Path,
+    images: Path | None,
+    start: str | None,
+    columns: tuple[str | None, str | None, Sequence[str]],
+    out: Path,
+    force: bool,
+    show: Callable[[str], object],
+) -> None:
+    """Looks at own data and writes a params.yaml that trains on it.
+
+    Args:
+        data: a table, tars or a folder.
+        images: folder that the paths in a table start from; None: to be found.
+        start: name of the starting model, see `lotlip.importing.start.ACCEPTED`; None: none.
+        columns: names of the columns of images, short captions and long captions; None: to be found.
+        out: file to write.
+        force: whether an existing file may be replaced, which is then kept under another name.
+        show: prints a line.
+
+    Raises:
+        ValueError: the data or the starting model cannot be used.
+        ForeignFileError: the file exists.
+    """
+    check_free(out, lambda _: False, force)
+    source = find_source(data, images, Columns(*columns))
+    for line in source.found:
+        show(line)
+    opened = _open(start, show) if start else None
+    tokenizer = opened.tokenizer if opened else open_tokenizer("clip" if start else "bert-base-uncased")
+    found = inspect(source, tokenizer.full_lengths)
+    settings = fit(found, opened, start)
+    text = params_text(source, start, found, settings, f"LoTLIP on {data.name}")
+    for line in describe(found, settings.context_length):
+        show(line)
+    suggested = f"context_length {settings.context_length}, batch_size {settings.batch_size}, steps {settings.steps}"
+    show(f"  {'suggested':<34}{suggested}")
+    params = checked(text, str(out))
+    if opened or not start:
+        planned = make_plan(
+            params,
+            params.ablation("lotlip"),
+            params.training_compute("lotlip"),
+            _this_machine(),
+            images=round(found.usable * (1 - settings.test_share - settings.val_share)),
+        )
+        show(f"  {'estimate':<34}{_estimate(planned)}")
+    if out.exists():
+        show(f"the old {out} was copied to {_keep(out)}")
+    with atomic_write(out) as partial:
+        partial.write_text(text, encoding="utf-8")
+    show(f"written to {out}; to train and score on held-out images: make reproduce")
+
+
+def _open(start: str, show: Callable[[str], object]) -> StartingModel | None:
+    try:
+        return open_start(start)
+    except ValueError as error:
+        if Path(start).exists() or not start.count("/") == 1:
+            raise
+        show(f"warning: {start} cannot be read now, so it is assumed to be a CLIP: {error}")
+        return None
+
+
+def _this_machine() -> Gpu:
+    """The GPU, or this CPU with its measured speed in matrix products."""
+    if torch.cuda.is_available():
+        return Gpu(memory=float(torch.cuda.get_device_properties(0).total_memory))
+    size = 1024
+    factor = torch.ones(size, size)
+    factor @ factor  # warms up
+    begun = time.perf_counter()
+    for _ in range(4):
+        factor @ factor
+    peak = 4 * 2 * size**3 / (time.perf_counter() - begun)
+    return Gpu(memory=_cpu_memory(), peak=peak)
+
+
+def _cpu_memory() -> float:
+    import psutil
+
+    return float(psutil.virtual_memory().total)
+
+
+def _estimate(planned: Plan) -> str:
+    place = "of this GPU" if torch.cuda.is_available() else "of this machine"
+    used, minutes = sum(planned.memory.values()), (planned.seconds + planned.feature_seconds) / 60
+    fits = f"; does not fit: {planned.remedy}" if planned.remedy else ""
+    time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    return f"{used / 1e9:.1f} GB of {planned.gpu.memory / 1e9:.0f} GB {place}, training takes about {time_left}{fits}"
+
+
+def _keep(path: Path) -> Path:
+    """Copies a file to a free name beside it."""
+    numbers = range(1, 1000)
+    free = next(place for number in numbers if not (place := path.with_name(f"{path.name}.old-{number}")).exists())
+    shutil.copyfile(path, free)
+    return free

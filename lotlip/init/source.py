@@ -1,0 +1,256 @@
+"""Finds out how own data is stored: the kind of source, and the columns of images and captions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow.types as kinds
+
+from lotlip.core.listing import files_below
+from lotlip.data.images import ENDINGS
+from lotlip.data.rows import ParquetTable, TableFile, as_name, find_tables, open_table, require
+from lotlip.ingest.sources.webdataset import TARS
+
+_TABLES = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+_ROWS = 200  # that are read to find the columns
+_KEY_NAMES = ("key", "id", "name", "image_id", "uid")
+# A column with this many times as many words as the short caption has long captions.
+_LONGER = 1.5
+_FEWEST_WORDS = 2  # on average, in a column of captions
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """How own data is stored.
+
+    Attributes:
+        source: section `ingest.source` of params.yaml, without shares.
+        captioners: section `caption.captioners`: a table captioner per column of long captions.
+        found: what was guessed, one line each.
+    """
+
+    source: dict[str, Any]
+    captioners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    found: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns that the user names; None: to be found."""
+
+    image: str | None = None
+    caption: str | None = None
+    long: Sequence[str] = ()
+
+
+def find_source(data: Path, images: Path | None, columns: Columns = Columns()) -> DataSource:
+    """Finds out how data is stored.
+
+    Args:
+        data: a .csv, .jsonl or .parquet file or a folder of such, a tar or a folder of tars, or a folder of images with
+            captions in .txt files.
+        images: folder that the paths in a table start from; None: to be found.
+        columns: columns of a table that are known.
+
+    Raises:
+        ValueError: the data has none of these forms, or its columns cannot be found.
+    """
+    kind = _kind(data)
+    named = [columns.image, columns.caption, *columns.long]
+    if kind in _TABLES.values():
+        return _table_source(data, kind, images, columns)
+    if images is not None or any(named):
+        raise ValueError(f"--images and columns are for tables, but {data} is {_WHAT[kind]}; remove them")
+    return DataSource({"kind": kind, "path": data.as_posix()}, found=[f"{data} is {_WHAT[kind]}"])
+
+
+_WHAT = {
+    "folder": "a folder of images with captions in .txt files",
+    "webdataset": "tars of images with captions (WebDataset, img2dataset)",
+}
+
+
+def _kind(data: Path) -> str:
+    if not data.exists():
+        raise ValueError(f"--data {data} does not exist; name a table, a tar, or a folder")
+    forms = ".csv, .jsonl, .parquet, tars, or a folder of images with .txt files"
+    if data.is_file():
+        if data.suffix.lower() in _TABLES:
+            return _TABLES[data.suffix.lower()]
+        if data.name.lower().endswith(TARS):
+            return "webdataset"
+        raise ValueError(f"--data {data} is of another form than {forms}; convert it")
+    names = [file.name.lower() for file in files_below(data)]
+    if any(name.endswith(TARS) for name in names):
+        return "webdataset"
+    # img2dataset writes .parquet files with metadata beside tars, and data sets have tables beside images with .txt
+    if any(Path(name).suffix[1:] in ENDINGS for name in names) and any(name.endswith(".txt") for name in names):
+        return "folder"
+    tables = [kind for ending, kind in _TABLES.items() if any(name.endswith(ending) for name in names)]
+    if len(tables) == 1:
+        return tables[0]
+    raise ValueError(f"--data {data} has {' and '.join(tables) or 'none'} of {forms}; name the file with the captions")
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+
+def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) -> DataSource:
+    tables = find_tables(data, [f".{kind}"], images)
+    table = open_table(tables[0])
+    require(table, [name for name in (columns.image, columns.caption, *columns.long) if name], "name columns it has")
+    embedded = _embedded_images(table)
+    texts = _texts(table, embedded)
+    found = [f"{data} is a table ({kind}) with the columns {', '.join(table.columns)}"]
+    if columns.image in embedded or (columns.image is None and embedded):
+        image = columns.image or embedded[0]
+        found.append(f"images: in column {image}")
+        source = {"kind": kind, "path": data.as_posix(), "image": image}
+    else:
+        image, folder = _image_paths(data, texts, images, columns.image)
+        found.append(f"images: files below {folder}, named by column {image}")
+        source = {"kind": kind, "path": data.as_posix(), "image": image, "images": folder.as_posix()}
+    caption, long = _captions(data, {name: cells for name, cells in texts.items() if name != image}, columns)
+    found.append(f"short captions: column {caption}")
+    source["caption"] = caption
+    if not long:
+        return DataSource(source, found=[*found, "long captions: none; the short captions' own sentences are used"])
+    found.append(f"long captions: column {', '.join(long)}")
+    key = image
+    if image in embedded:
+        key = _key_column(data, texts, [caption, *long])
+        source["key"] = key
+        found.append(f"keys: column {key}")
+    captioners = {
+        _captioner_name(name, number): {
+            "kind": "table",
+            "path": data.as_posix(),
+            "key": key,
+            "captioner": None,
+            "text": name,
+            "repeated": "first",
+        }
+        for number, name in enumerate(long)
+    }
+    return DataSource(source, captioners, found)
+
+
+def _embedded_images(table: TableFile) -> list[str]:
+    """Columns of a Parquet file that hold encoded images."""
+    if not isinstance(table, ParquetTable):
+        return []
+    tests = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_struct)
+    return [name for name in table.columns if any(test(table.schema.field(name).type) for test in tests)]
+
+
+def _texts(table: TableFile, without: Sequence[str]) -> dict[str, list[str]]:
+    """The first cells of each column as text; columns of nested values are left out."""
+    columns = [name for name in table.columns if name not in without and table.columns.count(name) == 1]
+    rows = [row.values for row in islice(table.rows(columns), _ROWS) if row.problem is None]
+    if not rows:
+        raise ValueError(f"{table.path} has no rows that can be read; check it")
+    cells = {name: [row[number] for row in rows] for number, name in enumerate(columns)}
+    return {
+        name: [as_name(value) for value in values]
+        for name, values in cells.items()
+        if not any(isinstance(value, dict | list) for value in values)
+    }
+
+
+def _image_paths(data: Path, texts: dict[str, list[str]], images: Path | None, column: str | None) -> tuple[str, Path]:
+    """The column of paths, and the folder that they start from."""
+    parent = data if data.is_dir() else data.parent
+    folders = [images] if images is not None else [parent, *(parent / name for name in ("images", "pictures"))]
+    if images is not None and not images.is_dir():
+        raise ValueError(f"--images {images} is not a folder; name the folder that the paths in {data} start from")
+    names = [column] if column is not None else list(texts)
+    shares = {
+        (name, folder): sum(_is_image(folder, cell) for cell in texts[name]) / len(texts[name])
+        for name in names
+        for folder in folders
+        if folder.is_dir()
+    }
+    best = max(shares, key=lambda place: shares[place], default=None)
+    if best is None or shares[best] < 0.5:
+        where = ", ".join(str(folder) for folder in folders)
+        what = f"column {column} of {data}" if column else f"no column of {data}"
+        raise ValueError(
+            f"{what} {'does not have' if column else 'has'} paths of images below {where}; name the folder with "
+            "--images and the column with --image-column"
+        )
+    return best
+
+
+def _is_image(folder: Path, cell: str) -> bool:
+    try:
+        return bool(cell) and (folder / cell).is_file()
+    except (OSError, ValueError):  # no file can have this name
+        return False
+
+
+def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tuple[str, list[str]]:
+    """The column of short captions, and those of long captions."""
+    lengths = {name: _words(cells) for name, cells in texts.items()}
+    prose = {name: length for name, length in lengths.items() if length >= _FEWEST_WORDS and _is_prose(texts[name])}
+    if columns.caption is not None:
+        caption = columns.caption
+    else:
+        candidates = {name: length for name, length in prose.items() if name not in columns.long}
+        if not candidates:
+            raise ValueError(
+                f"{data} has no column of captions ({', '.join(texts) or 'none'} are not prose); name it with "
+                "--caption-column"
+            )
+        named = [name for name in candidates if re.search("caption|text|title|alt", name, re.IGNORECASE)]
+        caption = min(named or candidates, key=lambda name: candidates[name])
+    if columns.long:
+        return caption, list(columns.long)
+    shortest = lengths.get(caption, 0)
+    return caption, [name for name, length in prose.items() if name != caption and length >= _LONGER * shortest]
+
+
+def _words(cells: Sequence[str]) -> float:
+    filled = [cell for cell in cells if cell.strip()]
+    return sum(len(cell.split()) for cell in filled) / len(filled) if filled else 0.0
+
+
+def _is_prose(cells: Sequence[str]) -> bool:
+    """Whether cells are captions, not URLs, paths, numbers or a few categories."""
+    filled = [cell for cell in cells if cell.strip()]
+    urls = sum("://" in cell for cell in filled)
+    return 2 * urls < len(filled) and (len(filled) < 10 or len(set(filled)) > len(filled) / 10)
+
+
+def _key_column(data: Path, texts: dict[str, list[str]], others: Sequence[str]) -> str:
+    """A column of unique names, which connects images in a table with their long captions."""
+    unique = [name for name in texts if name not in others and _is_unique(texts[name])]
+    for name in (*(name for name in unique if name.lower() in _KEY_NAMES), *unique):
+        return name
+    raise ValueError(
+        f"{data} has images and long captions, but no column with a unique name in each row; add one, such as `key`"
+    )
+
+
+def _is_unique(cells: Sequence[str]) -> bool:
+    return all(cells) and len(set(cells)) == len(cells)
+
+
+def _captioner_name(column: str, number: int) -> str:
+    """A valid name of a captioner from a column's name."""
+    name = re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")[:40]
+    return name if name and name != "raw" else f"long-{number + 1}"
+
+
+def unit_shares(units: int, wanted: int) -> Iterator[int]:
+    """Numbers of up to `wanted` of `units` units, evenly spaced.
+
+    >>> list(unit_shares(10, 3)), list(unit_shares(2, 3))
+    ([0, 3, 6], [0, 1])
+    """
+    step = max(units / wanted, 1)
+    return (int(number * step) for number in range(min(units, wanted)))
