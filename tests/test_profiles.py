@@ -116,14 +116,13 @@ def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile
 
 def test_the_profile_for_own_images_has_a_tower_pretrained_on_photographs():
     params = load_params(ROOT / "profiles" / "own-images.yaml")
-    assert params.image_tower.kind == "timm" and "in21k" in params.image_tower.model
-    (line,) = params.warnings
-    assert "is not pinned" in line
-    assert build_towers(params.ablation("lit"), params.image_tower).image.width == 768
+    assert params.image_tower.kind == "packaged" and params.image_tower.resize == "squash"
+    assert params.warnings == []
+    assert build_towers(params.ablation("lit"), params.image_tower).image.width == 1280
 
 
 def test_a_tower_of_generated_scenes_for_other_pictures_is_warned_of():
     data = yaml.safe_load((ROOT / "profiles" / "own-images.yaml").read_text(encoding="utf-8"))
     (warning,) = checked_params({**data, "image_tower": {"kind": "scenes"}}, "params.yaml").warnings
-    assert "image_tower" in warning and "ingest.source" in warning and "timm" in warning
+    assert "image_tower" in warning and "ingest.source" in warning and "packaged" in warning
     assert load_params(ROOT / "params.yaml").warnings == []

@@ -105,7 +105,7 @@ class Params(Section):
             lines.append(
                 "image_tower.kind is scenes: that tower is trained only on generated scenes and discriminates other "
                 f"pictures poorly, but ingest.source.kind is {self.ingest.source.kind}; use a pretrained tower, such "
-                "as image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
+                "as image_tower: {kind: packaged}"
             )
         pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
         if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:

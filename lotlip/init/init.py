@@ -12,7 +12,7 @@ import torch
 from lotlip.core.files import atomic_write, check_free
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.importing.start import StartingModel, open_start
-from lotlip.init.inspection import describe, inspect
+from lotlip.init.inspection import Inspection, describe, inspect
 from lotlip.init.params import checked, fit, params_text
 from lotlip.init.source import Columns, find_source
 from lotlip.plan.plan import Gpu, Plan
@@ -50,10 +50,14 @@ def init(
     opened = _open(start, show) if start else None
     tokenizer = opened.tokenizer if opened else open_tokenizer("clip" if start else "bert-base-uncased")
     found = inspect(source, tokenizer.full_lengths)
-    settings = fit(found, opened, start)
+    recall, chance = _try(opened, found, show) if opened else (1.0, 0.0)
+    settings = fit(found, opened, start, recall > chance)
     text = params_text(source, start, found, settings, f"LoTLIP on {data.name}")
     for line in describe(found, settings.context_length):
         show(line)
+    if opened:
+        knows = "" if recall > chance else ": no better than chance, so both towers are trained from its weights"
+        show(f"  {'the starting model finds':<34}{recall:.0%} of {len(found.pairs)} images by their captions{knows}")
     suggested = f"context_length {settings.context_length}, batch_size {settings.batch_size}, steps {settings.steps}"
     show(f"  {'suggested':<34}{suggested}")
     params = checked(text, str(out))
@@ -81,6 +85,25 @@ def _open(start: str, show: Callable[[str], object]) -> StartingModel | None:
             raise
         show(f"warning: {start} cannot be read now, so it is assumed to be a CLIP: {error}")
         return None
+
+
+def _try(start: StartingModel, found: Inspection, show: Callable[[str], object]) -> tuple[float, float]:
+    """Tries a starting model on some images.
+
+    Returns:
+        R@1, mean of both directions, and the highest value that is likely by chance.
+    """
+    from lotlip.evaluate.encoders import LotlipEncoder, Runner
+
+    show(f"trying {start.name} on {len(found.pairs)} images")
+    images, captions = zip(*found.pairs, strict=True)
+    run = Runner(16, "cuda" if torch.cuda.is_available() else "cpu")
+    encoder = LotlipEncoder(start.build(), start.tokenizer, run)
+    similarity = encoder.images(images) @ encoder.texts(captions)[0].T
+    own = torch.arange(len(images))
+    hits = [(similarity.argmax(dim) == own).sum().item() for dim in (0, 1)]
+    # two directions with one expected hit each, and three standard deviations
+    return sum(hits) / (2 * len(images)), (2 + 3 * 2**0.5) / (2 * len(images))
 
 
 def _this_machine() -> Gpu:

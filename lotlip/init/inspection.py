@@ -22,6 +22,7 @@ from lotlip.init.source import DataSource, unit_shares
 _UNIT, _UNITS = 100, 10  # items per unit, and units that are looked at
 _TARS = 2  # tars that are looked at; each is read to its end
 _SHOWN = 3
+_PAIRS = 100  # that the starting model is tried on
 _MANY_MORE = 1.5
 ENDS: tuple[SentenceEnds, ...] = ("released", "unicode")
 
@@ -48,6 +49,7 @@ class Inspection:
         texts: "short" or captioner → lengths.
         sides: shorter and longer side of each image in pixels, [n, 2].
         sentence_ends: rule that finds the sub-captions of these texts.
+        pairs: some images with their short captions.
     """
 
     items: int
@@ -60,11 +62,17 @@ class Inspection:
     texts: dict[str, Texts]
     sides: np.ndarray = field(repr=False)
     sentence_ends: SentenceEnds = "released"
+    pairs: list[tuple[bytes, str]] = field(default_factory=list, repr=False)
 
     @property
     def failure_share(self) -> float:
         """Share of the sample's items that cannot be used."""
         return sum(self.failures.values()) / max(self.images + sum(self.failures.values()), 1)
+
+    @property
+    def missing_share(self) -> float:
+        """Share of the usable images without a long caption, by the captioner with the fewest captions."""
+        return 1 - min(len(texts.tokens) for texts in self.texts.values()) / self.images
 
     @property
     def usable(self) -> int:
@@ -112,6 +120,7 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
         lengths,
         np.array([sorted((record.width, record.height)) for record in records]),
         ends,
+        [(record.image, record.short_caption) for record in records[:: max(len(records) // _PAIRS, 1)][:_PAIRS]],
     )
 
 

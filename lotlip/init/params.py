@@ -36,6 +36,7 @@ class Settings:
         steps: number of steps.
         epochs: number of passes over the training images.
         test_share, val_share: shares of held-out images.
+        from_scratch: whether there are no useful weights to keep.
     """
 
     context_length: int
@@ -45,15 +46,17 @@ class Settings:
     epochs: int
     test_share: float
     val_share: float
+    from_scratch: bool
 
 
-def fit(found: Inspection, start: StartingModel | None, named: str | None) -> Settings:
+def fit(found: Inspection, start: StartingModel | None, named: str | None, knows: bool) -> Settings:
     """Chooses settings that fit the data.
 
     Args:
         found: what the data holds.
         start: the starting model, if it can be read.
         named: its name; None: the text tower is trained from scratch.
+        knows: whether the starting model finds images of this data better than by chance.
     """
     longest = max(float(np.quantile(texts.tokens, 0.95)) for texts in found.texts.values())
     context_length, interpolation = _context_length(math.ceil(longest) + 2, start, named)
@@ -71,6 +74,7 @@ def fit(found: Inspection, start: StartingModel | None, named: str | None) -> Se
         epochs,
         round(test, 3),
         val,
+        named is None or not knows,
     )
 
 
@@ -108,13 +112,13 @@ def params_text(data: DataSource, start: str | None, found: Inspection, settings
         ConfigError: the settings do not fit together.
     """
     source = {**data.source, "test_share": settings.test_share, "val_share": settings.val_share}
-    failures = min(max(0.01, math.ceil(found.failure_share * 150) / 100), 1.0)
     train = found.usable * (1 - settings.test_share - settings.val_share)
     captioners = "".join(f"\n    {name}: {_flow(section)}" for name, section in data.captioners.items())
     few = found.usable * settings.test_share < 100
     text = _TEMPLATE.format(
         source=_flow(source),
-        failures=f"{failures:g}",
+        failures=_limit(found.failure_share, 0.01),
+        missing=_limit(found.missing_share, 0.02),
         towers=_towers(start),
         sentence_ends=found.sentence_ends,
         captioners=captioners or " {}",
@@ -125,10 +129,12 @@ def params_text(data: DataSource, start: str | None, found: Inspection, settings
         own_tokenizer="  # counts words; the starting model has its own" if start else "",
         text_tower=_text_tower(start, settings),
         long_texts="" if data.captioners else f"\n    captioners: [{RAW}]  # sentences of the short captions",
-        learning_rate="1.0e-4" if start else "1.0e-3",
+        image_tower="" if start is None or not settings.from_scratch else _TRAINED_IMAGE_TOWER,
+        learning_rate="1.0e-3" if settings.from_scratch else "1.0e-4",
         warmup=max(settings.steps // 10, 1),
         chance=0 if few else 1.0,
         few="  # too few test images for a reliable gate" if few else "",
+        compute=_FEW_IMAGES if few else "",
         baselines="[start]" if start else "[]",
         title=_flow(title),
     )
@@ -143,6 +149,11 @@ def checked(text: str, place: str) -> Params:
         ConfigError: it has invalid keys or values.
     """
     return checked_params(yaml.safe_load(text), place)
+
+
+def _limit(share: float, least: float) -> str:
+    """A limit of a share that leaves room for half as many more than in the sample."""
+    return f"{min(max(least, math.ceil(share * 150) / 100), 1.0):g}"
 
 
 def _flow(value: Mapping[str, Any] | str) -> str:
@@ -167,15 +178,26 @@ def _text_tower(start: str | None, settings: Settings) -> str:
     lines.append(f"corner_tokens: {CORNER_TOKENS}")
     if settings.interpolation:
         lines.append(f"position_interpolation: {_flow(settings.interpolation)}  # longer texts than the model has read")
-    if start:
+    if start and not settings.from_scratch:
         lines.append("learning_rate: 1.0e-5  # of trained weights; new ones have that of optimizer")
-    else:
+    if not start:
         lines += ["# a small BERT, trained from scratch; docs/continue.md has pretrained ones", "config:"]
         sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512}
         others = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.05}
         lines += [f"  {name}: {value}" for name, value in {**sizes, **others}.items()]
     return "\n    ".join(lines)
 
+
+_TRAINED_IMAGE_TOWER = """
+  image_tower:
+    frozen: false  # the starting model does not know these images"""
+
+_FEW_IMAGES = """\
+# With few images, training may fail to beat chance. The report shows it; these limits would stop the run instead.
+compute:
+  training: {max_final_loss_share: 2.0, stop_at_chance_after: 0}
+
+"""
 
 _TEMPLATE = """\
 # Own data, written by `lotlip init`. `make reproduce` runs the pipeline and writes report/index.html. docs/params.md
@@ -191,7 +213,7 @@ caption:
   tokenizer: bert-base-uncased  # counts words in statistics
   sentence_ends: {sentence_ends}  # unicode: sentences of any language
   quality: {{refusal: true, reasoning: true, control: 0, mojibake: 0, repetition: 0.5, short: 3}}
-  max_failure_share: 0.02
+  max_failure_share: {missing}  # largest share of images without a long caption
   max_filtered_share: 0.1
   max_reasoning_share: 0.01
   max_truncated_share: 0.5
@@ -214,7 +236,7 @@ pretrain:
     tokenizer: bert-base-uncased{own_tokenizer}
     {text_tower}
   long_texts:
-    sub_captions: 3  # consecutive sentences in a long text{long_texts}
+    sub_captions: 3  # consecutive sentences in a long text{long_texts}{image_tower}
   optimizer:
     learning_rate: {learning_rate}
     warmup_steps: {warmup}
@@ -226,7 +248,7 @@ evaluate:
   max_short_text_loss: null  # 0.05: fail if short-text R@1 falls by more than 5 % below that of the start
   baselines: {baselines}  # further rows of the report, such as models on this machine
 
-report:
+{compute}report:
   title: {title}
 
 tracking:

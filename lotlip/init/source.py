@@ -14,6 +14,7 @@ import pyarrow.types as kinds
 from lotlip.core.listing import files_below
 from lotlip.data.images import ENDINGS
 from lotlip.data.rows import ParquetTable, TableFile, as_name, find_tables, open_table, require
+from lotlip.data.text import split_sub_captions
 from lotlip.ingest.sources.webdataset import TARS
 
 _TABLES = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
@@ -21,6 +22,7 @@ _ROWS = 200  # that are read to find the columns
 _KEY_NAMES = ("key", "id", "name", "image_id", "uid")
 # A column with this many times as many words as the short caption has long captions.
 _LONGER = 1.5
+_FILLED = 0.9
 _FEWEST_WORDS = 2  # on average, in a column of captions
 
 
@@ -30,7 +32,7 @@ class DataSource:
 
     Attributes:
         source: section `ingest.source` of params.yaml, without shares.
-        captioners: section `caption.captioners`: a table captioner per column of long captions.
+        captioners: section `caption.captioners`: a table captioner per column of long captions, or one for all.
         found: what was guessed, one line each.
     """
 
@@ -126,18 +128,19 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         key = _key_column(data, texts, [caption, *long])
         source["key"] = key
         found.append(f"keys: column {key}")
-    captioners = {
-        _captioner_name(name, number): {
-            "kind": "table",
-            "path": data.as_posix(),
-            "key": key,
-            "captioner": None,
-            "text": name,
-            "repeated": "first",
-        }
-        for number, name in enumerate(long)
-    }
+    section = {"kind": "table", "path": data.as_posix(), "key": key, "captioner": None, "repeated": "first"}
+    if all(_is_long_caption(texts[name]) for name in long):
+        captioners = {_captioner_name(name, number): {**section, "text": name} for number, name in enumerate(long)}
+    else:
+        captioners = {"own": {**section, "text": long}}
+        found.append("these columns are joined into one long caption, because some are empty or of one sentence")
     return DataSource(source, captioners, found)
+
+
+def _is_long_caption(cells: Sequence[str]) -> bool:
+    """Whether nearly every cell has a text, and of two sub-captions or more on average."""
+    counts = [len(split_sub_captions(cell, "unicode")) for cell in cells if cell.strip()]
+    return len(counts) >= _FILLED * len(cells) and sum(counts) >= 2 * len(counts)
 
 
 def _embedded_images(table: TableFile) -> list[str]:

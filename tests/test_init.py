@@ -1,0 +1,262 @@
+"""`lotlip init`: finds out how own data is stored, and writes a params.yaml that fits it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from lotlip.config.params import Params, load_params
+from lotlip.init.init import init
+from lotlip.init.source import Columns, find_source
+from tests.tiny_baselines import CLIP_LENGTH, save_clip
+
+WORDS = (
+    "red",
+    "dog",
+    "tree",
+    "house",
+    "blue",
+    "cat",
+    "boat",
+    "white",
+    "bird",
+    "green",
+    "car",
+    "horse",
+    "river",
+    "stone",
+)
+
+
+def picture(number: int) -> bytes:
+    rng = np.random.default_rng(number)
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(file, "png")
+    return file.getvalue()
+
+
+def sentence(number: int, words: int) -> str:
+    return " ".join(np.random.default_rng(number).choice(WORDS, words))
+
+
+def rows(number: int = 30) -> list[dict[str, Any]]:
+    """Rows with columns that a table of captions may have."""
+    return [
+        {
+            "id": n,
+            "url": f"https://example.org/{n} {n}.png",
+            "file_name": f"sub/{n:03}.png",
+            "split": "train",
+            "caption": sentence(n, 4),
+            "detailed": ". ".join(sentence(100 * n + k, 9) for k in range(4)),
+        }
+        for n in range(number)
+    ]
+
+
+def write_images(folder: Path, number: int = 30) -> Path:
+    (folder / "sub").mkdir(parents=True)
+    for n in range(number):
+        (folder / "sub" / f"{n:03}.png").write_bytes(picture(n))
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with the table captions.csv and its images."""
+    write_images(tmp_path / "images")
+    with (tmp_path / "captions.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows(1)[0]))
+        table.writeheader()
+        table.writerows(rows())
+    return tmp_path
+
+
+def run(data: Path, out: Path, **options: Any) -> tuple[Params, list[str]]:
+    """Runs the command; returns the parsed file and the printed lines."""
+    lines: list[str] = []
+    columns = options.pop("columns", (None, None, ()))
+    init(data, options.pop("images", None), options.pop("start", None), columns, out, options.pop("force", False),
+         lines.append)  # fmt: skip
+    assert not options
+    return load_params(out), lines
+
+
+# --- how data is stored ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_columns_of_a_table_are_found_and_named(data: Path, kind: str) -> None:
+    table = data / f"captions.{kind}"
+    frame = pd.DataFrame(rows())
+    if kind == "jsonl":
+        frame.to_json(table, orient="records", lines=True)
+    elif kind == "parquet":
+        frame.to_parquet(table)
+    found = find_source(table, None)
+    assert found.source == {
+        "kind": kind,
+        "path": str(table),
+        "image": "file_name",
+        "images": str(data / "images"),
+        "caption": "caption",
+    }
+    assert {name: section["text"] for name, section in found.captioners.items()} == {"detailed": "detailed"}
+    said = "\n".join(found.found)
+    assert all(name in said for name in ("file_name", "caption", "detailed", str(data / "images")))
+
+
+def test_images_may_be_in_the_table(tmp_path: Path) -> None:
+    frame = pd.DataFrame(rows()).drop(columns="file_name")
+    frame["picture"] = [{"bytes": picture(n), "path": None} for n in range(len(frame))]
+    frame.to_parquet(tmp_path / "t.parquet")
+    found = find_source(tmp_path / "t.parquet", None)
+    assert found.source == {
+        "kind": "parquet",
+        "path": str(tmp_path / "t.parquet"),
+        "image": "picture",
+        "caption": "caption",
+        "key": "id",
+    }
+    assert found.captioners["detailed"]["key"] == "id"
+
+
+def test_named_columns_are_used(data: Path) -> None:
+    found = find_source(data / "captions.csv", data / "images", Columns("file_name", "detailed", ["caption"]))
+    assert found.source["caption"] == "detailed"
+    assert found.captioners["own"]["text"] == ["caption"]
+    with pytest.raises(ValueError, match=r"has no column nothing \(it has id, url, file_name"):
+        find_source(data / "captions.csv", None, Columns(caption="nothing"))
+
+
+def test_columns_of_single_sentences_are_one_long_caption(data: Path) -> None:
+    frame = pd.read_csv(data / "captions.csv")
+    frame["more"] = [sentence(900 + n, 9) if n % 2 else "" for n in range(len(frame))]
+    frame.to_csv(data / "captions.csv", index=False)
+    params, _ = run(data / "captions.csv", data / "params.yaml")
+    (captioner,) = params.caption.captioners.values()
+    assert captioner.text == ["detailed", "more"]
+    assert params.caption.max_failure_share == 0.02
+    params, _ = run(data / "captions.csv", data / "params.yaml", columns=(None, None, ["more"]), force=True)
+    assert params.caption.max_failure_share == 0.75  # half of the images have one
+
+
+def test_a_folder_and_tars_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.png").write_bytes(picture(0))
+    (tmp_path / "folder" / "a.txt").write_text("a dog")
+    assert find_source(tmp_path / "folder", None).source["kind"] == "folder"
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "00000.tar", "w"):
+        pass
+    pd.DataFrame(rows()).to_parquet(tmp_path / "tars" / "00000.parquet")  # img2dataset's metadata
+    assert find_source(tmp_path / "tars", None).source["kind"] == "webdataset"
+    with pytest.raises(ValueError, match="--images and columns are for tables"):
+        find_source(tmp_path / "tars", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "problem"),
+    [
+        (lambda data: (data / "images").rename(data / "elsewhere"), {}, "no column of .* has paths of images below"),
+        (lambda data: None, {"images": Path("nowhere")}, "--images nowhere is not a folder"),
+        (lambda data: (data / "captions.csv").write_text("file_name,n\nsub/000.png,1\n"), {}, "no column of captions"),
+        (lambda data: (data / "captions.csv").write_text("file_name,n\n"), {}, "has no rows"),
+        (lambda data: (data / "captions.csv").unlink(), {}, "does not exist"),
+        (lambda data: (data / "captions.csv").rename(data / "captions.xls"), {"data": "captions.xls"}, "another form"),
+        (lambda data: None, {"columns": Columns(image="url")}, "column url of .* does not have paths of images"),
+    ],
+)
+def test_what_cannot_be_found_is_named_with_an_option(data: Path, change: Any, options: Any, problem: str) -> None:
+    change(data)
+    file = options.pop("data", "captions.csv")
+    with pytest.raises(ValueError, match=problem):
+        find_source(data / file, options.pop("images", None), **options)
+
+
+# --- params.yaml ----------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_valid_and_says_what_the_data_is_like(data: Path) -> None:
+    (data / "images" / "sub" / "003.png").write_bytes(b"broken")
+    (data / "images" / "sub" / "004.png").write_bytes(picture(5))
+    params, lines = run(data / "captions.csv", data / "params.yaml")
+    said = "\n".join(lines)
+    assert params.image_tower.kind == "packaged" and params.pretrain.start is None
+    assert params.ingest.max_failure_share == pytest.approx(0.05)  # one of 30 cannot be used
+    config = params.ablation("lotlip")
+    assert config.batch_size == 4 and config.steps == 105  # 20 passes over 75 % of 29 images
+    assert config.text.context_length == 48  # 40 word pieces and special tokens
+    parts = ("29 (30 looked at)", "60 × 40 pixels", "cannot be used: unreadable", "images that equal another")
+    for part in (*parts, "29 of 29, 4.0 sub-captions"):
+        assert part in said, part
+    assert "make reproduce" in lines[-1]
+
+
+def test_a_start_decides_context_and_learning_rates(data: Path) -> None:
+    clip = save_clip(data / "clip")
+    params, lines = run(data / "captions.csv", data / "params.yaml", start=str(clip))
+    text = params.pretrain.text
+    assert params.image_tower.kind == "start" and params.evaluate.baselines == ["start"]
+    assert text.position_interpolation is not None
+    assert text.position_interpolation.positions == CLIP_LENGTH
+    assert text.context_length == text.position_interpolation.interpolated > CLIP_LENGTH
+    assert any("no better than chance" in line for line in lines)  # its weights are random
+    assert not params.pretrain.image_tower.frozen
+
+
+def test_a_hub_name_without_a_network_is_assumed_to_be_a_clip(data: Path) -> None:
+    params, lines = run(data / "captions.csv", data / "params.yaml", start="nobody/no-such-clip")
+    assert params.pretrain.start == "nobody/no-such-clip" and params.pretrain.text.context_length == 77
+    assert params.pretrain.text.learning_rate == 1e-5 and params.pretrain.image_tower.frozen
+    assert any(line.startswith("warning: nobody/no-such-clip cannot be read now") for line in lines)
+
+
+def test_captions_without_long_ones_are_their_own(tmp_path: Path) -> None:
+    for n in range(12):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / "in" / f"{n}.txt").write_text(f"狗{n}在跑。猫在睡。树很高。")
+    params, _ = run(tmp_path / "in", tmp_path / "params.yaml")
+    assert params.ablation("lotlip").long_texts.captioners == ["raw"]
+    assert params.caption.sentence_ends == "unicode"
+
+
+def test_nothing_is_overwritten_without_force(data: Path) -> None:
+    out = data / "params.yaml"
+    out.write_text("mine")
+    with pytest.raises(ValueError, match="use --force"):
+        run(data / "captions.csv", out)
+    assert out.read_text() == "mine"
+    run(data / "captions.csv", out, force=True)
+    assert (data / "params.yaml.old-1").read_text() == "mine"
+
+
+def test_long_captions_of_other_images_are_an_error(data: Path) -> None:
+    table = data / "captions.csv"
+    frame = pd.read_csv(table)
+    frame["detailed"] = ""
+    frame.to_csv(table, index=False)
+    with pytest.raises(ValueError, match="name another column with --long-column"):
+        run(table, data / "params.yaml", columns=(None, None, ["detailed"]))
+    assert not (data / "params.yaml").exists()
+
+
+def test_names_are_quoted(tmp_path: Path) -> None:
+    folder = tmp_path / "it's: #1 {x}"
+    write_images(folder / "images")
+    lines = [json.dumps(row) for row in rows()]
+    (folder / "t.jsonl").write_text("\n".join(lines))
+    params, _ = run(folder / "t.jsonl", tmp_path / "params.yaml")
+    assert Path(params.ingest.source.path) == folder / "t.jsonl"
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text())["report"]["title"] == "LoTLIP on t.jsonl"
