@@ -24,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -302,27 +303,33 @@ def train_steps(device: str, scale: Scale, folder: Path, kill: bool) -> None:
     torch.save({name: value.cpu() for name, value in engine.model.state_dict().items()}, folder / "weights.pt")
 
 
-def run_part(name: str, device: str, small: bool, results: Any) -> None:
+def run_part(name: str, device: str, small: bool, results: Connection) -> None:
     """Runs a part in its own process and sends its figures or its error."""
     try:
         start = time.perf_counter()
         found = PARTS[name](device, Scale(small))
-        results.put(found | {"seconds": time.perf_counter() - start})
+        results.send(found | {"seconds": time.perf_counter() - start})
     except Exception as error:
-        results.put({"error": f"{type(error).__name__}: {error}"})
+        results.send({"error": f"{type(error).__name__}: {error}"})
 
 
 def measure(device: str, small: bool, parts: list[str]) -> dict[str, Any]:
     """Returns part → its figures, or {"error": reason}."""
-    context = multiprocessing.get_context("spawn")
+    # CUDA does not survive a fork. Without it, a fork saves the imports.
+    context: Any = multiprocessing.get_context("spawn" if device.startswith("cuda") else "fork")
     found: dict[str, Any] = {}
     for name in parts:
-        results = context.Queue()
-        process = context.Process(target=run_part, args=(name, device, small, results))
+        results, sender = context.Pipe(duplex=False)
+        process = context.Process(target=run_part, args=(name, device, small, sender))
         process.start()
-        try:
-            found[name] = results.get(timeout=PART_SECONDS)
-        except Exception:  # queue.Empty: it hangs or has died
+        sender.close()  # so that the end of the process ends the wait
+        if results.poll(PART_SECONDS):
+            try:
+                found[name] = results.recv()
+            except EOFError:
+                process.join()
+                found[name] = {"error": f"the process ended with {process.exitcode}"}
+        else:
             found[name] = {"error": f"no result after {PART_SECONDS} s"}
             process.kill()
         process.join()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -24,6 +25,14 @@ def test_every_part_gives_its_figures() -> None:
     for part in ("bert", "clip"):
         assert found[part]["samples_per_second"] > 0
         assert 0 < found[part]["share_of_peak"] < 2
+
+
+@pytest.mark.integration
+def test_a_part_that_dies_is_reported_at_once(monkeypatch) -> None:
+    from benchmarks import gpu
+
+    monkeypatch.setitem(gpu.PARTS, "dies", lambda device, scale: os._exit(3))
+    assert gpu.measure("cpu", small=True, parts=["dies"]) == {"dies": {"error": "the process ended with 3"}}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
