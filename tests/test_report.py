@@ -16,7 +16,7 @@ from lotlip.config.params import Params
 from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
-from lotlip.evaluate.score_names import MAIN_METRICS
+from lotlip.evaluate.score_names import MAIN_METRICS, SENTENCE_METRICS
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
@@ -24,7 +24,7 @@ from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
 from lotlip.report.plots import write_plots
 from lotlip.report.reading_figures import reading_figures
-from lotlip.report.sections import all_metrics_table, benchmark_sections
+from lotlip.report.sections import all_metrics_table, benchmark_sections, sentence_table
 from lotlip.report.stages import cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
@@ -583,6 +583,48 @@ def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
     assert "scenes-context-length" not in [t.slug for t in tables(inputs)]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Context length: cost" in text and "recall and cost" not in text
+
+
+# --- prefixes and changed sentences -------------------------------------------------------------------------------
+
+
+def metrics_of_sentences(place, seed):
+    """Made-up metrics with the scores of prefixes and of changed sentences."""
+    return metrics_of(place, seed) | dict.fromkeys(SENTENCE_METRICS, 0.1 * place + seed / 100)
+
+
+def test_scores_of_sentences_have_a_table(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params, metrics_of_sentences)
+    for name in params.ablations:
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(path.read_text())
+        found["benchmarks"]["scenes"]["protocol"] |= {"long_texts": 1000, "long_texts_of_4_sentences": 987}
+        path.write_text(json.dumps(found))
+    inputs = load_inputs(params, tmp_path)
+    table = sentence_table(inputs, "scenes")
+    assert [column.key for column in table.columns[1:]] == list(SENTENCE_METRICS)
+    headings = [(group, span) for group, span, _ in table.header_groups[1:]]
+    assert headings == [
+        ("Growing prefixes", 3),
+        ("Unchanged, R@1", 2),
+        ("Sentences 1 and 4 swapped, R@1", 2),
+        ("Sentence 1 deleted, R@1", 2),
+    ]
+    assert [column.label for column in table.columns[1:4]] == ["HiMo@2", "HiMo@3", "HiMo@4"]
+    assert "the 987 of 1,000 long texts with at least 4 sentences" in table.note
+    assert table.rows[2][0].text == "gamma" and table.rows[2][1].value == pytest.approx(0.205)
+    page = build_report(inputs, tmp_path / "out").read_text()
+    assert "Sentences 1 and 4 swapped" in page and table.title in page
+    assert (tmp_path / "out" / "tables" / f"{table.slug}.csv").read_text().splitlines()[3].startswith("gamma,0.205")
+
+
+def test_without_scores_of_sentences_there_is_no_table(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    inputs = load_inputs(params, tmp_path)
+    assert sentence_table(inputs, "scenes") is None
+    assert "HiMo" not in build_report(inputs, tmp_path / "out").read_text()
 
 
 # --- reading to the end -------------------------------------------------------------------------------------------

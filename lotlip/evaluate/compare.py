@@ -12,11 +12,12 @@ from lotlip.data.index import UnitIndex, read_index
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.ceiling import repeats_in_words
 from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBenchmarkConfig
-from lotlip.evaluate.encoders import Encoder
+from lotlip.evaluate.encoders import CachedTextEncoder, Encoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
 from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
 from lotlip.evaluate.score_names import Metric
+from lotlip.evaluate.sentence_scores import asked_texts
 
 SCENES = "scenes"
 # Metric → column heading in the table.
@@ -98,7 +99,7 @@ def compare(
     for name, encoder in models:
         for benchmark in benchmarks:
             on_start(name, benchmark.name, _items(benchmark))
-            scores = evaluate(encoder, benchmark, image_features(encoder, benchmark))
+            scores = evaluate(CachedTextEncoder(encoder), benchmark, image_features(encoder, benchmark))
             ceiling, repeats = limit[benchmark.name]
             about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), **repeats, "command": command}
             results.append(Result(name, benchmark.name, scores, chances(benchmark), ceiling, about))
@@ -106,9 +107,12 @@ def compare(
 
 
 def _items(benchmark: Benchmark) -> int:
-    texts = sum(len(texts.texts) for texts in benchmark.retrieval.values())
-    prompts = sum(len(prompts) for prompts in benchmark.prompts.classes) if benchmark.prompts else 0
-    return len(benchmark.images) + texts + prompts
+    """Number of images and distinct texts to encode."""
+    texts = {text for kind in benchmark.retrieval.values() for text in kind.texts}
+    texts |= {prompt for prompts in (benchmark.prompts.classes if benchmark.prompts else ()) for prompt in prompts}
+    if "long" in benchmark.retrieval:
+        texts |= asked_texts(benchmark.retrieval["long"])
+    return len(benchmark.images) + len(texts)
 
 
 def to_json(results: Sequence[Result]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from lotlip.core.differences import differences, format_differences, format_value
 from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, SOURCE
-from lotlip.evaluate.score_names import MAIN
+from lotlip.evaluate.score_names import COUNTED_TEXTS, MAIN, SENTENCE_METRICS, SENTENCES
 from lotlip.report import figures
 from lotlip.report.config import CHANGES, FLOPS, SCORES, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
@@ -148,6 +148,33 @@ def all_metrics_table(inputs: ReportInputs, benchmark: str) -> ReportTable:
         benchmark,
         metrics,
         main=False,
+        others=baseline_scores(inputs, benchmark),
+    )
+
+
+def sentence_table(inputs: ReportInputs, benchmark: str) -> ReportTable | None:
+    """Returns the scores of growing prefixes and of changed sentences; None if there are none."""
+    metrics = [metric for metric in metric_names(inputs.scored, benchmark) if metric in SENTENCE_METRICS]
+    if not metrics:
+        return None
+    scored = [a for a in inputs.scored if benchmark in a.benchmarks]
+    protocol = next((a.benchmarks[benchmark].protocol for a in scored), {})
+    counted, texts = (protocol.get(key) for key in (COUNTED_TEXTS, "long_texts"))
+    which = f"the {counted:,} of {texts:,} long texts" if counted and texts else "long texts"
+    note = (
+        f"Over {which} with at least {SENTENCES} sentences. HiMo@2 and HiMo@3: share of texts whose similarity to "
+        "their image grows with each of 2 or 3 prefixes of 1/K, 2/K, … of the sentences; HiMo@4: mean correlation of "
+        "the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, with "
+        "two sentences swapped, and without the first sentence."
+    )
+    return results_table(
+        f"{benchmark}-sentence-order",
+        "More sentences, other sentences",
+        note,
+        scored,
+        [_names(scored)],
+        benchmark,
+        metrics,
         others=baseline_scores(inputs, benchmark),
     )
 
