@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import random
@@ -17,7 +18,7 @@ from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
 from lotlip.evaluate.score_names import MAIN_METRICS, SENTENCE_METRICS
-from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
+from lotlip.figures.charts import SMALL, Line, Point, draw_lines, in_millions, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
 from lotlip.report.inputs import load_inputs
@@ -447,6 +448,43 @@ def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
     assert section.figure.title == "Scores against own"
     words = drawn_words(section.figure)
     assert {"0", "5", "7", "text.corner_tokens + long_texts.sub_captions"} <= set(words)
+
+
+@pytest.mark.parametrize("x_scale", ["linear", "log"])
+def test_data_scale_is_in_images(tmp_path, x_scale):
+    """Of 8,000 training images."""
+    scales = {"small": {"samples": 0.125}, "thousands": {"samples": 2000}, "half": {"samples": 0.5}, "gamma": {}}
+    figure = {"kind": "scores", "x": "samples", "x_label": "training images", "x_scale": x_scale}
+    declared = {"title": "Data scale", "rows": list(scales), "columns": ["samples", "long"], "figure": figure}
+    params = make_params(tables={"scale": declared}, ablations=scales, findings={})
+    write_project(tmp_path, params)
+    (section, *_) = benchmark_sections(load_inputs(params, tmp_path), "scenes")
+    assert [row[1].text for row in section.table.rows] == ["1,000", "2,000", "4,000", "8,000"]
+    words = drawn_words(section.figure)
+    assert [word for word in words if word.endswith(",000")] == 3 * ["1,000", "2,000", "4,000", "8,000"]
+    ticks = tick_places(section.figure)
+    doublings = [later - earlier for earlier, later in itertools.pairwise(ticks[:4])]
+    ratios = [distance / doublings[0] for distance in doublings]
+    assert ratios == pytest.approx([1, 1, 1] if x_scale == "log" else [1, 2, 4], rel=0.01)
+
+
+def tick_places(figure):
+    """Horizontal places of numbers in thousands, which are the x axis's ticks, panel by panel."""
+    return [float(place) for place in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>\d+,000</text>', figure.svg)]
+
+
+def test_data_scale_without_shards_is_a_share(tmp_path):
+    scales = {"small": {"samples": 0.25}, "gamma": {}}
+    declared = {"title": "Data scale", "rows": list(scales), "columns": ["samples", "long"]}
+    params = make_params(tables={"scale": declared}, ablations=scales, findings={})
+    write_project(tmp_path, params)
+    (tmp_path / params.paths.shards / "index.json").unlink()
+    (section, *_) = benchmark_sections(load_inputs(params, tmp_path), "scenes")
+    assert [row[1].text for row in section.table.rows] == ["0.25", "1"]
+
+
+def test_large_numbers_are_in_millions():
+    assert list(map(in_millions, (0.5, 7, 8000, 3_000_000, 12.5e6))) == ["0.5", "7", "8,000", "3M", "12.5M"]
 
 
 def test_seeds_are_no_difference():

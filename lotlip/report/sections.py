@@ -11,7 +11,7 @@ from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, SOURCE
 from lotlip.evaluate.score_names import COUNTED_TEXTS, MAIN, SENTENCE_METRICS, SENTENCES
 from lotlip.report import figures
-from lotlip.report.config import CHANGES, FLOPS, SCORES, ScoresFigureConfig, TableConfig
+from lotlip.report.config import CHANGES, FLOPS, SAMPLES, SCORES, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
     FLOPS_COLUMN,
@@ -108,7 +108,8 @@ def _table(
             lead += [(FLOPS_COLUMN, [gigaflops(a.flops_per_text) for a in chosen])] if with_flops else []
         elif key not in SCORES:
             heading = label or key.rpartition(".")[2].replace("_", " ").capitalize()
-            cells = [_setting(a, key) for a in chosen]
+            images = key == SAMPLES
+            cells = [number(inputs.training_images(a.config), "{:,g}") if images else _setting(a, key) for a in chosen]
             numeric = all(cell.value is not None for cell in cells)
             lead.append((Column(key, heading, numeric=numeric), cells))
     return results_table(
