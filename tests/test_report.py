@@ -17,6 +17,7 @@ from lotlip.config.params import Params
 from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
+from lotlip.evaluate.reference import REFERENCE
 from lotlip.evaluate.score_names import MAIN_METRICS, SENTENCE_METRICS
 from lotlip.figures.charts import SMALL, Line, Point, draw_lines, in_millions, render
 from lotlip.figures.intervals import Estimate
@@ -1319,10 +1320,14 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     write_project(tmp_path, params)
     build_report(load_inputs(params, tmp_path), tmp_path / "report")
     rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "urban-1k-systems")}
-    assert list(rows)[-6:-4] == ["chance", "CLIP B/32, 400M (published)"]
+    published = [reference for reference in REFERENCE if "urban-1k" in reference.scores]
+    names = ["chance", *(f"{reference.model} (published)" for reference in published)]
+    assert list(rows)[-len(names) :] == names and names[1] == "CLIP B/32, 400M (published)"
     assert float(rows["LoTLIP B/16, 100M (published)"]["long.text_to_image.r1"]) == 0.848
     assert not any("published" in row["ablation"] for row in read_csv(tmp_path / "report", "mine-systems"))
-    assert "not measured here" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "were not measured here" in text and "arXiv 2602.22419 (DeBias-CLIP B/16)" in text
+    assert "FLAIR" not in text  # it was published on COCO only
 
 
 @pytest.mark.parametrize(

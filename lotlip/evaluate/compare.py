@@ -15,7 +15,7 @@ from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBen
 from lotlip.evaluate.encoders import CachedTextEncoder, Encoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
-from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
+from lotlip.evaluate.reference import REFERENCE, Reference, sources
 from lotlip.evaluate.score_names import Metric
 from lotlip.evaluate.sentence_scores import asked_texts
 
@@ -118,9 +118,10 @@ def _items(benchmark: Benchmark) -> int:
 def to_json(results: Sequence[Result]) -> dict[str, Any]:
     """Converts the results to JSON types, with published scores on the same benchmarks."""
     names = {result.benchmark for result in results}
+    shown = [reference for reference in REFERENCE if names & set(reference.scores)]
     published = {
         reference.model: {name: dict(scores) for name, scores in reference.scores.items() if name in names}
-        for reference in REFERENCE
+        for reference in shown
     }
     return {
         "results": [
@@ -135,7 +136,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
             }
             for result in results
         ],
-        "published": {"source": SOURCE, "models": {model: scores for model, scores in published.items() if scores}},
+        "published": {"sources": {reference.model: reference.source for reference in shown}, "models": published},
     }
 
 
@@ -157,12 +158,13 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
     limited = [limits.get(column, 1.0) for column in columns]
     if min(limited, default=1.0) < 1:
         rows.append(["best possible", *("" if value == 1 else f"{100 * value:.1f}" for value in limited)])
-    published = []
+    published, shown_references = [], []
     for reference in references:
         scores = [reference.scores.get(benchmark, {}).get(metric) for benchmark, metric in columns]
         if any(score is not None for score in scores):
             shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
             published.append([f"{reference.model} (published)", *shown])
+            shown_references.append(reference)
     header = [
         ["", *_once([benchmark for benchmark, _ in columns])],
         ["model", *(SHOWN[metric] for _, metric in columns)],
@@ -172,7 +174,7 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
         "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; brackets: 95 % confidence interval"
     )
     lines += _repeats(results)
-    return [*lines, f"(published): {SOURCE}"] if published else lines
+    return [*lines, f"(published): {sources(shown_references)}"] if published else lines
 
 
 def _repeats(results: Sequence[Result]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lotlip.core.differences import differences, format_differences, format_value
 from lotlip.core.section import flatten
-from lotlip.evaluate.reference import REFERENCE, SOURCE
+from lotlip.evaluate.reference import REFERENCE, sources
 from lotlip.evaluate.score_names import COUNTED_TEXTS, MAIN, SENTENCE_METRICS, SENTENCES
 from lotlip.report import figures
 from lotlip.report.config import CHANGES, FLOPS, SAMPLES, SCORES, ScoresFigureConfig, TableConfig
@@ -81,17 +81,14 @@ def _table(
     inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfig, chosen: Sequence[Ablation]
 ) -> ReportTable:
     """Builds a declared table of the `chosen` ablations, those of its rows that have results."""
-    published = {
-        f"{reference.model} (published)": reference.scores[benchmark]
-        for reference in REFERENCE
-        if declared.published and benchmark in reference.scores
-    }
+    references = [one for one in REFERENCE if declared.published and benchmark in one.scores]
+    published = {f"{one.model} (published)": one.scores[benchmark] for one in references}
     baselines = baseline_scores(inputs, benchmark)
     with_flops = FLOPS in declared.columns and flops_known(chosen)
     notes = [
         declared.note,
         f"Rows marked {NOT_TRAINED_HERE} are models that were only scored." if baselines else "",
-        f"Rows marked (published) were {SOURCE}." if published else "",
+        f"Rows marked (published) are {sources(references)}." if published else "",
         FLOPS_NOTE if with_flops else "",
     ]
     metrics = {metric for column in declared.columns for metric in MAIN.get(column, (column,))}
