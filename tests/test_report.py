@@ -27,7 +27,7 @@ from lotlip.report.page import build_report
 from lotlip.report.plots import write_plots
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.sections import all_metrics_table, benchmark_sections, sentence_table
-from lotlip.report.stages import cost_table, quality_table, training_table
+from lotlip.report.stages import benchmark_texts_table, cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables and findings name their ablations.
@@ -656,6 +656,22 @@ def test_scores_of_sentences_have_a_table(tmp_path):
     page = build_report(inputs, tmp_path / "out").read_text()
     assert "Sentences 1 and 4 swapped" in page and table.title in page
     assert (tmp_path / "out" / "tables" / f"{table.slug}.csv").read_text().splitlines()[3].startswith("gamma,0.205")
+
+
+def test_texts_of_benchmarks_are_described_as_in_table_1(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "alpha.json"
+    found = json.loads(path.read_text())
+    lengths = {"long_texts": 1000, "long_sub_captions_per_text": 10.156, "long_tokens_per_text": 239.73}
+    found["benchmarks"]["scenes"]["protocol"] |= lengths
+    path.write_text(json.dumps(found))
+    found_table = benchmark_texts_table(load_inputs(params, tmp_path))
+    assert [[cell.text for cell in row] for row in found_table.rows] == [
+        ["scenes", "long", "1,000", "1,000", "10.16", "239.73"]
+    ]
+    assert found_table.paper == "Table 1"
+    assert "Texts of the benchmarks" in build_report(load_inputs(params, tmp_path), tmp_path / "out").read_text()
 
 
 def test_without_scores_of_sentences_there_is_no_table(tmp_path):

@@ -17,6 +17,7 @@ from lotlip.data.text import split_sub_captions
 from lotlip.demo.questions import as_text, long_text, sentences
 from lotlip.demo.world import generate_scene
 from lotlip.evaluate import sentence_scores as module
+from lotlip.evaluate.ablation import _text_lengths
 from lotlip.evaluate.benchmarks import Benchmark, ImageTexts
 from lotlip.evaluate.evaluate import chances, evaluate, protocol
 from lotlip.evaluate.metrics import retrieval
@@ -262,3 +263,12 @@ def test_no_text_is_encoded_twice_and_prefixes_of_scenes_are_those_of_the_readin
     assert set(model.encoded) == asked_texts(ImageTexts(texts, [0, 1]))
     counts = {text: model.encoded.count(text) for text in model.encoded}
     assert {text for text, count in counts.items() if count > 1} == set(texts)  # the whole texts, cached by the caller
+
+
+def test_lengths_of_a_benchmark_s_texts_are_those_of_lotlip_stats():
+    texts = ["A dog runs. It is brown.", "A cat."]
+    asked = Benchmark("toy", ["a", "b"], lambda _: b"", {"long": ImageTexts(texts, [0, 1])})
+    assert _text_lengths(asked, "bert-base-uncased") == {
+        "long_sub_captions_per_text": 1.5,
+        "long_tokens_per_text": (8 + 3) / 2,
+    }

@@ -129,6 +129,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "overview": overview.overview_table(inputs),
         "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
+        "benchmark_texts": stages.benchmark_texts_table(inputs),
         "quality": stages.quality_table(inputs),
         "tower": stages.accuracy_table(inputs),
         "times": stages.stages_table(inputs),
