@@ -69,6 +69,36 @@ def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("samples", "images", "used"),
+    [
+        (None, 8000, 8000),
+        (0.125, 8000, 1000),
+        (0.00001, 8000, 1),
+        (500, 8000, 500),
+        (500, None, 500),
+        (0.5, None, None),
+        (None, None, None),
+    ],
+)
+def test_epochs_are_of_the_images_that_are_used(samples, images, used):
+    found = planned(DEMO, "lit", {"samples": samples}, images=images)
+    epochs = None if used is None else 800 * 64 / used
+    assert (found.used_images, found.epochs) == (used, epochs)
+    assert found.to_json()["epochs"] == epochs
+    words = next(line for line in describe(found, "lit") if line.split()[:1] == ["epochs"])
+    assert (f"{epochs:.1f} of {used:,} images" if used else "unknown (--images)") in words
+    # the frozen features of all images are computed and stored
+    assert found.feature_flops == planned(DEMO, "lit", images=images).feature_flops
+
+
+def test_a_plan_needs_as_many_images_as_are_used():
+    with pytest.raises(
+        ValueError, match=r"pretrain\.samples is 8001, but there are 8000 training images; set it lower"
+    ):
+        planned(DEMO, "lit", {"samples": 8001}, images=8000)
+
+
 def test_tokens_are_those_that_the_shards_have():
     statistics = {
         "raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0},

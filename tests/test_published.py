@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,11 +17,12 @@ from lotlip.core.paths import Paths
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.evaluate import published
 from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, open_benchmark
-from lotlip.evaluate.config import PublishedBenchmarkConfig
+from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.evaluate.encoders import LotlipEncoder
 from lotlip.evaluate.evaluate import chances, encoded_images, evaluate, protocol
+from lotlip.evaluate.metrics import retrieval
 from lotlip.evaluate.published import FORMATS, published_benchmark
-from lotlip.evaluate.reference import REFERENCE
+from lotlip.evaluate.reference import REFERENCE, Reference, sources
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.initialisation import build_for_pretraining
 from tests.conftest import TEXT
@@ -122,6 +124,35 @@ def imagenet(folder: Path) -> None:
         image(folder / f"val/{synset}/ILSVRC2012_val_0000000{number}.JPEG")
 
 
+def long_dci(folder: Path) -> None:
+    with (folder / "dci_long.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerows([("filepath", "title"), *((f"sa_{number}.jpg", text) for number, text in enumerate(LONG))])
+    for number in range(SIZE):
+        image(folder / f"photos/sa_{number}.jpg")
+
+
+def coco_val2017(folder: Path) -> None:
+    """With captions in another order than images, as in COCO's own file."""
+    images = [{"id": 100 + number, "file_name": f"{number:012}.jpg"} for number in range(SIZE)]
+    captions = [
+        {"id": place, "image_id": 100 + number, "caption": text}
+        for place in range(6)
+        for number, own in reversed(list(enumerate(CAPTIONS)))
+        for text in [[*own, "a sixth"][place]]
+    ]
+    write(folder / "annotations/captions_val2017.json", {"info": {}, "images": images, "annotations": captions})
+    for one in images:
+        image(folder / "val2017" / one["file_name"])
+
+
+def flickr30k_all(folder: Path) -> None:
+    lines = [f"{n}.jpg#{place}\t{text}\n" for n, own in enumerate(CAPTIONS) for place, text in enumerate(own)]
+    write(folder / "results_20130124.token", "".join(lines))
+    for number in range(SIZE):
+        image(folder / f"flickr30k-images/{number}.jpg")
+
+
 LAYOUTS: dict[str, Callable[[Path], None]] = {
     "sharegpt4v-1k": sharegpt4v,
     "sharegpt4v-10k": sharegpt4v,
@@ -132,7 +163,15 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "coco": lambda folder: karpathy(folder, "coco", "val2014", {"filepath": "val2014"}),
     "flickr30k": lambda folder: karpathy(folder, "flickr30k", "flickr30k-images", {}),
     "imagenet": imagenet,
+    "dci-no-separator": dci,
+    "long-dci": long_dci,
+    "coco-all-captions": lambda folder: karpathy(folder, "coco", "val2014", {"filepath": "val2014"}),
+    "coco-val2017": coco_val2017,
+    "coco-val2017-all-captions": coco_val2017,
+    "flickr30k-all": flickr30k_all,
 }
+# Formats with a record for each image, which `spoil` changes.
+JSON_RECORDS = [kind for kind in FORMATS if kind not in ("long-dci", "flickr30k-all") and "val2017" not in kind]
 LONG_KINDS = [kind for kind, form in FORMATS.items() if form.kind == "long"]
 every_kind = pytest.mark.parametrize("kind", LAYOUTS)
 every_retrieval = pytest.mark.parametrize("kind", FORMATS)
@@ -143,7 +182,8 @@ def folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny benchmark that is complete, since it was published with as many images."""
     LAYOUTS[kind](tmp_path)
     if kind in FORMATS:
-        monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE))
+        form = FORMATS[kind]
+        monkeypatch.setitem(FORMATS, kind, replace(form, size=SIZE, total=None if form.total is None else 6 * SIZE))
     monkeypatch.setattr(published, "IMAGENET_SIZE", SIZE)
     monkeypatch.setattr(published, "_IMAGENET_PER_CLASS", 0)
     return tmp_path
@@ -180,6 +220,8 @@ def test_long_texts_come_with_their_images(kind, folder):
     texts = [LONG[number].replace("\n", " ") if kind == "urban-1k" else LONG[number] for number in numbers]
     if kind == "dci":  # its parts are lines, an empty second one too
         texts = [text if "\n" in text else text + "\n" for text in texts]
+    elif kind == "dci-no-separator":
+        texts = [text.replace("\n", "") for text in texts]
     assert asked.retrieval == {"long": ImageTexts(texts, [0, 1, 2])}
     assert asked.name == kind and asked.prompts is None and asked.max_unseen_tokens is None
 
@@ -195,12 +237,44 @@ def test_images_of_imageinwords_may_lie_beside_their_texts(kind, folder):
     assert list(encoded_images(asked)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
 
 
-@pytest.mark.parametrize("kind", ["coco", "flickr30k"])
+@pytest.mark.parametrize("kind", ["coco", "flickr30k", "coco-val2017", "flickr30k-all"])
 def test_each_image_has_its_first_five_captions(kind, folder):
     asked = published_benchmark(kind, folder)
-    assert list(encoded_images(asked)) == [b"0.jpg", b"1.jpg", b"2.jpg"]
+    assert [data[-5:] for data in encoded_images(asked)] == [b"0.jpg", b"1.jpg", b"2.jpg"]
     texts = [caption for captions in CAPTIONS for caption in captions]
     assert asked.retrieval == {"short": ImageTexts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
+
+
+@pytest.mark.parametrize("kind", ["coco-all-captions", "coco-val2017-all-captions"])
+def test_all_captions_are_candidates(kind, folder):
+    asked = published_benchmark(kind, folder)
+    texts = [caption for captions in CAPTIONS for caption in [*captions, "a sixth"]]
+    assert asked.retrieval == {"short": ImageTexts(texts, [0] * 6 + [1] * 6 + [2] * 6)}
+    assert asked.about["captions"] == "all of each image"
+
+
+def test_other_captions_change_the_scores(tmp_path, monkeypatch):
+    """The sixth captions are equal, so two of three find the wrong image; the first five find the right one."""
+    found = {}
+    for kind in ("coco", "coco-all-captions"):
+        LAYOUTS[kind](tmp_path / kind)
+        total = None if FORMATS[kind].total is None else 6 * SIZE
+        monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE, total=total))
+        texts = published_benchmark(kind, tmp_path / kind).retrieval["short"]
+        features = torch.stack([torch.eye(SIZE)[0 if text == "a sixth" else int(text[-1])] for text in texts.texts])
+        found[kind] = retrieval(torch.eye(SIZE), features, torch.tensor(texts.image)).values["text_to_image.r1"]
+    assert found == pytest.approx({"coco": 1, "coco-all-captions": 16 / 18})
+
+
+def test_an_entry_cannot_have_the_name_of_another_benchmark():
+    """Published scores of its name would be shown for it."""
+    benchmarks = {"coco": {"kind": "coco-all-captions", "folder": "data/coco"}}
+    with pytest.raises(
+        ValueError, match=r"benchmarks\.coco: coco is the name of another benchmark than its kind, coco-all"
+    ):
+        EvaluateConfig.model_validate({"benchmarks": benchmarks})
+    named = EvaluateConfig.model_validate({"benchmarks": {"coco-all-captions": {"folder": "data/coco"}}})
+    assert named.benchmarks["coco-all-captions"].kind == "coco-all-captions"
 
 
 @pytest.mark.parametrize("kind", ["imagenet"])
@@ -258,7 +332,7 @@ def test_images_may_lie_in_a_folder_of_their_own(kind, folder, tmp_path_factory)
         published_benchmark(kind, folder, partial=False)
     asked = published_benchmark(kind, folder, apart)
     assert asked.about == whole.about
-    assert list(encoded_images(asked)) == [path.name.encode() for path in files(apart)] or kind == "dci"
+    assert list(encoded_images(asked)) == [path.name.encode() for path in files(apart)] or "dci" in kind
 
 
 @every_kind
@@ -268,7 +342,7 @@ def test_the_version_is_of_what_is_asked_wherever_it_lies(kind, folder, tmp_path
     asked = published_benchmark(kind, folder)
     assert published_benchmark(kind, elsewhere).about == asked.about
     assert published_benchmark(kind, folder, partial=2).about["version"] != asked.about["version"]
-    assert set(asked.about) == {"split", "version"}
+    assert set(asked.about) == {"split", "version"} | set(FORMATS[kind].about if kind in FORMATS else ())
 
 
 # --- what is missing, comes twice or leads elsewhere --------------------------------------------------------------
@@ -280,6 +354,11 @@ def test_the_published_size_is_held(kind, tmp_path):
     sizes = {"coco": "5,000 images with 25,000 texts", "flickr30k": "1,000 images with 5,000 texts"}
     sizes |= {"sharegpt4v-1k": "1,000 images", "sharegpt4v-10k": "10,000", "dci": "7,805", "iiw": "612"}
     sizes |= {"urban-1k": "1,000", "docci": "5,000"}
+    sizes |= {"dci-no-separator": "7,805", "long-dci": "7,602 images with 7,602 texts"}
+    sizes |= {"coco-all-captions": "5,000 images with 25,010 texts"}
+    sizes |= {"coco-val2017": "5,000 images with 25,000 texts"}
+    sizes |= {"coco-val2017-all-captions": "5,000 images with 25,014 texts"}
+    sizes |= {"flickr30k-all": "31,783 images with 158,915 texts"}
     message = (
         f"but the published benchmark has {sizes[kind]}"
         if kind in sizes
@@ -340,11 +419,11 @@ def blank(record: dict[str, Any]) -> None:
         del record["description"]
 
 
-@every_retrieval
+@pytest.mark.parametrize("kind", JSON_RECORDS)
 def test_a_missing_text_is_named(kind, folder):
     spoil(folder, kind, blank)
     (folder / "caption/1.txt").unlink(missing_ok=True)
-    have = "2 of 5" if FORMATS[kind].texts == 5 else "0 of 1"
+    have = "2 of 5" if FORMATS[kind].captions == 5 else "0 of 1"
     message = rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; complete it, or use"
     with pytest.raises(ValueError, match=message):
         published_benchmark(kind, folder)
@@ -359,14 +438,59 @@ def rename(name: str) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-FROM_ANNOTATIONS = [kind for kind in FORMATS if kind != "urban-1k"]
+FROM_ANNOTATIONS = [kind for kind in JSON_RECORDS if kind != "urban-1k"]
+
+# Kind → its file, how image 1 stands in it, and one of the image's texts.
+OTHER_FILES = {
+    "long-dci": ("dci_long.csv", "sa_1.jpg", LONG[1]),
+    "coco-val2017": ("annotations/captions_val2017.json", "000000000001.jpg", CAPTIONS[1][2]),
+    "flickr30k-all": ("results_20130124.token", "1.jpg#", CAPTIONS[1][2]),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_a_missing_text_in_another_format_is_named(kind, folder):
+    file, _, text = OTHER_FILES[kind]
+    (folder / file).write_text((folder / file).read_text().replace(text, " "))
+    have = "4 of 5" if FORMATS[kind].captions == 5 else "0 of 1"
+    with pytest.raises(
+        ValueError, match=rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; "
+    ):
+        published_benchmark(kind, folder)
+    asked = published_benchmark(kind, folder, partial=True)
+    assert asked.about["partial"] == "2 of 3 images, 1 annotations missing"
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+@pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg"])
+def test_a_path_that_leads_out_in_another_format_is_refused(kind, folder, name):
+    file, image_1, _ = OTHER_FILES[kind]
+    renamed = name + "#" * image_1.endswith("#")
+    (folder / file).write_text((folder / file).read_text().replace(image_1, renamed))
+    with pytest.raises(ValueError, match="leads out of its folder"):
+        published_benchmark(kind, folder)
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_a_file_that_is_not_there_is_named(kind, folder):
+    file = folder / OTHER_FILES[kind][0]
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"^benchmark {kind}: .*{file.name} does not exist; see docs/benchmarks"):
+        published_benchmark(kind, folder)
+
+
+@pytest.mark.parametrize("kind", ["coco-val2017"])
+def test_a_file_that_is_not_json_is_named(kind, folder):
+    (folder / OTHER_FILES[kind][0]).write_text("{")
+    with pytest.raises(ValueError, match=r"captions_val2017\.json is not JSON \(.*\); download it again"):
+        published_benchmark(kind, folder)
 
 
 @pytest.mark.parametrize("kind", FROM_ANNOTATIONS)
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg", "..\\secret.jpg"])
 @pytest.mark.parametrize("partial", [False, True])
 def test_a_path_that_leads_out_of_its_folder_is_refused(kind, folder, name, partial):
-    if kind in ("iiw", "coco"):  # a path that begins with / is below a folder of theirs
+    if kind in ("iiw", "coco", "coco-all-captions"):  # a path that begins with / is below a folder of theirs
         name = name.replace("/etc", "../../etc")
     spoil(folder, kind, rename(name))
     with pytest.raises(ValueError, match="leads out of its folder"):
@@ -485,7 +609,7 @@ def test_a_partial_run_says_so_wherever_its_scores_go(kind, folder, partial, num
     assert len(asked.images) == len(list(encoded_images(asked))) == number
     assert asked.about["partial"] == f"{number} of 3 images"
     texts = [text for found in asked.retrieval.values() for text in found.texts]
-    assert len(texts) == (number * FORMATS[kind].texts if kind in FORMATS else 0)
+    assert len(texts) == (number * FORMATS[kind].texts // SIZE if kind in FORMATS else 0)
 
 
 @every_retrieval
@@ -530,9 +654,26 @@ def test_a_model_is_scored(kind, folder, tiny_tower, tiny_samples):
 
 def test_published_scores_are_of_known_benchmarks_and_metrics():
     for reference in REFERENCE:
-        assert set(reference.scores) == {"dci", "iiw", "sharegpt4v-10k", "urban-1k"} <= set(FORMATS)
-        for scores in reference.scores.values():
-            assert set(scores) == {"long.image_to_text.r1", "long.text_to_image.r1"}
-            assert all(0.4 < share < 0.95 for share in scores.values())
-    (lotlip,) = [one for one in REFERENCE if one.model == "LoTLIP B/16, 100M"]
+        assert reference.source
+        assert set(reference.scores) <= set(FORMATS)
+        for benchmark, scores in reference.scores.items():
+            kind = FORMATS[benchmark].kind
+            assert set(scores) <= {f"{kind}.image_to_text.r1", f"{kind}.text_to_image.r1"}
+            assert scores and all(0.35 < share < 0.95 for share in scores.values())
+    by_model = {one.model: one for one in REFERENCE}
+    assert len(by_model) == len(REFERENCE)
+    lotlip = by_model["LoTLIP B/16, 100M"]
     assert lotlip.scores["iiw"] == {"long.image_to_text.r1": 0.9428, "long.text_to_image.r1": 0.9265}
+    assert by_model["DeBias-CLIP B/16"].scores["urban-1k"] == {
+        "long.image_to_text.r1": 0.931,
+        "long.text_to_image.r1": 0.93,
+    }
+    assert by_model["FIX-CLIP B/16, 30M"].scores["urban-1k"] == {"long.image_to_text.r1": 0.908}
+    assert by_model["FLAIR B/16, 30M"].scores == {
+        "coco": {"short.image_to_text.r1": 0.68, "short.text_to_image.r1": 0.533}
+    }
+
+
+def test_a_source_is_named_once_with_its_models():
+    few = [Reference("A", {}, "x"), Reference("B", {}, "y"), Reference("C", {}, "x")]
+    assert sources(few) == "zero-shot scores that were not measured here: x (A, C); y (B)"

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 import math
 import random
@@ -16,16 +17,17 @@ from lotlip.config.params import Params
 from lotlip.core.differences import differences, format_differences
 from lotlip.data.index import ShardIndex, SplitEntry, UnitIndex, write_index
 from lotlip.data.records import Failure, UnitReport
-from lotlip.evaluate.score_names import MAIN_METRICS
-from lotlip.figures.charts import SMALL, Line, Point, draw_lines, render
+from lotlip.evaluate.reference import REFERENCE
+from lotlip.evaluate.score_names import MAIN_METRICS, SENTENCE_METRICS
+from lotlip.figures.charts import SMALL, Line, Point, draw_lines, in_millions, render
 from lotlip.figures.intervals import Estimate
 from lotlip.report.figures import colours, context_figures
 from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
 from lotlip.report.plots import write_plots
 from lotlip.report.reading_figures import reading_figures
-from lotlip.report.sections import all_metrics_table, benchmark_sections
-from lotlip.report.stages import cost_table, quality_table, training_table
+from lotlip.report.sections import all_metrics_table, benchmark_sections, sentence_table
+from lotlip.report.stages import benchmark_texts_table, cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
 # Names say nothing on purpose: tables and findings name their ablations.
@@ -449,6 +451,43 @@ def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
     assert {"0", "5", "7", "text.corner_tokens + long_texts.sub_captions"} <= set(words)
 
 
+@pytest.mark.parametrize("x_scale", ["linear", "log"])
+def test_data_scale_is_in_images(tmp_path, x_scale):
+    """Of 8,000 training images."""
+    scales = {"small": {"samples": 0.125}, "thousands": {"samples": 2000}, "half": {"samples": 0.5}, "gamma": {}}
+    figure = {"kind": "scores", "x": "samples", "x_label": "training images", "x_scale": x_scale}
+    declared = {"title": "Data scale", "rows": list(scales), "columns": ["samples", "long"], "figure": figure}
+    params = make_params(tables={"scale": declared}, ablations=scales, findings={})
+    write_project(tmp_path, params)
+    (section, *_) = benchmark_sections(load_inputs(params, tmp_path), "scenes")
+    assert [row[1].text for row in section.table.rows] == ["1,000", "2,000", "4,000", "8,000"]
+    words = drawn_words(section.figure)
+    assert [word for word in words if word.endswith(",000")] == 3 * ["1,000", "2,000", "4,000", "8,000"]
+    ticks = tick_places(section.figure)
+    doublings = [later - earlier for earlier, later in itertools.pairwise(ticks[:4])]
+    ratios = [distance / doublings[0] for distance in doublings]
+    assert ratios == pytest.approx([1, 1, 1] if x_scale == "log" else [1, 2, 4], rel=0.01)
+
+
+def tick_places(figure):
+    """Horizontal places of numbers in thousands, which are the x axis's ticks, panel by panel."""
+    return [float(place) for place in re.findall(r'<text[^>]* x="([\d.]+)"[^>]*>\d+,000</text>', figure.svg)]
+
+
+def test_data_scale_without_shards_is_a_share(tmp_path):
+    scales = {"small": {"samples": 0.25}, "gamma": {}}
+    declared = {"title": "Data scale", "rows": list(scales), "columns": ["samples", "long"]}
+    params = make_params(tables={"scale": declared}, ablations=scales, findings={})
+    write_project(tmp_path, params)
+    (tmp_path / params.paths.shards / "index.json").unlink()
+    (section, *_) = benchmark_sections(load_inputs(params, tmp_path), "scenes")
+    assert [row[1].text for row in section.table.rows] == ["0.25", "1"]
+
+
+def test_large_numbers_are_in_millions():
+    assert list(map(in_millions, (0.5, 7, 8000, 3_000_000, 12.5e6))) == ["0.5", "7", "8,000", "3M", "12.5M"]
+
+
 def test_seeds_are_no_difference():
     changes = {"gamma": {"seeds": [5]}, "beta": {"text": {"corner_tokens": 0}, "optimizer": {"betas": [0.8, 0.9]}}}
     params = make_params(ablations=changes)
@@ -583,6 +622,64 @@ def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
     assert "scenes-context-length" not in [t.slug for t in tables(inputs)]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Context length: cost" in text and "recall and cost" not in text
+
+
+# --- prefixes and changed sentences -------------------------------------------------------------------------------
+
+
+def metrics_of_sentences(place, seed):
+    """Made-up metrics with the scores of prefixes and of changed sentences."""
+    return metrics_of(place, seed) | dict.fromkeys(SENTENCE_METRICS, 0.1 * place + seed / 100)
+
+
+def test_scores_of_sentences_have_a_table(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params, metrics_of_sentences)
+    for name in params.ablations:
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        found = json.loads(path.read_text())
+        found["benchmarks"]["scenes"]["protocol"] |= {"long_texts": 1000, "long_texts_of_4_sentences": 987}
+        path.write_text(json.dumps(found))
+    inputs = load_inputs(params, tmp_path)
+    table = sentence_table(inputs, "scenes")
+    assert [column.key for column in table.columns[1:]] == list(SENTENCE_METRICS)
+    headings = [(group, span) for group, span, _ in table.header_groups[1:]]
+    assert headings == [
+        ("Growing prefixes", 3),
+        ("Unchanged, R@1", 2),
+        ("Sentences 1 and 4 swapped, R@1", 2),
+        ("Sentence 1 deleted, R@1", 2),
+    ]
+    assert [column.label for column in table.columns[1:4]] == ["HiMo@2", "HiMo@3", "HiMo@4"]
+    assert "the 987 of 1,000 long texts with at least 4 sentences" in table.note
+    assert table.rows[2][0].text == "gamma" and table.rows[2][1].value == pytest.approx(0.205)
+    page = build_report(inputs, tmp_path / "out").read_text()
+    assert "Sentences 1 and 4 swapped" in page and table.title in page
+    assert (tmp_path / "out" / "tables" / f"{table.slug}.csv").read_text().splitlines()[3].startswith("gamma,0.205")
+
+
+def test_texts_of_benchmarks_are_described_as_in_table_1(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "alpha.json"
+    found = json.loads(path.read_text())
+    lengths = {"long_texts": 1000, "long_sub_captions_per_text": 10.156, "long_tokens_per_text": 239.73}
+    found["benchmarks"]["scenes"]["protocol"] |= lengths
+    path.write_text(json.dumps(found))
+    found_table = benchmark_texts_table(load_inputs(params, tmp_path))
+    assert [[cell.text for cell in row] for row in found_table.rows] == [
+        ["scenes", "long", "1,000", "1,000", "10.16", "239.73"]
+    ]
+    assert found_table.paper == "Table 1"
+    assert "Texts of the benchmarks" in build_report(load_inputs(params, tmp_path), tmp_path / "out").read_text()
+
+
+def test_without_scores_of_sentences_there_is_no_table(tmp_path):
+    params = make_params()
+    write_project(tmp_path, params)
+    inputs = load_inputs(params, tmp_path)
+    assert sentence_table(inputs, "scenes") is None
+    assert "HiMo" not in build_report(inputs, tmp_path / "out").read_text()
 
 
 # --- reading to the end -------------------------------------------------------------------------------------------
@@ -1239,10 +1336,14 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     write_project(tmp_path, params)
     build_report(load_inputs(params, tmp_path), tmp_path / "report")
     rows = {row["ablation"]: row for row in read_csv(tmp_path / "report", "urban-1k-systems")}
-    assert list(rows)[-6:-4] == ["chance", "CLIP B/32, 400M (published)"]
+    published = [reference for reference in REFERENCE if "urban-1k" in reference.scores]
+    names = ["chance", *(f"{reference.model} (published)" for reference in published)]
+    assert list(rows)[-len(names) :] == names and names[1] == "CLIP B/32, 400M (published)"
     assert float(rows["LoTLIP B/16, 100M (published)"]["long.text_to_image.r1"]) == 0.848
     assert not any("published" in row["ablation"] for row in read_csv(tmp_path / "report", "mine-systems"))
-    assert "not measured here" in (tmp_path / "report" / "report.md").read_text()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "were not measured here" in text and "arXiv 2602.22419 (DeBias-CLIP B/16)" in text
+    assert "FLAIR" not in text  # it was published on COCO only
 
 
 @pytest.mark.parametrize(

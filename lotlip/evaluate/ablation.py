@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from lotlip.core.files import atomic_write, weights_hash, write_json, write_record
+from lotlip.data.statistics import text_statistics
 from lotlip.data.tokenizer import token_counts
 from lotlip.evaluate.attention_pictures import attention_pictures, small_jpeg
 from lotlip.evaluate.attention_scores import attention_scores
@@ -109,6 +110,7 @@ def measure(
                         "model": folder.as_posix(),
                         **protocol(encoder, benchmark),
                         **repeats,
+                        **_text_lengths(benchmark, tokenizer),
                         "unseen_token_share": unseen,
                         **about,
                     },
@@ -126,6 +128,19 @@ def measure(
             measured.texts += sum(len(texts.texts) for texts in benchmark.retrieval.values())
         on_seed(seed)
     return measured
+
+
+def _text_lengths(benchmark: Benchmark, tokenizer: str) -> dict[str, float]:
+    """Mean numbers of sub-captions and word pieces of the texts of each kind (paper, Table 1)."""
+    found = {kind: text_statistics(texts.texts, tokenizer) for kind, texts in benchmark.retrieval.items()}
+    return {
+        f"{kind}_{unit}_per_text": value
+        for kind, statistics in found.items()
+        for unit, value in (
+            ("sub_captions", statistics.sub_captions_per_text),
+            ("tokens", statistics.tokens_per_text),
+        )
+    }
 
 
 def draw(

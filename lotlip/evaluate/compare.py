@@ -12,11 +12,12 @@ from lotlip.data.index import UnitIndex, read_index
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.ceiling import repeats_in_words
 from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBenchmarkConfig
-from lotlip.evaluate.encoders import Encoder
+from lotlip.evaluate.encoders import CachedTextEncoder, Encoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
-from lotlip.evaluate.reference import REFERENCE, SOURCE, Reference
+from lotlip.evaluate.reference import REFERENCE, Reference, sources
 from lotlip.evaluate.score_names import Metric
+from lotlip.evaluate.sentence_scores import asked_texts
 
 SCENES = "scenes"
 # Metric → column heading in the table.
@@ -98,7 +99,7 @@ def compare(
     for name, encoder in models:
         for benchmark in benchmarks:
             on_start(name, benchmark.name, _items(benchmark))
-            scores = evaluate(encoder, benchmark, image_features(encoder, benchmark))
+            scores = evaluate(CachedTextEncoder(encoder), benchmark, image_features(encoder, benchmark))
             ceiling, repeats = limit[benchmark.name]
             about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), **repeats, "command": command}
             results.append(Result(name, benchmark.name, scores, chances(benchmark), ceiling, about))
@@ -106,17 +107,21 @@ def compare(
 
 
 def _items(benchmark: Benchmark) -> int:
-    texts = sum(len(texts.texts) for texts in benchmark.retrieval.values())
-    prompts = sum(len(prompts) for prompts in benchmark.prompts.classes) if benchmark.prompts else 0
-    return len(benchmark.images) + texts + prompts
+    """Number of images and distinct texts to encode."""
+    texts = {text for kind in benchmark.retrieval.values() for text in kind.texts}
+    texts |= {prompt for prompts in (benchmark.prompts.classes if benchmark.prompts else ()) for prompt in prompts}
+    if "long" in benchmark.retrieval:
+        texts |= asked_texts(benchmark.retrieval["long"])
+    return len(benchmark.images) + len(texts)
 
 
 def to_json(results: Sequence[Result]) -> dict[str, Any]:
     """Converts the results to JSON types, with published scores on the same benchmarks."""
     names = {result.benchmark for result in results}
+    shown = [reference for reference in REFERENCE if names & set(reference.scores)]
     published = {
         reference.model: {name: dict(scores) for name, scores in reference.scores.items() if name in names}
-        for reference in REFERENCE
+        for reference in shown
     }
     return {
         "results": [
@@ -131,7 +136,7 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
             }
             for result in results
         ],
-        "published": {"source": SOURCE, "models": {model: scores for model, scores in published.items() if scores}},
+        "published": {"sources": {reference.model: reference.source for reference in shown}, "models": published},
     }
 
 
@@ -153,12 +158,13 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
     limited = [limits.get(column, 1.0) for column in columns]
     if min(limited, default=1.0) < 1:
         rows.append(["best possible", *("" if value == 1 else f"{100 * value:.1f}" for value in limited)])
-    published = []
+    published, shown_references = [], []
     for reference in references:
         scores = [reference.scores.get(benchmark, {}).get(metric) for benchmark, metric in columns]
         if any(score is not None for score in scores):
             shown = ["" if score is None else f"{100 * score:.1f}" for score in scores]
             published.append([f"{reference.model} (published)", *shown])
+            shown_references.append(reference)
     header = [
         ["", *_once([benchmark for benchmark, _ in columns])],
         ["model", *(SHOWN[metric] for _, metric in columns)],
@@ -168,7 +174,7 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
         "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; brackets: 95 % confidence interval"
     )
     lines += _repeats(results)
-    return [*lines, f"(published): {SOURCE}"] if published else lines
+    return [*lines, f"(published): {sources(shown_references)}"] if published else lines
 
 
 def _repeats(results: Sequence[Result]) -> list[str]:

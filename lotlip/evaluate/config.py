@@ -45,8 +45,23 @@ class PublishedBenchmarkConfig(Section):
     """A published benchmark, which must have its published size; an entry with its name needs no `kind`."""
 
     kind: Literal[
-        "sharegpt4v-1k", "sharegpt4v-10k", "dci", "iiw", "urban-1k", "docci", "coco", "flickr30k", "imagenet"
-    ] = Field(description="name of the benchmark")
+        "sharegpt4v-1k",
+        "sharegpt4v-10k",
+        "dci",
+        "iiw",
+        "urban-1k",
+        "docci",
+        "coco",
+        "flickr30k",
+        "imagenet",
+        # the same data under other papers' protocols
+        "dci-no-separator",
+        "long-dci",
+        "coco-all-captions",
+        "coco-val2017",
+        "coco-val2017-all-captions",
+        "flickr30k-all",
+    ] = Field(description="name of the benchmark and its protocol; docs/benchmarks.md")
     folder: Path = Field(description="folder of its annotations, in the layout of docs/benchmarks.md")
     images: Path | None = Field(None, description="folder of its images; default: in `folder`")
     partial: Annotated[bool | int, PlainValidator(_partial)] = Field(
@@ -129,6 +144,16 @@ class EvaluateConfig(Section):
                 f"max_short_text_loss compares each model with the one that training starts from; add {START} to "
                 "evaluate.baselines, or set max_short_text_loss to null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _own_protocols(self) -> EvaluateConfig:
+        for name, entry in self.benchmarks.items():
+            if name in PUBLISHED and entry.kind != name and isinstance(entry, PublishedBenchmarkConfig):
+                raise ValueError(
+                    f"benchmarks.{name}: {name} is the name of another benchmark than its kind, {entry.kind}, and "
+                    f"published scores of {name} would be shown; call it {entry.kind} or anything else"
+                )
         return self
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -10,11 +11,12 @@ from torch import Tensor
 
 from lotlip.data.text import SentenceEnds
 from lotlip.data.tokenizer import used_tokens
-from lotlip.evaluate.benchmarks import Benchmark, Prompts
+from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, Prompts
 from lotlip.evaluate.ceiling import ceilings, repeated
 from lotlip.evaluate.encoders import Encoder, UnreadableImage
 from lotlip.evaluate.metrics import Scores, chance, class_features, classification, retrieval
-from lotlip.evaluate.score_names import Metric
+from lotlip.evaluate.score_names import COUNTED_TEXTS, Metric
+from lotlip.evaluate.sentence_scores import CHANGES, GROWING, counted_texts, sentence_scores
 
 KS = (1, 5, 10)
 
@@ -31,7 +33,10 @@ def evaluate(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> Scores:
     for kind, texts in benchmark.retrieval.items():
         features, mask = encoder.texts(texts.texts)
         with_text, image = torch.tensor(texts.image).unique(return_inverse=True)  # not every image has a long text
-        scores |= retrieval(images[with_text], features, image, KS, text_mask=mask).under(kind)
+        found = retrieval(images[with_text], features, image, KS, text_mask=mask)
+        scores |= found.under(kind)
+        if kind == "long":
+            scores |= sentence_scores(encoder, texts, images, found)
     if benchmark.prompts:
         scores |= _classify(encoder, benchmark.prompts, images).under("classification")
     return scores
@@ -70,13 +75,24 @@ def _classify(encoder: Encoder, prompts: Prompts, images: Tensor) -> Scores:
 
 
 def chances(benchmark: Benchmark) -> dict[str, float]:
-    """Returns the expected score of guessing for every metric that is a fraction."""
+    """Returns the expected score of guessing for every metric that is a fraction.
+
+    HiMo@4 is a correlation, which guessing makes 0, so it is left out.
+    """
     scores: dict[str, float] = {}
     for kind, texts in benchmark.retrieval.items():
         images = len(set(texts.image))
-        # Exact if all images have the same number of texts, as in all benchmarks here.
+        # Exact if all images have the same number of texts; COCO with all captions has 25,010 of 5,000 images.
         matches = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
         scores |= {Metric(f"{kind}.{way}.r{k}"): chance(images, n, k) for way, n in matches.items() for k in KS}
+    counted = counted_texts(benchmark.retrieval.get("long", ImageTexts([], [])))
+    if len(counted.texts) > 1:
+        images = len(set(counted.image))
+        matches = {"image_to_text": len(counted.texts) // images, "text_to_image": 1}
+        scores |= {Metric(f"prefixes.himo{k}"): 1 / math.factorial(k) for k in GROWING}
+        scores |= {
+            Metric(f"{change}.{way}.r1"): chance(images, n, 1) for change in CHANGES for way, n in matches.items()
+        }
     if benchmark.prompts:
         classes = len(benchmark.prompts.classes)
         scores |= {Metric(f"classification.top{k}"): min(k / classes, 1.0) for k in (1, 5)}
@@ -142,9 +158,11 @@ def unseen_share(
 
 def protocol(encoder: Encoder, benchmark: Benchmark) -> dict[str, str | int]:
     """Returns the settings that scores depend on, to be stored with them."""
+    long = benchmark.retrieval.get("long")
     return {
         "images": len(benchmark.images),
         **{f"{kind}_texts": len(texts.texts) for kind, texts in benchmark.retrieval.items()},
+        **({COUNTED_TEXTS: len(counted_texts(long).texts)} if long else {}),
         **benchmark.about,
         **encoder.protocol(),
     }

@@ -14,7 +14,7 @@ from lotlip.data.keys import escapes_folder, printable
 from lotlip.data.paths import find_images
 from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, Prompts
 from lotlip.evaluate.config import PARTIAL_RUN, PublishedBenchmarkConfig
-from lotlip.evaluate.formats import FORMATS, AnnotatedImage, Format
+from lotlip.evaluate.formats import FORMATS, AnnotatedImage
 
 IMAGENET_SIZE = 50_000
 _IMAGENET_PER_CLASS = 50
@@ -126,13 +126,14 @@ def _retrieval(request: _Request, kind: str, folder: Path, images: Path | None) 
     for one in annotated:
         if not all(one.texts):
             count = sum(map(bool, one.texts))
-            without_texts.append(f"{one.where} has {count} of {form.texts} texts of {printable(one.name)}")
+            without_texts.append(f"{one.where} has {count} of {len(one.texts)} texts of {printable(one.name)}")
         elif not _is_file(root / one.path):
             without_image.append(f"{printable(str(root / one.path))}, named in {one.where}")
         else:
             kept.append(one)
     gaps = {"annotations missing": without_texts, "images missing": without_image}
-    _check(request, gaps, _size(len(annotated), form), _size(form.size, form), more=len(annotated) > form.size)
+    found = _size(len(annotated), sum(len(one.texts) for one in annotated))
+    _check(request, gaps, found, _size(form.size, form.texts), more=len(annotated) > form.size)
     kept = list(request.first(kept))
     return request.benchmark(
         [root / one.path for one in kept],
@@ -145,12 +146,16 @@ def _retrieval(request: _Request, kind: str, folder: Path, images: Path | None) 
                 [image for image, one in enumerate(kept) for _ in one.texts],
             )
         },
-        about={"split": form.split, "version": sha256_json(sorted([one.name, *one.texts] for one in kept))},
+        about={
+            "split": form.split,
+            **form.about,
+            "version": sha256_json(sorted([one.name, *one.texts] for one in kept)),
+        },
     )
 
 
-def _size(images: int, form: Format) -> str:
-    return f"{images:,} images with {images * form.texts:,} texts"
+def _size(images: int, texts: int) -> str:
+    return f"{images:,} images with {texts:,} texts"
 
 
 def _with_clean_texts(one: AnnotatedImage) -> AnnotatedImage:

@@ -31,27 +31,39 @@ class Metric(StrEnum):
     SHORT_TEXT_TO_IMAGE_R10 = "short.text_to_image.r10"
     SHORT_TEXT_TO_IMAGE_MEAN_RANK = "short.text_to_image.mean_rank"
     SHORT_TEXT_TO_IMAGE_MEDIAN_RANK = "short.text_to_image.median_rank"
+    PREFIXES_HIMO2 = "prefixes.himo2"
+    PREFIXES_HIMO3 = "prefixes.himo3"
+    PREFIXES_HIMO4 = "prefixes.himo4"
+    UNCHANGED_IMAGE_TO_TEXT_R1 = "unchanged.image_to_text.r1"
+    UNCHANGED_TEXT_TO_IMAGE_R1 = "unchanged.text_to_image.r1"
+    SWAPPED_IMAGE_TO_TEXT_R1 = "swapped.image_to_text.r1"
+    SWAPPED_TEXT_TO_IMAGE_R1 = "swapped.text_to_image.r1"
+    DELETED_IMAGE_TO_TEXT_R1 = "deleted.image_to_text.r1"
+    DELETED_TEXT_TO_IMAGE_R1 = "deleted.text_to_image.r1"
     CLASSIFICATION_TOP1 = "classification.top1"
     CLASSIFICATION_TOP5 = "classification.top5"
 
     @property
     def family(self) -> str:
-        """The kind of text, or "classification"."""
+        """The kind of text, the change to long texts, or "classification"."""
         return self.partition(".")[0]
 
     @property
     def direction(self) -> str:
-        """ "image_to_text", "text_to_image", or empty for classification."""
+        """ "image_to_text", "text_to_image", or empty for classification and prefixes."""
         return self.rpartition(".")[0].partition(".")[2]
 
     @property
     def statistic(self) -> str:
-        """The statistic, such as "r1", "median_rank" or "top5"."""
+        """The statistic, such as "r1", "median_rank", "top5" or "himo2"."""
         return self.rpartition(".")[2]
 
     @property
     def is_rank(self) -> bool:
-        """Whether it is a rank from 1, where lower is better; all other scores are fractions from 0 to 1."""
+        """Whether it is a rank from 1, where lower is better.
+
+        All other scores are fractions from 0 to 1, except HiMo@4, a correlation.
+        """
         return self.statistic.endswith("rank")
 
 
@@ -62,4 +74,8 @@ MAIN = {
     "classification": (Metric.CLASSIFICATION_TOP1,),
 }
 MAIN_METRICS = tuple(metric for metrics in MAIN.values() for metric in metrics)
+SENTENCES = 4  # long texts with fewer sentences have no scores of `SENTENCE_METRICS`
+COUNTED_TEXTS = f"long_texts_of_{SENTENCES}_sentences"  # key of their number in the protocol
+# Long texts cut into growing prefixes, and with changed sentences; see `lotlip.evaluate.sentence_scores`.
+SENTENCE_METRICS = tuple(m for m in Metric if m.family in ("prefixes", "unchanged", "swapped", "deleted"))
 RECALLS = (*MAIN["long"], *MAIN["short"])  # R@1 on long and short text, both directions

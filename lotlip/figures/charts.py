@@ -97,8 +97,12 @@ def draw_lines(
     x_label: str,
     y_label: str,
     level: float | None = None,
+    log: bool = False,
 ) -> None:
-    """Draws lines with error bars, and a dotted line at the chance `level`; without `ticks`, matplotlib sets them."""
+    """Draws lines with error bars, and a dotted line at the chance `level`; without `ticks`, matplotlib sets them.
+
+    With `log`, the x axis is logarithmic and needs `ticks`.
+    """
     lines = [line for line in lines if line.points]
     for line in lines:
         xs, ys = [point.x for point in line.points], [point.y for point in line.points]
@@ -120,7 +124,10 @@ def draw_lines(
     if ticks is None:
         axes.locator_params(axis="x", nbins=5)
     else:
-        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
+        if log:
+            axes.set_xscale("log")
+            axes.minorticks_off()
+        axes.set_xticks(ticks, [in_millions(x) for x in ticks])
     axes.set_xlabel(x_label)
     axes.set_ylabel(y_label)
     shown = [value for line in lines for _, y in line.points for value in (y.value, y.low, y.high) if value is not None]
@@ -128,6 +135,15 @@ def draw_lines(
         axes.axhline(level, color=INK, linestyle=":", linewidth=1)
         shown.append(level)
     axes.set_ylim(*_range(shown))
+
+
+def in_millions(value: float) -> str:
+    """Formats a number; from a million in millions.
+
+    >>> in_millions(0.5), in_millions(8000), in_millions(12_000_000)
+    ('0.5', '8,000', '12M')
+    """
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value:,g}"
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

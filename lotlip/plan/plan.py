@@ -149,6 +149,19 @@ class Plan:
         return self.config.steps * self.config.batch_size
 
     @property
+    def used_images(self) -> int | None:
+        """Number of images that are trained on, with `pretrain.samples`; None if unknown."""
+        subset = self.config.samples
+        if subset is None or subset >= 1:
+            return self.images if subset is None else int(subset)
+        return None if self.images is None else max(round(subset * self.images), 1)
+
+    @property
+    def epochs(self) -> float | None:
+        """Number of times that each image that is trained on is read; None if unknown."""
+        return self.samples / self.used_images if self.used_images else None
+
+    @property
     def seconds(self) -> float:
         """Training time of one seed: FLOPs / (GPUs × peak × utilisation)."""
         throughput = self.compute.processes * self.gpu.peak * self.gpu.utilisation
@@ -168,7 +181,8 @@ class Plan:
             "steps": self.config.steps,
             "gradient_accumulation_steps": self.compute.gradient_accumulation_steps,
             "samples": self.samples,
-            "epochs": self.samples / self.images if self.images else None,
+            "images": self.used_images,
+            "epochs": self.epochs,
             "tokens_per_text": {"short": self.texts.short, "long": self.texts.long},
             "tokens": self.samples * self.texts.tokens,
             "flops_per_step": self.flops,
@@ -200,7 +214,8 @@ def plan(
         images: number of images in the data set; default: from `index`.
 
     Raises:
-        ValueError: the sizes of the pretrained text tower are not available locally.
+        ValueError: the sizes of the pretrained text tower are not available locally, or there are fewer images than
+            `pretrain.samples`.
     """
     assumed: list[str] = []
     towers = build_towers(config, params.image_tower, assumed, params.pretrain.start)
@@ -210,6 +225,8 @@ def plan(
         texts = replace(texts, short=float(config.text.context_length), long=float(config.text.context_length))
     if images is None and index:
         images = index.splits["train"].samples
+    if images and config.samples and config.samples > images:
+        raise ValueError(f"pretrain.samples is {config.samples}, but there are {images} training images; set it lower")
     required = memory(config, compute, towers, texts)
     assumed.append(f"{CONTEXT_BYTES / 1e9:.1f} GB for CUDA, cuBLAS and NCCL; no fragmentation")
     assumed.append(f"{gpu.utilisation:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s are used, and no step waits for data")
@@ -739,7 +756,7 @@ def describe(plan: Plan, title: str) -> list[str]:
     required = sum(plan.memory.values())
     micro = config.batch_size // (compute.processes * compute.gradient_accumulation_steps)
     count = "1 GPU" if compute.processes == 1 else f"{compute.processes} GPUs"
-    epochs = f"{plan.samples / plan.images:.1f} of {plan.images:,} images" if plan.images else "unknown (--images)"
+    epochs = f"{plan.epochs:.1f} of {plan.used_images:,} images" if plan.epochs else "unknown (--images)"
     zero = deepspeed_config(config, compute)["zero_optimization"]["stage"]
     tokens = {"short caption": plan.texts.short, **({"long text": plan.texts.long} if plan.texts.per_image else {})}
     lines = [f"{title} on {count}, {config.precision}, ZeRO {zero}"]

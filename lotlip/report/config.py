@@ -11,6 +11,7 @@ from lotlip.core.section import Name, NonNegative, Section, flatten, nearest
 from lotlip.evaluate.score_names import MAIN, Metric
 
 CHANGES, FLOPS = "changes", "flops"  # columns computed by the report
+SAMPLES = "samples"  # the key of `pretrain` that is shown as a number of images
 SCORES = (*MAIN, *map(str, Metric))
 COLUMNS = (CHANGES, FLOPS, *SCORES)  # valid in addition to the keys of `pretrain`
 RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # names of the built-in tables and figures
@@ -47,9 +48,11 @@ class ScoresFigureConfig(Section):
 
     kind: Literal["scores"]
     x: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
-        description="key of `pretrain` on the x axis, such as text.corner_tokens; several keys are summed"
+        description="key of `pretrain` on the x axis, such as text.corner_tokens; several keys are summed. "
+        "`samples` is the number of training images"
     )
     x_label: str = Field("", description="label of the x axis; default: the keys")
+    x_scale: Literal["linear", "log"] = Field("linear", description="scale of the x axis")
     lines: dict[str, list[Name]] = Field(
         default_factory=dict, description="label → ablations of a line; default: one line through all rows of the table"
     )
@@ -73,7 +76,8 @@ class TableConfig(Section):
     columns: Annotated[dict[str, str], BeforeValidator(_labelled), Field(min_length=1)] = Field(
         default_factory=lambda: dict.fromkeys([CHANGES, *MAIN], ""),
         description="settings and scores, each with an optional label: a key of `pretrain`; `changes`: all settings "
-        "that differ from `pretrain`; `flops`: FLOPs per text; `long`, `short`: R@1 in both directions; "
+        "that differ from `pretrain`; `samples`: number of training images; `flops`: FLOPs per text; "
+        "`long`, `short`: R@1 in both directions; "
         "`classification`: top-1; or the name of one score. Scores are the last columns and have fixed labels",
     )
     published: bool = Field(False, description="add published scores on the same benchmark")
@@ -142,6 +146,7 @@ def declaration_problems(
                 f"{place}.figure.x: {key} is {value!r} in ablation {name}, not a number"
                 for name, value in values.items()
                 if isinstance(value, bool) or not isinstance(value, (int, float))
+                if key != SAMPLES or value is not None
             ]
     return problems + [
         f"{place}: no ablation {name!r}{nearest(name, settings)} (there are: {', '.join(settings)})"

@@ -26,7 +26,7 @@ from lotlip.figures.charts import (
     label_ends,
     x_values,
 )
-from lotlip.report.config import CostFigureConfig, ScoresFigureConfig, TableConfig
+from lotlip.report.config import SAMPLES, CostFigureConfig, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import MEASURES, NOTE, Measure
 from lotlip.report.results import DIRECTIONS, benchmark_names
@@ -62,6 +62,7 @@ def scores_figure(
 
     def x(ablation: Ablation) -> float:
         settings = flatten(ablation.config.model_dump(mode="json"))
+        settings[SAMPLES] = inputs.training_images(ablation.config)
         return sum(settings[key] for key in declared.x)
 
     def lines(measure: Measure) -> list[Line]:
@@ -77,7 +78,8 @@ def scores_figure(
 
     def draw(measure: Measure, axes: Axes) -> None:
         x_label = declared.x_label or " + ".join(declared.x)
-        draw_lines(axes, panels[measure], x_values(panels[measure]), x_label, f"{measure.label} (%)")
+        y_label = f"{measure.label} (%)"
+        draw_lines(axes, panels[measure], x_values(panels[measure]), x_label, y_label, log=declared.x_scale == "log")
 
     title = f"Scores against {table.title[:1].lower()}{table.title[1:]}"
     note = f"{NOTE} {_error_bars_note(inputs)}".strip()

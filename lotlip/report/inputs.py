@@ -168,6 +168,17 @@ class ReportInputs:
         scored = {ablation.name: ablation for ablation in self.scored}
         return [scored[name] for name in names if name in scored]
 
+    def training_images(self, config: PretrainConfig) -> float:
+        """Returns the number of images that an ablation is trained on, or its share of all if their number is unknown.
+
+        A number in `pretrain.samples` is always known.
+        """
+        subset = 1.0 if config.samples is None else float(config.samples)
+        if config.samples is not None and subset >= 1:
+            return subset
+        total = self.splits.get("train")
+        return subset if total is None else max(round(subset * total), 1)
+
     @property
     def systems(self) -> dict[str, Ablation]:
         """The main systems, shown in headlines and examples: the paper's systems, by their roles in `findings`.

@@ -113,6 +113,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
             "sections": sections.benchmark_sections(inputs, name),
             "all_metrics": sections.all_metrics_table(inputs, name),
             "figures": reading_figures(inputs, name),
+            "sentences": sections.sentence_table(inputs, name),
             "attention": attention_section.attention_table(inputs, name),
             "attention_figures": attention_section.attention_figures(inputs, name),
             "examples": overview.example_sections(inputs, name),
@@ -128,6 +129,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "overview": overview.overview_table(inputs),
         "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
+        "benchmark_texts": stages.benchmark_texts_table(inputs),
         "quality": stages.quality_table(inputs),
         "tower": stages.accuracy_table(inputs),
         "times": stages.stages_table(inputs),
@@ -144,7 +146,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         for table in [
             *(section.table for section in benchmark["sections"]),
             benchmark["all_metrics"],
-            *([benchmark["attention"]] if benchmark["attention"] else []),
+            *(table for table in (benchmark["sentences"], benchmark["attention"]) if table),
         ]
     ]
     return {

@@ -10,7 +10,15 @@ from lotlip.figures.intervals import OVER_IMAGES, OVER_SEEDS
 from lotlip.report.inputs import Ablation, BenchmarkResult, ReportInputs
 from lotlip.report.tables import Cell, Column, ReportTable, mark_best, number, score
 
-FAMILIES = {"long": "Long text", "short": "Short text", "classification": "Classification"}
+FAMILIES = {
+    "long": "Long text",
+    "short": "Short text",
+    "prefixes": "Growing prefixes",
+    "unchanged": "Unchanged",
+    "swapped": "Sentences 1 and 4 swapped",
+    "deleted": "Sentence 1 deleted",
+    "classification": "Classification",
+}
 FLOPS_COLUMN = Column("flops_per_text", "GFLOPs per text")
 FLOPS_NOTE = (
     "GFLOPs: billions of floating-point operations of the text tower for one text that fills the context; a "
@@ -71,6 +79,8 @@ def _stat_words(stat: str) -> str:
         return f"R@{stat[1:]}"
     if stat.startswith("top") and stat[3:].isdigit():
         return f"top-{stat[3:]}"
+    if stat.startswith("himo"):
+        return f"HiMo@{stat[4:]}"
     return stat.replace("_", " ")
 
 

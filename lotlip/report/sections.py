@@ -8,10 +8,10 @@ from typing import Any
 
 from lotlip.core.differences import differences, format_differences, format_value
 from lotlip.core.section import flatten
-from lotlip.evaluate.reference import REFERENCE, SOURCE
-from lotlip.evaluate.score_names import MAIN
+from lotlip.evaluate.reference import REFERENCE, sources
+from lotlip.evaluate.score_names import COUNTED_TEXTS, MAIN, SENTENCE_METRICS, SENTENCES
 from lotlip.report import figures
-from lotlip.report.config import CHANGES, FLOPS, SCORES, ScoresFigureConfig, TableConfig
+from lotlip.report.config import CHANGES, FLOPS, SAMPLES, SCORES, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
     FLOPS_COLUMN,
@@ -81,17 +81,14 @@ def _table(
     inputs: ReportInputs, benchmark: str, slug: str, declared: TableConfig, chosen: Sequence[Ablation]
 ) -> ReportTable:
     """Builds a declared table of the `chosen` ablations, those of its rows that have results."""
-    published = {
-        f"{reference.model} (published)": reference.scores[benchmark]
-        for reference in REFERENCE
-        if declared.published and benchmark in reference.scores
-    }
+    references = [one for one in REFERENCE if declared.published and benchmark in one.scores]
+    published = {f"{one.model} (published)": one.scores[benchmark] for one in references}
     baselines = baseline_scores(inputs, benchmark)
     with_flops = FLOPS in declared.columns and flops_known(chosen)
     notes = [
         declared.note,
         f"Rows marked {NOT_TRAINED_HERE} are models that were only scored." if baselines else "",
-        f"Rows marked (published) were {SOURCE}." if published else "",
+        f"Rows marked (published) are {sources(references)}." if published else "",
         FLOPS_NOTE if with_flops else "",
     ]
     metrics = {metric for column in declared.columns for metric in MAIN.get(column, (column,))}
@@ -108,7 +105,8 @@ def _table(
             lead += [(FLOPS_COLUMN, [gigaflops(a.flops_per_text) for a in chosen])] if with_flops else []
         elif key not in SCORES:
             heading = label or key.rpartition(".")[2].replace("_", " ").capitalize()
-            cells = [_setting(a, key) for a in chosen]
+            images = key == SAMPLES
+            cells = [number(inputs.training_images(a.config), "{:,g}") if images else _setting(a, key) for a in chosen]
             numeric = all(cell.value is not None for cell in cells)
             lead.append((Column(key, heading, numeric=numeric), cells))
     return results_table(
@@ -148,6 +146,33 @@ def all_metrics_table(inputs: ReportInputs, benchmark: str) -> ReportTable:
         benchmark,
         metrics,
         main=False,
+        others=baseline_scores(inputs, benchmark),
+    )
+
+
+def sentence_table(inputs: ReportInputs, benchmark: str) -> ReportTable | None:
+    """Returns the scores of growing prefixes and of changed sentences; None if there are none."""
+    metrics = [metric for metric in metric_names(inputs.scored, benchmark) if metric in SENTENCE_METRICS]
+    if not metrics:
+        return None
+    scored = [a for a in inputs.scored if benchmark in a.benchmarks]
+    protocol = next((a.benchmarks[benchmark].protocol for a in scored), {})
+    counted, texts = (protocol.get(key) for key in (COUNTED_TEXTS, "long_texts"))
+    which = f"the {counted:,} of {texts:,} long texts" if counted and texts else "long texts"
+    note = (
+        f"Over {which} with at least {SENTENCES} sentences. HiMo@2 and HiMo@3: share of texts whose similarity to "
+        "their image grows with each of 2 or 3 prefixes of 1/K, 2/K, … of the sentences; HiMo@4: mean correlation of "
+        "the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, with "
+        "two sentences swapped, and without the first sentence."
+    )
+    return results_table(
+        f"{benchmark}-sentence-order",
+        "More sentences, other sentences",
+        note,
+        scored,
+        [_names(scored)],
+        benchmark,
+        metrics,
         others=baseline_scores(inputs, benchmark),
     )
 

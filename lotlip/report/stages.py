@@ -32,6 +32,29 @@ def statistics_table(inputs: ReportInputs) -> ReportTable:
     return ReportTable("data", "Caption statistics", note, columns, rows)
 
 
+def benchmark_texts_table(inputs: ReportInputs) -> ReportTable:
+    """Returns the images, texts, sub-captions and tokens per text of each benchmark, from its protocol."""
+    columns = [
+        Column("benchmark", "Benchmark", numeric=False),
+        Column("kind", "Texts", numeric=False),
+        Column("images", "Images"),
+        Column("texts", "Texts"),
+        Column("sub_captions_per_text", "Sub-captions per text"),
+        Column("tokens_per_text", "Tokens per text"),
+    ]
+    rows = []
+    for name in benchmark_names(inputs):
+        about = next((a.benchmarks[name].protocol for a in inputs.scored if name in a.benchmarks), {})
+        for kind in ("long", "short"):
+            lengths = [about.get(f"{kind}_{column.key}") for column in columns[-2:]]
+            if None in lengths:
+                continue
+            counts = [number(about.get("images")), number(about.get(f"{kind}_texts"))]
+            rows.append([words(name), words(kind), *counts, *(number(length, "{:.2f}") for length in lengths)])
+    note = "The texts that are scored. Tokens are word pieces without special tokens."
+    return ReportTable("benchmark-texts", "Texts of the benchmarks", note, columns, rows, paper="Table 1")
+
+
 def accuracy_table(inputs: ReportInputs) -> ReportTable:
     """Returns the image tower's accuracy per attribute, from the notes of its stage."""
     notes = next((stage.notes for stage in inputs.stages if stage.label == "image-tower"), {})
