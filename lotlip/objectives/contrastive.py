@@ -1,144 +1,37 @@
 """The training loss: contrasts an image with each of its texts, with the variants that the paper compares.
 
-A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and the image features that the
-short caption is contrasted with. For a global batch of T images with N texts each, a process has its own B texts and
-gathers the image features of all processes, one per image; the texts, N times as many, are not gathered. The N × B × T
-logits are computed in blocks, and again in the backward pass, so that only a few of them exist at a time.
+It is a sum of terms. A term has image features, a kind of text features, a similarity and an objective (`OBJECTIVES`),
+each in a file of its own in this package. For a global batch of T images with N texts each, a process has its own B
+texts and gathers the image features of all processes, one per image; the texts, N times as many, are not gathered. The
+N × B × T logits are computed in blocks, and again in the backward pass, so that only a few of them exist at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
+from lotlip.objectives import sigmoid, softmax
+from lotlip.objectives.components import components_by_kind, principal_components
+from lotlip.objectives.margin import with_margin
+from lotlip.objectives.processes import first_row, gather
 from lotlip.objectives.similarity import cosine, late_interaction
+
+__all__ = ["LOGITS_AT_ONCE", "OBJECTIVES", "feature_shares", "lotlip_loss", "principal_components"]
 
 # Logits per block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are not faster.
 LOGITS_AT_ONCE = 2**22
 
-
-class _Gather(torch.autograd.Function):
-    """All-gather with gradients. On gloo, torch.distributed.nn's (2.15) permutes the entries of a gradient that is not
-    contiguous, which is what a matrix product returns."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        gathered = features.new_empty(dist.get_world_size() * len(features), *features.shape[1:])
-        dist.all_gather_into_tensor(gathered, features)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        local = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(local, gradient)
-        return local
-
-
-def _several_processes() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather(features: Tensor) -> Tensor:
-    """Concatenates the features of all processes, [W·B, …]; gradients flow back to the process of origin."""
-    return _Gather.apply(features.contiguous()) if _several_processes() else features
-
-
-# --- objectives ---------------------------------------------------------------------------------------------------
-# Each has one function for a block of logits and one that combines the blocks of all processes. A block is [N, B, T]:
-# the logits of B texts of each of N kinds with all T images. `picks_image` has those by which a text picks its image,
-# along T; `picks_text` those by which an image picks its text, along the B of all blocks. `own`, [B], is the index of
-# each text's own image. `smoothing` is that of labels.
-
-
-def _positives(logits: Tensor, own: Tensor) -> Tensor:
-    """The logits of the positive pairs, [N, B]."""
-    return logits.gather(2, own.expand(len(logits), -1)[..., None])[..., 0]
-
-
-def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cost without the images' normalisers [N], and these texts' part of the log-normalisers [N, T].
-
-    With label smoothing, a target is the positive with probability 1 − smoothing, and else any candidate.
-    """
-    costs = picks_image.logsumexp(2)
-    for logits in (picks_image, picks_text):
-        target = _positives(logits, own)
-        if smoothing:
-            target = (1 - smoothing) * target + smoothing * logits.sum(2) / picks_image.shape[2]
-        costs = costs - target
-    return costs.sum(1), picks_text.logsumexp(1)
-
-
-def _softmax(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """Symmetric InfoNCE (paper, section 3.2) from the parts [P, N] and [P, N, T] of P blocks: [N]."""
-    return (costs.sum(0) + normalisers.logsumexp(0).sum(1)) / (2 * normalisers.shape[2])
-
-
-def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cost of classifying each pair independently, mean of both directions, [N]; blocks do not depend on each other."""
-    directions = [picks_image] if picks_image is picks_text else [picks_image, picks_text]
-    # −log σ(−x) = softplus(x) for a negative pair, −log σ(x) = softplus(x) − x for a positive one
-    costs = [softplus(logits).sum((1, 2)) - _positives(logits, own).sum(1) for logits in directions]
-    return torch.stack(costs).mean(0), picks_image.new_zeros(len(picks_image), picks_image.shape[2])
-
-
-def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """SigLIP's loss (arXiv 2303.15343, eq. 1), whose sum is divided by the batch size, from [P, N]: [N]."""
-    return costs.sum(0) / normalisers.shape[2]
-
-
+# Two functions each: for a block of logits, and to combine the blocks of all processes (`lotlip.objectives.softmax`).
 Objective = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
-OBJECTIVES: dict[str, Objective] = {"infonce": (_softmax_block, _softmax), "siglip": (_sigmoid_block, _sigmoid)}
-
-
-def principal_components(features: Tensor, number: float) -> Tensor:
-    """Reconstructs features from the batch's first principal components (Long-CLIP, arXiv 2403.15378, section 3.2).
-
-    This keeps what varies most between features and drops details. As in the releases of Long-CLIP and HiMo-CLIP (arXiv
-    2511.06653), the result is not normalised again. The directions are treated as constants: the gradient flows through
-    the projection and the mean, not through the eigenvectors, whose gradient is unbounded where eigenvalues are close.
-
-    Args:
-        features: [B, D].
-        number: of components, at least 1; D or more return the features unchanged. A number below 1 is a share of the
-            variance: the fewest components that reach it are used.
-
-    Returns:
-        [B, D], of that rank about their mean.
-
-    Raises:
-        ValueError: `number` is not above 0, or is neither whole nor below 1.
-    """
-    if number <= 0 or (number > 1 and number % 1):
-        raise ValueError(
-            f"the number of principal components is {number}; it must be a whole number from 1, or a share of the "
-            "variance between 0 and 1"
-        )
-    if number >= features.shape[1]:
-        return features
-    exact = features.to(torch.promote_types(features.dtype, torch.float32))
-    mean = exact.mean(dim=0)
-    centred = exact - mean
-    # eigh rejects NaN; replaced here, the NaN of the features still reaches the loss, where training reports the step
-    covariance = (centred.T @ centred).detach().nan_to_num()
-    values, vectors = torch.linalg.eigh(covariance)  # eigenvalues ascend
-    if number >= 1:
-        directions = vectors[:, -int(number) :]  # [D, number]
-        return (mean + centred @ directions @ directions.T).to(features.dtype)
-    # A component is used if those before it have not reached the share. Multiplying by 0 or 1 instead of selecting
-    # needs no synchronisation with the device.
-    largest_first = values.flip(0).clamp(min=0)
-    before = largest_first.cumsum(0) - largest_first
-    used = (before < number * largest_first.sum()).flip(0).to(vectors)
-    return (mean + centred @ (vectors * used) @ vectors.T).to(features.dtype)
+OBJECTIVES: dict[str, Objective] = {
+    "infonce": (softmax.block, softmax.combine),
+    "siglip": (sigmoid.block, sigmoid.combine),
+}
 
 
 def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
@@ -236,19 +129,11 @@ def lotlip_loss(
     else:
         terms, hits = compare(images, text_features, text_mask)
     if text_components and text_features.shape[1] > 1:
-        reduced, _ = compare(images, _text_components(text_features[:, 1:], text_components))
+        reduced, _ = compare(images, components_by_kind(text_features[:, 1:], text_components))
         terms = torch.cat([terms[:1], terms[1:] + reduced])
     terms = terms * feature_shares(len(terms), short_loss_fraction).to(terms)  # [N]
     raw, long = short_loss_weight * terms[0], long_loss_weight * terms[1:].sum()
     return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
-
-
-def _text_components(texts: Tensor, number: float) -> Tensor:
-    """Reduces each kind of text feature, [B, N, D], to the principal components of its global batch."""
-    everything = gather(texts)
-    reduced = torch.stack([principal_components(kind, number) for kind in everything.unbind(1)], dim=1)
-    first = dist.get_rank() * len(texts) if _several_processes() else 0
-    return reduced[first : first + len(texts)]
 
 
 def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tensor | None) -> None:
@@ -286,7 +171,7 @@ def _terms(
     rows, kinds = texts.shape[:2]
     if not kinds:
         return texts.new_zeros(0), texts.new_zeros(0)
-    first = dist.get_rank() * rows if _several_processes() else 0
+    first = first_row(rows)
     own = torch.arange(first, first + rows, device=texts.device)
     own_texts = gather(texts.detach()) if margin else None
     block = partial(
@@ -339,10 +224,8 @@ def _block(
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
     if own_texts is not None:  # only without late interaction, so both directions are the same
-        similar = torch.einsum("bnd,tnd->nbt", texts.detach(), own_texts)
-        similar = similar.scatter(2, own.expand(len(similar), -1)[..., None], 0.0)  # not for the positive pairs
-        picks_image = picks_text = picks_image + margin * scale * similar
+        picks_image = picks_text = with_margin(picks_image, texts, own_texts, own, margin * scale)
     with torch.no_grad():
         # strictly nearer than all others, so that identical features do not count as hits
-        hits = (picks_image >= _positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
+        hits = (picks_image >= softmax.positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
     return *objective(picks_image, picks_text, own), hits
