@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from lotlip.objectives import sigmoid, softmax
 from lotlip.objectives.components import components_by_kind, principal_components
+from lotlip.objectives.conditioned import batch_loss
 from lotlip.objectives.margin import with_margin
+from lotlip.objectives.masks import masked_cosine
 from lotlip.objectives.processes import first_row, gather
 from lotlip.objectives.similarity import cosine, late_interaction
 
@@ -26,6 +28,8 @@ __all__ = ["LOGITS_AT_ONCE", "OBJECTIVES", "feature_shares", "lotlip_loss", "pri
 # Logits per block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are not faster.
 LOGITS_AT_ONCE = 2**22
 
+# Similarities image→text and text→image, [I, T] each, of images and texts; the same tensor twice if they are the same.
+Similarity = Callable[..., tuple[Tensor, Tensor]]
 # Two functions each: for a block of logits, and to combine the blocks of all processes (`lotlip.objectives.softmax`).
 Objective = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
 OBJECTIVES: dict[str, Objective] = {
@@ -50,6 +54,10 @@ def lotlip_loss(
     *,
     logit_bias: Tensor | None = None,
     text_mask: Tensor | None = None,
+    channel_masks: Tensor | None = None,
+    image_tokens: Tensor | None = None,
+    pooling: Tensor | None = None,
+    draws: Tensor | None = None,
     objective: str = "infonce",
     short_loss_fraction: float | None = None,
     short_loss_weight: float = 1.0,
@@ -58,9 +66,19 @@ def lotlip_loss(
     text_components: float = 0,
     label_smoothing: float = 0.0,
     hard_negative_margin: float = 0.0,
+    mask_penalty: float = 0.0,
+    conditioned_weight: float = 0.5,
+    pooling_heads: int = 8,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> dict[str, Tensor]:
-    """Mean over an image's N text features of their objective with the image features (paper, section 3.2).
+    """Mean over an image's N text features of their objective with the image features (paper, section 3.2), and more.
+
+    Without further terms this is LoTLIP's loss. Options add terms or change the similarity:
+
+    - `image_components`, `text_components` and `hard_negative_margin` exclude `text_mask` (late interaction).
+    - `channel_masks` (SmartCLIP) exclude `text_mask`, `image_components` and `text_components`.
+    - `image_tokens` with `pooling` and `draws` (FLAIR) exclude `text_mask`, and need the objective siglip.
+    - `label_smoothing` needs the objective infonce.
 
     Negatives come from the whole batch of all processes. Every process returns the loss of that whole batch. The
     engine averages gradients over the processes, which gives the gradients of a single process with the whole batch.
@@ -73,6 +91,13 @@ def lotlip_loss(
         logit_bias: added to every logit, [1]; siglip needs it, infonce does not depend on it.
         text_mask: bool, True at a text's tokens, [B, N, L]. With it, image and text are compared by late interaction
             (FILIP, arXiv 2111.07783); without it, by the cosine of one feature each.
+        channel_masks: of texts, between 0 and 1, [B, N, D]. With them, a text is compared with the channels of an image
+            that it selects (`lotlip.objectives.masks`).
+        image_tokens: projected patches of images, [B, P, D]. With them, image features pooled for each text are
+            compared too (`lotlip.objectives.conditioned`). Texts with the weight 0 take no part.
+        pooling: weights of that pooling, from `ConditionedPooling`, [4 D + 10, D].
+        draws: two random integers of each image, which choose the texts of other images that its pooled features are
+            compared with, [B, 2].
         objective: "infonce" (symmetric; paper, section 3.2) or "siglip" (sigmoid, arXiv 2303.15343).
         short_loss_fraction: weight of the short caption's feature in the mean, if there are others, which share the
             rest; None: each of the N has 1/N, as in the paper.
@@ -88,30 +113,33 @@ def lotlip_loss(
         label_smoothing: of infonce; 0.1 in Long-CLIP, HiMo-CLIP and ALIGN.
         hard_negative_margin: γ. The similarity of an image and another image's text grows by γ times the cosine of that
             text and the image's own text, without gradient (arXiv 2608.18521).
+        mask_penalty: weight of the mean of a text's `channel_masks` beside the text's objective.
+        conditioned_weight: weight of the pooled features' term; the others have the rest.
+        pooling_heads: attention heads of the pooling; they divide D.
         logits_at_once: logits per block (at least one text of each kind with all images); changes memory, not the
             result.
 
     Returns:
-        `raw` and `long`, the weighted terms of the short caption and the long texts; `loss`, their sum; and, without
-        gradient, `recall`: the share of the batch's texts that are nearer to their own image than to any other, mean
-        over the N kinds.
+        `raw` and `long`, the weighted terms of the short caption and the long texts; with `image_tokens` `conditioned`,
+        the weighted term of pooled features; `loss`, their sum; and, without gradient, `recall`: the share of the
+        batch's texts that are nearer to their own image than to any other, mean over the N kinds.
 
     Raises:
-        ValueError: the objective is unknown or lacks its bias, shapes do not match, principal components or a margin
-            are combined with late interaction, or label smoothing with siglip.
+        ValueError: the objective is unknown or lacks its bias, shapes do not match, or options do not combine.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
-    if objective == "siglip" and logit_bias is None:
-        raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
-    _check_shapes(image_features, text_features, text_mask)
-    if text_mask is not None and (image_components or text_components or hard_negative_margin):
-        raise ValueError(
-            "image_components, text_components and hard_negative_margin need one feature per image and text, which "
-            "late interaction does not have; set them to 0"
-        )
-    if label_smoothing and objective != "infonce":
-        raise ValueError("label_smoothing needs the objective infonce; set it to 0")
+    _check_options(
+        objective,
+        biased=logit_bias is not None,
+        late=text_mask is not None,
+        masked=channel_masks is not None,
+        conditioned=image_tokens is not None,
+        components=bool(image_components or text_components),
+        margin=bool(hard_negative_margin),
+        smoothing=bool(label_smoothing),
+    )
+    _check_shapes(image_features, text_features, text_mask, channel_masks)
+    if len({value is None for value in (image_tokens, pooling, draws)}) > 1:
+        raise ValueError("image_tokens, pooling and draws belong together; give all three or none")
     images = gather(image_features)  # [T, D] or [T, P, D]
     compare = partial(
         _terms,
@@ -126,17 +154,83 @@ def lotlip_loss(
         raw_terms, raw_hits = compare(principal_components(images, image_components), text_features[:, :1])
         long_terms, long_hits = compare(images, text_features[:, 1:])
         terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
+    elif channel_masks is not None:
+        terms, hits = compare(images, text_features, channel_masks, similarity=masked_cosine)
+        terms = terms + mask_penalty * gather(channel_masks.mean((0, 2))[None]).mean(0)
+    elif text_mask is not None:
+        terms, hits = compare(images, text_features, text_mask, similarity=late_interaction)
     else:
-        terms, hits = compare(images, text_features, text_mask)
+        terms, hits = compare(images, text_features)
     if text_components and text_features.shape[1] > 1:
         reduced, _ = compare(images, components_by_kind(text_features[:, 1:], text_components))
         terms = torch.cat([terms[:1], terms[1:] + reduced])
-    terms = terms * feature_shares(len(terms), short_loss_fraction).to(terms)  # [N]
+    shares = feature_shares(len(terms), short_loss_fraction)  # [N]
+    terms = terms * shares.to(terms)
     raw, long = short_loss_weight * terms[0], long_loss_weight * terms[1:].sum()
-    return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
+    recall = hits.mean() / len(images)
+    if image_tokens is None or pooling is None or draws is None or logit_bias is None:
+        return {"raw": raw, "long": long, "loss": raw + long, "recall": recall}
+    first = 0 if short_loss_weight and shares[0] else 1
+    last = None if long_loss_weight and shares[1:].any() else 1
+    conditioned = conditioned_weight * batch_loss(
+        image_tokens,
+        text_features[:, first:last],
+        pooling,
+        logit_scale,
+        logit_bias,
+        draws=draws,
+        heads=pooling_heads,
+        values_at_once=logits_at_once,
+    )
+    raw, long = (1 - conditioned_weight) * raw, (1 - conditioned_weight) * long
+    return {"raw": raw, "long": long, "conditioned": conditioned, "loss": raw + long + conditioned, "recall": recall}
 
 
-def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tensor | None) -> None:
+def _check_options(
+    objective: str,
+    *,
+    biased: bool,
+    late: bool,
+    masked: bool,
+    conditioned: bool,
+    components: bool,
+    margin: bool,
+    smoothing: bool,
+) -> None:
+    """Raises ValueError if options do not combine."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
+    if objective == "siglip" and not biased:
+        raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
+    if late and (components or margin):
+        raise ValueError(
+            "image_components, text_components and hard_negative_margin need one feature per image and text, which "
+            "late interaction does not have; set them to 0"
+        )
+    if late and (masked or conditioned):
+        raise ValueError(
+            "channel_masks and image_tokens need one feature per image and text, which late interaction does not have; "
+            "leave out text_mask or these"
+        )
+    if masked and components:
+        raise ValueError(
+            "channel_masks select from the full features; set image_components and text_components to 0, or leave "
+            "out channel_masks"
+        )
+    if conditioned and objective != "siglip":
+        raise ValueError("image_tokens, for FLAIR's pooled features, need the objective siglip")
+    if smoothing and objective != "infonce":
+        raise ValueError("label_smoothing needs the objective infonce; set it to 0")
+
+
+def _check_shapes(
+    image_features: Tensor, text_features: Tensor, text_mask: Tensor | None, channel_masks: Tensor | None
+) -> None:
+    if channel_masks is not None and channel_masks.shape != text_features.shape:
+        raise ValueError(
+            f"channel_masks {list(channel_masks.shape)} and text_features {list(text_features.shape)} do not match; "
+            "expected [B, N, D] each"
+        )
     images, texts = image_features.shape, text_features.shape
     if text_mask is None:
         fits, needed = len(images) == 2 and len(texts) == 3, "[B, D] and [B, N, D]"
@@ -154,8 +248,9 @@ def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tens
 def _terms(
     images: Tensor,
     texts: Tensor,
-    text_mask: Tensor | None = None,
+    masks: Tensor | None = None,
     *,
+    similarity: Similarity = cosine,
     scale: Tensor,
     bias: Tensor | None,
     objective: Objective,
@@ -164,6 +259,8 @@ def _terms(
     logits_at_once: int,
 ) -> tuple[Tensor, Tensor]:
     """The objective over all T images and the texts of all processes; those of this process are [B, N, …].
+
+    `similarity` gets `masks`, [B, N, …], of the texts, if it needs them.
 
     Returns:
         The loss of each kind of text and the number of texts that pick their own image, [N] each.
@@ -176,6 +273,7 @@ def _terms(
     own_texts = gather(texts.detach()) if margin else None
     block = partial(
         _block,
+        similarity=similarity,
         scale=scale,
         bias=bias,
         objective=partial(objective[0], smoothing=smoothing),
@@ -184,22 +282,23 @@ def _terms(
     )
     size = max(1, logits_at_once // (kinds * len(images)))
     blocks = []
-    masks = [None] * -(-rows // size) if text_mask is None else text_mask.split(size)
-    for arguments in zip([images] * len(masks), texts.split(size), masks, own.split(size), strict=True):
+    parts = [None] * -(-rows // size) if masks is None else masks.split(size)
+    for arguments in zip([images] * len(parts), texts.split(size), parts, own.split(size), strict=True):
         if size < rows:
             blocks.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             blocks.append(block(*arguments))
-    costs, normalisers, hits = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+    costs, normalisers, hits = (torch.stack(part) for part in zip(*blocks, strict=True))
     return objective[1](gather(costs), gather(normalisers)), gather(hits).sum(0)
 
 
 def _block(
     images: Tensor,
     texts: Tensor,
-    text_mask: Tensor | None,
+    masks: Tensor | None,
     own: Tensor,
     *,
+    similarity: Similarity,
     scale: Tensor,
     bias: Tensor | None,
     objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -211,16 +310,13 @@ def _block(
     `own_texts`, [T, N, D], has each image's own texts; None without a margin.
     """
 
-    def logits(similarity: Tensor) -> Tensor:
+    def logits(similarities: Tensor) -> Tensor:
         """[T, N·b] as [N, b, T]."""
-        scaled = scale * similarity.T.unflatten(0, (texts.shape[1], -1))
+        scaled = scale * similarities.T.unflatten(0, (texts.shape[1], -1))
         return scaled if bias is None else scaled + bias
 
-    flat = texts.transpose(0, 1).flatten(0, 1)  # [N·b, …]
-    if text_mask is None:
-        image_to_text, text_to_image = cosine(images, flat)
-    else:
-        image_to_text, text_to_image = late_interaction(images, flat, text_mask.transpose(0, 1).flatten(0, 1))
+    of_texts = [values.transpose(0, 1).flatten(0, 1) for values in (texts, masks) if values is not None]  # [N·b, …]
+    image_to_text, text_to_image = similarity(images, *of_texts)
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
     if own_texts is not None:  # only without late interaction, so both directions are the same
