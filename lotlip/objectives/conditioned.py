@@ -11,10 +11,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import vector_norm
 from torch.nn.functional import embedding, layer_norm, linear, normalize, scaled_dot_product_attention, softplus
 from torch.utils.checkpoint import checkpoint
 
 from lotlip.objectives.processes import first_row, gather
+
+# Bound of the norm of a pooled feature.
+SMALLEST = 1e-12
 
 
 class ConditionedPooling(nn.Module):
@@ -99,6 +103,11 @@ def pooled_features(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) 
     Returns:
         normalised, [B, S, D].
     """
+    return normalize(_pooled(tokens, query, pooling, heads), dim=-1)
+
+
+def _pooled(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) -> Tensor:
+    """`pooled_features` before normalisation."""
     weights = _Weights.of(pooling)
 
     def split(values: Tensor) -> Tensor:
@@ -107,8 +116,7 @@ def pooled_features(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) 
     nothing = tokens.new_zeros(len(tokens), 1, tokens.shape[2])  # a text that no patch fits attends to it
     key, value = (torch.cat([weights.projected(number, tokens), nothing], dim=1) for number in (1, 2))
     attended = scaled_dot_product_attention(split(query), split(key), split(value))
-    pooled = linear(attended.transpose(1, 2).flatten(2), weights.output, weights.output_bias[0])
-    return normalize(pooled, dim=-1)
+    return linear(attended.transpose(1, 2).flatten(2), weights.output, weights.output_bias[0])
 
 
 def conditioned_loss(
@@ -146,8 +154,10 @@ def conditioned_loss(
     size = max(1, values_at_once // (partners.shape[1] * flat.shape[1]))
 
     def block(tokens: Tensor, query: Tensor, flat: Tensor, partners: Tensor, own: Tensor) -> Tensor:
-        pooled = pooled_features(tokens, embedding(partners, query), pooling, heads)
-        logits = scale * (pooled * embedding(partners, flat)).sum(-1) + bias
+        pooled = _pooled(tokens, embedding(partners, query), pooling, heads)
+        # the cosine of normalised features, with fewer passes over the pooled ones
+        products = (pooled * embedding(partners, flat)).sum(-1)
+        logits = scale * products / vector_norm(pooled, dim=-1).clamp(min=SMALLEST) + bias
         return (softplus(logits) - logits * own).sum()
 
     costs = []
