@@ -304,7 +304,7 @@ class LoaderConfig(Section):
 class MaskConfig(Section):
     """SmartCLIP: a text is compared with the channels of an image that a network selects (arXiv 2507.22264).
 
-    The network is trained only, and not part of the saved model.
+    The network is needed in training only, and is not part of the saved model.
     """
 
     penalty: Annotated[float, Field(ge=0)] = Field(
