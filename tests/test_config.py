@@ -263,6 +263,24 @@ def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
             "pretrain: loss.image_components needs one feature per image and text, which late-interaction does not "
             "have; set it to 0",
         ),
+        (
+            {"pretrain": {"similarity": "late-interaction", "text": {"corner_tokens": 0}, "loss": {"masks": {}}}},
+            "pretrain: loss.masks needs one feature per image and text, which late-interaction does not have; set it "
+            "to null",
+        ),
+        (
+            {"pretrain": {"loss": {"masks": {}, "text_components": 0.9}}},
+            "pretrain.loss: masks select channels of the full features; set image_components and text_components to 0, "
+            "or masks to null",
+        ),
+        (
+            {"pretrain": {"loss": {"conditioned": {}}}},
+            "pretrain.loss: conditioned needs objective: siglip; set it, or set conditioned to null",
+        ),
+        (
+            {"pretrain": {"loss": {"initial_bias": -10}}},
+            "pretrain.loss: objective infonce has no bias; set initial_bias to null",
+        ),
     ],
 )
 def test_sections_are_checked_against_one_another(tmp_path, differences, line):

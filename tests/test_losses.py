@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.functional import cross_entropy, logsigmoid, normalize
+from torch.nn.functional import cross_entropy, layer_norm, logsigmoid, multi_head_attention_forward, normalize
 
+from lotlip.objectives.conditioned import choose_partners, conditioned_loss, pooled_features, queries
 from lotlip.objectives.contrastive import OBJECTIVES, lotlip_loss, principal_components
 from lotlip.objectives.similarity import late_interaction
 
@@ -36,7 +37,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "everything": {"label_smoothing": 0.2, "hard_negative_margin": 0.5, "image_components": 3, "text_components": 2},
     "late interaction": {"text_mask": None},
     "sigmoid of late interaction": {"objective": "siglip", "logit_bias": BIAS, "text_mask": None},
+    "masks": {"channel_masks": None, "mask_penalty": 0.1},
+    "masks with everything": {
+        "channel_masks": None,
+        "mask_penalty": 0.3,
+        "label_smoothing": 0.1,
+        "hard_negative_margin": 0.5,
+    },
+    "sigmoid of masks": {"objective": "siglip", "logit_bias": BIAS, "channel_masks": None, "mask_penalty": 0.1},
+    "conditioned": {"objective": "siglip", "logit_bias": BIAS, "image_tokens": None},
+    "conditioned with everything": {
+        "objective": "siglip",
+        "logit_bias": BIAS,
+        "image_tokens": None,
+        "conditioned_weight": 0.3,
+        "channel_masks": None,
+        "mask_penalty": 0.1,
+        "hard_negative_margin": 0.25,
+    },
 }
+HEADS = 2  # of the pooling
 
 
 def random_features(batch: int = 8, number: int = 4, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -56,13 +76,33 @@ def random_tokens(batch: int = 8, number: int = 2, width: int = 6) -> tuple[Tens
     return normalize(images, dim=-1), normalize(texts, dim=-1), torch.arange(5) < lengths[..., None]
 
 
-def case(variant: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def further_inputs(settings: dict[str, Any], texts: Tensor) -> dict[str, Any]:
+    """Masks, or patches and the weights of their pooling, for settings that need them."""
+    generator = torch.Generator().manual_seed(7)
+    found: dict[str, Any] = {}
+    if "channel_masks" in settings:
+        found["channel_masks"] = torch.rand(texts.shape, generator=generator)
+    if "image_tokens" in settings:
+        width = texts.shape[-1]
+        pooling = torch.randn(4 * width + 10, width, generator=generator)
+        patches = torch.randn(len(texts), 3, width, generator=generator)
+        draws = torch.randint(10**6, (len(texts), 2), generator=generator)
+        found |= {"image_tokens": patches, "pooling": pooling, "pooling_heads": HEADS, "draws": draws}
+    return found
+
+
+def case(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Features and settings of a variant."""
     settings = dict(VARIANTS[variant])
-    if "text_mask" not in settings:
-        return *random_features(), settings
-    images, texts, mask = random_tokens()
-    return images, texts, settings | {"text_mask": mask}
+    if "text_mask" in settings:
+        images, texts, settings["text_mask"] = random_tokens()
+    else:
+        images, texts = random_features()
+    settings |= further_inputs(settings, texts)
+    for name, value in settings.items():
+        if isinstance(value, Tensor) and value.is_floating_point():
+            settings[name] = value.to(dtype)
+    return images.to(dtype), texts.to(dtype), settings
 
 
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
@@ -73,6 +113,13 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str,
     for n in range(number):
         if mask is not None:
             term = plain_term(*late_interaction(images, texts[:, n], mask[:, n]), None, scale, settings)
+        elif "channel_masks" in settings:
+            m = settings["channel_masks"][:, n]
+            chosen = (m >= 0.5).to(m) + m - m.detach()
+            similarity = (normalize(images[:, None] * chosen, dim=-1) * texts[:, n]).sum(-1)
+            term = (
+                plain_term(similarity, similarity, texts[:, n], scale, settings) + settings["mask_penalty"] * m.mean()
+            )
         else:
             rebuilt = projection(images, components) if components and n == 0 else images
             kinds = [(rebuilt, texts[:, n])]
@@ -80,6 +127,11 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str,
                 kinds.append((images, projection(texts[:, n], settings["text_components"])))
             term = sum((plain_term(i @ t.T, i @ t.T, t, scale, settings) for i, t in kinds), torch.zeros(()))
         terms.append(term / number)
+    if "image_tokens" in settings:
+        weight = settings.get("conditioned_weight", 0.5)
+        terms = [(1 - weight) * term for term in terms]
+        conditioned = {"conditioned": weight * plain_conditioned(texts, scale, settings)}
+        return {"raw": terms[0], "long": sum(terms[1:]), "loss": sum(terms) + conditioned["conditioned"], **conditioned}
     return {"raw": terms[0], "long": sum(terms[1:], torch.zeros(())), "loss": sum(terms, torch.zeros(()))}
 
 
@@ -104,6 +156,29 @@ def plain_term(
         rows = (scale * to_text, (scale * to_image).T)
         ways = [cross_entropy(logits, own, label_smoothing=smoothing) for logits in rows]
     return (ways[0] + ways[1]) / 2
+
+
+def plain_conditioned(texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> Tensor:
+    """FLAIR's L_tcs, an image and a text at a time, with torch's attention."""
+    (images, number, width), patches = texts.shape, settings["image_tokens"]
+    parts = settings["pooling"].split([3 * width, width, 3, 1, 2, 2, 2])
+    inputs, output, input_bias, output_bias, *norms = parts
+    partners = choose_partners(settings["draws"], 0, images, number)
+    total = torch.zeros((), dtype=texts.dtype)
+    for image, of_image in enumerate(partners):
+        for text in of_image.tolist():
+            feature = texts[text // number, text % number]
+            query, key, value = (
+                layer_norm(rows, (width,), norm[0], norm[1])
+                for rows, norm in zip((feature[None] * width**0.5, patches[image], patches[image]), norms, strict=True)
+            )
+            pooled, _ = multi_head_attention_forward(
+                query, key, value, width, HEADS, inputs, input_bias.flatten(), None, None, True, 0.0, output,
+                output_bias[0],
+            )  # fmt: skip
+            logit = scale * normalize(pooled, dim=-1) @ feature + settings["logit_bias"]
+            total = total - logsigmoid(logit if text // number == image else -logit).sum()
+    return total / (images + number - 1)
 
 
 def projection(features: Tensor, number: float) -> Tensor:
@@ -245,14 +320,13 @@ def test_one_patch_and_one_token_are_cosine(objective):
 @pytest.mark.parametrize("at_once", [1, 3 * 4 * 8, 10**6])  # blocks of one text, of three and two, one block
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_is_its_equations(variant, at_once):
-    images, texts, settings = case(variant)
-    leaves = [images.double().requires_grad_(), texts.double().requires_grad_(), SCALE.double().requires_grad_()]
-    if "logit_bias" in settings:
-        leaves.append(settings["logit_bias"].double().requires_grad_())
-        settings["logit_bias"] = leaves[-1]
+    images, texts, settings = case(variant, torch.float64)
+    leaves = [images.requires_grad_(), texts.requires_grad_(), SCALE.double().requires_grad_()]
+    leaves += [settings[name].requires_grad_() for name in LEARNED if name in settings]
     found = lotlip_loss(*leaves[:3], **settings, logits_at_once=at_once)
     expected = plain_loss(*leaves[:3], settings)
-    for name in ("raw", "long", "loss"):
+    assert expected.keys() | {"recall"} == found.keys()
+    for name in expected:
         torch.testing.assert_close(found[name], expected[name].to(found[name]))
     gradients = [torch.autograd.grad(loss["loss"], leaves) for loss in (found, expected)]
     for first, second in zip(*gradients, strict=True):
@@ -262,10 +336,13 @@ def test_every_variant_is_its_equations(variant, at_once):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_right(variant):
-    images, texts, settings = case(variant)
-    images, texts, scale = images[:4].double(), texts[:4, :2].double(), SCALE.double().requires_grad_()
-    if "text_mask" in settings:
-        settings["text_mask"] = settings["text_mask"][:4]
+    images, texts, settings = case(variant, torch.float64)
+    images, texts, scale = images[:4], texts[:4, :2], SCALE.double().requires_grad_()
+    for name in ("text_mask", "channel_masks"):
+        if name in settings:
+            settings[name] = settings[name][:4, :2]
+    if "image_tokens" in settings:
+        settings |= {name: settings[name][:4] for name in ("image_tokens", "draws")}
     # directions of components and texts in a margin count as constants, on purpose
     images.requires_grad_("image_components" not in settings)
     texts.requires_grad_(not {"text_components", "hard_negative_margin"} & settings.keys())
@@ -275,8 +352,8 @@ def test_gradients_are_right(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_the_equations(variant):
-    images, texts, settings = case(variant)
-    leaves = [images.double().requires_grad_(), texts.double().requires_grad_(), SCALE.double().requires_grad_()]
+    images, texts, settings = case(variant, torch.float64)
+    leaves = [images.requires_grad_(), texts.requires_grad_(), SCALE.double().requires_grad_()]
     found = torch.autograd.grad(lotlip_loss(*leaves, **settings)["loss"], leaves)
     for gradient, expected in zip(
         found, torch.autograd.grad(plain_loss(*leaves, settings)["loss"], leaves), strict=True
@@ -411,8 +488,8 @@ def test_the_order_of_the_batch_does_not_matter(variant):
     images, texts, settings = case(variant)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     expected = lotlip_loss(images, texts, SCALE, **settings)
-    if "text_mask" in settings:
-        settings["text_mask"] = settings["text_mask"][order]
+    for name in settings.keys() & {"text_mask", "channel_masks", "image_tokens", "draws"}:
+        settings[name] = settings[name][order]
     for name, value in lotlip_loss(images[order], texts[order], SCALE, **settings).items():
         torch.testing.assert_close(value, expected[name])
 
@@ -425,6 +502,10 @@ def test_the_order_of_the_batch_does_not_matter(variant):
         ({"image_components": -1}, "components is -1"),
         ({"text_components": 1.5}, "components is 1.5; it must be a whole number from 1, or a share"),
         ({"objective": "siglip", "logit_bias": BIAS, "label_smoothing": 0.1}, "label_smoothing needs the objective"),
+        ({"channel_masks": torch.ones(8, 4, 6), "image_components": 2}, "channel_masks select from the full features"),
+        ({"channel_masks": torch.ones(8, 4, 5)}, r"channel_masks \[8, 4, 5\] and text_features \[8, 4, 6\] do not"),
+        ({"image_tokens": torch.ones(8, 3, 6)}, "need the objective siglip"),
+        ({"pooling": torch.ones(34, 6)}, "image_tokens, pooling and draws belong together"),
         ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"expected \[B, P, D\] and \[B, N, L, D\]"),
     ],
 )
@@ -439,6 +520,8 @@ def test_features_that_do_not_fit_are_refused():
     for name in ("image_components", "text_components", "hard_negative_margin"):
         with pytest.raises(ValueError, match=r"need one feature per image and text, .* set them to 0"):
             lotlip_loss(patches, tokens, SCALE, text_mask=mask, **{name: 0.5})
+    with pytest.raises(ValueError, match="late interaction does not have; leave out text_mask"):
+        lotlip_loss(patches, tokens, SCALE, text_mask=mask, channel_masks=torch.ones(8, 2, 6))
     for wrong in ((images, texts[:, 0]), (images[:7], texts), (images[:, :5], texts), (patches, tokens)):
         with pytest.raises(ValueError, match=r"text_mask none do not match; expected \[B, D\] and \[B, N, D\]$"):
             lotlip_loss(*wrong, SCALE)
@@ -447,11 +530,13 @@ def test_features_that_do_not_fit_are_refused():
             lotlip_loss(*wrong[:2], SCALE, text_mask=wrong[2])
 
 
+VECTORS = Path(os.environ.get("LOTLIP_METHOD_VECTORS", Path(__file__).parent / "data" / "methods"))
+
+
 def method_vectors() -> dict[str, Tensor]:
     """Features, components and losses computed by the released code of HiMo-CLIP and Long-CLIP."""
-    folder = Path(os.environ.get("LOTLIP_METHOD_VECTORS", Path(__file__).parent / "data" / "methods"))
-    size = json.loads((folder / "case.json").read_text())
-    vectors = load_file(folder / "components.safetensors")
+    size = json.loads((VECTORS / "case.json").read_text())
+    vectors = load_file(VECTORS / "components.safetensors")
     assert vectors["image"].shape == (size["batch"], size["width"])
     return vectors
 
@@ -480,26 +565,104 @@ def test_himo_clips_loss_is_that_of_its_release(share):
     torch.testing.assert_close(found["long"], expected[0], atol=1e-5, rtol=0)
 
 
+def test_flairs_loss_is_that_of_its_release():
+    vectors = load_file(VECTORS / "flair.safetensors")
+    size = json.loads((VECTORS / "case.json").read_text())["flair"]
+    images, number, heads = size["batch"], size["texts_per_image"], size["heads"]
+    width = vectors["image_feature"].shape[1]
+    assert vectors["image_tokens"].shape == (images, size["patches"], width)
+    texts = normalize(vectors["text_features"], dim=-1).view(images, number, width)
+    attention = [vectors[f"pool.attn.{name}"] for name in ("in_proj_weight", "out_proj.weight", "in_proj_bias")]
+    norms = [vectors[f"pool.ln_{name}.{part}"] for name in "qkv" for part in ("weight", "bias")]
+    rows = [*attention, vectors["pool.attn.out_proj.bias"], *norms]
+    pooling = torch.cat([row.reshape(-1, width) for row in rows])
+    shared = vectors["image_tokens"], vectors["meets"], pooling, vectors["logit_scale_exp"], vectors["logit_bias"]
+    tokens, meets, pooling, scale, bias = shared
+    query = queries(texts.flatten(0, 1), pooling)[meets]
+    pooled = pooled_features(tokens, query, pooling, heads)
+    torch.testing.assert_close(pooled, vectors["conditioned"], atol=1e-5, rtol=0)
+    for at_once in (1, 10**6):
+        found = conditioned_loss(
+            tokens, texts, meets, pooling, scale, bias, heads=heads, first=0, values_at_once=at_once
+        )
+        torch.testing.assert_close(found, vectors["loss_text_conditioned"], atol=1e-5, rtol=0)
+    feature = normalize(vectors["image_feature"], dim=-1)
+    sigmoid = {"objective": "siglip", "logit_bias": bias}
+    alone = lotlip_loss(feature, texts, scale, **sigmoid)["loss"]
+    torch.testing.assert_close(alone, vectors["loss_multi_positive"][0], atol=1e-5, rtol=0)
+    draws = torch.randint(100, (images, 2))  # other texts than the release drew
+    pooled_too = {"image_tokens": tokens, "pooling": pooling, "pooling_heads": heads, "draws": draws}
+    losses = lotlip_loss(feature, texts, scale, **sigmoid, **pooled_too)
+    torch.testing.assert_close(losses["raw"] + losses["long"], vectors["loss_multi_positive"][0] / 2)
+    assert losses["conditioned"].item() == pytest.approx(found.item() / 2, rel=0.1)
+    torch.testing.assert_close((found[0] + alone) / 2, vectors["loss"][0], atol=1e-5, rtol=0)
+
+
+def test_an_image_meets_its_own_texts_and_one_of_each_other_image():
+    draws = torch.randint(2**32, (200, 2), generator=torch.Generator().manual_seed(0))
+    found = choose_partners(draws, 50, 100, 4)
+    assert found.shape == (100, 4 + 199)
+    for image, partners in enumerate(found.tolist(), start=50):
+        assert sorted(partner // 4 for partner in partners) == sorted([*range(200), *[image] * 3])
+        assert {4 * image + text for text in range(4)} <= set(partners)
+    others = found[:, 4:] % 4
+    assert 0.2 < torch.bincount(others.flatten()).min() / others.numel() < 0.25  # each text as often as the others
+    assert not torch.equal(others[0], others[1])
+
+
+def test_smartclips_loss_is_a_twentieth_of_its_releases():
+    """10 (L₁ + L₂) + 2 mean|m|, by its equations."""
+    images, texts = random_features(number=1)
+    masks = torch.rand(texts.shape, generator=torch.Generator().manual_seed(9))
+    similarity = torch.einsum("itd,td->it", normalize(images[:, None] * (masks[:, 0] >= 0.5), dim=-1), texts[:, 0])
+    own = torch.arange(len(images))
+    contrast = cross_entropy(100 * similarity.T, own) + cross_entropy(100 * similarity, own)
+    found = lotlip_loss(images, texts, torch.tensor([100.0]), channel_masks=masks, mask_penalty=0.1)["loss"]
+    torch.testing.assert_close(20 * found, 10 * contrast + 2 * masks.mean())
+
+
+def test_a_text_that_selects_no_channel_breaks_nothing():
+    images, texts = random_features()
+    masks = torch.full_like(texts, 0.4).requires_grad_()
+    images.requires_grad_()
+    lotlip_loss(images, texts, SCALE, channel_masks=masks)["loss"].backward()
+    assert images.grad.isfinite().all() and masks.grad.isfinite().all()
+
+
+# Inputs besides features and scale that gradients reach.
+LEARNED = ("logit_bias", "channel_masks", "image_tokens", "pooling")
+
+
 def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[str, Tensor]:
     """Of linear towers, a temperature and a bias, for the rows of this process; its texts are padded to its longest.
 
     The text tower's gradient reaches the gathered features through a matrix product: not in row order in memory.
     """
     settings = dict(VARIANTS[variant])
-    images, texts = random_features(width=5)
+    images, texts = random_features()
     if "text_mask" in settings:
-        images, texts, mask = random_tokens(width=5)
+        images, texts, mask = random_tokens()
         longest = int(mask[part].sum(dim=-1).max())
         texts, settings["text_mask"] = texts[..., :longest, :], mask[part, :, :longest]
     generator = torch.Generator().manual_seed(1)
     learned = {
-        "image weight": torch.randn(5, 5, generator=generator),
-        "text weight": torch.randn(5, 5, generator=generator),
+        "image weight": torch.randn(6, 6, generator=generator),
+        "text weight": torch.randn(6, 6, generator=generator),
         "log_scale": torch.tensor([1.5]),
         "bias": BIAS.clone(),
     }
+    inputs = further_inputs(settings, texts)
+    if "pooling" in inputs:
+        learned |= {"patch weight": torch.randn(6, 6, generator=generator), "pooling": inputs["pooling"]}
+    if "channel_masks" in inputs:
+        learned["mask weight"] = torch.randn(6, 6, generator=generator)
     for value in learned.values():
         value.requires_grad_()
+    if "pooling" in inputs:
+        tokens, draws = inputs["image_tokens"][part] @ learned["patch weight"], inputs["draws"][part]
+        settings |= inputs | {"image_tokens": tokens, "draws": draws}
+    if "channel_masks" in inputs:
+        settings["channel_masks"] = (inputs["channel_masks"][part] @ learned["mask weight"]).sigmoid()
     losses = lotlip_loss(
         normalize(images[part] @ learned["image weight"], dim=-1),
         normalize(texts[part] @ learned["text weight"], dim=-1),
@@ -534,7 +697,8 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for variant, size in first:
         one = loss_and_gradients(variant, slice(0, 8))
-        assert len(one) == 6
+        inputs = ("channel_masks" in VARIANTS[variant]) + 2 * ("image_tokens" in VARIANTS[variant])
+        assert len(one) == 6 + inputs
         for name, expected in one.items():
             mean = (first[variant, size][name] + second[variant, size][name]) / 2
             torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023

@@ -209,6 +209,12 @@ VARIANTS = {
     "filip": {"similarity": "late-interaction", "text": {"corner_tokens": 0}},
     "clip": {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
     "principal components": {"loss": {"image_components": 3}, "text": {"corner_tokens": 0}},
+    "smartclip": {"loss": {"masks": {}}, "text": {"corner_tokens": 0}, "long_texts": {"sampler": "first"}},
+    "flair": {
+        "loss": {"objective": "siglip", "conditioned": {"heads": 4}, "short_loss_fraction": 0},
+        "text": {"corner_tokens": 0},
+        "long_texts": {"per_image": 3},
+    },
 }
 
 
@@ -227,6 +233,21 @@ def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
         load_file(Path(job.image_tower) / "model.safetensors")["trunk.cls_token"],
     )
     assert trained is (variant == "clip")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("variant", ["smartclip", "flair"])
+def test_modules_of_the_objective_train_alike_in_parts_and_stay_out_of_the_model(group, tiny_world, tmp_path, variant):
+    differences = merge({"steps": 4}, VARIANTS[variant])
+    job = train(tiny_job(tiny_world, tmp_path / "whole", differences))
+    parts = merge(differences, {"gradient_accumulation_steps": 2, "zero_stage": 3})
+    in_parts = train(tiny_job(tiny_world, tmp_path / "parts", parts))
+    assert losses(job) == pytest.approx(losses(in_parts), abs=1e-5)
+    assert not [name for name in weights(job) if name.startswith("objective.")]
+    own, others = (load_file(run.model_folder(0) / "objective.safetensors") for run in (job, in_parts))
+    assert own.keys() == others.keys() and all(name.startswith("objective.") for name in own)
+    for name, value in own.items():
+        torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.mark.integration

@@ -18,6 +18,7 @@ from lotlip.data.tokenizer import TextTokenizer
 from lotlip.models.saving import save_model
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.config import PositionInterpolation, PretrainConfig
+from lotlip.pretrain.engine import parameter_groups
 from lotlip.pretrain.initialisation import build_for_pretraining, interpolate_positions
 from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import IMAGE_SIZE, TEXT
@@ -412,6 +413,48 @@ def test_an_unfrozen_tower_gives_patches_too(tiny_tower):
     model = build_for_pretraining(config, tiny_tower)
     features = model(**batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)))
     assert features["image_features"].shape == (3, 16, 32)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_objectives_get_what_they_compare(tiny_tower, frozen):
+    loss = {"objective": "siglip", "masks": {}, "conditioned": {"heads": 4}}
+    config = settings(loss=loss, image_tower={"frozen": frozen})
+    assert config.from_pixels
+    model = build_for_pretraining(config, tiny_tower)
+    if frozen:
+        given = batch(config, torch.randn(3, 32)) | {"patches": torch.randn(3, 16, 32)}
+    else:
+        given = batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE))
+    features = model(**given)
+    assert features["image_tokens"].shape == (3, 16, 32)
+    assert features["pooling"].shape == (4 * 32 + 10, 32)
+    assert features["channel_masks"].shape == features["text_features"].shape == (3, 7, 32)
+    plain = build_for_pretraining(settings(loss={"objective": "siglip"}), tiny_tower)
+    plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
+    if frozen:  # features are those of packed texts
+        expected = plain(**batch(config, given["images"]))["text_features"]
+        torch.testing.assert_close(features["text_features"], expected, atol=1e-6, rtol=0)
+    lotlip_loss(**features, **config.loss.arguments(), draws=torch.zeros(3, 2, dtype=torch.long))["loss"].backward()
+    without = {name for name, value in model.named_parameters() if value.grad is None}
+    assert not {name for name in without if name.startswith("objective.")}
+
+
+def test_the_mask_network_has_its_own_learning_rate(tiny_tower):
+    config = settings(loss={"masks": {"learning_rate": 0.25}})
+    model = build_for_pretraining(config, tiny_tower)
+    groups = {id(value): group for group in parameter_groups(model, config) for value in group["params"]}
+    for name, value in model.named_parameters():
+        group = groups[id(value)]
+        assert group["lr"] == (0.25 if name.startswith("objective.") else 5e-4), name
+        if name.startswith("objective."):
+            assert group["weight_decay"] == 0
+
+
+def test_scale_and_bias_start_where_the_settings_say(tiny_tower):
+    loss = {"objective": "siglip", "initial_scale": 1 / 0.07, "initial_bias": -10}
+    model = build_for_pretraining(settings(loss=loss), tiny_tower)
+    assert model.scale.item() == pytest.approx(1 / 0.07)
+    assert model.logit_bias.item() == -10
 
 
 def test_the_temperature_is_clamped_as_in_clip_and_free_as_in_siglip(tiny_tower):

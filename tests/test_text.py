@@ -135,3 +135,16 @@ def test_without_first_leaves_the_first_out_and_shuffles_the_others():
     assert min(lengths.values()) > 400
     assert any(text != sorted(text) for text in drawn)
     assert sample_long_text({"a": ["only"]}, "without-first", 1, random.Random(0)) == ["only"]
+
+
+def test_merged_sub_captions_are_neighbours_half_the_time():
+    drawn = [sample_long_text({"a": SENTENCES}, "merged", 3, random.Random(seed)) for seed in range(3000)]
+    assert all(set(text) <= set(SENTENCES) and len(set(text)) == len(text) for text in drawn)
+    lengths = Counter(map(len, drawn))
+    assert lengths.keys() == {1, 2, 3}
+    assert min(lengths.values()) > 900
+    pairs = [text for text in drawn if len(text) == 2]
+    neighbours = sum(SENTENCES.index(first) + 1 == SENTENCES.index(second) for first, second in pairs) / len(pairs)
+    assert neighbours == pytest.approx(0.5 + 0.5 * 4 / 20, abs=0.05)  # 4 of the 20 ordered pairs are neighbours
+    short = [sample_long_text({"a": ["only"]}, "merged", 3, random.Random(seed)) for seed in range(20)]
+    assert short == [["only"]] * 20

@@ -202,7 +202,13 @@ def chance_loss(config: PretrainConfig) -> float:
     if loss.objective == "siglip":  # in each image's row, one of `batch` pairs matches
         one = -math.log(1 / batch) - (batch - 1) * math.log(1 - 1 / batch)
     terms = 2 if loss.text_components else 1  # of each long text
-    return one * (loss.short_loss_weight * raw + terms * loss.long_loss_weight * sum(others))
+    chance = one * (loss.short_loss_weight * raw + terms * loss.long_loss_weight * sum(others))
+    if loss.conditioned:  # an image's texts of one kind count once, and it meets one text of each other image
+        own = (1 if raw * loss.short_loss_weight else 0) + (long_features if loss.long_loss_weight else 0)
+        meets = own + batch - 1
+        pooled = -batch * (own * math.log(own / meets) + (batch - 1) * math.log(1 - own / meets)) / meets
+        chance = (1 - loss.conditioned.weight) * chance + loss.conditioned.weight * pooled
+    return chance
 
 
 def git_commit() -> str:

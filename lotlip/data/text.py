@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
 Window = Literal["within-caption", "across-captions"]
-Sampler = Literal["window", "first", "all", "without-first"]
+Sampler = Literal["window", "first", "all", "without-first", "merged"]
 SentenceEnds = Literal["released", "unicode"]
 SubCaption = TypeVar("SubCaption")  # its words, or its number among those of a tar
 
@@ -135,7 +135,8 @@ def sample_long_text(
         sampler: "window": `length` consecutive sub-captions (paper, Figs. 2 and 5). The others first draw a captioner.
             "all": its whole caption. "first": its first r sub-captions, r uniform (SmartCLIP, arXiv 2507.22264).
             "without-first": a uniform number of sub-captions after the first, in random order, or the whole caption
-            if it has only one (DeBias-CLIP, arXiv 2602.22419).
+            if it has only one (DeBias-CLIP, arXiv 2602.22419). "merged": 1 to `length` sub-captions, uniform; half
+            the time consecutive ones, else any, in random order (FLAIR, arXiv 2412.03561, with `length` 3).
         length: number of sub-captions of a window; a caption with fewer is used in full.
         rng: random number generator.
         window: "within-caption": a window lies in one caption, so that a text has one author. "across-captions":
@@ -160,5 +161,9 @@ def sample_long_text(
         return sequence[: rng.randint(1, len(sequence))]
     if sampler == "without-first":
         return rng.sample(sequence[1:], rng.randint(1, len(sequence) - 1))
+    if sampler == "merged":
+        length = min(rng.randint(1, length), len(sequence))
+        if rng.random() < 0.5:
+            return rng.sample(sequence, length)
     start = rng.randrange(max(len(sequence) - length, 0) + 1)
     return sequence[start : start + length]

@@ -1,144 +1,41 @@
 """The training loss: contrasts an image with each of its texts, with the variants that the paper compares.
 
-A variant is a similarity (`lotlip.objectives.similarity`), an objective (`OBJECTIVES`) and the image features that the
-short caption is contrasted with. For a global batch of T images with N texts each, a process has its own B texts and
-gathers the image features of all processes, one per image; the texts, N times as many, are not gathered. The N × B × T
-logits are computed in blocks, and again in the backward pass, so that only a few of them exist at a time.
+It is a sum of terms. A term has image features, a kind of text features, a similarity and an objective (`OBJECTIVES`),
+each in a file of its own in this package. For a global batch of T images with N texts each, a process has its own B
+texts and gathers the image features of all processes, one per image; the texts, N times as many, are not gathered. The
+N × B × T logits are computed in blocks, and again in the backward pass, so that only a few of them exist at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
+from lotlip.objectives import sigmoid, softmax
+from lotlip.objectives.components import components_by_kind, principal_components
+from lotlip.objectives.conditioned import batch_loss
+from lotlip.objectives.margin import with_margin
+from lotlip.objectives.masks import masked_cosine
+from lotlip.objectives.processes import first_row, gather
 from lotlip.objectives.similarity import cosine, late_interaction
+
+__all__ = ["LOGITS_AT_ONCE", "OBJECTIVES", "feature_shares", "lotlip_loss", "principal_components"]
 
 # Logits per block: 16 MB in fp32, and a few times that in the backward pass. Larger blocks are not faster.
 LOGITS_AT_ONCE = 2**22
 
-
-class _Gather(torch.autograd.Function):
-    """All-gather with gradients. On gloo, torch.distributed.nn's (2.15) permutes the entries of a gradient that is not
-    contiguous, which is what a matrix product returns."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor) -> Tensor:
-        gathered = features.new_empty(dist.get_world_size() * len(features), *features.shape[1:])
-        dist.all_gather_into_tensor(gathered, features)
-        return gathered
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        gradient = gradients[0].contiguous()
-        local = gradient.new_empty(len(gradient) // dist.get_world_size(), *gradient.shape[1:])
-        dist.reduce_scatter_tensor(local, gradient)
-        return local
-
-
-def _several_processes() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
-
-
-def gather(features: Tensor) -> Tensor:
-    """Concatenates the features of all processes, [W·B, …]; gradients flow back to the process of origin."""
-    return _Gather.apply(features.contiguous()) if _several_processes() else features
-
-
-# --- objectives ---------------------------------------------------------------------------------------------------
-# Each has one function for a block of logits and one that combines the blocks of all processes. A block is [N, B, T]:
-# the logits of B texts of each of N kinds with all T images. `picks_image` has those by which a text picks its image,
-# along T; `picks_text` those by which an image picks its text, along the B of all blocks. `own`, [B], is the index of
-# each text's own image. `smoothing` is that of labels.
-
-
-def _positives(logits: Tensor, own: Tensor) -> Tensor:
-    """The logits of the positive pairs, [N, B]."""
-    return logits.gather(2, own.expand(len(logits), -1)[..., None])[..., 0]
-
-
-def _softmax_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cost without the images' normalisers [N], and these texts' part of the log-normalisers [N, T].
-
-    With label smoothing, a target is the positive with probability 1 − smoothing, and else any candidate.
-    """
-    costs = picks_image.logsumexp(2)
-    for logits in (picks_image, picks_text):
-        target = _positives(logits, own)
-        if smoothing:
-            target = (1 - smoothing) * target + smoothing * logits.sum(2) / picks_image.shape[2]
-        costs = costs - target
-    return costs.sum(1), picks_text.logsumexp(1)
-
-
-def _softmax(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """Symmetric InfoNCE (paper, section 3.2) from the parts [P, N] and [P, N, T] of P blocks: [N]."""
-    return (costs.sum(0) + normalisers.logsumexp(0).sum(1)) / (2 * normalisers.shape[2])
-
-
-def _sigmoid_block(picks_image: Tensor, picks_text: Tensor, own: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Cost of classifying each pair independently, mean of both directions, [N]; blocks do not depend on each other."""
-    directions = [picks_image] if picks_image is picks_text else [picks_image, picks_text]
-    # −log σ(−x) = softplus(x) for a negative pair, −log σ(x) = softplus(x) − x for a positive one
-    costs = [softplus(logits).sum((1, 2)) - _positives(logits, own).sum(1) for logits in directions]
-    return torch.stack(costs).mean(0), picks_image.new_zeros(len(picks_image), picks_image.shape[2])
-
-
-def _sigmoid(costs: Tensor, normalisers: Tensor) -> Tensor:
-    """SigLIP's loss (arXiv 2303.15343, eq. 1), whose sum is divided by the batch size, from [P, N]: [N]."""
-    return costs.sum(0) / normalisers.shape[2]
-
-
+# Similarities image→text and text→image, [I, T] each, of images and texts; the same tensor twice if they are the same.
+Similarity = Callable[..., tuple[Tensor, Tensor]]
+# Two functions each: for a block of logits, and to combine the blocks of all processes (`lotlip.objectives.softmax`).
 Objective = tuple[Callable[..., tuple[Tensor, Tensor]], Callable[[Tensor, Tensor], Tensor]]
-OBJECTIVES: dict[str, Objective] = {"infonce": (_softmax_block, _softmax), "siglip": (_sigmoid_block, _sigmoid)}
-
-
-def principal_components(features: Tensor, number: float) -> Tensor:
-    """Reconstructs features from the batch's first principal components (Long-CLIP, arXiv 2403.15378, section 3.2).
-
-    This keeps what varies most between features and drops details. As in the releases of Long-CLIP and HiMo-CLIP (arXiv
-    2511.06653), the result is not normalised again. The directions are treated as constants: the gradient flows through
-    the projection and the mean, not through the eigenvectors, whose gradient is unbounded where eigenvalues are close.
-
-    Args:
-        features: [B, D].
-        number: of components, at least 1; D or more return the features unchanged. A number below 1 is a share of the
-            variance: the fewest components that reach it are used.
-
-    Returns:
-        [B, D], of that rank about their mean.
-
-    Raises:
-        ValueError: `number` is not above 0, or is neither whole nor below 1.
-    """
-    if number <= 0 or (number > 1 and number % 1):
-        raise ValueError(
-            f"the number of principal components is {number}; it must be a whole number from 1, or a share of the "
-            "variance between 0 and 1"
-        )
-    if number >= features.shape[1]:
-        return features
-    exact = features.to(torch.promote_types(features.dtype, torch.float32))
-    mean = exact.mean(dim=0)
-    centred = exact - mean
-    # eigh rejects NaN; replaced here, the NaN of the features still reaches the loss, where training reports the step
-    covariance = (centred.T @ centred).detach().nan_to_num()
-    values, vectors = torch.linalg.eigh(covariance)  # eigenvalues ascend
-    if number >= 1:
-        directions = vectors[:, -int(number) :]  # [D, number]
-        return (mean + centred @ directions @ directions.T).to(features.dtype)
-    # A component is used if those before it have not reached the share. Multiplying by 0 or 1 instead of selecting
-    # needs no synchronisation with the device.
-    largest_first = values.flip(0).clamp(min=0)
-    before = largest_first.cumsum(0) - largest_first
-    used = (before < number * largest_first.sum()).flip(0).to(vectors)
-    return (mean + centred @ (vectors * used) @ vectors.T).to(features.dtype)
+OBJECTIVES: dict[str, Objective] = {
+    "infonce": (softmax.block, softmax.combine),
+    "siglip": (sigmoid.block, sigmoid.combine),
+}
 
 
 def feature_shares(features: int, short_loss_fraction: float | None) -> Tensor:
@@ -157,6 +54,10 @@ def lotlip_loss(
     *,
     logit_bias: Tensor | None = None,
     text_mask: Tensor | None = None,
+    channel_masks: Tensor | None = None,
+    image_tokens: Tensor | None = None,
+    pooling: Tensor | None = None,
+    draws: Tensor | None = None,
     objective: str = "infonce",
     short_loss_fraction: float | None = None,
     short_loss_weight: float = 1.0,
@@ -165,9 +66,19 @@ def lotlip_loss(
     text_components: float = 0,
     label_smoothing: float = 0.0,
     hard_negative_margin: float = 0.0,
+    mask_penalty: float = 0.0,
+    conditioned_weight: float = 0.5,
+    pooling_heads: int = 8,
     logits_at_once: int = LOGITS_AT_ONCE,
 ) -> dict[str, Tensor]:
-    """Mean over an image's N text features of their objective with the image features (paper, section 3.2).
+    """Mean over an image's N text features of their objective with the image features (paper, section 3.2), and more.
+
+    Without further terms this is LoTLIP's loss. Options add terms or change the similarity:
+
+    - `image_components`, `text_components` and `hard_negative_margin` exclude `text_mask` (late interaction).
+    - `channel_masks` (SmartCLIP) exclude `text_mask`, `image_components` and `text_components`.
+    - `image_tokens` with `pooling` and `draws` (FLAIR) exclude `text_mask`, and need the objective siglip.
+    - `label_smoothing` needs the objective infonce.
 
     Negatives come from the whole batch of all processes. Every process returns the loss of that whole batch. The
     engine averages gradients over the processes, which gives the gradients of a single process with the whole batch.
@@ -180,6 +91,13 @@ def lotlip_loss(
         logit_bias: added to every logit, [1]; siglip needs it, infonce does not depend on it.
         text_mask: bool, True at a text's tokens, [B, N, L]. With it, image and text are compared by late interaction
             (FILIP, arXiv 2111.07783); without it, by the cosine of one feature each.
+        channel_masks: of texts, between 0 and 1, [B, N, D]. With them, a text is compared with the channels of an image
+            that it selects (`lotlip.objectives.masks`).
+        image_tokens: projected patches of images, [B, P, D]. With them, image features pooled for each text are
+            compared too (`lotlip.objectives.conditioned`). Texts with the weight 0 take no part.
+        pooling: weights of that pooling, from `ConditionedPooling`, [4 D + 10, D].
+        draws: two random integers of each image, which choose the texts of other images that its pooled features are
+            compared with, [B, 2].
         objective: "infonce" (symmetric; paper, section 3.2) or "siglip" (sigmoid, arXiv 2303.15343).
         short_loss_fraction: weight of the short caption's feature in the mean, if there are others, which share the
             rest; None: each of the N has 1/N, as in the paper.
@@ -195,30 +113,33 @@ def lotlip_loss(
         label_smoothing: of infonce; 0.1 in Long-CLIP, HiMo-CLIP and ALIGN.
         hard_negative_margin: γ. The similarity of an image and another image's text grows by γ times the cosine of that
             text and the image's own text, without gradient (arXiv 2608.18521).
+        mask_penalty: weight of the mean of a text's `channel_masks` beside the text's objective.
+        conditioned_weight: weight of the pooled features' term; the others have the rest.
+        pooling_heads: attention heads of the pooling; they divide D.
         logits_at_once: logits per block (at least one text of each kind with all images); changes memory, not the
             result.
 
     Returns:
-        `raw` and `long`, the weighted terms of the short caption and the long texts; `loss`, their sum; and, without
-        gradient, `recall`: the share of the batch's texts that are nearer to their own image than to any other, mean
-        over the N kinds.
+        `raw` and `long`, the weighted terms of the short caption and the long texts; with `image_tokens` `conditioned`,
+        the weighted term of pooled features; `loss`, their sum; and, without gradient, `recall`: the share of the
+        batch's texts that are nearer to their own image than to any other, mean over the N kinds.
 
     Raises:
-        ValueError: the objective is unknown or lacks its bias, shapes do not match, principal components or a margin
-            are combined with late interaction, or label smoothing with siglip.
+        ValueError: the objective is unknown or lacks its bias, shapes do not match, or options do not combine.
     """
-    if objective not in OBJECTIVES:
-        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
-    if objective == "siglip" and logit_bias is None:
-        raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
-    _check_shapes(image_features, text_features, text_mask)
-    if text_mask is not None and (image_components or text_components or hard_negative_margin):
-        raise ValueError(
-            "image_components, text_components and hard_negative_margin need one feature per image and text, which "
-            "late interaction does not have; set them to 0"
-        )
-    if label_smoothing and objective != "infonce":
-        raise ValueError("label_smoothing needs the objective infonce; set it to 0")
+    _check_options(
+        objective,
+        biased=logit_bias is not None,
+        late=text_mask is not None,
+        masked=channel_masks is not None,
+        conditioned=image_tokens is not None,
+        components=bool(image_components or text_components),
+        margin=bool(hard_negative_margin),
+        smoothing=bool(label_smoothing),
+    )
+    _check_shapes(image_features, text_features, text_mask, channel_masks)
+    if len({value is None for value in (image_tokens, pooling, draws)}) > 1:
+        raise ValueError("image_tokens, pooling and draws belong together; give all three or none")
     images = gather(image_features)  # [T, D] or [T, P, D]
     compare = partial(
         _terms,
@@ -233,25 +154,83 @@ def lotlip_loss(
         raw_terms, raw_hits = compare(principal_components(images, image_components), text_features[:, :1])
         long_terms, long_hits = compare(images, text_features[:, 1:])
         terms, hits = torch.cat([raw_terms, long_terms]), torch.cat([raw_hits, long_hits])
+    elif channel_masks is not None:
+        terms, hits = compare(images, text_features, channel_masks, similarity=masked_cosine)
+        terms = terms + mask_penalty * gather(channel_masks.mean((0, 2))[None]).mean(0)
+    elif text_mask is not None:
+        terms, hits = compare(images, text_features, text_mask, similarity=late_interaction)
     else:
-        terms, hits = compare(images, text_features, text_mask)
+        terms, hits = compare(images, text_features)
     if text_components and text_features.shape[1] > 1:
-        reduced, _ = compare(images, _text_components(text_features[:, 1:], text_components))
+        reduced, _ = compare(images, components_by_kind(text_features[:, 1:], text_components))
         terms = torch.cat([terms[:1], terms[1:] + reduced])
-    terms = terms * feature_shares(len(terms), short_loss_fraction).to(terms)  # [N]
+    shares = feature_shares(len(terms), short_loss_fraction)  # [N]
+    terms = terms * shares.to(terms)
     raw, long = short_loss_weight * terms[0], long_loss_weight * terms[1:].sum()
-    return {"raw": raw, "long": long, "loss": raw + long, "recall": hits.mean() / len(images)}
+    recall = hits.mean() / len(images)
+    if image_tokens is None or pooling is None or draws is None or logit_bias is None:
+        return {"raw": raw, "long": long, "loss": raw + long, "recall": recall}
+    first = 0 if short_loss_weight and shares[0] else 1
+    last = None if long_loss_weight and shares[1:].any() else 1
+    conditioned = conditioned_weight * batch_loss(
+        image_tokens,
+        text_features[:, first:last],
+        pooling,
+        logit_scale,
+        logit_bias,
+        draws=draws,
+        heads=pooling_heads,
+        values_at_once=logits_at_once,
+    )
+    raw, long = (1 - conditioned_weight) * raw, (1 - conditioned_weight) * long
+    return {"raw": raw, "long": long, "conditioned": conditioned, "loss": raw + long + conditioned, "recall": recall}
 
 
-def _text_components(texts: Tensor, number: float) -> Tensor:
-    """Reduces each kind of text feature, [B, N, D], to the principal components of its global batch."""
-    everything = gather(texts)
-    reduced = torch.stack([principal_components(kind, number) for kind in everything.unbind(1)], dim=1)
-    first = dist.get_rank() * len(texts) if _several_processes() else 0
-    return reduced[first : first + len(texts)]
+def _check_options(
+    objective: str,
+    *,
+    biased: bool,
+    late: bool,
+    masked: bool,
+    conditioned: bool,
+    components: bool,
+    margin: bool,
+    smoothing: bool,
+) -> None:
+    """Raises ValueError if options do not combine."""
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; use one of {', '.join(OBJECTIVES)}")
+    if objective == "siglip" and not biased:
+        raise ValueError("objective siglip needs logit_bias; a model has one if its config says logit_bias: true")
+    if late and (components or margin):
+        raise ValueError(
+            "image_components, text_components and hard_negative_margin need one feature per image and text, which "
+            "late interaction does not have; set them to 0"
+        )
+    if late and (masked or conditioned):
+        raise ValueError(
+            "channel_masks and image_tokens need one feature per image and text, which late interaction does not have; "
+            "leave out text_mask or these"
+        )
+    if masked and components:
+        raise ValueError(
+            "channel_masks select from the full features; set image_components and text_components to 0, or leave "
+            "out channel_masks"
+        )
+    if conditioned and objective != "siglip":
+        raise ValueError("image_tokens, for FLAIR's pooled features, need the objective siglip")
+    if smoothing and objective != "infonce":
+        raise ValueError("label_smoothing needs the objective infonce; set it to 0")
 
 
-def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tensor | None) -> None:
+def _check_shapes(
+    image_features: Tensor, text_features: Tensor, text_mask: Tensor | None, channel_masks: Tensor | None
+) -> None:
+    if channel_masks is not None and channel_masks.shape != text_features.shape:
+        raise ValueError(
+            f"channel_masks {list(channel_masks.shape)} and text_features {list(text_features.shape)} do not match; "
+            "expected [B, N, D] each"
+        )
     images, texts = image_features.shape, text_features.shape
     if text_mask is None:
         fits, needed = len(images) == 2 and len(texts) == 3, "[B, D] and [B, N, D]"
@@ -269,8 +248,9 @@ def _check_shapes(image_features: Tensor, text_features: Tensor, text_mask: Tens
 def _terms(
     images: Tensor,
     texts: Tensor,
-    text_mask: Tensor | None = None,
+    masks: Tensor | None = None,
     *,
+    similarity: Similarity = cosine,
     scale: Tensor,
     bias: Tensor | None,
     objective: Objective,
@@ -280,17 +260,20 @@ def _terms(
 ) -> tuple[Tensor, Tensor]:
     """The objective over all T images and the texts of all processes; those of this process are [B, N, …].
 
+    `similarity` gets `masks`, [B, N, …], of the texts, if it needs them.
+
     Returns:
         The loss of each kind of text and the number of texts that pick their own image, [N] each.
     """
     rows, kinds = texts.shape[:2]
     if not kinds:
         return texts.new_zeros(0), texts.new_zeros(0)
-    first = dist.get_rank() * rows if _several_processes() else 0
+    first = first_row(rows)
     own = torch.arange(first, first + rows, device=texts.device)
     own_texts = gather(texts.detach()) if margin else None
     block = partial(
         _block,
+        similarity=similarity,
         scale=scale,
         bias=bias,
         objective=partial(objective[0], smoothing=smoothing),
@@ -299,22 +282,23 @@ def _terms(
     )
     size = max(1, logits_at_once // (kinds * len(images)))
     blocks = []
-    masks = [None] * -(-rows // size) if text_mask is None else text_mask.split(size)
-    for arguments in zip([images] * len(masks), texts.split(size), masks, own.split(size), strict=True):
+    parts = [None] * -(-rows // size) if masks is None else masks.split(size)
+    for arguments in zip([images] * len(parts), texts.split(size), parts, own.split(size), strict=True):
         if size < rows:
             blocks.append(checkpoint(block, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             blocks.append(block(*arguments))
-    costs, normalisers, hits = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+    costs, normalisers, hits = (torch.stack(part) for part in zip(*blocks, strict=True))
     return objective[1](gather(costs), gather(normalisers)), gather(hits).sum(0)
 
 
 def _block(
     images: Tensor,
     texts: Tensor,
-    text_mask: Tensor | None,
+    masks: Tensor | None,
     own: Tensor,
     *,
+    similarity: Similarity,
     scale: Tensor,
     bias: Tensor | None,
     objective: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]],
@@ -326,23 +310,18 @@ def _block(
     `own_texts`, [T, N, D], has each image's own texts; None without a margin.
     """
 
-    def logits(similarity: Tensor) -> Tensor:
+    def logits(similarities: Tensor) -> Tensor:
         """[T, N·b] as [N, b, T]."""
-        scaled = scale * similarity.T.unflatten(0, (texts.shape[1], -1))
+        scaled = scale * similarities.T.unflatten(0, (texts.shape[1], -1))
         return scaled if bias is None else scaled + bias
 
-    flat = texts.transpose(0, 1).flatten(0, 1)  # [N·b, …]
-    if text_mask is None:
-        image_to_text, text_to_image = cosine(images, flat)
-    else:
-        image_to_text, text_to_image = late_interaction(images, flat, text_mask.transpose(0, 1).flatten(0, 1))
+    of_texts = [values.transpose(0, 1).flatten(0, 1) for values in (texts, masks) if values is not None]  # [N·b, …]
+    image_to_text, text_to_image = similarity(images, *of_texts)
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
     if own_texts is not None:  # only without late interaction, so both directions are the same
-        similar = torch.einsum("bnd,tnd->nbt", texts.detach(), own_texts)
-        similar = similar.scatter(2, own.expand(len(similar), -1)[..., None], 0.0)  # not for the positive pairs
-        picks_image = picks_text = picks_image + margin * scale * similar
+        picks_image = picks_text = with_margin(picks_image, texts, own_texts, own, margin * scale)
     with torch.no_grad():
         # strictly nearer than all others, so that identical features do not count as hits
-        hits = (picks_image >= _positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
+        hits = (picks_image >= softmax.positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
     return *objective(picks_image, picks_text, own), hits

@@ -355,6 +355,7 @@ def build_towers(
             ),
             image_tower=not config.image_tower.frozen,
         )
+        model.add_objective(config.loss, tower.token_width)
     return Towers(model, tower)
 
 
@@ -401,6 +402,8 @@ def parameters(config: PretrainConfig, towers: Towers) -> tuple[dict[str, int], 
         "projection": text.proj.weight.numel(),
         "temperature and bias": 1 + (config.loss.objective == "siglip"),
     }
+    if objective := sum(value.numel() for value in towers.model.objective.parameters()):
+        trained["modules of the objective"] = objective
     return (trained, {"image tower": image}) if config.image_tower.frozen else ({**trained, "image tower": image}, {})
 
 
@@ -447,7 +450,12 @@ def text_lengths(
 def _window(statistics: Mapping[str, float], long_texts: LongTextsConfig) -> float:
     """Mean tokens of a long text, which is at most a whole caption."""
     per_text = max(statistics["sub_captions_per_text"], 1)
-    drawn = {"all": per_text, "first": (per_text + 1) / 2, "without-first": per_text / 2}
+    drawn = {
+        "all": per_text,
+        "first": (per_text + 1) / 2,
+        "without-first": per_text / 2,
+        "merged": (long_texts.sub_captions + 1) / 2,
+    }
     return statistics["tokens_per_text"] * min(drawn.get(long_texts.sampler, long_texts.sub_captions) / per_text, 1)
 
 
@@ -468,7 +476,13 @@ def step_flops(
     image_passes = int(config.from_pixels) if config.image_tower.frozen else passes
     features = 1 + texts.per_image * (1 + config.text.corner_tokens)
     batch = config.batch_size
+    pooling = {}
+    if config.loss.conditioned:  # computed in blocks, so twice
+        _, tokens, _ = _blocks(towers.image)
+        pair = 4 * tokens * model.embed_dim + 2 * model.embed_dim**2  # attention and its output
+        pooling = {"pooling of patches": 4.0 * batch * (batch + features - 1) * pair}
     return {
+        **pooling,
         "text tower": float(batch * passes * text),
         "image tower": float(batch * image_passes * _image_flops(towers.image)) if image_passes else 0.0,
         "loss": (6.0 if _logits(config, compute, features) <= LOGITS_AT_ONCE else 8.0)
@@ -490,10 +504,11 @@ def _image_flops(tower: ImageTower) -> int:
 
 def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths) -> dict[str, float]:
     """Estimates the bytes per GPU by component, at the end of a forward pass and during gradient exchange."""
+    patches = _blocks(towers.image)[1] if config.loss.conditioned else 0
     return {
         **state_bytes(config, compute, towers.trained),
         **activation_bytes(config, compute, towers, texts),
-        "features and logits": loss_bytes(config, compute, texts, towers.model.config.embed_dim),
+        "features and logits": loss_bytes(config, compute, texts, towers.model.config.embed_dim, patches),
         "CUDA context": CONTEXT_BYTES,
     }
 
@@ -682,10 +697,15 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
     return texts * length * (layers * layer - (1 - fraction) * after + 2 * hidden * size + dropped)
 
 
-def loss_bytes(config: PretrainConfig, compute: TrainingCompute, texts: TextLengths, embed_dim: int) -> float:
-    """Estimates the features of a process, the gathered image features, their gradients, and the logits, in fp32."""
+def loss_bytes(
+    config: PretrainConfig, compute: TrainingCompute, texts: TextLengths, embed_dim: int, patches: int = 0
+) -> float:
+    """Estimates the features of a process, the gathered image features, their gradients, and the logits, in fp32.
+
+    `patches` is the number of an image's patches that the loss pools; 0: none.
+    """
     kinds = 1 + texts.per_image * (1 + config.text.corner_tokens)
-    features = 2 * config.batch_size // compute.processes * (1 + kinds) * embed_dim
+    features = 2 * config.batch_size // compute.processes * (1 + kinds + patches) * embed_dim
     gathered = 2 * config.batch_size * embed_dim if compute.processes > 1 else 0
     logits = min(LOGITS_KEPT * _logits(config, compute, kinds), LOGITS_PER_BLOCK * LOGITS_AT_ONCE)
     return FP32 * (features + gathered + logits)

@@ -265,12 +265,13 @@ class LongTextsConfig(Section):
     sampler: Sampler = Field(
         "window",
         description="which sub-captions of a long caption a text has. window: `sub_captions` consecutive ones; all; "
-        "first: the first r, r random; without-first: a random number of those after the first, in random order",
+        "first: the first r, r random; without-first: a random number of those after the first, in random order; "
+        "merged: 1 to `sub_captions`, half the time consecutive ones, else any",
     )
     sub_captions: NonNegative = Field(
         3,
-        description="k: number of consecutive sub-captions in a long text, with the sampler window; 0: short captions "
-        "only, with every sampler",
+        description="k: number of consecutive sub-captions in a long text, with the sampler window; the largest number "
+        "of sub-captions, with merged; 0: short captions only, with every sampler",
     )
     captioners: list[Name] = Field(
         default_factory=list,
@@ -305,6 +306,26 @@ class LoaderConfig(Section):
         return self
 
 
+class MaskConfig(Section):
+    """SmartCLIP: a text is compared with the channels of an image that a network selects (arXiv 2507.22264).
+
+    The network is needed in training only, and is not part of the saved model.
+    """
+
+    penalty: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="weight of the mean mask beside infonce (2 beside 10 (L₁ + L₂), 20 times infonce, there)"
+    )
+    learning_rate: Positive = Field(1e-3, description="peak learning rate of the mask network")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of the mask network")
+
+
+class ConditionedConfig(Section):
+    """FLAIR: image features that a text pools from the patches are compared too (arXiv 2412.03561)."""
+
+    weight: Share = Field(0.5, description="weight of this term; the loss of the image's own feature has the rest")
+    heads: Count = Field(8, description="attention heads of the pooling")
+
+
 class LossConfig(Section):
     """The contrastive loss, and the weight of each kind of text in it."""
 
@@ -337,11 +358,46 @@ class LossConfig(Section):
         description="adds this times the cosine of a negative text and the image's own text to the negative's "
         "similarity, without gradient (0.5 in arXiv 2608.18521)",
     )
+    masks: MaskConfig | None = Field(
+        None, description="SmartCLIP: compare a text with the image's channels that it selects; null: with all"
+    )
+    conditioned: ConditionedConfig | None = Field(
+        None,
+        description="FLAIR: compare image features that each text pools from the patches too; needs objective: siglip; "
+        "null: the image's own feature only",
+    )
+    initial_scale: Positive | None = Field(
+        None,
+        description="inverse temperature at the start; null: the starting model's, else 1/0.07, with siglip 10 "
+        "(FLAIR: 14.2857)",
+    )
+    initial_bias: float | None = Field(
+        None,
+        description="bias of siglip at the start; null: the starting model's, else −log(batch_size − 1) (FLAIR: −10)",
+    )
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the settings as arguments of `lotlip.objectives.contrastive.lotlip_loss`."""
+        settings = self.model_dump(exclude={"masks", "conditioned", "initial_scale", "initial_bias"})
+        if self.masks:
+            settings["mask_penalty"] = self.masks.penalty
+        if self.conditioned:
+            settings |= {"conditioned_weight": self.conditioned.weight, "pooling_heads": self.conditioned.heads}
+        return settings
 
     @model_validator(mode="after")
-    def _smoothing_of_softmax(self) -> LossConfig:
+    def _combination(self) -> LossConfig:
         if self.label_smoothing and self.objective != "infonce":
             raise ValueError("label_smoothing needs objective: infonce; set it to 0")
+        if self.conditioned and self.objective != "siglip":
+            raise ValueError("conditioned needs objective: siglip; set it, or set conditioned to null")
+        if self.initial_bias is not None and self.objective != "siglip":
+            raise ValueError(f"objective {self.objective} has no bias; set initial_bias to null")
+        if self.masks and (self.image_components or self.text_components):
+            raise ValueError(
+                "masks select channels of the full features; set image_components and text_components to 0, or masks "
+                "to null"
+            )
         return self
 
 
@@ -389,8 +445,8 @@ class PretrainConfig(Section):
     @property
     def from_pixels(self) -> bool:
         """Whether a step needs pixels: stored features come from a frozen tower, one per image."""
-        late = self.similarity == "late-interaction"
-        return late or not self.image_tower.frozen or self.image_tower.features == "computed"
+        patches = self.similarity == "late-interaction" or self.loss.conditioned is not None
+        return patches or not self.image_tower.frozen or self.image_tower.features == "computed"
 
     def recipe(self) -> dict[str, Any]:
         """Returns all settings that affect the model of a seed."""
@@ -418,11 +474,12 @@ class PretrainConfig(Section):
                 raise ValueError(
                     "similarity late-interaction does not support corner tokens; set text.corner_tokens to 0"
                 )
-            for name in ("image_components", "text_components", "hard_negative_margin"):
+            numbers = ("image_components", "text_components", "hard_negative_margin")
+            for name, nothing in {**dict.fromkeys(numbers, "0"), "masks": "null", "conditioned": "null"}.items():
                 if getattr(self.loss, name):
                     raise ValueError(
                         f"loss.{name} needs one feature per image and text, which late-interaction does not have; "
-                        "set it to 0"
+                        f"set it to {nothing}"
                     )
         text = self.text
         if self.start and text.pretrained:

@@ -9,6 +9,7 @@ of the undivided batch.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import random
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from lotlip.models.vision.image_tower import ImageTower
 
 # Outputs of the model that are shared by all samples.
-SHARED = ("logit_scale", "logit_bias")
+SHARED = ("logit_scale", "logit_bias", "pooling")
 
 
 # Gradients per exchange. ZeRO allocates a buffer of this size even for small models; its default is half a billion.
@@ -89,22 +91,23 @@ def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[s
 
 
 def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
-    """Splits trainable parameters by their tower's learning rate and weight decay.
+    """Splits trainable parameters by the learning rate and weight decay of their tower or mask network.
 
     Norms, biases and the temperature do not decay (released code), nor does a table of which some rows are frozen.
 
     Returns:
         groups of AdamW, each with its peak learning rate as `lr`.
     """
-    adamw, text, image = config.optimizer, config.text, config.image_tower
+    adamw, text, loss = config.optimizer, config.text, config.loss
+    parts = {"text": text, "image": config.image_tower, "objective.masks": loss.masks}
     frozen_rows = position_table(model.get_submodule("text.transformer")) if text.frozen_positions else None
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, value in model.named_parameters():
         if not value.requires_grad:
             continue
-        tower = {"text": text, "image": image}.get(name.partition(".")[0])
-        rate = getattr(tower, "learning_rate", None) or adamw.learning_rate
-        own = getattr(tower, "weight_decay", None)
+        settings = next((found for part, found in parts.items() if name.startswith(f"{part}.")), None)
+        rate = getattr(settings, "learning_rate", None) or adamw.learning_rate
+        own = getattr(settings, "weight_decay", None)
         decay = adamw.weight_decay if own is None else own
         if value.ndim < 2 or "norm" in name.lower() or (frozen_rows and value is frozen_rows[1].weight):
             decay = 0.0
@@ -209,7 +212,10 @@ class Engine:
         with torch.set_grad_enabled(len(batches) == 1):
             outputs = [self._forward(batch, step, number) for number, batch in enumerate(batches)]
         features: dict[str, Any] = _join(outputs)
-        losses = lotlip_loss(**features, **self.config.loss.model_dump())
+        if self.config.loss.conditioned:
+            keys = [key for batch in batches for key in batch.keys]
+            features["draws"] = _draws(f"{self.seed}/{step}", keys).to(self.device)
+        losses = lotlip_loss(**features, **self.config.loss.arguments())
         result = StepResult(losses["loss"].item(), losses["recall"].item())
         if not math.isfinite(result.loss):
             raise self._not_finite(result.loss, batches)
@@ -221,19 +227,21 @@ class Engine:
         return result
 
     def _with_features(self, batch: Batch) -> Batch:
-        """Replaces the images of a batch by the frozen tower's features."""
+        """Replaces the images of a batch by the frozen tower's features, and adds those of patches if needed."""
         if self.frozen_tower is None:
             return batch
         with torch.no_grad(), torch.autocast(self.device.type, torch.bfloat16, self.config.precision == "bf16"):
             tower, hidden = self.frozen_tower, self.frozen_tower.hidden_states(batch.images)
             late = self.config.similarity == "late-interaction"
-            return replace(batch, images=(tower.patches(hidden) if late else tower.feature(hidden)).float())
+            patches = tower.patches(hidden).float() if self.config.loss.conditioned else None
+            features = (tower.patches(hidden) if late else tower.feature(hidden)).float()
+            return replace(batch, images=features, patches=patches)
 
     def _forward(self, batch: Batch, step: int, number: int) -> dict[str, Tensor]:
         # dropout is seeded per step, so that a resumed run and the second pass draw the same masks
         draw = random.Random(f"{self.seed}/{step}/{dist.get_rank()}/{number}")
         torch.manual_seed(draw.getrandbits(32))
-        return self.deepspeed(batch.images, **batch.texts)
+        return self.deepspeed(batch.images, **batch.texts, patches=batch.patches)
 
     def _not_finite(self, loss: float, batches: list[Batch]) -> NotFinite:
         pairs = [pair for batch in batches for pair in zip(batch.keys, batch.images, strict=True)]
@@ -250,6 +258,12 @@ def _join(outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         value = first.detach() if name in SHARED else torch.cat(_pad_alike(parts))
         joined[name] = value.float().requires_grad_() if value.is_floating_point() else value
     return joined
+
+
+def _draws(seed: str, keys: list[str]) -> Tensor:
+    """Returns two random integers of each sample, [B, 2]. They do not depend on the sample's place in the batch."""
+    digests = [hashlib.blake2b(f"{seed}/{key}".encode(), digest_size=8).digest() for key in keys]
+    return torch.from_numpy(np.frombuffer(b"".join(digests), "<u4").reshape(-1, 2).astype(np.int64))
 
 
 def _pad_alike(parts: list[Tensor]) -> list[Tensor]:

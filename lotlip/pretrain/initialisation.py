@@ -84,6 +84,10 @@ def build_for_pretraining(
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
     if start.source is not None:
         weights |= _weights_beside_encoder(start.source, model, str(name))
+    if config.loss.initial_scale is not None:
+        weights["logit_scale"] = torch.full((1,), math.log(config.loss.initial_scale))
+    if config.loss.initial_bias is not None:
+        weights["logit_bias"] = torch.full((1,), config.loss.initial_bias)
     if not config.image_tower.frozen:
         tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
@@ -94,6 +98,8 @@ def build_for_pretraining(
             "training; use pretrain.start, or set text.frozen to false"
         )
     _freeze(model, text)
+    token_width = read_json(image_tower / "config.json").get("token_width") or model.config.embed_dim
+    model.add_objective(config.loss, token_width)
     return model.train()
 
 

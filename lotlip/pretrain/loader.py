@@ -64,6 +64,7 @@ class Batch:
         images: stored features [B, D], or pixels [B, 3, H, W].
         short_ids, short_lengths: short captions, [B, L] and [B].
         long_ids, long_lengths: K consecutive long texts per image, [B·K, L'] and [B·K]; None without long texts.
+        patches: features of a frozen tower's patches, [B, P, C], if training has added them.
     """
 
     keys: list[str]
@@ -72,6 +73,7 @@ class Batch:
     short_lengths: Tensor
     long_ids: Tensor | None
     long_lengths: Tensor | None
+    patches: Tensor | None = None
 
     @property
     def texts(self) -> dict[str, Tensor | None]:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.text.packing import TextBatch
+from lotlip.objectives.conditioned import ConditionedPooling
+from lotlip.objectives.masks import MaskNetwork
+from lotlip.pretrain.config import LossConfig
 from lotlip.pretrain.word_rows import WordRows
 
 
@@ -20,10 +24,32 @@ class LotlipForPreTraining(LotlipModel):
 
     Attributes:
         word_rows: rows that the table of word embeddings was cut to; None if the table is complete.
+        objective: modules that only the training objective needs, by name: `masks` (SmartCLIP), `conditioned` (FLAIR).
+            They are not part of the saved model.
     """
 
     word_rows: WordRows | None = None
     _keys_to_ignore_on_load_unexpected = [r"^image\."]  # noqa: RUF012 (transformers' own type)
+
+    def __init__(self, config: LotlipConfig, image_tower: bool = True) -> None:
+        super().__init__(config, image_tower)
+        self.objective = nn.ModuleDict()
+
+    def add_objective(self, loss: LossConfig, token_width: int) -> None:
+        """Adds the modules that an objective needs, with random weights.
+
+        Args:
+            loss: settings of the objective.
+            token_width: C, size of the image tower's patches.
+
+        Raises:
+            ValueError: the attention heads of the pooling do not divide the features' width.
+        """
+        text, width = self.config.text_config, self.config.embed_dim
+        if loss.masks:
+            self.objective["masks"] = MaskNetwork(text.hidden_size, width, text.num_attention_heads)
+        if loss.conditioned:
+            self.objective["conditioned"] = ConditionedPooling(token_width, width, loss.conditioned.heads)
 
     def train(self, mode: bool = True) -> LotlipForPreTraining:
         """Sets training mode, except for the image tower, whose running statistics stay fixed: batches may be split.
@@ -44,6 +70,7 @@ class LotlipForPreTraining(LotlipModel):
         short_lengths: Tensor,
         long_ids: Tensor | None = None,
         long_lengths: Tensor | None = None,
+        patches: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Returns the inputs of `lotlip.objectives.contrastive.lotlip_loss`, and encodes all texts in one pass.
 
@@ -53,29 +80,61 @@ class LotlipForPreTraining(LotlipModel):
             short_lengths: [B].
             long_ids: long texts, K consecutive ones per image, [B·K, L'].
             long_lengths: [B·K].
+            patches: features of a frozen tower's patches, [B, P, C], for `objective["conditioned"]`.
 
         Returns:
             `image_features` [B, D] and `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the short caption, then
             [CLS] and corner tokens of each long text. With late interaction `image_features` [B, P, D],
-            `text_features` [B, N, L, D], N = 1 + K, and `text_mask` [B, N, L]. `logit_scale` [1] and, if the model has
-            a bias, `logit_bias` [1].
+            `text_features` [B, N, L, D], N = 1 + K, and `text_mask` [B, N, L]. With `objective["masks"]` also
+            `channel_masks` [B, N, D], with `objective["conditioned"]` `image_tokens` [B, P, D] and `pooling`.
+            `logit_scale` [1] and, if the model has a bias, `logit_bias` [1].
         """
         long = None if long_ids is None or long_lengths is None else (long_ids, long_lengths)
         if self.config.similarity == "late-interaction":
             compared = self._tokens(images, (short_ids, short_lengths), long)
         else:
-            compared = self._features(images, (short_ids, short_lengths), long)
+            compared = self._features(images, (short_ids, short_lengths), long, patches)
         bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return {**compared, "logit_scale": self.scale, **bias}
 
     def _features(
-        self, images: Tensor, short: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None
+        self,
+        images: Tensor,
+        short: tuple[Tensor, Tensor],
+        long: tuple[Tensor, Tensor] | None,
+        patches: Tensor | None,
     ) -> dict[str, Any]:
         batches = [TextBatch(*short, cls_only=True)] + ([] if long is None else [TextBatch(*long)])
-        features = [part.reshape(len(short[0]), -1, part.shape[-1]) for part in self.text.encode(*batches)]
-        texts = normalize(torch.cat(features, dim=1), dim=-1)
-        image_features = normalize(images, dim=-1) if self.image is None else self.encode_image(images.to(self.dtype))
-        return {"image_features": image_features, "text_features": texts}
+        further: dict[str, Any] = {}
+
+        def by_image(parts: list[Tensor]) -> Tensor:
+            return torch.cat([part.reshape(len(short[0]), -1, part.shape[-1]) for part in parts], dim=1)
+
+        if "masks" in self.objective:
+            masked = [self._masked(texts) for texts in batches]
+            features, masks = ([part[number] for part in masked] for number in (0, 1))
+            further["channel_masks"] = by_image(masks)
+        else:
+            features = self.text.encode(*batches)
+        if self.image is not None:
+            hidden = self.image.hidden_states(images.to(self.dtype))
+            images, patches = self.image.feature(hidden), self.image.patches(hidden)
+        if "conditioned" in self.objective and patches is not None:
+            tokens, pooling = self.objective["conditioned"](patches.to(self.dtype))
+            further |= {"image_tokens": tokens, "pooling": pooling}
+        return {
+            "image_features": normalize(images, dim=-1),
+            "text_features": normalize(by_image(features), dim=-1),
+            **further,
+        }
+
+    def _masked(self, texts: TextBatch) -> tuple[Tensor, Tensor]:
+        """Features of texts before normalisation and the texts' masks of channels, [B, 1 + m, D] each."""
+        hidden, outputs = self.text.hidden_states(texts.ids, texts.lengths)
+        features = self.text.features(outputs[:, : 1 if texts.cls_only else None])
+        tokens = torch.arange(hidden.shape[1], device=hidden.device) < texts.lengths[:, None]
+        masks = self.objective["masks"](hidden, tokens)
+        return features, masks[:, None].expand_as(features)
 
     def _tokens(
         self, images: Tensor, short: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor
 
 import lotlip
@@ -37,7 +38,7 @@ from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay_factor, 
 from lotlip.pretrain.initialisation import build_for_pretraining, tokenizer_name
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.loader import Batch, BatchSlice, Loader, WorkerLost
-from lotlip.pretrain.records import HISTORY, RUN, History
+from lotlip.pretrain.records import HISTORY, OBJECTIVE, RUN, History
 from lotlip.pretrain.sink import OpenSink, Sink
 from lotlip.pretrain.word_rows import keep_used_rows
 
@@ -284,7 +285,11 @@ class Trainer:
         frozen = self.job.image_tower if self.config.image_tower.frozen else None
         with atomic_write(self.job.model_folder(self.seed)) as folder:
             folder.mkdir()
-            save_model(model_config, buffers | self.frozen | trained, self.tokenizer, folder, frozen)
+            weights = buffers | self.frozen | trained
+            objective = {name: weights.pop(name) for name in list(weights) if name.startswith("objective.")}
+            if objective:
+                save_file(objective, folder / OBJECTIVE)
+            save_model(model_config, weights, self.tokenizer, folder, frozen)
             write_json(folder / HISTORY, self.history)
         self.checkpoints.remove()
 
