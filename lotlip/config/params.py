@@ -28,7 +28,7 @@ from lotlip.image_tower.config import (
 )
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.models.vision.spec import START
-from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
 from lotlip.shard.config import ShardConfig
 from lotlip.tracking.config import RegistryConfig, TrackingConfig
@@ -192,7 +192,7 @@ class Params(Section):
                         f"ablations.{name}.start: all ablations share the image tower of pretrain.start; set "
                         "pretrain.start, and null for ablations that do not start from it"
                     )
-                problems += self._caption_problems(name, config.long_texts)
+                problems += self._caption_problems(name, config)
                 self.training_compute(name).check_batch_size(config.batch_size)
             except ConfigError as error:
                 problems += error.problems
@@ -221,19 +221,35 @@ class Params(Section):
             if path and name != START:
                 yield "evaluate.baselines", path
 
-    def _caption_problems(self, name: str, long_texts: LongTextsConfig) -> list[str]:
+    def _caption_problems(self, name: str, config: PretrainConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""
-        known = self.caption.captioners
-        if long_texts.sub_captions and not known:
+        short_texts, long_texts = config.short_texts, config.long_texts
+        describing, rewriting = self.caption.describing, self.caption.rewriting
+        if long_texts.sub_captions and not describing:
             return [
-                f"ablations.{name} uses long texts, but caption.captioners is empty: "
-                "add a captioner, or set long_texts.sub_captions to 0"
+                f"ablations.{name} uses long texts, but caption.captioners has no captioner that describes images: "
+                "add one, or set long_texts.sub_captions to 0"
             ]
-        unknown = sorted(set(long_texts.captioners) - set(known))
-        if unknown:
-            names = ", ".join(known) or "none"
-            return [f"ablations.{name} uses {', '.join(unknown)}, but caption.captioners has {names}"]
-        return []
+        if short_texts.sampler == "raw-or-rewrite" and not rewriting:
+            return [
+                f"ablations.{name}.short_texts.sampler is raw-or-rewrite, but caption.captioners has no captioner that "
+                "rewords short captions: add one, such as kind: rewrite-transformers"
+            ]
+        if short_texts.sampler not in ("raw", "raw-or-rewrite") and not describing:
+            return [
+                f"ablations.{name}.short_texts.sampler is {short_texts.sampler}, but caption.captioners has no "
+                "captioner that describes images: add one, or set the sampler to raw"
+            ]
+        uses = (
+            ("long_texts.captioners", long_texts.captioners, describing, "describe images"),
+            ("short_texts.rewriters", short_texts.rewriters, rewriting, "reword short captions"),
+        )
+        return [
+            f"ablations.{name}.{key} has {', '.join(unknown)}, but the captioners that {what} are: "
+            f"{', '.join(known) or 'none'}"
+            for key, used, known, what in uses
+            if (unknown := sorted(set(used) - set(known)))
+        ]
 
     def ablation(self, name: str) -> PretrainConfig:
         """`pretrain` with the differences of one ablation.

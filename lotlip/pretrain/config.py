@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
-from lotlip.data.text import Sampler, Window
+from lotlip.data.text import Sampler, ShortSampler, Window
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -262,7 +262,8 @@ class LongTextsConfig(Section):
     sampler: Sampler = Field(
         "window",
         description="which sub-captions of a long caption a text has. window: `sub_captions` consecutive ones; all; "
-        "first: the first r, r random; without-first: a random number of those after the first, in random order",
+        "first: the first r, r random; without-first: a random number of those after the first, in random order; "
+        "summary: the first; details: all after the first; subset: a random number of any, in random order",
     )
     sub_captions: NonNegative = Field(
         3,
@@ -270,12 +271,38 @@ class LongTextsConfig(Section):
         "only, with every sampler",
     )
     captioners: list[Name] = Field(
-        default_factory=list, description="captioners whose captions are sampled; empty: all"
+        default_factory=list, description="captioners whose captions are sampled; empty: all that describe the images"
     )
     window: Window = Field(
         "within-caption",
         description="whether the sub-captions of a long text may come from several captions of the image",
     )
+
+
+class ShortTextsConfig(Section):
+    """The short text of an image in a step: the short caption, or another text in its place."""
+
+    sampler: ShortSampler = Field(
+        "raw",
+        description="raw: the short caption; raw-or-rewrite: it or one of its rewrites, with equal probability "
+        "(LaCLIP). The others take sub-captions of the long caption that the first long text comes from. summary: the "
+        "first (Long-CLIP's release); without-first: a random number of those after it, in random order (DeBias-CLIP); "
+        "details: all after it; subset: a random number of any, in random order; all; first: the first r, r random",
+    )
+    rewriters: list[Name] = Field(
+        default_factory=list, description="raw-or-rewrite: captioners whose rewrites are drawn; empty: all that rewrite"
+    )
+    random_offset: bool = Field(
+        False,
+        description="move the positions of the short text's words by a random number, as far as the context length "
+        "allows; the summary and corner tokens keep theirs (DeBias-CLIP)",
+    )
+
+    @model_validator(mode="after")
+    def _rewriters_drawn(self) -> ShortTextsConfig:
+        if self.rewriters and self.sampler != "raw-or-rewrite":
+            raise ValueError(f"rewriters have no effect with sampler {self.sampler}; remove them")
+        return self
 
 
 class LoaderConfig(Section):
@@ -372,6 +399,7 @@ class PretrainConfig(Section):
         "Long-CLIP or LoTLIP, or folder of a model of this project; null: the towers are chosen separately",
     )
     text: TextTowerConfig = TextTowerConfig()
+    short_texts: ShortTextsConfig = ShortTextsConfig()
     long_texts: LongTextsConfig = LongTextsConfig()
     loader: LoaderConfig = LoaderConfig()
     image_tower: ImageTowerTraining = ImageTowerTraining()
@@ -401,6 +429,8 @@ class PretrainConfig(Section):
             settings.pop("text.corner_mask")
         if not self.long_texts.sub_captions:
             kept = {key: value for key, value in settings.items() if not key.startswith("long_texts.")}
+            if self.short_texts.sampler not in ("raw", "raw-or-rewrite"):  # their captions give the short text
+                kept["long_texts.captioners"] = settings["long_texts.captioners"]
             settings = {**kept, "long_texts.sub_captions": 0}
             for key in ("long_loss_weight", "short_loss_fraction", "text_components"):
                 del settings[f"loss.{key}"]
@@ -409,6 +439,10 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> PretrainConfig:
         if self.similarity == "late-interaction":
+            if self.short_texts.random_offset:
+                raise ValueError(
+                    "similarity late-interaction does not support short_texts.random_offset; set it to false"
+                )
             if self.text.corner_tokens:
                 raise ValueError(
                     "similarity late-interaction does not support corner tokens; set text.corner_tokens to 0"

@@ -79,6 +79,11 @@ def build_for_pretraining(
             f"{model.text.positions} positions; set it to {model.text.positions}, or set text.position_interpolation "
             "for longer texts"
         )
+    if config.short_texts.random_offset and not model.text.moves_words:
+        raise ValueError(
+            f"short_texts.random_offset is true, but a {start.config.model_type} encoder cannot move words to other "
+            "positions; use an encoder of the BERT or CLIP family, or set it to false"
+        )
     if config.loss.objective == "siglip":
         # one in `batch_size` pairs matches; SigLIP's −10 corresponds to its batch size of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))

@@ -44,6 +44,7 @@ class LotlipForPreTraining(LotlipModel):
         short_lengths: Tensor,
         long_ids: Tensor | None = None,
         long_lengths: Tensor | None = None,
+        short_offsets: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Returns the inputs of `lotlip.objectives.contrastive.lotlip_loss`, and encodes all texts in one pass.
 
@@ -53,6 +54,7 @@ class LotlipForPreTraining(LotlipModel):
             short_lengths: [B].
             long_ids: long texts, K consecutive ones per image, [B·K, L'].
             long_lengths: [B·K].
+            short_offsets: number of positions by which the words of short captions are moved, [B]; None: they are not.
 
         Returns:
             `image_features` [B, D] and `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the short caption, then
@@ -64,15 +66,13 @@ class LotlipForPreTraining(LotlipModel):
         if self.config.similarity == "late-interaction":
             compared = self._tokens(images, (short_ids, short_lengths), long)
         else:
-            compared = self._features(images, (short_ids, short_lengths), long)
+            compared = self._features(images, TextBatch(short_ids, short_lengths, True, short_offsets), long)
         bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return {**compared, "logit_scale": self.scale, **bias}
 
-    def _features(
-        self, images: Tensor, short: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None
-    ) -> dict[str, Any]:
-        batches = [TextBatch(*short, cls_only=True)] + ([] if long is None else [TextBatch(*long)])
-        features = [part.reshape(len(short[0]), -1, part.shape[-1]) for part in self.text.encode(*batches)]
+    def _features(self, images: Tensor, short: TextBatch, long: tuple[Tensor, Tensor] | None) -> dict[str, Any]:
+        batches = [short] + ([] if long is None else [TextBatch(*long)])
+        features = [part.reshape(len(short.ids), -1, part.shape[-1]) for part in self.text.encode(*batches)]
         texts = normalize(torch.cat(features, dim=1), dim=-1)
         image_features = normalize(images, dim=-1) if self.image is None else self.encode_image(images.to(self.dtype))
         return {"image_features": image_features, "text_features": texts}
