@@ -108,7 +108,7 @@ class Params(Section):
                 "as image_tower: {kind: timm, model: vit_base_patch16_224.augreg_in21k}"
             )
         pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
-        if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
+        if isinstance(tower, TimmTowerConfig) and tower.from_hub and tower.revision is None:
             lines.append(f"image_tower.model {tower.model} {pin}")
         if isinstance(tower, TransformersTowerConfig) and tower.revision is None and self._on_hub(tower.model):
             lines.append(f"image_tower.model {tower.model} {pin}")
@@ -193,7 +193,19 @@ class Params(Section):
                         "pretrain.start, and null for ablations that do not start from it"
                     )
                 problems += self._caption_problems(name, config)
-                self.training_compute(name).check_batch_size(config.batch_size)
+                compute = self.training_compute(name)
+                compute.check_batch_size(config.batch_size)
+                if config.optimizer.name == "lamb" and compute.zero_stage:
+                    problems.append(
+                        f"ablation {name}: optimizer.name lamb needs the norm of each weight, which ZeRO splits; set "
+                        "compute.training.zero_stage to 0"
+                    )
+                untrained = isinstance(self.image_tower, TimmTowerConfig) and not self.image_tower.pretrained
+                if untrained and not config.image_tower.from_scratch:
+                    problems.append(
+                        f"ablation {name} uses the weights of image_tower, which are random because "
+                        "image_tower.pretrained is false; set image_tower.from_scratch of the ablation to true"
+                    )
             except ConfigError as error:
                 problems += error.problems
             except ValueError as error:

@@ -233,6 +233,9 @@ class ImageTowerTraining(Section):
     """How training uses the image tower: LiT freezes it (section 3.1), CLIP trains it too."""
 
     frozen: bool = Field(True, description="false: train the image tower too, starting from the weights of its stage")
+    from_scratch: bool = Field(
+        False, description="true: start from random weights of the same architecture instead, drawn by the seed (ALIGN)"
+    )
     features: Literal["stored", "computed"] = Field(
         "stored",
         description="features of a frozen tower: read from the shards, if these store them, or computed in each step",
@@ -250,6 +253,8 @@ class ImageTowerTraining(Section):
         if self.augmentation and self.frozen and self.features == "stored":
             raise ValueError("augmentation needs images, but the features are stored; set features to computed")
         given = [name for name in ("learning_rate", "weight_decay") if getattr(self, name) is not None]
+        if self.frozen and self.from_scratch:
+            raise ValueError("from_scratch starts from random weights, which need training; set frozen to false")
         if self.frozen and given:
             raise ValueError(f"{' and '.join(given)} of a frozen image tower have no effect; remove them")
         return self
@@ -367,13 +372,38 @@ class LossConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW with warm-up and cosine decay; defaults are the released code's."""
+class TemperatureConfig(Section):
+    """The learned temperature by which similarities are divided."""
 
+    initial: Positive | None = Field(
+        None,
+        description="temperature at the start (1 in ALIGN); null: that of the starting model, or 0.07 for infonce and "
+        "0.1 for siglip",
+    )
+    min: Positive | None = Field(
+        0.01, description="smallest temperature with infonce, as in CLIP; null: none; siglip has none"
+    )
+
+    @model_validator(mode="after")
+    def _above_the_smallest(self) -> TemperatureConfig:
+        if self.initial and self.min and self.initial < self.min:
+            raise ValueError(f"initial {self.initial} is below min {self.min}; lower min")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Optimizer with warm-up and decay; defaults are the released code's: AdamW and a cosine."""
+
+    name: Literal["adamw", "lamb"] = Field(
+        "adamw", description="lamb: layer-wise steps as in ALIGN (arXiv 1904.00962); needs precision fp32 without ZeRO"
+    )
+    decay: Literal["cosine", "linear"] = Field(
+        "cosine", description="curve by which the learning rate falls to 0 after warm-up"
+    )
     learning_rate: Positive = Field(5e-4, description="peak learning rate, after warm-up")
-    betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the moments")
-    eps: Positive = Field(1e-6, description="AdamW's constant against division by zero")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="AdamW's weight decay")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="decay rates of the moments")
+    eps: Positive = Field(1e-6, description="constant against division by zero")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="weight decay")
     warmup_steps: NonNegative = Field(50, description="number of steps in which the learning rate rises from 0")
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="maximum norm of the gradient; 0: off")
 
@@ -407,6 +437,7 @@ class PretrainConfig(Section):
         "cosine", description="cosine of one feature per input, or token by token as in FILIP (arXiv 2111.07783)"
     )
     loss: LossConfig = LossConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
@@ -453,6 +484,10 @@ class PretrainConfig(Section):
                         f"loss.{name} needs one feature per image and text, which late-interaction does not have; "
                         "set it to 0"
                     )
+        if self.optimizer.name == "lamb" and self.precision != "fp32":
+            raise ValueError(
+                "optimizer.name lamb needs the norm of each weight, which bf16 training splits; set precision to fp32"
+            )
         text = self.text
         if self.start and text.pretrained:
             raise ValueError(
