@@ -209,6 +209,12 @@ VARIANTS = {
     "filip": {"similarity": "late-interaction", "text": {"corner_tokens": 0}},
     "clip": {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}},
     "principal components": {"loss": {"image_components": 3}, "text": {"corner_tokens": 0}},
+    "debias": {
+        "text": {"corner_tokens": 0},
+        "short_texts": {"sampler": "without-first", "random_offset": True},
+        "long_texts": {"sampler": "all"},
+        "loss": {"short_loss_fraction": 0.1, "image_components": 3},
+    },
 }
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.functional import cross_entropy, normalize
 
 from lotlip.core.files import read_json, write_json
 from lotlip.data.token_ids import write_token_ids
 from lotlip.data.tokenizer import TextTokenizer
+from lotlip.objectives.contrastive import lotlip_loss, principal_components
 from lotlip.pretrain.config import LongTextsConfig, PretrainConfig, ShortTextsConfig
 from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.loader import Batch, BatchSlice, Loader
@@ -171,6 +173,20 @@ def test_the_model_takes_offsets_and_they_matter(tiny_world: TinyWorld, shards):
         still = model(batch.images, **replace(batch, short_offsets=None).texts)["text_features"]
     assert (moved[:, 0] - still[:, 0]).abs().amax(dim=-1)[batch.short_offsets > 0].min() > 1e-5
     torch.testing.assert_close(moved[:, 1:], still[:, 1:])
+
+
+def test_the_loss_of_debias_clip_is_a_setting():
+    draw = torch.Generator().manual_seed(0)
+    images, short, long = (normalize(torch.randn(9, 16, generator=draw), dim=-1) for _ in range(3))
+    settings = PretrainConfig(loss={"short_loss_fraction": 0.1, "image_components": 4}).loss
+    found = lotlip_loss(images, torch.stack([short, long], dim=1), torch.tensor([20.0]), **settings.model_dump())
+
+    def contrast(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        logits, own = 20 * images @ texts.T, torch.arange(9)
+        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+
+    expected = 0.1 * contrast(principal_components(images, 4), short) + 0.9 * contrast(images, long)
+    torch.testing.assert_close(found["loss"], expected)
 
 
 def test_a_tower_that_cannot_move_words_is_an_error(tiny_world: TinyWorld):
