@@ -203,7 +203,7 @@ def test_records_are_read_a_window_at_a_time(llava):
 
 
 def test_images_of_like_cost_are_together(tmp_path):
-    model = mllm._load(captioner(save_llava_next(tmp_path / "next"))._settings, "for-this-test", "cpu", mllm._Mllm)
+    model = mllm._load(captioner(save_llava_next(tmp_path / "next"))._settings, "for-this-test", "cpu")
     for record in RECORDS[: len(SHAPES)]:
         inputs = model.inputs([decode_rgb(record.image)], "detail")
         image_tokens, pixels = model.cost(record)

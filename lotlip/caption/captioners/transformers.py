@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lotlip.caption.captioners.rewriting import question, rewrite_in
-from lotlip.caption.config import TransformersCaptionerConfig, TransformersRewriterConfig
+from lotlip.caption.config import TransformersCaptionerConfig, TransformersRewriterConfig, is_rewriter
 from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_tree
@@ -88,7 +88,7 @@ class TransformersCaptioner:
         Raises:
             NonRetryableError: the model cannot be loaded, or the GPU's memory is too small for a single image.
         """
-        mllm = _load(self._settings, self.revision, self._compute.device, self._kind)
+        mllm = _load(self._settings, self.revision, self._compute.device)
         for batch in prefetch(partial(self._prepare, mllm), self._batches(mllm, records), _PREFETCH):
             window = batch.window
             window.items |= batch.failures
@@ -157,10 +157,6 @@ class TransformersCaptioner:
         parts = [slice(start, start + step) for start in range(0, len(images), step)]
         return [answer for part in parts for answer in self._answers(mllm, images[part], keys[part])]
 
-    @property
-    def _kind(self) -> type[_Mllm]:
-        return _Mllm
-
     def _shown(self, record: ImageRecord) -> Any:
         """What the model is given besides the prompt.
 
@@ -189,10 +185,6 @@ class TransformersCaptioner:
 
 class TransformersRewriter(TransformersCaptioner):
     """Rewords short captions with a text-only model, which is given no image (LaCLIP, arXiv 2305.20088)."""
-
-    @property
-    def _kind(self) -> type[_Mllm]:
-        return _TextModel
 
     def _shown(self, record: ImageRecord) -> str:
         return record.short_caption
@@ -371,10 +363,9 @@ class _TextModel(_Mllm):
 _loading = threading.Lock()
 
 
-def _load(
-    settings: TransformersCaptionerConfig | TransformersRewriterConfig, revision: str, device: str, kind: Any
-) -> _Mllm:
+def _load(settings: TransformersCaptionerConfig | TransformersRewriterConfig, revision: str, device: str) -> _Mllm:
     """The model that the settings name; the process has only one copy."""
+    kind = _TextModel if is_rewriter(settings) else _Mllm
     with _loading:
         return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, device, kind)
 
