@@ -170,7 +170,7 @@ def _shards(folder: Path, index: ShardIndex, held_out: Collection[str]) -> Itera
     for shard in index.shards:
 
         def check(shard: ShardEntry = shard) -> list[Problem]:
-            row = inspect_shard(folder, shard, index.features, held_out, sample_size=None)
+            row = inspect_shard(folder, shard, index.features, held_out, sample_size=None, rewriters=index.rewriters)
             if row["places_off"] == 0:
                 readable.append(shard.name)
             return _problems(shard.name, row, SHARD)

@@ -45,8 +45,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        picture = request["messages"][0]["content"][0]
-        image = base64.b64decode(picture["image_url"]["url"].partition(",")[2])
+        content = request["messages"][0]["content"]
+        if isinstance(content, str):  # a question without an image
+            image = content.encode()
+        else:
+            image = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
         server = self.server
         with server.lock:
             server.requests.append(request)

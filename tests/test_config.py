@@ -206,7 +206,7 @@ def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
     [
         (
             {"pretrain": {"long_texts": {"captioners": ["gpt"]}}},
-            "ablations.lotlip uses gpt, but caption.captioners has llava",
+            "ablations.lotlip.long_texts.captioners has gpt, but the captioners that describe images are: llava",
         ),
         (
             {"pretrain": {"batch_size": 30}, "compute": {"training": {"gradient_accumulation_steps": 4}}},
@@ -290,7 +290,7 @@ def test_sections_are_checked_against_one_another(tmp_path, differences, line):
 def test_long_texts_need_a_captioner(tmp_path):
     bare = {**MINIMAL, "caption": {}}
     (line,) = complaints(tmp_path, {}, bare)
-    assert line.startswith("ablations.lotlip uses long texts, but caption.captioners is empty: add a captioner")
+    assert line.startswith("ablations.lotlip uses long texts, but caption.captioners has no captioner that describes")
     params = load(tmp_path, {"pretrain": {"long_texts": {"captioners": ["raw"]}}}, bare)
     assert params.ablation("lotlip").long_texts.sub_captions == 3
     params = load(tmp_path, {"pretrain": {"long_texts": {"sub_captions": 0}}}, bare)

@@ -215,6 +215,12 @@ VARIANTS = {
         "text": {"corner_tokens": 0},
         "long_texts": {"per_image": 3},
     },
+    "debias": {
+        "text": {"corner_tokens": 0},
+        "short_texts": {"sampler": "without-first", "random_offset": True},
+        "long_texts": {"sampler": "all"},
+        "loss": {"short_loss_fraction": 0.1, "image_components": 3},
+    },
 }
 
 

@@ -451,8 +451,8 @@ def test_the_mask_network_has_its_own_learning_rate(tiny_tower):
 
 
 def test_scale_and_bias_start_where_the_settings_say(tiny_tower):
-    loss = {"objective": "siglip", "initial_scale": 1 / 0.07, "initial_bias": -10}
-    model = build_for_pretraining(settings(loss=loss), tiny_tower)
+    loss = {"objective": "siglip", "initial_bias": -10}
+    model = build_for_pretraining(settings(loss=loss, temperature={"initial": 0.07}), tiny_tower)
     assert model.scale.item() == pytest.approx(1 / 0.07)
     assert model.logit_bias.item() == -10
 

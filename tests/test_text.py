@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lotlip.data.text import join_sub_captions, sample_long_text, split_sub_captions
+from lotlip.data.text import draw_caption, join_sub_captions, sample_long_text, split_sub_captions
 
 # What a sub-caption can be: stripped, not empty, no sentence end inside.
 sub_caption = st.text(min_size=1).map(
@@ -148,3 +148,23 @@ def test_merged_sub_captions_are_neighbours_half_the_time():
     assert neighbours == pytest.approx(0.5 + 0.5 * 4 / 20, abs=0.05)  # 4 of the 20 ordered pairs are neighbours
     short = [sample_long_text({"a": ["only"]}, "merged", 3, random.Random(seed)) for seed in range(20)]
     assert short == [["only"]] * 20
+
+
+@pytest.mark.parametrize(("sampler", "expected"), [("summary", ["s1"]), ("details", ["s2", "s3", "s4", "s5"])])
+def test_the_summary_is_the_first_and_the_details_are_all_others_in_order(sampler, expected):
+    assert sample_long_text({"a": SENTENCES}, sampler, 1, random.Random(0)) == expected
+    assert sample_long_text({"a": ["only"]}, sampler, 1, random.Random(0)) == ["only"]
+
+
+def test_a_subset_may_have_the_first_and_is_shuffled():
+    drawn = [sample_long_text({"a": SENTENCES}, "subset", 1, random.Random(seed)) for seed in range(2000)]
+    assert Counter(map(len, drawn)).keys() == {1, 2, 3, 4, 5}
+    assert all(len(set(text)) == len(text) for text in drawn)
+    assert 1000 < sum("s1" in text for text in drawn) < 1400  # 3 of 5 on average
+    assert any(text != sorted(text) for text in drawn)
+
+
+@given(captions, seeds, st.sampled_from(["all", "first", "without-first", "summary", "details", "subset"]))
+def test_the_first_draw_is_that_of_the_caption(captions, seed, sampler):
+    caption = draw_caption(captions, random.Random(seed))
+    assert set(sample_long_text(captions, sampler, 1, random.Random(seed))) <= set(caption)

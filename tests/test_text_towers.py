@@ -13,7 +13,7 @@ from transformers import CLIPTextModelWithProjection, ModernBertModel, SiglipTex
 
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text.packing import TextBatch
-from lotlip.models.text.text_tower import TextTower, build_text_tower
+from lotlip.models.text.text_tower import TextTower, build_text_tower, position_table
 from tests.saved_tensors import SavedTensors
 
 WORDS, CONTEXT = 60, 16
@@ -117,6 +117,35 @@ def test_features_depend_on_the_text_alone(
     for other in (wider, alone, padded, backwards[reverse]):
         torch.testing.assert_close(other, together, atol=2e-5, rtol=0)
     torch.testing.assert_close(summaries[:, 0], together[:, 0], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["bert", "clip_text_model"])
+@pytest.mark.parametrize(("corner_tokens", "corner_mask"), [(0, True), (2, True), (2, False)])
+def test_offsets_move_the_words_and_leave_the_summary_and_corner_tokens(family, corner_tokens, corner_mask):
+    tower = build(family, corner_tokens, 1, corner_mask)
+    ids, lengths = texts(tower, [9, 4, 12, 4])
+    offsets = torch.tensor([0, 9, CONTEXT - 12, 2])
+    table: Any = position_table(tower.transformer)[1]  # type: ignore[index]
+    fixed = 1 + corner_tokens if family == "bert" else 1
+    for cls_only in (True, False):
+        (found,) = tower.encode(TextBatch(ids, lengths, cls_only, offsets))
+        weights = table.weight.detach().clone()
+        for row, offset in enumerate(offsets.tolist()):
+            with torch.no_grad():  # the same text at its first positions, where the table has those of the offset
+                moved = weights[fixed + offset :]
+                table.weight[fixed : fixed + len(moved)] = moved
+                expected = tower.encode(TextBatch(ids[row : row + 1], lengths[row : row + 1], cls_only))[0]
+                table.weight.copy_(weights)
+            torch.testing.assert_close(found[row : row + 1], expected, atol=2e-5, rtol=0)
+
+
+def test_only_towers_with_learned_positions_and_room_move_words():
+    assert {family: build(family).moves_words for family in SETTINGS} == {
+        "bert": True,
+        "modernbert": False,
+        "clip_text_model": True,
+        "siglip_text_model": False,
+    }
 
 
 def influence(tower: TextTower, token: int) -> Tensor:

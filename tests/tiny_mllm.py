@@ -22,6 +22,7 @@ from transformers import (
     InstructBlipForConditionalGeneration,
     InstructBlipProcessor,
     LlamaConfig,
+    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
@@ -30,6 +31,8 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from lotlip.data.records import ImageRecord
@@ -88,6 +91,29 @@ def save_instructblip(folder: Path) -> Path:
     model = _random(InstructBlipForConditionalGeneration, config)
     images = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     return _save(folder, model, InstructBlipProcessor(images, _tokenizer(), _tokenizer(), num_query_tokens=4))
+
+
+def save_llama(folder: Path, chat_template: str | None = None) -> Path:
+    """A small language model that sees no image."""
+    tokenizer = _tokenizer()
+    tokenizer.chat_template = chat_template
+    return _save(folder, _random(LlamaForCausalLM, _llama()), tokenizer)
+
+
+def save_t5(folder: Path) -> Path:
+    """A small text-to-text model."""
+    config = T5Config(
+        vocab_size=len(IDS),
+        d_model=32,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=IDS["<pad>"],
+        eos_token_id=IDS["</s>"],
+        decoder_start_token_id=IDS["<pad>"],
+    )
+    return _save(folder, _random(T5ForConditionalGeneration, config), _tokenizer())
 
 
 def picture(number: int, width: int = 40, height: int = 30) -> ImageRecord:

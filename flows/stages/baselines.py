@@ -49,8 +49,7 @@ def baselines() -> None:
         for address in addresses.values():
             check_model(Path(address))
         benchmarks = [
-            open_benchmark(name, each, paths, list(params.caption.captioners))
-            for name, each in config.benchmarks.items()
+            open_benchmark(name, each, paths, params.caption.describing) for name, each in config.benchmarks.items()
         ]
         compute = params.compute
         # All models are opened before any is scored, so that a wrong name fails early.

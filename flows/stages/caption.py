@@ -37,7 +37,7 @@ def caption(captioner: str) -> None:
         return {"ingest": hash_of(source / INDEX_FILE), "path": sha256_tree(settings.path)}
 
     inputs = inputs_now()
-    sections = [part.model_dump(mode="json") for part in (settings, config.quality)]
+    sections = [part.model_dump(mode="json") for part in (settings, config.rules(captioner))]
     settings_hashed = [*sections, config.tokenizer, config.sentence_ends]
     stage = Stage("caption", params, settings_hashed, inputs, captioner)
     work = Captioning(
@@ -66,7 +66,7 @@ def caption(captioner: str) -> None:
     with stage.clock.measure("gate"):
         from lotlip.caption.gate import gate_caption
 
-        checks = gate_caption(config, stage.out, reports, stage.gate_report)
+        checks = gate_caption(config, stage.out, reports, stage.gate_report, captioner in config.rewriting)
     stage.publish(params.paths.captions / captioner)
     stage.record(index.read, checks, index, {"revision": author.revision, "quality": quality})
 

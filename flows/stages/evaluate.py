@@ -51,8 +51,7 @@ def evaluate(ablation: str) -> None:
     compute = params.compute
     how = Runner(compute.batch_size, choose_device(compute.device), compute.precision)
     benchmarks = [
-        open_benchmark(name, settings, paths, list(params.caption.captioners))
-        for name, settings in config.benchmarks.items()
+        open_benchmark(name, settings, paths, params.caption.describing) for name, settings in config.benchmarks.items()
     ]
     about = {
         "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from prefect import flow
@@ -20,6 +21,7 @@ from lotlip.data.records import Unit, UnitReport
 from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
 from lotlip.ingest.perceptual import near_copies, write_hashes
 from lotlip.ingest.sources import Source, open_source
+from lotlip.ingest.text_rules import left_out_by_texts
 
 
 @flow(name="ingest")
@@ -57,7 +59,8 @@ def ingest() -> None:
     if distance is not None:
         copies = near_copies(hashes, perceptual_hashes(config.evaluation_images), distance)
     remove(stage.out)
-    reports = unique_partitions(folder, written, stage.out, evaluation, copies)
+    by_texts = partial(left_out_by_texts, folder, config.texts) if config.texts.rules else None
+    reports = unique_partitions(folder, written, stage.out, evaluation, copies, by_texts)
     index = write_index(stage.out, reports, UnitIndex)
     for kind, what in (
         ("duplicate-image", "exact copies of others"),

@@ -43,7 +43,8 @@ def shard() -> None:
         check_sentence_ends(name, folder, ends)
     if config.store_features:
         inputs["image_tower"] = hash_of(params.paths.image_tower / "model.safetensors")
-    stage = Stage("shard", params, [config.model_dump(mode="json"), ends], inputs)
+    rewriters = params.caption.rewriting
+    stage = Stage("shard", params, [config.model_dump(mode="json"), ends, *rewriters], inputs)
     features = None
     if config.store_features:
         with stage.clock.measure("imports"):
@@ -84,6 +85,7 @@ def shard() -> None:
         tokenizer=tokenizer,
         vocabulary=vocabulary(tars, tokenizer, ends),
         sentence_ends=ends,  # training and the models use the shards' setting
+        rewriters=rewriters,
     )
     with stage.clock.measure("gate"):
         from lotlip.data.inspection import held_out_images

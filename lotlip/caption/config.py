@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share
 from lotlip.core.variants import Variants
@@ -24,8 +24,17 @@ class SceneCaptionerConfig(Section):
     seed: int = Field(0, description="seed of omissions, errors and wording")
 
 
+class SceneRewriterConfig(Section):
+    """Rewords a scene's short caption by a grammar and does not read the scene; stands in for a language model."""
+
+    rewrites: ClassVar = True
+    kind: Literal["rewrite-scenes"]
+    path: Path = Field(description="the module that rewords the captions; DVC watches it")
+    seed: int = Field(0, description="seed of the wording")
+
+
 class TableCaptionerConfig(Section):
-    """Existing long captions, in Parquet, CSV or JSONL files."""
+    """Existing long captions, or rewrites of the short captions, in Parquet, CSV or JSONL files."""
 
     kind: Literal["table"]
     path: Path = Field(description="a file, or a folder of files; a subfolder's name is put before its keys")
@@ -39,20 +48,19 @@ class TableCaptionerConfig(Section):
     repeated: Literal["error", "first"] = Field(
         "error", description="if several rows have the same key: fail, or use the first"
     )
+    rewrites: bool = Field(
+        False, description="true: the texts reword the images' short captions, as LaCLIP's do, and are no long captions"
+    )
 
 
-class EndpointCaptionerConfig(Section):
-    """A multimodal LLM behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+class _EndpointConfig(Section):
+    """A model behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
 
-    kind: Literal["endpoint"]
     path: Path = Field(description="the module that calls the server; DVC watches it")
     url: str = Field(description="base URL of the API with its version, such as http://127.0.0.1:8000/v1")
     model: Annotated[str, Field(min_length=1)] = Field(description="the model's name on the server")
     revision: Annotated[str, Field(min_length=1)] = Field(
         description="revision of the weights that the server was started with; part of every caption's revision"
-    )
-    prompt: Annotated[str, Field(min_length=1)] = Field(
-        "Describe this image in detail.", description="prompt sent with each image"
     )
     max_tokens: Count | None = Field(
         512, description="longest caption, in the model's tokens; null here and in the next four keys: not sent"
@@ -82,7 +90,7 @@ class EndpointCaptionerConfig(Section):
         return {**data, "max_tokens": None}
 
     @model_validator(mode="after")
-    def _usable_url(self) -> EndpointCaptionerConfig:
+    def _usable_url(self) -> Self:
         try:
             parts = urlsplit(self.url)
             usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -94,6 +102,41 @@ class EndpointCaptionerConfig(Section):
         if "@" in parts.netloc:
             raise ValueError("url contains a password; remove it and set LOTLIP_ENDPOINT_KEY in the environment")
         return self
+
+
+class EndpointCaptionerConfig(_EndpointConfig):
+    """A multimodal LLM behind an OpenAI-compatible server: vLLM, SGLang, `transformers serve`."""
+
+    kind: Literal["endpoint"]
+    prompt: Annotated[str, Field(min_length=1)] = Field(
+        "Describe this image in detail.", description="prompt sent with each image"
+    )
+
+
+# A rewrite is the first line of the answer, so a model without a chat template may continue the prompt as well.
+CAPTION = "{caption}"
+REWRITE = (
+    "Rewrite this caption of an image in other words. Keep what it says and add nothing. Reply with the new caption "
+    f"only.\nCaption: {CAPTION}\nNew caption:"
+)
+
+
+def _with_the_caption(prompt: str) -> str:
+    if CAPTION not in prompt:
+        raise ValueError(f"has no place for the short caption; put {CAPTION} into it")
+    return prompt
+
+
+RewritePrompt = Annotated[str, AfterValidator(_with_the_caption)]
+
+
+class EndpointRewriterConfig(_EndpointConfig):
+    """A language model behind an OpenAI-compatible server, which rewords short captions and sees no image (LaCLIP)."""
+
+    rewrites: ClassVar = True
+    kind: Literal["rewrite-endpoint"]
+    prompt: RewritePrompt = Field(REWRITE, description=f"prompt for each image, with {CAPTION} for its short caption")
+    temperature: Annotated[float, Field(ge=0)] | None = Field(0.9, description="above 0: tokens are sampled")
 
 
 # The paper's three captioners, as keys of an entry. The paper says only that they are asked for a detailed description:
@@ -128,25 +171,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class TransformersCaptionerConfig(Section):
-    """A multimodal language model of the transformers library, from the model hub or a folder.
+class _TransformersConfig(Section):
+    """A model of the transformers library, from the model hub or a folder."""
 
-    With `preset`, keys that are not set get the preset's values.
-    """
-
-    kind: Literal["transformers"]
     path: Path = Field(
         description="the model's folder, or lotlip/caption/captioners/transformers.py for a model on the hub; DVC "
         "watches it"
     )
-    preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = Field(
-        None, description="one of the paper's captioners; its settings replace the defaults below"
-    )
     model: str = Field(description="name on the hub, OWNER/NAME; for a model in a folder, the same as path")
     revision: Commit | None = Field(None, description="commit on the hub; not for a folder, which is hashed instead")
-    prompt: Annotated[str, Field(min_length=1)] = Field(
-        DESCRIBE, description="the question; if it contains the model's image token, it is the complete prompt"
-    )
     max_new_tokens: Count = Field(256, description="longest caption in tokens; a longer one is cut off")
     num_beams: Count = Field(1, description="beams of beam search; 1: no beam search")
     temperature: Annotated[float, Field(ge=0)] = Field(0.0, description="above 0: tokens are sampled")
@@ -165,6 +198,34 @@ class TransformersCaptionerConfig(Section):
         """Whether the model is in the folder `path` instead of on the hub."""
         return Path(self.model) == self.path
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if not self.in_a_folder and self.revision is None:
+            raise ValueError(
+                f"model {self.model} is on the hub, where it may change; set revision to one of its commits (40 hex "
+                "digits). For a model in a folder, set both model and path to the folder"
+            )
+        if self.in_a_folder and self.revision is not None:
+            raise ValueError(f"the model in {self.path} is identified by the hash of its files; remove revision")
+        if self.temperature and self.num_beams > 1:
+            raise ValueError("temperature (sampling) and num_beams (beam search) exclude each other; set only one")
+        return self
+
+
+class TransformersCaptionerConfig(_TransformersConfig):
+    """A multimodal language model of the transformers library, from the model hub or a folder.
+
+    With `preset`, keys that are not set get the preset's values.
+    """
+
+    kind: Literal["transformers"]
+    preset: Literal["instructblip-vicuna-7b", "llava-1.5-13b", "sharegpt4v-13b"] | None = Field(
+        None, description="one of the paper's captioners; its settings replace the defaults of the other keys"
+    )
+    prompt: Annotated[str, Field(min_length=1)] = Field(
+        DESCRIBE, description="the question; if it contains the model's image token, it is the complete prompt"
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _over_the_preset(cls, data: Any) -> Any:
@@ -181,24 +242,32 @@ class TransformersCaptionerConfig(Section):
             )
         return {**preset, **data}
 
-    @model_validator(mode="after")
-    def _possible(self) -> TransformersCaptionerConfig:
-        if not self.in_a_folder and self.revision is None:
-            raise ValueError(
-                f"model {self.model} is on the hub, where it may change; set revision to one of its commits (40 hex "
-                "digits). For a model in a folder, set both model and path to the folder"
-            )
-        if self.in_a_folder and self.revision is not None:
-            raise ValueError(f"the model in {self.path} is identified by the hash of its files; remove revision")
-        if self.temperature and self.num_beams > 1:
-            raise ValueError("temperature (sampling) and num_beams (beam search) exclude each other; set only one")
-        return self
+
+class TransformersRewriterConfig(_TransformersConfig):
+    """A language model of the transformers library, which rewords short captions and sees no image (LaCLIP)."""
+
+    rewrites: ClassVar = True
+    kind: Literal["rewrite-transformers"]
+    prompt: RewritePrompt = Field(REWRITE, description=f"prompt for each image, with {CAPTION} for its short caption")
+    max_new_tokens: Count = Field(77, description="longest rewrite in tokens; a longer one is cut off")
+    temperature: Annotated[float, Field(ge=0)] = Field(0.9, description="above 0: tokens are sampled")
 
 
 CaptionerConfig = Annotated[
-    SceneCaptionerConfig | TableCaptionerConfig | TransformersCaptionerConfig | EndpointCaptionerConfig,
+    SceneCaptionerConfig
+    | SceneRewriterConfig
+    | TableCaptionerConfig
+    | TransformersCaptionerConfig
+    | TransformersRewriterConfig
+    | EndpointCaptionerConfig
+    | EndpointRewriterConfig,
     Variants("lotlip.captioners", required_fields=("path",)),
 ]
+
+
+def is_rewriter(settings: Section) -> bool:
+    """Whether a captioner rewords short captions; sections of other packages may lack the attribute."""
+    return bool(getattr(settings, "rewrites", False))
 
 
 class QualityConfig(Section):
@@ -272,6 +341,27 @@ class CaptionConfig(Section):
         description="how many times as many words captions must share with their own short captions as with those of "
         "the next images; certainly less fails the gate, because captions were swapped",
     )
+
+    @property
+    def describing(self) -> list[str]:
+        """Names of the captioners that describe the images, whose captions are long texts."""
+        return [name for name, settings in self.captioners.items() if not is_rewriter(settings)]
+
+    @property
+    def rewriting(self) -> list[str]:
+        """Names of the captioners that reword the short captions."""
+        return [name for name, settings in self.captioners.items() if is_rewriter(settings)]
+
+    def rules(self, captioner: str) -> QualityConfig:
+        """The rules for a captioner's texts.
+
+        A rewrite is as short as a caption of the web: LaCLIP drops those of fewer than 2 words. It may say the same in
+        entirely other words.
+        """
+        rules = self.quality
+        if captioner in self.describing:
+            return rules
+        return rules.model_copy(update={"short": rules.short and min(rules.short, 2), "disagreement": None})
 
     @model_validator(mode="after")
     def _free_names(self) -> CaptionConfig:

@@ -19,11 +19,22 @@ from lotlip.data.inspection import (
 from lotlip.data.partitions import read_captions
 from lotlip.data.records import UnitReport
 
+REPEATED_REWRITES = 0.9  # largest share of rewrites that equal another, as for the short captions themselves
 ENOUGH_CAPTIONS = 30  # in a partition, for its mean length to be meaningful
 
 
-def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitReport], report: Path) -> list[Check]:
-    """Checks that a captioner's captions exist, belong to their images, and are neither broken nor all the same."""
+def gate_caption(
+    settings: CaptionConfig, folder: Path, reports: Sequence[UnitReport], report: Path, rewrites: bool = False
+) -> list[Check]:
+    """Checks that a captioner's captions exist, belong to their images, and are neither broken nor all the same.
+
+    Args:
+        settings: of the stage.
+        folder: of the captions.
+        reports: of all partitions.
+        report: scratch folder.
+        rewrites: whether the captions reword the short ones; more of them may be equal then (`REPEATED_REWRITES`).
+    """
     rows, agreements = [], {}
     for unit in non_empty(reports):
         row = inspect_captions(folder, unit.name, unit.written)
@@ -67,6 +78,7 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
         "missing_share": ("partitions without any caption", "max_missing_partitions"),
         "repeated_share": ("captions that equal another", "max_repeated_share"),
     }
+    limits = {"repeated_share": max(settings.max_repeated_share, REPEATED_REWRITES)} if rewrites else {}
     details = {
         "filtered_share": counts(filtered),
         "missing_share": _names(missing),
@@ -78,8 +90,8 @@ def gate_caption(settings: CaptionConfig, folder: Path, reports: Sequence[UnitRe
             one_value("captions", "there are captions", low=1),
             one_value("repeated_keys", "no image has two captions", high=0),
             *(
-                max_share(name, what, getattr(settings, limit), f"caption.{limit}", details.get(name, ""))
-                for name, (what, limit) in shares.items()
+                max_share(name, what, limits.get(name, getattr(settings, key)), f"caption.{key}", details.get(name, ""))
+                for name, (what, key) in shares.items()
             ),
             one_value(
                 "swapped",

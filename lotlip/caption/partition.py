@@ -87,7 +87,8 @@ class Captioning:
         )
         images = read_table(self.source, partition.name, ["key", "short_caption"])
         raw = dict(zip(images["key"], images["short_caption"], strict=True))
-        kept = assess(measured(counted, raw), self.stage.quality)
+        rewrites = self.captioner in self.stage.rewriting
+        kept = assess(measured(counted, raw, rewrites), self.stage.rules(self.captioner))
         return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
 
 

@@ -125,13 +125,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozenset[str]]) -> MeasuredCaption:
+def measure(
+    caption: Caption, raw: frozenset[str], neighbours: Sequence[frozenset[str]], rewrite: bool = False
+) -> MeasuredCaption:
     """Measures a caption.
 
     Args:
         caption: to measure.
         raw: content words of its image's short caption.
         neighbours: content words of the next images' short captions.
+        rewrite: whether it rewords the short caption, and so needs no full stop at its end.
     """
     words = words_of(caption.text)
     content = content_words(caption.text)
@@ -141,7 +144,7 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
         **vars(caption),
         words=len(words),
         repetition=repetition(words),
-        truncated=is_truncated(caption.text, caption.finish_reason),
+        truncated=caption.finish_reason == "length" if rewrite else is_truncated(caption.text, caption.finish_reason),
         control=len(_CONTROL.findall(caption.text)),
         mojibake=mojibake(caption.text),
         refusal=refusal(caption.text),
@@ -152,19 +155,22 @@ def measure(caption: Caption, raw: frozenset[str], neighbours: Sequence[frozense
     )
 
 
-def measured(captions: Iterable[Caption], short_captions: Mapping[str, str]) -> Iterator[MeasuredCaption]:
+def measured(
+    captions: Iterable[Caption], short_captions: Mapping[str, str], rewrites: bool = False
+) -> Iterator[MeasuredCaption]:
     """Measures each caption.
 
     Args:
         captions: of a partition.
         short_captions: key → short caption of all the partition's images, in order; the first follows the last.
+        rewrites: whether the captions reword the short ones.
     """
     words = [content_words(text) for text in short_captions.values()]
     places = {key: place for place, key in enumerate(short_captions)}
     for caption in captions:
         place = places[caption.key]
         following = [words[(place + step) % len(words)] for step in range(1, NEIGHBOURS + 1)]
-        yield measure(caption, words[place], following)
+        yield measure(caption, words[place], following, rewrites)
 
 
 # --- rules --------------------------------------------------------------------------------------------------------

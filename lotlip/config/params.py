@@ -28,7 +28,7 @@ from lotlip.image_tower.config import (
 )
 from lotlip.ingest.config import IngestConfig, SceneSourceConfig
 from lotlip.models.vision.spec import START
-from lotlip.pretrain.config import RAW, LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import RAW, PretrainConfig
 from lotlip.report.config import FindingsConfig, ReportConfig, TableConfig, declaration_problems
 from lotlip.shard.config import ShardConfig
 from lotlip.tracking.config import RegistryConfig, TrackingConfig
@@ -108,7 +108,7 @@ class Params(Section):
                 "as image_tower: {kind: packaged}"
             )
         pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
-        if isinstance(tower, TimmTowerConfig) and tower.checkpoint is None and tower.revision is None:
+        if isinstance(tower, TimmTowerConfig) and tower.from_hub and tower.revision is None:
             lines.append(f"image_tower.model {tower.model} {pin}")
         if isinstance(tower, TransformersTowerConfig) and tower.revision is None and self._on_hub(tower.model):
             lines.append(f"image_tower.model {tower.model} {pin}")
@@ -192,8 +192,20 @@ class Params(Section):
                         f"ablations.{name}.start: all ablations share the image tower of pretrain.start; set "
                         "pretrain.start, and null for ablations that do not start from it"
                     )
-                problems += self._caption_problems(name, config.long_texts)
-                self.training_compute(name).check_batch_size(config.batch_size)
+                problems += self._caption_problems(name, config)
+                compute = self.training_compute(name)
+                compute.check_batch_size(config.batch_size)
+                if config.optimizer.name == "lamb" and compute.zero_stage:
+                    problems.append(
+                        f"ablation {name}: optimizer.name lamb needs the norm of each weight, which ZeRO splits; set "
+                        "compute.training.zero_stage to 0"
+                    )
+                untrained = isinstance(self.image_tower, TimmTowerConfig) and not self.image_tower.pretrained
+                if untrained and not config.image_tower.from_scratch:
+                    problems.append(
+                        f"ablation {name} uses the weights of image_tower, which are random because "
+                        "image_tower.pretrained is false; set image_tower.from_scratch of the ablation to true"
+                    )
             except ConfigError as error:
                 problems += error.problems
             except ValueError as error:
@@ -221,20 +233,36 @@ class Params(Section):
             if path and name != START:
                 yield "evaluate.baselines", path
 
-    def _caption_problems(self, name: str, long_texts: LongTextsConfig) -> list[str]:
+    def _caption_problems(self, name: str, config: PretrainConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""
-        known = self.caption.captioners
-        if long_texts.sub_captions and not known and RAW not in long_texts.captioners:
+        short_texts, long_texts = config.short_texts, config.long_texts
+        describing, rewriting = self.caption.describing, self.caption.rewriting
+        if long_texts.sub_captions and not describing and RAW not in long_texts.captioners:
             return [
-                f"ablations.{name} uses long texts, but caption.captioners is empty: add a captioner, set "
-                f"long_texts.captioners to [{RAW}] to sample the sentences of the short captions, or set "
+                f"ablations.{name} uses long texts, but caption.captioners has no captioner that describes images: "
+                f"add one, set long_texts.captioners to [{RAW}] to sample the sentences of the short captions, or set "
                 "long_texts.sub_captions to 0"
             ]
-        unknown = sorted(set(long_texts.captioners) - {*known, RAW})
-        if unknown:
-            names = ", ".join(known) or "none"
-            return [f"ablations.{name} uses {', '.join(unknown)}, but caption.captioners has {names}"]
-        return []
+        if short_texts.sampler == "raw-or-rewrite" and not rewriting:
+            return [
+                f"ablations.{name}.short_texts.sampler is raw-or-rewrite, but caption.captioners has no captioner that "
+                "rewords short captions: add one, such as kind: rewrite-transformers"
+            ]
+        if short_texts.sampler not in ("raw", "raw-or-rewrite") and not describing and RAW not in long_texts.captioners:
+            return [
+                f"ablations.{name}.short_texts.sampler is {short_texts.sampler}, but caption.captioners has no "
+                "captioner that describes images: add one, or set the sampler to raw"
+            ]
+        uses = (
+            ("long_texts.captioners", long_texts.captioners, [*describing, RAW], "describe images"),
+            ("short_texts.rewriters", short_texts.rewriters, rewriting, "reword short captions"),
+        )
+        return [
+            f"ablations.{name}.{key} has {', '.join(unknown)}, but the captioners that {what} are: "
+            f"{', '.join(name for name in known if name != RAW) or 'none'}"
+            for key, used, known, what in uses
+            if (unknown := sorted(set(used) - set(known)))
+        ]
 
     def ablation(self, name: str) -> PretrainConfig:
         """`pretrain` with the differences of one ablation.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -62,14 +62,42 @@ def find_duplicates(parts: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
             value, first = values[-1:], firsts[-1:]
 
 
+def find_by_count(
+    parts: Iterable[tuple[np.ndarray, np.ndarray]], most: int = 2**62, least: int = 0
+) -> Iterator[np.ndarray]:
+    """Finds the rows that have a value which occurs more than `most` or fewer than `least` times in all parts.
+
+    Args:
+        parts: hashes of the values of each part, uint64 [n], and the row that has each, int64 [n]. Each is read once.
+        most, least: limits of how often a value may occur.
+
+    Yields:
+        Batches of part and row, int64 [n, 2], each row once, sorted.
+    Raises:
+        OSError: the temporary folder is full.
+    """
+    query = """
+        SELECT DISTINCT place FROM hashes
+        WHERE value IN (SELECT value FROM hashes GROUP BY value HAVING count(*) > ? OR count(*) < ?)
+        ORDER BY place
+    """
+    with _loaded(parts) as database:
+        for batch in database.sql(query, params=[most, least]).to_arrow_reader(BATCH):
+            places = batch.column(0).to_numpy()
+            yield np.stack([places >> 32, places & 0xFFFFFFFF], axis=1)
+
+
 def count_duplicates(parts: Iterable[np.ndarray]) -> int:
     """How many values occurred before; arguments and errors are those of `find_duplicates`."""
     return sum(map(len, find_duplicates(parts)))
 
 
 @contextmanager
-def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
-    """A database for the block, with a table `hashes` of values and places, where place = part · 2³² + row."""
+def _loaded(parts: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]]) -> Iterator[DuckDBPyConnection]:
+    """A database for the block, with a table `hashes` of values and places, where place = part · 2³² + row.
+
+    A part has a value for each row, or values and their rows.
+    """
     import duckdb
 
     with temporary_folder("tables") as folder:
@@ -84,9 +112,10 @@ def _loaded(parts: Iterable[np.ndarray]) -> Iterator[DuckDBPyConnection]:
                 database.execute("SET enable_progress_bar = false")
                 database.begin()
                 database.execute("CREATE TABLE hashes (value UBIGINT, place BIGINT)")
-                for part, values in enumerate(parts):
+                for part, given in enumerate(parts):
+                    values, rows = given if isinstance(given, tuple) else (given, np.arange(len(given)))
                     value = pa.array(np.ma.getdata(values), mask=np.ma.getmaskarray(values))
-                    batch = pa.table({"value": value, "place": (part << 32) + np.arange(len(values))})
+                    batch = pa.table({"value": value, "place": (part << 32) + rows})
                     database.register("batch", batch)
                     database.execute("INSERT INTO hashes SELECT * FROM batch WHERE value IS NOT NULL")
                 database.commit()
@@ -105,6 +134,8 @@ def unique_partitions(
     out: Path,
     evaluation: Mapping[str, str],
     near_copies: Callable[[str], Mapping[int, str]] | None = None,
+    by_texts: Callable[[Sequence[str], Mapping[str, Collection[int]]], Mapping[str, Mapping[int, tuple[str, str]]]]
+    | None = None,
 ) -> list[UnitReport]:
     """Links or copies the partitions of ingest's units into `out`, without duplicate images and keys.
 
@@ -121,6 +152,8 @@ def unique_partitions(
         evaluation: sha256 of an image that must not be trained on → where it is.
         near_copies: a training partition's name → row → why its image counts as a copy of an evaluation image; None:
             do not search for such copies.
+        by_texts: names of the training partitions, and the rows of each that are dropped already → partition → row →
+            kind and reason of a failure; None: keep all texts.
 
     Returns:
         The updated reports, in the same order.
@@ -152,6 +185,10 @@ def unique_partitions(
             first = names[first_part]
             reason = f"{what} {key_of(first)[first_row]} in {first}"
             dropped.setdefault(names[part], {})[row] = (kind, reason)
+    if by_texts:
+        train = [name for name in names if _split(name) == "train"]
+        for name, rows in by_texts(train, dropped).items():
+            dropped[name] = {**rows, **dropped.get(name, {})}
     return [
         link_partition(units, report, out, dropped.get(report.name, {})) if report.sha256 else report
         for report in reports

@@ -127,6 +127,7 @@ class ShardIndex(Totals):
         tokenizer: of the vocabulary; "" in files of earlier versions, whose vocabulary is of a part of the texts.
         vocabulary: ids of all word pieces in training texts.
         sentence_ends: where training and the models split texts; files of earlier versions lack it.
+        rewriters: the captioners whose texts reword the short captions.
     """
 
     splits: dict[str, SplitEntry]
@@ -135,6 +136,12 @@ class ShardIndex(Totals):
     tokenizer: str = ""
     vocabulary: list[int]
     sentence_ends: SentenceEnds = "released"
+    rewriters: list[str] = Field([])
+
+    @property
+    def describers(self) -> list[str]:
+        """The captioners whose texts are long captions."""
+        return [name for name in self.statistics if name not in ("raw", *self.rewriters)]
 
     @property
     def shards(self) -> list[ShardEntry]:

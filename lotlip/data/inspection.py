@@ -182,6 +182,7 @@ def inspect_shard(
     features: bool,
     held_out: Collection[str],
     sample_size: int | None = SAMPLED_IMAGES,
+    rewriters: Collection[str] = (),
 ) -> dict[str, Any]:
     """Statistics of a shard, compared with its entry in index.json, with the columns of `SHARD` and those below.
 
@@ -191,6 +192,7 @@ def inspect_shard(
         features: whether its samples have features.
         held_out: hashes of images that must not be trained on.
         sample_size: how many of its images are compared with their hashes; None: all.
+        rewriters: captioners whose texts are no long captions.
 
     Returns:
         Also "samples", as in its entry; "uncaptioned", samples without a long caption; "widths", the dimensions of its
@@ -223,7 +225,7 @@ def inspect_shard(
         content = json.loads(texts)
         contents.append(content)
         counts["wordless"] += not content["raw"].strip()
-        counts["uncaptioned"] += not any(content["captions"].values())
+        counts["uncaptioned"] += not any(text for name, text in content["captions"].items() if name not in rewriters)
         counts["held_out_images"] += train and content["sha256"] in held_out
         if number in opened:
             counts["other_images"] += hashlib.sha256(image).hexdigest() != content["sha256"]

@@ -9,7 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
 Window = Literal["within-caption", "across-captions"]
-Sampler = Literal["window", "first", "all", "without-first", "merged"]
+CaptionSampler = Literal["first", "all", "without-first", "summary", "details", "subset"]  # of one long caption
+Sampler = Literal["window", "merged", CaptionSampler]
+ShortSampler = Literal["raw", "raw-or-rewrite", CaptionSampler]
 SentenceEnds = Literal["released", "unicode"]
 SubCaption = TypeVar("SubCaption")  # its words, or its number among those of a tar
 
@@ -134,9 +136,11 @@ def sample_long_text(
         captions: captioner's name → its sub-captions, in order. The order of names does not matter.
         sampler: "window": `length` consecutive sub-captions (paper, Figs. 2 and 5). The others first draw a captioner.
             "all": its whole caption. "first": its first r sub-captions, r uniform (SmartCLIP, arXiv 2507.22264).
-            "without-first": a uniform number of sub-captions after the first, in random order, or the whole caption
-            if it has only one (DeBias-CLIP, arXiv 2602.22419). "merged": 1 to `length` sub-captions, uniform; half
-            the time consecutive ones, else any, in random order (FLAIR, arXiv 2412.03561, with `length` 3).
+            "summary": its first sub-caption (Long-CLIP's release). "without-first": a uniform number of sub-captions
+            after the first, in random order (DeBias-CLIP, arXiv 2602.22419). "details": all after the first, in order.
+            "subset": a uniform number of any of them, in random order. These three give the whole caption if it has
+            only one sub-caption. "merged": 1 to `length` sub-captions, uniform; half the time consecutive ones, else
+            any, in random order (FLAIR, arXiv 2412.03561, with `length` 3).
         length: number of sub-captions of a window; a caption with fewer is used in full.
         rng: random number generator.
         window: "within-caption": a window lies in one caption, so that a text has one author. "across-captions":
@@ -148,22 +152,47 @@ def sample_long_text(
     """
     if length < 1:
         raise ValueError(f"a window must have at least 1 sub-caption, not {length}")
-    texts = [list(captions[name]) for name in sorted(captions) if captions[name]]
-    if not texts:
-        raise ValueError("there are no sub-captions to draw from: no captioner wrote anything for this image")
     if sampler == "window" and window == "across-captions":
-        sequence = [part for text in texts for part in text]
+        sequence = [part for text in _captions_of(captions) for part in text]
     else:
-        sequence = rng.choice(texts)
-    if sampler == "all" or (sampler == "without-first" and len(sequence) == 1):
-        return sequence
-    if sampler == "first":
-        return sequence[: rng.randint(1, len(sequence))]
-    if sampler == "without-first":
-        return rng.sample(sequence[1:], rng.randint(1, len(sequence) - 1))
+        sequence = draw_caption(captions, rng)
     if sampler == "merged":
         length = min(rng.randint(1, length), len(sequence))
         if rng.random() < 0.5:
             return rng.sample(sequence, length)
+    elif sampler != "window":
+        return sample_sub_captions(sequence, sampler, rng)
     start = rng.randrange(max(len(sequence) - length, 0) + 1)
     return sequence[start : start + length]
+
+
+def draw_caption(captions: Mapping[str, Sequence[SubCaption]], rng: random.Random) -> list[SubCaption]:
+    """Draws one of an image's long captions, each alike.
+
+    Raises:
+        ValueError: there are no sub-captions.
+    """
+    return rng.choice(_captions_of(captions))
+
+
+def sample_sub_captions(sequence: list[SubCaption], sampler: CaptionSampler, rng: random.Random) -> list[SubCaption]:
+    """Draws a text from one long caption, as `sample_long_text` does with the same sampler.
+
+    >>> sample_sub_captions(["a", "b", "c", "d"], "without-first", random.Random(2))
+    ['b']
+    """
+    if sampler == "first":
+        return sequence[: rng.randint(1, len(sequence))]
+    if sampler == "summary":
+        return sequence[:1]
+    if sampler == "all" or len(sequence) == 1:
+        return sequence
+    candidates = sequence if sampler == "subset" else sequence[1:]
+    return candidates if sampler == "details" else rng.sample(candidates, rng.randint(1, len(candidates)))
+
+
+def _captions_of(captions: Mapping[str, Sequence[SubCaption]]) -> list[list[SubCaption]]:
+    texts = [list(captions[name]) for name in sorted(captions) if captions[name]]
+    if not texts:
+        raise ValueError("there are no sub-captions to draw from: no captioner wrote anything for this image")
+    return texts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lotlip.models.lotlip import MAX_LOGIT_SCALE, LotlipModel
+from lotlip.models.lotlip import LotlipModel
 from lotlip.models.text.appended import AppendedTower
 
 
@@ -57,5 +57,4 @@ def vocabulary_size(text: AppendedTower) -> int:
 
 def logit_scale(model: LotlipModel) -> Tensor:
     """Logarithm of the scale that multiplies similarities, [1], within the limit that the model applies."""
-    scale = model.logit_scale.detach()
-    return scale if model.config.logit_bias else scale.clamp(max=MAX_LOGIT_SCALE)
+    return model.log_scale.detach()

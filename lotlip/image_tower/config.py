@@ -77,9 +77,21 @@ class TimmTowerConfig(PretrainedTowerConfig):
         None, description="local file of weights, safetensors or torch; null: timm downloads from the model hub"
     )
     revision: Commit | None = Field(None, description="commit of the model's repository on the hub; null: the newest")
+    pretrained: bool = Field(
+        True,
+        description="false: random weights, and nothing is downloaded; every ablation then needs "
+        "pretrain.image_tower.from_scratch",
+    )
+
+    @property
+    def from_hub(self) -> bool:
+        """Whether the weights are downloaded."""
+        return self.pretrained and self.checkpoint is None
 
     @model_validator(mode="after")
     def _possible(self) -> TimmTowerConfig:
+        if not self.pretrained and (self.checkpoint or self.revision):
+            raise ValueError("pretrained is false, so checkpoint and revision have no effect; remove them")
         if self.checkpoint is not None and self.revision is not None:
             raise ValueError("revision is a commit of the hub, but checkpoint is a local file; remove one of them")
         return self

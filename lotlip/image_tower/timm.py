@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import timm
+import torch
 from timm.data import resolve_data_config
 
 from lotlip.data.weights import read_any_weights
@@ -57,6 +58,10 @@ def timm_tower(config: TimmTowerConfig) -> TimmTower:
         ValueError: the hub cannot be reached, the weights do not fit, or the model cannot pool as the settings say.
     """
     spec = timm_spec(config)
+    if not config.pretrained:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return TimmTower(spec).eval()
     if config.checkpoint is None:
         return _from_hub(spec, config.revision).eval()
     tower = TimmTower(spec)

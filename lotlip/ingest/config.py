@@ -129,11 +129,45 @@ class ImagesConfig(Section):
     quality: Annotated[int, Field(ge=1, le=100)] = Field(90, description="quality of re-encoded JPEG and WebP images")
 
 
+class TextsConfig(Section):
+    """Rules that leave samples of the training split out by their texts, as ALIGN does (arXiv 2102.05918).
+
+    All are off by default. Counts are those of the training split.
+    """
+
+    min_words: Count | None = Field(None, description="smallest number of words in a text (3 in ALIGN)")
+    max_words: Count | None = Field(None, description="largest number of words in a text (20 in ALIGN)")
+    max_images_per_text: Count | None = Field(
+        None, description="largest number of images that share a text; more are left out, all of them (10 in ALIGN)"
+    )
+    max_texts_per_image: Count | None = Field(
+        None,
+        description="largest number of samples of an image; more are left out, all of them (1000 in ALIGN)",
+    )
+    min_token_count: Count | None = Field(
+        None,
+        description="how often each word of a text, and each pair of neighbouring words, must occur in all texts; "
+        "ALIGN has the 100 million most frequent ones instead",
+    )
+
+    @property
+    def rules(self) -> dict[str, int]:
+        """The rules that are on, with their limits."""
+        return self.model_dump(exclude_none=True)
+
+    @model_validator(mode="after")
+    def _some_length(self) -> TextsConfig:
+        if self.min_words and self.max_words and self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; lower it")
+        return self
+
+
 class IngestConfig(Section):
     """Reads images and short captions, and writes them as partitions."""
 
     source: SourceConfig = Field(description="source of images and short captions")
     images: ImagesConfig = ImagesConfig()
+    texts: TextsConfig = TextsConfig()
     partition_size: Count = Field(
         1000, description="images per partition, the unit of work; ignored for tars, where each tar is a unit"
     )
@@ -148,8 +182,8 @@ class IngestConfig(Section):
     max_failure_share: Share = Field(0.01, description="largest share of items that fail")
     max_left_out_share: Share = Field(
         0.9,
-        description="largest share of items left out as copies of another image or of one in evaluation_images; these "
-        "do not count for max_failure_share",
+        description="largest share of items left out as copies of another image or of one in evaluation_images, or by "
+        "the rules of `texts`; these do not count for max_failure_share",
     )
     max_broken_unit_share: Share = Field(
         0.05, description="largest share of source files (such as tars) that are broken"

@@ -17,6 +17,7 @@ from lotlip.data.inspection import (
 )
 from lotlip.data.records import Failure, UnitReport
 from lotlip.ingest.config import IngestConfig
+from lotlip.ingest.text_rules import KINDS
 
 
 def gate_ingest(
@@ -100,7 +101,7 @@ def gate_ingest(
 
 
 # Kinds of failures of images that are left out on purpose.
-LEFT_OUT = ("duplicate-image", "evaluation", "near-evaluation")
+LEFT_OUT = ("duplicate-image", "evaluation", "near-evaluation", *KINDS)
 
 
 # Kinds of failures that concern a whole file of the source, whose items were not all counted.

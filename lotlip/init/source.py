@@ -128,7 +128,13 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         key = _key_column(data, texts, [caption, *long])
         source["key"] = key
         found.append(f"keys: column {key}")
-    section = {"kind": "table", "path": data.as_posix(), "key": key, "captioner": None, "repeated": "first"}
+    section: dict[str, Any] = {
+        "kind": "table",
+        "path": data.as_posix(),
+        "key": key,
+        "captioner": None,
+        "repeated": "first",
+    }
     if all(_is_long_caption(texts[name]) for name in long):
         captioners = {_captioner_name(name, number): {**section, "text": name} for number, name in enumerate(long)}
     else:

@@ -20,6 +20,8 @@ class LotlipConfig(PretrainedConfig):
         register_tokens: learned tokens that have neither a mask nor a loss of their own (Table 7).
         similarity: "cosine" of one feature per input, or FILIP's "late-interaction" (arXiv 2111.07783).
         logit_bias: whether the logits have a learned bias, as SigLIP's do (arXiv 2303.15343).
+        min_temperature: smallest temperature of a model without logit bias; None: none. Models saved before this field
+            existed have CLIP's 0.01.
         sentence_ends: how training split texts into sub-captions, as in `lotlip.data.text.split_sub_captions`. Models
             saved before this field existed use "released".
         provenance: origin of the weights (training configuration, data, scores), for the model card.
@@ -39,6 +41,7 @@ class LotlipConfig(PretrainedConfig):
         register_tokens: int = 0,
         similarity: str = "cosine",
         logit_bias: bool = False,
+        min_temperature: float | None = 0.01,
         sentence_ends: str = "released",
         provenance: dict[str, Any] | None = None,
         **kwargs: Any,
@@ -56,6 +59,7 @@ class LotlipConfig(PretrainedConfig):
         self.register_tokens = register_tokens
         self.similarity = similarity
         self.logit_bias = logit_bias
+        self.min_temperature = min_temperature
         self.sentence_ends = sentence_ends
         self.provenance = provenance
         super().__init__(**kwargs)

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from lotlip.models.vision.image_tower import ImageTower
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
-MAX_LOGIT_SCALE = math.log(100)
 # From SigLIP (arXiv 2303.15343, section 3.2): nearly all pairs are negative, and the initial bias reflects that.
 INITIAL_SIGMOID_SCALE, INITIAL_LOGIT_BIAS = math.log(10), -10.0
 
@@ -122,8 +121,16 @@ class LotlipModel(PreTrainedModel):
 
     @property
     def scale(self) -> Tensor:
-        """Inverse temperature that multiplies similarities, [1]: at most 100, as in CLIP; unlimited for SigLIP."""
-        return (self.logit_scale if self.config.logit_bias else self.logit_scale.clamp(max=MAX_LOGIT_SCALE)).exp()
+        """Inverse temperature that multiplies similarities, [1]; the temperature has a minimum, except for SigLIP."""
+        return self.log_scale.exp()
+
+    @property
+    def log_scale(self) -> Tensor:
+        """Logarithm of `scale`, [1]."""
+        minimum = self.config.min_temperature
+        if self.config.logit_bias or minimum is None:
+            return self.logit_scale
+        return self.logit_scale.clamp(max=-math.log(minimum))
 
     # --- the interface of transformers' CLIP models -----------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +27,7 @@ from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
 from lotlip.data.index import ShardIndex
 from lotlip.data.plain_tokenizer import open_tokenizer
+from lotlip.data.text import Sampler
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.image_tower.config import ImageTowerConfig as ImageTowerSettings
 from lotlip.image_tower.config import (
@@ -44,7 +46,7 @@ from lotlip.models.vision.image_tower import ImageTower, build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
 from lotlip.pretrain.checkpoint import KEPT
-from lotlip.pretrain.config import LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.engine import deepspeed_config
 from lotlip.pretrain.initialisation import WHOLE_MODELS, text_config
@@ -219,7 +221,7 @@ def plan(
     """
     assumed: list[str] = []
     towers = build_towers(config, params.image_tower, assumed, params.pretrain.start)
-    statistics = index.statistics if index else {}
+    statistics = {name: index.statistics[name] for name in ("raw", *index.describers)} if index else {}
     texts = text_lengths(config, statistics, assumed)
     if isinstance(towers.model.text, SiglipTower):  # reads every text padded to its context
         texts = replace(texts, short=float(config.text.context_length), long=float(config.text.context_length))
@@ -440,23 +442,30 @@ def text_lengths(
             "rewrite the shards (`dvc repro shard`) or remove these captioners"
         )
     if statistics and captioners:
-        windows = [_window(statistics[name], long_texts) for name in captioners]
-        window = sum(windows) / len(windows)
+        sampler, sub_captions = long_texts.sampler, long_texts.sub_captions
+        window = fmean(_window(statistics[name], sampler, sub_captions) for name in captioners)
+        of_short = config.short_texts.sampler
+        if of_short != "raw" and of_short != "raw-or-rewrite":  # rewrites are about as long as short captions
+            short = fmean(_window(statistics[name], of_short, 1) for name in captioners)
     limit = text.context_length
     per_image = long_texts.per_image if long_texts.sub_captions else 0
     return TextLengths(min(fixed + short + 1, limit), min(fixed + window, limit), per_image)
 
 
-def _window(statistics: Mapping[str, float], long_texts: LongTextsConfig) -> float:
-    """Mean tokens of a long text, which is at most a whole caption."""
-    per_text = max(statistics["sub_captions_per_text"], 1)
-    drawn = {
-        "all": per_text,
-        "first": (per_text + 1) / 2,
-        "without-first": per_text / 2,
-        "merged": (long_texts.sub_captions + 1) / 2,
+def _window(statistics: Mapping[str, float], sampler: Sampler, window: int) -> float:
+    """Mean tokens of a text from a long caption, which is at most the whole caption."""
+    sentences = max(statistics["sub_captions_per_text"], 1)
+    drawn: dict[Sampler, float] = {
+        "window": window,
+        "merged": (window + 1) / 2,
+        "all": sentences,
+        "first": (sentences + 1) / 2,
+        "without-first": max(sentences / 2, 1),
+        "summary": 1,
+        "details": max(sentences - 1, 1),
+        "subset": (sentences + 1) / 2,
     }
-    return statistics["tokens_per_text"] * min(drawn.get(long_texts.sampler, long_texts.sub_captions) / per_text, 1)
+    return statistics["tokens_per_text"] * min(drawn[sampler] / sentences, 1)
 
 
 def step_flops(

@@ -276,13 +276,16 @@ def _load_into(engine: Any, folder: Path, step: int) -> None:
 
 
 def _create_states(engine: Any, step: int) -> None:
-    """Creates the optimizer's states, which AdamW otherwise creates in its first step."""
+    """Creates the optimizer's states, which it otherwise creates in its first step."""
     zero = engine.optimizer
     inner = getattr(zero, "optimizer", zero)
     if hasattr(zero, "fp32_partitioned_groups_flat"):  # stage 3
         parameters = zero.fp32_partitioned_groups_flat
     else:
         parameters = [parameter for group in inner.param_groups for parameter in group["params"]]
+    for group in inner.param_groups:
+        if "bias_correction" in group:  # timm's LAMB counts steps here
+            group["step"] = torch.tensor(float(step))
     for value in parameters:
         inner.state[value] = {moment: torch.zeros_like(value) for moment in MOMENTS}
         inner.state[value]["step"] = torch.tensor(float(step), device=value.device)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
-from lotlip.data.text import Sampler, Window
+from lotlip.data.text import Sampler, ShortSampler, Window
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -236,6 +236,9 @@ class ImageTowerTraining(Section):
     """How training uses the image tower: LiT freezes it (section 3.1), CLIP trains it too."""
 
     frozen: bool = Field(True, description="false: train the image tower too, starting from the weights of its stage")
+    from_scratch: bool = Field(
+        False, description="true: start from random weights of the same architecture instead, drawn by the seed (ALIGN)"
+    )
     features: Literal["stored", "computed"] = Field(
         "stored",
         description="features of a frozen tower: read from the shards, if these store them, or computed in each step",
@@ -253,6 +256,8 @@ class ImageTowerTraining(Section):
         if self.augmentation and self.frozen and self.features == "stored":
             raise ValueError("augmentation needs images, but the features are stored; set features to computed")
         given = [name for name in ("learning_rate", "weight_decay") if getattr(self, name) is not None]
+        if self.frozen and self.from_scratch:
+            raise ValueError("from_scratch starts from random weights, which need training; set frozen to false")
         if self.frozen and given:
             raise ValueError(f"{' and '.join(given)} of a frozen image tower have no effect; remove them")
         return self
@@ -266,7 +271,8 @@ class LongTextsConfig(Section):
         "window",
         description="which sub-captions of a long caption a text has. window: `sub_captions` consecutive ones; all; "
         "first: the first r, r random; without-first: a random number of those after the first, in random order; "
-        "merged: 1 to `sub_captions`, half the time consecutive ones, else any",
+        "merged: 1 to `sub_captions`, half the time consecutive ones, else any; summary: the first; details: all after "
+        "the first; subset: a random number of any, in random order",
     )
     sub_captions: NonNegative = Field(
         3,
@@ -275,13 +281,39 @@ class LongTextsConfig(Section):
     )
     captioners: list[Name] = Field(
         default_factory=list,
-        description="captioners whose captions are sampled; raw: the sentences of the short caption; empty: all "
-        "captioners",
+        description="captioners whose captions are sampled; raw: the sentences of the short caption; empty: all that "
+        "describe the images",
     )
     window: Window = Field(
         "within-caption",
         description="whether the sub-captions of a long text may come from several captions of the image",
     )
+
+
+class ShortTextsConfig(Section):
+    """The short text of an image in a step: the short caption, or another text in its place."""
+
+    sampler: ShortSampler = Field(
+        "raw",
+        description="raw: the short caption; raw-or-rewrite: it or one of its rewrites, with equal probability "
+        "(LaCLIP). The others take sub-captions of the long caption that the first long text comes from. summary: the "
+        "first (Long-CLIP's release); without-first: a random number of those after it, in random order (DeBias-CLIP); "
+        "details: all after it; subset: a random number of any, in random order; all; first: the first r, r random",
+    )
+    rewriters: list[Name] = Field(
+        default_factory=list, description="raw-or-rewrite: captioners whose rewrites are drawn; empty: all that rewrite"
+    )
+    random_offset: bool = Field(
+        False,
+        description="move the positions of the short text's words by a random number, as far as the context length "
+        "allows; the summary and corner tokens keep theirs (DeBias-CLIP)",
+    )
+
+    @model_validator(mode="after")
+    def _rewriters_drawn(self) -> ShortTextsConfig:
+        if self.rewriters and self.sampler != "raw-or-rewrite":
+            raise ValueError(f"rewriters have no effect with sampler {self.sampler}; remove them")
+        return self
 
 
 class LoaderConfig(Section):
@@ -366,11 +398,6 @@ class LossConfig(Section):
         description="FLAIR: compare image features that each text pools from the patches too; needs objective: siglip; "
         "null: the image's own feature only",
     )
-    initial_scale: Positive | None = Field(
-        None,
-        description="inverse temperature at the start; null: the starting model's, else 1/0.07, with siglip 10 "
-        "(FLAIR: 14.2857)",
-    )
     initial_bias: float | None = Field(
         None,
         description="bias of siglip at the start; null: the starting model's, else −log(batch_size − 1) (FLAIR: −10)",
@@ -378,7 +405,7 @@ class LossConfig(Section):
 
     def arguments(self) -> dict[str, Any]:
         """Returns the settings as arguments of `lotlip.objectives.contrastive.lotlip_loss`."""
-        settings = self.model_dump(exclude={"masks", "conditioned", "initial_scale", "initial_bias"})
+        settings = self.model_dump(exclude={"masks", "conditioned", "initial_bias"})
         if self.masks:
             settings["mask_penalty"] = self.masks.penalty
         if self.conditioned:
@@ -401,13 +428,38 @@ class LossConfig(Section):
         return self
 
 
-class OptimizerConfig(Section):
-    """AdamW with warm-up and cosine decay; defaults are the released code's."""
+class TemperatureConfig(Section):
+    """The learned temperature by which similarities are divided."""
 
+    initial: Positive | None = Field(
+        None,
+        description="temperature at the start (1 in ALIGN); null: that of the starting model, or 0.07 for infonce and "
+        "0.1 for siglip",
+    )
+    min: Positive | None = Field(
+        0.01, description="smallest temperature with infonce, as in CLIP; null: none; siglip has none"
+    )
+
+    @model_validator(mode="after")
+    def _above_the_smallest(self) -> TemperatureConfig:
+        if self.initial and self.min and self.initial < self.min:
+            raise ValueError(f"initial {self.initial} is below min {self.min}; lower min")
+        return self
+
+
+class OptimizerConfig(Section):
+    """Optimizer with warm-up and decay; defaults are the released code's: AdamW and a cosine."""
+
+    name: Literal["adamw", "lamb"] = Field(
+        "adamw", description="lamb: layer-wise steps as in ALIGN (arXiv 1904.00962); needs precision fp32 without ZeRO"
+    )
+    decay: Literal["cosine", "linear"] = Field(
+        "cosine", description="curve by which the learning rate falls to 0 after warm-up"
+    )
     learning_rate: Positive = Field(5e-4, description="peak learning rate, after warm-up")
-    betas: tuple[Share, Share] = Field((0.9, 0.98), description="AdamW's decay rates of the moments")
-    eps: Positive = Field(1e-6, description="AdamW's constant against division by zero")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="AdamW's weight decay")
+    betas: tuple[Share, Share] = Field((0.9, 0.98), description="decay rates of the moments")
+    eps: Positive = Field(1e-6, description="constant against division by zero")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.2, description="weight decay")
     warmup_steps: NonNegative = Field(50, description="number of steps in which the learning rate rises from 0")
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(0.0, description="maximum norm of the gradient; 0: off")
 
@@ -433,6 +485,7 @@ class PretrainConfig(Section):
         "Long-CLIP or LoTLIP, or folder of a model of this project; null: the towers are chosen separately",
     )
     text: TextTowerConfig = TextTowerConfig()
+    short_texts: ShortTextsConfig = ShortTextsConfig()
     long_texts: LongTextsConfig = LongTextsConfig()
     loader: LoaderConfig = LoaderConfig()
     image_tower: ImageTowerTraining = ImageTowerTraining()
@@ -440,6 +493,7 @@ class PretrainConfig(Section):
         "cosine", description="cosine of one feature per input, or token by token as in FILIP (arXiv 2111.07783)"
     )
     loss: LossConfig = LossConfig()
+    temperature: TemperatureConfig = TemperatureConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
@@ -462,6 +516,8 @@ class PretrainConfig(Section):
             settings.pop("text.corner_mask")
         if not self.long_texts.sub_captions:
             kept = {key: value for key, value in settings.items() if not key.startswith("long_texts.")}
+            if self.short_texts.sampler not in ("raw", "raw-or-rewrite"):  # their captions give the short text
+                kept["long_texts.captioners"] = settings["long_texts.captioners"]
             settings = {**kept, "long_texts.sub_captions": 0}
             for key in ("long_loss_weight", "short_loss_fraction", "text_components"):
                 del settings[f"loss.{key}"]
@@ -470,6 +526,10 @@ class PretrainConfig(Section):
     @model_validator(mode="after")
     def _possible(self) -> PretrainConfig:
         if self.similarity == "late-interaction":
+            if self.short_texts.random_offset:
+                raise ValueError(
+                    "similarity late-interaction does not support short_texts.random_offset; set it to false"
+                )
             if self.text.corner_tokens:
                 raise ValueError(
                     "similarity late-interaction does not support corner tokens; set text.corner_tokens to 0"
@@ -481,6 +541,12 @@ class PretrainConfig(Section):
                         f"loss.{name} needs one feature per image and text, which late-interaction does not have; "
                         f"set it to {nothing}"
                     )
+        if self.optimizer.name == "lamb" and self.precision != "fp32":
+            raise ValueError(
+                "optimizer.name lamb needs the norm of each weight, which bf16 training splits; set precision to fp32"
+            )
+        if self.loss.masks and self.short_texts.random_offset:
+            raise ValueError("loss.masks does not support short_texts.random_offset; set it to false")
         text = self.text
         if self.start and text.pretrained:
             raise ValueError(

@@ -83,7 +83,7 @@ def deepspeed_config(config: PretrainConfig, compute: TrainingCompute) -> dict[s
         "gradient_accumulation_steps": compute.gradient_accumulation_steps,
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": BUCKET},
-        "zero_allow_untested_optimizer": True,  # torch's fused AdamW
+        "zero_allow_untested_optimizer": True,  # torch's fused AdamW, and LAMB
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": bf16},
         "steps_per_print": sys.maxsize,  # the training loop reports
@@ -118,11 +118,12 @@ def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str,
 
 
 def learning_rate_factor(step: int, steps: int, optimizer: OptimizerConfig) -> float:
-    """Returns the learning rate relative to its peak, at a step from 0: linear warm-up, then cosine decay to 0."""
+    """Returns the learning rate relative to its peak, at a step from 0: linear warm-up, then decay to 0."""
     warmup = optimizer.warmup_steps
     if step < warmup:
         return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
+    done = (step - warmup) / max(steps - warmup, 1)
+    return 1 - done if optimizer.decay == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
 def decay_factor(steps: int, config: PretrainConfig) -> float:
@@ -134,8 +135,18 @@ def decay_factor(steps: int, config: PretrainConfig) -> float:
     return math.prod(1 - rate * decay for rate in rates)
 
 
+def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Builds AdamW, or timm's LAMB, which adapts the steps of the weights that decay (arXiv 1904.00962)."""
+    options: dict[str, Any] = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+    if settings.name == "lamb":
+        from timm.optim import Lamb  # timm takes 2 s to import
+
+        return Lamb(groups, max_grad_norm=None, **options)  # the engine clips gradients
+    return torch.optim.AdamW(groups, fused=True, **options)
+
+
 class Engine:
-    """DeepSpeed's engine with AdamW, and the step of the contrastive loss. Each process has one.
+    """DeepSpeed's engine with the optimizer, and the step of the contrastive loss. Each process has one.
 
     Args:
         model: the model to train.
@@ -162,16 +173,9 @@ class Engine:
             model.text.enable_checkpointing()
             if model.image is not None:
                 model.image.enable_checkpointing()
-        adamw = config.optimizer
         groups = parameter_groups(model, config)
         self._peaks = [group["lr"] for group in groups]
-        optimizer = torch.optim.AdamW(
-            groups,
-            lr=adamw.learning_rate,
-            betas=adamw.betas,
-            eps=adamw.eps,
-            fused=True,
-        )
+        optimizer = build_optimizer(groups, config.optimizer)
         self.config, self.seed = config, seed
         rounds = config.precision == "bf16"
         exact = {name: value.detach().clone() for name, value in trained_parameters(model).items()} if rounds else {}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,12 @@ from lotlip.pretrain.config import TEXT_MODELS, PositionInterpolation, PretrainC
 from lotlip.pretrain.config import TextTowerConfig as TextTowerSettings
 from lotlip.pretrain.model import LotlipForPreTraining
 
+if TYPE_CHECKING:
+    from lotlip.models.vision.image_tower import ImageTower
+
 # Dual encoders of transformers, whose text encoder `text.pretrained` uses.
 WHOLE_MODELS = ("clip", "siglip")
+_NOISE_IMAGES = 16
 
 
 def build_for_pretraining(
@@ -64,6 +68,7 @@ def build_for_pretraining(
             register_tokens=text.register_tokens,
             similarity=config.similarity,
             logit_bias=config.loss.objective == "siglip",
+            min_temperature=config.temperature.min,
             sentence_ends=sentence_ends,
         ),
         image_tower=not config.image_tower.frozen,
@@ -79,16 +84,23 @@ def build_for_pretraining(
             f"{model.text.positions} positions; set it to {model.text.positions}, or set text.position_interpolation "
             "for longer texts"
         )
+    if config.short_texts.random_offset and not model.text.moves_words:
+        raise ValueError(
+            f"short_texts.random_offset is true, but a {start.config.model_type} encoder cannot move words to other "
+            "positions; use an encoder of the BERT or CLIP family, or set it to false"
+        )
     if config.loss.objective == "siglip":
         # one in `batch_size` pairs matches; SigLIP's −10 corresponds to its batch size of 32 k (section 3.2 there)
         weights["logit_bias"] = torch.full((1,), -math.log(config.batch_size - 1))
     if start.source is not None:
         weights |= _weights_beside_encoder(start.source, model, str(name))
-    if config.loss.initial_scale is not None:
-        weights["logit_scale"] = torch.full((1,), math.log(config.loss.initial_scale))
+    if config.temperature.initial:
+        weights["logit_scale"] = torch.full((1,), -math.log(config.temperature.initial))
     if config.loss.initial_bias is not None:
         weights["logit_bias"] = torch.full((1,), config.loss.initial_bias)
-    if not config.image_tower.frozen:
+    if config.image_tower.from_scratch:
+        _measure_batch_norms(model.image_tower)
+    elif not config.image_tower.frozen:
         tower = read_weights(image_tower / "model.safetensors")
         weights |= {f"image.{name}": value for name, value in tower.items()}
     model.load_state_dict({**model.state_dict(), **weights})
@@ -101,6 +113,26 @@ def build_for_pretraining(
     token_width = read_json(image_tower / "config.json").get("token_width") or model.config.embed_dim
     model.add_objective(config.loss, token_width)
     return model.train()
+
+
+@torch.no_grad()
+def _measure_batch_norms(tower: ImageTower) -> None:
+    """Sets the running statistics of batch norms to those of random weights on noise.
+
+    Training keeps them fixed, so that its result does not depend on how batches are split. Without them, activations
+    would shrink or grow from layer to layer.
+    """
+    norms = [module for module in tower.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0  # the statistics of the next batch
+    tower.train()
+    tower(torch.randn(_NOISE_IMAGES, 3, tower.spec.image_size, tower.spec.image_size))
+    tower.eval()
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 def tokenizer_name(config: PretrainConfig, image_tower: Path) -> str:

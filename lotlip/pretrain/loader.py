@@ -7,7 +7,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -23,10 +23,10 @@ from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
 from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.tars import RawSample, Shards
-from lotlip.data.text import SubCaption, sample_long_text, sample_texts
+from lotlip.data.text import SubCaption, draw_caption, sample_long_text, sample_sub_captions, sample_texts
 from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
-from lotlip.pretrain.config import RAW, LongTextsConfig, PretrainConfig
+from lotlip.pretrain.config import RAW, LongTextsConfig, PretrainConfig, ShortTextsConfig
 from lotlip.pretrain.order import WINDOW, ExactOrder, ResampledOrder, SampleLocation
 
 
@@ -41,18 +41,21 @@ class _WorkerError:
     message: str
 
 
+RAW_TEXTS = ShortTextsConfig()
+
 # A text: its sub-captions, or the ids of its words if these are stored (`TextTokenizer.__call__`).
 Text = list[str] | np.ndarray
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An image of a step, with its short caption and the long texts sampled for it."""
+    """An image of a step, with the short text and the long texts sampled for it."""
 
     key: str
     image: np.ndarray  # [D] stored feature, or [3, H, W] pixels
-    short: Text  # short caption
+    short: Text  # short caption, or what `short_texts` puts in its place
     long: Sequence[Text]  # K long texts; empty without long texts
+    shift: float | None = None  # of the short text's words, as a share of the free positions; None: no shift
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class Batch:
         short_ids, short_lengths: short captions, [B, L] and [B].
         long_ids, long_lengths: K consecutive long texts per image, [B·K, L'] and [B·K]; None without long texts.
         patches: features of a frozen tower's patches, [B, P, C], if training has added them.
+        short_offsets: number of positions by which the words of short texts are moved, [B]; None: they are not.
     """
 
     keys: list[str]
@@ -74,6 +78,7 @@ class Batch:
     long_ids: Tensor | None
     long_lengths: Tensor | None
     patches: Tensor | None = None
+    short_offsets: Tensor | None = None
 
     @property
     def texts(self) -> dict[str, Tensor | None]:
@@ -83,6 +88,7 @@ class Batch:
             "short_lengths": self.short_lengths,
             "long_ids": self.long_ids,
             "long_lengths": self.long_lengths,
+            "short_offsets": self.short_offsets,
         }
 
     def to(self, device: torch.device) -> Batch:
@@ -115,6 +121,7 @@ class Batch:
             short_lengths=short_lengths,
             long_ids=long_ids,
             long_lengths=long_lengths,
+            short_offsets=None if self.short_offsets is None else self.short_offsets[rows],
         )
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -157,7 +164,7 @@ class Loader:
 
     Args:
         shards: folder with `index.json` and its tars: `key.json`, and `key.npy` or an image.
-        settings: settings of the ablation; `loader` and `long_texts` are used.
+        settings: settings of the ablation; `loader`, `short_texts` and `long_texts` are used.
         tokenizer: tokenizer of the text tower.
         seed: seed of the run.
         part: the part of each global batch that this process decodes.
@@ -186,7 +193,8 @@ class Loader:
         prefetch: int = 4,
         row_of: np.ndarray | None = None,
     ) -> None:
-        train = read_index(shards, ShardIndex).splits["train"].shards
+        index = read_index(shards, ShardIndex)
+        train = index.splits["train"].shards
         paths = [shards / f"{shard.name}.tar" for shard in train]
         self._part, self._workers, self._prefetch = part, workers, prefetch
         self._shards = Shards(paths, [shard.samples for shard in train], opened=2 * WINDOW)
@@ -199,7 +207,14 @@ class Loader:
             )
         self._words_hash = tokenizer.words_hash
         self._token_ids = lru_cache(maxsize=2 * WINDOW)(self._read_token_ids)
-        self._parse = partial(parse_sample, long_texts=settings.long_texts, transform=transform, tokenizer=tokenizer)
+        self._parse = partial(
+            parse_sample,
+            long_texts=settings.long_texts,
+            transform=transform,
+            tokenizer=tokenizer,
+            short_texts=settings.short_texts,
+            rewriters=index.rewriters,
+        )
         self._image = "npy" if transform is None else "image"
         self._collate = partial(collate, tokenizer=tokenizer)
         self._index, self._tokenizer, self._row_of = shards / "index.json", tokenizer, row_of
@@ -348,8 +363,10 @@ def parse_sample(
     transform: Transform | None,
     tokenizer: TextTokenizer,
     token_ids: TokenIds | None = None,
+    short_texts: ShortTextsConfig = RAW_TEXTS,
+    rewriters: Collection[str] = (),
 ) -> Sample:
-    """Decodes the used members of a sample and samples its long texts.
+    """Decodes the used members of a sample and samples its texts.
 
     Args:
         raw: the sample as read by `lotlip.data.tars`.
@@ -359,6 +376,8 @@ def parse_sample(
         transform: as in `Loader`.
         tokenizer: its sentence ends split the short caption into sub-captions; long captions are stored split.
         token_ids: token ids of the tar's texts; None: read the texts from the sample's .json.
+        short_texts: how to sample the short text.
+        rewriters: captioners whose texts reword the short caption and so are no long captions.
 
     Raises:
         ValueError: a member that is needed is missing or cannot be read.
@@ -366,16 +385,60 @@ def parse_sample(
     key, place = raw["__key__"], f"sample {raw['__key__']} in {raw['__url__']}"
     text: Text
     long: Sequence[Text]
+    sample = partial(
+        _sample_texts, short_texts=short_texts, long_texts=long_texts, rewriters=rewriters, seed=f"{seed}/{key}"
+    )
     if token_ids is None:
-        text, captions = sample_texts(raw["json"], place, tokenizer.sentence_ends)
-        long = _sample_long_texts(text, captions, long_texts, f"{seed}/{key}")
+        text, long = sample(*sample_texts(raw["json"], place, tokenizer.sentence_ends))
     else:
-        short_ids, caption_ids = token_ids.captions(row)
-        text = token_ids.words(short_ids)
-        sampled = _sample_long_texts(short_ids, caption_ids, long_texts, f"{seed}/{key}")
-        long = [token_ids.words(window) for window in sampled]
+        short_ids, sampled = sample(*token_ids.captions(row))
+        text, long = token_ids.words(short_ids), [token_ids.words(window) for window in sampled]
+    shift = random.Random(f"{seed}/{key}/offset").random() if short_texts.random_offset else None
     image = _feature(raw, place) if transform is None else _pixels(raw, place, transform, f"{seed}/{key}/image")
-    return Sample(key, image, text, long)
+    return Sample(key, image, text, long, shift)
+
+
+def _sample_texts(
+    short: Sequence[SubCaption],
+    captions: Mapping[str, Sequence[SubCaption]],
+    short_texts: ShortTextsConfig,
+    long_texts: LongTextsConfig,
+    rewriters: Collection[str],
+    seed: str,
+) -> tuple[list[SubCaption], list[list[SubCaption]]]:
+    """Samples the short text and the long texts of an image."""
+    names = long_texts.captioners or [name for name in captions if name not in rewriters]
+    available = {**captions, RAW: short}
+    described = {name: available[name] for name in names if name in available}
+    return (
+        list(_sample_short_text(short, captions, described, short_texts, rewriters, seed)),
+        _sample_long_texts(short, described, long_texts, seed),
+    )
+
+
+def _sample_short_text(
+    short: Sequence[SubCaption],
+    captions: Mapping[str, Sequence[SubCaption]],
+    described: Mapping[str, Sequence[SubCaption]],
+    settings: ShortTextsConfig,
+    rewriters: Collection[str],
+    seed: str,
+) -> Sequence[SubCaption]:
+    """Samples the short text of an image.
+
+    An image without the rewrite that is drawn has its short caption instead: the rewriter failed, or wrote fewer words
+    than the caption stage's rules keep. So has one without long captions, if the text is taken from these.
+    """
+    if settings.sampler == "raw":
+        return short
+    rng = random.Random(f"{seed}/short")
+    if settings.sampler == "raw-or-rewrite":
+        drawn = rng.choice([None, *sorted(settings.rewriters or rewriters)])
+        return short if drawn is None else captions.get(drawn) or short
+    if not any(described.values()):
+        return short
+    # the first draw for long texts chooses a caption, so this one is that of the first long text
+    return sample_sub_captions(draw_caption(described, random.Random(seed)), settings.sampler, rng)
 
 
 def _sample_long_texts(
@@ -390,9 +453,6 @@ def _sample_long_texts(
     """
     if not settings.sub_captions:
         return []
-    if settings.captioners:
-        available = {**captions, RAW: short}
-        captions = {name: available[name] for name in settings.captioners if name in available}
     if not any(captions.values()):  # a captioner may fail on an image; the shards' statistics count these
         captions = {RAW: short}
     rng = random.Random(seed)
@@ -442,14 +502,18 @@ def _npy_header(header: bytes) -> tuple[np.dtype, tuple[int, ...]]:
 
 def collate(samples: list[Sample], tokenizer: TextTokenizer) -> Batch:
     """Stacks samples and tokenizes the texts whose ids are not stored."""
-    short_ids, short_lengths = tokenizer([sample.short for sample in samples])
+    short_ids, short_lengths = map(torch.from_numpy, tokenizer([sample.short for sample in samples]))
+    shifts = [sample.shift for sample in samples if sample.shift is not None]
+    # the last word may come to lie at the end of the context
+    free = tokenizer.context_length - short_lengths + 1
     long = [text for sample in samples for text in sample.long]
     long_ids, long_lengths = map(torch.from_numpy, tokenizer(long)) if long else (None, None)
     return Batch(
         keys=[sample.key for sample in samples],
         images=torch.from_numpy(np.stack([sample.image for sample in samples])),
-        short_ids=torch.from_numpy(short_ids),
-        short_lengths=torch.from_numpy(short_lengths),
+        short_ids=short_ids,
+        short_lengths=short_lengths,
         long_ids=long_ids,
         long_lengths=long_lengths,
+        short_offsets=(torch.tensor(shifts, dtype=torch.float64) * free).long() if shifts else None,
     )

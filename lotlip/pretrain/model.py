@@ -71,6 +71,7 @@ class LotlipForPreTraining(LotlipModel):
         long_ids: Tensor | None = None,
         long_lengths: Tensor | None = None,
         patches: Tensor | None = None,
+        short_offsets: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Returns the inputs of `lotlip.objectives.contrastive.lotlip_loss`, and encodes all texts in one pass.
 
@@ -81,6 +82,7 @@ class LotlipForPreTraining(LotlipModel):
             long_ids: long texts, K consecutive ones per image, [B·K, L'].
             long_lengths: [B·K].
             patches: features of a frozen tower's patches, [B, P, C], for `objective["conditioned"]`.
+            short_offsets: number of positions by which the words of short captions are moved, [B]; None: they are not.
 
         Returns:
             `image_features` [B, D] and `text_features` [B, N, D], N = 1 + K (m + 1): [CLS] of the short caption, then
@@ -93,22 +95,22 @@ class LotlipForPreTraining(LotlipModel):
         if self.config.similarity == "late-interaction":
             compared = self._tokens(images, (short_ids, short_lengths), long)
         else:
-            compared = self._features(images, (short_ids, short_lengths), long, patches)
+            compared = self._features(images, TextBatch(short_ids, short_lengths, True, short_offsets), long, patches)
         bias = {} if self.logit_bias is None else {"logit_bias": self.logit_bias}
         return {**compared, "logit_scale": self.scale, **bias}
 
     def _features(
         self,
         images: Tensor,
-        short: tuple[Tensor, Tensor],
+        short: TextBatch,
         long: tuple[Tensor, Tensor] | None,
         patches: Tensor | None,
     ) -> dict[str, Any]:
-        batches = [TextBatch(*short, cls_only=True)] + ([] if long is None else [TextBatch(*long)])
+        batches = [short] + ([] if long is None else [TextBatch(*long)])
         further: dict[str, Any] = {}
 
         def by_image(parts: list[Tensor]) -> Tensor:
-            return torch.cat([part.reshape(len(short[0]), -1, part.shape[-1]) for part in parts], dim=1)
+            return torch.cat([part.reshape(len(short.ids), -1, part.shape[-1]) for part in parts], dim=1)
 
         if "masks" in self.objective:
             masked = [self._masked(texts) for texts in batches]

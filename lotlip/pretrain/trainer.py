@@ -125,8 +125,10 @@ class Trainer:
             for name, parameter in model.named_parameters()
             if not parameter.requires_grad
         }
-        # The index lists the ids of all word pieces in sub-captions. Those of CLIP's texts differ by punctuation.
-        if self.index.tokenizer == tokenizer and self.tokenizer.family == "bert" and not text.frozen:
+        # The index lists the ids of all word pieces in sub-captions. Those of CLIP's texts differ by punctuation. LAMB
+        # needs the norm of the whole table.
+        cut = config.optimizer.name == "adamw" and not text.frozen
+        if cut and self.index.tokenizer == tokenizer and self.tokenizer.family == "bert":
             used = {*self.index.vocabulary, *self.tokenizer.special_ids}
             keep_used_rows(model, used, partial(decay_factor, config=config))
         self.loader = Loader(

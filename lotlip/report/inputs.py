@@ -410,7 +410,7 @@ def _long_captions(params: Params, root: Path, name: str, no_captions: dict[str,
     import lotlip.data.partitions as partitions
 
     captions: dict[str, dict[str, str]] = {}
-    for captioner in params.caption.captioners:
+    for captioner in params.caption.describing:
         folder = root / params.paths.captions / captioner
         if not (folder / f"{name}.parquet").exists():
             no_captions[f"contact sheet: no captions of {captioner} for {name}"] = None

@@ -40,7 +40,10 @@ def gate_shard(
         separated: how well the tower separates the pictures; None: not measured.
         report: scratch folder.
     """
-    rows = [inspect_shard(folder, shard, settings.store_features, held_out) for shard in index.shards]
+    rows = [
+        inspect_shard(folder, shard, settings.store_features, held_out, rewriters=index.rewriters)
+        for shard in index.shards
+    ]
     indexed = [folder / f"{row['shard']}.tar" for row in rows if row["places_off"] == 0]
     failures, few_failures = failure_check(index, settings.max_failure_share, "shard")
     table = number_table(rows, SHARD, "shard", "samples", "uncaptioned")
@@ -72,7 +75,7 @@ def gate_shard(
             one_value("repeated_keys", "keys are unique", high=0),
             one_value("widths", "all features have the same dimension (number of dimensions)", high=1),
             *better,
-            *(captioned if set(index.statistics) - {"raw"} else []),  # only if there are captioners
+            *(captioned if index.describers else []),  # only if captioners describe the images
         ],
         "shards": [
             *(expectation(invariant) for invariant in SHARD),

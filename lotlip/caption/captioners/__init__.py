@@ -1,4 +1,4 @@
-"""Captioners, which write the long captions."""
+"""Captioners, which write the long captions, or reword the short ones."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ _BUILT_IN = {
     "table": "lotlip.caption.captioners.table:TableCaptioner",
     "endpoint": "lotlip.caption.captioners.endpoint:EndpointCaptioner",
     "transformers": "lotlip.caption.captioners.transformers:TransformersCaptioner",
+    "rewrite-scenes": "lotlip.demo.rewriter:SceneRewriter",
+    "rewrite-endpoint": "lotlip.caption.captioners.endpoint:EndpointRewriter",
+    "rewrite-transformers": "lotlip.caption.captioners.transformers:TransformersRewriter",
 }
 
 

@@ -1,4 +1,4 @@
-"""Captions from a multimodal LLM behind an OpenAI-compatible server (vLLM, SGLang, `transformers serve`)."""
+"""Captions, or rewrites of captions, from a model behind an OpenAI-compatible server (vLLM, SGLang, and others)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from urllib.parse import urlsplit
 
 from PIL import Image
 
-from lotlip.caption.config import EndpointCaptionerConfig
+from lotlip.caption.captioners.rewriting import question, rewrite_in
+from lotlip.caption.config import EndpointCaptionerConfig, EndpointRewriterConfig
 from lotlip.caption.reasoning import cut_reasoning
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.data.images import decode_rgb
@@ -88,10 +89,13 @@ class EndpointCaptioner:
         ValueError: the key would be sent unencrypted to another machine.
     """
 
+    # for messages: what a request is about, and what a trial request asks for
+    asked, trial = "picture", "caption a trial picture"
+
     def __init__(
         self,
         name: str,
-        settings: EndpointCaptionerConfig,
+        settings: EndpointCaptionerConfig | EndpointRewriterConfig,
         count_tokens: Callable[[str], int],
         compute: CaptionerCompute = CAPTIONER_DEFAULTS,
     ) -> None:
@@ -157,10 +161,35 @@ class EndpointCaptioner:
             with self._client() as client:
                 models = self._models(client.with_options(max_retries=1))
                 try:
-                    self._send(client, _trial_picture())
+                    self._send(client, self._trial_request())
                 except openai.APIError as error:
                     raise self._unusable(error, models) from None
             self._checked = True
+
+    # --- what is sent ------------------------------------------------------------------------------------------------
+
+    def _request(self, record: ImageRecord) -> Any:
+        """The content of the message for an image.
+
+        Raises:
+            ValueError: the image cannot be read.
+        """
+        return self._about_image(data_url(record.image))
+
+    def _trial_request(self) -> Any:
+        """The content of a message that any server with a suitable model can answer."""
+        return self._about_image(_trial_picture())
+
+    def _about_image(self, image: str) -> Any:
+        return [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": self.prompt}]
+
+    def _text(self, content: str) -> str:
+        """The caption in an answer without reasoning."""
+        return content
+
+    def _check_readable(self, record: ImageRecord) -> None:
+        """Raises ValueError if the image is broken: for these some servers return 400, others 500."""
+        decode_rgb(record.image)
 
     # --- one image ----------------------------------------------------------------------------------------------------
 
@@ -168,11 +197,11 @@ class EndpointCaptioner:
         import openai
 
         try:
-            image = data_url(record.image)
+            request = self._request(record)
         except ValueError as error:
             return _failure(record, str(error), "unreadable")
         try:
-            choice = self._send(client, image).choices[0]
+            choice = self._send(client, request).choices[0]
         except openai.APIError as error:
             return self._image_failure(client, record, error)
         finish_reason = str(choice.finish_reason)
@@ -182,11 +211,12 @@ class EndpointCaptioner:
             return _failure(record, f"{self._name} gave a malformed answer: {error}", "malformed")
         if finish_reason == "content_filter" or refusal:
             words = refusal or "its content filter stopped the caption"
-            return _failure(record, f"{self._name} refused the picture: {self._clean(words)}", "refused")
-        text = cut_reasoning(content)
+            return _failure(record, f"{self._name} refused the {self.asked}: {self._clean(words)}", "refused")
+        answer = cut_reasoning(content)
+        text = self._text(answer)
         sub_captions = split_sub_captions(text)
         if not has_words(text):
-            reasoned = text != content.strip() or _has_reasoning_field(choice.message)
+            reasoned = answer != content.strip() or _has_reasoning_field(choice.message)
             reason = f"{self._name} answered without words (finish reason {finish_reason})"
             if reasoned:
                 reason = (
@@ -205,8 +235,7 @@ class EndpointCaptioner:
             prompt=self.prompt,
         )
 
-    def _send(self, client: openai.OpenAI, image: str) -> ChatCompletion:
-        content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": self.prompt}]
+    def _send(self, client: openai.OpenAI, content: Any) -> ChatCompletion:
         messages: Any = [{"role": "user", "content": content}]
         server = _server_state(self.settings, self._compute)
         with server.slots:
@@ -220,15 +249,15 @@ class EndpointCaptioner:
         if fault == "setup":
             raise self._unusable(error, None) from None
         try:
-            decode_rgb(record.image)
-        except ValueError as unreadable:  # for these some servers return 400, others 500
+            self._check_readable(record)
+        except ValueError as unreadable:
             return _failure(record, str(unreadable), "unreadable")
         if fault == "server":
             self._check_alive(client, failed, reason)
-            return _failure(record, f"the server failed with this picture at every attempt: {reason}", "server")
+            return _failure(record, f"the server failed with this {self.asked} at every attempt: {reason}", "server")
         if error.code in ("content_filter", "content_policy_violation"):
-            return _failure(record, f"{self._name} refused the picture: {reason}", "refused")
-        return _failure(record, f"the server does not accept the picture: {reason}", "rejected")
+            return _failure(record, f"{self._name} refused the {self.asked}: {reason}", "refused")
+        return _failure(record, f"the server does not accept the {self.asked}: {reason}", "rejected")
 
     # --- the server ---------------------------------------------------------------------------------------------------
 
@@ -246,7 +275,7 @@ class EndpointCaptioner:
         with server.lock:
             if server.alive < failed and server.dead < failed:
                 try:
-                    self._send(client, _trial_picture())
+                    self._send(client, self._trial_request())
                 except openai.APIError as error:
                     if _fault(error) != "server":
                         raise self._unusable(error, None) from None
@@ -300,8 +329,7 @@ class EndpointCaptioner:
         listed = "" if models is None else f" (it lists: {_join_names(models)})"
         if _fault(error) == "server":
             return ConnectionError(
-                f"{url} cannot caption a trial picture with {self.settings.model!r}{listed}: {reason}; "
-                "check the server's log"
+                f"{url} cannot {self.trial} with {self.settings.model!r}{listed}: {reason}; check the server's log"
             )
         return NonRetryableError(
             f"{url} does not accept requests for {self.settings.model!r}{listed}: {reason}; set `url`, `model` and "
@@ -350,6 +378,27 @@ class EndpointCaptioner:
         key = _key()
         line = " ".join((text if key == NO_KEY else text.replace(key, "…")).split())
         return line if len(line) <= LONGEST_REASON else line[:LONGEST_REASON] + "…"
+
+
+class EndpointRewriter(EndpointCaptioner):
+    """Sends short captions to a server for rewording, several at a time; no image is sent (arXiv 2305.20088).
+
+    Failures and retries are those of `EndpointCaptioner`.
+    """
+
+    asked, trial = "caption", "reword a trial caption"
+
+    def _request(self, record: ImageRecord) -> str:
+        return question(self.prompt, record.short_caption)
+
+    def _trial_request(self) -> str:
+        return question(self.prompt, "a photo of a dog")
+
+    def _text(self, content: str) -> str:
+        return rewrite_in(content)
+
+    def _check_readable(self, record: ImageRecord) -> None:
+        """Does nothing, because the image is not sent."""
 
 
 def _content(message: Any) -> tuple[str, str]:
@@ -445,7 +494,7 @@ def _failure(record: ImageRecord, reason: str, kind: str) -> Failure:
     return Failure(key=record.key, where=record.key, reason=reason, kind=kind)
 
 
-def _server_state(settings: EndpointCaptionerConfig, compute: CaptionerCompute) -> _Server:
+def _server_state(settings: EndpointCaptionerConfig | EndpointRewriterConfig, compute: CaptionerCompute) -> _Server:
     return _server(settings.url, settings.model, compute.concurrency)
 
 

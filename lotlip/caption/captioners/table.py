@@ -58,7 +58,7 @@ class TableCaptioner:
             with settings.path.open("rb") as file:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         self.revision = f"sha256:{digest[:12]}"
-        read_as = settings.model_dump(mode="json", exclude={"path"})
+        read_as = settings.model_dump(mode="json", exclude={"path", "rewrites"})
         self.about: dict[str, Any] = {**read_as, "captioner_name": name, "revision": self.revision}
 
     def caption(self, records: Iterable[ImageRecord]) -> Iterator[Caption | Failure]:

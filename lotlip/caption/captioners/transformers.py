@@ -1,4 +1,4 @@
-"""Captions from multimodal language models of the transformers library, in batches of images of similar cost."""
+"""Captions, or rewrites of captions, by models of the transformers library, in batches of similar cost."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import logging
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lotlip.caption.config import TransformersCaptionerConfig
+from lotlip.caption.captioners.rewriting import question, rewrite_in
+from lotlip.caption.config import TransformersCaptionerConfig, TransformersRewriterConfig, is_rewriter
 from lotlip.caption.reasoning import cut_reasoning, has_marker, is_marker
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_tree
@@ -24,7 +25,6 @@ from lotlip.data.weights import check_weights
 
 if TYPE_CHECKING:
     import torch
-    from PIL import Image
 
 _WINDOW = 16  # batches of encoded images that are sorted by cost together
 _PREFETCH = 2  # batches that threads decode and prepare while the model generates
@@ -49,7 +49,7 @@ class TransformersCaptioner:
     def __init__(
         self,
         name: str,
-        settings: TransformersCaptionerConfig,
+        settings: TransformersCaptionerConfig | TransformersRewriterConfig,
         count_tokens: Callable[[str], int],
         compute: CaptionerCompute = CAPTIONER_DEFAULTS,
     ) -> None:
@@ -113,7 +113,7 @@ class TransformersCaptioner:
         for place in places:
             record = window.records[place]
             try:
-                image = decode_rgb(record.image)
+                image = self._shown(record)
             except ValueError as error:
                 batch.failures[place] = Failure(record.key, record.key, str(error), "unreadable")
             else:
@@ -132,9 +132,7 @@ class TransformersCaptioner:
             for place, record, answer in zip(batch.places, records, answers, strict=True)
         }
 
-    def _answers(
-        self, mllm: _Mllm, images: Sequence[Image.Image], keys: Sequence[str], inputs: Any = None
-    ) -> list[_Answer]:
+    def _answers(self, mllm: _Mllm, images: Sequence[Any], keys: Sequence[str], inputs: Any = None) -> list[_Answer]:
         """The model's answers, in as many batches as the GPU's memory requires."""
         import torch
 
@@ -159,6 +157,14 @@ class TransformersCaptioner:
         parts = [slice(start, start + step) for start in range(0, len(images), step)]
         return [answer for part in parts for answer in self._answers(mllm, images[part], keys[part])]
 
+    def _shown(self, record: ImageRecord) -> Any:
+        """What the model is given besides the prompt.
+
+        Raises:
+            ValueError: the image cannot be decoded.
+        """
+        return decode_rgb(record.image)
+
     def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
         sub_captions = split_sub_captions(answer.text)
         if not has_words(answer.text):
@@ -177,6 +183,16 @@ class TransformersCaptioner:
         )
 
 
+class TransformersRewriter(TransformersCaptioner):
+    """Rewords short captions with a text-only model, which is given no image (LaCLIP, arXiv 2305.20088)."""
+
+    def _shown(self, record: ImageRecord) -> str:
+        return record.short_caption
+
+    def _caption(self, record: ImageRecord, answer: _Answer) -> Caption | Failure:
+        return super()._caption(record, replace(answer, text=rewrite_in(answer.text)))
+
+
 @dataclass
 class _Window:
     """Records that are sorted together, and their captions or failures by index."""
@@ -191,7 +207,7 @@ class _Batch:
 
     window: _Window
     places: list[int] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
+    images: list[Any] = field(default_factory=list)
     inputs: Any = None
     failures: dict[int, Failure] = field(default_factory=dict)
 
@@ -210,14 +226,17 @@ class _Mllm:
     """A loaded model with its processor.
 
     Attributes:
+        expected: what the model must be, for messages.
         fits: batch size that is not yet known to exceed the GPU's memory.
     """
+
+    expected = "an image-text-to-text model"
 
     def __init__(self, model: Any, processor: Any) -> None:
         self.fits = sys.maxsize
         self._model, self._processor = model, processor
         self._generating, self._processing = threading.Lock(), threading.Lock()
-        tokenizer = processor.tokenizer
+        tokenizer = self._tokenizer = getattr(processor, "tokenizer", processor)
         # Generation is told where to stop, so that end tokens are known here too.
         self._end_tokens = _end_tokens(model, tokenizer)
         if tokenizer.pad_token is None:
@@ -231,7 +250,7 @@ class _Mllm:
         size = (record.height, record.width)
         return tokens(image_sizes=[size]).num_image_tokens[0] if tokens else 0, record.width * record.height
 
-    def inputs(self, images: Sequence[Image.Image], prompt: str) -> Any:
+    def inputs(self, images: Sequence[Any], prompt: str) -> Any:
         """The model's inputs: padded token ids, their mask, pixels and whatever else the processor returns."""
         image_token = str(getattr(self._processor, "image_token", ""))
         complete = bool(image_token) and image_token in prompt
@@ -250,7 +269,16 @@ class _Mllm:
                 processor_kwargs={"padding": True},
             )
 
-    def answers(self, inputs: Any, keys: Sequence[str], settings: TransformersCaptionerConfig) -> list[_Answer]:
+    @staticmethod
+    def classes(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+        """The classes of transformers that load the model and its processor; `options` are of `from_pretrained`."""
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        return AutoModelForImageTextToText, AutoProcessor
+
+    def answers(
+        self, inputs: Any, keys: Sequence[str], settings: TransformersCaptionerConfig | TransformersRewriterConfig
+    ) -> list[_Answer]:
         """Generates an answer to each prompt.
 
         Raises:
@@ -276,16 +304,18 @@ class _Mllm:
                 top_k=None,
                 logits_processor=_logits_processors(settings, keys),
                 eos_token_id=self._end_tokens,
-                pad_token_id=self._processor.tokenizer.pad_token_id,
+                pad_token_id=self._tokenizer.pad_token_id,
             ).cpu()
         prompt = inputs["input_ids"]
-        if torch.equal(written[:, : prompt.shape[1]], prompt):  # most models, but not all, return the prompt too
+        if self._model.config.is_encoder_decoder:
+            written = written[:, 1:]  # the decoder's start token, which may be the end token too
+        elif torch.equal(written[:, : prompt.shape[1]], prompt):  # most models, but not all, return the prompt too
             written = written[:, prompt.shape[1] :]
         return [self._answer(row) for row in written.tolist()]
 
     def _answer(self, tokens: list[int]) -> _Answer:
         end = next((place for place, token in enumerate(tokens) if token in self._end_tokens), None)
-        tokenizer = self._processor.tokenizer
+        tokenizer = self._tokenizer
         written = tokenizer.decode(tokens[:end], skip_special_tokens=True)
         if not has_marker(written):  # markers may be special tokens, which decoding skips
             special = {
@@ -298,19 +328,51 @@ class _Mllm:
         return _Answer(cut_reasoning(written), "length" if end is None else "stop", reasoned=has_marker(written))
 
 
+class _TextModel(_Mllm):
+    """A loaded model that reads text only, with its tokenizer."""
+
+    expected = "a text-generation or text-to-text model"
+
+    def cost(self, record: ImageRecord) -> tuple[int, int]:
+        """The length of the short caption in characters."""
+        return len(record.short_caption), 0
+
+    def inputs(self, images: Sequence[Any], prompt: str) -> Any:
+        """The model's inputs: padded token ids and their mask; `images` are the short captions."""
+        questions = [question(prompt, caption) for caption in images]
+        with self._processing:  # tokenizers are not thread-safe when they pad
+            if not getattr(self._tokenizer, "chat_template", None):
+                return self._tokenizer(questions, padding=True, return_tensors="pt", return_token_type_ids=False)
+            return self._tokenizer.apply_chat_template(
+                [[{"role": "user", "content": text}] for text in questions],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                padding=True,
+            )
+
+    @staticmethod
+    def classes(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        config = AutoConfig.from_pretrained(source, **options)
+        return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM), AutoTokenizer
+
+
 _loading = threading.Lock()
 
 
-def _load(settings: TransformersCaptionerConfig, revision: str, device: str) -> _Mllm:
+def _load(settings: TransformersCaptionerConfig | TransformersRewriterConfig, revision: str, device: str) -> _Mllm:
     """The model that the settings name; the process has only one copy."""
+    kind = _TextModel if is_rewriter(settings) else _Mllm
     with _loading:
-        return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, device)
+        return _loaded(settings.model, revision, settings.in_a_folder, settings.dtype, device, kind)
 
 
 @lru_cache(maxsize=1)
-def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: str) -> _Mllm:
+def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: str, kind: Any) -> _Mllm:
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     gpu = torch.cuda.is_available() and device != "cpu"
     if device.startswith("cuda") and not gpu:
@@ -318,23 +380,19 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
     # never run code that comes with a model; weights in other formats are pickles, which may contain code
-    where = {} if in_a_folder else {"revision": revision}
+    options: dict[str, Any] = {"trust_remote_code": False, **({} if in_a_folder else {"revision": revision})}
     try:
         if in_a_folder:
             check_weights(Path(source))
-        processor = AutoProcessor.from_pretrained(source, trust_remote_code=False, **where)
-        model: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            trust_remote_code=False,
-            use_safetensors=True,
-            dtype=dtype,
-            device_map=device if gpu else None,
-            **where,
+        model_class, processor_class = kind.classes(source, options)
+        processor = processor_class.from_pretrained(source, **options)
+        model: Any = model_class.from_pretrained(
+            source, use_safetensors=True, dtype=dtype, device_map=device if gpu else None, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise NonRetryableError(
-            f"model {source} ({revision}) cannot be loaded; it must be an image-text-to-text model of transformers, "
+            f"model {source} ({revision}) cannot be loaded; it must be {kind.expected} of transformers, "
             f"with safetensors weights and no custom code: {reason}"
         ) from error
     for name in ("patch_size", "num_query_tokens"):
@@ -343,7 +401,7 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
                 f"the processor of {source} ({revision}) has no {name}, because an old version of transformers saved "
                 "it; use a later revision, or save it again with the value in the model's config.json"
             )
-    return _Mllm(model.eval(), processor)
+    return kind(model.eval(), processor)
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -358,7 +416,9 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
-def _logits_processors(settings: TransformersCaptionerConfig, keys: Sequence[str]) -> list[Any]:
+def _logits_processors(
+    settings: TransformersCaptionerConfig | TransformersRewriterConfig, keys: Sequence[str]
+) -> list[Any]:
     """The processors that turn greedy decoding into sampling; none at temperature 0."""
     if not settings.temperature:
         return []

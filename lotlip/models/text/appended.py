@@ -46,7 +46,7 @@ class AppendedTower(TextTower):
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         encoder: Any = self.transformer
-        ids, lengths, _ = self._completed(TextBatch(input_ids, lengths))
+        ids, lengths, *_ = self._completed(TextBatch(input_ids, lengths))
         texts = self._arrange(ids, lengths, False)
         # `is_causal` concerns masks of two dimensions
         hidden = encoder.encoder(self._embed(texts.ids, texts.positions), texts.mask, is_causal=False).last_hidden_state

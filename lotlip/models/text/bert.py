@@ -38,7 +38,7 @@ class BertTower(TextTower):
     def encode(self, *batches: TextBatch) -> list[Tensor]:
         if not self.packs:
             return super().encode(*batches)
-        packed = pack([self._trimmed(texts) for texts in batches], self._arrange)
+        packed = pack([self._trimmed(texts) for texts in batches], self._arrange, 1 + self.corner_tokens)
         return [self.features(hidden) for hidden in unpack(self._packed_hidden_states(packed), packed.outputs)]
 
     @property
@@ -53,9 +53,8 @@ class BertTower(TextTower):
         dropped = self._dropped(texts.cls_only)
         if not dropped:
             return texts
-        return TextBatch(
-            torch.cat([texts.ids[:, :1], texts.ids[:, 1 + dropped :]], dim=1), texts.lengths - dropped, True
-        )
+        ids = torch.cat([texts.ids[:, :1], texts.ids[:, 1 + dropped :]], dim=1)
+        return TextBatch(ids, texts.lengths - dropped, True, texts.offsets)
 
     def _arrange(self, ids: Tensor, lengths: Tensor, cls_only: bool) -> Arranged:
         """See `Arrange`. Tokens after corner tokens that were left out keep their positions."""

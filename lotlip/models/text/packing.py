@@ -22,11 +22,13 @@ class TextBatch(NamedTuple):
         ids: [B, L], padded at the end.
         lengths: number of tokens of each text, [B].
         cls_only: whether only the features of the summary token, such as [CLS], are needed.
+        offsets: number of positions by which each text's words are moved, [B]; None: they are not.
     """
 
     ids: Tensor
     lengths: Tensor
     cls_only: bool = False
+    offsets: Tensor | None = None
 
 
 class Arranged(NamedTuple):
@@ -66,12 +68,13 @@ class PackedTexts:
     outputs: list[Tensor]
 
 
-def pack(batches: Sequence[TextBatch], arrange: Arrange) -> PackedTexts:
+def pack(batches: Sequence[TextBatch], arrange: Arrange, fixed: int = 1) -> PackedTexts:
     """Packs batches of texts into one sequence.
 
     Args:
         batches: texts.
         arrange: adds a tower's own tokens, positions and mask to a group of texts of similar length.
+        fixed: number of first positions that the offsets of texts do not move.
     """
     ids, positions, masks, outputs = [], [], [], []
     end = 0
@@ -81,11 +84,17 @@ def pack(batches: Sequence[TextBatch], arrange: Arrange) -> PackedTexts:
         groups = _group_lengths(lengths.tolist())  # the only synchronisation with the device
         sizes = [len(group) for group in groups]
         wanted = []
-        for rows, real, group in zip(texts.ids[order].split(sizes), lengths.split(sizes), groups, strict=True):
+        offsets = (torch.zeros_like(lengths) if texts.offsets is None else texts.offsets[order]).split(sizes)
+        parts = zip(texts.ids[order].split(sizes), lengths.split(sizes), offsets, groups, strict=True)
+        for rows, real, offset, group in parts:
             arranged = arrange(rows[:, : group[-1]], real, texts.cls_only)
             number, length = arranged.ids.shape
             ids.append(arranged.ids.flatten())
-            positions.append(arranged.positions.flatten())
+            places = arranged.positions
+            if texts.offsets is not None:
+                last = places.gather(1, real[:, None] - 1)  # padding stays there, within the table of positions
+                places = torch.where(places >= fixed, torch.minimum(places, last) + offset[:, None], places)
+            positions.append(places.flatten())
             masks.append(arranged.mask)
             starts = end + length * torch.arange(number, device=real.device)
             wanted.append(starts[:, None] + arranged.outputs)

@@ -24,6 +24,7 @@ class SiglipTower(AppendedTower):
     """
 
     causal = False
+    moves_words = False  # the padding is read too, so there are no free positions
 
     def __init__(self, config: LotlipConfig) -> None:
         transformer: Any = SiglipTextModel._from_config(config.text_config, attn_implementation="sdpa")
@@ -32,7 +33,7 @@ class SiglipTower(AppendedTower):
         self.context_length = config.context_length
 
     def _completed(self, texts: TextBatch) -> TextBatch:
-        ids, lengths, cls_only = texts
+        ids, lengths, cls_only, _ = texts
         padding, length = self.transformer.config.pad_token_id, ids.shape[1]
         self.check_length(length, self.context_length)
         is_padding = torch.arange(length, device=ids.device) >= lengths[:, None]

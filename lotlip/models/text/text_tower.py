@@ -77,7 +77,7 @@ class TextTower(nn.Module):
         """
         return [
             self.features(self.hidden_states(ids, lengths)[1][:, : 1 if cls_only else None])
-            for ids, lengths, cls_only in batches
+            for ids, lengths, cls_only, _ in batches
         ]
 
     def enable_checkpointing(self) -> None:
@@ -102,6 +102,11 @@ class TextTower(nn.Module):
     def attention_mask(self, input_ids: Tensor) -> Tensor:
         """Returns 1 for tokens and 0 for padding, [B, L], derived from the ids."""
         return input_ids != self.transformer.config.pad_token_id
+
+    @property
+    def moves_words(self) -> bool:
+        """Whether texts may have offsets: if they are packed and positions are learned."""
+        return self.packs and position_table(self.transformer) is not None
 
     @property
     def packs(self) -> bool:

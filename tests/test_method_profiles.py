@@ -1,0 +1,103 @@
+"""Profiles of other methods as released: what each states, and that it can be planned and told to DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lotlip.caption.captioners.table import TableCaptioner
+from lotlip.config.params import Params, load_params
+from lotlip.ingest.sources import open_source
+from lotlip.plan.plan import Gpu, build_towers, parameters, plan
+from lotlip.pretrain.config import PretrainConfig
+from lotlip.pretrain.engine import deepspeed_config
+from tests.test_webdataset_source import picture
+
+ROOT = Path(__file__).parent.parent
+FROM_CLIP = ("long-clip", "debias-clip", "himo-clip")
+FROM_SCRATCH = ("laclip", "align")
+
+
+def profile(name: str) -> tuple[Params, PretrainConfig]:
+    params = load_params(ROOT / "profiles" / f"{name}.yaml")
+    (ablation,) = params.names
+    assert ablation == name
+    return params, params.ablation(name)
+
+
+@pytest.mark.parametrize("name", FROM_CLIP)
+def test_methods_that_continue_from_clip_stretch_its_positions(name):
+    params, config = profile(name)
+    (line,) = params.warnings
+    assert "is not pinned" in line
+    assert config.start == "openai/clip-vit-base-patch16" and params.image_tower.kind == "start"
+    stretched = config.text.position_interpolation
+    assert stretched is not None and stretched.interpolated == config.text.context_length == 248
+    assert config.text.frozen_positions == 20
+    assert not config.image_tower.frozen and not config.image_tower.from_scratch
+    assert config.long_texts.sampler == "all" and config.long_texts.sub_captions
+    optimizer = config.optimizer
+    assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.warmup_steps) == (1e-6, 1e-2, 200)
+
+
+def test_the_three_from_clip_differ_in_their_texts_and_losses_only():
+    settings = {name: profile(name)[1] for name in FROM_CLIP}
+    shared = [config.model_dump(exclude={"short_texts": True, "loss": True}) for config in settings.values()]
+    assert shared[0] == shared[1] == shared[2]
+    long_clip, debias, himo = settings.values()
+    assert (long_clip.short_texts.sampler, debias.short_texts.sampler) == ("summary", "without-first")
+    assert debias.short_texts.random_offset and not long_clip.short_texts.random_offset
+    shares = [config.loss.short_loss_fraction for config in settings.values()]
+    assert shares == [0.5, 0.1, 0]
+    assert (long_clip.loss.image_components, debias.loss.image_components, himo.loss.text_components) == (32, 32, 0.9)
+    smoothing = [config.loss.label_smoothing for config in settings.values()]
+    assert smoothing == [0.1, 0, 0.1]
+
+
+@pytest.mark.parametrize("name", FROM_CLIP)
+def test_the_documented_table_is_read_as_images_and_captions(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    params = load_params(ROOT / "profiles" / f"{name}.yaml")
+    folder = Path("data/raw/sharegpt4v")
+    (folder / "images/coco").mkdir(parents=True)
+    (folder / "images/coco/1.jpg").write_bytes(picture())
+    (folder / "captions.csv").write_text('image,text\ncoco/1.jpg,"A dog. It runs, fast."\n', encoding="utf-8")
+    source = open_source(params.ingest.source, params.ingest.images)
+    (record,) = (item for unit in source.units(10) for item in source.read(unit))
+    author = TableCaptioner("sharegpt4v", params.caption.captioners["sharegpt4v"], len)  # type: ignore[arg-type]
+    (caption,) = author.caption([record])  # type: ignore[list-item]
+    assert caption.text == record.short_caption == "A dog. It runs, fast."  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", FROM_SCRATCH)
+def test_methods_from_scratch_fit_eight_gpus(name):
+    params, config = profile(name)
+    assert params.warnings == []  # nothing is downloaded
+    assert config.image_tower.from_scratch and config.text.pretrained is None and not config.long_texts.sub_captions
+    compute = params.training_compute(name)
+    told = deepspeed_config(config, compute)
+    assert told["train_batch_size"] == config.batch_size
+    assert plan(params, config, compute, Gpu()).remedy == ""
+    trained, frozen = parameters(config, build_towers(config, params.image_tower))
+    assert not frozen and trained["image tower"] > 5e7 and trained["text encoder"] > 5e7
+
+
+def test_laclip_has_its_released_settings():
+    params, config = profile("laclip")
+    assert len(params.caption.rewriting) == 4 and not params.caption.describing
+    assert config.short_texts.sampler == "raw-or-rewrite"
+    assert config.image_tower.augmentation is not None and config.image_tower.augmentation.scale == (0.5, 1.0)
+    assert config.optimizer.betas == (0.9, 0.98) and config.optimizer.eps == 1e-8
+    assert config.steps == 25 * config.optimizer.warmup_steps
+    assert config.temperature.initial is None and config.temperature.min == 0.01
+
+
+def test_align_has_its_published_settings():
+    params, config = profile("align")
+    images = params.ingest.images
+    assert (images.min_side, images.max_aspect_ratio) == (201, 3)
+    assert (config.loss.label_smoothing, config.temperature.initial, config.temperature.min) == (0.1, 1.0, None)
+    assert (config.batch_size, config.text.context_length) == (16384, 64)
+    assert deepspeed_config(config, params.training_compute("align"))["zero_optimization"]["stage"] == 0
+    assert config.optimizer.decay == "linear" and config.optimizer.name == "lamb"
