@@ -179,7 +179,7 @@ def test_the_loss_of_debias_clip_is_a_setting():
     draw = torch.Generator().manual_seed(0)
     images, short, long = (normalize(torch.randn(9, 16, generator=draw), dim=-1) for _ in range(3))
     settings = PretrainConfig(loss={"short_loss_fraction": 0.1, "image_components": 4}).loss
-    found = lotlip_loss(images, torch.stack([short, long], dim=1), torch.tensor([20.0]), **settings.model_dump())
+    found = lotlip_loss(images, torch.stack([short, long], dim=1), torch.tensor([20.0]), **settings.arguments())
 
     def contrast(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
         logits, own = 20 * images @ texts.T, torch.arange(9)
