@@ -31,6 +31,11 @@ def run() -> None:
         if end.code == INTERRUPTED:  # set by Typer on Ctrl-C
             print("stopped", file=sys.stderr)
         raise
+    except ModuleNotFoundError as error:
+        if os.environ.get("LOTLIP_TRACEBACK") or error.name is None or error.name.startswith("lotlip"):
+            raise
+        command = " ".join(sys.argv[1:2])
+        sys.exit(f"error: `lotlip {command}` needs the package {error.name}: pip install 'lotlip[pipeline]'")
     except (ValueError, OSError) as error:
         if os.environ.get("LOTLIP_TRACEBACK"):
             raise

@@ -347,8 +347,8 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     )
     params = load_params(tmp_path / "params.yaml")
     configs = {name: params.ablation(name) for name in params.names}
-    assert len(configs) == 18
-    assert len({config.model_dump_json() for config in configs.values()}) == 18  # no two are the same
+    assert len(configs) == 20
+    assert len({config.model_dump_json() for config in configs.values()}) == 20  # no two are the same
     assert configs["long-clip"].text.position_interpolation is not None
     assert configs["long-clip"].text.position_interpolation.interpolated == 248
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels

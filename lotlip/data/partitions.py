@@ -16,10 +16,9 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -27,6 +26,9 @@ from lotlip.core.files import atomic_write, remove, sha256_files, write_json
 from lotlip.core.record import read_record
 from lotlip.data.records import KEY_PATTERN, SPLITS, Caption, Failure, ImageRecord, ItemWarning, Unit, UnitReport
 from lotlip.data.tars import TarWriter
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MARKER = ".json"
 
@@ -274,6 +276,8 @@ def read_captions(folder: Path, name: str, columns: Sequence[str] | None = None)
     """A unit's captions, with the columns of `CAPTIONS`; sub-captions are lists."""
     table = read_table(folder, name, columns)
     if "sub_captions" in table:
+        import pandas as pd
+
         table["sub_captions"] = pd.Series([list(parts) for parts in table["sub_captions"]], table.index, object)
     return table
 
