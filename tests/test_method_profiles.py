@@ -15,8 +15,8 @@ from lotlip.pretrain.engine import deepspeed_config
 from tests.test_webdataset_source import picture
 
 ROOT = Path(__file__).parent.parent
-FROM_CLIP = ("long-clip", "debias-clip", "himo-clip")
-FROM_SCRATCH = ("laclip", "align")
+FROM_CLIP = ("long-clip", "debias-clip", "himo-clip", "smart-clip")
+FROM_SCRATCH = ("laclip", "align", "flair")
 
 
 def profile(name: str) -> tuple[Params, PretrainConfig]:
@@ -36,23 +36,24 @@ def test_methods_that_continue_from_clip_stretch_its_positions(name):
     assert stretched is not None and stretched.interpolated == config.text.context_length == 248
     assert config.text.frozen_positions == 20
     assert not config.image_tower.frozen and not config.image_tower.from_scratch
-    assert config.long_texts.sampler == "all" and config.long_texts.sub_captions
+    assert config.long_texts.sampler == ("first" if name == "smart-clip" else "all") and config.long_texts.sub_captions
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.warmup_steps) == (1e-6, 1e-2, 200)
 
 
-def test_the_three_from_clip_differ_in_their_texts_and_losses_only():
+def test_those_from_clip_differ_in_their_texts_and_losses_only():
     settings = {name: profile(name)[1] for name in FROM_CLIP}
-    shared = [config.model_dump(exclude={"short_texts": True, "loss": True}) for config in settings.values()]
-    assert shared[0] == shared[1] == shared[2]
-    long_clip, debias, himo = settings.values()
+    shared = [config.model_dump(exclude={"short_texts", "long_texts", "loss"}) for config in settings.values()]
+    assert shared == shared[:1] * 4
+    long_clip, debias, himo, _ = settings.values()
     assert (long_clip.short_texts.sampler, debias.short_texts.sampler) == ("summary", "without-first")
     assert debias.short_texts.random_offset and not long_clip.short_texts.random_offset
     shares = [config.loss.short_loss_fraction for config in settings.values()]
-    assert shares == [0.5, 0.1, 0]
+    assert shares == [0.5, 0.1, 0, 0]
     assert (long_clip.loss.image_components, debias.loss.image_components, himo.loss.text_components) == (32, 32, 0.9)
     smoothing = [config.loss.label_smoothing for config in settings.values()]
-    assert smoothing == [0.1, 0, 0.1]
+    assert smoothing == [0.1, 0, 0.1, 0]
+    assert [config.loss.masks is not None for config in settings.values()] == [False, False, False, True]
 
 
 @pytest.mark.parametrize("name", FROM_CLIP)
@@ -74,7 +75,8 @@ def test_the_documented_table_is_read_as_images_and_captions(name, tmp_path, mon
 def test_methods_from_scratch_fit_eight_gpus(name):
     params, config = profile(name)
     assert params.warnings == []  # nothing is downloaded
-    assert config.image_tower.from_scratch and config.text.pretrained is None and not config.long_texts.sub_captions
+    assert config.image_tower.from_scratch and config.text.pretrained is None
+    assert bool(config.long_texts.sub_captions) is (name == "flair")
     compute = params.training_compute(name)
     told = deepspeed_config(config, compute)
     assert told["train_batch_size"] == config.batch_size
@@ -101,3 +103,11 @@ def test_align_has_its_published_settings():
     assert (config.batch_size, config.text.context_length) == (16384, 64)
     assert deepspeed_config(config, params.training_compute("align"))["zero_optimization"]["stage"] == 0
     assert config.optimizer.decay == "linear" and config.optimizer.name == "lamb"
+
+
+def test_flair_has_eight_texts_of_up_to_three_sentences():
+    _, config = profile("flair")
+    texts, loss = config.long_texts, config.loss
+    assert (texts.sampler, texts.sub_captions, texts.per_image) == ("merged", 3, 8)
+    assert loss.objective == "siglip" and loss.conditioned is not None and loss.conditioned.heads == 8
+    assert (config.temperature.initial, loss.initial_bias) == (0.07, -10)
