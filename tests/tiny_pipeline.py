@@ -42,6 +42,8 @@ def tiny(params: dict[str, Any]) -> None:
     params["ingest"]["partition_size"] = 100
     params["image_tower"] = {"kind": "scenes", "scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2}
     params["image_tower"] |= {"batch_size": 32, "min_accuracy": 0.0}
+    describing = {n: c for n, c in params["caption"]["captioners"].items() if not c["kind"].startswith("rewrite-")}
+    params["caption"]["captioners"] = describing
     params["shard"]["samples_per_shard"] = 100
     params["pretrain"] |= {
         "seeds": [0],
