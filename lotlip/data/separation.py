@@ -92,7 +92,7 @@ def _samples(folder: Path, index: ShardIndex) -> Iterator[tuple[np.ndarray, np.n
         for row in range(len(tar)):
             with suppress(ValueError, KeyError):
                 raw = tar.read(row, ("json", "npy", "image"))
-                feature = np.load(io.BytesIO(raw["npy"])).astype(np.float32).ravel()
+                feature = np.load(io.BytesIO(raw["npy"]), allow_pickle=False).astype(np.float32).ravel()
                 picture = decode_rgb(raw["image"]).resize((_SIDE, _SIDE), Image.Resampling.BOX)
                 content = json.loads(raw["json"])
                 text = " ".join([content["raw"], *(part for parts in content["captions"].values() for part in parts)])

@@ -179,7 +179,7 @@ class LotlipEncoder:
         self._run = Runner(run) if isinstance(run, int) else run
         untyped: Any = model  # mypy cannot call the type of transformers' `to`
         self.model: Any = untyped.to(self._run.device)
-        if self.model.image is not None:
+        if getattr(self.model, "image", None) is not None:
             for_inference(self.model.image, self._run.device)
         self.tokenizer = tokenizer
         self._folder = folder

@@ -26,9 +26,9 @@ pytestmark = pytest.mark.integration
 @pytest.fixture(scope="module")
 def reproduced(make_workspace) -> Workspace:
     workspace = make_workspace()
-    longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["finetune"]
+    longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["finetune"]["long-clip"]
     workspace.change(tiny)
-    workspace.change(lambda params: params.update(finetune=longer))
+    workspace.change(lambda params: params.update(finetune={"long-clip": longer}))
     workspace.output = workspace.python("flows.reproduce", alone=True).stdout
     return workspace
 

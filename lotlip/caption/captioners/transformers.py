@@ -356,7 +356,7 @@ class _TextModel(_Mllm):
     def classes(source: str, options: dict[str, Any]) -> tuple[Any, Any]:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-        config = AutoConfig.from_pretrained(source, **options)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, **options)
         return (AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM), AutoTokenizer
 
 
@@ -379,15 +379,20 @@ def _loaded(source: str, revision: str, in_a_folder: bool, dtype: str, device: s
         raise NonRetryableError(f"torch finds no GPU for the device {device}; set it to auto or cpu")
     if dtype == "auto":
         dtype = "bfloat16" if gpu else "float32"
-    # never run code that comes with a model; weights in other formats are pickles, which may contain code
-    options: dict[str, Any] = {"trust_remote_code": False, **({} if in_a_folder else {"revision": revision})}
+    options: dict[str, Any] = {} if in_a_folder else {"revision": revision}
     try:
         if in_a_folder:
             check_weights(Path(source))
         model_class, processor_class = kind.classes(source, options)
-        processor = processor_class.from_pretrained(source, **options)
+        # never run code that comes with a model; weights in other formats are pickles, which may contain code
+        processor = processor_class.from_pretrained(source, trust_remote_code=False, **options)
         model: Any = model_class.from_pretrained(
-            source, use_safetensors=True, dtype=dtype, device_map=device if gpu else None, **options
+            source,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map=device if gpu else None,
+            **options,
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
