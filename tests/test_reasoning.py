@@ -135,7 +135,7 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
     tokenizer = AutoTokenizer.from_pretrained(save_llava(tmp_path / "llava"), trust_remote_code=False)
     tokenizer.add_tokens(["<think>", "</think>"], special_tokens=special)
     mllm = object.__new__(_Mllm)
-    mllm._processor = type("Processor", (), {"tokenizer": tokenizer})()
+    mllm._tokenizer = tokenizer
     mllm._end_tokens = [tokenizer.eos_token_id]
 
     def answer(text: str):

@@ -15,6 +15,7 @@ from lotlip.ingest.config import (
     CsvSourceConfig,
     FolderSourceConfig,
     ImagesConfig,
+    JsonlSourceConfig,
     ParquetSourceConfig,
     WebDatasetSourceConfig,
 )
@@ -38,7 +39,7 @@ def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
 
 def test_every_kind_of_source_is_shown():
     shown = {block["ingest"]["source"]["kind"] for block in BLOCKS if "source" in block.get("ingest", {})}
-    assert shown == {"folder", "webdataset", "parquet", "csv"}
+    assert shown == {"folder", "webdataset", "parquet", "csv", "jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,7 @@ def test_every_kind_of_source_is_shown():
         WebDatasetSourceConfig,
         ParquetSourceConfig,
         CsvSourceConfig,
+        JsonlSourceConfig,
         ImagesConfig,
         TableCaptionerConfig,
     ],
