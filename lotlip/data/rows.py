@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -179,6 +179,13 @@ class ParquetTable:
             yield TableRow(place + row + 1, values)
 
 
+def _ranges(records: Iterable[tuple[int, int, object]], size: int) -> Iterator[RowRange]:
+    """Ranges of `size` records, each given by its first byte, its first line and its content."""
+    places = ((place, line) for place, line, _ in records)
+    while part := list(islice(places, size)):
+        yield RowRange(*part[0], len(part))
+
+
 class CsvTable:
     """A UTF-8 CSV file with a header line; quoted fields may contain commas, quotes and newlines."""
 
@@ -200,16 +207,7 @@ class CsvTable:
     def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
             file.seek(self._end[0])
-            start, number, count = *self._end, 0
-            for place, line, _ in self._records(file, self._end[1]):
-                if count == size:
-                    yield RowRange(start, number, count)
-                    count = 0
-                if count == 0:
-                    start, number = place, line
-                count += 1
-            if count:
-                yield RowRange(start, number, count)
+            yield from _ranges(self._records(file, self._end[1]), size)
 
     def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
         start, line, count = (part.start, part.number - 1, part.count) if part else (*self._end, None)
@@ -297,16 +295,7 @@ class JsonlTable:
 
     def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
-            start, number, count = 0, 1, 0
-            for place, line, _ in self._lines(file):
-                if count == size:
-                    yield RowRange(start, number, count)
-                    count = 0
-                if count == 0:
-                    start, number = place, line
-                count += 1
-            if count:
-                yield RowRange(start, number, count)
+            yield from _ranges(self._lines(file), size)
 
     def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
         with self.path.open("rb") as file:
