@@ -32,7 +32,8 @@ def test_a_stage_killed_half_way_resumes(make_workspace) -> None:
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert not (workspace.folder / "data" / "ingest").exists()
-    written = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished}
+    # The kill may fall between the last partition and the record of its input.
+    written = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished[:-1]}
     workspace.python("flows.stages.ingest")
     published = workspace.folder / "data" / "ingest" / "train"
     assert len(list(published.glob("part-*.json"))) == 48
