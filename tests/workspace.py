@@ -29,7 +29,7 @@ PREFECT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")
 
 
 def traced() -> dict[str, str]:
-    """What has a program's lines counted where those of the tests are."""
+    """Settings that measure the coverage of a program, if that of the tests is measured."""
     if Coverage.current() is None:
         return {}
     data = os.environ.get("COVERAGE_FILE", str(ROOT / ".coverage"))
@@ -54,7 +54,6 @@ class Workspace:
             **{key: value for key, value in os.environ.items() if key not in PREFECT},
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(folder),
-            **traced(),
         }
         self.environment = self.alone
         self.run("git", "init", "--quiet")
@@ -79,13 +78,10 @@ class Workspace:
             alone: whether it finds nothing running.
             more: of its environment.
         """
-        environment = self.alone if alone else self.environment
-        if command[0] != sys.executable:  # DVC's own lines are not counted, which takes as long again
-            environment = {key: value for key, value in environment.items() if key != "COVERAGE_PROCESS_START"}
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env={**environment, **more},
+            env={**(self.alone if alone else self.environment), **more},
             capture_output=True,
             text=True,
             check=False,
@@ -161,7 +157,10 @@ def fresh_checkout(prefect_address: dict[str, str], tmp_path_factory: pytest.Tem
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(workspace.folder)
             environment = {**workspace.alone, **prefect_address}
-            workspace.environment = stack.enter_context(fork_server(environment))
+            # Only forks are traced: tracing doubles the time of imports.
+            workspace.environment = stack.enter_context(fork_server({**environment, **traced()}))
+            for name in traced():
+                del workspace.environment[name]
         yield workspace
 
 

@@ -31,7 +31,7 @@ from flows.runtime.servers import (
     using_prefect,
 )
 from tests.flows.test_cancel import await_that
-from tests.workspace import ROOT, traced
+from tests.workspace import ROOT
 
 pytestmark = pytest.mark.system
 
@@ -82,7 +82,6 @@ def program(folder: Path, database: Path, *command: str, ready: str = "Ctrl-C") 
         "PYTHONPATH": str(ROOT),
         "PREFECT_PORT": str(free_port()),
         "MLFLOW_PORT": str(free_port()),
-        **traced(),
     }
     with log.open("w") as output:
         process = subprocess.Popen(

@@ -40,32 +40,50 @@ def test_what_dvc_watches_is_written_out(path):
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
 
-COUNTING = """    def _caption(self, record: ImageRecord) -> Caption | Failure:
-        import os, time
-        time.sleep({seconds})
+ENTRY_POINTS = "[lotlip.captioners]\ncounting = counting:Counting\n"
+COUNTING = """
+import os, time
+from typing import Literal
+
+from lotlip.caption.config import SceneCaptionerConfig
+from lotlip.demo.captioner import SceneCaptioner
+
+
+class Counting(SceneCaptioner):
+    class Config(SceneCaptionerConfig):
+        kind: Literal["counting"]
+
+    def _caption(self, record):
+        time.sleep(float(open("seconds").read()))
         with open("calls", "a") as calls:
-            calls.write(f"{{record.key}} {{os.getpid()}}\\n")
+            calls.write(f"{record.key} {os.getpid()}\\n")
+        return super()._caption(record)
 """
 
 
 @pytest.fixture(scope="module")
 def workspace(make_workspace) -> Workspace:
-    """A world of 330 images in partitions of 30, and captioners that tell of every caption they write."""
+    """A world of 330 images in partitions of 30, and captioners that record every caption they write.
+
+    Their kind is another package's, so that the fork server, which runs the code of the checkout, can run them.
+    """
     workspace: Workspace = make_workspace()
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=30))
+    (workspace.folder / "counting.py").write_text(COUNTING)
+    about = workspace.folder / "counting-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: counting\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+    for captioner in ("llava", "sharegpt4v", "instructblip"):
+        workspace.change(lambda params: params["caption"]["captioners"][captioner].update(kind="counting"))  # noqa: B023
     workspace.python("flows.stages.ingest")
-    slow(workspace, 0)
     return workspace
 
 
 def slow(workspace: Workspace, seconds: float) -> None:
-    """Has each caption take some time."""
-    head = "    def _caption(self, record: ImageRecord) -> Caption | Failure:\n"
-    text = (ROOT / "lotlip" / "demo" / "captioner.py").read_text()
-    assert head in text
-    counting = text.replace(head, COUNTING.format(seconds=seconds))
-    (workspace.folder / "lotlip" / "demo" / "captioner.py").write_text(counting)
+    """Makes each caption take some time."""
+    (workspace.folder / "seconds").write_text(str(seconds))
 
 
 def calls(workspace: Workspace) -> list[list[str]]:
@@ -166,7 +184,7 @@ def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspac
     forget(workspace)
 
     run_on(workspace, "ray")
-    process = begin(workspace, "sharegpt4v", workspace.alone)
+    process = begin(workspace, "sharegpt4v", {**workspace.environment, SOCKET: ""})
     await_calls(workspace, 100, process)
     flow = psutil.Process(process.pid)
     ray = [child for child in flow.children(recursive=True) if "ray" in " ".join(child.cmdline())]
@@ -223,6 +241,7 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
 
 @pytest.mark.integration
 def test_a_missing_server_is_one_clear_line(workspace: Workspace) -> None:
+    run_on(workspace, "threads")
     before = (workspace.folder / "params.yaml").read_text()
     gone = {"kind": "endpoint", "path": "lotlip/caption/captioners/endpoint.py", "model": "tiny", "revision": "1"}
     gone["url"] = f"http://127.0.0.1:{free_port()}/v1"

@@ -22,7 +22,6 @@ from flows.runtime.supervisor import end_group, group, start_group
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
 from tests.training import losses, tiny_job
-from tests.workspace import traced
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "lotlip.train"
@@ -112,7 +111,7 @@ def test_an_invalid_launch_is_an_error_with_its_reason(launched, message):
 
 @contextmanager
 def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, **traced(), "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = start_group(
         [sys.executable, "-m", "flows.runtime.agent"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
     )

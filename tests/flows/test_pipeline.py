@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from flows.reproduce import dvc_runs
 from flows.runtime.servers import START_TIMEOUT_SECONDS, free_port, is_free
 from lotlip.config.params import Reproduce, load_params
-from lotlip.core.files import write_record
+from lotlip.core.files import sha256_files, write_record
 from lotlip.evaluate.records import StartScores
 from tests.tiny_baselines import save_clip
 from tests.workspace import ROOT, Workspace, tiny
@@ -109,6 +110,127 @@ def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> N
     models = client.search_logged_models([experiment.experiment_id])
     assert {model.name for model in models} == set(runs)
     assert {model.source_run_id for model in models} == {run.info.run_id for run in runs.values()}
+
+
+# --- a fresh clone with DVC's outputs, and no MLflow store ---------------------------------------------------------
+
+
+def store(folder: Path) -> str:
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """Run's name → all that a store tells of it, but for ids, times and who ran it."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(store(folder))
+    experiment = client.get_experiment_by_name("lotlip")
+    assert experiment is not None
+    found: dict[str, Any] = {}
+    for run in client.search_runs([experiment.experiment_id]):
+        assert run.info.run_name not in found
+        figures = client.list_artifacts(run.info.run_id, "figures/scenes")
+        (output,) = run.outputs.model_outputs
+        made = client.get_logged_model(output.model_id)
+        kept = Path(made.artifact_location.removeprefix("file://"))
+        found[run.info.run_name] = {
+            "status": run.info.status,
+            "tags": {key: value for key, value in run.data.tags.items() if key not in ("mlflow.user",)},
+            "params": run.data.params,
+            "metrics": run.data.metrics,
+            "loss": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train.loss")],
+            "figures": {Path(file.path).name: file.file_size for file in figures},
+            "model": (made.name, made.status, sha256_files([kept / "data" / "model.safetensors"])),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def clone(reproduced: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh clone of the checkout, without an MLflow store, after `dvc pull`."""
+    remote, published, clone = (tmp_path_factory.mktemp("restore") / name for name in ("remote", "published", "clone"))
+    reproduced.run("dvc", "remote", "add", "--local", "--default", "here", str(remote))  # --local: it leaves no commit
+    reproduced.run("dvc", "push", "--quiet")
+    subprocess.run(["git", "clone", "--quiet", reproduced.folder, published], check=True)
+    for name in ("params.yaml", "dvc.lock"):
+        (published / name).write_bytes((reproduced.folder / name).read_bytes())
+    git = ["git", "-C", str(published), "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "add", "params.yaml", "dvc.lock"], check=True)
+    subprocess.run([*git, "commit", "--quiet", "--message", "ran"], check=True)
+    subprocess.run(["git", "clone", "--quiet", published, clone], check=True)
+    run(reproduced, clone, "-m", "dvc", "remote", "add", "--local", "--default", "here", str(remote))
+    run(reproduced, clone, "-m", "dvc", "pull", "--quiet")
+    return clone
+
+
+def run(workspace: Workspace, clone: Path, *arguments: str) -> str:
+    """Runs Python in the clone, with the workspace's servers."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=clone,
+        env={**workspace.environment, "PYTHONPATH": str(clone)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{arguments}:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_store_is_rebuilt_without_training(reproduced: Workspace, clone: Path) -> None:
+    assert not (clone / "mlflow.db").exists()
+    said = run(reproduced, clone, "-m", "flows.restore")
+    assert "lit: 1 seeds, scores on scenes" in said
+    assert "MLflow has 3 ablations" in said
+    expected, found = contents(reproduced.folder), contents(clone)
+    assert set(found) == set(expected) == {"lit-seed0", "lotlip-seed0", "long-clip-seed0"}
+    for name, told in expected.items():
+        for what, value in told.items():
+            assert found[name][what] == value, (name, what)
+    assert not (clone / ".lotlip" / "work").exists()  # where stages work
+    run(reproduced, clone, "-m", "flows.restore")
+    assert contents(clone) == found
+
+
+def test_the_report_comes_with_the_outputs_and_can_be_made_again(reproduced: Workspace, clone: Path) -> None:
+    assert "didn't change" in run(reproduced, clone, "-m", "dvc", "repro", "--dry", "report")
+    assert "Running stage" not in run(reproduced, clone, "-m", "dvc", "repro", "--dry")
+    before = {file.relative_to(clone): file.read_bytes() for file in (clone / "report").rglob("*") if file.is_file()}
+    assert len(before) > 5
+    run(reproduced, clone, "-m", "flows.stages.report")
+    after = {file.relative_to(clone): file.read_bytes() for file in (clone / "report").rglob("*") if file.is_file()}
+    assert after == before
+
+
+def test_dvc_shows_what_is_worth_comparing(reproduced: Workspace, clone: Path) -> None:
+    shown = run(reproduced, clone, "-m", "dvc", "metrics", "show", "--md")
+    assert "scenes.long.text_to_image.r1" in shown
+    assert "protocol" not in shown
+    assert "metrics/summary/lotlip.json" in shown.replace("\\", "/")
+    run(reproduced, clone, "-m", "dvc", "plots", "show", "--out", "drawn")
+    page = (clone / "drawn" / "index.html").read_text()
+    for what in ("Loss", "R@1 and accuracy", '"ablation": "lotlip"', "in_batch_recall"):
+        assert what in page
+    assert "<DVC_METRIC" not in page
+
+
+def test_without_outputs_the_error_says_how_to_get_them(reproduced: Workspace, clone: Path, tmp_path: Path) -> None:
+    environment = {**reproduced.alone, "PYTHONPATH": str(clone)}
+    (tmp_path / "params.yaml").write_bytes((clone / "params.yaml").read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.restore"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "models has no trained ablations; run `dvc pull`" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- changes -------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_changed_runs_nothing(reproduced: Workspace) -> None:
