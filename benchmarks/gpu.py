@@ -38,7 +38,10 @@ from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.vision.image_tower import build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
-from lotlip.plan.plan import TextLengths, Towers, memory, step_flops
+from lotlip.plan.flops import step_flops
+from lotlip.plan.memory import memory
+from lotlip.plan.texts import TextLengths
+from lotlip.plan.towers import Towers
 from lotlip.pretrain.checkpoint import Checkpoints
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, initialise_processes

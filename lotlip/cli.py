@@ -468,7 +468,8 @@ def plan(
 
     from lotlip.config.params import load_params
     from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
-    from lotlip.plan.plan import Gpu, describe, images_by_name, on_gpus
+    from lotlip.plan.describe import describe
+    from lotlip.plan.plan import Gpu, images_by_name, on_gpus
     from lotlip.plan.plan import plan as make_plan
 
     file = Path("profiles", f"{profile}.yaml") if profile else params

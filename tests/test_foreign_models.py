@@ -134,7 +134,7 @@ def test_a_text_tower_that_needs_its_own_code_is_an_error_and_the_code_is_not_ru
 
 
 def test_planning_does_not_run_the_code_of_a_text_tower(bert, monkeypatch):
-    from lotlip.plan.plan import _encoder_config
+    from lotlip.plan.towers import _encoder_config
 
     monkeypatch.setattr("builtins.input", lambda _: "y")
     with_code(bert)

@@ -9,7 +9,8 @@ import pytest
 from lotlip.caption.captioners.table import TableCaptioner
 from lotlip.config.params import Params, load_params
 from lotlip.ingest.sources import open_source
-from lotlip.plan.plan import Gpu, build_towers, parameters, plan
+from lotlip.plan.plan import Gpu, plan
+from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
 from tests.test_webdataset_source import picture

@@ -15,7 +15,8 @@ from lotlip.core.compute import TrainingCompute
 from lotlip.core.section import merge
 from lotlip.evaluate.config import PublishedBenchmarkConfig
 from lotlip.ingest.sources import open_source
-from lotlip.plan.plan import Gpu, build_towers, on_gpus, parameters, plan
+from lotlip.plan.plan import Gpu, on_gpus, plan
+from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
 from tests.test_table_source import DREAMLIP, write_csv

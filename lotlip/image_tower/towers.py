@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from lotlip.core.variants import implementation
 from lotlip.image_tower.config import ImageTowerConfig
 from lotlip.models.vision.image_tower import ImageTower
+from lotlip.models.vision.spec import ImageTowerSpec
 
 _BUILT_IN = {
     "scenes": "lotlip.demo.tower:train_image_tower",
@@ -15,6 +16,15 @@ _BUILT_IN = {
     "packaged": "lotlip.image_tower.packaged:packaged_tower",
     "transformers": "lotlip.image_tower.transformers:pretrained_tower",
     "open_clip": "lotlip.image_tower.open_clip:pretrained_tower",
+}
+
+# What each kind builds, without building it.
+SPECIFICATIONS = {
+    "scenes": "lotlip.demo.tower:scenes_spec",
+    "timm": "lotlip.image_tower.timm:timm_spec",
+    "packaged": "lotlip.image_tower.packaged:packaged_spec",
+    "transformers": "lotlip.image_tower.transformers:transformers_spec",
+    "open_clip": "lotlip.image_tower.open_clip:open_clip_spec",
 }
 
 OnProgress = Callable[[int, int, float], None]
@@ -48,3 +58,12 @@ def make_tower(settings: ImageTowerConfig, on_progress: OnProgress | None = None
         ValueError: the settings, the weights or the entry point cannot be used.
     """
     return implementation("lotlip.image_towers", settings.kind, _BUILT_IN)(settings, on_progress)
+
+
+def tower_spec(settings: ImageTowerConfig) -> ImageTowerSpec:
+    """Returns the specification of the tower that `make_tower` builds. Nothing is downloaded.
+
+    Raises:
+        ValueError: the settings cannot be used, or the model's configuration is not available locally.
+    """
+    return implementation("lotlip.image_towers", settings.kind, SPECIFICATIONS)(settings)

@@ -32,7 +32,7 @@ def pretrained_tower(config: TransformersTowerConfig, on_progress: OnProgress | 
     return TowerResult(transformers_tower(config))
 
 
-def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = False) -> ImageTowerSpec:
+def transformers_spec(config: TransformersTowerConfig, local_files_only: bool = True) -> ImageTowerSpec:
     """What `transformers_tower` builds. Pictures are prepared as the model's own processor does it.
 
     Args:

@@ -40,8 +40,10 @@ def public() -> Iterator[Path]:
     os.getuid() != 0 or shutil.which("setpriv") is None,
     reason="only root with setpriv (util-linux) becomes another user",
 )
-@pytest.mark.parametrize("home", [None, "/nonexistent"])
-def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(home: str | None, public: Path):
+@pytest.mark.parametrize(("home", "stage"), [(None, "ingest"), ("/nonexistent", "pretrain@lotlip")])
+def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(
+    home: str | None, stage: str, public: Path
+):
     project, temporary, extensions = (public / name for name in ('it\'s $HOME, "é"', "tmp", "extensions"))
     copy_checkout(project)
     change_params(project, shortest)
@@ -59,7 +61,7 @@ def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(ho
         **({} if home is None else {"HOME": home}),
     }
     done = subprocess.run(
-        [*AS_NAMELESS, sys.executable, "-m", "flows.reproduce", "pretrain@lotlip"],
+        [*AS_NAMELESS, sys.executable, "-m", "flows.reproduce", stage],
         cwd=project,
         env=environment,
         capture_output=True,
@@ -67,7 +69,8 @@ def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(ho
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (project / "models/lotlip/seed-0/model.safetensors").is_file()
+    made = "data/ingest/index.json" if stage == "ingest" else "models/lotlip/seed-0/model.safetensors"
+    assert (project / made).is_file()
     assert list(extensions.iterdir()) == []  # training compiles nothing
     left = [path.name for path in temporary.glob("*lotlip-*")]
     assert set(left) <= {f"lotlip-{UID}"}  # the cache

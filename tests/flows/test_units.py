@@ -109,14 +109,14 @@ def files(folder: str) -> dict[str, bytes]:
 
 
 def test_a_file_added_after_an_interruption_is_read(project: Path, monkeypatch) -> None:
-    for number in range(2500):
+    for number in range(250):
         add(project / "my-images", f"{number:04d}", number)
-    change(lambda params: params["ingest"].update(partition_size=1000))
+    change(lambda params: params["ingest"].update(partition_size=100))
     stopped_ingest(monkeypatch)
     add(project / "my-images", "0", 9999, "the new one")  # sorts first
     ingest.fn()
     found = captions()
-    assert len(found) == 2501
+    assert len(found) == 251
     assert found["0"] == "the new one"
 
 
