@@ -50,14 +50,24 @@ TIERS = ("system", "integration")  # a test without one of these markers is a un
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts files with the slowest tests first: workers take whole files, and the last ones should be short."""
+    """Orders files and chooses the tests that are traced for coverage.
+
+    Files with the slowest tests come first: workers take whole files, and the last ones should be short. Tracing
+    doubles a test's time, and the cases of a parametrized test run much the same lines, so only the first case of each
+    unit test is traced.
+    """
 
     def tier(item: pytest.Item) -> int:
         return next((number for number, name in enumerate(TIERS) if item.get_closest_marker(name)), len(TIERS))
 
     tiers: dict[Path, int] = {}
+    traced = set()
     for item in items:
         tiers[item.path] = min(tier(item), tiers.get(item.path, len(TIERS)))
+        test = (item.path, getattr(item, "originalname", item.name))
+        if test in traced or tier(item) < len(TIERS):
+            item.add_marker(pytest.mark.no_cover)
+        traced.add(test)
     items.sort(key=lambda item: tiers[item.path])
 
 
