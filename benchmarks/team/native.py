@@ -42,7 +42,7 @@ ETC = ("alternatives", "group", "passwd", "ssl", "nsswitch.conf", "localtime", "
 USER = "1000"
 START_SECONDS = 600
 STOP_SECONDS = 20
-CHECK_SECONDS = 1.5
+CHECK_SECONDS = 2
 
 
 def missing_programs() -> list[str]:
@@ -158,6 +158,7 @@ class Team:
         )
         lines = (self.local / "settings.env").read_text(encoding="utf-8").splitlines()
         self.settings = dict(line.split("=", 1) for line in lines if "=" in line)
+        self.settings["TEAM_MLFLOW_WORKERS"] = "1"
         self.state, self.file = state, compose(self.settings)
         self.wanted = {
             name: spec for name, spec in self.file["services"].items() if name not in without and "profiles" not in spec
