@@ -9,7 +9,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PYTHONDONTWRITEBYTECODE :=
 PYTEST := pytest --numprocesses logical --maxprocesses 4
 
-.PHONY: reproduce reproduce-all test test-fast test-all lint format ui serve setup docs lock clean help
+.PHONY: reproduce reproduce-all test test-fast test-all lint format ui serve setup docs lock clean help team-up team-down team-backup team-restore
 
 help:
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -57,6 +57,29 @@ docs: setup ## generate docs/params.md from the configuration types
 lock: setup ## update requirements.lock, with hashes and without registry addresses
 	@uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes --upgrade \
 		--quiet --custom-compile-command "make lock" --output-file requirements.lock
+	@for image in servers services; do \
+		uv pip compile infra/images/$$image.in --constraint requirements.lock --universal --python-version 3.11 \
+			--generate-hashes --no-annotate --quiet --custom-compile-command "make lock" \
+			--output-file infra/images/$$image.txt; \
+	done
+
+# With Docker: COMPOSE="docker compose". Its services are in docs/team.md.
+COMPOSE ?= podman-compose
+TEAM := $(COMPOSE) --file infra/compose.yaml --env-file infra/local/settings.env
+TEAM_EXEC := $(TEAM) exec -T backup bash /etc/lotlip/run.sh bash /etc/lotlip/backup.sh
+
+team-up: ## start a team's servers with podman-compose, or COMPOSE="docker compose"
+	@bash infra/team/init.sh $(HOST)
+	@$(TEAM) up --build --detach
+
+team-down: ## stop the team's servers; their data stays
+	@$(TEAM) down
+
+team-backup: ## dump the team's databases now
+	@$(TEAM_EXEC) once
+
+team-restore: ## restore the dump NAME into empty databases; without NAME, list the dumps
+	@$(TEAM_EXEC) $(if $(NAME),restore '$(NAME)',list)
 
 clean: setup ## remove outputs of stages and scratch files, but not your files, .venv and DVC's cache
 	@python -m flows.clean

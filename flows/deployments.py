@@ -12,6 +12,7 @@ from prefect.deployments.runner import EntrypointType, RunnerDeployment
 from prefect.schedules import Cron, Schedule
 
 from flows import reproduce as reproduction
+from flows.pool import runs
 from flows.sweep.sweep import sweep
 from flows.sweep.trials import Sweep
 from lotlip.config.params import load_params
@@ -39,10 +40,7 @@ def reproduce(what: Literal["default", "all"] = "default", ablations: tuple[str,
         ConfigError: params.yaml has no such ablation.
     """
     params = load_params()
-    for name in ablations:
-        params.ablation(name)  # raises ConfigError for unknown names
-    chosen = list(ablations) or (params.reproduce.ablations if what == "default" else [])
-    reproduction.reproduce(params, reproduction.runs_of_ablations(params, chosen))
+    reproduction.reproduce(params, runs(params, what, ablations))
 
 
 def deployments() -> list[RunnerDeployment]:

@@ -22,6 +22,7 @@ from lotlip.data.paths import check_inputs
 from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
 
+PULL = "--pull"  # option of `dvc repro`
 REPRODUCTION = SCRATCH / "reproduce.json"
 
 
@@ -37,12 +38,13 @@ class Reproduction(Record):
     seconds: float
 
 
-def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
+def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False) -> None:
     """Runs `dvc repro`, with a Prefect server unless PREFECT_API_URL names one. Starts no process if nothing is stale.
 
     Args:
         params: params.yaml of the project.
         runs: arguments of each `dvc repro`; they run one after another.
+        pull: whether missing outputs that dvc.lock lists are pulled from DVC's default remote.
 
     Raises:
         StageFailed: a stage failed.
@@ -55,7 +57,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]]) -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if current := is_up_to_date(runs):
         print("Nothing has changed since the last run.")
-    status = 0 if current else _run(runs)
+    status = 0 if current else _run([[*([PULL] if pull else []), *run] for run in runs])
     seconds = time.time() - started
     Reproduction(started=started, seconds=seconds).write(REPRODUCTION)
     if status:

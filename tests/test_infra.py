@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -66,3 +68,56 @@ def test_kubernetes_objects_fit_one_another_and_their_launch():
     modules = re.findall(r"python -m (\w+(?:\.\w+)+)", script)
     assert modules == ["flows.reproduce", "flows.runtime.agent"]
     assert all(importlib.util.find_spec(module) for module in modules)
+
+
+def team() -> dict[str, Any]:
+    return yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
+
+
+def test_every_service_of_a_team_is_confined_and_checked():
+    services = team()["services"]
+    published = {name for name, service in services.items() if "ports" in service}
+    assert published == {"proxy"}
+    assert all(port.startswith("${TEAM_BIND}:") for port in services["proxy"]["ports"])
+    for name, service in services.items():
+        assert service["user"] == "1000:1000" and service["read_only"] and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["image"].endswith(":${TEAM_VERSION}"), name
+        once = service["restart"] == "no"
+        assert once != ("healthcheck" in service), name
+        for other, how in service.get("depends_on", {}).items():
+            finished = services[other]["restart"] == "no"
+            assert how["condition"] == ("service_completed_successfully" if finished else "service_healthy"), name
+
+
+def test_a_teams_secrets_are_files_and_each_service_mounts_only_its_own():
+    file = team()
+    for name, service in file["services"].items():
+        assert "env_file" not in service, name  # podman-compose passes its values on the command line
+        own = {secret.removesuffix(".env") for secret in service.get("secrets", []) if secret.endswith(".env")}
+        assert len(own) <= 1, name
+        words = " ".join(map(str, (*service["command"], *service.get("environment", {}).values())))
+        assert not re.search("password|secret|PGPASS", words, re.IGNORECASE), name
+        assert not any("local/secrets" in volume for volume in service.get("volumes", [])), name
+    for secret in file["secrets"].values():
+        assert secret["file"].startswith("local/secrets/")  # git ignores infra/local
+    assert "/infra/local/" in (INFRA.parent / ".gitignore").read_text(encoding="utf-8").split()
+
+
+def test_settings_and_secrets_of_a_team_are_closed_to_other_users_and_stay_until_a_rotation(tmp_path: Path):
+    local = tmp_path / "local"
+
+    def init(*arguments: str) -> dict[str, str]:
+        environment = {**os.environ, "TEAM_LOCAL": str(local)}
+        subprocess.run(["bash", str(INFRA / "team/init.sh"), *arguments], env=environment, check=True)
+        return {path.name: path.read_text(encoding="utf-8") for path in (local / "secrets").iterdir()}
+
+    first = init("team.example.org")
+    assert local.stat().st_mode & 0o777 == 0o700 and (local / "login").stat().st_mode & 0o777 == 0o600
+    assert set(first) == set(team()["secrets"])
+    assert "TEAM_HOST=team.example.org" in (local / "settings.env").read_text(encoding="utf-8")
+    assert init() == first
+    rotated = init("rotate")
+    assert {name for name in first if rotated[name] != first[name]} == set(first) - {"tls.key", "tls.crt", "hosts.map"}
+    done = subprocess.run(["bash", str(INFRA / "team/init.sh"), "a;b"], env={**os.environ, "TEAM_LOCAL": str(local)})
+    assert done.returncode == 1

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# `worker.sh deploy` creates the pools and deployments; `worker.sh POOL` runs a worker of a pool.
+set -euo pipefail
+mkdir -p "$TMPDIR"
+case $1 in
+deploy) cd /opt/lotlip && exec python -m flows.deploy "$TEAM_SOURCE" "$TEAM_BRANCH" ;;
+*)
+    cd /var/lib/lotlip
+    exec prefect worker start --pool "$1" --type process --no-create-pool-if-not-found --with-healthcheck \
+        --install-policy never --name "${TEAM_WORKER:-$1-$(uname -n)}"
+    ;;
+esac

@@ -1,0 +1,41 @@
+"""A team's servers, run natively from infra/compose.yaml: what works, what is refused, and a restored backup."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.team.native import missing_programs
+from tests.tiny_pipeline import ROOT
+
+pytestmark = pytest.mark.system
+
+
+def test_a_flow_runs_on_a_pool_and_intruders_are_refused_and_a_backup_restores(tmp_path: Path):
+    if missing := missing_programs():
+        pytest.skip(f"install {', '.join(missing)}")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "MLFLOW", "AWS"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.team", "check", str(tmp_path / "team")],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-12000:]}"
+    seen = [json.loads(line)["seen"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert seen[-1] == "done"
+    secrets = [
+        line.split("=", 1)[1]
+        for file in (tmp_path / "team/local/secrets").glob("*.env")
+        for line in file.read_text().split()
+    ]
+    logs = "".join(file.read_text(errors="replace") for file in (tmp_path / "team/logs").iterdir())
+    assert not [value for value in secrets if len(value) > 20 and value in logs + done.stdout + done.stderr]
