@@ -20,6 +20,8 @@ app = typer.Typer(
     name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
+_EXTRAS = {"faiss": "index"}  # imported package → the extra that has it, if not `pipeline`
+
 
 def run() -> None:
     """Runs the program. User errors are printed on one line with status 1 (LOTLIP_TRACEBACK=1: with a traceback)."""
@@ -34,8 +36,9 @@ def run() -> None:
     except ModuleNotFoundError as error:
         if os.environ.get("LOTLIP_TRACEBACK") or error.name is None or error.name.startswith("lotlip"):
             raise
-        command = " ".join(sys.argv[1:2])
-        sys.exit(f"error: `lotlip {command}` needs the package {error.name}: pip install 'lotlip[pipeline]'")
+        command, package = " ".join(sys.argv[1:2]), error.name.partition(".")[0]
+        extra = _EXTRAS.get(package, "pipeline")
+        sys.exit(f"error: `lotlip {command}` needs the package {package}: pip install 'lotlip[{extra}]'")
     except (ValueError, OSError) as error:
         if os.environ.get("LOTLIP_TRACEBACK"):
             raise
@@ -244,6 +247,47 @@ def embed(
     typer.echo(f"{out}: {result.rows:,} features of size {result.width}, {len(result.left_out)} left out", err=True)
 
 
+@app.command("index")
+def build_index(
+    embeddings: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `lotlip embed`.")],
+    kind: Annotated[
+        str | None, typer.Option(help="hnsw (default), ivf-pq or flat, which is exact.", metavar="KIND")
+    ] = None,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option(help="Add this file of `lotlip embed` to the FAISS index; repeatable.", metavar="FILE"),
+    ] = None,
+    queries: Annotated[
+        Path | None,
+        typer.Option(help="Measure recall with these features, such as those of texts.", metavar="FILE"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that this command did not write.")] = False,
+) -> None:
+    """Build a FAISS index beside a file of `lotlip embed`, for fast search in many items, or add items to it."""
+    from tqdm import tqdm
+
+    from lotlip.retrieval import faiss_index
+
+    if add and kind:
+        raise ValueError("--kind is the kind of a new index; remove it, or remove --add")
+    with tqdm(unit=" items", file=sys.stderr, mininterval=0.1 if sys.stderr.isatty() else 30) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        if add:
+            built = faiss_index.add(embeddings, add, queries, show)
+        else:
+            built = faiss_index.build(embeddings, kind or faiss_index.KINDS[0], queries, force, show)
+    typer.echo(
+        f"{built.path}: {built.kind}, {built.rows:,} items; recall@10 {built.recall:.3f} against exact search "
+        f"({built.queries} queries), {built.milliseconds:.2f} ms per query"
+    )
+    if built.rows < faiss_index.EXACT_BELOW:
+        typer.echo(f"search is exact below {faiss_index.EXACT_BELOW:,} items, so it does not use this index", err=True)
+
+
 @app.command()
 def search(
     index: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `lotlip embed`.")],
@@ -253,6 +297,7 @@ def search(
     model: Annotated[
         Path | None, typer.Option(help="Folder of the model that made the index, if it was moved.", metavar="DIR")
     ] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Do not use the FAISS index of `lotlip index`.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
@@ -261,7 +306,7 @@ def search(
 
     from lotlip.retrieval.embedding import search
 
-    results = search(index, text, image, top, model, device)
+    results = search(index, text, image, top, model, device, exact)
     if as_json:
         typer.echo(json.dumps([vars(match) for match in results], allow_nan=False))
         return

@@ -23,6 +23,7 @@ from lotlip.data.batches import prefetch
 from lotlip.models.saving import load_model
 from lotlip.retrieval import embedding
 from lotlip.retrieval.embedding import Embedder, Match, embed, search
+from lotlip.retrieval.index import open_index
 from tests.conftest import COLOURS, THINGS, TinySample
 from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model
@@ -109,10 +110,9 @@ def test_a_search_with_a_model_that_is_not_finite_prints_no_scores(
 ):
     embed(model, pictures, tmp_path / "index.parquet")
     monkeypatch.setattr(embedding, "weights_hash", lambda folder: "the same")
-    about = embedding.open_index(tmp_path / "index.parquet")
-    monkeypatch.setattr(
-        embedding, "open_index", lambda path: about._replace(about={**about.about, "weights_sha256": "the same"})
-    )
+    opened = open_index(tmp_path / "index.parquet")
+    same = opened._replace(about={**opened.about, "weights_sha256": "the same"})
+    monkeypatch.setattr(embedding, "open_searchable", lambda path, exact: same)
     command = ["lotlip", arguments[0], str(tmp_path / "index.parquet"), "a dog", "--model", str(overflowing)]
     monkeypatch.setattr(sys, "argv", [*command, *arguments[1:]])
     with pytest.raises(SystemExit) as ended:
@@ -407,7 +407,7 @@ def test_images_are_found_by_an_image_and_by_a_text(tmp_path, model, pictures, e
     embed(model, pictures, index)
     names, _, features, _ = read(index)
     first = search(index, image=pictures / "more" / "a.png", top=1)
-    assert first == [Match(pytest.approx(1, abs=1e-5), "more/a.png", None)]
+    assert first == [Match(pytest.approx(1, abs=1e-5), "more/a.png", None, str(pictures))]
     found = search(index, "A red dog.", top=3)
     order = np.argsort(-(features @ embedder.texts(["A red dog."])[0]))[:3]
     assert [match.name for match in found] == [names[row] for row in order]

@@ -16,6 +16,7 @@ from lotlip.data.text import split_sub_captions
 from lotlip.explore.explorer import Explorer
 from lotlip.figures.overlay import heat, scale_to_page, side_by_side
 from lotlip.retrieval.embedding import embed, search
+from lotlip.retrieval.faiss_index import add, build
 from tests.conftest import TinySample
 from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model
@@ -92,6 +93,25 @@ def test_a_text_that_is_too_long_is_cut_where_the_model_stops_to_read(explorer, 
     assert look.sub_captions == [words, " ".join(["dog"] * 7)]
     short = explorer.truncation("A dog. ")
     assert (short.tokens, short.end) == (6, len("A dog. "))
+
+
+def test_pictures_that_were_added_to_the_index_are_found_in_their_own_folder(folder, tmp_path, tiny_samples):
+    index, more = tmp_path / "pictures.npy", tmp_path / "more.npy"
+    for number, name in enumerate(("first", "second")):  # with the same names
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(tiny_samples[number].image)
+    embed(folder / "model", tmp_path / "first", index)
+    embed(folder / "model", tmp_path / "second", more)
+    build(index)
+    add(index, [more])
+    found = Explorer(index).find_pictures(TEXT)
+    expected = {
+        str(tmp_path / name): Image.open(io.BytesIO(tiny_samples[number].image)).convert("RGB")
+        for number, name in enumerate(("first", "second"))
+    }
+    assert {one.match.source: one.picture for one in found} == expected
+    with pytest.raises(ValueError, match="are in 2 folders, so --pictures cannot name another"):
+        Explorer(index, source=tmp_path / "first")
 
 
 def test_examples_are_the_longest_texts(explorer, folder):

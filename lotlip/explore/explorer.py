@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 
 from lotlip.data.pictures import Pictures, open_pictures
 from lotlip.retrieval.embedding import Embedder, Match, index_model, matches
-from lotlip.retrieval.index import Index, open_index
+from lotlip.retrieval.faiss_index import open_searchable
+from lotlip.retrieval.index import Index
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -110,7 +111,7 @@ class Explorer:
         if self._texts is not None and self._texts.about["weights_sha256"] != about["weights_sha256"]:
             raise ValueError(f"{pictures} and {texts} were made by different models; embed both with the same model")
         self.folder = index_model(pictures, about, model)
-        self._read = _pictures(pictures, about.get("source"), source, about.get("split")).read
+        self._sources = _pictures(pictures, self._pictures, source)
         self._top = top
         self._embedder = Embedder(self.folder, device, batch_size=1)
         self._lock = threading.Lock()
@@ -132,7 +133,7 @@ class Explorer:
         """Returns the longest of the first texts of the index; empty without an index of texts."""
         if self._texts is None:
             return []
-        first = self._texts.rows(range(min(_EXAMPLE_CANDIDATES, sum(len(block) for block in self._texts.blocks()))))
+        first = self._texts.rows(range(min(_EXAMPLE_CANDIDATES, self._texts.size)))
         return sorted((text or "" for _, text in first.values()), key=len, reverse=True)[:number]
 
     @property
@@ -174,7 +175,7 @@ class Explorer:
         text = _not_blank(text)
         with self._lock:
             found = matches(self._pictures, self._embedder.texts([text])[0], self._top)
-            pictures = [self.picture(match.name) for match in found]
+            pictures = [self.picture(match.name, match.source) for match in found]
             if self.maps_problem:
                 return [PictureMatch(match, picture, None) for match, picture in zip(found, pictures, strict=True)]
             maps = image_relevance_maps(self._embedder.encoder, pictures, [[text]] * len(found))
@@ -192,15 +193,20 @@ class Explorer:
         with self._lock:
             return matches(self._texts, self._embedder.images([picture])[0], self._top)
 
-    def picture(self, name: str) -> Image.Image:
+    def picture(self, name: str, source: str | None = None) -> Image.Image:
         """Returns a picture of the index, RGB.
+
+        Args:
+            name: name of the picture.
+            source: the source that its match names; default: that of the index's first pictures.
 
         Raises:
             ValueError: it does not exist or cannot be read.
         """
         from lotlip.data.images import decode_rgb
 
-        return decode_rgb(self._read(name))
+        pictures = self._sources.get(source) or next(iter(self._sources.values()))
+        return decode_rgb(pictures.read(name))
 
     # --- attention ------------------------------------------------------------------------------------------------
 
@@ -244,19 +250,37 @@ def _tokenizer(path: Path) -> Tokenizer:
 
 
 def _index(path: Path, kind: str) -> Index:
-    index = open_index(path)
+    index = open_searchable(path)
     if index.about["kind"] != kind:
         raise ValueError(f"{path} is an index of {index.about['kind']}; an index of {kind} is needed")
     return index
 
 
-def _pictures(index: Path, recorded: str | None, folder: Path | None, split: str | None) -> Pictures:
-    if folder is None and recorded is None:
-        raise ValueError(f"{index} does not record the folder of its pictures; give it with --pictures, or embed again")
-    folder = folder or Path(str(recorded))
-    if not folder.is_dir():
-        raise ValueError(f"the folder {folder} of the pictures of {index} does not exist; give it with --pictures")
-    return open_pictures(folder, split)
+def _pictures(path: Path, index: Index, folder: Path | None) -> dict[str | None, Pictures]:
+    """Returns the pictures by the source that an index records, first those of its first rows.
+
+    Args:
+        path: file of the index, for messages.
+        index: its contents; files that were added to it may have other sources.
+        folder: folder of the pictures; default: the recorded ones.
+    """
+    abouts = {part.about.get("source"): part.about for part in index.parts or (index,)}
+    if folder is not None and len(abouts) > 1:
+        raise ValueError(
+            f"the pictures of {path} are in {len(abouts)} folders, so --pictures cannot name another; move them back "
+            f"to {', '.join(map(str, abouts))}, or embed them again"
+        )
+    found: dict[str | None, Pictures] = {}
+    for source, about in abouts.items():
+        if folder is None and source is None:
+            raise ValueError(
+                f"{path} does not record the folder of its pictures; give it with --pictures, or embed again"
+            )
+        place = folder or Path(str(source))
+        if not place.is_dir():
+            raise ValueError(f"the folder {place} of the pictures of {path} does not exist; give it with --pictures")
+        found[source] = open_pictures(place, about.get("split"))
+    return found
 
 
 def _not_blank(text: str) -> str:

@@ -54,6 +54,7 @@ _POLICY = (
 
 R = TypeVar("R")
 _Gallery = list[tuple[Image.Image, str]]  # pictures with captions
+_Searched = tuple[str, list[tuple[str, str | None]]]  # a text, and name and source of each picture found
 
 
 @contextmanager
@@ -169,7 +170,7 @@ def _text_tab(explorer: Explorer) -> None:
     def read(text: str) -> str:
         return truncation_html(text, explorer.truncation(text)) if text.strip() else ""
 
-    def find(text: str) -> tuple[_Gallery, tuple[str, list[str]]]:
+    def find(text: str) -> tuple[_Gallery, _Searched]:
         found = explorer.find_pictures(text)
         pictures = [
             (
@@ -183,15 +184,16 @@ def _text_tab(explorer: Explorer) -> None:
             )
             for one in found
         ]
-        return pictures, (text, [one.match.name for one in found])
+        return pictures, (text, [(one.match.name, one.match.source) for one in found])
 
-    def choose(searched: tuple[str, list[str]], number: int = 0) -> tuple[_Gallery, str]:
-        text, names = searched
-        picture = explorer.picture(names[number])
+    def choose(searched: _Searched, number: int = 0) -> tuple[_Gallery, str]:
+        text, found = searched
+        name, source = found[number]
+        picture = explorer.picture(name, source)
         analysis = explorer.analyse(picture, text)
-        return relevance_pictures(picture, analysis, names[number], explorer), attention_html(analysis)
+        return relevance_pictures(picture, analysis, name, explorer), attention_html(analysis)
 
-    def chosen(searched: tuple[str, list[str]], event: gradio.SelectData) -> tuple[_Gallery, str]:
+    def chosen(searched: _Searched, event: gradio.SelectData) -> tuple[_Gallery, str]:
         return choose(searched, event.index)
 
     text.change(

@@ -12,7 +12,8 @@ import numpy as np
 from lotlip.core.files import weights_hash
 from lotlip.data.batches import in_batches, prefetch
 from lotlip.data.pictures import Pictures, open_pictures, printable
-from lotlip.retrieval.index import Index, IndexRows, index_writer, nearest, open_index
+from lotlip.retrieval.faiss_index import open_searchable
+from lotlip.retrieval.index import Index, IndexRows, index_writer, nearest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -286,11 +287,13 @@ class Match:
         score: cosine of its feature and the query's.
         name: name of the image or text.
         text: the text; None for an image.
+        source: path of what was embedded, which contains the item; None if the index does not record it.
     """
 
     score: float
     name: str
     text: str | None
+    source: str | None = None
 
 
 def search(
@@ -300,16 +303,18 @@ def search(
     top: int = 10,
     model: Path | None = None,
     device: str = "auto",
+    exact: bool = False,
 ) -> list[Match]:
-    """Finds the nearest rows of an index to a text or an image, best first; ties are in index order.
+    """Finds the nearest rows of an index to a text or an image, best first; exact ties are in index order.
 
     Args:
-        index: an index written by `embed`.
+        index: an index written by `embed`; its FAISS index is used as `open_searchable` says.
         text: query text.
         image: query image file, instead of a text.
         top: number of results.
         model: folder of the model that made the index; default: the folder recorded in the index.
         device: see `Embedder`.
+        exact: do not search approximately, however large the index is.
 
     Raises:
         ValueError: an argument is invalid, the file is not an index, or its model is missing.
@@ -320,16 +325,16 @@ def search(
         raise ValueError("the text to search for is empty")
     if top < 1:
         raise ValueError(f"top is {top}; it must be at least 1")
-    opened = open_index(index)
+    opened = open_searchable(index, exact)
     embedder = Embedder(index_model(index, opened.about, model), device, batch_size=1)
     return matches(opened, _query(embedder, text, image), top)
 
 
 def matches(index: Index, query: np.ndarray, top: int) -> list[Match]:
     """Finds the nearest rows of an index to a feature [D], see `search`."""
-    best = nearest(index.blocks(), query, top)
+    best = index.approximate(query, top) if index.approximate else nearest(index.blocks(), query, top)
     rows = index.rows([row for _, row in best])
-    return [Match(score, *rows[row]) for score, row in best]
+    return [Match(score, *rows[row], index.about_row(row).get("source")) for score, row in best]
 
 
 def _query(embedder: Embedder, text: str | None, image: Path | None) -> np.ndarray:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -32,13 +31,49 @@ class Index(NamedTuple):
     Attributes:
         about: metadata: "model", "weights_sha256", "kind" and "width", the dimension D of features; "source" and
             "split" of the embedded items, except in the oldest indexes.
+        size: number of rows.
         blocks: yields the features in blocks [N, D].
         rows: numbers of rows → their names and texts.
+        approximate: finds scores and numbers of about the best rows like `nearest`, faster; None: search exactly.
+        parts: the indexes that this one joins, in order; empty if it is one file.
     """
 
     about: Mapping[str, Any]
+    size: int
     blocks: Callable[[], Iterator[np.ndarray]]
     rows: Callable[[Sequence[int]], dict[int, tuple[str, str | None]]]
+    approximate: Callable[[np.ndarray, int], list[tuple[float, int]]] | None = None
+    parts: tuple[Index, ...] = ()
+
+    def about_row(self, row: int) -> Mapping[str, Any]:
+        """Returns the metadata of the file that contains a row."""
+        for part in self.parts:
+            if row < part.size:
+                return part.about
+            row -= part.size
+        return self.about
+
+
+def join(parts: Sequence[Index]) -> Index:
+    """Returns one index of the rows of several, in order."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def blocks() -> Iterator[np.ndarray]:
+        for part in parts:
+            yield from part.blocks()
+
+    def rows(numbers: Sequence[int]) -> dict[int, tuple[str, str | None]]:
+        by_number: dict[int, tuple[str, str | None]] = {}
+        start = 0
+        for part in parts:
+            inside = [row - start for row in numbers if start <= row < start + part.size]
+            if inside:
+                by_number |= {start + row: one for row, one in part.rows(inside).items()}
+            start += part.size
+        return by_number
+
+    return Index(parts[0].about, sum(part.size for part in parts), blocks, rows, parts=tuple(parts))
 
 
 def index_writer(out: Path, about: Mapping[str, Any]) -> AbstractContextManager[Callable[[IndexRows], None]]:
@@ -169,7 +204,7 @@ def _open_parquet(path: Path) -> Index:
             start = end
         return by_number
 
-    return Index(about, blocks, rows)
+    return Index(about, file.metadata.num_rows, blocks, rows)
 
 
 # --- NumPy ------------------------------------------------------------------------------------------------------------
@@ -216,10 +251,11 @@ def _open_npy(path: Path) -> Index:
         raise _damaged(path, "a NumPy array", error) from error
     with names.open("rb") as file:
         about = _about(names, file.readline(), _ABOUT)
-        lines = sum(1 for _ in file)
-    if array.shape != (lines, about["width"]):
+        starts = np.cumsum([file.tell(), *map(len, file)])  # where each line starts, and the end
+    if array.shape != (len(starts) - 1, about["width"]):
         raise ValueError(
-            f"{path} has shape {array.shape}, but {names} names {lines} rows; rewrite both with `lotlip embed`"
+            f"{path} has shape {array.shape}, but {names} names {len(starts) - 1} rows; rewrite both with "
+            "`lotlip embed`"
         )
     if array.dtype != np.float32:
         raise _damaged(path, "an index", f"its dtype is {array.dtype}")
@@ -228,16 +264,20 @@ def _open_npy(path: Path) -> Index:
         return (array[start : start + _BLOCK] for start in range(0, len(array), _BLOCK))
 
     def rows(numbers: Sequence[int]) -> dict[int, tuple[str, str | None]]:
-        distinct = set(numbers)
-        with names.open(encoding="utf-8") as file:
-            lines = {row: line for row, line in enumerate(islice(file, 1, None)) if row in distinct}
+        with names.open("rb") as file:
+            lines = {row: _line(file, int(starts[row])) for row in sorted(set(numbers))}
         try:
             records = {row: json.loads(line) for row, line in lines.items()}
         except ValueError as error:
             raise _damaged(names, "JSON lines", error) from error
         return {row: (one["name"], one.get("text")) for row, one in records.items()}
 
-    return Index(about, blocks, rows)
+    return Index(about, len(array), blocks, rows)
+
+
+def _line(file: IO[bytes], start: int) -> bytes:
+    file.seek(start)
+    return file.readline()
 
 
 def _names_file(path: Path) -> Path:
