@@ -445,6 +445,23 @@ def init(
 
 
 @app.command()
+def look(
+    params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder of the page.", metavar="DIR")] = Path("look"),
+    images: Annotated[int, typer.Option(help="Images to look at, evenly spaced.", min=1, metavar="N")] = 1000,
+    shown: Annotated[
+        int, typer.Option(help="Images with all texts: the worst and as many others.", min=1, metavar="N")
+    ] = 12,
+) -> None:
+    """Write a page about the data: texts side by side, lengths, near-duplicates, lowest quality first."""
+    from lotlip.config.params import load_params
+    from lotlip.init.look import look
+
+    page = look(load_params(params), out, images, shown)
+    typer.echo(f"written; open {page}")
+
+
+@app.command()
 def plan(
     params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),
     profile: Annotated[

@@ -90,16 +90,10 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
     Raises:
         ValueError: the source has nothing that can be used, or no long caption belongs to any of its images.
     """
-    settings: Any = TypeAdapter(SourceConfig).validate_python(data.source)
-    source = open_source(settings)
-    units = source.units(_UNIT)
-    looked = [units[number] for number in unit_shares(len(units), _TARS if settings.kind == "webdataset" else _UNITS)]
-    read = [item for unit in looked for item in source.read(unit)]
-    records = [item for item in read if isinstance(item, ImageRecord)]
-    failures = [item for item in read if isinstance(item, Failure)]
+    records, failures, items, complete = read_sample(TypeAdapter(SourceConfig).validate_python(data.source))
     examples = [f"{failure.where}: {failure.reason}" for failure in failures[:_SHOWN]]
     if not records:
-        raise ValueError(f"none of {len(read)} items can be used, such as {'; '.join(examples) or 'none'}")
+        raise ValueError(f"none of {len(failures)} items can be used, such as {'; '.join(examples) or 'none'}")
     texts = {"short": [record.short_caption for record in records]}
     for name, section in data.captioners.items():
         texts[name] = _long_captions(name, section, records)
@@ -108,9 +102,8 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
         name: Texts(np.array([len(split_sub_captions(text, ends)) for text in kind]), np.array(count_tokens(kind)))
         for name, kind in texts.items()
     }
-    complete = len(looked) == len(units)
     return Inspection(
-        len(read) if complete else round(len(read) / len(looked) * len(units)),
+        items,
         complete,
         len(records),
         Counter(failure.kind for failure in failures),
@@ -121,6 +114,28 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
         np.array([sorted((record.width, record.height)) for record in records]),
         ends,
         [(record.image, record.short_caption) for record in records[:: max(len(records) // _PAIRS, 1)][:_PAIRS]],
+    )
+
+
+def read_sample(settings: Any) -> tuple[list[ImageRecord], list[Failure], int, bool]:
+    """Reads a sample of a source, evenly spaced.
+
+    Args:
+        settings: section `ingest.source` of params.yaml.
+
+    Returns:
+        Images and failures of the sample, the (estimated) number of items of the source, and whether all were read.
+    """
+    source = open_source(settings)
+    units = source.units(_UNIT)
+    looked = [units[number] for number in unit_shares(len(units), _TARS if settings.kind == "webdataset" else _UNITS)]
+    read = [item for unit in looked for item in source.read(unit)]
+    complete = len(looked) == len(units)
+    return (
+        [item for item in read if isinstance(item, ImageRecord)],
+        [item for item in read if isinstance(item, Failure)],
+        len(read) if complete else round(len(read) / len(looked) * len(units)),
+        complete,
     )
 
 
