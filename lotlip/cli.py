@@ -444,6 +444,24 @@ def init(
     init(data, images, start, (image_column, caption_column, long_column or ()), out, force, typer.echo)
 
 
+@app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run_pipeline(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARGUMENT]", help="--all: every ablation; or arguments of `dvc repro`."),
+    ] = None,
+) -> None:
+    """Run the pipeline of params.yaml in this folder, up to the report; only what changed runs again."""
+    from lotlip.init.project import set_up
+
+    set_up(Path(), typer.echo)
+    sys.stdout.flush()
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # cached bytecode halves the start-up time of a stage
+    # the code in this folder, which may be older than this program's
+    os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce", *(arguments or ()), *context.args])  # noqa: S606
+
+
 @app.command()
 def look(
     params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),

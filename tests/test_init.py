@@ -200,7 +200,7 @@ def test_the_file_is_valid_and_says_what_the_data_is_like(data: Path) -> None:
     parts = ("29 (30 looked at)", "60 × 40 pixels", "cannot be used: unreadable", "images that equal another")
     for part in (*parts, "29 of 29, 4.0 sub-captions"):
         assert part in said, part
-    assert "make reproduce" in lines[-1]
+    assert "lotlip run" in lines[-1]
 
 
 def test_a_start_decides_context_and_learning_rates(data: Path) -> None:

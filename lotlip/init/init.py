@@ -74,7 +74,7 @@ def init(
         show(f"the old {out} was copied to {_keep(out)}")
     with atomic_write(out) as partial:
         partial.write_text(text, encoding="utf-8")
-    show(f"written to {out}; to train and score on held-out images: make reproduce")
+    show(f"written to {out}; to train and score on held-out images: lotlip run")
 
 
 def _open(start: str, show: Callable[[str], object]) -> StartingModel | None:

@@ -195,7 +195,7 @@ compute:
 """
 
 _TEMPLATE = """\
-# Own data, written by `lotlip init`. `make reproduce` runs the pipeline and writes report/index.html. docs/params.md
+# Own data, written by `lotlip init`. `lotlip run` runs the pipeline and writes report/index.html. docs/params.md
 # explains every key.
 
 ingest:
