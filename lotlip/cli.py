@@ -435,13 +435,28 @@ def init(
     long_column: Annotated[
         list[str] | None, typer.Option(help="Column of long captions; repeatable.", metavar="NAME")
     ] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that writes long captions: address of a server (http://…/v1), folder, hub name with its commit "
+            "(OWNER/NAME@COMMIT) or preset. It is tried on 8 images.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    captioner_model: Annotated[
+        str | None, typer.Option(help="The captioner's name on a server with several models.", metavar="NAME")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")] = Path("params.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file; the old one is kept beside it.")] = False,
 ) -> None:
     """Look at own data and write a params.yaml that trains on it."""
     from lotlip.init.init import init
 
-    init(data, images, start, (image_column, caption_column, long_column or ()), out, force, typer.echo)
+    if captioner_model and not captioner:
+        raise ValueError("--captioner-model needs --captioner, the address of the server")
+    columns = (image_column, caption_column, long_column or ())
+    with_captioner = (captioner, captioner_model) if captioner else None
+    init(data, images, start, columns, out, force, typer.echo, with_captioner)
 
 
 @app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
