@@ -472,6 +472,7 @@ def _lengths_figure(
             axes.stairs(100 * shares / max(len(counts), 1), edges, color=colour, label=literal(name), linewidth=1.6)
         if mark is not None:
             axes.axvline(mark, color=INK, linestyle=":", linewidth=1, label=f"context length {mark}")
+        axes.locator_params(axis="x", integer=True)
         axes.set_xlabel(x_label)
         axes.set_ylabel("share of texts (%)")
         axes.set_ylim(bottom=0)
