@@ -137,12 +137,13 @@ def runs_of_ablations(params: Params, names: Sequence[str]) -> list[list[str]]:
 def closing_message(params: Params, seconds: float) -> str:
     """Returns the message after a successful run: where the results are."""
     page = (params.paths.report / "index.html").resolve()
+    servers = "make ui" if Path("Makefile").is_file() else "python -m flows.ui"
     return (
         f"\nDone in {seconds / 60:.1f} minutes.\n"
         f"  report          {page}\n"
         f"  models          {params.paths.models}/<ablation>/seed-<seed>\n"
         f"  scores          {params.paths.metrics}/<ablation>.json\n"
-        f"  Prefect, MLflow `make ui` shows every run"
+        f"  Prefect, MLflow `{servers}` shows every run"
     )
 
 

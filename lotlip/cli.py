@@ -480,13 +480,63 @@ def init(
     long_column: Annotated[
         list[str] | None, typer.Option(help="Column of long captions; repeatable.", metavar="NAME")
     ] = None,
+    captioner: Annotated[
+        str | None,
+        typer.Option(
+            help="Model that writes long captions: address of a server (http://…/v1), folder, hub name with its commit "
+            "(OWNER/NAME@COMMIT) or preset. It is tried on 8 images.",
+            metavar="MODEL",
+        ),
+    ] = None,
+    captioner_model: Annotated[
+        str | None, typer.Option(help="The captioner's name on a server with several models.", metavar="NAME")
+    ] = None,
     out: Annotated[Path, typer.Option(help="File to write.", metavar="FILE")] = Path("params.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace the file; the old one is kept beside it.")] = False,
 ) -> None:
     """Look at own data and write a params.yaml that trains on it."""
     from lotlip.init.init import init
 
-    init(data, images, start, (image_column, caption_column, long_column or ()), out, force, typer.echo)
+    if captioner_model and not captioner:
+        raise ValueError("--captioner-model needs --captioner, the address of the server")
+    columns = (image_column, caption_column, long_column or ())
+    with_captioner = (captioner, captioner_model) if captioner else None
+    init(data, images, start, columns, out, force, typer.echo, with_captioner)
+
+
+@app.command("run", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def run_pipeline(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARGUMENT]", help="--all: every ablation; or arguments of `dvc repro`."),
+    ] = None,
+) -> None:
+    """Run the pipeline of params.yaml in this folder, up to the report; only what changed runs again."""
+    from lotlip.init.project import set_up
+
+    set_up(Path(), typer.echo)
+    sys.stdout.flush()
+    os.environ["PYTHONDONTWRITEBYTECODE"] = ""  # cached bytecode halves the start-up time of a stage
+    # the code in this folder, which may be older than this program's
+    os.execv(sys.executable, [sys.executable, "-m", "flows.reproduce", *(arguments or ()), *context.args])  # noqa: S606
+
+
+@app.command()
+def look(
+    params: Annotated[Path, typer.Option(help="Configuration file.", metavar="FILE")] = Path("params.yaml"),
+    out: Annotated[Path, typer.Option(help="Folder of the page.", metavar="DIR")] = Path("look"),
+    images: Annotated[int, typer.Option(help="Images to look at, evenly spaced.", min=1, metavar="N")] = 1000,
+    shown: Annotated[
+        int, typer.Option(help="Images with all texts: the worst and as many others.", min=1, metavar="N")
+    ] = 12,
+) -> None:
+    """Write a page about the data: texts side by side, lengths, near-duplicates, lowest quality first."""
+    from lotlip.config.params import load_params
+    from lotlip.init.look import look
+
+    page = look(load_params(params), out, images, shown)
+    typer.echo(f"written; open {page}")
 
 
 @app.command()

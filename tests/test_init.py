@@ -16,8 +16,10 @@ import yaml
 from PIL import Image
 
 from lotlip.config.params import Params, load_params
+from lotlip.init.captioner import TRIAL, TRIED, captioner_section
 from lotlip.init.init import init
 from lotlip.init.source import Columns, find_source
+from tests.captioning_server import MODEL, CaptioningServer, saying
 from tests.tiny_baselines import CLIP_LENGTH, save_clip
 
 WORDS = (
@@ -87,7 +89,7 @@ def run(data: Path, out: Path, **options: Any) -> tuple[Params, list[str]]:
     lines: list[str] = []
     columns = options.pop("columns", (None, None, ()))
     init(data, options.pop("images", None), options.pop("start", None), columns, out, options.pop("force", False),
-         lines.append)  # fmt: skip
+         lines.append, options.pop("captioner", None))  # fmt: skip
     assert not options
     return load_params(out), lines
 
@@ -200,7 +202,7 @@ def test_the_file_is_valid_and_says_what_the_data_is_like(data: Path) -> None:
     parts = ("29 (30 looked at)", "60 × 40 pixels", "cannot be used: unreadable", "images that equal another")
     for part in (*parts, "29 of 29, 4.0 sub-captions"):
         assert part in said, part
-    assert "make reproduce" in lines[-1]
+    assert "lotlip run" in lines[-1]
 
 
 def test_a_start_decides_context_and_learning_rates(data: Path) -> None:
@@ -230,6 +232,54 @@ def test_captions_without_long_ones_are_their_own(tmp_path: Path) -> None:
     params, _ = run(tmp_path / "in", tmp_path / "params.yaml")
     assert params.ablation("lotlip").long_texts.captioners == ["raw"]
     assert params.caption.sentence_ends == "unicode"
+
+
+def test_a_captioner_is_tried_on_a_few_images(data: Path) -> None:
+    frame = pd.read_csv(data / "captions.csv").drop(columns="detailed")
+    frame.to_csv(data / "captions.csv", index=False)
+
+    def refuses(image: bytes, number: int) -> Any:
+        return saying("A dog. <script>alert(1)</script>") if image == picture(3) else None
+
+    with CaptioningServer(refuses) as server:
+        params, lines = run(data / "captions.csv", data / "params.yaml", captioner=(server.url, None))
+        assert len(server.requests) == 1 + TRIED  # the client tries a white square first
+    captioner = params.caption.captioners["llava"]
+    assert (captioner.kind, captioner.url, captioner.model) == ("endpoint", server.url, MODEL)
+    assert params.ablation("lotlip").long_texts.captioners == []
+    said = "\n".join(lines)
+    assert "8 of 8 captioned" in said and "all 30 images take about" in said and "the short captions' own" not in said
+    assert "revision of the server's weights" in (data / "params.yaml").read_text()
+    page = (data / TRIAL / "index.html").read_text(encoding="utf-8")
+    assert page.count('class="seen"') == TRIED and "<script" not in page and "&lt;script&gt;" in page
+    assert frame["caption"][3] in page and "<h4>llava</h4>" in page
+
+
+@pytest.mark.parametrize(
+    ("named", "model", "section"),
+    [
+        ("llava-1.5-13b", None, {"preset": "llava-1.5-13b"}),
+        ("me/mllm@" + "0" * 40, None, {"model": "me/mllm", "revision": "0" * 40}),
+        ("http://127.0.0.1:1/v1", "a/b", {"kind": "endpoint", "model": "a/b"}),
+    ],
+)
+def test_a_captioner_is_named_in_several_ways(named: str, model: str | None, section: dict[str, str]) -> None:
+    assert section.items() <= captioner_section(named, model)[1].items()
+
+
+def test_a_captioner_that_cannot_be_used_is_an_error(data: Path) -> None:
+    with pytest.raises(ValueError, match=r"me/mllm is not the address of a server .*OWNER/NAME@COMMIT"):
+        captioner_section("me/mllm", None)
+    with pytest.raises(ValueError, match="is not an address; remove it"):
+        captioner_section("llava-1.5-13b", "a/b")
+    with CaptioningServer(models=["a", "b"]) as server, pytest.raises(ValueError, match="lists a, b; name one"):
+        captioner_section(server.url, None)
+    with pytest.raises(ConnectionError, match="does not respond"):
+        captioner_section(server.url, None)
+    nothing = r"llava captions none of 8 images, such as .* without words"
+    with CaptioningServer(lambda *_: saying("...")) as server, pytest.raises(ValueError, match=nothing):
+        run(data / "captions.csv", data / "params.yaml", captioner=(server.url, None))
+    assert not (data / "params.yaml").exists() and not (data / TRIAL).exists()
 
 
 def test_nothing_is_overwritten_without_force(data: Path) -> None:

@@ -64,8 +64,11 @@ def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
 
 
 def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
-    names = {name.partition("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    files = zipfile.ZipFile(wheel).namelist()
+    names = {name.partition("/")[0] for name in files}
     assert {name for name in names if not name.endswith(".dist-info")} == {"lotlip"}
+    packed = {f"lotlip/_pipeline/{name}" for name in ("flows/reproduce.py", "dvc.yaml", ".dvcignore", ".dvc/config")}
+    assert packed <= set(files)
 
 
 def test_a_model_is_used_without_the_pipeline(environment: Environment, tiny_tower: Path, tmp_path: Path) -> None:

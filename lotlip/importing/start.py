@@ -63,13 +63,16 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
     Raises:
         ValueError: there is no such model, or it cannot be a starting model.
     """
-    from lotlip.importing import open_clip, openai, ours, transformers
-
+    # imported one by one: open_clip alone takes more than a second
     name, revision = split_commit(name)
     if name.startswith(OPEN_CLIP):
+        from lotlip.importing import open_clip
+
         return open_clip.open_start(name.removeprefix(OPEN_CLIP), tokenizer)
     path = Path(name)
     if path.is_file():
+        from lotlip.importing import openai
+
         return openai.open_start(path, tokenizer)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -82,7 +85,11 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
             hint = f"; name one of its seeds, such as {seeds[0]}" if seeds else f"; {ACCEPTED}"
             raise ValueError(f"{name} has no model (config.json is missing){hint}")
         if read_json(path / "config.json").get("model_type") == LotlipConfig.model_type:
+            from lotlip.importing import ours
+
             return ours.open_start(path)
+    from lotlip.importing import transformers
+
     return transformers.open_start(name, revision, tokenizer, local_files_only)
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from lotlip.core.files import atomic_write, check_free
+from lotlip.core.files import atomic_write, check_free, check_replaceable
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.importing.start import StartingModel, open_start
-from lotlip.init.inspection import Inspection, describe, inspect
+from lotlip.init.captioner import TRIAL, TRIED, captioner_section, try_captioner
+from lotlip.init.inspection import Inspection, describe, inspect, text_lengths
+from lotlip.init.look import write_page
 from lotlip.init.params import checked, fit, params_text
-from lotlip.init.source import Columns, find_source
+from lotlip.init.source import NO_LONG_CAPTIONS, Columns, find_source
 from lotlip.plan.plan import Gpu, Plan
 from lotlip.plan.plan import plan as make_plan
+from lotlip.report.look import look_of
 
 
 def init(
@@ -27,6 +31,7 @@ def init(
     out: Path,
     force: bool,
     show: Callable[[str], object],
+    captioner: tuple[str, str | None] | None = None,
 ) -> None:
     """Looks at own data and writes a params.yaml that trains on it.
 
@@ -38,18 +43,31 @@ def init(
         out: file to write.
         force: whether an existing file may be replaced, which is then kept under another name.
         show: prints a line.
+        captioner: a model that is to write long captions, and its name on a server, as `captioner_section` takes them;
+            None: none.
 
     Raises:
-        ValueError: the data or the starting model cannot be used.
+        ValueError: the data, the starting model or the captioner cannot be used.
+        OSError: the captioner's server does not respond.
         ForeignFileError: the file exists.
     """
     check_free(out, lambda _: False, force)
+    if captioner:
+        name, section = captioner_section(*captioner)
+        check_replaceable(out.parent / TRIAL)
     source = find_source(data, images, Columns(*columns))
     for line in source.found:
-        show(line)
+        if not (captioner and line == NO_LONG_CAPTIONS):
+            show(line)
     opened = _open(start, show) if start else None
     tokenizer = opened.tokenizer if opened else open_tokenizer("clip" if start else "bert-base-uncased")
     found = inspect(source, tokenizer.full_lengths)
+    trial = None
+    if captioner:
+        trial = try_captioner(name, section, found.records, show)
+        source = replace(source, captioners={**source.captioners, name: section})
+        tried = text_lengths(trial.texts, found.sentence_ends, tokenizer.full_lengths)
+        found = replace(found, tried={name: tried})
     recall, chance = _try(opened, found, show) if opened else (1.0, 0.0)
     settings = fit(found, opened, start, recall > chance)
     text = params_text(source, start, found, settings, f"LoTLIP on {data.name}")
@@ -57,7 +75,7 @@ def init(
         show(line)
     if opened:
         knows = "" if recall > chance else ": no better than chance, so both towers are trained from its weights"
-        show(f"  {'the starting model finds':<34}{recall:.0%} of {len(found.pairs)} images by their captions{knows}")
+        show(f"  {'the starting model finds':<34}{recall:.0%} of {len(found.records)} images by their captions{knows}")
     suggested = f"context_length {settings.context_length}, batch_size {settings.batch_size}, steps {settings.steps}"
     show(f"  {'suggested':<34}{suggested}")
     params = checked(text, str(out))
@@ -70,11 +88,15 @@ def init(
             images=round(found.usable * (1 - settings.test_share - settings.val_share)),
         )
         show(f"  {'estimate':<34}{_estimate(planned)}")
+    if trial:
+        show(f"  {'estimate of captioning':<34}{trial.estimate(found.usable)}")
+        page = write_page(look_of(params, Path(), trial.items(params), TRIED), out.parent / TRIAL)
+        show(f"  {'captions next to the short ones':<34}{page}")
     if out.exists():
         show(f"the old {out} was copied to {_keep(out)}")
     with atomic_write(out) as partial:
         partial.write_text(text, encoding="utf-8")
-    show(f"written to {out}; to train and score on held-out images: make reproduce")
+    show(f"written to {out}; to train and score on held-out images: lotlip run")
 
 
 def _open(start: str, show: Callable[[str], object]) -> StartingModel | None:
@@ -95,8 +117,8 @@ def _try(start: StartingModel, found: Inspection, show: Callable[[str], object])
     """
     from lotlip.evaluate.encoders import LotlipEncoder, Runner
 
-    show(f"trying {start.name} on {len(found.pairs)} images")
-    images, captions = zip(*found.pairs, strict=True)
+    show(f"trying {start.name} on {len(found.records)} images")
+    images, captions = zip(*((record.image, record.short_caption) for record in found.records), strict=True)
     run = Runner(16, "cuda" if torch.cuda.is_available() else "cpu")
     encoder = LotlipEncoder(start.build(), start.tokenizer, run)
     similarity = encoder.images(images) @ encoder.texts(captions)[0].T

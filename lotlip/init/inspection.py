@@ -22,7 +22,7 @@ from lotlip.init.source import DataSource, unit_shares
 _UNIT, _UNITS = 100, 10  # items per unit, and units that are looked at
 _TARS = 2  # tars that are looked at; each is read to its end
 _SHOWN = 3
-_PAIRS = 100  # that the starting model is tried on
+_RECORDS = 100  # images that models are tried on
 _MANY_MORE = 1.5
 ENDS: tuple[SentenceEnds, ...] = ("released", "unicode")
 
@@ -49,7 +49,8 @@ class Inspection:
         texts: "short" or captioner → lengths.
         sides: shorter and longer side of each image in pixels, [n, 2].
         sentence_ends: rule that finds the sub-captions of these texts.
-        pairs: some images with their short captions.
+        records: some of the images with their short captions.
+        tried: captioner → lengths of the captions that a model wrote for a few images.
     """
 
     items: int
@@ -62,7 +63,8 @@ class Inspection:
     texts: dict[str, Texts]
     sides: np.ndarray = field(repr=False)
     sentence_ends: SentenceEnds = "released"
-    pairs: list[tuple[bytes, str]] = field(default_factory=list, repr=False)
+    records: list[ImageRecord] = field(default_factory=list, repr=False)
+    tried: dict[str, Texts] = field(default_factory=dict)
 
     @property
     def failure_share(self) -> float:
@@ -90,27 +92,17 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
     Raises:
         ValueError: the source has nothing that can be used, or no long caption belongs to any of its images.
     """
-    settings: Any = TypeAdapter(SourceConfig).validate_python(data.source)
-    source = open_source(settings)
-    units = source.units(_UNIT)
-    looked = [units[number] for number in unit_shares(len(units), _TARS if settings.kind == "webdataset" else _UNITS)]
-    read = [item for unit in looked for item in source.read(unit)]
-    records = [item for item in read if isinstance(item, ImageRecord)]
-    failures = [item for item in read if isinstance(item, Failure)]
+    records, failures, items, complete = read_sample(TypeAdapter(SourceConfig).validate_python(data.source))
     examples = [f"{failure.where}: {failure.reason}" for failure in failures[:_SHOWN]]
     if not records:
-        raise ValueError(f"none of {len(read)} items can be used, such as {'; '.join(examples) or 'none'}")
+        raise ValueError(f"none of {len(failures)} items can be used, such as {'; '.join(examples) or 'none'}")
     texts = {"short": [record.short_caption for record in records]}
     for name, section in data.captioners.items():
         texts[name] = _long_captions(name, section, records)
     ends = _sentence_ends([text for kind in texts.values() for text in kind])
-    lengths = {
-        name: Texts(np.array([len(split_sub_captions(text, ends)) for text in kind]), np.array(count_tokens(kind)))
-        for name, kind in texts.items()
-    }
-    complete = len(looked) == len(units)
+    lengths = {name: text_lengths(kind, ends, count_tokens) for name, kind in texts.items()}
     return Inspection(
-        len(read) if complete else round(len(read) / len(looked) * len(units)),
+        items,
         complete,
         len(records),
         Counter(failure.kind for failure in failures),
@@ -120,7 +112,37 @@ def inspect(data: DataSource, count_tokens: Callable[[Sequence[str]], list[int]]
         lengths,
         np.array([sorted((record.width, record.height)) for record in records]),
         ends,
-        [(record.image, record.short_caption) for record in records[:: max(len(records) // _PAIRS, 1)][:_PAIRS]],
+        records[:: max(len(records) // _RECORDS, 1)][:_RECORDS],
+    )
+
+
+def text_lengths(
+    texts: Sequence[str], sentence_ends: SentenceEnds, count_tokens: Callable[[Sequence[str]], list[int]]
+) -> Texts:
+    """The lengths of some texts."""
+    sub_captions = [len(split_sub_captions(text, sentence_ends)) for text in texts]
+    return Texts(np.array(sub_captions), np.array(count_tokens(texts)))
+
+
+def read_sample(settings: Any) -> tuple[list[ImageRecord], list[Failure], int, bool]:
+    """Reads a sample of a source, evenly spaced.
+
+    Args:
+        settings: section `ingest.source` of params.yaml.
+
+    Returns:
+        Images and failures of the sample, the (estimated) number of items of the source, and whether all were read.
+    """
+    source = open_source(settings)
+    units = source.units(_UNIT)
+    looked = [units[number] for number in unit_shares(len(units), _TARS if settings.kind == "webdataset" else _UNITS)]
+    read = [item for unit in looked for item in source.read(unit)]
+    complete = len(looked) == len(units)
+    return (
+        [item for item in read if isinstance(item, ImageRecord)],
+        [item for item in read if isinstance(item, Failure)],
+        len(read) if complete else round(len(read) / len(looked) * len(units)),
+        complete,
     )
 
 
@@ -158,13 +180,14 @@ def describe(found: Inspection, context_length: int) -> list[str]:
     for name, repeated in (("images", found.repeated_images), ("short captions", found.repeated_captions)):
         if repeated:
             lines.append(_row(f"{name} that equal another", f"{repeated:,} of {found.images:,}"))
-    for name, texts in found.texts.items():
+    for name, texts in [*found.texts.items(), *found.tried.items()]:
         label = "short captions" if name == "short" else f"long captions, {name}"
+        number = f"{len(texts.tokens):,} " + ("tried" if name in found.tried else f"of {found.images:,}")
         cut = (texts.tokens > context_length).mean()
         lines.append(
             _row(
                 label,
-                f"{len(texts.tokens):,} of {found.images:,}, {texts.sub_captions.mean():.1f} sub-captions, "
+                f"{number}, {texts.sub_captions.mean():.1f} sub-captions, "
                 f"{texts.tokens.mean():.0f} tokens (95 % ≤ {np.quantile(texts.tokens, 0.95):.0f}), "
                 f"{cut:.0%} longer than {context_length}",
             )

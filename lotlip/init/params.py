@@ -13,6 +13,7 @@ import yaml
 
 from lotlip.config.params import Params, checked_params
 from lotlip.importing.start import StartingModel
+from lotlip.init.captioner import UNKNOWN
 from lotlip.init.inspection import Inspection
 from lotlip.init.source import DataSource
 from lotlip.pretrain.config import RAW
@@ -58,7 +59,7 @@ def fit(found: Inspection, start: StartingModel | None, named: str | None, knows
         named: its name; None: the text tower is trained from scratch.
         knows: whether the starting model finds images of this data better than by chance.
     """
-    longest = max(float(np.quantile(texts.tokens, 0.95)) for texts in found.texts.values())
+    longest = max(float(np.quantile(texts.tokens, 0.95)) for texts in [*found.texts.values(), *found.tried.values()])
     context_length, interpolation = _context_length(math.ceil(longest) + 2, start, named)
     test, val = min(max(1000 / found.usable, 0.05), 0.2), 0.05
     train = max(int(found.usable * (1 - test - val)), 2)
@@ -110,7 +111,7 @@ def params_text(data: DataSource, start: str | None, found: Inspection, settings
     """
     source = {**data.source, "test_share": settings.test_share, "val_share": settings.val_share}
     train = found.usable * (1 - settings.test_share - settings.val_share)
-    captioners = "".join(f"\n    {name}: {_flow(section)}" for name, section in data.captioners.items())
+    captioners = "".join(f"{_revision_note(one)}\n    {name}: {_flow(one)}" for name, one in data.captioners.items())
     few = found.usable * settings.test_share < 100
     return _TEMPLATE.format(
         source=_flow(source),
@@ -144,6 +145,12 @@ def checked(text: str, place: str) -> Params:
         ConfigError: it has invalid keys or values.
     """
     return checked_params(yaml.safe_load(text), place)
+
+
+def _revision_note(captioner: Mapping[str, Any]) -> str:
+    if captioner.get("revision") != UNKNOWN:
+        return ""
+    return "\n    # name the revision of the server's weights; another name has all images captioned again"
 
 
 def _limit(share: float, least: float) -> str:
@@ -195,7 +202,7 @@ compute:
 """
 
 _TEMPLATE = """\
-# Own data, written by `lotlip init`. `make reproduce` runs the pipeline and writes report/index.html. docs/params.md
+# Own data, written by `lotlip init`. `lotlip run` runs the pipeline and writes report/index.html. docs/params.md
 # explains every key.
 
 ingest:

@@ -23,6 +23,7 @@ _KEY_NAMES = ("key", "id", "name", "image_id", "uid")
 # A column with this many times as many words as the short caption has long captions.
 _LONGER = 1.5
 _FILLED = 0.9
+NO_LONG_CAPTIONS = "long captions: none; the short captions' own sentences are used"
 _FEWEST_WORDS = 2  # on average, in a column of captions
 
 
@@ -121,7 +122,7 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
     found.append(f"short captions: column {caption}")
     source["caption"] = caption
     if not long:
-        return DataSource(source, found=[*found, "long captions: none; the short captions' own sentences are used"])
+        return DataSource(source, found=[*found, NO_LONG_CAPTIONS])
     found.append(f"long captions: column {', '.join(long)}")
     key = image
     if image in embedded:
@@ -136,7 +137,7 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         "repeated": "first",
     }
     if all(_is_long_caption(texts[name]) for name in long):
-        captioners = {_captioner_name(name, number): {**section, "text": name} for number, name in enumerate(long)}
+        captioners = {captioner_name(name, number): {**section, "text": name} for number, name in enumerate(long)}
     else:
         captioners = {"own": {**section, "text": long}}
         found.append("these columns are joined into one long caption, because some are empty or of one sentence")
@@ -249,7 +250,7 @@ def _is_unique(cells: Sequence[str]) -> bool:
     return all(cells) and len(set(cells)) == len(cells)
 
 
-def _captioner_name(column: str, number: int) -> str:
+def captioner_name(column: str, number: int) -> str:
     """A valid name of a captioner from a column's name."""
     name = re.sub(r"[^a-z0-9]+", "-", column.lower()).strip("-")[:40]
     return name if name and name != "raw" else f"long-{number + 1}"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,12 +28,12 @@ from lotlip.evaluate.records import (
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import HISTORY, History, read_history
 from lotlip.report.config import CostFigureConfig
+from lotlip.report.look import Look, jpeg, look_of
 
 if TYPE_CHECKING:
     from lotlip.config.params import Params
 
 CAPTION_SAMPLE = 10_000  # short captions whose words are counted
-PICTURE_SIZE = 320  # maximum length of a picture's longer side on the page, in pixels
 
 
 class BenchmarkResult(BenchmarkScores):
@@ -144,6 +142,7 @@ class ReportInputs:
         caption_words: "captions", the number of short captions read, and quantiles of their word counts: "p05",
             "median", "p95"; empty if there are none.
         baselines: scored models that were not trained here, in the order of params.yaml.
+        look: a look at the data; None if ingest has not finished.
     """
 
     params: Params
@@ -157,6 +156,7 @@ class ReportInputs:
     ingest: UnitIndex | None = None
     caption_words: dict[str, float] = field(default_factory=dict)
     baselines: list[Baseline] = field(default_factory=list)
+    look: Look | None = None
 
     @property
     def scored(self) -> list[Ablation]:
@@ -234,6 +234,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         ingest=_optional(root, params.paths.ingest / INDEX_FILE, "ingest's index", [], UnitIndex),
         caption_words=_caption_words(root / params.paths.ingest),
         baselines=_baselines(params, root, missing),
+        look=look_of(params, root) if (root / params.paths.ingest / INDEX_FILE).is_file() else None,
     )
 
 
@@ -397,8 +398,9 @@ def _pictures(params: Params, root: Path, missing: list[str]) -> list[Picture]:
         captions = _long_captions(params, root, name, no_captions)
         for row in rows:
             image = partitions.read_image(ingest, name, row["offset"], row["size"])
-            jpeg = _jpeg(image, row.get("scene"))
-            pictures.append(Picture(row["key"], jpeg, row["short_caption"], captions.get(row["key"], {})))
+            scene = row.get("scene")
+            picture = jpeg(image, scene if isinstance(scene, str) else None)
+            pictures.append(Picture(row["key"], picture, row["short_caption"], captions.get(row["key"], {})))
         if len(pictures) == params.report.contact_sheet:
             break
     missing += no_captions
@@ -419,21 +421,3 @@ def _long_captions(params: Params, root: Path, name: str, no_captions: dict[str,
         for key, text in zip(table["key"], table["text"], strict=True):
             captions.setdefault(key, {})[captioner] = text
     return captions
-
-
-def _jpeg(image: bytes, scene: Any) -> bytes:
-    """Scales an image to at most `PICTURE_SIZE` pixels; a scene is rendered again, sharper than the model sees it."""
-    from PIL import Image
-
-    from lotlip.data.images import decode_rgb
-
-    if isinstance(scene, str):
-        from lotlip.demo.world import Scene, render
-
-        picture = render(Scene.from_json(json.loads(scene)), size=PICTURE_SIZE)
-    else:
-        picture = decode_rgb(image)
-        picture.thumbnail((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()

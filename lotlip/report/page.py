@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import re
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -11,13 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lotlip.core.files import atomic_write, write_json
+from lotlip.core.files import write_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.evaluate.score_names import Metric
 from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
+from lotlip.report.look import PAGE, write_look
 from lotlip.report.reading_figures import reading_figures
+from lotlip.report.rendering import render
 from lotlip.report.tables import Cell, ReportTable
+
+LOOK = "look"  # the folder of the look at the data
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ def _on_track(share: float) -> float:
 def build_report(inputs: ReportInputs, out: Path) -> Path:
     """Writes the report to `out`, which must be empty or missing, and returns the path of its page.
 
-    It consists of `index.html` (self-contained), `report.md`, `findings.json`, `figures/*.png`, `tables/*.csv` and
-    `data-docs`, the gates' Data Docs.
+    It consists of `index.html` (self-contained), `report.md`, `findings.json`, `figures/*.png`, `tables/*.csv`,
+    `data-docs`, the gates' Data Docs, and `look`, a page about the data.
     """
     context = _context(inputs)
     for name in ("figures", "tables", DATA_DOCS):
@@ -58,6 +60,8 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
     for stage in inputs.stages:
         if stage.data_docs:
             shutil.copytree(stage.data_docs, out / DATA_DOCS / stage.label)
+    if inputs.look:
+        write_look(inputs.look, out / LOOK)
     for figure in context["all_figures"]:
         if figure.png:
             (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
@@ -65,42 +69,10 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
         (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
     results = [result.as_json() for result in context["finding_results"]]
     write_json(out / "findings.json", {"test": findings.TEST, "findings": results})
-    _render("report.md.j2", context, out / "report.md")
-    page = out / "index.html"
-    _render("page.html.j2", context, page)
+    render("report.md.j2", context, out / "report.md")
+    page = out / PAGE
+    render("page.html.j2", context, page)
     return page
-
-
-def _render(template: str, context: dict[str, Any], path: Path) -> None:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup, escape
-
-    environment = Environment(
-        loader=PackageLoader("lotlip.report", "templates"),
-        autoescape=template.endswith(".html.j2"),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
-    environment.filters["code"] = lambda text: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
-    environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
-    with atomic_write(path) as partial:
-        partial.write_text(printable(environment.get_template(template).render(context)), encoding="utf-8")
-
-
-# Characters that HTML may not contain: control characters (except tab, line feed and carriage return), lone
-# surrogates, and noncharacters.
-_NOT_IN_HTML = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff"
-    + "".join(f"{chr(plane + 0xFFFE)}{chr(plane + 0xFFFF)}" for plane in range(0x10000, 0x110000, 0x10000))
-    + "]"
-)
-
-
-def printable(text: str) -> str:
-    """Replaces characters that HTML may not contain; captions from files may contain them."""
-    return _NOT_IN_HTML.sub("\ufffd", text)
 
 
 def _context(inputs: ReportInputs) -> dict[str, Any]:
@@ -164,6 +136,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "finding_results": finding_results,
         "intervals": results.intervals_note(inputs.scored),
         "pictures": inputs.pictures,
+        "look": f"{LOOK}/{PAGE}" if inputs.look else "",
         "stages": records_by_stage(inputs),
         "benchmarks": benchmarks,
         "loss": loss,

@@ -401,6 +401,28 @@ class EndpointRewriter(EndpointCaptioner):
         """Does nothing, because the image is not sent."""
 
 
+def served_models(url: str) -> list[str]:
+    """The models that a server lists; none if it has no list.
+
+    Raises:
+        ValueError: the address cannot be used.
+        ConnectionError: nothing responds there.
+    """
+    import openai
+
+    about = {"kind": "endpoint", "path": __file__, "url": url, "model": "any", "revision": "any"}
+    captioner = EndpointCaptioner("init", EndpointCaptionerConfig.model_validate(about), len)
+    with captioner._client() as client:
+        try:
+            return [model.id for model in client.with_options(max_retries=1).models.list().data]
+        except openai.APIConnectionError as error:
+            raise ConnectionError(f"{url} does not respond: {captioner._error_text(error)}") from None
+        except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                raise captioner._unusable(error, None) from None
+            return []
+
+
 def _content(message: Any) -> tuple[str, str]:
     """The text of a response and the model's refusal; each may be empty.
 
