@@ -1,0 +1,66 @@
+"""One command runs all benchmarks and stores their results."""
+
+from __future__ import annotations
+
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import __main__ as all_benchmarks
+from lotlip.core.files import read_json
+from tests.tiny_pipeline import ROOT
+
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+    """Replaces the benchmarks: the loader fails the first time, and the others have results."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str]) -> dict[str, Any]:
+        calls.append(command)
+        if command[0] == "loader" and calls.count(command) == 1:
+            return {"error": "Traceback\nno such folder", "status": 1}
+        return {"result": {"seconds": 1.0}}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(all_benchmarks, "run", run)
+    return calls
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
+    all_benchmarks.main()
+
+
+def test_results_are_stored_and_failed_benchmarks_run_again(called, monkeypatch, capsys):
+    with pytest.raises(SystemExit, match="1 of 14 benchmarks failed: loader"):
+        command(monkeypatch)
+    assert "no such folder" in capsys.readouterr().err
+    stored = read_json(Path("benchmarks.json"))
+    assert stored["results"].keys() == all_benchmarks.COMMANDS.keys()
+    assert stored["machine"]["cpu"] and stored["machine"]["memory_bytes"] > 0
+    called_before = len(called)
+    command(monkeypatch, "--continue")
+    assert called[called_before:] == [all_benchmarks.COMMANDS["loader"]]
+    assert all("result" in found for found in read_json(Path("benchmarks.json"))["results"].values())
+
+
+def test_results_are_not_replaced_and_names_are_checked(called, monkeypatch, capsys):
+    command(monkeypatch, "step")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "step")
+    assert "benchmarks.json exists; add --continue" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "--out", "other.json", "stap")
+    assert "unknown: stap; choose from" in capsys.readouterr().err
+    assert called == [all_benchmarks.COMMANDS["step"]]
+
+
+@pytest.mark.parametrize("name", all_benchmarks.COMMANDS)
+def test_the_documentation_names_each_benchmark(name):
+    module = all_benchmarks.COMMANDS[name][0]
+    assert find_spec(f"benchmarks.{module}")
+    assert f"`python -m benchmarks.{module}" in (ROOT / "docs" / "performance.md").read_text()
