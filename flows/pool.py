@@ -69,11 +69,11 @@ def share(branch: str) -> None:
     """
     if run_dvc(["push", "--quiet"], os.environ):
         raise StageFailed("`dvc push` failed (see above); all outputs are in the worker's cache")
-    for command in (
-        ["add", "dvc.lock"],
-        [*IDENTITY, "commit", "--quiet", "--allow-empty", "--message", f"Outputs of {branch}"],
-        ["push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{branch}"],
+    for name, *arguments in (
+        ("add", "dvc.lock"),
+        ("commit", "--quiet", "--allow-empty", "--message", f"Outputs of {branch}"),
+        ("push", "--quiet", "--force", "origin", f"HEAD:refs/heads/{branch}"),
     ):
-        done = subprocess.run(["git", *command], capture_output=True, text=True, check=False)
+        done = subprocess.run(["git", *IDENTITY, name, *arguments], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise StageFailed(f"git {command[0]} failed: {done.stderr.strip()}; the data is in DVC's remote")
+            raise StageFailed(f"`git {name}` failed: {done.stderr.strip()}; the outputs are in DVC's remote")

@@ -20,7 +20,12 @@ app = typer.Typer(
     name="lotlip", no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
 )
 
-_EXTRAS = {"faiss": "index"}  # imported package → the extra that has it, if not `pipeline`
+_EXTRAS = {
+    "faiss": "index",
+    "fastapi": "serve",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}  # imported package → the extra that has it, if not `pipeline`
 
 
 def run() -> None:
@@ -313,6 +318,37 @@ def search(
     for rank, match in enumerate(results, start=1):
         text = shorten(match.text or "", 100, placeholder=" …")
         typer.echo(f"{rank:>4}  {match.score:.4f}  {match.name}  {text}".rstrip())
+
+
+@app.command()
+def serve(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Folder of a saved model; default: that of --index.")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="Index written by `lotlip embed`, for /search.", metavar="INDEX")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address; others than loopback need a token in LOTLIP_TOKEN.", metavar="ADDRESS")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0: a free one.", min=0, max=65535, metavar="N")] = 8000,
+    batch_size: Annotated[int, typer.Option(help="Items embedded together.", min=1, metavar="N")] = 32,
+    max_items: Annotated[int, typer.Option(help="Texts and images per request.", min=1, metavar="N")] = 256,
+    max_waiting: Annotated[
+        int, typer.Option(help="Texts or images that may wait for the model.", min=1, metavar="N")
+    ] = 1024,
+    max_mb: Annotated[int, typer.Option(help="Size of a request in MiB.", min=1, metavar="N")] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds for a request.", min=0.1, metavar="SECONDS")] = 30,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
+) -> None:
+    """Serve a model over HTTP: /embed, /health and, with an index, /search."""
+    from lotlip.core.files import check_model
+    from lotlip.retrieval.server import Limits, serve
+
+    if model:
+        check_model(model)
+    limits = Limits(batch_size, max_items, max_waiting, max_mb * 2**20, timeout)
+    serve(model, index, host, port, limits, device, lambda at: typer.echo(f"{at} (stop with Ctrl-C)", err=True))
 
 
 @app.command()

@@ -211,8 +211,15 @@ class Team:
         return not once and service.healthy()
 
     def wait(self, name: str) -> None:
-        """Waits until a service is healthy."""
-        while not self._is_ready(name):
+        """Waits until a service is healthy, also one that is about to be restarted.
+
+        Raises:
+            RuntimeError: it was not healthy in time.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while self.running[name].process.poll() is not None or not self.running[name].healthy():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} is not healthy{self.tail(name)}")
             time.sleep(CHECK_SECONDS)
 
     def stop(self, name: str) -> None:

@@ -1,0 +1,64 @@
+"""What a pool's worker shares of a run, and which pools and deployments there are."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from flows import pool
+from flows.runtime.scratch import StageFailed
+from tests.tiny_pipeline import ROOT
+
+
+def git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), "-c", "user.name=t", "-c", "user.email=t@t", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A clone as a worker makes it, of a bare repository beside it."""
+    source, made = tmp_path / "source", tmp_path / "clone"
+    subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", source], check=True)
+    git(tmp_path, "clone", "--quiet", str(source), str(made))
+    (made / "params.yaml").touch()
+    git(made, "add", "--all")
+    git(made, "commit", "--quiet", "--message", "start")
+    git(made, "push", "--quiet", "origin", "HEAD:main")
+    monkeypatch.chdir(made)
+    monkeypatch.setattr(pool, "run_dvc", lambda arguments, environment: 0)
+    return made
+
+
+def test_the_lock_of_a_run_is_on_a_branch_and_the_main_branch_stays(clone: Path, tmp_path: Path):
+    main = git(tmp_path / "source", "rev-parse", "main")
+    for content in ("first", "second"):  # the second worker of a run starts from the main branch again
+        git(clone, "reset", "--quiet", "--hard", "origin/main")
+        (clone / "dvc.lock").write_text(content)
+        pool.share("runs/blue-fox")
+        assert git(tmp_path / "source", "show", "runs/blue-fox:dvc.lock") == content
+    assert git(tmp_path / "source", "rev-parse", "main") == main
+    assert git(tmp_path / "source", "rev-list", "--count", "main..runs/blue-fox").strip() == "1"
+
+
+def test_a_failed_push_names_what_failed(clone: Path, monkeypatch: pytest.MonkeyPatch):
+    (clone / "dvc.lock").touch()
+    git(clone, "remote", "set-url", "origin", "/nowhere")
+    with pytest.raises(StageFailed, match=r"(?s)`git push` failed: .*the outputs are in DVC's remote"):
+        pool.share("runs/blue-fox")
+    monkeypatch.setattr(pool, "run_dvc", lambda arguments, environment: 1)
+    with pytest.raises(StageFailed, match="`dvc push` failed"):
+        pool.share("runs/blue-fox")
+
+
+def test_pools_and_heartbeats_agree_with_the_compose_file():
+    from flows.deploy import POOLS, SILENCE
+
+    file = yaml.safe_load((ROOT / "infra" / "compose.yaml").read_text(encoding="utf-8"))
+    workers = {service["command"][-1] for name, service in file["services"].items() if name.startswith("worker")}
+    assert workers == set(POOLS)
+    beat = int(file["x-worker-environment"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert SILENCE.total_seconds() >= 3 * beat
