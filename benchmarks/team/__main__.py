@@ -58,7 +58,7 @@ sys.exit(0 if run.state.is_completed() else f"the flow run is {run.state}")
 
 def say(what: str, **facts: Any) -> None:
     """Prints one line of what was seen."""
-    print(json.dumps({"seen": what, **facts}), flush=True)
+    print(json.dumps({"seen": what, **facts}, allow_nan=False), flush=True)
 
 
 def expect(what: str, found: Any, expected: Any) -> None:
@@ -115,7 +115,8 @@ class Colleague:
             host: in place of the URL's.
             body: sent as JSON.
         """
-        request = urllib.request.Request(url, data=None if body is None else json.dumps(body).encode())  # noqa: S310
+        data = None if body is None else json.dumps(body, allow_nan=False).encode()
+        request = urllib.request.Request(url, data)  # noqa: S310
         request.add_header("Content-Type", "application/json")
         if login:
             request.add_header("Authorization", "Basic " + base64.b64encode(login.encode()).decode())
