@@ -42,7 +42,7 @@ ETC = ("alternatives", "group", "passwd", "ssl", "nsswitch.conf", "localtime", "
 USER = "1000"
 START_SECONDS = 600
 STOP_SECONDS = 20
-CHECK_SECONDS = 2
+CHECK_SECONDS = 4
 
 
 def missing_programs() -> list[str]:
