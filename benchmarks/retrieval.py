@@ -38,7 +38,7 @@ from lotlip.retrieval.index import Index, IndexRows, index_writer, join, open_in
 
 MB = 1e6
 CLUSTERS, SUBSPACES, RANK = 2_000, 64, 32
-QUERIES, EXACT_QUERIES = 500, 10
+QUERIES, EXACT_QUERIES = 500, 3
 
 
 def features(arguments: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
@@ -18,19 +18,16 @@ from pydantic import BaseModel, ConfigDict
 from lotlip.core.files import atomic_write, check_free, sha256_files
 from lotlip.retrieval.index import Index, join, open_index
 
-if TYPE_CHECKING:
-    import faiss
-
 KINDS = ("hnsw", "ivf-pq", "flat")
 EXACT_BELOW = 100_000  # items; search is exact below this
 TOP = 10  # recall is measured at this number of results
 RECALL = 0.97  # the effort of a search is the least that reaches this recall, with a margin over 0.95
 _QUERIES = 200
-_EFFORTS = {"hnsw": (16, 32, 64, 128, 256, 512, 1024), "ivf-pq": (4, 8, 16, 32, 64, 128), "flat": (0,)}
+_EFFORTS = {"hnsw": (16, 32, 64, 128, 256, 512, 1024), "ivf-pq": (4, 8, 16, 32, 64, 128, 256), "flat": (0,)}
 _NEIGHBOURS, _CONSTRUCTION = 16, 40  # of HNSW: links per item, and candidates for them
 _REFINE = 20  # candidates per result that IVF-PQ compares at full width
 _ITERATIONS = 10  # of k-means; FAISS's default of 25 gains little
-_PER_CLUSTER = 64  # training features per cluster of IVF-PQ
+_PER_CLUSTER = 40  # training features per cluster of IVF-PQ
 _MIN_IVF = 10_000  # items that the training of IVF-PQ needs
 _ENDING = ".faiss"
 _MARK = b"LoTLIPix"  # the last bytes of the file, after the length of the record
@@ -189,7 +186,7 @@ def open_searchable(embeddings: Path, exact: bool = False) -> Index:
 # --- FAISS ------------------------------------------------------------------------------------------------------------
 
 
-def _new(kind: str, source: Index, path: Path) -> faiss.Index:
+def _new(kind: str, source: Index, path: Path) -> Any:
     import faiss
 
     width = source.about["width"]
@@ -203,29 +200,29 @@ def _new(kind: str, source: Index, path: Path) -> faiss.Index:
         spec = f"IVF{clusters},PQ{bytes_per_item}np,Refine(SQfp16)"
     else:
         clusters, spec = 1, "Flat" if kind == "flat" else f"HNSW{_NEIGHBOURS}_SQfp16"
-    index = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
+    index: Any = faiss.index_factory(width, spec, faiss.METRIC_INNER_PRODUCT)
     if kind == "hnsw":
         index.hnsw.efConstruction = _CONSTRUCTION
     if kind == "ivf-pq":
         index.k_factor = _REFINE
-        ivf = faiss.downcast_index(index.base_index)
+        ivf: Any = faiss.downcast_index(index.base_index)
         ivf.cp.niter = ivf.pq.cp.niter = _ITERATIONS
     if not index.is_trained:
         index.train(_sample(source, max(_PER_CLUSTER * clusters, _MIN_IVF))[1])
     return index
 
 
-def _set_effort(index: faiss.Index, effort: int) -> None:
+def _set_effort(index: Any, effort: int) -> None:
     import faiss
 
-    ivf = faiss.try_extract_index_ivf(index)
+    ivf: Any = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf.nprobe = effort
     elif hasattr(index, "hnsw"):
         index.hnsw.efSearch = effort
 
 
-def _read_faiss(path: Path, mapped: bool = False) -> faiss.Index:
+def _read_faiss(path: Path, mapped: bool = False) -> Any:
     import faiss
 
     try:
@@ -242,7 +239,7 @@ def _read_faiss(path: Path, mapped: bool = False) -> faiss.Index:
 def _write(
     out: Path,
     kind: str,
-    index: faiss.Index,
+    index: Any,
     new: Sequence[tuple[Path, Index]],
     covered: Sequence[tuple[_Part, Index]],
     queries: Path | None,
