@@ -363,7 +363,7 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
         here = {"deployments": {"name": {"any_": ["by-hand"]}}, "flows": {"name": {"any_": ["sweep"]}}}
         await_that(lambda: bool(ask(done.environment, "flow_runs/filter", here)), "the form has started a flow run")
         (begun,) = ask(done.environment, "flow_runs/filter", here)
-        page.goto(f"{line(done, 'Forms')}/runs/flow-run/{begun['id']}")
+        page.goto(f"{done.environment['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{begun['id']}")
         expect(page.get_by_text("Completed").first).to_be_visible(timeout=900_000)
         page.get_by_text("Artifacts", exact=True).click()
         expect(page.get_by_text("1 done, 1 reused").first).to_be_visible()
