@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ settings.load_profile("lotlip")
 TIERS = ("system", "integration")  # a test without one of these markers is a unit test
 
 
+UNTRACED = pytest.StashKey[bool]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Orders files and chooses the tests that are traced for coverage.
 
@@ -65,10 +69,27 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         tiers[item.path] = min(tier(item), tiers.get(item.path, len(TIERS)))
         test = (item.path, getattr(item, "originalname", item.name))
-        if test in traced or tier(item) < len(TIERS):
-            item.add_marker(pytest.mark.no_cover)
+        item.stash[UNTRACED] = test in traced or tier(item) < len(TIERS)
         traced.add(test)
     items.sort(key=lambda item: tiers[item.path])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Runs a test without tracing if it was not chosen for it.
+
+    pytest-cov's mark `no_cover` starts coverage again after each test, which adds another hook to every fork.
+    """
+    if not item.stash[UNTRACED]:
+        return (yield)
+    tracers = sys.gettrace(), threading.gettrace()
+    sys.settrace(None)
+    threading.settrace(None)  # type: ignore[arg-type]
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracers[0])
+        threading.settrace(tracers[1])  # type: ignore[arg-type]
 
 
 class _UnitTest:
