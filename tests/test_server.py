@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import re
 import sys
 import threading
 import time
@@ -60,6 +61,16 @@ def client(embedder: Embedder, index: Path) -> Iterator[TestClient]:
 
 def encoded(image: bytes) -> str:
     return base64.b64encode(image).decode()
+
+
+def test_the_documented_requests_are_answered(client: TestClient, embedder: Embedder) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
+    bodies = re.findall(r"/embed .*?-d '(\{.*?\})'", page, re.DOTALL)
+    assert len(bodies) == 2
+    for body in map(json.loads, bodies):
+        answer = client.post("/embed", json=body)
+        assert answer.status_code == 200
+        np.testing.assert_allclose(answer.json()["texts"], embedder.texts(body["texts"]), atol=1e-5)
 
 
 def test_features_are_the_models(client: TestClient, embedder: Embedder, tiny_samples: list[TinySample]) -> None:

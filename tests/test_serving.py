@@ -223,7 +223,7 @@ def test_a_folder_without_a_model_is_an_error(tmp_path):
 # --- the documented requests ------------------------------------------------------------------------------------------
 
 PAGE = (Path(__file__).parent.parent / "docs" / "serving.md").read_text(encoding="utf-8")
-COMMANDS = [block for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) if "curl" in block]
+COMMANDS = [block for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) if "/invocations" in block]
 REFUSAL = json.loads(re.findall(r"```json\n(.*?)```", PAGE, re.DOTALL)[-1])
 BODIES = [json.loads(body) for block in COMMANDS for body in re.findall(r"-d '(\{.*\})'", block)]
 
