@@ -83,7 +83,7 @@ def answers(port: int, path: str) -> bool:
 
 def load(port: int, kind: Kind, clients: int, requests: int) -> dict[str, float]:
     """Sends `requests` requests from each client; returns requests per second and times in milliseconds."""
-    body = json.dumps(kind.body)
+    body = json.dumps(kind.body, allow_nan=False)
 
     def client(number: int) -> list[float]:
         connection, seconds = http.client.HTTPConnection("127.0.0.1", port, timeout=60), []

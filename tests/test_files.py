@@ -471,6 +471,7 @@ ALLOWED = {
     "lotlip/core/files.py": "the module itself",
     "lotlip/core/temporary.py": "temporary folders get their names once they are locked, and others before they go",
     "benchmarks/drills": "damages and clears the checkouts that it made in a new folder of its own",
+    "benchmarks/team": "clears a database and a clone that it made in a new folder of its own",
 }
 
 

@@ -1,4 +1,4 @@
-"""Drills of the team's servers, run natively: `python -m benchmarks.team check|drill FOLDER`.
+"""Drills of the team's servers, run natively in a new folder: `python -m benchmarks.team check|drill FOLDER`.
 
 `check` takes a minute: a tiny flow on a pool's worker, everything that has to be refused, a backup and its restore.
 `drill` runs reproductions through restarts and kills.
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.team.native import Team, enter
+from benchmarks.team.native import INSIDE, Team, enter
 
 PROBE = '''
 """A tiny flow: a run in MLflow with an artifact, and a file in DVC's remote."""
@@ -421,7 +421,10 @@ def lost_worker(team: Team, colleague: Colleague) -> None:
 
 def main(what: str, state: Path) -> None:
     """Brings all services up and runs a scenario."""
-    state.mkdir(parents=True, exist_ok=True)
+    if INSIDE not in os.environ:
+        if state.exists() and any(state.iterdir()):
+            sys.exit(f"error: {state} is not empty, and a drill removes files of its own; name a new folder")
+        state.mkdir(parents=True, exist_ok=True)
     enter(state)
     started = time.monotonic()
     with Team(state) as team:
@@ -436,4 +439,6 @@ def main(what: str, state: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3 or sys.argv[1] not in ("check", "drill"):
+        sys.exit("usage: python -m benchmarks.team check|drill FOLDER")
     main(sys.argv[1], Path(sys.argv[2]))
