@@ -25,6 +25,7 @@ from fastapi.testclient import TestClient
 from lotlip import cli
 from lotlip.retrieval import server
 from lotlip.retrieval.embedding import Embedder, embed, search
+from lotlip.retrieval.faiss_index import open_searchable
 from lotlip.retrieval.server import Batches, Limits, create_app, protected
 from tests.conftest import TinySample
 from tests.tiny_model import save_tiny_model
@@ -54,7 +55,7 @@ def index(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def client(embedder: Embedder, index: Path) -> Iterator[TestClient]:
-    app = protected(create_app(embedder, index, LIMITS), LIMITS, token=None, loopback=False)
+    app = protected(create_app(embedder, open_searchable(index), LIMITS), LIMITS, token=None, loopback=False)
     with TestClient(app) as client:
         yield client
 

@@ -117,7 +117,7 @@ def build(
     out = faiss_file(embeddings)
     check_free(out, _is_ours, force, "the index")
     index = _new(kind, source, embeddings)
-    return _write(out, kind, index, [(embeddings, source)], [], queries, on_progress)
+    return _write(out, kind, index, [(_part(out, embeddings, source), source)], [], queries, on_progress)
 
 
 def add(
@@ -138,7 +138,8 @@ def add(
     covered = _open_parts(out, record)
     new = []
     for path in more:
-        part, source = _part(out, path), open_index(path)
+        source = open_index(path)
+        part = _part(out, path, source)
         if part.sha256 in {one.sha256 for one in record.parts}:
             raise ValueError(f"{path} is already in {out}")
         for name in ("weights_sha256", "kind", "width"):
@@ -147,7 +148,7 @@ def add(
                     f"{path} cannot be added to {out}: its {name} is {source.about[name]}, not that of "
                     f"{embeddings}, {covered[0].about[name]}; embed it with the same model"
                 )
-        new.append((path, source))
+        new.append((part, source))
     index = _read_faiss(out)
     return _write(out, record.kind, index, new, list(zip(record.parts, covered, strict=True)), queries, on_progress)
 
@@ -240,7 +241,7 @@ def _write(
     out: Path,
     kind: str,
     index: Any,
-    new: Sequence[tuple[Path, Index]],
+    new: Sequence[tuple[_Part, Index]],
     covered: Sequence[tuple[_Part, Index]],
     queries: Path | None,
     on_progress: _Progress,
@@ -249,11 +250,9 @@ def _write(
     import faiss
 
     total, done = sum(source.size for _, source in new), 0
-    parts, sources = [part for part, _ in covered], [source for _, source in covered]
+    parts, sources = [part for part, _ in (*covered, *new)], [source for _, source in (*covered, *new)]
     on_progress(0, total)
-    for path, source in new:
-        parts.append(_part(out, path))
-        sources.append(source)
+    for _, source in new:
         for block in source.blocks():
             index.add(np.ascontiguousarray(block))
             done += len(block)
@@ -323,10 +322,9 @@ def _signatures(path: Path) -> list[tuple[int, int]]:
     return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in _files(path))]
 
 
-def _part(out: Path, path: Path) -> _Part:
+def _part(out: Path, path: Path, source: Index) -> _Part:
     relative = os.path.relpath(path.resolve(), out.parent.resolve())
-    rows = open_index(path).size
-    return _Part(path=relative, rows=rows, signatures=_signatures(path), sha256=sha256_files(_files(path)))
+    return _Part(path=relative, rows=source.size, signatures=_signatures(path), sha256=sha256_files(_files(path)))
 
 
 def _open_parts(out: Path, record: _Record) -> list[Index]:

@@ -26,6 +26,7 @@ from starlette.responses import JSONResponse
 from lotlip.core.loopback import NAMES, LoopbackOnly
 from lotlip.retrieval.embedding import Embedder, index_model, matches
 from lotlip.retrieval.faiss_index import open_searchable
+from lotlip.retrieval.index import Index
 
 TOKEN = "LOTLIP_TOKEN"  # noqa: S105 - the name of the variable of the environment, not a token
 MIN_TOKEN = 16
@@ -148,19 +149,18 @@ class Batches:
                 start += len(items)
 
 
-def create_app(embedder: Embedder, index: Path | None, limits: Limits) -> FastAPI:
+def create_app(embedder: Embedder, index: Index | None, limits: Limits) -> FastAPI:
     """Returns the service without access control, see `protected`.
 
     Args:
         embedder: the model.
-        index: file of `lotlip embed` by the same model; None: no /search.
+        index: of items embedded by the same model; None: no /search.
         limits: of the service.
 
     Raises:
-        ValueError: the index cannot be read or is of another model, or the model's features are not finite.
+        ValueError: the model's features are not finite.
     """
     embedder.texts(["a"])  # a broken model is refused, and the first request does not wait for start-up work
-    opened = open_searchable(index) if index else None
     model_thread, search_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
     texts = Batches(embedder.texts, model_thread, limits)
     images = Batches(embedder.prepared, model_thread, limits)
@@ -193,7 +193,7 @@ def create_app(embedder: Embedder, index: Path | None, limits: Limits) -> FastAP
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
-        return {"status": "ok", "width": embedder.width, "items": opened.size if opened else None}
+        return {"status": "ok", "width": embedder.width, "items": index.size if index else None}
 
     @app.post("/embed")
     async def embed(request: EmbedRequest) -> EmbedAnswer:
@@ -204,7 +204,7 @@ def create_app(embedder: Embedder, index: Path | None, limits: Limits) -> FastAP
         of_images = (await image_features(request.images)).tolist() if request.images else []
         return EmbedAnswer(texts=of_texts, images=of_images)
 
-    if opened is not None:
+    if index is not None:
 
         @app.post("/search")
         async def search(request: SearchRequest) -> SearchAnswer:
@@ -215,7 +215,7 @@ def create_app(embedder: Embedder, index: Path | None, limits: Limits) -> FastAP
             else:
                 (query,) = await image_features([str(request.image)])
             loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(search_thread, matches, opened, query, request.top)
+            found = await loop.run_in_executor(search_thread, matches, index, query, request.top)
             return SearchAnswer(results=[Result(**vars(match)) for match in found])
 
     return app
@@ -315,8 +315,10 @@ def serve(
         )
     if token is not None and len(token) < MIN_TOKEN:
         raise ValueError(f"{TOKEN} has {len(token)} characters; it must have at least {MIN_TOKEN}")
+    opened = None
     if index is not None:
-        model = index_model(index, open_searchable(index).about, model)
+        opened = open_searchable(index)
+        model = index_model(index, opened.about, model)
     if model is None:
         raise ValueError("give the folder of a model, an index, or both")
     try:
@@ -324,7 +326,7 @@ def serve(
     except OSError as error:
         raise ValueError(f"cannot listen on {host}, port {port} ({error}); choose another --host or --port") from error
     with listening:
-        app = create_app(Embedder(model, device, limits.batch_size), index, limits)
+        app = create_app(Embedder(model, device, limits.batch_size), opened, limits)
         config = uvicorn.Config(
             protected(app, limits, token, loopback),
             log_level="warning",
