@@ -13,7 +13,7 @@ from transformers import AutoConfig, BertConfig, PretrainedConfig
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text.bert import BertTower
 from lotlip.models.text.masks import corner_attention_mask
-from lotlip.models.text.packing import SLACK, TextBatch, pack
+from lotlip.models.text.packing import SLACK, PackedTexts, TextBatch, pack
 
 WORDS = 50
 LENGTH = 12
@@ -250,15 +250,26 @@ def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separa
     packed = pack([model._trimmed(TextBatch(ids, counts, only)) for only in (False, cls_only)], model._arrange)
     assert sum(mask.shape[0] * mask.shape[-1] for mask in packed.masks) == len(packed.ids) == len(packed.positions)
     assert [tuple(indices.shape) for indices in packed.outputs] == [(len(ids), 3), (len(ids), 1 if cls_only else 3)]
-    for indices, dropped in zip(packed.outputs, (0, 2 if cls_only and separate else 0), strict=True):
+    columns = zip(first_tokens(packed), packed.needed.columns, strict=True)
+    assert torch.equal(
+        torch.cat([(first[:, None] + group).flatten() for first, group in columns]), packed.needed.indices
+    )
+    for outputs, dropped in zip(packed.outputs, (0, 2 if cls_only and separate else 0), strict=True):
         positions = [0, *range(1 + dropped, LENGTH)]
-        for text, length, start in zip(ids, lengths, indices[:, 0].tolist(), strict=True):
+        for text, length, start in zip(ids, lengths, packed.needed.indices[outputs[:, 0]].tolist(), strict=True):
             kept = positions[: length - dropped]
             assert packed.positions[start : start + len(kept)].tolist() == kept
             assert torch.equal(packed.ids[start : start + len(kept)], text[kept])
     seen = [mask.any(dim=2).sum(dim=-1).flatten() for mask in packed.masks]  # keys that any query sees: a text's tokens
     for mask, tokens in zip(packed.masks, seen, strict=True):
         assert mask.shape[-1] == tokens.max() <= tokens.min() * (1 + SLACK)
+
+
+def first_tokens(packed: PackedTexts) -> list[Tensor]:
+    """The index of each text's first token, for each group."""
+    sizes = [mask.shape[0] * mask.shape[-1] for mask in packed.masks]
+    parts = torch.arange(len(packed.ids)).split(sizes)
+    return [part[:: mask.shape[-1]] for part, mask in zip(parts, packed.masks, strict=True)]
 
 
 def padded_features(model: BertTower, ids: Tensor, lengths: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text.masks import appended_attention_mask
-from lotlip.models.text.packing import Arranged, TextBatch, attend, pack, unpack
+from lotlip.models.text.packing import Arranged, Needed, TextBatch, attend, pack, unpack
 from lotlip.models.text.text_tower import TextTower
 
 
@@ -40,8 +40,7 @@ class AppendedTower(TextTower):
         for layer in layers:
             hidden = self.run_layer(_packed_layer, layer, hidden, packed.masks)
         # the last layer's outputs for words are not used
-        outputs = torch.cat([index.flatten() for index in packed.outputs])
-        hidden = self.run_layer(_packed_layer, last, hidden, packed.masks, outputs)
+        hidden = self.run_layer(_packed_layer, last, hidden, packed.masks, packed.needed)
         return [self.features(part) for part in unpack(encoder.final_layer_norm(hidden), packed.outputs)]
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -105,24 +104,24 @@ class AppendedTower(TextTower):
         return embeddings.position_embedding.num_embeddings
 
 
-def _packed_layer(layer: Any, hidden: Tensor, masks: Sequence[Tensor], outputs: Tensor | None = None) -> Tensor:
+def _packed_layer(layer: Any, hidden: Tensor, masks: Sequence[Tensor], needed: Needed | None = None) -> Tensor:
     """Runs a layer of CLIP or SigLIP on packed texts.
 
     Args:
         layer: the module of transformers.
         hidden: [N, H].
         masks: attention mask of each group.
-        outputs: indices of the tokens to compute, [W]; None: all.
+        needed: the tokens to compute; None: all.
 
     Returns:
-        [N, H], or [W, H] with `outputs`.
+        [N, H], or [W, H] with `needed`.
     """
     module = layer.self_attn
     dropout = module.dropout if module.training else 0.0
     normalised = layer.layer_norm1(hidden)
-    query, key, value = (project(normalised) for project in (module.q_proj, module.k_proj, module.v_proj))
-    attended = attend(query, key, value, masks, module.num_heads, dropout)
-    if outputs is not None:
-        attended, hidden = attended[outputs], hidden[outputs]
+    key, value = module.k_proj(normalised), module.v_proj(normalised)
+    if needed is not None:
+        hidden, normalised = hidden[needed.indices], normalised[needed.indices]
+    attended = attend(module.q_proj(normalised), key, value, masks, module.num_heads, dropout, needed)
     hidden = hidden + module.out_proj(attended)
     return hidden + layer.mlp(layer.layer_norm2(hidden))

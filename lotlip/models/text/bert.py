@@ -11,7 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text.masks import corner_attention_mask
-from lotlip.models.text.packing import Arranged, PackedTexts, TextBatch, attend, pack, unpack
+from lotlip.models.text.packing import Arranged, Needed, PackedTexts, TextBatch, attend, pack, unpack
 from lotlip.models.text.text_tower import TextTower, position_table
 
 # Families that use BERT's layers, so that texts can be packed. For other families texts are padded.
@@ -82,8 +82,7 @@ class BertTower(TextTower):
         *layers, last = encoder.encoder.layer
         for layer in layers:
             hidden = self.run_layer(_packed_layer, layer, hidden, packed.masks)
-        outputs = torch.cat([indices.flatten() for indices in packed.outputs])
-        return self.run_layer(_packed_layer, last, hidden, packed.masks, outputs)
+        return self.run_layer(_packed_layer, last, hidden, packed.masks, packed.needed)
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         mask = corner_attention_mask(lengths, input_ids.shape[1], self.corner_tokens, self.corner_mask)
@@ -108,24 +107,24 @@ class BertTower(TextTower):
         return found[1].num_embeddings - first_position(found[1])
 
 
-def _packed_layer(layer: Any, hidden: Tensor, masks: Sequence[Tensor], outputs: Tensor | None = None) -> Tensor:
+def _packed_layer(layer: Any, hidden: Tensor, masks: Sequence[Tensor], needed: Needed | None = None) -> Tensor:
     """Runs a BERT layer on packed texts.
 
     Args:
         layer: the module of transformers.
         hidden: [N, H].
         masks: attention mask of each group.
-        outputs: indices of the tokens to compute, [W]; None: all.
+        needed: the tokens to compute; None: all.
 
     Returns:
-        [N, H], or [W, H] with `outputs`.
+        [N, H], or [W, H] with `needed`.
     """
     module = layer.attention.self
     dropout = module.dropout.p if module.training else 0.0
-    query, key, value = (project(hidden) for project in (module.query, module.key, module.value))
-    attended = attend(query, key, value, masks, module.num_attention_heads, dropout)
-    if outputs is not None:
-        attended, hidden = attended[outputs], hidden[outputs]
+    key, value = module.key(hidden), module.value(hidden)
+    if needed is not None:
+        hidden = hidden[needed.indices]
+    attended = attend(module.query(hidden), key, value, masks, module.num_attention_heads, dropout, needed)
     return layer.feed_forward_chunk(layer.attention.output(attended, hidden))
 
 

@@ -11,7 +11,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from lotlip.models.text.bert import BertTower
 from lotlip.models.text.masks import corner_attention_mask
-from lotlip.models.text.packing import PackedTexts, attend
+from lotlip.models.text.packing import Needed, PackedTexts, attend
 
 _FULL, _LOCAL = "full_attention", "sliding_attention"
 
@@ -38,8 +38,7 @@ class ModernBertTower(BertTower):
         *layers, last = encoder.layers
         for layer in layers:
             hidden = self.run_layer(_packed_layer, layer, hidden, masks, rotations)
-        outputs = torch.cat([indices.flatten() for indices in packed.outputs])
-        return encoder.final_norm(self.run_layer(_packed_layer, last, hidden, masks, rotations, outputs))
+        return encoder.final_norm(self.run_layer(_packed_layer, last, hidden, masks, rotations, packed.needed))
 
     def hidden_states(self, input_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         length = input_ids.shape[1]
@@ -67,7 +66,7 @@ def _packed_layer(
     hidden: Tensor,
     masks: Mapping[str, Sequence[Tensor]],
     rotations: Mapping[str, Sequence[Tensor]],
-    outputs: Tensor | None = None,
+    needed: Needed | None = None,
 ) -> Tensor:
     """Runs a layer of ModernBERT on packed texts.
 
@@ -76,17 +75,17 @@ def _packed_layer(
         hidden: [N, H].
         masks: kind of attention → attention mask of each group.
         rotations: kind of attention → cosines and sines of the rotary positions, [N, H / heads] each.
-        outputs: indices of the tokens to compute, [W]; None: all.
+        needed: the tokens to compute; None: all.
 
     Returns:
-        [N, H], or [W, H] with `outputs`.
+        [N, H], or [W, H] with `needed`.
     """
     module, kind = layer.attn, layer.attention_type
     query, key, value = module.Wqkv(layer.attn_norm(hidden)).unflatten(-1, (3, -1, module.head_dim)).unbind(1)
     query, key = apply_rotary_pos_emb(query, key, *rotations[kind], unsqueeze_dim=1)  # [N, heads, H / heads]
     dropout = module.attention_dropout if module.training else 0.0
-    attended = attend(query.flatten(1), key.flatten(1), value.flatten(1), masks[kind], query.shape[1], dropout)
-    if outputs is not None:
-        attended, hidden = attended[outputs], hidden[outputs]
+    if needed is not None:  # Wqkv is one product, so the other queries are computed too
+        query, hidden = query[needed.indices], hidden[needed.indices]
+    attended = attend(query.flatten(1), key.flatten(1), value.flatten(1), masks[kind], key.shape[1], dropout, needed)
     hidden = hidden + module.out_drop(module.Wo(attended))
     return hidden + layer.mlp(layer.mlp_norm(hidden))

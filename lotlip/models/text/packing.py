@@ -51,6 +51,18 @@ class Arranged(NamedTuple):
 Arrange = Callable[[Tensor, Tensor, bool], Arranged]
 
 
+class Needed(NamedTuple):
+    """The W tokens whose features are needed, in the order of the groups.
+
+    Attributes:
+        indices: indices in the sequence, [W].
+        columns: for each group, the columns in its texts, [n, K]; Σ n·K = W.
+    """
+
+    indices: Tensor
+    columns: list[Tensor]
+
+
 @dataclass(frozen=True)
 class PackedTexts:
     """Texts concatenated into one sequence of N tokens, in groups of similar length.
@@ -59,12 +71,14 @@ class PackedTexts:
         ids: [N].
         positions: position of each token in its text, from 0, [N].
         masks: attention mask of each group of n texts padded to T tokens, [n, 1, T, T]; Σ n·T = N.
-        outputs: for each batch, the indices in the sequence of the tokens whose features are needed, [B, K].
+        needed: the tokens that the last layer computes.
+        outputs: for each batch, the indices of its texts' tokens in `needed`, [B, K].
     """
 
     ids: Tensor
     positions: Tensor
     masks: list[Tensor]
+    needed: Needed
     outputs: list[Tensor]
 
 
@@ -76,14 +90,14 @@ def pack(batches: Sequence[TextBatch], arrange: Arrange, fixed: int = 1) -> Pack
         arrange: adds a tower's own tokens, positions and mask to a group of texts of similar length.
         fixed: number of first positions that the offsets of texts do not move.
     """
-    ids, positions, masks, outputs = [], [], [], []
+    ids, positions, masks, indices, columns, outputs = [], [], [], [], [], []
     end = 0
+    count = 0  # of needed tokens
     for texts in batches:
         order = texts.lengths.argsort(stable=True)
         lengths = texts.lengths[order]
         groups = _group_lengths(lengths.tolist())  # the only synchronisation with the device
         sizes = [len(group) for group in groups]
-        wanted = []
         offsets = (torch.zeros_like(lengths) if texts.offsets is None else texts.offsets[order]).split(sizes)
         parts = zip(texts.ids[order].split(sizes), lengths.split(sizes), offsets, groups, strict=True)
         for rows, real, offset, group in parts:
@@ -97,17 +111,18 @@ def pack(batches: Sequence[TextBatch], arrange: Arrange, fixed: int = 1) -> Pack
             positions.append(places.flatten())
             masks.append(arranged.mask)
             starts = end + length * torch.arange(number, device=real.device)
-            wanted.append(starts[:, None] + arranged.outputs)
+            indices.append((starts[:, None] + arranged.outputs).flatten())
+            columns.append(arranged.outputs)
             end += length * number
-        outputs.append(torch.cat(wanted)[order.argsort()])
-    return PackedTexts(torch.cat(ids), torch.cat(positions), masks, outputs)
+        per_text = columns[-1].shape[1]
+        outputs.append(count + per_text * order.argsort()[:, None] + torch.arange(per_text, device=order.device))
+        count += per_text * len(order)
+    return PackedTexts(torch.cat(ids), torch.cat(positions), masks, Needed(torch.cat(indices), columns), outputs)
 
 
 def unpack(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
-    """Splits hidden states of all needed tokens [W, H] into one [B, K, H] per batch, by `PackedTexts.outputs`."""
-    shapes = [indices.shape for indices in outputs]
-    parts = hidden.split([shape.numel() for shape in shapes])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, shapes, strict=True)]
+    """Sorts hidden states of all needed tokens [W, H] into one [B, K, H] per batch, by `PackedTexts.outputs`."""
+    return [hidden[indices] for indices in outputs]
 
 
 def _group_lengths(lengths: list[int]) -> list[list[int]]:
@@ -121,25 +136,37 @@ def _group_lengths(lengths: list[int]) -> list[list[int]]:
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, masks: Sequence[Tensor], heads: int, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    masks: Sequence[Tensor],
+    heads: int,
+    dropout: float = 0.0,
+    needed: Needed | None = None,
 ) -> Tensor:
     """Computes scaled dot-product attention within each packed text.
 
     Args:
-        query, key, value: [N, H].
+        query: [N, H], or [W, H] with `needed`.
+        key, value: [N, H].
         masks: attention mask of each group, `PackedTexts.masks`.
         heads: number of attention heads.
         dropout: probability with which attention is dropped.
+        needed: the tokens of the queries; None: all.
 
     Returns:
-        [N, H]
+        [N, H], or [W, H] with `needed`.
     """
-    sizes = [mask.shape[0] * mask.shape[-1] for mask in masks]
-    groups = zip(*(tokens.split(sizes) for tokens in (query, key, value)), strict=True)
+    if needed is not None:
+        masks = [
+            mask.gather(2, columns[:, None, :, None].expand(-1, 1, -1, mask.shape[-1]))
+            for mask, columns in zip(masks, needed.columns, strict=True)
+        ]
+    query_sizes, key_sizes = ([mask.shape[0] * mask.shape[side] for mask in masks] for side in (2, 3))
+    groups = zip(query.split(query_sizes), key.split(key_sizes), value.split(key_sizes), strict=True)
     outputs = []
     for mask, group in zip(masks, groups, strict=True):
-        number, length = mask.shape[0], mask.shape[-1]
-        q, k, v = (tokens.view(number, length, heads, -1).transpose(1, 2) for tokens in group)
+        q, k, v = (tokens.view(mask.shape[0], -1, heads, tokens.shape[1] // heads).transpose(1, 2) for tokens in group)
         attended = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        outputs.append(attended.transpose(1, 2).reshape(number * length, -1))
+        outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
     return torch.cat(outputs)
