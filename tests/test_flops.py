@@ -75,7 +75,9 @@ def test_a_tower_with_weights_does_as_much(corner_tokens, corner_mask):
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         tower(*text)
     unread = 24 - (1 + corner_tokens)
-    last_layer = 2 * unread * (NARROW["hidden_size"] ** 2 + 2 * NARROW["hidden_size"] * NARROW["intermediate_size"])
+    weights = 2 * NARROW["hidden_size"] ** 2 + 2 * NARROW["hidden_size"] * NARROW["intermediate_size"]
+    attention = 2 * 24 * NARROW["hidden_size"]  # products with keys and values
+    last_layer = 2 * unread * (weights + attention)
     pooled_twice = 2 * NARROW["hidden_size"] ** 2
     assert text_tower_flops(config, 24) - counter.get_total_flops() == last_layer + pooled_twice
 

@@ -206,9 +206,10 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
         length: tokens per text, L.
         size: bytes per value.
         masked: whether attention has a mask for each pair of tokens.
-        outputs: for packed texts, the number of tokens per text whose last hidden states are needed. After attention,
-            the last layer processes only these. The attention output then exists twice, grouped by length and packed.
-            None for padded texts, with the hidden states of all tokens.
+        outputs: for packed texts, the number of tokens per text whose last hidden states are needed. The last layer
+            computes keys and values of all tokens, and everything else of these only. In packed texts, the attention
+            output exists twice, grouped by length and packed. None for padded texts, with the hidden states of all
+            tokens.
     """
     hidden, layers = config.hidden_size, config.num_hidden_layers
     inner = getattr(config, "intermediate_size", 4 * hidden)  # DistilBERT has another name for it
@@ -217,9 +218,11 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
     if outputs is None:
         return texts * length * (layers * layer + 2 * hidden * size + dropped)
     layer += hidden * size
-    after = (5 * hidden + 2 * inner) * size + 4 * FP32  # of the operations after attention, with the last hidden states
-    fraction = min(outputs / length, 1)
-    return texts * length * (layers * layer - (1 - fraction) * after + 2 * hidden * size + dropped)
+    needed = min(outputs / length, 1)
+    # of queries and of what follows them, with the last hidden states
+    after = (7 * hidden + 2 * inner + masked * length) * size + (4 + config.num_attention_heads) * FP32
+    copies = hidden * size  # of the inputs of the needed queries
+    return texts * length * (layers * layer - (1 - needed) * after + needed * copies + 2 * hidden * size + dropped)
 
 
 def loss_bytes(
