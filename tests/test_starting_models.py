@@ -11,6 +11,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import AutoImageProcessor, AutoModel, AutoProcessor, AutoTokenizer
@@ -83,12 +84,47 @@ def test_a_model_of_open_clip_keeps_its_features(tmp_path: Path) -> None:
     file = tmp_path / "theirs" / "open_clip_model.safetensors"
     images, texts, _ = features(open_start(f"open_clip:{name}:{file}"), tmp_path / "ours")
     theirs, _, prepare = open_clip.create_model_and_transforms(name, str(file))
-    theirs.eval()
+    compare_with_open_clip(theirs, open_clip.get_tokenizer(name), prepare, images, texts)
+
+
+def compare_with_open_clip(model: Any, tokenizer: Any, prepare: Any, images: Tensor, texts: Tensor) -> None:
+    """Compares features of `pictures` and `TEXTS` with those of a model of open_clip."""
+    model.eval()
     with torch.inference_mode():
-        ids = open_clip.get_tokenizer(name)(TEXTS)
-        assert torch.allclose(texts, normalize(theirs.encode_text(ids), dim=-1), atol=1e-5)
+        assert torch.allclose(texts, normalize(model.encode_text(tokenizer(TEXTS)), dim=-1), atol=1e-5)
         pixels = torch.stack([prepare(picture) for picture in pictures()])
-        assert torch.allclose(images, normalize(theirs.encode_image(pixels), dim=-1), atol=1e-5)
+        assert torch.allclose(images, normalize(model.encode_image(pixels), dim=-1), atol=1e-5)
+
+
+@pytest.mark.parametrize("prefix", ["", "open_clip:local-dir:"])
+def test_a_folder_of_open_clip_has_architecture_and_preprocessing(prefix: str, tmp_path: Path) -> None:
+    folder = save_open_clip(tmp_path / "theirs", register_open_clip(tmp_path, "start-test"))
+    images, texts, model = features(open_start(f"{prefix}{folder}"), tmp_path / "ours")
+    assert model.image_tower.spec.mean == (0.5, 0.4, 0.3)
+    theirs, prepare = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    compare_with_open_clip(theirs, open_clip.get_tokenizer(f"local-dir:{folder}"), prepare, images, texts)
+
+
+def test_an_incomplete_folder_of_open_clip_is_an_error(tmp_path: Path) -> None:
+    folder = save_open_clip(tmp_path / "theirs", register_open_clip(tmp_path, "start-test"))
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="open_clip cannot load local-dir:"):
+        open_start(str(folder)).build()
+    (folder / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"open_clip_config\.json has no model_cfg"):
+        open_start(str(folder))
+    with pytest.raises(ValueError, match=r"open_clip_config\.json does not exist"):
+        open_start("open_clip:local-dir:nowhere")
+
+
+def test_text_positions_are_not_interpolated_silently(tmp_path: Path) -> None:
+    name = register_open_clip(tmp_path, "start-test")
+    file = save_open_clip(tmp_path / "theirs", name) / "open_clip_model.safetensors"
+    weights = load_file(file)
+    (key,) = (key for key in weights if key in ("positional_embedding", "text.positional_embedding"))
+    save_file({**weights, key: torch.cat([weights[key], weights[key]])}, file)
+    with pytest.raises(ValueError, match=r"has \d+ text positions, but start-test has a context of \d+ tokens"):
+        open_start(f"open_clip:{name}:{file}").build()
 
 
 def save_longclip(file: Path) -> Any:

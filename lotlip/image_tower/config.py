@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from lotlip.core.section import Commit, Count, Positive, Section, Share
 from lotlip.core.variants import Variants
+from lotlip.data.models import LOCAL
 
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
@@ -116,7 +117,10 @@ class OpenClipTowerConfig(PretrainedTowerConfig):
     """The image tower of an open_clip model."""
 
     kind: Literal["open_clip"]
-    model: str = Field(description="name of a configuration in open_clip, such as ViT-B-32")
+    model: str = Field(
+        description="name of a configuration in open_clip, such as ViT-B-32; or local-dir:FOLDER, a model saved by "
+        "open_clip, whose configuration says how images are prepared"
+    )
     weights: str | None = Field(
         None, description="tag of pretrained weights in open_clip; it also decides how images are prepared"
     )
@@ -126,6 +130,10 @@ class OpenClipTowerConfig(PretrainedTowerConfig):
 
     @model_validator(mode="after")
     def _possible(self) -> OpenClipTowerConfig:
+        if self.model.startswith(LOCAL):
+            if self.weights or self.checkpoint:
+                raise ValueError(f"{self.model} has weights of its own; remove weights and checkpoint")
+            return self
         if self.weights is None and (self.checkpoint is None or None in (self.mean, self.std, self.resize)):
             raise ValueError(
                 "weights is null, so nothing says how images were prepared in training; name a tag of open_clip in "

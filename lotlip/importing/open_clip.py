@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 from transformers import CLIPTextConfig, PretrainedConfig, SiglipTextConfig
 
+from lotlip.data.models import LOCAL
 from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.data.tokenizer import CLIP
 from lotlip.image_tower.config import OpenClipTowerConfig
-from lotlip.image_tower.open_clip import load_open_clip, open_clip_spec
+from lotlip.image_tower.open_clip import load_open_clip, model_config, open_clip_spec
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.start import StartingModel
 from lotlip.importing.tokenizers import check_vocabulary, save_as_plain
@@ -21,6 +22,7 @@ from lotlip.models.configuration import LotlipConfig
 # What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
 _CLIP: dict[str, Any] = {"no_causal_mask": False, "pool_type": "argmax", "proj_bias": False}
 _SIGLIP: dict[str, Any] = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+_POSITIONS = ("positional_embedding", "text.positional_embedding")
 _PLAIN: dict[str, Any] = {"hf_model_name": None, "embed_cls": False, "ls_init_value": None, "block_type": None}
 
 
@@ -28,17 +30,21 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
     """Opens a model of open_clip.
 
     Args:
-        address: NAME:TAG or NAME:FILE. A file's images are prepared as open_clip does it by default.
+        address: NAME:TAG, NAME:FILE, or `LOCAL` and a folder. Images for a file are prepared as open_clip does it by
+            default.
         tokenizer: see `lotlip.importing.start.open_start`.
 
     Raises:
         ValueError: open_clip has no such model, or its text tower is of another kind than CLIP's and SigLIP's.
     """
-    architecture, _, source = address.partition(":")
-    if not source:
+    local = address.startswith(LOCAL)
+    architecture, _, source = (address, "", "") if local else address.partition(":")
+    if not source and not local:
         raise ValueError(f"open_clip:{address} names no weights; use open_clip:{architecture}:TAG_OR_FILE")
     settings: dict[str, Any] = {"kind": "open_clip", "model": architecture}
-    if Path(source).is_file():
+    if local:
+        tower = OpenClipTowerConfig(**settings)
+    elif Path(source).is_file():
         import open_clip
 
         defaults = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD, "resize": "crop"}
@@ -58,18 +64,19 @@ def open_start(address: str, tokenizer: str | None = None) -> StartingModel:
         corner_tokens=0,
         logit_bias=siglip,
     )
-    return StartingModel(f"open_clip:{address}", config, words, lambda: _weights(tower, siglip))
+    return StartingModel(f"open_clip:{address}", config, words, lambda: _weights(tower, siglip, text["context_length"]))
 
 
 def spec_text(architecture: str) -> dict[str, Any]:
     """Returns the text configuration of an architecture, with open_clip's default for each field that it lacks."""
     from dataclasses import asdict
 
-    import open_clip
     from open_clip.model import CLIPTextCfg
 
-    found: Any = open_clip.get_model_config(architecture)
-    return asdict(CLIPTextCfg(**found["text_cfg"]))
+    try:
+        return asdict(CLIPTextCfg(**model_config(architecture)[0]["text_cfg"]))
+    except TypeError as error:  # an unknown field
+        raise ValueError(f"the text configuration of {architecture} is not valid: {error}") from error
 
 
 def is_siglip(text: Mapping[str, Any], name: str) -> bool:
@@ -135,8 +142,9 @@ def _tokenizer(architecture: str, text: Mapping[str, Any], siglip: bool, tokeniz
     return PlainTokenizer(tokenizer or CLIP, text["context_length"])
 
 
-def _weights(tower: OpenClipTowerConfig, siglip: bool) -> dict[str, Tensor]:
+def _weights(tower: OpenClipTowerConfig, siglip: bool, context_length: int) -> dict[str, Tensor]:
     model = load_open_clip(tower)
+    _check_positions(tower, context_length)
     state: dict[str, Tensor] = {name: value.float() for name, value in model.state_dict().items()}
     image = {f"image.trunk.{name}": value.float() for name, value in model.visual.state_dict().items()}
     text = {
@@ -148,3 +156,21 @@ def _weights(tower: OpenClipTowerConfig, siglip: bool) -> dict[str, Tensor]:
     if siglip:
         scalars["logit_bias"] = state["logit_bias"].reshape(1)
     return {**image, **text_weights(text), **scalars}
+
+
+def _check_positions(tower: OpenClipTowerConfig, context_length: int) -> None:
+    """Raises ValueError if a file has another number of text positions: open_clip would interpolate them silently."""
+    from open_clip.factory import _find_checkpoint_in_dir, load_state_dict
+
+    folder = Path(tower.model.removeprefix(LOCAL)) if tower.model.startswith(LOCAL) else None
+    file = _find_checkpoint_in_dir(folder) if folder else tower.checkpoint
+    if file is None:
+        return
+    weights = load_state_dict(str(file), weights_only=True)
+    positions = next((weights[name] for name in _POSITIONS if name in weights), None)
+    if positions is not None and len(positions) != context_length:
+        raise ValueError(
+            f"{file} has {len(positions)} text positions, but {tower.model} has a context of {context_length} tokens; "
+            "name the architecture that the weights were trained with; pretrain.text.position_interpolation changes "
+            "their number"
+        )

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from lotlip.core.files import read_json
-from lotlip.data.models import OPEN_CLIP
+from lotlip.data.models import LOCAL, OPEN_CLIP
 from lotlip.data.tokenizer import TextTokenizer
 from lotlip.data.weights import check_finite
 from lotlip.models.configuration import LotlipConfig
@@ -19,7 +19,8 @@ from lotlip.models.vision.image_tower import load_weights
 
 ACCEPTED = (
     "a starting model is the folder or hub name of a CLIP or SigLIP model of transformers, open_clip:NAME:TAG_OR_FILE, "
-    "a checkpoint in the layout of OpenAI's CLIP, Long-CLIP or LoTLIP, or the folder of a model of this project"
+    "the folder of a model saved by open_clip, a checkpoint in the layout of OpenAI's CLIP, Long-CLIP or LoTLIP, or "
+    "the folder of a model of this project"
 )
 _COMMIT = re.compile(r"(?P<name>.+)@(?P<revision>[0-9a-f]{40})")
 
@@ -77,10 +78,9 @@ def open_start(name: str, tokenizer: str | None = None, local_files_only: bool =
     if path.is_dir():
         if not (path / "config.json").is_file():
             if (path / "open_clip_config.json").is_file():
-                raise ValueError(
-                    f"{name} is a folder of open_clip; name its architecture and weights: "
-                    f"open_clip:ARCHITECTURE:{path}/open_clip_model.safetensors"
-                )
+                from lotlip.importing import open_clip
+
+                return open_clip.open_start(f"{LOCAL}{path}", tokenizer)
             seeds = sorted(path.glob("seed-*"))
             hint = f"; name one of its seeds, such as {seeds[0]}" if seeds else f"; {ACCEPTED}"
             raise ValueError(f"{name} has no model (config.json is missing){hint}")
