@@ -83,6 +83,15 @@ class Ablation:
         """The text tower's FLOPs for a text that fills the ablation's context; None if unknown."""
         return self.text_tower_flops.get(self.config.text.context_length)
 
+    @property
+    def short_share(self) -> float:
+        """The short caption's share of the loss; the paper's 1/N of N text features if none is set."""
+        config = self.config
+        long_texts = config.long_texts.per_image if config.long_texts.sub_captions else 0
+        features = 1 + long_texts * (1 + config.text.corner_tokens)
+        fraction = config.loss.short_loss_fraction
+        return 1 / features if fraction is None or features == 1 else fraction
+
 
 class StageOutcome(StageRecord):
     """A stage's record of its last run, with the files that belong to it.

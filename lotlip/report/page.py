@@ -12,7 +12,7 @@ from typing import Any
 from lotlip.core.files import write_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.evaluate.score_names import Metric
-from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
+from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables, verdicts
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.look import PAGE, write_look
 from lotlip.report.reading_figures import reading_figures
@@ -97,7 +97,8 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
     loss = figures.loss_figure(inputs)
     context_figures = figures.context_figures(inputs)
     other_tables = {
-        "findings": findings.findings_table(finding_results),
+        "findings": verdicts.findings_table(finding_results),
+        "power": verdicts.power_table(finding_results),
         "overview": overview.overview_table(inputs),
         "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
@@ -129,9 +130,9 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "summary": summary(inputs),
         "missing": inputs.missing,
         "not_run": sections.not_run_note(inputs.not_run),
-        "tally": findings.tally(finding_results) if finding_results else "",
+        "tally": verdicts.tally(finding_results) if finding_results else "",
         "data_first": overview.data_first(inputs, finding_results),
-        "findings_not_run": findings.not_run(finding_results),
+        "findings_not_run": verdicts.not_run(finding_results),
         "warnings": inputs.params.warnings,
         "finding_results": finding_results,
         "intervals": results.intervals_note(inputs.scored),
