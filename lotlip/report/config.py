@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -23,6 +24,11 @@ class ReportConfig(Section):
 
     title: str = Field("LoTLIP", description="title of the page")
     note: str = Field("", description="note at the top of the page")
+    stored_results: Path | None = Field(
+        None,
+        description="table of results of more seeds, whose verdicts are shown beside this run's; "
+        "`python -m flows.store_results` writes it (docs/report.md)",
+    )
     contact_sheet: NonNegative = Field(12, description="number of images shown with their captions")
 
 

@@ -55,7 +55,7 @@ def note(tested: Sequence[FindingResult]) -> str:
     tests = max((one.tests for one in tested), default=0)
     chance = (
         f" If all true differences were 0, {ALPHA * tests:.1f} of the {tests} tests would be expected to differ from 0 "
-        "by chance without the correction; with it, the probability of any such verdict is at most 5 %."
+        "by chance without the correction; with it, the probability of any such verdict is at most 5\u00a0%."
     )
     return f"{TEST}{chance if tests else ''} {NOTE}"
 
@@ -70,18 +70,18 @@ def findings_table(tested: Sequence[FindingResult], stored: Sequence[FindingResu
     columns = [
         Column("says", "The paper's finding", numeric=False),
         Column("measure", "Measure", numeric=False),
-        Column("compares", "Difference", numeric=False),
         *_columns("", RUN),
         *(_columns("stored_", STORED) if stored else []),
+        Column("compares", "Difference", numeric=False),
         Column("paper", "Paper", numeric=False),
     ]
     rows = [
         [
             words(one.finding.says),
             words(one.measure.label),
-            Cell(one.compares, span=_compared(one.weights or other.weights)),
             *_cells(one),
             *(_cells(other) if stored else []),
+            Cell(one.compares, span=_compared(one.weights or other.weights)),
             words(one.finding.where),
         ]
         for one, other in zip(tested, stored or tested, strict=True)
@@ -128,7 +128,6 @@ def power_table(tested: Sequence[FindingResult], stored: Sequence[FindingResult]
         tests = max((one.tests for one in results), default=0)
         columns += [
             Column(f"{prefix}seeds", "Seeds", group),
-            Column(f"{prefix}points", "Observed", group),
             Column(f"{prefix}spread", "Spread", group),
             Column(f"{prefix}detectable", f"Detectable, α = {ALPHA}", group),
             Column(f"{prefix}detectable_corrected", f"α = {ALPHA}/{tests}" if tests else "corrected", group),
@@ -157,7 +156,6 @@ def _power_cells(one: FindingResult) -> list[Cell]:
     corrected = one.detectable(ALPHA / one.tests) if one.tests else None
     return [
         Cell(str(len(one.by_seed)), len(one.by_seed)),
-        points_cell(one.difference and Estimate(one.difference.value)),
         *(number(value, "{:.2f}") for value in (spread, one.detectable(ALPHA), corrected)),
     ]
 
