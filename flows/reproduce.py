@@ -16,11 +16,12 @@ from flows.runtime.servers import listen_for, new_login, port_at, prefect_client
 from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
-from lotlip.core.files import remove_listed
+from lotlip.core.files import read_json, remove_listed
 from lotlip.core.record import Record
 from lotlip.data.paths import check_inputs
 from lotlip.evaluate.config import baseline_hashes
 from lotlip.evaluate.records import BASELINE_SCORES, BASELINES, Baselines
+from lotlip.report.stored import FINDINGS, STORED_RESULTS, table_hash
 
 PULL = "--pull"  # option of `dvc repro`
 REPRODUCTION = SCRATCH / "reproduce.json"
@@ -52,6 +53,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     """
     check_inputs(params.inputs())
     remove_outdated_baselines(params)
+    remove_outdated_report(params)
     started = time.time()
     # so that `python` in dvc.yaml is this interpreter
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
@@ -80,6 +82,24 @@ def remove_outdated_baselines(params: Params) -> None:
     changed = [one.model for one in Baselines.load(file).models if hashes.get(one.model) != one.sha256]
     if changed:
         print(f"Changed since they were scored, so all baselines are scored again: {', '.join(changed)}")
+        remove_listed(file.parent)
+
+
+def remove_outdated_report(params: Params) -> None:
+    """Removes the report if the table of stored results has changed since, so that DVC runs its stage again.
+
+    DVC cannot watch the table: dvc.yaml cannot name a path that may be null.
+
+    Args:
+        params: params.yaml of the project.
+    """
+    file = params.paths.report / FINDINGS
+    try:
+        shown = read_json(file)[STORED_RESULTS] if file.is_file() else None
+    except (ValueError, KeyError, TypeError):  # damaged, or of an earlier version: DVC runs the stage again
+        return
+    if (shown or {}).get("sha256") != table_hash(params.report.stored_results) and file.is_file():
+        print("The stored results have changed since the last report, so the report is written again.")
         remove_listed(file.parent)
 
 

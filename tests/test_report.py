@@ -350,6 +350,7 @@ def test_markdown_refers_to_files_that_are_there(report):
         "scenes-sub-captions.png",
         "scenes-corner-tokens.png",
         "loss.png",
+        "findings.png",
     }
 
 

@@ -1,14 +1,18 @@
 """The paper's tables and findings in the report, of ablations whose names say nothing. All numbers here are made up."""
 
 import json
+import math
 
 import pytest
 
+from lotlip.objectives.contrastive import feature_shares
 from lotlip.report.findings import CONTRADICTS, FINDINGS, INCONCLUSIVE, NOT_RUN, SUPPORTS, evaluate_findings
 from lotlip.report.inputs import load_inputs
 from lotlip.report.measures import LONG, Measure
 from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
+from lotlip.report.significance import holm
+from lotlip.report.verdicts import tally
 from tests.test_report import Page, make_params, read_csv, write_project
 
 BASELINE = {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
@@ -35,6 +39,11 @@ PAPER = (
         "trained": BASELINE | {"image_tower": {"frozen": False}},
         "pairs": BASELINE | {"image_tower": {"frozen": False}, "loss": {"objective": "siglip"}},
         "tokens": BASELINE | {"image_tower": {"frozen": False}, "similarity": "late-interaction"},
+        "short-half": BASELINE | {"steps": 20},
+        "longs-s10": corners(0) | {"loss": {"short_loss_fraction": 0.1}},
+        "longs-s90": corners(0) | {"loss": {"short_loss_fraction": 0.9}},
+        "base-s10": {"loss": {"short_loss_fraction": 0.1}},
+        "base-equal": {"loss": {"short_loss_fraction": None}},
     }
 )
 STRETCHED = {
@@ -42,7 +51,10 @@ STRETCHED = {
     "pretrain": corners(0, position_interpolation={"positions": 32, "keep": 8, "factor": 6})
     | {"loss": {"image_components": 8}},
 }
-
+FINETUNED = {
+    "stretched": STRETCHED,
+    "stretched-half": {"init_from": "short-half", "pretrain": STRETCHED["pretrain"] | {"steps": 20}},
+}
 
 SCORES = ["long", "short", "classification"]
 METHODS = {"short": "LiT", "trained": "CLIP", "pairs": "SigLIP", "tokens": "FILIP"}
@@ -67,6 +79,16 @@ TABLES = {
         },
     },
     "context-length": {"title": "Context length", "rows": ["c32", "c64", "base", "c192"], "figure": {"kind": "cost"}},
+    "short-share": {
+        "title": "The short caption's share",
+        "rows": ["longs-s10", "longs-s90", "base-s10", "base-equal"],
+        "columns": ["loss.short_loss_fraction", *SCORES],
+        "figure": {
+            "kind": "scores",
+            "x": "loss.short_loss_fraction",
+            "lines": {"LoTLIP": ["base-s10", "base-equal"], "LiT": ["longs-s10", "longs-s90"]},
+        },
+    },
     "baselines": {"title": "Loss baselines", "rows": METHODS, "columns": ["loss.objective", *SCORES]},
 }
 ROLES = {
@@ -81,6 +103,9 @@ ROLES = {
     "context_lengths": ["c32", "c64", "base", "c192"],
     "registers": ["r1", "r2", "r4"],
     "captioners": [f"only-{name}" for name in CAPTIONERS],
+    "long_clip_equal_steps": "stretched-half",
+    "lit_long_by_short_share": ["longs", "longs-s10", "longs-s90"],
+    "lotlip_by_short_share": ["base", "base-s10", "base-equal"],
 }
 
 
@@ -91,7 +116,7 @@ def paper_params(seeds=(0, 1, 2), ablations=PAPER, **changes):
         ablations=ablations,
         tables=TABLES,
         findings=ROLES,
-        **{"finetune": {"stretched": STRETCHED} if "short" in ablations else {}, **changes},
+        **{"finetune": FINETUNED if "short-half" in ablations else {}, **changes},
     )
 
 
@@ -136,7 +161,8 @@ def test_every_table_of_the_paper_has_its_ablations(whole):
     rows = {title: [row[0].text for row in table.rows] for title, table in tables.items()}
     others = rows.pop("Other ablations")
     assert rows == {declared["title"]: list(declared["rows"]) for declared in TABLES.values()}
-    assert others == ["base", "weighed", "r1", "r2", "r4", *(f"only-{name}" for name in CAPTIONERS)]
+    single = [f"only-{name}" for name in CAPTIONERS]
+    assert others == ["base", "weighed", "r1", "r2", "r4", *single, "short-half", "base-equal", "stretched-half"]
     assert [row[1].text for row in tables["Loss baselines"].rows] == list(METHODS.values())
 
 
@@ -147,7 +173,7 @@ def test_the_page_of_many_ablations_is_whole_and_folds_what_its_figures_say(whol
     assert page.open == [] and len(page.ids) == len(set(page.ids))
     assert {anchor[1:] for anchor in page.anchors} <= set(page.ids)
     assert "<summary>The numbers: 16 rows</summary>" in text and "<summary>The numbers: 6 rows" not in text
-    assert "<summary>Training: 34 rows</summary>" in text
+    assert "<summary>Training: 40 rows</summary>" in text
     assert '<span class="chip inconclusive">inconclusive</span>' in text
     assert "Thin lines are the other ablations" in text
     assert {"scenes-sub-captions.png", "scenes-corner-tokens.png", "scenes-context-length.png"} <= {
@@ -229,6 +255,97 @@ def test_registers_are_compared_at_equal_number_and_captioners_with_mean_and_bes
     assert found["captioners-beat-mean", "long"].verdict == SUPPORTS
     best = found["captioners-beat-best", "long"]
     assert best.weights == {"base": 1.0, "only-llava": -1.0} and best.verdict == CONTRADICTS
+    assert best.compares == "all captioners − best single captioner, chosen in hindsight"
+
+
+def test_long_clip_is_compared_at_equal_steps_only_if_they_are_equal(tmp_path):
+    found = judged(tmp_path / "equal", paper_params(), long={"base": 52})
+    assert found["better-than-long-clip-at-equal-steps", "long"].weights == {"base": 1.0, "stretched-half": -1.0}
+    assert found["better-than-long-clip-at-equal-steps", "long"].verdict == SUPPORTS
+    longer = {**PAPER, "short-half": BASELINE | {"steps": 21}}
+    found = judged(tmp_path / "longer", paper_params(ablations=longer), long={"base": 52})
+    assert found["better-than-long-clip-at-equal-steps", "long"].verdict == NOT_RUN
+
+
+def test_each_system_is_compared_at_its_best_share(tmp_path):
+    scores = {"long": {"longs-s10": 60, "base-equal": 57, "base-s10": 55}, "short": {"longs-s10": 45, "base-s10": 58}}
+    found = judged(tmp_path, paper_params(), **scores)
+    for measure, points in (("long", 55 - 60), ("short", 58 - 45)):
+        best = found["better-than-long-texts-at-best-share", measure]
+        # the means of long and short text: 56.5 against 53.5 of base-equal, and 52.5 against 50
+        assert best.weights == {"base-s10": 1.0, "longs-s10": -1.0}
+        assert best.difference.value == pytest.approx(points) and best.compares.endswith(", chosen in hindsight")
+
+
+def test_the_best_is_chosen_on_the_validation_split_and_tested_on_the_others(tmp_path):
+    benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "chosen": {"kind": "scenes", "split": "val", "size": 50}}
+    params = paper_params(evaluate={"benchmarks": benchmarks})
+    write_scores(tmp_path, params, long={"base-s10": 58, "longs-s10": 60})
+    for name in params.names:
+        path = tmp_path / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        data["benchmarks"]["chosen"] = json.loads(json.dumps(data["benchmarks"]["scenes"]))
+        if name in ("base-equal", "longs-s90"):
+            for scores in data["benchmarks"]["chosen"]["seeds"].values():
+                scores["short.text_to_image.r1"] += 0.3
+        path.write_text(json.dumps(data))
+    tested = {(one.finding.slug, one.measure.slug): one for one in evaluate_findings(load_inputs(params, tmp_path))}
+    best = tested["better-than-long-texts-at-best-share", "long"]
+    assert best.weights == {"base-equal": 1.0, "longs-s90": -1.0} and best.compares.endswith(", chosen on chosen")
+    assert {tuple(one.benchmarks) for one in tested.values()} == {("scenes",)}
+
+
+def test_the_shown_share_of_the_loss_is_the_one_that_trains(whole):
+    inputs, report = whole
+    shares = {row["ablation"]: float(row["loss.short_loss_fraction"]) for row in read_csv(report, "scenes-short-share")}
+    assert shares == pytest.approx({"longs-s10": 0.1, "longs-s90": 0.9, "base-s10": 0.1, "base-equal": 0.25})
+    assert (report / "figures" / "scenes-short-share.png").is_file()
+    for ablation in inputs.ablations:
+        config = ablation.config
+        features = 1 + (config.text.corner_tokens + 1 if config.long_texts.sub_captions else 0)
+        first = feature_shares(features, config.loss.short_loss_fraction)[0].item()
+        assert ablation.short_share == pytest.approx(first)
+
+
+def with_noise(root, params, noise):
+    """Adds noise to an ablation's R@1 on long text: ablation → points of each seed."""
+    for name, points in noise.items():
+        path = root / params.paths.metrics / f"{name}.json"
+        data = json.loads(path.read_text())
+        for scores, more in zip(data["benchmarks"]["scenes"]["seeds"].values(), points, strict=True):
+            for way in ("image_to_text", "text_to_image"):
+                scores[f"long.{way}.r1"] += more / 100
+        path.write_text(json.dumps(data))
+
+
+def test_verdicts_are_corrected_for_the_number_of_tests(tmp_path):
+    params = paper_params(
+        ablations={"short": BASELINE, "longs": corners(0), "base": {}, "open": corners(2, corner_mask=False)}
+    )
+    write_scores(tmp_path, params)
+    with_noise(tmp_path, params, {"longs": [10, 11, 12.5], "base": [14, 14, 18], "open": [0, 0, 0.1]})
+    tested = evaluate_findings(load_inputs(params, tmp_path))
+    run = [one for one in tested if one.p is not None]
+    p = {one.measure.slug + " " + one.finding.slug: one.p for one in run}
+    assert {one.tests for one in run} == {len(run)} and len(run) == 8
+    assert [one.p_holm for one in run] == pytest.approx(holm(list(p.values())))
+    teach = next(one for one in run if one.finding.slug == "long-texts-teach-long")
+    keep = next(one for one in run if one.finding.slug == "corner-tokens-keep-long")
+    # t of 2 degrees of freedom is (33.5 / 3) / (1.258 / √3) = 15.37, so p = 1 − t / √(t² + 2)
+    assert teach.p == pytest.approx(1 - 15.37 / math.sqrt(15.37**2 + 2), rel=1e-3)
+    assert (teach.verdict, teach.holm_verdict) == (SUPPORTS, SUPPORTS if teach.p_holm < 0.05 else INCONCLUSIVE)
+    assert (keep.verdict, keep.holm_verdict) == (SUPPORTS, INCONCLUSIVE)
+    assert keep.p < 0.05 <= keep.p_holm
+    low, high = keep.simultaneous_interval
+    assert low < keep.interval[0] < keep.interval[1] < high and low < 0
+    found = keep.as_json()
+    assert (found["verdict"], found["verdict_holm"]) == (SUPPORTS, INCONCLUSIVE)
+    assert found["detectable"] < found["detectable_corrected"]
+    words = tally(tested)
+    supported = sum(one.verdict == SUPPORTS for one in run)
+    corrected = sum(one.holm_verdict == SUPPORTS for one in run)
+    assert f"Of {len(run)} tests of the paper's findings, this run supports {supported} and contradicts" in words
+    assert f"With Holm's correction, this run supports {corrected} and contradicts" in words and corrected < supported
 
 
 def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):
@@ -241,7 +358,8 @@ def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):
     assert teach["ablations"] == {"longs": 1.0, "short": -1.0} and teach["points"] == pytest.approx(0)
     for text in ((report / "index.html").read_text(), (report / "report.md").read_text()):
         assert f"; {count} are inconclusive" in text
-        assert f"The {count} tests are not corrected for multiple comparisons" in text and "longs − short" in text
+        assert f"of the {count} tests would be expected to differ from 0 by chance" in text
+        assert "longs − short" in text and "What could be detected" in text
         assert all(finding.where in text for finding in FINDINGS)
 
 

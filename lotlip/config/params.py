@@ -232,6 +232,8 @@ class Params(Section):
             path = Path(name) if self.paths.models in Path(name).parents else local_model(name)
             if path and name != START:
                 yield "evaluate.baselines", path
+        if self.report.stored_results:
+            yield "report.stored_results", self.report.stored_results
 
     def _caption_problems(self, name: str, config: PretrainConfig) -> list[str]:
         """Problems with an ablation's use of captioners."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
@@ -11,7 +12,8 @@ from lotlip.core.section import Name, NonNegative, Section, flatten, nearest
 from lotlip.evaluate.score_names import MAIN, Metric
 
 CHANGES, FLOPS = "changes", "flops"  # columns computed by the report
-SAMPLES = "samples"  # the key of `pretrain` that is shown as a number of images
+# Keys of `pretrain` whose null is shown as the number that it stands for: of images, and 1/N.
+SAMPLES, SHORT_SHARE = "samples", "loss.short_loss_fraction"
 SCORES = (*MAIN, *map(str, Metric))
 COLUMNS = (CHANGES, FLOPS, *SCORES)  # valid in addition to the keys of `pretrain`
 RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # names of the built-in tables and figures
@@ -22,6 +24,11 @@ class ReportConfig(Section):
 
     title: str = Field("LoTLIP", description="title of the page")
     note: str = Field("", description="note at the top of the page")
+    stored_results: Path | None = Field(
+        None,
+        description="table of results of more seeds, whose verdicts are shown beside this run's; "
+        "`python -m flows.store_results` writes it (docs/report.md)",
+    )
     contact_sheet: NonNegative = Field(12, description="number of images shown with their captions")
 
 
@@ -49,7 +56,7 @@ class ScoresFigureConfig(Section):
     kind: Literal["scores"]
     x: Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)] = Field(
         description="key of `pretrain` on the x axis, such as text.corner_tokens; several keys are summed. "
-        "`samples` is the number of training images"
+        "`samples` is the number of training images; null of `loss.short_loss_fraction` is 1/N"
     )
     x_label: str = Field("", description="label of the x axis; default: the keys")
     x_scale: Literal["linear", "log"] = Field("linear", description="scale of the x axis")
@@ -92,11 +99,20 @@ class FindingsConfig(Section):
     lit: Name | None = Field(None, description="trained on short captions only")
     lit_long: Name | None = Field(None, description="also trained on long texts, without corner tokens")
     long_clip: Name | None = Field(None, description="Long-CLIP: finetuned with interpolated positions")
+    long_clip_equal_steps: Name | None = Field(
+        None, description="Long-CLIP, trained for as many steps as `lotlip`, with those of the ablation it starts from"
+    )
     lotlip: Name | None = Field(None, description="LoTLIP: trained on long texts with corner tokens")
     no_mask: Name | None = Field(None, description="`lotlip` without the attention mask of corner tokens")
     corner_tokens: list[Name] = Field(default_factory=list, description="LoTLIP by number of corner tokens")
     lit_by_sub_captions: list[Name] = Field(default_factory=list, description="`lit_long` by number of sub-captions")
     lotlip_by_sub_captions: list[Name] = Field(default_factory=list, description="LoTLIP by number of sub-captions")
+    lit_long_by_short_share: list[Name] = Field(
+        default_factory=list, description="`lit_long` by the short caption's share of the loss"
+    )
+    lotlip_by_short_share: list[Name] = Field(
+        default_factory=list, description="LoTLIP by the short caption's share of the loss"
+    )
     context_lengths: list[Name] = Field(default_factory=list, description="LoTLIP by context length")
     registers: list[Name] = Field(default_factory=list, description="with register tokens instead of corner tokens")
     captioners: list[Name] = Field(default_factory=list, description="LoTLIP with long texts of a single captioner")
@@ -146,7 +162,7 @@ def declaration_problems(
                 f"{place}.figure.x: {key} is {value!r} in ablation {name}, not a number"
                 for name, value in values.items()
                 if isinstance(value, bool) or not isinstance(value, (int, float))
-                if key != SAMPLES or value is not None
+                if key not in (SAMPLES, SHORT_SHARE) or value is not None
             ]
     return problems + [
         f"{place}: no ablation {name!r}{nearest(name, settings)} (there are: {', '.join(settings)})"

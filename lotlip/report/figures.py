@@ -26,7 +26,7 @@ from lotlip.figures.charts import (
     label_ends,
     x_values,
 )
-from lotlip.report.config import SAMPLES, CostFigureConfig, ScoresFigureConfig, TableConfig
+from lotlip.report.config import SAMPLES, SHORT_SHARE, CostFigureConfig, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import MEASURES, NOTE, Measure
 from lotlip.report.results import DIRECTIONS, benchmark_names
@@ -62,7 +62,7 @@ def scores_figure(
 
     def x(ablation: Ablation) -> float:
         settings = flatten(ablation.config.model_dump(mode="json"))
-        settings[SAMPLES] = inputs.training_images(ablation.config)
+        settings |= {SAMPLES: inputs.training_images(ablation.config), SHORT_SHARE: ablation.short_share}
         return sum(settings[key] for key in declared.x)
 
     def lines(measure: Measure) -> list[Line]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,7 @@ from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import HISTORY, History, read_history
 from lotlip.report.config import CostFigureConfig
 from lotlip.report.look import Look, jpeg, look_of
+from lotlip.report.stored import StoredResults, load_stored
 
 if TYPE_CHECKING:
     from lotlip.config.params import Params
@@ -82,6 +83,15 @@ class Ablation:
     def flops_per_text(self) -> int | None:
         """The text tower's FLOPs for a text that fills the ablation's context; None if unknown."""
         return self.text_tower_flops.get(self.config.text.context_length)
+
+    @property
+    def short_share(self) -> float:
+        """The short caption's share of the loss; the paper's 1/N of N text features if none is set."""
+        config = self.config
+        long_texts = config.long_texts.per_image if config.long_texts.sub_captions else 0
+        features = 1 + long_texts * (1 + config.text.corner_tokens)
+        fraction = config.loss.short_loss_fraction
+        return 1 / features if fraction is None or features == 1 else fraction
 
 
 class StageOutcome(StageRecord):
@@ -143,6 +153,7 @@ class ReportInputs:
             "median", "p95"; empty if there are none.
         baselines: scored models that were not trained here, in the order of params.yaml.
         look: a look at the data; None if ingest has not finished.
+        stored: results of more seeds; None if `report.stored_results` names none.
     """
 
     params: Params
@@ -157,6 +168,21 @@ class ReportInputs:
     caption_words: dict[str, float] = field(default_factory=dict)
     baselines: list[Baseline] = field(default_factory=list)
     look: Look | None = None
+    stored: StoredResults | None = None
+
+    @property
+    def with_stored(self) -> ReportInputs | None:
+        """The same inputs with the stored scores instead of this run's; None if there are none that can be used."""
+        if not self.stored or not self.stored.rows:
+            return None
+        scores: dict[str, dict[str, BenchmarkResult]] = {name: {} for name in self.params.names}
+        for row in self.stored.rows:
+            scores[row.ablation].setdefault(row.benchmark, BenchmarkResult()).seeds[row.seed] = row.scores
+        ablations = [
+            Ablation(name, self.params.ablation(name), benchmarks=in_order(found, self.params.evaluate.names))
+            for name, found in scores.items()
+        ]
+        return replace(self, ablations=ablations)
 
     @property
     def scored(self) -> list[Ablation]:
@@ -235,6 +261,7 @@ def load_inputs(params: Params, root: Path) -> ReportInputs:
         caption_words=_caption_words(root / params.paths.ingest),
         baselines=_baselines(params, root, missing),
         look=look_of(params, root) if (root / params.paths.ingest / INDEX_FILE).is_file() else None,
+        stored=load_stored(params, root, missing),
     )
 
 

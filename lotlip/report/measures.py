@@ -1,4 +1,4 @@
-"""The three measures that ablations are compared by: long-text retrieval, short-text retrieval, classification."""
+"""The measures that ablations are compared by: long-text retrieval, short-text retrieval, classification."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lotlip.evaluate.score_names import MAIN
+from lotlip.evaluate.score_names import MAIN, RECALLS
 from lotlip.figures.intervals import Estimate, estimate
 from lotlip.report.inputs import Ablation, BenchmarkResult
 
@@ -70,4 +70,5 @@ class Measure:
 LONG = Measure("long", "long text", MAIN["long"])
 SHORT = Measure("short", "short text", MAIN["short"])
 TOP1 = Measure("classification", "classification", MAIN["classification"])
+RECALL = Measure("recall", "long and short text", RECALLS)
 MEASURES = (LONG, SHORT, TOP1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,14 @@ from typing import Any
 from lotlip.core.files import write_json
 from lotlip.data.records import DATA_DOCS
 from lotlip.evaluate.score_names import Metric
-from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables
+from lotlip.report import attention_section, figures, findings, overview, results, sections, stages, tables, verdicts
+from lotlip.report.findings import FindingResult
+from lotlip.report.forest import forest_figure
 from lotlip.report.inputs import Ablation, ReportInputs, StageOutcome
 from lotlip.report.look import PAGE, write_look
 from lotlip.report.reading_figures import reading_figures
 from lotlip.report.rendering import render
+from lotlip.report.stored import FINDINGS, STORED_RESULTS
 from lotlip.report.tables import Cell, ReportTable
 
 LOOK = "look"  # the folder of the look at the data
@@ -67,12 +70,22 @@ def build_report(inputs: ReportInputs, out: Path) -> Path:
             (out / "figures" / f"{figure.slug}.png").write_bytes(figure.png)
     for table in context["all_tables"]:
         (out / "tables" / f"{table.slug}.csv").write_text(table.to_csv(), encoding="utf-8")
-    results = [result.as_json() for result in context["finding_results"]]
-    write_json(out / "findings.json", {"test": findings.TEST, "findings": results})
+    write_json(out / FINDINGS, findings_file(inputs, context["finding_results"], context["stored_findings"]))
     render("report.md.j2", context, out / "report.md")
     page = out / PAGE
     render("page.html.j2", context, page)
     return page
+
+
+def findings_file(
+    inputs: ReportInputs, tested: Sequence[FindingResult], stored: Sequence[FindingResult]
+) -> dict[str, Any]:
+    """Returns the content of findings.json: the test, the stored results, and all verdicts with their numbers."""
+    results = [one.as_json() for one in tested]
+    for result, other in zip(results, stored, strict=bool(stored)):
+        result["stored"] = other.result_as_json()
+    about = inputs.stored.as_json() if inputs.stored else None
+    return {"test": findings.TEST, STORED_RESULTS: about, "findings": results}
 
 
 def _context(inputs: ReportInputs) -> dict[str, Any]:
@@ -94,10 +107,14 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         for name in results.benchmark_names(inputs)
     ]
     finding_results = findings.evaluate_findings(inputs) if benchmarks else []
+    with_stored = inputs.with_stored if benchmarks else None
+    stored_findings = findings.evaluate_findings(with_stored) if with_stored else []
+    forest = forest_figure(finding_results, stored_findings)
     loss = figures.loss_figure(inputs)
     context_figures = figures.context_figures(inputs)
     other_tables = {
-        "findings": findings.findings_table(finding_results),
+        "findings": verdicts.findings_table(finding_results, stored_findings),
+        "power": verdicts.power_table(finding_results, stored_findings),
         "overview": overview.overview_table(inputs),
         "failed_items": overview.failure_examples(inputs),
         "data": stages.statistics_table(inputs),
@@ -129,11 +146,14 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
         "summary": summary(inputs),
         "missing": inputs.missing,
         "not_run": sections.not_run_note(inputs.not_run),
-        "tally": findings.tally(finding_results) if finding_results else "",
+        "tally": verdicts.tally(finding_results, stored_findings) if finding_results else "",
+        "stored_note": inputs.stored.note if inputs.stored else "",
         "data_first": overview.data_first(inputs, finding_results),
-        "findings_not_run": findings.not_run(finding_results),
+        "findings_not_run": verdicts.not_run(finding_results),
         "warnings": inputs.params.warnings,
         "finding_results": finding_results,
+        "stored_findings": stored_findings,
+        "forest": forest,
         "intervals": results.intervals_note(inputs.scored),
         "pictures": inputs.pictures,
         "look": f"{LOOK}/{PAGE}" if inputs.look else "",
@@ -146,7 +166,7 @@ def _context(inputs: ReportInputs) -> dict[str, Any]:
             *(section.figure for benchmark in benchmarks for section in benchmark["sections"] if section.figure),
             *(figure for benchmark in benchmarks for figure in benchmark["figures"] + benchmark["attention_figures"]),
             *context_figures,
-            *([loss] if loss else []),
+            *(figure for figure in (loss, forest) if figure),
         ],
         "all_tables": all_tables + [table for table in shown_tables.values() if table],
     }

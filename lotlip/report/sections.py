@@ -11,7 +11,7 @@ from lotlip.core.section import flatten
 from lotlip.evaluate.reference import REFERENCE, sources
 from lotlip.evaluate.score_names import COUNTED_TEXTS, MAIN, SENTENCE_METRICS, SENTENCES
 from lotlip.report import figures
-from lotlip.report.config import CHANGES, FLOPS, SAMPLES, SCORES, ScoresFigureConfig, TableConfig
+from lotlip.report.config import CHANGES, FLOPS, SAMPLES, SCORES, SHORT_SHARE, ScoresFigureConfig, TableConfig
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.results import (
     FLOPS_COLUMN,
@@ -124,6 +124,8 @@ def _table(
 
 def _setting(ablation: Ablation, key: str) -> Cell:
     """Formats a setting's value; null is a dash, and so is the mask of an ablation without corner tokens."""
+    if key == SHORT_SHARE:
+        return number(ablation.short_share, "{:.3g}")
     value: Any = flatten(ablation.config.model_dump(mode="json")).get(key)
     if value is None or (key == "text.corner_mask" and not ablation.config.text.corner_tokens):
         return words(None)
