@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
 from lotlip.demo.tower import _draw_scenes, _Scenes, scenes_spec, train_image_tower
+from lotlip.demo.world import attribute_classes
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.image_tower.timm import timm_tower
 from lotlip.models.vision.image_tower import build_image_tower, load_image_tower, save_image_tower
@@ -211,6 +212,15 @@ def test_accuracy_has_a_share_for_each_attribute() -> None:
 def test_fewer_scenes_than_a_batch_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"scenes is 16.*batch_size 32"):
         train_image_tower(SMALL.model_copy(update={"scenes": 16}))
+
+
+def test_the_scenes_have_the_number_of_small_objects_asked_for() -> None:
+    kinds = attribute_classes()
+    first = sum(len(labels) for kind, labels in kinds.items() if kind != "small colour by shape")
+    first -= len(kinds["small position"])
+    _, labels = _draw_scenes(_Scenes(seed=1, count=20, size=32, small_objects=(7, 8)))
+    positions = labels[:, first : first + len(kinds["small position"])].sum(dim=1)
+    assert set(positions.tolist()) == {7, 8}
 
 
 @pytest.mark.integration
