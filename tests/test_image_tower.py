@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -232,3 +234,18 @@ def test_scenes_are_the_same_however_many_processes_draw_them(monkeypatch: pytes
     again, labels_again = _draw_scenes(scenes)
     assert pixels.shape == (250, 3, 32, 32) and pixels.dtype == torch.uint8
     assert torch.equal(pixels, again) and torch.equal(labels, labels_again)
+
+
+@pytest.mark.integration
+def test_scenes_are_drawn_where_exit_handlers_of_threads_fail_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Prefect's do: its threads do not exist in a fork."""
+    parent = os.getpid()
+
+    def fail_in_a_fork() -> None:
+        assert os.getpid() == parent
+
+    monkeypatch.setattr(threading, "_threading_atexits", [fail_in_a_fork])
+    monkeypatch.setattr("lotlip.demo.tower._SCENES_PER_WORKER", 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    pixels, _ = _draw_scenes(_Scenes(seed=1, count=250, size=32))
+    assert len(pixels) == 250

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import torch
@@ -176,5 +177,14 @@ class _Scenes(Dataset[tuple[Tensor, Tensor]]):
 def _draw_scenes(scenes: _Scenes) -> tuple[Tensor, Tensor]:
     """Draws scenes on all cores: pixels uint8 [N, 3, size, size], labels int64 [N, attributes]."""
     workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_PER_WORKER)
-    pixels, labels = zip(*DataLoader(scenes, batch_size=100, num_workers=workers), strict=True)
+    loader = DataLoader(scenes, batch_size=100, num_workers=workers, worker_init_fn=_forget_threads)
+    pixels, labels = zip(*loader, strict=True)
     return torch.cat(pixels), torch.cat(labels)
+
+
+def _forget_threads(_: int) -> None:
+    """Drops the exit handlers of threads that a forked worker does not have.
+
+    Prefect's handlers fail there, and the loader takes the worker's exit status for a crash.
+    """
+    threading._threading_atexits.clear()  # type: ignore[attr-defined]
