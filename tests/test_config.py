@@ -677,6 +677,15 @@ def test_every_shipped_ablation_is_in_a_declared_table():
         assert not params.tables or rows == set(params.names)
 
 
+def test_a_tower_trained_on_scenes_with_other_numbers_of_objects_is_warned_of(tmp_path):
+    objects = {"fewest_objects": 4, "most_objects": 8}
+    scenes = {"source": {"kind": "scenes", "path": "lotlip/demo/world.py", **objects}}
+    base = {**MINIMAL, "ingest": scenes, "image_tower": {"kind": "scenes"}}
+    (line,) = load(tmp_path, {}, base).warnings
+    assert line.startswith("image_tower trains on scenes with 3 to 6 small objects, ingest.source draws 4 to 8")
+    assert load(tmp_path, {"image_tower": objects}, base).warnings == []
+
+
 def test_hub_models_that_are_not_pinned_are_warned_of(tmp_path):
     commit = "0123456789" * 4
     hub = {

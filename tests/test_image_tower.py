@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import threading
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
 from lotlip.demo.tower import _draw_scenes, _Scenes, scenes_spec, train_image_tower
+from lotlip.demo.world import attribute_classes
 from lotlip.image_tower.config import SceneTowerConfig, TimmTowerConfig
 from lotlip.image_tower.timm import timm_tower
 from lotlip.models.vision.image_tower import build_image_tower, load_image_tower, save_image_tower
@@ -213,6 +216,15 @@ def test_fewer_scenes_than_a_batch_is_an_error() -> None:
         train_image_tower(SMALL.model_copy(update={"scenes": 16}))
 
 
+def test_the_scenes_have_the_number_of_small_objects_asked_for() -> None:
+    kinds = attribute_classes()
+    first = sum(len(labels) for kind, labels in kinds.items() if kind != "small colour by shape")
+    first -= len(kinds["small position"])
+    _, labels = _draw_scenes(_Scenes(seed=1, count=20, size=32, small_objects=(7, 8)))
+    positions = labels[:, first : first + len(kinds["small position"])].sum(dim=1)
+    assert set(positions.tolist()) == {7, 8}
+
+
 @pytest.mark.integration
 def test_scenes_are_the_same_however_many_processes_draw_them(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = _Scenes(seed=1, count=250, size=32)
@@ -222,3 +234,18 @@ def test_scenes_are_the_same_however_many_processes_draw_them(monkeypatch: pytes
     again, labels_again = _draw_scenes(scenes)
     assert pixels.shape == (250, 3, 32, 32) and pixels.dtype == torch.uint8
     assert torch.equal(pixels, again) and torch.equal(labels, labels_again)
+
+
+@pytest.mark.integration
+def test_scenes_are_drawn_where_exit_handlers_of_threads_fail_in_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Prefect's do: its threads do not exist in a fork."""
+    parent = os.getpid()
+
+    def fail_in_a_fork() -> None:
+        assert os.getpid() == parent
+
+    monkeypatch.setattr(threading, "_threading_atexits", [fail_in_a_fork])
+    monkeypatch.setattr("lotlip.demo.tower._SCENES_PER_WORKER", 100)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    pixels, _ = _draw_scenes(_Scenes(seed=1, count=250, size=32))
+    assert len(pixels) == 250

@@ -74,7 +74,7 @@ def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any
 )
 def test_epochs_are_of_the_images_that_are_used(samples, images, used):
     found = planned(DEMO, "lit", {"samples": samples}, images=images)
-    epochs = None if used is None else 800 * 64 / used
+    epochs = None if used is None else DEMO.pretrain.steps * 64 / used
     assert (found.used_images, found.epochs) == (used, epochs)
     assert found.to_json()["epochs"] == epochs
     words = next(line for line in describe(found, "lit") if line.split()[:1] == ["epochs"])

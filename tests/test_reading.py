@@ -218,4 +218,13 @@ def test_answers_are_plain_json():
     found = evaluate_reading(Reader(), make_reading_test(few, pieces), Reader().seen(few)).to_json()
     assert found["hard_negatives"]["by_position"][0].keys() == {"position", "tokens_before", "accuracy"}
     assert found["hard_negatives"]["accuracy"]["value"] == 1
-    assert found["lengths"][-1].keys() == {"sentences", "tokens", "image_to_text", "text_to_image"}
+    assert found["lengths"][-1].keys() == {"sentences", "images", "tokens", "image_to_text", "text_to_image"}
+
+
+def test_only_the_first_scenes_are_asked_about():
+    reader = Reader(sentences=4)
+    few = make_reading_test(SCENES, pieces, 40)
+    assert few == make_reading_test(SCENES[:40], pieces)
+    found = evaluate_reading(reader, few, reader.seen(SCENES))
+    assert found == evaluate_reading(reader, few, reader.seen(SCENES[:40]))
+    assert {at.images for at in found.lengths} == {40}

@@ -703,7 +703,13 @@ def reading_of(place, seed):
             "by_attribute": [{"attribute": "colour", "scenes": 50, "accuracy": share(best - 0.1)}],
         },
         "lengths": [
-            {"sentences": n + 1, "tokens": 11 * (n + 1), "image_to_text": share(n / 5), "text_to_image": share(n / 6)}
+            {
+                "sentences": n + 1,
+                "images": 1000,
+                "tokens": 11 * (n + 1),
+                "image_to_text": share(n / 5),
+                "text_to_image": share(n / 6),
+            }
             for n in range(5)
         ],
     }
@@ -727,6 +733,7 @@ def test_reading_to_the_end_is_drawn_and_told(tmp_path):
     assert {"LiT", "LiT + long texts", "LoTLIP", "R@1 (%)", "5"} <= set(drawn_words(lengths))
     assert "(11 word pieces on average) and with all sentences (55)" in lengths.note
     assert "LoTLIP 0.0 % and 66.7 %" in lengths.note
+    assert "Retrieval is among 1,000 images." in lengths.note
     report = build_report(inputs, tmp_path / "report").parent
     for figure in (hard, lengths):
         assert (report / "figures" / f"{figure.slug}.png").stat().st_size > 0

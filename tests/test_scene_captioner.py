@@ -28,11 +28,15 @@ def pieces(text: str) -> list[str]:
     return TOKENIZER.encode(text, add_special_tokens=False).tokens
 
 
+def source(**values: int) -> SceneSource:
+    config = SceneSourceConfig(**{"kind": "scenes", "path": "scenes.py", "image_size": 32, **values})
+    return SceneSource(config, ImagesConfig())
+
+
 @lru_cache
 def records(count: int) -> tuple[ImageRecord, ...]:
-    source = SceneSource(SceneSourceConfig(kind="scenes", path=Path("scenes.py"), image_size=32), ImagesConfig())
     unit = Unit("train", 0, tuple(str(number) for number in range(count)))
-    return tuple(record for record in source.read(unit) if isinstance(record, ImageRecord))
+    return tuple(record for record in source().read(unit) if isinstance(record, ImageRecord))
 
 
 def captioner(style: str, name: str = "", **values: float) -> SceneCaptioner:
@@ -97,6 +101,17 @@ def test_without_omission_and_error_everything_told_is_true() -> None:
             assert any({thing.shape, thing.colour} <= words_of(sentence) for sentence in caption.sub_captions)
         told = words_of(caption.text) & set(SHAPES)
         assert told == {thing.shape for thing in (scene.salient, *scene.objects)}
+
+
+@pytest.mark.parametrize("style", ["llava", "sharegpt4v"])
+def test_the_detailed_styles_describe_and_count_eight_objects(style: str) -> None:
+    crowded = source(fewest_objects=8, most_objects=8)
+    unit = Unit("train", 0, tuple(str(number) for number in range(30)))
+    scenes = [record for record in crowded.read(unit) if isinstance(record, ImageRecord)]
+    for record, caption in zip(scenes, captioner(style, omission=0.0, error=0.0).caption(scenes), strict=True):
+        assert isinstance(caption, Caption)
+        told = words_of(caption.text)
+        assert told >= {thing.shape for thing in Scene.from_json(record.scene or {}).objects} | {"eight"}
 
 
 def test_omission_leaves_objects_out() -> None:

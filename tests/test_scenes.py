@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import ValidationError
 
+from lotlip.core.files import sha256_json
 from lotlip.data.records import KEY_PATTERN, ImageRecord, Unit
 from lotlip.demo.source import SceneSource
 from lotlip.demo.world import (
@@ -65,6 +67,22 @@ def test_a_scene_has_one_large_and_three_to_six_small_objects_all_of_different_s
     things = [scene.salient, *scene.objects]
     assert len({thing.shape for thing in things}) == len(things)
     assert len({thing.position for thing in things}) == len(things)
+
+
+@pytest.mark.parametrize("few, most", [(2, 2), (4, 8), (8, 8)])
+def test_the_number_of_small_objects_can_be_chosen(few: int, most: int) -> None:
+    scenes = [generate_scene(0, "test", number, (few, most)) for number in range(200)]
+    assert {len(scene.objects) for scene in scenes} == set(range(few, most + 1))
+    for scene in scenes:
+        things = [scene.salient, *scene.objects]
+        assert len({thing.shape for thing in things}) == len({thing.position for thing in things}) == len(things)
+        assert Scene.from_json(scene.to_json()) == scene
+
+
+def test_the_scenes_of_earlier_versions_do_not_change() -> None:
+    """Scores and models of earlier runs stay comparable only as long as their scenes are drawn the same."""
+    graphs = [generate_scene(2024, split, number).to_json() for split in ("train", "test") for number in range(100)]
+    assert sha256_json(graphs) == "9dbdee31b196a7c2c2937ec8f09043a769ba016d4a442675524ed44058a3de2f"
 
 
 def test_a_scene_survives_json() -> None:
@@ -176,6 +194,18 @@ def test_units_hold_every_scene_of_every_split_once() -> None:
         "test/part-00000",
     ]
     assert [item for unit in units[:3] for item in unit.items] == [str(number) for number in range(25)]
+
+
+def test_the_source_draws_the_number_of_small_objects_asked_for() -> None:
+    few = source(fewest_objects=2, most_objects=2)
+    unit = Unit("train", 0, tuple(str(number) for number in range(20)))
+    records = [record for record in few.read(unit) if isinstance(record, ImageRecord)]
+    assert [len((record.scene or {})["objects"]) for record in records] == [2] * 20
+
+
+def test_more_objects_at_least_than_at_most_are_an_error() -> None:
+    with pytest.raises(ValidationError, match="fewest_objects 7 is above most_objects 6"):
+        source(fewest_objects=7)
 
 
 def test_records_are_whole_and_the_same_again() -> None:

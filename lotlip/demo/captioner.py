@@ -27,7 +27,7 @@ from lotlip.demo.world import (
 # Changes whenever the wording below changes.
 REVISION = "scenes-1"
 
-_NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 _PATTERNS = {
     "plain": "a plain surface",
     "striped": "stripes",
@@ -92,7 +92,7 @@ class _Style:
     opening: tuple[tuple[str, ...], ...]
     objects: tuple[str, ...]
     closing: tuple[tuple[str, ...], ...] = ()
-    most_objects: int = 6
+    most_objects: int = 8
     objects_at_once: int = 1
 
 

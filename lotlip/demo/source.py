@@ -48,7 +48,7 @@ class SceneSource:
         return key.partition("-")[0]
 
     def _record(self, split: str, number: int) -> ImageRecord | Failure:
-        scene = generate_scene(self.config.seed, split, number)
+        scene = generate_scene(self.config.seed, split, number, self.config.small_objects)
         file = io.BytesIO()
         render(scene, self.config.image_size).save(file, format="PNG")
         caption = short_caption(scene, random.Random(f"{self.config.seed}/{split}/{number}/caption"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from lotlip.data.images import MEAN, STD
-from lotlip.demo.world import attribute_classes, attribute_labels, generate_scene, render
+from lotlip.demo.world import SMALL_OBJECTS, attribute_classes, attribute_labels, generate_scene, render
 from lotlip.image_tower.config import SceneTowerConfig
 from lotlip.image_tower.towers import OnProgress, TowerResult
 from lotlip.models.vision.image_tower import ImageTower, build_image_tower
@@ -42,7 +43,9 @@ def train_image_tower(config: SceneTowerConfig, on_progress: OnProgress | None =
         )
     spec = scenes_spec(config)
     held_out = min(config.scenes, _MAX_HELD_OUT)
-    pixels, labels = _draw_scenes(_Scenes(config.seed, config.scenes + held_out, config.image_size))
+    pixels, labels = _draw_scenes(
+        _Scenes(config.seed, config.scenes + held_out, config.image_size, config.small_objects)
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         tower = build_image_tower(spec)
@@ -159,14 +162,14 @@ def _accuracy(tower: ImageTower, heads: _AttributeHeads, pixels: Tensor, labels:
 class _Scenes(Dataset[tuple[Tensor, Tensor]]):
     """Scenes to train the tower on: pixels uint8 [3, size, size] and labels int64 [attributes]."""
 
-    def __init__(self, seed: int, count: int, size: int) -> None:
-        self._seed, self._count, self._size = seed, count, size
+    def __init__(self, seed: int, count: int, size: int, small_objects: tuple[int, int] = SMALL_OBJECTS) -> None:
+        self._seed, self._count, self._size, self._small_objects = seed, count, size, small_objects
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        scene = generate_scene(self._seed, "tower", number)
+        scene = generate_scene(self._seed, "tower", number, self._small_objects)
         pixels = torch.from_numpy(np.array(render(scene, self._size))).permute(2, 0, 1)
         return pixels, torch.tensor(attribute_labels(scene))
 
@@ -174,5 +177,14 @@ class _Scenes(Dataset[tuple[Tensor, Tensor]]):
 def _draw_scenes(scenes: _Scenes) -> tuple[Tensor, Tensor]:
     """Draws scenes on all cores: pixels uint8 [N, 3, size, size], labels int64 [N, attributes]."""
     workers = min(len(os.sched_getaffinity(0)), len(scenes) // _SCENES_PER_WORKER)
-    pixels, labels = zip(*DataLoader(scenes, batch_size=100, num_workers=workers), strict=True)
+    loader = DataLoader(scenes, batch_size=100, num_workers=workers, worker_init_fn=_forget_threads)
+    pixels, labels = zip(*loader, strict=True)
     return torch.cat(pixels), torch.cat(labels)
+
+
+def _forget_threads(_: int) -> None:
+    """Drops the exit handlers of threads that a forked worker does not have.
+
+    Prefect's handlers fail there, and the loader takes the worker's exit status for a crash.
+    """
+    threading._threading_atexits.clear()  # type: ignore[attr-defined]

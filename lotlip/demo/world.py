@@ -58,7 +58,7 @@ SALIENT_SIZES = {"big": 0.2, "huge": 0.255}
 SMALL_SIZES = {"tiny": 0.085, "small": 0.12}
 _RADII = SALIENT_SIZES | SMALL_SIZES
 _VARIANTS = 4
-_SMALL_OBJECTS = (3, 6)
+SMALL_OBJECTS = (3, 6)  # fewest and most, by default
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene graph: a setting, one large salient object and 3–6 small ones, all of different shapes."""
+    """A scene graph: a setting, one large salient object and 2–8 small ones, all of different shapes."""
 
     setting: Setting
     salient: SceneObject
@@ -120,11 +120,16 @@ class Scene:
 # --- random scenes ------------------------------------------------------------------------------------------------
 
 
-def generate_scene(seed: int, split: str, number: int) -> Scene:
-    """Draws the scene graph of one picture; it depends only on the arguments."""
+def generate_scene(seed: int, split: str, number: int, small_objects: tuple[int, int] = SMALL_OBJECTS) -> Scene:
+    """Draws the scene graph of one picture; it depends only on the arguments.
+
+    Args:
+        seed, split, number: select the picture.
+        small_objects: fewest and most small objects.
+    """
     rng = random.Random(f"{seed}/{split}/{number}")
     setting = Setting(rng.choice(list(PLACES)), rng.choice(list(TIMES)), rng.randrange(_VARIANTS))
-    count = rng.randint(*_SMALL_OBJECTS)
+    count = rng.randint(*small_objects)
     # All shapes differ, so that a name alone ("the star") identifies an object.
     shapes = rng.sample(SHAPES, 1 + count)
     salient = _random_object(rng, shapes[0], list(SALIENT_SIZES), "center", (0.5, 0.5))

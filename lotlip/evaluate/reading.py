@@ -23,6 +23,7 @@ from lotlip.evaluate.encoders import Encoder
 from lotlip.evaluate.metrics import TOLERANCE, comparison, retrieval, summary
 
 ATTRIBUTES = {"colour": tuple(COLOURS), "texture": TEXTURES, "shape": SHAPES, "position": tuple(POSITIONS)}
+SCENES = 1000  # their intervals are narrow enough, and both tests have many texts for each scene
 _BATCH = 64  # questions
 
 TokenCounts = Callable[[Sequence[str]], Sequence[int]]
@@ -73,10 +74,12 @@ class LengthRecall:
     """R@1 with texts truncated after this many sentences; shorter texts are complete.
 
     Attributes:
+        images: number of images, each with one text.
         tokens: mean number of word pieces per text.
     """
 
     sentences: int
+    images: int
     tokens: float
     image_to_text: Share
     text_to_image: Share
@@ -129,13 +132,15 @@ class ReadingTest:
     tokens: list[float]
 
 
-def make_reading_test(scenes: Sequence[Scene], token_counts: TokenCounts) -> ReadingTest:
+def make_reading_test(scenes: Sequence[Scene], token_counts: TokenCounts, most_scenes: int = SCENES) -> ReadingTest:
     """Builds the texts of both tests.
 
     Args:
         scenes: the scenes of a benchmark's images.
         token_counts: texts → number of word pieces of each.
+        most_scenes: largest number of scenes, from the first.
     """
+    scenes = scenes[:most_scenes]
     asked = questions(scenes)
     before = zip(*[token_counts(question.before) for question in asked], strict=True)
     by_scene = [sentences(scene) for scene in scenes]
@@ -194,8 +199,9 @@ def evaluate_reading(encoder: Encoder, test: ReadingTest, images: Tensor) -> Rea
     Args:
         encoder: the model.
         test: the texts.
-        images: the encoder's features of the scenes' images, [I, D] or [I, P, D].
+        images: the encoder's features of the benchmark's images, [I, D] or [I, P, D]; those of `test` are the first.
     """
+    images = images[: len(test.truncated[0])]
     return ReadingScores(hard_negatives(encoder, test, images), recall_by_length(encoder, test, images))
 
 
@@ -248,7 +254,7 @@ def recall_by_length(encoder: Encoder, test: ReadingTest, images: Tensor) -> lis
         to_text, to_image = (
             Share(scores.values[name], scores.intervals[name]) for name in ("image_to_text.r1", "text_to_image.r1")
         )
-        recalls.append(LengthRecall(number, tokens, to_text, to_image))
+        recalls.append(LengthRecall(number, len(images), tokens, to_text, to_image))
     return recalls
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from lotlip.core.section import Commit, Count, Positive, Section, Share
 from lotlip.core.variants import Variants
 from lotlip.data.models import LOCAL
+from lotlip.data.scenes import SceneObjects
 
 # Names as in `lotlip.data.images.RESIZES`.
 Resize = Literal["crop", "squash", "pad"]
@@ -27,7 +28,7 @@ _RESIZE = (
 )
 
 
-class SceneTowerConfig(Section):
+class SceneTowerConfig(SceneObjects):
     """A small ViT that is trained to classify attributes of generated scenes; it replaces ImageNet-21k pretraining."""
 
     kind: Literal["scenes"]

@@ -10,9 +10,10 @@ from pydantic import Field, model_validator
 
 from lotlip.core.section import Count, Section, Share
 from lotlip.core.variants import Variants
+from lotlip.data.scenes import SceneObjects
 
 
-class SceneSourceConfig(Section):
+class SceneSourceConfig(SceneObjects):
     """The demo's world: pictures drawn from a seed, with their scene graphs."""
 
     kind: Literal["scenes"]

@@ -76,7 +76,8 @@ def _sentences_figure(
         for name, by_length in lengths.items()
         for direction, dashed in (("image_to_text", False), ("text_to_image", True))
     ]
-    tokens = [length["tokens"] for length in next(iter(lengths.values()))[0]]
+    first = next(iter(lengths.values()))[0]
+    tokens, images = [length["tokens"] for length in first], first[0]["images"]
     dashed_points = zip(lengths, (line.points for line in lines if line.dashed), strict=True)
     recalls = "; ".join(
         f"{name} {points[0].y.value:.1f} % and {points[-1].y.value:.1f} %" for name, points in dashed_points
@@ -88,10 +89,10 @@ def _sentences_figure(
         draw_lines(axes, lines, ticks, "sentences per text", "R@1 (%)")
 
     note = (
-        "Long texts truncated after this many sentences; shorter texts are complete. Solid: "
-        f"{DIRECTIONS['image_to_text']}; dashed: {DIRECTIONS['text_to_image']}. The latter with the first sentence "
-        f"only ({tokens[0]:.0f} word pieces on average) and with all sentences ({tokens[-1]:.0f}): {recalls}. Error "
-        f"bars are 95 % intervals over {_over(results)}."
+        "Long texts truncated after this many sentences; shorter texts are complete. Retrieval is among "
+        f"{images:,} images. Solid: {DIRECTIONS['image_to_text']}; dashed: {DIRECTIONS['text_to_image']}. The latter "
+        f"with the first sentence only ({tokens[0]:.0f} word pieces on average) and with all sentences "
+        f"({tokens[-1]:.0f}): {recalls}. Error bars are 95 % intervals over {_over(results)}."
     )
     return draw_figure(slug, "Long text: R@1 against its length", note, SMALL, draw)
 
