@@ -14,7 +14,7 @@ from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.ingest.config import FolderSourceConfig as FolderSettings
 from lotlip.ingest.config import ImagesConfig
 from lotlip.ingest.sources.folder import FolderSource
-from tests.test_folder_source import add
+from tests.test_folder_source import add_image
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_thirty_dogs_and_thirty_cats_come_in_with_their_own_captions(tmp_path, f
     words = ("собака", "котики", "鳥", "魚", "été", "ète")
     names = [unicodedata.normalize(form, f"{word} {number}.png") for word in words for number in range(30)]
     for number, name in enumerate(names):
-        add(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
+        add_image(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
     source = FolderSource(FolderSettings(kind="folder", path=tmp_path / "images"), ImagesConfig())
     records = [item for unit in source.units(50) for item in source.read(unit)]
     assert not [item for item in records if isinstance(item, Failure)]

@@ -13,7 +13,7 @@ from lotlip.plan.plan import Gpu, plan
 from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
-from tests.test_webdataset_source import picture
+from tests.test_webdataset_source import image_bytes
 
 ROOT = Path(__file__).parent.parent
 FROM_CLIP = ("long-clip", "debias-clip", "himo-clip", "smart-clip")
@@ -63,7 +63,7 @@ def test_the_documented_table_is_read_as_images_and_captions(name, tmp_path, mon
     params = load_params(ROOT / "profiles" / f"{name}.yaml")
     folder = Path("data/raw/sharegpt4v")
     (folder / "images/coco").mkdir(parents=True)
-    (folder / "images/coco/1.jpg").write_bytes(picture())
+    (folder / "images/coco/1.jpg").write_bytes(image_bytes())
     (folder / "captions.csv").write_text('image,text\ncoco/1.jpg,"A dog. It runs, fast."\n', encoding="utf-8")
     source = open_source(params.ingest.source, params.ingest.images)
     (record,) = (item for unit in source.units(10) for item in source.read(unit))

@@ -11,7 +11,7 @@ import yaml
 
 from lotlip.config.params import load_params
 from lotlip.data.paths import check_inputs, file_state
-from tests.test_folder_source import add
+from tests.test_folder_source import add_image
 
 ROOT = Path(__file__).parents[1]
 LATIN = os.fsdecode(b"caf\xe9.png")
@@ -64,7 +64,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
     for name in ("my-images", "evaluated", "bench", "bench-images", "tables"):
-        add(tmp_path / name, "deep/a.png")
+        add_image(tmp_path / name, "deep/a.png")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["ingest"]["evaluation_images"] = ["evaluated"]
     params["evaluate"]["benchmarks"]["urban-1k"] = {"folder": "bench", "images": "bench-images"}

@@ -20,7 +20,7 @@ from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
 from tests.test_table_source import DREAMLIP, write_csv
-from tests.test_webdataset_source import picture, write_tar
+from tests.test_webdataset_source import image_bytes, write_tar
 
 ROOT = Path(__file__).parent.parent
 PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")
@@ -103,7 +103,7 @@ def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile
         members = {}
         for number, url in enumerate(reversed(urls)):
             info = {"url": url, "key": f"{number:09d}", "caption": f"raw {url}"}
-            members |= {f"{number:09d}.jpg": picture(), f"{number:09d}.txt": f"raw {url}".encode()}
+            members |= {f"{number:09d}.jpg": image_bytes(), f"{number:09d}.txt": f"raw {url}".encode()}
             members[f"{number:09d}.json"] = json.dumps(info).encode()
         write_tar(params.ingest.source.path / data / "00000.tar", members)
     source = open_source(params.ingest.source, params.ingest.images)

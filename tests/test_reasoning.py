@@ -15,7 +15,7 @@ from lotlip.core.checks import GateFailed
 from lotlip.data.records import Caption, Failure, ImageRecord
 from tests.captioning_server import CaptioningServer, caption_text
 from tests.test_endpoint_captioner import captioner, no_key, record, records, words  # noqa: F401 (a fixture)
-from tests.test_quality import written
+from tests.test_quality import write_partitions
 
 TEXT = "A red house stands by a lake. Two trees are behind it."
 WITH_AN_ANSWER = [
@@ -185,7 +185,7 @@ def test_remaining_reasoning_breaks_a_rule(text):
 
 
 def test_captions_dropped_for_reasoning_fail_the_gate(tmp_path, without_pages):
-    reports = written(tmp_path)
+    reports = write_partitions(tmp_path)
     dropped = [Failure(f"d{number}", "llava", "shows reasoning", "reasoning") for number in range(20)]
     damaged = replace(reports[0], read=220, failures=dropped)
     with pytest.raises(GateFailed, match=r"show the model's reasoning"):

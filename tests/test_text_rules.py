@@ -14,7 +14,7 @@ from lotlip.data.records import ImageRecord, Unit, UnitReport
 from lotlip.ingest.config import IngestConfig, TextsConfig
 from lotlip.ingest.gate import LEFT_OUT
 from lotlip.ingest.text_rules import KINDS, left_out_by_texts
-from tests.test_webdataset_source import picture
+from tests.test_webdataset_source import image_bytes
 
 
 def write(folder: Path, *partitions: list[tuple[str, str]], split: str = "train") -> list[UnitReport]:
@@ -22,7 +22,7 @@ def write(folder: Path, *partitions: list[tuple[str, str]], split: str = "train"
     reports: list[UnitReport] = []
     for number, samples in enumerate(partitions):
         records = [
-            ImageRecord(f"{split}{number}-{place}", picture(), "jpg", text, 1, 1, name)
+            ImageRecord(f"{split}{number}-{place}", image_bytes(), "jpg", text, 1, 1, name)
             for place, (name, text) in enumerate(samples)
         ]
         unit = Unit(split, number, tuple(record.key for record in records))
