@@ -506,7 +506,7 @@ def test_init_from_starts_with_the_models_of_the_ablation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"finetune": {"x": {"init_from": "nobody", "pretrain": {}}}}, "finetune.x.init_from: no ablation 'nobody'"),
         (

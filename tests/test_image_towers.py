@@ -280,7 +280,7 @@ def open_clip_configurations(tmp_path: Path) -> None:
         open_clip.add_model_config(path)
 
 
-@pytest.mark.usefixtures("known_to_open_clip")
+@pytest.mark.usefixtures("open_clip_configurations")
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_an_open_clip_tower_equals_open_clip(name: str, tmp_path: Path) -> None:
     model: Any = randomise(open_clip.create_model(f"test-{name}"))

@@ -372,7 +372,7 @@ saved, sizes = SavedTensors(), {}
 initialize, save = deepspeed.initialize, Checkpoints.save
 
 def initialize_measured(model, **others):
-    saved.leave_out(model)
+    saved.exclude(model)
     return initialize(model=model, **others)
 
 def save_measured(checkpoints, *arguments):

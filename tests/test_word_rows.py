@@ -17,7 +17,7 @@ from lotlip.pretrain.trainer import Trainer
 from lotlip.pretrain.word_rows import MAX_SHARE, keep_used_rows
 from lotlip.tracking.mlflow import NullSink
 from tests.conftest import TinyWorld
-from tests.training import losses, same, same_to, tiny_job, train, weights
+from tests.training import losses, near, same, tiny_job, train, weights
 
 TABLE = "text.transformer.embeddings.word_embeddings.weight"
 ROWS = 30522 + 2
@@ -68,7 +68,7 @@ def test_training_used_rows_gives_the_model_of_the_full_table(group, tiny_world,
     train(full)
     assert losses(used) == pytest.approx(losses(full), abs=1e-6)
     # with bf16, DeepSpeed rounds the first weights, but not those of unused rows, which are below 0.5 here
-    assert same_to(weights(used), weights(full), 1e-3 if recipe == "bf16" else 1e-6)
+    assert near(weights(used), weights(full), 1e-3 if recipe == "bf16" else 1e-6)
     load_model(used.model_folder(0))
 
 
@@ -114,7 +114,7 @@ def test_finetuning_used_rows_gives_the_model_of_the_full_table(group, tiny_worl
         return train(job.model_copy(update={"config": job.config.model_copy(update={"text": text})}))
 
     used, full = finetuned(tiny_world, "used"), finetuned(full_world, "full")
-    assert same_to(weights(used), weights(full), 1e-6)
+    assert near(weights(used), weights(full), 1e-6)
     assert not same(weights(used), weights(first))
 
 
@@ -135,7 +135,7 @@ def test_another_tokenizer_needs_the_full_table(group, tiny_world, tmp_path):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize(("rows", "cut"), [(int(ROWS * MAX_SHARE) + 1, False), (int(ROWS * MAX_SHARE), True)])
+@pytest.mark.parametrize(("rows", "reduced"), [(int(ROWS * MAX_SHARE) + 1, False), (int(ROWS * MAX_SHARE), True)])
 def test_a_mostly_used_table_is_not_reduced(group, full_world, tmp_path, rows, reduced):
     model = trainer(full_world, tmp_path).engine.model
     keep_used_rows(model, range(rows), lambda steps: 1.0)
