@@ -19,9 +19,9 @@ def commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[s
     """Replaces the benchmarks: the loader fails the first time, and the others have results."""
     calls: list[list[str]] = []
 
-    def run(run_benchmarks: list[str]) -> dict[str, Any]:
-        calls.append(run_benchmarks)
-        if run_benchmarks[0] == "loader" and calls.count(run_benchmarks) == 1:
+    def run(command: list[str]) -> dict[str, Any]:
+        calls.append(command)
+        if command[0] == "loader" and calls.count(command) == 1:
             return {"error": "Traceback\nno such folder", "status": 1}
         return {"result": {"seconds": 1.0}}
 

@@ -276,10 +276,10 @@ def test_the_drill_of_a_full_disk_passes_after_recovery(
 
     def work() -> None:
         isolate()
-        run_drill = Drill(runner, Spec(0, "disk", "project", "full", seed=1))
-        run_drill.run()
-        sender.send((run_drill.result, (run_drill.folder / "run-1.log").read_text()))
-        run_drill.clean_up()
+        drill = Drill(runner, Spec(0, "disk", "project", "full", seed=1))
+        drill.run()
+        sender.send((drill.result, (drill.folder / "run-1.log").read_text()))
+        drill.clean_up()
 
     process = context.Process(target=work)
     process.start()
@@ -293,12 +293,12 @@ def test_the_drill_of_a_full_disk_passes_after_recovery(
 @pytest.mark.integration
 def test_unnoticed_damage_of_an_input_is_counted(sandbox: Sandbox, tmp_path: Path) -> None:
     runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
-    run_drill = Drill(runner, Spec(0, "flip", "output", "then the stage alone", seed=1))
+    drill = Drill(runner, Spec(0, "flip", "output", "then the stage alone", seed=1))
     _write(sandbox.project / "report/report.md", "of damaged scores")
-    run_drill._check_published("shard")
-    assert run_drill.result.problems == []
-    run_drill._check_published("report")
-    assert "report/report.md" in run_drill.result.problems[0]
+    drill._check_published("shard")
+    assert drill.result.problems == []
+    drill._check_published("report")
+    assert "report/report.md" in drill.result.problems[0]
 
 
 @pytest.mark.parametrize("truncate", [False, True])

@@ -133,9 +133,9 @@ def test_counts_include_truncated_words_and_exclude_special_tokens(text, tokens)
 def test_counts_of_a_batch_equal_transformers():
     from transformers import PreTrainedTokenizerFast
 
-    hf_tokenizer = PreTrainedTokenizerFast(tokenizer_object=word_pieces("bert-base-uncased"))
+    reference = PreTrainedTokenizerFast(tokenizer_object=word_pieces("bert-base-uncased"))
     texts = ["Mr. Smith's 3.5 unbelievable dogs\nbark", "", "</s> a.b.c", "Café, naïve — 東京 🙂"] * 3
-    assert token_counts("bert-base-uncased", texts) == [len(hf_tokenizer.tokenize(text)) for text in texts]
+    assert token_counts("bert-base-uncased", texts) == [len(reference.tokenize(text)) for text in texts]
     assert token_counts("bert-base-uncased", []) == []
 
 
@@ -164,17 +164,10 @@ def test_a_saved_tokenizer_is_read_by_transformers_and_this_package(tmp_path):
 
     tokenizer = bert(24, 2)
     tokenizer.save(tmp_path)
-    hf_tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    assert (
-        hf_tokenizer.cls_token_id,
-        hf_tokenizer.sep_token_id,
-        hf_tokenizer.pad_token_id,
-    ) == (CLS, SEP, PAD)
-    assert hf_tokenizer.model_max_length == 24
-    assert (
-        hf_tokenizer("a big red dog", add_special_tokens=False)["input_ids"]
-        == bert().encode(["a big red dog"])[0][1:-1]
-    )
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.cls_token_id, loaded.sep_token_id, loaded.pad_token_id) == (CLS, SEP, PAD)
+    assert loaded.model_max_length == 24
+    assert loaded("a big red dog", add_special_tokens=False)["input_ids"] == bert().encode(["a big red dog"])[0][1:-1]
     ours = TextTokenizer(str(tmp_path), 24, 2)
     texts = ["A dog. It runs.", "unbelievable " * 40]
     assert ours.encode(texts) == tokenizer.encode(texts)

@@ -1,4 +1,4 @@
-"""A table of captions and pictures, `lotlip init`, `dvc repro`: a model scored next to the one it started from."""
+"""`lotlip init` and `dvc repro` on a table of captions, with scores of the model and its starting model."""
 
 from __future__ import annotations
 
