@@ -22,7 +22,7 @@ from lotlip.pretrain.config import PretrainConfig
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")]
 MINIMAL: dict[str, Any] = {
-    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "ingest": {"source": {"kind": "folder", "path": "images"}},
     "image_tower": {"kind": "timm", "model": "vit_base_patch16_224"},
     "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
     "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
@@ -181,7 +181,7 @@ def test_a_value_out_of_range_is_an_error_stating_the_range(tmp_path, difference
 def test_missing_keys_are_errors(tmp_path):
     base = {name: section for name, section in MINIMAL.items() if name != "ingest"}
     assert errors_of(tmp_path, {}, base) == ["ingest: missing; it has no default"]
-    base = {**MINIMAL, "ingest": {"source": {"path": "pictures"}}}
+    base = {**MINIMAL, "ingest": {"source": {"path": "images"}}}
     assert errors_of(tmp_path, {}, base) == [
         "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv, jsonl)"
     ]

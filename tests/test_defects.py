@@ -146,7 +146,7 @@ INGEST: dict[str, tuple[Callable[[World], Any], str]] = {
         "sampled images that have a single colour is at most 5 %: found 2",
     ),
     "an image that cannot be decoded": (
-        lambda world: replace_images(world, TRAIN, lambda row: b"no picture %d" % row),
+        lambda world: replace_images(world, TRAIN, lambda row: b"not an image %d" % row),
         "the images in a partition's tar can be decoded: found 1 of 5 do not: train/part-00000 (32)",
     ),
     "a tar cut off": (

@@ -65,7 +65,7 @@ def image_features(tiny_samples: list[TinySample]) -> dict[str, np.ndarray]:
 @pytest.fixture
 def image_folder(tmp_path: Path, tiny_samples: list[TinySample]) -> Path:
     """A folder with seven images, and with files and folders that are ignored."""
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     for folder in (root / "more" / "still more", root / ".hidden", root / "folder.png"):
         folder.mkdir(parents=True)
     places = ["b.png", "a.png", "more/c.PNG", "more/a.png", "more/still more/d.png", "more/é.png", "z.png"]
@@ -269,9 +269,9 @@ def test_embed_writes_ingested_images_and_texts(tmp_path, model, tiny_samples, i
 
 
 def test_file_names_may_be_any_bytes(tmp_path, model, tiny_samples):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / os.fsdecode(b"\xff.png")).write_bytes(tiny_samples[0].image)
-    embed(model, tmp_path / "pictures", tmp_path / "index.parquet")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / os.fsdecode(b"\xff.png")).write_bytes(tiny_samples[0].image)
+    embed(model, tmp_path / "images", tmp_path / "index.parquet")
     assert read_index(tmp_path / "index.parquet")[0] == ["\\udcff.png"]
 
 
@@ -319,11 +319,11 @@ def test_broken_sources_are_found_before_encoding(tmp_path):
 
 
 def test_no_index_is_written_when_nothing_can_be_embedded(tmp_path, model):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"wrong")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"wrong")
     out = tmp_path / "out" / "index.npy"
     with pytest.raises(ValueError, match=r"none of the 1 images .*; first problem: broken\.png: not a readable image"):
-        embed(model, tmp_path / "pictures", out)
+        embed(model, tmp_path / "images", out)
     with pytest.raises(ValueError, match=r"none of the 0 texts in .*texts\.txt can be embedded$"):
         embed(model, write_lines(tmp_path / "texts.txt", []), out)
     assert list(out.parent.iterdir()) == []
@@ -339,8 +339,8 @@ def test_no_index_is_written_when_nothing_can_be_embedded(tmp_path, model):
         ("texts.txt", {"kind": "images"}, "is not a folder of images"),
         ("latin.txt", {}, r"latin\.txt is not UTF-8"),
         ("nothing.txt", {}, r"nothing\.txt"),
-        ("pictures", {"fields": ["text"]}, "images have no fields"),
-        ("pictures", {"split": "test"}, "only that has splits; remove --split"),
+        ("images", {"fields": ["text"]}, "images have no fields"),
+        ("images", {"split": "test"}, "only that has splits; remove --split"),
         ("texts.txt", {"split": "test"}, "no fields or splits"),
         ("empty", {}, "empty has no image"),
     ],

@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path, tiny_samp
     folder = tmp_path_factory.mktemp("explore")
     model = save_tiny_model(folder / "model", tiny_tower)
     source = ingested(folder / "ingest", {sample.key: sample.image for sample in tiny_samples[:12]})
-    embed(model, source, folder / "pictures.parquet", split="test")
+    embed(model, source, folder / "images.parquet", split="test")
     (folder / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS))
     embed(model, folder / "texts.txt", folder / "texts.parquet")
     return folder
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path, tiny_samp
 
 @pytest.fixture(scope="module")
 def explorer(folder: Path) -> Explorer:
-    return Explorer(folder / "pictures.parquet", folder / "texts.parquet", top=3)
+    return Explorer(folder / "images.parquet", folder / "texts.parquet", top=3)
 
 
 # --- queries of the model ---------------------------------------------------------------------------------------------
@@ -47,7 +47,7 @@ def explorer(folder: Path) -> Explorer:
 
 def test_find_pictures_agrees_with_search_and_gives_relevance_maps(explorer, folder, tiny_samples):
     results = explorer.find_pictures(TEXT)
-    assert [one.match for one in results] == search(folder / "pictures.parquet", TEXT, top=3)
+    assert [one.match for one in results] == search(folder / "images.parquet", TEXT, top=3)
     images = {sample.key: sample.image for sample in tiny_samples}
     for one in results:
         assert one.picture == Image.open(io.BytesIO(images[one.match.name])).convert("RGB")
@@ -96,7 +96,7 @@ def test_truncation_ends_where_the_model_stops_reading(explorer, tiny_samples):
 
 
 def test_images_added_to_the_index_are_read_from_their_own_folder(folder, tmp_path, tiny_samples):
-    index, more = tmp_path / "pictures.npy", tmp_path / "more.npy"
+    index, more = tmp_path / "images.npy", tmp_path / "more.npy"
     for number, name in enumerate(("first", "second")):  # the same file name in both
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.png").write_bytes(tiny_samples[number].image)
@@ -116,7 +116,7 @@ def test_images_added_to_the_index_are_read_from_their_own_folder(folder, tmp_pa
 
 def test_examples_are_the_longest_texts(explorer, folder):
     assert explorer.examples(2) == sorted(TEXTS, key=len, reverse=True)[:2]
-    assert Explorer(folder / "pictures.parquet").examples(2) == []
+    assert Explorer(folder / "images.parquet").examples(2) == []
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -125,23 +125,23 @@ def test_examples_are_the_longest_texts(explorer, folder):
 def test_indexes_that_do_not_match_are_an_error(folder, tmp_path, tiny_tower):
     with pytest.raises(ValueError, match=r"texts\.parquet is an index of texts; an index of images is needed"):
         Explorer(folder / "texts.parquet")
-    with pytest.raises(ValueError, match=r"pictures\.parquet is an index of images; an index of texts is needed"):
-        Explorer(folder / "pictures.parquet", folder / "pictures.parquet")
+    with pytest.raises(ValueError, match=r"images\.parquet is an index of images; an index of texts is needed"):
+        Explorer(folder / "images.parquet", folder / "images.parquet")
     other = save_tiny_model(tmp_path / "other", tiny_tower, seed=2)
     embed(other, folder / "texts.txt", tmp_path / "texts.parquet")
     with pytest.raises(ValueError, match="were made by different models"):
-        Explorer(folder / "pictures.parquet", tmp_path / "texts.parquet")
+        Explorer(folder / "images.parquet", tmp_path / "texts.parquet")
     with pytest.raises(ValueError, match="top is 0"):
-        Explorer(folder / "pictures.parquet", top=0)
+        Explorer(folder / "images.parquet", top=0)
 
 
 def test_a_moved_image_folder_can_be_given(folder, tmp_path, tiny_samples):
     moved = shutil.copytree(folder / "ingest", tmp_path / "ingest")
-    embed(folder / "model", moved, tmp_path / "pictures.parquet")
+    embed(folder / "model", moved, tmp_path / "images.parquet")
     moved.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"the folder .*ingest of the pictures of .* does not exist; give it"):
-        Explorer(tmp_path / "pictures.parquet")
-    results = Explorer(tmp_path / "pictures.parquet", source=tmp_path / "moved", top=1).find_pictures(TEXT)
+        Explorer(tmp_path / "images.parquet")
+    results = Explorer(tmp_path / "images.parquet", source=tmp_path / "moved", top=1).find_pictures(TEXT)
     assert results[0].picture.size == (16, 16)
 
 
@@ -149,7 +149,7 @@ def test_invalid_queries_are_errors(explorer, folder):
     with pytest.raises(ValueError, match="the text is empty"):
         explorer.find_pictures(" \n")
     with pytest.raises(ValueError, match="there is no index of texts; give one with --texts"):
-        Explorer(folder / "pictures.parquet").find_texts(Image.new("RGB", (8, 8)))
+        Explorer(folder / "images.parquet").find_texts(Image.new("RGB", (8, 8)))
     with pytest.raises(ValueError, match="has no picture"):
         explorer.picture("../../etc/passwd")
 

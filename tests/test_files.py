@@ -234,7 +234,7 @@ TARGETS = (
     target=st.sampled_from(TARGETS),
     user=FOREIGN,
     mixed=FOREIGN,
-    how=st.sampled_from(["remove", "own", "whole file", "whole folder", "publish", "recover", "replaceable"]),
+    how=st.sampled_from(["remove", "own", "atomic file", "atomic folder", "publish", "recover", "replaceable"]),
     absolute=st.booleans(),
     inner=st.booleans(),
 )
@@ -301,7 +301,7 @@ def call(how: str, path: Path) -> None:
         new.mkdir(parents=True, exist_ok=True)
         (new / "x").write_text("new")
         publish(new, path)
-    elif how == "whole folder":
+    elif how == "atomic folder":
         with atomic_write(path) as partial:
             partial.mkdir()
     else:  # commands ask first

@@ -75,7 +75,7 @@ def test_a_model_works_without_the_pipelines_packages(
     environment: Environment, tiny_tower: Path, tmp_path: Path
 ) -> None:
     save_tiny_model(tmp_path / "model", tiny_tower)
-    images, index = write_images(tmp_path / "images"), tmp_path / "pictures.parquet"
+    images, index = write_images(tmp_path / "images"), tmp_path / "index.parquet"
     loaded = environment.run("python", "-c", LOAD, str(tmp_path / "model"))
     assert loaded.stdout.split() == ["LotlipModel", "(1,", "32)"]
     environment.run("lotlip", "embed", str(tmp_path / "model"), str(images), "--out", str(index))

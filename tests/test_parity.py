@@ -79,9 +79,9 @@ def test_transformers_auto_classes_give_the_same_features(vectors: Vectors) -> N
     assert torch.equal(inputs["input_ids"], vectors.expected["input_ids"][:, 1])
     assert torch.equal(inputs["pixel_values"], vectors.expected["pixel_values"])
     texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
-    pictures = model.get_image_features(inputs["pixel_values"]).pooler_output
+    image_features = model.get_image_features(inputs["pixel_values"]).pooler_output
     assert_near(texts, vectors.expected["text_features_eval_long"])
-    assert_near(pictures, vectors.expected["image_features"])
+    assert_near(image_features, vectors.expected["image_features"])
     output = model(**inputs)
     assert_near(output.text_embeds, vectors.expected["text_features_eval_long"])
     logits = vectors.expected["logit_scale"] * output.image_embeds @ output.text_embeds.T

@@ -86,13 +86,15 @@ def test_the_tar_is_a_valid_tar(tmp_path):
 
 def test_bytes_depend_on_the_items_only(tmp_path):
     records = [record("k0", 0, {"a": 1, "b": 2}), record("k1")]
-    here = write_partition(unit(2), records, tmp_path / "here")
+    first = write_partition(unit(2), records, tmp_path / "first")
     records[0] = replace(records[0], scene={"b": 2, "a": 1})
-    there = write_partition(unit(2), records, tmp_path / "there")
-    assert here == there
-    changed = write_partition(unit(2), [records[0], replace(records[1], short_caption="other")], tmp_path / "there")
-    assert changed.sha256 != here.sha256
-    assert here.bytes == sum((tmp_path / f"here/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet"))
+    second = write_partition(unit(2), records, tmp_path / "second")
+    assert first == second
+    changed = write_partition(unit(2), [records[0], replace(records[1], short_caption="other")], tmp_path / "second")
+    assert changed.sha256 != first.sha256
+    assert first.bytes == sum(
+        (tmp_path / f"first/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet")
+    )
 
 
 def test_a_lost_item_is_an_error(tmp_path):

@@ -42,7 +42,7 @@ DEMO = load_params(ROOT / "params.yaml")
 CC3M = load_params(ROOT / "profiles" / "cc3m.yaml")
 
 MINIMAL: dict[str, Any] = {
-    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "ingest": {"source": {"kind": "folder", "path": "images"}},
     "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
     "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
     "ablations": {"lotlip": {}},

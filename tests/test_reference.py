@@ -245,9 +245,9 @@ def test_encoders_match_the_reference(encoder, corner_tokens, tiny_tower):
     ids = torch.full((3, int(lengths.max())), text.pad_token_id)
     for tokens, row in zip(ids, rows, strict=True):
         tokens[: len(row)] = torch.tensor(row)
-    found = model.encode_text(ids, lengths)
-    assert (found[0] - found[1]).abs().max() > 1e-2
-    assert_near(found, text_features(model, rows, 60, corner_tokens))
+    features = model.encode_text(ids, lengths)
+    assert (features[0] - features[1]).abs().max() > 1e-2
+    assert_near(features, text_features(model, rows, 60, corner_tokens))
 
 
 VITS: dict[str, dict[str, int]] = {
@@ -275,11 +275,11 @@ def test_image_towers_match_the_reference(name):
     for weight in model.image_tower.parameters():
         weight.normal_(std=0.1)  # weights initialised with zeros would hide what they multiply
     pixel_values = torch.randn(3, 3, size, size)
-    found = model.get_image_features(pixel_values)
+    features = model.get_image_features(pixel_values)
     expected = image_features(model, pixel_values)
     assert (expected[0] - expected[1]).abs().max() > 1e-3
-    assert_near(found.pooler_output, expected)
-    cls = F.normalize(found.last_hidden_state[:, 0], dim=-1)
+    assert_near(features.pooler_output, expected)
+    cls = F.normalize(features.last_hidden_state[:, 0], dim=-1)
     if "distilled" not in name:  # timm averages [CLS] and the distillation token
         assert_near(cls, expected)
     patches = model.encode_image_patches(pixel_values)

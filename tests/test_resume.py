@@ -53,8 +53,8 @@ def test_a_killed_run_resumes_exactly(
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "precision": precision,
     }
-    job, uninterrupted = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
-    finish(start(uninterrupted, tmp_path / "whole", processes))
+    job, uninterrupted = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "uninterrupted"))
+    finish(start(uninterrupted, tmp_path / "uninterrupted", processes))
     process = start(job, tmp_path / "killed", processes)
     wait_for(process, "step 10/40")
     trainers(process)[-1].kill()

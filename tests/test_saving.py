@@ -66,10 +66,10 @@ def test_the_saved_image_tower_is_the_frozen_one(saved_model, tiny_tower):
     assert of_image.keys() == frozen.keys()
     assert all(torch.equal(of_image[name], value) for name, value in frozen.items())
     loaded, _ = load_model(saved_model[1])
-    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        expected = torch.nn.functional.normalize(load_image_tower(tiny_tower)(pictures), dim=-1)
-        torch.testing.assert_close(loaded.encode_image(pictures), expected)
+        expected = torch.nn.functional.normalize(load_image_tower(tiny_tower)(images), dim=-1)
+        torch.testing.assert_close(loaded.encode_image(images), expected)
 
 
 def test_the_weights_have_the_permissions_of_other_files(saved_model):
@@ -103,8 +103,8 @@ def test_auto_classes_read_the_folder(saved_model, tiny_samples: list[TinySample
     _, folder = saved_model
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     assert isinstance(model, LotlipModel)
-    pictures = [Image.open(io.BytesIO(sample.image)) for sample in tiny_samples[:2]]
-    inputs = processor(text=TEXTS, images=pictures, return_tensors="pt")
+    images = [Image.open(io.BytesIO(sample.image)) for sample in tiny_samples[:2]]
+    inputs = processor(text=TEXTS, images=images, return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
         ids, lengths = model_inputs(TextTokenizer("bert-base-uncased", 32, 2, 1))

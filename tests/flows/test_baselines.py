@@ -41,7 +41,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_samples: list[
 def score(*models: str) -> dict[str, Any]:
     """Runs the stage, and returns the scores by model."""
     params = {
-        "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+        "ingest": {"source": {"kind": "folder", "path": "images"}},
         "image_tower": {"kind": "scenes"},
         "evaluate": {"benchmarks": {"scenes": {"kind": "scenes", "size": SCENES}}, "baselines": list(models)},
         "pretrain": {"long_texts": {"sub_captions": 0}},

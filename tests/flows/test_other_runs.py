@@ -48,15 +48,15 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     from lotlip.demo.world import generate_scene, render
 
     workspace = make_workspace()
-    pictures = workspace.folder / "my-images"
-    pictures.mkdir()
+    images = workspace.folder / "my-images"
+    images.mkdir()
     for number in range(60):
         scene = generate_scene(7, "train", number)
-        render(scene, 64).save(pictures / f"{number:03d}.png")
-        (pictures / f"{number:03d}.txt").write_text(f"a picture of number {number}")
-    (pictures / "001.png").write_bytes(b"not a picture")
-    (pictures / "002.txt").write_text(" \n")
-    (pictures / "003.txt").write_bytes(b"caf\xe9")
+        render(scene, 64).save(images / f"{number:03d}.png")
+        (images / f"{number:03d}.txt").write_text(f"a picture of number {number}")
+    (images / "001.png").write_bytes(b"not an image")
+    (images / "002.txt").write_text(" \n")
+    (images / "003.txt").write_bytes(b"caf\xe9")
     (workspace.folder / "params.yaml").write_text((workspace.folder / "profiles" / "own-images.yaml").read_text())
 
     def small(params):
@@ -136,7 +136,7 @@ def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
             last = list(samples)[-1]
             samples[last] = (image_bytes(35), *samples[last][1:])  # the image of another sample
             broken = list(samples)[3]
-            samples[broken] = (b"no picture", *samples[broken][1:])
+            samples[broken] = (b"not an image", *samples[broken][1:])
         tar_of(raw / "images" / f"{tar:05d}.tar", samples)
     cut = raw / "images" / "00003.tar"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])

@@ -81,9 +81,7 @@ def publish_some(out: Path) -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_clean_removes_what_stages_wrote_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
-) -> None:
+def test_clean_removes_only_outputs_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     if elsewhere:
@@ -97,11 +95,11 @@ def test_clean_removes_what_stages_wrote_and_nothing_else(
     stages += [(stage, "gone-from-params") for stage in ("pretrain", "evaluate")]
     ours: list[Path] = []
     for stage, item in stages:
-        own = outputs(paths, stage, item)
-        for folder in own.folders:
+        written = outputs(paths, stage, item)
+        for folder in written.folders:
             publish_some(folder)
-        write_json(next(iter(own.files)), {"stage": stage, "seconds": 1, "gate": []})
-        ours += [*own.folders, next(iter(own.files))]
+        write_json(next(iter(written.files)), {"stage": stage, "seconds": 1, "gate": []})
+        ours += [*written.folders, next(iter(written.files))]
     write_json(paths.metrics / "gone-from-params.json", {"ablation": "x", "benchmarks": {}, "fingerprints": {}})
     write_json(paths.metrics / "summary" / "gone-from-params.json", {"scenes": {"r1": 0.5}})
     ours += [paths.metrics / "gone-from-params.json", paths.metrics / "summary" / "gone-from-params.json"]
