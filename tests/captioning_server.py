@@ -23,13 +23,13 @@ from typing import Any
 MODEL = "tiny/llava"
 
 
-def words_for(image: bytes) -> str:
-    """The caption that the server gives an image: of its bytes, so that a mix-up shows."""
+def caption_for(image: bytes) -> str:
+    """The server's caption of an image. It depends on the bytes, so tests notice a mix-up."""
     return f"A picture. Its name is {hashlib.sha256(image).hexdigest()[:12]}."
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection; what it does wrong is what the server's `plan` says."""
+    """One connection, with the faults that the server's `plan` asks for."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # head and body are written apart
@@ -46,23 +46,23 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         content = request["messages"][0]["content"]
-        if isinstance(content, str):  # a question without an image
+        if isinstance(content, str):  # a request without an image
             image = content.encode()
         else:
             image = base64.b64decode(content[0]["image_url"]["url"].partition(",")[2])
         server = self.server
         with server.lock:
             server.requests.append(request)
-            server.tries[image] += 1
-            number = server.tries[image]
-            server.at_once += 1
-            server.most_at_once = max(server.most_at_once, server.at_once)
+            server.attempts[image] += 1
+            number = server.attempts[image]
+            server.in_flight += 1
+            server.max_in_flight = max(server.max_in_flight, server.in_flight)
         time.sleep(server.seconds)
-        with server.lock:  # before the answer, for the client may send its next request as soon as it has it
-            server.at_once -= 1
+        with server.lock:  # before the answer, because the client may send its next request right after it
+            server.in_flight -= 1
         fail = server.plan(image, number)
         if fail is None:
-            self.caption(words_for(image))
+            self.caption(caption_for(image))
         else:
             fail(self)
 
@@ -101,12 +101,12 @@ Fault = Callable[[Handler], None]
 
 
 def status(number: int, message: str = "no", code: str | None = None, **headers: str) -> Fault:
-    """An error in OpenAI's manner."""
+    """An error in OpenAI's format."""
     return lambda handler: handler.error(number, message, code, **headers)
 
 
-def soon(number: int) -> Fault:
-    """An error that may be tried again in a moment, so that a test need not wait for the client's own pauses."""
+def retry_soon(number: int) -> Fault:
+    """An error with a short Retry-After, so that tests do not wait for the client's backoff."""
     return status(number, Retry_After="0.02")
 
 
@@ -115,7 +115,7 @@ def dropped(handler: Handler) -> None:
     handler.drop()
 
 
-def halved(handler: Handler) -> None:
+def cut_off(handler: Handler) -> None:
     """The connection is lost in the middle of the answer."""
     handler.send_response(200)
     handler.send_header("Content-Type", "application/json")
@@ -127,12 +127,12 @@ def halved(handler: Handler) -> None:
 
 
 def broken(handler: Handler) -> None:
-    """A whole answer that is no JSON."""
+    """A complete answer that is not JSON."""
     handler.answer(200, b'{"id": "1", "choices": [{"mess')
 
 
 def web_page(handler: Handler) -> None:
-    """What a proxy shows while the server behind it is not there."""
+    """What a proxy returns while the server behind it is down."""
     handler.answer(200, b"<html>Back soon</html>", {"Content-Type": "text/html"})
 
 
@@ -142,29 +142,29 @@ def aborted(handler: Handler) -> None:
 
 
 def silent(handler: Handler) -> None:
-    """Nothing comes, until the client gives up."""
+    """No answer until the client gives up."""
     select.select([handler.connection], [], [], 30)
 
 
-def saying(text: str | None, finish_reason: str = "stop", **message: Any) -> Fault:
-    """Another caption."""
+def caption_text(text: str | None, finish_reason: str = "stop", **message: Any) -> Fault:
+    """A caption with this text."""
     return lambda handler: handler.caption(text, finish_reason, **message)
 
 
 class CaptioningServer(ThreadingHTTPServer):
-    """Serves `MODEL` on loopback; a block of code starts and ends it.
+    """Serves `MODEL` on loopback while its context is entered.
 
     Args:
-        plan: what goes wrong for an image at its first, second, … try; None: nothing does.
-        seconds: that a caption takes.
-        models: what it lists, or the status with which it does not.
-        key: that it wants.
-        port: 0 for any that is free.
+        plan: image and number of the attempt → the fault; None: none.
+        seconds: time that a caption takes.
+        models: the listed models, or the status of the failing list.
+        key: the API key that it requires.
+        port: 0: any free port.
 
     Attributes:
         requests: bodies of all requests for captions.
-        tries: of each image.
-        most_at_once: requests that were in flight.
+        attempts: image → number of attempts.
+        max_in_flight: maximum number of simultaneous requests.
     """
 
     daemon_threads = True
@@ -183,8 +183,8 @@ class CaptioningServer(ThreadingHTTPServer):
         self.models = [MODEL] if models is None else models
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
-        self.tries: Counter[bytes] = Counter()
-        self.at_once = self.most_at_once = 0
+        self.attempts: Counter[bytes] = Counter()
+        self.in_flight = self.max_in_flight = 0
 
     @property
     def url(self) -> str:
@@ -199,7 +199,7 @@ class CaptioningServer(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, *_: object) -> None:
-        pass  # clients that give up, as tests have them do
+        pass  # clients of the tests give up on purpose
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A small world that went through ingest, caption and shard without a defect, and ways to plant one in it."""
+"""A small data set that passed ingest, caption and shard, and methods that plant a defect in it."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ SHARD = ShardConfig(samples_per_shard=30)
 Sample = dict[str, Any]  # "key", "json" (a dict), "npy" (an array or None), "image" (bytes)
 
 
-def features(pictures: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(picture.resize((2, 2)), dtype=np.float32).ravel() for picture in pictures])
+def features(images: list[Image.Image]) -> np.ndarray:
+    return np.stack([np.asarray(picture.resize((2, 2)), dtype=np.float32).ravel() for picture in images])
 
 
 @dataclass
 class World:
-    """The folders of a run, with what the gates are told besides.
+    """The folders of a run, and the other inputs of its gates.
 
     Attributes:
-        folder: has ingest, captions/<captioner>, shards.
-        evaluation: hashes of images of an evaluation set.
-        broken: reports of units that failed as a whole.
+        folder: contains ingest, captions/<captioner> and shards.
+        evaluation: hashes of the images of an evaluation set.
+        broken: reports of units that failed completely.
     """
 
     folder: Path
@@ -109,10 +109,10 @@ class World:
         held_out = held_out_images(self.ingest, unit_names(self.ingest)) | self.evaluation
         return gate_shard(SHARD, self.shards, read_index(self.shards, ShardIndex), 140, held_out, None, report)
 
-    # --- ways to plant a defect ---
+    # --- planting defects ---
 
     def recaption(self, unit: str, change: Callable[[list[Caption]], list[Caption]]) -> None:
-        """Has other captions come from the captioner `llava` for a partition; they are measured and filtered."""
+        """Replaces a partition's captions of `llava`, then measures and filters them."""
         folder = self.captions("llava")
         names = [field.name for field in fields(Caption)]
         written = [Caption(**row) for row in read_captions(folder, unit, names).to_dict("records")]
@@ -124,7 +124,7 @@ class World:
         write_captions(unit, kept, len(captions), folder)
 
     def edit(self, path: str, change: Callable[[pd.DataFrame], Any]) -> None:
-        """Changes a partition's table; what `change` returns takes its place, if anything."""
+        """Changes a partition's table in place, or replaces it by what `change` returns."""
         file = self.folder / f"{path}.parquet"
         schema = pq.read_schema(file)
         table = pq.read_table(file).to_pandas()
@@ -133,12 +133,12 @@ class World:
         pq.write_table(pa.Table.from_pandas(table, schema, preserve_index=False), file)
 
     def report(self, path: str, **changes: Any) -> None:
-        """Changes what a partition's marker says."""
+        """Changes fields of a partition's report."""
         marker = self.folder / f"{path}.json"
         write_json(marker, json.loads(marker.read_text()) | changes)
 
     def reshard(self, name: str, change: Callable[[list[Sample]], Any]) -> None:
-        """Writes a shard again with other samples, its line of index.json too: as by a program with a fault."""
+        """Rewrites a shard and its entry in index.json with changed samples, like a faulty program."""
         path = self.shards / f"{name}.tar"
         data = path.read_bytes()
         samples = []
@@ -155,7 +155,7 @@ class World:
         self.index(name, bytes=path.stat().st_size, sha256=tar.sha256, samples=len(samples))
 
     def index(self, name: str, **changes: Any) -> None:
-        """Changes a shard's line of index.json."""
+        """Changes a shard's entry in index.json."""
         index = read_json(self.shards / "index.json")
         for shard in index["splits"][name.partition("-")[0]]["shards"]:
             if shard["name"] == name:
@@ -174,7 +174,7 @@ def _reports(folder: Path) -> list[UnitReport]:
 
 
 def build(folder: Path) -> World:
-    """The world without a defect, made by the code of the stages."""
+    """A world without defects, written by the code of the stages."""
     world, source = World(folder), open_source(INGEST.source)
     units = source.units(INGEST.partition_size)
     written = [

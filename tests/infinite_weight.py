@@ -1,4 +1,4 @@
-"""A training process in which a weight becomes infinite with the second step; for tests that run several of them."""
+"""A training process in which a weight becomes infinite after the second step."""
 
 from __future__ import annotations
 

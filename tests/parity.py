@@ -1,4 +1,4 @@
-"""The parity vectors: tiny models laid out as the authors' checkpoints, and what the released code makes of them."""
+"""The parity cases: tiny models in the layout of the authors' checkpoints, and results of the released code."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ IMAGE_TOWER = ImageTowerSpec("test_vit", 160)
 
 
 def state_dict(case: str) -> dict[str, Tensor]:
-    """Weights by the authors' names; word embeddings that no caption uses are zero."""
+    """Weights under the authors' names; embeddings of unused words are zero."""
     with np.load(PARITY / case / "weights.npz") as arrays:
         return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
 
 
 def write_checkpoint(case: str, folder: Path) -> Path:
-    """Writes `model.pt` as the authors do."""
+    """Writes `model.pt` in the authors' format."""
     torch.save({"epoch": 1, "name": "parity", "state_dict": state_dict(case)}, folder / "model.pt")
     return folder / "model.pt"
 
 
 def write_text_config(case: str, folder: Path, **more: Any) -> Path:
-    """Writes the text encoder's sizes, as the vectors come with them."""
+    """Writes the sizes of the case's text encoder."""
     text = json.loads((PARITY / case / "case.json").read_text())["text"]
     (folder / "text.json").write_text(json.dumps({**text, **more}))
     return folder / "text.json"

@@ -10,13 +10,13 @@ from lotlip.data.records import Failure, ImageRecord, Unit, UnitReport
 
 
 def write_partition(unit: Unit, items: Iterable[ImageRecord | Failure], folder: Path) -> UnitReport:
-    """The one partition of a unit that has a split."""
+    """Writes the only partition of a unit that has a split."""
     (report,) = write_partitions(unit, items, folder, split_of=str)
     return report
 
 
 def ingested(folder: Path, images: dict[str, bytes]) -> Path:
-    """What ingest leaves of PNG pictures: the last third is the split `test`, the others are two units of `train`."""
+    """Writes ingested PNG images: the last third is the split `test`, the others are two units of `train`."""
     third = len(images) // 3
     keys = list(images)
     for split, index, part in (

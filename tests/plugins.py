@@ -1,4 +1,4 @@
-"""Pillow's plug-ins, absent or installed, whatever this machine has."""
+"""Fixtures with and without plug-ins of Pillow."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from types import ModuleType
 import pytest
 from PIL import Image, ImageFile
 
-# The beginnings of such files; nothing but the fixture below can read more of them.
+# Headers of these formats; only the fixture below can read them.
 HEIC = b"\0\0\0\x1cftypheic\0\0\0\0mif1heicmiaf" + b"x" * 50
 AVIF = b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + b"x" * 50
 JXL = b"\xff\x0a" + b"x" * 50
 
 
-class _Picture(ImageFile.ImageFile):
-    """A red picture of 5 × 4 pixels, whatever the file holds."""
+class _RedImage(ImageFile.ImageFile):
+    """A red image of 5 × 4 pixels, whatever the file contains."""
 
     format = "HEIF"
 
@@ -41,12 +41,12 @@ def no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def heif_plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A stand-in for pillow-heif is installed, and nobody has registered it yet."""
+    """A stand-in for pillow-heif is installed but not registered."""
     Image.init()
     module = ModuleType("pillow_heif")
     module.register_heif_opener = (
         lambda: Image.register_open(  # type: ignore[attr-defined]
-            "HEIF", _Picture, lambda data: data[4:12] == b"ftypheic"
+            "HEIF", _RedImage, lambda data: data[4:12] == b"ftypheic"
         )
     )
     monkeypatch.delitem(Image.OPEN, "HEIF", raising=False)

@@ -1,4 +1,4 @@
-"""What autograd keeps between forward and backward."""
+"""Measures the tensors that autograd saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 
-class _Held:
-    """A saved tensor, counted for as long as its graph lives."""
+class _SavedTensor:
+    """A saved tensor, counted until its graph is freed."""
 
     def __init__(self, owner: SavedTensors, tensor: Tensor) -> None:
-        # detached, for an operation that saves its own result would otherwise hold itself
+        # detached, because an operation that saves its own result would otherwise reference itself
         self.owner, self.tensor = owner, tensor.detach()
         owner.add(tensor.untyped_storage(), 1)
 
@@ -21,34 +21,34 @@ class _Held:
 
 
 class SavedTensors:
-    """Counts the bytes of what is saved in the block, each storage once, but for a module's own.
+    """Counts the bytes of tensors saved inside the context, each storage once, without a module's weights.
 
     Attributes:
-        total: of all that was saved.
-        peak: most that was held at the same time.
+        total: bytes of all saved tensors.
+        peak: maximum of bytes saved at the same time.
     """
 
     def __init__(self, module: nn.Module | None = None) -> None:
         self.total = self.peak = self.now = 0
-        self.holders: dict[int, int] = {}
-        self.left_out: set[int] = set()
+        self.references: dict[int, int] = {}
+        self.excluded: set[int] = set()
         self.hooks = torch.autograd.graph.saved_tensors_hooks(
-            lambda tensor: _Held(self, tensor), lambda held: held.tensor
+            lambda tensor: _SavedTensor(self, tensor), lambda saved: saved.tensor
         )
         if module is not None:
-            self.leave_out(module)
+            self.exclude(module)
 
-    def leave_out(self, module: nn.Module) -> None:
-        """Does not count a module's weights, which are there anyway."""
-        own = [*module.parameters(), *module.buffers()]
-        self.left_out |= {value.untyped_storage().data_ptr() for value in own}
+    def exclude(self, module: nn.Module) -> None:
+        """Excludes the weights of a module."""
+        values = [*module.parameters(), *module.buffers()]
+        self.excluded |= {value.untyped_storage().data_ptr() for value in values}
 
     def add(self, storage: Any, change: int) -> None:
         key = storage.data_ptr()
-        if key in self.left_out:
+        if key in self.excluded:
             return
-        before = self.holders.get(key, 0)
-        self.holders[key] = before + change
+        before = self.references.get(key, 0)
+        self.references[key] = before + change
         if before == 0:
             self.total += storage.nbytes()
             self.now += storage.nbytes()

@@ -1,4 +1,4 @@
-"""What ALIGN needs: an image tower from scratch, LAMB with linear decay, and a temperature that starts at 1."""
+"""ALIGN: an image tower from scratch, LAMB with linear decay, and a temperature that starts at 1."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lotlip.pretrain.initialisation import build_for_pretraining
 from lotlip.pretrain.model import LotlipForPreTraining
 from tests.conftest import IMAGE_SIZE, TEXT
 from tests.test_config import MINIMAL
-from tests.test_resume import interrupted
+from tests.test_resume import train_interrupted
 from tests.training import losses, same, tiny_job, train, weights
 
 SCRATCH = {"frozen": False, "from_scratch": True}
@@ -35,33 +35,35 @@ def build(tower: Path, seed: int = 0, **settings: Any) -> LotlipForPreTraining:
     return build_for_pretraining(PretrainConfig(text={"config": TEXT, "context_length": 32}, **settings), tower)
 
 
-# --- the image tower from scratch ---------------------------------------------------------------------------------
+# --- the image tower from scratch -------------------------------------------------------------------------------------
 
 
-def test_a_tower_from_scratch_has_the_architecture_and_new_weights_of_the_seed(tiny_tower):
+def test_a_tower_from_scratch_has_new_weights_that_depend_on_the_seed(tiny_tower):
     models = [build(tiny_tower, seed, image_tower=SCRATCH) for seed in (0, 0, 1)]
     stage = load_file(tiny_tower / "model.safetensors")
-    first, again, other = ({k: v for k, v in model.state_dict().items() if k.startswith("image.")} for model in models)
+    first, repeated, other = (
+        {k: v for k, v in model.state_dict().items() if k.startswith("image.")} for model in models
+    )
     assert {name.removeprefix("image."): value.shape for name, value in first.items()} == {
         name: value.shape for name, value in stage.items()
     }
     matrices = [name for name, value in first.items() if value.ndim > 1]
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], repeated[name]) for name in first)
     assert not any(torch.equal(first[name], other[name]) for name in matrices)
     assert not any(torch.equal(first[name], stage[name.removeprefix("image.")]) for name in matrices)
     assert all(parameter.requires_grad for parameter in models[0].image_tower.parameters())
 
 
-def test_batch_norms_of_a_new_tower_fit_its_weights_and_stay(tiny_tower):
+def test_batch_norms_of_a_new_tower_are_calibrated_and_frozen(tiny_tower):
     tower = build(tiny_tower, image_tower=SCRATCH).train().image_tower
-    found: list[torch.Tensor] = []
+    outputs: list[torch.Tensor] = []
     norms = [module for module in tower.modules() if isinstance(module, nn.BatchNorm2d)]
     assert norms
     for norm in norms:
-        norm.register_forward_hook(lambda module, inputs, output: found.append(output.detach()))
+        norm.register_forward_hook(lambda module, inputs, output: outputs.append(output.detach()))
     before = [norm.running_var.clone() for norm in norms]  # type: ignore[union-attr]
     tower(torch.randn(32, 3, IMAGE_SIZE, IMAGE_SIZE))
-    assert all(value.std().item() == pytest.approx(1, abs=0.15) for value in found)
+    assert all(value.std().item() == pytest.approx(1, abs=0.15) for value in outputs)
     assert all(torch.equal(norm.running_var, old) for norm, old in zip(norms, before, strict=True))
     assert all(norm.momentum == 0.1 for norm in norms)
 
@@ -86,18 +88,18 @@ def test_weights_for_a_tower_without_pretrained_weights_are_an_error(name):
         TimmTowerConfig(kind="timm", model="test_vit", pretrained=False, **{name: value})
 
 
-def test_an_ablation_that_would_use_random_features_is_an_error():
+def test_an_ablation_with_random_frozen_features_is_an_error():
     tower = {"kind": "timm", "model": "test_vit", "pretrained": False}
     with pytest.raises(ConfigError, match=r"ablation lotlip uses the weights of image_tower, which are random"):
         checked_params({**MINIMAL, "image_tower": tower}, "params.yaml")
     params = checked_params(merge(MINIMAL, {"image_tower": tower, "pretrain": {"image_tower": SCRATCH}}), "params.yaml")
-    assert params.warnings == []  # nothing is downloaded, so nothing need be pinned
+    assert params.warnings == []  # nothing is downloaded, so nothing has to be pinned
 
 
-# --- temperature ----------------------------------------------------------------------------------------------------
+# --- temperature ------------------------------------------------------------------------------------------------------
 
 
-def test_the_temperature_starts_where_it_is_set(tiny_tower):
+def test_the_temperature_starts_from_its_setting(tiny_tower):
     assert build(tiny_tower, temperature={"initial": 1.0}).scale.item() == pytest.approx(1)
     assert build(tiny_tower).scale.item() == pytest.approx(1 / 0.07)
     siglip = build(tiny_tower, temperature={"initial": 0.5}, loss={"objective": "siglip"})
@@ -105,7 +107,7 @@ def test_the_temperature_starts_where_it_is_set(tiny_tower):
 
 
 @pytest.mark.parametrize(("smallest", "largest"), [(0.01, 100), (0.05, 20), (None, math.exp(6))])
-def test_the_clamp_of_the_temperature_is_that_of_the_settings_and_saved(tiny_tower, tmp_path, smallest, largest):
+def test_the_clamp_of_the_temperature_is_configured_and_saved(tiny_tower, tmp_path, smallest, largest):
     model = build(tiny_tower, temperature={"min": smallest}, image_tower={"frozen": False})
     with torch.no_grad():
         model.logit_scale.fill_(6.0)
@@ -114,7 +116,7 @@ def test_the_clamp_of_the_temperature_is_that_of_the_settings_and_saved(tiny_tow
     assert type(model.config).from_dict(model.config.to_dict()).min_temperature == smallest
 
 
-def test_a_temperature_below_the_smallest_is_an_error():
+def test_a_temperature_below_the_minimum_is_an_error():
     with pytest.raises(ValidationError, match=r"initial 0.005 is below min 0.01"):
         PretrainConfig(temperature={"initial": 0.005})
 
@@ -122,7 +124,7 @@ def test_a_temperature_below_the_smallest_is_an_error():
 # --- optimizer --------------------------------------------------------------------------------------------------------
 
 
-def test_linear_decay_falls_evenly_to_nothing():
+def test_linear_decay_ends_at_zero():
     settings = OptimizerConfig(warmup_steps=10, decay="linear")
     shares = [learning_rate_factor(step, 110, settings) for step in range(111)]
     assert shares[9] == shares[10] == 1
@@ -130,7 +132,7 @@ def test_linear_decay_falls_evenly_to_nothing():
     assert shares[110] == pytest.approx(0)
 
 
-def test_lamb_scales_the_steps_of_weights_that_decay_to_their_size():
+def test_lamb_scales_updates_by_the_norm_of_decayed_weights():
     large, small, bias = (nn.Parameter(torch.full((4, 4), size)) for size in (8.0, 2.0, 2.0))
     groups = [
         {"params": [large, small], "lr": 0.1, "weight_decay": 1e-5},
@@ -145,7 +147,7 @@ def test_lamb_scales_the_steps_of_weights_that_decay_to_their_size():
     before = bias.mean().item()
     large.grad, small.grad, bias.grad = None, None, torch.ones(4, 4)
     optimizer.step()
-    assert before - bias.mean().item() < 0.08  # of 0.1, if LAMB clipped both gradients to the same norm by itself
+    assert before - bias.mean().item() < 0.08  # it would be 0.1 if LAMB clipped gradients itself
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,7 @@ def test_lamb_scales_the_steps_of_weights_that_decay_to_their_size():
         ({"compute": {"training": {"zero_stage": 2}}}, "lamb needs the norm of each weight, which ZeRO splits"),
     ],
 )
-def test_lamb_needs_whole_weights(settings, message):
+def test_lamb_does_not_support_partitioned_weights(settings, message):
     lamb = merge(MINIMAL, {"pretrain": {"optimizer": {"name": "lamb"}}})
     checked_params(lamb, "params.yaml")
     with pytest.raises(ConfigError, match=message):
@@ -173,13 +175,13 @@ def test_align_learns_resumes_exactly_and_loads(group, tiny_world, tmp_path, mon
         "optimizer": {"name": "lamb", "decay": "linear", "learning_rate": 2e-2, "weight_decay": 1e-5},
         "checkpoint_every": 3,
     }
-    whole, job = (
+    uninterrupted, job = (
         tiny_job(tiny_world, tmp_path / name, differences, shards=str(tiny_world.pixel_shards)) for name in "ab"
     )
-    train(whole)
-    assert losses(whole)[-1] < losses(whole)[0]
-    interrupted(job, 7, monkeypatch)
+    train(uninterrupted)
+    assert losses(uninterrupted)[-1] < losses(uninterrupted)[0]
+    train_interrupted(job, 7, monkeypatch)
     train(job)
-    assert losses(job) == losses(whole)
-    assert same(weights(job), weights(whole))
+    assert losses(job) == losses(uninterrupted)
+    assert same(weights(job), weights(uninterrupted))
     load_model(job.model_folder(0))

@@ -1,4 +1,4 @@
-"""`import lotlip` is quick, and makes transformers' Auto classes know the model, whoever is imported first."""
+"""`import lotlip` is fast and registers the model with transformers, in either order of imports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def run(code: str) -> str:
 
 
 @pytest.mark.integration
-def test_importing_the_package_imports_nothing_heavy():
+def test_importing_the_package_imports_no_heavy_package():
     heavy = "torch, transformers, timm, pandas, mlflow, prefect, great_expectations, PIL, pydantic"
     loaded = run(f"import sys, lotlip; print([name for name in {heavy.split(', ')} if name in sys.modules])")
     assert loaded == "[]"
@@ -43,7 +43,7 @@ def test_auto_classes_know_the_model(first):
     assert "lotlip.models.image_processing.LotlipImageProcessor" in image_processor
 
 
-def test_names_that_are_not_there_are_attribute_errors():
+def test_unknown_names_are_attribute_errors():
     import lotlip
 
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):

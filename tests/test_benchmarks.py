@@ -15,7 +15,7 @@ from tests.tiny_pipeline import ROOT
 
 
 @pytest.fixture
-def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
+def commands_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     """Replaces the benchmarks: the loader fails the first time, and the others have results."""
     calls: list[list[str]] = []
 
@@ -30,33 +30,33 @@ def called(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
     return calls
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+def run_benchmarks(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments])
     all_benchmarks.main()
 
 
-def test_results_are_stored_and_failed_benchmarks_run_again(called, monkeypatch, capsys):
+def test_results_are_stored_and_failed_benchmarks_repeated(commands_run, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="1 of 14 benchmarks failed: loader"):
-        command(monkeypatch)
+        run_benchmarks(monkeypatch)
     assert "no such folder" in capsys.readouterr().err
     stored = read_json(Path("benchmarks.json"))
     assert stored["results"].keys() == all_benchmarks.COMMANDS.keys()
     assert stored["machine"]["cpu"] and stored["machine"]["memory_bytes"] > 0
-    called_before = len(called)
-    command(monkeypatch, "--continue")
-    assert called[called_before:] == [all_benchmarks.COMMANDS["loader"]]
-    assert all("result" in found for found in read_json(Path("benchmarks.json"))["results"].values())
+    called_before = len(commands_run)
+    run_benchmarks(monkeypatch, "--continue")
+    assert commands_run[called_before:] == [all_benchmarks.COMMANDS["loader"]]
+    assert all("result" in entry for entry in read_json(Path("benchmarks.json"))["results"].values())
 
 
-def test_results_are_not_replaced_and_names_are_checked(called, monkeypatch, capsys):
-    command(monkeypatch, "step")
+def test_results_are_not_replaced_and_names_are_checked(commands_run, monkeypatch, capsys):
+    run_benchmarks(monkeypatch, "step")
     with pytest.raises(SystemExit):
-        command(monkeypatch, "step")
+        run_benchmarks(monkeypatch, "step")
     assert "benchmarks.json exists; add --continue" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        command(monkeypatch, "--out", "other.json", "stap")
+        run_benchmarks(monkeypatch, "--out", "other.json", "stap")
     assert "unknown: stap; choose from" in capsys.readouterr().err
-    assert called == [all_benchmarks.COMMANDS["step"]]
+    assert commands_run == [all_benchmarks.COMMANDS["step"]]
 
 
 @pytest.mark.parametrize("name", all_benchmarks.COMMANDS)

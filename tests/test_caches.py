@@ -1,4 +1,4 @@
-"""lotlip.core.caches: the user's folder and lock files."""
+"""lotlip.core.caches: the user's cache folder and lock files."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def test_named_folder_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_configured_folder_has_precedence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "mine"))
     assert cache_folder() == tmp_path / "mine"
 
 
-def test_named_folder_that_is_a_file_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_configured_folder_that_is_a_file_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "mine").write_text("kept")
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "mine"))
     with pytest.raises(OSError, match="LOTLIP_CACHE"):
@@ -33,19 +33,21 @@ def test_named_folder_that_is_a_file_is_an_error(monkeypatch: pytest.MonkeyPatch
     assert (tmp_path / "mine").read_text() == "kept"
 
 
-def test_only_the_user_can_write_to_it(tmp_path: Path) -> None:
+def test_only_the_user_can_write_to_the_folder(tmp_path: Path) -> None:
     assert cache_folder() == tmp_path / "user/lotlip"
     assert cache_folder().stat().st_mode & 0o777 == 0o700
 
 
-def test_without_a_usable_home_or_tmp_the_project_has_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_project_holds_the_folder_without_a_usable_home_and_tmp(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setattr(caches.tempfile, "gettempdir", lambda: str(tmp_path / "file"))
     assert cache_folder() == tmp_path / ".lotlip/cache"
 
 
-def test_a_link_of_somebody_else_is_not_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_link_of_another_user_is_not_followed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "target").mkdir()
     (tmp_path / "user").mkdir()
     (tmp_path / "user/lotlip").symlink_to(tmp_path / "target")
@@ -53,7 +55,7 @@ def test_a_link_of_somebody_else_is_not_followed(monkeypatch: pytest.MonkeyPatch
     assert cache_folder() == tmp_path / f"tmp/lotlip-{os.getuid()}"
 
 
-def test_a_lock_is_held_once_and_freed(tmp_path: Path) -> None:
+def test_a_lock_is_exclusive_and_released(tmp_path: Path) -> None:
     held = rf"the stage is in use by process {os.getpid()}"
     with lock(tmp_path / "a.lock"), pytest.raises(Locked, match=held), lock(tmp_path / "a.lock", "the stage"):
         pytest.fail("two hold it")
@@ -71,7 +73,7 @@ with lock(pathlib.Path("a.lock")):
 
 
 @pytest.mark.integration
-def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
+def test_a_killed_process_releases_its_lock(tmp_path: Path) -> None:
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
     )
@@ -85,7 +87,7 @@ def test_a_killed_process_frees_its_lock(tmp_path: Path) -> None:
         pass
 
 
-def test_a_lock_that_is_a_link_leaves_its_target_alone(tmp_path: Path) -> None:
+def test_a_lock_that_is_a_link_does_not_change_its_target(tmp_path: Path) -> None:
     (tmp_path / "target").write_text("kept")
     (tmp_path / "a.lock").symlink_to(tmp_path / "target")
     with pytest.raises(OSError), lock(tmp_path / "a.lock"):

@@ -1,4 +1,4 @@
-"""Captions are kept by what wrote them and of which images, and nothing is captioned twice."""
+"""The caption store: captions by captioner and images, and no image is captioned twice."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from tests.test_validation import record
 KEYS = ["k0", "k1", "k2", "k3"]
 
 
-class Author:
-    """Says what it is asked about; some images it cannot describe, and some of those another time."""
+class ScriptedCaptioner:
+    """Records the images it gets; captioning fails for some, and can succeed later."""
 
     revision, prompt = "r1", "Describe it."
 
@@ -62,7 +62,11 @@ def texts(store: CaptionStore, partition: Partition) -> dict[str, str]:
 
 
 def test_a_partition_is_captioned_once(source, tmp_path):
-    store, author, partition = CaptionStore(tmp_path / "store", "llava", {"a": 1}), Author(), partition_of(source)
+    store, author, partition = (
+        CaptionStore(tmp_path / "store", "llava", {"a": 1}),
+        ScriptedCaptioner(),
+        partition_of(source),
+    )
     store.describe()
     first = store.ensure_captioned(partition, source, author)
     assert author.asked == KEYS
@@ -72,8 +76,8 @@ def test_a_partition_is_captioned_once(source, tmp_path):
     assert json.loads((store.folder / "about.json").read_text()) == {"captioner": "llava", "a": 1}
 
 
-def test_another_prompt_is_another_folder_and_going_back_finds_the_former(source, tmp_path):
-    partition, author = partition_of(source), Author()
+def test_each_prompt_has_its_own_captions_in_the_store(source, tmp_path):
+    partition, author = partition_of(source), ScriptedCaptioner()
     stores = [CaptionStore(tmp_path / "store", "llava", {"prompt": prompt}) for prompt in ("one", "two", "one")]
     for store in stores:
         store.ensure_captioned(partition, source, author)
@@ -81,8 +85,8 @@ def test_another_prompt_is_another_folder_and_going_back_finds_the_former(source
     assert stores[0].folder == stores[2].folder != stores[1].folder
 
 
-def test_other_images_under_the_same_name_are_captioned_anew(source, tmp_path):
-    store, author = CaptionStore(tmp_path / "store", "llava", {}), Author()
+def test_changed_images_are_captioned_again(source, tmp_path):
+    store, author = CaptionStore(tmp_path / "store", "llava", {}), ScriptedCaptioner()
     store.ensure_captioned(partition_of(source), source, author)
     before = partition_of(source)
     write_partition(Unit("train", 0, ("k8", "k9")), map(record, ["k8", "k9"]), source)
@@ -91,21 +95,21 @@ def test_other_images_under_the_same_name_are_captioned_anew(source, tmp_path):
     assert list(texts(store, before)) == KEYS
 
 
-def test_an_exception_leaves_nothing_and_the_next_try_begins_anew(source, tmp_path):
+def test_an_exception_writes_nothing_and_the_next_run_starts_over(source, tmp_path):
     store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
     with pytest.raises(ConnectionError):
-        store.ensure_captioned(partition, source, Author(breaks_at="k2"))
+        store.ensure_captioned(partition, source, ScriptedCaptioner(breaks_at="k2"))
     assert not [path for path in store.folder.rglob("*") if path.is_file()]
-    author = Author()
+    author = ScriptedCaptioner()
     assert store.ensure_captioned(partition, source, author).written == 4
     assert author.asked == KEYS
 
 
-def test_failures_that_are_final_are_kept_and_passing_ones_are_tried_again(source, tmp_path):
+def test_only_temporary_failures_are_retried(source, tmp_path):
     store, partition = CaptionStore(tmp_path / "store", "llava", {}), partition_of(source)
-    first = store.ensure_captioned(partition, source, Author({"k0": "unreadable", "k2": "server"}))
+    first = store.ensure_captioned(partition, source, ScriptedCaptioner({"k0": "unreadable", "k2": "server"}))
     assert [failure.kind for failure in first.failures] == ["unreadable", "server"]
-    author = Author()
+    author = ScriptedCaptioner()
     second = store.ensure_captioned(partition, source, author)
     assert author.asked == ["k2"]
     assert (second.read, second.written) == (4, 3)
@@ -115,8 +119,8 @@ def test_failures_that_are_final_are_kept_and_passing_ones_are_tried_again(sourc
     assert author.asked == ["k2"]
 
 
-def test_a_damaged_partition_is_written_anew(source, tmp_path):
-    store, author, partition = CaptionStore(tmp_path / "store", "llava", {}), Author(), partition_of(source)
+def test_a_damaged_partition_is_captioned_again(source, tmp_path):
+    store, author, partition = CaptionStore(tmp_path / "store", "llava", {}), ScriptedCaptioner(), partition_of(source)
     store.ensure_captioned(partition, source, author)
     (path,) = store.folder.rglob("*.parquet")
     path.write_bytes(path.read_bytes()[:-1])
@@ -126,8 +130,8 @@ def test_a_damaged_partition_is_written_anew(source, tmp_path):
 
 
 @pytest.mark.parametrize("change", [lambda items: items[:-1], lambda items: [*items, items[0]]])
-def test_a_captioner_that_skips_or_doubles_an_image_is_noticed(source, tmp_path, change):
-    class Wrong(Author):
+def test_a_captioner_that_skips_or_repeats_an_image_is_an_error(source, tmp_path, change):
+    class Wrong(ScriptedCaptioner):
         def caption(self, records):
             return iter(change(list(super().caption(records))))
 
@@ -135,11 +139,11 @@ def test_a_captioner_that_skips_or_doubles_an_image_is_noticed(source, tmp_path,
         CaptionStore(tmp_path / "store", "llava", {}).ensure_captioned(partition_of(source), source, Wrong())
 
 
-# --- what is published --------------------------------------------------------------------------------------------
+# --- publishing ---------------------------------------------------------------------------------------------------
 
 
 def captioning(tmp_path: Path, out: str, **changes: Any) -> Captioning:
-    """Captions from a table: `k0` to `k2` have one, the last of them is short."""
+    """Captions from a table for `k0` to `k2`; the last one is short."""
     table = tmp_path / "captions.csv"
     if not table.exists():
         rows = ["k0,llava,Here is raw k0. It runs.", "k1,llava,A raw thing that runs on", "k2,llava,Two words."]
@@ -170,7 +174,7 @@ def test_a_caption_without_words_is_never_published(source, tmp_path, monkeypatc
     assert {failure.key: failure.kind for failure in report.failures}["k0"] == "empty"
 
 
-def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_path):
+def test_changed_rules_and_tokenizer_do_not_recaption(source, tmp_path):
     captioning(tmp_path, "out")(partition_of(source))
     (stored,) = (tmp_path / "store").rglob("*.parquet")
     before = stored.stat().st_mtime_ns
@@ -180,19 +184,21 @@ def test_other_rules_and_another_tokenizer_caption_nothing_again(source, tmp_pat
     assert list(read_table(tmp_path / "other", "train/part-00000")["key"]) == ["k0", "k2"]
 
 
-def test_captions_are_split_by_the_rule_of_params_yaml_and_none_is_written_again(source, tmp_path):
+def test_a_changed_sentence_rule_does_not_recaption(source, tmp_path):
     text = "一只狗在草地上。它在跑！天空是蓝色的？"
     (tmp_path / "captions.csv").write_text(f"key,captioner,text\nk0,llava,{text}\n", encoding="utf-8")
-    found, stored = {}, set()
+    sub_captions, store_files = {}, set()
     for rule in ("released", "unicode"):
         captioning(tmp_path, rule, sentence_ends=rule)(partition_of(source))
-        stored |= {path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.parquet")}
-        found[rule] = read_captions(tmp_path / rule, "train/part-00000").set_index("key").loc["k0", "sub_captions"]
-    assert found == {"released": [text], "unicode": ["一只狗在草地上", "它在跑", "天空是蓝色的"]}
-    assert len(stored) == 1
+        store_files |= {path.stat().st_mtime_ns for path in (tmp_path / "store").rglob("*.parquet")}
+        sub_captions[rule] = (
+            read_captions(tmp_path / rule, "train/part-00000").set_index("key").loc["k0", "sub_captions"]
+        )
+    assert sub_captions == {"released": [text], "unicode": ["一只狗在草地上", "它在跑", "天空是蓝色的"]}
+    assert len(store_files) == 1
 
 
-def test_a_published_partition_is_not_done_again(source, tmp_path):
+def test_a_published_partition_is_not_repeated(source, tmp_path):
     work, partition = captioning(tmp_path, "out"), partition_of(source)
     first = work(partition)
     before = (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns
@@ -200,7 +206,7 @@ def test_a_published_partition_is_not_done_again(source, tmp_path):
     assert (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns == before
 
 
-def test_a_partition_is_published_again_when_its_images_changed(source, tmp_path):
+def test_a_partition_with_changed_images_is_published_again(source, tmp_path):
     work, partition = captioning(tmp_path, "out"), partition_of(source)
     work(partition)
     before = (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns
@@ -208,7 +214,7 @@ def test_a_partition_is_published_again_when_its_images_changed(source, tmp_path
     assert (tmp_path / "out/train/part-00000.parquet").stat().st_mtime_ns > before
 
 
-def test_an_image_that_the_server_failed_with_is_asked_for_again(source, tmp_path, monkeypatch):
+def test_an_image_that_failed_on_the_server_is_retried(source, tmp_path, monkeypatch):
     from lotlip.caption.captioners import table
 
     lookup = table.TableCaptioner._caption
@@ -220,11 +226,11 @@ def test_an_image_that_the_server_failed_with_is_asked_for_again(source, tmp_pat
     assert (failed.written, report.written) == (0, 2)
 
 
-def test_a_captioner_is_opened_once_in_a_process(source, tmp_path):
+def test_a_captioner_is_opened_once_per_process(source, tmp_path):
     assert captioning(tmp_path, "out").author() is captioning(tmp_path, "other").author()
 
 
-def test_the_work_travels_to_other_processes(source, tmp_path):
+def test_captioning_can_be_pickled(source, tmp_path):
     import pickle
 
     work = captioning(tmp_path, "out")

@@ -1,4 +1,4 @@
-"""The model card says what the configuration knows, and nothing else."""
+"""The model card shows what the configuration records."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conftest import TEXT
 SMALL = {**TEXT, "vocab_size": 30524}
 
 
-def test_an_untold_origin_leaves_only_the_model():
+def test_a_card_without_provenance_describes_the_model_only():
     card = model_card(LotlipConfig(SMALL))
     front = yaml.safe_load(card.split("---")[1])
     assert front["library_name"] == "transformers"
@@ -24,14 +24,14 @@ def test_an_untold_origin_leaves_only_the_model():
     assert "## Origin" not in card
 
 
-def test_variants_are_named():
+def test_a_card_names_variants():
     config = LotlipConfig(SMALL, corner_mask=False, register_tokens=1, similarity="late-interaction", logit_bias=True)
     card = model_card(config)
     assert "2 corner tokens without their mask, 1 register tokens" in card
     assert "similarity: late-interaction, logits with a bias" in card
 
 
-def test_all_that_is_known_is_told():
+def test_a_card_shows_all_provenance():
     card = model_card(
         LotlipConfig(
             SMALL,

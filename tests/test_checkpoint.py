@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged after they were written."""
+"""Damaged checkpoints."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ FILES = ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors",
 OLDER, NEWER = "step-000000001", "step-000000002"
 
 
-def flip(path: Path, place: float, bit: int = 0) -> None:
-    """Flips one bit of a file; `place` is a share of its length."""
+def flip_bit(path: Path, place: float, bit: int = 0) -> None:
+    """Flips one bit of a file; `place` is a fraction of its length."""
     data = bytearray(path.read_bytes())
     data[min(int(place * len(data)), len(data) - 1)] ^= 1 << bit
     path.write_bytes(data)
 
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
-    "first bit flipped": lambda path: flip(path, 0),
-    "bit in the middle flipped": lambda path: flip(path, 0.5, 3),
-    "last byte flipped": lambda path: flip(path, 1, 6),
+    "first bit flipped": lambda path: flip_bit(path, 0),
+    "bit in the middle flipped": lambda path: flip_bit(path, 0.5, 3),
+    "last byte flipped": lambda path: flip_bit(path, 1, 6),
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "one byte short": lambda path: path.write_bytes(path.read_bytes()[:-1]),
     "one byte long": lambda path: path.write_bytes(path.read_bytes() + b"\n\n"),
@@ -45,14 +45,14 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 
 @pytest.fixture(scope="module")
 def trainer(group, tiny_world, tmp_path_factory) -> Trainer:
-    """One that has written checkpoints after steps 1 and 2."""
+    """A trainer that has written checkpoints after steps 1 and 2."""
     job = tiny_job(tiny_world, tmp_path_factory.mktemp("trainer"))
-    made = Trainer(job, 0, NullSink())
-    steps = made.loader.steps(0, 2)
+    new_trainer = Trainer(job, 0, NullSink())
+    steps = new_trainer.loader.steps(0, 2)
     for step in (0, 1):
-        made.engine.step(next(steps), step)
-        made._checkpoint(step + 1)
-    return made
+        new_trainer.engine.step(next(steps), step)
+        new_trainer._checkpoint(step + 1)
+    return new_trainer
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def load(checkpoints: Checkpoints, trainer: Trainer) -> tuple[Any, dict[str, tor
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", FILES)
-def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(trainer, copy, capsys, name):
+def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(trainer, copy, capsys, name):
     shutil.move(copy.folder / NEWER, copy.folder.parent / NEWER)
     _, expected = load(copy, trainer)
     shutil.move(copy.folder.parent / NEWER, copy.folder / NEWER)
@@ -109,28 +109,28 @@ def test_every_flipped_bit_is_found(tmp_path, name):
 
 
 @pytest.mark.integration
-def test_training_starts_again_if_no_checkpoint_is_intact(trainer, copy, capsys):
+def test_training_starts_over_if_no_checkpoint_is_intact(trainer, copy, capsys):
     for name in (OLDER, NEWER):
-        flip(copy.folder / name / "weights.safetensors", 0.5)
+        flip_bit(copy.folder / name / "weights.safetensors", 0.5)
     assert copy.load(trainer.engine.deepspeed) is None
     out = capsys.readouterr().out
     assert all(str(copy.folder / name) in out for name in (OLDER, NEWER))
 
 
 @pytest.mark.integration
-def test_a_damaged_checkpoint_does_not_push_out_an_intact_one(trainer, copy):
-    flip(copy.folder / NEWER / "exp_avg.safetensors", 0.5)
+def test_a_damaged_checkpoint_does_not_replace_an_intact_one(trainer, copy):
+    flip_bit(copy.folder / NEWER / "exp_avg.safetensors", 0.5)
     copy.load(trainer.engine.deepspeed)
     copy.save(trainer.engine.deepspeed, 3, {"history": [], "watch": []})
     assert sorted(path.name for path in copy.folder.iterdir()) == [OLDER, "step-000000003"]
 
 
 @pytest.mark.integration
-def test_a_checkpoint_of_another_model_is_an_error_that_names_it(trainer, tiny_world, tmp_path):
+def test_a_checkpoint_of_another_model_is_an_error(trainer, tiny_world, tmp_path):
     other = tiny_job(tiny_world, tmp_path, {"text": {"config": {"hidden_size": 16}}})
-    made = Trainer(other, 0, NullSink())
+    other_trainer = Trainer(other, 0, NullSink())
     with pytest.raises(ValueError, match=NEWER):
-        trainer.checkpoints.load(made.engine.deepspeed)
+        trainer.checkpoints.load(other_trainer.engine.deepspeed)
 
 
 @pytest.mark.integration
@@ -141,7 +141,7 @@ def test_two_processes_skip_the_same_damaged_checkpoint(base, tiny_world, tmp_pa
     wait_for(process, "step 8/12")
     trainers(process)[0].kill()
     process.communicate()
-    flip(Path(job.scratch) / "checkpoints-0" / "step-000000006" / "weights.safetensors", 0.5)
+    flip_bit(Path(job.scratch) / "checkpoints-0" / "step-000000006" / "weights.safetensors", 0.5)
     out = finish(start(job, tmp_path, processes=2))
     assert out.count("step-000000006") == 1
     assert "after step 3" in out
@@ -150,23 +150,23 @@ def test_two_processes_skip_the_same_damaged_checkpoint(base, tiny_world, tmp_pa
 
 @pytest.mark.integration
 def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_all(monkeypatch):
-    """The other process's view of the file system is damaged, this one's is not."""
+    """The checkpoint is damaged only for the other process."""
     monkeypatch.setattr(checkpoint.dist, "get_world_size", lambda: 2)
 
-    def gather(found: list[str | None], own: str | None) -> None:
-        found[:] = [own, "weights.safetensors does not match its hash"]
+    def gather(views: list[str | None], view: str | None) -> None:
+        views[:] = [view, "weights.safetensors does not match its hash"]
 
     monkeypatch.setattr(checkpoint.dist, "all_gather_object", gather)
     assert checkpoint._first_problem(None) == "weights.safetensors does not match its hash"
 
 
 @pytest.mark.integration
-def test_a_resumed_run_without_manual_help_ends_like_an_uninterrupted_one(base, tiny_world, tmp_path, monkeypatch):
-    from tests.test_resume import interrupted
+def test_a_run_with_a_damaged_checkpoint_resumes_exactly(base, tiny_world, tmp_path, monkeypatch):
+    from tests.test_resume import train_interrupted
 
     job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
-    interrupted(job, 9, monkeypatch)
-    flip(Path(job.scratch) / "checkpoints-0" / "step-000000008" / "weights.safetensors", 0.7)
+    train_interrupted(job, 9, monkeypatch)
+    flip_bit(Path(job.scratch) / "checkpoints-0" / "step-000000008" / "weights.safetensors", 0.7)
     train(job)
     assert losses(job) == losses(base)
     assert math.isfinite(losses(job)[-1])

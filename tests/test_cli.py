@@ -1,4 +1,4 @@
-"""The program: what it prints where, and how it fails."""
+"""The command `lotlip`: output, errors and checks of --out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = "import sys; from lotlip.cli import run; run()"
 
 
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """Runs the program in this process; gives its status, or the message it ends with."""
+    """Runs the command in this process; returns its status or its error message."""
     monkeypatch.setattr(sys, "argv", ["lotlip", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.run()
@@ -43,16 +43,16 @@ def files(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_json_is_one_object_over_all_files(monkeypatch, capsys, files):
+def test_stats_json_covers_all_files(monkeypatch, capsys, files):
     assert program(monkeypatch, "stats", *files, "--json") == 0
     out, err = capsys.readouterr()
-    found = json.loads(out)
-    assert found == {"texts": 3, "sub_captions_per_text": (2 + 1 + 3) / 3, "tokens_per_text": (6 + 3 + 12) / 3}
+    output = json.loads(out)
+    assert output == {"texts": 3, "sub_captions_per_text": (2 + 1 + 3) / 3, "tokens_per_text": (6 + 3 + 12) / 3}
     assert out.count("\n") == 1
     assert err == f"{files[0]}: 1 null or empty texts skipped\n"
 
 
-def test_the_table_has_a_line_for_each_file_and_one_for_all(monkeypatch, capsys, files):
+def test_stats_table_has_a_line_per_file_and_a_total(monkeypatch, capsys, files):
     assert program(monkeypatch, "stats", *files) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert rows[1:] == [
@@ -64,11 +64,11 @@ def test_the_table_has_a_line_for_each_file_and_one_for_all(monkeypatch, capsys,
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
-def test_fields_splits_and_tokenizers_are_passed_on(monkeypatch, capsys, tmp_path):
+def test_stats_takes_fields_splits_and_tokenizers(monkeypatch, capsys, tmp_path):
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
-    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))  # one token a text
+    Tokenizer(WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(tmp_path / "tokenizer.json"))  # one token per text
     path = tmp_path / "any.csv"
     path.write_text("split,a,b\ntrain,one two,x. y\ntest,one. two,three\n")
     arguments = ["stats", path, "--field", "a", "--field", "b", "--split", "test", "--tokenizer", tmp_path, "--json"]
@@ -88,13 +88,13 @@ def test_an_error_is_one_line(monkeypatch, capsys, tmp_path, files):
         cli.run()
 
 
-def test_the_version(monkeypatch, capsys):
+def test_version_is_printed(monkeypatch, capsys):
     assert program(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"{lotlip.__version__}\n"
 
 
 @pytest.mark.integration
-def test_help_imports_nothing_heavy():
+def test_help_imports_no_heavy_package():
     check = "import atexit; atexit.register(lambda: print(*(m for m in sys.modules if '.' not in m), file=sys.stderr))"
     code = RUN.replace("import sys;", f"import sys; {check};")
     done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
@@ -105,7 +105,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.integration
-def test_a_failure_has_status_1_and_says_so_on_stderr(tmp_path):
+def test_a_failure_has_status_1_and_a_message_on_stderr(tmp_path):
     path = tmp_path / "a.json"
     path.write_text('[{"text": "a dog"},\n oops]')
     environment = {name: value for name, value in os.environ.items() if name != "LOTLIP_TRACEBACK"}
@@ -119,22 +119,22 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.integration
-def test_a_plan_is_a_page_or_one_object(monkeypatch, capsys):
+def test_plan_prints_a_page_or_json(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     assert program(monkeypatch, "plan", "--profile", "lotlip-100m", "--gpus", 32, "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["gpus"], found["steps"], found["samples"]) == (32, 30517, 30517 * 16384)
-    assert found["epochs"] == pytest.approx(5, abs=0.001)  # of the 100 million that the name tells
+    output = json.loads(capsys.readouterr().out)
+    assert (output["gpus"], output["steps"], output["samples"]) == (32, 30517, 30517 * 16384)
+    assert output["epochs"] == pytest.approx(5, abs=0.001)  # the profile's name states 100 million images
     arguments = ["--profile", "lotlip-100m", "--gpus", 32, "--images", 50_000_000, "--tflops", 98.9]
     assert program(monkeypatch, "plan", *arguments) == 0
     page = capsys.readouterr().out
     assert page.startswith("lotlip-100m, lotlip on 32 GPUs, bf16, ZeRO 1\n")
     assert "10.0 of 50,000,000 images" in page
     (hours,) = re.findall(r"^  hours +([\d.]+)$", page, re.MULTILINE)
-    assert float(hours) == pytest.approx(10 * found["seconds"] / 3600, rel=0.02)
+    assert float(hours) == pytest.approx(10 * output["seconds"] / 3600, rel=0.02)
 
 
-def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
+def test_plan_uses_existing_shards(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     statistics = {"raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 7.0}}
@@ -144,26 +144,26 @@ def test_a_plan_counts_the_shards_that_are_there(monkeypatch, capsys, tmp_path):
     more = {"splits": {"train": SplitEntry(samples=640, shards=shards)}, "features": True, "vocabulary": []}
     write_index(tmp_path / "data" / "shards", [], ShardIndex, statistics=statistics, **more)
     assert program(monkeypatch, "plan", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["tokens_per_text"] == {"short": 11.0, "long": 33.0}
-    assert (found["epochs"], found["storage_bytes"]["shards"]) == (80.0, 640 * 5000)
+    output = json.loads(capsys.readouterr().out)
+    assert output["tokens_per_text"] == {"short": 11.0, "long": 33.0}
+    assert (output["epochs"], output["storage_bytes"]["shards"]) == (80.0, 640 * 5000)
 
 
-def test_a_plan_that_cannot_be_made_says_why(monkeypatch):
+def test_an_impossible_plan_is_an_error(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "profiles/none.yaml does not exist" in str(program(monkeypatch, "plan", "--profile", "none"))
     assert str(program(monkeypatch, "plan", "--gpus", 7)).startswith("error: 7 GPUs cannot train this: batch_size 64")
 
 
-# --- what a user names to be written ----------------------------------------------------------------------------------
+# --- output paths -----------------------------------------------------------------------------------------------------
 
 
 def never(*_: object, **__: object) -> None:
     pytest.fail("work was begun")
 
 
-def outs(tmp_path: Path, ending: str) -> dict[str, Path]:
-    """Kind of place that cannot be written, or whose content is the user's → path."""
+def invalid_outputs(tmp_path: Path, ending: str) -> dict[str, Path]:
+    """Kind of an output that cannot be written or holds the user's files → its path."""
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "mine").write_text("mine")
     (tmp_path / f"mine{ending}").write_text("{}")
@@ -183,11 +183,11 @@ def contents(folder: Path) -> list[tuple[str, str]]:
     return sorted((str(path), path.read_text() if path.is_file() else "") for path in folder.rglob("*"))
 
 
-def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
+def test_evaluate_checks_out_before_scoring(monkeypatch, tmp_path):
     from lotlip.evaluate import compare
 
     monkeypatch.setattr(compare, "load_benchmark", never)
-    places = {**outs(tmp_path, ".json"), "a bare folder": tmp_path / "results"}
+    places = {**invalid_outputs(tmp_path, ".json"), "a bare folder": tmp_path / "results"}
     before = contents(tmp_path)
     for kind, out in places.items():
         code = program(monkeypatch, "evaluate", "m", "--benchmark", "coco", "--data", tmp_path, "--out", out)
@@ -196,11 +196,11 @@ def test_evaluate_checks_out_before_it_scores(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
-def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
+def test_embed_checks_out_before_embedding(monkeypatch, tmp_path, ending):
     from lotlip.retrieval import embedding
 
     monkeypatch.setattr(embedding, "embed", never)
-    places = outs(tmp_path, ending)
+    places = invalid_outputs(tmp_path, ending)
     (tmp_path / "beside.names.jsonl").write_text("mine")
     before = contents(tmp_path)
     for kind, out in places.items():
@@ -212,7 +212,7 @@ def test_embed_checks_out_before_it_embeds(monkeypatch, tmp_path, ending):
 
 
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
-def test_an_index_is_replaced_by_an_index(tmp_path, ending):
+def test_embed_replaces_an_index(tmp_path, ending):
     import numpy as np
 
     from lotlip.retrieval.index import IndexRows, check_free_index, index_writer
@@ -225,7 +225,7 @@ def test_an_index_is_replaced_by_an_index(tmp_path, ending):
             write(IndexRows(["a"], None, np.zeros((1, 2), dtype=np.float32)))
 
 
-def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(monkeypatch, capsys, tmp_path):
+def test_evaluate_replaces_scores_and_prints_them_even_if_writing_fails(monkeypatch, capsys, tmp_path):
     from lotlip.core import files
     from lotlip.evaluate import compare
 
@@ -255,7 +255,7 @@ def test_scores_are_replaced_by_scores_and_shown_even_if_they_cannot_be_written(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path, encoding):
+def test_a_character_missing_from_the_terminals_encoding_is_replaced(tmp_path, encoding):
     path = tmp_path / "a→b.json"
     path.write_text('[{"text": "a dog"}]')
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
@@ -264,11 +264,11 @@ def test_a_terminal_that_lacks_a_character_is_no_error(tmp_path, encoding):
         done = subprocess.run(command, capture_output=True, env=environment)
         assert b"UnicodeEncodeError" not in done.stderr
         assert b"Traceback" not in done.stderr
-        # click takes ASCII for a misconfigured UTF-8
+        # click treats ASCII as misconfigured UTF-8
         assert any(shown in done.stdout + done.stderr for shown in (b"\\u2192", "→".encode()))
 
 
-def test_a_full_disk_is_named(monkeypatch, tmp_path):
+def test_a_full_disk_is_a_clear_error(monkeypatch, tmp_path):
     import shutil
     from types import SimpleNamespace
 

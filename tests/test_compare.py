@@ -1,4 +1,4 @@
-"""`lotlip evaluate`: models of any kind on the same benchmarks, in one table and in one file."""
+"""`lotlip evaluate`: models of any kind on the same benchmarks, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ def scenes(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySamp
 
 
 def write_scenes(folder: Path, tiny_samples: list[TinySample]) -> Path:
-    """What ingest left: scenes of the test split, and one of another. Their pictures are the tiny world's."""
+    """Ingested scenes of the test split and one of `val`, with the images of the tiny world."""
     reports = []
     for split, samples in (("test", tiny_samples[:SCENES]), ("val", tiny_samples[SCENES : SCENES + 1])):
-        found = [
+        records = [
             ImageRecord(one.key, one.image, "png", "", 16, 16, hashlib.sha256(one.image).hexdigest(), scene.to_json())
             for number, one in enumerate(samples)
             if (scene := generate_scene(0, split, number))
         ]
-        reports.append(write_partition(Unit(split, 0, tuple(one.key for one in found)), found, folder))
+        reports.append(write_partition(Unit(split, 0, tuple(one.key for one in records)), records, folder))
     write_index(folder, reports, UnitIndex)
     return folder
 
 
 @pytest.fixture(scope="module")
 def urban(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySample]) -> Path:
-    """All 1,000 pictures of Urban-1k, though small ones and the same again and again."""
+    """Urban-1k with its 1,000 images, which are small and repeat."""
     root = tmp_path_factory.mktemp("urban")
     (root / "image").mkdir()
     (root / "caption").mkdir()
@@ -65,29 +65,32 @@ def urban(tmp_path_factory: pytest.TempPathFactory, tiny_samples: list[TinySampl
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> list[str]:
-    """One of each kind."""
+    """One model of each kind."""
     root = tmp_path_factory.mktemp("models")
     import_official(write_checkpoint("m2", root), root / "official", IMAGE_TOWER, write_text_config("m2", root))
     name = register_open_clip(root, "tiny-compared")
-    folder = save_open_clip(root / "open_clip", name)
-    found = [save_tiny_model(root / "ours", tiny_tower), root / "official", save_clip(root / "clip")]
-    return [*map(str, [*found, save_siglip(root / "siglip")]), f"open_clip:{name}:{folder}/open_clip_model.safetensors"]
+    open_clip = save_open_clip(root / "open_clip", name)
+    folders = [save_tiny_model(root / "ours", tiny_tower), root / "official", save_clip(root / "clip")]
+    return [
+        *map(str, [*folders, save_siglip(root / "siglip")]),
+        f"open_clip:{name}:{open_clip}/open_clip_model.safetensors",
+    ]
 
 
-def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path, models, scenes):
+def test_the_command_scores_every_kind_of_model_like_evaluate(monkeypatch, capsys, tmp_path, models, scenes):
     out = tmp_path / "new" / "scores.json"
     arguments = ["--benchmark", "scenes", "--data", scenes, "--device", "cpu", "--batch-size", 3, "--out", out]
     assert program(monkeypatch, "evaluate", *models, *arguments) == 0
     shown = capsys.readouterr()
-    found = json.loads(out.read_text())["results"]
-    assert [(one["model"], one["benchmark"]) for one in found] == [(model, "scenes") for model in models]
+    results = json.loads(out.read_text())["results"]
+    assert [(result["model"], result["benchmark"]) for result in results] == [(model, "scenes") for model in models]
     benchmark = open_benchmark("scenes", SceneBenchmarkConfig(kind="scenes", size=SCENES), Paths(ingest=scenes), [])
     lines = shown.out.splitlines()
-    for one, model, line in zip(found, models, lines[3:], strict=False):
+    for result, model, line in zip(results, models, lines[3:], strict=False):
         encoder = open_encoder(model, 3, "cpu")
         expected = evaluate(encoder, benchmark, encoder.images(encoded_images(benchmark)))
-        assert one["scores"] == pytest.approx(dict(expected.values))
-        about = one["protocol"]
+        assert result["scores"] == pytest.approx(dict(expected.values))
+        about = result["protocol"]
         assert (about["model"], about["benchmark"], about["images"], about["split"]) == (
             model,
             "scenes",
@@ -99,14 +102,14 @@ def test_every_kind_of_model_is_scored_as_by_hand(monkeypatch, capsys, tmp_path,
             assert about[name]
         cells = line.split("  ")
         assert cells[0].strip() == model
-        assert f"{100 * one['scores']['long.image_to_text.r1']:.1f}" in line
-        assert f"{100 * one['scores']['classification.top1']:.1f}" in line
+        assert f"{100 * result['scores']['long.image_to_text.r1']:.1f}" in line
+        assert f"{100 * result['scores']['classification.top1']:.1f}" in line
     assert lines[0].split() == ["scenes"]
-    assert "(published)" not in shown.out  # nothing was published on scenes
+    assert "(published)" not in shown.out  # there are no published scores on scenes
     assert "items" in shown.err and f"{models[0]}, scenes" in shown.err
 
 
-def test_published_scores_stand_below_those_of_the_whole_benchmark(monkeypatch, capsys, models, scenes, urban):
+def test_published_scores_are_shown_below_measured_ones(monkeypatch, capsys, models, scenes, urban):
     arguments = ["--benchmark", "urban-1k", "--data", urban, "--benchmark", "scenes", "--data", scenes]
     assert program(monkeypatch, "evaluate", models[0], *arguments) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -121,7 +124,7 @@ def test_published_scores_stand_below_those_of_the_whole_benchmark(monkeypatch, 
     )
 
 
-def test_a_partial_run_is_called_so_and_has_nothing_published_below_it(monkeypatch, capsys, tmp_path, models, urban):
+def test_a_partial_run_is_marked_and_shows_no_published_scores(monkeypatch, capsys, tmp_path, models, urban):
     part = tmp_path / "urban"
     for kind, ending in (("image", "jpg"), ("caption", "txt")):
         (part / kind).mkdir(parents=True)
@@ -135,27 +138,27 @@ def test_a_partial_run_is_called_so_and_has_nothing_published_below_it(monkeypat
     assert shown.splitlines()[0].split() == ["urban-1k-partial"]
     assert "published" not in shown
     assert program(monkeypatch, *arguments, "--partial", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["results"][0]["benchmark"] == found["results"][0]["protocol"]["benchmark"] == "urban-1k-partial"
-    assert found["published"]["models"] == {}
+    output = json.loads(capsys.readouterr().out)
+    assert output["results"][0]["benchmark"] == output["results"][0]["protocol"]["benchmark"] == "urban-1k-partial"
+    assert output["published"]["models"] == {}
 
 
-def test_images_may_lie_elsewhere(monkeypatch, capsys, tmp_path, models, urban):
+def test_images_may_be_in_another_folder(monkeypatch, capsys, tmp_path, models, urban):
     (tmp_path / "texts" / "caption").mkdir(parents=True)
     (tmp_path / "texts" / "caption" / "3.txt").write_text("a red dog")
     arguments = ["--benchmark", "urban-1k", "--data", tmp_path / "texts", "--images", urban / "image", "--partial"]
     assert program(monkeypatch, "evaluate", models[0], *arguments, "--json") == 0
-    (found,) = json.loads(capsys.readouterr().out)["results"]
-    assert (found["protocol"]["images"], found["protocol"]["long_texts"]) == (1, 1)
+    (result,) = json.loads(capsys.readouterr().out)["results"]
+    assert (result["protocol"]["images"], result["protocol"]["long_texts"]) == (1, 1)
 
 
 def test_progress_counts_every_image_and_text(models, scenes):
-    seen: list[tuple[str, str, int]] = []
-    done: list[int] = []
-    encoders = [(model, open_encoder(model, 3, "cpu", on_batch=done.append)) for model in models[:3]]
-    compare(encoders, [load_benchmark("scenes", scenes)], "", lambda *started: seen.append(started))
-    assert [started[:2] for started in seen] == [(model, "scenes") for model in models[:3]]
-    assert sum(done) == sum(started[2] for started in seen)
+    announced: list[tuple[str, str, int]] = []
+    encoded: list[int] = []
+    encoders = [(model, open_encoder(model, 3, "cpu", on_batch=encoded.append)) for model in models[:3]]
+    compare(encoders, [load_benchmark("scenes", scenes)], "", lambda *started: announced.append(started))
+    assert [started[:2] for started in announced] == [(model, "scenes") for model in models[:3]]
+    assert sum(encoded) == sum(started[2] for started in announced)
 
 
 def result(model: str, benchmark: str, **scores: float) -> Result:
@@ -172,7 +175,7 @@ RESULTS = [
 ]
 
 
-def test_the_table():
+def test_table_shows_scores_intervals_and_references():
     references = [
         Reference("CLIP", {"dci": {"long.image_to_text.r1": 0.4545}}, "a paper"),
         Reference("X", {"coco": {"x": 1.0}}, "another"),
@@ -189,31 +192,31 @@ def test_the_table():
     ]
 
 
-def test_the_table_has_the_best_possible_score_where_repeats_lower_it():
+def test_table_shows_the_best_possible_score_when_texts_repeat():
     protocol = {"images": 288, "short_texts": 288, "repeated_short_texts": 142, "repeated_images": 0}
     ceiling = {"short.image_to_text.r1": 0.5069, "short.text_to_image.r1": 0.5069, "short.text_to_image.r5": 1.0}
     scores = Scores({"short.image_to_text.r1": 0.25, "short.text_to_image.r1": 0.125})
-    found = [
+    results = [
         Result("ours", "own", scores, {}, ceiling, protocol),
         Result("ours", "imagenet", Scores({"classification.top1": 0.5}), {}, {}, {}),
     ]
-    lines = table(found, [])
+    lines = table(results, [])
     assert [line.split() for line in lines if line.startswith("best possible  ")] == [
         ["best", "possible", "50.7", "50.7"]
     ]
     assert [line for line in lines if "142 of 288 short texts" in line and "own" in line]
-    assert to_json(found)["results"][0]["ceiling"] == ceiling
+    assert to_json(results)["results"][0]["ceiling"] == ceiling
 
 
-def test_json_has_all_scores_and_what_was_published():
-    found = json.loads(json.dumps(to_json(RESULTS)))
-    assert found["results"][0]["scores"]["long.text_to_image.r5"] == 0.8
-    assert found["results"][0]["intervals"]["long.text_to_image.r5"] == pytest.approx([0.78, 0.81])
-    assert found["results"][0]["protocol"] == {"context_length": 77}
-    of_dci = [reference for reference in REFERENCE if "dci" in reference.scores]
-    assert list(found["published"]["models"]) == [reference.model for reference in of_dci]
-    assert found["published"]["sources"] == {reference.model: reference.source for reference in of_dci}
-    assert all(list(scores) == ["dci"] for scores in found["published"]["models"].values())
+def test_json_holds_all_scores_and_published_ones():
+    output = json.loads(json.dumps(to_json(RESULTS)))
+    assert output["results"][0]["scores"]["long.text_to_image.r5"] == 0.8
+    assert output["results"][0]["intervals"]["long.text_to_image.r5"] == pytest.approx([0.78, 0.81])
+    assert output["results"][0]["protocol"] == {"context_length": 77}
+    dci_references = [reference for reference in REFERENCE if "dci" in reference.scores]
+    assert list(output["published"]["models"]) == [reference.model for reference in dci_references]
+    assert output["published"]["sources"] == {reference.model: reference.source for reference in dci_references}
+    assert all(list(scores) == ["dci"] for scores in output["published"]["models"].values())
 
 
 @pytest.mark.parametrize(
@@ -226,14 +229,14 @@ def test_json_has_all_scores_and_what_was_published():
         (["--benchmark", "scenes", "no/such/model"], "there is no folder no/such/model"),
     ],
 )
-def test_what_is_wrong_is_one_line_and_nothing_is_written(monkeypatch, tmp_path, models, scenes, arguments, message):
+def test_an_invalid_command_is_one_line_and_writes_nothing(monkeypatch, tmp_path, models, scenes, arguments, message):
     out = tmp_path / "scores.json"
-    told = program(monkeypatch, "evaluate", models[0], *arguments, "--data", scenes, "--out", out)
-    assert str(told).startswith("error: ") and message in str(told)
+    error = program(monkeypatch, "evaluate", models[0], *arguments, "--data", scenes, "--out", out)
+    assert str(error).startswith("error: ") and message in str(error)
     assert not out.exists()
 
 
-def test_scenes_need_a_test_split(tmp_path, tiny_samples):
+def test_scenes_need_a_finished_test_split(tmp_path, tiny_samples):
     with pytest.raises(ValueError, match="has not finished"):
         load_benchmark("scenes", tmp_path)
     write_index(tmp_path, [], UnitIndex)
@@ -241,10 +244,10 @@ def test_scenes_need_a_test_split(tmp_path, tiny_samples):
         load_benchmark("scenes", tmp_path)
 
 
-def test_a_model_that_compares_token_by_token_is_scored(tmp_path, tiny_tower, scenes):
+def test_a_late_interaction_model_is_scored(tmp_path, tiny_tower, scenes):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     encoder = open_encoder(str(folder), device="cpu")
-    (found,) = compare([("filip", encoder)], [load_benchmark("scenes", scenes)], "")
-    assert found.protocol["similarity"] == "late-interaction"
-    assert 0 <= found.scores.values["long.text_to_image.r1"] <= 1
-    assert torch.isfinite(torch.tensor(list(found.scores.values.values()))).all()
+    (result,) = compare([("filip", encoder)], [load_benchmark("scenes", scenes)], "")
+    assert result.protocol["similarity"] == "late-interaction"
+    assert 0 <= result.scores.values["long.text_to_image.r1"] <= 1
+    assert torch.isfinite(torch.tensor(list(result.scores.values.values()))).all()

@@ -1,4 +1,4 @@
-"""What MLflow's page shows of a comparison, as the tag says it and as a browser draws it."""
+"""The comparison on MLflow's page, as stored in its tag and as shown by a browser."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def cards(state: dict[str, Any], kind: str) -> list[dict[str, Any]]:
     return [card for card in state["compareRunCharts"] if card["type"] == kind]
 
 
-def test_charts_follow_what_differs_between_runs():
+def test_charts_show_what_differs_between_runs():
     state = decode(
         view([run("a", **{"text.corner_tokens": "0", "x": "1"}), run("b", **{"text.corner_tokens": "2", "x": "1"})])
     )
-    assert [card["metricKey"] for card in cards(state, "BAR")] == list(SCORES[:2])  # long text first, R@5 folded away
-    assert {card["xaxis"]["key"] for card in cards(state, "SCATTER")} == {"text.corner_tokens"}  # and not x
-    assert cards(state, "PARALLEL") == []  # of one parameter, the scatter charts say it all
+    assert [card["metricKey"] for card in cards(state, "BAR")] == list(SCORES[:2])  # long text first; R@5 is hidden
+    assert {card["xaxis"]["key"] for card in cards(state, "SCATTER")} == {"text.corner_tokens"}  # not x
+    assert cards(state, "PARALLEL") == []  # scatter charts suffice for one parameter
     assert [card["metricKey"] for card in cards(state, "LINE")] == ["train.loss"]
     assert state["selectedColumns"] == [
         "tags.`ablation`",
@@ -47,7 +47,7 @@ def test_charts_follow_what_differs_between_runs():
     assert state["orderByKey"] == f"metrics.`{SCORES[0]}`"
 
 
-def test_all_that_differs_is_one_chart_of_parallel_coordinates():
+def test_several_differences_are_a_chart_of_parallel_coordinates():
     state = decode(
         view(
             [
@@ -57,7 +57,7 @@ def test_all_that_differs_is_one_chart_of_parallel_coordinates():
         )
     )
     (parallel,) = cards(state, "PARALLEL")
-    assert parallel["selectedParams"] == ["long_texts.sub_captions", "other"]  # the paper's first
+    assert parallel["selectedParams"] == ["long_texts.sub_captions", "other"]  # parameters of the paper come first
     assert parallel["selectedMetrics"] == list(SCORES[:2])
 
 
@@ -73,11 +73,11 @@ def test_seeds_are_averaged_unless_that_would_mix_settings():
     several = [run("a", 0), run("a", 1), run("b", 0)]
     grouped = decode(view(several))["groupBy"]
     assert grouped == {"aggregateFunction": "average", "groupByKeys": [{"mode": "tag", "groupByData": "ablation"}]}
-    assert decode(view([*several, run("a", 1, steps="9")]))["groupBy"] is None  # a seed twice
+    assert decode(view([*several, run("a", 1, steps="9")]))["groupBy"] is None  # a seed occurs twice
     assert decode(view([run("a"), run("b")]))["groupBy"] is None
 
 
-def test_a_sweep_shows_its_runs_alone():
+def test_a_sweep_shows_only_its_runs():
     assert decode(view([run("a")], "night 1"))["searchFilter"] == "tags.`sweep.night 1` LIKE '%'"
     assert decode(view([run("a")]))["searchFilter"] == ""
     assert address("http://h:1/", "7", "a/b") == (
@@ -89,17 +89,17 @@ def test_a_view_of_no_runs_can_be_opened():
     assert decode(view([]))["compareRunCharts"] == []
 
 
-def test_many_parameters_fit_into_the_tag():
+def test_a_view_of_many_parameters_fits_into_the_tag():
     parameters = [{f"section.parameter_{j}": str(i * j) for j in range(60)} for i in range(1, 3)]
     assert len(view([run("a", i, **each) for i, each in enumerate(parameters)])) < 20_000  # MLflow's limit
 
 
-def trained(ablation, config):
+def write_run(ablation, config):
     """The run.json of an ablation."""
     return Run(ablation=ablation, config=config, data_hash="", git_commit="", fingerprints={})
 
 
-def test_a_run_is_told_in_plain_words():
+def test_the_note_of_a_run_describes_it():
     base = PretrainConfig()
     config = base.model_copy(update={"text": base.text.model_copy(update={"corner_tokens": 4})}).model_dump(mode="json")
     results = {
@@ -108,7 +108,7 @@ def test_a_run_is_told_in_plain_words():
             intervals={1: {"long.text_to_image.r1": (0.451, 0.517)}},
         )
     }
-    note = run_note(trained("lotlip-m4", config), "1", base, results)
+    note = run_note(write_run("lotlip-m4", config), "1", base, results)
     assert "`lotlip-m4`, seed 1: 4 corner tokens behind the mask" in note
     assert "Differences from `pretrain` of params.yaml: text.corner_tokens = 4." in note
     assert "| scenes.long.text_to_image.r1 | 48.2 | 45.1 – 51.7 |" in note
@@ -120,7 +120,7 @@ LOGIN = "lotlip:secret"
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Tracker]]:
-    """MLflow's server over a store with runs of two sweeps."""
+    """MLflow's server with runs of two sweeps."""
     folder = tmp_path_factory.mktemp("comparison")
     with ExitStack() as stack:
         patch = stack.enter_context(pytest.MonkeyPatch.context())
@@ -144,7 +144,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Trac
 
 
 @pytest.mark.integration
-def test_the_experiment_says_what_it_is(server):
+def test_the_experiment_has_a_note_and_views(server):
     address_, tracker = server
     link = tracker.comparison_link(address_)
     experiment = tracker.client.get_experiment_by_name("compared")
@@ -157,7 +157,7 @@ def test_the_experiment_says_what_it_is(server):
 
 
 @pytest.mark.integration
-def test_a_sweep_that_no_filter_can_hold_is_refused(server):
+def test_a_sweep_name_that_breaks_the_filter_is_an_error(server):
     with pytest.raises(ValueError, match="quotation mark"):
         server[1].comparison_link(server[0], "tonight's")
 
@@ -165,18 +165,18 @@ def test_a_sweep_that_no_filter_can_hold_is_refused(server):
 @pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
 @pytest.mark.smoke
-def test_a_browser_shows_the_charts_without_a_click(server):
+def test_a_browser_shows_the_charts(server):
     from playwright.sync_api import sync_playwright
 
     link = server[1].comparison_link(server[0], "second")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         user, _, password = LOGIN.partition(":")
-        credentials = {"username": user, "password": password}  # in the URL, they would make the page's fetch() fail
+        credentials = {"username": user, "password": password}  # fetch() fails with credentials in the URL
         page = browser.new_page(viewport={"width": 1600, "height": 2400}, http_credentials=credentials)
         page.set_default_timeout(300_000)
         page.goto(link, wait_until="commit")
-        page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")  # what is in sight
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")  # the visible charts
         shown = page.inner_text("body")
         browser.close()
     for title in (
@@ -188,12 +188,12 @@ def test_a_browser_shows_the_charts_without_a_click(server):
     ):
         assert title in shown
     assert "3 matching runs" in " ".join(shown.split())
-    assert "-first" not in shown  # of the other sweep
+    assert "-first" not in shown  # from the other sweep
     assert "Error loading shared view" not in shown
 
 
-def test_the_note_has_the_best_possible_score_where_repeats_lower_it():
-    run = trained("lit", {})
+def test_the_note_has_the_best_possible_score_when_texts_repeat():
+    run = write_run("lit", {})
     scores = {"short.image_to_text.r1": 0.25, "short.text_to_image.r1": 0.125}
     result = BenchmarkScores(seeds={0: scores}, ceiling={"short.image_to_text.r1": 0.5069})
     note = run_note(run, "0", None, {"own": result})

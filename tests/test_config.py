@@ -1,4 +1,4 @@
-"""params.yaml: what is shipped loads, and every complaint says where, what and how to mend it."""
+"""params.yaml: shipped files load, and every error states the path, the problem and a remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lotlip.pretrain.config import PretrainConfig
 ROOT = Path(__file__).parent.parent
 SHIPPED = [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")]
 MINIMAL: dict[str, Any] = {
-    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "ingest": {"source": {"kind": "folder", "path": "images"}},
     "image_tower": {"kind": "timm", "model": "vit_base_patch16_224"},
     "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
     "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
@@ -36,8 +36,8 @@ def load(folder: Path, differences: dict[str, Any], base: dict[str, Any] = MINIM
     return load_params(file)
 
 
-def complaints(folder: Path, differences: dict[str, Any], base: dict[str, Any] = MINIMAL) -> list[str]:
-    """The lines below the first; each is a reason."""
+def errors_of(folder: Path, differences: dict[str, Any], base: dict[str, Any] = MINIMAL) -> list[str]:
+    """Loads an invalid configuration, and returns the lines of its error below the first."""
     with pytest.raises(ConfigError) as caught:
         load(folder, differences, base)
     first, *lines = str(caught.value).splitlines()
@@ -47,20 +47,20 @@ def complaints(folder: Path, differences: dict[str, Any], base: dict[str, Any] =
 
 
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
-def test_what_is_shipped_loads_and_every_ablation_resolves(file):
+def test_shipped_files_load_and_every_ablation_resolves(file):
     params = load_params(file)
     for name in params.names:
         assert params.ablation(name).batch_size >= 2
 
 
-def test_the_shipped_ablations_differ_as_their_names_say():
+def test_the_shipped_ablations_match_their_names():
     params = load_params(ROOT / "params.yaml")
     assert params.ablation("lotlip") == params.pretrain
     lit, long = params.ablation("lit"), params.ablation("lit-long")
     assert (lit.text.corner_tokens, lit.long_texts.sub_captions) == (0, 0)
     assert (long.text.corner_tokens, long.long_texts.sub_captions) == (0, params.pretrain.long_texts.sub_captions)
     assert not params.ablation("lotlip-no-mask").text.corner_mask
-    # what an ablation does not name is the base's, at every depth
+    # other keys keep the base's values, at every depth
     assert lit.text.config == params.pretrain.text.config
     assert lit.optimizer == params.pretrain.optimizer
 
@@ -76,23 +76,23 @@ def test_the_shipped_ablations_differ_as_their_names_say():
         ({"ablations": {"lit": {"step": 3}}}, "ablations.lit.step", "steps"),
     ],
 )
-def test_an_unknown_key_names_its_place_and_the_nearest(tmp_path, differences, place, near):
-    (line,) = complaints(tmp_path, differences)
+def test_an_unknown_key_is_an_error_with_path_and_suggestion(tmp_path, differences, place, near):
+    (line,) = errors_of(tmp_path, differences)
     assert line.startswith(f"{place}: unknown key; did you mean {near!r}? (known here: ")
 
 
-def test_a_name_that_is_also_a_kind_stays_in_the_place(tmp_path):
+def test_a_name_that_is_also_a_kind_stays_in_the_path(tmp_path):
     benchmark = {"kind": "scenes", "size": 5, "splitt": "val"}
-    (line,) = complaints(tmp_path, {"evaluate": {"benchmarks": {"scenes": benchmark}}})
+    (line,) = errors_of(tmp_path, {"evaluate": {"benchmarks": {"scenes": benchmark}}})
     assert line.startswith("evaluate.benchmarks.scenes.splitt: unknown key; did you mean 'split'?")
 
 
-def test_an_unknown_key_that_is_like_none_lists_those_of_the_chosen_kind_only(tmp_path):
-    (line,) = complaints(tmp_path, {"ingest": {"source": {"zzz": 1}}})
+def test_an_unknown_key_lists_the_keys_of_the_chosen_kind_only(tmp_path):
+    (line,) = errors_of(tmp_path, {"ingest": {"source": {"zzz": 1}}})
     assert line == "ingest.source.zzz: unknown key (known here: kind, path, split_seed, test_share, val_share)"
 
 
-def test_an_entry_called_as_a_published_benchmark_is_that_one(tmp_path):
+def test_the_name_of_a_published_benchmark_is_its_default_kind(tmp_path):
     benchmarks = {
         "urban-1k": {"folder": "data/urban"},
         "mine": {"kind": "iiw", "folder": "data/iiw", "images": "data/sam", "partial": 20},
@@ -100,14 +100,14 @@ def test_an_entry_called_as_a_published_benchmark_is_that_one(tmp_path):
         "dci": {"folder": "data/dci", "partial": True},
     }
     evaluate = load(tmp_path, {"evaluate": {"benchmarks": benchmarks}}).evaluate
-    found = {name: entry.kind for name, entry in evaluate.benchmarks.items()}
-    assert found == {"mine": "iiw", "urban-1k": "urban-1k", "coco": "held-out", "dci": "dci"}
+    kinds = {name: entry.kind for name, entry in evaluate.benchmarks.items()}
+    assert kinds == {"mine": "iiw", "urban-1k": "urban-1k", "coco": "held-out", "dci": "dci"}
     assert evaluate.benchmarks["mine"].partial == 20
     assert evaluate.benchmarks["dci"].partial is True
     assert evaluate.benchmarks["urban-1k"].partial is False
     assert sorted(evaluate.names) == ["coco", "dci-partial", "mine-partial", "urban-1k"]
-    again = load(tmp_path, {"evaluate": evaluate.model_dump(mode="json")}).evaluate
-    assert again == evaluate
+    reloaded = load(tmp_path, {"evaluate": evaluate.model_dump(mode="json")}).evaluate
+    assert reloaded == evaluate
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_an_entry_called_as_a_published_benchmark_is_that_one(tmp_path):
         ),
     ],
 )
-def test_what_is_wrong_with_a_published_benchmark_is_said_once_and_in_its_place(tmp_path, name, entry, line):
-    (found,) = complaints(tmp_path, {"evaluate": {"benchmarks": {name: entry}}})
-    assert found.startswith(line)
+def test_an_invalid_published_benchmark_is_one_error_with_its_path(tmp_path, name, entry, line):
+    (error,) = errors_of(tmp_path, {"evaluate": {"benchmarks": {name: entry}}})
+    assert error.startswith(line)
 
 
-def test_all_complaints_stand_in_one_flat_list(tmp_path):
+def test_all_errors_are_in_one_list(tmp_path):
     differences = {"ablations": {"a": {"steps": 0, "text": {"corner_token": 1}}, "b": {"batch_size": 1}}}
-    lines = complaints(tmp_path, differences)
+    lines = errors_of(tmp_path, differences)
     assert [line.split(":")[0] for line in lines] == [
         "ablations.a.steps",
         "ablations.a.text.corner_token",
@@ -174,28 +174,28 @@ def test_all_complaints_stand_in_one_flat_list(tmp_path):
         ),
     ],
 )
-def test_a_value_out_of_range_says_the_range(tmp_path, differences, line):
-    assert complaints(tmp_path, differences) == [line]
+def test_a_value_out_of_range_is_an_error_stating_the_range(tmp_path, differences, line):
+    assert errors_of(tmp_path, differences) == [line]
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_keys_are_errors(tmp_path):
     base = {name: section for name, section in MINIMAL.items() if name != "ingest"}
-    assert complaints(tmp_path, {}, base) == ["ingest: missing; it has no default"]
-    base = {**MINIMAL, "ingest": {"source": {"path": "pictures"}}}
-    assert complaints(tmp_path, {}, base) == [
+    assert errors_of(tmp_path, {}, base) == ["ingest: missing; it has no default"]
+    base = {**MINIMAL, "ingest": {"source": {"path": "images"}}}
+    assert errors_of(tmp_path, {}, base) == [
         "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv, jsonl)"
     ]
 
 
-def test_an_unknown_kind_lists_those_there_are(tmp_path):
-    (line,) = complaints(tmp_path, {"image_tower": {"kind": "resnet"}})
+def test_an_unknown_kind_is_an_error_listing_the_kinds(tmp_path):
+    (line,) = errors_of(tmp_path, {"image_tower": {"kind": "resnet"}})
     assert (
         line
         == "image_tower.kind: unknown kind 'resnet' (there are: scenes, timm, packaged, transformers, open_clip, start)"
     )
 
 
-def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
+def test_an_image_tower_of_kind_start_needs_a_starting_model(tmp_path):
     changed = MINIMAL | {"image_tower": {"kind": "start"}}
     with pytest.raises(ConfigError, match=r"image_tower\.kind is start, but pretrain\.start is null"):
         checked_params(changed, "params.yaml")
@@ -283,13 +283,13 @@ def test_an_image_tower_of_the_start_needs_a_start(tmp_path):
         ),
     ],
 )
-def test_sections_are_checked_against_one_another(tmp_path, differences, line):
-    assert complaints(tmp_path, differences) == [line]
+def test_inconsistent_sections_are_errors(tmp_path, differences, line):
+    assert errors_of(tmp_path, differences) == [line]
 
 
 def test_long_texts_need_a_captioner(tmp_path):
     bare = {**MINIMAL, "caption": {}}
-    (line,) = complaints(tmp_path, {}, bare)
+    (line,) = errors_of(tmp_path, {}, bare)
     assert line.startswith("ablations.lotlip uses long texts, but caption.captioners has no captioner that describes")
     params = load(tmp_path, {"pretrain": {"long_texts": {"captioners": ["raw"]}}}, bare)
     assert params.ablation("lotlip").long_texts.sub_captions == 3
@@ -297,17 +297,17 @@ def test_long_texts_need_a_captioner(tmp_path):
     assert params.ablation("lotlip").long_texts.sub_captions == 0
 
 
-def test_there_must_be_an_ablation(tmp_path):
-    (line,) = complaints(tmp_path, {}, {**MINIMAL, "ablations": {}})
+def test_no_ablations_are_an_error(tmp_path):
+    (line,) = errors_of(tmp_path, {}, {**MINIMAL, "ablations": {}})
     assert "ablations is empty" in line
 
 
-def test_an_unknown_ablation_lists_those_there_are(tmp_path):
+def test_an_unknown_ablation_is_an_error_listing_the_ablations(tmp_path):
     with pytest.raises(ConfigError, match=r"no ablation 'lit' in params.yaml; there are: lotlip"):
         load(tmp_path, {}).ablation("lit")
 
 
-def test_a_file_that_cannot_be_read_says_why(tmp_path):
+def test_an_unreadable_file_is_an_error_with_its_reason(tmp_path):
     with pytest.raises(ConfigError, match="does not exist; run from the project's root"):
         load_params(tmp_path / "params.yaml")
     file = tmp_path / "params.yaml"
@@ -319,7 +319,7 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
         load_params(file)
 
 
-def test_merge_goes_into_mappings_and_replaces_all_else():
+def test_merge_recurses_into_mappings_and_replaces_other_values():
     base = {"a": {"x": 1, "y": {"z": 2}}, "b": [1, 2], "c": 3}
     merged = merge(base, {"a": {"y": {"w": 4}}, "b": [5], "d": {"e": 6}, "c": {"f": 7}})
     assert merged == {"a": {"x": 1, "y": {"z": 2, "w": 4}}, "b": [5], "c": {"f": 7}, "d": {"e": 6}}
@@ -348,7 +348,7 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
     params = load_params(tmp_path / "params.yaml")
     configs = {name: params.ablation(name) for name in params.names}
     assert len(configs) == 20
-    assert len({config.model_dump_json() for config in configs.values()}) == 20  # no two are the same
+    assert len({config.model_dump_json() for config in configs.values()}) == 20  # all are different
     assert configs["long-clip"].text.position_interpolation is not None
     assert configs["long-clip"].text.position_interpolation.interpolated == 248
     assert configs["filip"].from_pixels and configs["clip"].from_pixels and not configs["lotlip"].from_pixels
@@ -382,8 +382,8 @@ OTHER_COMPUTE = {
 }
 
 
-def test_how_the_work_is_done_decides_nothing(tmp_path):
-    """No key of `compute` changes a recipe, a trial's identity or what DVC watches."""
+def test_compute_settings_do_not_decide_results(tmp_path):
+    """No key of `compute` changes a recipe, the identity of a trial or the dependencies of DVC."""
     assert OTHER_COMPUTE.keys() == Compute.model_fields.keys()
     assert OTHER_COMPUTE["training"].keys() | {"parallel_seeds"} == TrainingCompute.model_fields.keys()
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
@@ -402,7 +402,7 @@ def test_how_the_work_is_done_decides_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("key", [key for key in MOVED if "NAME" not in key])
-def test_an_old_key_names_its_new_place(tmp_path, key):
+def test_an_old_key_is_an_error_naming_the_new_one(tmp_path, key):
     data: object = 1
     for part in reversed(key.split(".")):
         data = {part: data}
@@ -422,7 +422,7 @@ def test_an_old_key_names_its_new_place(tmp_path, key):
         ({"finetune": {"x": {"after": "lotlip", "pretrain": {}}}}, "finetune.x.after: is now finetune.x.init_from"),
     ],
 )
-def test_an_old_key_below_a_name_does_too(tmp_path, data, message):
+def test_an_old_key_below_a_name_is_an_error_naming_the_new_one(tmp_path, data, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         load(tmp_path, data)
 
@@ -439,7 +439,7 @@ def test_an_old_key_below_a_name_does_too(tmp_path, data, message):
         ({"loader": {"samples_per_epoch": 10}}, "samples_per_epoch need epochs: resampled"),
     ],
 )
-def test_settings_of_the_loader_that_do_not_fit(settings, message):
+def test_inconsistent_settings_of_image_tower_and_loader_are_errors(settings, message):
     with pytest.raises(ValueError, match=message):
         PretrainConfig.model_validate(settings)
 
@@ -451,24 +451,24 @@ COMMIT = "0123456789" * 4
 
 
 def mllm(folder: Path, entry: dict[str, Any]) -> TransformersCaptionerConfig:
-    found = load(folder, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}}).caption.captioners["mine"]
-    assert isinstance(found, TransformersCaptionerConfig)
-    return found
+    section = load(folder, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}}).caption.captioners["mine"]
+    assert isinstance(section, TransformersCaptionerConfig)
+    return section
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if "model" in PRESETS[name]])
-def test_a_preset_gives_what_the_entry_does_not_say(tmp_path, preset):
+def test_an_entry_overrides_its_preset(tmp_path, preset):
     plain, other = mllm(tmp_path, {"preset": preset}), mllm(tmp_path, {"preset": preset, "max_new_tokens": 7})
     assert {name: getattr(plain, name) for name in PRESETS[preset]} == PRESETS[preset]
     assert other == plain.model_copy(update={"max_new_tokens": 7})
     assert TransformersCaptionerConfig.model_validate(plain.model_dump()) == plain
 
 
-def test_every_preset_can_be_had_from_a_folder(tmp_path):
+def test_every_preset_can_use_a_local_folder(tmp_path):
     for preset in PRESETS:
-        found = mllm(tmp_path, {"preset": preset, "model": "weights/mine", "path": "weights/mine/"})
-        assert found.in_a_folder
-        assert (found.revision, found.prompt) == (None, PRESETS[preset]["prompt"])
+        section = mllm(tmp_path, {"preset": preset, "model": "weights/mine", "path": "weights/mine/"})
+        assert section.in_a_folder
+        assert (section.revision, section.prompt) == (None, PRESETS[preset]["prompt"])
 
 
 @pytest.mark.parametrize(
@@ -490,14 +490,14 @@ def test_every_preset_can_be_had_from_a_folder(tmp_path):
         ({}, r"\.model: missing; it has no default"),
     ],
 )
-def test_a_model_that_cannot_be_meant_is_refused(tmp_path, entry, message):
-    (line,) = complaints(tmp_path, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}})
+def test_an_ambiguous_model_is_an_error(tmp_path, entry, message):
+    (line,) = errors_of(tmp_path, {"caption": {"captioners": {"mine": {**MLLM, **entry}}}})
     assert re.match(rf"caption\.captioners\.mine{message}", line)
 
 
-def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
-    later = {"long-clip": {"init_from": "lotlip", "pretrain": {"text": {"corner_tokens": 0}}}}
-    params = load(tmp_path, {"finetune": later, "paths": {"models": "there"}})
+def test_init_from_starts_with_the_models_of_the_ablation(tmp_path):
+    finetune = {"long-clip": {"init_from": "lotlip", "pretrain": {"text": {"corner_tokens": 0}}}}
+    params = load(tmp_path, {"finetune": finetune, "paths": {"models": "there"}})
     assert params.names == ["lotlip", "long-clip"]
     assert (params.ablation("long-clip").text.pretrained, params.ablation("long-clip").text.corner_tokens) == (
         "there/lotlip",
@@ -506,7 +506,7 @@ def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"finetune": {"x": {"init_from": "nobody", "pretrain": {}}}}, "finetune.x.init_from: no ablation 'nobody'"),
         (
@@ -517,8 +517,8 @@ def test_an_ablation_that_goes_on_from_another_starts_with_its_models(tmp_path):
         ({"finetune": {"x": {"init_from": "lotlip", "pretrain": {"steps": -1}}}}, "finetune.x.pretrain.steps"),
     ],
 )
-def test_what_names_another_ablation_is_held_to_those_there_are(tmp_path, changes, said):
-    assert any(said in line for line in complaints(tmp_path, changes))
+def test_references_to_unknown_ablations_are_errors(tmp_path, changes, message):
+    assert any(message in line for line in errors_of(tmp_path, changes))
 
 
 # --- paths and names --------------------------------------------------------------------------------------------------
@@ -548,19 +548,19 @@ def demo(**paths: str) -> dict:
         ),
     ],
 )
-def test_a_path_is_a_folder_of_its_own_inside_the_project(path: str) -> None:
+def test_output_paths_must_be_separate_folders_of_the_project(path: str) -> None:
     with pytest.raises(ConfigError, match="report"):
         checked_params(demo(report=path), "params.yaml")
 
 
-def test_paths_elsewhere_in_the_project_are_fine() -> None:
+def test_other_paths_in_the_project_are_accepted() -> None:
     checked_params(demo(report="out/page", models="out/models", metrics="m", stages="m/stages"), "params.yaml")
     checked_params(demo(stages="records"), "params.yaml")
     checked_params(demo(caption_store="/shared/captions"), "params.yaml")
 
 
 @pytest.mark.parametrize("path", ["data/ingest", "data/ingest/x", "report", "data", ".", ".."])
-def test_an_input_is_not_in_an_output(path: str) -> None:
+def test_an_input_inside_an_output_is_an_error(path: str) -> None:
     data = demo()
     data["ingest"]["source"] = {"kind": "folder", "path": path}
     data["evaluate"]["benchmarks"]["coco"] = {"folder": path}
@@ -572,7 +572,7 @@ LONG = "x" * 300
 
 
 @pytest.mark.parametrize("where", ["ablations", "captioners", "benchmarks"])
-def test_names_that_no_file_can_have_are_errors(where: str) -> None:
+def test_names_too_long_for_files_are_errors(where: str) -> None:
     data = demo()
     if where == "ablations":
         data["ablations"][LONG] = {}
@@ -585,14 +585,14 @@ def test_names_that_no_file_can_have_are_errors(where: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["raw", "key", "size", "partition", "sha256", "offset", "ingest", "image_tower"])
-def test_captioners_are_not_named_like_columns(name: str) -> None:
+def test_a_captioner_named_like_a_column_is_an_error(name: str) -> None:
     data = demo()
     data["caption"]["captioners"][name] = data["caption"]["captioners"]["llava"]
     with pytest.raises(ConfigError, match=rf"captioners\.{name}"):
         checked_params(data, "params.yaml")
 
 
-# --- tables and findings of the report ------------------------------------------------------------------------------
+# --- tables and findings of the report --------------------------------------------------------------------------------
 
 
 TABLE: dict[str, Any] = {"title": "Systems", "rows": ["lotlip"]}
@@ -647,13 +647,13 @@ def test_rows_and_columns_may_have_labels_and_keep_their_order(tmp_path):
         ({"colums": []}, "tables.a.colums: unknown key; did you mean 'columns'?"),
     ],
 )
-def test_a_mistake_in_a_table_names_its_place_and_the_nearest(tmp_path, table, line):
-    (found,) = complaints(tmp_path, {"tables": {"a": TABLE | table}})
-    assert found.startswith(line)
+def test_an_invalid_table_is_an_error_with_path_and_suggestion(tmp_path, table, line):
+    (error,) = errors_of(tmp_path, {"tables": {"a": TABLE | table}})
+    assert error.startswith(line)
 
 
-def test_a_table_cannot_have_the_name_of_another_part_of_the_report(tmp_path):
-    (line,) = complaints(tmp_path, {"tables": {"all": TABLE}})
+def test_a_table_with_a_reserved_name_is_an_error(tmp_path):
+    (line,) = errors_of(tmp_path, {"tables": {"all": TABLE}})
     assert line == "tables.all: this name is reserved by the report; choose another name"
 
 
@@ -665,9 +665,9 @@ def test_a_table_cannot_have_the_name_of_another_part_of_the_report(tmp_path):
         ({"lit_lng": "lotlip"}, "findings.lit_lng: unknown key; did you mean 'lit_long'?"),
     ],
 )
-def test_a_mistake_in_a_role_names_its_place_and_the_nearest(tmp_path, findings, line):
-    (found,) = complaints(tmp_path, {"findings": findings})
-    assert found.startswith(line)
+def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findings, line):
+    (error,) = errors_of(tmp_path, {"findings": findings})
+    assert error.startswith(line)
 
 
 def test_every_shipped_ablation_is_in_a_declared_table():
@@ -686,7 +686,7 @@ def test_a_tower_trained_on_scenes_with_other_numbers_of_objects_is_warned_of(tm
     assert load(tmp_path, {"image_tower": objects}, base).warnings == []
 
 
-def test_hub_models_that_are_not_pinned_are_warned_of(tmp_path):
+def test_unpinned_hub_models_are_warnings(tmp_path):
     commit = "0123456789" * 4
     hub = {
         "image_tower": {"kind": "timm", "model": "vit_tiny_patch16_224"},
@@ -736,11 +736,11 @@ def test_hub_models_that_are_not_pinned_are_warned_of(tmp_path):
         ),
     ],
 )
-def test_a_wrong_baseline_is_found_when_params_yaml_is_read(tmp_path, evaluate, line):
-    assert complaints(tmp_path, {"evaluate": evaluate}) == [line]
+def test_an_invalid_baseline_is_an_error(tmp_path, evaluate, line):
+    assert errors_of(tmp_path, {"evaluate": evaluate}) == [line]
 
 
-def test_baselines_from_the_hub_are_warned_of_and_local_ones_are_inputs(tmp_path, monkeypatch):
+def test_hub_baselines_are_warnings_and_local_ones_are_inputs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("clip").mkdir()
     Path("siglip").mkdir()
@@ -758,10 +758,10 @@ def test_baselines_from_the_hub_are_warned_of_and_local_ones_are_inputs(tmp_path
     assert "baselines" not in params.decisive_sections()["evaluate"]
 
 
-def test_an_ablation_that_goes_on_from_another_has_not_the_commit_of_the_hubs_model(tmp_path):
+def test_init_from_drops_the_revision_of_a_hub_model(tmp_path):
     text = {"pretrained": "google-bert/bert-base-uncased", "revision": "0123456789" * 4}
-    later = {"long-clip": {"init_from": "lotlip", "pretrain": {}}}
-    params = load(tmp_path, {"pretrain": {"text": text}, "finetune": later})
+    finetune = {"long-clip": {"init_from": "lotlip", "pretrain": {}}}
+    params = load(tmp_path, {"pretrain": {"text": text}, "finetune": finetune})
     assert params.ablation("lotlip").text.revision == text["revision"]
     assert params.ablation("long-clip").text.revision is None
 
@@ -774,6 +774,6 @@ def test_an_ablation_that_goes_on_from_another_has_not_the_commit_of_the_hubs_mo
         ({"pretrained": ".", "revision": "0123456789" * 4}, "is a folder, which has no commits"),
     ],
 )
-def test_a_revision_that_cannot_be_meant_is_refused(tmp_path, text, reason):
-    (line,) = complaints(tmp_path, {"pretrain": {"text": text}})
+def test_an_invalid_revision_is_an_error(tmp_path, text, reason):
+    (line,) = errors_of(tmp_path, {"pretrain": {"text": text}})
     assert reason in line

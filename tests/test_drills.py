@@ -82,21 +82,21 @@ def _reference(sandbox: Sandbox, **changes: object) -> Reference:
         ("metrics/stages/data-docs/ingest/20261128T052447.547212Z/a.html", ": 3", ": 4"),
     ],
 )
-def test_a_changed_byte_in_an_output_is_found(sandbox: Sandbox, name: str, old: str, new: str) -> None:
+def test_differences_include_changed_outputs(sandbox: Sandbox, name: str, old: str, new: str) -> None:
     expected = fingerprints(sandbox.project)
     path = sandbox.project / name
     path.write_text(path.read_text().replace(old, new, 1))
     assert differences(expected, sandbox.project) == [f"different: {name.replace('20261128T052447.547212Z', 'TIME')}"]
 
 
-def test_missing_and_unexpected_outputs_are_found(sandbox: Sandbox) -> None:
+def test_differences_include_missing_and_unexpected_outputs(sandbox: Sandbox) -> None:
     expected = fingerprints(sandbox.project)
     (sandbox.project / "data/shards/train-000000.tar").rename(sandbox.project / "data/shards/train-000001.tar")
-    found = differences(expected, sandbox.project)
-    assert found == ["missing: data/shards/train-000000.tar", "unexpected: data/shards/train-000001.tar"]
+    problems = differences(expected, sandbox.project)
+    assert problems == ["missing: data/shards/train-000000.tar", "unexpected: data/shards/train-000001.tar"]
 
 
-def test_times_do_not_count_as_differences(sandbox: Sandbox) -> None:
+def test_differences_exclude_times(sandbox: Sandbox) -> None:
     expected = fingerprints(sandbox.project)
     project, later = sandbox.project, "20270101T000000.000001Z"
     _write(project / "models/lotlip/seed-0/history.json", json.dumps([{"loss": 1.0, "samples_per_second": 8.0}]))
@@ -110,7 +110,7 @@ def test_times_do_not_count_as_differences(sandbox: Sandbox) -> None:
     assert differences(expected, project) == []
 
 
-def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(sandbox: Sandbox) -> None:
+def test_differences_in_records_include_files_and_exclude_times(sandbox: Sandbox) -> None:
     record = sandbox.project / "models/lotlip" / RECORD
     files = {"seed-0/history.json": {"bytes": 1, "sha256": "a"}}
     _write(record, json.dumps({"files": files, "folders": ["stage/20261128T052447.547212Z"]}))
@@ -122,12 +122,12 @@ def test_a_record_of_other_files_is_found_and_one_of_other_times_is_not(sandbox:
     assert differences(expected, sandbox.project) == [f"different: models/lotlip/{RECORD}"]
 
 
-def test_a_second_validation_of_a_table_is_found(sandbox: Sandbox) -> None:
+def test_differences_include_repeated_validations(sandbox: Sandbox) -> None:
     expected = fingerprints(sandbox.project)
     pages = sandbox.project / "metrics/stages/data-docs/ingest"
     _write(pages / "20270101T000000.000001Z" / "a.html", "at 2027-01-01T00:00:00Z: 3")
-    found = differences(expected, sandbox.project)
-    assert found == ["unexpected: metrics/stages/data-docs/ingest/TIME/a.html (again)"]
+    problems = differences(expected, sandbox.project)
+    assert problems == ["unexpected: metrics/stages/data-docs/ingest/TIME/a.html (again)"]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_second_validation_of_a_table_is_found(sandbox: Sandbox) -> None:
         ("project/dvc.lock.tmp", "", "file: dvc.lock.tmp"),
     ],
 )
-def test_a_leftover_file_is_found(sandbox: Sandbox, name: str, text: str, left: str) -> None:
+def test_leftover_files_are_found(sandbox: Sandbox, name: str, text: str, left: str) -> None:
     reference = _reference(sandbox)
     assert sandbox.left_behind(reference) == []
     _write(sandbox.root / name, text)
@@ -153,7 +153,7 @@ def _sleeper(folder: Path, marker: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(["sleep", "60"], cwd=folder, env={**os.environ, MARKER: marker}, start_new_session=True)
 
 
-def test_a_leftover_process_is_found_and_no_other_is_hit(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_only_leftover_processes_are_found(sandbox: Sandbox, tmp_path: Path) -> None:
     ours, other, elsewhere = (
         _sleeper(folder, marker)
         for folder, marker in ((sandbox.project, "here"), (sandbox.project, "there"), (tmp_path, "here"))
@@ -171,7 +171,7 @@ def test_a_leftover_process_is_found_and_no_other_is_hit(sandbox: Sandbox, tmp_p
             process.wait()
 
 
-# A pipeline in some lines: `{after}` runs after a kill has left its trace, `{start}` in every run.
+# A small pipeline: `{after}` runs after a kill has left its trace, and `{start}` in every run.
 PROGRAM = """
 import pathlib, subprocess, sys, time
 trace, done = pathlib.Path("trace"), pathlib.Path("data/shards/train-000000.tar")
@@ -187,8 +187,8 @@ trace.unlink()
 
 
 @pytest.fixture
-def drill(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs a drill of kills on a program; gives what it found."""
+def run_drill(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs a drill of kills on a program, and returns its result."""
 
     def run(after: str = "pass", start: str = "", seconds: float = 0.5, limit: float = 30.0) -> Result:
         _write(sandbox.project / "program.py", PROGRAM.format(after=after, start=start, seconds=seconds))
@@ -202,16 +202,16 @@ def drill(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.integration
-def test_a_run_that_recovers_passes(drill: Callable[..., Result]) -> None:
-    result = drill()
+def test_a_run_that_recovers_passes(run_drill: Callable[..., Result]) -> None:
+    result = run_drill()
     assert result.passed, explain(result)
     assert len(result.disturbances) >= 6
     assert not result.kept
 
 
 @pytest.mark.integration
-def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], sandbox: Sandbox) -> None:
-    result = drill(after="sys.exit('cannot go on')")
+def test_a_run_that_does_not_recover_is_counted(run_drill: Callable[..., Result], sandbox: Sandbox) -> None:
+    result = run_drill(after="sys.exit('cannot go on')")
     assert not result.passed
     assert [hit.recovered for hit in result.disturbances] == [False]
     assert "cannot go on" in Path(result.kept, "run-2.log").read_text()
@@ -221,35 +221,35 @@ def test_a_run_that_does_not_recover_is_counted(drill: Callable[..., Result], sa
 
 
 @pytest.mark.integration
-def test_a_run_that_hangs_after_a_kill_is_counted(drill: Callable[..., Result]) -> None:
-    result = drill(after="time.sleep(600)", limit=2.0)
+def test_a_run_that_hangs_after_a_kill_is_counted(run_drill: Callable[..., Result]) -> None:
+    result = run_drill(after="time.sleep(600)", limit=2.0)
     assert not result.passed
     assert not result.disturbances[-1].recovered
 
 
 @pytest.mark.integration
-def test_other_outputs_after_a_kill_are_counted(drill: Callable[..., Result]) -> None:
-    result = drill(after="pathlib.Path('data/shards/more').write_text('')")
+def test_different_outputs_after_a_kill_are_counted(run_drill: Callable[..., Result]) -> None:
+    result = run_drill(after="pathlib.Path('data/shards/more').write_text('')")
     assert result.different == ["unexpected: data/shards/more"]
     assert not result.passed
 
 
 @pytest.mark.integration
-def test_a_child_that_outlives_its_killed_parent_is_counted(drill: Callable[..., Result], sandbox: Sandbox) -> None:
-    result = drill(start="subprocess.Popen(['sleep', '60'])")
+def test_a_child_that_outlives_its_killed_parent_is_counted(run_drill: Callable[..., Result], sandbox: Sandbox) -> None:
+    result = run_drill(start="subprocess.Popen(['sleep', '60'])")
     assert any("process after" in line and "sleep" in line for line in result.left)
     assert not result.passed
     assert marked(result.spec.name, sandbox.root) == []
 
 
-def test_a_drill_that_is_not_possible_here_says_so(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_an_impossible_drill_is_reported(sandbox: Sandbox, tmp_path: Path) -> None:
     runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
     result = runner.run(Spec(0, "disk", "TMPDIR", "full", seed=1))
     assert result.passed
     assert "root" in result.skipped
 
 
-# Needs ten megabytes for a while, and says what stopped it.
+# Needs ten megabytes temporarily, and prints the error that stopped it.
 LARGE = """
 import pathlib, sys
 big = pathlib.Path("big")
@@ -264,7 +264,9 @@ finally:
 
 @pytest.mark.integration
 @pytest.mark.skipif(not can_isolate(), reason="mounting and namespaces need root")
-def test_a_full_disk_is_recovered_from(sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_drill_of_a_full_disk_passes_after_recovery(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _write(sandbox.project / "program.py", LARGE)
     monkeypatch.setattr(Drill, "restore", lambda *_: None)
     command = (sys.executable, "program.py")
@@ -289,7 +291,7 @@ def test_a_full_disk_is_recovered_from(sandbox: Sandbox, tmp_path: Path, monkeyp
 
 
 @pytest.mark.integration
-def test_damaged_input_that_goes_unnoticed_is_counted(sandbox: Sandbox, tmp_path: Path) -> None:
+def test_unnoticed_damage_of_an_input_is_counted(sandbox: Sandbox, tmp_path: Path) -> None:
     runner = DrillRunner(sandbox, tmp_path / "runner", _reference(sandbox), isolated=False, limit=30.0)
     drill = Drill(runner, Spec(0, "flip", "output", "then the stage alone", seed=1))
     _write(sandbox.project / "report/report.md", "of damaged scores")
@@ -308,7 +310,7 @@ def test_damage_changes_a_file(sandbox: Sandbox, tmp_path: Path, truncate: bool)
     assert differences(runner.reference.outputs, sandbox.project) == ["different: data/shards/train-000000.tar"]
 
 
-def test_rewinding_undoes_stages(sandbox: Sandbox) -> None:
+def test_rewind_removes_the_outputs_of_stages(sandbox: Sandbox) -> None:
     lock = {"schema": "2.0", "stages": {}}
     cache = sandbox.project / ".dvc/cache/files/md5"
     for stage, out, md5 in (("ingest", "data/ingest", "aa1.dir"), ("report", "report", "bb2.dir")):
@@ -324,7 +326,7 @@ def test_rewinding_undoes_stages(sandbox: Sandbox) -> None:
     assert sorted(path.relative_to(cache).as_posix() for path in cache.glob("*/*")) == ["aa/1.dir", "aa/9"]
 
 
-def test_every_kind_comes_early_and_every_kill_comes() -> None:
+def test_plans_start_with_every_kind_and_cover_all_kills() -> None:
     specs = [plan(number, seed=3) for number in range(60)]
     assert {spec.kind for spec in specs[:5]} == set(KINDS)
     assert {(spec.target, spec.how) for spec in specs if spec.kind == "kill"} == set(KILLS)
@@ -332,13 +334,13 @@ def test_every_kind_comes_early_and_every_kill_comes() -> None:
     assert {plan(number, 3, ["two"]).target for number in range(2)} == {"flows.reproduce", "flows pretrain"}
 
 
-def test_drills_follow_from_the_seed() -> None:
+def test_plans_depend_on_the_seed_only() -> None:
     draws = [plan(number, seed).rng().random() for seed in (1, 1, 2) for number in (0, 7)]
     assert draws[:2] == draws[2:4]
     assert len(set(draws)) == 4
 
 
-def test_the_table_sums_up() -> None:
+def test_the_table_summarises_results() -> None:
     passed = Result(plan(0, 1), compared=True, seconds=3.0)
     skipped = Result(Spec(1, "disk", "TMPDIR", "full", 1), skipped="no root")
     text = table(table_rows([passed, skipped]))
@@ -355,7 +357,7 @@ def test_the_table_sums_up() -> None:
         ("evaluate-finetune@long-clip", ["-m", "flows", "evaluate", "long-clip"]),
     ],
 )
-def test_a_stage_is_run_alone_as_dvc_runs_it(stage: str, arguments: list[str]) -> None:
+def test_a_single_stage_is_run_with_dvcs_command(stage: str, arguments: list[str]) -> None:
     assert stage_command(stage) == (sys.executable, *arguments)
 
 
@@ -368,5 +370,5 @@ def test_a_stage_is_run_alone_as_dvc_runs_it(stage: str, arguments: list[str]) -
         ("/x/python -m flows pretrain lotlip", "python"),
     ],
 )
-def test_roles_of_processes(command: str, role: str) -> None:
+def test_processes_have_roles(command: str, role: str) -> None:
     assert DrillProcess(1, command).role == role

@@ -1,4 +1,4 @@
-"""dvc.yaml: a stage depends on the code that decides what it writes, and on no other code."""
+"""dvc.yaml: a stage depends on exactly the code that decides its results."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def definition(stage: str) -> dict[str, Any]:
 
 
 def files_of(stage: str) -> list[str]:
-    """The files that decide what a stage of dvc.yaml writes."""
+    """The files that decide the results of a stage of dvc.yaml."""
     name = definition(stage)["cmd"].split()[3]
     return [file.relative_to(ROOT).as_posix() for file in stage_files(name)]
 
 
 def dependencies(stage: str) -> list[str]:
-    """Its code dependencies."""
+    """The code dependencies of a stage."""
     return [path for path in definition(stage)["deps"] if path.startswith(("flows", "lotlip"))]
 
 
@@ -34,13 +34,13 @@ def covers(path: str, file: str) -> bool:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_all_code_that_decides_a_stages_results_is_among_its_dependencies(stage: str) -> None:
+def test_dependencies_cover_the_code_that_decides_results(stage: str) -> None:
     missing = [file for file in files_of(stage) if not any(covers(path, file) for path in dependencies(stage))]
     assert not missing
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_dependency_has_code_that_decides_the_stages_results(stage: str) -> None:
+def test_every_dependency_contains_code_that_decides_results(stage: str) -> None:
     files = files_of(stage)
     assert not [path for path in dependencies(stage) if not any(covers(path, file) for file in files)]
 
@@ -56,22 +56,22 @@ def stages_that_depend_on(file: str) -> set[str]:
     ("file", "stages"),
     [
         ("lotlip/report/page.py", {"report"}),
-        ("lotlip/importing/official.py", {"image-tower"}),  # `pretrain.start` may name the authors' checkpoint
+        ("lotlip/importing/official.py", {"image-tower"}),  # `pretrain.start` may be a released checkpoint
         ("lotlip/ingest/config.py", {"ingest", "report"}),
         ("lotlip/image_tower/config.py", {"image-tower"}),
         ("lotlip/caption/config.py", {"caption"}),
         ("lotlip/shard/config.py", {"shard"}),
-        ("lotlip/pretrain/config.py", {"pretrain", "report"}),  # the report says how ablations differ
+        ("lotlip/pretrain/config.py", {"pretrain", "report"}),  # the report shows how ablations differ
         ("lotlip/evaluate/config.py", {"baselines", "evaluate", "report"}),
         ("lotlip/report/config.py", {"report"}),
     ],
 )
-def test_an_edit_makes_only_what_it_decides_stale(file: str, stages: set[str]) -> None:
+def test_an_edit_makes_only_dependent_stages_stale(file: str, stages: set[str]) -> None:
     assert stages_that_depend_on(file) == stages
 
 
-def test_a_parse_that_another_thread_disturbs_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python 3.11 raises SystemError then, although nothing is wrong with the file."""
+def test_a_parse_disturbed_by_another_thread_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.11 then raises SystemError, although the file is valid."""
     parse, failures = ast.parse, iter([SystemError("AST constructor recursion depth mismatch")] * 3)
 
     def disturbed(source: str) -> ast.AST:

@@ -1,4 +1,4 @@
-"""Features of texts and images are the model's own, in memory and in files; a search finds what a plain sort finds."""
+"""Features of texts and images, in memory and in index files, and exact search in them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def embedder(model: Path) -> Embedder:
 
 @pytest.fixture(scope="module")
 def text_features(model: Path) -> np.ndarray:
-    """Of TEXTS, each encoded by itself as users of CLIP models do it."""
+    """Features of TEXTS, encoded one by one with the API of CLIP models."""
     loaded, tokenizer = load_model(model)
     with torch.inference_mode():
         ids = [torch.from_numpy(tokenizer([text])[0]) for text in TEXTS]
@@ -58,14 +58,14 @@ def text_features(model: Path) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def image_features(tiny_samples: list[TinySample]) -> dict[str, np.ndarray]:
-    """Of the tiny world's images, by the frozen tower alone."""
+    """Features of the tiny world's images, by the frozen tower alone."""
     return {sample.key: sample.feature / np.linalg.norm(sample.feature) for sample in tiny_samples}
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, tiny_samples: list[TinySample]) -> Path:
-    """A folder with seven images, and with what must not trouble anyone."""
-    root = tmp_path / "pictures"
+def image_folder(tmp_path: Path, tiny_samples: list[TinySample]) -> Path:
+    """A folder with seven images, and with files and folders that are ignored."""
+    root = tmp_path / "images"
     for folder in (root / "more" / "still more", root / ".hidden", root / "folder.png"):
         folder.mkdir(parents=True)
     places = ["b.png", "a.png", "more/c.PNG", "more/a.png", "more/still more/d.png", "more/é.png", "z.png"]
@@ -79,7 +79,7 @@ def pictures(tmp_path: Path, tiny_samples: list[TinySample]) -> Path:
 
 @pytest.fixture
 def overflowing(model: Path, tmp_path: Path) -> Path:
-    """A model whose weights are finite and whose features are not."""
+    """A model with finite weights and non-finite features."""
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(model, tmp_path / "overflowing")
@@ -90,25 +90,25 @@ def overflowing(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_features_that_are_not_finite_are_an_error_that_names_the_model_and_the_item(overflowing, pictures, tmp_path):
-    texts = lines(tmp_path / "texts.txt", TEXTS[:3])
-    for source, item in ((pictures, "a.png"), (texts, f"{texts}:1")):
+def test_non_finite_features_are_an_error_naming_model_and_item(overflowing, image_folder, tmp_path):
+    texts = write_lines(tmp_path / "texts.txt", TEXTS[:3])
+    for source, item in ((image_folder, "a.png"), (texts, f"{texts}:1")):
         with pytest.raises(ValueError, match=rf"{overflowing}.*{item}"):
             embed(overflowing, source, tmp_path / "index.parquet")
         assert not (tmp_path / "index.parquet").exists()
-    for broken in (
+    for embed_text in (
         Embedder(overflowing).texts,
-        lambda _: Embedder(overflowing).images([(pictures / "a.png").read_bytes()]),
+        lambda _: Embedder(overflowing).images([(image_folder / "a.png").read_bytes()]),
     ):
         with pytest.raises(ValueError, match=str(overflowing)):
-            broken(TEXTS[:1])
+            embed_text(TEXTS[:1])
 
 
 @pytest.mark.parametrize("arguments", [["search"], ["search", "--json"]])
-def test_a_search_with_a_model_that_is_not_finite_prints_no_scores(
-    model, overflowing, pictures, tmp_path, monkeypatch, capsys, arguments
+def test_search_with_non_finite_features_prints_no_scores(
+    model, overflowing, image_folder, tmp_path, monkeypatch, capsys, arguments
 ):
-    embed(model, pictures, tmp_path / "index.parquet")
+    embed(model, image_folder, tmp_path / "index.parquet")
     monkeypatch.setattr(embedding, "weights_hash", lambda folder: "the same")
     opened = open_index(tmp_path / "index.parquet")
     same = opened._replace(about={**opened.about, "weights_sha256": "the same"})
@@ -121,13 +121,13 @@ def test_a_search_with_a_model_that_is_not_finite_prints_no_scores(
     assert capsys.readouterr().out == ""
 
 
-def lines(path: Path, texts: list[str]) -> Path:
+def write_lines(path: Path, texts: list[str]) -> Path:
     path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     return path
 
 
-def read(path: Path) -> tuple[list[str], list[str] | None, np.ndarray, dict[str, object]]:
-    """Names, texts, features and what the file says of itself; not by the project's reader."""
+def read_index(path: Path) -> tuple[list[str], list[str] | None, np.ndarray, dict[str, object]]:
+    """Names, texts, features and metadata of an index, without the project's reader."""
     if path.suffix == ".npy":
         about, *rows = [json.loads(line) for line in path.with_suffix(".names.jsonl").read_text().splitlines()]
         texts = [row["text"] for row in rows] if "text" in rows[0] else None
@@ -142,36 +142,36 @@ def read(path: Path) -> tuple[list[str], list[str] | None, np.ndarray, dict[str,
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
-def test_text_features_are_the_models_own_in_the_order_given(model, text_features, batch_size):
-    found = Embedder(model, "cpu", batch_size).texts(TEXTS)
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, text_features, atol=1e-6)
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
-    assert np.abs(np.diff(found, axis=0)).max(axis=1).min() > 1e-3  # no two of them are one
+def test_text_features_equal_the_models_in_the_given_order(model, text_features, batch_size):
+    features = Embedder(model, "cpu", batch_size).texts(TEXTS)
+    assert features.dtype == np.float32
+    np.testing.assert_allclose(features, text_features, atol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-6)
+    assert np.abs(np.diff(features, axis=0)).max(axis=1).min() > 1e-3  # all are different
 
 
-def test_texts_of_like_length_are_encoded_together(embedder, monkeypatch):
-    seen = []
+def test_texts_of_similar_length_are_encoded_together(embedder, monkeypatch):
+    batches = []
     encode = embedder.encoder.model.encode_text
 
-    def watch(ids: torch.Tensor, lengths: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
-        seen.append((ids.shape, lengths.tolist()))
+    def record(ids: torch.Tensor, lengths: torch.Tensor, cls_only: bool = False) -> torch.Tensor:
+        batches.append((ids.shape, lengths.tolist()))
         return encode(ids, lengths, cls_only)
 
-    monkeypatch.setattr(embedder.encoder.model, "encode_text", watch)
+    monkeypatch.setattr(embedder.encoder.model, "encode_text", record)
     embedder.texts(["a " * length for length in (9, 1, 8, 2, 7, 3, 6, 4, 5, 1, 9, 2, 1)])
-    assert [shape[0] for shape, _ in seen] == [3, 3, 3, 3, 1]
-    window = [length for _, lengths in seen[:4] for length in lengths]
+    assert [shape[0] for shape, _ in batches] == [3, 3, 3, 3, 1]
+    window = [length for _, lengths in batches[:4] for length in lengths]
     assert window == sorted(window)
-    assert [shape[1] for shape, _ in seen] == [max(lengths) for _, lengths in seen]
+    assert [shape[1] for shape, _ in batches] == [max(lengths) for _, lengths in batches]
 
 
-def test_special_tokens_in_a_text_are_no_padding(embedder):
+def test_special_tokens_in_a_text_are_not_padding(embedder):
     alone, between = embedder.texts(["[PAD] a dog [PAD]"]), embedder.texts(["a cat", "[PAD] a dog [PAD]", "a bird"])
     np.testing.assert_allclose(alone[0], between[1], atol=1e-6)
 
 
-def test_image_features_are_the_image_towers(embedder, tiny_samples, image_features):
+def test_image_features_equal_the_image_towers(embedder, tiny_samples, image_features):
     images = [sample.image for sample in tiny_samples[:7]]
     expected = np.stack([image_features[sample.key] for sample in tiny_samples[:7]])
     np.testing.assert_allclose(embedder.images(images), expected, atol=1e-5)
@@ -180,7 +180,7 @@ def test_image_features_are_the_image_towers(embedder, tiny_samples, image_featu
     assert embedder.images(iter(images)).dtype == np.float32
 
 
-def test_a_transparent_image_is_seen_on_white_decoded_or_not(embedder):
+def test_a_transparent_image_is_encoded_on_white(embedder):
     image, file = Image.new("RGBA", (20, 30), (255, 0, 0, 0)), io.BytesIO()
     image.save(file, "png")
     white = embedder.images([Image.new("RGB", (20, 30), "white")])
@@ -188,7 +188,7 @@ def test_a_transparent_image_is_seen_on_white_decoded_or_not(embedder):
         np.testing.assert_allclose(embedder.images([clear]), white, atol=1e-6)
 
 
-def test_nothing_has_no_features(embedder):
+def test_no_inputs_give_no_features(embedder):
     assert embedder.texts([]).shape == embedder.images([]).shape == (0, 32)
 
 
@@ -197,13 +197,13 @@ def test_a_broken_image_is_an_error(embedder, tiny_samples):
         embedder.images([tiny_samples[0].image, b"wrong"])
 
 
-def test_late_interaction_has_no_single_features(tmp_path, tiny_tower):
+def test_a_late_interaction_model_is_rejected(tmp_path, tiny_tower):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     with pytest.raises(ValueError, match=r"the model in .* compares token by token \(similarity late-interaction\)"):
         Embedder(folder)
 
 
-def test_the_device(model, monkeypatch):
+def test_choose_device(model, monkeypatch):
     with pytest.raises(ValueError, match="no device 'tpu'; choose auto, cpu, cuda or cuda:N"):
         Embedder(model, "tpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -219,18 +219,18 @@ def test_the_device(model, monkeypatch):
     assert choose_device("cpu") == "cpu"
 
 
-# --- into a file ------------------------------------------------------------------------------------------------------
+# --- index files ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_images_of_a_folder(tmp_path, model, pictures, tiny_samples, image_features, ending):
+def test_embed_writes_the_images_of_a_folder(tmp_path, model, image_folder, tiny_samples, image_features, ending):
     keys = [sample.key for sample in tiny_samples]
-    (pictures / "more" / "broken.jpg").write_bytes(b"not an image")
-    (pictures / "more" / "gone.webp").symlink_to("nowhere")
-    seen: list[tuple[int, int]] = []
+    (image_folder / "more" / "broken.jpg").write_bytes(b"not an image")
+    (image_folder / "more" / "gone.webp").symlink_to("nowhere")
+    progress: list[tuple[int, int]] = []
     out = tmp_path / "new" / f"index{ending}"
-    found = embed(model, pictures, out, batch_size=2, on_progress=lambda done, of: seen.append((done, of)))
-    names, texts, features, about = read(out)
+    summary = embed(model, image_folder, out, batch_size=2, on_progress=lambda done, of: progress.append((done, of)))
+    names, texts, features, about = read_index(out)
     expected = {
         "a.png": 1,
         "b.png": 0,
@@ -243,89 +243,89 @@ def test_the_images_of_a_folder(tmp_path, model, pictures, tiny_samples, image_f
     assert names == list(expected)
     assert texts is None
     np.testing.assert_allclose(features, [image_features[keys[number]] for number in expected.values()], atol=1e-5)
-    assert (found.rows, found.width) == (7, 32)
-    assert [name for name, _ in found.left_out] == ["more/broken.jpg", "more/gone.webp"]
-    assert found.left_out[0][1].startswith("not a readable image (12 bytes)")
-    assert found.left_out[1][1] == "cannot be read: No such file or directory"
+    assert (summary.rows, summary.width) == (7, 32)
+    assert [name for name, _ in summary.left_out] == ["more/broken.jpg", "more/gone.webp"]
+    assert summary.left_out[0][1].startswith("not a readable image (12 bytes)")
+    assert summary.left_out[1][1] == "cannot be read: No such file or directory"
     assert about.pop("weights_sha256") == embedding.weights_hash(model)
-    source = {"source": str(pictures.resolve()), "split": None}
+    source = {"source": str(image_folder.resolve()), "split": None}
     assert about == {"model": str(model.resolve()), "kind": "images", "width": 32, **source}
-    assert seen == [(0, 9), (2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
+    assert progress == [(0, 9), (2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
 
 
 @pytest.mark.parametrize("split", [None, "test"])
-def test_pictures_and_texts_that_ingest_left(tmp_path, model, tiny_samples, image_features, split):
-    """Pictures are named by their keys; a split is embedded alone where one is asked for."""
+def test_embed_writes_ingested_images_and_texts(tmp_path, model, tiny_samples, image_features, split):
+    """Images are named by their keys. `split` selects one split."""
     source = ingested(tmp_path / "ingest", {sample.key: sample.image for sample in tiny_samples[:9]})
     keys = [sample.key for sample in tiny_samples[(6 if split else 0) : 9]]
     embed(model, source, tmp_path / "images.parquet", split=split)
-    names, _, features, about = read(tmp_path / "images.parquet")
+    names, _, features, about = read_index(tmp_path / "images.parquet")
     assert sorted(names) == sorted(keys)
     np.testing.assert_allclose(features, [image_features[name] for name in names], atol=1e-5)
     assert (about["source"], about["split"]) == (str(source), split)
     embed(model, source, tmp_path / "texts.parquet", kind="texts", split=split)
-    found = read(tmp_path / "texts.parquet")
-    assert (found[0], found[1]) == (names, [f"short caption of {name}" for name in names])
+    texts = read_index(tmp_path / "texts.parquet")
+    assert (texts[0], texts[1]) == (names, [f"short caption of {name}" for name in names])
 
 
-def test_the_name_of_a_file_may_be_any_bytes(tmp_path, model, tiny_samples):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / os.fsdecode(b"\xff.png")).write_bytes(tiny_samples[0].image)
-    embed(model, tmp_path / "pictures", tmp_path / "index.parquet")
-    assert read(tmp_path / "index.parquet")[0] == ["\\udcff.png"]
+def test_file_names_may_be_any_bytes(tmp_path, model, tiny_samples):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / os.fsdecode(b"\xff.png")).write_bytes(tiny_samples[0].image)
+    embed(model, tmp_path / "images", tmp_path / "index.parquet")
+    assert read_index(tmp_path / "index.parquet")[0] == ["\\udcff.png"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_the_lines_of_a_text_file(tmp_path, model, text_features, ending):
-    source = lines(tmp_path / "texts.txt", [*TEXTS[:5], "", "  ", *TEXTS[5:]])
+def test_embed_writes_the_lines_of_a_text_file(tmp_path, model, text_features, ending):
+    source = write_lines(tmp_path / "texts.txt", [*TEXTS[:5], "", "  ", *TEXTS[5:]])
     out = tmp_path / f"index{ending}"
-    seen: list[tuple[int, int]] = []
-    found = embed(model, source, out, batch_size=2, on_progress=lambda done, of: seen.append((done, of)))
-    names, texts, features, about = read(out)
+    progress: list[tuple[int, int]] = []
+    summary = embed(model, source, out, batch_size=2, on_progress=lambda done, of: progress.append((done, of)))
+    names, texts, features, about = read_index(out)
     assert texts == TEXTS
     assert names == [f"{source.as_posix()}:{number}" for number in (*range(1, 6), *range(8, 3 + len(TEXTS)))]
     np.testing.assert_allclose(features, text_features, atol=1e-6)
-    assert (found.rows, found.width) == (len(TEXTS), 32)
-    assert found.left_out == [(f"{source.as_posix()}:{number}", "the text is empty") for number in (6, 7)]
+    assert (summary.rows, summary.width) == (len(TEXTS), 32)
+    assert summary.left_out == [(f"{source.as_posix()}:{number}", "the text is empty") for number in (6, 7)]
     assert about["kind"] == "texts"
-    assert seen == [(0, 26), (8, 26), (16, 26), (24, 26), (26, 26)]
+    assert progress == [(0, 26), (8, 26), (16, 26), (24, 26), (26, 26)]
 
 
-def test_texts_out_of_annotations(tmp_path, model, text_features):
+def test_embed_writes_texts_of_annotations(tmp_path, model, text_features):
     with (tmp_path / "texts.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["key", "raw", "long"])
         rows.writerows([["k0", "a dog", TEXTS[0]], ["k1", "a cat", ""], ["k2", "a bird", TEXTS[2]]])
-    found = embed(model, tmp_path / "texts.csv", tmp_path / "index.parquet", fields=["long"])
-    names, texts, features, _ = read(tmp_path / "index.parquet")
+    summary = embed(model, tmp_path / "texts.csv", tmp_path / "index.parquet", fields=["long"])
+    names, texts, features, _ = read_index(tmp_path / "index.parquet")
     assert (names, texts) == (["k0", "k2"], [TEXTS[0], TEXTS[2]])
-    assert found.left_out == [("k1", "the text is empty")]
+    assert summary.left_out == [("k1", "the text is empty")]
     np.testing.assert_allclose(features, text_features[[0, 2]], atol=1e-6)
 
 
-def test_a_folder_of_texts(tmp_path, model):
+def test_embed_writes_a_folder_of_texts(tmp_path, model):
     (tmp_path / "captions").mkdir()
     for number in range(2):
         (tmp_path / "captions" / f"{number}.txt").write_text(TEXTS[number])
     embed(model, tmp_path / "captions", tmp_path / "index.parquet", kind="texts")
-    assert read(tmp_path / "index.parquet")[:2] == (["0", "1"], TEXTS[:2])
+    assert read_index(tmp_path / "index.parquet")[:2] == (["0", "1"], TEXTS[:2])
 
 
-def test_what_is_broken_is_known_before_anything_is_encoded(tmp_path):
+def test_broken_sources_are_found_before_encoding(tmp_path):
     source = tmp_path / "texts.jsonl"
     source.write_text('{"text": "a"}\n' * 9 + "{")
     with pytest.raises(ValueError, match=r"texts\.jsonl, line 10: broken JSON"):
         embed(tmp_path / "no model", source, tmp_path / "index.parquet")
 
 
-def test_when_nothing_can_be_embedded_there_is_no_index(tmp_path, model):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "broken.png").write_bytes(b"wrong")
+def test_no_index_is_written_when_nothing_can_be_embedded(tmp_path, model):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "broken.png").write_bytes(b"wrong")
     out = tmp_path / "out" / "index.npy"
     with pytest.raises(ValueError, match=r"none of the 1 images .*; first problem: broken\.png: not a readable image"):
-        embed(model, tmp_path / "pictures", out)
+        embed(model, tmp_path / "images", out)
     with pytest.raises(ValueError, match=r"none of the 0 texts in .*texts\.txt can be embedded$"):
-        embed(model, lines(tmp_path / "texts.txt", []), out)
+        embed(model, write_lines(tmp_path / "texts.txt", []), out)
     assert list(out.parent.iterdir()) == []
 
 
@@ -339,14 +339,14 @@ def test_when_nothing_can_be_embedded_there_is_no_index(tmp_path, model):
         ("texts.txt", {"kind": "images"}, "is not a folder of images"),
         ("latin.txt", {}, r"latin\.txt is not UTF-8"),
         ("nothing.txt", {}, r"nothing\.txt"),
-        ("pictures", {"fields": ["text"]}, "images have no fields"),
-        ("pictures", {"split": "test"}, "only that has splits; remove --split"),
+        ("images", {"fields": ["text"]}, "images have no fields"),
+        ("images", {"split": "test"}, "only that has splits; remove --split"),
         ("texts.txt", {"split": "test"}, "no fields or splits"),
         ("empty", {}, "empty has no image"),
     ],
 )
-def test_a_wrong_argument_is_an_error(tmp_path, model, pictures, source, changes, message):
-    lines(tmp_path / "texts.txt", TEXTS[:1])
+def test_invalid_arguments_are_errors(tmp_path, model, image_folder, source, changes, message):
+    write_lines(tmp_path / "texts.txt", TEXTS[:1])
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     (tmp_path / "empty").mkdir()
     out = tmp_path / changes.pop("out", "index.parquet")
@@ -355,24 +355,24 @@ def test_a_wrong_argument_is_an_error(tmp_path, model, pictures, source, changes
     assert not out.exists()
 
 
-def test_threads_are_ahead_but_not_far():
-    """Results come in order, and who asks for few has few made."""
-    asked = []
+def test_prefetch_limits_how_far_it_reads():
+    """Results come in order, and few are computed before they are needed."""
+    requested = []
 
     def items() -> Iterator[int]:
         for number in range(100):
-            asked.append(number)
+            requested.append(number)
             yield number
 
-    found = prefetch(lambda number: number * number, items(), 5)
-    assert next(found) == 0
-    assert len(asked) == 6
-    assert [next(found), next(found)] == [1, 4]
-    assert len(asked) == 8
-    assert list(found) == [number * number for number in range(3, 100)]
+    results = prefetch(lambda number: number * number, items(), 5)
+    assert next(results) == 0
+    assert len(requested) == 6
+    assert [next(results), next(results)] == [1, 4]
+    assert len(requested) == 8
+    assert list(results) == [number * number for number in range(3, 100)]
 
 
-def test_an_error_in_a_thread_comes_out():
+def test_prefetch_raises_errors_of_its_threads():
     with pytest.raises(ZeroDivisionError):
         list(prefetch(lambda number: 1 // number, iter([3, 2, 1, 0, 1]), 2))
 
@@ -385,45 +385,45 @@ def indexes(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     """A folder with indexes of the texts."""
     folder = tmp_path_factory.mktemp("indexes")
     for ending in ENDINGS:
-        embed(model, lines(folder / "texts.txt", TEXTS), folder / f"texts{ending}")
+        embed(model, write_lines(folder / "texts.txt", TEXTS), folder / f"texts{ending}")
     return folder
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_a_search_finds_what_a_plain_sort_finds(indexes, model, text_features, ending):
+def test_search_agrees_with_a_plain_sort(indexes, model, text_features, ending):
     for number in (0, 11):
-        found = search(indexes / f"texts{ending}", TEXTS[number], top=6)
+        matches = search(indexes / f"texts{ending}", TEXTS[number], top=6)
         scores = text_features @ text_features[number]
         order = np.argsort(-scores)[:6]
         assert order[0] == number
-        assert [match.text for match in found] == [TEXTS[row] for row in order]
-        assert [match.name for match in found] == [f"{indexes.as_posix()}/texts.txt:{row + 1}" for row in order]
-        np.testing.assert_allclose([match.score for match in found], scores[order], atol=1e-5)
+        assert [match.text for match in matches] == [TEXTS[row] for row in order]
+        assert [match.name for match in matches] == [f"{indexes.as_posix()}/texts.txt:{row + 1}" for row in order]
+        np.testing.assert_allclose([match.score for match in matches], scores[order], atol=1e-5)
     assert len(search(indexes / f"texts{ending}", TEXTS[0], top=99)) == len(TEXTS)
 
 
-def test_images_are_found_by_an_image_and_by_a_text(tmp_path, model, pictures, embedder):
+def test_search_accepts_an_image_or_a_text(tmp_path, model, image_folder, embedder):
     index = tmp_path / "index.parquet"
-    embed(model, pictures, index)
-    names, _, features, _ = read(index)
-    first = search(index, image=pictures / "more" / "a.png", top=1)
-    assert first == [Match(pytest.approx(1, abs=1e-5), "more/a.png", None, str(pictures))]
-    found = search(index, "A red dog.", top=3)
+    embed(model, image_folder, index)
+    names, _, features, _ = read_index(index)
+    first = search(index, image=image_folder / "more" / "a.png", top=1)
+    assert first == [Match(pytest.approx(1, abs=1e-5), "more/a.png", None, str(image_folder))]
+    matches = search(index, "A red dog.", top=3)
     order = np.argsort(-(features @ embedder.texts(["A red dog."])[0]))[:3]
-    assert [match.name for match in found] == [names[row] for row in order]
+    assert [match.name for match in matches] == [names[row] for row in order]
 
 
-def test_equal_ones_come_in_the_indexs_order(tmp_path, model):
+def test_ties_keep_the_order_of_the_index(tmp_path, model):
     texts = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]]
-    embed(model, lines(tmp_path / "texts.txt", texts), tmp_path / "index.npy", batch_size=1)
-    found = search(tmp_path / "index.npy", TEXTS[0])
-    assert [match.name.rpartition(":")[2] for match in found] == ["1", "3", "4", "2"]
+    embed(model, write_lines(tmp_path / "texts.txt", texts), tmp_path / "index.npy", batch_size=1)
+    matches = search(tmp_path / "index.npy", TEXTS[0])
+    assert [match.name.rpartition(":")[2] for match in matches] == ["1", "3", "4", "2"]
 
 
-def test_the_model_is_remembered_and_may_move(tmp_path, model):
+def test_the_index_records_its_model_which_may_move(tmp_path, model):
     copy = shutil.copytree(model, tmp_path / "copy")
     index = tmp_path / "index.parquet"
-    embed(copy, lines(tmp_path / "texts.txt", TEXTS), index)
+    embed(copy, write_lines(tmp_path / "texts.txt", TEXTS), index)
     expected = search(index, TEXTS[3])
     copy.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match=r"made by a model in .*copy, which does not exist; give its"):
@@ -433,10 +433,10 @@ def test_the_model_is_remembered_and_may_move(tmp_path, model):
         search(index, TEXTS[3], model=tmp_path / "else")
 
 
-def test_other_weights_are_an_error(tmp_path, model, tiny_tower):
+def test_changed_weights_are_an_error(tmp_path, model, tiny_tower):
     other = save_tiny_model(tmp_path / "model", tiny_tower, seed=2)
     index = tmp_path / "index.parquet"
-    embed(other, lines(tmp_path / "texts.txt", TEXTS[:2]), index)
+    embed(other, write_lines(tmp_path / "texts.txt", TEXTS[:2]), index)
     with pytest.raises(ValueError, match=r"weights in .* are not those that made .*index\.parquet; give the model"):
         search(index, TEXTS[0], model=model)
     shutil.copyfile(model / "model.safetensors", other / "model.safetensors")
@@ -457,52 +457,52 @@ def test_other_weights_are_an_error(tmp_path, model, tiny_tower):
         ({"image": Path(__file__)}, r"test_embedding\.py: not a readable image"),
     ],
 )
-def test_a_wrong_query_is_an_error(indexes, query, message):
+def test_invalid_queries_are_errors(indexes, query, message):
     with pytest.raises(ValueError, match=message):
         search(indexes / "texts.parquet", **query)
 
 
-# --- the program ------------------------------------------------------------------------------------------------------
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
-    """Runs the program in this process; gives its status, or the message it ends with."""
+    """Runs the command in this process; returns its status or its error message."""
     monkeypatch.setattr(sys, "argv", ["lotlip", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.run()
     return end.value.code
 
 
-def test_the_program_embeds_and_searches(monkeypatch, capsys, tmp_path, model, pictures):
+def test_the_command_embeds_and_searches(monkeypatch, capsys, tmp_path, model, image_folder):
     index = tmp_path / "index.parquet"
-    (pictures / "broken.png").write_bytes(b"wrong")
-    assert program(monkeypatch, "embed", model, pictures, "--out", index, "--batch-size", "3") == 0
+    (image_folder / "broken.png").write_bytes(b"wrong")
+    assert program(monkeypatch, "embed", model, image_folder, "--out", index, "--batch-size", "3") == 0
     out, err = capsys.readouterr()
     assert out == ""
     assert "8/8" in err
-    left, last = err.splitlines()[-2:]
-    assert left.startswith("broken.png left out: not a readable image")
-    assert last == f"{index}: 7 features of size 32, 1 left out"
+    warning, summary = err.splitlines()[-2:]
+    assert warning.startswith("broken.png left out: not a readable image")
+    assert summary == f"{index}: 7 features of size 32, 1 left out"
 
-    assert program(monkeypatch, "search", index, "--image", pictures / "z.png", "--top", "2") == 0
+    assert program(monkeypatch, "search", index, "--image", image_folder / "z.png", "--top", "2") == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == "   1  1.0000  z.png"
     assert second.startswith("   2  ")
 
     assert program(monkeypatch, "search", index, "A red dog.", "--json", "--top", "3", "--model", model) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found == [vars(match) for match in search(index, "A red dog.", top=3)]
+    matches = json.loads(capsys.readouterr().out)
+    assert matches == [vars(match) for match in search(index, "A red dog.", top=3)]
 
 
-def test_the_program_shows_the_beginning_of_a_text(monkeypatch, capsys, tmp_path, model):
+def test_the_command_shows_the_beginning_of_a_text(monkeypatch, capsys, tmp_path, model):
     text = "word " * 80
-    source, index = lines(tmp_path / "texts.txt", [text, "short"]), tmp_path / "index.npy"
+    source, index = write_lines(tmp_path / "texts.txt", [text, "short"]), tmp_path / "index.npy"
     assert program(monkeypatch, "embed", model, source, "--out", index, "--kind", "texts") == 0
     capsys.readouterr()
     assert program(monkeypatch, "search", index, text, "--top", "1") == 0
     assert capsys.readouterr().out == f"   1  1.0000  {source.as_posix()}:1  {'word ' * 19}…\n"
 
 
-def test_the_program_says_what_is_wrong_in_one_line(monkeypatch, tmp_path):
+def test_the_command_reports_an_error_in_one_line(monkeypatch, tmp_path):
     message = f"error: the index {tmp_path}/index.npy does not exist; write it with `lotlip embed`"
     assert program(monkeypatch, "search", tmp_path / "index.npy", "a dog") == message

@@ -1,4 +1,4 @@
-"""Models of any kind are encoded as their own libraries encode them, and say how."""
+"""Encoders of every kind of model agree with its library and report their protocol."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lotlip.evaluate.encoders import Runner
 from lotlip.evaluate.models import open_encoder
 from lotlip.importing.official import import_official
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
-from tests.test_processing import encoded, picture
+from tests.test_processing import encoded, make_image
 from tests.tiny_baselines import (
     CLIP_LENGTH,
     OPEN_CLIP_LENGTH,
@@ -42,7 +42,7 @@ KINDS = ("clip", "siglip", "open_clip", "lotlip", "official")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> dict[str, Path]:
-    """A folder for each kind of model; tests leave them as they are."""
+    """A folder for each kind of model; tests do not change them."""
     root = tmp_path_factory.mktemp("models")
     import_official(write_checkpoint("m2", root), root / "official", IMAGE_TOWER, write_text_config("m2", root))
     return {
@@ -56,10 +56,10 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> dict[s
 
 @pytest.fixture(scope="module")
 def images() -> list[bytes]:
-    """Upright, lying and square ones; one is transparent, one small."""
+    """Portrait, landscape and square images; one is transparent, one is small."""
     sizes = [(51, 40), (30, 70), (24, 24), (90, 31)]
-    found = [encoded(picture(size=size, seed=seed)) for seed, size in enumerate(sizes)]
-    return [*found, encoded(picture("RGBA", (40, 33), seed=9)), encoded(picture(size=(9, 7), seed=10))]
+    opaque = [encoded(make_image(size=size, seed=seed)) for seed, size in enumerate(sizes)]
+    return [*opaque, encoded(make_image("RGBA", (40, 33), seed=9)), encoded(make_image(size=(9, 7), seed=10))]
 
 
 def decoded(images: list[bytes]) -> list[Image.Image]:
@@ -67,17 +67,17 @@ def decoded(images: list[bytes]) -> list[Image.Image]:
 
 
 def by_transformers(folder: Path, texts: list[str], images: list[bytes], **padding: Any) -> tuple[Any, Any]:
-    """What the whole model compares, texts and images one by one."""
+    """Features by transformers, one text at a time."""
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
     model = AutoModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     pixels = AutoImageProcessor.from_pretrained(folder)(images=decoded(images), return_tensors="pt")
     with torch.inference_mode():
-        found = [
+        outputs = [
             model(**tokenizer([text], truncation=True, return_tensors="pt", **padding), **pixels) for text in texts
         ]
-    return torch.cat([one.text_embeds for one in found]), found[0].image_embeds
+    return torch.cat([one.text_embeds for one in outputs]), outputs[0].image_embeds
 
 
 def by_open_clip(folder: Path, texts: list[str], images: list[bytes]) -> tuple[Any, Any]:
@@ -104,48 +104,50 @@ def by_open_clip(folder: Path, texts: list[str], images: list[bytes]) -> tuple[A
         ("official", by_transformers),
     ],
 )
-def test_features_are_those_of_the_models_own_library(models, images, kind, expect, batch_size):
+def test_features_equal_those_of_the_models_library(models, images, kind, expect, batch_size):
     expected_texts, expected_images = expect(models[kind], TEXTS, images)
     encoder = open_encoder(str(models[kind]), batch_size, "cpu")
     texts, mask = encoder.texts(TEXTS)
     assert mask is None
     torch.testing.assert_close(texts, expected_texts, atol=1e-5, rtol=0)
     torch.testing.assert_close(encoder.images(iter(images)), expected_images, atol=1e-5, rtol=0)
-    assert torch.pdist(texts).min() > 1e-3  # or any order would do
+    assert torch.pdist(texts).min() > 1e-3  # otherwise the order would not matter
 
 
 @pytest.mark.parametrize(("kind", "length"), [("clip", CLIP_LENGTH), ("open_clip", OPEN_CLIP_LENGTH)])
-def test_a_long_text_is_cut_and_keeps_its_end(models, kind, length):
-    """What is left is the text of so many words with a start and an end, and nothing behind it matters."""
+def test_a_long_text_is_truncated_before_its_end_token(models, kind, length):
+    """The kept words are surrounded by start and end tokens; words after them do not matter."""
     encoder = open_encoder(str(models[kind]))
     words = ["a", "b", "c", "d"] * 20
-    whole, cut, shorter = encoder.texts([" ".join(words[:number]) for number in (80, length - 2, length - 3)])[0]
-    torch.testing.assert_close(whole, cut)
-    assert (whole - shorter).norm() > 1e-2
+    long, longest_kept, shorter = encoder.texts([" ".join(words[:number]) for number in (80, length - 2, length - 3)])[
+        0
+    ]
+    torch.testing.assert_close(long, longest_kept)
+    assert (long - shorter).norm() > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bf16_is_near_fp32_and_comes_back_as_fp32(models, images, kind):
+def test_bf16_features_are_near_fp32_and_returned_as_fp32(models, images, kind):
     exact, rounded = (open_encoder(str(models[kind]), precision=precision) for precision in ("fp32", "bf16"))
-    for found, expected in (
+    for features, expected in (
         (rounded.texts(TEXTS)[0], exact.texts(TEXTS)[0]),
         (rounded.images(images), exact.images(images)),
     ):
-        assert found.dtype == expected.dtype == torch.float32
-        assert not torch.equal(found, expected)
-        assert (found * expected).sum(dim=1).min() > 0.99
-        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(found)))
+        assert features.dtype == expected.dtype == torch.float32
+        assert not torch.equal(features, expected)
+        assert (features * expected).sum(dim=1).min() > 0.99
+        torch.testing.assert_close(features.norm(dim=1), torch.ones(len(features)))
     assert (exact.protocol()["precision"], rounded.protocol()["precision"]) == ("fp32", "bf16")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_batch_is_told(models, images, kind):
-    seen: list[int] = []
-    encoder = open_encoder(str(models[kind]), 2, on_batch=seen.append)
+def test_on_batch_gets_the_size_of_every_batch(models, images, kind):
+    sizes: list[int] = []
+    encoder = open_encoder(str(models[kind]), 2, on_batch=sizes.append)
     encoder.texts(TEXTS)
-    assert seen == [2, 2, 1]
+    assert sizes == [2, 2, 1]
     encoder.images(images)
-    assert seen == [2, 2, 1, 2, 2, 2]
+    assert sizes == [2, 2, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -157,7 +159,7 @@ def test_a_broken_image_is_an_error(models, images, kind):
 # --- protocol -----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_of_this_project_tells_how_it_is_run(models):
+def test_protocol_of_a_model_of_this_project(models):
     about = open_encoder(str(models["official"])).protocol()
     assert (about["kind"], about["context_length"], about["image_size"]) == ("lotlip", 128, 160)
     assert about["weights_sha256"] == weights_hash(models["official"])
@@ -183,17 +185,17 @@ def test_a_model_of_this_project_tells_how_it_is_run(models):
         ),
     ],
 )
-def test_other_models_tell_how_they_are_run(models, kind, length, about, preprocessing):
-    found = open_encoder(str(models[kind])).protocol()
-    assert (found["model"], found["kind"]) == (str(models[kind]), about)
-    assert (found["context_length"], found["image_size"], found["similarity"]) == (length, SIZE, "cosine")
-    assert preprocessing in found["preprocessing"]
-    assert f"torch {torch.__version__.partition('+')[0]}, " in found["libraries"]
-    json.dumps(found)
+def test_protocol_of_other_models(models, kind, length, about, preprocessing):
+    protocol = open_encoder(str(models[kind])).protocol()
+    assert (protocol["model"], protocol["kind"]) == (str(models[kind]), about)
+    assert (protocol["context_length"], protocol["image_size"], protocol["similarity"]) == (length, SIZE, "cosine")
+    assert preprocessing in protocol["preprocessing"]
+    assert f"torch {torch.__version__.partition('+')[0]}, " in protocol["libraries"]
+    json.dumps(protocol)
 
 
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
-def test_the_hash_tells_one_weight_from_another(models, tmp_path, kind):
+def test_the_weights_hash_changes_with_one_weight(models, tmp_path, kind):
     from safetensors.torch import load_file, save_file
 
     folder = shutil.copytree(models[kind], tmp_path / "copy")
@@ -206,19 +208,21 @@ def test_the_hash_tells_one_weight_from_another(models, tmp_path, kind):
     assert open_encoder(str(folder)).protocol()["weights_sha256"] != first
 
 
-# --- which model --------------------------------------------------------------------------------------------------
+# --- opening models -----------------------------------------------------------------------------------------------
 
 
-def test_an_architecture_of_open_clip_with_a_file_is_the_same_as_its_folder(models, tmp_path, images):
+def test_an_open_clip_architecture_with_a_file_equals_its_folder(models, tmp_path, images):
     name = register_open_clip(tmp_path, "tiny-file")
     file = models["open_clip"] / "open_clip_model.safetensors"
     named, folder = open_encoder(f"open_clip:{name}:{file}"), open_encoder(f"open_clip:local-dir:{models['open_clip']}")
     torch.testing.assert_close(named.texts(TEXTS)[0], folder.texts(TEXTS)[0])
     assert named.protocol()["weights_sha256"] == folder.protocol()["weights_sha256"]
-    assert named.protocol()["preprocessing"] != folder.protocol()["preprocessing"]  # open_clip's default, not its own
+    assert (
+        named.protocol()["preprocessing"] != folder.protocol()["preprocessing"]
+    )  # open_clip's default instead of the folder's
 
 
-def test_weights_in_torchs_format_are_read_as_tensors_alone(models, tmp_path):
+def test_torch_weights_are_read_as_tensors_only(models, tmp_path):
     from safetensors.torch import load_file
 
     folder = shutil.copytree(models["clip"], tmp_path / "copy")
@@ -233,19 +237,19 @@ def test_weights_in_torchs_format_are_read_as_tensors_alone(models, tmp_path):
         open_encoder(str(folder))
 
 
-def bert(folder: Path) -> None:
+def as_bert(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "bert"}))
 
 
-def own_code(folder: Path) -> None:
+def with_code(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "code.Config", "AutoModel": "code.Model"}
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "auto_map": auto}))
     (folder / "code.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
 
 
-def without_a_weight(folder: Path) -> None:
+def drop_weight(folder: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     weights = load_file(folder / "model.safetensors")
@@ -256,15 +260,15 @@ def without_a_weight(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (bert, "a bert is not a dual encoder of images and texts; a model must be the folder"),
-        (own_code, "cannot be loaded: .*custom code"),
-        (without_a_weight, r"lacks weights of a clip: text_projection\.weight"),
+        (as_bert, "a bert is not a dual encoder of images and texts; a model must be the folder"),
+        (with_code, "cannot be loaded: .*custom code"),
+        (drop_weight, r"lacks weights of a clip: text_projection\.weight"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights: there is neither model"),
         (lambda folder: (folder / "preprocessor_config.json").unlink(), "cannot be loaded: "),
         (lambda folder: (folder / "config.json").unlink(), "neither a config.json with a model_type nor an open_clip"),
     ],
 )
-def test_what_is_wrong_with_a_folder_is_said(models, tmp_path, spoil, message):
+def test_an_invalid_model_folder_is_an_error(models, tmp_path, spoil, message):
     folder = shutil.copytree(models["clip"], tmp_path / "copy")
     spoil(folder)
     with pytest.raises(ValueError, match=message) as error:
@@ -286,9 +290,9 @@ def test_the_code_of_a_tokenizer_is_not_run(models, tmp_path):
     assert not (folder / "ran").exists()
 
 
-def test_the_code_of_a_text_tower_is_not_run_even_if_the_terminal_says_yes(models, tmp_path, monkeypatch):
+def test_the_code_of_a_text_tower_is_not_run_even_if_the_user_agrees(models, tmp_path, monkeypatch):
     tower = shutil.copytree(models["clip"], tmp_path / "tower")
-    own_code(tower)
+    with_code(tower)
     folder = shutil.copytree(models["open_clip"], tmp_path / "copy")
     about = json.loads((folder / "open_clip_config.json").read_text())
     about["model_cfg"]["text_cfg"] |= {"hf_model_name": str(tower)}
@@ -314,18 +318,18 @@ def test_the_code_of_a_text_tower_is_not_run_even_if_the_terminal_says_yes(model
         ("open_clip:hf-hub:nobody/nothing", "open_clip:hf-hub:nobody/nothing cannot be loaded"),
     ],
 )
-def test_a_model_that_is_not_there_is_one_line(model, message):
+def test_a_missing_model_is_an_error_of_one_line(model, message):
     with pytest.raises(ValueError, match=message) as error:
         open_encoder(model)
     assert len(str(error.value).splitlines()) == 1
 
 
-def test_a_checkpoint_of_the_authors_must_be_imported_first(tmp_path):
+def test_a_released_checkpoint_must_be_imported_first(tmp_path):
     with pytest.raises(ValueError, match=r"is a file; .*`lotlip import-official`"):
         open_encoder(str(write_checkpoint("m2", tmp_path)))
 
 
-def test_wrong_arguments_are_errors(models):
+def test_invalid_arguments_are_errors(models):
     with pytest.raises(ValueError, match="unknown precision 'fp8'; choose fp32 or bf16"):
         Runner(precision="fp8")
     with pytest.raises(ValueError, match="batch_size is 0"):

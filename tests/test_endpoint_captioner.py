@@ -1,4 +1,4 @@
-"""The captioner behind a server: against a real one on loopback that fails in every way that real ones do."""
+"""The endpoint captioner, with a server on loopback that fails like real ones."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ from tests.captioning_server import (
     CaptioningServer,
     aborted,
     broken,
+    caption_for,
+    caption_text,
+    cut_off,
     dropped,
-    halved,
-    saying,
+    retry_soon,
     silent,
-    soon,
     status,
     web_page,
-    words_for,
 )
 
-# The picture that a server is tried with is white and larger than the tests'.
+# The trial image of the captioner is white and larger than the images of these tests.
 SIZE = (8, 8)
 
 
@@ -54,14 +54,14 @@ def no_key(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def picture(number: int, file_format: str = "PNG") -> bytes:
+def image_bytes(number: int, file_format: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", SIZE, (number % 256, number // 256, 99)).save(file, file_format)
     return file.getvalue()
 
 
 def record(number: int, image: bytes | None = None) -> ImageRecord:
-    return ImageRecord(f"k{number}", picture(number) if image is None else image, "png", "a dog", *SIZE, "")
+    return ImageRecord(f"k{number}", image_bytes(number) if image is None else image, "png", "a dog", *SIZE, "")
 
 
 def records(count: int) -> list[ImageRecord]:
@@ -88,29 +88,31 @@ def is_trial(image: bytes) -> bool:
         return file.size != SIZE
 
 
-def spoilt(fault, tries: int = 1, which=lambda number: number % 3 == 0, count: int = 64):
-    """A plan: the first tries of some pictures go wrong."""
-    bad = {picture(number) for number in range(count) if which(number)}
+def fail_first(fault, tries: int = 1, which=lambda number: number % 3 == 0, count: int = 64):
+    """A plan of the server: the first attempts of some images fail."""
+    bad = {image_bytes(number) for number in range(count) if which(number)}
     return lambda image, number: fault if image in bad and number <= tries else None
 
 
-def assert_all_there(found: list[Caption | Failure], count: int) -> None:
-    assert [item.key for item in found] == [f"k{number}" for number in range(count)]
-    assert [getattr(item, "text", None) for item in found] == [words_for(picture(number)) for number in range(count)]
+def assert_all_captioned(items: list[Caption | Failure], count: int) -> None:
+    assert [item.key for item in items] == [f"k{number}" for number in range(count)]
+    assert [getattr(item, "text", None) for item in items] == [
+        caption_for(image_bytes(number)) for number in range(count)
+    ]
 
 
-# --- what is asked and answered -----------------------------------------------------------------------------------
+# --- requests and answers -----------------------------------------------------------------------------------------
 
 
-def test_every_picture_gets_its_own_caption_in_order():
+def test_every_image_gets_its_own_caption_in_order():
     with CaptioningServer() as server:
         llava = captioner(server.url, prompt="What is it?", max_tokens=7, seed=3)
-        found = list(llava.caption(records(20)))
-    assert_all_there(found, 20)
-    text = words_for(picture(0))
+        captions = list(llava.caption(records(20)))
+    assert_all_captioned(captions, 20)
+    text = caption_for(image_bytes(0))
     parts = [part.strip() for part in text.split(".") if part]
-    assert found[0] == Caption("k0", "llava", text, parts, words(text), "stop", f"{MODEL}@abc", "What is it?")
-    (request,) = [request for request in server.requests if _image(request) == picture(5)]
+    assert captions[0] == Caption("k0", "llava", text, parts, words(text), "stop", f"{MODEL}@abc", "What is it?")
+    (request,) = [request for request in server.requests if _image(request) == image_bytes(5)]
     assert {key: value for key, value in request.items() if key != "messages"} == {
         "model": MODEL,
         "max_tokens": 7,
@@ -125,11 +127,11 @@ def _image(request: dict) -> bytes:
     return base64.b64decode(request["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2])
 
 
-def test_what_decides_a_caption_is_told_and_nothing_else():
-    one = captioner("http://127.0.0.1:1/v1", concurrency=2, temperature=0.5)
-    other = captioner("http://127.0.0.1:2/v1", concurrency=4, temperature=0.5, timeout_seconds=9, retries=1)
-    assert json.loads(json.dumps(one.about)) == one.about == other.about
-    assert one.about == {
+def test_about_holds_only_settings_that_decide_captions():
+    first = captioner("http://127.0.0.1:1/v1", concurrency=2, temperature=0.5)
+    second = captioner("http://127.0.0.1:2/v1", concurrency=4, temperature=0.5, timeout_seconds=9, retries=1)
+    assert json.loads(json.dumps(first.about)) == first.about == second.about
+    assert first.about == {
         "kind": "endpoint",
         "model": MODEL,
         "revision": "abc",
@@ -140,136 +142,141 @@ def test_what_decides_a_caption_is_told_and_nothing_else():
 
 
 @pytest.mark.parametrize(("file_format", "kind"), [("PNG", "png"), ("JPEG", "jpeg"), ("WEBP", "webp")])
-def test_pictures_are_sent_as_they_are_stored(file_format, kind):
-    image = picture(1, file_format)
+def test_images_are_sent_as_stored(file_format, kind):
+    image = image_bytes(1, file_format)
     with CaptioningServer() as server:
-        (found,) = captioner(server.url).caption([record(0, image)])
-    assert found.text == words_for(image)
+        (caption,) = captioner(server.url).caption([record(0, image)])
+    assert caption.text == caption_for(image)
     assert server.requests[-1]["messages"][0]["content"][0]["image_url"]["url"].startswith(f"data:image/{kind};base64,")
 
 
-def test_a_format_that_servers_may_not_know_is_sent_as_png():
+def test_an_uncommon_format_is_sent_as_png():
     with CaptioningServer() as server:
-        (found,) = captioner(server.url).caption([record(0, picture(1, "BMP"))])
-    assert found.text == words_for(picture(1))
+        (caption,) = captioner(server.url).caption([record(0, image_bytes(1, "BMP"))])
+    assert caption.text == caption_for(image_bytes(1))
 
 
-def test_images_are_read_as_they_are_needed():
-    taken = []
+def test_images_are_read_when_they_are_needed():
+    read = []
     with CaptioningServer() as server:
-        given = captioner(server.url, concurrency=2).caption(taken.append(one) or one for one in records(50))
-        assert next(given).key == "k0"
-        assert len(taken) == 4
-        assert len(list(given)) == 49
+        captions = captioner(server.url, concurrency=2).caption(read.append(one) or one for one in records(50))
+        assert next(captions).key == "k0"
+        assert len(read) == 4
+        assert len(list(captions)) == 49
 
 
-def test_no_more_requests_are_in_flight_than_allowed_whatever_the_number_of_units():
+def test_units_share_the_limit_of_requests_in_flight():
     with CaptioningServer(seconds=0.03) as server:
-        authors = [captioner(server.url, concurrency=3), captioner(server.url, concurrency=3)]  # as a process might
+        authors = [captioner(server.url, concurrency=3), captioner(server.url, concurrency=3)]  # as in one process
         with ThreadPoolExecutor(4) as pool:
             units = list(pool.map(lambda author: list(author.caption(records(12))), authors * 2))
-    for found in units:
-        assert_all_there(found, 12)
-    assert server.most_at_once == 3
+    for captions in units:
+        assert_all_captioned(captions, 12)
+    assert server.max_in_flight == 3
 
 
-def test_nothing_is_left_behind_when_the_captions_are_not_wanted_any_more():
+def test_closing_the_captions_ends_threads_and_connections():
     before = set(threading.enumerate())
     with CaptioningServer(seconds=0.1) as server:
         started = time.monotonic()
-        given = captioner(server.url, concurrency=4).caption(records(1000))
-        next(given)
-        given.close()
-        assert time.monotonic() - started < 15  # all of them take 25 s
-        left = [thread.name for thread in threading.enumerate() if thread.name.startswith("caption-")]
-        assert left == []
+        captions = captioner(server.url, concurrency=4).caption(records(1000))
+        next(captions)
+        captions.close()
+        assert time.monotonic() - started < 15  # all captions take 25 s
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("caption-")]
+        assert threads == []
         assert _connections_to(server.server_port) == 0
     assert {thread for thread in set(threading.enumerate()) - before if not thread.daemon} == set()
 
 
-def test_a_request_in_flight_is_not_tried_again_when_the_captions_are_not_wanted_any_more():
-    with CaptioningServer(spoilt(silent, 9, lambda number: number == 1)) as server:
-        given = captioner(server.url, concurrency=2, timeout_seconds=2, retries=9).caption(records(2))
-        next(given)
+def test_closing_the_captions_stops_retries():
+    with CaptioningServer(fail_first(silent, 9, lambda number: number == 1)) as server:
+        captions = captioner(server.url, concurrency=2, timeout_seconds=2, retries=9).caption(records(2))
+        next(captions)
         started = time.monotonic()
-        given.close()
-        assert time.monotonic() - started < 12  # ten tries take 20 s
-        assert server.tries[picture(1)] <= 2
+        captions.close()
+        assert time.monotonic() - started < 12  # ten attempts take 20 s
+        assert server.attempts[image_bytes(1)] <= 2
 
 
 def _connections_to(port: int) -> int:
-    own = psutil.Process().net_connections("tcp")
-    return sum(bool(found.raddr) and found.raddr.port == port and found.status == "ESTABLISHED" for found in own)
+    connections = psutil.Process().net_connections("tcp")
+    return sum(
+        bool(connection.raddr) and connection.raddr.port == port and connection.status == "ESTABLISHED"
+        for connection in connections
+    )
 
 
-# --- what the server is to blame for ------------------------------------------------------------------------------
+# --- faults of the server -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", [soon(429), soon(500), soon(503), dropped, halved, broken, web_page, aborted])
-def test_a_request_that_fails_is_tried_again_and_nothing_is_lost_or_doubled(fault):
-    with CaptioningServer(spoilt(fault, which=lambda number: number % 4 == 0)) as server:
-        found = list(captioner(server.url, concurrency=4, retries=2).caption(records(9)))
-    assert_all_there(found, 9)
-    assert [server.tries[picture(number)] for number in range(9)] == [2, 1, 1, 1, 2, 1, 1, 1, 2]
+@pytest.mark.parametrize(
+    "fault", [retry_soon(429), retry_soon(500), retry_soon(503), dropped, cut_off, broken, web_page, aborted]
+)
+def test_failed_requests_are_retried_without_loss_or_duplicates(fault):
+    with CaptioningServer(fail_first(fault, which=lambda number: number % 4 == 0)) as server:
+        captions = list(captioner(server.url, concurrency=4, retries=2).caption(records(9)))
+    assert_all_captioned(captions, 9)
+    assert [server.attempts[image_bytes(number)] for number in range(9)] == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
-def test_a_request_that_takes_too_long_is_tried_again():
-    with CaptioningServer(spoilt(silent)) as server:
-        found = list(captioner(server.url, timeout_seconds=2).caption(records(7)))
-    assert_all_there(found, 7)
+def test_a_request_that_times_out_is_retried():
+    with CaptioningServer(fail_first(silent)) as server:
+        captions = list(captioner(server.url, timeout_seconds=2).caption(records(7)))
+    assert_all_captioned(captions, 7)
 
 
-def test_the_server_says_how_long_to_wait():
-    with CaptioningServer(spoilt(status(429, Retry_After="1.2"), which=lambda number: number == 1)) as server:
+def test_retry_after_is_respected():
+    with CaptioningServer(fail_first(status(429, Retry_After="1.2"), which=lambda number: number == 1)) as server:
         author = captioner(server.url)
         author.check()
         started = time.monotonic()
-        assert_all_there(list(author.caption(records(2))), 2)
+        assert_all_captioned(list(author.caption(records(2))), 2)
         assert time.monotonic() - started > 1.1
 
 
-@pytest.mark.parametrize("fault", [soon(500), soon(429), aborted])
-def test_a_picture_that_fails_at_every_try_is_a_failure_when_the_server_lives(fault):
-    with CaptioningServer(spoilt(fault, 99, lambda number: number == 4)) as server:
-        found = list(captioner(server.url, retries=1, concurrency=2).caption(records(5)))
-    assert_all_there(found[:4], 4)
-    assert (found[4].key, found[4].kind) == ("k4", "server")
-    assert "failed with this picture at every attempt: " in found[4].reason
-    assert server.tries[picture(4)] == 2
+@pytest.mark.parametrize("fault", [retry_soon(500), retry_soon(429), aborted])
+def test_an_image_that_fails_at_every_attempt_is_a_failure(fault):
+    with CaptioningServer(fail_first(fault, 99, lambda number: number == 4)) as server:
+        captions = list(captioner(server.url, retries=1, concurrency=2).caption(records(5)))
+    assert_all_captioned(captions[:4], 4)
+    assert (captions[4].key, captions[4].kind) == ("k4", "server")
+    assert "failed with this picture at every attempt: " in captions[4].reason
+    assert server.attempts[image_bytes(4)] == 2
 
 
-def test_a_server_that_fails_all_of_a_sudden_is_no_reason_to_give_pictures_up():
-    seen = []
+def test_a_server_that_stops_working_fails_the_unit():
+    images = []
 
     def plan(image, number):
-        seen.append(image)
-        return soon(503) if len(seen) > 6 else None
+        images.append(image)
+        return retry_soon(503) if len(images) > 6 else None
 
     with CaptioningServer(plan) as server, pytest.raises(ConnectionError, match=r"no longer returns captions.*503"):
         list(captioner(server.url, retries=1, concurrency=4).caption(records(30)))
 
 
 @pytest.mark.integration
-def test_a_server_that_is_killed_midway_fails_the_unit_and_can_come_back(tmp_path):
+def test_a_unit_resumes_after_its_server_was_killed(tmp_path):
     port, unit = free_port(), "train/part-00000"
     author = captioner(f"http://127.0.0.1:{port}/v1", concurrency=3, retries=1)
     server = _start_server(port)
     try:
-        given = author.caption(records(40))
-        first = [next(given) for _ in range(5)]
+        captions = author.caption(records(40))
+        first = [next(captions) for _ in range(5)]
         end_group(server)
         with pytest.raises(ConnectionError, match=rf"127\.0\.0\.1:{port}/v1 no longer returns captions.*restart it"):
-            list(given)
-        with pytest.raises(ConnectionError):  # still gone
+            list(captions)
+        with pytest.raises(ConnectionError):  # the server is down
             write_captions(unit, author.caption(records(40)), 40, tmp_path)
         assert finished(unit, tmp_path) is None
         server = _start_server(port)
         report = write_captions(unit, author.caption(records(40)), 40, tmp_path)
     finally:
         end_group(server)
-    assert_all_there(first, 5)
+    assert_all_captioned(first, 5)
     assert (finished(unit, tmp_path), report.written) == (report, 40)
-    assert list(read_captions(tmp_path, unit)["text"]) == [words_for(picture(number)) for number in range(40)]
+    assert list(read_captions(tmp_path, unit)["text"]) == [caption_for(image_bytes(number)) for number in range(40)]
 
 
 def _start_server(port: int) -> subprocess.Popen:
@@ -290,7 +297,7 @@ def _await(url: str, server: subprocess.Popen, seconds: float) -> None:
             time.sleep(0.05)
 
 
-# --- what a picture is to blame for -------------------------------------------------------------------------------
+# --- faults of an image -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,55 +307,59 @@ def _await(url: str, server: subprocess.Popen, seconds: float) -> None:
         (status(413), "rejected", "413"),
         (status(422), "rejected", "422"),
         (status(400, "not for me", "content_filter"), "refused", "not for me"),
-        (saying("", "content_filter"), "refused", "content filter"),
-        (saying(None, refusal="I cannot do that"), "refused", "I cannot do that"),
-        (saying(" \n"), "empty", "without words"),
-        (saying("!!! 🐕"), "empty", "without words"),
-        (saying(None, "length"), "empty", "finish reason length"),
+        (caption_text("", "content_filter"), "refused", "content filter"),
+        (caption_text(None, refusal="I cannot do that"), "refused", "I cannot do that"),
+        (caption_text(" \n"), "empty", "without words"),
+        (caption_text("!!! 🐕"), "empty", "without words"),
+        (caption_text(None, "length"), "empty", "finish reason length"),
     ],
 )
-def test_a_picture_that_gets_no_caption_has_its_reason_and_is_not_tried_again(fault, kind, reason):
-    with CaptioningServer(spoilt(fault, 99, lambda number: number == 1)) as server:
+def test_an_image_without_a_caption_has_a_reason_and_is_not_retried(fault, kind, reason):
+    with CaptioningServer(fail_first(fault, 99, lambda number: number == 1)) as server:
         first, bad, last = captioner(server.url).caption(records(3))
     assert isinstance(first, Caption) and isinstance(last, Caption)
     assert (bad.key, bad.where, bad.kind) == ("k1", "k1", kind)
     assert reason in bad.reason
-    assert server.tries[picture(1)] == 1
+    assert server.attempts[image_bytes(1)] == 1
 
 
-def test_a_caption_that_was_cut_says_so():
-    with CaptioningServer(spoilt(saying("A dog. It r", "length"), which=lambda number: number == 0)) as server:
-        (found,) = captioner(server.url).caption(records(1))
-    assert (found.text, found.finish_reason) == ("A dog. It r", "length")
+def test_a_truncated_caption_has_its_finish_reason():
+    with CaptioningServer(
+        fail_first(caption_text("A dog. It r", "length"), which=lambda number: number == 0)
+    ) as server:
+        (caption,) = captioner(server.url).caption(records(1))
+    assert (caption.text, caption.finish_reason) == ("A dog. It r", "length")
 
 
-@pytest.mark.parametrize("answer", [soon(500), status(400)])
-def test_an_unreadable_picture_is_called_so_whatever_the_server_makes_of_it(answer):
+@pytest.mark.parametrize("answer", [retry_soon(500), status(400)])
+def test_an_unreadable_image_is_reported_whatever_the_server_answers(answer):
     noise = io.BytesIO()
     Image.effect_noise((64, 64), 99).save(noise, "PNG")
     cut = noise.getvalue()[:-2000]
     with CaptioningServer(lambda image, number: answer if image == cut else None) as server:
-        found = list(captioner(server.url, retries=1).caption([record(0, b"no picture"), record(1, cut), record(2)]))
-    assert [getattr(item, "kind", "caption") for item in found] == ["unreadable", "unreadable", "caption"]
-    assert "not a readable image" in found[0].reason
+        captions = list(
+            captioner(server.url, retries=1).caption([record(0, b"not an image"), record(1, cut), record(2)])
+        )
+    assert [getattr(item, "kind", "caption") for item in captions] == ["unreadable", "unreadable", "caption"]
+    assert "not a readable image" in captions[0].reason
 
 
-# --- what a user has to mend --------------------------------------------------------------------------------------
+# --- errors of configuration --------------------------------------------------------------------------------------
 
 
-def test_opening_asks_no_server():
+def test_opening_sends_no_request():
     settings = Settings(kind="endpoint", path="x", url="http://127.0.0.1:9/v1", model="m", revision="r")
     author = open_captioner("llava", settings, "bert-base-uncased")
     assert (author.revision, author.prompt) == ("m@r", settings.prompt)
 
 
-def test_a_server_that_is_not_there_is_an_error_at_first_use():
+def test_an_unreachable_server_is_an_error_at_first_use():
     url = f"http://127.0.0.1:{free_port()}/v1"
     with pytest.raises(ValueError, match=rf"{url} does not respond: .*refused.*`url` of caption\.captioners\.llava"):
         list(captioner(url).caption(records(1)))
 
 
-def test_something_else_than_a_captioning_server_is_an_error_at_first_use():
+def test_another_kind_of_server_is_an_error_at_first_use():
     nameless = [None]
     with (
         CaptioningServer(models=nameless) as server,
@@ -357,7 +368,7 @@ def test_something_else_than_a_captioning_server_is_an_error_at_first_use():
         captioner(server.url).check()
 
 
-def test_a_model_that_the_server_does_not_have_is_an_error_that_says_what_it_has():
+def test_an_unknown_model_is_an_error_listing_the_served_models():
     with (
         CaptioningServer(models=["other/model", "third"]) as server,
         pytest.raises(ValueError, match=rf"does not serve '{MODEL}'; it has: other/model, third; set `model`"),
@@ -367,25 +378,25 @@ def test_a_model_that_the_server_does_not_have_is_an_error_that_says_what_it_has
 
 
 @pytest.mark.parametrize("models", [[], 404, 500, 503])
-def test_a_server_that_lists_nothing_is_tried_out(models):
+def test_a_server_without_a_model_list_gets_a_trial_request(models):
     with CaptioningServer(models=models) as server:
-        assert_all_there(list(captioner(server.url).caption(records(3))), 3)
+        assert_all_captioned(list(captioner(server.url).caption(records(3))), 3)
     assert [is_trial(_image(request)) for request in server.requests] == [True, False, False, False]
 
 
-def test_a_folder_may_be_served_without_being_listed(caplog):
+def test_a_served_folder_need_not_be_listed(caplog):
     with CaptioningServer(models=["cached/model"]) as server, caplog.at_level(logging.WARNING):
         assert len(list(captioner(server.url, model="/models/llava").caption(records(2)))) == 2
     assert "does not list the requested /models/llava; it lists: cached/model" in caplog.text
 
 
-def test_another_folder_than_the_one_that_is_listed_is_an_error():
+def test_a_different_listed_folder_is_an_error():
     with CaptioningServer(models=["/models/llava-13b"]) as server, pytest.raises(ValueError, match="does not serve"):
         captioner(server.url, model="/models/llava-7b").check()
 
 
 @pytest.mark.parametrize("number", [400, 404, 422])
-def test_a_server_that_will_not_take_any_picture_is_no_picture_s_fault(number):
+def test_a_server_that_rejects_every_image_is_an_error(number):
     with CaptioningServer(lambda image, tries: status(number, "not multimodal")) as server:
         with pytest.raises(
             ValueError, match=rf"does not accept requests for '{MODEL}' \(it lists: {MODEL}\).*multimodal"
@@ -394,8 +405,8 @@ def test_a_server_that_will_not_take_any_picture_is_no_picture_s_fault(number):
         assert len(server.requests) == 1
 
 
-def test_a_server_that_fails_the_trial_picture_may_be_asked_again():
-    with CaptioningServer(lambda image, number: soon(500) if number <= 2 else None) as server:
+def test_a_failed_trial_can_be_repeated():
+    with CaptioningServer(lambda image, number: retry_soon(500) if number <= 2 else None) as server:
         author = captioner(server.url, retries=1)
         with pytest.raises(ConnectionError, match="cannot caption a trial picture"):
             author.check()
@@ -404,9 +415,9 @@ def test_a_server_that_fails_the_trial_picture_may_be_asked_again():
         assert len(server.requests) == 3
 
 
-def test_a_model_that_goes_away_midway_stops_the_unit():
+def test_a_model_that_disappears_stops_the_unit():
     with (
-        CaptioningServer(spoilt(status(404, "no such model"), 9)) as server,
+        CaptioningServer(fail_first(status(404, "no such model"), 9)) as server,
         pytest.raises(ValueError, match="such model"),
     ):
         list(captioner(server.url).caption(records(9)))
@@ -416,17 +427,17 @@ def test_a_model_that_goes_away_midway_stops_the_unit():
 def test_the_key_comes_from_the_environment(monkeypatch, variable):
     monkeypatch.setenv(variable, "sesame")
     with CaptioningServer(key="sesame") as server:
-        assert_all_there(list(captioner(server.url).caption(records(2))), 2)
+        assert_all_captioned(list(captioner(server.url).caption(records(2))), 2)
 
 
-def test_the_project_s_own_key_goes_first(monkeypatch):
+def test_the_projects_own_key_has_precedence(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "of another service")
     monkeypatch.setenv("LOTLIP_ENDPOINT_KEY", "sesame")
     with CaptioningServer(key="sesame") as server:
         captioner(server.url).check()
 
 
-def test_a_wrong_key_is_an_error_that_does_not_show_it(monkeypatch, caplog):
+def test_a_wrong_key_is_an_error_that_hides_the_key(monkeypatch, caplog):
     monkeypatch.setenv("LOTLIP_ENDPOINT_KEY", "wrong-secret")
     with (
         CaptioningServer(key="sesame") as server,
@@ -441,12 +452,12 @@ def test_a_wrong_key_is_an_error_that_does_not_show_it(monkeypatch, caplog):
     assert caught.value.__cause__ is None
 
 
-def test_a_server_that_wants_a_key_says_so_when_there_is_none():
+def test_a_missing_key_is_an_error():
     with CaptioningServer(key="sesame") as server, pytest.raises(ValueError, match="rejects requests without a key"):
         captioner(server.url).check()
 
 
-def test_a_key_is_not_sent_in_the_clear_to_another_machine(monkeypatch):
+def test_a_key_is_not_sent_over_plain_http_to_another_machine(monkeypatch):
     captioner("http://gpu-7.example:8000/v1")  # there is no key to protect
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     for url in ("http://127.0.0.1:1/v1", "http://localhost:1/v1", "http://[::1]:1/v1", "https://gpu-7.example/v1"):
@@ -458,7 +469,7 @@ def test_a_key_is_not_sent_in_the_clear_to_another_machine(monkeypatch):
     captioner("http://gpu-7.example:8000/v1")
 
 
-def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch):
+def test_a_local_server_is_reached_without_the_proxy(monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free_port()}")
     monkeypatch.delenv("NO_PROXY", raising=False)
     with CaptioningServer() as server:
@@ -475,7 +486,7 @@ def test_a_proxy_is_not_asked_for_a_server_of_this_machine(monkeypatch):
         ("https://me:sesame@host/v1", "contains a password; remove it and set LOTLIP_ENDPOINT_KEY"),
     ],
 )
-def test_an_address_that_cannot_be_used_is_an_error_that_does_not_show_a_password(tmp_path, url, problem):
+def test_an_invalid_address_is_an_error_that_hides_secrets(tmp_path, url, problem):
     params = Path("params.yaml").read_text(encoding="utf-8")
     entry = f"    gpt: {{kind: endpoint, path: x, url: '{url}', model: m, revision: r}}"
     text = params.replace("  captioners:\n", f"  captioners:\n{entry}\n")
@@ -491,12 +502,12 @@ def test_an_address_that_cannot_be_used_is_an_error_that_does_not_show_a_passwor
 
 @pytest.mark.system
 @pytest.mark.smoke
-def test_transformers_serve_captions_pictures(tmp_path):
+def test_transformers_serve_captions_images(tmp_path):
     from tests.tiny_mllm import save_llava
 
     model, port = save_llava(tmp_path / "tiny-llava"), free_port()
     url = f"http://127.0.0.1:{port}"
-    given = [record(number, picture(number * 13_000)) for number in range(6)]  # of colours far apart
+    images = [record(number, image_bytes(number * 13_000)) for number in range(6)]  # colours far apart
     environment = {**os.environ, "HOME": str(tmp_path), "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
     program = Path(sys.executable).with_name("transformers")
     command = [str(program), "serve", str(model), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
@@ -505,15 +516,15 @@ def test_transformers_serve_captions_pictures(tmp_path):
     try:
         _await(f"{url}/health", server, 600)
         author = captioner(f"{url}/v1", model=str(model), max_tokens=12, concurrency=2)
-        found = list(author.caption(given))
-        again = list(author.caption(given))
+        captions = list(author.caption(images))
+        again = list(author.caption(images))
         with pytest.raises(ValueError, match=r"Server is pinned to .*tiny-llava"):
             captioner(f"{url}/v1", model="other/model").check()
     finally:
         end_group(server)
-    failures = [item for item in found if isinstance(item, Failure)]
+    failures = [item for item in captions if isinstance(item, Failure)]
     assert not failures, (failures, (tmp_path / "log").read_text())
-    assert [item.key for item in found] == [f"k{number}" for number in range(6)]
-    assert len({item.text for item in found}) > 1, found  # it saw the pictures
-    assert {item.finish_reason for item in found} <= {"stop", "length"}
-    assert found == again
+    assert [item.key for item in captions] == [f"k{number}" for number in range(6)]
+    assert len({item.text for item in captions}) > 1, captions  # captions depend on the images
+    assert {item.finish_reason for item in captions} <= {"stop", "length"}
+    assert captions == again

@@ -1,4 +1,4 @@
-"""Images that are evaluated on: found by their bytes, as they are and as ingest stores them, and by their look."""
+"""Images of evaluation sets are found by their bytes, as given or as stored, and by perceptual hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lotlip.ingest.perceptual import HashIndex, near_copies, perceptual_hash, wr
 from lotlip.ingest.sources import open_source
 
 
-def picture(path: Path, seed: int) -> bytes:
+def write_image(path: Path, seed: int) -> bytes:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(seed).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path)
@@ -30,21 +30,21 @@ def picture(path: Path, seed: int) -> bytes:
 
 
 def test_a_folder_of_images_is_hashed(tmp_path):
-    data = picture(tmp_path / "urban" / "image" / "7.png", 1)
+    data = write_image(tmp_path / "urban" / "image" / "7.png", 1)
     (tmp_path / "urban" / "image" / "8.jpg").write_bytes(b"broken, but it may be in the training set as it is")
-    found = image_hashes([tmp_path / "urban"], ImagesConfig())
-    assert found[hashlib.sha256(data).hexdigest()] == str(tmp_path / "urban/image/7.png")
-    assert len(found) == 2
+    hashes = image_hashes([tmp_path / "urban"], ImagesConfig())
+    assert hashes[hashlib.sha256(data).hexdigest()] == str(tmp_path / "urban/image/7.png")
+    assert len(hashes) == 2
 
 
 @pytest.mark.parametrize(
     "images", [ImagesConfig(), ImagesConfig(shorter_side=20, encoding="webp", quality=80)], ids=["kept", "webp"]
 )
-def test_what_is_evaluated_on_is_not_trained_on_however_it_is_stored(tmp_path, images):
+def test_evaluation_images_are_dropped_from_training_however_stored(tmp_path, images):
     for number in range(4):
-        picture(tmp_path / "raw" / f"{number}.png", number)
+        write_image(tmp_path / "raw" / f"{number}.png", number)
         (tmp_path / "raw" / f"{number}.txt").write_text(f"number {number}")
-    picture(tmp_path / "benchmark" / "a.png", 2)
+    write_image(tmp_path / "benchmark" / "a.png", 2)
     settings = FolderSourceConfig(kind="folder", path=tmp_path / "raw", val_share=0, test_share=0)
     source = open_source(settings, images)
     (unit,) = source.units(10)
@@ -55,7 +55,7 @@ def test_what_is_evaluated_on_is_not_trained_on_however_it_is_stored(tmp_path, i
     assert report.failures[0].reason == f"it is in an evaluation set: {tmp_path / 'benchmark/a.png'}"
 
 
-def test_a_folder_without_images_is_named(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="has no image; name folders of images that must not be trained on"):
         image_hashes([tmp_path], ImagesConfig())
 
@@ -66,7 +66,7 @@ DISTANCE = IngestConfig.model_fields["max_evaluation_hash_distance"].default
 
 
 def photo(name: str) -> Image.Image:
-    """A photograph that comes with scikit-learn, 640 × 427."""
+    """A photograph of scikit-learn, 640 × 427."""
     return Image.open(Path(sklearn.datasets.__file__).parent / "images" / f"{name}.jpg")
 
 
@@ -84,17 +84,17 @@ def differing_bits(one: bytes, other: bytes) -> int:
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2])
 @pytest.mark.parametrize("quality", [30, 60, 90])
 @pytest.mark.parametrize("name", ["china", "flower"])
-def test_a_copy_differs_in_few_bits(name, quality, scale):
+def test_hashes_of_copies_differ_in_few_bits(name, quality, scale):
     original = encoded(photo(name), encoding="png")
     assert differing_bits(original, encoded(photo(name), scale, quality=quality)) <= DISTANCE
     assert differing_bits(original, encoded(photo(name), scale, "webp", quality=quality)) <= DISTANCE
 
 
-def test_other_pictures_differ_in_more_bits():
-    whole = {name: photo(name) for name in ("china", "flower")}
+def test_hashes_of_different_images_differ_in_many_bits():
+    photos = {name: photo(name) for name in ("china", "flower")}
     pieces = [
         encoded(image.crop((x, y, x + 213, y + 213)), encoding="png")
-        for image in whole.values()
+        for image in photos.values()
         for x in (0, 213, 426)
         for y in (0, 213)
     ]
@@ -104,26 +104,26 @@ def test_other_pictures_differ_in_more_bits():
 
 
 @pytest.mark.parametrize("distance", [0, 3, 4, 6, 8, 11])
-def test_the_index_finds_what_comparing_all_pairs_finds(distance):
+def test_the_hash_index_agrees_with_comparing_all_pairs(distance):
     rng = np.random.default_rng(distance)
     known = rng.integers(0, 2**64, 300, dtype=np.uint64)
-    asked = np.append(known.repeat(4), rng.integers(0, 2**64, 300, dtype=np.uint64))
-    for row in range(1200):  # 0 to 14 bits, anywhere
+    queries = np.append(known.repeat(4), rng.integers(0, 2**64, 300, dtype=np.uint64))
+    for row in range(1200):  # flips 0 to 14 bits
         for bit in rng.choice(64, rng.integers(15), replace=False):
-            asked[row] ^= np.uint64(1) << np.uint64(bit)
-    bits = np.bitwise_count(asked[:, None] ^ known[None])
+            queries[row] ^= np.uint64(1) << np.uint64(bit)
+    bits = np.bitwise_count(queries[:, None] ^ known[None])
     expected = [[row, each.argmin(), each.min()] for row, each in enumerate(bits) if each.min() <= distance]
     assert 20 < len(expected) < 1200
-    assert HashIndex(known, distance).nearest(asked).tolist() == expected
+    assert HashIndex(known, distance).nearest(queries).tolist() == expected
 
 
-def test_an_index_of_nothing_and_a_search_for_nothing_find_nothing():
+def test_an_empty_index_and_empty_queries_find_nothing():
     none, some = np.empty(0, np.uint64), np.array([7], np.uint64)
-    for known, asked in ((none, some), (some, none), (none, none)):
-        assert HashIndex(known, 6).nearest(asked).tolist() == []
+    for known, queries in ((none, some), (some, none), (none, none)):
+        assert HashIndex(known, 6).nearest(queries).tolist() == []
 
 
-def test_resized_copies_are_left_out_of_the_training_split_alone_and_counted_apart(tmp_path):
+def test_near_copies_are_dropped_from_the_training_split_only(tmp_path):
     raw, benchmark = tmp_path / "raw", tmp_path / "benchmark"
     raw.mkdir(), benchmark.mkdir()
     (benchmark / "china.jpg").write_bytes(encoded(photo("china"), quality=95))
@@ -139,20 +139,20 @@ def test_resized_copies_are_left_out_of_the_training_split_alone_and_counted_apa
     source = open_source(FolderSourceConfig(kind="folder", path=raw, val_share=0, test_share=0), ImagesConfig())
     (unit,) = source.units(10)
     evaluation = image_hashes([benchmark], ImagesConfig())
-    for split, left in (("train", ["near-evaluation", "evaluation"]), ("test", [])):
+    for split, expected in (("train", ["near-evaluation", "evaluation"]), ("test", [])):
         units, hashes, out = (tmp_path / split / folder for folder in ("units", "hashes", "out"))
-        written = write_partitions(replace(unit, split=split), source.read(unit), units, source.split)
-        write_hashes(units, written[0].name, hashes)
+        reports = write_partitions(replace(unit, split=split), source.read(unit), units, source.split)
+        write_hashes(units, reports[0].name, hashes)
         near = near_copies(hashes, perceptual_hashes([benchmark]), DISTANCE)
         failures = [
             failure
-            for report in unique_partitions(units, written, out, evaluation, near)
+            for report in unique_partitions(units, reports, out, evaluation, near)
             for failure in report.failures
         ]
-        assert [failure.kind for failure in failures] == left
-        if left:
+        assert [failure.kind for failure in failures] == expected
+        if expected:
             reason = f"it resembles an image of an evaluation set: {benchmark / 'china.jpg'} ("
             assert failures[0].key == "copy" and failures[0].reason.startswith(reason)
-    # what ingest wrote may be an evaluation set, too: its images of other splits than train
+    # ingested data can be an evaluation set: its images outside the split train
     write_index(tmp_path / "test/out", [], UnitIndex)
     assert sorted(perceptual_hashes([tmp_path / "test/out"])) == [f"{tmp_path / 'test/out'}: {name}" for name in files]

@@ -1,4 +1,4 @@
-"""FAISS indexes find what exact search finds, take more items, and are refused for other features."""
+"""FAISS indexes: agreement with exact search, added items, and changed features."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ENDINGS = (".parquet", ".npy")
 
 @pytest.fixture
 def approximate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Searches few items approximately, too."""
+    """Makes searches approximate even in few items."""
     monkeypatch.setattr(faiss_index, "EXACT_BELOW", 1)
 
 
 def write(path: Path, rows: int, seed: int = 0, **about: object) -> np.ndarray:
-    """Writes normalised features around 40 directions, and returns them."""
+    """Writes and returns normalised features around 40 directions."""
     rng = np.random.default_rng(seed)
     features = np.random.default_rng(9).normal(size=(40, WIDTH))[rng.integers(40, size=rows)]
     features = (features + 0.3 * rng.normal(size=(rows, WIDTH))).astype(np.float32)
@@ -47,30 +47,28 @@ def names(path: Path, query: np.ndarray, top: int = 10) -> list[str]:
 @pytest.mark.parametrize(
     ("kind", "rows", "ending"), [("hnsw", 900, ".npy"), ("flat", 900, ".parquet"), ("ivf-pq", 10_000, ".npy")]
 )
-def test_an_index_finds_what_exact_search_finds(tmp_path, approximate, kind, rows, ending):
-    path = tmp_path / f"pictures{ending}"
+def test_approximate_search_agrees_with_exact_search(tmp_path, approximate, kind, rows, ending):
+    path = tmp_path / f"images{ending}"
     features = write(path, rows)
     built = build(path, kind)
     assert (built.path, built.kind, built.rows, built.queries) == (faiss_file(path), kind, rows, 200)
     assert built.recall >= (1 if kind == "flat" else 0.95)
     index = open_searchable(path)
     assert index.approximate is not None
-    shares = []
+    recalls = []
     for number in range(0, rows, rows // 30):
         query = features[number] + np.float32(0.01)
-        found, truth = index.approximate(query, 10), nearest([features], query, 10)
-        assert [score for score, _ in found] == sorted((score for score, _ in found), reverse=True)
-        np.testing.assert_allclose(
-            [features[row] @ query for _, row in found], [score for score, _ in found], atol=1e-3
-        )
-        shares.append(len({row for _, row in found} & {row for _, row in truth}) / 10)
-    assert np.mean(shares) >= 0.95
-    assert str(faiss_file(path)) in Path("/proc/self/maps").read_text()  # memory-mapped
+        hits, expected = index.approximate(query, 10), nearest([features], query, 10)
+        assert [score for score, _ in hits] == sorted((score for score, _ in hits), reverse=True)
+        np.testing.assert_allclose([features[row] @ query for _, row in hits], [score for score, _ in hits], atol=1e-3)
+        recalls.append(len({row for _, row in hits} & {row for _, row in expected}) / 10)
+    assert np.mean(recalls) >= 0.95
+    assert str(faiss_file(path)) in Path("/proc/self/maps").read_text()  # it is memory-mapped
     assert len(matches(index, features[0], rows + 5)) <= rows
 
 
-def test_recall_is_measured_with_given_queries_without_leaving_any_out(tmp_path, approximate, monkeypatch):
-    path, queries = tmp_path / "pictures.npy", tmp_path / "texts.npy"
+def test_recall_is_measured_with_all_given_queries(tmp_path, approximate, monkeypatch):
+    path, queries = tmp_path / "images.npy", tmp_path / "texts.npy"
     write(path, 300)
     write(queries, 20, seed=1, kind="texts")
     built = build(path, "flat", queries)
@@ -81,8 +79,8 @@ def test_recall_is_measured_with_given_queries_without_leaving_any_out(tmp_path,
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_items_are_added_without_building_again(tmp_path, approximate, monkeypatch, ending):
-    path, more, last = (tmp_path / f"{name}{ending}" for name in ("pictures", "more", "last"))
+def test_items_are_added_without_a_rebuild(tmp_path, approximate, monkeypatch, ending):
+    path, more, last = (tmp_path / f"{name}{ending}" for name in ("images", "more", "last"))
     write(path, 700)
     features = write(more, 60, seed=1)
     write(last, 5, seed=2)
@@ -96,15 +94,15 @@ def test_items_are_added_without_building_again(tmp_path, approximate, monkeypat
         first = matches(index, features[40], 1)[0]
         assert (first.name, first.source) == ("1-40.png", "source-1")
         assert first.score == pytest.approx(1, abs=1e-3)
-    with pytest.raises(ValueError, match=rf"more\{ending} is already in .*pictures\{ending}\.faiss"):
+    with pytest.raises(ValueError, match=rf"more\{ending} is already in .*images\{ending}\.faiss"):
         add(path, [more])
 
 
-def test_what_cannot_be_added(tmp_path):
-    path, other = tmp_path / "pictures.npy", tmp_path / "other.npy"
+def test_incompatible_items_cannot_be_added(tmp_path):
+    path, other = tmp_path / "images.npy", tmp_path / "other.npy"
     write(path, 50)
     write(other, 5, weights_sha256="other")
-    with pytest.raises(ValueError, match=r"has no index to add to; build it with `lotlip index .*pictures\.npy`"):
+    with pytest.raises(ValueError, match=r"has no index to add to; build it with `lotlip index .*images\.npy`"):
         add(path, [other])
     build(path)
     with pytest.raises(ValueError, match="its weights_sha256 is other, not that of"):
@@ -114,8 +112,8 @@ def test_what_cannot_be_added(tmp_path):
         add(path, [other])
 
 
-def test_few_items_are_searched_exactly_with_those_that_were_added(tmp_path):
-    path, more = tmp_path / "pictures.npy", tmp_path / "more.parquet"
+def test_few_items_and_added_ones_are_searched_exactly(tmp_path):
+    path, more = tmp_path / "images.npy", tmp_path / "more.parquet"
     write(path, 50)
     features = write(more, 5, seed=1)
     build(path)
@@ -125,26 +123,26 @@ def test_few_items_are_searched_exactly_with_those_that_were_added(tmp_path):
     assert len(names(path, features[3], 99)) == 55
 
 
-def test_a_folder_may_be_copied(tmp_path, approximate):
-    features = write(tmp_path / "a" / "pictures.npy", 50)
+def test_a_copied_folder_can_be_searched(tmp_path, approximate):
+    features = write(tmp_path / "a" / "images.npy", 50)
     write(tmp_path / "a" / "more.npy", 5, seed=1)
-    build(tmp_path / "a" / "pictures.npy")
-    add(tmp_path / "a" / "pictures.npy", [tmp_path / "a" / "more.npy"])
+    build(tmp_path / "a" / "images.npy")
+    add(tmp_path / "a" / "images.npy", [tmp_path / "a" / "more.npy"])
     shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "a")
-    assert names(tmp_path / "b" / "pictures.npy", features[7], 1) == ["0-7.png"]
+    assert names(tmp_path / "b" / "images.npy", features[7], 1) == ["0-7.png"]
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
-def test_an_index_of_other_features_is_refused(tmp_path, approximate, ending):
-    path, more = tmp_path / f"pictures{ending}", tmp_path / f"more{ending}"
+def test_an_index_of_changed_features_is_an_error(tmp_path, approximate, ending):
+    path, more = tmp_path / f"images{ending}", tmp_path / f"more{ending}"
     write(path, 50)
     write(more, 5, seed=1)
     build(path)
     add(path, [more])
-    write(more, 5, seed=2)  # of the same size
+    write(more, 5, seed=2)  # with the same file size
     message = (
-        rf"was built from another .*more\{ending}, which has changed since; build it again with .*pictures\{ending}`"
+        rf"was built from another .*more\{ending}, which has changed since; build it again with .*images\{ending}`"
     )
     with pytest.raises(ValueError, match=message):
         open_searchable(path)
@@ -165,17 +163,17 @@ def test_an_index_of_other_features_is_refused(tmp_path, approximate, ending):
         (lambda data: b"wrong" + data[5:], "FAISS cannot read it"),
     ],
 )
-def test_a_damaged_index_is_an_error_that_names_it(tmp_path, approximate, spoil, message):
-    path = tmp_path / "pictures.npy"
+def test_a_damaged_index_is_an_error(tmp_path, approximate, spoil, message):
+    path = tmp_path / "images.npy"
     write(path, 50)
     build(path)
     faiss_file(path).write_bytes(spoil(faiss_file(path).read_bytes()))
-    with pytest.raises(ValueError, match=rf"pictures\.npy\.faiss .*{message}.*build it again with `lotlip index"):
+    with pytest.raises(ValueError, match=rf"images\.npy\.faiss .*{message}.*build it again with `lotlip index"):
         open_searchable(path)
 
 
 def test_another_file_is_not_replaced(tmp_path):
-    path = tmp_path / "pictures.npy"
+    path = tmp_path / "images.npy"
     write(path, 50)
     faiss_file(path).write_text("mine")
     with pytest.raises(ForeignFileError):
@@ -185,12 +183,12 @@ def test_another_file_is_not_replaced(tmp_path):
     assert build(path, "flat").kind == "flat"
 
 
-def test_a_wrong_kind_is_an_error(tmp_path):
-    write(tmp_path / "pictures.npy", 50)
+def test_an_invalid_kind_is_an_error(tmp_path):
+    write(tmp_path / "images.npy", 50)
     with pytest.raises(ValueError, match="unknown kind 'lsh'; choose hnsw, ivf-pq, flat"):
-        build(tmp_path / "pictures.npy", "lsh")
+        build(tmp_path / "images.npy", "lsh")
     with pytest.raises(ValueError, match=r"has 50 items; ivf-pq needs 10,000: use --kind hnsw or flat"):
-        build(tmp_path / "pictures.npy", "ivf-pq")
+        build(tmp_path / "images.npy", "ivf-pq")
 
 
 def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
@@ -200,8 +198,8 @@ def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     return end.value.code
 
 
-def test_the_program_builds_and_adds(tmp_path, monkeypatch, capsys):
-    path, more = tmp_path / "pictures.npy", tmp_path / "more.npy"
+def test_the_command_builds_and_adds(tmp_path, monkeypatch, capsys):
+    path, more = tmp_path / "images.npy", tmp_path / "more.npy"
     write(path, 50)
     write(more, 5, seed=1)
     assert program(monkeypatch, "index", path) == 0
@@ -215,7 +213,7 @@ def test_the_program_builds_and_adds(tmp_path, monkeypatch, capsys):
 
 
 def test_without_faiss_the_message_names_the_extra(tmp_path, monkeypatch):
-    write(tmp_path / "pictures.npy", 50)
+    write(tmp_path / "images.npy", 50)
     monkeypatch.setitem(sys.modules, "faiss", None)
     message = "error: `lotlip index` needs the package faiss: pip install 'lotlip[index]'"
-    assert program(monkeypatch, "index", tmp_path / "pictures.npy") == message
+    assert program(monkeypatch, "index", tmp_path / "images.npy") == message

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and hashes that depend on contents alone."""
+"""Atomic writes, publishing, and hashes that depend on contents only."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ json_values = st.recursive(
 )
 
 
-def test_a_file_appears_when_the_block_ends(tmp_path):
+def test_atomic_write_publishes_the_file_at_the_end(tmp_path):
     path = tmp_path / "deep/er/file"
     with atomic_write(path) as partial:
         partial.write_text("new")
@@ -56,7 +56,7 @@ def test_a_file_appears_when_the_block_ends(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_a_block_that_raises_leaves_the_old_file(tmp_path, error):
+def test_atomic_write_keeps_the_old_file_on_errors(tmp_path, error):
     path = tmp_path / "file"
     path.write_text("old")
     with pytest.raises(error), atomic_write(path) as partial:
@@ -66,7 +66,7 @@ def test_a_block_that_raises_leaves_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_replaces_a_folder(tmp_path):
+def test_atomic_write_replaces_a_folder(tmp_path):
     path = tmp_path / "folder"
     with atomic_write(path) as partial:
         partial.mkdir()
@@ -78,7 +78,7 @@ def test_a_folder_replaces_a_folder(tmp_path):
     assert [file.name for file in path.iterdir()] == ["new"]
 
 
-def test_a_folder_half_written_is_removed(tmp_path):
+def test_atomic_write_removes_an_incomplete_folder(tmp_path):
     with pytest.raises(RuntimeError), atomic_write(tmp_path / "folder") as partial:
         partial.mkdir()
         (partial / "half").touch()
@@ -87,21 +87,21 @@ def test_a_folder_half_written_is_removed(tmp_path):
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
-def test_what_a_killed_process_left_does_not_get_in(tmp_path, as_folder):
-    left = tmp_path / f"out{PARTIAL}"
+def test_atomic_write_removes_files_of_a_killed_process(tmp_path, as_folder):
+    partial_path = tmp_path / f"out{PARTIAL}"
     if as_folder:
-        left.mkdir()
-        (left / "half").touch()
+        partial_path.mkdir()
+        (partial_path / "half").touch()
     else:
-        left.write_text("half")
+        partial_path.write_text("half")
     with atomic_write(tmp_path / "out") as partial:
         assert not partial.exists()
         partial.mkdir()
     assert list((tmp_path / "out").iterdir()) == []
-    assert not left.exists()
+    assert not partial_path.exists()
 
 
-def test_remove_takes_files_folders_links_and_nothing(tmp_path):
+def test_remove_accepts_files_folders_links_and_missing_paths(tmp_path):
     scratch = tmp_path / SCRATCH
     kept = scratch / "kept"
     (kept / "inner").mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_remove_takes_files_folders_links_and_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_remove_takes_what_was_written_by_the_same_process(tmp_path):
+def test_remove_accepts_files_written_by_the_same_process(tmp_path):
     write_json(tmp_path / "a.json", 1)
     remove(tmp_path / "a.json")
     assert list(tmp_path.iterdir()) == []
@@ -132,7 +132,7 @@ def test_remove_takes_what_was_written_by_the_same_process(tmp_path):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(json_values)
-def test_json_comes_back(tmp_path, data):
+def test_json_is_read_as_written(tmp_path, data):
     write_json(tmp_path / "data.json", data)
     assert read_json(tmp_path / "data.json") == data
 
@@ -143,7 +143,7 @@ def test_the_order_of_keys_changes_neither_hash_nor_bytes(data):
     assert sha256_json(backwards) == sha256_json(data)
 
 
-def test_equal_json_is_equal_bytes(tmp_path):
+def test_equal_json_gives_equal_bytes(tmp_path):
     write_json(tmp_path / "a", {"x": 1, "y": "ä"})
     write_json(tmp_path / "b", {"y": "ä", "x": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
@@ -151,18 +151,18 @@ def test_equal_json_is_equal_bytes(tmp_path):
 
 
 @given(json_values, json_values)
-def test_other_data_has_another_hash(one, other):
+def test_different_data_have_different_hashes(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
     assert (sha256_json(one) == sha256_json(other)) == same
 
 
-def test_a_file_that_is_not_json_is_named(tmp_path):
+def test_a_file_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ValueError, match=r"bad\.json is not JSON.*run its stage again"):
         read_json(tmp_path / "bad.json")
 
 
-def written(folder: Path, *contents: bytes) -> list[Path]:
+def write_files(folder: Path, *contents: bytes) -> list[Path]:
     folder.mkdir()
     paths = [folder / str(number) for number in range(len(contents))]
     for path, content in zip(paths, contents, strict=True):
@@ -170,17 +170,17 @@ def written(folder: Path, *contents: bytes) -> list[Path]:
     return paths
 
 
-def test_the_hash_of_files_is_of_their_contents_in_order(tmp_path):
-    here = written(tmp_path / "here", b"ab", b"c")
-    there = written(tmp_path / "there", b"ab", b"c")
-    shifted = written(tmp_path / "shifted", b"a", b"bc")
-    assert sha256_files(here) == sha256_files(there)
-    assert sha256_files(reversed(here)) != sha256_files(here)
-    assert sha256_files(shifted) != sha256_files(here)
-    assert sha256_files(here[:1]) != sha256_files(here)
+def test_the_hash_of_files_depends_on_contents_and_order(tmp_path):
+    first = write_files(tmp_path / "here", b"ab", b"c")
+    second = write_files(tmp_path / "there", b"ab", b"c")
+    shifted = write_files(tmp_path / "shifted", b"a", b"bc")
+    assert sha256_files(first) == sha256_files(second)
+    assert sha256_files(reversed(first)) != sha256_files(first)
+    assert sha256_files(shifted) != sha256_files(first)
+    assert sha256_files(first[:1]) != sha256_files(first)
 
 
-def test_a_folder_s_hash_is_of_names_and_contents(tmp_path):
+def test_the_hash_of_a_folder_depends_on_names_and_contents(tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "a").write_text("1")
     (tmp_path / "deep" / "b").write_text("2")
@@ -195,11 +195,11 @@ def test_a_folder_s_hash_is_of_names_and_contents(tmp_path):
     assert sha256_tree(tmp_path / "a") == sha256_files([tmp_path / "a"])
 
 
-# --- nothing foreign is removed or replaced -------------------------------------------------------------------------
+# --- foreign files are never removed --------------------------------------------------------------------------------
 
 
 def publish_some(out: Path, place: str | None = None, **files: str) -> None:
-    """Publishes a folder as a stage does; `a__b` is file b in folder a."""
+    """Publishes a folder like a stage; `a__b` is file b in folder a."""
     new = out.parent / ".lotlip" / "work" / out.name
     for name, text in files.items():
         (new / name.replace("__", "/")).parent.mkdir(parents=True, exist_ok=True)
@@ -208,19 +208,19 @@ def publish_some(out: Path, place: str | None = None, **files: str) -> None:
 
 
 def snapshot(folder: Path) -> dict[str, str | None]:
-    """Name of a file or folder → its text, its link's target, or None."""
-    found: dict[str, str | None] = {}
+    """Name → the text of a file, the target of a link, or None for a folder."""
+    entries: dict[str, str | None] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
-            found[name] = str(path.readlink())
+            entries[name] = str(path.readlink())
         else:
-            found[name] = path.read_text() if path.is_file() else None
-    return found
+            entries[name] = path.read_text() if path.is_file() else None
+    return entries
 
 
 NAMES = st.sampled_from(["a", "b", "deep/c", "deep/er/d", ".hidden", "index.json"])
-# What a user may have in the folder that a path leads to.
+# What a user may have in a folder.
 FOREIGN = st.dictionaries(NAMES, st.sampled_from(["file", "folder", "link to file", "link to folder"]), max_size=4)
 TARGETS = (
     *(".", "..", "/", "~", "", "user", "user/a", "user/deep", "published", "published/deep", "copy", "outside"),
@@ -234,13 +234,13 @@ TARGETS = (
     target=st.sampled_from(TARGETS),
     user=FOREIGN,
     mixed=FOREIGN,
-    how=st.sampled_from(["remove", "own", "whole file", "whole folder", "publish", "recover", "replaceable"]),
+    how=st.sampled_from(["remove", "own", "atomic file", "atomic folder", "publish", "recover", "replaceable"]),
     absolute=st.booleans(),
     inner=st.booleans(),
 )
-def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how, absolute, inner):
+def test_foreign_files_are_never_removed(tmp_path_factory, target, user, mixed, how, absolute, inner):
     base = tmp_path_factory.mktemp("case")
-    name = ".lotlip/project" if inner else "project"  # scratch is what the project has, not what it is in
+    name = ".lotlip/project" if inner else "project"  # scratch is inside the project, not around it
     project, outside = base / name, base / "outside"
     for folder in (project, outside):
         folder.mkdir(parents=True)
@@ -249,15 +249,17 @@ def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how
     (outside / "deep" / "kept").write_text("deep")
     publish_some(project / "published", a="ours", deep__c="ours")
     ours = set(snapshot(project))
-    foreign(project / "user", user, outside)
-    foreign(project / "published", {name: kind for name, kind in mixed.items() if name not in ("a", "deep/c")}, outside)
+    add_foreign(project / "user", user, outside)
+    add_foreign(
+        project / "published", {name: kind for name, kind in mixed.items() if name not in ("a", "deep/c")}, outside
+    )
     (project / "link").symlink_to(outside)
     (project / ".lotlip" / "link").symlink_to(outside)
     (project / "scratch-link").symlink_to(project / ".lotlip")
     (project / "scratch-link.lotlip-note").write_text("the user's")
     shutil.copytree(project / "published", project / "copy", symlinks=True)
     before = {place: text for place, text in snapshot(base).items() if place.removeprefix(f"{name}/") not in ours}
-    # links in scratch are scratch, and may go; what they point to may not
+    # links in scratch may be removed, but not their targets
     before.pop(f"{name}/.lotlip/link")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project)
@@ -265,13 +267,13 @@ def test_nothing_foreign_is_ever_gone(tmp_path_factory, target, user, mixed, how
         path = Path(target).expanduser()
         path = project / path if absolute else path
         with contextlib.suppress(ForeignFileError, OSError, ValueError):
-            use(how, path)
+            call(how, path)
     after = snapshot(base)
     lost = {place for place, text in before.items() if after.get(place, "gone") != text}
     assert not lost
 
 
-def foreign(folder: Path, what: dict[str, str], outside: Path) -> None:
+def add_foreign(folder: Path, what: dict[str, str], outside: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name, kind in what.items():
         path = folder / name
@@ -285,7 +287,7 @@ def foreign(folder: Path, what: dict[str, str], outside: Path) -> None:
                 path.symlink_to(outside / "kept" if kind.endswith("file") else outside)
 
 
-def use(how: str, path: Path) -> None:
+def call(how: str, path: Path) -> None:
     if how == "remove":
         remove(path)
     elif how == "own":
@@ -299,7 +301,7 @@ def use(how: str, path: Path) -> None:
         new.mkdir(parents=True, exist_ok=True)
         (new / "x").write_text("new")
         publish(new, path)
-    elif how == "whole folder":
+    elif how == "atomic folder":
         with atomic_write(path) as partial:
             partial.mkdir()
     else:  # commands ask first
@@ -308,7 +310,7 @@ def use(how: str, path: Path) -> None:
             partial.write_text("new")
 
 
-def test_a_folder_that_a_stage_published_is_replaced_and_removed(tmp_path):
+def test_a_published_folder_can_be_replaced_and_removed(tmp_path):
     out = tmp_path / "out"
     publish_some(out, a="1", deep__c="2")
     publish_some(out, b="3")
@@ -317,7 +319,7 @@ def test_a_folder_that_a_stage_published_is_replaced_and_removed(tmp_path):
     assert not out.exists()
 
 
-def test_a_user_s_file_in_a_published_folder_keeps_it_from_being_replaced(tmp_path):
+def test_a_published_folder_with_a_users_file_is_not_replaced(tmp_path):
     out = tmp_path / "out"
     publish_some(out, a="1")
     (out / "notes.txt").write_text("mine")
@@ -331,7 +333,7 @@ def test_a_user_s_file_in_a_published_folder_keeps_it_from_being_replaced(tmp_pa
     assert snapshot(out) == {"notes.txt": "mine"}
 
 
-def test_a_renamed_copy_of_a_published_folder_is_the_user_s(tmp_path):
+def test_a_renamed_copy_of_a_published_folder_is_not_removed(tmp_path):
     publish_some(tmp_path / "out", a="1")
     shutil.copytree(tmp_path / "out", tmp_path / "mine")
     with pytest.raises(ForeignFileError):
@@ -340,39 +342,39 @@ def test_a_renamed_copy_of_a_published_folder_is_the_user_s(tmp_path):
         remove_listed(tmp_path / "mine")
 
 
-def test_published_bytes_depend_on_contents_alone(tmp_path):
+def test_published_bytes_depend_on_contents_only(tmp_path):
     for name in ("one", "two"):
         publish_some(tmp_path / name / "out", b="2", a="1")
     assert (tmp_path / "one/out" / RECORD).read_bytes() == (tmp_path / "two/out" / RECORD).read_bytes()
 
 
 @pytest.mark.parametrize("other_disk", [False, True])
-def test_a_kill_while_publishing_leaves_the_old_or_the_new_folder(tmp_path, monkeypatch, other_disk):
-    """Publishes in a child that is killed at its first, second, … change of the file system."""
+def test_publish_is_atomic_when_killed(tmp_path, monkeypatch, other_disk):
+    """Publishes in a child process that is killed at its first, second, … file operation."""
     out = tmp_path / "out"
     for step in range(1, 40):
         publish_some(out, a="old", b="old")
         child = os.fork()
         if not child:
-            dying(step, out, other_disk)
+            publish_until_killed(step, out, other_disk)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
         recover(out)
-        found = snapshot(out)
-        assert found.pop(RECORD)
-        assert found in ({"a": "old", "b": "old"}, {"a": "new"})
+        entries = snapshot(out)
+        assert entries.pop(RECORD)
+        assert entries in ({"a": "old", "b": "old"}, {"a": "new"})
         check_files(out)
         assert sorted(path.name for path in tmp_path.iterdir()) == [".lotlip", "out"]
         remove(tmp_path / ".lotlip")
         if status == 0:
-            assert found == {"a": "new"}
+            assert entries == {"a": "new"}
             assert step > 3
             return
-    pytest.fail("it never ended by itself")
+    pytest.fail("publishing never finished")
 
 
-def dying(step: int, out: Path, other_disk: bool) -> None:
-    """Publishes in this process, which kills itself before its `step`th change of the file system."""
+def publish_until_killed(step: int, out: Path, other_disk: bool) -> None:
+    """Publishes in this process, which kills itself before the file operation number `step`."""
     changes = 0
 
     def hook(event: str, arguments: tuple) -> None:
@@ -398,10 +400,10 @@ def dying(step: int, out: Path, other_disk: bool) -> None:
         os._exit(status)
 
 
-# --- where a user wants a file --------------------------------------------------------------------------------------
+# --- output paths ---------------------------------------------------------------------------------------------------
 
 
-def test_a_file_to_write_is_checked(tmp_path):
+def test_check_free_rejects_unsafe_outputs(tmp_path):
     def ours(path: Path) -> bool:
         return path.read_text() == "ours"
 
@@ -432,7 +434,7 @@ def test_a_file_to_write_is_checked(tmp_path):
 
 @pytest.mark.parametrize("size", [10, 2**20 + 1])
 @pytest.mark.parametrize("remembered", [False, True])
-def test_a_flipped_byte_in_a_published_file_is_found(tmp_path, size, remembered):
+def test_check_files_finds_damaged_and_missing_files(tmp_path, size, remembered):
     memory = tmp_path / "memory.json" if remembered else None
     out = tmp_path / "out"
     publish_some(out, deep__a="x" * size, b="1")
@@ -448,7 +450,7 @@ def test_a_flipped_byte_in_a_published_file_is_found(tmp_path, size, remembered)
         check_files(out, hash_cache=memory)
 
 
-def test_a_large_file_is_hashed_once_while_its_times_stay(tmp_path, monkeypatch):
+def test_an_unchanged_large_file_is_hashed_once(tmp_path, monkeypatch):
     out, memory, hashed = tmp_path / "out", tmp_path / "memory.json", []
     publish_some(out, a="x" * 2**21)
     entry = files._entry
@@ -458,15 +460,15 @@ def test_a_large_file_is_hashed_once_while_its_times_stay(tmp_path, monkeypatch)
     assert hashed == [out / "a"]
 
 
-def test_a_folder_without_a_record_is_not_checked(tmp_path):
+def test_check_files_ignores_a_folder_without_a_record(tmp_path):
     check_files(tmp_path)
 
 
-# --- the rule -------------------------------------------------------------------------------------------------------
+# --- who removes files ----------------------------------------------------------------------------------------------
 
 REMOVERS = {"rmtree", "unlink", "rmdir", "removedirs", "rename", "renames", "move"}
 OS_CALLS = {"remove", "replace", "truncate"}
-# Module or package → why it may make such calls.
+# Module or package → why it may call these.
 ALLOWED = {
     "lotlip/core/files.py": "the module itself",
     "lotlip/core/temporary.py": "temporary folders get their names once they are locked, and others before they go",
@@ -481,7 +483,7 @@ def is_allowed(name: str) -> bool:
 
 def removals(source: str) -> list[str]:
     """Calls in a module that remove or rename files."""
-    found = []
+    calls = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name, value = node.func.attr, node.func.value
@@ -490,17 +492,17 @@ def removals(source: str) -> list[str]:
             path_replace = name == "replace" and len(node.args) == 1 and not node.keywords
             wds_rename = name == "rename" and node.keywords and not node.args
             if (name in REMOVERS and not wds_rename) or (of_os and name in OS_CALLS) or path_replace:
-                found.append(f"{name} in line {node.lineno}")
+                calls.append(f"{name} in line {node.lineno}")
         if isinstance(node, ast.ImportFrom) and node.module in ("os", "shutil"):
-            found += [f"import of {name.name}" for name in node.names if name.name in REMOVERS | OS_CALLS]
-    return found
+            calls += [f"import of {name.name}" for name in node.names if name.name in REMOVERS | OS_CALLS]
+    return calls
 
 
 @pytest.mark.parametrize("package", ["lotlip", "flows", "benchmarks"])
-def test_files_are_removed_and_renamed_in_one_module_only(package):
+def test_only_one_module_removes_and_renames_files(package):
     root = Path(__file__).parents[1]
-    found = {
+    calls_by_file = {
         path.relative_to(root).as_posix(): removals(path.read_text(encoding="utf-8"))
         for path in sorted((root / package).rglob("*.py"))
     }
-    assert {name: calls for name, calls in found.items() if calls and not is_allowed(name)} == {}
+    assert {name: calls for name, calls in calls_by_file.items() if calls and not is_allowed(name)} == {}

@@ -1,4 +1,4 @@
-"""A folder of images: what becomes a record, what becomes a failure, and where it goes."""
+"""The source `folder`: records, failures and splits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from tests.partitions import write_partition
 from tests.plugins import AVIF, HEIC, JXL
 
 
-def add(root: Path, name: str, caption: str | bytes | None = "a red dot", size: tuple[int, int] = (4, 3)) -> Path:
-    """An image below `root` and, where there is one, its caption."""
+def add_image(root: Path, name: str, caption: str | bytes | None = "a red dot", size: tuple[int, int] = (4, 3)) -> Path:
+    """Writes an image below `root`, and its caption, if any."""
     path = root / name
     path.parent.mkdir(parents=True, exist_ok=True)
     image = io.BytesIO()
@@ -37,26 +37,26 @@ def open_folder(root: Path, **settings: float) -> FolderSource:
 
 
 def read_all(root: Path) -> dict[str, ImageRecord | Failure]:
-    """Item → what became of it."""
+    """Item → its record or failure."""
     source = open_folder(root)
     units = source.units(3)
     return {item: result for unit in units for item, result in zip(unit.items, source.read(unit), strict=True)}
 
 
-def only(root: Path) -> ImageRecord | Failure:
+def read_only(root: Path) -> ImageRecord | Failure:
     (result,) = read_all(root).values()
     return result
 
 
-def failure(root: Path) -> Failure:
-    result = only(root)
+def read_failure(root: Path) -> Failure:
+    result = read_only(root)
     assert isinstance(result, Failure)
     return result
 
 
 def test_an_image_and_its_caption_become_a_record(tmp_path):
-    path = add(tmp_path, "dogs/My dog.v2.PNG", "  a dog\n\n on\ta lawn \n", size=(7, 5))
-    record = only(tmp_path)
+    path = add_image(tmp_path, "dogs/My dog.v2.PNG", "  a dog\n\n on\ta lawn \n", size=(7, 5))
+    record = read_only(tmp_path)
     assert isinstance(record, ImageRecord)
     assert record == ImageRecord(
         key="dogs_My_dog_v2-7526bf664ed3",
@@ -71,135 +71,135 @@ def test_an_image_and_its_caption_become_a_record(tmp_path):
 
 
 def test_a_byte_order_mark_is_not_part_of_the_caption(tmp_path):
-    add(tmp_path, "a.png", b"\xef\xbb\xbfa cat")
-    assert only(tmp_path).short_caption == "a cat"
+    add_image(tmp_path, "a.png", b"\xef\xbb\xbfa cat")
+    assert read_only(tmp_path).short_caption == "a cat"
 
 
-def test_hidden_and_other_files_are_left_alone(tmp_path):
-    add(tmp_path, "a.png")
-    add(tmp_path, ".hidden.png")
-    add(tmp_path, ".cache/b.png")
+def test_hidden_and_other_files_are_ignored(tmp_path):
+    add_image(tmp_path, "a.png")
+    add_image(tmp_path, ".hidden.png")
+    add_image(tmp_path, ".cache/b.png")
     (tmp_path / "notes.md").write_text("no image")
     (tmp_path / "README.txt").write_text("about the data set")
-    add(tmp_path, "__MACOSX/b.png")
-    add(tmp_path, "._a.png")
+    add_image(tmp_path, "__MACOSX/b.png")
+    add_image(tmp_path, "._a.png")
     (tmp_path / ".DS_Store").write_bytes(b"x")
     (tmp_path / "sheet.pdf").write_text("Pillow writes these, but cannot read them")
     assert list(read_all(tmp_path)) == ["a.png"]
 
 
 def test_a_caption_without_an_image_is_a_failure(tmp_path):
-    add(tmp_path, "a.png")
+    add_image(tmp_path, "a.png")
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep/alone.txt").write_text("a caption")
-    found = read_all(tmp_path)["deep/alone.txt"]
-    assert isinstance(found, Failure)
-    assert (found.kind, found.where) == ("missing", "deep/alone.txt")
+    failed = read_all(tmp_path)["deep/alone.txt"]
+    assert isinstance(failed, Failure)
+    assert (failed.kind, failed.where) == ("missing", "deep/alone.txt")
 
 
-def test_endings_may_be_in_capitals(tmp_path):
-    add(tmp_path, "A.PNG", caption=None)
+def test_file_extensions_may_be_uppercase(tmp_path):
+    add_image(tmp_path, "A.PNG", caption=None)
     (tmp_path / "A.TXT").write_text("a dog")
-    assert only(tmp_path).short_caption == "a dog"
+    assert read_only(tmp_path).short_caption == "a dog"
 
 
 @pytest.mark.parametrize("ending", ["svg", "psd", "nef", "DNG", "ico", "tga"])
-def test_pictures_of_other_formats_are_failures(tmp_path, ending):
-    add(tmp_path, "a.png")
-    add(tmp_path, f"b.{ending}").write_bytes(b"8BPS or another format")
-    found = read_all(tmp_path)[f"b.{ending}"]
-    assert isinstance(found, Failure)
-    assert found.kind == "unreadable"
+def test_images_of_other_formats_are_failures(tmp_path, ending):
+    add_image(tmp_path, "a.png")
+    add_image(tmp_path, f"b.{ending}").write_bytes(b"8BPS or another format")
+    failed = read_all(tmp_path)[f"b.{ending}"]
+    assert isinstance(failed, Failure)
+    assert failed.kind == "unreadable"
 
 
 @pytest.mark.parametrize("ending", ["heic", "HEIF", "jxl", "avif"])
-def test_pictures_that_need_a_plug_in_name_it(tmp_path, ending, no_plugins):
+def test_failures_name_a_missing_plug_in(tmp_path, ending, no_plugins):
     data = {"heic": HEIC, "HEIF": HEIC, "jxl": JXL, "avif": AVIF}[ending]
-    add(tmp_path, f"a.{ending}").write_bytes(data)
-    found = failure(tmp_path)
-    assert found.kind == "unreadable"
+    add_image(tmp_path, f"a.{ending}").write_bytes(data)
+    failed = read_failure(tmp_path)
+    assert failed.kind == "unreadable"
     assert {"heic": "pillow-heif", "HEIF": "pillow-heif", "jxl": "pillow-jxl-plugin", "avif": "pillow-avif-plugin"}[
         ending
-    ] in found.reason
+    ] in failed.reason
 
 
-def test_pictures_are_read_with_an_installed_plug_in(tmp_path, heif_plugin):
-    path = add(tmp_path, "a.heic")
+def test_images_are_read_with_an_installed_plug_in(tmp_path, heif_plugin):
+    path = add_image(tmp_path, "a.heic")
     path.write_bytes(HEIC)
-    record = only(tmp_path)
+    record = read_only(tmp_path)
     assert isinstance(record, ImageRecord)
     assert (record.image, record.extension, record.width) == (HEIC, "heic", 5)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 50])
 def test_a_broken_image_is_unreadable(tmp_path, keep):
-    path = add(tmp_path, "a.png")
+    path = add_image(tmp_path, "a.png")
     path.write_bytes(path.read_bytes()[:keep])
-    found = failure(tmp_path)
-    assert (found.kind, found.key, found.where) == ("unreadable", "a", "a.png")
+    failed = read_failure(tmp_path)
+    assert (failed.kind, failed.key, failed.where) == ("unreadable", "a", "a.png")
 
 
-def test_an_image_that_is_text_is_unreadable(tmp_path):
-    add(tmp_path, "a.jpg").write_text("404 not found")
-    assert failure(tmp_path).kind == "unreadable"
+def test_a_text_with_the_extension_of_an_image_is_unreadable(tmp_path):
+    add_image(tmp_path, "a.jpg").write_text("404 not found")
+    assert read_failure(tmp_path).kind == "unreadable"
 
 
-def test_a_link_to_nowhere_is_unreadable_and_the_reason_has_no_path_of_the_machine(tmp_path):
+def test_a_broken_link_is_unreadable_and_its_reason_hides_the_path(tmp_path):
     (tmp_path / "a.png").symlink_to(tmp_path / "gone.png")
-    found = failure(tmp_path)
-    assert found.kind == "unreadable"
-    assert str(tmp_path) not in found.reason + found.where
+    failed = read_failure(tmp_path)
+    assert failed.kind == "unreadable"
+    assert str(tmp_path) not in failed.reason + failed.where
 
 
-def test_an_image_without_a_caption_is_missing_one(tmp_path):
-    add(tmp_path, "deep/a.png", caption=None)
-    found = failure(tmp_path)
-    assert (found.kind, found.where) == ("missing", "deep/a.txt")
+def test_a_missing_caption_is_a_failure(tmp_path):
+    add_image(tmp_path, "deep/a.png", caption=None)
+    failed = read_failure(tmp_path)
+    assert (failed.kind, failed.where) == ("missing", "deep/a.txt")
 
 
-def test_a_caption_of_blanks_is_empty(tmp_path):
-    add(tmp_path, "a.png", " \n\t\n")
-    assert failure(tmp_path).kind == "empty"
+def test_a_caption_of_whitespace_is_empty(tmp_path):
+    add_image(tmp_path, "a.png", " \n\t\n")
+    assert read_failure(tmp_path).kind == "empty"
 
 
 def test_a_caption_in_another_encoding_fails(tmp_path):
-    add(tmp_path, "a.png", "ein Käse".encode("latin-1"))
-    found = failure(tmp_path)
-    assert found.kind == "encoding"
-    assert "at byte 5" in found.reason
+    add_image(tmp_path, "a.png", "ein Käse".encode("latin-1"))
+    failed = read_failure(tmp_path)
+    assert failed.kind == "encoding"
+    assert "at byte 5" in failed.reason
 
 
 def test_a_folder_named_like_a_caption_is_a_failure(tmp_path):
-    add(tmp_path, "a.png", caption=None)
+    add_image(tmp_path, "a.png", caption=None)
     (tmp_path / "a.txt").mkdir()
-    assert failure(tmp_path).kind == "unreadable"
+    assert read_failure(tmp_path).kind == "unreadable"
 
 
-def test_of_files_with_one_key_the_first_stays(tmp_path):
+def test_the_first_of_several_files_with_a_key_is_kept(tmp_path):
     names = ["a/b.png", "a_b.png", "a/b.jpg", "c.png"]
     for name in names:
-        add(tmp_path, name)
+        add_image(tmp_path, name)
     results = read_all(tmp_path)
     kinds = {item: result.kind if isinstance(result, Failure) else "" for item, result in results.items()}
     assert kinds == {"a/b.jpg": "", "a/b.png": "duplicate", "a_b.png": "duplicate", "c.png": ""}
     assert "a/b.jpg" in results["a_b.png"].reason
 
 
-def test_duplicates_are_seen_across_units_and_by_another_process(tmp_path):
-    add(tmp_path, "a.jpg")
-    add(tmp_path, "a.png")
+def test_duplicates_are_found_across_units(tmp_path):
+    add_image(tmp_path, "a.jpg")
+    add_image(tmp_path, "a.png")
     units = open_folder(tmp_path).units(1)
     assert [len(unit.items) for unit in units] == [1, 1]
-    (second,) = open_folder(tmp_path).read(units[1])  # opened afresh, and never asked for its units
+    (second,) = open_folder(tmp_path).read(units[1])  # a new source, which has not listed its units
     assert isinstance(second, Failure)
     assert second.kind == "duplicate"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="other systems have no such names")
-def test_a_file_name_that_is_not_text_does_no_harm(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_escaped(tmp_path):
     name = os.fsdecode(b"caf\xe9.png")
     try:
-        add(tmp_path, name)
+        add_image(tmp_path, name)
     except OSError:
         pytest.skip("this file system refuses such names")
     (tmp_path / name).with_suffix(".txt").unlink()
@@ -212,23 +212,25 @@ def test_a_file_name_that_is_not_text_does_no_harm(tmp_path):
 
 def test_every_item_is_in_one_unit_of_one_split(tmp_path):
     for number in range(60):
-        add(tmp_path, f"{number:02d}.png")
+        add_image(tmp_path, f"{number:02d}.png")
     units = open_folder(tmp_path, val_share=0.2, test_share=0.3).units(8)
     items = [item for unit in units for item in unit.items]
     assert sorted(items) == [f"{number:02d}.png" for number in range(60)]
     assert {unit.split for unit in units} == {"train", "val", "test"}
     for split in ("train", "val", "test"):
-        own = [unit for unit in units if unit.split == split]
-        assert [unit.index for unit in own] == list(range(len(own)))
-        assert all(len(unit.items) == 8 for unit in own[:-1])
-        assert [item for unit in own for item in unit.items] == sorted(item for unit in own for item in unit.items)
+        split_units = [unit for unit in units if unit.split == split]
+        assert [unit.index for unit in split_units] == list(range(len(split_units)))
+        assert all(len(unit.items) == 8 for unit in split_units[:-1])
+        assert [item for unit in split_units for item in unit.items] == sorted(
+            item for unit in split_units for item in unit.items
+        )
 
 
 def split_of(source: FolderSource) -> dict[str, str]:
     return {item: unit.split for unit in source.units(5) for item in unit.items}
 
 
-def test_shares_are_kept_roughly(tmp_path):
+def test_splits_have_about_their_shares(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(1000):
         (tmp_path / "images" / f"{number}.png").touch()
@@ -237,7 +239,7 @@ def test_shares_are_kept_roughly(tmp_path):
     assert 150 < splits.count("test") < 250
 
 
-def test_new_files_leave_the_others_in_their_splits_and_the_seed_moves_them(tmp_path):
+def test_the_split_of_a_file_depends_on_its_key_and_the_seed(tmp_path):
     for number in range(40):
         (tmp_path / f"{number}.png").touch()
     before = split_of(open_folder(tmp_path, val_share=0.3, test_share=0.3))
@@ -248,30 +250,30 @@ def test_new_files_leave_the_others_in_their_splits_and_the_seed_moves_them(tmp_
     assert split_of(open_folder(tmp_path, val_share=0.3, test_share=0.3, split_seed=1)) != after
 
 
-def test_no_shares_means_all_is_for_training(tmp_path):
-    add(tmp_path, "a.png")
+def test_everything_is_for_training_without_shares(tmp_path):
+    add_image(tmp_path, "a.png")
     assert open_folder(tmp_path, val_share=0, test_share=0).units(1) == [Unit("train", 0, ("a.png",))]
 
 
-def test_a_missing_folder_says_what_to_do(tmp_path):
+def test_a_missing_folder_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere does not exist; set ingest\.source\.path in params\.yaml"):
         open_folder(tmp_path / "nowhere")
 
 
-def test_a_folder_without_images_says_what_to_do(tmp_path):
+def test_a_folder_without_images_is_an_error(tmp_path):
     (tmp_path / "a.txt").write_text("a caption")
     with pytest.raises(ValueError, match=r"has no image; set ingest\.source\.path in params\.yaml"):
         open_folder(tmp_path)
 
 
-def test_open_source_finds_the_kind(tmp_path):
-    add(tmp_path, "a.png")
+def test_open_source_opens_a_folder(tmp_path):
+    add_image(tmp_path, "a.png")
     assert isinstance(open_source(Settings(kind="folder", path=tmp_path)), FolderSource)
 
 
 @pytest.mark.parametrize("ending", [".txt", ".TXT"])
-def test_a_caption_that_changes_changes_the_state_of_its_unit(tmp_path, ending):
-    add(tmp_path, "a.png", caption=None)
+def test_the_state_of_a_unit_depends_on_images_and_captions(tmp_path, ending):
+    add_image(tmp_path, "a.png", caption=None)
     caption = tmp_path / f"a{ending}"
     states = []
     for text in ("a dog", "a large dog", None):
@@ -281,9 +283,9 @@ def test_a_caption_that_changes_changes_the_state_of_its_unit(tmp_path, ending):
     assert len(set(map(tuple, states))) == 3
 
 
-def test_a_picture_that_pillow_reads_goes_before_one_that_takes_a_plug_in(tmp_path):
-    add(tmp_path, "a.jpg")
+def test_formats_of_pillow_precede_those_of_plug_ins(tmp_path):
+    add_image(tmp_path, "a.jpg")
     (tmp_path / "a.heic").write_bytes(HEIC)
-    found = read_all(tmp_path)
-    assert isinstance(found["a.jpg"], ImageRecord)
-    assert found["a.heic"].kind == "duplicate"
+    items = read_all(tmp_path)
+    assert isinstance(items["a.jpg"], ImageRecord)
+    assert items["a.heic"].kind == "duplicate"

@@ -1,4 +1,4 @@
-"""Programs of users who have no home folder that they can write to."""
+"""Programs of users without a writable home folder."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ print(Path.home(), getpass.getuser())
 @pytest.mark.integration
 @pytest.mark.parametrize("home", [None, "", "/nonexistent"])
 @pytest.mark.parametrize("nameless", [False, True])
-def test_a_missing_home_is_replaced_by_one_that_can_be_written_to(home, nameless, tmp_path):
+def test_an_unusable_home_is_replaced(home, nameless, tmp_path):
     if nameless and os.getuid():
         pytest.skip("only root can become another user")
     names = ("HOME", "USER", "LOGNAME", "LOTLIP_CACHE", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in names}
     if home is not None:
         environment["HOME"] = home
-    if nameless:  # a folder of its own, since pytest's is for this user alone
+    if nameless:  # pytest's folders are private to this user
         environment["TMPDIR"] = "/tmp"
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(ROOT), "1" if nameless else "", "unset" if home is None else home],

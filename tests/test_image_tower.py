@@ -36,7 +36,7 @@ TINY = ImageTowerSpec("vit_scenes", 32, {"patch_size": 8, "embed_dim": 16, "dept
 
 
 @pytest.mark.parametrize("case", ["m0", "m2"])
-def test_features_are_those_of_the_released_code(case: str) -> None:
+def test_features_equal_the_released_code(case: str) -> None:
     prefix = "module.visual.trunk."
     weights = dict(np.load(PARITY / case / "weights.npz"))
     tower = build_image_tower(ImageTowerSpec("test_vit", 160)).eval()
@@ -48,15 +48,15 @@ def test_features_are_those_of_the_released_code(case: str) -> None:
     torch.testing.assert_close(F.normalize(features, dim=-1), expected["image_features"], atol=1e-5, rtol=1e-4)
 
 
-def test_a_tower_survives_saving(tmp_path: Path) -> None:
+def test_a_tower_is_loaded_as_saved(tmp_path: Path) -> None:
     tower = build_image_tower(TINY).eval()
     save_image_tower(tower, tmp_path / "tower")
     loaded = load_image_tower(tmp_path / "tower")
     assert loaded.spec == TINY
     assert loaded.width == 16
     assert not loaded.training
-    pictures = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(loaded(pictures), tower(pictures))
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(images), tower(images))
 
 
 @pytest.mark.parametrize("resize", RESIZES)
@@ -65,29 +65,29 @@ def test_features_for_shards_and_pixels_for_training_follow_the_resize_mode(tmp_
     tower = build_image_tower(spec).eval()
     save_image_tower(tower, tmp_path / "tower")
     noise = np.random.default_rng(0).integers(0, 256, (40, 120, 3), dtype=np.uint8)
-    picture, file = Image.fromarray(noise), io.BytesIO()
-    picture.save(file, "PNG")
-    pixels = image_transform(32, resize=resize)(picture)
+    image, file = Image.fromarray(noise), io.BytesIO()
+    image.save(file, "PNG")
+    pixels = image_transform(32, resize=resize)(image)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(pixels)[None]).numpy()
-    np.testing.assert_allclose(frozen_features(tmp_path / "tower", Compute())([picture]), expected, atol=1e-6)
+    np.testing.assert_allclose(frozen_features(tmp_path / "tower", Compute())([image]), expected, atol=1e-6)
     job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageTowerTraining())
     _, transform = Trainer._open_image_tower(SimpleNamespace(job=job, config=config))  # type: ignore[arg-type]
     assert np.array_equal(transform(file.getvalue(), random.Random(0)), pixels)
 
 
-def test_a_tower_that_was_saved_without_a_resize_mode_crops() -> None:
+def test_a_tower_saved_without_a_resize_mode_crops() -> None:
     older = {name: value for name, value in TINY.to_json().items() if name != "resize"}
     assert ImageTowerSpec.from_json(older) == TINY
     assert TINY.resize == "crop"
 
 
-def test_an_unknown_resize_mode_is_refused() -> None:
+def test_an_unknown_resize_mode_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown resize mode 'stretch'"):
         ImageTowerSpec.from_json({**TINY.to_json(), "resize": "stretch"})
 
 
-def test_the_configured_resize_mode_is_part_of_the_tower(tmp_path: Path) -> None:
+def test_the_configured_resize_mode_is_saved_with_the_tower(tmp_path: Path) -> None:
     assert scenes_spec(SceneTowerConfig(kind="scenes", resize="pad")).resize == "pad"
     save_file(build_image_tower(ImageTowerSpec("test_vit", 32)).trunk.state_dict(), tmp_path / "vit.safetensors")
     config = TimmTowerConfig(
@@ -96,12 +96,12 @@ def test_the_configured_resize_mode_is_part_of_the_tower(tmp_path: Path) -> None
     assert timm_tower(config).spec.resize == "squash"
 
 
-def test_a_missing_tower_names_the_stage_that_makes_it(tmp_path: Path) -> None:
+def test_a_missing_tower_is_an_error_naming_its_stage(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="run the image_tower stage"):
         load_image_tower(tmp_path)
 
 
-def test_weights_of_another_tower_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_tower_are_an_error(tmp_path: Path) -> None:
     save_image_tower(build_image_tower(TINY), tmp_path / "tower")
     other = ImageTowerSpec("vit_scenes", 32, {**TINY.kwargs, "embed_dim": 32})
     save_file(build_image_tower(other).state_dict(), tmp_path / "tower" / "model.safetensors")
@@ -127,8 +127,8 @@ def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mean", [None, (0.1, 0.2, 0.3)])
-def test_pixels_are_normalised_as_the_model_was_trained_unless_told_otherwise(tmp_path: Path, mean: Any) -> None:
-    name = "vit_tiny_patch16_224.augreg_in21k"  # was trained with 0.5, where CLIP has 0.48145466, 0.4578275, 0.40821073
+def test_the_normalisation_of_a_model_is_the_default(tmp_path: Path, mean: Any) -> None:
+    name = "vit_tiny_patch16_224.augreg_in21k"  # trained with mean 0.5, unlike CLIP
     save_file(build_image_tower(ImageTowerSpec(name, 32)).trunk.state_dict(), tmp_path / "vit.safetensors")
     tower = timm_tower(
         TimmTowerConfig(kind="timm", model=name, checkpoint=tmp_path / "vit.safetensors", image_size=32, mean=mean)
@@ -138,7 +138,7 @@ def test_pixels_are_normalised_as_the_model_was_trained_unless_told_otherwise(tm
     assert load_image_tower(tmp_path / "tower").spec == tower.spec
 
 
-def test_a_norm_that_is_called_as_the_classifier_is_kept(tmp_path: Path) -> None:
+def test_a_norm_named_like_the_classifier_is_kept(tmp_path: Path) -> None:
     trunk = build_image_tower(ImageTowerSpec("test_convnext", 64, pooling="model")).trunk
     weights = {name: torch.randn_like(value) for name, value in trunk.state_dict().items()}
     save_file({**weights, "head.fc.weight": torch.zeros(1000, 64)}, tmp_path / "model.safetensors")
@@ -147,18 +147,18 @@ def test_a_norm_that_is_called_as_the_classifier_is_kept(tmp_path: Path) -> None
     torch.testing.assert_close(tower.trunk.state_dict()["head.norm.weight"], weights["head.norm.weight"])
 
 
-def test_weights_of_the_hub_are_of_the_named_commit(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[str, str | None]] = []
+def test_hub_weights_have_the_configured_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    requests: list[tuple[str, str | None]] = []
 
     def download(repo_id: str, *_: Any, revision: str | None = None, **__: Any) -> None:
-        asked.append((repo_id, revision))
+        requests.append((repo_id, revision))
         raise OSError("no route to host")
 
     monkeypatch.setattr("timm.models._hub.hf_hub_download", download)
     settings = {"kind": "timm", "model": "vit_tiny_patch16_224.augreg_in21k"}
     with pytest.raises(ValueError, match="no route to host"):
         timm_tower(TimmTowerConfig(**settings, revision="0123456789" * 4))
-    assert set(asked) == {("timm/vit_tiny_patch16_224.augreg_in21k", "0123456789" * 4)}
+    assert set(requests) == {("timm/vit_tiny_patch16_224.augreg_in21k", "0123456789" * 4)}
     with pytest.raises(ValueError, match=r"test_vit4 are not on the hub"):
         timm_tower(TimmTowerConfig(kind="timm", model="test_vit4", revision="0123456789" * 4))
     with pytest.raises(ValidationError, match="checkpoint is a local file"):
@@ -167,12 +167,12 @@ def test_weights_of_the_hub_are_of_the_named_commit(monkeypatch: pytest.MonkeyPa
         TimmTowerConfig(**settings, revision="main")
 
 
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"image_tower\.checkpoint.*nowhere"):
         timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "nowhere", image_size=64))
 
 
-def test_an_unreachable_hub_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise OSError("no route to host")
 
@@ -189,21 +189,21 @@ SMALL = SceneTowerConfig(
 
 
 @pytest.mark.integration
-def test_training_learns_and_is_the_same_again() -> None:
-    seen: list[tuple[int, int, float]] = []
-    first = train_image_tower(SMALL, lambda *progress: seen.append(progress))
-    again = train_image_tower(SMALL)
-    assert seen[-1][:2] == (40, 40)
-    assert [(step, loss) for step, _, loss in seen] == first.history == again.history
+def test_training_learns_and_is_reproducible() -> None:
+    progress: list[tuple[int, int, float]] = []
+    first = train_image_tower(SMALL, lambda *step: progress.append(step))
+    repeated = train_image_tower(SMALL)
+    assert progress[-1][:2] == (40, 40)
+    assert [(step, loss) for step, _, loss in progress] == first.history == repeated.history
     assert first.history[-1][1] < first.history[0][1]
-    assert first.accuracy == again.accuracy
+    assert first.accuracy == repeated.accuracy
     assert not first.tower.training
     for name, value in first.tower.state_dict().items():
-        torch.testing.assert_close(value, again.tower.state_dict()[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, repeated.tower.state_dict()[name], rtol=0, atol=0)
 
 
 @pytest.mark.integration
-def test_accuracy_has_a_share_for_each_attribute() -> None:
+def test_accuracy_is_reported_for_each_attribute() -> None:
     result = train_image_tower(SMALL.model_copy(update={"epochs": 1}))
     salient = {f"salient {attribute}" for attribute in ("shape", "colour", "texture", "size")}
     small = {f"small {attribute}" for attribute in ("shape", "colour", "texture", "position", "colour by shape")}
@@ -226,14 +226,14 @@ def test_the_scenes_have_the_number_of_small_objects_asked_for() -> None:
 
 
 @pytest.mark.integration
-def test_scenes_are_the_same_however_many_processes_draw_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scenes_do_not_depend_on_the_number_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     scenes = _Scenes(seed=1, count=250, size=32)
     pixels, labels = _draw_scenes(scenes)
     monkeypatch.setattr("lotlip.demo.tower._SCENES_PER_WORKER", 100)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
-    again, labels_again = _draw_scenes(scenes)
+    parallel, parallel_labels = _draw_scenes(scenes)
     assert pixels.shape == (250, 3, 32, 32) and pixels.dtype == torch.uint8
-    assert torch.equal(pixels, again) and torch.equal(labels, labels_again)
+    assert torch.equal(pixels, parallel) and torch.equal(labels, parallel_labels)
 
 
 @pytest.mark.integration

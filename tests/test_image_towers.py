@@ -1,4 +1,4 @@
-"""Image towers of timm, transformers and open_clip: the features, preprocessing and files of each library."""
+"""Image towers of timm, transformers and open_clip: features, preprocessing and files."""
 
 from __future__ import annotations
 
@@ -60,18 +60,18 @@ VISION: dict[str, Any] = {**SIZES, "image_size": 32, "patch_size": 8}
 TIMM = ("test_vit", "test_vit2", "test_vit3", "test_efficientnet", "test_convnext", "test_resnet", "test_mambaout")
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+def images(*sizes: tuple[int, int]) -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (height, width, 3), dtype=np.uint8)) for width, height in sizes]
 
 
 def pixels(tower: ImageTower, *sizes: tuple[int, int]) -> Tensor:
     transform = image_transform(**tower.spec.preprocessing)
-    return torch.from_numpy(np.stack([transform(picture) for picture in pictures(*sizes)]))
+    return torch.from_numpy(np.stack([transform(image) for image in images(*sizes)]))
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Gives every weight a random value, also where a library starts from zeros or ones."""
+    """Gives every weight a random value, even those that a library initialises with zeros or ones."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -81,13 +81,13 @@ def randomise(model: nn.Module) -> nn.Module:
 
 @torch.inference_mode()
 def check_features(tower: ImageTower, expected: Tensor, inputs: Tensor, folder: Path) -> None:
-    """Features equal the library's, and so do those of the tower that was saved."""
+    """Features of the tower and of its saved copy equal the library's."""
     assert expected.shape == (len(inputs), tower.width)
     torch.testing.assert_close(tower(inputs), expected, atol=1e-5, rtol=0)
     save_image_tower(tower, folder)
-    again = load_image_tower(folder)
-    assert again.spec == tower.spec
-    torch.testing.assert_close(again(inputs), tower(inputs), atol=1e-6, rtol=0)
+    reloaded = load_image_tower(folder)
+    assert reloaded.spec == tower.spec
+    torch.testing.assert_close(reloaded(inputs), tower(inputs), atol=1e-6, rtol=0)
     hidden = tower.hidden_states(inputs)
     assert tower.patches(hidden).shape == (len(inputs), hidden.shape[1] - tower.prefix_tokens, tower.token_width)
 
@@ -96,13 +96,13 @@ def check_features(tower: ImageTower, expected: Tensor, inputs: Tensor, folder: 
 
 
 @pytest.mark.parametrize("name", TIMM)
-def test_a_timm_tower_has_the_features_and_the_preprocessing_of_timm(name: str, tmp_path: Path) -> None:
+def test_a_timm_tower_equals_timm(name: str, tmp_path: Path) -> None:
     model: Any = randomise(timm.create_model(name))
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     tower = timm_tower(TimmTowerConfig(kind="timm", model=name, checkpoint=tmp_path / "weights.pth"))
     transform: Any = create_transform(**resolve_model_data_config(model))
     sizes = ((200, 160), (333, 222))
-    inputs = torch.stack([transform(picture) for picture in pictures(*sizes)])
+    inputs = torch.stack([transform(image) for image in images(*sizes)])
     torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=1e-6, rtol=0)
     with torch.inference_mode():
         expected = model.forward_head(model.forward_features(inputs), pre_logits=True)
@@ -110,7 +110,7 @@ def test_a_timm_tower_has_the_features_and_the_preprocessing_of_timm(name: str, 
 
 
 @pytest.mark.parametrize("place", ["state_dict", "model", "module."])
-def test_a_checkpoint_may_have_its_weights_under_a_name(place: str, tmp_path: Path) -> None:
+def test_a_checkpoint_may_nest_or_prefix_its_weights(place: str, tmp_path: Path) -> None:
     weights = timm.create_model("test_vit").state_dict()
     content: Any = {f"module.{name}": value for name, value in weights.items()} if "." in place else {place: weights}
     torch.save(content, tmp_path / "weights.pth")
@@ -124,7 +124,7 @@ def test_a_checkpoint_without_weights_is_an_error(tmp_path: Path) -> None:
         timm_tower(TimmTowerConfig(kind="timm", model="test_vit", checkpoint=tmp_path / "weights.pth"))
 
 
-def test_missing_and_unexpected_weights_are_named(tmp_path: Path) -> None:
+def test_missing_and_unexpected_weights_are_an_error(tmp_path: Path) -> None:
     weights = timm.create_model("test_vit").state_dict()
     torch.save({"extra": weights.pop("cls_token"), **weights}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match=r"does not fit the model in 2 of .*cls_token.*extra"):
@@ -135,7 +135,7 @@ def test_missing_and_unexpected_weights_are_named(tmp_path: Path) -> None:
 
 
 def save_transformers(kind: str, folder: Path) -> tuple[Any, Any]:
-    """Saves a small random model with its processor; returns both."""
+    """Saves a tiny random model with its processor, and returns both."""
     processor: Any
     if kind == "clip":
         config: Any = CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=24)
@@ -160,11 +160,11 @@ def save_transformers(kind: str, folder: Path) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "dinov2-registers", "dinov3", "dinov3-convnext"])
-def test_a_transformers_tower_has_the_features_and_the_preprocessing_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_a_transformers_tower_equals_transformers(kind: str, tmp_path: Path) -> None:
     model, processor = save_transformers(kind, tmp_path / "model")
     tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path / "model")))
-    sizes = ((40, 40), (72, 36), (36, 72))  # even differences: transformers crops another centre where they are odd
-    inputs = processor(pictures(*sizes), return_tensors="pt")["pixel_values"]
+    sizes = ((40, 40), (72, 36), (36, 72))  # even differences: transformers rounds odd ones differently
+    inputs = processor(images(*sizes), return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=0.03, rtol=0)  # torchvision rounds differently
     with torch.inference_mode():
         if kind in ("clip", "siglip"):
@@ -197,13 +197,13 @@ def test_the_packaged_tower_has_the_weights_of_its_package(tmp_path: Path) -> No
         torch.testing.assert_close(fast(inputs), expected, atol=1e-4, rtol=0)
 
 
-def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lotlip.image_tower.packaged._PACKAGE", "no_such_package")
     with pytest.raises(ValueError, match=r"pip install 'lotlip\[offline-tower\]'"):
         packaged_tower(PackagedTowerConfig(kind="packaged"))
 
 
-def test_a_vision_model_without_a_projection_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_vision_model_without_a_projection_is_accepted(tmp_path: Path) -> None:
     model: Any = randomise(AutoModel.from_config(CLIPVisionConfig(**VISION)))
     model.save_pretrained(tmp_path)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(tmp_path)
@@ -213,7 +213,7 @@ def test_a_vision_model_without_a_projection_is_taken_as_it_is(tmp_path: Path) -
         torch.testing.assert_close(tower(inputs), model(inputs).pooler_output, atol=1e-5, rtol=0)
 
 
-def test_another_image_size_stretches_the_positions(tmp_path: Path) -> None:
+def test_another_image_size_interpolates_the_positions(tmp_path: Path) -> None:
     model, _ = save_transformers("siglip", tmp_path)
     tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), image_size=48))
     inputs = pixels(tower, (80, 48))
@@ -229,7 +229,7 @@ def test_another_image_size_stretches_the_positions(tmp_path: Path) -> None:
         ("siglip2", "takes pictures of any shape; take the version of one size"),
     ],
 )
-def test_models_that_cannot_be_image_towers_are_named(kind: str, message: str, tmp_path: Path) -> None:
+def test_models_that_cannot_be_image_towers_are_errors(kind: str, message: str, tmp_path: Path) -> None:
     from transformers import BertConfig, Siglip2Config
 
     (BertConfig() if kind == "bert" else Siglip2Config()).save_pretrained(tmp_path)
@@ -237,7 +237,7 @@ def test_models_that_cannot_be_image_towers_are_named(kind: str, message: str, t
         transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
 
 
-def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     save_transformers("dinov2", tmp_path)
@@ -248,14 +248,14 @@ def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
         transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
 
 
-def test_a_model_without_a_processor_needs_its_settings(tmp_path: Path) -> None:
+def test_a_model_without_a_processor_needs_preprocessing_settings(tmp_path: Path) -> None:
     save_transformers("dinov2", tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     settings: dict[str, Any] = {"kind": "transformers", "model": str(tmp_path)}
     with pytest.raises(ValueError, match=r"set image_tower\.mean, std and resize"):
         transformers_tower(TransformersTowerConfig(**settings))
-    given = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
-    assert transformers_tower(given).spec.image_size == 32
+    complete = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
+    assert transformers_tower(complete).spec.image_size == 32
 
 
 # --- open_clip --------------------------------------------------------------------------------------------------------
@@ -270,8 +270,8 @@ OPEN_CLIP: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture
-def known_to_open_clip(tmp_path: Path) -> None:
-    """Registers small configurations with open_clip, for this process."""
+def open_clip_configurations(tmp_path: Path) -> None:
+    """Registers tiny configurations with open_clip in this process."""
     for name, vision in OPEN_CLIP.items():
         text = {"context_length": 16, "vocab_size": 99, "width": 32, "heads": 2, "layers": 1}
         path = tmp_path / "configurations" / f"test-{name}.json"
@@ -280,24 +280,29 @@ def known_to_open_clip(tmp_path: Path) -> None:
         open_clip.add_model_config(path)
 
 
-@pytest.mark.usefixtures("known_to_open_clip")
+@pytest.mark.usefixtures("open_clip_configurations")
 @pytest.mark.parametrize("name", OPEN_CLIP)
-def test_an_open_clip_tower_has_the_features_and_the_preprocessing_of_open_clip(name: str, tmp_path: Path) -> None:
+def test_an_open_clip_tower_equals_open_clip(name: str, tmp_path: Path) -> None:
     model: Any = randomise(open_clip.create_model(f"test-{name}"))
     torch.save(model.state_dict(), tmp_path / "weights.pt")
-    own = PreprocessCfg(**model.visual.preprocess_cfg)
-    given: dict[str, Any] = {"mean": own.mean, "std": own.std, "resize": "crop", "checkpoint": tmp_path / "weights.pt"}
-    tower = open_clip_tower(OpenClipTowerConfig(kind="open_clip", model=f"test-{name}", **given))
-    transform: Any = image_transform_v2(own, False)
+    preprocess = PreprocessCfg(**model.visual.preprocess_cfg)
+    options: dict[str, Any] = {
+        "mean": preprocess.mean,
+        "std": preprocess.std,
+        "resize": "crop",
+        "checkpoint": tmp_path / "weights.pt",
+    }
+    tower = open_clip_tower(OpenClipTowerConfig(kind="open_clip", model=f"test-{name}", **options))
+    transform: Any = image_transform_v2(preprocess, False)
     sizes = ((200, 160), (64, 90))
-    inputs = torch.stack([transform(picture) for picture in pictures(*sizes)])
+    inputs = torch.stack([transform(image) for image in images(*sizes)])
     torch.testing.assert_close(pixels(tower, *sizes), inputs, atol=1e-6, rtol=0)
     with torch.inference_mode():
         expected = model.encode_image(inputs)
     check_features(tower, expected, inputs, tmp_path / "tower")
 
 
-def test_open_clip_names_what_it_does_not_have() -> None:
+def test_unknown_open_clip_models_and_tags_are_errors() -> None:
     with pytest.raises(ValueError, match=r"open_clip .* has no model 'nothing'"):
         open_clip_tower(OpenClipTowerConfig(kind="open_clip", model="nothing", weights="openai"))
     with pytest.raises(ValueError, match=r"not a tag of ViT-B-32 in open_clip \(tags: openai"):
@@ -306,7 +311,7 @@ def test_open_clip_names_what_it_does_not_have() -> None:
         OpenClipTowerConfig(kind="open_clip", model="ViT-B-32", checkpoint=Path("weights.pt"))
 
 
-def test_a_file_of_an_open_clip_model_is_prepared_for_as_its_tag_says() -> None:
+def test_a_file_of_an_open_clip_model_uses_the_preprocessing_of_its_tag() -> None:
     settings: dict[str, Any] = {"kind": "open_clip", "checkpoint": Path("weights.pt")}
     siglip = open_clip_spec(OpenClipTowerConfig(model="ViT-B-16-SigLIP", weights="webli", **settings))
     assert (siglip.mean, siglip.resize) == ((0.5, 0.5, 0.5), "squash")
@@ -339,7 +344,7 @@ def test_a_configuration_of_open_clip_loads_no_files(name: str) -> None:
         "deit_tiny_distilled_patch16_224",
     ],
 )
-def test_every_kind_of_timm_model_has_features_of_the_width_that_it_says(name: str) -> None:
+def test_features_of_every_timm_model_have_the_declared_width(name: str) -> None:
     with torch.device("meta"):
         tower = build_image_tower(ImageTowerSpec(name, 224, pooling="model"))
         inputs = torch.empty(2, 3, 224, 224)
@@ -349,7 +354,7 @@ def test_every_kind_of_timm_model_has_features_of_the_width_that_it_says(name: s
         assert tower.patches(hidden).shape[0] == 2
 
 
-def test_a_timm_model_with_several_feature_maps_is_refused() -> None:
+def test_a_timm_model_with_several_feature_maps_is_an_error() -> None:
     with torch.device("meta"), pytest.raises(ValueError, match="neither tokens nor one feature map"):
         build_image_tower(ImageTowerSpec("crossvit_9_240", 240, pooling="model"))(torch.empty(1, 3, 240, 240))
 
@@ -365,7 +370,7 @@ def test_a_timm_model_with_several_feature_maps_is_refused() -> None:
         ({"crop_size": {"height": 32, "width": 24}}, "not a square"),
     ],
 )
-def test_a_processor_that_cannot_be_followed_is_named(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
+def test_an_unsupported_processor_is_an_error(change: dict[str, Any], problem: str, tmp_path: Path) -> None:
     save_transformers("dinov2", tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -374,11 +379,11 @@ def test_a_processor_that_cannot_be_followed_is_named(change: dict[str, Any], pr
         ValueError, match=rf"(?s)preprocessor_config\.json.*{problem}.*set image_tower\.mean, std and resize"
     ):
         transformers_spec(TransformersTowerConfig(**settings))
-    given = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
-    assert transformers_spec(given).image_size == 32
+    complete = TransformersTowerConfig(**settings, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), resize="squash")
+    assert transformers_spec(complete).image_size == 32
 
 
-def test_a_processor_without_normalisation_leaves_pixels_as_they_are(tmp_path: Path) -> None:
+def test_a_processor_without_normalisation_does_not_change_pixels(tmp_path: Path) -> None:
     save_transformers("dinov2", tmp_path)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"do_normalize": False}))
@@ -408,7 +413,7 @@ def test_damaged_weights_and_other_sizes_are_one_clear_error(tmp_path: Path) -> 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("pooling", ["token", "mean", "token+mean"])
-def test_pooling_is_what_its_name_says(pooling: str) -> None:
+def test_pooling_of_tokens(pooling: str) -> None:
     spec = ImageTowerSpec("test_vit", 32, pooling=pooling)
     tower = build_image_tower(spec).eval()
     tokens = tower.trunk.forward_features(inputs := torch.randn(2, 3, 32, 32))
@@ -419,34 +424,34 @@ def test_pooling_is_what_its_name_says(pooling: str) -> None:
 
 
 @torch.inference_mode()
-def test_the_attention_pooling_of_a_model_is_found(tmp_path: Path) -> None:
+def test_pooling_map_uses_the_models_attention_pooling(tmp_path: Path) -> None:
     save_transformers("siglip", tmp_path)
-    own = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
+    tower = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path)))
     pooled = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="map"))
-    inputs = pixels(own, (40, 40))
-    assert torch.equal(own(inputs), pooled(inputs))
+    inputs = pixels(tower, (40, 40))
+    assert torch.equal(tower(inputs), pooled(inputs))
     mean = transformers_tower(TransformersTowerConfig(kind="transformers", model=str(tmp_path), pooling="mean"))
-    torch.testing.assert_close(mean(inputs), own.hidden_states(inputs).mean(dim=1))
+    torch.testing.assert_close(mean(inputs), tower.hidden_states(inputs).mean(dim=1))
     with pytest.raises(ValueError, match="test_vit has no attention pooling"):
         build_image_tower(ImageTowerSpec("test_vit", 32, pooling="map"))
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
-def test_a_model_without_cls_cannot_pool_by_it(name: str) -> None:
+def test_token_pooling_needs_a_cls_token(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} has no \[CLS\] token, which pooling 'token' needs"):
         build_image_tower(ImageTowerSpec(name, 64, pooling="token"))
 
 
-def test_settings_override_what_the_model_was_trained_with(tmp_path: Path) -> None:
+def test_settings_override_the_models_preprocessing(tmp_path: Path) -> None:
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "weights.pth")
     settings: dict[str, Any] = {"kind": "timm", "model": "test_vit", "checkpoint": tmp_path / "weights.pth"}
-    own = timm_tower(TimmTowerConfig(**settings)).spec
-    assert (own.image_size, own.mean, own.crop, own.resize) == (160, (0.5, 0.5, 0.5), 0.95, "crop")
+    trained = timm_tower(TimmTowerConfig(**settings)).spec
+    assert (trained.image_size, trained.mean, trained.crop, trained.resize) == (160, (0.5, 0.5, 0.5), 0.95, "crop")
     changed = timm_tower(
         TimmTowerConfig(**settings, image_size=160, resize="squash", interpolation="bilinear", mean=(0, 0, 0))
     ).spec
-    assert (changed.mean, changed.std, changed.interpolation) == ((0, 0, 0), own.std, "bilinear")
-    assert (changed.resize, changed.crop) == ("squash", 1.0)  # who chooses a mode wants to see all that it shows
+    assert (changed.mean, changed.std, changed.interpolation) == ((0, 0, 0), trained.std, "bilinear")
+    assert (changed.resize, changed.crop) == ("squash", 1.0)  # an explicit mode does not crop
 
 
 def test_files_of_earlier_versions_are_read() -> None:
@@ -459,7 +464,7 @@ def test_files_of_earlier_versions_are_read() -> None:
 @pytest.mark.parametrize(
     "option", [{"library": "keras"}, {"pooling": "max"}, {"interpolation": "cubic"}, {"crop": 2.0}]
 )
-def test_unknown_options_are_named(option: dict[str, Any]) -> None:
+def test_unknown_options_are_errors(option: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=str(next(iter(option.values())))):
         ImageTowerSpec("test_vit", 32, **option)
 
@@ -468,7 +473,7 @@ def test_unknown_options_are_named(option: dict[str, Any]) -> None:
 
 
 def saved_model(kind: str, folder: Path) -> tuple[ImageTower, Path]:
-    """A model with one of these towers, and the tower by itself."""
+    """A tower, and a saved model with it."""
     if kind == "convnext":
         tower: ImageTower = build_image_tower(ImageTowerSpec("test_convnext", 64, pooling="model", crop=0.9))
         randomise(tower)
@@ -481,15 +486,15 @@ def saved_model(kind: str, folder: Path) -> tuple[ImageTower, Path]:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["convnext", "clip", "siglip", "dinov2"])
-def test_a_saved_model_has_its_tower_and_prepares_images_as_it_needs(kind: str, tmp_path: Path) -> None:
+def test_a_saved_model_keeps_its_tower_and_preprocessing(kind: str, tmp_path: Path) -> None:
     tower, folder = saved_model(kind, tmp_path)
     model, _ = load_model(folder)
     inputs = pixels(tower, (70, 50))
     torch.testing.assert_close(model.encode_image(inputs), nn.functional.normalize(tower(inputs), dim=-1))
     assert model.encode_image_patches(inputs).shape[-1] == tower.token_width
     processor: Any = AutoProcessor.from_pretrained(folder)
-    found = processor(images=pictures((70, 50)), return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(found, inputs, atol=1e-6, rtol=0)
+    processed = processor(images=images((70, 50)), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(processed, inputs, atol=1e-6, rtol=0)
     assert tower.spec.model in (folder / "README.md").read_text()
 
 
@@ -508,7 +513,7 @@ def test_attention_maps_of_a_transformers_tower_sum_to_one(kind: str, pooling: A
     torch.testing.assert_close(maps.sum(dim=(1, 2)), torch.ones(2))
     assert maps[0].std() > 0
     with torch.inference_mode():
-        torch.testing.assert_close(model.encode_image(inputs), before)  # attention is fused again
+        torch.testing.assert_close(model.encode_image(inputs), before)  # attention is fused again afterwards
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -531,7 +536,7 @@ def test_every_setting_of_a_pretrained_tower_is_described() -> None:
 
 
 @pytest.mark.parametrize("library", ["timm", "transformers", "open_clip"])
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(library: str) -> None:
+def test_checkpointing_saves_memory_and_keeps_the_gradients(library: str) -> None:
     dino = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     vision = {"layers": 4, "width": 32, "head_width": 16, "patch_size": 8}
     timm_vit = {"patch_size": 8, "embed_dim": 32, "depth": 4, "num_heads": 2}
@@ -540,7 +545,7 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(library: str) -> 
         "transformers": ImageTowerSpec("dinov2", 32, {"config": {"model_type": "dinov2", **dino}}, library=library),
         "open_clip": ImageTowerSpec("x", 32, {"embed_dim": 16, "vision_cfg": vision}, library=library),
     }[library]
-    gradients, kept = [], []
+    gradients, bytes_saved = [], []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         tower = build_image_tower(spec).eval()  # as in training
@@ -548,14 +553,14 @@ def test_checkpointing_keeps_less_and_gives_the_same_gradients(library: str) -> 
             tower.enable_checkpointing()
         with SavedTensors(tower) as saved:
             features = tower(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(1)))
-        kept.append(saved.now)
+        bytes_saved.append(saved.now)
         gradients.append(torch.autograd.grad(features.square().sum(), list(tower.parameters()), allow_unused=True))
-    assert kept[1] < kept[0] / 2
-    for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(again, plain)
+    assert bytes_saved[1] < bytes_saved[0] / 2
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
-def test_a_tower_that_cannot_checkpoint_is_named() -> None:
+def test_a_tower_without_checkpointing_is_an_error() -> None:
     sizes = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
     kwargs = {"config": {"model_type": "dinov3_convnext", **sizes}}
     tower = build_image_tower(ImageTowerSpec("dinov3_convnext", 64, kwargs, library="transformers", pooling="model"))

@@ -1,4 +1,4 @@
-"""Decoding as a viewer shows it, and pixels equal to the released code's."""
+"""Decoding of images as viewers show them, and pixels equal to the released code's."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def test_pixels_are_those_of_the_released_code() -> None:
+def test_pixels_equal_the_released_code() -> None:
     names = json.loads((PARITY / "case.json").read_text())["images"]
     transform = image_transform(160)
     pixels = np.stack([transform(decode_rgb((PARITY / name).read_bytes())) for name in names])
@@ -60,7 +60,7 @@ def test_pixels_are_those_of_the_released_code() -> None:
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (50, 33), (224, 224), (1, 9)])
-def test_any_size_becomes_a_square(size: tuple[int, int]) -> None:
+def test_images_of_any_size_become_square(size: tuple[int, int]) -> None:
     assert image_transform(64)(Image.new("RGB", size, "red")).shape == (3, 64, 64)
 
 
@@ -71,20 +71,20 @@ def test_an_image_of_the_right_size_is_only_normalised() -> None:
     np.testing.assert_allclose(pixels, expected, atol=1e-6)
 
 
-def test_the_centre_is_kept() -> None:
+def test_cropping_keeps_the_centre() -> None:
     image = Image.new("RGB", (90, 30), "black")
     image.paste("white", (30, 0, 60, 30))
     pixels = image_transform(30, mean=(0, 0, 0), std=(1, 1, 1))(image)
     assert pixels.min() == 1
 
 
-# --- how a picture becomes a square -------------------------------------------------------------------------------
+# --- resize modes -------------------------------------------------------------------------------------------------
 
 BLACK_AND_WHITE = ((0, 0, 0), (1, 1, 1))  # mean and standard deviation: pixels stay in 0..1
 
 
-def edged(width: int, height: int) -> Image.Image:
-    """A grey picture with one red and one blue end."""
+def with_coloured_ends(width: int, height: int) -> Image.Image:
+    """A grey image with one red and one blue end."""
     image = Image.new("RGB", (width, height), "grey")
     end = max(width, height) // 10
     long = (end, height) if width > height else (width, end)
@@ -95,7 +95,7 @@ def edged(width: int, height: int) -> Image.Image:
 
 def colours(pixels: np.ndarray) -> set[str]:
     red, green, blue = pixels
-    return {name for name, there in (("red", red - green > 0.6), ("blue", blue - green > 0.6)) if there.any()}
+    return {name for name, mask in (("red", red - green > 0.6), ("blue", blue - green > 0.6)) if mask.any()}
 
 
 def test_the_configuration_offers_every_resize_mode() -> None:
@@ -103,8 +103,8 @@ def test_the_configuration_offers_every_resize_mode() -> None:
 
 
 @pytest.mark.parametrize("size", [(90, 30), (30, 90)])
-def test_the_ends_of_a_picture_are_seen_unless_it_is_cropped(size: tuple[int, int]) -> None:
-    image = edged(*size)
+def test_only_cropping_removes_the_ends_of_an_image(size: tuple[int, int]) -> None:
+    image = with_coloured_ends(*size)
     assert colours(image_transform(32, *BLACK_AND_WHITE)(image)) == set()
     for resize in ("squash", "pad"):
         pixels = image_transform(32, *BLACK_AND_WHITE, resize)(image)
@@ -112,30 +112,30 @@ def test_the_ends_of_a_picture_are_seen_unless_it_is_cropped(size: tuple[int, in
         assert colours(pixels) == {"red", "blue"}
 
 
-def test_padding_has_the_mean_colour_and_keeps_the_aspect_ratio() -> None:
+def test_pad_fills_with_the_mean_colour_and_keeps_the_aspect_ratio() -> None:
     pixels = image_transform(32, resize="pad")(Image.new("RGB", (64, 32), "white"))
-    np.testing.assert_allclose(pixels[:, [*range(8), *range(24, 32)]], 0, atol=0.01)  # of a standard deviation
+    np.testing.assert_allclose(pixels[:, [*range(8), *range(24, 32)]], 0, atol=0.01)  # in standard deviations
     assert pixels[:, 8:24].min() > 1
 
 
 @pytest.mark.parametrize("side", [20, 32, 75])
-def test_every_mode_agrees_on_square_pictures(side: int) -> None:
+def test_all_resize_modes_agree_on_square_images(side: int) -> None:
     expected = image_transform(32)(noise(side, side))
     for resize in RESIZES:
         assert np.array_equal(image_transform(32, resize=resize)(noise(side, side)), expected)
 
 
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (50, 33), (33, 7), (1, 9), (9, 1), (3, 900)])
-def test_the_default_is_the_shorter_side_resized_and_the_centre_kept(size: tuple[int, int]) -> None:
-    found = image_transform(64, *BLACK_AND_WHITE)(noise(*size))
-    assert np.array_equal(found, image_transform(64, *BLACK_AND_WHITE, "crop")(noise(*size)))
+def test_the_default_resizes_the_shorter_side_and_crops_the_centre(size: tuple[int, int]) -> None:
+    pixels = image_transform(64, *BLACK_AND_WHITE)(noise(*size))
+    assert np.array_equal(pixels, image_transform(64, *BLACK_AND_WHITE, "crop")(noise(*size)))
     expected = np.asarray(_centre(resized(noise(*size), 64), 64)).transpose(2, 0, 1) / np.float32(255)
-    np.testing.assert_allclose(found, expected, atol=0 if max(size) <= 8 * min(size) else 1.01 / 255)
+    np.testing.assert_allclose(pixels, expected, atol=0 if max(size) <= 8 * min(size) else 1.01 / 255)
 
 
 @pytest.mark.parametrize("resize", ["squash", "pad"])
 @pytest.mark.parametrize("size", [(1, 1_000_000), (1_000_000, 1), (3, 200), (200, 3)])
-def test_an_extremely_long_picture_stays_small_while_it_is_resized(resize: str, size: tuple[int, int]) -> None:
+def test_resizing_a_very_long_image_needs_little_memory(resize: str, size: tuple[int, int]) -> None:
     original, areas = Image.Image.resize, []
 
     def watch(self: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
@@ -157,8 +157,8 @@ def test_an_unknown_resize_mode_is_an_error() -> None:
 
 @pytest.mark.parametrize("resize", RESIZES)
 @pytest.mark.parametrize("size", [(300, 200), (200, 301), (64, 64), (31, 200)])
-def test_the_box_that_is_seen_is_what_becomes_the_square(resize: str, size: tuple[int, int]) -> None:
-    """The box is cut out of the picture by Pillow, which fills what is outside with black, and resized."""
+def test_seen_box_is_the_part_that_becomes_the_square(resize: str, size: tuple[int, int]) -> None:
+    """Pillow crops the box, filling black outside the image, and resizes it."""
     x, y = np.meshgrid(np.linspace(50, 250, size[0]), np.linspace(50, 250, size[1]))
     image = Image.fromarray(np.dstack([x, y, y]).astype(np.uint8))
     box = seen_box(*size, resize)
@@ -170,18 +170,18 @@ def test_the_box_that_is_seen_is_what_becomes_the_square(resize: str, size: tupl
 def test_exif_rotation_is_followed() -> None:
     image = Image.new("RGB", (8, 4), "blue")
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees
+    exif[0x0112] = 6  # rotated by 90 degrees
     assert decode_rgb(encoded(image, "JPEG", exif=exif)).size == (4, 8)
 
 
-def test_what_is_transparent_is_white() -> None:
+def test_transparent_pixels_become_white() -> None:
     image = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
     image.putpixel((1, 0), (255, 0, 0, 255))
     decoded = decode_rgb(encoded(image))
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (255, 0, 0)]
 
 
-def test_transparent_palettes_are_white_too() -> None:
+def test_transparent_palette_entries_become_white() -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([255, 0, 0, 0, 0, 255])
     image.putpixel((1, 0), 1)
@@ -246,17 +246,17 @@ def test_grey_and_white_keep_their_brightness_in_every_mode(mode: str) -> None:
     ],
 )
 @pytest.mark.parametrize("height", [2, 3000])
-def test_the_content_of_deep_pixels_decides_which_is_white(dtype: type, white: float, height: int) -> None:
+def test_the_range_of_deep_pixels_decides_the_white_value(dtype: type, white: float, height: int) -> None:
     pixels = np.full((height, 1500), white, dtype)
     pixels[0, 0] = dtype(white / 2)
     pixels[1, 0] = 0
     shown = decode_rgb(encoded(Image.fromarray(pixels), "TIFF"))
-    found = [shown.getpixel((0, 0))[0], shown.getpixel((0, 1))[0], shown.getpixel((1499, height - 1))[0]]
-    np.testing.assert_allclose(found, [127.5, 0, 255], atol=1)
+    values = [shown.getpixel((0, 0))[0], shown.getpixel((0, 1))[0], shown.getpixel((1499, height - 1))[0]]
+    np.testing.assert_allclose(values, [127.5, 0, 255], atol=1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.1, 1e6])
-def test_deep_pixels_of_no_known_range_are_an_error(bad: float) -> None:
+def test_deep_pixels_of_an_unknown_range_are_an_error(bad: float) -> None:
     pixels = np.full((4, 4), 0.5, np.float32)
     pixels[2, 2] = bad
     with pytest.raises(ValueError, match="mode F"):
@@ -266,7 +266,7 @@ def test_deep_pixels_of_no_known_range_are_an_error(bad: float) -> None:
             decode_rgb(encoded(Image.fromarray(np.full((4, 4), bad * 10, np.int32)), "TIFF"))
 
 
-def test_twelve_bits_in_a_tiff_are_twelve_bits() -> None:
+def test_a_tiff_of_twelve_bits_is_scaled_from_twelve_bits() -> None:
     packed = bytes([0xFF, 0xF8, 0x00])  # 4095 and 2048
     tags = [(256, 4, 2), (257, 4, 1), (258, 3, 12), (259, 3, 1), (262, 3, 1), (273, 4, 8), (277, 3, 1), (278, 4, 1)]
     tags.append((279, 4, len(packed)))
@@ -276,11 +276,11 @@ def test_twelve_bits_in_a_tiff_are_twelve_bits() -> None:
     assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 128]
 
 
-def test_a_dark_portable_map_of_sixteen_bits_stays_dark() -> None:
+def test_a_dark_portable_graymap_of_sixteen_bits_stays_dark() -> None:
     assert decode_rgb(b"P5 1 1 65535\n" + bytes([0, 200])).getpixel((0, 0)) == (1, 1, 1)
 
 
-def test_what_is_transparent_in_sixteen_bits_is_white() -> None:
+def test_transparent_pixels_of_sixteen_bits_become_white() -> None:
     grey = Image.fromarray(np.array([[1000, 0]], np.uint16))
     shown = decode_rgb(encoded(grey, transparency=1000))
     assert [shown.getpixel((x, 0))[0] for x in (0, 1)] == [255, 0]
@@ -289,7 +289,7 @@ def test_what_is_transparent_in_sixteen_bits_is_white() -> None:
 @pytest.mark.parametrize(
     "change", [{254: 1}, {50706: b"\x01\x04\0\0"}], ids=["a reduced picture first", "a digital negative"]
 )
-def test_a_raw_file_of_a_camera_is_not_taken_for_its_preview(change: dict[int, object]) -> None:
+def test_a_raw_file_of_a_camera_is_an_error(change: dict[int, object]) -> None:
     data = encoded(Image.new("RGB", (4, 4), "red"), "TIFF", tiffinfo=change)
     with pytest.raises(ValueError, match="raw file"):
         decode_rgb(data)
@@ -298,9 +298,7 @@ def test_a_raw_file_of_a_camera_is_not_taken_for_its_preview(change: dict[int, o
 @pytest.mark.parametrize(
     ("data", "package"), [(HEIC, "pillow-heif"), (JXL, "pillow-jxl-plugin"), (AVIF, "pillow-avif")]
 )
-def test_a_format_without_its_plug_in_is_an_error_that_names_the_plug_in(
-    data: bytes, package: str, no_plugins: None
-) -> None:
+def test_a_format_without_its_plug_in_is_an_error(data: bytes, package: str, no_plugins: None) -> None:
     with pytest.raises(ValueError, match=f"pip install {package}"):
         decode_rgb(data)
 
@@ -317,11 +315,11 @@ def test_avif_is_read_where_pillow_can() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (7, 3001), (3001, 8), (64, 2000)])
-def test_an_extremely_long_picture_becomes_the_same_square_in_little_memory(size: tuple[int, int]) -> None:
-    """The square is compared with the one that is cut out of the whole picture, resized."""
+def test_cropping_a_very_long_image_needs_little_memory(size: tuple[int, int]) -> None:
+    """The result is compared with the centre of the fully resized image."""
     noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     image, sides = Image.fromarray(noise), []
-    whole = _centre(resized(image, 64), 64)
+    expected = _centre(resized(image, 64), 64)
     original = Image.Image.resize
 
     def watch(self: Image.Image, size: tuple[int, int], *rest: object, **options: object) -> Image.Image:
@@ -332,10 +330,10 @@ def test_an_extremely_long_picture_becomes_the_same_square_in_little_memory(size
         patch.setattr(Image.Image, "resize", watch)
         pixels = image_transform(64, (0, 0, 0), (1, 1, 1))(image)
     assert max(sides, default=0) <= 64
-    np.testing.assert_allclose(pixels * 255, np.asarray(whole).transpose(2, 0, 1), atol=1.01)
+    np.testing.assert_allclose(pixels * 255, np.asarray(expected).transpose(2, 0, 1), atol=1.01)
 
 
-def test_the_ends_of_an_extremely_long_picture_are_cut_off_on_both_sides() -> None:
+def test_without_ends_shortens_very_long_images_on_both_sides() -> None:
     assert without_ends(Image.new("RGB", (3, 1001))).size == (3, 25)
     assert without_ends(Image.new("RGB", (80, 10))).size == (80, 10)
 
@@ -346,7 +344,7 @@ def test_a_broken_image_is_a_clear_error(data: bytes) -> None:
         decode_rgb(data)
 
 
-# A picture whose every turn is another, and each EXIF orientation's way from it to what is stored.
+# An image without symmetry, and its stored pixels for each EXIF orientation.
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 0]], [[0, 0, 0], [255, 255, 255]]], np.uint8)
 STORED = {
     1: CORNERS,
@@ -373,8 +371,8 @@ def test_every_orientation_is_turned_upright_once(form: str, orientation: int) -
 
 
 @pytest.mark.integration
-def test_broken_exif_data_hides_no_picture_and_nothing_is_printed() -> None:
-    """In a process of its own: pytest has warnings of its own."""
+def test_broken_exif_data_is_ignored_silently() -> None:
+    """A separate process is used, because pytest captures warnings."""
     data = encoded(Image.new("RGB", (8, 4), "blue"), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x09\0\x12\x01")
     code = (
         "import sys; from lotlip.data.images import decode_rgb; "
@@ -384,8 +382,8 @@ def test_broken_exif_data_hides_no_picture_and_nothing_is_printed() -> None:
     assert (done.stdout, done.stderr) == (b"True\n", b"")
 
 
-def test_large_pictures_are_a_matter_of_our_own_limit() -> None:
-    """Pillow would warn from 89 million pixels on; what it warns of is never printed, nor relied on."""
+def test_the_limit_of_pixels_replaces_pillows_warning() -> None:
+    """Pillow's own warning, from 89 million pixels, is never printed."""
     data = encoded(Image.new("1", (10000, 9000)))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -396,7 +394,7 @@ def test_large_pictures_are_a_matter_of_our_own_limit() -> None:
     assert ImagesConfig.model_fields["max_pixels"].metadata[-1].le == MAX_PIXELS
 
 
-def test_nothing_is_decoded_that_would_start_another_program() -> None:
+def test_formats_that_start_other_programs_are_not_decoded() -> None:
     with pytest.raises(ValueError, match="none of JPEG, PNG"):
         decode_rgb(encoded(Image.new("RGB", (4, 4)), "EPS"))
 
@@ -405,7 +403,7 @@ RED, GREY = (200, 30, 60), 90
 
 
 def profile(swapped: bool) -> bytes:
-    """A colour profile: sRGB's, or one of another name in which red and blue are exchanged."""
+    """The colour profile of sRGB, or one with red and blue swapped and another name."""
     data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     if not swapped:
         return data
@@ -421,7 +419,7 @@ def test_an_embedded_colour_profile_decides_the_colours(form: str, tolerance: in
     assert to_rgb(shown).getpixel((8, 8)) == shown.getpixel((8, 8))
 
 
-def test_what_is_transparent_keeps_its_profile() -> None:
+def test_an_image_with_alpha_keeps_its_profile() -> None:
     shown = decode_rgb(encoded(Image.new("RGBA", (2, 2), (*RED, 255)), icc_profile=profile(True)))
     np.testing.assert_allclose(shown.getpixel((0, 0)), RED[::-1], atol=2)
     assert decode_rgb(encoded(Image.new("RGBA", (2, 2), (*RED, 0)), icc_profile=profile(True))).getpixel((0, 0)) == (
@@ -430,24 +428,24 @@ def test_what_is_transparent_keeps_its_profile() -> None:
 
 
 @pytest.mark.parametrize("data", [b"no profile", b"", profile(True)[:200]])
-def test_a_broken_profile_leaves_the_colours_as_they_are(data: bytes) -> None:
+def test_a_broken_profile_does_not_change_the_colours(data: bytes) -> None:
     assert decode_rgb(encoded(Image.new("RGB", (4, 4), RED), icc_profile=data)).getpixel((0, 0)) == RED
 
 
-def test_a_profile_for_other_colours_than_the_picture_s_is_left_alone() -> None:
+def test_a_profile_of_another_colour_space_is_ignored() -> None:
     shown = decode_rgb(encoded(Image.new("CMYK", (4, 4), (0, 255, 255, 0)), "TIFF", icc_profile=profile(True)))
     assert shown.getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_cmyk_jpegs_are_stored_inverted_and_shown_as_they_are_meant() -> None:
-    """Adobe's programs store the inverse, with a marker that says so; Pillow writes them like that, too."""
+def test_inverted_cmyk_jpegs_are_decoded_correctly() -> None:
+    """Adobe's programs and Pillow store inverted values with a marker."""
     data = encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)
     assert b"Adobe" in data
     np.testing.assert_allclose(decode_rgb(data).getpixel((8, 8)), (255, 0, 0), atol=4)
 
 
 def deep_png(samples: list[int], kind: int) -> bytes:
-    """One pixel of 16 bits a sample, written by hand: grey (kind 0), RGB (2), grey (4) or RGB (6) with alpha."""
+    """A PNG of one pixel with 16 bits per sample: grey (kind 0), RGB (2), grey (4) or RGB (6) with alpha."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -462,7 +460,7 @@ def deep_png(samples: list[int], kind: int) -> bytes:
     ("samples", "kind", "shown"),
     [
         ([0x8000], 0, (128, 128, 128)),
-        ([200], 0, (1, 1, 1)),  # nearly black, though it would be light grey in 8 bits
+        ([200], 0, (1, 1, 1)),  # nearly black, although 200 of 8 bits is light grey
         ([0xFFFF, 0x8080, 0x0101], 2, (255, 128, 1)),
         ([0x4040, 0xFFFF], 4, (64, 64, 64)),
         ([0x4040, 0], 4, (255, 255, 255)),
@@ -470,38 +468,38 @@ def deep_png(samples: list[int], kind: int) -> bytes:
         ([0xFFFF, 0x8080, 0x0101, 0], 6, (255, 255, 255)),
     ],
 )
-def test_sixteen_bits_are_cut_to_eight(samples: list[int], kind: int, shown: tuple[int, int, int]) -> None:
+def test_sixteen_bits_are_reduced_to_eight(samples: list[int], kind: int, shown: tuple[int, int, int]) -> None:
     np.testing.assert_allclose(decode_rgb(deep_png(samples, kind)).getpixel((0, 0)), shown, atol=1)
 
 
 @pytest.mark.parametrize("form", ["GIF", "PNG", "WEBP"])
-def test_of_an_animation_the_first_picture_is_shown(form: str) -> None:
+def test_the_first_frame_of_an_animation_is_decoded(form: str) -> None:
     later = [Image.new("RGB", (16, 16), colour) for colour in ("blue", "green")]
     options = {"lossless": True} if form == "WEBP" else {}
     data = encoded(Image.new("RGB", (16, 16), "red"), form, save_all=True, append_images=later, **options)
     assert decode_rgb(data).getpixel((8, 8)) == (255, 0, 0)
 
 
-def test_one_bit_and_grey_with_alpha() -> None:
+def test_one_bit_images_and_grey_with_alpha_are_decoded() -> None:
     image = Image.new("1", (2, 1))
     image.putpixel((1, 0), 1)
     assert [decode_rgb(encoded(image)).getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
     for alpha, shown in ((255, GREY), (0, 255), (128, 172)):
-        found = decode_rgb(encoded(Image.new("LA", (1, 1), (GREY, alpha)))).getpixel((0, 0))
-        np.testing.assert_allclose(found, (shown,) * 3, atol=1)
+        pixel = decode_rgb(encoded(Image.new("LA", (1, 1), (GREY, alpha)))).getpixel((0, 0))
+        np.testing.assert_allclose(pixel, (shown,) * 3, atol=1)
 
 
-def test_a_palette_of_bytes_of_transparency_blends_with_white() -> None:
+def test_partly_transparent_palette_entries_blend_with_white() -> None:
     image = Image.new("P", (3, 1))
     image.putpalette([255, 0, 0, 0, 0, 255, 0, 0, 0])
     for place in range(3):
         image.putpixel((place, 0), place)
     shown = decode_rgb(encoded(image, transparency=bytes([255, 0, 128])))
-    found = [shown.getpixel((x, 0)) for x in range(3)]
-    np.testing.assert_allclose(found, [(255, 0, 0), (255, 255, 255), (127, 127, 127)], atol=1)
+    values = [shown.getpixel((x, 0)) for x in range(3)]
+    np.testing.assert_allclose(values, [(255, 0, 0), (255, 255, 255), (127, 127, 127)], atol=1)
 
 
-# --- in training --------------------------------------------------------------------------------------------------
+# --- training transforms ------------------------------------------------------------------------------------------
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -509,21 +507,21 @@ def noise(width: int, height: int) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [(40, 40), (50, 33), (32, 32)])
-def test_without_augmentation_training_sees_what_evaluation_sees(size: tuple[int, int]) -> None:
+def test_training_without_augmentation_equals_evaluation(size: tuple[int, int]) -> None:
     data = encoded(noise(*size))
     pixels = training_transform(32)(data, random.Random(0))
     assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_training_sees_what_evaluation_sees_in_every_resize_mode(resize: str) -> None:
+def test_training_equals_evaluation_in_every_resize_mode(resize: str) -> None:
     data = encoded(noise(50, 33))
     pixels = training_transform(32, resize=resize)(data, random.Random(0))
     assert np.array_equal(pixels, image_transform(32, resize=resize)(decode_rgb(data)))
 
 
 @pytest.mark.parametrize("resize", RESIZES)
-def test_augmentation_takes_the_same_pieces_in_every_resize_mode(resize: str) -> None:
+def test_augmentation_does_not_depend_on_the_resize_mode(resize: str) -> None:
     augmentation, data = AugmentationConfig(scale=(0.3, 1.0)), encoded(noise(50, 33))
     expected = training_transform(32, augmentation=augmentation)(data, random.Random(5))
     pixels = training_transform(32, augmentation=augmentation, resize=resize)(data, random.Random(5))
@@ -531,14 +529,14 @@ def test_augmentation_takes_the_same_pieces_in_every_resize_mode(resize: str) ->
 
 
 @pytest.mark.parametrize("side", [20, 32, 75])
-def test_augmentation_that_takes_all_of_a_square_changes_nothing(side: int) -> None:
+def test_augmentation_with_the_full_square_equals_evaluation(side: int) -> None:
     augmentation = AugmentationConfig(scale=(1.0, 1.0), ratio=(1.0, 1.0))
     data = encoded(noise(side, side))
     pixels = training_transform(32, augmentation=augmentation)(data, random.Random(0))
     assert np.array_equal(pixels, image_transform(32)(decode_rgb(data)))
 
 
-def test_augmentation_follows_its_chance() -> None:
+def test_augmentation_depends_on_the_random_numbers() -> None:
     transform = training_transform(32, augmentation=AugmentationConfig(scale=(0.3, 1.0)))
     data = encoded(noise(60, 40))
     first = transform(data, random.Random(1))
@@ -547,7 +545,7 @@ def test_augmentation_follows_its_chance() -> None:
     assert not np.array_equal(transform(data, random.Random(2)), first)
 
 
-def test_a_piece_is_cut_out_and_resized_as_torchvision_does() -> None:
+def test_random_crops_are_resized_like_torchvisions() -> None:
     augmentation = AugmentationConfig(scale=(0.3, 0.6))
     image = noise(90, 60)
     left, top, right, bottom = random_box(90, 60, augmentation, random.Random(3))
@@ -557,14 +555,14 @@ def test_a_piece_is_cut_out_and_resized_as_torchvision_does() -> None:
     assert np.array_equal((pixels * 255).round().transpose(1, 2, 0), np.asarray(reference(image)))
 
 
-def test_pieces_are_distributed_as_torchvision_s() -> None:
+def test_random_crops_are_distributed_like_torchvisions() -> None:
     augmentation = AugmentationConfig(scale=(0.2, 0.9), ratio=(0.5, 3.0))
     rng = random.Random(0)
     boxes = np.array([random_box(200, 100, augmentation, rng) for _ in range(4000)])
     assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= (200, 100)).all()
     image = Image.new("RGB", (200, 100))
-    drawn = [RandomResizedCrop.get_params(image, [0.2, 0.9], [0.5, 3.0]) for _ in range(4000)]
-    reference = np.array([(left, top, left + w, top + h) for top, left, h, w in drawn])
+    parameters = [RandomResizedCrop.get_params(image, [0.2, 0.9], [0.5, 3.0]) for _ in range(4000)]
+    reference = np.array([(left, top, left + w, top + h) for top, left, h, w in parameters])
     np.testing.assert_allclose(boxes.mean(0), reference.mean(0), atol=5)  # of 200 pixels
     np.testing.assert_allclose(boxes.std(0), reference.std(0), atol=5)
 
@@ -572,13 +570,13 @@ def test_pieces_are_distributed_as_torchvision_s() -> None:
 @pytest.mark.parametrize(
     ("size", "box"), [((300, 10), (143, 0, 156, 10)), ((10, 300), (0, 143, 10, 156)), ((40, 36), (0, 0, 40, 36))]
 )
-def test_where_no_piece_fits_it_is_the_centre(size: tuple[int, int], box: tuple[int, ...]) -> None:
-    """A ratio that ten draws hardly meet, and pictures that are too wide, too narrow, and between."""
+def test_random_box_is_the_centre_when_no_crop_fits(size: tuple[int, int], box: tuple[int, ...]) -> None:
+    """The aspect ratio rarely fits in ten draws; images are too wide, too narrow, or between."""
     assert random_box(*size, AugmentationConfig(scale=(1.0, 1.0), ratio=(3 / 4, 4 / 3)), Always(0.0)) == box
 
 
 class Always(random.Random):
-    """Draws that are always the lowest or the highest, for pieces that never fit."""
+    """A generator of constant numbers, for crops that never fit."""
 
     def __init__(self, value: float) -> None:
         super().__init__()
@@ -588,7 +586,7 @@ class Always(random.Random):
         return self.value
 
 
-def test_the_side_before_a_crop_is_found_again_from_the_share():
+def test_resized_side_inverts_the_crop_fraction():
     for side in (32, 224, 518):
         assert all(resized_side(side, side / before) == before for before in range(side, 3 * side))
     assert [resized_side(224, crop) for crop in (0.875, 0.9, 0.95, 1.0)] == [256, 248, 235, 224]  # as timm

@@ -1,4 +1,4 @@
-"""The files that start training on clusters: they parse, fit one another, and name what there is."""
+"""Files that start training on clusters are valid and consistent."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ INFRA = Path(__file__).parent.parent / "infra"
 
 
 def launch_in(text: str) -> TrainingCompute:
-    """What a comment says that params.yaml says."""
+    """The settings for params.yaml that a comment states."""
     (line,) = re.findall(r"compute: \{training: (\{.*?\}\})\}", text.replace("\n# ", " "))
     return TrainingCompute.model_validate(yaml.safe_load(line))
 
 
-def test_the_slurm_job_is_shell_and_fits_its_launch():
+def test_the_slurm_job_is_valid_and_matches_its_launch():
     path = INFRA / "slurm" / "reproduce.sbatch"
     subprocess.run(["bash", "-n", str(path)], check=True)
     text = path.read_text(encoding="utf-8")
@@ -37,11 +37,11 @@ def test_the_slurm_job_is_shell_and_fits_its_launch():
     assert importlib.util.find_spec(module)
 
 
-def test_kubernetes_objects_fit_one_another_and_their_launch():
+def test_kubernetes_objects_match_each_other_and_their_launch():
     text = (INFRA / "kubernetes" / "lotlip.yaml").read_text(encoding="utf-8")
-    found = {document["kind"]: document for document in yaml.safe_load_all(text)}
-    assert set(found) == {"Service", "PersistentVolumeClaim", "Job"}
-    service, job = found["Service"], found["Job"]
+    by_kind = {document["kind"]: document for document in yaml.safe_load_all(text)}
+    assert set(by_kind) == {"Service", "PersistentVolumeClaim", "Job"}
+    service, job = by_kind["Service"], by_kind["Job"]
     name, spec = job["metadata"]["name"], job["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
@@ -61,7 +61,7 @@ def test_kubernetes_objects_fit_one_another_and_their_launch():
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     claim = volumes["project"]["persistentVolumeClaim"]["claimName"]
-    assert claim == found["PersistentVolumeClaim"]["metadata"]["name"]
+    assert claim == by_kind["PersistentVolumeClaim"]["metadata"]["name"]
     assert pod["securityContext"]["runAsNonRoot"]
     (script,) = container["args"]
     subprocess.run(["bash", "-n", "-c", script], check=True)
@@ -74,7 +74,7 @@ def team() -> dict[str, Any]:
     return yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
 
 
-def test_every_service_of_a_team_is_confined_and_checked():
+def test_every_service_of_a_team_is_confined_and_has_a_health_check():
     services = team()["services"]
     published = {name for name, service in services.items() if "ports" in service}
     assert published == {"proxy"}
@@ -83,8 +83,8 @@ def test_every_service_of_a_team_is_confined_and_checked():
         assert service["user"] == "1000:1000" and service["read_only"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["image"].endswith(":${TEAM_VERSION}"), name
-        once = service["restart"] == "no"
-        assert once != ("healthcheck" in service), name
+        runs_once = service["restart"] == "no"
+        assert runs_once != ("healthcheck" in service), name
         for other, how in service.get("depends_on", {}).items():
             finished = services[other]["restart"] == "no"
             assert how["condition"] == ("service_completed_successfully" if finished else "service_healthy"), name
@@ -94,8 +94,8 @@ def test_a_teams_secrets_are_files_and_each_service_mounts_only_its_own():
     file = team()
     for name, service in file["services"].items():
         assert "env_file" not in service, name  # podman-compose passes its values on the command line
-        own = {secret.removesuffix(".env") for secret in service.get("secrets", []) if secret.endswith(".env")}
-        assert len(own) <= 1, name
+        mounted = {secret.removesuffix(".env") for secret in service.get("secrets", []) if secret.endswith(".env")}
+        assert len(mounted) <= 1, name
         words = " ".join(map(str, (*service["command"], *service.get("environment", {}).values())))
         assert not re.search("password|secret|PGPASS", words, re.IGNORECASE), name
         assert not any("local/secrets" in volume for volume in service.get("volumes", [])), name
@@ -104,7 +104,7 @@ def test_a_teams_secrets_are_files_and_each_service_mounts_only_its_own():
     assert "/infra/local/" in (INFRA.parent / ".gitignore").read_text(encoding="utf-8").split()
 
 
-def test_settings_and_secrets_of_a_team_are_closed_to_other_users_and_stay_until_a_rotation(tmp_path: Path):
+def test_settings_and_secrets_of_a_team_are_private_and_kept_until_rotation(tmp_path: Path):
     local = tmp_path / "local"
 
     def init(*arguments: str) -> dict[str, str]:

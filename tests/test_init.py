@@ -1,4 +1,4 @@
-"""`lotlip init`: finds out how own data is stored, and writes a params.yaml that fits it."""
+"""`lotlip init` detects how the user's data is stored, and writes a matching params.yaml."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lotlip.config.params import Params, load_params
 from lotlip.init.captioner import TRIAL, TRIED, captioner_section
 from lotlip.init.init import init
 from lotlip.init.source import Columns, find_source
-from tests.captioning_server import MODEL, CaptioningServer, saying
+from tests.captioning_server import MODEL, CaptioningServer, caption_text
 from tests.tiny_baselines import CLIP_LENGTH, save_clip
 
 WORDS = (
@@ -40,7 +40,7 @@ WORDS = (
 )
 
 
-def picture(number: int) -> bytes:
+def image_bytes(number: int) -> bytes:
     rng = np.random.default_rng(number)
     file = io.BytesIO()
     Image.fromarray(rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)).save(file, "png")
@@ -69,7 +69,7 @@ def rows(number: int = 30) -> list[dict[str, Any]]:
 def write_images(folder: Path, number: int = 30) -> Path:
     (folder / "sub").mkdir(parents=True)
     for n in range(number):
-        (folder / "sub" / f"{n:03}.png").write_bytes(picture(n))
+        (folder / "sub" / f"{n:03}.png").write_bytes(image_bytes(n))
     return folder
 
 
@@ -94,54 +94,54 @@ def run(data: Path, out: Path, **options: Any) -> tuple[Params, list[str]]:
     return load_params(out), lines
 
 
-# --- how data is stored ---------------------------------------------------------------------------------------------
+# --- detecting the data ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_columns_of_a_table_are_found_and_named(data: Path, kind: str) -> None:
+def test_find_source_detects_and_lists_the_columns_of_a_table(data: Path, kind: str) -> None:
     table = data / f"captions.{kind}"
     frame = pd.DataFrame(rows())
     if kind == "jsonl":
         frame.to_json(table, orient="records", lines=True)
     elif kind == "parquet":
         frame.to_parquet(table)
-    found = find_source(table, None)
-    assert found.source == {
+    source = find_source(table, None)
+    assert source.source == {
         "kind": kind,
         "path": str(table),
         "image": "file_name",
         "images": str(data / "images"),
         "caption": "caption",
     }
-    assert {name: section["text"] for name, section in found.captioners.items()} == {"detailed": "detailed"}
-    said = "\n".join(found.found)
-    assert all(name in said for name in ("file_name", "caption", "detailed", str(data / "images")))
+    assert {name: section["text"] for name, section in source.captioners.items()} == {"detailed": "detailed"}
+    output = "\n".join(source.found)
+    assert all(name in output for name in ("file_name", "caption", "detailed", str(data / "images")))
 
 
-def test_images_may_be_in_the_table(tmp_path: Path) -> None:
+def test_find_source_detects_images_inside_a_table(tmp_path: Path) -> None:
     frame = pd.DataFrame(rows()).drop(columns="file_name")
-    frame["picture"] = [{"bytes": picture(n), "path": None} for n in range(len(frame))]
+    frame["picture"] = [{"bytes": image_bytes(n), "path": None} for n in range(len(frame))]
     frame.to_parquet(tmp_path / "t.parquet")
-    found = find_source(tmp_path / "t.parquet", None)
-    assert found.source == {
+    source = find_source(tmp_path / "t.parquet", None)
+    assert source.source == {
         "kind": "parquet",
         "path": str(tmp_path / "t.parquet"),
         "image": "picture",
         "caption": "caption",
         "key": "id",
     }
-    assert found.captioners["detailed"]["key"] == "id"
+    assert source.captioners["detailed"]["key"] == "id"
 
 
 def test_named_columns_are_used(data: Path) -> None:
-    found = find_source(data / "captions.csv", data / "images", Columns("file_name", "detailed", ["caption"]))
-    assert found.source["caption"] == "detailed"
-    assert found.captioners["own"]["text"] == ["caption"]
+    source = find_source(data / "captions.csv", data / "images", Columns("file_name", "detailed", ["caption"]))
+    assert source.source["caption"] == "detailed"
+    assert source.captioners["own"]["text"] == ["caption"]
     with pytest.raises(ValueError, match=r"has no column nothing \(it has id, url, file_name"):
         find_source(data / "captions.csv", None, Columns(caption="nothing"))
 
 
-def test_columns_of_single_sentences_are_one_long_caption(data: Path) -> None:
+def test_columns_of_sentences_become_one_long_caption(data: Path) -> None:
     frame = pd.read_csv(data / "captions.csv")
     frame["more"] = [sentence(900 + n, 9) if n % 2 else "" for n in range(len(frame))]
     frame.to_csv(data / "captions.csv", index=False)
@@ -150,12 +150,12 @@ def test_columns_of_single_sentences_are_one_long_caption(data: Path) -> None:
     assert captioner.text == ["detailed", "more"]
     assert params.caption.max_failure_share == 0.02
     params, _ = run(data / "captions.csv", data / "params.yaml", columns=(None, None, ["more"]), force=True)
-    assert params.caption.max_failure_share == 0.75  # half of the images have one
+    assert params.caption.max_failure_share == 0.75  # half of the images have a long caption
 
 
-def test_a_folder_and_tars_are_recognised(tmp_path: Path) -> None:
+def test_find_source_recognises_folders_and_tars(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.png").write_bytes(picture(0))
+    (tmp_path / "folder" / "a.png").write_bytes(image_bytes(0))
     (tmp_path / "folder" / "a.txt").write_text("a dog")
     assert find_source(tmp_path / "folder", None).source["kind"] == "folder"
     (tmp_path / "tars").mkdir()
@@ -179,7 +179,7 @@ def test_a_folder_and_tars_are_recognised(tmp_path: Path) -> None:
         (lambda data: None, {"columns": Columns(image="url")}, "column url of .* does not have paths of images"),
     ],
 )
-def test_what_cannot_be_found_is_named_with_an_option(data: Path, change: Any, options: Any, problem: str) -> None:
+def test_undetected_columns_and_folders_are_errors(data: Path, change: Any, options: Any, problem: str) -> None:
     change(data)
     file = options.pop("data", "captions.csv")
     with pytest.raises(ValueError, match=problem):
@@ -189,23 +189,23 @@ def test_what_cannot_be_found_is_named_with_an_option(data: Path, change: Any, o
 # --- params.yaml ----------------------------------------------------------------------------------------------------
 
 
-def test_the_file_is_valid_and_says_what_the_data_is_like(data: Path) -> None:
+def test_init_writes_a_valid_file_and_describes_the_data(data: Path) -> None:
     (data / "images" / "sub" / "003.png").write_bytes(b"broken")
-    (data / "images" / "sub" / "004.png").write_bytes(picture(5))
+    (data / "images" / "sub" / "004.png").write_bytes(image_bytes(5))
     params, lines = run(data / "captions.csv", data / "params.yaml")
-    said = "\n".join(lines)
+    output = "\n".join(lines)
     assert params.image_tower.kind == "packaged" and params.pretrain.start is None
-    assert params.ingest.max_failure_share == pytest.approx(0.05)  # one of 30 cannot be used
+    assert params.ingest.max_failure_share == pytest.approx(0.05)  # one of 30 images is unreadable
     config = params.ablation("lotlip")
     assert config.batch_size == 4 and config.steps == 105  # 20 passes over 75 % of 29 images
-    assert config.text.context_length == 48  # 40 word pieces and special tokens
+    assert config.text.context_length == 48  # 40 word pieces and the special tokens
     parts = ("29 (30 looked at)", "60 × 40 pixels", "cannot be used: unreadable", "images that equal another")
     for part in (*parts, "29 of 29, 4.0 sub-captions"):
-        assert part in said, part
+        assert part in output, part
     assert "lotlip run" in lines[-1]
 
 
-def test_a_start_decides_context_and_learning_rates(data: Path) -> None:
+def test_a_starting_model_decides_context_and_learning_rates(data: Path) -> None:
     clip = save_clip(data / "clip")
     params, lines = run(data / "captions.csv", data / "params.yaml", start=str(clip))
     text = params.pretrain.text
@@ -213,21 +213,21 @@ def test_a_start_decides_context_and_learning_rates(data: Path) -> None:
     assert text.position_interpolation is not None
     assert text.position_interpolation.positions == CLIP_LENGTH
     assert text.context_length == text.position_interpolation.interpolated > CLIP_LENGTH
-    assert any("no better than chance" in line for line in lines)  # its weights are random
+    assert any("no better than chance" in line for line in lines)  # the starting model has random weights
     assert not params.pretrain.image_tower.frozen
 
 
-def test_a_hub_name_without_a_network_is_assumed_to_be_a_clip(data: Path) -> None:
+def test_an_unreachable_hub_model_is_assumed_to_be_a_clip(data: Path) -> None:
     params, lines = run(data / "captions.csv", data / "params.yaml", start="nobody/no-such-clip")
     assert params.pretrain.start == "nobody/no-such-clip" and params.pretrain.text.context_length == 77
     assert params.pretrain.text.learning_rate == 1e-5 and params.pretrain.image_tower.frozen
     assert any(line.startswith("warning: nobody/no-such-clip cannot be read now") for line in lines)
 
 
-def test_captions_without_long_ones_are_their_own(tmp_path: Path) -> None:
+def test_short_captions_serve_as_long_ones_where_there_are_none(tmp_path: Path) -> None:
     for n in range(12):
         (tmp_path / "in").mkdir(exist_ok=True)
-        (tmp_path / "in" / f"{n}.png").write_bytes(picture(n))
+        (tmp_path / "in" / f"{n}.png").write_bytes(image_bytes(n))
         (tmp_path / "in" / f"{n}.txt").write_text(f"狗{n}在跑。猫在睡。树很高。")
     params, _ = run(tmp_path / "in", tmp_path / "params.yaml")
     assert params.ablation("lotlip").long_texts.captioners == ["raw"]
@@ -238,17 +238,21 @@ def test_a_captioner_is_tried_on_a_few_images(data: Path) -> None:
     frame = pd.read_csv(data / "captions.csv").drop(columns="detailed")
     frame.to_csv(data / "captions.csv", index=False)
 
-    def refuses(image: bytes, number: int) -> Any:
-        return saying("A dog. <script>alert(1)</script>") if image == picture(3) else None
+    def plan(image: bytes, number: int) -> Any:
+        return caption_text("A dog. <script>alert(1)</script>") if image == image_bytes(3) else None
 
-    with CaptioningServer(refuses) as server:
+    with CaptioningServer(plan) as server:
         params, lines = run(data / "captions.csv", data / "params.yaml", captioner=(server.url, None))
         assert len(server.requests) == 1 + TRIED  # the client tries a white square first
     captioner = params.caption.captioners["llava"]
     assert (captioner.kind, captioner.url, captioner.model) == ("endpoint", server.url, MODEL)
     assert params.ablation("lotlip").long_texts.captioners == []
-    said = "\n".join(lines)
-    assert "8 of 8 captioned" in said and "all 30 images take about" in said and "the short captions' own" not in said
+    output = "\n".join(lines)
+    assert (
+        "8 of 8 captioned" in output
+        and "all 30 images take about" in output
+        and "the short captions' own" not in output
+    )
     assert "revision of the server's weights" in (data / "params.yaml").read_text()
     page = (data / TRIAL / "index.html").read_text(encoding="utf-8")
     assert page.count('class="seen"') == TRIED and "<script" not in page and "&lt;script&gt;" in page
@@ -263,11 +267,11 @@ def test_a_captioner_is_tried_on_a_few_images(data: Path) -> None:
         ("http://127.0.0.1:1/v1", "a/b", {"kind": "endpoint", "model": "a/b"}),
     ],
 )
-def test_a_captioner_is_named_in_several_ways(named: str, model: str | None, section: dict[str, str]) -> None:
+def test_a_captioner_can_be_given_in_several_ways(named: str, model: str | None, section: dict[str, str]) -> None:
     assert section.items() <= captioner_section(named, model)[1].items()
 
 
-def test_a_captioner_that_cannot_be_used_is_an_error(data: Path) -> None:
+def test_an_unusable_captioner_is_an_error(data: Path) -> None:
     with pytest.raises(ValueError, match=r"me/mllm is not the address of a server .*OWNER/NAME@COMMIT"):
         captioner_section("me/mllm", None)
     with pytest.raises(ValueError, match="is not an address; remove it"):
@@ -277,7 +281,7 @@ def test_a_captioner_that_cannot_be_used_is_an_error(data: Path) -> None:
     with pytest.raises(ConnectionError, match="does not respond"):
         captioner_section(server.url, None)
     nothing = r"llava captions none of 8 images, such as .* without words"
-    with CaptioningServer(lambda *_: saying("...")) as server, pytest.raises(ValueError, match=nothing):
+    with CaptioningServer(lambda *_: caption_text("...")) as server, pytest.raises(ValueError, match=nothing):
         run(data / "captions.csv", data / "params.yaml", captioner=(server.url, None))
     assert not (data / "params.yaml").exists() and not (data / TRIAL).exists()
 

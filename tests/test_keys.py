@@ -1,4 +1,4 @@
-"""Keys: names that differ have keys that differ, whatever their alphabet, and tables find them by the same rule."""
+"""Keys: different names have different keys in every script, and tables use the same rule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.ingest.config import FolderSourceConfig as FolderSettings
 from lotlip.ingest.config import ImagesConfig
 from lotlip.ingest.sources.folder import FolderSource
-from tests.test_folder_source import add
+from tests.test_folder_source import add_image
 
 
 @pytest.mark.parametrize(
@@ -32,26 +32,26 @@ NAMES = [
 ]  # fmt: skip
 
 
-def test_names_that_differ_have_keys_that_differ():
+def test_different_names_have_different_keys():
     keys = [key_of(name) for name in NAMES]
     assert all(map(is_key, keys))
     assert len(set(keys)) == len(NAMES)
 
 
-def test_a_key_is_readable_and_is_its_own_key():
+def test_a_key_is_readable_and_maps_to_itself():
     assert key_of("My café.jpg").startswith("My_cafe-")
     for name in NAMES:
         assert key_of(key_of(name)) == key_of(name)
 
 
-def test_a_folder_gives_the_same_key_in_a_path_and_as_a_prefix():
+def test_a_folder_gives_the_same_key_in_paths_and_prefixes():
     name = "собаки v1/кот.jpg"
     assert key_of(name) == key_of("кот.jpg", prefix_of(Path("/data/собаки v1/t.csv"), Path("/data")))
     assert key_of("cc3m/кот.jpg").startswith("cc3m_")
 
 
 @pytest.mark.parametrize("name", ["", "  ", "./"])
-def test_nothing_is_no_key(name):
+def test_an_empty_name_is_an_error(name):
     assert not is_key(key_of(name))
 
 
@@ -67,29 +67,29 @@ def record(key: str) -> ImageRecord:
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
-def test_thirty_dogs_and_thirty_cats_come_in_with_their_own_captions(tmp_path, form):
+def test_sixty_images_with_similar_names_get_their_own_captions(tmp_path, form):
     words = ("собака", "котики", "鳥", "魚", "été", "ète")
     names = [unicodedata.normalize(form, f"{word} {number}.png") for word in words for number in range(30)]
     for number, name in enumerate(names):
-        add(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
+        add_image(tmp_path / "images", name, name, size=(10 + number % 20, 10 + number // 20))
     source = FolderSource(FolderSettings(kind="folder", path=tmp_path / "images"), ImagesConfig())
     records = [item for unit in source.units(50) for item in source.read(unit)]
     assert not [item for item in records if isinstance(item, Failure)]
     table = captioner(tmp_path / "t.csv", [(name, f"Long text of {name}.") for name in reversed(names)])
-    for one, found in zip(records, table.caption(records), strict=True):
-        assert isinstance(found, Caption)
-        assert found.text == f"Long text of {one.short_caption}."
+    for image_record, caption in zip(records, table.caption(records), strict=True):
+        assert isinstance(caption, Caption)
+        assert caption.text == f"Long text of {image_record.short_caption}."
 
 
-def test_no_picture_gets_the_caption_of_another(tmp_path):
+def test_no_image_gets_the_caption_of_another(tmp_path):
     cats = captioner(tmp_path / "t.csv", [(f"котики {number}.png", "A cat.") for number in range(30)])
     dogs = [record(key_of(f"собака {number}.png")) for number in range(30)]
-    assert all(isinstance(found, Failure) and found.kind == "missing" for found in cats.caption(dogs))
+    assert all(isinstance(failure, Failure) and failure.kind == "missing" for failure in cats.caption(dogs))
 
 
 @pytest.mark.parametrize("repeated", ["error", "first"])
 @pytest.mark.parametrize("names", [("dogs/a.png", "dogs_a.png"), ("a.png", "a.jpg")])
-def test_rows_of_different_names_with_one_key_are_an_error(tmp_path, repeated, names):
+def test_different_names_with_the_same_key_are_an_error(tmp_path, repeated, names):
     rows = [(names[0], "One."), (names[1], "Another.")]
     with pytest.raises(ValueError, match="|".join([rf"{names[0]}.*{names[1]}", rf"{names[1]}.*{names[0]}"])):
         captioner(tmp_path / "t.csv", rows, repeated=repeated)

@@ -27,7 +27,7 @@ print(type(model).__name__, tuple(model.get_text_features(inputs["input_ids"]).p
 
 
 class Environment:
-    """A virtual environment with the wheel; programs run outside the checkout."""
+    """A virtual environment with the wheel, whose programs run outside the checkout."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,7 +52,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def environment(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
-    """An environment that uv fills from its cache, which set-up has filled."""
+    """An environment that uv installs from its cache."""
     folder = tmp_path_factory.mktemp("light") / "venv"
     subprocess.run([str(UV), "venv", "--quiet", "--python", sys.executable, str(folder)], check=True)
     install = [str(UV), "pip", "install", "--quiet", "--constraint", str(ROOT / "requirements.lock"), str(wheel)]
@@ -71,19 +71,21 @@ def test_the_wheel_has_one_top_level_package(wheel: Path) -> None:
     assert packed <= set(files)
 
 
-def test_a_model_is_used_without_the_pipeline(environment: Environment, tiny_tower: Path, tmp_path: Path) -> None:
+def test_a_model_works_without_the_pipelines_packages(
+    environment: Environment, tiny_tower: Path, tmp_path: Path
+) -> None:
     save_tiny_model(tmp_path / "model", tiny_tower)
-    images, index = write_images(tmp_path / "images"), tmp_path / "pictures.parquet"
+    images, index = write_images(tmp_path / "images"), tmp_path / "index.parquet"
     loaded = environment.run("python", "-c", LOAD, str(tmp_path / "model"))
     assert loaded.stdout.split() == ["LotlipModel", "(1,", "32)"]
     environment.run("lotlip", "embed", str(tmp_path / "model"), str(images), "--out", str(index))
-    found = environment.run("lotlip", "search", str(index), "a dog", "--top", "3")
-    assert len(found.stdout.splitlines()) == 3
+    search = environment.run("lotlip", "search", str(index), "a dog", "--top", "3")
+    assert len(search.stdout.splitlines()) == 3
     assert environment.run("python", "-c", "import pandas", check=False).returncode == 1
     assert environment.run("python", "-c", "import flows", check=False).returncode == 1
 
 
-def test_a_command_of_the_pipeline_names_the_extra(environment: Environment) -> None:
+def test_a_command_of_the_pipeline_is_an_error_naming_the_extra(environment: Environment) -> None:
     done = environment.run("lotlip", "plan", check=False)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("error: `lotlip plan` needs the package ")

@@ -1,4 +1,4 @@
-"""From shards to batches: every sample once, the same ones however the work is split, and texts as they were drawn."""
+"""Batches out of shards: each sample once, independent of processes and workers, with reproducible texts."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ def loader(
     prefetch: int = 4,
     **settings: Any,
 ) -> Loader:
-    """Without workers, so that a test reads in its own process; `settings` are of the section `loader`."""
+    """A loader, by default without workers. `settings` belong to the section `loader`."""
     config = PretrainConfig(long_texts=long_texts, loader=settings)
     return Loader(shards, config, TOKENIZER, seed, rows or BatchSlice(8), transform, workers=workers, prefetch=prefetch)
 
 
 def epoch(shards: Path, *args: Any, epoch: int = 0, **more: Any) -> list[Batch]:
-    found = loader(shards, *args, **more)
-    first = epoch * found.steps_per_epoch
-    return [batch for step in found.steps(first, first + found.steps_per_epoch) for batch in step]
+    opened = loader(shards, *args, **more)
+    first = epoch * opened.steps_per_epoch
+    return [batch for step in opened.steps(first, first + opened.steps_per_epoch) for batch in step]
 
 
-def keys(found: list[Batch]) -> list[str]:
-    return [key for batch in found for key in batch.keys]
+def keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
 
 
 def texts(ids: torch.Tensor, lengths: torch.Tensor) -> list[tuple[int, ...]]:
@@ -65,10 +65,10 @@ def texts(ids: torch.Tensor, lengths: torch.Tensor) -> list[tuple[int, ...]]:
     return [tuple(row[:length].tolist()) for row, length in zip(ids, lengths, strict=True)]
 
 
-def rows_of(found: list[Batch]) -> list[tuple[Any, ...]]:
-    """Everything that is known of each sample, in order."""
+def rows_of(batches: list[Batch]) -> list[tuple[Any, ...]]:
+    """Key, image, short text and long texts of each sample, in order."""
     rows: list[tuple[Any, ...]] = []
-    for batch in found:
+    for batch in batches:
         short = texts(batch.short_ids, batch.short_lengths)
         assert batch.long_ids is not None and batch.long_lengths is not None
         long = texts(batch.long_ids, batch.long_lengths)
@@ -86,7 +86,7 @@ def encoded(*sub_captions: str) -> tuple[int, ...]:
 
 @pytest.fixture
 def small_windows(monkeypatch) -> None:
-    """Two shards a window, so that a small data set has several."""
+    """Two shards per window, so that a small data set has several windows."""
     monkeypatch.setattr("lotlip.pretrain.order.WINDOW", 2)
 
 
@@ -95,25 +95,25 @@ def small_windows(monkeypatch) -> None:
 def test_an_epoch_has_every_sample_once(tmp_path, tiny_samples, small_windows, shards, workers):
     folder = write_shards(tmp_path, tiny_samples, shards)
     for number in (0, 1):
-        found = epoch(folder, epoch=number, workers=workers)
-        assert [len(batch.keys) for batch in found] == [8] * 6
-        assert Counter(keys(found)) == Counter(sample.key for sample in tiny_samples)
+        batches = epoch(folder, epoch=number, workers=workers)
+        assert [len(batch.keys) for batch in batches] == [8] * 6
+        assert Counter(keys(batches)) == Counter(sample.key for sample in tiny_samples)
 
 
-def test_the_rest_that_fills_no_batch_is_left_out(tiny_world):
-    found = epoch(tiny_world.shards, BatchSlice(10))
-    assert [len(batch.keys) for batch in found] == [10] * 4
-    assert len(set(keys(found))) == 40
+def test_an_incomplete_batch_is_dropped(tiny_world):
+    batches = epoch(tiny_world.shards, BatchSlice(10))
+    assert [len(batch.keys) for batch in batches] == [10] * 4
+    assert len(set(keys(batches))) == 40
 
 
-def test_epochs_and_seeds_differ_and_each_repeats_exactly(tiny_world):
+def test_epochs_and_seeds_differ_and_are_reproducible(tiny_world):
     shards = tiny_world.shards
     first = rows_of(epoch(shards))
     assert rows_of(epoch(shards)) == first
     assert keys(epoch(shards, epoch=1)) != keys(epoch(shards))
     assert keys(epoch(shards, seed=1)) != keys(epoch(shards))
-    again = {row[0]: row[3] for row in rows_of(epoch(shards, epoch=1))}
-    assert any(again[row[0]] != row[3] for row in first)  # other long texts are drawn, too
+    second = {row[0]: row[3] for row in rows_of(epoch(shards, epoch=1))}
+    assert any(second[row[0]] != row[3] for row in first)  # long texts differ, too
 
 
 def test_samples_are_mixed_over_shards(tmp_path, tiny_samples):
@@ -124,20 +124,20 @@ def test_samples_are_mixed_over_shards(tmp_path, tiny_samples):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
-def test_batches_do_not_depend_on_how_the_work_is_split(tiny_world, small_windows, processes, workers):
-    whole = rows_of(epoch(tiny_world.shards))
+def test_batches_do_not_depend_on_processes_and_workers(tiny_world, small_windows, processes, workers):
+    expected = rows_of(epoch(tiny_world.shards))
     shares = [epoch(tiny_world.shards, BatchSlice(8, rank, processes), workers=workers) for rank in range(processes)]
-    together = [share[number] for number in range(6) for share in shares]
-    assert rows_of(together) == whole
+    joined = [share[number] for number in range(6) for share in shares]
+    assert rows_of(joined) == expected
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("long_texts", [LongTextsConfig(sub_captions=3, per_image=2), LongTextsConfig(sub_captions=0)])
-def test_micro_batches_are_the_same_samples_with_like_lengths_together(tiny_world, processes, long_texts):
+def test_micro_batches_hold_the_same_samples_sorted_by_length(tiny_world, processes, long_texts):
     for rank in range(processes):
-        whole = loader(tiny_world.shards, BatchSlice(24, rank, processes), long_texts)
+        unsplit = loader(tiny_world.shards, BatchSlice(24, rank, processes), long_texts)
         split = loader(tiny_world.shards, BatchSlice(24, rank, processes, micro_batches=3), long_texts)
-        for (batch,), parts in zip(whole.steps(0, 2), split.steps(0, 2), strict=True):
+        for (batch,), parts in zip(unsplit.steps(0, 2), split.steps(0, 2), strict=True):
             assert [len(part.keys) for part in parts] == [8 // processes] * 3
             assert sorted(samples_of(parts)) == sorted(samples_of([batch]))
             longest = [lengths_of(part) for part in parts]
@@ -147,11 +147,11 @@ def test_micro_batches_are_the_same_samples_with_like_lengths_together(tiny_worl
                 assert ids.shape[1] == max(lengths)
 
 
-def samples_of(found: list[Batch]) -> list[tuple[Any, ...]]:
-    """As `rows_of`, with or without long texts."""
-    if any(batch.long_ids is None for batch in found):
-        found = [replace(batch, long_ids=batch.short_ids, long_lengths=batch.short_lengths) for batch in found]
-    return rows_of(found)
+def samples_of(batches: list[Batch]) -> list[tuple[Any, ...]]:
+    """Like `rows_of`, with or without long texts."""
+    if any(batch.long_ids is None for batch in batches):
+        batches = [replace(batch, long_ids=batch.short_ids, long_lengths=batch.short_lengths) for batch in batches]
+    return rows_of(batches)
 
 
 def lengths_of(batch: Batch) -> list[int]:
@@ -162,10 +162,10 @@ def lengths_of(batch: Batch) -> list[int]:
 @pytest.mark.parametrize("settings", [{}, {"epochs": "resampled", "weights": {"red": 5.0}}])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_at_any_step(tiny_world, small_windows, settings, workers):
-    whole = list(loader(tiny_world.shards, **settings).steps(0, 14))  # two epochs and a piece of the third
+    expected = list(loader(tiny_world.shards, **settings).steps(0, 14))  # two epochs and part of the third
     for first in (1, 5, 6, 11):
         rest = list(loader(tiny_world.shards, workers=workers, **settings).steps(first, 14))
-        assert [rows_of(step) for step in rest] == [rows_of(step) for step in whole[first:]]
+        assert [rows_of(step) for step in rest] == [rows_of(step) for step in expected[first:]]
     assert list(loader(tiny_world.shards, workers=workers).steps(3, 3)) == []
 
 
@@ -174,7 +174,7 @@ def test_fewer_samples_than_a_batch_are_an_error(tiny_world):
         loader(tiny_world.shards, BatchSlice(49))
 
 
-def test_stored_features_and_pixels_are_those_of_the_sample(tiny_world: TinyWorld):
+def test_stored_features_and_pixels_belong_to_their_sample(tiny_world: TinyWorld):
     for batch in epoch(tiny_world.shards):
         for key, image in zip(batch.keys, batch.images, strict=True):
             assert np.array_equal(image.numpy(), tiny_world.samples[key].feature)
@@ -189,47 +189,47 @@ def test_stored_features_and_pixels_are_those_of_the_sample(tiny_world: TinyWorl
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_sample_without_its_feature_says_how_to_get_one(tiny_world, workers):
+def test_a_sample_without_a_stored_feature_is_an_error(tiny_world, workers):
     with pytest.raises(ValueError, match=r"^sample \S+ in \S+train-00000\d.tar has no stored feature; set shard"):
         epoch(tiny_world.pixel_shards, workers=workers)
 
 
-def test_raw_captions_come_whole_and_long_texts_from_the_captions(tiny_world: TinyWorld):
-    for key, _, raw, long in rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=2))):
+def test_short_texts_are_full_captions_and_long_texts_are_windows_of_sub_captions(tiny_world: TinyWorld):
+    for key, _, short, long in rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=2))):
         info = tiny_world.samples[key].info
-        assert raw == encoded(info["raw"])
+        assert short == encoded(info["raw"])
         windows = {encoded(*parts[i : i + 2]) for parts in info["captions"].values() for i in range(len(parts) - 1)}
         assert len(long) == 1 and long[0] in windows
 
 
-def test_only_the_captioners_that_are_named_are_drawn_from(tiny_world: TinyWorld):
-    found = {}
+def test_long_texts_come_from_the_named_captioners_only(tiny_world: TinyWorld):
+    rows = {}
     for names in (["llava"], ["gpt"], ["llava", "gpt"], []):
-        found[tuple(names)] = rows_of(
+        rows[tuple(names)] = rows_of(
             epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=1, captioners=names))
         )
     for names in (("llava",), ("gpt",)):
-        for key, _, _, long in found[names]:
+        for key, _, _, long in rows[names]:
             assert long[0] in {encoded(part) for part in tiny_world.samples[key].info["captions"][names[0]]}
-    assert found[()] == found["llava", "gpt"]
-    assert found[()] not in (found[("llava",)], found[("gpt",)])
+    assert rows[()] == rows["llava", "gpt"]
+    assert rows[()] not in (rows[("llava",)], rows[("gpt",)])
 
 
-def described(key: str, sample: TinySample, raw: str, captions: dict[str, list[str]]) -> TinySample:
-    return TinySample(key, sample.image, sample.feature, {"raw": raw, "captions": captions})
+def with_captions(key: str, sample: TinySample, short: str, captions: dict[str, list[str]]) -> TinySample:
+    return TinySample(key, sample.image, sample.feature, {"raw": short, "captions": captions})
 
 
-def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
+def test_the_short_caption_replaces_a_missing_long_caption(tmp_path, tiny_samples):
     samples = [
-        described("none", tiny_samples[0], "a dog. it runs", {}),
-        described("empty", tiny_samples[1], "a cat. it sits", {"llava": []}),
-        described("other", tiny_samples[2], "a car. it is red", {"gpt": ["not asked for"]}),
-        described("all", tiny_samples[3], "a boat", {"llava": ["a long boat"]}),
+        with_captions("none", tiny_samples[0], "a dog. it runs", {}),
+        with_captions("empty", tiny_samples[1], "a cat. it sits", {"llava": []}),
+        with_captions("other", tiny_samples[2], "a car. it is red", {"gpt": ["not asked for"]}),
+        with_captions("all", tiny_samples[3], "a boat", {"llava": ["a long boat"]}),
     ]
     shards = write_shards(tmp_path, samples, 1)
     long_texts = LongTextsConfig(sub_captions=3, captioners=["llava"])
-    found = {row[0]: row[3] for row in rows_of(epoch(shards, BatchSlice(4), long_texts))}
-    assert found == {
+    long_of = {row[0]: row[3] for row in rows_of(epoch(shards, BatchSlice(4), long_texts))}
+    assert long_of == {
         "none": (encoded("a dog", "it runs"),),
         "empty": (encoded("a cat", "it sits"),),
         "other": (encoded("a car", "it is red"),),
@@ -237,29 +237,29 @@ def test_a_raw_caption_stands_in_where_no_long_one_is(tmp_path, tiny_samples):
     }
 
 
-def test_the_short_caption_s_own_sentences_can_be_the_long_text(tmp_path, tiny_samples):
-    """Also for images that a captioner described."""
-    sample = described("a", tiny_samples[0], "a dog. it runs. it is red", {"llava": ["a long dog"]})
+def test_sentences_of_the_short_caption_can_be_long_texts(tmp_path, tiny_samples):
+    """This holds for images with long captions, too."""
+    sample = with_captions("a", tiny_samples[0], "a dog. it runs. it is red", {"llava": ["a long dog"]})
     shards = write_shards(tmp_path, [sample], 1)
 
     def texts(captioners: list[str]) -> set[tuple[str, ...]]:
         long_texts = LongTextsConfig(sub_captions=2, captioners=captioners, per_image=24)
         return set(rows_of(epoch(shards, BatchSlice(1), long_texts))[0][3])
 
-    own = {encoded("a dog", "it runs"), encoded("it runs", "it is red")}
-    assert texts(["raw"]) == own
-    assert texts(["raw", "llava"]) == {*own, encoded("a long dog")}
+    sentences = {encoded("a dog", "it runs"), encoded("it runs", "it is red")}
+    assert texts(["raw"]) == sentences
+    assert texts(["raw", "llava"]) == {*sentences, encoded("a long dog")}
 
 
-def test_without_long_texts_there_are_none(tiny_world):
-    found = epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=0))
-    assert all(batch.long_ids is None and batch.long_lengths is None for batch in found)
-    assert found[0].texts["long_ids"] is None
+def test_zero_sub_captions_give_no_long_texts(tiny_world):
+    batches = epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=0))
+    assert all(batch.long_ids is None and batch.long_lengths is None for batch in batches)
+    assert batches[0].texts["long_ids"] is None
 
 
-def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
+def test_long_texts_of_an_image_are_adjacent(tmp_path, tiny_samples):
     samples = [
-        described(f"s{number}", tiny_samples[number], "raw", {"llava": [word] * 3})
+        with_captions(f"s{number}", tiny_samples[number], "raw", {"llava": [word] * 3})
         for number, word in enumerate(["red", "green", "blue", "white"])
     ]
     (batch,) = epoch(write_shards(tmp_path, samples, 1), BatchSlice(4), LongTextsConfig(sub_captions=1, per_image=3))
@@ -269,13 +269,13 @@ def test_long_texts_of_an_image_stand_in_a_row(tmp_path, tiny_samples):
         assert long == (encoded(word),) * 3
 
 
-def test_several_long_texts_are_drawn_apart(tiny_world):
-    found = rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=1, per_image=2)))
-    assert all(len(long) == 2 for *_, long in found)
-    assert any(long[0] != long[1] for *_, long in found)
+def test_several_long_texts_are_drawn_independently(tiny_world):
+    rows = rows_of(epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=1, per_image=2)))
+    assert all(len(long) == 2 for *_, long in rows)
+    assert any(long[0] != long[1] for *_, long in rows)
 
 
-def test_short_and_long_texts_are_padded_apart(tiny_world):
+def test_short_and_long_texts_are_padded_separately(tiny_world):
     for batch in epoch(tiny_world.shards, long_texts=LongTextsConfig(sub_captions=3)):
         assert batch.long_ids is not None and batch.long_lengths is not None
         assert batch.short_ids.shape == (8, batch.short_lengths.max())
@@ -291,8 +291,8 @@ def test_short_and_long_texts_are_padded_apart(tiny_world):
 @pytest.mark.parametrize("shards", [1, 5])
 def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windows, shards):
     folder = write_shards(tmp_path, tiny_samples, shards)
-    weights = {"b": 2.0, "blue-": 6.0}  # blue is drawn six times as often as red, black and brown twice
-    found = keys(
+    weights = {"b": 2.0, "blue-": 6.0}  # blue is drawn six times as often as red, black and brown twice as often
+    sampled = keys(
         epoch(
             folder,
             BatchSlice(100),
@@ -302,43 +302,43 @@ def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windo
             weights=weights,
         )
     )
-    assert len(found) == 6000
-    drawn = Counter(key.split("-")[0] for key in found)
-    expected = {"red": 1, "green": 1, "white": 1, "black": 2, "brown": 2, "blue": 6}
-    for colour, weight in expected.items():
-        share = weight / sum(expected.values())
-        assert abs(drawn[colour] / 6000 - share) < 4 * (share * (1 - share) / 6000) ** 0.5  # four standard errors
-    of_blue = Counter(key for key in found if key.startswith("blue"))
-    assert len(of_blue) == 8 and max(of_blue.values()) < 1.3 * min(of_blue.values())
+    assert len(sampled) == 6000
+    counts = Counter(key.split("-")[0] for key in sampled)
+    factors = {"red": 1, "green": 1, "white": 1, "black": 2, "brown": 2, "blue": 6}
+    for colour, weight in factors.items():
+        share = weight / sum(factors.values())
+        assert abs(counts[colour] / 6000 - share) < 4 * (share * (1 - share) / 6000) ** 0.5  # four standard errors
+    blue = Counter(key for key in sampled if key.startswith("blue"))
+    assert len(blue) == 8 and max(blue.values()) < 1.3 * min(blue.values())
 
 
-def test_a_resampled_epoch_has_as_many_draws_as_samples_and_repeats_some(tiny_world):
-    found = epoch(tiny_world.shards, epochs="resampled")
-    assert len(keys(found)) == 48
-    assert 1 < len(set(keys(found))) < 48
-    assert rows_of(epoch(tiny_world.shards, epochs="resampled", workers=2)) == rows_of(found)
-    assert keys(epoch(tiny_world.shards, epochs="resampled", epoch=1)) != keys(found)
+def test_a_resampled_epoch_draws_with_replacement(tiny_world):
+    batches = epoch(tiny_world.shards, epochs="resampled")
+    assert len(keys(batches)) == 48
+    assert 1 < len(set(keys(batches))) < 48
+    assert rows_of(epoch(tiny_world.shards, epochs="resampled", workers=2)) == rows_of(batches)
+    assert keys(epoch(tiny_world.shards, epochs="resampled", epoch=1)) != keys(batches)
 
 
-def test_a_sample_that_is_drawn_again_brings_other_texts(tiny_world):
+def test_a_repeated_sample_has_new_texts(tiny_world):
     texts_of: dict[str, set[Any]] = {}
     for row in rows_of(epoch(tiny_world.shards, BatchSlice(48), epochs="resampled", samples_per_epoch=480)):
         texts_of.setdefault(row[0], set()).add(row[3])
-    assert all(len(found) > 1 for found in texts_of.values())
+    assert all(len(long_texts) > 1 for long_texts in texts_of.values())
 
 
-def test_a_weight_that_is_nobodys_is_an_error(tiny_world):
+def test_a_weight_that_matches_no_key_is_an_error(tiny_world):
     with pytest.raises(
         ValueError, match=r"weights: no sample's key begins with 'cc3m', 'rred'; keys look like \w+-\w+, "
     ):
         loader(tiny_world.shards, epochs="resampled", weights={"red": 2.0, "rred": 2.0, "cc3m": 1.0})
 
 
-# --- what is read -------------------------------------------------------------------------------------------------
+# --- reading shards -----------------------------------------------------------------------------------------------
 
 
-def test_the_order_is_the_same_on_every_machine(tiny_world):
-    """Written down, so that no version of a library changes the batches of a run that goes on."""
+def test_the_order_never_changes(tiny_world):
+    """A resumed run needs the same batches under every version of the libraries."""
     assert keys(epoch(tiny_world.shards))[:4] == ["black-boat", "white-boat", "green-house", "red-dog"]
     resampled = keys(epoch(tiny_world.shards, epochs="resampled"))
     assert resampled[:4] == [
@@ -349,23 +349,23 @@ def test_the_order_is_the_same_on_every_machine(tiny_world):
     ]
 
 
-def test_with_stored_features_no_image_is_read(tiny_world, monkeypatch):
-    read: list[tuple[int, bytes]] = []
+def test_images_are_not_read_when_features_are_stored(tiny_world, monkeypatch):
+    reads: list[tuple[int, bytes]] = []
 
     def pread(file: int, size: int, offset: int) -> bytes:
         data = original(file, size, offset)
-        read.append((size, data))
+        reads.append((size, data))
         return data
 
     original = os.pread
     monkeypatch.setattr(os, "pread", pread)
     epoch(tiny_world.shards)
-    assert len(read) == 48  # one read a sample
-    assert not any(sample.image[:8] in data for _, data in read for sample in tiny_world.samples.values())
+    assert len(reads) == 48  # one read per sample
+    assert not any(sample.image[:8] in data for _, data in reads for sample in tiny_world.samples.values())
 
 
-def test_tars_with_and_without_an_index_give_the_same(tmp_path, tiny_samples):
-    """As others write them: other names, files in another order, some of them of no use here."""
+def test_tars_with_and_without_an_index_give_equal_samples(tmp_path, tiny_samples):
+    """Tars of other programs have other names, another order, and additional files."""
     without, indexed = (write_shards(tmp_path / name, tiny_samples, 2) for name in ("without", "indexed"))
     for path in indexed.glob("*.tar"):
         write_index(path)
@@ -373,20 +373,20 @@ def test_tars_with_and_without_an_index_give_the_same(tmp_path, tiny_samples):
     foreign = write_shards(tmp_path / "foreign", tiny_samples, 2)
     for number, name in enumerate(("train-000000.tar", "train-000001.tar")):
         with tarfile.open(foreign / name, "w", format=tarfile.PAX_FORMAT) as tar:
-            add(tar, "__meta__/a.json", b"{}")
+            add_member(tar, "__meta__/a.json", b"{}")
             for sample in tiny_samples[number::2]:
                 feature = io.BytesIO()
                 np.save(feature, sample.feature)
                 folder = f"{'long' * 40}/0.1/{sample.key}"
-                add(tar, f"{folder}.JPG", b"not looked at")
-                add(tar, f"{folder}.json", json.dumps(sample.info).encode())
-                add(tar, f"{folder}.npy", feature.getvalue())
-                add(tar, f"{folder}.txt", b"a caption")
-    found = [(key.rpartition("/")[2], *rest) for key, *rest in rows_of(epoch(foreign))]
-    assert [row[:3] for row in found] == [row[:3] for row in rows_of(epoch(without))]  # texts are drawn by key
+                add_member(tar, f"{folder}.JPG", b"ignored")
+                add_member(tar, f"{folder}.json", json.dumps(sample.info).encode())
+                add_member(tar, f"{folder}.npy", feature.getvalue())
+                add_member(tar, f"{folder}.txt", b"a caption")
+    rows = [(key.rpartition("/")[2], *rest) for key, *rest in rows_of(epoch(foreign))]
+    assert [row[:3] for row in rows] == [row[:3] for row in rows_of(epoch(without))]  # texts are drawn by key
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
@@ -408,7 +408,7 @@ def test_a_stale_index_is_an_error(tmp_path, tiny_samples):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_shards_that_are_not_as_listed_are_errors(tmp_path, tiny_samples, workers):
+def test_shards_that_differ_from_the_index_are_errors(tmp_path, tiny_samples, workers):
     folder = write_shards(tmp_path, tiny_samples, 2)
     shard = folder / "train-000000.tar"
     write_tar(shard, tiny_samples[:3])
@@ -422,7 +422,7 @@ def test_shards_that_are_not_as_listed_are_errors(tmp_path, tiny_samples, worker
         epoch(folder, workers=workers)
 
 
-def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_samples):
+def test_an_opened_tar_that_is_truncated_is_an_error(tmp_path, tiny_samples):
     folder = write_shards(tmp_path, tiny_samples, 1)
     steps = loader(folder).steps(0, 6)
     next(steps)
@@ -444,11 +444,11 @@ def test_a_tar_that_was_cut_off_after_it_was_opened_is_an_error(tmp_path, tiny_s
         ({"npy": b"", "png": b""}, "1 samples have no .json .k.; remove them"),
     ],
 )
-def test_a_broken_sample_is_named(tmp_path, members, message):
+def test_a_broken_sample_is_an_error_naming_it(tmp_path, members, message):
     folder = write_shards(tmp_path, [], 1)
     with tarfile.open(folder / "train-000000.tar", "w") as tar:
         for ending, data in members.items():
-            add(tar, f"k.{ending}", data)
+            add_member(tar, f"k.{ending}", data)
     index = read_json(folder / "index.json")
     index["splits"]["train"]["shards"][0]["samples"] = 1
     write_json(folder / "index.json", index)
@@ -462,22 +462,22 @@ def test_objects_are_never_unpickled(tmp_path, tiny_samples):
         epoch(write_shards(tmp_path, [objects], 1), BatchSlice(1))
 
 
-def test_a_broken_image_names_its_sample(tmp_path, tiny_samples):
-    folder = write_shards(tmp_path, [replace(tiny_samples[0], image=b"not a picture")], 1)
+def test_a_broken_image_is_an_error_naming_its_sample(tmp_path, tiny_samples):
+    folder = write_shards(tmp_path, [replace(tiny_samples[0], image=b"not an image!")], 1)
     with pytest.raises(ValueError, match=rf"^sample {tiny_samples[0].key} in \S+: not a readable image .13 bytes"):
         epoch(folder, BatchSlice(1), transform=training_transform(16), workers=1)
 
 
-def test_augmentation_is_drawn_by_seed_epoch_and_key(tiny_world):
+def test_augmentation_depends_on_seed_epoch_and_key(tiny_world):
     transform = training_transform(16, augmentation=AugmentationConfig(scale=(0.2, 1.0)))
 
     def bytes_of(image: torch.Tensor) -> bytes:
         return image.numpy().tobytes()
 
     def pixels(**more: Any) -> dict[str, bytes]:
-        found = epoch(tiny_world.pixel_shards, transform=transform, **more)
-        images = [image for batch in found for image in batch.images]
-        return dict(zip(keys(found), map(bytes_of, images), strict=True))
+        batches = epoch(tiny_world.pixel_shards, transform=transform, **more)
+        images = [image for batch in batches for image in batch.images]
+        return dict(zip(keys(batches), map(bytes_of, images), strict=True))
 
     first = pixels()
     assert pixels(workers=2) == first
@@ -490,9 +490,9 @@ def test_augmentation_is_drawn_by_seed_epoch_and_key(tiny_world):
 
 @pytest.fixture
 def workers() -> Callable[[], list[psutil.Process]]:
-    """Gives this process's children, but for those that other tests have."""
-    others = set(psutil.Process().children())
-    return lambda: [child for child in psutil.Process().children() if child not in others]
+    """Returns the children that this process has started since the fixture."""
+    before = set(psutil.Process().children())
+    return lambda: [child for child in psutil.Process().children() if child not in before]
 
 
 def test_workers_end_with_the_steps(tiny_world, workers):
@@ -506,7 +506,7 @@ def test_workers_end_with_the_steps(tiny_world, workers):
 
 
 @pytest.mark.integration
-def test_a_worker_that_is_killed_is_an_error(tiny_world, workers):
+def test_a_killed_worker_is_an_error(tiny_world, workers):
     steps = loader(tiny_world.shards, workers=2).steps(0, 10**6)
     next(steps)
     workers()[0].kill()
@@ -524,7 +524,7 @@ from lotlip.pretrain.loader import Loader, BatchSlice
 from lotlip.data.tokenizer import TextTokenizer
 
 tokenizer = TextTokenizer("bert-base-uncased")
-tokenizer(["a red dog"] * 100)  # on threads, which a fork does not take along
+tokenizer(["a red dog"] * 100)  # on threads, which a fork does not copy
 steps = Loader(Path(sys.argv[1]), PretrainConfig(), tokenizer, 0, BatchSlice(8), workers=2).steps(0, 10**6)
 next(steps)
 print(*[child.pid for child in psutil.Process().children()], flush=True)
@@ -533,7 +533,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.integration
-def test_workers_are_quiet_and_end_with_a_process_that_is_killed(tiny_world):
+def test_workers_end_silently_when_their_process_is_killed(tiny_world):
     program = [sys.executable, "-c", ORPHANS, str(tiny_world.shards)]
     done = subprocess.run(program, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, "")

@@ -1,4 +1,4 @@
-"""A look at the data: the page of `lotlip look`, which the report has too."""
+"""The page of `lotlip look`, which is also part of the report."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.test_report import Page, make_params, write_project
 ATTACK = "<script>alert(1)</script>"
 
 
-def picture(seed: int, size: int = 64) -> bytes:
+def image_bytes(seed: int, size: int = 64) -> bytes:
     noise = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC).save(file, "png")
@@ -36,16 +36,16 @@ def picture(seed: int, size: int = 64) -> bytes:
 
 
 def caption(key: str, captioner: str, text: str, **measures: Any) -> MeasuredCaption:
-    found = {"words": 9, "repetition": 0.0, "truncated": False, "control": 0, "mojibake": 0, "refusal": ""}
-    found |= {"reasoning": "", "agreement": 1.0, "own_agreement": None, "next_agreement": None} | measures
+    defaults = {"words": 9, "repetition": 0.0, "truncated": False, "control": 0, "mojibake": 0, "refusal": ""}
+    defaults |= {"reasoning": "", "agreement": 1.0, "own_agreement": None, "next_agreement": None} | measures
     parts = [part.strip() for part in text.split(".") if part.strip()]
-    return MeasuredCaption(key, captioner, text, parts, 9, "stop", "r", "p", **found)
+    return MeasuredCaption(key, captioner, text, parts, 9, "stop", "r", "p", **defaults)
 
 
 def write_data(root: Path, params: Params) -> None:
     """Four images, the last of which is a small copy of the first; captions of `llava`."""
     records = [
-        ImageRecord(f"p{n}", picture(n % 3, 64 - 8 * n), "png", f"A picture of thing number {n}", 64, 64, "")
+        ImageRecord(f"p{n}", image_bytes(n % 3, 64 - 8 * n), "png", f"A picture of thing number {n}", 64, 64, "")
         for n in range(4)
     ]
     ingest = root / params.paths.ingest
@@ -77,45 +77,44 @@ def project(tmp_path_factory: pytest.TempPathFactory, params: Params) -> Path:
 
 
 @pytest.fixture(scope="module")
-def seen(project: Path, params: Params) -> Look:
+def look_result(project: Path, params: Params) -> Look:
     return look_of(params, project)
 
 
-def test_similar_images_and_texts_are_found_in_groups() -> None:
+def test_similar_images_and_texts_are_grouped() -> None:
     hashes = np.array([0b0, 0b1111_0000_0000, 0b1, 0b11, 2**63 + 2**40 - 1], dtype=np.uint64)
-    assert similar_images(hashes, 1) == [[0, 2, 3]]  # the first and the last of them differ in two bits
+    assert similar_images(hashes, 1) == [[0, 2, 3]]  # the first and the last one differ in two bits
     assert similar_images(hashes[:0], 1) == []
     texts = ["A red dog barks.", "barks, a RED dog", "", "", "a red dog barks loudly", "a cat"]
     assert similar_texts(texts, 1.0) == [[0, 1]]
     assert similar_texts(texts, 0.8) == [[0, 1, 4]]
 
 
-def test_the_worst_captions_come_first(seen: Look) -> None:
-    assert [one.key for one in seen.worst][:2] == ["p1", "p2"]
-    (text,) = seen.worst[0].texts
+def test_the_worst_captions_come_first(look_result: Look) -> None:
+    assert [one.key for one in look_result.worst][:2] == ["p1", "p2"]
+    (text,) = look_result.worst[0].texts
     assert {"agreement 20%", "repetition 50%", "no end"} <= set(text.measures)
-    assert seen.worst[1].texts[0].missing.startswith("rejected: the server said")
-    assert seen.notes == ["No captions of later yet."]
+    assert look_result.worst[1].texts[0].missing.startswith("rejected: the server said")
+    assert look_result.notes == ["No captions of later yet."]
 
 
-def test_lengths_and_near_duplicates_are_counted(seen: Look) -> None:
-    texts, unused = seen.tables
+def test_lengths_and_near_duplicates_are_counted(look_result: Look) -> None:
+    texts, unused = look_result.tables
     assert [[cell.text for cell in row[:3]] for row in texts.rows] == [["short", "4", "0"], ["llava", "3", "1"]]
     assert unused.rows[0][2].text == "the file ends early"
-    (copies,) = seen.images
+    (copies,) = look_result.images
     assert [one.key for one, _ in copies.members] == ["p0", "p3"]
-    assert ("llava", 2) in [(group.kind, group.count) for group in seen.texts]
-    assert [row[-3].value for row in texts.rows] == [0.0, pytest.approx(1 / 3)]  # longer than the context
+    assert ("llava", 2) in [(group.kind, group.count) for group in look_result.texts]
+    assert [row[-3].value for row in texts.rows] == [0.0, pytest.approx(1 / 3)]  # fraction longer than the context
 
 
-def test_few_images_are_spread_over_the_data(project: Path, params: Params) -> None:
+def test_sampled_images_are_spread_over_the_data(project: Path, params: Params) -> None:
     assert [item.key for item in read_items(params, project, 2).items] == ["p0", "p3"]
 
 
-def test_the_page_opens_from_disk_and_escapes_texts(seen: Look, tmp_path: Path) -> None:
+def test_the_page_opens_from_disk_and_escapes_texts(look_result: Look, tmp_path: Path) -> None:
     folder = tmp_path / "look"
-    written = write_page(seen, folder)
-    text = written.read_text(encoding="utf-8")
+    text = write_page(look_result, folder).read_text(encoding="utf-8")
     page = Page(text)
     assert page.open == []
     assert "script" not in page.tags and "link" not in page.tags and ATTACK not in text
@@ -123,10 +122,10 @@ def test_the_page_opens_from_disk_and_escapes_texts(seen: Look, tmp_path: Path) 
     assert not re.search(r"https?://|@import|url\((?!#)", text)
     assert page.loads and all((folder / name).is_file() for name in page.loads)
     assert {anchor[1:] for anchor in page.anchors} <= set(page.ids) and len(page.ids) == len(set(page.ids))
-    write_page(seen, folder)  # replaces its own page
+    write_page(look_result, folder)  # replaces its own page
     (folder / "mine.txt").touch()
     with pytest.raises(ValueError, match=r"contains mine\.txt"):
-        write_page(seen, folder)
+        write_page(look_result, folder)
 
 
 def test_data_that_was_not_ingested_is_read_from_its_source(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,7 +136,7 @@ def test_data_that_was_not_ingested_is_read_from_its_source(data: Path, monkeypa
     assert text.count('class="seen"') == 6
 
 
-def test_the_report_links_to_it(tmp_path: Path) -> None:
+def test_the_report_links_to_the_page(tmp_path: Path) -> None:
     params = make_params(ablations={"lotlip": {}}, tables={}, findings={})
     write_project(tmp_path, params)
     write_data(tmp_path, params)

@@ -1,4 +1,4 @@
-"""Who may talk to a server on loopback, and that loopback is never asked through a proxy."""
+"""Access to servers on loopback, which are never reached through a proxy."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from lotlip.core.loopback import LoopbackOnly, basic, bypass_proxies
 PORT = 4200
 
 
-def ask(headers: dict[str, str] | list[tuple[str, str]], login: str | None = None, kind: str = "http") -> list[Any]:
-    """What is sent for a request: [("application",)] where it was let through."""
+def send_request(
+    headers: dict[str, str] | list[tuple[str, str]], login: str | None = None, kind: str = "http"
+) -> list[Any]:
+    """The response to a request; [("application",)]: it reached the application."""
     pairs = headers if isinstance(headers, list) else list(headers.items())
     sent: list[Any] = []
 
@@ -46,8 +48,8 @@ def ask(headers: dict[str, str] | list[tuple[str, str]], login: str | None = Non
         {"Host": "localhost:8080", "Origin": "http://localhost:8080"},  # a forwarded port
     ],
 )
-def test_requests_of_programs_and_own_pages_pass(kind: str, headers: dict[str, str]):
-    assert ask(headers, kind=kind) == ["application"]
+def test_requests_of_programs_and_the_servers_pages_pass(kind: str, headers: dict[str, str]):
+    assert send_request(headers, kind=kind) == ["application"]
 
 
 @pytest.mark.parametrize("kind", ["http", "websocket"])
@@ -69,22 +71,22 @@ def test_requests_of_programs_and_own_pages_pass(kind: str, headers: dict[str, s
         {"Host": "evil.example:4200", "Origin": "http://evil.example:4200"},
     ],
 )
-def test_foreign_hosts_and_origins_are_refused(kind: str, headers: Any):
-    first, *_ = ask(headers, kind=kind)
+def test_foreign_hosts_and_origins_are_rejected(kind: str, headers: Any):
+    first, *_ = send_request(headers, kind=kind)
     if kind == "websocket":
         assert first == {"type": "websocket.close", "code": 1008}
     else:
         assert first["status"] in (403, 421)
 
 
-def test_a_login_is_asked_for_and_checked():
+def test_a_login_is_required_and_checked():
     host, login = ("Host", "127.0.0.1:4200"), "lotlip:secret"
     refused = [[host], [host, ("Authorization", basic("lotlip:other"))], [host, ("Authorization", "Basic")]]
     for headers in refused:
-        start, _ = ask(headers, login)
+        start, _ = send_request(headers, login)
         assert start["status"] == 401
         assert any(name == b"www-authenticate" for name, _ in start["headers"])
-    assert ask([host, ("Authorization", basic(login))], login) == ["application"]
+    assert send_request([host, ("Authorization", basic(login))], login) == ["application"]
 
 
 def test_the_users_own_proxy_exceptions_are_kept(monkeypatch: pytest.MonkeyPatch):
@@ -125,7 +127,7 @@ for name in ("127.0.0.1", "localhost"):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("name", ["http_proxy", "HTTP_PROXY", "all_proxy"])
-def test_http_clients_ask_loopback_directly_whatever_the_proxy_settings_are(name: str):
+def test_http_clients_reach_loopback_without_a_proxy(name: str):
     hidden = ("no_proxy", "NO_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")
     environment = {key: value for key, value in os.environ.items() if key not in hidden}
     environment[name] = "http://127.0.0.1:9"  # the discard port, where nothing listens

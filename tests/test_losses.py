@@ -1,4 +1,4 @@
-"""The losses: known answers, open_clip's as references, and processes that together do what one does."""
+"""The losses: known values, open_clip's losses as references, and two processes compared with one."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from lotlip.objectives.similarity import late_interaction
 SCALE = torch.tensor([2.0])
 BIAS = torch.tensor([-0.5])
 VARIANTS: dict[str, dict[str, Any]] = {
-    "softmax": {},
-    "sigmoid": {"objective": "siglip", "logit_bias": BIAS},
+    "infonce": {},
+    "siglip": {"objective": "siglip", "logit_bias": BIAS},
     "principal components": {"image_components": 2},
-    "sigmoid of principal components": {"objective": "siglip", "logit_bias": BIAS, "image_components": 3},
-    "share of variance": {"image_components": 0.6, "text_components": 0.7},
+    "siglip of principal components": {"objective": "siglip", "logit_bias": BIAS, "image_components": 3},
+    "fraction of variance": {"image_components": 0.6, "text_components": 0.7},
     "components of texts": {"text_components": 2},
     "label smoothing": {"label_smoothing": 0.1},
     "margin": {"hard_negative_margin": 0.5},
-    "sigmoid with a margin": {"objective": "siglip", "logit_bias": BIAS, "hard_negative_margin": 0.25},
+    "siglip with a margin": {"objective": "siglip", "logit_bias": BIAS, "hard_negative_margin": 0.25},
     "everything": {"label_smoothing": 0.2, "hard_negative_margin": 0.5, "image_components": 3, "text_components": 2},
     "late interaction": {"text_mask": None},
-    "sigmoid of late interaction": {"objective": "siglip", "logit_bias": BIAS, "text_mask": None},
+    "siglip of late interaction": {"objective": "siglip", "logit_bias": BIAS, "text_mask": None},
     "masks": {"channel_masks": None, "mask_penalty": 0.1},
     "masks with everything": {
         "channel_masks": None,
@@ -44,7 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "label_smoothing": 0.1,
         "hard_negative_margin": 0.5,
     },
-    "sigmoid of masks": {"objective": "siglip", "logit_bias": BIAS, "channel_masks": None, "mask_penalty": 0.1},
+    "siglip of masks": {"objective": "siglip", "logit_bias": BIAS, "channel_masks": None, "mask_penalty": 0.1},
     "conditioned": {"objective": "siglip", "logit_bias": BIAS, "image_tokens": None},
     "conditioned with everything": {
         "objective": "siglip",
@@ -56,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "hard_negative_margin": 0.25,
     },
 }
-HEADS = 2  # of the pooling
+HEADS = 2  # attention heads of the pooling
 
 
 def random_features(batch: int = 8, number: int = 4, width: int = 6) -> tuple[Tensor, Tensor]:
@@ -67,7 +67,7 @@ def random_features(batch: int = 8, number: int = 4, width: int = 6) -> tuple[Te
 
 
 def random_tokens(batch: int = 8, number: int = 2, width: int = 6) -> tuple[Tensor, Tensor, Tensor]:
-    """Patches [B, 3, D], tokens [B, N, 5, D] and their mask; texts of the batch's second half are shorter."""
+    """Patches [B, 3, D], tokens [B, N, 5, D] and their mask. Texts in the second half of the batch are shorter."""
     generator = torch.Generator().manual_seed(6)
     images = torch.randn(batch, 3, width, generator=generator)
     texts = torch.randn(batch, number, 5, width, generator=generator)
@@ -76,19 +76,19 @@ def random_tokens(batch: int = 8, number: int = 2, width: int = 6) -> tuple[Tens
     return normalize(images, dim=-1), normalize(texts, dim=-1), torch.arange(5) < lengths[..., None]
 
 
-def further_inputs(settings: dict[str, Any], texts: Tensor) -> dict[str, Any]:
-    """Masks, or patches and the weights of their pooling, for settings that need them."""
+def additional_inputs(settings: dict[str, Any], texts: Tensor) -> dict[str, Any]:
+    """Channel masks, or patches and the weights of their pooling, for the settings that need them."""
     generator = torch.Generator().manual_seed(7)
-    found: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
     if "channel_masks" in settings:
-        found["channel_masks"] = torch.rand(texts.shape, generator=generator)
+        inputs["channel_masks"] = torch.rand(texts.shape, generator=generator)
     if "image_tokens" in settings:
         width = texts.shape[-1]
         pooling = torch.randn(4 * width + 10, width, generator=generator)
         patches = torch.randn(len(texts), 3, width, generator=generator)
         draws = torch.randint(10**6, (len(texts), 2), generator=generator)
-        found |= {"image_tokens": patches, "pooling": pooling, "pooling_heads": HEADS, "draws": draws}
-    return found
+        inputs |= {"image_tokens": patches, "pooling": pooling, "pooling_heads": HEADS, "draws": draws}
+    return inputs
 
 
 def case(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, dict[str, Any]]:
@@ -98,7 +98,7 @@ def case(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
         images, texts, settings["text_mask"] = random_tokens()
     else:
         images, texts = random_features()
-    settings |= further_inputs(settings, texts)
+    settings |= additional_inputs(settings, texts)
     for name, value in settings.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             settings[name] = value.to(dtype)
@@ -106,7 +106,7 @@ def case(variant: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 
 def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> dict[str, Tensor]:
-    """The loss again, a kind of text at a time, as its equations have it."""
+    """The loss by its equations, one kind of text at a time."""
     number = texts.shape[1]
     mask, components = settings.get("text_mask"), settings.get("image_components", 0)
     terms = []
@@ -138,28 +138,28 @@ def plain_loss(images: Tensor, texts: Tensor, scale: Tensor, settings: dict[str,
 def plain_term(
     to_text: Tensor, to_image: Tensor, texts: Tensor | None, scale: Tensor, settings: dict[str, Any]
 ) -> Tensor:
-    """One kind of text: similarities [T, T] with rows of images, and the texts' features for the margin."""
+    """The loss of one kind of text: similarities [T, T] with a row per image, and text features for the margin."""
     batch = len(to_text)
-    own = torch.arange(batch)
+    index = torch.arange(batch)
     if texts is not None and (margin := settings.get("hard_negative_margin")):
         constant = texts.detach()
         between = constant @ constant.T
-        between[own, own] = 0
+        between[index, index] = 0
         to_text = to_image = to_text + margin * between
     if settings.get("objective") == "siglip":
         z = -torch.ones(batch, batch, dtype=to_text.dtype)
-        z[own, own] = 1
+        z[index, index] = 1
         bias = settings["logit_bias"]
         ways = [-logsigmoid(z * (scale * way + bias)).sum() / batch for way in (to_text, to_image)]
     else:
         smoothing = settings.get("label_smoothing", 0.0)
         rows = (scale * to_text, (scale * to_image).T)
-        ways = [cross_entropy(logits, own, label_smoothing=smoothing) for logits in rows]
+        ways = [cross_entropy(logits, index, label_smoothing=smoothing) for logits in rows]
     return (ways[0] + ways[1]) / 2
 
 
 def plain_conditioned(texts: Tensor, scale: Tensor, settings: dict[str, Any]) -> Tensor:
-    """FLAIR's L_tcs, an image and a text at a time, with torch's attention."""
+    """FLAIR's L_tcs with torch's attention, one image and text at a time."""
     (images, number, width), patches = texts.shape, settings["image_tokens"]
     parts = settings["pooling"].split([3 * width, width, 3, 1, 2, 2, 2])
     inputs, output, input_bias, output_bias, *norms = parts
@@ -182,11 +182,11 @@ def plain_conditioned(texts: Tensor, scale: Tensor, settings: dict[str, Any]) ->
 
 
 def projection(features: Tensor, number: float) -> Tensor:
-    """Reconstruction from principal components by numpy's singular value decomposition, as constants."""
+    """Reconstruction from principal components, which numpy's SVD computes; the directions are constants."""
     mean = features.mean(dim=0)
     constant = features.detach().double().numpy()
     _, values, directions = np.linalg.svd(constant - constant.mean(axis=0))
-    if number < 1:  # the fewest components that reach this share of the variance
+    if number < 1:  # the fewest components that explain this fraction of the variance
         shares = (values**2).cumsum() / (values**2).sum()
         number = 1 + int((shares < number).sum())
     directions = directions[: int(number)]
@@ -196,9 +196,9 @@ def projection(features: Tensor, number: float) -> Tensor:
 
 def test_two_by_two_by_hand():
     images = torch.eye(2)
-    raw = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits, image by text: [[2, 1.2], [0, 1.6]]
+    short = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits, image by text: [[2, 1.2], [0, 1.6]]
     long = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # each text is the other image's: [[0, 2], [2, 0]]
-    losses = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE)
+    losses = lotlip_loss(images, torch.stack([short, long], dim=1), SCALE)
 
     def entropy(own: float, other: float) -> float:
         return math.log(1 + math.exp(other - own))
@@ -210,40 +210,40 @@ def test_two_by_two_by_hand():
     assert losses["loss"].item() == pytest.approx((losses["raw"] + losses["long"]).item(), abs=1e-7)
 
 
-def test_guessing_costs_the_logarithm_of_the_batch():
+def test_constant_features_cost_the_logarithm_of_the_batch():
     images = torch.ones(8, 4) / 2
     losses = lotlip_loss(images, torch.ones(8, 3, 4) / 2, SCALE)
     assert losses["loss"].item() == pytest.approx(math.log(8), abs=1e-6)
     assert losses["raw"].item() == pytest.approx(math.log(8) / 3, abs=1e-6)
 
 
-def test_one_text_is_open_clips_loss():
+def test_the_loss_of_one_text_equals_open_clips():
     from open_clip.loss import ClipLoss
 
     images, texts = random_features(number=1)
-    found = lotlip_loss(images, texts, SCALE)
-    assert found["long"].item() == 0
-    torch.testing.assert_close(found["loss"], ClipLoss()(images, texts[:, 0], SCALE[0]))
+    losses = lotlip_loss(images, texts, SCALE)
+    assert losses["long"].item() == 0
+    torch.testing.assert_close(losses["loss"], ClipLoss()(images, texts[:, 0], SCALE[0]))
 
 
-def test_several_texts_are_the_mean_of_open_clips_losses():
+def test_the_loss_of_several_texts_is_the_mean_of_open_clips():
     from open_clip.loss import ClipLoss
 
     images, texts = random_features()
     expected = torch.stack([ClipLoss()(images, texts[:, n], SCALE[0]) for n in range(4)])
-    found = lotlip_loss(images, texts, SCALE)
-    torch.testing.assert_close(found["loss"], expected.mean())
-    torch.testing.assert_close(found["raw"], expected[0] / 4)
+    losses = lotlip_loss(images, texts, SCALE)
+    torch.testing.assert_close(losses["loss"], expected.mean())
+    torch.testing.assert_close(losses["raw"], expected[0] / 4)
 
 
 @pytest.mark.parametrize("features", [2, 4, 7])
-def test_the_raw_caption_has_its_share_however_many_features_there_are(features):
+def test_short_loss_fraction_does_not_depend_on_the_number_of_texts(features):
     images, texts = random_features(number=features)
     each = [lotlip_loss(images, texts[:, i : i + 1], SCALE)["loss"] for i in range(features)]
-    found = lotlip_loss(images, texts, SCALE, short_loss_fraction=0.4)
-    torch.testing.assert_close(found["raw"], 0.4 * each[0])
-    torch.testing.assert_close(found["loss"], 0.4 * each[0] + 0.6 * sum(each[1:]) / (features - 1))
-    alone = lotlip_loss(images, texts[:, :1], SCALE, short_loss_fraction=0.4)  # nobody to share with
+    losses = lotlip_loss(images, texts, SCALE, short_loss_fraction=0.4)
+    torch.testing.assert_close(losses["raw"], 0.4 * each[0])
+    torch.testing.assert_close(losses["loss"], 0.4 * each[0] + 0.6 * sum(each[1:]) / (features - 1))
+    alone = lotlip_loss(images, texts[:, :1], SCALE, short_loss_fraction=0.4)  # there is no long caption
     torch.testing.assert_close(alone["loss"], each[0])
 
 
@@ -256,13 +256,13 @@ def test_weights_scale_their_terms():
     torch.testing.assert_close(weighted["loss"], weighted["raw"] + weighted["long"])
 
 
-def test_sigmoid_by_hand():
+def test_siglip_by_hand():
     images = torch.eye(2)
-    raw = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits − 0.5, image by text: [[2, 1.2], [0, 1.6]]
+    short = torch.tensor([[1.0, 0.0], [0.6, 0.8]])  # logits − 0.5, image by text: [[2, 1.2], [0, 1.6]]
     long = torch.tensor([[0.0, 1.0], [1.0, 0.0]])  # each text is the other image's: [[0, 2], [2, 0]]
-    losses = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, objective="siglip", logit_bias=BIAS)
+    losses = lotlip_loss(images, torch.stack([short, long], dim=1), SCALE, objective="siglip", logit_bias=BIAS)
 
-    def cost(logit: float) -> float:  # of saying "yes" with this logit where the answer is no
+    def cost(logit: float) -> float:  # of this logit for a pair that does not match
         return math.log(1 + math.exp(logit))
 
     assert losses["raw"].item() == pytest.approx((cost(-1.5) + cost(0.7) + cost(-0.5) + cost(-1.1)) / 2 / 2, abs=1e-6)
@@ -270,14 +270,14 @@ def test_sigmoid_by_hand():
 
 
 @pytest.mark.parametrize("number", [1, 4])
-def test_sigmoid_is_open_clips(number):
+def test_siglip_equals_open_clips(number):
     from open_clip.loss import SigLipLoss
 
     images, texts = random_features(number=number)
     expected = torch.stack([SigLipLoss()(images, texts[:, n], SCALE[0], BIAS[0]) for n in range(number)])
-    found = lotlip_loss(images, texts, SCALE, objective="siglip", logit_bias=BIAS)
-    torch.testing.assert_close(found["loss"], expected.mean())
-    torch.testing.assert_close(found["raw"], expected[0] / number)
+    losses = lotlip_loss(images, texts, SCALE, objective="siglip", logit_bias=BIAS)
+    torch.testing.assert_close(losses["loss"], expected.mean())
+    torch.testing.assert_close(losses["raw"], expected[0] / number)
 
 
 def test_late_interaction_by_hand():
@@ -290,10 +290,10 @@ def test_late_interaction_by_hand():
     def entropy(own: float, other: float) -> float:
         return math.log(1 + math.exp(2 * (other - own)))
 
-    image_to_text = (entropy(0.9, 0.5) + entropy(0.8, 1.0)) / 2  # along the rows of the first
-    text_to_image = (entropy(0.9, 0.8) + entropy(0.8, 1.0)) / 2  # along the columns of the second
-    found = lotlip_loss(images, texts, SCALE, text_mask=mask)
-    assert found["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
+    image_to_text = (entropy(0.9, 0.5) + entropy(0.8, 1.0)) / 2  # rows of the first matrix
+    text_to_image = (entropy(0.9, 0.8) + entropy(0.8, 1.0)) / 2  # columns of the second matrix
+    losses = lotlip_loss(images, texts, SCALE, text_mask=mask)
+    assert losses["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
 
     def cost(similarity: float) -> float:
         return math.log(1 + math.exp(2 * similarity - 0.5))
@@ -303,12 +303,12 @@ def test_late_interaction_by_hand():
 
     image_to_text = (gain(0.9) + cost(0.5) + cost(1.0) + gain(0.8)) / 2
     text_to_image = (gain(0.9) + cost(1.0) + cost(0.8) + gain(0.8)) / 2
-    found = lotlip_loss(images, texts, SCALE, text_mask=mask, objective="siglip", logit_bias=BIAS)
-    assert found["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
+    losses = lotlip_loss(images, texts, SCALE, text_mask=mask, objective="siglip", logit_bias=BIAS)
+    assert losses["loss"].item() == pytest.approx((image_to_text + text_to_image) / 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_one_patch_and_one_token_are_cosine(objective):
+def test_late_interaction_of_one_patch_and_one_token_is_cosine(objective):
     images, texts = random_features()
     settings = {"objective": objective, "logit_bias": BIAS}
     mask = torch.ones(8, 4, 1, dtype=torch.bool)
@@ -319,23 +319,23 @@ def test_one_patch_and_one_token_are_cosine(objective):
 
 @pytest.mark.parametrize("at_once", [1, 3 * 4 * 8, 10**6])  # blocks of one text, of three and two, one block
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_variant_is_its_equations(variant, at_once):
+def test_every_variant_follows_its_equations(variant, at_once):
     images, texts, settings = case(variant, torch.float64)
     leaves = [images.requires_grad_(), texts.requires_grad_(), SCALE.double().requires_grad_()]
     leaves += [settings[name].requires_grad_() for name in LEARNED if name in settings]
-    found = lotlip_loss(*leaves[:3], **settings, logits_at_once=at_once)
+    losses = lotlip_loss(*leaves[:3], **settings, logits_at_once=at_once)
     expected = plain_loss(*leaves[:3], settings)
-    assert expected.keys() | {"recall"} == found.keys()
+    assert expected.keys() | {"recall"} == losses.keys()
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name].to(found[name]))
-    gradients = [torch.autograd.grad(loss["loss"], leaves) for loss in (found, expected)]
+        torch.testing.assert_close(losses[name], expected[name].to(losses[name]))
+    gradients = [torch.autograd.grad(loss["loss"], leaves) for loss in (losses, expected)]
     for first, second in zip(*gradients, strict=True):
         assert first.any()
         torch.testing.assert_close(first, second)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_right(variant):
+def test_gradients_match_finite_differences(variant):
     images, texts, settings = case(variant, torch.float64)
     images, texts, scale = images[:4], texts[:4, :2], SCALE.double().requires_grad_()
     for name in ("text_mask", "channel_masks"):
@@ -343,7 +343,7 @@ def test_gradients_are_right(variant):
             settings[name] = settings[name][:4, :2]
     if "image_tokens" in settings:
         settings |= {name: settings[name][:4] for name in ("image_tokens", "draws")}
-    # directions of components and texts in a margin count as constants, on purpose
+    # The directions of components and the texts in a margin are constants by design.
     images.requires_grad_("image_components" not in settings)
     texts.requires_grad_(not {"text_components", "hard_negative_margin"} & settings.keys())
     leaves = [leaf for leaf in (images, texts, scale) if leaf.requires_grad]
@@ -351,77 +351,77 @@ def test_gradients_are_right(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradients_are_those_of_the_equations(variant):
+def test_gradients_match_those_of_the_equations(variant):
     images, texts, settings = case(variant, torch.float64)
     leaves = [images.requires_grad_(), texts.requires_grad_(), SCALE.double().requires_grad_()]
-    found = torch.autograd.grad(lotlip_loss(*leaves, **settings)["loss"], leaves)
+    gradients = torch.autograd.grad(lotlip_loss(*leaves, **settings)["loss"], leaves)
     for gradient, expected in zip(
-        found, torch.autograd.grad(plain_loss(*leaves, settings)["loss"], leaves), strict=True
+        gradients, torch.autograd.grad(plain_loss(*leaves, settings)["loss"], leaves), strict=True
     ):
         torch.testing.assert_close(gradient, expected, atol=1e-9, rtol=1e-6)
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_only_what_belongs_together_attracts(objective, late):
-    # one patch or token each, so that the gradient by a similarity can be read off the features: the texts are a basis
+def test_only_matching_features_attract(objective, late):
+    # Texts are a basis and have one token each, so the gradient of the features is that of the similarities.
     texts = torch.eye(6)[:, None]
     images = normalize(torch.randn(6, 6, generator=torch.Generator().manual_seed(2)), dim=-1).requires_grad_()
     mask = torch.ones(6, 1, 1, dtype=torch.bool) if late else None
     features = (images[:, None], texts[:, :, None]) if late else (images, texts)
     lotlip_loss(*features, SCALE, logit_bias=BIAS, objective=objective, text_mask=mask)["loss"].backward()
-    own = torch.eye(6, dtype=torch.bool)
-    assert (images.grad[own] < 0).all() and (images.grad[~own] > 0).all()
+    matching = torch.eye(6, dtype=torch.bool)
+    assert (images.grad[matching] < 0).all() and (images.grad[~matching] > 0).all()
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_features_that_match_cost_nothing(objective):
+def test_matching_features_cost_nothing(objective):
     sure = {"logit_scale": torch.tensor([100.0]), "logit_bias": torch.tensor([-50.0]), "objective": objective}
     assert lotlip_loss(torch.eye(4), torch.eye(4)[:, None], **sure)["loss"].item() == pytest.approx(0, abs=1e-6)
     assert lotlip_loss(torch.eye(4), torch.eye(4).roll(1, 0)[:, None], **sure)["loss"].item() > 50
 
 
 @pytest.mark.parametrize("at_once", [1, 10**6])
-def test_recall_is_the_share_of_texts_that_pick_their_own_image(at_once):
+def test_recall_is_the_fraction_of_texts_nearest_to_their_own_image(at_once):
     images = torch.eye(4)
-    raw = torch.eye(4)  # all pick their own
-    long = torch.eye(4)[[0, 1, 3, 2]]  # half of them do
-    found = lotlip_loss(images, torch.stack([raw, long], dim=1), SCALE, logits_at_once=at_once)
-    assert found["recall"].item() == 0.75 and not found["recall"].requires_grad
+    short = torch.eye(4)  # all are nearest to their own image
+    long = torch.eye(4)[[0, 1, 3, 2]]  # half of them are
+    losses = lotlip_loss(images, torch.stack([short, long], dim=1), SCALE, logits_at_once=at_once)
+    assert losses["recall"].item() == 0.75 and not losses["recall"].requires_grad
     same = torch.ones(4, 1, 4) / 2
     assert lotlip_loss(images, same, SCALE)["recall"].item() == 0  # no image is nearer than the others
 
 
-def test_blocks_hold_few_logits():
-    """What the backward pass needs of a block is computed again, not kept."""
+def test_blocks_save_few_logits_for_the_backward_pass():
+    """The backward pass computes each block again."""
     images, texts = random_features(batch=64, number=2)
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     texts.requires_grad_()
     sizes = []
     for at_once in (64 * 2 * 8, 10**6):
-        kept.clear()
+        saved.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             lotlip_loss(images, texts, SCALE, logits_at_once=at_once)
-        sizes.append(max(kept.values()))
+        sizes.append(max(saved.values()))
     assert sizes[1] >= 64 * 64 * 2 * 4  # all logits
     assert sizes[0] < sizes[1] / 2
 
 
-def test_a_bias_changes_nothing_under_softmax():
+def test_a_bias_does_not_change_infonce():
     images, texts = random_features()
     bias = BIAS.clone().requires_grad_()
-    found = lotlip_loss(images, texts, SCALE, logit_bias=bias)["loss"]
-    torch.testing.assert_close(found, lotlip_loss(images, texts, SCALE)["loss"])
-    assert torch.autograd.grad(found, bias)[0].item() == pytest.approx(0, abs=1e-6)  # not None: engines want a gradient
+    loss = lotlip_loss(images, texts, SCALE, logit_bias=bias)["loss"]
+    torch.testing.assert_close(loss, lotlip_loss(images, texts, SCALE)["loss"])
+    assert torch.autograd.grad(loss, bias)[0].item() == pytest.approx(0, abs=1e-6)  # not None: engines need a gradient
 
 
 @given(batch=st.integers(1, 12), width=st.integers(1, 8), number=st.integers(1, 10))
-def test_principal_components_are_numpys(batch, width, number):
+def test_principal_components_equal_numpys(batch, width, number):
     generator = torch.Generator().manual_seed(batch + 100 * width)
     features = normalize(torch.randn(batch, width, generator=generator, dtype=torch.float64), dim=-1)
     torch.testing.assert_close(principal_components(features, number), projection(features, number))
@@ -429,20 +429,20 @@ def test_principal_components_are_numpys(batch, width, number):
 
 def test_principal_components_by_hand():
     features = torch.tensor([[5.0, 1.0], [5.0, -1.0], [7.0, 0.0], [3.0, 0.0]])  # they vary along the first axis most
-    found = principal_components(features, 1)
-    torch.testing.assert_close(found, torch.tensor([[5.0, 0.0], [5.0, 0.0], [7.0, 0.0], [3.0, 0.0]]))
+    rebuilt = principal_components(features, 1)
+    torch.testing.assert_close(rebuilt, torch.tensor([[5.0, 0.0], [5.0, 0.0], [7.0, 0.0], [3.0, 0.0]]))
 
 
-def test_all_principal_components_give_the_features_back():
+def test_all_principal_components_reconstruct_the_features():
     images, texts = random_features()
     for number in (6, 32):
         torch.testing.assert_close(principal_components(images, number), images)
-        whole = lotlip_loss(images, texts, SCALE)
-        for name, found in lotlip_loss(images, texts, SCALE, image_components=number).items():
-            torch.testing.assert_close(found, whole[name])
+        expected = lotlip_loss(images, texts, SCALE)
+        for name, loss in lotlip_loss(images, texts, SCALE, image_components=number).items():
+            torch.testing.assert_close(loss, expected[name])
 
 
-def test_principal_components_take_the_gradient_of_a_projection():
+def test_principal_components_have_the_gradient_of_a_projection():
     images = random_features()[0].double().requires_grad_()
     target = torch.randn(8, 6, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     gradients = [
@@ -458,33 +458,33 @@ def test_equal_eigenvalues_do_not_break_the_gradient():
     assert images.grad.isfinite().all()
 
 
-def test_principal_components_keep_the_precision():
+def test_principal_components_keep_the_dtype():
     images, _ = random_features()
     rounded = principal_components(images.bfloat16(), 2)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), projection(images, 2), atol=0.02, rtol=0)
 
 
-def test_raw_captions_see_the_principal_components_only():
+def test_image_components_change_only_the_loss_of_short_captions():
     from open_clip.loss import ClipLoss
 
     images, texts = random_features()
-    whole, found = lotlip_loss(images, texts, SCALE), lotlip_loss(images, texts, SCALE, image_components=2)
-    torch.testing.assert_close(found["long"], whole["long"])
+    full, losses = lotlip_loss(images, texts, SCALE), lotlip_loss(images, texts, SCALE, image_components=2)
+    torch.testing.assert_close(losses["long"], full["long"])
     expected = ClipLoss()(projection(images, 2), texts[:, 0], SCALE[0]) / 4
-    torch.testing.assert_close(found["raw"], expected)
-    assert not torch.isclose(found["raw"], whole["raw"], rtol=1e-3), "the case must leave room for a mistake"
+    torch.testing.assert_close(losses["raw"], expected)
+    assert not torch.isclose(losses["raw"], full["raw"], rtol=1e-3), "the case must be able to fail"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_broken_image_reaches_the_loss(variant):
+def test_nan_in_an_image_makes_the_loss_nan(variant):
     images, texts, settings = case(variant)
     images[3] = math.nan
-    assert lotlip_loss(images, texts, SCALE, **settings)["loss"].isnan()  # training says which sample it was
+    assert lotlip_loss(images, texts, SCALE, **settings)["loss"].isnan()  # training names the sample
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_order_of_the_batch_does_not_matter(variant):
+def test_the_order_of_the_batch_does_not_change_the_losses(variant):
     images, texts, settings = case(variant)
     order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
     expected = lotlip_loss(images, texts, SCALE, **settings)
@@ -509,12 +509,12 @@ def test_the_order_of_the_batch_does_not_matter(variant):
         ({"text_mask": torch.ones(8, 4, 5, dtype=torch.bool)}, r"expected \[B, P, D\] and \[B, N, L, D\]"),
     ],
 )
-def test_impossible_settings_are_refused(settings, message):
+def test_invalid_settings_are_rejected(settings, message):
     with pytest.raises(ValueError, match=message):
         lotlip_loss(*random_features(), SCALE, **settings)
 
 
-def test_features_that_do_not_fit_are_refused():
+def test_mismatched_features_are_rejected():
     images, texts = random_features()
     patches, tokens, mask = random_tokens()
     for name in ("image_components", "text_components", "hard_negative_margin"):
@@ -541,31 +541,33 @@ def method_vectors() -> dict[str, Tensor]:
     return vectors
 
 
-def test_long_clips_loss_is_that_of_its_release():
+def test_long_clips_loss_equals_its_release():
     vectors = method_vectors()
     texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
-    found = lotlip_loss(vectors["image"], texts, vectors["logit_scale"].exp(), image_components=32, label_smoothing=0.1)
+    losses = lotlip_loss(
+        vectors["image"], texts, vectors["logit_scale"].exp(), image_components=32, label_smoothing=0.1
+    )
     rebuilt = principal_components(vectors["image"], 32)
     torch.testing.assert_close(rebuilt, vectors["longclip_image_components_32"], atol=1e-5, rtol=0)
-    torch.testing.assert_close(2 * found["raw"], vectors["longclip_loss_short"][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(2 * found["long"], vectors["longclip_loss_long"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(2 * losses["raw"], vectors["longclip_loss_short"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(2 * losses["long"], vectors["longclip_loss_long"][0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("share", [0.9, 0.6])
-def test_himo_clips_loss_is_that_of_its_release(share):
+def test_himo_clips_loss_equals_its_release(share):
     vectors = method_vectors()
     texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
     scale = vectors["logit_scale"].exp()
-    found = lotlip_loss(
+    losses = lotlip_loss(
         vectors["image"], texts, scale, text_components=share, label_smoothing=0.1, short_loss_fraction=0.0
     )
     rebuilt = principal_components(vectors["long"], share)
     torch.testing.assert_close(rebuilt, vectors[f"himo_text_components_{share}"], atol=1e-5, rtol=0)
     expected = vectors[f"himo_loss_text_{share}"] + vectors[f"himo_loss_components_{share}"]
-    torch.testing.assert_close(found["long"], expected[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses["long"], expected[0], atol=1e-5, rtol=0)
 
 
-def test_flairs_loss_is_that_of_its_release():
+def test_flairs_loss_equals_its_release():
     vectors = load_file(VECTORS / "flair.safetensors")
     size = json.loads((VECTORS / "case.json").read_text())["flair"]
     images, number, heads = size["batch"], size["texts_per_image"], size["heads"]
@@ -582,46 +584,46 @@ def test_flairs_loss_is_that_of_its_release():
     pooled = pooled_features(tokens, query, pooling, heads)
     torch.testing.assert_close(pooled, vectors["conditioned"], atol=1e-5, rtol=0)
     for at_once in (1, 10**6):
-        found = conditioned_loss(
+        conditioned = conditioned_loss(
             tokens, texts, meets, pooling, scale, bias, heads=heads, first=0, values_at_once=at_once
         )
-        torch.testing.assert_close(found, vectors["loss_text_conditioned"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(conditioned, vectors["loss_text_conditioned"], atol=1e-5, rtol=0)
     feature = normalize(vectors["image_feature"], dim=-1)
     sigmoid = {"objective": "siglip", "logit_bias": bias}
     alone = lotlip_loss(feature, texts, scale, **sigmoid)["loss"]
     torch.testing.assert_close(alone, vectors["loss_multi_positive"][0], atol=1e-5, rtol=0)
-    draws = torch.randint(100, (images, 2))  # other texts than the release drew
+    draws = torch.randint(100, (images, 2))  # not the release's draws
     pooled_too = {"image_tokens": tokens, "pooling": pooling, "pooling_heads": heads, "draws": draws}
     losses = lotlip_loss(feature, texts, scale, **sigmoid, **pooled_too)
     torch.testing.assert_close(losses["raw"] + losses["long"], vectors["loss_multi_positive"][0] / 2)
-    assert losses["conditioned"].item() == pytest.approx(found.item() / 2, rel=0.1)
-    torch.testing.assert_close((found[0] + alone) / 2, vectors["loss"][0], atol=1e-5, rtol=0)
+    assert losses["conditioned"].item() == pytest.approx(conditioned.item() / 2, rel=0.1)
+    torch.testing.assert_close((conditioned[0] + alone) / 2, vectors["loss"][0], atol=1e-5, rtol=0)
 
 
-def test_an_image_meets_its_own_texts_and_one_of_each_other_image():
+def test_partners_are_an_images_own_texts_and_one_of_each_other_image():
     draws = torch.randint(2**32, (200, 2), generator=torch.Generator().manual_seed(0))
-    found = choose_partners(draws, 50, 100, 4)
-    assert found.shape == (100, 4 + 199)
-    for image, partners in enumerate(found.tolist(), start=50):
+    chosen = choose_partners(draws, 50, 100, 4)
+    assert chosen.shape == (100, 4 + 199)
+    for image, partners in enumerate(chosen.tolist(), start=50):
         assert sorted(partner // 4 for partner in partners) == sorted([*range(200), *[image] * 3])
         assert {4 * image + text for text in range(4)} <= set(partners)
-    others = found[:, 4:] % 4
-    assert 0.2 < torch.bincount(others.flatten()).min() / others.numel() < 0.25  # each text as often as the others
+    others = chosen[:, 4:] % 4
+    assert 0.2 < torch.bincount(others.flatten()).min() / others.numel() < 0.25  # uniform over the texts
     assert not torch.equal(others[0], others[1])
 
 
-def test_smartclips_loss_is_a_twentieth_of_its_releases():
-    """10 (L₁ + L₂) + 2 mean|m|, by its equations."""
+def test_smartclips_loss_is_a_twentieth_of_its_release():
+    """The release's loss is 10 (L₁ + L₂) + 2 mean|m|."""
     images, texts = random_features(number=1)
     masks = torch.rand(texts.shape, generator=torch.Generator().manual_seed(9))
     similarity = torch.einsum("itd,td->it", normalize(images[:, None] * (masks[:, 0] >= 0.5), dim=-1), texts[:, 0])
-    own = torch.arange(len(images))
-    contrast = cross_entropy(100 * similarity.T, own) + cross_entropy(100 * similarity, own)
-    found = lotlip_loss(images, texts, torch.tensor([100.0]), channel_masks=masks, mask_penalty=0.1)["loss"]
-    torch.testing.assert_close(20 * found, 10 * contrast + 2 * masks.mean())
+    index = torch.arange(len(images))
+    infonce = cross_entropy(100 * similarity.T, index) + cross_entropy(100 * similarity, index)
+    loss = lotlip_loss(images, texts, torch.tensor([100.0]), channel_masks=masks, mask_penalty=0.1)["loss"]
+    torch.testing.assert_close(20 * loss, 10 * infonce + 2 * masks.mean())
 
 
-def test_a_text_that_selects_no_channel_breaks_nothing():
+def test_a_text_that_selects_no_channel_has_finite_gradients():
     images, texts = random_features()
     masks = torch.full_like(texts, 0.4).requires_grad_()
     images.requires_grad_()
@@ -629,14 +631,15 @@ def test_a_text_that_selects_no_channel_breaks_nothing():
     assert images.grad.isfinite().all() and masks.grad.isfinite().all()
 
 
-# Inputs besides features and scale that gradients reach.
+# Differentiable inputs besides features and scale.
 LEARNED = ("logit_bias", "channel_masks", "image_tokens", "pooling")
 
 
 def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[str, Tensor]:
-    """Of linear towers, a temperature and a bias, for the rows of this process; its texts are padded to its longest.
+    """The loss of this process's rows and the gradients of linear towers, temperature and bias.
 
-    The text tower's gradient reaches the gathered features through a matrix product: not in row order in memory.
+    Texts are padded to the longest of this process. The gradient of the gathered features comes out of a matrix
+    product, so its memory is not in row order.
     """
     settings = dict(VARIANTS[variant])
     images, texts = random_features()
@@ -651,7 +654,7 @@ def loss_and_gradients(variant: str, part: slice, at_once: int = 10**6) -> dict[
         "log_scale": torch.tensor([1.5]),
         "bias": BIAS.clone(),
     }
-    inputs = further_inputs(settings, texts)
+    inputs = additional_inputs(settings, texts)
     if "pooling" in inputs:
         learned |= {"patch weight": torch.randn(6, 6, generator=generator), "pooling": inputs["pooling"]}
     if "channel_masks" in inputs:
@@ -683,8 +686,8 @@ SIZES = (1, 3 * 4 * 8, 10**6)  # blocks of one text, of three and one, one block
 def _process(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     part = slice(4 * rank, 4 * rank + 4)
-    found = {(variant, size): loss_and_gradients(variant, part, size) for variant in VARIANTS for size in SIZES}
-    torch.save(found, Path(folder) / f"{rank}.pt")
+    results = {(variant, size): loss_and_gradients(variant, part, size) for variant in VARIANTS for size in SIZES}
+    torch.save(results, Path(folder) / f"{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -692,7 +695,7 @@ def _process(rank: int, folder: str) -> None:
 @pytest.mark.integration
 def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
     lengths = random_tokens()[2].sum(dim=-1)
-    assert lengths[:4].max() > lengths[4:].max(), "one process's texts must be longer than the other's"
+    assert lengths[:4].max() > lengths[4:].max(), "the two processes must have texts of different lengths"
     torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for variant, size in first:

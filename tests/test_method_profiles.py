@@ -1,4 +1,4 @@
-"""Profiles of other methods as released: what each states, and that it can be planned and told to DeepSpeed."""
+"""Profiles of other released methods: their settings, plans and DeepSpeed configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lotlip.plan.plan import Gpu, plan
 from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
-from tests.test_webdataset_source import picture
+from tests.test_webdataset_source import image_bytes
 
 ROOT = Path(__file__).parent.parent
 FROM_CLIP = ("long-clip", "debias-clip", "himo-clip", "smart-clip")
@@ -28,7 +28,7 @@ def profile(name: str) -> tuple[Params, PretrainConfig]:
 
 
 @pytest.mark.parametrize("name", FROM_CLIP)
-def test_methods_that_continue_from_clip_stretch_its_positions(name):
+def test_methods_that_finetune_clip_interpolate_its_positions(name):
     params, config = profile(name)
     (line,) = params.warnings
     assert "is not pinned" in line
@@ -42,7 +42,7 @@ def test_methods_that_continue_from_clip_stretch_its_positions(name):
     assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.warmup_steps) == (1e-6, 1e-2, 200)
 
 
-def test_those_from_clip_differ_in_their_texts_and_losses_only():
+def test_methods_that_finetune_clip_differ_in_texts_and_losses_only():
     settings = {name: profile(name)[1] for name in FROM_CLIP}
     shared = [config.model_dump(exclude={"short_texts", "long_texts", "loss"}) for config in settings.values()]
     assert shared == shared[:1] * 4
@@ -58,12 +58,12 @@ def test_those_from_clip_differ_in_their_texts_and_losses_only():
 
 
 @pytest.mark.parametrize("name", FROM_CLIP)
-def test_the_documented_table_is_read_as_images_and_captions(name, tmp_path, monkeypatch):
+def test_the_documented_table_gives_images_and_captions(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     params = load_params(ROOT / "profiles" / f"{name}.yaml")
     folder = Path("data/raw/sharegpt4v")
     (folder / "images/coco").mkdir(parents=True)
-    (folder / "images/coco/1.jpg").write_bytes(picture())
+    (folder / "images/coco/1.jpg").write_bytes(image_bytes())
     (folder / "captions.csv").write_text('image,text\ncoco/1.jpg,"A dog. It runs, fast."\n', encoding="utf-8")
     source = open_source(params.ingest.source, params.ingest.images)
     (record,) = (item for unit in source.units(10) for item in source.read(unit))
@@ -79,8 +79,8 @@ def test_methods_from_scratch_fit_eight_gpus(name):
     assert config.image_tower.from_scratch and config.text.pretrained is None
     assert bool(config.long_texts.sub_captions) is (name == "flair")
     compute = params.training_compute(name)
-    told = deepspeed_config(config, compute)
-    assert told["train_batch_size"] == config.batch_size
+    deepspeed_settings = deepspeed_config(config, compute)
+    assert deepspeed_settings["train_batch_size"] == config.batch_size
     assert plan(params, config, compute, Gpu()).remedy == ""
     trained, frozen = parameters(config, build_towers(config, params.image_tower))
     assert not frozen and trained["image tower"] > 5e7 and trained["text encoder"] > 5e7

@@ -1,4 +1,4 @@
-"""Retrieval and classification on features whose answers are known."""
+"""Retrieval and classification of features with known scores."""
 
 import math
 import statistics
@@ -20,7 +20,7 @@ def random_case(images=40, per_image=3, dim=16, seed=0):
 
 
 def token_case(images=30, per_image=2, patches=3, length=5, dim=6, seed=0):
-    """Patches, tokens that lie near some of their image's patches, the texts' images, the mask."""
+    """Patches, tokens near some of their image's patches, the image of each text, and the mask."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randn(images, patches, dim, generator=generator)
     text_image = torch.arange(images).repeat_interleave(per_image)
@@ -30,39 +30,39 @@ def token_case(images=30, per_image=2, patches=3, length=5, dim=6, seed=0):
     return image, text, text_image, torch.arange(length) < lengths
 
 
-def test_perfect_features_find_everything():
+def test_perfect_features_score_one():
     features = torch.eye(12)
-    found = retrieval(features, features, torch.arange(12)).values
-    assert found == {
-        f"{way}.{name}": 1.0
-        for way in ("image_to_text", "text_to_image")
+    scores = retrieval(features, features, torch.arange(12)).values
+    assert scores == {
+        f"{direction}.{name}": 1.0
+        for direction in ("image_to_text", "text_to_image")
         for name in ("r1", "r5", "r10", "mean_rank", "median_rank")
     }
 
 
 def test_known_ranks():
-    # The gallery lies on a quarter circle; text i points a little beside image i − 1's neighbour.
+    # The gallery lies on a quarter circle. Text i points slightly away from image i − 1's neighbour.
     angles = torch.tensor([0.0, 0.4, 0.8, 1.2])
     image = torch.stack([angles.cos(), angles.sin()], dim=1)
     # texts 0 and 1 point at their images, text 2 at image 3 (its own is second), text 3 at image 0 (its own is last)
     at = torch.tensor([0.0, 0.4, 1.1, -0.1])
     text = torch.stack([at.cos(), at.sin()], dim=1)
-    found = retrieval(image, text, torch.arange(4), ks=(1, 2, 3, 4)).values
-    assert [found[f"text_to_image.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.5, 0.75, 0.75, 1.0])
-    assert found["text_to_image.median_rank"] == pytest.approx(1.5)  # ranks 1, 1, 2, 4
-    assert found["text_to_image.mean_rank"] == pytest.approx(2)
+    scores = retrieval(image, text, torch.arange(4), ks=(1, 2, 3, 4)).values
+    assert [scores[f"text_to_image.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.5, 0.75, 0.75, 1.0])
+    assert scores["text_to_image.median_rank"] == pytest.approx(1.5)  # ranks 1, 1, 2, 4
+    assert scores["text_to_image.mean_rank"] == pytest.approx(2)
     # image 3 at 1.2: texts by distance 2, 1, 0, 3: rank 4; image 2 at 0.8: text 2 first; 1 and 0 find theirs
-    assert [found[f"image_to_text.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.75, 0.75, 0.75, 1.0])
+    assert [scores[f"image_to_text.r{k}"] for k in (1, 2, 3, 4)] == pytest.approx([0.75, 0.75, 0.75, 1.0])
 
 
-def test_any_of_an_images_texts_counts():
+def test_any_text_of_an_image_counts():
     image = torch.eye(2)
     # image 0's second text points at it, its first at image 1; image 1's only text points at image 1, but less
     text = torch.tensor([[0.1, 1.0], [1.0, 0.0], [0.5, 1.0]])
-    found = retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,)).values
-    assert found["image_to_text.r1"] == pytest.approx(0.5)  # image 1 finds image 0's first text before its own
-    assert found["text_to_image.r1"] == pytest.approx(2 / 3)
-    assert found["image_to_text.median_rank"] == pytest.approx(1.5)
+    scores = retrieval(image, text, torch.tensor([0, 0, 1]), ks=(1,)).values
+    assert scores["image_to_text.r1"] == pytest.approx(0.5)  # image 1 finds image 0's first text before its own
+    assert scores["text_to_image.r1"] == pytest.approx(2 / 3)
+    assert scores["image_to_text.median_rank"] == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("per_image", [1, 5])
@@ -70,16 +70,16 @@ def test_any_of_an_images_texts_counts():
 def test_constant_features_score_chance(per_image, k):
     images = 37
     text_image = torch.arange(images).repeat_interleave(per_image)
-    found = retrieval(torch.ones(images, 9), torch.ones(images * per_image, 9), text_image, chunk=8).values
-    assert found[f"image_to_text.r{k}"] == pytest.approx(chance(images, per_image, k))
-    assert found[f"text_to_image.r{k}"] == pytest.approx(chance(images, 1, k))
-    assert found["text_to_image.median_rank"] == found["text_to_image.mean_rank"] == pytest.approx((images + 1) / 2)
+    scores = retrieval(torch.ones(images, 9), torch.ones(images * per_image, 9), text_image, chunk=8).values
+    assert scores[f"image_to_text.r{k}"] == pytest.approx(chance(images, per_image, k))
+    assert scores[f"text_to_image.r{k}"] == pytest.approx(chance(images, 1, k))
+    assert scores["text_to_image.median_rank"] == scores["text_to_image.mean_rank"] == pytest.approx((images + 1) / 2)
     others = images * per_image - per_image
-    assert found["image_to_text.mean_rank"] == pytest.approx(1 + others / (per_image + 1))
+    assert scores["image_to_text.mean_rank"] == pytest.approx(1 + others / (per_image + 1))
 
 
 def test_expected_value_is_the_mean_over_fair_orders():
-    # Of zeros and ones, similarities tie in every way; the mean over draws of noise that breaks ties must agree.
+    # Features of zeros and ones tie in every way; the mean over random tie-breaks must agree.
     generator = torch.Generator().manual_seed(1)
     image = torch.eye(6)
     text = torch.randint(0, 2, (12, 6), generator=generator) + 0.01
@@ -89,15 +89,17 @@ def test_expected_value_is_the_mean_over_fair_orders():
     noisy = similarity + 1e-4 * torch.rand(3000, *similarity.shape, generator=generator)  # [draws, T, I]
     images_found = noisy.argsort(dim=2, descending=True) == text_image[:, None]
     texts_found = text_image[noisy.mT.argsort(dim=2, descending=True)] == torch.arange(6)[:, None]
-    for way, hits in (("text_to_image", images_found), ("image_to_text", texts_found)):
+    for direction, hits in (("text_to_image", images_found), ("image_to_text", texts_found)):
         for k in (1, 3):
-            assert expected[f"{way}.r{k}"] == pytest.approx(hits[..., :k].any(dim=2).float().mean().item(), abs=0.01)
+            assert expected[f"{direction}.r{k}"] == pytest.approx(
+                hits[..., :k].any(dim=2).float().mean().item(), abs=0.01
+            )
         ranks = 1 + hits.int().argmax(dim=2).float()
-        assert expected[f"{way}.mean_rank"] == pytest.approx(ranks.mean().item(), abs=0.02)
+        assert expected[f"{direction}.mean_rank"] == pytest.approx(ranks.mean().item(), abs=0.02)
 
 
 def tied_case(seed):
-    """Features of few values, so that many similarities tie; images have one to four texts, in no order."""
+    """Features with few values, so many similarities tie. Images have one to four texts, in random order."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.randint(0, 3, (23, 3), generator=generator).float() + 0.5
     text_image = torch.cat([torch.arange(23), torch.randint(0, 23, (30,), generator=generator)])
@@ -105,39 +107,42 @@ def tied_case(seed):
     return image, text, text_image[torch.randperm(53, generator=generator)]
 
 
-def by_the_whole_matrix(image, text, text_image, ks):
-    """The same scores by a sorted list for each query, in double precision."""
+def reference_scores(image, text, text_image, ks):
+    """The scores by counting, query by query, in double precision."""
     similarity = torch.nn.functional.normalize(image.double(), dim=1) @ torch.nn.functional.normalize(text.double()).T
-    found = {}
-    for way, matrix, queries, gallery in (
+    scores = {}
+    for direction, matrix, queries, gallery in (
         ("image_to_text", similarity, list(range(len(image))), text_image.tolist()),
         ("text_to_image", similarity.T, text_image.tolist(), list(range(len(image)))),
     ):
         hits, ranks = dict.fromkeys(ks, 0.0), []
         for row, query in zip(matrix.tolist(), queries, strict=True):
             best = max(value for value, owner in zip(row, gallery, strict=True) if owner == query)
-            ahead = sum(value > best + 1e-6 for value in row)
-            as_good = [owner == query for value, owner in zip(row, gallery, strict=True) if abs(value - best) <= 1e-6]
-            own, equal = sum(as_good), len(as_good)
-            ranks.append(1 + ahead + (equal - own) / (own + 1))
+            better = sum(value > best + 1e-6 for value in row)
+            ties = [owner == query for value, owner in zip(row, gallery, strict=True) if abs(value - best) <= 1e-6]
+            matching, tied = sum(ties), len(ties)
+            ranks.append(1 + better + (tied - matching) / (matching + 1))
             for k in ks:
-                places = min(max(k - ahead, 0), equal)
-                hits[k] += 1 - math.comb(equal - own, places) / math.comb(equal, places)
-        found |= {f"{way}.r{k}": hits[k] / len(queries) for k in ks}
-        found |= {f"{way}.mean_rank": statistics.fmean(ranks), f"{way}.median_rank": statistics.median(ranks)}
-    return found
+                places = min(max(k - better, 0), tied)
+                hits[k] += 1 - math.comb(tied - matching, places) / math.comb(tied, places)
+        scores |= {f"{direction}.r{k}": hits[k] / len(queries) for k in ks}
+        scores |= {
+            f"{direction}.mean_rank": statistics.fmean(ranks),
+            f"{direction}.median_rank": statistics.median(ranks),
+        }
+    return scores
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 4096])
-def test_tiles_give_what_the_whole_matrix_gives(chunk):
+def test_chunks_give_the_scores_of_the_full_matrix(chunk):
     for case in (random_case(), random_case(per_image=1, seed=3), tied_case(0), tied_case(1)):
-        expected = by_the_whole_matrix(*case, (1, 2, 5))
-        found = retrieval(*case, ks=(1, 2, 5), chunk=chunk)
-        assert found.values == pytest.approx(expected)
-        assert found.intervals.keys() == {name for name in expected if not name.endswith("median_rank")}
+        expected = reference_scores(*case, (1, 2, 5))
+        result = retrieval(*case, ks=(1, 2, 5), chunk=chunk)
+        assert result.values == pytest.approx(expected)
+        assert result.intervals.keys() == {name for name in expected if not name.endswith("median_rank")}
 
 
-def test_order_and_length_of_features_change_nothing():
+def test_order_and_norm_of_features_do_not_change_the_scores():
     image, text, text_image = random_case()
     expected = retrieval(image, text, text_image).values
     generator = torch.Generator().manual_seed(2)
@@ -146,40 +151,40 @@ def test_order_and_length_of_features_change_nothing():
     lengths = 0.1 + torch.rand(len(text), 1, generator=generator)
     shuffled = retrieval(image[images] * 3, (text * lengths)[texts], new_place[text_image[texts]]).values
     assert shuffled == pytest.approx(expected)
-    assert 0.1 < expected["text_to_image.r1"] < 0.9, "the case must leave room for a mistake"
+    assert 0.1 < expected["text_to_image.r1"] < 0.9, "the case must be able to fail"
 
 
-def test_agrees_with_open_clip():
+def test_retrieval_agrees_with_open_clip():
     train = pytest.importorskip("open_clip_train.train")
     image, text, text_image = random_case(per_image=1)
     image, text = (torch.nn.functional.normalize(features, dim=1) for features in (image, text))
     reference = train.get_clip_metrics(image, text, torch.tensor(100.0))
-    found = retrieval(image, text, text_image, chunk=11).values
-    for way in ("image_to_text", "text_to_image"):
+    scores = retrieval(image, text, text_image, chunk=11).values
+    for direction in ("image_to_text", "text_to_image"):
         for k in (1, 5, 10):
-            assert found[f"{way}.r{k}"] == pytest.approx(reference[f"{way}_R@{k}"])
-        assert found[f"{way}.mean_rank"] == pytest.approx(reference[f"{way}_mean_rank"])
-        # theirs is rounded down to a whole rank
-        assert math.floor(found[f"{way}.median_rank"]) == reference[f"{way}_median_rank"]
+            assert scores[f"{direction}.r{k}"] == pytest.approx(reference[f"{direction}_R@{k}"])
+        assert scores[f"{direction}.mean_rank"] == pytest.approx(reference[f"{direction}_mean_rank"])
+        # open_clip rounds down
+        assert math.floor(scores[f"{direction}.median_rank"]) == reference[f"{direction}_median_rank"]
 
 
 def test_accuracy_agrees_with_scikit_learn():
-    """open_clip's own `accuracy` cannot be asked: it fails with NumPy 2."""
+    """open_clip's own `accuracy` is not the reference, because it fails with NumPy 2."""
     reference = pytest.importorskip("sklearn.metrics")
     image, classes, _ = random_case(images=12, per_image=1)
     image, classes = (torch.nn.functional.normalize(features, dim=1) for features in (image, classes))
     labels = torch.arange(12).roll(2) % 9
-    found = classification(image, classes, labels, chunk=5).values
+    scores = classification(image, classes, labels, chunk=5).values
     for k in (1, 5):
         expected = reference.top_k_accuracy_score(labels, image @ classes.T, k=k, labels=range(12))
-        assert found[f"top{k}"] == pytest.approx(expected)
-    assert 0 < found["top1"] < found["top5"] < 1, "the case must leave room for a mistake"
+        assert scores[f"top{k}"] == pytest.approx(expected)
+    assert 0 < scores["top1"] < scores["top5"] < 1, "the case must be able to fail"
 
 
 def test_chance_is_exact():
     assert chance(1000, 1, 1) == pytest.approx(0.001)
     assert chance(1000, 1, 10) == pytest.approx(0.01)
-    assert chance(2, 2, 2) == pytest.approx(1 - 1 / 6)  # both of two draws from four texts are the other image's
+    assert chance(2, 2, 2) == pytest.approx(1 - 1 / 6)  # a miss takes two draws of the other image's texts
     assert chance(3, 1, 10) == 1.0
 
 
@@ -187,15 +192,15 @@ def test_classification_by_hand():
     classes = torch.eye(7)
     images = torch.eye(7) + 0.5 * torch.eye(7).roll(1, dims=1)
     labels = torch.tensor([0, 1, 2, 3, 4, 0, 1])  # the last two are wrong
-    found = classification(images, classes, labels, chunk=3).values
-    assert found["top1"] == pytest.approx(5 / 7)
-    # the wrong labels tie with four other classes of similarity 0, behind two: places 3, 4, 5 of 5 equal ones
-    assert found["top5"] == pytest.approx((5 + 2 * 3 / 5) / 7)
+    scores = classification(images, classes, labels, chunk=3).values
+    assert scores["top1"] == pytest.approx(5 / 7)
+    # the wrong labels tie with four other classes behind two: of the five tied places, three are in the top 5
+    assert scores["top5"] == pytest.approx((5 + 2 * 3 / 5) / 7)
 
 
-def test_constant_features_classify_by_chance():
-    found = classification(torch.ones(10, 4), torch.ones(20, 4), torch.arange(10)).values
-    assert found == pytest.approx({"top1": 1 / 20, "top5": 5 / 20})
+def test_constant_features_classify_at_chance():
+    scores = classification(torch.ones(10, 4), torch.ones(20, 4), torch.arange(10)).values
+    assert scores == pytest.approx({"top1": 1 / 20, "top5": 5 / 20})
 
 
 # --- intervals ----------------------------------------------------------------------------------------------------
@@ -206,56 +211,56 @@ def hits(share, number, seed=0):
 
 
 def interval(outcome, cluster=None, **settings):
-    every = torch.arange(len(outcome)) if cluster is None else cluster
-    return summary({"r1": outcome}, every, **settings).intervals["r1"]
+    clusters = torch.arange(len(outcome)) if cluster is None else cluster
+    return summary({"r1": outcome}, clusters, **settings).intervals["r1"]
 
 
 @pytest.mark.parametrize(("share", "number"), [(0.5, 1000), (0.9, 400), (0.02, 2000)])
-def test_the_interval_of_a_share_is_the_binomials(share, number):
+def test_the_interval_of_a_proportion_is_binomial(share, number):
     outcome = hits(share, number)
     ends = binom.ppf([0.025, 0.975], number, outcome.mean().item()) / number
     assert interval(outcome, resamples=8000) == pytest.approx(ends, abs=1.5 / number)
 
 
-def test_intervals_hold_the_truth_as_often_as_they_say():
-    held = 0
+def test_intervals_have_their_nominal_coverage():
+    covered = 0
     for seed in range(300):
         low, high = interval(hits(0.3, 300, seed), resamples=300, seed=seed)
-        held += low <= 0.3 <= high
-    assert 0.92 <= held / 300 <= 0.98  # 0.95 ± 2.4 standard deviations
+        covered += low <= 0.3 <= high
+    assert 0.92 <= covered / 300 <= 0.98  # 0.95 ± 2.4 standard deviations
 
 
-def test_texts_of_an_image_are_drawn_together():
-    """Five texts of an image that are all found or all missed say no more than one."""
+def test_texts_of_an_image_are_resampled_together():
+    """Five texts of an image that are all hits or all misses carry no more information than one."""
     outcome, image = hits(0.4, 300), torch.arange(300).repeat_interleave(5)
     alone, together = interval(outcome), interval(outcome.repeat_interleave(5), image)
-    assert together == pytest.approx(alone)  # the same images are drawn
+    assert together == pytest.approx(alone)  # the same images are resampled
     low, high = interval(outcome.repeat_interleave(5))
     assert high - low == pytest.approx((alone[1] - alone[0]) / math.sqrt(5), rel=0.1)
 
 
-def test_intervals_of_mean_ranks_are_those_of_plain_resampling():
-    """Also where images have one, two or three texts, whose ranks are drawn together."""
+def test_intervals_of_mean_ranks_agree_with_plain_resampling():
+    """Images have one, two or three texts, whose ranks are resampled together."""
     generator = torch.Generator().manual_seed(0)
     image = torch.arange(250).repeat_interleave(torch.arange(250) % 3 + 1)
     ranks = torch.randint(1, 40, (len(image),), generator=generator).double() ** 2
-    found = summary({"mean_rank": ranks}, image, resamples=4000)
-    assert found.values["mean_rank"] == pytest.approx(ranks.mean().item())
-    own = [ranks[image == number] for number in range(250)]
+    result = summary({"mean_rank": ranks}, image, resamples=4000)
+    assert result.values["mean_rank"] == pytest.approx(ranks.mean().item())
+    image_ranks = [ranks[image == number] for number in range(250)]
     drawn = torch.randint(250, (4000, 250), generator=generator).tolist()
-    means = torch.stack([torch.cat([own[number] for number in sample]).mean() for sample in drawn])
+    means = torch.stack([torch.cat([image_ranks[number] for number in sample]).mean() for sample in drawn])
     ends = means.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    assert found.intervals["mean_rank"] == pytest.approx(ends, rel=0.02)
+    assert result.intervals["mean_rank"] == pytest.approx(ends, rel=0.02)
 
 
-def test_equal_seeds_give_equal_intervals_and_no_resamples_none():
+def test_equal_seeds_give_equal_intervals_and_zero_resamples_give_none():
     case = random_case()
     assert retrieval(*case) == retrieval(*case)
     assert retrieval(*case, seed=1).intervals != retrieval(*case).intervals
     assert retrieval(*case, resamples=0).intervals == {}
-    every = classification(case[0], case[1][:20], torch.arange(40) % 20)
-    assert every.intervals.keys() == every.values.keys()
-    assert all(low < every.values[name] < high for name, (low, high) in every.intervals.items())
+    result = classification(case[0], case[1][:20], torch.arange(40) % 20)
+    assert result.intervals.keys() == result.values.keys()
+    assert all(low < result.values[name] < high for name, (low, high) in result.intervals.items())
 
 
 # --- classification -----------------------------------------------------------------------------------------------
@@ -270,12 +275,12 @@ def test_class_features_average_directions():
     ("text_image", "message"),
     [([0, 1, 1], "0 … 2 at least once"), ([0, 1, 3], "and nothing else"), ([0, 1], "one per text")],
 )
-def test_indices_that_do_not_fit_are_refused(text_image, message):
+def test_invalid_text_image_indices_are_rejected(text_image, message):
     with pytest.raises(ValueError, match=message):
         retrieval(torch.eye(3), torch.eye(3), torch.tensor(text_image))
 
 
-def test_nan_is_refused_not_rewarded():
+def test_nan_features_are_rejected():
     features = torch.eye(3)
     broken = features.clone()
     broken[1, 1] = math.nan
@@ -283,33 +288,33 @@ def test_nan_is_refused_not_rewarded():
         retrieval(features, broken, torch.arange(3))
 
 
-def test_labels_without_a_class_are_refused():
+def test_labels_without_a_class_are_rejected():
     with pytest.raises(ValueError, match="are in 0 … 3"):
         classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1, 3]))
     with pytest.raises(ValueError, match="labels has shape"):
         classification(torch.eye(3), torch.eye(3), torch.tensor([0, 1]))
 
 
-def test_late_interaction_ranks_by_each_ways_own_similarity():
+def test_late_interaction_ranks_each_direction_by_its_own_similarity():
     image, text, text_image, mask = token_case()
-    found = retrieval(image, text, text_image, ks=(1, 3), text_mask=mask).values
+    scores = retrieval(image, text, text_image, ks=(1, 3), text_mask=mask).values
     unit = torch.nn.functional.normalize
     to_text, to_image = late_interaction(unit(image, dim=-1), unit(text, dim=-1), mask)
-    for way, similarity, own in (
+    for direction, similarity, matching in (
         ("image_to_text", to_text, torch.arange(30)[:, None] == text_image),
         ("text_to_image", to_image.T, text_image[:, None] == torch.arange(30)),
     ):
-        hits = own.gather(1, similarity.argsort(dim=1, descending=True))  # [Q, G], what belongs to the query
+        hits = matching.gather(1, similarity.argsort(dim=1, descending=True))  # [Q, G], matches in ranked order
         for k in (1, 3):
-            assert found[f"{way}.r{k}"] == pytest.approx(hits[:, :k].any(dim=1).float().mean().item())
+            assert scores[f"{direction}.r{k}"] == pytest.approx(hits[:, :k].any(dim=1).float().mean().item())
         ranks = 1 + hits.int().argmax(dim=1).double()
-        assert found[f"{way}.median_rank"] == pytest.approx(ranks.quantile(0.5).item())
-        assert 0.1 < found[f"{way}.r1"] < 0.9, "the case must leave room for a mistake"
+        assert scores[f"{direction}.median_rank"] == pytest.approx(ranks.quantile(0.5).item())
+        assert 0.1 < scores[f"{direction}.r1"] < 0.9, "the case must be able to fail"
     wrong = (to_image.argmax(dim=1), to_text.argmax(dim=0))
     assert not torch.equal(wrong[0], to_text.argmax(dim=1)) and not torch.equal(wrong[1], to_image.argmax(dim=0))
 
 
-def test_one_patch_and_one_token_are_cosine():
+def test_one_patch_and_one_token_score_as_cosine():
     image, text, text_image = random_case()
     mask = torch.ones(len(text), 1, dtype=torch.bool)
     late = retrieval(image[:, None], text[:, None], text_image, text_mask=mask).values
@@ -320,24 +325,24 @@ def test_one_patch_and_one_token_are_cosine():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
-def test_chunks_of_late_interaction_change_nothing(chunk):
+def test_chunks_do_not_change_late_interaction(chunk):
     image, text, text_image, mask = token_case()
     expected = retrieval(image, text, text_image, text_mask=mask).values
     assert retrieval(image, text, text_image, chunk=chunk, text_mask=mask).values == pytest.approx(expected)
     prompt_class = torch.arange(60) % 12
     expected = classification(image, text, text_image[::2] % 12, text_mask=mask, prompt_class=prompt_class).values
-    found = classification(image, text, text_image[::2] % 12, chunk, text_mask=mask, prompt_class=prompt_class).values
-    assert found == pytest.approx(expected)
+    scores = classification(image, text, text_image[::2] % 12, chunk, text_mask=mask, prompt_class=prompt_class).values
+    assert scores == pytest.approx(expected)
 
 
-def test_padding_and_length_of_tokens_change_nothing():
+def test_padding_and_norm_of_tokens_do_not_change_the_scores():
     image, text, text_image, mask = token_case()
     expected = retrieval(image, text, text_image, text_mask=mask).values
     padded = (3 * text).masked_fill(~mask[..., None], math.nan)
     assert retrieval(image / 2, padded, text_image, text_mask=mask).values == pytest.approx(expected)
 
 
-def test_nan_in_a_token_or_a_patch_is_refused():
+def test_nan_in_a_token_or_patch_is_rejected():
     image, text, text_image, mask = token_case()
     broken = text.clone()
     broken[[3, 8], 0, 1] = math.nan
@@ -349,7 +354,7 @@ def test_nan_in_a_token_or_a_patch_is_refused():
         retrieval(broken, text, text_image, text_mask=mask)
 
 
-def test_a_classs_prompts_are_averaged_by_their_similarities():
+def test_similarities_of_a_classs_prompts_are_averaged():
     east, north, between = [1.0, 0.0], [0.0, 1.0], [0.6, 0.8]
     images = torch.tensor([[east, north], [between, between]])
     # the first class has two prompts: "east" and "north"; the second one: "between"; the third one: "east north"
@@ -358,25 +363,25 @@ def test_a_classs_prompts_are_averaged_by_their_similarities():
     prompt_class = torch.tensor([0, 1, 0, 2])
     # image → class: [(0.5 + 0.5) / 2, (0.6 + 0.8) / 2, 1] and [(0.6 + 0.8) / 2, 1, 0.8]
     for labels, expected in (([2, 1], 1.0), ([1, 0], 0.0), ([2, 2], 0.5)):
-        found = classification(images, prompts, torch.tensor(labels), text_mask=mask, prompt_class=prompt_class).values
-        assert found["top1"] == expected
+        scores = classification(images, prompts, torch.tensor(labels), text_mask=mask, prompt_class=prompt_class).values
+        assert scores["top1"] == expected
     # the sum instead of the mean would put the first class ahead for the second image: 1.4
-    found = classification(images, prompts, torch.tensor([2, 0]), text_mask=mask, prompt_class=prompt_class).values
-    assert found["top1"] == 0.5
+    scores = classification(images, prompts, torch.tensor([2, 0]), text_mask=mask, prompt_class=prompt_class).values
+    assert scores["top1"] == 0.5
 
 
 @pytest.mark.parametrize(
     ("prompt_class", "message"),
     [([0, 1, 1, 3], "prompt_class must contain each of the classes 0 … 3"), ([0, 1], "prompt_class has shape")],
 )
-def test_prompts_without_a_class_are_refused(prompt_class, message):
+def test_invalid_prompt_classes_are_rejected(prompt_class, message):
     image, text, _, mask = token_case()
     with pytest.raises(ValueError, match=message):
         labels = torch.zeros(30, dtype=torch.int64)
         classification(image, text[:4], labels, text_mask=mask[:4], prompt_class=torch.tensor(prompt_class))
 
 
-def test_features_of_another_kind_are_refused():
+def test_features_of_the_wrong_shape_are_rejected():
     image, text, text_image, mask = token_case()
     with pytest.raises(ValueError, match=r"image_features has shape \[30, 3, 6\]; expected \[rows, D\]"):
         retrieval(image, text, text_image)

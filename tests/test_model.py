@@ -1,4 +1,4 @@
-"""The dual encoder as users of CLIP models call it."""
+"""The dual encoder, called like the CLIP models of transformers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def mask_of(texts: tuple[Tensor, Tensor]) -> Tensor:
     return (torch.arange(texts[0].shape[1]) < texts[1][:, None]).long()
 
 
-def test_text_features_are_those_of_cls(model, texts):
+def test_text_features_are_the_cls_features(model, texts):
     with torch.no_grad():
         features = model.encode_text(*texts)
         output = model.get_text_features(texts[0], mask_of(texts))
@@ -59,21 +59,21 @@ def test_text_features_are_those_of_cls(model, texts):
     assert output.last_hidden_state.shape == (*texts[0].shape, TEXT["hidden_size"])
 
 
-def test_without_a_mask_the_padding_token_tells(model, texts):
+def test_the_padding_token_replaces_a_missing_mask(model, texts):
     with torch.no_grad():
-        told = model.get_text_features(texts[0], mask_of(texts)).pooler_output
-        found = model.get_text_features(texts[0]).pooler_output
+        expected = model.get_text_features(texts[0], mask_of(texts)).pooler_output
+        features = model.get_text_features(texts[0]).pooler_output
         wider = model.get_text_features(torch.nn.functional.pad(texts[0], (0, 5))).pooler_output
-    assert torch.equal(found, told)
-    torch.testing.assert_close(wider, told, atol=1e-6, rtol=0)
+    assert torch.equal(features, expected)
+    torch.testing.assert_close(wider, expected, atol=1e-6, rtol=0)
 
 
-def test_texts_padded_in_front_are_an_error(model, texts):
+def test_left_padded_texts_are_an_error(model, texts):
     with pytest.raises(ValueError, match="padded at the end; set the tokenizer's padding_side to 'right'"):
         model.get_text_features(texts[0].flip(1), mask_of(texts).flip(1))
 
 
-def test_image_features_are_the_towers_normalised(model, pixels):
+def test_image_features_are_the_towers_normalised_features(model, pixels):
     with torch.no_grad():
         output = model.get_image_features(pixels)
         expected = normalize(model.image_tower.trunk(pixels), dim=-1)
@@ -91,15 +91,15 @@ def test_logits_are_scaled_cosines(model, texts, pixels):
     assert output.loss is None
 
 
-def test_the_loss_is_that_of_the_diagonal(model, texts, pixels):
+def test_the_loss_matches_images_and_texts_of_equal_index(model, texts, pixels):
     with torch.no_grad():
         output = model(texts[0], pixels, mask_of(texts), return_loss=True)
-    own = torch.arange(3)
-    expected = (cross_entropy(output.logits_per_image, own) + cross_entropy(output.logits_per_text, own)) / 2
+    index = torch.arange(3)
+    expected = (cross_entropy(output.logits_per_image, index) + cross_entropy(output.logits_per_text, index)) / 2
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_tuples_for_those_who_ask(model, texts, pixels):
+def test_return_dict_false_gives_tuples(model, texts, pixels):
     with torch.no_grad():
         output = model(texts[0], pixels, return_dict=False)
         features = model.get_image_features(pixels, return_dict=False)
@@ -118,7 +118,7 @@ def test_siglips_logits_have_a_bias(tiny_tower, texts, pixels):
     torch.testing.assert_close(output.loss.squeeze(), expected)
 
 
-def test_late_interaction_is_filips(tiny_tower, texts, pixels):
+def test_late_interaction_equals_filips(tiny_tower, texts, pixels):
     model = build(tiny_tower, similarity="late-interaction", corner_tokens=0)
     ids, lengths = TextTokenizer("bert-base-uncased", 32)(TEXTS)
     with torch.no_grad():
@@ -132,8 +132,8 @@ def test_late_interaction_is_filips(tiny_tower, texts, pixels):
             per_image, per_text = cosines.amax(dim=1).mean() / 0.07, cosines.amax(dim=0).mean() / 0.07
             torch.testing.assert_close(output.logits_per_image[image, text], per_image, atol=1e-4, rtol=1e-5)
             torch.testing.assert_close(output.logits_per_text[text, image], per_text, atol=1e-4, rtol=1e-5)
-    own = torch.arange(3)
-    expected = (cross_entropy(output.logits_per_image, own) + cross_entropy(output.logits_per_text, own)) / 2
+    index = torch.arange(3)
+    expected = (cross_entropy(output.logits_per_image, index) + cross_entropy(output.logits_per_text, index)) / 2
     torch.testing.assert_close(output.loss, expected)
 
 
@@ -146,25 +146,25 @@ def test_gradients_flow_to_both_towers(tiny_tower, texts, pixels):
         assert gradient.abs().max() > 0, name
 
 
-def test_without_an_image_tower_there_are_no_image_features(tiny_tower, pixels):
+def test_image_features_need_an_image_tower(tiny_tower, pixels):
     config = build(tiny_tower).config
     model = LotlipModel(config, image_tower=False)
     with pytest.raises(ValueError, match="built without its image tower"):
         model.get_image_features(pixels)
 
 
-def test_bf16_is_close(tiny_tower, texts, pixels):
+def test_bf16_features_are_near_fp32(tiny_tower, texts, pixels):
     model = build(tiny_tower)
     with torch.no_grad():
         expected = model(texts[0], pixels)
-        found = model.bfloat16()(texts[0], pixels.bfloat16())
-    assert found.text_embeds.dtype == torch.bfloat16
+        output = model.bfloat16()(texts[0], pixels.bfloat16())
+    assert output.text_embeds.dtype == torch.bfloat16
     for name in ("text_embeds", "image_embeds"):
-        cosine = torch.nn.functional.cosine_similarity(found[name].float(), expected[name], dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(output[name].float(), expected[name], dim=-1)
         assert cosine.min() > 0.99, name
 
 
-def test_the_default_is_the_released_shape():
+def test_the_default_configuration_has_the_released_size():
     config = LotlipConfig()
     assert (config.text_config.hidden_size, config.text_config.vocab_size) == (768, 30524)
     with torch.device("meta"):

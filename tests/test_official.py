@@ -1,4 +1,4 @@
-"""The authors' checkpoints: what is read from them, and what is refused. (The released code's results: test_parity.)"""
+"""Import of the authors' checkpoints. test_parity compares results with the released code."""
 
 from __future__ import annotations
 
@@ -40,42 +40,42 @@ POSITION_IDS = "module.text.transformer.embeddings.position_ids"
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    """The weights of the vectors with two corner tokens, by the authors' names."""
+    """Weights of the parity case with two corner tokens, under the authors' names."""
     return state_dict("m2")
 
 
 @pytest.fixture(scope="module")
 def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A checkpoint and the folder that it was imported to."""
+    """A checkpoint and the folder of its import."""
     folder = tmp_path_factory.mktemp("official")
     file = write_checkpoint("m2", folder)
     import_official(file, folder / "tiny", IMAGE_TOWER, write_text_config("m2", folder))
     return file, folder / "tiny"
 
 
-def saved(folder: Path, content: Any, **kwargs: Any) -> Path:
+def save_checkpoint(folder: Path, content: Any, **kwargs: Any) -> Path:
     torch.save(content, folder / "saved.pt", **kwargs)
     return folder / "saved.pt"
 
 
 def checkpoint(weights: dict[str, Tensor], **changes: Tensor | None) -> Checkpoint:
-    """As read from a file, with some weights changed, and those that are None left out."""
+    """A checkpoint with some weights changed; None removes a weight."""
     plain = {name.removeprefix("module."): value for name, value in weights.items()}
     changed = {**plain, **{name.replace("__", "."): value for name, value in changes.items()}}
     return Checkpoint(Path("model.pt"), {name: value for name, value in changed.items() if value is not None}, {})
 
 
-def tiny(weights: dict[str, Tensor], changes: dict[str, Tensor | None] | None = None, **others: Any) -> Any:
-    """`convert` of the vectors' model, with other weights or arguments."""
+def convert_tiny(weights: dict[str, Tensor], changes: dict[str, Tensor | None] | None = None, **others: Any) -> Any:
+    """Converts the model of the parity case with other weights or arguments."""
     arguments = {"image": IMAGE_TOWER, "text_config": HEADS, **others}
     return convert(checkpoint(weights, **(changes or {})), **arguments)
 
 
-# --- what is read -------------------------------------------------------------------------------------------------
+# --- conversion ---------------------------------------------------------------------------------------------------
 
 
-def test_sizes_come_from_the_weights(weights):
-    config, found, tokenizer = tiny(weights)
+def test_sizes_are_read_from_the_weights(weights):
+    config, converted, tokenizer = convert_tiny(weights)
     text = config.text_config
     sizes = (text.hidden_size, text.num_hidden_layers, text.intermediate_size, text.max_position_embeddings)
     assert sizes == (32, 2, 64, 512)
@@ -85,12 +85,12 @@ def test_sizes_come_from_the_weights(weights):
     assert (config.register_tokens, config.similarity, config.logit_bias) == (0, "cosine", False)
     assert ImageTowerSpec.from_json(config.image_config) == IMAGE_TOWER
     assert (tokenizer.corner_tokens, tokenizer.context_length) == (2, 128)
-    assert found["logit_scale"].shape == (1,)
-    assert torch.equal(found["image.trunk.pos_embed"], weights["module.visual.trunk.pos_embed"])
-    assert len(found) == len(weights)
+    assert converted["logit_scale"].shape == (1,)
+    assert torch.equal(converted["image.trunk.pos_embed"], weights["module.visual.trunk.pos_embed"])
+    assert len(converted) == len(weights)
 
 
-def test_what_was_imported_tells_where_it_comes_from(imported):
+def test_an_imported_model_records_its_source(imported):
     file, folder = imported
     model, tokenizer = load_model(folder)
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -105,8 +105,8 @@ def test_what_was_imported_tells_where_it_comes_from(imported):
 
 
 @pytest.mark.parametrize("size", [16, 32])
-def test_the_defaults_are_those_of_the_released_models(size):
-    """Against timm's and transformers' own models: BERT-base, ViT-B, two corner tokens; names and shapes alone."""
+def test_the_defaults_fit_the_released_models(size):
+    """Names and shapes are those of timm's ViT-B and transformers' BERT-base with two corner tokens."""
     with torch.device("meta"):
         trunk = timm.create_model(f"vit_base_patch{size}_224", num_classes=0)
         encoder = BertModel(BertConfig(vocab_size=30522 + 2))
@@ -114,10 +114,10 @@ def test_the_defaults_are_those_of_the_released_models(size):
         released |= {f"text.transformer.{name}": value for name, value in encoder.state_dict().items()}
         released |= {"text.proj.weight": torch.empty(768, 768), "logit_scale": torch.empty(())}
     spec = RELEASED_IMAGE_TOWER if size == 16 else ImageTowerSpec("vit_base_patch32_224", 224)
-    config, found, _ = convert(Checkpoint(Path("model.pt"), released, {}), spec, {})
+    config, converted, _ = convert(Checkpoint(Path("model.pt"), released, {}), spec, {})
     assert (config.corner_tokens, config.context_length, config.text_config.num_attention_heads) == (2, 128, 12)
     assert config.text_config.to_diff_dict() == BertConfig(vocab_size=30524).to_diff_dict()
-    assert len(found) == len(released) == 351
+    assert len(converted) == len(released) == 351
     assert describe(config) == [
         "text tower: bert, 12 layers, 768 wide, 12 heads, feed-forward width 3072, 512 positions, 2 token types",
         "vocabulary: 30522 words and 2 corner tokens; texts of 128 tokens",
@@ -137,65 +137,67 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 
 @pytest.mark.parametrize(("form", "zipped"), [*((form, True) for form in FORMS), ("bare", False)])
 def test_all_forms_of_a_checkpoint_are_read(form, zipped, weights, imported, tmp_path):
-    read = read_checkpoint(saved(tmp_path, FORMS[form](weights), _use_new_zipfile_serialization=zipped))
-    assert read.about == ({"epoch": "last"} if form == "optimizer" else {})
-    _, found, _ = convert(read, IMAGE_TOWER, HEADS)
+    file = read_checkpoint(save_checkpoint(tmp_path, FORMS[form](weights), _use_new_zipfile_serialization=zipped))
+    assert file.about == ({"epoch": "last"} if form == "optimizer" else {})
+    _, converted, _ = convert(file, IMAGE_TOWER, HEADS)
     expected = load_file(imported[1] / "model.safetensors")
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert {value.dtype for value in found.values()} == {torch.float32}
+    assert converted.keys() == expected.keys()
+    assert all(torch.equal(converted[name], value) for name, value in expected.items())
+    assert {value.dtype for value in converted.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_becomes_full(dtype, weights, tmp_path):
+def test_half_precision_weights_become_fp32(dtype, weights, tmp_path):
     halves = {name: value.to(dtype) for name, value in weights.items()}
-    _, found, _ = convert(read_checkpoint(saved(tmp_path, halves)), IMAGE_TOWER, HEADS)
-    assert {value.dtype for value in found.values()} == {torch.float32}
-    assert torch.equal(found["text.proj.weight"], weights["module.text.proj.weight"].to(dtype).float())
+    _, converted, _ = convert(read_checkpoint(save_checkpoint(tmp_path, halves)), IMAGE_TOWER, HEADS)
+    assert {value.dtype for value in converted.values()} == {torch.float32}
+    assert torch.equal(converted["text.proj.weight"], weights["module.text.proj.weight"].to(dtype).float())
 
 
-def test_a_tokenizers_file_or_folder_will_do(weights, tmp_path):
-    TextTokenizer("bert-base-uncased", 64, 3).save(tmp_path)  # its corner tokens are no words
+def test_a_tokenizer_may_be_a_file_or_a_folder(weights, tmp_path):
+    TextTokenizer("bert-base-uncased", 64, 3).save(tmp_path)  # its corner tokens are not counted as words
     for name in (tmp_path, tmp_path / "tokenizer.json"):
-        config, _, tokenizer = tiny(weights, tokenizer=str(name), context_length=64)
+        config, _, tokenizer = convert_tiny(weights, tokenizer=str(name), context_length=64)
         assert (config.corner_tokens, tokenizer.corner_tokens) == (2, 2)
 
 
 @pytest.mark.parametrize(("rows", "corner_tokens"), [(30522, 0), (30523, 1), (30538, 16)])
 def test_extra_rows_are_corner_tokens(rows, corner_tokens, weights):
-    config, *_ = tiny(weights, {"text__transformer__embeddings__word_embeddings__weight": torch.zeros(rows, 32)})
+    config, *_ = convert_tiny(
+        weights, {"text__transformer__embeddings__word_embeddings__weight": torch.zeros(rows, 32)}
+    )
     assert config.corner_tokens == corner_tokens
 
 
 # --- the text encoder's configuration -----------------------------------------------------------------------------
 
 
-def test_a_whole_config_json_is_understood(tmp_path, weights):
+def test_a_full_config_json_is_read(tmp_path, weights):
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8, "intermediate_size": 64}
     BertConfig(**sizes, hidden_act="relu", hidden_dropout_prob=0.3, dtype="float16").save_pretrained(tmp_path)
-    given, ignored = read_text_config(tmp_path / "config.json")
+    fields, ignored = read_text_config(tmp_path / "config.json")
     assert ignored == []
-    config, *_ = tiny(weights, text_config=given)
+    config, *_ = convert_tiny(weights, text_config=fields)
     text = config.text_config
     assert (text.num_attention_heads, text.hidden_act, text.hidden_dropout_prob) == (8, "relu", 0.3)
-    assert text.dtype is None  # another's precision is not this model's
+    assert text.dtype is None  # the precision is not taken from the file
 
 
-def test_keys_that_are_no_fields_are_named(tmp_path):
-    given, ignored = read_text_config(write_text_config("m2", tmp_path, position_embedding_type="absolute"))
+def test_unknown_keys_of_a_text_config_are_returned(tmp_path):
+    fields, ignored = read_text_config(write_text_config("m2", tmp_path, position_embedding_type="absolute"))
     assert ignored == ["pooler", "position_embedding_type", "proj"]
-    assert given["num_attention_heads"] == 4
-    assert not set(ignored) & set(given)
+    assert fields["num_attention_heads"] == 4
+    assert not set(ignored) & set(fields)
 
 
 @pytest.mark.parametrize("words", [30522, 30524])
 def test_the_vocabulary_may_count_corner_tokens_or_not(words, weights):
-    config, *_ = tiny(weights, text_config={**HEADS, "vocab_size": words})
+    config, *_ = convert_tiny(weights, text_config={**HEADS, "vocab_size": words})
     assert config.text_config.vocab_size == 30524
 
 
-def test_robertas_layout_is_berts(weights, tmp_path):
-    """Its positions begin after the padding's row, and there are two fewer."""
+def test_robertas_layout_is_read(weights, tmp_path):
+    """Its positions start after the padding's row, so there are two fewer."""
     tokenizer = json.loads(
         Path(official.__file__).parents[1].joinpath("data/bert-base-uncased/tokenizer.json").read_text()
     )
@@ -205,12 +207,12 @@ def test_robertas_layout_is_berts(weights, tmp_path):
     ]
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     arguments = {"text_config": {"model_type": "roberta", **HEADS}, "tokenizer": str(tmp_path)}
-    config, *_ = tiny(weights, **arguments, context_length=510)
+    config, *_ = convert_tiny(weights, **arguments, context_length=510)
     assert (config.text_config.model_type, config.text_config.pad_token_id) == ("roberta", 1)
     with pytest.raises(ValueError, match="--context-length 511 exceeds the 510 positions"):
-        tiny(weights, **arguments, context_length=511)
+        convert_tiny(weights, **arguments, context_length=511)
     with pytest.raises(ValueError, match=r"pad_token_id is 0 in --text-config, but 1 in the tokenizer"):
-        tiny(weights, tokenizer=str(tmp_path), text_config={**HEADS, "pad_token_id": 0})
+        convert_tiny(weights, tokenizer=str(tmp_path), text_config={**HEADS, "pad_token_id": 0})
 
 
 @pytest.mark.parametrize(
@@ -222,13 +224,13 @@ def test_robertas_layout_is_berts(weights, tmp_path):
         ('{"model_type": []}', r"describes a \[\]"),
     ],
 )
-def test_what_is_no_text_config_is_an_error(content, message, tmp_path):
+def test_an_invalid_text_config_is_an_error(content, message, tmp_path):
     (tmp_path / "text.json").write_text(content)
     with pytest.raises(ValueError, match=f"--text-config .*text.json {message}"):
         read_text_config(tmp_path / "text.json")
 
 
-def test_a_text_config_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_text_config_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"--text-config .*none\.json does not exist"):
         read_text_config(tmp_path / "none.json")
 
@@ -248,23 +250,23 @@ def test_a_text_config_that_is_not_there_is_an_error(tmp_path):
         ({"hidden_act": 1}, "--text-config has a value that a bert cannot have: .*hidden_act"),
     ],
 )
-def test_a_text_config_that_contradicts_is_an_error(given, message, weights):
+def test_a_text_config_that_contradicts_the_weights_is_an_error(given, message, weights):
     with pytest.raises(ValueError, match=message):
-        tiny(weights, text_config={**HEADS, **given})
+        convert_tiny(weights, text_config={**HEADS, **given})
 
 
 @pytest.mark.parametrize(
     ("given", "heads"), [({}, "0.5"), *(({"num_attention_heads": heads}, repr(heads)) for heads in (3, 0, -4, "four"))]
 )
-def test_heads_that_do_not_divide_are_an_error(given, heads, weights):
+def test_heads_that_do_not_divide_the_width_are_an_error(given, heads, weights):
     with pytest.raises(ValueError, match=f"width 32, which cannot have {heads} attention heads.*num_attention_heads"):
-        tiny(weights, text_config=given)
+        convert_tiny(weights, text_config=given)
 
 
-# --- weights that do not fit --------------------------------------------------------------------------------------
+# --- mismatched weights -------------------------------------------------------------------------------------------
 
 
-def test_every_weight_that_does_not_fit_is_listed(weights):
+def test_all_mismatched_weights_are_listed(weights):
     changes = {
         "text__transformer__pooler__dense__bias": None,
         "visual__trunk__blocks__3__norm1__weight": None,
@@ -274,7 +276,7 @@ def test_every_weight_that_does_not_fit_is_listed(weights):
         "logit_scale": torch.zeros(2),
     }
     with pytest.raises(WrongWeightsError) as error:
-        tiny(weights, changes)
+        convert_tiny(weights, changes)
     first, *lines = str(error.value).split("\n  ")
     assert first == (
         "model.pt does not contain a test_vit for 160 pixels and a bert; describe the model that it was trained as "
@@ -294,61 +296,61 @@ def test_another_image_size_is_an_error(weights):
     with pytest.raises(
         WrongWeightsError, match=r"visual.trunk.pos_embed is \[1, 101, 64\], in the model \[1, 145, 64\]"
     ):
-        tiny(weights, image=replace(IMAGE_TOWER, image_size=192))
+        convert_tiny(weights, image=replace(IMAGE_TOWER, image_size=192))
 
 
 def test_another_image_tower_is_an_error(weights):
     with pytest.raises(WrongWeightsError) as error:
-        tiny(weights, image=RELEASED_IMAGE_TOWER)
-    assert len(str(error.value).splitlines()) > 140  # all of them
+        convert_tiny(weights, image=RELEASED_IMAGE_TOWER)
+    assert len(str(error.value).splitlines()) > 140  # all are listed
 
 
-def test_a_layer_that_is_missing_is_an_error(weights):
+def test_a_missing_layer_is_an_error(weights):
     renamed = {name.replace("encoder.layer.1.", "encoder.layer.7."): value for name, value in weights.items()}
     with pytest.raises(WrongWeightsError, match=r"layer\.1\.output\.dense\.bias is missing"):
-        tiny(renamed)
+        convert_tiny(renamed)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "resnet18"])
 def test_an_image_tower_without_cls_is_an_error(name, weights):
     with pytest.raises(ValueError, match=rf"{name} has no \[CLS\] token"):
-        tiny(weights, image=ImageTowerSpec(name, 224))
+        convert_tiny(weights, image=ImageTowerSpec(name, 224))
 
 
 def test_features_of_different_widths_are_an_error(weights):
     with pytest.raises(ValueError, match="text features have 48 dimensions, those of test_vit 64; set --vision"):
-        tiny(weights, {"text__proj__weight": torch.zeros(48, 32)})
+        convert_tiny(weights, {"text__proj__weight": torch.zeros(48, 32)})
 
 
 @pytest.mark.parametrize(
     ("value", "message"),
     [(None, "is missing"), (torch.zeros(64), r"has the shape \[64\]"), (torch.tensor(1.0), r"\[\]")],
 )
-def test_a_weight_that_tells_a_size_is_needed(value, message, weights):
+def test_weights_that_define_sizes_are_required(value, message, weights):
     with pytest.raises(ValueError, match=f"model.pt is not a LoTLIP checkpoint: text.proj.weight .*{message}"):
-        tiny(weights, {"text__proj__weight": value})
+        convert_tiny(weights, {"text__proj__weight": value})
 
 
 @pytest.mark.parametrize("rows", [30521, 30539])
 def test_another_tokenizers_checkpoint_is_an_error(rows, weights):
     with pytest.raises(ValueError, match=f"has {rows} rows .*bert-base-uncased has 30522 words.*--tokenizer"):
-        tiny(weights, {"text__transformer__embeddings__word_embeddings__weight": torch.zeros(rows, 32)})
+        convert_tiny(weights, {"text__transformer__embeddings__word_embeddings__weight": torch.zeros(rows, 32)})
 
 
 def test_context_lengths(weights):
     for context_length in (5, 512):
-        assert tiny(weights, context_length=context_length)[0].context_length == context_length
+        assert convert_tiny(weights, context_length=context_length)[0].context_length == context_length
     with pytest.raises(ValueError, match=r"--context-length 513 exceeds the 512 positions of model\.pt"):
-        tiny(weights, context_length=513)
+        convert_tiny(weights, context_length=513)
     with pytest.raises(ValueError, match="context_length 4 has no room for words"):
-        tiny(weights, context_length=4)
+        convert_tiny(weights, context_length=4)
 
 
-# --- files that are no checkpoints --------------------------------------------------------------------------------
+# --- invalid files ------------------------------------------------------------------------------------------------
 
 
 class Dangerous:
-    """Would run code where its pickle is loaded."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self) -> Any:
         return exec, ("raise SystemExit('code of a checkpoint was run')",)
@@ -356,20 +358,20 @@ class Dangerous:
 
 def test_a_checkpoint_cannot_run_code(tmp_path, weights):
     with pytest.raises(ValueError, match=r"needs \S*exec besides its weights, so reading it would run code"):
-        read_checkpoint(saved(tmp_path, {"state_dict": weights, "args": Dangerous()}))
+        read_checkpoint(save_checkpoint(tmp_path, {"state_dict": weights, "args": Dangerous()}))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_what_needs_pickle_is_named(zipped, tmp_path, weights):
+def test_a_checkpoint_that_needs_pickle_is_an_error(zipped, tmp_path, weights):
     content = {"state_dict": weights, "args": argparse.Namespace(lr=5e-4)}
     with pytest.raises(ValueError, match=r"saved.pt needs argparse\.Namespace .*save only its 'state_dict'"):
-        read_checkpoint(saved(tmp_path, content, _use_new_zipfile_serialization=zipped))
+        read_checkpoint(save_checkpoint(tmp_path, content, _use_new_zipfile_serialization=zipped))
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"hello", b"version https://git-lfs.github.com/spec/v1\n", bytes(1000), b"PK\x03\x04" + bytes(100)]
 )
-def test_a_file_that_is_no_checkpoint_is_an_error(content, tmp_path):
+def test_a_file_that_is_not_a_checkpoint_is_an_error(content, tmp_path):
     (tmp_path / "model.pt").write_bytes(content)
     with pytest.raises(
         ValueError, match=rf"model.pt \({len(content)} bytes\) is incomplete or not a torch checkpoint .*download"
@@ -377,20 +379,20 @@ def test_a_file_that_is_no_checkpoint_is_an_error(content, tmp_path):
         read_checkpoint(tmp_path / "model.pt")
 
 
-def test_a_checkpoint_that_was_cut_short_is_an_error(imported, tmp_path):
+def test_a_truncated_checkpoint_is_an_error(imported, tmp_path):
     data = imported[0].read_bytes()
     (tmp_path / "model.pt").write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="is incomplete or not a torch checkpoint that is safe to read"):
         read_checkpoint(tmp_path / "model.pt")
 
 
-def test_a_checkpoint_that_is_not_there_is_an_error(tmp_path):
+def test_a_missing_checkpoint_is_an_error(tmp_path):
     for path in (tmp_path / "none.pt", tmp_path):
         with pytest.raises(ValueError, match=f"there is no checkpoint {path}"):
             read_checkpoint(path)
 
 
-def test_a_checkpoint_that_cannot_be_opened_is_not_called_broken(imported, monkeypatch):
+def test_an_inaccessible_checkpoint_is_not_reported_as_broken(imported, monkeypatch):
     def refused(*_: Any, **__: Any) -> None:
         raise PermissionError("not yours")
 
@@ -411,17 +413,17 @@ def test_a_checkpoint_that_cannot_be_opened_is_not_called_broken(imported, monke
 )
 def test_a_checkpoint_of_something_else_is_an_error(content, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        read_checkpoint(saved(tmp_path, content))
+        read_checkpoint(save_checkpoint(tmp_path, content))
 
 
-# --- where it is written ------------------------------------------------------------------------------------------
+# --- output folder ------------------------------------------------------------------------------------------------
 
 
-def test_what_is_there_is_kept_unless_forced(imported, tmp_path):
+def test_an_existing_folder_is_kept_unless_forced(imported, tmp_path):
     file, text = imported[0], write_text_config("m2", tmp_path)
     out = tmp_path / "out"
     out.mkdir()
-    import_official(file, out, IMAGE_TOWER, text)  # an empty folder is nobody's
+    import_official(file, out, IMAGE_TOWER, text)  # an empty folder may be replaced
     (out / "mine.txt").write_text("mine")
     for force in (False, True):
         with pytest.raises(ValueError, match=r"--out .*out"):
@@ -433,7 +435,7 @@ def test_what_is_there_is_kept_unless_forced(imported, tmp_path):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_what_is_read_is_not_replaced(imported, tmp_path, force):
+def test_inputs_are_not_replaced(imported, tmp_path, force):
     text = write_text_config("m2", tmp_path)
     with pytest.raises(ValueError, match=r"--out .* contains the input .*model\.pt"):
         import_official(imported[0], imported[0].parent, IMAGE_TOWER, text, force=force)
@@ -444,7 +446,7 @@ def test_what_is_read_is_not_replaced(imported, tmp_path, force):
     assert imported[0].is_file() and text.is_file()
 
 
-def test_an_import_that_fails_leaves_nothing(imported, tmp_path, monkeypatch):
+def test_a_failed_import_leaves_nothing(imported, tmp_path, monkeypatch):
     text = write_text_config("m2", tmp_path)
 
     def full(config: Any, weights: Any, tokenizer: Any, folder: Path, image_tower: Any) -> None:
@@ -465,7 +467,7 @@ def command(file: Path, out: Path, text: Path, *more: object) -> list[object]:
     return ["import-official", file, "--out", out, "--vision", "test_vit", "--text-config", text, *more]
 
 
-def test_the_command_says_what_it_read_and_how_to_load_it(imported, tmp_path, monkeypatch, capsys):
+def test_the_command_describes_the_model_and_how_to_load_it(imported, tmp_path, monkeypatch, capsys):
     text, out = write_text_config("m2", tmp_path), tmp_path / "out"
     arguments = command(imported[0], out, text, "--image-size", 160, "--context-length", 64)
     assert program(monkeypatch, *arguments) == 0
@@ -486,7 +488,7 @@ def test_the_command_says_what_it_read_and_how_to_load_it(imported, tmp_path, mo
     assert program(monkeypatch, *arguments, "--force") == 0
 
 
-def test_the_command_lists_weights_one_a_line(imported, tmp_path, monkeypatch, capsys):
+def test_the_command_lists_one_weight_per_line(imported, tmp_path, monkeypatch, capsys):
     arguments = command(imported[0], tmp_path / "out", write_text_config("m2", tmp_path), "--image-size", 192)
     assert program(monkeypatch, *arguments) == 1
     error = capsys.readouterr().err.splitlines()

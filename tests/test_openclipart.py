@@ -1,4 +1,4 @@
-"""examples/openclipart/prepare.py: what it makes of the drawings' metadata, and its errors."""
+"""examples/openclipart/prepare.py: captions out of metadata, and errors."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def prepare() -> ModuleType:
     spec = importlib.util.spec_from_file_location("prepare_openclipart", EXAMPLE / "prepare.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    sys.modules[spec.name] = module  # dataclasses look up their module
     spec.loader.exec_module(module)
     return module
 
@@ -39,7 +39,7 @@ def prepare() -> ModuleType:
 def draw(
     root: Path, path: str, title: str = "A bird", description: str = "", keywords: str = "", entities: str = ""
 ) -> None:
-    """Writes a drawing as the packages have it."""
+    """Writes a drawing in the format of the packages."""
     words = "".join(f"<rdf:li>{word}</rdf:li>" for word in keywords.split(","))
     for kind in ("svg", "png"):
         (root / kind / path).parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def rows(prepare: ModuleType, root: Path, limit: int | None = None) -> list[dict
         return sorted(csv.DictReader(file), key=lambda row: row["image"])
 
 
-def test_words_become_a_caption_and_sentences(prepare, tmp_path):
+def test_metadata_becomes_a_caption_and_sentences(prepare, tmp_path):
     words = ",hash,Ada Lovelace,bird,united_nations,unsorted,bird,sparrow_02,___"
     draw(tmp_path, "animals/birds/spatz_ada_lovel_01", "Spatz", "A bird\n of the city.", words)
     assert rows(prepare, tmp_path) == [
@@ -71,20 +71,20 @@ def test_words_become_a_caption_and_sentences(prepare, tmp_path):
 
 
 @pytest.mark.parametrize("description", ["ada@example.org", "See http://example.org", "Made with Inkscape", "Spatz."])
-def test_a_description_of_the_file_is_left_out(prepare, tmp_path, description):
+def test_a_description_of_the_file_is_dropped(prepare, tmp_path, description):
     draw(tmp_path, "birds/spatz", "Spatz", description)
     assert rows(prepare, tmp_path)[0]["description"] == ""
 
 
 @pytest.mark.parametrize("title", ["", "  ", "ada@example.org", "Lemon SVG theme"])
-def test_the_file_s_name_replaces_a_title_that_is_not_the_drawing_s(prepare, tmp_path, title):
+def test_the_file_name_replaces_an_unusable_title(prepare, tmp_path, title):
     draw(tmp_path, "icons/red-folder_ada_lovel_01", title)
     for number in range(11):
         draw(tmp_path, f"other/theme{number}", "Lemon SVG theme")
     assert rows(prepare, tmp_path)[0]["caption"] == "red folder, icons"
 
 
-def test_entities_are_refused(prepare, tmp_path, capsys):
+def test_xml_entities_are_rejected(prepare, tmp_path, capsys):
     draw(tmp_path, "birds/good")
     draw(tmp_path, "birds/laughs", "&b;", entities='<!ENTITY a "ha"><!ENTITY b "&a;&a;">')
     (tmp_path / "svg" / "birds" / "broken.svg").write_text("<svg>")
@@ -99,17 +99,17 @@ def test_entities_are_refused(prepare, tmp_path, capsys):
         assert reason in printed
 
 
-def test_a_slice_is_the_beginning_of_the_whole_table(prepare, tmp_path):
+def test_a_slice_is_the_start_of_the_full_table(prepare, tmp_path):
     for number in range(20):
         draw(tmp_path, f"folder{number}/drawing")
     prepare.write_table(tmp_path, tmp_path / "all.csv", None)
     prepare.write_table(tmp_path, tmp_path / "some.csv", 5)
-    whole = (tmp_path / "all.csv").read_text().splitlines()
-    assert (tmp_path / "some.csv").read_text().splitlines() == whole[:6]
-    assert whole[1:] != sorted(whole[1:])
+    all_lines = (tmp_path / "all.csv").read_text().splitlines()
+    assert (tmp_path / "some.csv").read_text().splitlines() == all_lines[:6]
+    assert all_lines[1:] != sorted(all_lines[1:])
 
 
-def test_absent_packages_are_named_with_the_command(prepare, tmp_path, monkeypatch):
+def test_missing_packages_are_an_error_with_the_command(prepare, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="apt-get install openclipart-png openclipart-svg"):
         prepare.main([str(tmp_path / "out"), "--drawings", str(tmp_path)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -117,6 +117,6 @@ def test_absent_packages_are_named_with_the_command(prepare, tmp_path, monkeypat
         prepare.write_text_tower(tmp_path / "minilm")
 
 
-def test_its_parameters_are_valid():
+def test_the_example_has_valid_parameters():
     params = load_params(EXAMPLE / "params.yaml")
     assert {"lit-long", "lotlip"} <= set(params.ablations)

@@ -1,4 +1,4 @@
-"""The benchmark of orchestration: what it says of a whole run, of one that had nothing to do, and of none."""
+"""The benchmark of orchestration: a full run, a run without stale stages, and no run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RECORD = StageRecord(
 
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of stages' records in an empty project, with a record of ingest of the year 1970 + 100 seconds."""
+    """The folder of stage records in an empty project, with a record of ingest at 100 seconds after the epoch."""
     shutil.copy(ROOT / "params.yaml", tmp_path)
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "metrics" / "stages"
@@ -39,22 +39,22 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_run_of_all_stages_is_split_into_work_and_the_rest(stages: Path) -> None:
+def test_a_full_run_is_split_into_work_and_orchestration(stages: Path) -> None:
     write_json(Path(".lotlip/reproduce.json"), {"started": 90, "seconds": 10.0})
-    found = measure()
-    assert (found["ingest"]["work"], found["ingest"]["imports"], found["all"]["up to date"]) == (6.0, 1.0, 0)
-    assert found["all"]["servers, DVC, rest"] == 2.5
-    assert found["all"]["orchestration share"] == pytest.approx(0.4)
+    measured = measure()
+    assert (measured["ingest"]["work"], measured["ingest"]["imports"], measured["all"]["up to date"]) == (6.0, 1.0, 0)
+    assert measured["all"]["servers, DVC, rest"] == 2.5
+    assert measured["all"]["orchestration share"] == pytest.approx(0.4)
 
 
-def test_a_run_that_had_nothing_to_do_was_all_orchestration(stages: Path) -> None:
+def test_a_run_without_stale_stages_is_all_orchestration(stages: Path) -> None:
     write_json(Path(".lotlip/reproduce.json"), {"started": 200, "seconds": 26.0})
-    found = measure()
-    assert list(found) == ["all"]
-    assert (found["all"]["up to date"], found["all"]["orchestration share"]) == (1, 1)
-    assert "1 stages were up to date" in table(found)
+    measured = measure()
+    assert list(measured) == ["all"]
+    assert (measured["all"]["up to date"], measured["all"]["orchestration share"]) == (1, 1)
+    assert "1 stages were up to date" in table(measured)
 
 
-def test_without_a_run_it_says_what_to_do(stages: Path) -> None:
+def test_no_run_is_an_error_with_a_remedy(stages: Path) -> None:
     with pytest.raises(ValueError, match="run `make reproduce` first"):
         measure()

@@ -1,4 +1,4 @@
-"""Against what the method's released code computes (tests/data/parity), from its checkpoint to its losses."""
+"""Comparison with results of the released code (tests/data/parity), from its checkpoint to its losses."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ from tests.parity import IMAGE_TOWER, PARITY, write_checkpoint, write_text_confi
 
 
 class Vectors:
-    """A case, and the folder that its checkpoint was imported to."""
+    """A case, and the folder of its imported checkpoint."""
 
     def __init__(self, case: str, folder: Path) -> None:
         self.files = PARITY / case
@@ -31,7 +31,7 @@ class Vectors:
         self.model, self.tokenizer = load_model(self.folder)
 
     def texts(self, *columns: int) -> list[str]:
-        """Captions of each image in turn: 0 the raw one, 1 the long one, 2 a shorter one."""
+        """Captions of each image: 0 short, 1 long, 2 less long."""
         return [captions[column] for captions in self.case["captions"] for column in columns]
 
     def tokens(self, *columns: int) -> tuple[Tensor, Tensor]:
@@ -44,11 +44,11 @@ def vectors(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Vectors(request.param, tmp_path_factory.mktemp("parity"))
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def assert_near(result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
-def test_the_checkpoint_tells_the_number_of_corner_tokens(vectors: Vectors) -> None:
+def test_the_checkpoint_has_the_number_of_corner_tokens(vectors: Vectors) -> None:
     assert vectors.model.config.corner_tokens == vectors.case["num_corner_tokens"]
     assert vectors.model.config.embed_dim == vectors.case["embed_dim"]
     assert vectors.tokenizer.context_length == vectors.case["context_length"]
@@ -64,7 +64,7 @@ def test_mask_is_identical(vectors: Vectors) -> None:
     mask = corner_attention_mask(torch.from_numpy(lengths), ids.shape[1], vectors.tokenizer.corner_tokens)
     expected = vectors.expected["attention_mask_long"].bool()
     real = torch.arange(ids.shape[1]) < torch.from_numpy(lengths)[:, None]
-    if vectors.tokenizer.corner_tokens:  # what a padded position would see is never used
+    if vectors.tokenizer.corner_tokens:  # rows of padding are never used
         assert torch.equal(mask[:, 0] & real[:, :, None], expected & real[:, :, None])
     else:
         assert torch.equal(mask[:, 0, 0], expected)
@@ -79,11 +79,11 @@ def test_transformers_auto_classes_give_the_same_features(vectors: Vectors) -> N
     assert torch.equal(inputs["input_ids"], vectors.expected["input_ids"][:, 1])
     assert torch.equal(inputs["pixel_values"], vectors.expected["pixel_values"])
     texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
-    pictures = model.get_image_features(inputs["pixel_values"]).pooler_output
-    close(texts, vectors.expected["text_features_eval_long"])
-    close(pictures, vectors.expected["image_features"])
+    image_features = model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert_near(texts, vectors.expected["text_features_eval_long"])
+    assert_near(image_features, vectors.expected["image_features"])
     output = model(**inputs)
-    close(output.text_embeds, vectors.expected["text_features_eval_long"])
+    assert_near(output.text_embeds, vectors.expected["text_features_eval_long"])
     logits = vectors.expected["logit_scale"] * output.image_embeds @ output.text_embeds.T
     torch.testing.assert_close(output.logits_per_image, logits, atol=1e-4, rtol=1e-5)
 
@@ -91,10 +91,10 @@ def test_transformers_auto_classes_give_the_same_features(vectors: Vectors) -> N
 @torch.no_grad()
 def test_training_features_and_losses_agree(vectors: Vectors) -> None:
     model = LotlipForPreTraining.from_pretrained(vectors.folder).eval()
-    found = model(vectors.expected["pixel_values"], *vectors.tokens(0), *vectors.tokens(1, 2))
-    close(found["image_features"], vectors.expected["image_features"])
-    close(found["text_features"], vectors.expected["text_features_training"])
-    close(found["logit_scale"], vectors.expected["logit_scale"])
-    losses = lotlip_loss(**found)
-    close(losses["raw"], vectors.expected["loss_raw_caption"][0])
-    close(losses["long"], vectors.expected["loss_long_captions"][0])
+    output = model(vectors.expected["pixel_values"], *vectors.tokens(0), *vectors.tokens(1, 2))
+    assert_near(output["image_features"], vectors.expected["image_features"])
+    assert_near(output["text_features"], vectors.expected["text_features_training"])
+    assert_near(output["logit_scale"], vectors.expected["logit_scale"])
+    losses = lotlip_loss(**output)
+    assert_near(losses["raw"], vectors.expected["loss_raw_caption"][0])
+    assert_near(losses["long"], vectors.expected["loss_long_captions"][0])

@@ -1,4 +1,4 @@
-"""Partitions: what goes in comes out, whole or not at all, and the same bytes everywhere."""
+"""Partitions are read as written, written atomically, and reproducible to the byte."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def caption(key: str, text: str = "One dog. Two cats.") -> Caption:
 BROKEN = Failure("k9", "k9.png", "the image is broken", "unreadable")
 
 
-def test_records_come_back_as_they_were(tmp_path):
+def test_records_are_read_as_written(tmp_path):
     records = [record("k0", 0, {"b": [1, {"c": None}], "a": "ä"}), record("k1", 30)]
     report = write_partition(unit(3), [records[0], BROKEN, records[1]], tmp_path)
     assert (report.name, report.read, report.written, report.failures) == ("train/part-00000", 3, 2, [BROKEN])
     assert list(read_records(tmp_path, report.name)) == records
 
 
-def test_the_table_says_where_each_image_lies(tmp_path):
+def test_the_table_locates_each_image(tmp_path):
     records = [record(f"k{number}", number) for number in range(5)] + [record("long" * 60)]
     report = write_partition(unit(6), records, tmp_path)
     table = read_table(tmp_path, report.name)
@@ -71,7 +71,7 @@ def test_the_table_says_where_each_image_lies(tmp_path):
     assert list(read_table(tmp_path, report.name, ["key", "width"]).columns) == ["key", "width"]
 
 
-def test_the_tar_is_a_tar(tmp_path):
+def test_the_tar_is_a_valid_tar(tmp_path):
     records = [record("k0"), record("k1", 3)]
     write_partition(unit(2), records, tmp_path)
     path = tmp_path / "train/part-00000.tar"
@@ -84,30 +84,32 @@ def test_the_tar_is_a_tar(tmp_path):
     assert [sample["__key__"] for sample in wds.WebDataset(str(path), shardshuffle=False)] == ["k0", "k1"]
 
 
-def test_bytes_depend_on_the_items_alone(tmp_path):
+def test_bytes_depend_on_the_items_only(tmp_path):
     records = [record("k0", 0, {"a": 1, "b": 2}), record("k1")]
-    here = write_partition(unit(2), records, tmp_path / "here")
+    first = write_partition(unit(2), records, tmp_path / "first")
     records[0] = replace(records[0], scene={"b": 2, "a": 1})
-    there = write_partition(unit(2), records, tmp_path / "there")
-    assert here == there
-    changed = write_partition(unit(2), [records[0], replace(records[1], short_caption="other")], tmp_path / "there")
-    assert changed.sha256 != here.sha256
-    assert here.bytes == sum((tmp_path / f"here/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet"))
+    second = write_partition(unit(2), records, tmp_path / "second")
+    assert first == second
+    changed = write_partition(unit(2), [records[0], replace(records[1], short_caption="other")], tmp_path / "second")
+    assert changed.sha256 != first.sha256
+    assert first.bytes == sum(
+        (tmp_path / f"first/train/part-00000{end}").stat().st_size for end in (".tar", ".parquet")
+    )
 
 
-def test_a_lost_item_is_noticed(tmp_path):
+def test_a_lost_item_is_an_error(tmp_path):
     with pytest.raises(AssertionError, match="lost without a reason"):
         write_partition(unit(2), [record("k0")], tmp_path)
     assert finished_unit(unit(2), tmp_path) is None
 
 
 @pytest.mark.parametrize("key", ["a.b", "a/b", "", "ä"])
-def test_a_key_that_cannot_name_a_sample_is_refused(tmp_path, key):
+def test_an_invalid_key_is_an_error(tmp_path, key):
     with pytest.raises(ValueError, match="is not a valid key"):
         write_partition(unit(1), [record(key)], tmp_path)
 
 
-def test_a_unit_that_breaks_off_leaves_nothing_and_is_done_again(tmp_path):
+def test_an_interrupted_unit_writes_nothing_and_is_repeated(tmp_path):
     def broken() -> Iterator[ImageRecord]:
         yield record("k0")
         raise ConnectionError("the disk went away")
@@ -116,7 +118,7 @@ def test_a_unit_that_breaks_off_leaves_nothing_and_is_done_again(tmp_path):
         write_partition(unit(2), broken(), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
     write_partition(unit(1), [record("k0")], tmp_path)
-    with pytest.raises(ConnectionError):  # a second try that breaks off does not pass for the first
+    with pytest.raises(ConnectionError):  # an interrupted repetition does not count as the first run
         write_partition(unit(2), broken(), tmp_path)
     assert finished_unit(unit(2), tmp_path) is None
 
@@ -127,13 +129,13 @@ def test_the_marker_is_the_report(tmp_path):
     assert finished_unit(unit(1), tmp_path) == [finished("train/part-00000", tmp_path)] == [report]
 
 
-def test_a_unit_in_which_all_failed_can_be_read(tmp_path):
+def test_a_unit_of_failures_can_be_read(tmp_path):
     report = write_partition(unit(1), [BROKEN], tmp_path)
     assert report.written == 0
     assert list(read_records(tmp_path, report.name)) == []
 
 
-def test_a_unit_of_several_splits_leaves_a_partition_in_each(tmp_path):
+def test_a_unit_of_several_splits_writes_a_partition_for_each(tmp_path):
     keys = ["a0", "b1", "a2", "c3", "b4"]
     items: list[ImageRecord | Failure] = [record(key, number) for number, key in enumerate(keys[:4])]
     items.append(replace(BROKEN, key="b4"))
@@ -151,14 +153,14 @@ def test_a_unit_of_several_splits_leaves_a_partition_in_each(tmp_path):
     ]
     assert list(read_records(tmp_path, "test/part-00007")) == [items[1]]
     assert finished_unit(whole_tar, tmp_path) == reports
-    (tmp_path / "train/part-00007.json").unlink()  # as after a kill: it is marked last, for all
+    (tmp_path / "train/part-00007.json").unlink()  # a killed process has not written it, because it is the last one
     assert finished_unit(whole_tar, tmp_path) is None
     only_test = write_partitions(whole_tar, [items[1]], tmp_path, split)
     assert [(report.name, report.written) for report in only_test] == [("train/part-00007", 0), ("test/part-00007", 1)]
     assert unit_names(tmp_path) == ["test/part-00007", "train/part-00007"]
 
 
-def test_remarks_are_kept_and_counted(tmp_path):
+def test_warnings_are_stored_and_counted(tmp_path):
     warning = ItemWarning("k0", "k0.jpg", "it is a PNG", "renamed")
     report = write_partition(unit(1), [replace(record("k0"), warnings=(warning,))], tmp_path)
     assert finished(report.name, tmp_path).warnings == [warning]
@@ -170,13 +172,13 @@ def test_units_are_named_in_order_and_by_split(tmp_path):
     for split, index in (("val", 0), ("train", 10), ("train", 2)):
         write_partition(unit(1, index, split), [record("k0")], tmp_path)
     write_index(tmp_path, [], UnitIndex)
-    (tmp_path / "train/part-00011.parquet").touch()  # no marker: not finished
+    (tmp_path / "train/part-00011.parquet").touch()  # not finished without a report
     assert unit_names(tmp_path) == ["train/part-00002", "train/part-00010", "val/part-00000"]
     assert unit_names(tmp_path, "val") == ["val/part-00000"]
     assert unit_names(tmp_path, "test") == []
 
 
-def test_captions_come_back_as_they_were(tmp_path):
+def test_captions_are_read_as_written(tmp_path):
     captions = [caption("k0"), replace(caption("k1", "Eins."), sub_captions=["Eins"], finish_reason="length")]
     report = write_captions("train/part-00000", [*captions, BROKEN], 3, tmp_path)
     assert (report.read, report.written, report.failures) == (3, 2, [BROKEN])
@@ -187,7 +189,7 @@ def test_captions_come_back_as_they_were(tmp_path):
     assert list(read_captions(tmp_path, "train/part-00000", ["tokens"]).columns) == ["tokens"]
 
 
-def test_a_captioner_that_skips_an_image_is_noticed(tmp_path):
+def test_a_captioner_that_skips_an_image_is_an_error(tmp_path):
     with pytest.raises(AssertionError, match="lost without a reason"):
         write_captions("train/part-00000", [caption("k0")], 2, tmp_path)
 
@@ -197,10 +199,10 @@ def report_of(index: int, sha256: str, failed: int = 0) -> UnitReport:
     return UnitReport(f"train/part-{index:05d}", 10 + failed, 10, sha256, 5, failures)
 
 
-def test_the_index_sums_up_and_says_the_same_each_time(tmp_path):
+def test_the_index_has_totals_and_is_reproducible(tmp_path):
     reports = [report_of(0, "a", 3), report_of(1, "b", 200)]
-    written = write_index(tmp_path, reports, CaptionIndex, revision="r1")
-    assert written == read_index(tmp_path, CaptionIndex)
+    index_written = write_index(tmp_path, reports, CaptionIndex, revision="r1")
+    assert index_written == read_index(tmp_path, CaptionIndex)
     index = json.loads((tmp_path / "index.json").read_text())
     assert index["units"][1] == {"name": "train/part-00001", "written": 10, "bytes": 5, "sha256": "b"}
     assert (index["read"], index["written"], index["failed"]) == (223, 20, 203)
@@ -226,6 +228,6 @@ def test_the_index_hash_changes_with_any_unit(tmp_path):
     assert len(set(hashes)) == 4
 
 
-def test_an_index_that_is_not_there_says_so(tmp_path: Path):
+def test_a_missing_index_is_an_error(tmp_path: Path):
     with pytest.raises(ValueError, match=r"index\.json does not exist.*dvc repro"):
         read_index(tmp_path, UnitIndex)

@@ -1,4 +1,4 @@
-"""Folders that DVC cannot hash are found first, with the entry and the key of params.yaml named."""
+"""Folders that DVC cannot hash are errors naming the entry and the key of params.yaml."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import yaml
 
 from lotlip.config.params import load_params
 from lotlip.data.paths import check_inputs, file_state
-from tests.test_folder_source import add
+from tests.test_folder_source import add_image
 
 ROOT = Path(__file__).parents[1]
 LATIN = os.fsdecode(b"caf\xe9.png")
 
 
-def dangling(folder: Path) -> None:
+def broken_link(folder: Path) -> None:
     (folder / "b.png").symlink_to("nowhere.png")
 
 
-def circular(folder: Path) -> None:
+def circular_link(folder: Path) -> None:
     (folder / "c.png").symlink_to("c.png")
 
 
-def circle_of_two(folder: Path) -> None:
+def circle_of_two_links(folder: Path) -> None:
     (folder / "c.png").symlink_to("d.png")
     (folder / "d.png").symlink_to("c.png")
 
 
-def hidden(folder: Path) -> None:
+def hidden_broken_link(folder: Path) -> None:
     (folder / ".b").symlink_to("nowhere")
 
 
@@ -53,18 +53,19 @@ def pipe(folder: Path) -> None:
 
 
 DEFECTS = [
-    (dangling, "b.png"), (circular, "c.png"), (circle_of_two, "d.png"), (hidden, ".b"), (not_utf8, "caf\\xe9.png"),
+    (broken_link, "b.png"), (circular_link, "c.png"), (circle_of_two_links, "d.png"),
+    (hidden_broken_link, ".b"), (not_utf8, "caf\\xe9.png"),
     (folder_not_utf8, "f\\xfc"), (pipe, "pipe.png"),
 ]  # fmt: skip
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Own images, a table with images, evaluation images, a benchmark and a captioner's folder, all in order."""
+    """A project with valid folders of images, evaluation images, a benchmark and a captioner."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
     for name in ("my-images", "evaluated", "bench", "bench-images", "tables"):
-        add(tmp_path / name, "deep/a.png")
+        add_image(tmp_path / name, "deep/a.png")
     params = yaml.safe_load(Path("params.yaml").read_text())
     params["ingest"]["evaluation_images"] = ["evaluated"]
     params["evaluate"]["benchmarks"]["urban-1k"] = {"folder": "bench", "images": "bench-images"}
@@ -85,7 +86,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("tables", "caption.captioners.mine.path"),
     ],
 )
-def test_an_entry_that_dvc_cannot_hash_is_named_with_its_key(project, plant, name, folder, key):
+def test_an_entry_that_dvc_cannot_hash_is_an_error_naming_its_key(project, plant, name, folder, key):
     plant(project / folder / "deep")
     params = load_params()
     with pytest.raises(ValueError) as raised:
@@ -99,14 +100,14 @@ def test_an_entry_that_dvc_cannot_hash_is_named_with_its_key(project, plant, nam
             check_inputs(params.ingest.inputs())
 
 
-def test_folders_in_order_pass_and_links_to_files_and_folders_do(project):
+def test_valid_folders_and_links_pass(project):
     (project / "my-images/link.png").symlink_to("deep/a.png")
     (project / "my-images/loop").symlink_to(".")
     (project / "my-images/café 犬.png").touch()
     check_inputs(load_params().inputs())
 
 
-def test_a_path_that_is_itself_a_link_to_nowhere_is_named(project):
+def test_a_path_that_is_a_broken_link_is_an_error(project):
     shutil.rmtree("my-images")
     Path("my-images").symlink_to("gone")
     with pytest.raises(ValueError, match=r"my-images.*ingest\.source\.path|ingest\.source\.path.*my-images"):
@@ -118,12 +119,12 @@ def test_images_of_a_table_are_checked(project):
     Path("t.csv").write_text("image,caption\n")
     params["ingest"]["source"] = {"kind": "csv", "path": "t.csv", "images": "my-images"}
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    dangling(project / "my-images")
+    broken_link(project / "my-images")
     with pytest.raises(ValueError, match=r"ingest\.source\.images"):
         check_inputs(load_params().ingest.inputs())
 
 
-def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):
+def test_reproduce_checks_paths_first(project, monkeypatch):
     from flows import reproduce
 
     def started(*_: object, **__: object) -> None:
@@ -131,12 +132,12 @@ def test_reproduce_checks_before_it_starts_anything(project, monkeypatch):
 
     for name in ("fork_server", "prefect_server", "run_dvc"):
         monkeypatch.setattr(reproduce, name, started)
-    dangling(project / "my-images")
+    broken_link(project / "my-images")
     with pytest.raises(ValueError, match=r"my-images/b\.png"):
         reproduce.reproduce(load_params(), [[]])
 
 
-def test_the_state_of_a_file_follows_permissions_and_edits_that_keep_size_and_time(tmp_path):
+def test_the_state_of_a_file_depends_on_permissions_and_contents(tmp_path):
     path = tmp_path / "a"
     path.write_text("one")
     first = file_state(path)

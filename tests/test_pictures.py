@@ -1,4 +1,4 @@
-"""Pictures are read again by their names, and by nothing else."""
+"""Images are read by their names only."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from lotlip.data.pictures import open_pictures
 from tests.partitions import ingested
 
-IMAGES = {f"key-{number}": f"picture {number}".encode() for number in range(7)}
+IMAGES = {f"key-{number}": f"image {number}".encode() for number in range(7)}
 
 
-def test_pictures_of_a_folder(tmp_path):
+def test_images_of_a_folder_are_read_by_name(tmp_path):
     for name in ("b.png", "more/a.JPG", ".hidden/c.png", "notes.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
@@ -24,20 +24,20 @@ def test_pictures_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
     ("split", "expected"), [(None, [4, 5, 6, 0, 1, 2, 3]), ("train", [0, 1, 2, 3]), ("test", [4, 5, 6])]
 )
-def test_pictures_that_ingest_left(tmp_path, split, expected):
+def test_ingested_images_are_read_by_key(tmp_path, split, expected):
     pictures = open_pictures(ingested(tmp_path, IMAGES), split)
     assert pictures.names == [f"key-{number}" for number in expected]
     assert {name: pictures.read(name) for name in pictures.names} == {name: IMAGES[name] for name in pictures.names}
 
 
-def test_only_finished_partitions_count(tmp_path):
+def test_only_finished_partitions_are_read(tmp_path):
     ingested(tmp_path, IMAGES)
     (tmp_path / "train" / "part-00001.json").unlink()
     assert open_pictures(tmp_path, "train").names == ["key-0", "key-1"]
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "more/../../secret.png", "/etc/passwd", "b.txt", "B.png", ""])
-def test_a_name_leads_nowhere_else(tmp_path, name):
+def test_names_outside_the_folder_are_errors(tmp_path, name):
     inside = tmp_path / "inside"
     inside.mkdir()
     (tmp_path / "secret.png").write_bytes(b"secret")
@@ -47,7 +47,7 @@ def test_a_name_leads_nowhere_else(tmp_path, name):
         open_pictures(inside).read(name)
 
 
-def test_a_picture_that_is_gone_is_an_error_in_words(tmp_path):
+def test_a_deleted_image_is_a_clear_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     pictures = open_pictures(tmp_path)
     (tmp_path / "a.png").unlink()
@@ -55,7 +55,7 @@ def test_a_picture_that_is_gone_is_an_error_in_words(tmp_path):
         pictures.read("a.png")
 
 
-def test_what_has_no_pictures_is_an_error(tmp_path):
+def test_a_source_without_images_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere is not a folder of images"):
         open_pictures(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"has no image \(\.jpg, "):

@@ -1,4 +1,4 @@
-"""The plan's predictions, against what torch and DeepSpeed really hold."""
+"""The predictions of `lotlip plan`, compared with what torch and DeepSpeed allocate."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DEMO = load_params(ROOT / "params.yaml")
 CC3M = load_params(ROOT / "profiles" / "cc3m.yaml")
 
 MINIMAL: dict[str, Any] = {
-    "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+    "ingest": {"source": {"kind": "folder", "path": "images"}},
     "caption": {"captioners": {"llava": {"kind": "table", "path": "llava.parquet"}}},
     "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
     "ablations": {"lotlip": {}},
@@ -72,106 +72,108 @@ def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any
         (None, None, None),
     ],
 )
-def test_epochs_are_of_the_images_that_are_used(samples, images, used):
-    found = planned(DEMO, "lit", {"samples": samples}, images=images)
+def test_epochs_count_the_used_images(samples, images, used):
+    planned_run = planned(DEMO, "lit", {"samples": samples}, images=images)
     epochs = None if used is None else DEMO.pretrain.steps * 64 / used
-    assert (found.used_images, found.epochs) == (used, epochs)
-    assert found.to_json()["epochs"] == epochs
-    words = next(line for line in describe(found, "lit") if line.split()[:1] == ["epochs"])
+    assert (planned_run.used_images, planned_run.epochs) == (used, epochs)
+    assert planned_run.to_json()["epochs"] == epochs
+    words = next(line for line in describe(planned_run, "lit") if line.split()[:1] == ["epochs"])
     assert (f"{epochs:.1f} of {used:,} images" if used else "unknown (--images)") in words
-    # the frozen features of all images are computed and stored
-    assert found.feature_flops == planned(DEMO, "lit", images=images).feature_flops
+    # frozen features are computed and stored for all images
+    assert planned_run.feature_flops == planned(DEMO, "lit", images=images).feature_flops
 
 
-def test_a_plan_needs_as_many_images_as_are_used():
+def test_more_samples_than_images_are_an_error():
     with pytest.raises(
         ValueError, match=r"pretrain\.samples is 8001, but there are 8000 training images; set it lower"
     ):
         planned(DEMO, "lit", {"samples": 8001}, images=8000)
 
 
-def test_tokens_are_those_that_the_shards_have():
+def test_text_lengths_follow_the_statistics_of_the_shards():
     statistics = {
         "raw": {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0},
         "a": {"sub_captions_per_text": 10.0, "tokens_per_text": 200.0},
         "b": {"sub_captions_per_text": 2.0, "tokens_per_text": 30.0},
     }
     config = PretrainConfig(long_texts={"sub_captions": 3, "per_image": 2})
-    found = text_lengths(config, statistics)
-    assert (found.short, found.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has but two
-    assert found.tokens == found.short + 2 * found.long
+    lengths = text_lengths(config, statistics)
+    assert (lengths.short, lengths.long) == (1 + 2 + 9 + 1, 1 + 2 + (3 * 20 + 30) / 2)  # b has only two sub-captions
+    assert lengths.tokens == lengths.short + 2 * lengths.long
     one = PretrainConfig(long_texts={"sub_captions": 3, "captioners": ["a"]}, text={"context_length": 40})
     assert text_lengths(one, statistics).long == 40
-    assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == found.short
+    assert text_lengths(PretrainConfig(long_texts={"sub_captions": 0}), statistics).tokens == lengths.short
 
 
-def test_a_captioner_that_the_shards_lack_is_named():
+def test_a_captioner_missing_from_the_shards_is_an_error():
     statistics = {name: {"sub_captions_per_text": 1.0, "tokens_per_text": 9.0} for name in ("raw", "llava")}
     config = PretrainConfig(long_texts={"captioners": ["llava", "gpt"]})
     with pytest.raises(ValueError, match=r"captioners names gpt, but the shards have captions by llava; .*dvc repro"):
         text_lengths(config, statistics)
 
 
-def test_operations_are_six_for_each_weight_and_token_and_attention_on_top():
-    found = planned(CC3M).flops["text tower"]
+def test_text_flops_are_six_per_weight_and_token_plus_attention():
+    flops = planned(CC3M).flops["text tower"]
     tokens = 2048 * (14 + 63)
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     attention = 12 * 3 * 4 * 768 * 2048 * (14**2 + 63**2)
-    assert found == pytest.approx(6 * weights * tokens + attention, rel=0.01)
+    assert flops == pytest.approx(6 * weights * tokens + attention, rel=0.01)
     twice = planned(CC3M, differences={"gradient_accumulation_steps": 2}).flops["text tower"]
-    assert twice / found == pytest.approx(4 / 3)  # every feature is computed before the loss is known
+    assert twice / flops == pytest.approx(4 / 3)  # every feature is computed before the loss is known
 
 
-def test_features_of_the_frozen_tower_take_one_pass_over_the_data_set():
-    found = planned(CC3M, images=3_000_000)
-    assert found.feature_flops == pytest.approx(3e6 * 35.1e9, rel=0.01)
-    assert found.feature_seconds == found.feature_flops / (989e12 * 0.4)
-    assert planned(CC3M).feature_flops == 0  # of how many images is not known
-    assert any("frozen features" in line for line in describe(found, "x"))
+def test_frozen_features_take_one_pass_over_the_data_set():
+    planned_run = planned(CC3M, images=3_000_000)
+    assert planned_run.feature_flops == pytest.approx(3e6 * 35.1e9, rel=0.01)
+    assert planned_run.feature_seconds == planned_run.feature_flops / (989e12 * 0.4)
+    assert planned(CC3M).feature_flops == 0  # the number of images is unknown
+    assert any("frozen features" in line for line in describe(planned_run, "x"))
 
 
-def test_time_is_operations_by_what_the_gpus_do():
-    found = planned(CC3M)
-    assert found.seconds == pytest.approx(14648 * sum(found.flops.values()) / (8 * 989e12 * 0.4))
-    assert found.samples == 14648 * 2048
+def test_time_is_flops_over_the_throughput_of_the_gpus():
+    planned_run = planned(CC3M)
+    assert planned_run.seconds == pytest.approx(14648 * sum(planned_run.flops.values()) / (8 * 989e12 * 0.4))
+    assert planned_run.samples == 14648 * 2048
 
 
-def test_a_tower_in_the_loop_costs_memory_and_operations():
+def test_a_computed_or_trained_tower_costs_memory_and_flops():
     stored = planned(CC3M)
     computed = planned(CC3M, differences={"image_tower": {"features": "computed"}})
     trained = planned(CC3M, differences={"image_tower": {"frozen": False}})
     assert stored.flops["image tower"] == 0
-    assert computed.flops["image tower"] == pytest.approx(2048 * 35.1e9, rel=0.01)  # of one forward pass
+    assert computed.flops["image tower"] == pytest.approx(2048 * 35.1e9, rel=0.01)  # one forward pass
     assert trained.flops["image tower"] == 3 * computed.flops["image tower"]
     part = "images and image activations"
     assert stored.memory[part] == 0 < computed.memory[part] < trained.memory[part]
     assert trained.trained["image tower"] == stored.frozen["image tower"]
 
 
-def test_what_does_not_fit_says_what_to_change():
-    whole = planned(CC3M, differences={"processes": 1, "batch_size": 8192})
-    assert sum(whole.memory.values()) > 80e9
-    accumulation = int(re.fullmatch(r"raise compute.training.gradient_accumulation_steps to (\d+)", whole.remedy)[1])
-    mended = planned(
+def test_a_plan_that_does_not_fit_names_a_remedy():
+    too_large = planned(CC3M, differences={"processes": 1, "batch_size": 8192})
+    assert sum(too_large.memory.values()) > 80e9
+    accumulation = int(
+        re.fullmatch(r"raise compute.training.gradient_accumulation_steps to (\d+)", too_large.remedy)[1]
+    )
+    fitting = planned(
         CC3M, differences={"processes": 1, "batch_size": 8192, "gradient_accumulation_steps": accumulation}
     )
-    assert sum(mended.memory.values()) <= 80e9 and mended.remedy == ""
-    assert describe(whole, "x")[-1] == f"does not fit in memory: {whole.remedy}"
-    hopeless = plan(CC3M, CC3M.ablation("lotlip"), CC3M.training_compute("lotlip"), Gpu(memory=1e9))
-    assert hopeless.remedy.startswith("use more GPUs or lower pretrain.batch_size")
+    assert sum(fitting.memory.values()) <= 80e9 and fitting.remedy == ""
+    assert describe(too_large, "x")[-1] == f"does not fit in memory: {too_large.remedy}"
+    impossible = plan(CC3M, CC3M.ablation("lotlip"), CC3M.training_compute("lotlip"), Gpu(memory=1e9))
+    assert impossible.remedy.startswith("use more GPUs or lower pretrain.batch_size")
 
 
-def test_each_gpu_keeps_its_micro_batch():
+def test_on_gpus_keeps_the_micro_batch_of_each_gpu():
     config = CC3M.ablation("lotlip")
     compute = CC3M.training_compute("lotlip").model_copy(update={"gradient_accumulation_steps": 2})
     for gpus, accumulation in ((1, 16), (8, 2), (16, 1), (32, 1)):
-        _, found = on_gpus(config, compute, gpus)
-        assert (found.processes, found.gradient_accumulation_steps) == (gpus, accumulation)
+        _, adapted = on_gpus(config, compute, gpus)
+        assert (adapted.processes, adapted.gradient_accumulation_steps) == (gpus, accumulation)
     with pytest.raises(ValueError, match="3 GPUs cannot train this: batch_size 2048 is not divisible"):
         on_gpus(config, compute, 3)
 
 
-def test_an_unknown_pretrained_tower_says_how_to_get_it():
+def test_an_unavailable_pretrained_tower_is_an_error():
     with pytest.raises(
         ValueError, match=r"text\.pretrained roberta-large are not available locally; train it first, download it"
     ):
@@ -185,13 +187,13 @@ def test_every_ablation_of_the_demo_can_be_planned():
         loss = (config.loss.objective, config.loss.masks, config.loss.conditioned)
         parts = (config.text, config.image_tower, config.similarity, loss, config.long_texts.per_image, config.samples)
         if repr(parts) in planned_before or config.samples not in (None, 0.125):
-            continue  # it would be the same plan but for lengths of texts
+            continue  # its plan differs only in the lengths of texts
         planned_before.add(repr(parts))
-        found = planned(DEMO, name, images=8000)
-        assert found.remedy == ""
-        assert sum(found.trained.values()) == build_towers(found.config, DEMO.image_tower).trained
-        images = 8000 * (found.config.samples or 1)
-        assert json.loads(json.dumps(found.to_json()))["epochs"] == DEMO.pretrain.steps * 64 / images
+        planned_run = planned(DEMO, name, images=8000)
+        assert planned_run.remedy == ""
+        assert sum(planned_run.trained.values()) == build_towers(planned_run.config, DEMO.image_tower).trained
+        images = 8000 * (planned_run.config.samples or 1)
+        assert json.loads(json.dumps(planned_run.to_json()))["epochs"] == DEMO.pretrain.steps * 64 / images
 
 
 # --- activations --------------------------------------------------------------------------------------------------
@@ -199,7 +201,7 @@ def test_every_ablation_of_the_demo_can_be_planned():
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("hidden", "layers", "heads"), [(32, 1, 2), (256, 4, 4)])
-def test_a_text_encoder_keeps_what_is_predicted(hidden, layers, heads, precision):
+def test_activations_of_a_text_encoder_match_the_prediction(hidden, layers, heads, precision):
     sizes = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads}
     sizes |= {"intermediate_size": 3 * hidden, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = LotlipConfig(text_config={**sizes, "vocab_size": 200}, embed_dim=hidden)
@@ -226,7 +228,7 @@ TEXT_TOWERS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", TEXT_TOWERS)
-def test_a_text_tower_of_another_family_keeps_what_is_predicted(kind: str):
+def test_activations_of_other_text_towers_match_the_prediction(kind: str):
     sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 256}
     ids = {"vocab_size": 202, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     text = {"model_type": kind, **sizes, **ids, **TEXT_TOWERS[kind]}
@@ -234,22 +236,22 @@ def test_a_text_tower_of_another_family_keeps_what_is_predicted(kind: str):
     model = LotlipForPreTraining(config, image_tower=False).train()
     with SavedTensors(model) as saved:
         short = packing.TextBatch(torch.randint(5, 200, (6, 16)), torch.full((6,), 16), cls_only=True)
-        kept = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
+        outputs = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
     with torch.device("meta"):
         towers = Towers(LotlipForPreTraining(config, image_tower=False), build_image_tower(IMAGE_TOWERS["vit"]))
     settings = PretrainConfig(batch_size=6, text={"context_length": 32}, long_texts={"sub_captions": 1})
     lengths = TextLengths(32 if kind == "siglip_text_model" else 16, 32, 1)  # SigLIP pads to its context
     parts = activation_bytes(settings, TrainingCompute(), towers, lengths)
     assert parts["text activations"] == pytest.approx(saved.total, rel=0.1)
-    del kept
+    del outputs
     model.text.enable_checkpointing()
     with SavedTensors(model) as saved:
-        kept = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
+        outputs = model.text.encode(short, packing.TextBatch(torch.randint(5, 200, (6, 32)), torch.full((6,), 32)))
     compute = TrainingCompute(activation_checkpointing=True)
     checkpointed = activation_bytes(settings, compute, towers, lengths)
-    one_layer = parts["text activations"] / 12  # recomputed in the backward pass, which is not run here
+    one_layer = parts["text activations"] / 12  # recomputed in the backward pass, which this test does not run
     assert checkpointed["text activations"] - one_layer == pytest.approx(saved.now, rel=0.25)
-    del kept
+    del outputs
 
 
 DINO = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -263,7 +265,7 @@ IMAGE_TOWERS = {
 
 
 @pytest.mark.parametrize("kind", IMAGE_TOWERS)
-def test_an_image_tower_in_training_keeps_what_is_predicted(kind: str):
+def test_activations_of_image_towers_match_the_prediction(kind: str):
     spec = IMAGE_TOWERS[kind]
     tower = build_image_tower(spec).eval()
     with SavedTensors(tower) as saved:
@@ -277,7 +279,7 @@ def test_an_image_tower_in_training_keeps_what_is_predicted(kind: str):
     assert step_flops(config, TrainingCompute(), towers, TextLengths(8, 8, 0))["image tower"] > 0
 
 
-def test_the_loss_keeps_what_is_predicted():
+def test_activations_of_the_loss_match_the_prediction():
     batch, width = 96, 48
     images = torch.randn(batch, width, requires_grad=True)
     texts = torch.randn(batch, 4, width, requires_grad=True)
@@ -288,10 +290,10 @@ def test_the_loss_keeps_what_is_predicted():
     assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
 
 
-# --- weights, gradients, optimizer ----------------------------------------------------------------------------------
+# --- weights, gradients, optimizer --------------------------------------------------------------------------------
 
-# Trains a small network in two processes and writes what each part of DeepSpeed's engine holds.
-HELD = """
+# Trains a small network in two processes and writes the bytes of each part of DeepSpeed's engine.
+MEASURE_STATE = """
 import json, sys
 import deepspeed, torch
 from torch import nn
@@ -299,7 +301,7 @@ from lotlip.core.compute import TrainingCompute
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config, initialise_processes, parameter_groups
 
-found = {}
+sizes = {}
 initialise_processes(TrainingCompute(processes=2))
 for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
     config = PretrainConfig(batch_size=2, precision=precision)
@@ -314,27 +316,27 @@ for precision, stage in (("fp32", 0), ("fp32", 1), ("bf16", 1), ("bf16", 2)):
     groups = optimizer.param_groups
     weights = [value for group in groups for value in group["params"]]
     states = [value for state in optimizer.state.values() for value in state.values() if value.numel() > 1]
-    found[f"{precision} {stage}"] = {
+    sizes[f"{precision} {stage}"] = {
         "weights": sum(value.nbytes for value in engine.module.parameters()),
         "fp32 weights": sum(value.nbytes for value in weights) if stage else 0,
         "AdamW's moments": sum(value.nbytes for value in states),
     }
 if torch.distributed.get_rank() == 0:
-    json.dump(found, open(sys.argv[1], "w"))
+    json.dump(sizes, open(sys.argv[1], "w"))
 """
 
 
 @pytest.mark.integration
-def test_two_processes_hold_what_is_predicted(tmp_path):
-    program = tmp_path / "held.py"
-    program.write_text(HELD)
+def test_state_of_two_processes_matches_the_prediction(tmp_path):
+    program = tmp_path / "measure.py"
+    program.write_text(MEASURE_STATE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, str(program), str(tmp_path / "found.json")], cwd=ROOT, capture_output=True, text=True, check=False
+        [*launcher, str(program), str(tmp_path / "sizes.json")], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     trained = 8 * (256 * 256 + 256)
-    for name, parts in read_json(tmp_path / "found.json").items():
+    for name, parts in read_json(tmp_path / "sizes.json").items():
         precision, stage = name.split()
         config = PretrainConfig(batch_size=2, precision=precision)
         predicted = state_bytes(config, TrainingCompute(processes=2, zero_stage=int(stage)), trained)
@@ -342,23 +344,23 @@ def test_two_processes_hold_what_is_predicted(tmp_path):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_zero_splits_what_its_stage_says(stage):
-    """In bytes of a parameter, 4 processes, fp32: table 1 of the paper on ZeRO."""
+def test_zero_partitions_the_states_of_its_stage(stage):
+    """Bytes per parameter with 4 processes in fp32, as in table 1 of the ZeRO paper."""
     config, compute = PretrainConfig(batch_size=4), TrainingCompute(processes=4, zero_stage=stage)
-    found = {name: value / 1e9 for name, value in state_bytes(config, compute, 1_000_000_000).items()}
-    assert found["weights"] == (1 if stage == 3 else 4)
-    assert found["gradients"] == (4 if stage == 0 else 1)
-    assert found["AdamW's moments"] == (8 if stage == 0 else 2)
-    assert found["fp32 weights"] == (0 if stage == 0 else 1)
-    assert found["gathered weights"] == (4 if stage == 3 else 0)
+    gigabytes = {name: value / 1e9 for name, value in state_bytes(config, compute, 1_000_000_000).items()}
+    assert gigabytes["weights"] == (1 if stage == 3 else 4)
+    assert gigabytes["gradients"] == (4 if stage == 0 else 1)
+    assert gigabytes["AdamW's moments"] == (8 if stage == 0 else 2)
+    assert gigabytes["fp32 weights"] == (0 if stage == 0 else 1)
+    assert gigabytes["gathered weights"] == (4 if stage == 3 else 0)
     several = compute.model_copy(update={"gradient_accumulation_steps": 2})
     assert state_bytes(config, several, 1_000_000_000)["gradients"] / 1e9 == (4 if stage < 2 else 1)
 
 
-# --- a whole run --------------------------------------------------------------------------------------------------
+# --- a complete run -----------------------------------------------------------------------------------------------
 
-# Trains a job as `python -m lotlip.train` does, and writes what autograd held and checkpoints weighed.
-MEASURED = """
+# Trains a job like `python -m lotlip.train`, and writes the bytes of saved tensors and checkpoints.
+MEASURE_RUN = """
 import json, sys
 import deepspeed
 from lotlip.pretrain import trainer
@@ -366,42 +368,42 @@ from lotlip.train import sink
 from lotlip.pretrain.checkpoint import Checkpoints
 from tests.saved_tensors import SavedTensors
 
-saved, found = SavedTensors(), {}
+saved, sizes = SavedTensors(), {}
 initialize, save = deepspeed.initialize, Checkpoints.save
 
-def initialized(model, **others):
-    saved.leave_out(model)
+def initialize_measured(model, **others):
+    saved.exclude(model)
     return initialize(model=model, **others)
 
-def weighed(checkpoints, *arguments):
+def save_measured(checkpoints, *arguments):
     save(checkpoints, *arguments)
-    found["checkpoint"] = sum(file.stat().st_size for file in checkpoints.newest().rglob("*"))
+    sizes["checkpoint"] = sum(file.stat().st_size for file in checkpoints.newest().rglob("*"))
 
-deepspeed.initialize, Checkpoints.save = initialized, weighed
+deepspeed.initialize, Checkpoints.save = initialize_measured, save_measured
 with saved:
     failure = trainer.run(sys.argv[1], sink)
-json.dump({**found, "activations": saved.peak}, open(sys.argv[2], "w"))
+json.dump({**sizes, "activations": saved.peak}, open(sys.argv[2], "w"))
 sys.exit(failure)
 """
 
 
 def statistics(world: TinyWorld) -> dict[str, Any]:
-    """As the shards' index has them."""
+    """Text statistics in the form of the shards' index."""
     infos = [sample.info for sample in world.samples.values()]
     texts = {"raw": [info["raw"] for info in infos]}
     for name in infos[0]["captions"]:
         texts[name] = [". ".join(info["captions"][name]) + "." for info in infos]
-    return {name: text_statistics(found, "bert-base-uncased").to_json() for name, found in texts.items()}
+    return {name: text_statistics(captions, "bert-base-uncased").to_json() for name, captions in texts.items()}
 
 
 @pytest.mark.integration
-def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
+def test_a_tiny_run_matches_its_plan(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path, {"steps": 7, "checkpoint_every": 4, "log_every": 1})
     job.write(tmp_path / "job.json")
-    command = [sys.executable, "-c", MEASURED, str(tmp_path / "job.json"), str(tmp_path / "found.json")]
+    command = [sys.executable, "-c", MEASURE_RUN, str(tmp_path / "job.json"), str(tmp_path / "sizes.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    found = read_json(tmp_path / "found.json")
+    measured = read_json(tmp_path / "sizes.json")
 
     tower = {"kind": "scenes", "image_size": 32, "patch_size": 4, "width": 32, "depth": 1, "heads": 2}
     params = Params.model_validate({**MINIMAL, "image_tower": tower})
@@ -421,9 +423,9 @@ def test_a_tiny_run_takes_what_was_planned(tiny_world, tmp_path):
         names = [name for name in weights.keys() if not name.startswith("image.")]  # noqa: SIM118 (no mapping)
         sizes = [weights.get_slice(name).get_shape() for name in names]
     assert sum(expected.trained.values()) == sum(map(math.prod, sizes))
-    assert expected.storage["checkpoint"] == pytest.approx(found["checkpoint"], rel=0.1)
+    assert expected.storage["checkpoint"] == pytest.approx(measured["checkpoint"], rel=0.1)
     assert expected.storage["model"] == pytest.approx(
         (job.model_folder(0) / "model.safetensors").stat().st_size, rel=0.1
     )
     activations = expected.memory["text activations"] + expected.memory["features and logits"]
-    assert activations == pytest.approx(found["activations"], rel=0.1)
+    assert activations == pytest.approx(measured["activations"], rel=0.1)

@@ -1,4 +1,4 @@
-"""Training: settings, and whole runs of a tiny model and its variants."""
+"""Training: settings, and complete runs of a tiny model and its variants."""
 
 from __future__ import annotations
 
@@ -31,31 +31,31 @@ pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
 # --- settings -----------------------------------------------------------------------------------------------------
 
 
-def test_deepspeed_is_told_what_the_parameters_say():
+def test_deepspeed_gets_the_configured_settings():
     config = PretrainConfig(batch_size=48, precision="bf16", optimizer=OptimizerConfig(gradient_clipping=0.5))
     compute = TrainingCompute(processes=3, gradient_accumulation_steps=4, zero_stage=2)
-    told = deepspeed_config(config, compute)
-    assert told["train_batch_size"] == 48
-    assert told["train_micro_batch_size_per_gpu"] == 4
-    assert told["gradient_accumulation_steps"] == 4
-    assert told["gradient_clipping"] == 0.5
-    assert told["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 50_000_000}
-    assert told["bf16"] == {"enabled": True}
-    plain = deepspeed_config(PretrainConfig(), TrainingCompute())
-    assert (plain["bf16"], plain["zero_optimization"]["stage"]) == ({"enabled": False}, 0)
-    # stage 0 would lose the exact weights
+    settings = deepspeed_config(config, compute)
+    assert settings["train_batch_size"] == 48
+    assert settings["train_micro_batch_size_per_gpu"] == 4
+    assert settings["gradient_accumulation_steps"] == 4
+    assert settings["gradient_clipping"] == 0.5
+    assert settings["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 50_000_000}
+    assert settings["bf16"] == {"enabled": True}
+    default = deepspeed_config(PretrainConfig(), TrainingCompute())
+    assert (default["bf16"], default["zero_optimization"]["stage"]) == ({"enabled": False}, 0)
+    # stage 0 would lose the fp32 weights
     assert deepspeed_config(PretrainConfig(precision="bf16"), TrainingCompute())["zero_optimization"]["stage"] == 1
 
 
-def test_the_learning_rate_warms_up_and_falls_to_nothing():
+def test_the_learning_rate_warms_up_and_decays_to_zero():
     settings = OptimizerConfig(warmup_steps=10)
-    shares = [learning_rate_factor(step, 110, settings) for step in range(111)]
-    assert shares[0] == pytest.approx(0.1)
-    assert shares[4] == pytest.approx(0.5)
-    assert shares[9] == shares[10] == 1
-    assert shares[60] == pytest.approx(0.5)
-    assert shares[110] == pytest.approx(0, abs=1e-12)
-    assert shares[10:] == sorted(shares[10:], reverse=True)
+    factors = [learning_rate_factor(step, 110, settings) for step in range(111)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[4] == pytest.approx(0.5)
+    assert factors[9] == factors[10] == 1
+    assert factors[60] == pytest.approx(0.5)
+    assert factors[110] == pytest.approx(0, abs=1e-12)
+    assert factors[10:] == sorted(factors[10:], reverse=True)
 
 
 def test_without_warmup_the_learning_rate_starts_at_its_peak():
@@ -64,29 +64,29 @@ def test_without_warmup_the_learning_rate_starts_at_its_peak():
     assert learning_rate_factor(50, 100, settings) == pytest.approx(0.5)
 
 
-def test_a_warmup_longer_than_the_run_only_climbs():
-    shares = [learning_rate_factor(step, 5, OptimizerConfig(warmup_steps=10)) for step in range(6)]
-    assert shares == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+def test_a_warmup_longer_than_the_run_never_decays():
+    factors = [learning_rate_factor(step, 5, OptimizerConfig(warmup_steps=10)) for step in range(6)]
+    assert factors == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
 
 
-def test_norms_biases_and_the_temperature_do_not_decay(tiny_tower):
+def test_norms_biases_and_the_temperature_have_no_weight_decay(tiny_tower):
     model = build_for_pretraining(PretrainConfig.model_validate(split(TINY)[0]), tiny_tower)
     model.text.proj.weight.requires_grad_(False)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decayed, others = parameter_groups(model, PretrainConfig(optimizer=OptimizerConfig(weight_decay=0.2)))
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.2, 0.0)
-    plain = {names[id(parameter)] for parameter in others["params"]}
+    decayed, undecayed = parameter_groups(model, PretrainConfig(optimizer=OptimizerConfig(weight_decay=0.2)))
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.2, 0.0)
+    plain = {names[id(parameter)] for parameter in undecayed["params"]}
     assert plain == {name for name in names.values() if name == "logit_scale" or "bias" in name or "LayerNorm" in name}
-    both = {names[id(parameter)] for parameter in decayed["params"]} | plain
-    assert both == set(names.values()) - {"text.proj.weight"}  # what is frozen is in neither
+    trained = {names[id(parameter)] for parameter in decayed["params"]} | plain
+    assert trained == set(names.values()) - {"text.proj.weight"}  # frozen weights are in neither group
 
 
-def test_a_norm_without_a_name_to_know_it_by_does_not_decay():
-    decayed, others = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), PretrainConfig())
-    assert (len(decayed["params"]), len(others["params"])) == (1, 3)
+def test_unnamed_norms_have_no_weight_decay():
+    decayed, undecayed = parameter_groups(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), PretrainConfig())
+    assert (len(decayed["params"]), len(undecayed["params"])) == (1, 3)
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------------
+# --- complete runs ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.integration
@@ -106,27 +106,27 @@ def test_history_has_every_step_and_the_model_loads(base):
 
 
 @pytest.mark.integration
-def test_seeds_differ_and_each_repeats_bit_for_bit(base, tiny_world, tmp_path):
-    again = train(tiny_job(tiny_world, tmp_path))
-    assert same(weights(again), weights(base))
-    assert losses(again) == losses(base)
+def test_seeds_differ_and_each_is_reproducible(base, tiny_world, tmp_path):
+    repeated = train(tiny_job(tiny_world, tmp_path))
+    assert same(weights(repeated), weights(base))
+    assert losses(repeated) == losses(base)
     assert not same(weights(base, seed=1), weights(base))
 
 
 @pytest.mark.integration
-def test_the_tiny_world_is_learned(group, tiny_world, tmp_path):
+def test_training_learns_the_tiny_world(group, tiny_world, tmp_path):
     optimizer = {"learning_rate": 5e-3, "warmup_steps": 5, "weight_decay": 0.0}
     job = train(tiny_job(tiny_world, tmp_path, {"steps": 90, "optimizer": optimizer}))
     assert np.mean(losses(job)[:3]) > 0.95 * math.log(8)
     assert np.mean(losses(job)[-6:]) < 0.7 * math.log(8)
 
 
-# --- runs that stop ------------------------------------------------------------------------------------------------
+# --- precision, stages and inputs ---------------------------------------------------------------------------------
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_zero_stages_train_alike(base, tiny_world, tmp_path, zero_stage):
+def test_zero_stages_give_the_same_model(base, tiny_world, tmp_path, zero_stage):
     job = train(tiny_job(tiny_world, tmp_path, {"zero_stage": zero_stage}))
     assert losses(job) == pytest.approx(losses(base), abs=1e-5)
     for name, value in weights(base).items():
@@ -136,31 +136,31 @@ def test_zero_stages_train_alike(base, tiny_world, tmp_path, zero_stage):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_bf16_trains_alike_and_saves_exact_weights(base, tiny_world, tmp_path, zero_stage):
+def test_bf16_trains_like_fp32_and_saves_exact_weights(base, tiny_world, tmp_path, zero_stage):
     job = train(tiny_job(tiny_world, tmp_path, {"precision": "bf16", "zero_stage": zero_stage}))
     assert losses(job) == pytest.approx(losses(base), abs=0.05)
     model, _ = load_model(job.model_folder(0))
     for name, value in model.named_parameters():
         assert value.dtype == torch.float32
-        if name.startswith("text.") and value.ndim == 2:  # the optimizer's copy, not the rounded one
+        if name.startswith("text.") and value.ndim == 2:  # the optimizer's fp32 copy
             assert not torch.equal(value, value.bfloat16().float()), name
 
 
 @pytest.mark.integration
-def test_pixels_give_what_stored_features_give(base, tiny_world, tmp_path):
+def test_pixels_and_stored_features_give_the_same_losses(base, tiny_world, tmp_path):
     job = train(tiny_job(tiny_world, tmp_path, shards=str(tiny_world.pixel_shards)))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
 @pytest.mark.integration
-def test_features_may_be_computed_where_they_are_stored(base, tiny_world, tmp_path):
+def test_stored_features_may_be_computed_again(base, tiny_world, tmp_path):
     job = train(tiny_job(tiny_world, tmp_path, {"image_tower": {"features": "computed"}}))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
 @pytest.mark.integration
-def test_pictures_are_augmented_alike_again(base, tiny_world, tmp_path):
-    """Other pictures than stored features are of, and the same ones for the same seed."""
+def test_augmentation_is_reproducible_and_changes_the_losses(base, tiny_world, tmp_path):
+    """Augmented images differ from those of the stored features, and are equal for equal seeds."""
     tower = {"features": "computed", "augmentation": {"scale": [0.3, 0.6]}}
     first, second = (train(tiny_job(tiny_world, tmp_path / name, {"image_tower": tower})) for name in "ab")
     assert losses(first) == losses(second)
@@ -168,15 +168,15 @@ def test_pictures_are_augmented_alike_again(base, tiny_world, tmp_path):
 
 
 @pytest.mark.integration
-def test_a_whole_picture_as_augmentation_is_none(base, tiny_world, tmp_path):
+def test_augmentation_with_full_images_changes_nothing(base, tiny_world, tmp_path):
     tower = {"features": "computed", "augmentation": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}}
     job = train(tiny_job(tiny_world, tmp_path, {"image_tower": tower}))
     assert losses(job) == pytest.approx(losses(base), abs=1e-4)
 
 
 @pytest.mark.integration
-def test_resampled_epochs_train(group, tiny_world, tmp_path):
-    """Blue things are drawn nine times as often as the others, and an epoch is as long as was asked."""
+def test_training_with_resampled_epochs(group, tiny_world, tmp_path):
+    """Blue things are drawn nine times as often as others, and epochs have the configured length."""
     settings = {
         "epochs": "resampled",
         "samples_per_epoch": 400,
@@ -192,7 +192,7 @@ def test_resampled_epochs_train(group, tiny_world, tmp_path):
 
 
 @pytest.mark.integration
-def test_the_saved_model_tells_where_it_comes_from(base):
+def test_the_saved_model_records_its_provenance(base):
     config = read_json(base.model_folder(0) / "config.json")
     about = config["provenance"]
     assert about["ablation"] == "tiny" and about["seed"] == 0
@@ -243,22 +243,22 @@ def test_every_variant_learns_and_loads(group, tiny_world, tmp_path, variant):
 
 @pytest.mark.integration
 @pytest.mark.parametrize("variant", ["smartclip", "flair"])
-def test_modules_of_the_objective_train_alike_in_parts_and_stay_out_of_the_model(group, tiny_world, tmp_path, variant):
+def test_modules_of_the_objective_are_saved_apart_and_accumulate_gradients(group, tiny_world, tmp_path, variant):
     differences = merge({"steps": 4}, VARIANTS[variant])
-    job = train(tiny_job(tiny_world, tmp_path / "whole", differences))
-    parts = merge(differences, {"gradient_accumulation_steps": 2, "zero_stage": 3})
-    in_parts = train(tiny_job(tiny_world, tmp_path / "parts", parts))
-    assert losses(job) == pytest.approx(losses(in_parts), abs=1e-5)
+    job = train(tiny_job(tiny_world, tmp_path / "full", differences))
+    changes = merge(differences, {"gradient_accumulation_steps": 2, "zero_stage": 3})
+    split_job = train(tiny_job(tiny_world, tmp_path / "parts", changes))
+    assert losses(job) == pytest.approx(losses(split_job), abs=1e-5)
     assert not [name for name in weights(job) if name.startswith("objective.")]
-    own, others = (load_file(run.model_folder(0) / "objective.safetensors") for run in (job, in_parts))
-    assert own.keys() == others.keys() and all(name.startswith("objective.") for name in own)
-    for name, value in own.items():
-        torch.testing.assert_close(others[name], value, atol=1e-4, rtol=0)
+    expected, accumulated = (load_file(run.model_folder(0) / "objective.safetensors") for run in (job, split_job))
+    assert expected.keys() == accumulated.keys() and all(name.startswith("objective.") for name in expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(accumulated[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.mark.integration
-def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_path):
-    """Positions stretched, the short caption against principal components (arXiv 2403.15378)."""
+def test_long_clip_finetunes_a_model_of_short_texts(group, tiny_world, tmp_path):
+    """It interpolates positions and compares short captions with image components (arXiv 2403.15378)."""
     short = {"text": {"corner_tokens": 0, "context_length": 8, "config": {"max_position_embeddings": 8}}}
     first = train(tiny_job(tiny_world, tmp_path / "short", merge(short, {"long_texts": {"sub_captions": 0}})))
     text = {
@@ -275,9 +275,9 @@ def test_long_clip_goes_on_from_a_model_of_short_texts(group, tiny_world, tmp_pa
     assert all(map(math.isfinite, losses(job)))
 
 
-def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
+def test_each_seed_finetunes_the_model_of_the_same_seed(tmp_path):
     config = PretrainConfig.model_validate({"text": {"pretrained": str(tmp_path)}})
-    assert resolve_pretrained(config, 3).text.pretrained == str(tmp_path)  # a model's folder
+    assert resolve_pretrained(config, 3).text.pretrained == str(tmp_path)  # the folder of a model
     (tmp_path / "run.json").touch()
     (tmp_path / "seed-3").mkdir()
     assert resolve_pretrained(config, 3).text.pretrained == str(tmp_path / "seed-3")
@@ -286,7 +286,7 @@ def test_each_seed_goes_on_from_its_own_model_of_an_ablation(tmp_path):
 
 
 @pytest.mark.integration
-def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_path):
+def test_parallel_seeds_equal_sequential_ones(group, tiny_world, tmp_path):
     alone = train(tiny_job(tiny_world, tmp_path / "alone"), seeds=[2])
     together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "parallel_seeds": 2})
     finish(start(together, tmp_path / "together"))
@@ -295,8 +295,8 @@ def test_seeds_side_by_side_are_those_one_after_another(group, tiny_world, tmp_p
 
 
 @pytest.mark.integration
-def test_a_seed_that_stops_ends_those_beside_it_and_says_why(tiny_world, tiny_samples, tmp_path):
-    shards = spoiled(tmp_path / "shards", tiny_samples, 0)
+def test_a_failing_seed_stops_parallel_ones(tiny_world, tiny_samples, tmp_path):
+    shards = shards_with_nan(tmp_path / "shards", tiny_samples, 0)
     changes = {"seeds": [0, 1], "parallel_seeds": 2, "steps": 100_000}
     process = start(tiny_job(tiny_world, tmp_path, changes, shards=str(shards)), tmp_path)
     _, errors = process.communicate(timeout=300)
@@ -304,20 +304,20 @@ def test_a_seed_that_stops_ends_those_beside_it_and_says_why(tiny_world, tiny_sa
     assert "the broken image features of" in errors
 
 
-# --- the same, however the work is split ---------------------------------------------------------------------------
+# --- runs that fail -----------------------------------------------------------------------------------------------
 
 
-def spoiled(folder: Path, samples: list[TinySample], which: int) -> Path:
-    """The data set with a feature that is not a number."""
+def shards_with_nan(folder: Path, samples: list[TinySample], which: int) -> Path:
+    """The data set with one feature of NaN."""
     bad = replace(samples[which], feature=np.full_like(samples[which].feature, np.nan))
     return write_shards(folder, [*samples[:which], bad, *samples[which + 1 :]], 3)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_loss_that_is_no_number_stops_the_run(tiny_world, tiny_samples, tmp_path, processes):
-    """Every process says the same, also of a sample that another one had."""
-    shards = spoiled(tmp_path / "shards", tiny_samples, 20)
+def test_a_non_finite_loss_stops_the_run(tiny_world, tiny_samples, tmp_path, processes):
+    """All processes report the same sample, whichever process had it."""
+    shards = shards_with_nan(tmp_path / "shards", tiny_samples, 20)
     job = tiny_job(tiny_world, tmp_path, {"processes": processes}, shards=str(shards))
     process = start(job, tmp_path, processes)
     _, errors = process.communicate(timeout=900)
@@ -338,12 +338,12 @@ def test_fewer_samples_than_a_batch_is_an_error(group, tiny_world, tiny_samples,
 
 
 @pytest.mark.integration
-def test_another_number_of_processes_than_configured_is_an_error(group):
+def test_a_wrong_number_of_processes_is_an_error(group):
     with pytest.raises(ValueError, match=r"1 processes were started, but compute\.training\.processes is 2"):
         initialise_processes(TrainingCompute(processes=2))
 
 
-def test_a_job_survives_its_file(tiny_world, tmp_path):
+def test_a_job_is_read_as_written(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
     job.write(tmp_path / "job.json")
     assert Job.load(tmp_path / "job.json") == job

@@ -1,4 +1,4 @@
-"""The model that is trained: what it starts from, and the features of each variant."""
+"""The model for pretraining: its initial weights, and the features of each variant."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def settings(text: dict[str, Any] | None = None, **more: Any) -> PretrainConfig:
 
 
 def pretrained(folder: Path, **more: Any) -> PretrainConfig:
-    """Settings that start from a folder and take its sizes."""
+    """Settings that start from a folder with its sizes."""
     return PretrainConfig.model_validate({"text": {"pretrained": str(folder), "context_length": 32, **more}})
 
 
@@ -43,17 +43,20 @@ def tokenizer_of(config: PretrainConfig) -> TextTokenizer:
 
 
 def ids(config: PretrainConfig, texts: list[str] = TEXTS) -> tuple[Tensor, Tensor]:
-    found, lengths = tokenizer_of(config)(texts)
-    return torch.from_numpy(found), torch.from_numpy(lengths)
+    token_ids, lengths = tokenizer_of(config)(texts)
+    return torch.from_numpy(token_ids), torch.from_numpy(lengths)
 
 
-def words(model: LotlipForPreTraining) -> Tensor:
+def word_embeddings(model: LotlipForPreTraining) -> Tensor:
     return model.text.transformer.get_input_embeddings().weight.detach()
 
 
 def batch(config: PretrainConfig, images: Tensor) -> dict[str, Tensor]:
     """Three images with a short caption and two long texts each."""
-    short, long = ids(config), ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")])
+    short, long = (
+        ids(config),
+        ids(config, [text + other for text in TEXTS for other in (". The sky is blue", ". Wow")]),
+    )
     named = {"short_ids": short[0], "short_lengths": short[1], "long_ids": long[0], "long_lengths": long[1]}
     return {"images": images, **named}
 
@@ -70,11 +73,11 @@ def minilm() -> Path:
 # --- random weights -----------------------------------------------------------------------------------------------
 
 
-def test_a_new_model_has_the_sizes_of_the_parameters(tiny_tower):
+def test_a_new_model_has_the_configured_sizes(tiny_tower):
     model = build_for_pretraining(settings({"corner_tokens": 3, "register_tokens": 1}), tiny_tower)
-    assert words(model).shape == (30522 + 4, TEXT["hidden_size"])
+    assert word_embeddings(model).shape == (30522 + 4, TEXT["hidden_size"])
     assert model.text.transformer.config.hidden_dropout_prob == 0
-    assert model.text.proj.weight.shape == (32, TEXT["hidden_size"])  # the tiny tower is 32 wide
+    assert model.text.proj.weight.shape == (32, TEXT["hidden_size"])  # the tiny tower has width 32
     assert model.logit_scale.exp().item() == pytest.approx(1 / 0.07)
     assert model.logit_bias is None
 
@@ -92,11 +95,11 @@ def test_another_family_can_be_named(tiny_tower):
     assert model(**batch(settings(), torch.randn(3, 32)))["text_features"].shape == (3, 7, 32)
 
 
-def test_corner_and_register_rows_are_drawn_one_by_one(tiny_tower):
+def test_corner_and_register_embeddings_differ(tiny_tower):
     torch.manual_seed(0)
     wide = {**TEXT, "hidden_size": 64, "initializer_range": 0.02}
     model = build_for_pretraining(settings({"config": wide, "corner_tokens": 3, "register_tokens": 1}), tiny_tower)
-    rows = words(model)[30522:]
+    rows = word_embeddings(model)[30522:]
     assert len({tuple(row.tolist()) for row in rows}) == 4
     assert 0.015 < rows.std() < 0.025
     assert rows.mean().abs() < 0.005
@@ -111,36 +114,38 @@ def test_a_context_beyond_the_positions_is_an_error(tiny_tower):
 # --- pretrained weights -------------------------------------------------------------------------------------------
 
 
-def test_pretrained_weights_are_taken_and_corner_rows_added(minilm, tiny_tower, tmp_path):
+def test_pretrained_weights_are_loaded_and_corner_embeddings_added(minilm, tiny_tower, tmp_path):
     from transformers import AutoModel
 
     torch.manual_seed(0)
     config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=2)
     model = build_for_pretraining(config, tiny_tower)
-    own = model.text.transformer.state_dict()
+    weights_built = model.text.transformer.state_dict()
     for name, value in AutoModel.from_pretrained(minilm).state_dict().items():
-        assert torch.equal(own[name][: len(value)] if "word_embeddings" in name else own[name], value), name
-    corners = words(model)[-2:]
-    assert len(words(model)) == 30522 + 2
+        assert torch.equal(
+            weights_built[name][: len(value)] if "word_embeddings" in name else weights_built[name], value
+        ), name
+    corners = word_embeddings(model)[-2:]
+    assert len(word_embeddings(model)) == 30522 + 2
     assert not torch.equal(corners[0], corners[1])
     assert 0.01 < corners.std() < 0.03
 
 
-def test_a_text_tower_of_the_hub_is_of_the_named_commit(tiny_tower, monkeypatch):
-    asked = []
+def test_a_text_tower_of_the_hub_has_the_configured_revision(tiny_tower, monkeypatch):
+    requests = []
 
     def download(repository, *_, revision=None, **__):
-        asked.append((repository, revision))
+        requests.append((repository, revision))
         raise OSError("no route to host")
 
     monkeypatch.setattr("transformers.configuration_utils.cached_file", download)
     with pytest.raises(ValueError, match="no route to host"):
         build_for_pretraining(pretrained("some/bert", revision="0123456789" * 4), tiny_tower)
-    assert asked == [("some/bert", "0123456789" * 4)]
+    assert requests == [("some/bert", "0123456789" * 4)]
 
 
-def test_pretrained_text_features_mean_something(minilm, tiny_tower):
-    """[CLS] of the real weights tells a paraphrase from another text: they came in where they belong."""
+def test_pretrained_text_features_tell_a_paraphrase_from_another_text(minilm, tiny_tower):
+    """Correctly loaded weights give a paraphrase a similar [CLS] feature."""
     config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=0)
     model = build_for_pretraining(config, tiny_tower).eval()
     with torch.no_grad():
@@ -150,7 +155,7 @@ def test_pretrained_text_features_mean_something(minilm, tiny_tower):
     assert cosine(hidden[0, 0], hidden[1, 0], dim=0) > cosine(hidden[0, 0], hidden[2, 0], dim=0) + 0.1
 
 
-def test_pretrained_weights_in_half_precision_train_in_full(minilm, tiny_tower, tmp_path):
+def test_pretrained_half_precision_weights_train_in_fp32(minilm, tiny_tower, tmp_path):
     from transformers import AutoModel
 
     AutoModel.from_pretrained(minilm, dtype=torch.float16).save_pretrained(tmp_path / "half")
@@ -158,18 +163,18 @@ def test_pretrained_weights_in_half_precision_train_in_full(minilm, tiny_tower, 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_a_table_with_more_rows_than_word_pieces_is_cut(tiny_tower, tmp_path):
+def test_unused_rows_of_the_embedding_table_are_removed(tiny_tower, tmp_path):
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig(**{**TEXT, "vocab_size": 30528})).save_pretrained(tmp_path)
     model = build_for_pretraining(pretrained(tmp_path, corner_tokens=1), tiny_tower)
-    assert len(words(model)) == 30522 + 1
+    assert len(word_embeddings(model)) == 30522 + 1
     first = load_file(tmp_path / "model.safetensors")["embeddings.word_embeddings.weight"]
-    assert torch.equal(words(model)[:30522], first[:30522])
-    assert not torch.equal(words(model)[30522], first[30522])
+    assert torch.equal(word_embeddings(model)[:30522], first[:30522])
+    assert not torch.equal(word_embeddings(model)[30522], first[30522])
 
 
-def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_tower):
+def test_a_tokenizer_that_does_not_match_is_an_error(tmp_path, tiny_tower):
     from transformers import BertConfig, BertModel
 
     BertModel(BertConfig(vocab_size=100, **TEXT)).save_pretrained(tmp_path / "few")
@@ -180,7 +185,7 @@ def test_a_tokenizer_that_does_not_fit_is_an_error(tmp_path, tiny_tower):
         build_for_pretraining(pretrained(tmp_path / "padding"), tiny_tower)
 
 
-def test_a_model_that_is_not_there_is_an_error(tiny_tower, tmp_path):
+def test_a_missing_model_is_an_error(tiny_tower, tmp_path):
     with pytest.raises(ValueError, match=r"nothing is neither a folder with a model nor one .*; train it first"):
         build_for_pretraining(pretrained(tmp_path / "nothing"), tiny_tower)
 
@@ -189,7 +194,7 @@ def test_a_model_that_is_not_there_is_an_error(tiny_tower, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def short(tmp_path_factory, tiny_tower) -> tuple[LotlipForPreTraining, Path]:
+def short_model(tmp_path_factory, tiny_tower) -> tuple[LotlipForPreTraining, Path]:
     """A model for short texts, m = 0, and its folder."""
     torch.manual_seed(3)
     config = settings({"corner_tokens": 0, "context_length": 12, "config": {**TEXT, "max_position_embeddings": 12}})
@@ -201,46 +206,46 @@ def short(tmp_path_factory, tiny_tower) -> tuple[LotlipForPreTraining, Path]:
     return model, folder
 
 
-def test_training_goes_on_from_a_saved_model(short, tiny_tower):
-    model, folder = short
+def test_finetuning_starts_from_a_saved_model(short_model, tiny_tower):
+    model, folder = short_model
     config = pretrained(folder, tokenizer=str(folder), corner_tokens=0, context_length=12)
-    again = build_for_pretraining(config, tiny_tower)
-    assert model.state_dict().keys() == again.state_dict().keys()
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
+    copy = build_for_pretraining(config, tiny_tower)
+    assert model.state_dict().keys() == copy.state_dict().keys()
+    assert all(torch.equal(value, copy.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_corner_tokens_are_added_to_a_saved_model(short, tiny_tower, tmp_path):
-    model, folder = short
+def test_corner_tokens_are_added_to_a_saved_model(short_model, tiny_tower, tmp_path):
+    model, folder = short_model
     config = pretrained(folder, corner_tokens=2, context_length=12)
     more = build_for_pretraining(config, tiny_tower)
-    assert torch.equal(words(more)[:30522], words(model))
-    assert len(words(more)) == 30524
+    assert torch.equal(word_embeddings(more)[:30522], word_embeddings(model))
+    assert len(word_embeddings(more)) == 30524
     assert torch.equal(more.text.proj.weight, model.text.proj.weight)
     save_model(more.config, more.state_dict(), tokenizer_of(config), tmp_path / "more", tiny_tower)
     same = build_for_pretraining(pretrained(tmp_path / "more", corner_tokens=2, context_length=12), tiny_tower)
-    assert torch.equal(words(same), words(more))  # learned corner tokens stay
+    assert torch.equal(word_embeddings(same), word_embeddings(more))  # learned corner embeddings are kept
     fewer = build_for_pretraining(pretrained(tmp_path / "more", corner_tokens=1, context_length=12), tiny_tower)
-    assert len(words(fewer)) == 30523
+    assert len(word_embeddings(fewer)) == 30523
 
 
-def test_another_contrast_starts_with_its_own_temperature(short, tiny_tower):
+def test_another_objective_starts_with_its_own_temperature(short_model, tiny_tower):
     config = PretrainConfig.model_validate(
-        {"text": {"pretrained": str(short[1]), "context_length": 12}, "loss": {"objective": "siglip"}}
+        {"text": {"pretrained": str(short_model[1]), "context_length": 12}, "loss": {"objective": "siglip"}}
     )
     model = build_for_pretraining(config, tiny_tower)
     assert model.logit_scale.exp().item() == pytest.approx(10)
     assert model.logit_bias is not None
-    assert model.logit_bias.item() == pytest.approx(-math.log(63))  # batches of 64: one pair of each text's belongs
+    assert model.logit_bias.item() == pytest.approx(-math.log(63))  # one of 64 pairs of each text matches
 
 
-def test_a_saved_model_of_another_width_is_an_error(short, tmp_path):
+def test_a_saved_model_of_another_width_is_an_error(short_model, tmp_path):
     from lotlip.models.vision.image_tower import build_image_tower, save_image_tower
     from lotlip.models.vision.spec import ImageTowerSpec
 
     spec = ImageTowerSpec("vit_scenes", IMAGE_SIZE, {"patch_size": 4, "embed_dim": 16, "depth": 1, "num_heads": 2})
     save_image_tower(build_image_tower(spec), tmp_path / "narrow")
     with pytest.raises(ValueError, match=r"features of width 32, but the image tower's are 16 wide"):
-        build_for_pretraining(pretrained(short[1], context_length=12), tmp_path / "narrow")
+        build_for_pretraining(pretrained(short_model[1], context_length=12), tmp_path / "narrow")
 
 
 def test_late_interaction_needs_patches_of_the_features_width(tmp_path):
@@ -257,53 +262,53 @@ def test_late_interaction_needs_patches_of_the_features_width(tmp_path):
 # --- Long-CLIP's positions ----------------------------------------------------------------------------------------
 
 
-def test_positions_are_stretched_as_long_clip_does():
+def test_positions_are_interpolated_like_long_clips():
     table = torch.randn(77, 5)
-    found = interpolate_positions(table, PositionInterpolation())
-    assert found.shape == (248, 5)
-    assert torch.equal(found[:20], table[:20])
+    interpolated = interpolate_positions(table, PositionInterpolation())
+    assert interpolated.shape == (248, 5)
+    assert torch.equal(interpolated[:20], table[:20])
     for old in range(20, 76):
         new = 20 + 4 * (old - 20)
         for part in range(4):
             expected = table[old] * (4 - part) / 4 + table[old + 1] * part / 4
-            torch.testing.assert_close(found[new + part], expected)
-    for part in range(4):  # beyond the last one: on in the same direction
-        torch.testing.assert_close(found[244 + part], table[76] + part * (table[76] - table[75]) / 4)
+            torch.testing.assert_close(interpolated[new + part], expected)
+    for part in range(4):  # extrapolation beyond the last one
+        torch.testing.assert_close(interpolated[244 + part], table[76] + part * (table[76] - table[75]) / 4)
 
 
-def test_rows_before_the_first_position_stay():
+def test_rows_before_the_first_position_are_kept():
     table = torch.randn(14, 3)
-    found = interpolate_positions(table, PositionInterpolation(positions=6, keep=2, factor=3), first=2)
-    assert found.shape == (2 + 14, 3)
-    assert torch.equal(found[:4], table[:4])
+    interpolated = interpolate_positions(table, PositionInterpolation(positions=6, keep=2, factor=3), first=2)
+    assert interpolated.shape == (2 + 14, 3)
+    assert torch.equal(interpolated[:4], table[:4])
     assert torch.equal(
-        found[2:], interpolate_positions(table[2:], PositionInterpolation(positions=6, keep=2, factor=3))
+        interpolated[2:], interpolate_positions(table[2:], PositionInterpolation(positions=6, keep=2, factor=3))
     )
 
 
-def test_a_stretched_model_reads_further(short, tiny_tower):
-    model, folder = short
-    stretch = {"positions": 12, "keep": 4, "factor": 3}
-    config = pretrained(folder, corner_tokens=0, context_length=28, position_interpolation=stretch)
+def test_an_interpolated_model_reads_longer_texts(short_model, tiny_tower):
+    model, folder = short_model
+    interpolation = {"positions": 12, "keep": 4, "factor": 3}
+    config = pretrained(folder, corner_tokens=0, context_length=28, position_interpolation=interpolation)
     longer = build_for_pretraining(config, tiny_tower).eval()
     assert longer.text.positions == 28
     assert longer.config.text_config.max_position_embeddings == 28
-    four = ids(pretrained(folder, corner_tokens=0), ["a dog"])  # [CLS] a dog [SEP]: at the positions that stayed
+    short_text = ids(pretrained(folder, corner_tokens=0), ["a dog"])  # [CLS] a dog [SEP] has kept positions only
     with torch.no_grad():
-        torch.testing.assert_close(longer.encode_text(*four), model.eval().encode_text(*four))
+        torch.testing.assert_close(longer.encode_text(*short_text), model.eval().encode_text(*short_text))
         texts = ids(config, ["one red dog sat by two green cats. " * 4])
         assert texts[1].item() == 28
         assert longer.encode_text(*texts).isfinite().all()
 
 
-def test_too_few_trained_positions_are_an_error(short, tiny_tower):
+def test_too_few_trained_positions_are_an_error(short_model, tiny_tower):
     with pytest.raises(
         ValueError, match=r"text.position_interpolation.positions is 77, but the text tower has 12 positions"
     ):
-        build_for_pretraining(pretrained(short[1], corner_tokens=0, position_interpolation={}), tiny_tower)
+        build_for_pretraining(pretrained(short_model[1], corner_tokens=0, position_interpolation={}), tiny_tower)
 
 
-def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path):
+def test_rotary_positions_cannot_be_interpolated(tiny_tower, tmp_path):
     from transformers import AutoConfig, AutoModel
 
     rotated = AutoConfig.for_model("nomic_bert", **{**TEXT, "vocab_size": 30522, "pad_token_id": 0})
@@ -317,15 +322,15 @@ def test_positions_that_are_not_learned_cannot_be_stretched(tiny_tower, tmp_path
 # --- features for the loss ----------------------------------------------------------------------------------------
 
 
-def test_features_come_in_their_order(tiny_tower):
+def test_features_keep_the_order_of_texts(tiny_tower):
     config = settings()
     model = build_for_pretraining(config, tiny_tower).eval()
-    raw, long = ids(config, ["a", "b"]), ids(config, ["c", "d", "e", "f"])  # K = 2: c and d are a's
+    short, long = ids(config, ["a", "b"]), ids(config, ["c", "d", "e", "f"])  # K = 2: c and d are a's
     stored = torch.randn(2, 32)
     with torch.no_grad():
-        features = model(stored, *raw, *long)
-        first, of_long = model.encode_text(*raw), model.encode_text(*long)
-        alone = model(stored, *raw)["text_features"]
+        features = model(stored, *short, *long)
+        first, of_long = model.encode_text(*short), model.encode_text(*long)
+        alone = model(stored, *short)["text_features"]
     texts = features["text_features"]
     assert texts.shape == (2, 1 + 2 * 3, 32)
     torch.testing.assert_close(texts[:, 0], first[:, 0], atol=1e-6, rtol=0)
@@ -337,31 +342,31 @@ def test_features_come_in_their_order(tiny_tower):
     assert "logit_bias" not in features
 
 
-def test_register_tokens_get_no_feature_but_are_read(tiny_tower):
+def test_register_tokens_are_attended_but_have_no_feature(tiny_tower):
     config = settings({"corner_tokens": 0, "register_tokens": 2})
     model = build_for_pretraining(config, tiny_tower).eval()
     plain = settings({"corner_tokens": 0})
     assert ids(config)[1].tolist() == [length + 2 for length in ids(plain)[1].tolist()]
-    given = batch(config, torch.randn(3, 32))
+    inputs = batch(config, torch.randn(3, 32))
     with torch.no_grad():
-        features = model(**given)["text_features"]
+        features = model(**inputs)["text_features"]
         assert features.shape == (3, 1 + 2, 32)  # [CLS] of one short caption and of two long texts
-        words(model)[30522] += torch.randn(32)
-        changed = model(**given)["text_features"]
+        word_embeddings(model)[30522] += torch.randn(32)
+        changed = model(**inputs)["text_features"]
     assert (changed - features).abs().amax(dim=-1).min() > 1e-4
 
 
-def test_corner_tokens_and_registers_go_together(tiny_tower):
-    """Registers are masked as words are: every feature reads them, and they do not read corner tokens."""
+def test_corner_tokens_and_registers_can_be_combined(tiny_tower):
+    """Registers are masked like words: all features attend to them, and they do not attend to corner tokens."""
     config = settings({"corner_tokens": 2, "register_tokens": 1})
     model = build_for_pretraining(config, tiny_tower).eval()
     with torch.no_grad():
         features = model.encode_text(*ids(config))
         noise = torch.randn(32)
-        words(model)[30522] += noise  # the first corner token
+        word_embeddings(model)[30522] += noise  # the first corner token
         corner = (model.encode_text(*ids(config)) - features).abs().amax(dim=-1)
-        words(model)[30522] -= noise
-        words(model)[30524] += noise  # the register
+        word_embeddings(model)[30522] -= noise
+        word_embeddings(model)[30524] += noise  # the register
         register = (model.encode_text(*ids(config)) - features).abs().amax(dim=-1)
     assert corner[:, 1].min() > 1e-4
     assert corner[:, [0, 2]].max() < 1e-6
@@ -372,30 +377,32 @@ def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
     config = settings({"corner_tokens": 0}, similarity="late-interaction")
     model = build_for_pretraining(config, tiny_tower).eval()
     patches = torch.randn(3, 16, 32)
-    given = batch(config, patches)
+    inputs = batch(config, patches)
     with torch.no_grad():
-        features = model(**given)
-        short, short_mask = model.encode_text_tokens(given["short_ids"], given["short_lengths"])
-        long, long_mask = model.encode_text_tokens(given["long_ids"], given["long_lengths"])
+        features = model(**inputs)
+        short, short_mask = model.encode_text_tokens(inputs["short_ids"], inputs["short_lengths"])
+        long, long_mask = model.encode_text_tokens(inputs["long_ids"], inputs["long_lengths"])
     texts, mask = features["text_features"], features["text_mask"]
-    length = given["long_ids"].shape[1]
+    length = inputs["long_ids"].shape[1]
     assert texts.shape == (3, 3, length, 32)
     assert mask.shape == (3, 3, length)
     assert torch.equal(texts[:, 0][mask[:, 0]], short[short_mask])
     assert torch.equal(texts[1, 2][mask[1, 2]], long[3][long_mask[3]])  # image 1's second long text
-    assert mask.sum(dim=-1)[:, 0].tolist() == given["short_lengths"].tolist()
+    assert mask.sum(dim=-1)[:, 0].tolist() == inputs["short_lengths"].tolist()
     torch.testing.assert_close(features["image_features"], normalize(patches, dim=-1))
     assert lotlip_loss(**features)["loss"].isfinite()
 
 
-def test_an_unfrozen_image_tower_starts_where_its_stage_left_it_and_learns(tiny_tower):
+def test_an_unfrozen_image_tower_starts_from_its_stage_and_is_trained(tiny_tower):
     config = settings(image_tower={"frozen": False})
     model = build_for_pretraining(config, tiny_tower)
     assert model.training and not model.image_tower.training
-    own = {name.removeprefix("image."): value for name, value in model.state_dict().items() if name[:6] == "image."}
+    tower_weights = {
+        name.removeprefix("image."): value for name, value in model.state_dict().items() if name[:6] == "image."
+    }
     frozen = load_file(tiny_tower / "model.safetensors")
-    assert own.keys() == frozen.keys()
-    assert all(torch.equal(own[name], value) for name, value in frozen.items())
+    assert tower_weights.keys() == frozen.keys()
+    assert all(torch.equal(tower_weights[name], value) for name, value in frozen.items())
     pixels = torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)
     features = model(**batch(config, pixels))
     torch.testing.assert_close(features["image_features"], model.encode_image(pixels))
@@ -408,7 +415,7 @@ def test_an_unfrozen_image_tower_starts_where_its_stage_left_it_and_learns(tiny_
     assert all(torch.equal(value, frozen[name.removeprefix("image.")]) for name, value in statistics.items())
 
 
-def test_an_unfrozen_tower_gives_patches_too(tiny_tower):
+def test_an_unfrozen_tower_provides_patches(tiny_tower):
     config = settings({"corner_tokens": 0}, image_tower={"frozen": False}, similarity="late-interaction")
     model = build_for_pretraining(config, tiny_tower)
     features = model(**batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE)))
@@ -416,23 +423,23 @@ def test_an_unfrozen_tower_gives_patches_too(tiny_tower):
 
 
 @pytest.mark.parametrize("frozen", [True, False])
-def test_objectives_get_what_they_compare(tiny_tower, frozen):
+def test_objectives_get_the_features_they_compare(tiny_tower, frozen):
     loss = {"objective": "siglip", "masks": {}, "conditioned": {"heads": 4}}
     config = settings(loss=loss, image_tower={"frozen": frozen})
     assert config.from_pixels
     model = build_for_pretraining(config, tiny_tower)
     if frozen:
-        given = batch(config, torch.randn(3, 32)) | {"patches": torch.randn(3, 16, 32)}
+        inputs = batch(config, torch.randn(3, 32)) | {"patches": torch.randn(3, 16, 32)}
     else:
-        given = batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE))
-    features = model(**given)
+        inputs = batch(config, torch.randn(3, 3, IMAGE_SIZE, IMAGE_SIZE))
+    features = model(**inputs)
     assert features["image_tokens"].shape == (3, 16, 32)
     assert features["pooling"].shape == (4 * 32 + 10, 32)
     assert features["channel_masks"].shape == features["text_features"].shape == (3, 7, 32)
     plain = build_for_pretraining(settings(loss={"objective": "siglip"}), tiny_tower)
     plain.load_state_dict({name: value for name, value in model.state_dict().items() if name in plain.state_dict()})
-    if frozen:  # features are those of packed texts
-        expected = plain(**batch(config, given["images"]))["text_features"]
+    if frozen:  # features come from packed texts
+        expected = plain(**batch(config, inputs["images"]))["text_features"]
         torch.testing.assert_close(features["text_features"], expected, atol=1e-6, rtol=0)
     lotlip_loss(**features, **config.loss.arguments(), draws=torch.zeros(3, 2, dtype=torch.long))["loss"].backward()
     without = {name for name, value in model.named_parameters() if value.grad is None}
@@ -450,14 +457,14 @@ def test_the_mask_network_has_its_own_learning_rate(tiny_tower):
             assert group["weight_decay"] == 0
 
 
-def test_scale_and_bias_start_where_the_settings_say(tiny_tower):
+def test_scale_and_bias_start_from_the_settings(tiny_tower):
     loss = {"objective": "siglip", "initial_bias": -10}
     model = build_for_pretraining(settings(loss=loss, temperature={"initial": 0.07}), tiny_tower)
     assert model.scale.item() == pytest.approx(1 / 0.07)
     assert model.logit_bias.item() == -10
 
 
-def test_the_temperature_is_clamped_as_in_clip_and_free_as_in_siglip(tiny_tower):
+def test_the_temperature_is_clamped_for_infonce_only(tiny_tower):
     for objective, limit in (("infonce", 100.0), ("siglip", torch.tensor(9.0).exp().item())):
         model = build_for_pretraining(settings(loss={"objective": objective}), tiny_tower)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The paper's data scales: each profile's towers, counted against what was published, and what DeepSpeed is told."""
+"""Profiles of the paper's data scales: sizes of towers, settings for DeepSpeed, and sources."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
 from tests.test_table_source import DREAMLIP, write_csv
-from tests.test_webdataset_source import picture, write_tar
+from tests.test_webdataset_source import image_bytes, write_tar
 
 ROOT = Path(__file__).parent.parent
 PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")
@@ -29,12 +29,12 @@ GPUS = (1, 8, 32)
 VIT_B16, BERT_BASE = 85_798_656, 109_482_240
 
 
-def of_gpus(gpus: int) -> dict:
+def gpu_settings(gpus: int) -> dict:
     return yaml.safe_load((ROOT / "infra" / "gpus" / f"{gpus}.yaml").read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("profile", PAPER)
-def test_a_paper_profile_has_the_paper_s_towers(profile):
+def test_paper_profiles_have_the_papers_towers(profile):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
     config = params.ablation("lotlip")
     towers = build_towers(config, params.image_tower)
@@ -51,47 +51,47 @@ def test_a_paper_profile_has_the_paper_s_towers(profile):
 
 
 @pytest.mark.parametrize("profile", PAPER)
-def test_a_paper_profile_scores_on_the_published_benchmarks_and_trains_on_none_of_their_images(profile):
+def test_paper_profiles_exclude_the_images_of_their_benchmarks(profile):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
     entries = [entry for entry in params.evaluate.benchmarks.values() if isinstance(entry, PublishedBenchmarkConfig)]
     kinds = list(get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation))
-    assert [entry.kind for entry in entries] == kinds[: kinds.index("imagenet") + 1]  # others are variants of these
+    assert [entry.kind for entry in entries] == kinds[: kinds.index("imagenet") + 1]  # the other kinds are variants
     assert {entry.folder for entry in entries} == set(params.ingest.evaluation_images)
     assert not any(entry.partial for entry in entries)
 
 
 @pytest.mark.parametrize("profile", PAPER)
-def test_a_paper_profile_trains_on_eight_gpus_as_infra_says(profile):
-    given = load_params(ROOT / "profiles" / f"{profile}.yaml").model_dump(mode="json", exclude_unset=True)
-    assert merge(given, of_gpus(8)) == given
+def test_paper_profiles_match_the_settings_for_eight_gpus(profile):
+    profile_values = load_params(ROOT / "profiles" / f"{profile}.yaml").model_dump(mode="json", exclude_unset=True)
+    assert merge(profile_values, gpu_settings(8)) == profile_values
 
 
 @pytest.mark.parametrize("profile", PAPER)
 @pytest.mark.parametrize("gpus", GPUS)
-def test_deepspeed_is_told_what_fits_the_gpus(profile, gpus):
+def test_deepspeed_settings_fit_the_gpus(profile, gpus):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
-    config, compute = on_gpus(params.ablation("lotlip"), params.training_compute("lotlip"), gpus, of_gpus(gpus))
-    told = deepspeed_config(config, compute)
-    assert told["train_batch_size"] == config.batch_size == params.pretrain.batch_size
-    parts = gpus * told["gradient_accumulation_steps"]
-    assert told["train_micro_batch_size_per_gpu"] * parts == config.batch_size
-    assert told["train_micro_batch_size_per_gpu"] <= 1024
-    assert told["bf16"] == {"enabled": True}
-    assert told["zero_optimization"]["stage"] == 1
+    config, compute = on_gpus(params.ablation("lotlip"), params.training_compute("lotlip"), gpus, gpu_settings(gpus))
+    settings = deepspeed_config(config, compute)
+    assert settings["train_batch_size"] == config.batch_size == params.pretrain.batch_size
+    parts = gpus * settings["gradient_accumulation_steps"]
+    assert settings["train_micro_batch_size_per_gpu"] * parts == config.batch_size
+    assert settings["train_micro_batch_size_per_gpu"] <= 1024
+    assert settings["bf16"] == {"enabled": True}
+    assert settings["zero_optimization"]["stage"] == 1
     assert compute.launch.kind == ("slurm" if gpus == 32 else "local")
     assert plan(params, config, compute, Gpu()).remedy == ""
 
 
 @pytest.mark.parametrize("gpus", GPUS)
-def test_the_lines_for_gpus_are_lines_of_params_yaml(gpus):
-    lines = of_gpus(gpus)
+def test_gpu_settings_are_valid_in_params_yaml(gpus):
+    lines = gpu_settings(gpus)
     assert PretrainConfig.model_validate(lines["pretrain"]).precision == "bf16"
     assert TrainingCompute.model_validate(lines["compute"]["training"]).processes == gpus
 
 
 @pytest.mark.parametrize("profile", PAPER)
-def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile, tmp_path, monkeypatch):
-    """Both laid out as the profile says; tars have names of their own, and what they share is the images' address."""
+def test_paper_profiles_join_img2datasets_tars_with_dreamlips_tables(profile, tmp_path, monkeypatch):
+    """Tars and tables have only the address of the image in common."""
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")
     monkeypatch.chdir(tmp_path)
     captions = next(iter(params.caption.captioners.values())).path
@@ -103,7 +103,7 @@ def test_a_paper_profile_joins_img2dataset_s_tars_with_dreamlip_s_tables(profile
         members = {}
         for number, url in enumerate(reversed(urls)):
             info = {"url": url, "key": f"{number:09d}", "caption": f"raw {url}"}
-            members |= {f"{number:09d}.jpg": picture(), f"{number:09d}.txt": f"raw {url}".encode()}
+            members |= {f"{number:09d}.jpg": image_bytes(), f"{number:09d}.txt": f"raw {url}".encode()}
             members[f"{number:09d}.json"] = json.dumps(info).encode()
         write_tar(params.ingest.source.path / data / "00000.tar", members)
     source = open_source(params.ingest.source, params.ingest.images)
@@ -123,7 +123,7 @@ def test_the_profile_for_own_images_has_a_tower_pretrained_on_photographs():
     assert build_towers(params.ablation("lit"), params.image_tower).image.width == 1280
 
 
-def test_a_tower_of_generated_scenes_for_other_pictures_is_warned_of():
+def test_a_tower_of_generated_scenes_for_other_images_is_a_warning():
     data = yaml.safe_load((ROOT / "profiles" / "own-images.yaml").read_text(encoding="utf-8"))
     (warning,) = checked_params({**data, "image_tower": {"kind": "scenes"}}, "params.yaml").warnings
     assert "image_tower" in warning and "ingest.source" in warning and "packaged" in warning

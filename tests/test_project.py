@@ -1,4 +1,4 @@
-"""`lotlip run`: sets up a folder outside a checkout, in which the pipeline then runs."""
+"""`lotlip run` prepares a folder outside a checkout for the pipeline."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def test_the_pipeline_is_copied_once(folder: Path) -> None:
     assert len(lines) == 2 and lines[1].startswith("note: flows differ from the installed package")
 
 
-def test_a_checkout_stays_as_it_is() -> None:
+def test_a_checkout_is_not_changed() -> None:
     lines: list[str] = []
     set_up(ROOT, lines.append)
     assert not lines
 
 
-def test_other_folders_are_not_touched(folder: Path) -> None:
+def test_other_folders_are_not_changed(folder: Path) -> None:
     (folder / "flows").mkdir()
     with pytest.raises(ValueError, match=r"flows is not the pipeline's code"):
         set_up(folder, print)
@@ -47,7 +47,7 @@ def test_other_folders_are_not_touched(folder: Path) -> None:
         set_up(folder / "flows", print)
 
 
-def test_without_the_pipelines_packages_nothing_is_copied(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_copied_without_the_pipelines_packages(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(project, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError) as raised:
         set_up(folder, print)

@@ -1,4 +1,4 @@
-"""Published benchmarks: a tiny folder in exactly the format of each, and what is said where something is missing."""
+"""Published benchmarks: a tiny folder in the exact format of each, and errors about missing parts."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SYNSETS = ImageNetInfo("imagenet-1k").label_names()
 
 
 def write(path: Path, content: Any) -> Path:
-    """Bytes and text as they are, anything else as JSON; a list for a file of lines as JSON lines."""
+    """Writes bytes and text unchanged, a list for a file of lines as JSON lines, and anything else as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -48,11 +48,11 @@ def write(path: Path, content: Any) -> Path:
 
 
 def image(path: Path) -> Path:
-    """A file that says where it is, so that each image is known by its bytes."""
+    """Writes a file that contains its name, which identifies the image."""
     return write(path, path.name.encode())
 
 
-# --- tiny folders in exactly the format ---------------------------------------------------------------------------
+# --- tiny folders in the exact formats ----------------------------------------------------------------------------
 
 
 def sharegpt4v(folder: Path) -> None:
@@ -99,7 +99,7 @@ def docci(folder: Path) -> None:
         {"example_id": f"test_{number}", "split": "test", "image_file": f"test_{number}.jpg", "description": text}
         for number, text in enumerate(LONG)
     ]
-    other = {"example_id": "train_0", "split": "train", "image_file": "train_0.jpg", "description": "Not asked."}
+    other = {"example_id": "train_0", "split": "train", "image_file": "train_0.jpg", "description": "Not used."}
     write(folder / "docci_descriptions.jsonlines", [other, *records])
     for number in range(SIZE):
         image(folder / f"images/test_{number}.jpg")
@@ -107,12 +107,12 @@ def docci(folder: Path) -> None:
 
 def karpathy(folder: Path, name: str, below: str, filepath: dict[str, str]) -> None:
     def record(number: int, split: str, sentences: list[str]) -> dict[str, Any]:
-        raw = [{"raw": sentence, "tokens": sentence.split(), "imgid": number} for sentence in sentences]
-        return {"filename": f"{number}.jpg", "split": split, "sentences": raw, "imgid": number, **filepath}
+        captions = [{"raw": sentence, "tokens": sentence.split(), "imgid": number} for sentence in sentences]
+        return {"filename": f"{number}.jpg", "split": split, "sentences": captions, "imgid": number, **filepath}
 
     records = [record(number, "test", [*captions, "a sixth"]) for number, captions in enumerate(CAPTIONS)]
-    others = [record(9, "restval", ["not asked"] * 5), record(8, "val", ["not asked"] * 5)]
-    write(folder / f"dataset_{name}.json", {"images": [*others, *records], "dataset": name})
+    other_splits = [record(9, "restval", ["not used"] * 5), record(8, "val", ["not used"] * 5)]
+    write(folder / f"dataset_{name}.json", {"images": [*other_splits, *records], "dataset": name})
     for number in range(SIZE):
         image(folder / below / f"{number}.jpg")
 
@@ -133,13 +133,13 @@ def long_dci(folder: Path) -> None:
 
 
 def coco_val2017(folder: Path) -> None:
-    """With captions in another order than images, as in COCO's own file."""
+    """COCO's own file lists captions in another order than images."""
     images = [{"id": 100 + number, "file_name": f"{number:012}.jpg"} for number in range(SIZE)]
     captions = [
         {"id": place, "image_id": 100 + number, "caption": text}
         for place in range(6)
-        for number, own in reversed(list(enumerate(CAPTIONS)))
-        for text in [[*own, "a sixth"][place]]
+        for number, texts in reversed(list(enumerate(CAPTIONS)))
+        for text in [[*texts, "a sixth"][place]]
     ]
     write(folder / "annotations/captions_val2017.json", {"info": {}, "images": images, "annotations": captions})
     for one in images:
@@ -147,7 +147,7 @@ def coco_val2017(folder: Path) -> None:
 
 
 def flickr30k_all(folder: Path) -> None:
-    lines = [f"{n}.jpg#{place}\t{text}\n" for n, own in enumerate(CAPTIONS) for place, text in enumerate(own)]
+    lines = [f"{n}.jpg#{place}\t{text}\n" for n, texts in enumerate(CAPTIONS) for place, text in enumerate(texts)]
     write(folder / "results_20130124.token", "".join(lines))
     for number in range(SIZE):
         image(folder / f"flickr30k-images/{number}.jpg")
@@ -170,7 +170,7 @@ LAYOUTS: dict[str, Callable[[Path], None]] = {
     "coco-val2017-all-captions": coco_val2017,
     "flickr30k-all": flickr30k_all,
 }
-# Formats with a record for each image, which `spoil` changes.
+# Formats with a JSON record per image, which `change_record` changes.
 JSON_RECORDS = [kind for kind in FORMATS if kind not in ("long-dci", "flickr30k-all") and "val2017" not in kind]
 LONG_KINDS = [kind for kind, form in FORMATS.items() if form.kind == "long"]
 every_kind = pytest.mark.parametrize("kind", LAYOUTS)
@@ -179,7 +179,7 @@ every_retrieval = pytest.mark.parametrize("kind", FORMATS)
 
 @pytest.fixture
 def folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny benchmark that is complete, since it was published with as many images."""
+    """A tiny benchmark that is complete, because its published size is reduced."""
     LAYOUTS[kind](tmp_path)
     if kind in FORMATS:
         form = FORMATS[kind]
@@ -190,19 +190,19 @@ def folder(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files(folder: Path) -> list[Path]:
-    """The images, in their order."""
+    """The images in their order."""
     return sorted((path for path in folder.rglob("*") if path.suffix in (".jpg", ".JPEG")), key=lambda p: p.stem[-1])
 
 
-# --- what each gives ----------------------------------------------------------------------------------------------
+# --- contents of each benchmark -----------------------------------------------------------------------------------
 
 
-def test_every_kind_of_the_configuration_is_tested_here():
+def test_every_kind_of_the_configuration_has_a_layout():
     assert list(get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation)) == list(LAYOUTS)
 
 
 @every_kind
-def test_what_macos_leaves_beside_files_changes_nothing(kind, folder):
+def test_files_of_macos_are_ignored(kind, folder):
     before = published_benchmark(kind, folder)
     for path in [path for path in folder.rglob("*") if path.is_file()]:
         path.with_name(f"._{path.name}").write_bytes(b"\0\x05\x16\x07")
@@ -213,61 +213,61 @@ def test_what_macos_leaves_beside_files_changes_nothing(kind, folder):
 
 
 @pytest.mark.parametrize("kind", LONG_KINDS)
-def test_long_texts_come_with_their_images(kind, folder):
-    asked = published_benchmark(kind, folder)
-    numbers = [int(data.decode().removesuffix(".jpg")[-1]) for data in encoded_images(asked)]
+def test_long_texts_belong_to_their_images(kind, folder):
+    bench = published_benchmark(kind, folder)
+    numbers = [int(data.decode().removesuffix(".jpg")[-1]) for data in encoded_images(bench)]
     assert sorted(numbers) == list(range(SIZE))
     texts = [LONG[number].replace("\n", " ") if kind == "urban-1k" else LONG[number] for number in numbers]
-    if kind == "dci":  # its parts are lines, an empty second one too
+    if kind == "dci":  # its parts are lines, even an empty second one
         texts = [text if "\n" in text else text + "\n" for text in texts]
     elif kind == "dci-no-separator":
         texts = [text.replace("\n", "") for text in texts]
-    assert asked.retrieval == {"long": ImageTexts(texts, [0, 1, 2])}
-    assert asked.name == kind and asked.prompts is None and asked.max_unseen_tokens is None
+    assert bench.retrieval == {"long": ImageTexts(texts, [0, 1, 2])}
+    assert bench.name == kind and bench.prompts is None and bench.max_unseen_tokens is None
 
 
 @pytest.mark.parametrize("kind", ["iiw"])
-def test_images_of_imageinwords_may_lie_beside_their_texts(kind, folder):
-    whole = published_benchmark(kind, folder)
+def test_images_of_imageinwords_may_be_beside_their_texts(kind, folder):
+    original = published_benchmark(kind, folder)
     for below, part in (("docci", "DOCCI_Test"), ("docci_aar", "IIW-400"), ("dci", "DCI_Test")):
         for path in list((folder / below).iterdir()):
             path.rename(folder / part / path.name)
-    asked = published_benchmark(kind, folder)
-    assert asked.about == whole.about
-    assert list(encoded_images(asked)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
+    bench = published_benchmark(kind, folder)
+    assert bench.about == original.about
+    assert list(encoded_images(bench)) == [b"test_0.jpg", b"aar_test_1.jpg", b"sa_2.jpg"]
 
 
 @pytest.mark.parametrize("kind", ["coco", "flickr30k", "coco-val2017", "flickr30k-all"])
 def test_each_image_has_its_first_five_captions(kind, folder):
-    asked = published_benchmark(kind, folder)
-    assert [data[-5:] for data in encoded_images(asked)] == [b"0.jpg", b"1.jpg", b"2.jpg"]
+    bench = published_benchmark(kind, folder)
+    assert [data[-5:] for data in encoded_images(bench)] == [b"0.jpg", b"1.jpg", b"2.jpg"]
     texts = [caption for captions in CAPTIONS for caption in captions]
-    assert asked.retrieval == {"short": ImageTexts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
+    assert bench.retrieval == {"short": ImageTexts(texts, [0] * 5 + [1] * 5 + [2] * 5)}
 
 
 @pytest.mark.parametrize("kind", ["coco-all-captions", "coco-val2017-all-captions"])
 def test_all_captions_are_candidates(kind, folder):
-    asked = published_benchmark(kind, folder)
+    bench = published_benchmark(kind, folder)
     texts = [caption for captions in CAPTIONS for caption in [*captions, "a sixth"]]
-    assert asked.retrieval == {"short": ImageTexts(texts, [0] * 6 + [1] * 6 + [2] * 6)}
-    assert asked.about["captions"] == "all of each image"
+    assert bench.retrieval == {"short": ImageTexts(texts, [0] * 6 + [1] * 6 + [2] * 6)}
+    assert bench.about["captions"] == "all of each image"
 
 
-def test_other_captions_change_the_scores(tmp_path, monkeypatch):
-    """The sixth captions are equal, so two of three find the wrong image; the first five find the right one."""
-    found = {}
+def test_the_number_of_captions_changes_the_scores(tmp_path, monkeypatch):
+    """The sixth captions are equal, so two of three retrieve the wrong image."""
+    recall = {}
     for kind in ("coco", "coco-all-captions"):
         LAYOUTS[kind](tmp_path / kind)
         total = None if FORMATS[kind].total is None else 6 * SIZE
         monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE, total=total))
         texts = published_benchmark(kind, tmp_path / kind).retrieval["short"]
         features = torch.stack([torch.eye(SIZE)[0 if text == "a sixth" else int(text[-1])] for text in texts.texts])
-        found[kind] = retrieval(torch.eye(SIZE), features, torch.tensor(texts.image)).values["text_to_image.r1"]
-    assert found == pytest.approx({"coco": 1, "coco-all-captions": 16 / 18})
+        recall[kind] = retrieval(torch.eye(SIZE), features, torch.tensor(texts.image)).values["text_to_image.r1"]
+    assert recall == pytest.approx({"coco": 1, "coco-all-captions": 16 / 18})
 
 
-def test_an_entry_cannot_have_the_name_of_another_benchmark():
-    """Published scores of its name would be shown for it."""
+def test_an_entry_with_the_name_of_another_benchmark_is_an_error():
+    """Otherwise the published scores of that benchmark would be shown."""
     benchmarks = {"coco": {"kind": "coco-all-captions", "folder": "data/coco"}}
     with pytest.raises(
         ValueError, match=r"benchmarks\.coco: coco is the name of another benchmark than its kind, coco-all"
@@ -278,38 +278,38 @@ def test_an_entry_cannot_have_the_name_of_another_benchmark():
 
 
 @pytest.mark.parametrize("kind", ["imagenet"])
-def test_imagenet_s_labels_are_the_places_of_its_folders_among_the_class_names(kind, folder, monkeypatch):
+def test_labels_of_imagenet_are_the_positions_of_its_classes(kind, folder, monkeypatch):
     monkeypatch.setattr(published, "IMAGENET_SIZE", 50_000)
     late = image(folder / f"val/{SYNSETS[-1]}/ILSVRC2012_val_00000009.JPEG")
-    asked = published_benchmark(kind, folder, partial=True)
-    assert asked.prompts is not None
-    assert asked.prompts.labels == [0, 1, 2, 999]
-    assert list(encoded_images(asked))[-1] == late.name.encode()
-    assert asked.retrieval == {}
-    assert len(asked.prompts.classes) == 1000
-    assert {len(prompts) for prompts in asked.prompts.classes} == {80}
-    named = [asked.prompts.classes[label][0] for label in (0, 1, 999)]
+    bench = published_benchmark(kind, folder, partial=True)
+    assert bench.prompts is not None
+    assert bench.prompts.labels == [0, 1, 2, 999]
+    assert list(encoded_images(bench))[-1] == late.name.encode()
+    assert bench.retrieval == {}
+    assert len(bench.prompts.classes) == 1000
+    assert {len(prompts) for prompts in bench.prompts.classes} == {80}
+    named = [bench.prompts.classes[label][0] for label in (0, 1, 999)]
     assert named == ["a bad photo of a tench.", "a bad photo of a goldfish.", "a bad photo of a toilet paper."]
-    assert chances(asked)["classification.top5"] == 5 / 1000
+    assert chances(bench)["classification.top5"] == 5 / 1000
 
 
 @pytest.mark.parametrize("kind", ["imagenet"])
-def test_the_first_images_of_imagenet_are_of_many_classes(kind, folder, monkeypatch):
+def test_a_partial_run_of_imagenet_covers_many_classes(kind, folder, monkeypatch):
     monkeypatch.setattr(published, "IMAGENET_SIZE", 50_000)
     for synset in SYNSETS[:SIZE]:
         image(folder / f"val/{synset}/ILSVRC2012_val_00009999.JPEG")
-    asked = published_benchmark(kind, folder, partial=4)
-    assert asked.prompts is not None
-    assert asked.prompts.labels == [0, 1, 2, 0]
+    bench = published_benchmark(kind, folder, partial=4)
+    assert bench.prompts is not None
+    assert bench.prompts.labels == [0, 1, 2, 0]
 
 
-def test_sharegpt4v_s_smaller_set_is_the_beginning_of_the_larger_one(tmp_path):
+def test_the_smaller_set_of_sharegpt4v_is_the_start_of_the_larger_one(tmp_path):
     turns = [{"value": "?"}, {"value": "A dog."}]
     write(tmp_path / "all.json", [{"image": f"{number}.jpg", "conversations": turns} for number in range(1200)])
     for number in range(1200):
         image(tmp_path / f"{number}.jpg")
-    asked = published_benchmark("sharegpt4v-1k", tmp_path)
-    assert list(asked.images) == [f"{number}.jpg" for number in range(1000)]
+    bench = published_benchmark("sharegpt4v-1k", tmp_path)
+    assert list(bench.images) == [f"{number}.jpg" for number in range(1000)]
     with pytest.raises(
         ValueError,
         match=r"there are 1,200 images with 1,200 texts, but .* has 10,000 .* 10,000 texts",
@@ -318,38 +318,38 @@ def test_sharegpt4v_s_smaller_set_is_the_beginning_of_the_larger_one(tmp_path):
 
 
 @every_retrieval
-def test_images_may_lie_in_a_folder_of_their_own(kind, folder, tmp_path_factory):
-    apart = tmp_path_factory.mktemp("images")
-    whole = published_benchmark(kind, folder)
-    names = [Path(path) for path in whole.images]
+def test_images_may_be_in_a_separate_folder(kind, folder, tmp_path_factory):
+    image_folder = tmp_path_factory.mktemp("images")
+    original = published_benchmark(kind, folder)
+    names = [Path(path) for path in original.images]
     for path in files(folder):
         below = next((name for name in names if path.as_posix().endswith(name.as_posix())), Path(path.name))
         if kind == "iiw":
             below = Path(path.parent.name, path.name)
-        (apart / below).parent.mkdir(parents=True, exist_ok=True)
-        path.rename(apart / below)
+        (image_folder / below).parent.mkdir(parents=True, exist_ok=True)
+        path.rename(image_folder / below)
     with pytest.raises(ValueError, match="3 images missing"):
         published_benchmark(kind, folder, partial=False)
-    asked = published_benchmark(kind, folder, apart)
-    assert asked.about == whole.about
-    assert list(encoded_images(asked)) == [path.name.encode() for path in files(apart)] or "dci" in kind
+    bench = published_benchmark(kind, folder, image_folder)
+    assert bench.about == original.about
+    assert list(encoded_images(bench)) == [path.name.encode() for path in files(image_folder)] or "dci" in kind
 
 
 @every_kind
-def test_the_version_is_of_what_is_asked_wherever_it_lies(kind, folder, tmp_path_factory):
+def test_the_version_depends_on_the_contents_only(kind, folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     LAYOUTS[kind](elsewhere)
-    asked = published_benchmark(kind, folder)
-    assert published_benchmark(kind, elsewhere).about == asked.about
-    assert published_benchmark(kind, folder, partial=2).about["version"] != asked.about["version"]
-    assert set(asked.about) == {"split", "version"} | set(FORMATS[kind].about if kind in FORMATS else ())
+    bench = published_benchmark(kind, folder)
+    assert published_benchmark(kind, elsewhere).about == bench.about
+    assert published_benchmark(kind, folder, partial=2).about["version"] != bench.about["version"]
+    assert set(bench.about) == {"split", "version"} | set(FORMATS[kind].about if kind in FORMATS else ())
 
 
-# --- what is missing, comes twice or leads elsewhere --------------------------------------------------------------
+# --- missing, duplicate and unsafe parts --------------------------------------------------------------------------
 
 
 @every_kind
-def test_the_published_size_is_held(kind, tmp_path):
+def test_the_published_size_is_required(kind, tmp_path):
     LAYOUTS[kind](tmp_path)
     sizes = {"coco": "5,000 images with 25,000 texts", "flickr30k": "1,000 images with 5,000 texts"}
     sizes |= {"sharegpt4v-1k": "1,000 images", "sharegpt4v-10k": "10,000", "dci": "7,805", "iiw": "612"}
@@ -370,7 +370,7 @@ def test_the_published_size_is_held(kind, tmp_path):
 
 @every_kind
 @pytest.mark.parametrize("partial", [False, True, 1])
-def test_more_than_was_published_is_another_set(kind, folder, monkeypatch, partial):
+def test_more_images_than_published_are_an_error(kind, folder, monkeypatch, partial):
     if kind in FORMATS:
         monkeypatch.setitem(FORMATS, kind, replace(FORMATS[kind], size=SIZE - 1))
     monkeypatch.setattr(published, "IMAGENET_SIZE", SIZE - 1)
@@ -379,17 +379,17 @@ def test_more_than_was_published_is_another_set(kind, folder, monkeypatch, parti
 
 
 @every_retrieval
-def test_a_missing_image_is_named_with_the_annotation_that_has_it(kind, folder):
-    gone = files(folder)[1]
-    gone.unlink()
+def test_a_missing_image_is_an_error_naming_its_annotation(kind, folder):
+    missing = files(folder)[1]
+    missing.unlink()
     with pytest.raises(
-        ValueError, match=rf"^benchmark mine: 1 images missing: .*{gone.name}, named in .*; complete it"
+        ValueError, match=rf"^benchmark mine: 1 images missing: .*{missing.name}, named in .*; complete it"
     ):
         published_benchmark(kind, folder, name="mine")
 
 
-def spoil(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Changes the annotation of the image 1."""
+def change_record(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Changes the record of image 1."""
     for path in folder.rglob("*.json*"):
         text = path.read_text()
         if path.suffix == ".json":
@@ -405,8 +405,8 @@ def spoil(folder: Path, kind: str, change: Callable[[dict[str, Any]], Any]) -> N
         write(path, data)
 
 
-def blank(record: dict[str, Any]) -> None:
-    """No text, in one of the ways that data sets have it."""
+def remove_text(record: dict[str, Any]) -> None:
+    """Removes the text in the format's own way."""
     if "conversations" in record:
         record["conversations"].pop()
     elif "sentences" in record:
@@ -420,18 +420,18 @@ def blank(record: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", JSON_RECORDS)
-def test_a_missing_text_is_named(kind, folder):
-    spoil(folder, kind, blank)
+def test_a_missing_text_is_an_error(kind, folder):
+    change_record(folder, kind, remove_text)
     (folder / "caption/1.txt").unlink(missing_ok=True)
     have = "2 of 5" if FORMATS[kind].captions == 5 else "0 of 1"
     message = rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; complete it, or use"
     with pytest.raises(ValueError, match=message):
         published_benchmark(kind, folder)
-    asked = published_benchmark(kind, folder, partial=True)
-    assert asked.about["partial"] == "2 of 3 images, 1 annotations missing"
+    bench = published_benchmark(kind, folder, partial=True)
+    assert bench.about["partial"] == "2 of 3 images, 1 annotations missing"
 
 
-def rename(name: str) -> Callable[[dict[str, Any]], None]:
+def set_image(name: str) -> Callable[[dict[str, Any]], None]:
     def change(record: dict[str, Any]) -> None:
         record[next(field for field in ("filename", "image_file", "image/key", "image") if field in record)] = name
 
@@ -440,7 +440,7 @@ def rename(name: str) -> Callable[[dict[str, Any]], None]:
 
 FROM_ANNOTATIONS = [kind for kind in JSON_RECORDS if kind != "urban-1k"]
 
-# Kind → its file, how image 1 stands in it, and one of the image's texts.
+# Kind → its file, image 1 as written there, and one of its texts.
 OTHER_FILES = {
     "long-dci": ("dci_long.csv", "sa_1.jpg", LONG[1]),
     "coco-val2017": ("annotations/captions_val2017.json", "000000000001.jpg", CAPTIONS[1][2]),
@@ -449,7 +449,7 @@ OTHER_FILES = {
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_a_missing_text_in_another_format_is_named(kind, folder):
+def test_a_missing_text_in_other_formats_is_an_error(kind, folder):
     file, _, text = OTHER_FILES[kind]
     (folder / file).write_text((folder / file).read_text().replace(text, " "))
     have = "4 of 5" if FORMATS[kind].captions == 5 else "0 of 1"
@@ -457,13 +457,13 @@ def test_a_missing_text_in_another_format_is_named(kind, folder):
         ValueError, match=rf"^benchmark {kind}: 1 annotations missing: .* has {have} texts of .*1\.jpg; "
     ):
         published_benchmark(kind, folder)
-    asked = published_benchmark(kind, folder, partial=True)
-    assert asked.about["partial"] == "2 of 3 images, 1 annotations missing"
+    bench = published_benchmark(kind, folder, partial=True)
+    assert bench.about["partial"] == "2 of 3 images, 1 annotations missing"
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg"])
-def test_a_path_that_leads_out_in_another_format_is_refused(kind, folder, name):
+def test_a_path_outside_the_folder_in_other_formats_is_an_error(kind, folder, name):
     file, image_1, _ = OTHER_FILES[kind]
     renamed = name + "#" * image_1.endswith("#")
     (folder / file).write_text((folder / file).read_text().replace(image_1, renamed))
@@ -472,7 +472,7 @@ def test_a_path_that_leads_out_in_another_format_is_refused(kind, folder, name):
 
 
 @pytest.mark.parametrize("kind", OTHER_FILES)
-def test_a_file_that_is_not_there_is_named(kind, folder):
+def test_a_missing_file_is_an_error(kind, folder):
     file = folder / OTHER_FILES[kind][0]
     file.unlink()
     with pytest.raises(ValueError, match=rf"^benchmark {kind}: .*{file.name} does not exist; see docs/benchmarks"):
@@ -480,7 +480,7 @@ def test_a_file_that_is_not_there_is_named(kind, folder):
 
 
 @pytest.mark.parametrize("kind", ["coco-val2017"])
-def test_a_file_that_is_not_json_is_named(kind, folder):
+def test_a_file_that_is_not_json_is_an_error(kind, folder):
     (folder / OTHER_FILES[kind][0]).write_text("{")
     with pytest.raises(ValueError, match=r"captions_val2017\.json is not JSON \(.*\); download it again"):
         published_benchmark(kind, folder)
@@ -489,23 +489,23 @@ def test_a_file_that_is_not_json_is_named(kind, folder):
 @pytest.mark.parametrize("kind", FROM_ANNOTATIONS)
 @pytest.mark.parametrize("name", ["../../secret.jpg", "/etc/secret.jpg", "a/../../secret.jpg", "..\\secret.jpg"])
 @pytest.mark.parametrize("partial", [False, True])
-def test_a_path_that_leads_out_of_its_folder_is_refused(kind, folder, name, partial):
-    if kind in ("iiw", "coco", "coco-all-captions"):  # a path that begins with / is below a folder of theirs
+def test_a_path_outside_the_folder_is_an_error(kind, folder, name, partial):
+    if kind in ("iiw", "coco", "coco-all-captions"):  # they prefix paths with a folder
         name = name.replace("/etc", "../../etc")
-    spoil(folder, kind, rename(name))
+    change_record(folder, kind, set_image(name))
     with pytest.raises(ValueError, match="leads out of its folder"):
         published_benchmark(kind, folder, partial=partial)
 
 
 @pytest.mark.parametrize("kind", ["dci"])
-def test_dci_s_annotations_cannot_lead_out_either(kind, folder):
+def test_an_annotation_path_of_dci_outside_the_folder_is_an_error(kind, folder):
     write(folder / "densely_captioned_images/splits.json", {"test": ["../../other.json"]})
     with pytest.raises(ValueError, match=r"'\.\./\.\./other\.json', which leads out of its folder"):
         published_benchmark(kind, folder)
 
 
 @pytest.mark.parametrize("kind", ["dci"])
-def test_an_annotation_of_dci_that_is_not_there_is_named(kind, folder):
+def test_a_missing_annotation_of_dci_is_an_error(kind, folder):
     (folder / "densely_captioned_images/annotations/1.json").unlink()
     with pytest.raises(ValueError, match=r"1 annotations missing: .*annotations/1\.json has 0 of 1 texts of 1\.json"):
         published_benchmark(kind, folder)
@@ -514,38 +514,38 @@ def test_an_annotation_of_dci_that_is_not_there_is_named(kind, folder):
 
 @pytest.mark.parametrize("kind", ["docci", "coco", "sharegpt4v-1k", "dci"])
 @pytest.mark.parametrize("partial", [False, True])
-def test_an_image_that_comes_twice_is_named(kind, folder, partial):
+def test_a_duplicate_image_is_an_error(kind, folder, partial):
     name = next(name for name in published_benchmark(kind, folder).images if name.endswith("0.jpg"))
-    spoil(folder, kind, rename(name.removeprefix("val2014/")))
+    change_record(folder, kind, set_image(name.removeprefix("val2014/")))
     with pytest.raises(ValueError, match=r"names .*0\.jpg, which .* also names; remove one of them"):
         published_benchmark(kind, folder, partial=partial)
 
 
 @pytest.mark.parametrize("kind", FROM_ANNOTATIONS)
 @pytest.mark.parametrize("name", [None, ""])
-def test_a_record_without_an_image_is_named(kind, folder, name):
-    spoil(folder, kind, rename(name))  # type: ignore[arg-type]
+def test_a_record_without_an_image_is_an_error(kind, folder, name):
+    change_record(folder, kind, set_image(name))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="names no image; correct or remove it"):
         published_benchmark(kind, folder)
 
 
 @pytest.mark.parametrize("kind", ["docci"])
 @pytest.mark.parametrize("name", ["\0.jpg", "x" * 5000])
-def test_a_name_that_no_file_can_have_is_a_missing_image(kind, folder, name):
-    spoil(folder, kind, rename(name))
+def test_an_impossible_file_name_is_a_missing_image(kind, folder, name):
+    change_record(folder, kind, set_image(name))
     with pytest.raises(ValueError, match="1 images missing"):
         published_benchmark(kind, folder)
 
 
 @pytest.mark.parametrize("kind", ["imagenet"])
-def test_a_folder_that_is_no_class_of_imagenet_is_named(kind, folder):
+def test_a_folder_that_is_not_a_class_of_imagenet_is_an_error(kind, folder):
     image(folder / "val/n00000001/x.JPEG")
     with pytest.raises(ValueError, match=r"n00000001/x\.JPEG is not in the folder of an ImageNet-1k class"):
         published_benchmark(kind, folder, partial=True)
 
 
 @every_kind
-def test_a_folder_that_is_not_there_is_named(kind, tmp_path):
+def test_a_missing_folder_is_an_error(kind, tmp_path):
     with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere does not exist; see docs/bench"):
         published_benchmark(kind, tmp_path / "nowhere")
     with pytest.raises(ValueError, match=f"^benchmark {kind}: the folder .*nowhere does not exist"):
@@ -553,7 +553,7 @@ def test_a_folder_that_is_not_there_is_named(kind, tmp_path):
 
 
 @every_kind
-def test_an_empty_folder_is_an_error_however_much_was_asked_for(kind, tmp_path):
+def test_an_empty_folder_is_an_error_even_in_a_partial_run(kind, tmp_path):
     with pytest.raises(ValueError, match=f"^benchmark {kind}: "):
         published_benchmark(kind, tmp_path, partial=True)
 
@@ -566,7 +566,7 @@ def test_a_partial_run_needs_one_image(kind, folder):
         published_benchmark(kind, folder, partial=True)
 
 
-def test_of_several_json_files_the_known_one_is_read(tmp_path):
+def test_the_json_file_with_the_published_name_is_read(tmp_path):
     LAYOUTS["coco"](tmp_path)
     write(tmp_path / "instances.json", {})
     assert len(published_benchmark("coco", tmp_path, partial=True).images) == SIZE
@@ -576,26 +576,26 @@ def test_of_several_json_files_the_known_one_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["urban-1k"])
-def test_a_caption_in_another_encoding_is_named(kind, folder):
+def test_a_caption_in_another_encoding_is_an_error(kind, folder):
     write(folder / "caption/1.txt", "Ein Hund läuft.".encode("latin-1"))
     with pytest.raises(ValueError, match=r"caption/1\.txt is not UTF-8"):
         published_benchmark(kind, folder, partial=True)
 
 
 @pytest.mark.parametrize("kind", ["urban-1k"])
-def test_half_a_character_is_replaced(kind, folder):
+def test_a_lone_surrogate_is_replaced(kind, folder):
     sharegpt4v(folder)
-    spoil(folder, kind, lambda record: record["conversations"][1].update(value="A dog \ud83d"))
+    change_record(folder, kind, lambda record: record["conversations"][1].update(value="A dog \ud83d"))
     texts = published_benchmark("sharegpt4v-1k", folder, partial=True).retrieval["long"].texts
     assert texts[1] == "A dog \ufffd"
 
 
 @pytest.mark.parametrize("kind", ["urban-1k"])
-def test_an_image_that_goes_away_while_it_is_read_is_named(kind, folder):
-    asked = published_benchmark(kind, folder)
+def test_an_image_deleted_before_it_is_read_is_an_error(kind, folder):
+    bench = published_benchmark(kind, folder)
     files(folder)[0].unlink()
     with pytest.raises(ValueError, match=r"benchmark urban-1k: cannot read .*0\.jpg"):
-        list(encoded_images(asked))
+        list(encoded_images(bench))
 
 
 # --- partial runs -------------------------------------------------------------------------------------------------
@@ -603,47 +603,47 @@ def test_an_image_that_goes_away_while_it_is_read_is_named(kind, folder):
 
 @every_kind
 @pytest.mark.parametrize(("partial", "number"), [(True, 3), (2, 2), (99, 3)])
-def test_a_partial_run_says_so_wherever_its_scores_go(kind, folder, partial, number):
-    asked = published_benchmark(kind, folder, partial=partial)
-    assert asked.name == f"{kind}-partial"
-    assert len(asked.images) == len(list(encoded_images(asked))) == number
-    assert asked.about["partial"] == f"{number} of 3 images"
-    texts = [text for found in asked.retrieval.values() for text in found.texts]
+def test_a_partial_run_is_marked_in_name_and_protocol(kind, folder, partial, number):
+    bench = published_benchmark(kind, folder, partial=partial)
+    assert bench.name == f"{kind}-partial"
+    assert len(bench.images) == len(list(encoded_images(bench))) == number
+    assert bench.about["partial"] == f"{number} of 3 images"
+    texts = [text for image_texts in bench.retrieval.values() for text in image_texts.texts]
     assert len(texts) == (number * FORMATS[kind].texts // SIZE if kind in FORMATS else 0)
 
 
 @every_retrieval
-def test_what_a_partial_run_left_out_is_counted(kind, folder):
+def test_a_partial_run_counts_missing_images(kind, folder):
     files(folder)[0].unlink()
-    asked = published_benchmark(kind, folder, partial=True)
-    assert asked.about["partial"] == "2 of 3 images, 1 images missing"
-    assert b"0.jpg" not in [data[-5:] for data in encoded_images(asked)]
+    bench = published_benchmark(kind, folder, partial=True)
+    assert bench.about["partial"] == "2 of 3 images, 1 images missing"
+    assert b"0.jpg" not in [data[-5:] for data in encoded_images(bench)]
 
 
 # --- end to end ---------------------------------------------------------------------------------------------------
 
 
-def scored(asked: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, Any]]:
+def score_and_protocol(bench: Benchmark, tower: Path) -> tuple[dict[str, float], dict[str, Any]]:
     torch.manual_seed(0)
     settings = {"text": {"config": TEXT, "context_length": 32}, "image_tower": {"frozen": False}}
     model = build_for_pretraining(PretrainConfig.model_validate(settings), tower).eval()
     encoder = LotlipEncoder(model, TextTokenizer("bert-base-uncased", 32, model.config.corner_tokens), 2)
-    found = evaluate(encoder, asked, encoder.images(encoded_images(asked)))
-    return dict(found.values), protocol(encoder, asked)
+    scores = evaluate(encoder, bench, encoder.images(encoded_images(bench)))
+    return dict(scores.values), protocol(encoder, bench)
 
 
 @pytest.mark.parametrize("kind", ["coco", "imagenet", "dci"])
-def test_a_model_is_scored(kind, folder, tiny_tower, tiny_samples):
+def test_a_model_can_be_scored(kind, folder, tiny_tower, tiny_samples):
     for path, sample in zip(files(folder), tiny_samples, strict=False):
         path.write_bytes(sample.image)
     settings = PublishedBenchmarkConfig(kind=kind, folder=folder, partial=True)
-    asked = open_benchmark("mine", settings, Paths(), [])
-    assert asked.name == "mine-partial"
-    if asked.prompts:  # the classes that are there, and two prompts of each: enough to see that all fits
-        classes = [prompts[:2] for prompts in asked.prompts.classes[:10]]
-        asked = replace(asked, prompts=replace(asked.prompts, classes=classes))
-    values, about = scored(asked, tiny_tower)
-    assert set(chances(asked)) <= set(values)
+    bench = open_benchmark("mine", settings, Paths(), [])
+    assert bench.name == "mine-partial"
+    if bench.prompts:  # few classes and prompts, to save time
+        classes = [prompts[:2] for prompts in bench.prompts.classes[:10]]
+        bench = replace(bench, prompts=replace(bench.prompts, classes=classes))
+    values, about = score_and_protocol(bench, tiny_tower)
+    assert set(chances(bench)) <= set(values)
     assert about["images"] == SIZE
     assert about["partial"] == "3 of 3 images"
     assert about.get("short_texts") == (15 if kind == "coco" else None)
@@ -652,7 +652,7 @@ def test_a_model_is_scored(kind, folder, tiny_tower, tiny_samples):
 # --- published scores ---------------------------------------------------------------------------------------------
 
 
-def test_published_scores_are_of_known_benchmarks_and_metrics():
+def test_published_scores_have_known_benchmarks_and_metrics():
     for reference in REFERENCE:
         assert reference.source
         assert set(reference.scores) <= set(FORMATS)
@@ -674,6 +674,6 @@ def test_published_scores_are_of_known_benchmarks_and_metrics():
     }
 
 
-def test_a_source_is_named_once_with_its_models():
+def test_sources_are_listed_once_with_their_models():
     few = [Reference("A", {}, "x"), Reference("B", {}, "y"), Reference("C", {}, "x")]
     assert sources(few) == "zero-shot scores that were not measured here: x (A, C); y (B)"

@@ -1,4 +1,4 @@
-"""Reading to the end: models that read a known part of a text get known answers."""
+"""The reading test gives known scores to models that read a known part of a text."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lotlip.evaluate.reading import (
 
 SCENES = [generate_scene(7, "test", number) for number in range(120)]
 BERT = "bert-base-uncased"
-# What a sentence can say of a small object, each with a place in a feature.
+# Every fact that a sentence can state about a small object, with its place in a feature.
 FACTS = {fact: n for n, fact in enumerate(itertools.product(TEXTURES, COLOURS, SHAPES, POSITIONS))}
 
 
@@ -42,12 +42,12 @@ def pieces(texts: Sequence[str]) -> list[int]:
 
 
 @cache
-def quiz() -> ReadingTest:
+def reading_test() -> ReadingTest:
     return make_reading_test(SCENES, pieces)
 
 
 def fact(sentence: str) -> tuple[str, str, str, str] | None:
-    """What a sentence says of a small object; None where it is about something else."""
+    """The fact that a sentence states about a small object; None: it is about something else."""
     words = sentence.split()
     texture, colour, shape = (next((w for w in words if w in names), "") for names in (TEXTURES, COLOURS, SHAPES))
     positions = [position for position in POSITIONS if position in sentence.lower()]
@@ -55,7 +55,7 @@ def fact(sentence: str) -> tuple[str, str, str, str] | None:
 
 
 def facts(text: str, sentences: int | None = None) -> list[tuple[str, str, str, str]]:
-    return [found for found in map(fact, split_sub_captions(text)[:sentences]) if found]
+    return [fact_found for fact_found in map(fact, split_sub_captions(text)[:sentences]) if fact_found]
 
 
 def truth(scene: Scene) -> list[tuple[str, str, str, str]]:
@@ -64,7 +64,7 @@ def truth(scene: Scene) -> list[tuple[str, str, str, str]]:
 
 @dataclass(frozen=True)
 class Reader:
-    """Understands the first `sentences` of a text, all of them with None; token by token where it is asked to be so."""
+    """Understands the first `sentences` of a text (None: all), with one feature or one token per fact."""
 
     sentences: int | None = None
     token_by_token: bool = False
@@ -78,14 +78,14 @@ class Reader:
             return normalize(torch.stack([row.sum(dim=0) for row in rows])), None
         return torch.stack(rows), torch.stack([row.any(dim=1) | (torch.arange(6) == 0) for row in rows])
 
-    def row(self, told: list[tuple[str, str, str, str]]) -> Tensor:
-        """A token for each of at most six facts."""
+    def row(self, known_facts: list[tuple[str, str, str, str]]) -> Tensor:
+        """A token for each of up to six facts."""
         row = torch.zeros(6, len(FACTS))
-        for number, one in enumerate(told):
+        for number, one in enumerate(known_facts):
             row[number, FACTS[one]] = 1
         return row
 
-    def seen(self, scenes: Sequence[Scene]) -> Tensor:
+    def image_features(self, scenes: Sequence[Scene]) -> Tensor:
         """Features of the scenes' images."""
         rows = torch.stack([self.row(truth(scene)) for scene in scenes])
         return rows if self.token_by_token else normalize(rows.sum(dim=1))
@@ -97,10 +97,10 @@ class Reader:
 # --- questions ----------------------------------------------------------------------------------------------------
 
 
-def test_the_scenes_with_most_objects_are_asked_for_at_every_position():
-    asked = questions(SCENES)
-    assert [question.scene for question in asked] == [n for n, scene in enumerate(SCENES) if len(scene.objects) == 6]
-    for question in asked:
+def test_questions_cover_every_position_of_scenes_with_the_most_objects():
+    chosen = questions(SCENES)
+    assert [question.scene for question in chosen] == [n for n, scene in enumerate(SCENES) if len(scene.objects) == 6]
+    for question in chosen:
         assert len(question.true) == len(question.changed) == len(question.before) == 6
         for position, (true, changed) in enumerate(zip(question.true, question.changed, strict=True)):
             right, wrong = split_sub_captions(true), split_sub_captions(changed)
@@ -110,7 +110,7 @@ def test_the_scenes_with_most_objects_are_asked_for_at_every_position():
             assert sorted(right) == sorted(split_sub_captions(long_text(SCENES[question.scene])))
 
 
-def test_one_attribute_is_false_of_the_scene_and_everything_else_is_true():
+def test_a_question_changes_one_attribute_to_a_false_one():
     for question in questions(SCENES):
         scene = SCENES[question.scene]
         for true, changed in zip(question.true, question.changed, strict=True):
@@ -118,113 +118,118 @@ def test_one_attribute_is_false_of_the_scene_and_everything_else_is_true():
             (right,), (wrong,) = set(facts(true)) - set(facts(changed)), set(facts(changed)) - set(facts(true))
             names = ("texture", "colour", "shape", "position")
             assert [n for n, a, b in zip(names, right, wrong, strict=True) if a != b] == [question.attribute]
-            there = {getattr(thing, question.attribute) for thing in (scene.salient, *scene.objects)}
-            assert wrong[names.index(question.attribute)] not in there
+            values = {getattr(thing, question.attribute) for thing in (scene.salient, *scene.objects)}
+            assert wrong[names.index(question.attribute)] not in values
 
 
-def test_attributes_are_asked_for_equally_often():
+def test_questions_change_each_attribute_equally_often():
     counts = Counter(question.attribute for question in questions(SCENES))
     assert set(counts) == set(ATTRIBUTES)
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_a_seed_chooses_the_questions():
+def test_questions_depend_on_the_seed():
     assert questions(SCENES, 1) == questions(SCENES, 1) != questions(SCENES, 2)
 
 
-def test_changed_texts_are_made_of_words_that_training_has():
+def test_changed_texts_use_words_of_training_captions():
     records = [
         ImageRecord(f"s{n}", b"", "png", "", 64, 64, "", generate_scene(7, "train", n).to_json()) for n in range(400)
     ]
-    said = [
+    captions = [
         caption.text
         for style in ("instructblip", "llava", "sharegpt4v")
         for caption in SceneCaptioner(style, CaptionerConfig(kind="scenes", path="", style=style), len).caption(records)
         if isinstance(caption, Caption)
     ]
-    asked = [text for question in questions(SCENES) for text in question.changed]
-    unseen = used_tokens(BERT, asked) - used_tokens(BERT, said)
-    assert unseen <= used_tokens(BERT, [long_text(scene) for scene in SCENES]) - used_tokens(BERT, said)
+    texts = [text for question in questions(SCENES) for text in question.changed]
+    unseen = used_tokens(BERT, texts) - used_tokens(BERT, captions)
+    assert unseen <= used_tokens(BERT, [long_text(scene) for scene in SCENES]) - used_tokens(BERT, captions)
 
 
-# --- answers ------------------------------------------------------------------------------------------------------
+# --- scores -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("token_by_token", [False, True])
-def test_a_model_that_reads_three_objects_guesses_on_the_others(token_by_token):
+def test_a_model_that_reads_three_objects_scores_chance_on_the_others(token_by_token):
     reader = Reader(sentences=5, token_by_token=token_by_token)
-    found = hard_negatives(reader, quiz(), reader.seen(SCENES))
-    assert [at.accuracy.value for at in found.by_position] == [1, 1, 1, 0.5, 0.5, 0.5]
-    assert [at.accuracy.interval for at in found.by_position] == [(1, 1)] * 3 + [(0.5, 0.5)] * 3
-    assert found.accuracy.value == 0.75
-    assert [of.accuracy.value for of in found.by_attribute] == [0.75] * 4
-    assert sum(of.scenes for of in found.by_attribute) == found.scenes == len(questions(SCENES))
+    result = hard_negatives(reader, reading_test(), reader.image_features(SCENES))
+    assert [at.accuracy.value for at in result.by_position] == [1, 1, 1, 0.5, 0.5, 0.5]
+    assert [at.accuracy.interval for at in result.by_position] == [(1, 1)] * 3 + [(0.5, 0.5)] * 3
+    assert result.accuracy.value == 0.75
+    assert [of.accuracy.value for of in result.by_attribute] == [0.75] * 4
+    assert sum(of.scenes for of in result.by_attribute) == result.scenes == len(questions(SCENES))
 
 
-def test_a_model_that_reads_all_is_right_and_one_that_reads_nothing_guesses():
+def test_reading_all_scores_one_and_reading_nothing_scores_chance():
     for sentences, accuracy in ((None, 1), (0, 0.5)):
         reader = Reader(sentences)
-        found = hard_negatives(reader, quiz(), reader.seen(SCENES))
-        assert {at.accuracy.value for at in found.by_position} == {accuracy}
+        result = hard_negatives(reader, reading_test(), reader.image_features(SCENES))
+        assert {at.accuracy.value for at in result.by_position} == {accuracy}
 
 
-def test_a_model_that_prefers_what_is_false_is_wrong():
+def test_a_model_that_prefers_false_texts_scores_zero():
     reader = Reader()
-    found = hard_negatives(reader, quiz(), -reader.seen(SCENES))
-    assert found.accuracy.value == 0
+    result = hard_negatives(reader, reading_test(), -reader.image_features(SCENES))
+    assert result.accuracy.value == 0
 
 
-def test_intervals_are_of_images():
-    """Half of the images are seen as nothing: on those the model guesses, on the others it is right."""
-    reader, asked = Reader(), questions(SCENES)
-    seen = reader.seen(SCENES)
-    seen[[question.scene for question in asked[::2]]] = torch.eye(len(FACTS))[0]
-    found = hard_negatives(reader, quiz(), seen).accuracy
-    assert found.value == pytest.approx(0.75, abs=0.02)
-    low, high = found.interval
-    half = 1.96 * 0.25 / len(asked) ** 0.5  # each image scores 0.5 or 1, whatever the position
+def test_intervals_resample_images():
+    """The model guesses on half of the images, whose features are wrong, and is right on the others."""
+    reader, chosen = Reader(), questions(SCENES)
+    features = reader.image_features(SCENES)
+    features[[question.scene for question in chosen[::2]]] = torch.eye(len(FACTS))[0]
+    accuracy = hard_negatives(reader, reading_test(), features).accuracy
+    assert accuracy.value == pytest.approx(0.75, abs=0.02)
+    low, high = accuracy.interval
+    half = 1.96 * 0.25 / len(chosen) ** 0.5  # each image scores 0.5 or 1 at every position
     assert high - low == pytest.approx(2 * half, rel=0.25)
 
 
-def test_what_stands_before_a_sentence_is_counted():
-    asked = questions(SCENES)
-    before = [at.tokens_before for at in hard_negatives(Reader(), quiz(), Reader().seen(SCENES)).by_position]
-    assert before[0] == pytest.approx(sum(pieces([question.before[0] for question in asked])) / len(asked))
+def test_tokens_before_a_sentence_are_counted():
+    chosen = questions(SCENES)
+    before = [
+        at.tokens_before for at in hard_negatives(Reader(), reading_test(), Reader().image_features(SCENES)).by_position
+    ]
+    assert before[0] == pytest.approx(sum(pieces([question.before[0] for question in chosen])) / len(chosen))
     assert all(8 < later - earlier < 14 for earlier, later in itertools.pairwise(before))
 
 
 def test_recall_rises_until_the_model_stops_reading():
     reader = Reader(sentences=5)
-    found = recall_by_length(reader, quiz(), reader.seen(SCENES))
-    assert [at.sentences for at in found] == [1, 2, 3, 4, 5, 6, 7, 8]
-    assert found[0].text_to_image.value == found[1].text_to_image.value < 0.05  # of no small object
-    values = [at.text_to_image.value for at in found]
+    results = recall_by_length(reader, reading_test(), reader.image_features(SCENES))
+    assert [at.sentences for at in results] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert results[0].text_to_image.value == results[1].text_to_image.value < 0.05  # they describe no small object
+    values = [at.text_to_image.value for at in results]
     assert values[1] < values[2] < values[3] and values[4:] == [values[4]] * 4
-    assert all(at.text_to_image.interval[0] <= at.text_to_image.value <= at.text_to_image.interval[1] for at in found)
-    assert [at.tokens for at in found] == sorted(at.tokens for at in found)
+    assert all(at.text_to_image.interval[0] <= at.text_to_image.value <= at.text_to_image.interval[1] for at in results)
+    assert [at.tokens for at in results] == sorted(at.tokens for at in results)
 
 
-def test_whole_texts_score_as_long_texts_do():
+def test_recall_of_full_texts_equals_retrieval_of_long_texts():
     reader = Reader(sentences=4)
-    seen, texts = reader.seen(SCENES), [long_text(scene) for scene in SCENES]
-    last = recall_by_length(reader, quiz(), seen)[-1]
-    expected = retrieval(seen, reader.texts(texts)[0], torch.arange(len(SCENES)), (1,))
-    for way, share in (("image_to_text", last.image_to_text), ("text_to_image", last.text_to_image)):
-        assert (share.value, share.interval) == (expected.values[f"{way}.r1"], expected.intervals[f"{way}.r1"])
+    features, texts = reader.image_features(SCENES), [long_text(scene) for scene in SCENES]
+    last = recall_by_length(reader, reading_test(), features)[-1]
+    expected = retrieval(features, reader.texts(texts)[0], torch.arange(len(SCENES)), (1,))
+    for direction, recall in (("image_to_text", last.image_to_text), ("text_to_image", last.text_to_image)):
+        assert (recall.value, recall.interval) == (
+            expected.values[f"{direction}.r1"],
+            expected.intervals[f"{direction}.r1"],
+        )
 
 
-def test_answers_are_plain_json():
+def test_results_are_plain_json():
     few = SCENES[:12]
-    found = evaluate_reading(Reader(), make_reading_test(few, pieces), Reader().seen(few)).to_json()
-    assert found["hard_negatives"]["by_position"][0].keys() == {"position", "tokens_before", "accuracy"}
-    assert found["hard_negatives"]["accuracy"]["value"] == 1
-    assert found["lengths"][-1].keys() == {"sentences", "images", "tokens", "image_to_text", "text_to_image"}
+    report = evaluate_reading(Reader(), make_reading_test(few, pieces), Reader().image_features(few)).to_json()
+    assert report["hard_negatives"]["by_position"][0].keys() == {"position", "tokens_before", "accuracy"}
+    assert report["hard_negatives"]["accuracy"]["value"] == 1
+    assert report["lengths"][-1].keys() == {"sentences", "images", "tokens", "image_to_text", "text_to_image"}
 
 
-def test_only_the_first_scenes_are_asked_about():
+def test_a_limit_selects_the_first_scenes():
     reader = Reader(sentences=4)
     few = make_reading_test(SCENES, pieces, 40)
     assert few == make_reading_test(SCENES[:40], pieces)
-    found = evaluate_reading(reader, few, reader.seen(SCENES))
-    assert found == evaluate_reading(reader, few, reader.seen(SCENES[:40]))
-    assert {at.images for at in found.lengths} == {40}
+    results = evaluate_reading(reader, few, reader.image_features(SCENES))
+    assert results == evaluate_reading(reader, few, reader.image_features(SCENES[:40]))
+    assert {at.images for at in results.lengths} == {40}

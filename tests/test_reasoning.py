@@ -1,4 +1,4 @@
-"""Reasoning of models: cut off by every captioner, and found where it cannot be cut off."""
+"""Reasoning of models is removed by every captioner, and detected where it cannot be removed."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lotlip.caption.quality import broken_rule, measure
 from lotlip.caption.reasoning import cut_reasoning, reasoning
 from lotlip.core.checks import GateFailed
 from lotlip.data.records import Caption, Failure, ImageRecord
-from tests.captioning_server import CaptioningServer, saying
+from tests.captioning_server import CaptioningServer, caption_text
 from tests.test_endpoint_captioner import captioner, no_key, record, records, words  # noqa: F401 (a fixture)
-from tests.test_quality import written
+from tests.test_quality import write_partitions
 
 TEXT = "A red house stands by a lake. Two trees are behind it."
 WITH_AN_ANSWER = [
@@ -57,18 +57,18 @@ CLEAN = [
 
 
 @pytest.mark.parametrize("text", WITH_AN_ANSWER)
-def test_reasoning_is_cut_off_and_the_answer_stays(text):
+def test_reasoning_is_removed_and_the_answer_kept(text):
     assert cut_reasoning(text) == TEXT
     assert cut_reasoning(TEXT) == TEXT
 
 
 @pytest.mark.parametrize("text", WITHOUT_AN_ANSWER)
-def test_nothing_is_left_of_a_text_that_is_all_reasoning(text):
+def test_reasoning_without_an_answer_becomes_empty(text):
     assert cut_reasoning(text) == ""
 
 
 @pytest.mark.parametrize("text", CLEAN)
-def test_a_text_usable_stays_as_it_is(text):
+def test_text_without_reasoning_is_unchanged(text):
     assert cut_reasoning(f" {text}\n") == text
     assert reasoning(text) == ""
 
@@ -77,29 +77,29 @@ def test_a_text_usable_stays_as_it_is(text):
 
 
 @pytest.mark.parametrize("text", [WITH_AN_ANSWER[0], WITH_AN_ANSWER[2], WITH_AN_ANSWER[15]])
-def test_an_endpoint_s_caption_has_no_reasoning(text):
-    with CaptioningServer(lambda image, number: saying(text, reasoning_content="Okay, a house.")) as server:
-        (found,) = captioner(server.url).caption(records(1))
-    assert isinstance(found, Caption)
-    assert found.text == TEXT
-    assert found.sub_captions == ["A red house stands by a lake", "Two trees are behind it"]
-    assert found.tokens == words(TEXT)
+def test_an_endpoints_caption_has_no_reasoning(text):
+    with CaptioningServer(lambda image, number: caption_text(text, reasoning_content="Okay, a house.")) as server:
+        (caption,) = captioner(server.url).caption(records(1))
+    assert isinstance(caption, Caption)
+    assert caption.text == TEXT
+    assert caption.sub_captions == ["A red house stands by a lake", "Two trees are behind it"]
+    assert caption.tokens == words(TEXT)
 
 
 @pytest.mark.parametrize(
     ("text", "field"),
     [("<think>Okay, a house", {}), ("", {"reasoning_content": "Okay, a house"}), (None, {"reasoning": "A house"})],
 )
-def test_an_endpoint_s_answer_that_is_all_reasoning_is_a_failure_that_is_not_asked_again(text, field):
-    with CaptioningServer(lambda image, number: saying(text, "length", **field)) as server:
-        (found,) = captioner(server.url).caption(records(1))
-    assert isinstance(found, Failure)
-    assert found.kind == "empty"
-    assert "reasoning" in found.reason and "max_tokens" in found.reason
-    assert max(server.tries.values()) == 1
+def test_an_endpoints_answer_of_reasoning_alone_is_a_failure_without_retry(text, field):
+    with CaptioningServer(lambda image, number: caption_text(text, "length", **field)) as server:
+        (failure,) = captioner(server.url).caption(records(1))
+    assert isinstance(failure, Failure)
+    assert failure.kind == "empty"
+    assert "reasoning" in failure.reason and "max_tokens" in failure.reason
+    assert max(server.attempts.values()) == 1
 
 
-def test_a_table_s_captions_have_no_reasoning(tmp_path):
+def test_a_tables_captions_have_no_reasoning(tmp_path):
     from lotlip.caption.captioners.table import TableCaptioner as Table
 
     rows = {"key": ["k0", "k1", "k2"], "captioner": ["llava"] * 3}
@@ -112,21 +112,21 @@ def test_a_table_s_captions_have_no_reasoning(tmp_path):
     assert second.kind == "empty"
 
 
-def test_each_column_of_a_table_is_cut_for_itself(tmp_path):
+def test_each_column_of_a_table_is_cleaned_separately(tmp_path):
     from lotlip.caption.captioners.table import TableCaptioner as Table
 
     data = {"key": ["k0"], "short": ["A house."], "long": [f"a house?</think>{TEXT}"]}
     pd.DataFrame(data).to_parquet(tmp_path / "t.parquet")
     settings = TableCaptionerConfig(kind="table", path=tmp_path / "t.parquet", captioner=None, text=["short", "long"])
-    (found,) = Table("llava", settings, words).caption(records(1))
-    assert isinstance(found, Caption)
-    assert found.text == f"A house.\n{TEXT}"
+    (caption,) = Table("llava", settings, words).caption(records(1))
+    assert isinstance(caption, Caption)
+    assert caption.text == f"A house.\n{TEXT}"
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("special", [False, True])
-def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
-    """The markers may be ordinary words of the tokenizer, or special tokens that decoding leaves out."""
+def test_a_models_caption_has_no_reasoning(tmp_path, special):
+    """The markers are ordinary words of the tokenizer, or special tokens that decoding skips."""
     from transformers import AutoTokenizer
 
     from lotlip.caption.captioners.transformers import _Mllm
@@ -144,27 +144,27 @@ def test_a_model_s_caption_has_no_reasoning(tmp_path, special):
     plain = answer("a dog on the grass").text
     assert answer("<think> a house by the sea </think> a dog on the grass").text == plain != ""
     assert answer("a house by the sea </think> a dog on the grass").text == plain
-    nothing = answer("<think> a dog on the grass")
-    assert (nothing.text, nothing.reasoned) == ("", True)
+    unanswered = answer("<think> a dog on the grass")
+    assert (unanswered.text, unanswered.reasoned) == ("", True)
 
 
-# --- what was stored before -------------------------------------------------------------------------------------------
+# --- older caption stores ---------------------------------------------------------------------------------------------
 
 
-def test_reasoning_in_an_older_store_is_cut_off_when_it_is_published():
+def test_reasoning_in_an_older_caption_store_is_removed_when_published():
     from lotlip.caption.partition import _usable
 
     stored = Caption("k0", "llava", WITH_AN_ANSWER[0], [], 0, "stop", "m@1", "What?")
     assert _usable(stored) == replace(stored, text=TEXT)
     assert _usable(replace(stored, text=TEXT)).text == TEXT
-    found = _usable(replace(stored, text=WITHOUT_AN_ANSWER[0]))
-    assert isinstance(found, Failure)
-    assert found.kind == "empty"
+    failure = _usable(replace(stored, text=WITHOUT_AN_ANSWER[0]))
+    assert isinstance(failure, Failure)
+    assert failure.kind == "empty"
 
 
 # --- rule and gate ----------------------------------------------------------------------------------------------------
 
-LEFT = [
+UNCUT = [
     "Okay, let's see. There is a house by a lake and two trees.",
     "The user wants me to describe the picture. I see a house.",
     "So the user asks for details, and I need to describe the house.",
@@ -174,8 +174,8 @@ LEFT = [
 ]
 
 
-@pytest.mark.parametrize("text", LEFT)
-def test_reasoning_that_could_not_be_cut_off_breaks_a_rule(text):
+@pytest.mark.parametrize("text", UNCUT)
+def test_remaining_reasoning_breaks_a_rule(text):
     caption = measure(Caption("k", "llava", text, [text], 9, "stop", "m@1", ""), frozenset(), [])
     failure = broken_rule(caption, QualityConfig())
     assert failure is not None
@@ -184,39 +184,39 @@ def test_reasoning_that_could_not_be_cut_off_breaks_a_rule(text):
     assert broken_rule(caption, QualityConfig(reasoning=False)) is None
 
 
-def test_captions_that_show_reasoning_fail_the_gate_whether_or_not_the_rule_drops_them(tmp_path, without_pages):
-    reports = written(tmp_path)
+def test_captions_dropped_for_reasoning_fail_the_gate(tmp_path, without_pages):
+    reports = write_partitions(tmp_path)
     dropped = [Failure(f"d{number}", "llava", "shows reasoning", "reasoning") for number in range(20)]
-    spoilt = replace(reports[0], read=220, failures=dropped)
+    damaged = replace(reports[0], read=220, failures=dropped)
     with pytest.raises(GateFailed, match=r"show the model's reasoning"):
-        gate_caption(CaptionConfig(), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
-    gate_caption(CaptionConfig(max_reasoning_share=0.1), tmp_path, [spoilt, *reports[1:]], tmp_path / "report")
+        gate_caption(CaptionConfig(), tmp_path, [damaged, *reports[1:]], tmp_path / "report")
+    gate_caption(CaptionConfig(max_reasoning_share=0.1), tmp_path, [damaged, *reports[1:]], tmp_path / "report")
 
 
-# --- answers of other shapes ------------------------------------------------------------------------------------------
+# --- content in parts -------------------------------------------------------------------------------------------------
 
 
-def parts(*found: object) -> list[object]:
-    return list(found)
+def content_parts(*items: object) -> list[object]:
+    return list(items)
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        parts({"type": "text", "text": TEXT}),
-        parts({"type": "text", "text": TEXT[:30]}, {"type": "text", "text": TEXT[30:]}),
-        parts(
+        content_parts({"type": "text", "text": TEXT}),
+        content_parts({"type": "text", "text": TEXT[:30]}, {"type": "text", "text": TEXT[30:]}),
+        content_parts(
             {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "output_text", "text": TEXT}
         ),
-        parts({"text": TEXT}),
-        parts(TEXT),
+        content_parts({"text": TEXT}),
+        content_parts(TEXT),
     ],
 )
 def test_parts_of_an_answer_are_joined(content):
-    with CaptioningServer(lambda image, number: saying(content)) as server:
-        (found,) = captioner(server.url).caption(records(1))
-    assert isinstance(found, Caption)
-    assert found.text == TEXT
+    with CaptioningServer(lambda image, number: caption_text(content)) as server:
+        (caption,) = captioner(server.url).caption(records(1))
+    assert isinstance(caption, Caption)
+    assert caption.text == TEXT
 
 
 @pytest.mark.parametrize(
@@ -224,72 +224,74 @@ def test_parts_of_an_answer_are_joined(content):
     [
         (7, "malformed"),
         ({"text": TEXT}, "malformed"),
-        (parts(7), "malformed"),
-        (parts({"type": "image_url", "image_url": {}}), "malformed"),
-        (parts({"type": "text", "text": None}), "malformed"),
-        (parts({"type": "refusal", "refusal": "I will not."}), "refused"),
-        (parts(), "empty"),
+        (content_parts(7), "malformed"),
+        (content_parts({"type": "image_url", "image_url": {}}), "malformed"),
+        (content_parts({"type": "text", "text": None}), "malformed"),
+        (content_parts({"type": "refusal", "refusal": "I will not."}), "refused"),
+        (content_parts(), "empty"),
         (True, "malformed"),
     ],
 )
-def test_an_answer_that_no_other_try_would_change_is_one_failure_and_paid_for_once(content, kind):
-    with CaptioningServer(lambda image, number: saying(content)) as server:
-        found = list(captioner(server.url).caption(records(3)))
-    assert [getattr(item, "kind", None) for item in found] == [kind] * 3
-    assert max(server.tries.values()) == 1
+def test_an_unusable_answer_is_a_failure_without_retry(content, kind):
+    with CaptioningServer(lambda image, number: caption_text(content)) as server:
+        captions = list(captioner(server.url).caption(records(3)))
+    assert [getattr(item, "kind", None) for item in captions] == [kind] * 3
+    assert max(server.attempts.values()) == 1
 
 
 @pytest.mark.parametrize("number", [400, 413, 422])
-def test_a_request_that_a_server_refuses_is_not_sent_again(number):
+def test_a_rejected_request_is_not_retried(number):
     from tests.captioning_server import status
-    from tests.test_endpoint_captioner import spoilt
+    from tests.test_endpoint_captioner import fail_first
 
-    with CaptioningServer(spoilt(status(number), 9)) as server:
-        found = list(captioner(server.url, retries=5).caption(records(2)))
-    assert [getattr(item, "kind", None) for item in found] == ["rejected", None]
-    assert max(server.tries.values()) == 1
+    with CaptioningServer(fail_first(status(number), 9)) as server:
+        captions = list(captioner(server.url, retries=5).caption(records(2)))
+    assert [getattr(item, "kind", None) for item in captions] == ["rejected", None]
+    assert max(server.attempts.values()) == 1
 
 
-def test_half_of_a_surrogate_pair_does_not_stop_a_partition():
+def test_a_lone_surrogate_is_replaced():
     from lotlip.caption.captioners.endpoint import EndpointCaptioner
     from lotlip.data.tokenizer import count_tokens
 
-    with CaptioningServer(lambda image, number: saying("A red \ud83d house.")) as server:
+    with CaptioningServer(lambda image, number: caption_text("A red \ud83d house.")) as server:
         author = captioner(server.url)
         counted = EndpointCaptioner("llava", author.settings, count_tokens("bert-base-uncased"))
-        (found,) = counted.caption([record(0)])
-    assert isinstance(found, Caption)
-    assert found.text == "A red \ufffd house."
+        (caption,) = counted.caption([record(0)])
+    assert isinstance(caption, Caption)
+    assert caption.text == "A red \ufffd house."
 
 
-# --- parameters that a model does not take ----------------------------------------------------------------------------
+# --- parameters that a model rejects ----------------------------------------------------------------------------------
 
 
-def sent(**changes: object) -> dict[str, object]:
+def sent_parameters(**changes: object) -> dict[str, object]:
     with CaptioningServer() as server:
         list(captioner(server.url, **changes).caption(records(1)))
     return {name: value for name, value in server.requests[-1].items() if name not in ("model", "messages")}
 
 
-def test_each_parameter_can_be_left_out_of_the_request():
-    whole = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
-    assert sent() == whole
-    for name in whole:
-        assert sent(**{name: None}) == {key: value for key, value in whole.items() if key != name}
-    assert sent(**dict.fromkeys(whole)) == {}
+def test_each_parameter_can_be_omitted():
+    defaults = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
+    assert sent_parameters() == defaults
+    for name in defaults:
+        assert sent_parameters(**{name: None}) == {key: value for key, value in defaults.items() if key != name}
+    assert sent_parameters(**dict.fromkeys(defaults)) == {}
 
 
-def test_max_completion_tokens_takes_the_place_of_max_tokens():
-    assert sent(max_completion_tokens=4096, temperature=None, top_p=None, seed=None) == {"max_completion_tokens": 4096}
+def test_max_completion_tokens_replaces_max_tokens():
+    assert sent_parameters(max_completion_tokens=4096, temperature=None, top_p=None, seed=None) == {
+        "max_completion_tokens": 4096
+    }
     with pytest.raises(ValueError, match=r"max_completion_tokens.*remove max_tokens"):
         captioner("http://127.0.0.1:1/v1", max_completion_tokens=9, max_tokens=9)
 
 
-def test_images_records_stay_in_order_with_failures_between(monkeypatch):
-    given = [record(number) for number in range(4)]
-    assert all(isinstance(one, ImageRecord) for one in given)
-    images = {given[1].image: "<think>hm", given[2].image: f"hm</think>{TEXT}"}
-    with CaptioningServer(lambda image, number: saying(images[image]) if image in images else None) as server:
-        found = list(captioner(server.url).caption(given))
-    assert [item.key for item in found] == ["k0", "k1", "k2", "k3"]
-    assert [type(item) for item in found] == [Caption, Failure, Caption, Caption]
+def test_captions_and_failures_keep_the_order_of_images(monkeypatch):
+    images = [record(number) for number in range(4)]
+    assert all(isinstance(one, ImageRecord) for one in images)
+    answers = {images[1].image: "<think>hm", images[2].image: f"hm</think>{TEXT}"}
+    with CaptioningServer(lambda image, number: caption_text(answers[image]) if image in answers else None) as server:
+        captions = list(captioner(server.url).caption(images))
+    assert [item.key for item in captions] == ["k0", "k1", "k2", "k3"]
+    assert [type(item) for item in captions] == [Caption, Failure, Caption, Caption]

@@ -1,4 +1,4 @@
-"""JSON between stages: what is read back is what was written, and a file of another shape is one clear error."""
+"""JSON between stages is read as written, and an invalid file is a clear error."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from lotlip.evaluate.records import AblationScores, BenchmarkScores
 from lotlip.pretrain.records import HISTORY, Run, read_history
 
 
-class Own(Record):
+class Example(Record):
     folder: Path
     counts: dict[int, int]
     share: float
 
 
-OWN = Own(folder=Path("a/b"), counts={128: 2, 64: 1}, share=0.5)
+EXAMPLE = Example(folder=Path("a/b"), counts={128: 2, 64: 1}, share=0.5)
 RUN = {"ablation": "lit", "config": {"steps": 2}, "data_hash": "d", "git_commit": "c", "fingerprints": {"0": "f"}}
 
 
-def test_a_record_is_read_as_it_was_written(tmp_path: Path) -> None:
-    OWN.write(tmp_path / "own.json")
-    assert Own.load(tmp_path / "own.json") == OWN
+def test_a_record_is_read_as_written(tmp_path: Path) -> None:
+    EXAMPLE.write(tmp_path / "example.json")
+    assert Example.load(tmp_path / "example.json") == EXAMPLE
     text = '{\n "counts": {\n  "64": 1,\n  "128": 2\n },\n "folder": "a/b",\n "share": 0.5\n}\n'
-    assert (tmp_path / "own.json").read_text() == text
+    assert (tmp_path / "example.json").read_text() == text
 
 
-def test_a_number_that_json_has_not_is_not_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"own\.json cannot be written as JSON"):
-        OWN.model_copy(update={"share": math.nan}).write(tmp_path / "own.json")
+def test_nan_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"example\.json cannot be written as JSON"):
+        EXAMPLE.model_copy(update={"share": math.nan}).write(tmp_path / "example.json")
     assert not list(tmp_path.iterdir())
 
 
@@ -45,20 +45,18 @@ def test_a_number_that_json_has_not_is_not_written(tmp_path: Path) -> None:
         ('{"folder": "a", "counts": {}}', "share: Field required"),
         ('{"folder": "a", "counts": {"x": 1}, "share": 1}', r"counts\.x\.\[key\]: Input should be a valid integer"),
         ('{"folder": "a", "counts": {}, "share": 1, "more": 2}', "more: Extra inputs are not permitted"),
-        ("[]", "the file: Input should be a valid dictionary or instance of Own"),
+        ("[]", "the file: Input should be a valid dictionary or instance of Example"),
         ('{"a": 1, "b": 2}', "folder: Field required; counts: Field required; share: Field required; and 2 more"),
     ],
 )
-def test_a_file_of_another_shape_is_named_with_its_problem_and_a_remedy(
-    tmp_path: Path, text: str, problem: str
-) -> None:
-    file = tmp_path / "own.json"
+def test_an_invalid_file_is_an_error_with_problem_and_remedy(tmp_path: Path, text: str, problem: str) -> None:
+    file = tmp_path / "example.json"
     file.write_text(text)
     with pytest.raises(ValueError, match=rf"^{file} is not what its stage writes \({problem}.*run its stage again"):
-        Own.load(file)
+        Example.load(file)
 
 
-def test_a_list_is_checked_too(tmp_path: Path) -> None:
+def test_a_list_of_records_is_validated(tmp_path: Path) -> None:
     (tmp_path / "seed-0").mkdir()
     file = tmp_path / "seed-0" / HISTORY
     file.write_text('[{"step": 1, "loss": 2.5}]')
@@ -103,21 +101,21 @@ SCORES = {
 
 
 @pytest.mark.parametrize(("kind", "data"), [(Run, RUN), (StageRecord, STAGE), (AblationScores, SCORES)])
-def test_files_of_earlier_versions_stay_as_they_are(tmp_path: Path, kind: type[Record], data: object) -> None:
-    file, again = tmp_path / "earlier.json", tmp_path / "again.json"
+def test_files_of_earlier_versions_are_rewritten_unchanged(tmp_path: Path, kind: type[Record], data: object) -> None:
+    file, rewritten = tmp_path / "earlier.json", tmp_path / "again.json"
     file.write_text(json.dumps(data))
-    kind.load(file).write(again)
-    assert json.loads(again.read_text()) == data
+    kind.load(file).write(rewritten)
+    assert json.loads(rewritten.read_text()) == data
 
 
-def test_scores_of_earlier_versions_lack_later_fields(tmp_path: Path) -> None:
+def test_scores_of_earlier_versions_are_read(tmp_path: Path) -> None:
     (tmp_path / "scores.json").write_text('{"seeds": {"3": {"a": 0.5}}, "protocol": {}, "chance": {}}')
-    found = read_record(tmp_path / "scores.json", BenchmarkScores)
-    assert (found.seeds, found.ceiling, found.limited) == ({3: {"a": 0.5}}, {}, False)
+    read = read_record(tmp_path / "scores.json", BenchmarkScores)
+    assert (read.seeds, read.ceiling, read.limited) == ({3: {"a": 0.5}}, {}, False)
 
 
 def test_an_index_of_earlier_versions_is_read(tmp_path: Path) -> None:
-    """They called warnings remarks, and did not say where sentences end."""
+    """They called warnings remarks and did not record the sentence ends."""
     totals = {"read": 3, "written": 2, "failed": 1, "failure_kinds": {"empty": 1}, "hash": "h"}
     failure = {"key": "k", "where": "a.png", "reason": "no words", "kind": "empty"}
     warning = {**failure, "kind": "renamed"}
@@ -132,12 +130,12 @@ def test_an_index_of_earlier_versions_is_read(tmp_path: Path) -> None:
         "prompt": "p",
     }
     (tmp_path / "index.json").write_text(json.dumps({**index, "quality": {}}))
-    found = read_index(tmp_path, CaptionIndex)
-    assert (found.failures, found.warnings) == ([Failure(**failure)], [ItemWarning(**warning)])
-    assert (found.sentence_ends, [unit.name for unit in found.whole]) == ("released", ["train/part-00000"])
+    read = read_index(tmp_path, CaptionIndex)
+    assert (read.failures, read.warnings) == ([Failure(**failure)], [ItemWarning(**warning)])
+    assert (read.sentence_ends, [unit.name for unit in read.whole]) == ("released", ["train/part-00000"])
 
 
-def test_a_units_report_whose_items_are_lost_is_an_error(tmp_path: Path) -> None:
+def test_a_report_with_lost_items_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "part.json"
     report = {"name": "part", "read": 2, "written": 1, "sha256": "", "bytes": 0, "failures": [], "warnings": []}
     file.write_text(json.dumps(report))

@@ -1,4 +1,4 @@
-"""What becomes of an encoded image and its caption, whatever source they are from."""
+"""Validation of an encoded image and its caption, the same for every source."""
 
 from __future__ import annotations
 
@@ -25,74 +25,74 @@ def encoded(form: str = "PNG", size: tuple[int, int] = (40, 30), **options: obje
     return file.getvalue()
 
 
-def taken(image: bytes, caption: str | bytes = "a red dot", ending: str = "", **settings: object) -> ImageRecord:
-    found = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption, ending)
-    assert isinstance(found, ImageRecord), found
-    return found
+def accepted(image: bytes, caption: str | bytes = "a red dot", ending: str = "", **settings: object) -> ImageRecord:
+    record = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption, ending)
+    assert isinstance(record, ImageRecord), record
+    return record
 
 
-def refused(image: bytes, caption: str | bytes = "a red dot", **settings: object) -> Failure:
-    found = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption)
-    assert isinstance(found, Failure)
-    assert (found.key, found.where) == ("k", "file")
-    return found
+def rejected(image: bytes, caption: str | bytes = "a red dot", **settings: object) -> Failure:
+    failure = RecordValidator(ImagesConfig(**settings))("k", "file", image, caption)
+    assert isinstance(failure, Failure)
+    assert (failure.key, failure.where) == ("k", "file")
+    return failure
 
 
-@pytest.mark.parametrize("form", [form for form in FORMATS if form not in ("HEIF", "JXL")])  # need plug-ins
-def test_images_are_stored_as_they_are(form):
+@pytest.mark.parametrize("form", [form for form in FORMATS if form not in ("HEIF", "JXL")])  # these need plug-ins
+def test_images_are_stored_unchanged(form):
     data = encoded(form)
-    found = taken(data, " a\n red\tdot ", ending=FORMATS[form][-1].upper())
+    record = accepted(data, " a\n red\tdot ", ending=FORMATS[form][-1].upper())
     expected = ("k", data, FORMATS[form][0], "a red dot", 40, 30, hashlib.sha256(data).hexdigest())
-    assert found == ImageRecord(*expected)
+    assert record == ImageRecord(*expected)
 
 
-def test_a_file_that_is_not_what_its_name_says_is_called_what_it_is():
-    found = taken(encoded("WEBP"), ending="jpg")
-    (warning,) = found.warnings
-    assert (found.extension, warning.kind, warning.where) == ("webp", "renamed", "file")
+def test_a_wrong_file_extension_is_corrected_with_a_warning():
+    record = accepted(encoded("WEBP"), ending="jpg")
+    (warning,) = record.warnings
+    assert (record.extension, warning.kind, warning.where) == ("webp", "renamed", "file")
     assert "its name ends in .jpg, but it is a WEBP" in warning.reason
-    assert taken(encoded("JPEG"), ending="jpeg").warnings == ()
+    assert accepted(encoded("JPEG"), ending="jpeg").warnings == ()
 
 
-def test_a_turned_picture_has_the_size_that_is_seen():
+def test_exif_rotation_swaps_width_and_height():
     exif = Image.Exif()
     exif[0x0112] = 6
-    found = taken(encoded("JPEG", exif=exif))
-    assert (found.width, found.height) == (30, 40)
+    record = accepted(encoded("JPEG", exif=exif))
+    assert (record.width, record.height) == (30, 40)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF"])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.9])
-def test_what_is_cut_off_is_unreadable(form, share):
+def test_truncated_images_are_unreadable(form, share):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, form)
     data = file.getvalue()
-    assert refused(data[: int(len(data) * share)]).kind == "unreadable"
+    assert rejected(data[: int(len(data) * share)]).kind == "unreadable"
 
 
 @pytest.mark.parametrize("data", [b"", b"404", b"<svg/>", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"])
-def test_what_is_no_image_is_unreadable(data):
-    assert refused(data).kind == "unreadable"
+def test_other_files_are_unreadable(data):
+    assert rejected(data).kind == "unreadable"
 
 
-def test_a_bomb_is_refused_by_its_header():
+def test_a_decompression_bomb_is_rejected_by_its_header():
     bomb = encoded(size=(300, 200))
-    bomb = bomb[:16] + (100_000).to_bytes(4, "big") * 2 + bomb[24:]  # its sides; ten billion pixels
+    bomb = bomb[:16] + (100_000).to_bytes(4, "big") * 2 + bomb[24:]  # width and height: ten billion pixels
     bomb = bomb[:29] + zlib.crc32(bomb[12:29]).to_bytes(4, "big") + bomb[33:]
-    found = refused(bomb)
-    assert found.kind == "bomb"
-    assert "100000 × 100000 pixels are more than 100000000" in found.reason
-    assert refused(encoded(), max_pixels=1199).kind == "bomb"
-    assert taken(encoded(), max_pixels=1200)
+    failure = rejected(bomb)
+    assert failure.kind == "bomb"
+    assert "100000 × 100000 pixels are more than 100000000" in failure.reason
+    assert rejected(encoded(), max_pixels=1199).kind == "bomb"
+    assert accepted(encoded(), max_pixels=1200)
 
 
-def test_small_sides_and_large_files_are_refused():
-    assert refused(encoded(), min_side=31).kind == "too-small"
-    assert taken(encoded(), min_side=30)
+def test_small_images_and_large_files_are_rejected():
+    assert rejected(encoded(), min_side=31).kind == "too-small"
+    assert accepted(encoded(), min_side=30)
     data = encoded()
-    assert refused(data, max_bytes=len(data) - 1).kind == "too-large"
-    assert taken(data, max_bytes=len(data))
+    assert rejected(data, max_bytes=len(data) - 1).kind == "too-large"
+    assert accepted(data, max_bytes=len(data))
 
 
 @pytest.mark.parametrize(
@@ -104,70 +104,72 @@ def test_small_sides_and_large_files_are_refused():
         ("half a \ud83d", "encoding", "lone surrogate"),
     ],
 )
-def test_captions_that_cannot_be_used(caption, kind, words):
-    found = refused(encoded(), caption)
-    assert found.kind == kind and words in found.reason
+def test_unusable_captions_are_rejected(caption, kind, words):
+    failure = rejected(encoded(), caption)
+    assert failure.kind == kind and words in failure.reason
 
 
 @pytest.mark.parametrize("caption", ["...", "!?", "—", "🐕🐕", "</s>", ". . ."])
 def test_a_caption_without_words_is_empty(caption):
-    assert refused(encoded(), caption).kind == "empty"
+    assert rejected(encoded(), caption).kind == "empty"
 
 
 @pytest.mark.parametrize("caption", ["a", "7", "狗", "สุนัข", "Ω", "🐕 a dog"])
-def test_a_word_of_any_script_is_enough(caption):
-    assert taken(encoded(), caption).short_caption == caption
+def test_a_word_of_any_script_is_accepted(caption):
+    assert accepted(encoded(), caption).short_caption == caption
 
 
-def test_an_extremely_long_picture_is_a_failure_by_its_header():
+def test_an_extreme_aspect_ratio_is_rejected_by_the_header():
     file = io.BytesIO()
     Image.new("RGB", (1, 10_000)).save(file, "PNG")
-    found = refused(file.getvalue())
-    assert found.kind == "aspect-ratio"
-    assert "ingest.images.max_aspect_ratio" in found.reason
-    assert taken(file.getvalue(), max_aspect_ratio=10_000).height == 10_000
-    assert taken(encoded(size=(300, 10))).width == 300
+    failure = rejected(file.getvalue())
+    assert failure.kind == "aspect-ratio"
+    assert "ingest.images.max_aspect_ratio" in failure.reason
+    assert accepted(file.getvalue(), max_aspect_ratio=10_000).height == 10_000
+    assert accepted(encoded(size=(300, 10))).width == 300
 
 
 @pytest.mark.parametrize(("encoding", "form"), [("jpeg", "JPEG"), ("png", "PNG"), ("webp", "WEBP")])
-def test_what_is_encoded_anew_is_what_a_viewer_shows(encoding, form):
+def test_a_reencoded_image_looks_like_the_original(encoding, form):
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "where I live"
     data = encoded("JPEG", exif=exif)
-    found = taken(data, encoding=encoding)
-    assert found.extension == FORMATS[form][0]
-    assert found == taken(data, encoding=encoding)
-    assert b"where I live" in data and b"where I live" not in found.image
-    with Image.open(io.BytesIO(found.image)) as stored:
+    record = accepted(data, encoding=encoding)
+    assert record.extension == FORMATS[form][0]
+    assert record == accepted(data, encoding=encoding)
+    assert b"where I live" in data and b"where I live" not in record.image
+    with Image.open(io.BytesIO(record.image)) as stored:
         assert (stored.format, stored.mode, stored.size) == (form, "RGB", (30, 40))
         assert not stored.getexif() and "icc_profile" not in stored.info
         difference = np.abs(np.asarray(stored, float) - np.asarray(decode_rgb(data), float))
     assert difference.mean() < (0.01 if form == "PNG" else 8)
-    assert found.sha256 == hashlib.sha256(found.image).hexdigest()
+    assert record.sha256 == hashlib.sha256(record.image).hexdigest()
 
 
-def test_quality_decides_the_size():
+def test_quality_decides_the_file_size():
     data = encoded("PNG", size=(200, 200))
-    assert len(taken(data, encoding="jpeg", quality=20).image) < len(taken(data, encoding="jpeg", quality=95).image)
+    assert len(accepted(data, encoding="jpeg", quality=20).image) < len(
+        accepted(data, encoding="jpeg", quality=95).image
+    )
 
 
 @pytest.mark.parametrize(("form", "ending"), [("JPEG", "jpg"), ("PNG", "png"), ("WEBP", "webp"), ("GIF", "png")])
-def test_larger_pictures_are_brought_down_and_smaller_ones_stay(form, ending):
+def test_shorter_side_reduces_larger_images_only(form, ending):
     data = encoded(form)
-    found = taken(data, shorter_side=15)
-    assert (found.extension, found.width, found.height) == (ending, 20, 15)
-    assert decode_rgb(found.image).size == (20, 15)
+    record = accepted(data, shorter_side=15)
+    assert (record.extension, record.width, record.height) == (ending, 20, 15)
+    assert decode_rgb(record.image).size == (20, 15)
     for side in (30, 31, 500):
-        assert taken(data, shorter_side=side).image == data
+        assert accepted(data, shorter_side=side).image == data
 
 
-def test_a_picture_that_an_encoding_cannot_hold_is_a_failure():
-    found = refused(encoded(size=(17000, 8)), encoding="webp", max_aspect_ratio=3000)
-    assert found.kind == "too-large" and "cannot be stored as webp" in found.reason
+def test_an_image_too_large_for_the_encoding_is_rejected():
+    failure = rejected(encoded(size=(17000, 8)), encoding="webp", max_aspect_ratio=3000)
+    assert failure.kind == "too-large" and "cannot be stored as webp" in failure.reason
 
 
-def test_files_are_read_up_to_the_limit_only(tmp_path):
+def test_only_regular_files_within_the_limit_are_read(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"12345")
     assert RecordValidator(ImagesConfig(max_bytes=5)).read("k", "a", path) == b"12345"
@@ -178,5 +180,5 @@ def test_files_are_read_up_to_the_limit_only(tmp_path):
         (RecordValidator(ImagesConfig()), tmp_path / ("x" * 300), "unreadable"),
         (RecordValidator(ImagesConfig(max_bytes=4)), Path("/dev/zero"), "unreadable"),
     ]:
-        found = validator.read("k", "a", target)
-        assert isinstance(found, Failure) and found.kind == kind
+        failure = validator.read("k", "a", target)
+        assert isinstance(failure, Failure) and failure.kind == kind

@@ -1,4 +1,4 @@
-"""Against a slow and plain copy of the released algorithm, over sizes, encoders and image towers."""
+"""Comparison with a plain implementation of the released algorithm, over sizes, encoders and image towers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.model import LotlipForPreTraining
 
-# --- the released algorithm, a caption, a pair of tokens and a feature at a time -------------------------------------
+# --- the released algorithm, one caption, token pair and feature at a time ----------------------------------------
 
 
 @lru_cache
@@ -35,7 +35,7 @@ def vocabulary() -> dict[str, int]:
 
 
 def word_pieces(word: str) -> list[int]:
-    """The longest known piece first, as BERT cuts a word; for words that have pieces at all."""
+    """Splits a word like BERT, longest known piece first. Every word must have pieces."""
     ids, start = [], 0
     while start < len(word):
         end = len(word)
@@ -47,7 +47,7 @@ def word_pieces(word: str) -> list[int]:
 
 
 def token_ids(caption: str, context_length: int, corner_tokens: int) -> list[int]:
-    """`[CLS] [Cor 1] … [Cor m] words [SEP] words [SEP]`, not padded; for ASCII captions."""
+    """`[CLS] [Cor 1] … [Cor m] words [SEP] words [SEP]`, without padding, for ASCII captions."""
     cls, sep, words = vocabulary()["[CLS]"], vocabulary()["[SEP]"], len(vocabulary())
     for end in ("</s>", "."):
         caption = caption.replace(end, "\n")
@@ -59,8 +59,8 @@ def token_ids(caption: str, context_length: int, corner_tokens: int) -> list[int
     return ids if len(ids) <= context_length else [*ids[: context_length - 1], sep]
 
 
-def sees(query: int, key: int, length: int, corner_tokens: int) -> bool:
-    """Whether the token at position `query` of a text that has `length` tokens sees the one at `key`."""
+def is_visible(query: int, key: int, length: int, corner_tokens: int) -> bool:
+    """Whether position `query` of a text of `length` tokens attends to position `key`."""
     if key >= length:
         return False
     if query == key:
@@ -71,17 +71,17 @@ def sees(query: int, key: int, length: int, corner_tokens: int) -> bool:
 
 
 def additive_mask(rows: list[list[int]], width: int, corner_tokens: int) -> Tensor:
-    """0 where a token sees another and a very negative number elsewhere, [B, 1, width, width]."""
-    unseen = torch.finfo(torch.float32).min
+    """0 where a token attends to another and a very negative number elsewhere, [B, 1, width, width]."""
+    blocked = torch.finfo(torch.float32).min
     masks = []
     for row in rows:
-        pairs = [[sees(query, key, len(row), corner_tokens) for key in range(width)] for query in range(width)]
-        masks.append([[[0.0 if seen else unseen for seen in line] for line in pairs]])
+        pairs = [[is_visible(query, key, len(row), corner_tokens) for key in range(width)] for query in range(width)]
+        masks.append([[[0.0 if visible else blocked for visible in line] for line in pairs]])
     return torch.tensor(masks)
 
 
 def text_features(model: LotlipModel, rows: list[list[int]], width: int, masked_corners: int) -> Tensor:
-    """Normalised features of [CLS] and each corner token, [B, 1 + m, D], every text padded to `width`."""
+    """Normalised features of [CLS] and each corner token, [B, 1 + m, D], with texts padded to `width`."""
     config = copy.deepcopy(model.config.text_config)
     encoder = AutoModel.from_config(config, attn_implementation="eager").eval()
     encoder.load_state_dict(model.text.transformer.state_dict())
@@ -109,7 +109,7 @@ def image_features(model: LotlipModel, pixel_values: Tensor) -> Tensor:
 
 
 def losses(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """The short caption's term and the long texts', of images [B, D] and texts [B, N, D]."""
+    """The loss terms of short captions and long texts, for images [B, D] and texts [B, N, D]."""
     target = torch.arange(len(images))
     terms = []
     for number in range(texts.shape[1]):
@@ -118,13 +118,13 @@ def losses(images: Tensor, texts: Tensor, scale: Tensor) -> tuple[Tensor, Tensor
     return terms[0] / len(terms), sum(terms[1:], torch.tensor(0.0)) / len(terms)
 
 
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+def assert_near(result: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
 
 
 # --- models and texts ---------------------------------------------------------------------------------------------
 
-# Weights so large that texts differ in their features, and that what a token should not see would be seen.
+# Large weights, so that texts differ in their features and a wrong mask shows.
 SPREAD = {"initializer_range": 0.2}
 WORDS = (
     """the red blue lighthouse unbelievably tall dogs, (left) bicyclist's 3,500 tree-lined "open" and xylophonists"""
@@ -145,7 +145,7 @@ def bert(words: int, width: int = 32, heads: int = 4, layers: int = 2) -> Any:
 
 @lru_cache
 def bert_model(corner_tokens: int, corner_mask: bool = True, **sizes: int) -> LotlipForPreTraining:
-    """Reads bert-base-uncased's word pieces and pictures of 32 pixels."""
+    """A model for bert-base-uncased's word pieces and images of 32 pixels."""
     torch.manual_seed(corner_tokens)
     text = bert(len(vocabulary()) + corner_tokens, **sizes)
     image = ImageTowerSpec("test_vit", 32, {"patch_size": 8, "depth": 1}).to_json()
@@ -155,20 +155,20 @@ def bert_model(corner_tokens: int, corner_mask: bool = True, **sizes: int) -> Lo
         for weight in model.image_tower.parameters():
             if weight.ndim > 1:
                 weight.normal_(std=0.2)
-        model.logit_scale.fill_(corner_tokens + 1.5)  # 4.5 to 245, of which the latter is clamped
+        model.logit_scale.fill_(corner_tokens + 1.5)  # 4.5 to 245; the largest is clamped
     return model
 
 
 def check_all(model: LotlipForPreTraining, context_length: int, batch: int) -> None:
-    """Token ids, features and losses of a batch that has two long texts for each image."""
+    """Compares token ids, features and losses of a batch with two long texts per image."""
     corner_tokens = model.config.corner_tokens
     masked_corners = corner_tokens if model.config.corner_mask else 0
     rng = random.Random(f"{corner_tokens} {context_length} {batch}")
-    raw = [caption(rng, 1) for _ in range(batch)]
+    short = [caption(rng, 1) for _ in range(batch)]
     long = [caption(rng, sentences) for _ in range(batch) for sentences in (2, rng.randint(20, 40))]
     tokenizer = TextTokenizer("bert-base-uncased", context_length, corner_tokens)
     ours, references = [], []
-    for texts in (raw, long):
+    for texts in (short, long):
         rows = [token_ids(text, context_length, corner_tokens) for text in texts]
         assert tokenizer.encode(texts) == rows
         references.append(text_features(model, rows, context_length, masked_corners))
@@ -176,18 +176,18 @@ def check_all(model: LotlipForPreTraining, context_length: int, batch: int) -> N
     pixel_values = torch.randn(batch, 3, 32, 32)
     expected = image_features(model, pixel_values)
     trained = torch.cat([references[0][:, :1], references[1].reshape(batch, -1, 64)], dim=1)
-    found = model(pixel_values, *ours)
-    close(found["image_features"], expected)
-    close(found["text_features"], trained)
+    output = model(pixel_values, *ours)
+    assert_near(output["image_features"], expected)
+    assert_near(output["text_features"], trained)
     scale = model.logit_scale.exp().clamp(max=100)
-    close(found["logit_scale"] / scale, torch.ones(1))
-    loss = lotlip_loss(**found)
+    assert_near(output["logit_scale"] / scale, torch.ones(1))
+    loss = lotlip_loss(**output)
     for name, term in zip(("raw", "long"), losses(expected, trained, scale), strict=True):
         torch.testing.assert_close(loss[name].reshape(()), term.reshape(()), atol=1e-4, rtol=1e-5)
     ids, lengths = ours[2:]
     attention_mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    close(model.get_text_features(ids, attention_mask).pooler_output, references[1][:, 0])
-    close(model.get_image_features(pixel_values).pooler_output, expected)
+    assert_near(model.get_text_features(ids, attention_mask).pooler_output, references[1][:, 0])
+    assert_near(model.get_image_features(pixel_values).pooler_output, expected)
 
 
 # --- tests --------------------------------------------------------------------------------------------------------
@@ -196,23 +196,23 @@ def check_all(model: LotlipForPreTraining, context_length: int, batch: int) -> N
 @pytest.mark.parametrize(("context_length", "batch"), [(8, 2), (30, 1), (77, 3), (200, 2)])
 @pytest.mark.parametrize("corner_tokens", range(5))
 @torch.no_grad()
-def test_corner_tokens_context_and_batch(corner_tokens, context_length, batch):
+def test_corner_tokens_context_and_batch_match_the_reference(corner_tokens, context_length, batch):
     check_all(bert_model(corner_tokens), context_length, batch)
 
 
 @pytest.mark.parametrize(("width", "heads", "layers"), [(16, 1, 1), (16, 8, 3), (48, 3, 1), (64, 2, 4), (128, 2, 2)])
 @torch.no_grad()
-def test_sizes_of_the_text_tower(width, heads, layers):
+def test_sizes_of_the_text_tower_match_the_reference(width, heads, layers):
     check_all(bert_model(2, width=width, heads=heads, layers=layers), 40, 2)
 
 
 @torch.no_grad()
-def test_the_mask_off():
+def test_the_corner_mask_can_be_off():
     check_all(bert_model(2, corner_mask=False), 40, 2)
 
 
 @torch.no_grad()
-def test_another_mask_would_be_seen():
+def test_a_different_mask_changes_the_features():
     rows = [token_ids("a red dog. it runs", 40, 2)]
     model = bert_model(2)
     with_mask, without = (text_features(model, rows, 40, masked) for masked in (2, 0))
@@ -232,7 +232,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("corner_tokens", [0, 1, 3])
 @pytest.mark.parametrize("encoder", ENCODERS)
 @torch.no_grad()
-def test_encoders(encoder, corner_tokens, tiny_tower):
+def test_encoders_match_the_reference(encoder, corner_tokens, tiny_tower):
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 64}
     known = {"vocab_size": 50 + corner_tokens, "max_position_embeddings": 64, **SPREAD}
     special = ENCODERS[encoder]
@@ -245,9 +245,9 @@ def test_encoders(encoder, corner_tokens, tiny_tower):
     ids = torch.full((3, int(lengths.max())), text.pad_token_id)
     for tokens, row in zip(ids, rows, strict=True):
         tokens[: len(row)] = torch.tensor(row)
-    found = model.encode_text(ids, lengths)
-    assert (found[0] - found[1]).abs().max() > 1e-2
-    close(found, text_features(model, rows, 60, corner_tokens))
+    features = model.encode_text(ids, lengths)
+    assert (features[0] - features[1]).abs().max() > 1e-2
+    assert_near(features, text_features(model, rows, 60, corner_tokens))
 
 
 VITS: dict[str, dict[str, int]] = {
@@ -265,7 +265,7 @@ VITS: dict[str, dict[str, int]] = {
 
 @pytest.mark.parametrize("name", VITS)
 @torch.no_grad()
-def test_image_towers(name):
+def test_image_towers_match_the_reference(name):
     kwargs = {"depth": 2, **VITS[name]}
     size = kwargs.pop("img_size", 64)
     torch.manual_seed(0)
@@ -273,15 +273,15 @@ def test_image_towers(name):
     width, image = build_image_tower(spec).width, spec.to_json()
     model = LotlipModel(LotlipConfig(bert(100), image, width)).eval()
     for weight in model.image_tower.parameters():
-        weight.normal_(std=0.1)  # some are zero at first, and would hide what they multiply
+        weight.normal_(std=0.1)  # weights initialised with zeros would hide what they multiply
     pixel_values = torch.randn(3, 3, size, size)
-    found = model.get_image_features(pixel_values)
+    features = model.get_image_features(pixel_values)
     expected = image_features(model, pixel_values)
     assert (expected[0] - expected[1]).abs().max() > 1e-3
-    close(found.pooler_output, expected)
-    cls = F.normalize(found.last_hidden_state[:, 0], dim=-1)
-    if "distilled" not in name:  # timm's is the mean of [CLS] and its distillation token
-        close(cls, expected)
+    assert_near(features.pooler_output, expected)
+    cls = F.normalize(features.last_hidden_state[:, 0], dim=-1)
+    if "distilled" not in name:  # timm averages [CLS] and the distillation token
+        assert_near(cls, expected)
     patches = model.encode_image_patches(pixel_values)
     assert patches.shape == (3, {16: 16, 32: 4, 14: 16}[int(name.split("patch")[1][:2])], width)
 

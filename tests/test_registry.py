@@ -1,4 +1,4 @@
-"""The registry: the best of a sweep gets a name and its lineage, if it passes the gate; refused with reasons if not."""
+"""The registry: the best model of a sweep is registered with its lineage, or refused with reasons."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lotlip.config.params import Params, load_params
 from lotlip.tracking.config import RegistryConfig
 from lotlip.tracking.mlflow import FINGERPRINT, Tracker
 from lotlip.tracking.registry import register
-from tests.test_tracking import scored, trained
+from tests.test_tracking import benchmark_scores, write_run
 from tests.tiny_model import save_tiny_model
 
 LONG, SHORT = "scenes.long.text_to_image.r1", "scenes.short.text_to_image.r1"
@@ -56,11 +56,11 @@ def versions(tracker: Tracker, settings: RegistryConfig) -> list[Any]:
 
 def test_a_model_is_registered_with_its_lineage(tracker, settings):
     run = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.25)
-    found = register(tracker, run, settings, "night")
-    assert found.refusals == []
-    assert found.uri == f"models:/{settings.model}@champion"
-    made = tracker.client.get_model_version_by_alias(settings.model, "champion")
-    assert made.run_id == run
+    registration = register(tracker, run, settings, "night")
+    assert registration.refusals == []
+    assert registration.uri == f"models:/{settings.model}@champion"
+    version = tracker.client.get_model_version_by_alias(settings.model, "champion")
+    assert version.run_id == run
     expected = {
         "data_hash": "d" * 16,
         "git_commit": "c" * 40,
@@ -69,10 +69,10 @@ def test_a_model_is_registered_with_its_lineage(tracker, settings):
         LONG: "0.6",
         SHORT: "0.25",
     }
-    assert expected.items() <= made.tags.items()
-    assert made.tags[FINGERPRINT] == tracker.client.get_run(run).data.tags[FINGERPRINT]
-    assert json.loads(made.tags["params"]) == {"text.corner_tokens": "2", "seed": "0"}
-    assert "best of sweep night" in made.description
+    assert expected.items() <= version.tags.items()
+    assert version.tags[FINGERPRINT] == tracker.client.get_run(run).data.tags[FINGERPRINT]
+    assert json.loads(version.tags["params"]) == {"text.corner_tokens": "2", "seed": "0"}
+    assert "best of sweep night" in version.description
 
 
 def test_the_same_model_is_registered_once(tracker, settings):
@@ -82,27 +82,27 @@ def test_the_same_model_is_registered_once(tracker, settings):
 
 
 @pytest.mark.parametrize(("scores", "metric", "bound"), [((0.5, 0.1), SHORT, "0.2"), ((0.2, 0.5), LONG, "0.3")])
-def test_a_refusal_names_metric_value_and_bound(tracker, settings, scores, metric, bound):
-    found = register(tracker, candidate(tracker, f"a{next(_numbers)}", *scores), settings)
-    assert (found.uri, found.version) == (None, None)
-    (reason,) = found.refusals
+def test_a_refusal_states_metric_value_and_bound(tracker, settings, scores, metric, bound):
+    registration = register(tracker, candidate(tracker, f"a{next(_numbers)}", *scores), settings)
+    assert (registration.uri, registration.version) == (None, None)
+    (reason,) = registration.refusals
     assert reason == f"{metric} is {min(scores):.4g}; registry.min_scores requires at least {bound}"
     assert versions(tracker, settings) == []
 
 
-def test_what_the_alias_points_at_is_not_replaced_by_worse(tracker, settings):
+def test_a_worse_model_does_not_replace_the_champion(tracker, settings):
     first = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
     worse = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.45)
     register(tracker, first, settings)
     (reason,) = register(tracker, worse, settings).refusals
     assert reason == f"{SHORT} is 0.45; {settings.uri} has 0.5, and registry.max_score_drop allows a drop of 0"
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == first
-    found = register(tracker, worse, settings.model_copy(update={"max_score_drop": 0.05}))
-    assert (found.version, found.refusals) == ("2", [])
+    registration = register(tracker, worse, settings.model_copy(update={"max_score_drop": 0.05}))
+    assert (registration.version, registration.refusals) == ("2", [])
     assert tracker.client.get_model_version_by_alias(settings.model, "champion").run_id == worse
 
 
-def test_a_run_without_scores_is_complained_of(tracker, settings):
+def test_a_run_without_scores_is_an_error(tracker, settings):
     failed = tracker.ensure_run(f"f{next(_numbers)}", "failed", {}, {})
     with pytest.raises(ValueError, match=f"has no {LONG}, {SHORT}, which registry.min_scores"):
         register(tracker, failed, settings)
@@ -112,29 +112,29 @@ def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monk
     import mlflow
 
     saved: Path = save_tiny_model(tmp_path / "saved", tiny_tower)
-    runs = tracker.log_scores(trained(tmp_path, saved), scored(), tmp_path)
+    runs = tracker.log_scores(write_run(tmp_path, saved), benchmark_scores(), tmp_path)
     easy = settings.model_copy(update={"min_scores": {LONG: 0.1, SHORT: 0.1}})
-    found = register(tracker, runs["3"], easy)
-    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow puts the model's code there
+    registration = register(tracker, runs["3"], easy)
+    monkeypatch.setattr(sys, "path", list(sys.path))  # MLflow adds the model's code to it
     mlflow.set_tracking_uri(tracker.uri)
     try:
-        loaded = mlflow.pyfunc.load_model(found.uri)
+        loaded = mlflow.pyfunc.load_model(registration.uri)
     finally:
         mlflow.set_tracking_uri(None)
     assert len(loaded.predict([{"text": "A red dog. It runs."}, {"text": "A cat."}])) == 2
 
 
-def test_a_gate_on_one_kind_of_text_alone_is_refused():
-    raw = load_params(Path(__file__).parents[1] / "params.yaml").model_dump(mode="json", exclude_unset=True)
+def test_min_scores_need_short_and_long_texts():
+    params = load_params(Path(__file__).parents[1] / "params.yaml").model_dump(mode="json", exclude_unset=True)
     gate = {"min_scores": {LONG: 0.1}}
     with pytest.raises(ValueError, match="no metric on short text"):
-        Params.model_validate(raw | {"registry": gate})
+        Params.model_validate(params | {"registry": gate})
     gate = {"min_scores": {LONG: 0.1, "other.short.text_to_image.r1": 0.1}}
     with pytest.raises(ValueError, match=r"registry requires other\.short"):
-        Params.model_validate(raw | {"registry": gate})
+        Params.model_validate(params | {"registry": gate})
 
 
-def test_an_alias_that_mlflow_keeps_for_itself_is_refused():
+def test_reserved_aliases_are_errors():
     for alias in ("latest", "v1"):
         with pytest.raises(ValueError, match="MLflow reserves"):
             RegistryConfig(alias=alias, min_scores={LONG: 0.1, SHORT: 0.1})

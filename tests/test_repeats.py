@@ -1,4 +1,4 @@
-"""Values that occur more than once are found, whether they fit into memory or not; the right image stays."""
+"""Deduplication: repeated values in memory or on disk, and which image is kept."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lotlip.data.records import Failure, ImageRecord, ItemWarning, Unit, UnitRep
 from tests.partitions import write_partition
 
 
-def found(parts: list[list[int]]) -> list[list[int]]:
+def repeats_of(parts: list[list[int]]) -> list[list[int]]:
     return sorted(
         row for rows in find_duplicates(np.array(part, dtype=np.uint64) for part in parts) for row in rows.tolist()
     )
 
 
-def test_each_value_but_the_first_of_its_kind_is_found():
-    assert found([[7, 8, 7], [], [9, 8, 7], [2**64 - 1]]) == [[0, 2, 0, 0], [2, 1, 0, 1], [2, 2, 0, 0]]
-    assert found([]) == found([[]]) == found([[1, 2]]) == []
+def test_all_but_the_first_of_equal_values_are_found():
+    assert repeats_of([[7, 8, 7], [], [9, 8, 7], [2**64 - 1]]) == [[0, 2, 0, 0], [2, 1, 0, 1], [2, 2, 0, 0]]
+    assert repeats_of([]) == repeats_of([[]]) == repeats_of([[1, 2]]) == []
 
 
-def test_masked_values_are_neither_first_nor_again():
+def test_masked_values_are_ignored():
     parts = [
         np.ma.masked_array(np.array(part, dtype=np.uint64), [True, False, False]) for part in ([7, 7, 8], [8, 7, 7])
     ]
@@ -43,7 +43,7 @@ def test_masked_values_are_neither_first_nor_again():
     assert count_duplicates(parts) == 2
 
 
-def test_they_are_those_that_numpy_finds():
+def test_repeats_agree_with_numpy():
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 3000, 500, dtype=np.uint64) for _ in range(500)]
     values, first = np.unique(np.concatenate(parts), return_index=True)
@@ -53,14 +53,14 @@ def test_they_are_those_that_numpy_finds():
         for place, value in enumerate(np.concatenate(parts).tolist())
         if first_of[value] != place
     ]
-    assert found([part.tolist() for part in parts]) == expected
+    assert repeats_of([part.tolist() for part in parts]) == expected
     assert count_duplicates(iter(parts)) == len(expected)
     assert count_duplicates([]) == 0
 
 
 @pytest.mark.integration
-def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
-    """Two million values take more than the 64 MB that DuckDB may have here."""
+def test_large_inputs_use_temporary_files_that_are_removed(tmp_path):
+    """Two million values take more than the 64 MB that DuckDB gets here."""
     code = (
         "import numpy as np, lotlip.data.duplicates as r; r.MEMORY, r.THREADS = '64MB', 1; "
         "part = lambda n: np.random.default_rng(n).integers(0, 2**63, 500_000, dtype=np.uint64); "
@@ -72,9 +72,9 @@ def test_what_does_not_fit_into_memory_is_on_disk_and_gone_afterwards(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_temporary_folder_is_named_with_its_remedy(monkeypatch):
+def test_a_full_temporary_folder_is_an_error_with_a_remedy(monkeypatch):
     monkeypatch.setattr("lotlip.data.duplicates.MEMORY", "16MB")
-    small = {"max_temp_directory_size": "1MB"}  # what DuckDB says of it is what it says of a full disk
+    small = {"max_temp_directory_size": "1MB"}  # DuckDB raises the error of a full disk
     monkeypatch.setattr(
         duckdb, "connect", lambda name, config, connect=duckdb.connect: connect(name, config=config | small)
     )
@@ -84,7 +84,7 @@ def test_a_full_temporary_folder_is_named_with_its_remedy(monkeypatch):
     assert "set TMPDIR" in explain(full.value)
 
 
-def test_hashes_tell_values_apart():
+def test_hashes_of_different_values_differ():
     assert len(np.unique(hashes(pd.Series(["a", "b", "a", None])))) == 3
 
 
@@ -112,7 +112,7 @@ def keys(folder: Path, name: str) -> list[str]:
     return list(read_table(folder, name, ["key"])["key"])
 
 
-def test_of_equal_images_the_evaluated_one_stays_and_else_the_first(tmp_path):
+def test_of_equal_images_the_held_out_or_first_one_is_kept(tmp_path):
     units = {
         "train/0": [record("a", 1), record("b", 2), record("c", 3)],
         "train/1": [record("d", 2), record("e", 4), record("f", 4)],
@@ -142,7 +142,7 @@ def test_of_equal_images_the_evaluated_one_stays_and_else_the_first(tmp_path):
     ]
 
 
-def test_what_repeats_a_dropped_row_is_kept(tmp_path):
+def test_a_copy_of_a_dropped_row_is_kept(tmp_path):
     reports = write(
         tmp_path / "units", {"train/0": [record("a", 1)], "train/1": [record("a", 2)], "train/2": [record("b", 2)]}
     )
@@ -151,16 +151,16 @@ def test_what_repeats_a_dropped_row_is_kept(tmp_path):
     assert unique[1].failures[0].reason == "its key is taken by a in train/part-00000"
 
 
-def test_an_image_of_an_evaluation_set_is_not_trained_on(tmp_path):
+def test_an_image_of_an_evaluation_set_is_dropped_from_training(tmp_path):
     units = {"train/0": [record("a", 1), record("b", 2)], "test/0": [record("c", 3)]}
     evaluation = {units["train/0"][1].sha256: "urban/7.png", units["test/0"][0].sha256: "urban/8.png"}
     unique = unique_partitions(tmp_path / "units", write(tmp_path / "units", units), tmp_path / "out", evaluation)
     (lost,) = unique[0].failures
     assert (lost.key, lost.kind, lost.reason) == ("b", "evaluation", "it is in an evaluation set: urban/7.png")
-    assert keys(tmp_path / "out", "test/part-00000") == ["c"]  # it is evaluated on, too
+    assert keys(tmp_path / "out", "test/part-00000") == ["c"]  # the test split keeps it
 
 
-def test_units_stay_as_they_are_so_that_it_can_be_done_again(tmp_path):
+def test_units_are_unchanged_so_that_deduplication_can_be_repeated(tmp_path):
     units = {"train/0": [record("a", 1)], "train/1": [record("b", 1)]}
     reports = write(tmp_path / "units", units)
     lost = UnitReport("part-00009", 1, 0, "", 0, [Failure("part-00009", "9.tar", "gone", "unit")])

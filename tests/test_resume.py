@@ -26,8 +26,8 @@ from tests.training import (
     ROOT,
     finish,
     losses,
+    near,
     same,
-    same_to,
     start,
     tiny_job,
     train,
@@ -43,35 +43,37 @@ pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
 @pytest.mark.parametrize(
     ("processes", "zero_stage", "gradient_accumulation_steps", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
 )
-def test_a_killed_run_resumes_as_if_nothing_had_happened(
+def test_a_killed_run_resumes_exactly(
     tiny_world, tmp_path, processes, zero_stage, gradient_accumulation_steps, precision
 ):
-    """With dropout, in the middle of an epoch, the last process killed: the same weights, bit for bit."""
+    """Killing the last process within an epoch, with dropout, gives identical weights after resuming."""
     differences = merge(DROPOUT, {"steps": 40, "checkpoint_every": 4, "processes": processes, "loader_workers": 1})
     differences |= {
         "zero_stage": zero_stage,
         "gradient_accumulation_steps": gradient_accumulation_steps,
         "precision": precision,
     }
-    job, whole = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "whole"))
-    finish(start(whole, tmp_path / "whole", processes))
+    job, uninterrupted = (tiny_job(tiny_world, tmp_path / name, differences) for name in ("killed", "uninterrupted"))
+    finish(start(uninterrupted, tmp_path / "uninterrupted", processes))
     process = start(job, tmp_path / "killed", processes)
     wait_for(process, "step 10/40")
     trainers(process)[-1].kill()
     process.communicate()
     assert process.returncode != 0
     assert not Path(job.out).exists()
-    assert 1 <= len(list((Path(job.scratch) / "checkpoints-0").glob("step-*[0-9]"))) <= 3  # two, and one too old
+    assert (
+        1 <= len(list((Path(job.scratch) / "checkpoints-0").glob("step-*[0-9]"))) <= 3
+    )  # two, and one that is not removed yet
 
     out = finish(start(job, tmp_path / "killed", processes))
     assert "resumes after step" in out and "step 1/40" not in out
-    assert losses(job) == losses(whole)
-    assert same(weights(job), weights(whole))
+    assert losses(job) == losses(uninterrupted)
+    assert same(weights(job), weights(uninterrupted))
     assert not (Path(job.scratch) / "checkpoints-0").exists()
 
 
-def interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trains in this process and stops in the middle of a step."""
+def train_interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trains in this process, and stops within a step."""
     with monkeypatch.context() as patch:
         step = Engine.step
 
@@ -87,7 +89,7 @@ def interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [0, 2])
-def test_one_process_goes_on_where_two_were(base, tiny_world, tmp_path, zero_stage):
+def test_one_process_resumes_a_run_of_two(base, tiny_world, tmp_path, zero_stage):
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage, "steps": 12}
     two = tiny_job(tiny_world, tmp_path, differences)
     process = start(two, tmp_path, processes=2)
@@ -96,29 +98,29 @@ def test_one_process_goes_on_where_two_were(base, tiny_world, tmp_path, zero_sta
     process.communicate()
     one = train(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}))
     assert losses(one) == pytest.approx(losses(base), abs=1e-5)
-    assert same_to(weights(one), weights(base), 1e-3)
+    assert near(weights(one), weights(base), 1e-3)
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [1, 3])
-def test_two_processes_go_on_where_one_was(base, tiny_world, tmp_path, monkeypatch, zero_stage):
-    interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
+def test_two_processes_resume_a_run_of_one(base, tiny_world, tmp_path, monkeypatch, zero_stage):
+    train_interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage}
     two = tiny_job(tiny_world, tmp_path, differences)
     assert "resumes after step 6" in finish(start(two, tmp_path, processes=2))
     assert losses(two) == pytest.approx(losses(base), abs=1e-5)
-    assert same_to(weights(two), weights(base), 1e-3)
+    assert near(weights(two), weights(base), 1e-3)
 
 
 @pytest.mark.integration
-def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypatch, capfd):
+def test_checkpoints_are_written_atomically(base, tiny_world, tmp_path, monkeypatch, capfd):
     job = tiny_job(tiny_world, tmp_path, {"checkpoint_every": 2})
-    interrupted(job, 9, monkeypatch)
+    train_interrupted(job, 9, monkeypatch)
     folder = Path(job.scratch) / "checkpoints-0"
     assert sorted(path.name for path in folder.iterdir()) == ["step-000000006", "step-000000008"]
-    half = folder / "step-000000010.partial"  # as a machine leaves it that dies while it writes
-    half.mkdir()
-    (half / "weights.safetensors").write_bytes(b"half")
+    partial = folder / "step-000000010.partial"  # left by a machine that died while writing
+    partial.mkdir()
+    (partial / "weights.safetensors").write_bytes(b"half")
     train(job)
     assert "resumes after step 8" in capfd.readouterr().out
     assert losses(job) == losses(base)
@@ -126,7 +128,7 @@ def test_a_checkpoint_is_whole_or_not_there(base, tiny_world, tmp_path, monkeypa
 
 
 @pytest.mark.integration
-def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_world, tmp_path):
+def test_non_finite_weights_are_not_checkpointed(group, tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path)
     trainer = Trainer(job, 0, NullSink())
     trainer.engine.step(next(trainer.loader.steps(0, 1)), 0)
@@ -141,8 +143,8 @@ def test_weights_that_are_no_numbers_do_not_become_a_checkpoint(group, tiny_worl
     assert [path.name for path in trainer.checkpoints.folder.iterdir()] == ["step-000000001"]
 
 
-def both_processes(job: Job, folder: Path, module: str) -> list[str]:
-    """The last line of the standard error of each of two training processes, which nobody ends when one fails."""
+def run_two_processes(job: Job, folder: Path, module: str) -> list[str]:
+    """Last line of standard error of two training processes without a launcher, which would end both."""
     job.write(folder / "job.json")
     common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", STORE: str(folder / "store")}
     processes = [
@@ -164,19 +166,19 @@ def both_processes(job: Job, folder: Path, module: str) -> list[str]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("differences", [{"checkpoint_every": 2}, {"steps": 2}], ids=["checkpoint", "end"])
-def test_weights_that_are_no_numbers_end_every_process_with_the_same_error(tiny_world, tmp_path, differences):
+def test_non_finite_weights_end_every_process_with_the_same_error(tiny_world, tmp_path, differences):
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, **differences})
-    first, second = both_processes(job, tmp_path, "tests.infinite_weight")
+    first, second = run_two_processes(job, tmp_path, "tests.infinite_weight")
     assert first == second
     assert first.startswith("error: tiny, seed 0: 1 weights are not finite after step 2, such as text.proj.weight;")
     assert not Path(job.out).exists()
 
 
 @pytest.mark.integration
-def test_a_model_that_cannot_be_written_ends_every_process_with_the_same_error(tiny_world, tmp_path):
+def test_a_failed_write_of_the_model_ends_every_process_with_the_same_error(tiny_world, tmp_path):
     (tmp_path / "out").write_text("a file where the folder of models should be")
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "peer_timeout_seconds": 3600, "steps": 2})
-    first, second = both_processes(job, tmp_path, "lotlip.train")
+    first, second = run_two_processes(job, tmp_path, "lotlip.train")
     assert first == second
     assert first.startswith("error: [Errno ") and str(job.out) in first
 
@@ -185,27 +187,27 @@ def test_a_model_that_cannot_be_written_ends_every_process_with_the_same_error(t
     ("recalls", "stuck_at"),
     [
         ([0.1] * 20, 10),  # chance is 1/8
-        ([0.9] * 5 + [0.1] * 15, 10),  # only the later half counts
+        ([0.9] * 5 + [0.1] * 15, 10),  # only the second half counts
         ([0.1] * 5 + [0.9] * 15, None),
-        ([0.9] * 10 + [0.1] * 10, 20),  # a model that collapses
+        ([0.9] * 10 + [0.1] * 10, 20),  # the model collapses
         ([0.1] * 9, None),
         ([0.5] * 20, None),
     ],
 )
-def test_a_run_at_chance_is_seen(recalls, stuck_at):
+def test_the_watch_detects_recall_at_chance(recalls, stuck_at):
     watch = ChanceWatch(10, batch_size=8)
-    found = [step for step, recall in enumerate(recalls, start=1) if watch.stuck(step, recall)]
-    assert (found[0] if found else None) == stuck_at
+    stuck_steps = [step for step, recall in enumerate(recalls, start=1) if watch.stuck(step, recall)]
+    assert (stuck_steps[0] if stuck_steps else None) == stuck_at
     assert not any(ChanceWatch(0, 8).stuck(step, recall) for step, recall in enumerate(recalls, start=1))
 
 
-def test_what_is_no_more_than_luck_counts_as_chance():
-    for recall, stuck in ((0.02, True), (0.08, False)):  # of 32 × 10 guesses, 5 are right, give or take 11 at most
+def test_the_watch_allows_for_random_variation():
+    for recall, expected in ((0.02, True), (0.08, False)):  # 32 × 10 guesses: chance is 5 ± 11 hits
         watch = ChanceWatch(20, batch_size=64)
-        assert [watch.stuck(step, recall) for step in range(1, 21)][-1] is stuck
+        assert [watch.stuck(step, recall) for step in range(1, 21)][-1] is expected
 
 
-def test_a_watch_goes_on_where_it_was():
+def test_a_watch_resumes_from_its_state():
     recalls = [0.1] * 5 + [0.1, 0.9, 0.9, 0.1, 0.9]
     watch = ChanceWatch(10, batch_size=8)
     for step, recall in enumerate(recalls[:7], start=1):
@@ -228,7 +230,7 @@ def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
 
 @pytest.mark.integration
 def test_a_hung_peer_ends_the_run(tiny_world, tmp_path, monkeypatch):
-    monkeypatch.delenv(SOCKET)  # else the client of a fork would be suspended, and not the fork
+    monkeypatch.delenv(SOCKET)  # otherwise the test would suspend the client of a fork
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "steps": 1000, "peer_timeout_seconds": 20})
     process = start(job, tmp_path, processes=2)
     wait_for(process, "step 10/1000")

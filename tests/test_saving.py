@@ -1,4 +1,4 @@
-"""Models survive saving, and transformers' Auto classes read what was saved."""
+"""Saved models are loaded unchanged, also by transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEXTS = ["a red dog. it runs", "one big white house under the sky", "cat"]
 SETTINGS = PretrainConfig.model_validate({"text": {"config": TEXT, "context_length": 32, "register_tokens": 1}})
 
 
-def prepared(tokenizer: TextTokenizer) -> tuple[Tensor, Tensor]:
+def model_inputs(tokenizer: TextTokenizer) -> tuple[Tensor, Tensor]:
     ids, lengths = tokenizer(TEXTS)
     return torch.from_numpy(ids), torch.from_numpy(lengths)
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> tuple[LotlipForPreTraining, Path]:
-    """A model and the folder that it was saved to."""
+def saved_model(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> tuple[LotlipForPreTraining, Path]:
+    """A model and the folder it is saved in."""
     torch.manual_seed(1)
     model = build_for_pretraining(SETTINGS, tiny_tower).eval()
     model.config.provenance = {"name": "tiny", "seed": 1}
@@ -42,38 +42,38 @@ def saved(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> tuple[L
     return model, folder
 
 
-def test_a_model_survives_saving(saved):
-    model, folder = saved
+def test_a_model_is_loaded_as_saved(saved_model):
+    model, folder = saved_model
     loaded, tokenizer = load_model(folder)
     assert not loaded.training
     assert (tokenizer.context_length, tokenizer.corner_tokens, tokenizer.register_tokens) == (32, 2, 1)
     assert loaded.config.corner_mask is True
     with torch.no_grad():
-        assert torch.equal(loaded.encode_text(*prepared(tokenizer)), model.encode_text(*prepared(tokenizer)))
+        assert torch.equal(loaded.encode_text(*model_inputs(tokenizer)), model.encode_text(*model_inputs(tokenizer)))
     assert torch.equal(loaded.logit_scale, model.logit_scale)
-    # buffers that are not in the file
+    # buffers are not in the file
     for name, buffer in model.named_buffers():
         assert torch.equal(dict(loaded.named_buffers())[name], buffer), name
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
 
 
-def test_the_saved_image_tower_is_the_frozen_one(saved, tiny_tower):
+def test_the_saved_image_tower_is_the_frozen_one(saved_model, tiny_tower):
     from lotlip.models.vision.image_tower import load_image_tower
 
     frozen = load_file(tiny_tower / "model.safetensors")
-    weights = load_file(saved[1] / "model.safetensors")
+    weights = load_file(saved_model[1] / "model.safetensors")
     of_image = {name.removeprefix("image."): value for name, value in weights.items() if name.startswith("image.")}
     assert of_image.keys() == frozen.keys()
     assert all(torch.equal(of_image[name], value) for name, value in frozen.items())
-    loaded, _ = load_model(saved[1])
-    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
+    loaded, _ = load_model(saved_model[1])
+    images = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE)
     with torch.no_grad():
-        expected = torch.nn.functional.normalize(load_image_tower(tiny_tower)(pictures), dim=-1)
-        torch.testing.assert_close(loaded.encode_image(pictures), expected)
+        expected = torch.nn.functional.normalize(load_image_tower(tiny_tower)(images), dim=-1)
+        torch.testing.assert_close(loaded.encode_image(images), expected)
 
 
-def test_who_may_read_the_rest_may_read_the_weights(saved):
-    modes = {file.name: oct(file.stat().st_mode) for file in saved[1].iterdir()}
+def test_the_weights_have_the_permissions_of_other_files(saved_model):
+    modes = {file.name: oct(file.stat().st_mode) for file in saved_model[1].iterdir()}
     assert len(set(modes.values())) == 1, modes
 
 
@@ -87,7 +87,7 @@ def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
     assert torch.equal(loaded.image_tower.trunk.cls_token, model.image_tower.trunk.cls_token)
 
 
-def test_weights_rounded_to_bf16_do_not_round_what_is_saved(tmp_path, tiny_tower):
+def test_bf16_weights_do_not_round_the_saved_image_tower(tmp_path, tiny_tower):
     model = build_for_pretraining(SETTINGS, tiny_tower)
     exact = {name: value.clone() for name, value in model.state_dict().items()}
     tokenizer = TextTokenizer("bert-base-uncased", 32, 2, 1)
@@ -97,17 +97,17 @@ def test_weights_rounded_to_bf16_do_not_round_what_is_saved(tmp_path, tiny_tower
     assert all(torch.equal(weights[name], value) for name, value in exact.items())
 
 
-def test_auto_classes_read_the_folder(saved, tiny_samples: list[TinySample]):
+def test_auto_classes_read_the_folder(saved_model, tiny_samples: list[TinySample]):
     from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
-    _, folder = saved
+    _, folder = saved_model
     model, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder)
     assert isinstance(model, LotlipModel)
-    pictures = [Image.open(io.BytesIO(sample.image)) for sample in tiny_samples[:2]]
-    inputs = processor(text=TEXTS, images=pictures, return_tensors="pt")
+    images = [Image.open(io.BytesIO(sample.image)) for sample in tiny_samples[:2]]
+    inputs = processor(text=TEXTS, images=images, return_tensors="pt")
     with torch.no_grad():
         output = model(**inputs)
-        ids, lengths = prepared(TextTokenizer("bert-base-uncased", 32, 2, 1))
+        ids, lengths = model_inputs(TextTokenizer("bert-base-uncased", 32, 2, 1))
         expected = model.encode_text(ids, lengths)[:, 0]
     torch.testing.assert_close(output.text_embeds, expected, atol=1e-6, rtol=0)
     stored = torch.nn.functional.normalize(torch.from_numpy(np.stack([s.feature for s in tiny_samples[:2]])), dim=-1)
@@ -116,53 +116,53 @@ def test_auto_classes_read_the_folder(saved, tiny_samples: list[TinySample]):
     assert torch.equal(alone["input_ids"], ids)
 
 
-def test_the_zero_shot_pipeline_takes_it(saved, tiny_samples: list[TinySample]):
+def test_the_zero_shot_pipeline_runs_a_saved_model(saved_model, tiny_samples: list[TinySample]):
     from transformers import pipeline
 
-    classify = pipeline("zero-shot-image-classification", model=str(saved[1]))
-    picture = Image.open(io.BytesIO(tiny_samples[0].image))
-    found = classify(picture, candidate_labels=["dog", "house"], hypothesis_template="{}")
-    assert {entry["label"] for entry in found} == {"dog", "house"}
-    assert sum(entry["score"] for entry in found) == pytest.approx(1)
+    classify = pipeline("zero-shot-image-classification", model=str(saved_model[1]))
+    image = Image.open(io.BytesIO(tiny_samples[0].image))
+    scores = classify(image, candidate_labels=["dog", "house"], hypothesis_template="{}")
+    assert {entry["label"] for entry in scores} == {"dog", "house"}
+    assert sum(entry["score"] for entry in scores) == pytest.approx(1)
 
 
-def test_saving_again_keeps_everything(saved, tmp_path):
-    loaded, _ = load_model(saved[1])
+def test_saving_again_does_not_change_the_files(saved_model, tmp_path):
+    loaded, _ = load_model(saved_model[1])
     loaded.save_pretrained(tmp_path)
-    again = LotlipModel.from_pretrained(tmp_path)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in loaded.state_dict().items())
-    assert again.config.provenance == {"name": "tiny", "seed": 1}
+    reloaded = LotlipModel.from_pretrained(tmp_path)
+    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in loaded.state_dict().items())
+    assert reloaded.config.provenance == {"name": "tiny", "seed": 1}
     assert "# tiny" in (tmp_path / "README.md").read_text()
 
 
-def test_a_copy_tells_more_of_where_it_comes_from(saved, tmp_path):
+def test_a_copy_can_have_more_provenance(saved_model, tmp_path):
     scores = {"scenes": {"long.text_to_image.r1": 0.5}}
-    copy_with_provenance(saved[1], tmp_path / "copy", {"scores": scores})
+    copy_with_provenance(saved_model[1], tmp_path / "copy", {"scores": scores})
     loaded, _ = load_model(tmp_path / "copy")
     assert loaded.config.provenance == {"name": "tiny", "seed": 1, "scores": scores}
     assert "| long.text_to_image.r1 | 0.5 |" in (tmp_path / "copy" / "README.md").read_text()
-    weights = [load_file(folder / "model.safetensors") for folder in (saved[1], tmp_path / "copy")]
+    weights = [load_file(folder / "model.safetensors") for folder in (saved_model[1], tmp_path / "copy")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert "Not evaluated yet" in (saved[1] / "README.md").read_text()
+    assert "Not evaluated yet" in (saved_model[1] / "README.md").read_text()
 
 
-def altered(saved: tuple[Any, Path], folder: Path, change: Any) -> Path:
-    """A copy of the saved model whose weights were changed."""
-    shutil.copytree(saved[1], folder)
+def save_changed(saved_model: tuple[Any, Path], folder: Path, change: Any) -> Path:
+    """A copy of the saved model with changed weights."""
+    shutil.copytree(saved_model[1], folder)
     weights = load_file(folder / "model.safetensors")
     change(weights)
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-def test_missing_weights_are_an_error_that_lists_them(saved, tmp_path):
-    folder = altered(saved, tmp_path / "model", lambda weights: weights.pop("text.proj.weight"))
+def test_missing_weights_are_an_error_listing_them(saved_model, tmp_path):
+    folder = save_changed(saved_model, tmp_path / "model", lambda weights: weights.pop("text.proj.weight"))
     with pytest.raises(ValueError, match=r"do not match its config.json: .*missing_keys.*text\.proj\.weight"):
         load_model(folder)
 
 
-def test_left_over_weights_are_an_error_that_lists_them(saved, tmp_path):
-    folder = altered(saved, tmp_path / "model", lambda weights: weights.update(stranger=torch.zeros(2)))
+def test_unexpected_weights_are_an_error_listing_them(saved_model, tmp_path):
+    folder = save_changed(saved_model, tmp_path / "model", lambda weights: weights.update(stranger=torch.zeros(2)))
     with pytest.raises(ValueError, match=r"unexpected_keys.*stranger"):
         load_model(folder)
 

@@ -1,4 +1,4 @@
-"""`caption.sentence_ends`: one rule from the captions to the saved model, and nothing changes where it is not set."""
+"""`caption.sentence_ends`: one rule from captions to the saved model, with an unchanged default."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SUB_CAPTIONS = {
     "他说“你好。”然后走了。": ["他说“你好", "”然后走了"],
     "สุนัขวิ่ง แมวนอน": ["สุนัขวิ่ง แมวนอน"],
 }
-# Texts with many sentence ends, white space and special tokens side by side.
+# Texts with many adjacent sentence ends, white space and special tokens.
 AWKWARD = [*"ab 。！？．｡.!?…।؟\n\t\u3000一犬”", "</s>", "[SEP]", "[MASK]", "[COR.1]"]
 awkward = st.lists(st.sampled_from(AWKWARD)).map("".join)
 
@@ -62,17 +62,17 @@ def unicode_tokenizer() -> TextTokenizer:
 
 
 @pytest.mark.parametrize("text", SUB_CAPTIONS)
-def test_sub_captions_end_at_every_sentence_terminator_which_is_dropped(text):
+def test_unicode_splits_at_every_sentence_terminator(text):
     assert split_sub_captions(text, "unicode") == SUB_CAPTIONS[text]
 
 
 @given(st.text() | awkward)
-def test_the_default_is_the_released_rule(text):
+def test_the_default_rule_is_the_released_one(text):
     released = [part for part in (part.strip() for part in re.split(r"\n|</s>|\.", text)) if part]
     assert split_sub_captions(text) == split_sub_captions(text, "released") == released
 
 
-def test_the_terminators_are_those_of_unicode():
+def test_the_terminators_are_unicodes():
     theirs = Replace(Regex(r"\p{Sentence_Terminal}"), "")
     known = [character for character in map(chr, range(0x110000)) if unicodedata.category(character)[0] != "C"]
     expected = {character for character in known if not theirs.normalize_str(character)}
@@ -87,7 +87,7 @@ def test_split_undoes_join_and_finds_the_same_words(text):
 
 
 @pytest.mark.parametrize("value", ["Unicode", "", 1, ["unicode"]])
-def test_an_unknown_value_in_a_file_is_an_error_that_names_the_file(value):
+def test_an_unknown_value_in_a_file_is_an_error_naming_the_file(value):
     with pytest.raises(ValueError, match=r"^index\.json: sentence_ends"):
         as_sentence_ends(value, "index.json")
     assert as_sentence_ends(None, "index.json") == "released"
@@ -102,7 +102,7 @@ def test_an_unknown_value_in_params_yaml_is_an_error():
 
 
 @pytest.mark.parametrize("text", [CHINESE, JAPANESE, MIXED])
-def test_a_sep_stands_between_sub_captions(text):
+def test_sub_captions_are_separated_by_sep(text):
     tokenizer = unicode_tokenizer()
     plain = TextTokenizer(BERT, 48)
     cls, sep = plain.encode([""])[0]
@@ -116,21 +116,21 @@ def test_a_sep_stands_between_sub_captions(text):
 @given(awkward)
 def test_a_caption_and_its_sub_captions_have_the_same_ids(text):
     parts = split_sub_captions(text, "unicode")
-    if not any(part in ("[COR.1]", "[SEP]") for part in (text, *parts)):  # a text that is a name and nothing else
+    if not any(part in ("[COR.1]", "[SEP]") for part in (text, *parts)):  # unless a text equals a token name
         assert unicode_tokenizer().encode([text]) == unicode_tokenizer().encode([parts])
 
 
 @pytest.mark.parametrize("first", ["released", "unicode"])
 @pytest.mark.parametrize("then", ["released", "unicode"])
-def test_a_saved_tokenizer_gets_the_rule_that_it_is_opened_with(tmp_path, first, then):
+def test_a_saved_tokenizer_uses_the_rule_given_when_it_is_opened(tmp_path, first, then):
     TextTokenizer(BERT, 48, 1, sentence_ends=first).save(tmp_path)
-    again = TextTokenizer(str(tmp_path), 48, 2, sentence_ends=then)
-    assert again.vocabulary_size == 30522
+    reopened = TextTokenizer(str(tmp_path), 48, 2, sentence_ends=then)
+    assert reopened.vocabulary_size == 30522
     texts = list(SUB_CAPTIONS)
-    assert again.encode(texts) == TextTokenizer(BERT, 48, 2, sentence_ends=then).encode(texts)
+    assert reopened.encode(texts) == TextTokenizer(BERT, 48, 2, sentence_ends=then).encode(texts)
 
 
-def test_terminators_are_no_used_tokens():
+def test_terminators_are_not_used_tokens():
     assert used_tokens(BERT, ["a dog!"]) > used_tokens(BERT, ["a dog!"], "unicode") == used_tokens(BERT, ["a dog"])
 
 
@@ -139,13 +139,13 @@ def test_terminators_are_no_used_tokens():
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_world: TinyWorld) -> TinyWorld:
-    """The tiny world in Chinese and English, as the shard stage leaves it with `unicode`."""
+    """The tiny world in Chinese and English, sharded with `unicode`."""
 
-    def told(sample: TinySample) -> TinySample:
+    def with_captions(sample: TinySample) -> TinySample:
         captions = {"llava": split_sub_captions(CHINESE, "unicode"), "gpt": split_sub_captions(MIXED, "unicode")}
         return replace(sample, info={**sample.info, "raw": CHINESE, "captions": captions})
 
-    samples = {key: told(sample) for key, sample in tiny_world.samples.items()}
+    samples = {key: with_captions(sample) for key, sample in tiny_world.samples.items()}
     shards = write_shards(tmp_path_factory.mktemp("unicode") / "shards", list(samples.values()), 3)
     index = read_json(shards / "index.json")
     (shards / "index.json").write_text(json.dumps({**index, "sentence_ends": "unicode"}))
@@ -153,8 +153,10 @@ def world(tmp_path_factory, tiny_world: TinyWorld) -> TinyWorld:
 
 
 @pytest.fixture(scope="module")
-def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None) -> tuple[Path, TextTokenizer]:
-    """A trained model's folder, and the tokenizer that it was trained with."""
+def trained_model(
+    world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: None
+) -> tuple[Path, TextTokenizer]:
+    """Folder of a trained model, and the tokenizer of its training."""
     from lotlip.pretrain.trainer import Trainer
     from lotlip.tracking.mlflow import NullSink
 
@@ -164,25 +166,25 @@ def trained(world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, group: N
     return job.model_folder(0), trainer.tokenizer
 
 
-def test_training_splits_raw_captions_as_the_shards_say(world, trained):
-    folder, tokenizer = trained
+def test_training_splits_short_captions_by_the_shards_rule(world, trained_model):
+    folder, tokenizer = trained_model
     assert tokenizer.sentence_ends == "unicode"
     assert load_model(folder)[0].config.sentence_ends == "unicode"
 
 
-def test_the_loader_gives_ids_with_sep_between_sub_captions(world, trained):
+def test_the_loader_separates_sub_captions_by_sep(world, trained_model):
     from lotlip.pretrain.config import PretrainConfig
     from lotlip.pretrain.loader import BatchSlice, Loader
 
-    _, tokenizer = trained
+    _, tokenizer = trained_model
     settings = PretrainConfig.model_validate({"batch_size": 4, "long_texts": {"sub_captions": 2}})
     (batch,) = next(iter(Loader(world.shards, settings, tokenizer, 0, BatchSlice(4), workers=0).steps(0, 1)))
     assert batch.short_ids[0].tolist() == tokenizer.encode([CHINESE])[0]
     assert {row.tolist().count(102) for row in batch.long_ids} == {2}
 
 
-def test_every_way_to_the_model_gives_the_ids_of_training(trained, tmp_path):
-    folder, tokenizer = trained
+def test_all_interfaces_of_the_model_tokenize_as_in_training(trained_model, tmp_path):
+    folder, tokenizer = trained_model
     texts = [CHINESE, JAPANESE, MIXED]
     expected, _ = tokenizer(texts)
     options = {"padding": True, "truncation": True, "return_tensors": "np"}
@@ -192,22 +194,22 @@ def test_every_way_to_the_model_gives_the_ids_of_training(trained, tmp_path):
     assert np.array_equal(loaded(texts)[0], expected)
     (tmp_path / "texts.txt").write_text("\n".join([CHINESE, JAPANESE]) + "\n", encoding="utf-8")
     embed(folder, tmp_path / "texts.txt", tmp_path / "index.parquet")
-    features = pq.read_table(tmp_path / "index.parquet")["embedding"].to_pylist()
+    stored = pq.read_table(tmp_path / "index.parquet")["embedding"].to_pylist()
     split = [split_sub_captions(text, "unicode") for text in (CHINESE, JAPANESE)]
     with torch.inference_mode():
         rows = [torch.from_numpy(loaded([parts])[0]) for parts in split]
-        own = torch.cat([model.get_text_features(row).pooler_output for row in rows]).numpy()
-    np.testing.assert_allclose(np.asarray(features), own, atol=1e-6)
-    np.testing.assert_allclose(Embedder(folder).texts([CHINESE, JAPANESE]), own, atol=1e-6)
+        features = torch.cat([model.get_text_features(row).pooler_output for row in rows]).numpy()
+    np.testing.assert_allclose(np.asarray(stored), features, atol=1e-6)
+    np.testing.assert_allclose(Embedder(folder).texts([CHINESE, JAPANESE]), features, atol=1e-6)
 
 
-def test_a_model_that_goes_on_from_another_splits_as_its_own_shards_say(trained, tiny_world, tmp_path):
-    folder, _ = trained
+def test_finetuning_uses_the_rule_of_its_own_shards(trained_model, tiny_world, tmp_path):
+    folder, _ = trained_model
     job = tiny_job(tiny_world, tmp_path, {"steps": 1, "text": {"context_length": 48, "pretrained": str(folder)}})
     assert load_model(train(job).model_folder(0))[1].sentence_ends == "released"
 
 
-def test_shards_with_an_unknown_rule_are_refused(world, tmp_path, group):
+def test_shards_with_an_unknown_rule_are_an_error(world, tmp_path, group):
     shards = shutil.copytree(world.shards, tmp_path / "shards")
     index = read_json(shards / "index.json")
     (shards / "index.json").write_text(json.dumps({**index, "sentence_ends": "thai"}))
@@ -216,8 +218,8 @@ def test_shards_with_an_unknown_rule_are_refused(world, tmp_path, group):
 
 
 @pytest.fixture
-def old(tmp_path: Path, tiny_tower: Path) -> Path:
-    """A model from before the option."""
+def old_model(tmp_path: Path, tiny_tower: Path) -> Path:
+    """A model that was saved before the option existed."""
     folder = save_tiny_model(tmp_path / "old", tiny_tower)
     config = read_json(folder / "config.json")
     del config["sentence_ends"]
@@ -225,37 +227,37 @@ def old(tmp_path: Path, tiny_tower: Path) -> Path:
     return folder
 
 
-def test_a_model_from_before_the_option_splits_as_released(old):
-    model, tokenizer = load_model(old)
+def test_a_model_without_the_option_uses_the_released_rule(old_model):
+    model, tokenizer = load_model(old_model)
     assert model.config.sentence_ends == tokenizer.sentence_ends == "released"
     texts = list(SUB_CAPTIONS)
     assert tokenizer.encode(texts) == TextTokenizer(BERT, 32, 2).encode(texts)
-    assert AutoTokenizer.from_pretrained(old)(texts, truncation=True)["input_ids"] == tokenizer.encode(texts)
+    assert AutoTokenizer.from_pretrained(old_model)(texts, truncation=True)["input_ids"] == tokenizer.encode(texts)
 
 
 @pytest.mark.parametrize("value", ["unicode", "thai"])
-def test_a_configuration_that_contradicts_its_tokenizer_is_refused(old, value):
-    config = read_json(old / "config.json")
-    (old / "config.json").write_text(json.dumps({**config, "sentence_ends": value}))
-    with pytest.raises(ValueError, match=rf"{re.escape(str(old))}.*sentence_ends"):
-        load_model(old)
+def test_a_configuration_that_contradicts_its_tokenizer_is_an_error(old_model, value):
+    config = read_json(old_model / "config.json")
+    (old_model / "config.json").write_text(json.dumps({**config, "sentence_ends": value}))
+    with pytest.raises(ValueError, match=rf"{re.escape(str(old_model))}.*sentence_ends"):
+        load_model(old_model)
 
 
 # --- stages and commands ----------------------------------------------------------------------------------------------
 
 
-def test_the_stages_that_split_texts_are_stale_after_a_change_and_no_others():
+def test_a_change_makes_only_stages_that_split_texts_stale():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     watching = {
         name
         for name, stage in stages.items()
         if {"caption", "caption.sentence_ends"} & set(map(str, stage.get("do", stage).get("params", [])))
     }
-    # The shards' index says how texts are split; training depends on it, and evaluation on the model.
+    # Training reads the rule from the index of the shards, and evaluation from the model.
     assert watching == {"caption", "shard"}
 
 
-def test_shards_of_captions_that_were_split_otherwise_are_refused(tmp_path):
+def test_shards_of_captions_with_another_rule_are_an_error(tmp_path):
     from flows.runtime.scratch import StageFailed
     from flows.stages.shard import check_sentence_ends
     from lotlip.data.index import CaptionIndex, write_index
@@ -276,7 +278,7 @@ def test_statistics_count_sub_captions_by_the_rule():
 
 
 @pytest.mark.parametrize(("option", "expected"), [([], 1.0), (["--sentence-ends", "unicode"], 3.0)])
-def test_stats_has_the_option(tmp_path, monkeypatch, capsys, option, expected):
+def test_stats_takes_the_option(tmp_path, monkeypatch, capsys, option, expected):
     (tmp_path / "captions.txt").write_text(CHINESE + "\n", encoding="utf-8")
     monkeypatch.setattr("sys.argv", ["lotlip", "stats", str(tmp_path / "captions.txt"), "--json", *option])
     with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,4 @@
-"""Prefixes and changed sentences: known models get known scores, and texts keep everything else."""
+"""Scores of prefixes and of texts with changed sentences, for known models."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ WORDS = [f"w{number}" for number in range(40)]
 
 
 class BagOfWords:
-    """Its feature of a text has each word's count, times the weight of the word's sentence: 1 after the last weight."""
+    """The feature of a text counts its words, weighted by sentence; sentences after the last weight have weight 1."""
 
     def __init__(self, *weights: float, token_by_token: bool = False) -> None:
         self.weights, self.token_by_token = weights, token_by_token
@@ -60,14 +60,14 @@ class BagOfWords:
 
 
 def images_of(*texts: str) -> Tensor:
-    """Images that show each of a text's words."""
+    """Images that show all words of their text."""
     return BagOfWords().texts(texts)[0]
 
 
 # --- texts --------------------------------------------------------------------------------------------------------
 
 
-def test_the_examples_of_the_docstrings():
+def test_docstring_examples():
     assert doctest.testmod(module).failed == 0
 
 
@@ -81,11 +81,11 @@ def test_the_examples_of_the_docstrings():
         ("  A ... B .C. \n\nD", 2, ["  A ... B .", "  A ... B .C. \n\nD"]),
     ],
 )
-def test_a_text_is_cut_between_sentences(text: str, number: int, expected: list[str]):
+def test_prefixes_end_between_sentences(text: str, number: int, expected: list[str]):
     assert prefixes(text, number) == expected
 
 
-def test_prefixes_grow_and_have_the_first_sentences():
+def test_prefixes_grow_and_start_with_the_first_sentences():
     rng = random.Random(0)
     for _ in range(200):
         parts = [rng.choice(["A dog", "it runs", "two   birds", "a 3"]) for _ in range(rng.randint(4, 12))]
@@ -97,7 +97,7 @@ def test_prefixes_grow_and_have_the_first_sentences():
             assert all(one < other for one, other in itertools.pairwise(lengths))
 
 
-def test_changed_texts_keep_all_other_sentences_and_the_punctuation():
+def test_changed_texts_keep_other_sentences_and_punctuation():
     rng = random.Random(1)
     for _ in range(200):
         parts = [f"{rng.choice(['A dog', 'it runs'])} {number}" for number in range(rng.randint(4, 9))]
@@ -110,12 +110,12 @@ def test_changed_texts_keep_all_other_sentences_and_the_punctuation():
         assert text.endswith(delete_first_sentence(text))
 
 
-def test_equal_sentences_are_not_confused():
+def test_equal_sentences_are_distinguished_by_position():
     assert swap_sentences("A. A. B. C. A.") == "C. A. B. A. A."
     assert delete_first_sentence("A. A. B. C.") == "A. B. C."
 
 
-def test_texts_with_fewer_than_four_sentences_do_not_count():
+def test_texts_with_fewer_than_four_sentences_are_excluded():
     counted = counted_texts(ImageTexts(["A. B. C.", "A. B. C. D.", "A.\n\n... B! C? </s>", "A\nB\nC\nD"], [0, 1, 1, 2]))
     assert counted == ImageTexts(["A. B. C. D.", "A\nB\nC\nD"], [1, 2])
 
@@ -123,12 +123,12 @@ def test_texts_with_fewer_than_four_sentences_do_not_count():
 # --- HiMo@K -------------------------------------------------------------------------------------------------------
 
 
-def test_a_share_counts_rows_that_always_grow():
+def test_himo_of_two_or_three_is_the_fraction_of_increasing_rows():
     assert himo(torch.tensor([[0.1, 0.2], [0.2, 0.1], [0.2, 0.2], [-0.2, -0.1]])).tolist() == [1, 0, 0, 1]
     assert himo(torch.tensor([[0.1, 0.2, 0.3], [0.1, 0.3, 0.2], [0.1, 0.2, 0.2]])).tolist() == [1, 0, 0]
 
 
-def test_a_correlation_is_pearsons():
+def test_himo_of_four_is_pearsons_correlation():
     rows = torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1], [0.1, 0.4, 0.2, 0.3], [0.5, 0.5, 0.5, 0.5]])
     expected = [1, -1, 0.4, 0]  # third: covariance 0.2 with k, deviations √5 and √0.05
     assert himo(rows).tolist() == pytest.approx(expected)
@@ -136,30 +136,30 @@ def test_a_correlation_is_pearsons():
     assert himo(many).tolist() == pytest.approx([np.corrcoef(row, range(4))[0, 1] for row in many.tolist()], abs=1e-5)
 
 
-def test_similarities_that_differ_by_rounding_do_not_grow():
+def test_differences_by_rounding_do_not_count_as_increases():
     rows = torch.tensor([[0.5, 0.5 + 1e-7, 0.5 + 2e-7]])
     assert himo(rows).tolist() == himo(torch.cat([rows, rows[:, 2:] + 1e-7], dim=1)).tolist() == [0]
 
 
 @pytest.mark.parametrize("token_by_token", [False, True])
-def test_a_model_that_reads_all_grows_and_one_that_reads_the_first_sentence_does_not(token_by_token):
+def test_himo_of_models_that_read_all_or_only_the_first_sentence(token_by_token):
     texts = ["w0. w1. w2. w3.", "w4. w5. w6. w7. w8."]
     images = images_of(*texts)
     shown = images[:, None] if token_by_token else images
-    asked = ImageTexts(texts, [0, 1])
-    grows = sentence_scores(BagOfWords(token_by_token=token_by_token), asked, shown).values
-    assert (grows["prefixes.himo2"], grows["prefixes.himo3"]) == (1, 1)
+    image_texts = ImageTexts(texts, [0, 1])
+    scores = sentence_scores(BagOfWords(token_by_token=token_by_token), image_texts, shown).values
+    assert (scores["prefixes.himo2"], scores["prefixes.himo3"]) == (1, 1)
     # cosines of 1, 2, 3 of 4 words and all: √(k/4); of 1, 2, 3 and 5 of 5 words: √(k/5)
-    of_four = np.corrcoef([1, 2, 3, 4], np.sqrt([1, 2, 3, 4]))[0, 1]
-    of_five = np.corrcoef([1, 2, 3, 4], np.sqrt([1, 2, 3, 5]))[0, 1]
-    assert grows["prefixes.himo4"] == pytest.approx((of_four + of_five) / 2, abs=1e-5)
-    first = BagOfWords(1, *[0] * 9, token_by_token=token_by_token)
-    constant = sentence_scores(first, asked, shown).values
+    four_words = np.corrcoef([1, 2, 3, 4], np.sqrt([1, 2, 3, 4]))[0, 1]
+    five_words = np.corrcoef([1, 2, 3, 4], np.sqrt([1, 2, 3, 5]))[0, 1]
+    assert scores["prefixes.himo4"] == pytest.approx((four_words + five_words) / 2, abs=1e-5)
+    first_sentence_model = BagOfWords(1, *[0] * 9, token_by_token=token_by_token)
+    constant = sentence_scores(first_sentence_model, image_texts, shown).values
     assert [constant[f"prefixes.himo{k}"] for k in (2, 3, 4)] == [0, 0, 0]
 
 
-def test_half_of_the_texts_grow():
-    """The second image shows nothing of its text but the first sentence, so more sentences lower the similarity."""
+def test_himo_of_similarities_that_increase_for_half_of_the_texts():
+    """The second image shows only the first sentence of its text, so more sentences lower the similarity."""
     texts = ["w0. w1. w2. w3.", "w4. w5. w6. w7."]
     scores = sentence_scores(BagOfWords(), ImageTexts(texts, [0, 1]), images_of("w0 w1 w2 w3", "w4"))
     assert scores.values["prefixes.himo2"] == scores.values["prefixes.himo3"] == 0.5
@@ -170,52 +170,52 @@ def test_half_of_the_texts_grow():
 # --- swapped and deleted sentences --------------------------------------------------------------------------------
 
 
-def test_a_model_that_reads_the_first_sentence_needs_it():
-    """It finds nothing by the other sentences: sentence 4 and sentence 2 are those of the next image."""
+def test_a_model_that_reads_only_the_first_sentence_fails_without_it():
+    """Sentences 2 and 4 belong to the next image, so recall is zero without the first sentence."""
     texts = [f"w{n}. w{(n + 1) % 4}. w9. w{(n + 1) % 4}. w9." for n in range(4)]
     images = images_of("w0", "w1", "w2", "w3")
     scores = sentence_scores(BagOfWords(1, *[0] * 9), ImageTexts(texts, [0, 1, 2, 3]), images).values
     for direction in ("image_to_text", "text_to_image"):
-        found = [scores[f"{change}.{direction}.r1"] for change in ("unchanged", "swapped", "deleted")]
-        assert found == [1, 0, 0]
+        recalls = [scores[f"{change}.{direction}.r1"] for change in ("unchanged", "swapped", "deleted")]
+        assert recalls == [1, 0, 0]
 
 
 def test_a_model_without_order_is_not_affected_by_a_swap():
     texts = ["w0. w1. w9. w8.", "w2. w3. w9. w8.", "w4. w9. w9. w8.", "w5. w9. w9. w8."]
     scores = sentence_scores(BagOfWords(), ImageTexts(texts, [0, 1, 2, 3]), images_of(*texts)).values
     assert scores["unchanged.text_to_image.r1"] == scores["swapped.text_to_image.r1"] == 1
-    # without the first sentence the last two texts are the same: each is found in half of the draws
+    # without the first sentence the last two texts are equal, so each scores one half
     assert scores["deleted.text_to_image.r1"] == 0.75
 
 
-def test_scores_are_among_the_texts_that_count():
-    """The image of a short text is no candidate, though it is the best match of another's text."""
+def test_excluded_texts_and_their_images_are_no_candidates():
+    """The image of an excluded text is not a candidate, although it matches another text best."""
     texts = ["w0. w1. w2.", "w3. w4. w5. w6.", "w7. w8. w9. w10."]
     images = images_of("w3 w4 w5 w6", "w3", "w7")
     scores = sentence_scores(BagOfWords(), ImageTexts(texts, [0, 1, 2]), images)
     assert scores.values["unchanged.text_to_image.r1"] == 1
-    asked = Benchmark("toy", ["a", "b", "c"], lambda _: b"", {"long": ImageTexts(texts, [0, 1, 2])})
-    assert protocol(BagOfWords(), asked)["long_texts_of_4_sentences"] == 2
-    assert evaluate(BagOfWords(), asked, images).values["long.text_to_image.r1"] < 1
+    benchmark = Benchmark("toy", ["a", "b", "c"], lambda _: b"", {"long": ImageTexts(texts, [0, 1, 2])})
+    assert protocol(BagOfWords(), benchmark)["long_texts_of_4_sentences"] == 2
+    assert evaluate(BagOfWords(), benchmark, images).values["long.text_to_image.r1"] < 1
 
 
-def test_an_image_may_have_several_texts():
+def test_images_may_have_several_texts():
     texts = ["w0. w1. w2. w3.", "w4. w5. w6. w7.", "w8. w9. w10. w11."]
     scores = sentence_scores(BagOfWords(), ImageTexts(texts, [2, 0, 2]), images_of("w4", "w30", "w0 w1 w2 w3 w8"))
     assert scores.values["unchanged.image_to_text.r1"] == 1
-    assert scores.values["prefixes.himo2"] == pytest.approx(1 / 3)  # the first text's
+    assert scores.values["prefixes.himo2"] == pytest.approx(1 / 3)  # only the first text's similarities increase
 
 
 @pytest.mark.parametrize("texts", [[], ["w0. w1. w2. w3."], ["w0. w1.", "w2. w3. w4."]])
-def test_there_are_no_scores_of_fewer_than_two_texts(texts: list[str]):
-    asked = ImageTexts(texts, list(range(len(texts))))
-    assert sentence_scores(BagOfWords(), asked, torch.ones(3, len(WORDS))).values == {}
+def test_fewer_than_two_texts_have_no_scores(texts: list[str]):
+    image_texts = ImageTexts(texts, list(range(len(texts))))
+    assert sentence_scores(BagOfWords(), image_texts, torch.ones(3, len(WORDS))).values == {}
 
 
-# --- as a part of evaluation --------------------------------------------------------------------------------------
+# --- within evaluate ----------------------------------------------------------------------------------------------
 
 
-def test_scores_of_whole_texts_are_those_of_long_texts():
+def test_scores_of_unchanged_texts_equal_those_of_long_texts():
     scenes = [generate_scene(3, "test", number) for number in range(30)]
     rng = torch.Generator().manual_seed(0)
     known: dict[str, Tensor] = {}
@@ -239,36 +239,38 @@ def test_scores_of_whole_texts_are_those_of_long_texts():
         assert scores.values[f"swapped.{name}"] == expected
 
 
-def test_chance_is_that_of_guessing():
+def test_chance_of_sentence_scores():
     texts = ImageTexts([f"w{n}. w1. w2. w3." for n in range(10)] + ["w0."], list(range(11)))
-    found = chances(Benchmark("toy", [""] * 11, lambda _: b"", {"long": texts}))
-    assert found["prefixes.himo2"] == 1 / 2 and found["prefixes.himo3"] == 1 / 6
-    assert "prefixes.himo4" not in found  # a correlation
-    assert found["swapped.image_to_text.r1"] == found["deleted.text_to_image.r1"] == pytest.approx(1 / 10)
-    assert found["long.text_to_image.r1"] == pytest.approx(1 / 11)
+    chance = chances(Benchmark("toy", [""] * 11, lambda _: b"", {"long": texts}))
+    assert chance["prefixes.himo2"] == 1 / 2 and chance["prefixes.himo3"] == 1 / 6
+    assert "prefixes.himo4" not in chance  # a correlation has no chance level
+    assert chance["swapped.image_to_text.r1"] == chance["deleted.text_to_image.r1"] == pytest.approx(1 / 10)
+    assert chance["long.text_to_image.r1"] == pytest.approx(1 / 11)
     similarities = torch.rand(20_000, 3, generator=torch.Generator().manual_seed(0))
     assert himo(similarities).mean().item() == pytest.approx(1 / math.factorial(3), abs=0.01)
 
 
-def test_no_text_is_encoded_twice_and_prefixes_of_scenes_are_those_of_the_reading_test():
-    """Both tests of a scene's text need its first sentences, so the encodings are shared."""
+def test_texts_are_encoded_once_and_shared_with_the_reading_test():
+    """Both tests encode the first sentences of a scene's text."""
     scene = generate_scene(3, "test", 0)
     parts = sentences(scene)
     truncated = {as_text(parts[:number]) for number in range(1, len(parts) + 1)}
-    cut = {prefix for number in (2, 3, 4) for prefix in prefixes(long_text(scene), number)}
-    assert cut <= truncated
+    scene_prefixes = {prefix for number in (2, 3, 4) for prefix in prefixes(long_text(scene), number)}
+    assert scene_prefixes <= truncated
     texts = ["w0. w1. w2. w3. w4. w5.", "w6. w7. w8. w9."]
     model = BagOfWords()
     sentence_scores(model, ImageTexts(texts, [0, 1]), images_of(*texts))
     assert set(model.encoded) == asked_texts(ImageTexts(texts, [0, 1]))
     counts = {text: model.encoded.count(text) for text in model.encoded}
-    assert {text for text, count in counts.items() if count > 1} == set(texts)  # the whole texts, cached by the caller
+    assert {text for text, count in counts.items() if count > 1} == set(
+        texts
+    )  # the full texts, which the caller caches
 
 
-def test_lengths_of_a_benchmark_s_texts_are_those_of_lotlip_stats():
+def test_text_lengths_of_a_benchmark_equal_those_of_lotlip_stats():
     texts = ["A dog runs. It is brown.", "A cat."]
-    asked = Benchmark("toy", ["a", "b"], lambda _: b"", {"long": ImageTexts(texts, [0, 1])})
-    assert _text_lengths(asked, "bert-base-uncased") == {
+    benchmark = Benchmark("toy", ["a", "b"], lambda _: b"", {"long": ImageTexts(texts, [0, 1])})
+    assert _text_lengths(benchmark, "bert-base-uncased") == {
         "long_sub_captions_per_text": 1.5,
         "long_tokens_per_text": (8 + 3) / 2,
     }

@@ -1,4 +1,4 @@
-"""Whether an image tower separates pictures better than their raw pixels do."""
+"""Whether features of an image tower separate images better than pixels do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("a red dog runs", "a blue cat sleeps", "two green houses", "the old boa
 
 
 def shards(folder: Path, number: int, by_feature: bool, by_pixel: bool) -> ShardIndex:
-    """Pictures of four kinds, which features or pixels tell apart, or which look like noise."""
+    """Images of four kinds that features or pixels separate, or images of noise."""
     rng = np.random.default_rng(0)
     samples = []
     for row in range(number):
@@ -34,19 +34,19 @@ def shards(folder: Path, number: int, by_feature: bool, by_pixel: bool) -> Shard
 
 
 @pytest.mark.parametrize(("by_feature", "by_pixel"), [(True, False), (False, True)])
-def test_neighbours_with_equal_captions_count(tmp_path, by_feature, by_pixel):
-    found = separation(tmp_path, shards(tmp_path, 80, by_feature, by_pixel))
-    assert found is not None and found.pictures == 80
-    good, bad = (found.tower, found.pixels) if by_feature else (found.pixels, found.tower)
+def test_separation_counts_neighbours_with_equal_captions(tmp_path, by_feature, by_pixel):
+    result = separation(tmp_path, shards(tmp_path, 80, by_feature, by_pixel))
+    assert result is not None and result.pictures == 80
+    good, bad = (result.tower, result.pixels) if by_feature else (result.pixels, result.tower)
     assert good == pytest.approx(1, abs=1e-5)
-    assert bad < 0.6 and found.chance < 0.6
-    assert bool(found.warning) is not by_feature
+    assert bad < 0.6 and result.chance < 0.6
+    assert bool(result.warning) is not by_feature
 
 
-def test_few_pictures_say_nothing(tmp_path):
+def test_few_images_have_no_separation(tmp_path):
     assert separation(tmp_path, shards(tmp_path, SMALLEST - 1, True, False)) is None
 
 
-def test_the_warning_has_the_numbers_and_a_remedy():
+def test_the_warning_states_numbers_and_a_remedy():
     warning = Separation(100, 0.1, 0.2, 0.05).warning
     assert "0.100 by its features, 0.200 by 8 × 8 pixels and 0.050 at random" in warning and "packaged" in warning

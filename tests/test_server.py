@@ -1,4 +1,4 @@
-"""The service of `lotlip serve` answers as the model does, in batches, within its limits, to those it should."""
+"""`lotlip serve`: features, search, batches, limits and access."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_the_documented_requests_are_answered(client: TestClient, embedder: Embe
         np.testing.assert_allclose(answer.json()["texts"], embedder.texts(body["texts"]), atol=1e-5)
 
 
-def test_features_are_the_models(client: TestClient, embedder: Embedder, tiny_samples: list[TinySample]) -> None:
+def test_embed_returns_the_models_features(
+    client: TestClient, embedder: Embedder, tiny_samples: list[TinySample]
+) -> None:
     image = tiny_samples[0].image
     answer = client.post("/embed", json={"texts": TEXTS, "images": [encoded(image)]})
     assert answer.status_code == 200
@@ -82,7 +84,7 @@ def test_features_are_the_models(client: TestClient, embedder: Embedder, tiny_sa
     np.testing.assert_allclose(answer.json()["images"], embedder.images([image]), atol=1e-5)
 
 
-def test_a_search_is_that_of_the_program(client: TestClient, index: Path, tiny_samples: list[TinySample]) -> None:
+def test_search_agrees_with_the_command(client: TestClient, index: Path, tiny_samples: list[TinySample]) -> None:
     answer = client.post("/search", json={"text": TEXTS[1], "top": 2}).json()["results"]
     expected = [vars(match) for match in search(index, TEXTS[1], top=2)]
     assert [{**one, "score": pytest.approx(one["score"], abs=1e-5)} for one in expected] == answer
@@ -90,7 +92,7 @@ def test_a_search_is_that_of_the_program(client: TestClient, index: Path, tiny_s
     assert len(client.post("/search", json={"image": image}).json()["results"]) == len(TEXTS)
 
 
-def test_health(client: TestClient, embedder: Embedder) -> None:
+def test_health_describes_the_model(client: TestClient, embedder: Embedder) -> None:
     assert client.get("/health").json() == {"status": "ok", "width": 32, "items": 3}
     app = create_app(embedder, None, LIMITS)
     with TestClient(app) as without:
@@ -114,13 +116,15 @@ def test_health(client: TestClient, embedder: Embedder) -> None:
         ("search", {"text": "a", "top": 0}, 422, "greater than or equal to 1"),
     ],
 )
-def test_a_wrong_request_is_an_error(client: TestClient, path: str, request_: Any, status: int, message: str) -> None:
+def test_an_invalid_request_is_an_error(
+    client: TestClient, path: str, request_: Any, status: int, message: str
+) -> None:
     answer = client.post(f"/{path}", json=request_)
     assert (answer.status_code, message in answer.text) == (status, True), answer.text
 
 
 class SlowModel:
-    """Stands for an embedder whose batches take a while."""
+    """An embedder with slow batches."""
 
     width = 1
 
@@ -135,7 +139,7 @@ class SlowModel:
     prepared = texts
 
 
-def test_requests_that_arrive_while_the_model_is_busy_are_embedded_together() -> None:
+def test_requests_during_a_batch_form_the_next_batch() -> None:
     slow = SlowModel(0.3)
 
     async def requests() -> list[list[list[float]]]:
@@ -152,7 +156,7 @@ def test_requests_that_arrive_while_the_model_is_busy_are_embedded_together() ->
     assert slow.batches == [["a"], ["b", "b", "bb", "bb"], ["bbb", "bbb"]]
 
 
-def test_an_error_reaches_the_requests_of_its_batch_and_no_others() -> None:
+def test_an_error_affects_only_requests_of_its_batch() -> None:
     def encode(items: Sequence[str]) -> np.ndarray:
         if "bad" in items:
             raise ValueError("the model is broken")
@@ -172,7 +176,7 @@ def test_an_error_reaches_the_requests_of_its_batch_and_no_others() -> None:
     asyncio.run(requests())
 
 
-def test_a_request_that_takes_too_long_is_answered() -> None:
+def test_a_slow_request_times_out() -> None:
     slow: Any = SlowModel(0.5)
     limits = Limits(seconds=0.1)
     with TestClient(protected(create_app(slow, None, limits), limits, None, loopback=False)) as client:
@@ -180,11 +184,11 @@ def test_a_request_that_takes_too_long_is_answered() -> None:
         assert (answer.status_code, answer.json()) == (503, {"detail": "the request took more than 0.1 s"})
 
 
-def test_a_token_is_asked_for(embedder: Embedder) -> None:
+def test_a_token_is_required(embedder: Embedder) -> None:
     app = protected(create_app(embedder, None, LIMITS), LIMITS, TOKEN, loopback=False)
     with TestClient(app) as client:
-        for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
-            answer = client.post("/embed", json={"texts": ["a"]}, headers=given)
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": f"Basic {TOKEN}"}):
+            answer = client.post("/embed", json={"texts": ["a"]}, headers=headers)
             assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         answer = client.post("/embed", json={"texts": ["a"]}, headers={"Authorization": f"Bearer {TOKEN}"})
         assert answer.status_code == 200
@@ -192,7 +196,7 @@ def test_a_token_is_asked_for(embedder: Embedder) -> None:
         assert client.get("/openapi.json").status_code == 401
 
 
-def test_on_loopback_pages_of_other_sites_are_refused(embedder: Embedder) -> None:
+def test_requests_of_other_sites_are_rejected_on_loopback(embedder: Embedder) -> None:
     app = protected(create_app(embedder, None, LIMITS), LIMITS, None, loopback=True)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         assert client.get("/health").status_code == 200
@@ -200,15 +204,15 @@ def test_on_loopback_pages_of_other_sites_are_refused(embedder: Embedder) -> Non
         assert client.get("/health", headers={"Origin": "https://evil.example"}).status_code == 403
 
 
-def test_the_service_listens(model: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_service_answers_over_a_socket(model: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     running: list[uvicorn.Server] = []
 
-    class Watched(uvicorn.Server):
+    class WatchedServer(uvicorn.Server):
         def __init__(self, config: uvicorn.Config) -> None:
             super().__init__(config)
             running.append(self)
 
-    monkeypatch.setattr(uvicorn, "Server", Watched)
+    monkeypatch.setattr(uvicorn, "Server", WatchedServer)
     monkeypatch.setenv(server.TOKEN, TOKEN)
     listens, address = threading.Event(), list[str]()
 
@@ -244,7 +248,7 @@ def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     return end.value.code
 
 
-def test_what_is_missing_is_an_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_arguments_are_errors(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert program(monkeypatch, "serve") == "error: give the folder of a model, an index, or both"
     message = (
         "error: --host 0.0.0.0 lets other machines in, so requests need a token; set LOTLIP_TOKEN, or use 127.0.0.1"

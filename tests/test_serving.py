@@ -1,4 +1,4 @@
-"""A served model embeds as the saved one does, says which row of a table is wrong, and answers over HTTP."""
+"""The served model embeds like the saved one, reports invalid rows, and answers over HTTP."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def served(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
 def loaded(served: Path) -> Iterator[PyFuncModel]:
     path = list(sys.path)
     yield mlflow.pyfunc.load_model(str(served))
-    sys.path[:] = path  # MLflow puts the model's code there
+    sys.path[:] = path  # MLflow adds the model's code to it
 
 
 @pytest.fixture(scope="module")
 def client(loaded: PyFuncModel) -> TestClient:
-    """What `mlflow models serve` runs, without the server around it."""
+    """The application of `mlflow models serve`, without a server."""
     return TestClient(init(loaded))
 
 
@@ -80,8 +80,8 @@ def encoded(image: bytes) -> str:
     return base64.b64encode(image).decode()
 
 
-def mixed(images: list[bytes]) -> tuple[list[dict[str, str]], list[int]]:
-    """Rows with texts and images by turns; which of all texts and images each is."""
+def mixed_rows(images: list[bytes]) -> tuple[list[dict[str, str]], list[int]]:
+    """Rows with texts and images, and the number of each in `features`."""
     first, second = (encoded(image) for image in images)
     rows = [{"text": TEXTS[0]}, {"image": first}, {"text": TEXTS[1]}, {"text": TEXTS[2]}, {"image": second}]
     return rows, [0, 3, 1, 2, 4]
@@ -89,38 +89,38 @@ def mixed(images: list[bytes]) -> tuple[list[dict[str, str]], list[int]]:
 
 @pytest.fixture(scope="module")
 def features(embedder: Embedder, images: list[bytes]) -> np.ndarray:
-    """Of the texts, then of the images."""
+    """Features of the texts, then of the images."""
     return np.concatenate([embedder.texts(TEXTS), embedder.images(images)])
 
 
-def test_a_table_may_have_texts_images_or_both(loaded, images, features):
-    rows, which = mixed(images)
-    found = loaded.predict(pd.DataFrame(rows))
-    assert all(isinstance(number, float) for row in found for number in row)
-    np.testing.assert_allclose(found, features[which], atol=1e-6)
+def test_a_table_may_have_texts_and_images(loaded, images, features):
+    rows, numbers = mixed_rows(images)
+    predictions = loaded.predict(pd.DataFrame(rows))
+    assert all(isinstance(number, float) for row in predictions for number in row)
+    np.testing.assert_allclose(predictions, features[numbers], atol=1e-6)
     np.testing.assert_allclose(loaded.predict(pd.DataFrame({"text": TEXTS})), features[:3], atol=1e-6)
-    only = pd.DataFrame({"image": [encoded(image) for image in images]}, index=[7, 7])  # the index plays no part
-    np.testing.assert_allclose(loaded.predict(only), features[3:], atol=1e-6)
+    image_table = pd.DataFrame({"image": [encoded(image) for image in images]}, index=[7, 7])  # the index is ignored
+    np.testing.assert_allclose(loaded.predict(image_table), features[3:], atol=1e-6)
     assert loaded.predict(pd.DataFrame({"text": []}, dtype=object)) == []
 
 
-def test_broken_lines_in_base64_do_not_matter(loaded, images, features):
+def test_line_breaks_in_base64_are_ignored(loaded, images, features):
     lines = base64.encodebytes(images[0]).decode()
     assert "\n" in lines.strip()
     np.testing.assert_allclose(loaded.predict(pd.DataFrame({"image": [lines]})), features[3:4], atol=1e-6)
 
 
-def test_every_form_of_request_is_understood(client, images, features):
-    rows, which = mixed(images)
+def test_every_form_of_request_is_answered(client, images, features):
+    rows, numbers = mixed_rows(images)
     cells = [[row.get("text"), row.get("image")] for row in rows]
     requests: list[tuple[dict[str, Any], list[int]]] = [
-        ({"dataframe_records": rows}, which),
-        ({"dataframe_split": {"columns": ["text", "image"], "data": cells}}, which),
+        ({"dataframe_records": rows}, numbers),
+        ({"dataframe_split": {"columns": ["text", "image"], "data": cells}}, numbers),
         ({"dataframe_split": {"columns": ["image", "text"], "data": [cells[1][::-1]]}}, [3]),
         ({"dataframe_split": {"columns": ["text", "image"], "data": cells[:1]}}, [0]),
         ({"dataframe_records": [{"text": None, "image": rows[1]["image"]}]}, [3]),
         ({"dataframe_records": [{"text": TEXTS[0], "image": ""}, {"text": TEXTS[1], "unknown": 1}]}, [0, 1]),
-        ({"inputs": rows}, which),
+        ({"inputs": rows}, numbers),
         ({"inputs": {"text": TEXTS}}, [0, 1, 2]),
     ]
     for request, expected in requests:
@@ -129,7 +129,7 @@ def test_every_form_of_request_is_understood(client, images, features):
         np.testing.assert_allclose(answer.json()["predictions"], features[expected], atol=1e-6)
     table = pd.DataFrame(rows).to_csv(index=False)
     answer = client.post("/invocations", content=table, headers={"content-type": "text/csv"})
-    np.testing.assert_allclose(answer.json()["predictions"], features[which], atol=1e-6)
+    np.testing.assert_allclose(answer.json()["predictions"], features[numbers], atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_every_form_of_request_is_understood(client, images, features):
         ({"image": "aGVs"}, r"row 1: not a readable image \(3 bytes\)"),
     ],
 )
-def test_what_is_wrong_is_said_with_its_row(loaded, client, row, message):
+def test_an_invalid_row_is_an_error_naming_it(loaded, client, row, message):
     rows = [{"text": TEXTS[0]}, row]
     with pytest.raises(MlflowException, match=message):
         loaded.predict(pd.DataFrame(rows))
@@ -161,9 +161,9 @@ def test_a_table_without_its_columns_is_an_error(client):
     assert "neither of the columns text and image" in answer.json()["message"]
 
 
-def test_the_folder_has_all_that_the_model_needs(served, model):
+def test_the_folder_is_self_contained(served, model):
     for file in model.iterdir():
-        if file.name == "config.json":  # has a place for more of the model's provenance
+        if file.name == "config.json":  # has additional provenance
             continue
         assert (served / "data" / file.name).read_bytes() == file.read_bytes(), file.name
     assert (served / "code" / "lotlip" / "retrieval" / "serving.py").is_file()
@@ -177,7 +177,7 @@ def test_the_folder_has_all_that_the_model_needs(served, model):
         assert requirement.specifier.contains(installed)
 
 
-def test_the_signature_and_the_example_are_the_models(served, loaded, client):
+def test_signature_and_example_match_the_model(served, loaded, client):
     info = mlflow.models.get_model_info(str(served))
     assert info.signature.inputs.to_dict() == [
         {"type": "string", "name": "text", "required": False},
@@ -189,9 +189,9 @@ def test_the_signature_and_the_example_are_the_models(served, loaded, client):
     assert client.post("/invocations", json=request).json()["predictions"] == loaded.predict(loaded.input_example)
 
 
-def test_the_copy_tells_more_of_where_it_comes_from(tmp_path, model):
+def test_the_copy_records_scores_in_its_provenance(tmp_path, model):
     folder = tmp_path / "served"
-    for score in (0.25, 0.5):  # what was there is replaced
+    for score in (0.25, 0.5):  # the second call replaces the folder
         save_served_model(model, folder, {"scores": {"scenes": {"long.text_to_image.r1": score}}})
         config = json.loads((folder / "data" / "config.json").read_text())
         assert config["provenance"]["scores"] == {"scenes": {"long.text_to_image.r1": score}}
@@ -199,15 +199,15 @@ def test_the_copy_tells_more_of_where_it_comes_from(tmp_path, model):
     assert json.loads((model / "config.json").read_text())["provenance"] is None
 
 
-def test_what_a_server_is_to_install_is_found(served):
-    """By MLflow, which would otherwise look for a conda.yaml."""
-    found = Path(mlflow.pyfunc.get_model_dependencies(str(served))).read_text().splitlines()
-    assert found == (served / "requirements.txt").read_text().splitlines()
+def test_mlflow_finds_the_requirements(served):
+    """Otherwise MLflow would look for a conda.yaml."""
+    dependencies = Path(mlflow.pyfunc.get_model_dependencies(str(served))).read_text().splitlines()
+    assert dependencies == (served / "requirements.txt").read_text().splitlines()
     environment = yaml.safe_load((served / "python_env.yaml").read_text())
     assert environment == {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
 
 
-def test_late_interaction_is_told_when_it_is_loaded(tmp_path, tiny_tower, monkeypatch):
+def test_loading_a_late_interaction_model_is_an_error(tmp_path, tiny_tower, monkeypatch):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     save_served_model(folder, tmp_path / "served")
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -244,12 +244,12 @@ def test_the_documented_requests_are_answered(client, embedder):
 
 @contextmanager
 def server(folder: Path, scratch: Path) -> Iterator[str]:
-    """Runs `mlflow models serve` for the block, in a group of its own; gives its address."""
+    """Runs `mlflow models serve` in its own process group, and yields its address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", str(folder), "--env-manager", "local"]
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # uvicorn is found by its name
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # MLflow starts uvicorn by name
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{scratch}/mlflow.db", "PATH": path}
     with (scratch / "log").open("w") as log:
         process = subprocess.Popen(
@@ -264,7 +264,7 @@ def server(folder: Path, scratch: Path) -> Iterator[str]:
         try:
             address = f"http://127.0.0.1:{port}"
             deadline = time.monotonic() + PATIENCE_SECONDS
-            while not answers(f"{address}/ping"):
+            while not is_up(f"{address}/ping"):
                 log_so_far = (scratch / "log").read_text()
                 assert process.poll() is None, log_so_far
                 assert time.monotonic() < deadline, log_so_far
@@ -275,7 +275,7 @@ def server(folder: Path, scratch: Path) -> Iterator[str]:
             process.wait()
 
 
-def answers(address: str) -> bool:
+def is_up(address: str) -> bool:
     try:
         with urllib.request.urlopen(address, timeout=5):
             return True
@@ -283,7 +283,7 @@ def answers(address: str) -> bool:
         return False
 
 
-def ask(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
+def post(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
     request = urllib.request.Request(f"{address}/invocations", data, {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=300) as answer:
@@ -293,23 +293,25 @@ def ask(address: str, data: bytes) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.system
-def test_mlflow_serves_it(tmp_path, served, images, features):
-    rows, which = mixed(images)
+def test_mlflow_serves_the_model(tmp_path, served, images, features):
+    rows, numbers = mixed_rows(images)
     with server(served, tmp_path) as address:
         for name in ("dataframe_records", "inputs"):
-            status, answer = ask(address, json.dumps({name: rows}).encode())
+            status, answer = post(address, json.dumps({name: rows}).encode())
             assert status == 200
-            np.testing.assert_allclose(answer["predictions"], features[which], atol=1e-5)
-        status, answer = ask(address, json.dumps({"dataframe_records": [rows[0], {}]}).encode())
+            np.testing.assert_allclose(answer["predictions"], features[numbers], atol=1e-5)
+        status, answer = post(address, json.dumps({"dataframe_records": [rows[0], {}]}).encode())
         assert (status, "row 1 has neither text nor image" in answer["message"]) == (400, True)
-        assert ask(address, b"no JSON")[0] == 400
-        assert ask(address, json.dumps({"dataframe_records": rows[:1]}).encode())[0] == 200  # and it goes on
+        assert post(address, b"no JSON")[0] == 400
+        assert post(address, json.dumps({"dataframe_records": rows[:1]}).encode())[0] == 200  # it still answers
         if shutil.which("curl"):
             (tmp_path / "house.png").write_bytes(images[0])
             for command, number in zip(COMMANDS, (2, 1, None), strict=True):
                 shell = command.replace("http://127.0.0.1:5001", address)
-                told = subprocess.run(["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True)
+                answer_of_shell = subprocess.run(
+                    ["bash", "-c", shell], cwd=tmp_path, capture_output=True, text=True, check=True
+                )
                 if number is None:
-                    assert json.loads(told.stdout) == REFUSAL
+                    assert json.loads(answer_of_shell.stdout) == REFUSAL
                 else:
-                    assert len(json.loads(told.stdout)["predictions"]) == number, told.stdout
+                    assert len(json.loads(answer_of_shell.stdout)["predictions"]) == number, answer_of_shell.stdout

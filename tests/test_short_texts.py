@@ -1,4 +1,4 @@
-"""The short text of a step: the caption, a rewrite, or sentences of the long caption."""
+"""The short text of a training step: the short caption, a rewrite, or sentences of the long caption."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ LONG = {"llava": ["l1", "l2", "l3", "l4"], "gpt": ["g1", "g2", "g3"]}
 
 
 def with_rewrites(samples: list[TinySample]) -> list[TinySample]:
-    """Samples with rewrites by four rewriters; the last has none for any other image."""
-    found = []
+    """Samples with rewrites of four rewriters; the last rewriter lacks every other image."""
+    rewritten = []
     for number, sample in enumerate(samples):
         rewrites = {name: [f"again {name[-1]}", "and on"] for name in REWRITERS[: 3 + number % 2]}
-        found.append(replace(sample, info={"raw": "raw caption", "captions": {**LONG, **rewrites}}))
-    return found
+        rewritten.append(replace(sample, info={"raw": "raw caption", "captions": {**LONG, **rewrites}}))
+    return rewritten
 
 
 def shards_of(folder: Path, samples: list[TinySample], rewriters: list[str], token_ids: bool = False) -> Path:
@@ -57,48 +57,48 @@ def batches(shards: Path, short: dict[str, Any], long: dict[str, Any] | None = N
 
 
 def texts(ids: torch.Tensor, lengths: torch.Tensor) -> list[str]:
-    """Sub-captions, joined by blanks, without special tokens."""
+    """Sub-captions joined by spaces, without special tokens."""
     return [TOKENIZER._tokenizer.decode(row[:length].tolist()) for row, length in zip(ids, lengths, strict=True)]
 
 
-def short_texts(found: list[Batch]) -> list[str]:
-    return [text for batch in found for text in texts(batch.short_ids, batch.short_lengths)]
+def short_texts(read: list[Batch]) -> list[str]:
+    return [text for batch in read for text in texts(batch.short_ids, batch.short_lengths)]
 
 
-def pairs(found: list[Batch]) -> list[tuple[str, str]]:
+def pairs(read: list[Batch]) -> list[tuple[str, str]]:
     """The short text and the long text of each image."""
     long = [
         text
-        for batch in found
+        for batch in read
         if batch.long_ids is not None and batch.long_lengths is not None
         for text in texts(batch.long_ids, batch.long_lengths)
     ]
-    return list(zip(short_texts(found), long, strict=True))
+    return list(zip(short_texts(read), long, strict=True))
 
 
-def test_raw_caption_and_rewrites_are_drawn_with_equal_probability(shards):
-    drawn = Counter(short_texts(batches(shards, {"sampler": "raw-or-rewrite"}, steps=120)))
-    total = sum(drawn.values())
-    # half of the images lack the last rewrite, and have their caption in its place
+def test_the_short_caption_and_rewrites_have_equal_probability(shards):
+    counts = Counter(short_texts(batches(shards, {"sampler": "raw-or-rewrite"}, steps=120)))
+    total = sum(counts.values())
+    # half of the images lack the last rewrite; the short caption replaces it
     expected = {"raw caption": 0.3, "again 4 and on": 0.1} | {f"again {number} and on": 0.2 for number in (1, 2, 3)}
-    assert drawn.keys() == expected.keys()
+    assert counts.keys() == expected.keys()
     for text, share in expected.items():
-        assert drawn[text] / total == pytest.approx(share, abs=0.04)
+        assert counts[text] / total == pytest.approx(share, abs=0.04)
 
 
-def test_named_rewriters_only_are_drawn(shards):
-    drawn = set(short_texts(batches(shards, {"sampler": "raw-or-rewrite", "rewriters": ["rewrite-2"]})))
-    assert drawn == {"raw caption", "again 2 and on"}
+def test_only_named_rewriters_are_used(shards):
+    texts_read = set(short_texts(batches(shards, {"sampler": "raw-or-rewrite", "rewriters": ["rewrite-2"]})))
+    assert texts_read == {"raw caption", "again 2 and on"}
 
 
 @pytest.mark.parametrize("long", [{}, {"sampler": "all"}, {"window": "across-captions", "per_image": 2}])
-def test_rewrites_are_no_long_texts_and_change_nothing_else(tmp_path, tiny_samples, shards, long):
-    plain = [replace(s, info={"raw": "raw caption", "captions": LONG}) for s in with_rewrites(tiny_samples)]
-    without = batches(shards_of(tmp_path / "plain", plain, []), {}, long)
-    for found, expected in zip(batches(shards, {}, long), without, strict=True):
+def test_rewrites_do_not_change_long_texts(tmp_path, tiny_samples, shards, long):
+    without_rewrites = [replace(s, info={"raw": "raw caption", "captions": LONG}) for s in with_rewrites(tiny_samples)]
+    expected_batches = batches(shards_of(tmp_path / "plain", without_rewrites, []), {}, long)
+    for batch, expected in zip(batches(shards, {}, long), expected_batches, strict=True):
         for name, value in vars(expected).items():
-            assert torch.equal(vars(found)[name], value) if isinstance(value, torch.Tensor) else True
-        assert found.keys == expected.keys
+            assert torch.equal(vars(batch)[name], value) if isinstance(value, torch.Tensor) else True
+        assert batch.keys == expected.keys
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -112,56 +112,56 @@ def test_rewrites_are_no_long_texts_and_change_nothing_else(tmp_path, tiny_sampl
         {"sampler": "summary", "random_offset": True},
     ],
 )
-def test_texts_do_not_depend_on_how_the_work_is_split_or_on_stored_token_ids(tmp_path, tiny_samples, shards, short):
-    def rows(found: list[Batch]) -> dict[str, Any]:
-        offsets = [None if b.short_offsets is None else b.short_offsets.tolist() for b in found]
-        places = [(key, o and o[i]) for b, o in zip(found, offsets, strict=True) for i, key in enumerate(b.keys)]
-        return dict(zip(places, pairs(found), strict=True))
+def test_texts_do_not_depend_on_workers_processes_and_token_ids(tmp_path, tiny_samples, shards, short):
+    def rows(read: list[Batch]) -> dict[str, Any]:
+        offsets = [None if b.short_offsets is None else b.short_offsets.tolist() for b in read]
+        places = [(key, o and o[i]) for b, o in zip(read, offsets, strict=True) for i, key in enumerate(b.keys)]
+        return dict(zip(places, pairs(read), strict=True))
 
     stored = shards_of(tmp_path / "stored", with_rewrites(tiny_samples), REWRITERS, token_ids=True)
     long = {"sampler": "all"}
-    whole = rows(batches(shards, short, long))
-    assert rows(batches(stored, short, long, workers=2)) == whole
+    expected = rows(batches(shards, short, long))
+    assert rows(batches(stored, short, long, workers=2)) == expected
     halves = [batches(stored, short, long, part=BatchSlice(8, rank, 2, micro_batches=2)) for rank in (0, 1)]
-    assert rows(halves[0]) | rows(halves[1]) == whole
-    assert rows(batches(shards, short, long, steps=12)).keys() > whole.keys() or not short.get("random_offset")
+    assert rows(halves[0]) | rows(halves[1]) == expected
+    assert rows(batches(shards, short, long, steps=12)).keys() > expected.keys() or not short.get("random_offset")
 
 
 @pytest.mark.parametrize("per_image", [1, 2])
 def test_sentences_come_from_the_caption_of_the_first_long_text(shards, per_image):
-    found = batches(shards, {"sampler": "without-first"}, {"sampler": "all", "per_image": per_image}, steps=12)
-    shorts = short_texts(found)
+    read = batches(shards, {"sampler": "without-first"}, {"sampler": "all", "per_image": per_image}, steps=12)
+    shorts = short_texts(read)
     firsts = [
         text
-        for batch in found
+        for batch in read
         if batch.long_ids is not None and batch.long_lengths is not None
         for text in texts(batch.long_ids, batch.long_lengths)[::per_image]
     ]
     for short, long in zip(shorts, firsts, strict=True):
-        sentences, whole = short.split(), long.split()
-        assert set(sentences) <= set(whole[1:]) and len(set(sentences)) == len(sentences)
+        sentences, long_sentences = short.split(), long.split()
+        assert set(sentences) <= set(long_sentences[1:]) and len(set(sentences)) == len(sentences)
     assert {text[0] for text in shorts} == {"l", "g"}
     assert any(text.split() != sorted(text.split()) for text in shorts)
 
 
 def test_an_image_without_long_captions_keeps_its_short_caption(tmp_path, tiny_samples):
     samples = [replace(s, info={"raw": "a dog", "captions": {"rewrite-1": ["x"]}}) for s in tiny_samples]
-    found = batches(shards_of(tmp_path, samples, ["rewrite-1"]), {"sampler": "without-first"})
-    assert set(short_texts(found)) == {"a dog"}
-    assert {long for _, long in pairs(found)} == {"a dog"}
+    read = batches(shards_of(tmp_path, samples, ["rewrite-1"]), {"sampler": "without-first"})
+    assert set(short_texts(read)) == {"a dog"}
+    assert {long for _, long in pairs(read)} == {"a dog"}
 
 
-def test_offsets_reach_from_none_to_the_end_of_the_context(shards):
-    found = batches(shards, {"random_offset": True}, steps=120)
-    offsets = torch.cat([batch.short_offsets for batch in found if batch.short_offsets is not None])
-    lengths = torch.cat([batch.short_lengths for batch in found])
+def test_offsets_range_from_zero_to_the_end_of_the_context(shards):
+    read = batches(shards, {"random_offset": True}, steps=120)
+    offsets = torch.cat([batch.short_offsets for batch in read if batch.short_offsets is not None])
+    lengths = torch.cat([batch.short_lengths for batch in read])
     assert offsets.min() == 0
     assert (offsets + lengths).max() == CONTEXT
     assert offsets.float().mean().item() == pytest.approx((CONTEXT - lengths).float().mean().item() / 2, rel=0.1)
     assert all(batch.short_offsets is None for batch in batches(shards, {}))
 
 
-def test_the_model_takes_offsets_and_they_matter(tiny_world: TinyWorld, shards):
+def test_offsets_change_only_the_short_text_features(tiny_world: TinyWorld, shards):
     text = {"config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}}
     config = PretrainConfig(
         text={**text, "context_length": CONTEXT, "corner_tokens": 1}, short_texts={"random_offset": True}
@@ -169,27 +169,27 @@ def test_the_model_takes_offsets_and_they_matter(tiny_world: TinyWorld, shards):
     model = build_for_pretraining(config, tiny_world.image_tower).eval()
     (batch, *_) = batches(shards, {"random_offset": True})
     with torch.no_grad():
-        moved = model(batch.images, **batch.texts)["text_features"]
-        still = model(batch.images, **replace(batch, short_offsets=None).texts)["text_features"]
-    assert (moved[:, 0] - still[:, 0]).abs().amax(dim=-1)[batch.short_offsets > 0].min() > 1e-5
-    torch.testing.assert_close(moved[:, 1:], still[:, 1:])
+        shifted = model(batch.images, **batch.texts)["text_features"]
+        unshifted = model(batch.images, **replace(batch, short_offsets=None).texts)["text_features"]
+    assert (shifted[:, 0] - unshifted[:, 0]).abs().amax(dim=-1)[batch.short_offsets > 0].min() > 1e-5
+    torch.testing.assert_close(shifted[:, 1:], unshifted[:, 1:])
 
 
-def test_the_loss_of_debias_clip_is_a_setting():
+def test_settings_give_the_loss_of_debias_clip():
     draw = torch.Generator().manual_seed(0)
     images, short, long = (normalize(torch.randn(9, 16, generator=draw), dim=-1) for _ in range(3))
     settings = PretrainConfig(loss={"short_loss_fraction": 0.1, "image_components": 4}).loss
-    found = lotlip_loss(images, torch.stack([short, long], dim=1), torch.tensor([20.0]), **settings.arguments())
+    losses = lotlip_loss(images, torch.stack([short, long], dim=1), torch.tensor([20.0]), **settings.arguments())
 
-    def contrast(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
-        logits, own = 20 * images @ texts.T, torch.arange(9)
-        return (cross_entropy(logits, own) + cross_entropy(logits.T, own)) / 2
+    def infonce(images: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        logits, index = 20 * images @ texts.T, torch.arange(9)
+        return (cross_entropy(logits, index) + cross_entropy(logits.T, index)) / 2
 
-    expected = 0.1 * contrast(principal_components(images, 4), short) + 0.9 * contrast(images, long)
-    torch.testing.assert_close(found["loss"], expected)
+    expected = 0.1 * infonce(principal_components(images, 4), short) + 0.9 * infonce(images, long)
+    torch.testing.assert_close(losses["loss"], expected)
 
 
-def test_a_tower_that_cannot_move_words_is_an_error(tiny_world: TinyWorld):
+def test_a_tower_that_cannot_shift_positions_is_an_error(tiny_world: TinyWorld):
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     text = {"config": {"model_type": "modernbert", **sizes}, "context_length": CONTEXT}
     config = PretrainConfig(text=text, short_texts={"random_offset": True})

@@ -1,4 +1,4 @@
-"""Similarities: known answers, a loop over every pair, padding that does not count, memory that does not grow."""
+"""Similarities: known values, a loop over all pairs, padding, and limited memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def random_case(
 
 
 def naive(images: Tensor, texts: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """FILIP's equations 3 to 5, an image and a text at a time."""
+    """FILIP's equations 3 to 5, one image and text at a time."""
     to_text, to_image = torch.zeros(2, len(images), len(texts), dtype=images.dtype)
     for i, patches in enumerate(images.tolist()):
         for t, padded in enumerate(texts.tolist()):
@@ -65,22 +65,22 @@ def test_cosine_is_the_same_both_ways():
     pairs_at_once=st.sampled_from([1, 7, 40, 1000]),
     gradients=st.booleans(),
 )
-def test_late_interaction_is_a_loop_over_pairs(images, patches, lengths, padding, pairs_at_once, gradients):
+def test_late_interaction_equals_a_loop_over_pairs(images, patches, lengths, padding, pairs_at_once, gradients):
     image, text, mask = random_case(images, patches, lengths, padding)
-    found = late_interaction(image.requires_grad_(gradients), text, mask, pairs_at_once)
-    for way, expected in zip(found, naive(image, text, mask), strict=True):
-        torch.testing.assert_close(way.detach(), expected, atol=1e-6, rtol=0)
+    similarities = late_interaction(image.requires_grad_(gradients), text, mask, pairs_at_once)
+    for similarity, expected in zip(similarities, naive(image, text, mask), strict=True):
+        torch.testing.assert_close(similarity.detach(), expected, atol=1e-6, rtol=0)
 
 
-def test_one_patch_and_one_token_are_cosine():
+def test_late_interaction_of_one_patch_and_one_token_is_cosine():
     image, text, mask = random_case(5, 1, [1] * 7)
-    for found, expected in zip(late_interaction(image, text, mask), cosine(image[:, 0], text[:, 0]), strict=True):
-        torch.testing.assert_close(found, expected)
+    for similarity, expected in zip(late_interaction(image, text, mask), cosine(image[:, 0], text[:, 0]), strict=True):
+        torch.testing.assert_close(similarity, expected)
 
 
 @pytest.mark.parametrize("value", [0.0, 100.0, -100.0, math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("extra", [0, 3])
-def test_padding_has_no_influence(value, extra):
+def test_padding_changes_neither_similarities_nor_gradients(value, extra):
     image, text, mask = random_case(3, 4, [2, 5, 1])
     padded = text.masked_fill(~mask[..., None], value)
     padded = torch.cat([padded, torch.full((3, extra, 4), value)], dim=1)
@@ -88,49 +88,51 @@ def test_padding_has_no_influence(value, extra):
     results = []
     for texts, masks in ((text, mask), (padded, longer)):
         leaves = image.clone().requires_grad_(), texts.clone().requires_grad_()
-        ways = late_interaction(*leaves, masks)
-        (ways[0].square().sum() + ways[1].exp().sum()).backward()
-        results.append([*ways, leaves[0].grad, leaves[1].grad[:, : mask.shape[1]], leaves[1].grad[:, mask.shape[1] :]])
-    for expected, found in zip(results[0][:4], results[1][:4], strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    assert not results[1][3][~mask].any() and not results[1][4].any()  # nor does it learn
+        similarities = late_interaction(*leaves, masks)
+        (similarities[0].square().sum() + similarities[1].exp().sum()).backward()
+        results.append(
+            [*similarities, leaves[0].grad, leaves[1].grad[:, : mask.shape[1]], leaves[1].grad[:, mask.shape[1] :]]
+        )
+    for expected, padded_result in zip(results[0][:4], results[1][:4], strict=True):
+        torch.testing.assert_close(padded_result, expected, atol=1e-6, rtol=0)
+    assert not results[1][3][~mask].any() and not results[1][4].any()  # padding has no gradient
 
 
-def test_tokens_may_stand_anywhere():
+def test_masked_tokens_may_be_anywhere():
     image, text, _ = random_case(3, 4, [5, 5])
     mask = torch.tensor([[False, True, False, True, True], [False, False, True, False, False]])
-    for found, expected in zip(late_interaction(image, text, mask), naive(image, text, mask), strict=True):
-        torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    for similarity, expected in zip(late_interaction(image, text, mask), naive(image, text, mask), strict=True):
+        torch.testing.assert_close(similarity, expected, atol=1e-6, rtol=0)
 
 
-def test_a_nan_of_an_image_is_not_hidden():
+def test_nan_in_an_image_spreads_to_its_similarities():
     image, text, mask = random_case(3, 4, [2, 5, 1])
     image[1, 2] = math.nan
-    for way in late_interaction(image, text, mask):
-        assert way[1].isnan().all() and way[[0, 2]].isfinite().all()
+    for similarity in late_interaction(image, text, mask):
+        assert similarity[1].isnan().all() and similarity[[0, 2]].isfinite().all()
 
 
-def test_gradients_are_right():
+def test_gradients_match_finite_differences():
     image, text, mask = random_case(3, 4, [2, 5, 1], dtype=torch.float64)
     image.requires_grad_(), text.requires_grad_()
     assert torch.autograd.gradcheck(lambda i, t: late_interaction(i, t, mask, pairs_at_once=30), (image, text))
 
 
-class _Largest(TorchDispatchMode):
-    """Remembers how many numbers the largest tensor had that an operation gave."""
+class _LargestTensor(TorchDispatchMode):
+    """Records the size of the largest result of an operation."""
 
     numbers = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        found = function(*arguments, **(keywords or {}))
-        for tensor in found if isinstance(found, list | tuple) else [found]:
+        result = function(*arguments, **(keywords or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
             if isinstance(tensor, Tensor):
                 self.numbers = max(self.numbers, tensor.numel())
-        return found
+        return result
 
 
 @pytest.mark.parametrize("pairs_at_once", [50, 500, 4000])
-def test_all_pairs_never_exist_at_once(pairs_at_once):
+def test_the_number_of_pairs_in_memory_is_limited(pairs_at_once):
     image, text, mask = random_case(12, 7, [6] * 10, width=2)  # 12 · 7 · 10 · 6 = 5040 pairs
     image.requires_grad_(), text.requires_grad_()
     saved = []
@@ -139,30 +141,30 @@ def test_all_pairs_never_exist_at_once(pairs_at_once):
         saved.append(tensor.numel())
         return tensor
 
-    with _Largest() as largest:
+    with _LargestTensor() as largest:
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             to_text, to_image = late_interaction(image, text, mask, pairs_at_once)
-        assert max(saved) < 1000, "a block of pairs waits for the backward pass"
+        assert max(saved) < 1000, "a block of pairs is saved for the backward pass"
         (to_text + to_image).sum().backward()
     inputs = max(image.numel(), text.numel())
-    assert largest.numbers <= max(pairs_at_once, inputs), "more pairs at once than allowed"
+    assert largest.numbers <= max(pairs_at_once, inputs), "too many pairs at once"
 
 
-def test_short_texts_in_a_row_cost_no_padding():
+def test_adjacent_short_texts_are_not_padded():
     image, text, mask = random_case(4, 6, [2] * 8 + [10] * 2)
-    with _Largest() as largest:
+    with _LargestTensor() as largest:
         late_interaction(image, text, mask, pairs_at_once=4 * 6 * 10 * 8)
-    assert largest.numbers == 4 * 6 * 2 * 10  # of the last two; the first eight have 4 · 6 · 8 · 2 pairs
+    assert largest.numbers == 4 * 6 * 2 * 10  # the last two texts; the first eight have 4 · 6 · 8 · 2 pairs
 
 
-def test_texts_without_tokens_are_refused():
+def test_texts_without_tokens_are_an_error():
     image, text, mask = random_case(2, 3, [2, 4, 1])
     mask[1] = False
     with pytest.raises(ValueError, match="1 of 3 texts have no token"):
         late_interaction(image, text, mask)
 
 
-def test_a_mask_of_other_texts_is_refused():
+def test_a_mask_of_another_shape_is_an_error():
     image, text, mask = random_case(2, 3, [2, 4, 1])
     with pytest.raises(ValueError, match=r"shape \[3, 3\]; it needs \[3, 4\]"):
         late_interaction(image, text, mask[:, :3])

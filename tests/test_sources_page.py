@@ -1,4 +1,4 @@
-"""docs/sources.md: its lines are lines of params.yaml, and it has every setting and every kind of failure."""
+"""docs/sources.md: its examples are valid, and it documents every setting and every kind of failure."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PA
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join([*block, *next(iter(block.values()))]))
-def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
+def test_examples_are_valid_in_params_yaml(block, tmp_path):
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     if "source" in block.get("ingest", {}):
         del demo["ingest"]["source"]
@@ -37,7 +37,7 @@ def test_its_lines_are_lines_of_params_yaml(block, tmp_path):
     load_params(tmp_path / "params.yaml")
 
 
-def test_every_kind_of_source_is_shown():
+def test_every_kind_of_source_has_an_example():
     shown = {block["ingest"]["source"]["kind"] for block in BLOCKS if "source" in block.get("ingest", {})}
     assert shown == {"folder", "webdataset", "parquet", "csv", "jsonl"}
 
@@ -54,18 +54,18 @@ def test_every_kind_of_source_is_shown():
         TableCaptionerConfig,
     ],
 )
-def test_every_setting_is_there(section):
+def test_every_setting_is_documented(section):
     missing = [name for name in section.model_fields if not re.search(rf"`{name}`|\b{name}: ", PAGE)]
     assert missing == []
 
 
-def test_every_kind_of_failure_and_remark_is_there_and_no_other():
+def test_exactly_the_kinds_of_failures_and_warnings_are_documented():
     files = [*sorted((ROOT / "lotlip/ingest").rglob("*.py")), ROOT / "lotlip/data/duplicates.py"]
     code = "".join(path.read_text(encoding="utf-8") for path in files)
-    made = set(
+    in_code = set(
         re.findall(r'(?:Failure\(|ItemWarning\(|problem=\(|yield name,)[^\n]*"([a-z]+(?:-[a-z]+)?)"\)*,?\n', code)
     )
     described = set(re.findall(r"^\| `([a-z-]+)` \|", PAGE, flags=re.MULTILINE))
     assert described - {"unit"} == {kind for kind in described if f'"{kind}"' in code} - {"unit"}
-    assert made <= described
-    assert len(made) > 8
+    assert in_code <= described
+    assert len(in_code) > 8

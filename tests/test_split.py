@@ -1,4 +1,4 @@
-"""Loss and gradients are the same however the work is split: by processes, micro-batches, ZeRO."""
+"""Loss and gradients do not depend on processes, micro-batches and ZeRO stages."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SPLITS = [
 
 
 def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
-    """Writes what the first step of each of `SPLITS` had: its loss and, as the optimizer's first moment, gradients."""
+    """Writes the loss and the gradients, as first moments of the optimizer, of the first step of each of `SPLITS`."""
     for number, split in enumerate(SPLITS):
         late = {"text": {"corner_tokens": 0}} if split["similarity"] == "late-interaction" else {}
         job = tiny_job(world, folder / f"{number}", merge({"processes": processes, **split}, late))
@@ -42,10 +42,10 @@ def one_step(world: TinyWorld, folder: Path, processes: int) -> None:
 
 
 def first_step(folder: Path, number: int) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
-    written = scratch(folder / f"{number}") / "checkpoints-0" / "step-000000001"
-    moments = load_file(written / "exp_avg.safetensors")
+    checkpoint = scratch(folder / f"{number}") / "checkpoints-0" / "step-000000001"
+    moments = load_file(checkpoint / "exp_avg.safetensors")
     beta = OptimizerConfig().betas[0]
-    return read_json(written / "state.json"), {name: value / (1 - beta) for name, value in moments.items()}
+    return read_json(checkpoint / "state.json"), {name: value / (1 - beta) for name, value in moments.items()}
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +67,13 @@ def two_process_steps(forked: None, tiny_world: TinyWorld, tmp_path_factory: pyt
 @pytest.mark.integration
 @pytest.mark.parametrize("number", range(len(SPLITS)), ids=[" ".join(map(str, split.values())) for split in SPLITS])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
-    one_process_steps, two_process_steps, number, processes
-):
-    """Against one process, one micro-batch, no ZeRO."""
+def test_loss_and_gradients_do_not_depend_on_the_split(one_process_steps, two_process_steps, number, processes):
+    """The reference has one process, one micro-batch and no ZeRO."""
     plain = SPLITS.index({**SPLITS[number], "zero_stage": 0, "gradient_accumulation_steps": 1})
     expected, expected_gradients = first_step(one_process_steps, plain)
-    found, gradients = first_step(one_process_steps if processes == 1 else two_process_steps, number)
-    assert found["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-    assert found["recall"] == expected["recall"]
+    metrics, gradients = first_step(one_process_steps if processes == 1 else two_process_steps, number)
+    assert metrics["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    assert metrics["recall"] == expected["recall"]
     assert gradients.keys() == expected_gradients.keys()
     for name, gradient in expected_gradients.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
@@ -84,7 +82,7 @@ def test_loss_and_gradients_do_not_depend_on_how_the_work_is_split(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [3])
-def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
+def test_two_processes_train_like_one(base, tiny_world, tmp_path, zero_stage):
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "zero_stage": zero_stage})
     finish(start(job, tmp_path, processes=2))
     assert losses(job) == pytest.approx(losses(base), abs=1e-5)
@@ -94,8 +92,8 @@ def test_two_processes_train_as_one(base, tiny_world, tmp_path, zero_stage):
 
 
 @pytest.mark.integration
-def test_an_image_tower_trains_alike_in_two_processes(group, tiny_world, tmp_path):
-    """Both towers' gradients cross the processes; how each variant's loss does is tested with the losses."""
+def test_an_image_tower_trains_equally_in_two_processes(group, tiny_world, tmp_path):
+    """Gradients of both towers are averaged over processes. test_losses covers the loss of each variant."""
     clip = {"image_tower": {"frozen": False}, "text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
     differences = {"steps": 3, **clip}
     one = train(tiny_job(tiny_world, tmp_path / "one", differences))

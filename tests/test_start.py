@@ -1,4 +1,4 @@
-"""Training that starts from a complete dual encoder."""
+"""Training from a complete dual encoder."""
 
 from __future__ import annotations
 
@@ -49,24 +49,24 @@ kinds = pytest.mark.parametrize("kind", SAVE)
 
 
 @kinds
-def test_before_training_the_features_are_those_of_the_start(kind: str, towers: dict[str, Path]) -> None:
+def test_the_initial_features_equal_the_starting_models(kind: str, towers: dict[str, Path]) -> None:
     model = build_for_pretraining(PretrainConfig.model_validate(settings(kind)), towers[kind]).eval()
     original, tokenizer = load_model(towers[kind] / START)
     ids, lengths = (torch.from_numpy(part) for part in tokenizer(TEXTS))
     with torch.no_grad():
-        found = model.encode_text(ids, lengths)
-        assert found.shape[1] == 3
-        assert torch.allclose(found[:, 0], original.encode_text(ids, lengths)[:, 0], atol=1e-6)
+        features = model.encode_text(ids, lengths)
+        assert features.shape[1] == 3
+        assert torch.allclose(features[:, 0], original.encode_text(ids, lengths)[:, 0], atol=1e-6)
     assert torch.equal(model.logit_scale, original.logit_scale)
     if kind == "siglip":
         assert torch.equal(model.logit_bias, original.logit_bias)
 
 
 @kinds
-def test_a_longer_context_keeps_the_first_positions(kind: str, towers: dict[str, Path]) -> None:
+def test_interpolation_keeps_the_first_positions(kind: str, towers: dict[str, Path]) -> None:
     length = SAVE[kind][1]
-    stretch = {"positions": length, "keep": 4, "factor": 2}
-    longer = {"context_length": 4 + 2 * (length - 4), "position_interpolation": stretch}
+    interpolation = {"positions": length, "keep": 4, "factor": 2}
+    longer = {"context_length": 4 + 2 * (length - 4), "position_interpolation": interpolation}
     model = build_for_pretraining(PretrainConfig.model_validate(settings(kind, text=longer)), towers[kind])
     assert model.text.positions == longer["context_length"]
     start_table = load_model(towers[kind] / START)[0].text.transformer.embeddings.position_embedding.weight
@@ -94,23 +94,23 @@ def test_towers_have_their_own_learning_rate_and_weight_decay(towers: dict[str, 
         )
     )
     model = build_for_pretraining(config, towers["clip"])
-    found = {
+    options = {
         name: (group["lr"], group["weight_decay"])
         for group in parameter_groups(model, config)
         for name, parameter in model.named_parameters()
-        if any(parameter is one for one in group["params"])
+        if any(parameter is member for member in group["params"])
     }
-    assert len(found) == len(list(model.parameters()))
-    assert found["logit_scale"] == (1e-3, 0.0)
-    assert found["text.proj.weight"] == (1e-4, 0.1)
-    assert found["image.proj.weight"] == (1e-6, 0.2)
-    assert found["text.transformer.embeddings.position_embedding.weight"] == (1e-4, 0.0)
+    assert len(options) == len(list(model.parameters()))
+    assert options["logit_scale"] == (1e-3, 0.0)
+    assert options["text.proj.weight"] == (1e-4, 0.1)
+    assert options["image.proj.weight"] == (1e-6, 0.2)
+    assert options["text.transformer.embeddings.position_embedding.weight"] == (1e-4, 0.0)
 
 
-def trained(
+def train_images(
     tmp_path: Path, world: TinyWorld, tower: Path, differences: dict[str, Any], processes: int = 1, **compute: Any
 ) -> Any:
-    """Trains from the images of the tiny world."""
+    """Trains on the images of the tiny world."""
     differences = {"text": {"config": {}}, **differences}
     job = tiny_job(world, tmp_path, None, image_tower=str(tower))
     config = PretrainConfig.model_validate(
@@ -132,7 +132,7 @@ def test_training_changes_what_is_not_frozen(
     differences = settings(
         kind, text={"frozen_positions": 4}, image_tower={"frozen": False}, optimizer={"warmup_steps": 1}
     )
-    job = trained(tmp_path, tiny_world, towers[kind], differences)
+    job = train_images(tmp_path, tiny_world, towers[kind], differences)
     before = build_for_pretraining(job.config, towers[kind]).state_dict()
     after = weights(job)
     changed = {name for name, value in before.items() if not torch.equal(value, after[name])}
@@ -151,7 +151,7 @@ def test_a_frozen_text_tower_does_not_change(
 ) -> None:
     differences = settings("clip", text={"corner_tokens": 0, "frozen": True}, image_tower={"frozen": False})
     differences["precision"] = precision
-    job = trained(tmp_path, tiny_world, towers["clip"], differences, checkpoint_every=2)
+    job = train_images(tmp_path, tiny_world, towers["clip"], differences, checkpoint_every=2)
     model = build_for_pretraining(job.config, towers["clip"])
     assert not model.text.training
     before = model.state_dict()
@@ -162,12 +162,12 @@ def test_a_frozen_text_tower_does_not_change(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("zero_stage", [0, 1, 3])
-def test_training_with_a_frozen_tower_resumes_bit_for_bit(
+def test_training_with_a_frozen_tower_resumes_exactly(
     zero_stage: int, towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     differences = settings("clip", text={"corner_tokens": 0, "frozen": True}, image_tower={"frozen": False})
     compute = {"checkpoint_every": 2, "zero_stage": zero_stage}
-    whole = trained(tmp_path / "whole", tiny_world, towers["clip"], differences, **compute)
+    uninterrupted = train_images(tmp_path / "uninterrupted", tiny_world, towers["clip"], differences, **compute)
     step = Engine.step
 
     def stop(self: Engine, batches: Any, number: int) -> Any:
@@ -178,15 +178,15 @@ def test_training_with_a_frozen_tower_resumes_bit_for_bit(
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stop)
         with pytest.raises(KeyboardInterrupt):
-            trained(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
-    resumed = trained(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
-    assert same(weights(whole), weights(resumed))
+            train_images(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
+    resumed = train_images(tmp_path / "cut", tiny_world, towers["clip"], differences, **compute)
+    assert same(weights(uninterrupted), weights(resumed))
 
 
 @pytest.mark.integration
 def test_frozen_positions_are_exact_in_bf16(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
     differences = settings("clip", text={"frozen_positions": 4}, image_tower={"frozen": False})
-    job = trained(tmp_path, tiny_world, towers["clip"], {**differences, "precision": "bf16"})
+    job = train_images(tmp_path, tiny_world, towers["clip"], {**differences, "precision": "bf16"})
     table = "text.transformer.embeddings.position_embedding.weight"
     before, after = build_for_pretraining(job.config, towers["clip"]).state_dict()[table], weights(job)[table]
     assert torch.equal(before[:4], after[:4])
@@ -194,19 +194,23 @@ def test_frozen_positions_are_exact_in_bf16(towers: dict[str, Path], tiny_world:
 
 
 @pytest.mark.integration
-def test_two_processes_train_as_one(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_two_processes_train_like_one(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
     differences = settings("clip", text={"frozen_positions": 4}, image_tower={"frozen": False})
-    one = trained(tmp_path / "one", tiny_world, towers["clip"], differences)
-    two = trained(tmp_path / "two", tiny_world, towers["clip"], differences, processes=2)
+    one = train_images(tmp_path / "one", tiny_world, towers["clip"], differences)
+    two = train_images(tmp_path / "two", tiny_world, towers["clip"], differences, processes=2)
     assert losses(two) == pytest.approx(losses(one), rel=1e-4)
 
 
 @pytest.mark.integration
-def test_checkpointing_trains_as_well(towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path) -> None:
+def test_checkpointing_does_not_change_the_losses(
+    towers: dict[str, Path], tiny_world: TinyWorld, tmp_path: Path
+) -> None:
     differences = settings("clip", image_tower={"frozen": False})
-    plain = trained(tmp_path / "plain", tiny_world, towers["clip"], differences)
-    again = trained(tmp_path / "again", tiny_world, towers["clip"], differences, activation_checkpointing=True)
-    assert losses(again) == pytest.approx(losses(plain), rel=1e-5)
+    plain = train_images(tmp_path / "plain", tiny_world, towers["clip"], differences)
+    checkpointed = train_images(
+        tmp_path / "again", tiny_world, towers["clip"], differences, activation_checkpointing=True
+    )
+    assert losses(checkpointed) == pytest.approx(losses(plain), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +226,7 @@ def test_checkpointing_trains_as_well(towers: dict[str, Path], tiny_world: TinyW
         ({"text": {"position_interpolation": {}, "context_length": 248}}, "needs trained positions"),
     ],
 )
-def test_settings_that_contradict_one_another_are_named(change: dict[str, Any], message: str) -> None:
+def test_contradictory_settings_are_errors(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         PretrainConfig.model_validate(change)
 
@@ -242,7 +246,7 @@ def test_a_frozen_encoder_without_a_projection_is_an_error(tmp_path: Path, tiny_
 
 
 @kinds
-def test_a_text_encoder_of_a_whole_model_is_used(kind: str, tmp_path: Path, tiny_tower: Path) -> None:
+def test_the_text_encoder_of_a_dual_encoder_is_used(kind: str, tmp_path: Path, tiny_tower: Path) -> None:
     save, length = SAVE[kind]
     folder = save(tmp_path / kind)
     text = {"pretrained": str(folder), "tokenizer": str(folder), "context_length": length}

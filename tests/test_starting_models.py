@@ -34,7 +34,7 @@ from tests.tiny_baselines import (
 TEXTS = ["a red dog", "The white house is on the tree, and there is a Blue dog. A green house! " * 3, "a dog"]
 
 
-def pictures() -> list[Image.Image]:
+def images_of_two_sizes() -> list[Image.Image]:
     draw = torch.Generator().manual_seed(1)
     sizes = ((30, 40), (64, 24))
     return [
@@ -43,10 +43,10 @@ def pictures() -> list[Image.Image]:
 
 
 def features(start: StartingModel, folder: Path) -> tuple[Tensor, Tensor, LotlipModel]:
-    """Saves a starting model, loads it as users do, and returns its features of `pictures` and `TEXTS`."""
+    """Saves a starting model, loads it as users do, and returns its features of the images and `TEXTS`."""
     save_model(start.config, start.read_weights(), start.tokenizer, folder, image_tower=None)
     model: Any = AutoModel.from_pretrained(folder).eval()
-    inputs = AutoProcessor.from_pretrained(folder)(text=TEXTS, images=pictures(), return_tensors="pt")
+    inputs = AutoProcessor.from_pretrained(folder)(text=TEXTS, images=images_of_two_sizes(), return_tensors="pt")
     with torch.inference_mode():
         output = model(**inputs)
         again, tokenizer = load_model(folder)
@@ -68,7 +68,7 @@ def test_a_model_of_transformers_keeps_its_features(save: Any, tmp_path: Path) -
     plain = [text.lower().translate(str.maketrans("", "", string.punctuation)) for text in TEXTS]
     read = plain if save is save_siglip else TEXTS
     ids = tokenizer(read, truncation=True, return_tensors="pt", **length)["input_ids"]
-    pixels = AutoImageProcessor.from_pretrained(folder)(images=pictures(), return_tensors="pt")
+    pixels = AutoImageProcessor.from_pretrained(folder)(images=images_of_two_sizes(), return_tensors="pt")
     with torch.inference_mode():
         expected = theirs(input_ids=ids, **pixels)
     assert torch.allclose(texts, expected.text_embeds, atol=1e-5)
@@ -88,11 +88,11 @@ def test_a_model_of_open_clip_keeps_its_features(tmp_path: Path) -> None:
 
 
 def compare_with_open_clip(model: Any, tokenizer: Any, prepare: Any, images: Tensor, texts: Tensor) -> None:
-    """Compares features of `pictures` and `TEXTS` with those of a model of open_clip."""
+    """Compares features of `images_of_two_sizes` and `TEXTS` with those of a model of open_clip."""
     model.eval()
     with torch.inference_mode():
         assert torch.allclose(texts, normalize(model.encode_text(tokenizer(TEXTS)), dim=-1), atol=1e-5)
-        pixels = torch.stack([prepare(picture) for picture in pictures()])
+        pixels = torch.stack([prepare(picture) for picture in images_of_two_sizes()])
         assert torch.allclose(images, normalize(model.encode_image(pixels), dim=-1), atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
     with torch.inference_mode():
         ids = open_clip.get_tokenizer("ViT-B-32", context_length=30)(TEXTS)
         assert torch.allclose(texts, normalize(theirs.encode_text(ids), dim=-1), atol=1e-5)
-        pixels = AutoProcessor.from_pretrained(tmp_path / "ours")(images=pictures(), return_tensors="pt")[
+        pixels = AutoProcessor.from_pretrained(tmp_path / "ours")(images=images_of_two_sizes(), return_tensors="pt")[
             "pixel_values"
         ]
         assert torch.allclose(images, normalize(theirs.encode_image(pixels), dim=-1), atol=1e-5)

@@ -1,4 +1,4 @@
-"""How long texts are: known answers, and sums that do not depend on how the texts are cut into batches."""
+"""Lengths of texts: known values, and independence of batches."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from lotlip.data.text import split_sub_captions
 BERT = "bert-base-uncased"
 
 
-def test_a_known_answer():
-    found = text_statistics(["A dog. It runs.", "", "a cat</s>it sleeps", "one"], BERT)
+def test_statistics_of_known_texts():
+    statistics = text_statistics(["A dog. It runs.", "", "a cat</s>it sleeps", "one"], BERT)
     # </s> ends a sentence, and BERT's pieces of it are <, /, s, >
-    assert found == Statistics(texts=3, sub_captions=2 + 2 + 1, tokens=6 + 8 + 1, empty=1)
-    assert found.to_json() == {"texts": 3, "sub_captions_per_text": 5 / 3, "tokens_per_text": 5.0}
+    assert statistics == Statistics(texts=3, sub_captions=2 + 2 + 1, tokens=6 + 8 + 1, empty=1)
+    assert statistics.to_json() == {"texts": 3, "sub_captions_per_text": 5 / 3, "tokens_per_text": 5.0}
 
 
 def test_means_are_over_texts_not_over_files():
@@ -28,12 +28,12 @@ def test_means_are_over_texts_not_over_files():
     assert total.to_json() == {"texts": 4, "sub_captions_per_text": 6 / 4, "tokens_per_text": 12 / 4}
 
 
-def test_no_texts():
+def test_no_texts_have_zero_statistics():
     assert text_statistics([], BERT).to_json() == {"texts": 0, "sub_captions_per_text": 0.0, "tokens_per_text": 0.0}
     assert text_statistics(["", ""], BERT) == Statistics(empty=2)
 
 
-def test_a_text_without_a_sentence_is_still_a_text():
+def test_a_text_without_sentences_is_counted():
     assert text_statistics(["..."], BERT) == Statistics(texts=1, sub_captions=0, tokens=3)
 
 
@@ -41,14 +41,14 @@ def test_a_text_without_a_sentence_is_still_a_text():
 def test_sums_do_not_depend_on_batches(texts, batch):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(statistics, "_BATCH", batch)
-        found = text_statistics(iter(texts), BERT)
-    assert found.texts + found.empty == len(texts)
-    assert found.sub_captions == sum(len(split_sub_captions(text)) for text in texts)
+        result = text_statistics(iter(texts), BERT)
+    assert result.texts + result.empty == len(texts)
+    assert result.sub_captions == sum(len(split_sub_captions(text)) for text in texts)
     one_by_one = [text_statistics([text], BERT) for text in texts]
-    assert found == sum(one_by_one, Statistics())
+    assert result == sum(one_by_one, Statistics())
 
 
-def test_no_more_than_a_batch_is_held(monkeypatch):
+def test_texts_are_read_in_batches(monkeypatch):
     monkeypatch.setattr(statistics, "_BATCH", 100)
     sizes = []
     counts = statistics._batches

@@ -1,4 +1,4 @@
-"""Captions from a table: looked up by key, refused where the table is not clear."""
+"""Captions from a table, looked up by key."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def record(key: str) -> ImageRecord:
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_captions_are_looked_up_in_the_order_of_the_images(tmp_path, ending):
+def test_captions_come_in_the_order_of_the_images(tmp_path, ending):
     path = table(tmp_path / f"captions.{ending}")
     revision = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()[:12]
     llava = captioner(path)
     assert (llava.revision, llava.prompt) == (revision, "")
-    found = list(llava.caption(map(record, ["k1", "k9", "k0", "k2", "k3"])))
-    assert found[0] == Caption("k1", "llava", "null", ["null"], 1, "stop", revision, "")
-    assert found[2] == Caption("k0", "llava", "A dog. It runs.", ["A dog", "It runs"], 4, "stop", revision, "")
-    failures = [item for item in found if isinstance(item, Failure)]
+    captions = list(llava.caption(map(record, ["k1", "k9", "k0", "k2", "k3"])))
+    assert captions[0] == Caption("k1", "llava", "null", ["null"], 1, "stop", revision, "")
+    assert captions[2] == Caption("k0", "llava", "A dog. It runs.", ["A dog", "It runs"], 4, "stop", revision, "")
+    failures = [item for item in captions if isinstance(item, Failure)]
     assert [(item.key, item.kind, item.where) for item in failures] == [
         ("k9", "missing", str(path)),
         ("k2", "empty", str(path)),
@@ -67,44 +67,44 @@ def test_captions_are_looked_up_in_the_order_of_the_images(tmp_path, ending):
 
 
 def test_each_captioner_has_its_own_rows(tmp_path):
-    (found,) = captioner(table(tmp_path / "captions.csv"), "sharegpt4v").caption([record("k0")])
-    assert (found.text, found.captioner) == ("A large dog", "sharegpt4v")
+    (caption,) = captioner(table(tmp_path / "captions.csv"), "sharegpt4v").caption([record("k0")])
+    assert (caption.text, caption.captioner) == ("A large dog", "sharegpt4v")
 
 
 def test_keys_may_be_numbers_in_the_table(tmp_path):
-    (found,) = captioner(table(tmp_path / "captions.parquet", [(7, "llava", "A dog")])).caption([record("7")])
-    assert found.text == "A dog"
+    (caption,) = captioner(table(tmp_path / "captions.parquet", [(7, "llava", "A dog")])).caption([record("7")])
+    assert caption.text == "A dog"
 
 
-def test_two_rows_for_a_key_are_refused(tmp_path):
+def test_two_rows_for_a_key_are_an_error(tmp_path):
     rows = [(f"k{number // 2}", "llava", "A dog") for number in range(14)]
     with pytest.raises(ValueError, match=r"more than one row of llava for 7 keys \(k0, k1, k2, k3, k4, …\)"):
         captioner(table(tmp_path / "captions.csv", rows))
 
 
-def test_an_unknown_captioner_is_told_who_is_there(tmp_path):
+def test_an_unknown_captioner_is_an_error_listing_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match=r"no rows of the captioner 'gpt' \(it has: llava, sharegpt4v\).*params\.yaml"):
         captioner(table(tmp_path / "captions.csv"), "gpt")
 
 
-def test_a_table_without_rows_has_no_captioner(tmp_path):
+def test_a_table_without_rows_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"it has: none"):
         captioner(table(tmp_path / "captions.csv", []))
 
 
-def test_missing_columns_are_named(tmp_path):
+def test_missing_columns_are_an_error(tmp_path):
     path = tmp_path / "captions.csv"
     pd.DataFrame({"key": ["k0"], "caption": ["A dog"]}).to_csv(path, index=False)
     with pytest.raises(ValueError, match=r"no column captioner, text \(it has key, caption\)"):
         captioner(path)
 
 
-def test_a_missing_file_says_what_to_do(tmp_path):
+def test_a_missing_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match=r"captions\.csv does not exist; set `path`"):
         captioner(tmp_path / "captions.csv")
 
 
-def test_another_ending_is_refused(tmp_path):
+def test_an_unknown_file_extension_is_an_error(tmp_path):
     (tmp_path / "captions.json").write_text("[]")
     with pytest.raises(ValueError, match=r"must end in \.parquet, \.csv, \.jsonl"):
         captioner(tmp_path / "captions.json")
@@ -118,13 +118,13 @@ def test_another_ending_is_refused(tmp_path):
         ("captions.csv", b"key,captioner,text\nk,llava,\xe9\n"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, name, content):
+def test_a_broken_file_is_an_error(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=rf"{name} cannot be read"):
         captioner(tmp_path / name)
 
 
-def test_columns_and_captioner_may_have_other_names(tmp_path):
+def test_columns_and_captioner_can_be_named(tmp_path):
     path = tmp_path / "t.csv"
     urls = ["https://example.org/a.jpg", "https://example.org/b.jpg"]
     rows = {
@@ -134,34 +134,34 @@ def test_columns_and_captioner_may_have_other_names(tmp_path):
     }
     pd.DataFrame(rows).to_csv(path, index=False)
     settings = Settings(kind="table", path=path, key="url", captioner=None, text=["s", "l"])
-    mine = TableCaptioner("mine", settings, words)
-    found = list(mine.caption(record(key_of(url)) for url in rows["url"]))
-    assert [caption.sub_captions for caption in found] == [["Short", "Long", "Text"], ["B"]]
-    assert found[0].text == "Short\nLong. Text"
-    other = TableCaptioner("mine", settings.model_copy(update={"text": "l"}), words)
-    assert mine.about != other.about and mine.revision == other.revision
+    both_columns = TableCaptioner("mine", settings, words)
+    captions = list(both_columns.caption(record(key_of(url)) for url in rows["url"]))
+    assert [caption.sub_captions for caption in captions] == [["Short", "Long", "Text"], ["B"]]
+    assert captions[0].text == "Short\nLong. Text"
+    one_column = TableCaptioner("mine", settings.model_copy(update={"text": "l"}), words)
+    assert both_columns.about != one_column.about and both_columns.revision == one_column.revision
 
 
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
-def test_a_folder_of_tables_is_one_and_subfolders_come_before_the_keys(tmp_path, ending):
+def test_tables_of_a_folder_are_joined_and_prefix_their_keys(tmp_path, ending):
     for place, text in (("cc3m", "three"), ("cc12m", "twelve"), (".", "none")):
         (tmp_path / place).mkdir(exist_ok=True)
         table(tmp_path / place / f"t.{ending}", [("k0", "llava", text)])
     llava = captioner(tmp_path)
-    found = [caption.text for caption in llava.caption(map(record, ["cc12m_k0", "cc3m_k0", "k0"]))]
-    assert found == ["twelve", "three", "none"]
+    texts = [caption.text for caption in llava.caption(map(record, ["cc12m_k0", "cc3m_k0", "k0"]))]
+    assert texts == ["twelve", "three", "none"]
     table(tmp_path / f"cc3m/t.{ending}", [("k0", "llava", "changed")])
     assert captioner(tmp_path).revision != llava.revision
 
 
-def test_the_first_of_repeated_rows_may_be_taken(tmp_path):
+def test_the_first_of_repeated_rows_can_be_used(tmp_path):
     rows = [("k0", "llava", "First"), ("k0", "llava", "Second"), ("k1", "llava", "Third")]
     settings = Settings(kind="table", path=table(tmp_path / "t.csv", rows), repeated="first")
-    found = TableCaptioner("llava", settings, words).caption(map(record, ["k0", "k1"]))
-    assert [caption.text for caption in found] == ["First", "Third"]
+    captions = TableCaptioner("llava", settings, words).caption(map(record, ["k0", "k1"]))
+    assert [caption.text for caption in captions] == ["First", "Third"]
 
 
-def test_a_row_that_is_cut_names_its_line(tmp_path):
+def test_a_truncated_row_is_an_error_naming_its_line(tmp_path):
     path = tmp_path / "t.csv"
     path.write_text("key,captioner,text\nk0,llava,a\nk1,llava\n")
     with pytest.raises(
@@ -170,17 +170,17 @@ def test_a_row_that_is_cut_names_its_line(tmp_path):
         captioner(path)
 
 
-def test_many_threads_may_ask_at_once(tmp_path):
+def test_a_captioner_is_thread_safe(tmp_path):
     keys = [f"k{number}" for number in range(500)]
     llava = captioner(table(tmp_path / "t.parquet", [(key, "llava", f"text of {key}") for key in keys]))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda key: next(llava.caption([record(key)])).text, keys * 4))
-    assert found == [f"text of {key}" for key in keys] * 4
+        texts = list(pool.map(lambda key: next(llava.caption([record(key)])).text, keys * 4))
+    assert texts == [f"text of {key}" for key in keys] * 4
 
 
 @pytest.mark.integration
 def test_memory_does_not_grow_with_the_table(tmp_path):
-    """A table of 150 MB, which pandas would hold twice over; SQLite's own share is at most 64 MB."""
+    """The table has 150 MB, of which pandas would hold two copies; SQLite uses at most 64 MB."""
     path = tmp_path / "t.csv"
     with path.open("w") as file:
         file.write("key,captioner,text\n")
@@ -198,13 +198,13 @@ def test_memory_does_not_grow_with_the_table(tmp_path):
 def test_open_captioner_counts_word_pieces(tmp_path):
     path = table(tmp_path / "captions.csv", [("k0", "llava", "A dog. It runs.")])
     llava = open_captioner("llava", Settings(kind="table", path=path), "bert-base-uncased")
-    (found,) = llava.caption([record("k0")])
-    assert found.tokens == 6  # full stops are word pieces, too
+    (caption,) = llava.caption([record("k0")])
+    assert caption.tokens == 6  # full stops are word pieces, too
 
 
-def test_a_full_temporary_folder_is_named_with_its_remedy():
+def test_a_full_temporary_folder_is_an_error_with_a_remedy():
     texts = _TextIndex()
-    texts._base.execute("PRAGMA max_page_count = 20")  # what SQLite says of it is what it says of a full disk
+    texts._base.execute("PRAGMA max_page_count = 20")  # SQLite raises the error of a full disk
     with pytest.raises(OSError, match="No space left") as full:
         texts.add((f"key-{number}", None, "A dog runs. " * 50) for number in range(1000))
     assert full.value.filename == tempfile.gettempdir()

@@ -1,4 +1,4 @@
-"""Parquet, CSV and JSONL files with a row for each image, and the published tables of long captions beside them."""
+"""Parquet, CSV and JSONL files with a row per image, and published tables of long captions."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from lotlip.ingest.sources import open_source
 from lotlip.ingest.sources.table import TableSource
 
 
-def picture(form: str = "PNG", colour: str = "red") -> bytes:
+def image_bytes(form: str = "PNG", colour: str = "red") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (6, 4), colour).save(file, form)
     return file.getvalue()
 
 
-def add(folder: Path, name: str) -> Path:
+def add_image(folder: Path, name: str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture())
+    path.write_bytes(image_bytes())
     return path
 
 
@@ -51,15 +51,15 @@ def write_parquet(path: Path, columns: dict[str, list], row_group_size: int = 10
 
 
 def csv_source(path: Path, images: Path, **settings: object) -> TableSource:
-    found = open_source(CsvSourceConfig(kind="csv", path=path, images=images, **settings))
-    assert isinstance(found, TableSource)
-    return found
+    source = open_source(CsvSourceConfig(kind="csv", path=path, images=images, **settings))
+    assert isinstance(source, TableSource)
+    return source
 
 
 def parquet_source(path: Path, limits: ImagesConfig | None = None, **settings: object) -> TableSource:
-    found = open_source(ParquetSourceConfig(kind="parquet", path=path, **settings), limits)
-    assert isinstance(found, TableSource)
-    return found
+    source = open_source(ParquetSourceConfig(kind="parquet", path=path, **settings), limits)
+    assert isinstance(source, TableSource)
+    return source
 
 
 def read_all(source: TableSource, size: int = 2) -> list[ImageRecord | Failure]:
@@ -67,16 +67,16 @@ def read_all(source: TableSource, size: int = 2) -> list[ImageRecord | Failure]:
 
 
 def kinds(items: list[ImageRecord | Failure]) -> list[tuple[str, str]]:
-    """Key and kind of failure of each item, none for a record."""
+    """Key and failure kind of each item; the kind of a record is empty."""
     return [(item.key, item.kind if isinstance(item, Failure) else "") for item in items]
 
 
 # --- CSV ----------------------------------------------------------------------------------------------------------
 
 
-def test_rows_of_a_csv_file_come_in(tmp_path):
+def test_rows_of_a_csv_file_become_records(tmp_path):
     for name in ("0000000/0000008.jpg", "dogs/My dog.v2.PNG"):
-        add(tmp_path / "images", name)
+        add_image(tmp_path / "images", name)
     rows = [["image", "caption"], ["0000000/0000008.jpg", "a\n red  dot"], ["dogs/My dog.v2.PNG", 'a "dog", red']]
     table = write_csv(tmp_path / "t.csv", rows)
     first, second = read_all(csv_source(table, tmp_path / "images"))
@@ -89,7 +89,7 @@ def test_rows_of_a_csv_file_come_in(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_units_are_all_rows_whatever_is_in_their_fields(tmp_path, size, end):
+def test_units_cover_all_rows_whatever_their_fields_hold(tmp_path, size, end):
     texts = [
         "plain",
         'a "quoted" word',
@@ -103,18 +103,18 @@ def test_units_are_all_rows_whatever_is_in_their_fields(tmp_path, size, end):
     ]
     rows = [["key", "text"], *[[f"k{number}", text] for number, text in enumerate(texts)]]
     table = open_table(write_csv(tmp_path / "t.csv", rows, lineterminator=end))
-    whole = [row.values for row in table.rows(["text", "key"])]
-    assert whole == [(text, key) for key, text in rows[1:]]
+    rows_read = [row.values for row in table.rows(["text", "key"])]
+    assert rows_read == [(text, key) for key, text in rows[1:]]
     parts = list(table.ranges(size))
     assert [part.count for part in parts[:-1]] == [size] * (len(parts) - 1)
-    assert [row.values for part in parts for row in table.rows(["text", "key"], part)] == whole
+    assert [row.values for part in parts for row in table.rows(["text", "key"], part)] == rows_read
     numbers = [row.number for part in parts for row in table.rows(["key"], part)]
     assert numbers == [row.number for row in table.rows(["key"])]
     lines = (tmp_path / "t.csv").read_bytes().split(b"\n")
     assert all(lines[number - 1].startswith(b"k") for number in numbers)
 
 
-def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
+def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
     (tmp_path / "t.csv").write_bytes(b'\xef\xbb\xbf"a,b",c\n\n1,2\n\n\n3,4\n')
     table = open_table(tmp_path / "t.csv")
     assert table.columns == ["a,b", "c"]
@@ -122,45 +122,45 @@ def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path):
     assert list(table.ranges(1)) == [RowRange(12, 3, 1), RowRange(18, 6, 1)]
 
 
-def test_a_bad_row_costs_itself_only(tmp_path):
-    csv.field_size_limit(2**31 - 1)  # as other readers of CSV in this process may have set it
+def test_a_bad_row_does_not_affect_others(tmp_path):
+    csv.field_size_limit(2**31 - 1)  # other readers of CSV in this process may have set it
     for number in range(9):
-        add(tmp_path / "images", f"{number}.png")
+        add_image(tmp_path / "images", f"{number}.png")
     lines = [b"image,caption", b"0.png,a", b"1.png,a,b", b"2.png", b"3.png,K\xe4se", b"4.png,a", b'5.png,"never closed']
-    filler = [b"x" * 1000] * 140  # more than a field may have
+    filler = [b"x" * 1000] * 140  # more than a field may hold
     (tmp_path / "t.csv").write_bytes(b"\n".join([*lines, *filler, b"6.png,a", b"7.png,a"]) + b"\n")
     for size in (1, 2, 100):
-        found = read_all(csv_source(tmp_path / "t.csv", tmp_path / "images"), size)
-        by_kind = [kind for _, kind in kinds(found)]
+        items = read_all(csv_source(tmp_path / "t.csv", tmp_path / "images"), size)
+        by_kind = [kind for _, kind in kinds(items)]
         assert by_kind[:6] == ["", "row", "row", "encoding", "", "row"]
         assert set(by_kind[6:-2]) <= {"row"}
-        assert kinds(found)[-2:] == [("6", ""), ("7", "")]
+        assert kinds(items)[-2:] == [("6", ""), ("7", "")]
         assert (
-            found[1].where == f"{tmp_path}/t.csv: line 3" and "it has 3 fields, but the header has 2" in found[1].reason
+            items[1].where == f"{tmp_path}/t.csv: line 3" and "it has 3 fields, but the header has 2" in items[1].reason
         )
-        assert found[3].where == f"{tmp_path}/t.csv: line 5" and found[3].key == "t-000000005"
-        assert found[5].where == f"{tmp_path}/t.csv: line 7"
+        assert items[3].where == f"{tmp_path}/t.csv: line 5" and items[3].key == "t-000000005"
+        assert items[5].where == f"{tmp_path}/t.csv: line 7"
 
 
-def test_images_outside_of_their_folder_are_unsafe(tmp_path):
-    add(tmp_path, "secret.png")
-    add(tmp_path / "images", "fine.png")
+def test_images_outside_their_folder_are_unsafe(tmp_path):
+    add_image(tmp_path, "secret.png")
+    add_image(tmp_path / "images", "fine.png")
     (tmp_path / "images/link.png").symlink_to(tmp_path / "secret.png")
     (tmp_path / "images/inner.png").symlink_to(tmp_path / "images/fine.png")
     (tmp_path / "images/way").symlink_to(tmp_path)
     os.mkfifo(tmp_path / "images/pipe.png")
     paths = [f"{tmp_path}/secret.png", "../secret.png", "a/../../secret.png", "link.png", "way/secret.png", "C:\\x.png"]
-    others = ["inner.png", "gone.png", "pipe.png", "nul\0.png", "x" * 300 + ".png", ""]
-    rows = [["image", "caption"], *[[path, "a"] for path in [*paths, *others]]]
-    found = read_all(csv_source(write_csv(tmp_path / "t.csv", rows), tmp_path / "images"))
+    missing = ["inner.png", "gone.png", "pipe.png", "nul\0.png", "x" * 300 + ".png", ""]
+    rows = [["image", "caption"], *[[path, "a"] for path in [*paths, *missing]]]
+    items = read_all(csv_source(write_csv(tmp_path / "t.csv", rows), tmp_path / "images"))
     expected = ["", "missing", "unreadable", "missing", "unreadable", "missing"]
-    assert [kind for _, kind in kinds(found)] == ["unsafe"] * 6 + expected
+    assert [kind for _, kind in kinds(items)] == ["unsafe"] * 6 + expected
 
 
-def test_a_folder_of_tables_may_hold_the_images_too(tmp_path):
-    """One path for DVC to watch; a table that lies among the images is none of the source's."""
+def test_a_folder_may_hold_tables_and_images(tmp_path):
+    """DVC then watches a single path. A table among the images does not belong to the source."""
     for name in ("a.png", "b.png"):
-        add(tmp_path / "data/images", name)
+        add_image(tmp_path / "data/images", name)
     write_csv(tmp_path / "data/cc3m/t.csv", [["image", "caption"], ["a.png", "a"]])
     write_csv(tmp_path / "data/cc12m/t.csv", [["image", "caption"], ["a.png", "a"], ["b.png", "b"], ["b.png", "c"]])
     write_csv(tmp_path / "data/images/other.csv", [["no", "columns"]])
@@ -170,7 +170,7 @@ def test_a_folder_of_tables_may_hold_the_images_too(tmp_path):
     assert [unit.name for unit in source.units(2)] == ["part-00000", "part-00001", "part-00002"]
 
 
-def test_what_is_not_there_is_told_with_what_is(tmp_path):
+def test_missing_files_and_columns_are_errors(tmp_path):
     table = write_csv(tmp_path / "t.csv", [["Image Path", "raw_caption"], ["a.png", "a"]])
     (tmp_path / "images").mkdir()
     with pytest.raises(ValueError, match=r"no column image, caption \(it has Image Path, raw_caption\); set image"):
@@ -187,7 +187,7 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", "bild;größe\n".encode("utf-16")])
-def test_a_file_without_a_header_is_named(tmp_path, content):
+def test_a_file_without_a_header_is_an_error(tmp_path, content):
     (tmp_path / "t.csv").write_bytes(content)
     with pytest.raises(ValueError, match=r"t\.csv cannot be read as csv"):
         csv_source(tmp_path / "t.csv", tmp_path)
@@ -197,22 +197,22 @@ def test_a_file_without_a_header_is_named(tmp_path, content):
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 100])
-def test_encoded_images_in_a_parquet_file_come_in(tmp_path, size):
-    images = [picture("PNG"), picture("WEBP"), None, b"cut", picture("JPEG")] * 3
+def test_images_inside_a_parquet_file_become_records(tmp_path, size):
+    images = [image_bytes("PNG"), image_bytes("WEBP"), None, b"cut", image_bytes("JPEG")] * 3
     captions = ["a", "b", "c", "d", None] * 3
     table = write_parquet(tmp_path / "t.parquet", {"image": images, "caption": captions}, row_group_size=4)
-    found = read_all(parquet_source(table), size)
+    items = read_all(parquet_source(table), size)
     expected = ["", "", "missing", "unreadable", "missing"] * 3
-    assert kinds(found) == [(f"t-{number:09d}", kind) for number, kind in enumerate(expected, 1)]
-    assert (found[1].extension, found[1].short_caption) == ("webp", "b")
-    assert found[3].where == f"{table}: row 4"
+    assert kinds(items) == [(f"t-{number:09d}", kind) for number, kind in enumerate(expected, 1)]
+    assert (items[1].extension, items[1].short_caption) == ("webp", "b")
+    assert items[3].where == f"{table}: row 4"
 
 
-def test_images_as_the_datasets_library_has_them(tmp_path):
-    add(tmp_path / "images", "c.png")
+def test_images_of_the_datasets_library_are_read(tmp_path):
+    add_image(tmp_path / "images", "c.png")
     images = [
-        {"bytes": picture(), "path": "deep/a.png"},
-        {"bytes": picture(), "path": None},
+        {"bytes": image_bytes(), "path": "deep/a.png"},
+        {"bytes": image_bytes(), "path": None},
         {"bytes": None, "path": "c.png"},
         {"bytes": None, "path": None},
         None,
@@ -220,33 +220,33 @@ def test_images_as_the_datasets_library_has_them(tmp_path):
     table = write_parquet(tmp_path / "t.parquet", {"image": images, "caption": list("abcde")})
     rest = [("t-000000004", "missing"), ("t-000000005", "missing")]
     assert kinds(read_all(parquet_source(table))) == [("deep_a", ""), ("t-000000002", ""), ("c", "missing"), *rest]
-    found = kinds(read_all(parquet_source(table, images=tmp_path / "images")))
-    assert found == [("deep_a", ""), ("t-000000002", ""), ("c", ""), *rest]
+    items = kinds(read_all(parquet_source(table, images=tmp_path / "images")))
+    assert items == [("deep_a", ""), ("t-000000002", ""), ("c", ""), *rest]
 
 
-def test_a_column_may_say_what_a_sample_is_called(tmp_path):
+def test_keys_may_come_from_a_column(tmp_path):
     url = "https://example.org/a.jpg"
-    columns = {"jpg": [picture()] * 4, "txt": ["a"] * 4, "url": [url, url, None, "7"]}
+    columns = {"jpg": [image_bytes()] * 4, "txt": ["a"] * 4, "url": [url, url, None, "7"]}
     table = write_parquet(tmp_path / "data/cc3m/t.parquet", columns)
-    found = read_all(parquet_source(table.parent.parent, image="jpg", caption="txt", key="url"), 10)
+    items = read_all(parquet_source(table.parent.parent, image="jpg", caption="txt", key="url"), 10)
     key = key_of(url, "cc3m")
-    assert kinds(found) == [(key, ""), (key, "duplicate"), ("cc3m_t-000000003", "missing"), ("cc3m_7", "")]
-    numbers = write_parquet(tmp_path / "n.parquet", {"image": [picture()], "caption": ["a"], "id": [7]})
+    assert kinds(items) == [(key, ""), (key, "duplicate"), ("cc3m_t-000000003", "missing"), ("cc3m_7", "")]
+    numbers = write_parquet(tmp_path / "n.parquet", {"image": [image_bytes()], "caption": ["a"], "id": [7]})
     assert kinds(read_all(parquet_source(numbers, key="id"))) == [("7", "")]
 
 
-def test_a_text_that_is_not_utf8_costs_its_row_only(tmp_path):
+def test_a_text_that_is_not_utf8_fails_its_row_only(tmp_path):
     captions = pa.array([b"a", b"K\xe4se", b"c"], pa.binary()).view(pa.string())
-    table = write_parquet(tmp_path / "t.parquet", {"image": [picture()] * 3, "caption": captions})
+    table = write_parquet(tmp_path / "t.parquet", {"image": [image_bytes()] * 3, "caption": captions})
     assert [kind for _, kind in kinds(read_all(parquet_source(table), 10))] == ["", "encoding", ""]
 
 
-def test_limits_reach_the_rows(tmp_path):
-    table = write_parquet(tmp_path / "t.parquet", {"image": [picture()], "caption": ["a"]})
+def test_limits_of_images_apply_to_rows(tmp_path):
+    table = write_parquet(tmp_path / "t.parquet", {"image": [image_bytes()], "caption": ["a"]})
     assert [kind for _, kind in kinds(read_all(parquet_source(table, ImagesConfig(max_bytes=9))))] == ["too-large"]
 
 
-def test_a_column_that_holds_no_images_is_told(tmp_path):
+def test_a_column_without_images_is_an_error(tmp_path):
     paths = write_parquet(tmp_path / "p.parquet", {"image": ["a.png"], "caption": ["a"]})
     with pytest.raises(ValueError, match=r"column image holds paths; set ingest\.source\.images"):
         parquet_source(paths)
@@ -270,7 +270,7 @@ def test_images_and_three_captioners_come_from_one_dreamlip_table(tmp_path):
     rows = [DREAMLIP]
     for number in range(5):
         path = f"0000000/{number:07d}.jpg"
-        add(tmp_path / "cc3m/images", path)
+        add_image(tmp_path / "cc3m/images", path)
         texts = [f'{column} of {number}, "quoted".\nSecond line' for column in DREAMLIP[2:]]
         rows.append([path, f"raw of {number}", *texts])
     rows[4][5] = ""  # one ShareGPT4V caption is missing
@@ -314,23 +314,23 @@ TEXT_TYPES = {
 
 
 @pytest.mark.parametrize("kind", TEXT_TYPES)
-def test_columns_of_texts_may_be_of_any_arrow_type(tmp_path, kind):
-    add(tmp_path / "images", "a.png")
+def test_text_columns_may_have_any_arrow_type(tmp_path, kind):
+    add_image(tmp_path / "images", "a.png")
     column = pa.array(["a.png"]).cast(TEXT_TYPES[kind])
     path = write_parquet(tmp_path / "a.parquet", {"image": column, "caption": column, "key": column})
-    (found,) = read_all(parquet_source(path, images=tmp_path / "images", key="key"))
-    assert isinstance(found, ImageRecord)
-    assert (found.key, found.short_caption) == ("a", "a.png")
+    (record,) = read_all(parquet_source(path, images=tmp_path / "images", key="key"))
+    assert isinstance(record, ImageRecord)
+    assert (record.key, record.short_caption) == ("a", "a.png")
     captioner = TableCaptioner(
         "llava", TableSettings(kind="table", path=path, captioner=None, text="caption"), lambda text: 1
     )
-    assert isinstance(next(captioner.caption([found])), Caption)
+    assert isinstance(next(captioner.caption([record])), Caption)
 
 
-def test_numbers_that_became_floating_point_are_the_same_keys(tmp_path):
-    columns = {"image": [picture()] * 4, "caption": ["a"] * 4, "id": [1.0, 2.0, None, 2.5]}
-    found = read_all(parquet_source(write_parquet(tmp_path / "a.parquet", columns), key="id"))
-    assert [(item.key, getattr(item, "kind", "")) for item in found] == [
+def test_integers_stored_as_floats_are_the_same_keys(tmp_path):
+    columns = {"image": [image_bytes()] * 4, "caption": ["a"] * 4, "id": [1.0, 2.0, None, 2.5]}
+    items = read_all(parquet_source(write_parquet(tmp_path / "a.parquet", columns), key="id"))
+    assert [(item.key, getattr(item, "kind", "")) for item in items] == [
         ("1", ""),
         ("2", ""),
         ("a-000000003", "missing"),
@@ -338,39 +338,39 @@ def test_numbers_that_became_floating_point_are_the_same_keys(tmp_path):
     ]
     path = write_parquet(tmp_path / "c.parquet", {"key": [1.0, 2.0, None], "text": ["a dog", "a cat", "nobody's"]})
     captioner = TableCaptioner("llava", TableSettings(kind="table", path=path, captioner=None), lambda text: 1)
-    assert [item.text for item in captioner.caption(found[:2])] == ["a dog", "a cat"]
+    assert [item.text for item in captioner.caption(items[:2])] == ["a dog", "a cat"]
 
 
-def test_endings_of_tables_may_be_in_capitals(tmp_path):
-    add(tmp_path / "images", "A.PNG")
+def test_file_extensions_of_tables_may_be_uppercase(tmp_path):
+    add_image(tmp_path / "images", "A.PNG")
     columns = {"image": ["A.PNG"], "caption": ["a"]}
     write_parquet(tmp_path / "one/DATA.PARQUET", columns)
     write_parquet(tmp_path / "one/._DATA.PARQUET", columns)
     write_parquet(tmp_path / "one/__MACOSX/DATA.PARQUET", columns)
     write_csv(tmp_path / "two/DATA.CSV", [["image", "caption"], ["A.PNG", "a"]])
-    for found in (
+    for items in (
         read_all(parquet_source(tmp_path / "one", images=tmp_path / "images")),
         read_all(csv_source(tmp_path / "two", tmp_path / "images")),
     ):
-        assert [(item.key, getattr(item, "kind", "")) for item in found] == [("A", "")]
+        assert [(item.key, getattr(item, "kind", "")) for item in items] == [("A", "")]
     path = write_parquet(tmp_path / "CAPTIONS.PARQUET", {"key": ["A.PNG"], "text": ["a dog"]})
     captioner = TableCaptioner("llava", TableSettings(kind="table", path=path, captioner=None), lambda text: 1)
-    assert next(captioner.caption(found)).text == "a dog"
+    assert next(captioner.caption(items)).text == "a dog"
 
 
-def test_absolute_paths_are_read_inside_the_folder_of_images_only(tmp_path):
-    add(tmp_path / "images", "deep/a.png")
-    add(tmp_path, "outside.png")
+def test_absolute_paths_must_be_inside_the_image_folder(tmp_path):
+    add_image(tmp_path / "images", "deep/a.png")
+    add_image(tmp_path, "outside.png")
     (tmp_path / "images/link.png").symlink_to(tmp_path / "outside.png")
     names = [
         f"{tmp_path}/{name}"
         for name in ("images/deep/a.png", "outside.png", "images/../outside.png", "images/link.png")
     ]
     path = write_csv(tmp_path / "a.csv", [["image", "caption"], *([name, "a"] for name in names)])
-    found = read_all(csv_source(path, tmp_path / "images"))
-    assert [getattr(item, "kind", "") for item in found] == ["", "unsafe", "unsafe", "unsafe"]
-    assert found[0].key == "deep_a"
-    assert "ingest.source.images" in found[1].reason
+    items = read_all(csv_source(path, tmp_path / "images"))
+    assert [getattr(item, "kind", "") for item in items] == ["", "unsafe", "unsafe", "unsafe"]
+    assert items[0].key == "deep_a"
+    assert "ingest.source.images" in items[1].reason
 
 
 # --- JSONL --------------------------------------------------------------------------------------------------------
@@ -384,9 +384,9 @@ def write_jsonl(path: Path, lines: list[object]) -> Path:
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])
-def test_units_are_all_lines_of_a_jsonl_file(tmp_path, size):
+def test_units_cover_all_lines_of_a_jsonl_file(tmp_path, size):
     for name in ("a.png", "b.png", "7"):
-        add(tmp_path / "images", name)
+        add_image(tmp_path / "images", name)
     lines: list[object] = [
         {"image": "a.png", "caption": "a dog", "long": ["It is brown.", "It runs. "]},
         b"",
@@ -426,5 +426,5 @@ def test_long_captions_are_read_from_jsonl(tmp_path):
     table = write_jsonl(tmp_path / "t.jsonl", [{"file": "dogs/1.png", "text": "A dog. It runs."}])
     settings = TableSettings(kind="table", path=table, key="file", captioner=None)
     captioner = TableCaptioner("mine", settings, lambda text: len(text.split()))
-    (caption,) = captioner.caption([ImageRecord("dogs_1", picture(), "png", "a dog", 6, 4, "0" * 64)])
+    (caption,) = captioner.caption([ImageRecord("dogs_1", image_bytes(), "png", "a dog", 6, 4, "0" * 64)])
     assert isinstance(caption, Caption) and caption.sub_captions == ["A dog", "It runs"]

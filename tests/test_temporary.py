@@ -1,4 +1,4 @@
-"""Temporary folders: they go with their block, and what a killed process left goes at the next start."""
+"""Temporary folders are removed after use, and those of killed processes at the next start."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_folder_with_all_in_it_goes_with_its_block(base: Path) -> None:
+def test_a_folder_is_removed_with_its_contents(base: Path) -> None:
     with temporary_folder("test") as folder:
         (folder / "inner").mkdir()
         (folder / "inner" / "file").write_text("x")
@@ -36,14 +36,14 @@ def test_a_folder_with_all_in_it_goes_with_its_block(base: Path) -> None:
     assert list(base.iterdir()) == []
 
 
-def test_a_folder_goes_when_its_block_fails(base: Path) -> None:
+def test_a_folder_is_removed_after_an_error(base: Path) -> None:
     with pytest.raises(KeyError), temporary_folder("test"):
         raise KeyError
     assert list(base.iterdir()) == []
 
 
 @pytest.mark.integration
-def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base: Path) -> None:
+def test_the_next_folder_removes_only_those_of_killed_processes(base: Path) -> None:
     (base / "lotlip-mine").mkdir()
     (base / "lotlip-mine" / "notes").write_text("x")
     environment = {**os.environ, "TMPDIR": str(base)}
@@ -53,7 +53,7 @@ def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base
             assert holder.stdout is not None
             held = Path(holder.stdout.readline().strip())
             with temporary_folder("test"):
-                assert (held / "file").is_file()  # its owner lives
+                assert (held / "file").is_file()  # its owner is alive
         finally:
             holder.kill()
     assert held.is_dir()
@@ -62,7 +62,7 @@ def test_the_next_folder_clears_what_a_killed_process_left_and_nothing_else(base
     assert [path.name for path in base.iterdir()] == ["lotlip-mine"]
 
 
-def test_all_temporary_folders_are_made_here() -> None:
+def test_only_one_module_creates_temporary_folders() -> None:
     root = Path(__file__).parents[1]
     users = [
         path.relative_to(root).as_posix()
@@ -86,7 +86,7 @@ with multiprocessing_folder():
 
 @pytest.mark.integration
 @pytest.mark.parametrize("length", [10, 94])
-def test_multiprocessing_has_its_sockets_whatever_tmpdir_is_and_leaves_nothing(tmp_path: Path, length: int) -> None:
+def test_multiprocessing_works_with_any_tmpdir_and_leaves_no_file(tmp_path: Path, length: int) -> None:
     base = tmp_path / ("x" * length)
     base.mkdir()
     environment = {**os.environ, "TMPDIR": str(base)}

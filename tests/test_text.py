@@ -1,4 +1,4 @@
-"""Sub-captions and windows of them, as properties."""
+"""Properties of sub-captions and windows of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lotlip.data.text import draw_caption, join_sub_captions, sample_long_text, split_sub_captions
 
-# What a sub-caption can be: stripped, not empty, no sentence end inside.
+# Sub-captions are stripped, not empty and without sentence ends.
 sub_caption = st.text(min_size=1).map(
     lambda text: text.replace(".", "").replace("\n", "").replace("</s>", "").strip()
 ).filter(lambda text: text and "</s>" not in text)  # fmt: skip
@@ -19,7 +19,7 @@ seeds = st.integers(0, 2**32)
 
 
 def numbered(lengths: dict[str, int]) -> dict[str, list[str]]:
-    """Captions whose sub-captions say whose and which they are."""
+    """Captions whose sub-captions name their captioner and number."""
     return {name: [f"{name} {number}" for number in range(length)] for name, length in lengths.items()}
 
 
@@ -28,7 +28,7 @@ captions = st.dictionaries(st.sampled_from("abcd"), st.integers(0, 6), min_size=
 ).map(numbered)  # fmt: skip
 
 
-def test_sentences_end_at_full_stop_newline_and_end_mark():
+def test_sentences_end_at_full_stop_newline_and_end_token():
     assert split_sub_captions(" A dog. It runs\nfast</s>home..\n") == ["A dog", "It runs", "fast", "home"]
     assert split_sub_captions(" .\n</s>") == []
     assert split_sub_captions("Really? Yes! 3,5") == ["Really? Yes! 3,5"]
@@ -40,7 +40,7 @@ def test_split_undoes_join(sub_captions):
 
 
 @given(st.text())
-def test_split_gives_stripped_pieces_of_the_text_in_order(text):
+def test_split_gives_stripped_parts_of_the_text_in_order(text):
     parts = split_sub_captions(text)
     place = 0
     for part in parts:
@@ -51,17 +51,17 @@ def test_split_gives_stripped_pieces_of_the_text_in_order(text):
 
 
 @given(captions, st.integers(1, 8), seeds)
-def test_a_window_lies_inside_one_caption(captions, length, seed):
+def test_a_window_is_inside_one_caption(captions, length, seed):
     window = sample_long_text(captions, "window", length, random.Random(seed))
     (author,) = {part.split()[0] for part in window}
-    own = captions[author]
-    assert len(window) == min(length, len(own))
-    start = own.index(window[0])
-    assert window == own[start : start + len(window)]
+    caption = captions[author]
+    assert len(window) == min(length, len(caption))
+    start = caption.index(window[0])
+    assert window == caption[start : start + len(window)]
 
 
 @given(captions, st.integers(1, 30), seeds)
-def test_a_window_across_captions_is_consecutive_in_the_row_of_all(captions, length, seed):
+def test_a_window_across_captions_is_consecutive_in_their_concatenation(captions, length, seed):
     window = sample_long_text(captions, "window", length, random.Random(seed), "across-captions")
     row = [part for name in sorted(captions) for part in captions[name]]
     assert len(window) == min(length, len(row))
@@ -77,7 +77,7 @@ def test_the_order_of_captioners_does_not_matter(captions, length, seed, window)
 
 
 @pytest.mark.parametrize("window", ["within-caption", "across-captions"])
-def test_every_start_is_reached_about_as_often(window):
+def test_every_start_of_a_window_is_about_equally_frequent(window):
     captions = numbered({"a": 5, "b": 0, "c": 5})
     rng = random.Random(0)
     starts = Counter(sample_long_text(captions, "window", 3, rng, window)[0] for _ in range(4000))
@@ -89,7 +89,7 @@ def test_every_start_is_reached_about_as_often(window):
     assert min(starts.values()) > 0.8 * 4000 / len(expected)
 
 
-def test_captioners_are_chosen_alike_however_much_they_wrote():
+def test_captioners_are_equally_frequent_whatever_their_length():
     rng = random.Random(0)
     authors = Counter(
         sample_long_text(numbered({"a": 1, "b": 50}), "window", 1, rng)[0].split()[0] for _ in range(2000)
@@ -99,13 +99,13 @@ def test_captioners_are_chosen_alike_however_much_they_wrote():
 
 @pytest.mark.parametrize("window", ["within-caption", "across-captions"])
 @pytest.mark.parametrize("captions", [{}, {"a": []}, {"a": [], "b": []}])
-def test_nothing_to_draw_from_is_an_error(captions, window):
+def test_no_captions_are_an_error(captions, window):
     with pytest.raises(ValueError, match="no captioner wrote anything"):
         sample_long_text(captions, "window", 1, random.Random(0), window)
 
 
 @pytest.mark.parametrize("length", [0, -1])
-def test_a_window_of_nothing_is_an_error(length):
+def test_an_empty_window_is_an_error(length):
     with pytest.raises(ValueError, match=f"at least 1 sub-caption, not {length}"):
         sample_long_text({"a": ["x"]}, "window", length, random.Random(0))
 
@@ -113,55 +113,55 @@ def test_a_window_of_nothing_is_an_error(length):
 SENTENCES = [f"s{number}" for number in range(1, 6)]
 
 
-def test_all_is_the_whole_caption_of_one_captioner():
+def test_all_is_the_full_caption_of_one_captioner():
     captions = {"a": ["a1", "a2"], "b": SENTENCES}
-    drawn = {tuple(sample_long_text(captions, "all", 1, random.Random(seed))) for seed in range(50)}
-    assert drawn == {("a1", "a2"), tuple(SENTENCES)}
+    samples = {tuple(sample_long_text(captions, "all", 1, random.Random(seed))) for seed in range(50)}
+    assert samples == {("a1", "a2"), tuple(SENTENCES)}
 
 
-def test_first_is_a_beginning_of_every_length_alike():
-    drawn = [sample_long_text({"a": SENTENCES}, "first", 1, random.Random(seed)) for seed in range(2000)]
-    assert all(text == SENTENCES[: len(text)] for text in drawn)
-    lengths = Counter(map(len, drawn))
+def test_first_is_a_prefix_of_uniformly_random_length():
+    samples = [sample_long_text({"a": SENTENCES}, "first", 1, random.Random(seed)) for seed in range(2000)]
+    assert all(text == SENTENCES[: len(text)] for text in samples)
+    lengths = Counter(map(len, samples))
     assert lengths.keys() == {1, 2, 3, 4, 5}
     assert min(lengths.values()) > 300
 
 
-def test_without_first_leaves_the_first_out_and_shuffles_the_others():
-    drawn = [sample_long_text({"a": SENTENCES}, "without-first", 1, random.Random(seed)) for seed in range(2000)]
-    assert all(set(text) <= set(SENTENCES[1:]) and len(set(text)) == len(text) for text in drawn)
-    lengths = Counter(map(len, drawn))
+def test_without_first_drops_the_first_and_shuffles_the_others():
+    samples = [sample_long_text({"a": SENTENCES}, "without-first", 1, random.Random(seed)) for seed in range(2000)]
+    assert all(set(text) <= set(SENTENCES[1:]) and len(set(text)) == len(text) for text in samples)
+    lengths = Counter(map(len, samples))
     assert lengths.keys() == {1, 2, 3, 4}
     assert min(lengths.values()) > 400
-    assert any(text != sorted(text) for text in drawn)
+    assert any(text != sorted(text) for text in samples)
     assert sample_long_text({"a": ["only"]}, "without-first", 1, random.Random(0)) == ["only"]
 
 
-def test_merged_sub_captions_are_neighbours_half_the_time():
-    drawn = [sample_long_text({"a": SENTENCES}, "merged", 3, random.Random(seed)) for seed in range(3000)]
-    assert all(set(text) <= set(SENTENCES) and len(set(text)) == len(text) for text in drawn)
-    lengths = Counter(map(len, drawn))
+def test_merged_sub_captions_are_neighbours_half_of_the_time():
+    samples = [sample_long_text({"a": SENTENCES}, "merged", 3, random.Random(seed)) for seed in range(3000)]
+    assert all(set(text) <= set(SENTENCES) and len(set(text)) == len(text) for text in samples)
+    lengths = Counter(map(len, samples))
     assert lengths.keys() == {1, 2, 3}
     assert min(lengths.values()) > 900
-    pairs = [text for text in drawn if len(text) == 2]
+    pairs = [text for text in samples if len(text) == 2]
     neighbours = sum(SENTENCES.index(first) + 1 == SENTENCES.index(second) for first, second in pairs) / len(pairs)
-    assert neighbours == pytest.approx(0.5 + 0.5 * 4 / 20, abs=0.05)  # 4 of the 20 ordered pairs are neighbours
+    assert neighbours == pytest.approx(0.5 + 0.5 * 4 / 20, abs=0.05)  # 4 of 20 ordered pairs are neighbours
     short = [sample_long_text({"a": ["only"]}, "merged", 3, random.Random(seed)) for seed in range(20)]
     assert short == [["only"]] * 20
 
 
 @pytest.mark.parametrize(("sampler", "expected"), [("summary", ["s1"]), ("details", ["s2", "s3", "s4", "s5"])])
-def test_the_summary_is_the_first_and_the_details_are_all_others_in_order(sampler, expected):
+def test_summary_is_the_first_and_details_are_the_others_in_order(sampler, expected):
     assert sample_long_text({"a": SENTENCES}, sampler, 1, random.Random(0)) == expected
     assert sample_long_text({"a": ["only"]}, sampler, 1, random.Random(0)) == ["only"]
 
 
-def test_a_subset_may_have_the_first_and_is_shuffled():
-    drawn = [sample_long_text({"a": SENTENCES}, "subset", 1, random.Random(seed)) for seed in range(2000)]
-    assert Counter(map(len, drawn)).keys() == {1, 2, 3, 4, 5}
-    assert all(len(set(text)) == len(text) for text in drawn)
-    assert 1000 < sum("s1" in text for text in drawn) < 1400  # 3 of 5 on average
-    assert any(text != sorted(text) for text in drawn)
+def test_a_subset_may_contain_the_first_and_is_shuffled():
+    samples = [sample_long_text({"a": SENTENCES}, "subset", 1, random.Random(seed)) for seed in range(2000)]
+    assert Counter(map(len, samples)).keys() == {1, 2, 3, 4, 5}
+    assert all(len(set(text)) == len(text) for text in samples)
+    assert 1000 < sum("s1" in text for text in samples) < 1400  # 3 of 5 on average
+    assert any(text != sorted(text) for text in samples)
 
 
 @given(captions, seeds, st.sampled_from(["all", "first", "without-first", "summary", "details", "subset"]))

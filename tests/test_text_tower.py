@@ -1,4 +1,4 @@
-"""The text tower: who sees whom, and that nothing but a text itself changes its features."""
+"""The text tower: the attention mask of corner tokens, packed texts, and independence from other texts."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def tower(corner_tokens: int, corner_mask: bool = True, layers: int = 2) -> Bert
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=32,
-        initializer_range=0.3,  # so large that what should not matter would be seen if it did
+        initializer_range=0.3,  # large, so that a wrong dependence would show
     )
     return build(config, corner_tokens, corner_mask)
 
 
 def texts(lengths: list[int], corner_tokens: int, padded: int = LENGTH) -> tuple[Tensor, Tensor]:
-    """Random texts [B, padded] that hold [CLS], corner tokens and words."""
+    """Random texts [B, padded] with [CLS], corner tokens and words."""
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(5, WORDS, (len(lengths), LENGTH), generator=generator)
     ids[:, 0] = 1
@@ -51,21 +51,21 @@ def texts(lengths: list[int], corner_tokens: int, padded: int = LENGTH) -> tuple
 
 
 def naive_mask(length: int, padded: int, corner_tokens: int, separate: bool) -> Tensor:
-    """The table of the paper's section 3.2, a pair at a time."""
+    """The table of the paper's section 3.2, one pair of tokens at a time."""
     corner = range(1, 1 + corner_tokens)
-    seen = torch.zeros(padded, padded, dtype=torch.bool)
+    mask = torch.zeros(padded, padded, dtype=torch.bool)
     for query in range(padded):
         for key in range(padded):
             if key >= length:
-                sees = False
+                visible = False
             elif not separate or query == key:
-                sees = True
+                visible = True
             elif key in corner:
-                sees = False
+                visible = False
             else:
-                sees = not (query in corner and key == 0)
-            seen[query, key] = sees
-    return seen
+                visible = not (query in corner and key == 0)
+            mask[query, key] = visible
+    return mask
 
 
 @given(
@@ -74,16 +74,16 @@ def naive_mask(length: int, padded: int, corner_tokens: int, separate: bool) -> 
     padding=st.integers(0, 3),
     separate=st.booleans(),
 )
-def test_the_mask_is_the_papers_table(corner_tokens, extra, padding, separate):
+def test_the_attention_mask_follows_the_paper(corner_tokens, extra, padding, separate):
     lengths = [corner_tokens + 2 + more for more in extra]
     padded = max(lengths) + padding
     mask = corner_attention_mask(torch.tensor(lengths), padded, corner_tokens, separate)
     assert mask.dtype == torch.bool
-    every = mask.expand(-1, 1, padded, padded)[:, 0]
-    for found, length in zip(every, lengths, strict=True):
+    masks = mask.expand(-1, 1, padded, padded)[:, 0]
+    for text_mask, length in zip(masks, lengths, strict=True):
         expected = naive_mask(length, padded, corner_tokens, separate)
-        assert torch.equal(found[:length], expected[:length])  # what a padded position sees is never used
-        assert not found[:, length:].any()
+        assert torch.equal(text_mask[:length], expected[:length])  # rows of padding are never used
+        assert not text_mask[:, length:].any()
 
 
 @given(
@@ -92,7 +92,7 @@ def test_the_mask_is_the_papers_table(corner_tokens, extra, padding, separate):
     padding=st.integers(0, 6),
     seed=st.integers(0, 100),
 )
-def test_features_depend_on_the_text_alone(corner_tokens, extra, padding, seed):
+def test_features_do_not_depend_on_other_texts_and_padding(corner_tokens, extra, padding, seed):
     model = tower(corner_tokens)
     lengths = [corner_tokens + 3 + more for more in extra]
     ids, given_lengths = texts(lengths, corner_tokens)
@@ -111,13 +111,13 @@ def test_features_depend_on_the_text_alone(corner_tokens, extra, padding, seed):
 
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("corner_tokens", [0, 1, 2])
-def test_small_batches(batch, corner_tokens):
+def test_small_batches_have_the_right_shape(batch, corner_tokens):
     ids, lengths = texts([8, 11][:batch], corner_tokens)
     assert tower(corner_tokens)(ids, lengths).shape == (batch, 1 + corner_tokens, 8)
 
 
-def changed_features(corner_mask: bool) -> tuple[Tensor, Tensor]:
-    """How much each feature [1 + m], and each word's hidden state, changes with the second of three corner tokens."""
+def feature_changes(corner_mask: bool) -> tuple[Tensor, Tensor]:
+    """Changes of each feature [1 + m] and of each word's hidden state with the second of three corner tokens."""
     model = tower(3, corner_mask)
     ids, lengths = texts([LENGTH], 3)
 
@@ -133,20 +133,20 @@ def changed_features(corner_mask: bool) -> tuple[Tensor, Tensor]:
     return (new_features - features).abs().amax(dim=1), (new_words - words).abs().amax(dim=1)
 
 
-def test_a_corner_token_changes_its_own_feature_and_no_other():
-    features, words = changed_features(corner_mask=True)
+def test_a_corner_token_changes_only_its_own_feature():
+    features, words = feature_changes(corner_mask=True)
     assert features[2] > 1e-2
     assert features[[0, 1, 3]].max() < 1e-6
     assert words.max() < 1e-6
 
 
-def test_with_the_mask_off_it_changes_all():
-    features, words = changed_features(corner_mask=False)
+def test_a_corner_token_without_the_mask_changes_all_features():
+    features, words = feature_changes(corner_mask=False)
     assert features.min() > 1e-3
     assert words.min() > 1e-3
 
 
-def test_words_reach_every_feature():
+def test_words_change_every_feature():
     model = tower(2)
     ids, lengths = texts([LENGTH], 2)
     other = ids.clone()
@@ -161,24 +161,24 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -
 
 
 @pytest.mark.parametrize("corner_tokens", [0, 2])
-def test_attention_and_its_gradients_are_those_of_a_plain_softmax(corner_tokens):
+def test_attention_and_its_gradients_equal_a_plain_softmax(corner_tokens):
     torch.manual_seed(0)
     mask = corner_attention_mask(torch.tensor([5, 9, 12]), 12, corner_tokens)
-    given = [torch.randn(3, 2, 12, 8) for _ in range(3)]
+    values = [torch.randn(3, 2, 12, 8) for _ in range(3)]
     weight = torch.randn(3, 2, 12, 8)
-    found, gradients = [], []
+    outputs, gradients = [], []
     for attention in (scaled_dot_product_attention, softmax_attention):
-        inputs = [value.clone().requires_grad_() for value in given]
+        inputs = [value.clone().requires_grad_() for value in values]
         result = attention(*inputs, mask)
-        found.append(result)
+        outputs.append(result)
         gradients.append(torch.autograd.grad((result * weight).sum(), inputs))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=1e-5)
     for fused, plain in zip(*gradients, strict=True):
         torch.testing.assert_close(fused, plain, atol=1e-5, rtol=1e-4)
 
 
-def test_the_towers_gradients_are_those_of_eager_attention():
-    """Transformers' eager attention takes an additive mask; with ours as such it must learn the same."""
+def test_the_towers_gradients_equal_those_of_eager_attention():
+    """Transformers' eager attention gets the same mask in additive form."""
     fused = tower(2)
     eager = tower(2)
     eager.transformer.set_attn_implementation("eager")
@@ -198,20 +198,20 @@ def test_the_towers_gradients_are_those_of_eager_attention():
         torch.testing.assert_close(parameter.grad, plain[name].grad, atol=1e-4, rtol=1e-3)
 
 
-def test_bf16_is_close():
+def test_bf16_features_are_near_fp32():
     model = tower(2)
     ids, lengths = texts([7, 12], 2)
     with torch.no_grad():
         expected = model(ids, lengths)
-        found = model.bfloat16()(ids, lengths)
-    assert found.dtype == torch.bfloat16
-    cosine = torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1)
+        features = model.bfloat16()(ids, lengths)
+    assert features.dtype == torch.bfloat16
+    cosine = torch.nn.functional.cosine_similarity(features.float(), expected, dim=-1)
     assert cosine.min() > 0.995
 
 
 @pytest.mark.parametrize("family", ["roberta", "xlm-roberta", "electra", "distilbert", "albert", "nomic_bert"])
-def test_other_families_keep_the_corner_tokens_apart(family):
-    """Each family's own attention takes the mask; RoBERTa's positions start after its padding's."""
+def test_other_families_mask_the_corner_tokens(family):
+    """Each family's attention accepts the mask. RoBERTa's positions start after the padding's."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     if family == "distilbert":
@@ -222,7 +222,7 @@ def test_other_families_keep_the_corner_tokens_apart(family):
     ids, lengths = texts([7, 12], 2)
     ids[0, 7:] = config.pad_token_id or 0
     other = ids.clone()
-    other[:, 1] = 5  # another first corner token
+    other[:, 1] = 5  # a different first corner token
     with torch.no_grad():
         together = model(ids, lengths)
         alone = torch.cat(
@@ -235,7 +235,7 @@ def test_other_families_keep_the_corner_tokens_apart(family):
     assert model.positions == 32 - (2 if "roberta" in family else 0)
 
 
-def test_a_family_that_takes_no_such_mask_is_an_error():
+def test_a_family_without_such_a_mask_is_an_error():
     with pytest.raises(ValueError, match=r"a mpnet model cannot be the text tower: .* such as bert, roberta"):
         build(AutoConfig.for_model("mpnet"), corner_tokens=2)
 
@@ -257,11 +257,12 @@ def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separa
     for outputs, dropped in zip(packed.outputs, (0, 2 if cls_only and separate else 0), strict=True):
         positions = [0, *range(1 + dropped, LENGTH)]
         for text, length, start in zip(ids, lengths, packed.needed.indices[outputs[:, 0]].tolist(), strict=True):
-            kept = positions[: length - dropped]
-            assert packed.positions[start : start + len(kept)].tolist() == kept
-            assert torch.equal(packed.ids[start : start + len(kept)], text[kept])
-    seen = [mask.any(dim=2).sum(dim=-1).flatten() for mask in packed.masks]  # keys that any query sees: a text's tokens
-    for mask, tokens in zip(packed.masks, seen, strict=True):
+            text_positions = positions[: length - dropped]
+            assert packed.positions[start : start + len(text_positions)].tolist() == text_positions
+            assert torch.equal(packed.ids[start : start + len(text_positions)], text[text_positions])
+    # keys that any query sees: the text's tokens
+    visible_keys = [mask.any(dim=2).sum(dim=-1).flatten() for mask in packed.masks]
+    for mask, tokens in zip(packed.masks, visible_keys, strict=True):
         assert mask.shape[-1] == tokens.max() <= tokens.min() * (1 + SLACK)
 
 
@@ -278,27 +279,27 @@ def padded_features(model: BertTower, ids: Tensor, lengths: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize(("corner_tokens", "corner_mask"), [(0, True), (1, True), (3, True), (3, False)])
-def test_packed_texts_have_the_features_and_gradients_of_padded_ones(family, corner_tokens, corner_mask):
+def test_packed_texts_equal_padded_ones_in_features_and_gradients(family, corner_tokens, corner_mask):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
     sizes |= {"vocab_size": WORDS + corner_tokens, "max_position_embeddings": 32, "pad_token_id": 0}
     config = AutoConfig.for_model(family, **sizes, initializer_range=0.3)
     model = build(config, corner_tokens, corner_mask)
     short, long = texts([7, 5, 6, 5], corner_tokens), texts([12, 9, 12, 6, 7], corner_tokens)
-    found = model.encode(TextBatch(*short, cls_only=True), TextBatch(*long))
+    packed_features = model.encode(TextBatch(*short, cls_only=True), TextBatch(*long))
     expected = [padded_features(model, *short)[:, :1], padded_features(model, *long)]
     parameters = dict(model.named_parameters())
     gradients = []
-    for features in (found, expected):
+    for features in (packed_features, expected):
         loss = sum((part * torch.linspace(-1, 1, part.numel()).view(part.shape)).sum() for part in features)
         gradients.append(torch.autograd.grad(loss, list(parameters.values()), allow_unused=True))
-    for packed, padded in zip(found, expected, strict=True):
+    for packed, padded in zip(packed_features, expected, strict=True):
         torch.testing.assert_close(packed, padded, atol=1e-5, rtol=1e-5)
     for name, packed, padded in zip(parameters, *gradients, strict=True):
         torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_dropout_is_drawn_in_training_alone():
+def test_dropout_applies_in_training_only():
     model = tower(2)
     given_texts = texts([7, 12], 2)
     assert torch.equal(model(*given_texts), model(*given_texts))

@@ -1,4 +1,4 @@
-"""Text towers of every family: the rule of corner tokens, and independence of padding, order and packing."""
+"""Text towers of every family: the mask of corner tokens, and independence of padding, order and packing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ masks = pytest.mark.parametrize("corner_mask", [True, False])
 
 
 def build(family: str, corner_tokens: int = 0, registers: int = 0, corner_mask: bool = True) -> TextTower:
-    """A tower with such large weights that what should not matter would be seen if it did."""
+    """A tower with large weights, so that a wrong dependence shows."""
     common = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32}
     ids = {"pad_token_id": PAD, "bos_token_id": START, "eos_token_id": END}
     config = LotlipConfig(
@@ -55,7 +55,7 @@ def build(family: str, corner_tokens: int = 0, registers: int = 0, corner_mask: 
 
 
 def texts(tower: TextTower, lengths: list[int], padded: int | None = None) -> tuple[Tensor, Tensor]:
-    """Random texts as the family's tokenizer writes them; `lengths` are those of words and the first and last token."""
+    """Random texts in the family's layout; `lengths` count words and the first and last token."""
     draw = torch.Generator().manual_seed(3)
     vocabulary = tower.transformer.config.vocab_size
     extra = torch.arange(WORDS, vocabulary) if tower.first_word > 1 else torch.arange(0)
@@ -67,13 +67,13 @@ def texts(tower: TextTower, lengths: list[int], padded: int | None = None) -> tu
 
 
 @families
-def test_without_corner_tokens_the_features_are_the_librarys(family: str) -> None:
+def test_features_without_corner_tokens_equal_the_librarys(family: str) -> None:
     tower = build(family)
     ids, lengths = texts(tower, [9, 4, 12, 7])
     encoder: Any = tower.transformer
     weights = encoder.state_dict()
     with torch.no_grad():
-        found = tower(ids, lengths)[:, 0]
+        features = tower(ids, lengths)[:, 0]
         if family == "clip_text_model":
             clip: Any = CLIPTextModelWithProjection(encoder.config).eval()
             clip.text_model.load_state_dict(weights)
@@ -82,15 +82,15 @@ def test_without_corner_tokens_the_features_are_the_librarys(family: str) -> Non
         elif family == "siglip_text_model":
             siglip: Any = SiglipTextModel(encoder.config).eval()
             siglip.load_state_dict(weights | {f"head.{k}": v for k, v in tower.proj.state_dict().items()})
-            whole = torch.full((4, CONTEXT), PAD)
-            whole[:, : ids.shape[1]] = ids
-            expected = siglip(input_ids=whole).pooler_output
+            padded_ids = torch.full((4, CONTEXT), PAD)
+            padded_ids[:, : ids.shape[1]] = ids
+            expected = siglip(input_ids=padded_ids).pooler_output
         else:
             other: Any = ModernBertModel(encoder.config).eval() if family == "modernbert" else encoder
             other.load_state_dict(weights)
             mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
             expected = tower.features(other(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0])
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
 @families
@@ -101,7 +101,7 @@ def test_without_corner_tokens_the_features_are_the_librarys(family: str) -> Non
     lengths=st.lists(st.integers(3, 12), min_size=1, max_size=4),
     padding=st.integers(0, 4),
 )
-def test_features_depend_on_the_text_alone(
+def test_features_do_not_depend_on_other_texts_and_padding(
     family: str, corner_tokens: int, registers: int, corner_mask: bool, lengths: list[int], padding: int
 ) -> None:
     tower = build(family, corner_tokens, registers, corner_mask)
@@ -121,25 +121,25 @@ def test_features_depend_on_the_text_alone(
 
 @pytest.mark.parametrize("family", ["bert", "clip_text_model"])
 @pytest.mark.parametrize(("corner_tokens", "corner_mask"), [(0, True), (2, True), (2, False)])
-def test_offsets_move_the_words_and_leave_the_summary_and_corner_tokens(family, corner_tokens, corner_mask):
+def test_offsets_shift_words_but_not_cls_and_corner_tokens(family, corner_tokens, corner_mask):
     tower = build(family, corner_tokens, 1, corner_mask)
     ids, lengths = texts(tower, [9, 4, 12, 4])
     offsets = torch.tensor([0, 9, CONTEXT - 12, 2])
     table: Any = position_table(tower.transformer)[1]  # type: ignore[index]
     fixed = 1 + corner_tokens if family == "bert" else 1
     for cls_only in (True, False):
-        (found,) = tower.encode(TextBatch(ids, lengths, cls_only, offsets))
+        (features,) = tower.encode(TextBatch(ids, lengths, cls_only, offsets))
         weights = table.weight.detach().clone()
         for row, offset in enumerate(offsets.tolist()):
-            with torch.no_grad():  # the same text at its first positions, where the table has those of the offset
+            with torch.no_grad():  # the same text without an offset, with a shifted table of positions
                 moved = weights[fixed + offset :]
                 table.weight[fixed : fixed + len(moved)] = moved
                 expected = tower.encode(TextBatch(ids[row : row + 1], lengths[row : row + 1], cls_only))[0]
                 table.weight.copy_(weights)
-            torch.testing.assert_close(found[row : row + 1], expected, atol=2e-5, rtol=0)
+            torch.testing.assert_close(features[row : row + 1], expected, atol=2e-5, rtol=0)
 
 
-def test_only_towers_with_learned_positions_and_room_move_words():
+def test_offsets_need_learned_positions():
     assert {family: build(family).moves_words for family in SETTINGS} == {
         "bert": True,
         "modernbert": False,
@@ -149,7 +149,7 @@ def test_only_towers_with_learned_positions_and_room_move_words():
 
 
 def influence(tower: TextTower, token: int) -> Tensor:
-    """How much each feature [1 + m] changes with the embedding of a token."""
+    """The change of each feature [1 + m] with the embedding of a token."""
     ids, lengths = texts(tower, [CONTEXT - 4])
     table: Any = tower.transformer.get_input_embeddings()
     with torch.no_grad():
@@ -159,15 +159,15 @@ def influence(tower: TextTower, token: int) -> Tensor:
 
 
 @families
-def test_a_corner_token_changes_its_own_feature_and_no_other(family: str) -> None:
+def test_a_corner_token_changes_only_its_own_feature(family: str) -> None:
     changes = influence(build(family, corner_tokens=3, registers=1), WORDS + 1)
     assert changes[2] > 1e-2
     assert changes[[0, 1, 3]].max() < 1e-6
 
 
 @families
-def test_with_the_mask_off_later_features_change_too(family: str) -> None:
-    """All others do, but for CLIP, where attention is causal."""
+def test_a_corner_token_without_the_mask_changes_other_features(family: str) -> None:
+    """All other features change; in CLIP, whose attention is causal, only later ones."""
     changes = influence(build(family, corner_tokens=3, corner_mask=False), WORDS + 1)
     assert changes[[2, 3]].min() > 1e-3
     assert (changes[[0, 1]] > 1e-3).all() == (family != "clip_text_model")
@@ -180,7 +180,7 @@ def test_a_register_changes_every_feature(family: str, corner_mask: bool) -> Non
 
 
 @families
-def test_words_reach_every_feature(family: str) -> None:
+def test_words_change_every_feature(family: str) -> None:
     tower = build(family, corner_tokens=2)
     ids, lengths = texts(tower, [10])
     other = ids.clone()
@@ -191,7 +191,7 @@ def test_words_reach_every_feature(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["clip_text_model", "siglip_text_model"])
-def test_the_texts_own_feature_does_not_depend_on_the_number_of_corner_tokens(family: str) -> None:
+def test_the_text_feature_does_not_depend_on_the_number_of_corner_tokens(family: str) -> None:
     without, with_three = build(family), build(family, corner_tokens=3)
     weights = without.state_dict()
     table = next(name for name in weights if name.endswith("token_embedding.weight"))
@@ -204,7 +204,7 @@ def test_the_texts_own_feature_does_not_depend_on_the_number_of_corner_tokens(fa
 
 @families
 @masks
-def test_packed_texts_have_the_gradients_of_padded_ones(family: str, corner_mask: bool) -> None:
+def test_packed_texts_have_the_gradients_of_padded_texts(family: str, corner_mask: bool) -> None:
     tower = build(family, 2, 1, corner_mask)
     batch = texts(tower, [9, 4, 12, 7])
     gradients = []
@@ -216,45 +216,45 @@ def test_packed_texts_have_the_gradients_of_padded_ones(family: str, corner_mask
 
 
 @families
-def test_checkpointing_keeps_less_and_gives_the_same_gradients(family: str) -> None:
-    gradients, kept = [], []
+def test_checkpointing_saves_memory_and_keeps_the_gradients(family: str) -> None:
+    gradients, bytes_saved = [], []
     for checkpointing in (False, True):
         tower = build(family, corner_tokens=2).train()
         if checkpointing:
             tower.enable_checkpointing()
         with SavedTensors(tower) as saved:
             features = tower(*texts(tower, [9, 4, 12, 7]))
-        kept.append(saved.now)
+        bytes_saved.append(saved.now)
         gradients.append(torch.autograd.grad(features.square().sum(), list(tower.parameters()), allow_unused=True))
-    assert kept[1] < kept[0] / 2
-    for plain, again in zip(*gradients, strict=True):
-        torch.testing.assert_close(again, plain)
+    assert bytes_saved[1] < bytes_saved[0] / 2
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
 
 
 @families
-def test_bf16_is_close(family: str) -> None:
+def test_bf16_features_are_near_fp32(family: str) -> None:
     tower = build(family, corner_tokens=2)
     batch = texts(tower, [7, 12])
     with torch.no_grad():
         expected = tower(*batch)
-        found = tower.bfloat16()(*batch)
-    assert found.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(found.float(), expected, dim=-1).min() > 0.99
+        features = tower.bfloat16()(*batch)
+    assert features.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(features.float(), expected, dim=-1).min() > 0.99
 
 
-def test_clip_finds_the_end_of_a_text_that_is_padded_with_the_end_token() -> None:
+def test_clip_uses_the_first_end_token_of_a_padded_text() -> None:
     tower = build("clip_text_model")
     ids = torch.tensor([[START, 7, 8, END, END, END], [START, 7, END, 0, 0, 0]])
     assert tower.attention_mask(ids).sum(dim=1).tolist() == [4, 3]
 
 
-def test_a_text_that_is_longer_than_siglips_context_is_an_error() -> None:
+def test_a_text_longer_than_siglips_context_is_an_error() -> None:
     ids = torch.full((1, CONTEXT + 1), 7)
     with pytest.raises(ValueError, match="17 tokens, but the model's context length is 16"):
         build("siglip_text_model")(ids, torch.tensor([CONTEXT + 1]))
 
 
-def test_clip_names_texts_that_it_cannot_read() -> None:
+def test_texts_without_an_end_token_are_an_error_for_clip() -> None:
     tower = build("clip_text_model")
     with pytest.raises(ValueError, match="17 tokens, but the model's context length is 16"):
         tower(torch.full((1, CONTEXT + 1), 7), torch.tensor([CONTEXT + 1]))

@@ -1,4 +1,4 @@
-"""Captions to token ids, counted and saved as the model reads them. (The released code's own ids: test_parity.)"""
+"""Encoding, counting and saving with the tokenizer. test_parity compares ids with the released code."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def bert(context_length: int = 32, corner_tokens: int = 0) -> TextTokenizer:
 
 
 def write_words(file: Path, special: tuple[str, ...], words: str = "a red dog") -> str:
-    """A tokenizer.json of whole words."""
+    """Writes a tokenizer.json of words."""
     vocabulary = {token: index for index, token in enumerate([*special, *words.split()])}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=special[-1]))
     tokenizer.pre_tokenizer = Whitespace()
@@ -40,7 +40,7 @@ def write_words(file: Path, special: tuple[str, ...], words: str = "a red dog") 
     return str(file)
 
 
-def test_sub_captions_end_in_sep():
+def test_sub_captions_end_with_sep():
     pieces = word_pieces("bert-base-uncased")
     dog, runs = (pieces.encode(text, add_special_tokens=False).ids for text in ("A dog", "It runs"))
     assert bert().encode(["A dog. It runs."]) == [[CLS, *dog, SEP, *runs, SEP]]
@@ -56,15 +56,15 @@ def test_corner_ids_follow_the_vocabulary(corner_tokens):
 
 
 @pytest.mark.parametrize("corner_tokens", [0, 2])
-def test_a_text_that_is_cut_still_ends_in_sep(corner_tokens):
+def test_a_truncated_text_ends_with_sep(corner_tokens):
     tokenizer = bert(10, corner_tokens)
-    (whole,) = bert(512, corner_tokens).encode(["one two three four five six seven eight nine ten eleven twelve"])
-    (cut,) = tokenizer.encode(["one two three four five six seven eight nine ten eleven twelve"])
-    assert len(cut) == 10
-    assert cut == [*whole[:9], SEP]
+    (full,) = bert(512, corner_tokens).encode(["one two three four five six seven eight nine ten eleven twelve"])
+    (truncated,) = tokenizer.encode(["one two three four five six seven eight nine ten eleven twelve"])
+    assert len(truncated) == 10
+    assert truncated == [*full[:9], SEP]
 
 
-def test_a_text_that_just_fits_is_not_cut():
+def test_a_text_of_the_context_length_is_not_truncated():
     text = "one two three four five six seven eight"
     (ids,) = bert(10).encode([text])
     assert len(ids) == 10
@@ -72,11 +72,11 @@ def test_a_text_that_just_fits_is_not_cut():
 
 
 @pytest.mark.parametrize("empty", ["", " . \n", []])
-def test_an_empty_text_is_still_a_sentence(empty):
+def test_an_empty_text_is_an_empty_sentence(empty):
     assert bert(corner_tokens=1).encode([empty]) == [[CLS, WORDS, SEP]]
 
 
-def test_texts_are_padded_to_the_longest_or_as_asked():
+def test_texts_are_padded_to_the_longest_or_a_given_length():
     tokenizer = bert()
     ids, lengths = tokenizer(["a dog", "a big red dog", "dog"])
     assert ids.dtype == lengths.dtype == np.int64
@@ -91,7 +91,7 @@ def test_texts_are_padded_to_the_longest_or_as_asked():
     assert np.array_equal(same, lengths)
 
 
-def test_robertas_special_tokens_are_known(tmp_path):
+def test_special_tokens_of_roberta_are_found(tmp_path):
     name = write_words(tmp_path / "tokenizer.json", ("<s>", "<pad>", "</s>", "<unk>"))
     tokenizer = TextTokenizer(name, 16, 1)
     assert tokenizer.vocabulary_size == 7
@@ -100,13 +100,13 @@ def test_robertas_special_tokens_are_known(tmp_path):
     assert lengths.tolist() == [7, 4]
 
 
-def test_a_tokenizer_of_another_family_is_refused(tmp_path):
+def test_a_tokenizer_of_an_unknown_family_is_an_error(tmp_path):
     name = write_words(tmp_path / "tokenizer.json", ("<|endoftext|>",))
     with pytest.raises(ValueError, match=r"has none of \[CLS\], <s>: it is not a BERT-family tokenizer"):
         TextTokenizer(name)
 
 
-def test_an_unknown_tokenizer_names_what_can_be_given(tmp_path):
+def test_an_unknown_tokenizer_is_an_error_listing_the_choices(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer 'bert-large'.*or a bundled name \(bert-base-uncased, clip\)"):
         TextTokenizer("bert-large")
     with pytest.raises(ValueError, match=r"tokenizer\.json does not exist"):
@@ -116,65 +116,65 @@ def test_an_unknown_tokenizer_names_what_can_be_given(tmp_path):
 @pytest.mark.parametrize(
     ("text", "tokens"),
     [
-        ("A dog. It runs.", 6),  # full stops are tokens
+        ("A dog. It runs.", 6),  # full stops count
         ("A dog\nIt runs", 4),
         ("", 0),
         ("unbelievable", 1),
         ("a unhappiest dog", 2 + len(["un", "##ha", "##pp", "##iest"])),
-        ("A dog [SEP] it runs[CLS]", 4),  # special tokens are not, even where a caption has them
+        ("A dog [SEP] it runs[CLS]", 4),  # special tokens in a caption are not counted
         ("[UNK] dog", 1),
-        ("a \u2603", 2),  # an unknown word is
+        ("a \u2603", 2),  # an unknown word counts
     ],
 )
-def test_a_text_is_counted_whole_without_special_tokens(text, tokens):
+def test_counts_include_truncated_words_and_exclude_special_tokens(text, tokens):
     assert count_tokens("bert-base-uncased")(text) == tokens
 
 
-def test_a_batch_is_counted_as_transformers_counts():
+def test_counts_of_a_batch_equal_transformers():
     from transformers import PreTrainedTokenizerFast
 
-    theirs = PreTrainedTokenizerFast(tokenizer_object=word_pieces("bert-base-uncased"))
+    reference = PreTrainedTokenizerFast(tokenizer_object=word_pieces("bert-base-uncased"))
     texts = ["Mr. Smith's 3.5 unbelievable dogs\nbark", "", "</s> a.b.c", "Café, naïve — 東京 🙂"] * 3
-    assert token_counts("bert-base-uncased", texts) == [len(theirs.tokenize(text)) for text in texts]
+    assert token_counts("bert-base-uncased", texts) == [len(reference.tokenize(text)) for text in texts]
     assert token_counts("bert-base-uncased", []) == []
 
 
-def test_special_tokens_are_those_of_the_tokenizer(tmp_path):
+def test_counts_exclude_the_tokenizers_own_special_tokens(tmp_path):
     tokenizer = Tokenizer(WordLevel({"dog": 0, "<unk>": 1}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_tokens(["red dog"])  # added, but as good a word as any
+    tokenizer.add_tokens(["red dog"])  # an added token that is not special
     tokenizer.add_special_tokens(["<s>", "</s>"])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert count_tokens(str(tmp_path))("<s>dog</s> red dog </s>dog") == 3
 
 
-def test_an_unknown_tokenizer_is_refused_before_anything_is_counted():
+def test_an_unknown_tokenizer_is_an_error_before_counting():
     with pytest.raises(ValueError, match="no tokenizer 'bert-large'"):
         count_tokens("bert-large")
 
 
-def test_used_tokens_are_those_of_all_texts():
+def test_used_tokens_cover_all_texts():
     ids = {token for row in bert().encode(["a dog. it runs", "dog"]) for token in row} - {CLS, SEP}
     assert used_tokens("bert-base-uncased", ["a dog. it runs", "dog"]) == ids
     assert used_tokens("bert-base-uncased", []) == set()
 
 
-def test_what_was_saved_is_read_by_transformers_and_by_us(tmp_path):
+def test_a_saved_tokenizer_is_read_by_transformers_and_this_package(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = bert(24, 2)
     tokenizer.save(tmp_path)
-    theirs = AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.cls_token_id, theirs.sep_token_id, theirs.pad_token_id) == (CLS, SEP, PAD)
-    assert theirs.model_max_length == 24
-    assert theirs("a big red dog", add_special_tokens=False)["input_ids"] == bert().encode(["a big red dog"])[0][1:-1]
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert (loaded.cls_token_id, loaded.sep_token_id, loaded.pad_token_id) == (CLS, SEP, PAD)
+    assert loaded.model_max_length == 24
+    assert loaded("a big red dog", add_special_tokens=False)["input_ids"] == bert().encode(["a big red dog"])[0][1:-1]
     ours = TextTokenizer(str(tmp_path), 24, 2)
     texts = ["A dog. It runs.", "unbelievable " * 40]
     assert ours.encode(texts) == tokenizer.encode(texts)
     assert ours.vocabulary_size == tokenizer.vocabulary_size
 
 
-# --- the pipeline of the tokenizers library against the same layout in plain Python --------------------------------
+# --- comparison with plain Python ----------------------------------------------------------------------------------
 
 FAMILIES = ("bert", "cased", "minilm", "roberta", "roberta-with-prefix")
 NASTY = (
@@ -210,7 +210,7 @@ SIZES = ((512, 0, 0), (24, 2, 0), (9, 2, 3))  # context length, corner tokens, r
 
 @pytest.fixture(scope="module")
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json as its makers leave it."""
+    """The original tokenizer.json of a family."""
     file = tmp_path_factory.mktemp("family") / "tokenizer.json"
     bundled = Path(str(lotlip.data.__path__[0])) / "bert-base-uncased" / "tokenizer.json"
     if request.param == "minilm":
@@ -228,7 +228,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def write_roberta(file: Path, with_prefix: bool) -> None:
-    """A small byte-level BPE."""
+    """Writes a small byte-level BPE."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=with_prefix)
     tokenizer.decoder = ByteLevelDecoder()
@@ -249,7 +249,7 @@ def ours(file: Path, size: tuple[int, int, int]) -> TextTokenizer:
 
 
 @lru_cache
-def untouched(file: Path) -> Tokenizer:
+def plain_tokenizer(file: Path) -> Tokenizer:
     tokenizer = Tokenizer.from_file(str(file))
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -257,8 +257,8 @@ def untouched(file: Path) -> Tokenizer:
 
 
 def expected_ids(file: Path, text: str, context_length: int, corner_tokens: int, register_tokens: int) -> list[int]:
-    """The layout, sub-caption by sub-caption."""
-    tokenizer = untouched(file)
+    """The ids, sub-caption by sub-caption."""
+    tokenizer = plain_tokenizer(file)
     words = tokenizer.get_vocab_size()
     cls, sep = (
         next(index for name in names if (index := tokenizer.token_to_id(name)) is not None)
@@ -271,22 +271,22 @@ def expected_ids(file: Path, text: str, context_length: int, corner_tokens: int,
     return ids if len(ids) <= context_length else [*ids[: context_length - 1], sep]
 
 
-def is_a_name(file: Path, text: str) -> bool:
-    """The texts whose ids differ: a token's name and nothing else (see `test_a_text_that_is_nothing_but_a_name`)."""
+def is_token_name(file: Path, text: str) -> bool:
+    """Whether the ids of a text differ, see `test_a_text_that_equals_a_token_name`."""
     return text in ("[COR.1]", "[COR.2]", "[REG.1]") or (
-        text == "</s>" and untouched(file).token_to_id(text) is not None
+        text == "</s>" and plain_tokenizer(file).token_to_id(text) is not None
     )
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(text=texts_of_all_sorts, size=st.sampled_from(SIZES))
-def test_any_text_is_laid_out_as_in_plain_python(family, text, size):
-    assume(not is_a_name(family, text))
+def test_any_text_is_encoded_as_in_plain_python(family, text, size):
+    assume(not is_token_name(family, text))
     assert ours(family, size).encode([text]) == [expected_ids(family, text, *size)]
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
-def test_whatever_python_strips_is_white_space_between_sentences(family):
+def test_all_whitespace_of_python_is_stripped_around_sentences(family):
     blanks = [character for character in map(chr, range(0x110000)) if character.isspace()]
     assert len(blanks) > 25
     for blank in blanks:
@@ -295,7 +295,7 @@ def test_whatever_python_strips_is_white_space_between_sentences(family):
 
 
 @pytest.mark.parametrize("family", ["roberta"], indirect=True)
-def test_long_texts_are_cut_at_every_context_length(family):
+def test_long_texts_are_truncated_at_every_context_length(family):
     text = "a red dog runs. it is blue\n" * 20
     for context_length in range(6, 70):
         size = (context_length, 2, 1)
@@ -306,14 +306,14 @@ def test_long_texts_are_cut_at_every_context_length(family):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
 @given(parts=st.lists(st.text(st.characters(codec="utf-8", exclude_characters=".\n<"), min_size=1), max_size=5))
-def test_sub_captions_are_laid_out_as_the_text_they_make(family, parts):
+def test_sub_captions_are_encoded_like_their_joined_text(family, parts):
     parts = [part.strip() for part in parts if part.strip()]
     tokenizer = ours(family, SIZES[0])
     assert tokenizer.encode([parts]) == tokenizer.encode([". ".join(parts)])
     assert tokenizer.encode([parts]) == [expected_ids(family, "\n".join(parts), *SIZES[0])]
 
 
-def test_special_tokens_written_out_in_a_caption_are_special_tokens():
+def test_names_of_special_tokens_in_a_caption_become_special_tokens():
     (ids,) = bert(64, 2).encode(["a [SEP] b. [MASK] c [mask]"])
     pieces = {text: word_pieces("bert-base-uncased").token_to_id(text) for text in ("a", "b", "c", "[", "mask", "]")}
     words = [pieces["a"], SEP, pieces["b"], SEP, 103, pieces["c"], pieces["["], pieces["mask"], pieces["]"]]
@@ -323,21 +323,21 @@ def test_special_tokens_written_out_in_a_caption_are_special_tokens():
 @pytest.mark.parametrize(
     "text", ["[COR1]", "[REG1]", "a [COR.1]", "[COR.1].", " [COR.1]", "[COR.1] [COR.2]", "[cor.1]"]
 )
-def test_a_caption_cannot_write_corner_tokens(text):
+def test_a_caption_cannot_contain_corner_tokens(text):
     (ids,) = bert(64, 2).encode([text])
     assert max(ids[3:]) < WORDS
 
 
-def test_a_text_that_is_nothing_but_a_name(tmp_path):
-    """The library looks for a token wherever the text is what its name is normalised to: this one text it must find."""
+def test_a_text_that_equals_a_token_name(tmp_path):
+    """The library always finds a token whose normalised name is the full text."""
     assert bert(64, 2).encode(["[COR.1]"]) == [[CLS, WORDS, WORDS + 1, WORDS, SEP]]
     write_roberta(tmp_path / "tokenizer.json", with_prefix=False)
     assert TextTokenizer(str(tmp_path)).encode(["</s>", "</s> ", "</s></s>"]) == [[0, 2, 2], [0, 2], [0, 2]]
 
 
 @lru_cache
-def theirs(folder: Path) -> Any:
-    """Transformers' own class for what is in the folder."""
+def hf_tokenizer(folder: Path) -> Any:
+    """The tokenizer that transformers loads from a folder."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -346,32 +346,32 @@ def theirs(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def saved(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A saved tokenizer's folder, with what was saved of it again inside, and transformers' class for it."""
+def saved_folder(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Folder of a saved tokenizer with further copies inside, and the tokenizer that transformers loads from it."""
     folder = tmp_path_factory.mktemp("saved")
     ours(family, SIZES[1]).save(folder)
-    theirs(folder).save_pretrained(folder / "by-transformers")
+    hf_tokenizer(folder).save_pretrained(folder / "by-transformers")
     (folder / "again").mkdir()
     ours(folder / "by-transformers", SIZES[1]).save(folder / "again")
-    return folder, theirs(folder)
+    return folder, hf_tokenizer(folder)
 
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(texts=st.lists(texts_of_all_sorts, min_size=1, max_size=4))
-def test_transformers_alone_gives_the_same_ids(family, saved, texts):
+def test_transformers_gives_the_same_ids(family, saved_folder, texts):
     ids, lengths = ours(family, SIZES[1])(texts)
-    _, tokenizer = saved
-    found = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
-    assert list(found) == ["input_ids", "attention_mask"]
-    assert np.array_equal(found["input_ids"], ids)
-    assert np.array_equal(found["attention_mask"], np.arange(ids.shape[1]) < lengths[:, None])
+    _, tokenizer = saved_folder
+    encoding = tokenizer(texts, padding=True, truncation=True, return_tensors="np")
+    assert list(encoding) == ["input_ids", "attention_mask"]
+    assert np.array_equal(encoding["input_ids"], ids)
+    assert np.array_equal(encoding["attention_mask"], np.arange(ids.shape[1]) < lengths[:, None])
     assert tokenizer(texts[0], truncation=True)["input_ids"] == ids[0, : lengths[0]].tolist()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"], indirect=True)
-def test_transformers_knows_every_special_token(family, saved):
-    _, tokenizer = saved
-    pieces = untouched(family)
+def test_transformers_knows_every_special_token(family, saved_folder):
+    _, tokenizer = saved_folder
+    pieces = plain_tokenizer(family)
     brackets = family.parent.name == "bert-base-uncased"
     names = {kind: f"[{kind.upper()}]" if brackets else f"<{kind}>" for kind in ("pad", "unk", "mask")}
     names |= {"cls": "[CLS]", "sep": "[SEP]"} if brackets else {"cls": "<s>", "sep": "</s>"}
@@ -391,20 +391,23 @@ def test_transformers_knows_every_special_token(family, saved):
 
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(text=texts_of_all_sorts)
-def test_saving_and_loading_changes_nothing(family, saved, text):
-    folder, _ = saved
+def test_saving_and_loading_do_not_change_the_ids(family, saved_folder, text):
+    folder, _ = saved_folder
     for place in (folder, folder / "by-transformers", folder / "again"):
         for size in SIZES[1:]:
             loaded, new = ours(place, size), ours(family, size)
             assert loaded.encode([text]) == new.encode([text])
             assert (loaded.vocabulary_size, loaded.pad_id) == (new.vocabulary_size, new.pad_id)
-        assert theirs(place)(text, truncation=True)["input_ids"] == theirs(folder)(text, truncation=True)["input_ids"]
+        assert (
+            hf_tokenizer(place)(text, truncation=True)["input_ids"]
+            == hf_tokenizer(folder)(text, truncation=True)["input_ids"]
+        )
         plain = word_pieces(str(place)).encode(text, add_special_tokens=False)
-        assert plain.ids == untouched(family).encode(text, add_special_tokens=False).ids
+        assert plain.ids == plain_tokenizer(family).encode(text, add_special_tokens=False).ids
     assert used_tokens(str(folder), [text]) == used_tokens(str(family), [text])
 
 
-def test_a_tokenizer_can_be_sent_to_another_process():
+def test_a_tokenizer_can_be_pickled():
     tokenizer = bert(24, 2)
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode(["A dog. It runs."]) == tokenizer.encode(["A dog. It runs."])
@@ -416,14 +419,14 @@ def test_register_tokens_follow_the_corner_tokens():
     assert ids == [CLS, *range(WORDS, WORDS + 5), *plain[1:]]
 
 
-def test_a_context_without_room_for_words_is_refused():
+def test_a_context_without_room_for_words_is_an_error():
     with pytest.raises(ValueError, match=r"context_length 6 has no room for words beside \[CLS\], \[SEP\] and 4"):
         TextTokenizer("bert-base-uncased", 6, 3, 1)
     assert TextTokenizer("bert-base-uncased", 7, 3, 1).encode(["a dog"])[0][-1] == SEP
 
 
 @pytest.mark.parametrize("last", [{"dog": 7}, {"[REG.1]": 3}])
-def test_a_vocabulary_with_a_gap_or_these_names_has_no_place_for_extra_tokens(tmp_path, last):
+def test_a_vocabulary_with_gaps_or_taken_names_is_an_error(tmp_path, last):
     tokenizer = Tokenizer(WordLevel({"[CLS]": 0, "[SEP]": 1, "[PAD]": 2, **last}, unk_token="[PAD]"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     assert TextTokenizer(str(tmp_path)).vocabulary_size == 4
@@ -432,6 +435,6 @@ def test_a_vocabulary_with_a_gap_or_these_names_has_no_place_for_extra_tokens(tm
 
 
 @pytest.mark.integration
-def test_the_module_is_light():
+def test_the_module_imports_neither_torch_nor_transformers():
     code = "import sys, lotlip.data.tokenizer; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"

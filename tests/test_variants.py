@@ -149,13 +149,13 @@ def problem(tmp_path: Path, **changes: Any) -> str:
     return line
 
 
-def test_a_source_and_a_captioner_of_another_package_are_run(installed: Path, tmp_path: Path) -> None:
-    found = params(tmp_path)
-    source = open_source(found.ingest.source, found.ingest.images)
+def test_sources_and_captioners_of_another_package_are_used(installed: Path, tmp_path: Path) -> None:
+    loaded = params(tmp_path)
+    source = open_source(loaded.ingest.source, loaded.ingest.images)
     (unit,) = source.units(10)
     records = [record for record in source.read(unit) if isinstance(record, ImageRecord)]
     assert [record.short_caption for record in records] == ["dot 0", "dot 1"]
-    captioner = open_captioner("llava", found.caption.captioners["llava"], "bert-base-uncased")
+    captioner = open_captioner("llava", loaded.caption.captioners["llava"], "bert-base-uncased")
     captions = [caption for caption in captioner.caption(records) if isinstance(caption, Caption)]
     assert [(caption.text, caption.captioner) for caption in captions] == [
         ("dot 0. dot 0.", "llava"),
@@ -168,15 +168,15 @@ def test_a_function_may_be_a_benchmark(installed: Path, tmp_path: Path) -> None:
     assert open_benchmark("mine", settings, Paths(), []).images == ["a"]
 
 
-def test_settings_of_added_kinds_survive_being_written(installed: Path, tmp_path: Path) -> None:
-    found = params(tmp_path)
+def test_settings_of_added_kinds_are_read_as_written(installed: Path, tmp_path: Path) -> None:
+    loaded = params(tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        written = found.model_dump(mode="json", exclude_unset=True)
-        assert Params.model_validate_json(found.model_dump_json()) == found
-    assert written["ingest"]["source"] == {"kind": "dots", "path": "dots", "dots": 2}
-    assert written["caption"]["captioners"]["llava"] == {"kind": "parrot", "path": "parrot"}
-    assert found.model_dump(mode="json")["caption"]["captioners"]["llava"]["times"] == 2
+        dumped = loaded.model_dump(mode="json", exclude_unset=True)
+        assert Params.model_validate_json(loaded.model_dump_json()) == loaded
+    assert dumped["ingest"]["source"] == {"kind": "dots", "path": "dots", "dots": 2}
+    assert dumped["caption"]["captioners"]["llava"] == {"kind": "parrot", "path": "parrot"}
+    assert loaded.model_dump(mode="json")["caption"]["captioners"]["llava"]["times"] == 2
 
 
 def test_an_unknown_kind_lists_the_added_ones(installed: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_an_unknown_kind_lists_the_added_ones(installed: Path, tmp_path: Path) -
         ({"dots": 0}, "ingest.source.dots: Input should be greater than or equal to 1, not 0"),
     ],
 )
-def test_a_wrong_value_of_an_added_kind_is_named(
+def test_an_invalid_value_of_an_added_kind_is_an_error(
     installed: Path, tmp_path: Path, changes: dict[str, Any], line: str
 ) -> None:
     assert problem(tmp_path, **changes) == line
@@ -207,12 +207,14 @@ def test_a_wrong_value_of_an_added_kind_is_named(
         ("pathless", "Config lacks the field path"),
     ],
 )
-def test_an_unusable_entry_point_is_named(installed: Path, tmp_path: Path, kind: str, reason: str) -> None:
+def test_an_unusable_entry_point_is_an_error(installed: Path, tmp_path: Path, kind: str, reason: str) -> None:
     line = problem(tmp_path, kind=kind)
     assert line.startswith(f"ingest.source.kind: entry point {kind} of lotlip.sources") and reason in line
 
 
-def test_two_packages_with_one_kind_are_named(installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_packages_with_the_same_kind_are_an_error(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     about = tmp_path / "others" / "other-2.0.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 2.0\n")

@@ -1,4 +1,4 @@
-"""`lotlip verify`: silent about a data set that is in order, and plain about each thing that is not."""
+"""`lotlip verify` passes a valid data set and reports each defect."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lotlip.core.files import RECORD
 from lotlip.data.partitions import read_table
 from lotlip.verify import verify
 from tests.defects import World
-from tests.test_defects import changing, flip, setting, swap_places
+from tests.test_defects import edit_sample, flip_bit, set_column, swap_places
 
 FOLDERS = ("ingest", "captions/llava", "shards")
 
 
-def told(folder: Path) -> list[str]:
-    return [f"{problem.where}: {problem.what}" for found in verify(folder).problems for problem in found]
+def reported_problems(folder: Path) -> list[str]:
+    return [f"{problem.where}: {problem.what}" for problems in verify(folder).problems for problem in problems]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_a_data_set_in_order_has_no_problems(clean: World, folder: str) -> None:
+def test_a_valid_data_set_has_no_problems(clean: World, folder: str) -> None:
     done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
     assert done.exit_code == 0, done.output
     samples = {"ingest": "180 images", "captions/llava": "180 captions", "shards": "140 samples"}[folder]
     assert f"{clean.folder / folder}: {samples}, no problems" in done.stdout
 
 
-def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_data_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json does not exist"):
         verify(tmp_path)
     (tmp_path / "index.json").write_text("{}")
@@ -42,67 +42,67 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 
 DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
-    "a table that was changed": (
+    "a changed table": (
         "ingest",
-        lambda world: world.edit("ingest/val/part-00000", setting("short_caption", "Other.")),
+        lambda world: world.edit("ingest/val/part-00000", set_column("short_caption", "Other.")),
         "val/part-00000: expected: a unit's files have the hash that the index says; found 1",
     ),
-    "an image of another": (
+    "swapped images": (
         "ingest",
         lambda world: world.edit("ingest/train/part-00000", swap_places),
         "train/part-00000: expected: the images in a partition's tar match the hashes in its table",
     ),
-    "a tar that is gone": (
+    "a missing tar": (
         "ingest",
         lambda world: (world.ingest / "test/part-00000.tar").unlink(),
         "test/part-00000: expected: a partition has its tar and its table; found 1",
     ),
-    "a key that comes twice": (
+    "a duplicate key": (
         "ingest",
-        lambda world: world.edit("ingest/val/part-00000", setting("key", "train-000003")),
+        lambda world: world.edit("ingest/val/part-00000", set_column("key", "train-000003")),
         "val/part-00000: the key of row 0 is that of train-000003 in train/part-00000",
     ),
-    "a file that nobody knows": (
+    "an unknown file": (
         "ingest",
         lambda world: (world.ingest / "train/part-00000.tar.partial").touch(),
         "train/part-00000.tar.partial: this file is not in index.json",
     ),
-    "a marker that is gone": (
+    "a missing report": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.json").unlink(),
         "val/part-00000: val/part-00000.json is missing or does not match the unit",
     ),
-    "captions that were changed": (
+    "changed captions": (
         "captions/llava",
-        lambda world: world.edit("captions/llava/val/part-00000", setting("text", " ")),
+        lambda world: world.edit("captions/llava/val/part-00000", set_column("text", " ")),
         "val/part-00000: expected: a partition has no empty caption; found 1",
     ),
-    "a table of captions that is gone": (
+    "a missing table of captions": (
         "captions/llava",
         lambda world: (world.captions("llava") / "val/part-00000.parquet").unlink(),
         "val/part-00000: expected: a partition has its table; found 1",
     ),
     "a flipped bit": (
         "shards",
-        lambda world: flip(world.shards / "val-000000.tar"),
+        lambda world: flip_bit(world.shards / "val-000000.tar"),
         "val-000000: expected: a shard's file has the hash that the index says; found 1",
     ),
-    "a shard that was written again": (
+    "a rewritten shard": (
         "shards",
-        changing("train-000001", json=lambda content: content | {"raw": "Other."}),
+        edit_sample("train-000001", json=lambda content: content | {"raw": "Other."}),
         "train-000001: train-000001.done.json is missing or does not match the shard",
     ),
-    "an index of places that is gone": (
+    "a missing index of a shard": (
         "shards",
         lambda world: (world.shards / "train-000001.index.arrow").unlink(),
         "train-000001: expected: a shard's .index.arrow gives the positions of its samples; found 1",
     ),
     "token ids with a flipped bit": (
         "shards",
-        lambda world: flip(world.shards / "val-000000.token-ids.arrow"),
+        lambda world: flip_bit(world.shards / "val-000000.token-ids.arrow"),
         "val-000000: expected: a shard's .token-ids.arrow, if it has one, matches its samples' texts; found 1",
     ),
-    "an index that counts otherwise": (
+    "a wrong number of samples": (
         "shards",
         lambda world: world.index("train-000001", samples=12),
         "index.json: its 140 samples or its hash do not match the units that it lists",
@@ -111,29 +111,31 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
 
 
 @pytest.mark.parametrize(("folder", "plant", "line"), DEFECTS.values(), ids=DEFECTS)
-def test_it_tells_of(world: World, folder: str, plant: Callable[[World], Any], line: str) -> None:
+def test_verify_reports(world: World, folder: str, plant: Callable[[World], Any], line: str) -> None:
     plant(world)
-    assert any(line in said for said in told(world.folder / folder)), told(world.folder / folder)
+    assert any(line in problem for problem in reported_problems(world.folder / folder)), reported_problems(
+        world.folder / folder
+    )
 
 
-def test_every_image_is_opened(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_image_is_decoded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from lotlip.data import images
 
     decode, opened = images.decode_rgb, []
     monkeypatch.setattr(images, "decode_rgb", lambda data: opened.append(1) or decode(data))
-    assert told(world.ingest) == []
+    assert reported_problems(world.ingest) == []
     assert len(opened) == 180
 
 
-def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
-    pictures = tmp_path / "benchmark"
-    pictures.mkdir()
+def test_held_out_images_are_searched(world: World, tmp_path: Path) -> None:
+    benchmark = tmp_path / "benchmark"
+    benchmark.mkdir()
     row = read_table(world.ingest, "train/part-00001", ["offset", "size"]).iloc[5]
     data = (world.ingest / "train/part-00001.tar").read_bytes()[row["offset"] :][: row["size"]]
-    (pictures / "7.png").write_bytes(data)
-    shutil.copy(world.ingest / "train/part-00000.json", pictures)  # no image
+    (benchmark / "7.png").write_bytes(data)
+    shutil.copy(world.ingest / "train/part-00000.json", benchmark)  # not an image
     for folder in (world.ingest, world.shards):
-        done = CliRunner().invoke(app, ["verify", str(folder), "--held-out", str(pictures), "--json"])
+        done = CliRunner().invoke(app, ["verify", str(folder), "--held-out", str(benchmark), "--json"])
         assert done.exit_code == 1
         (problem,) = json.loads(done.stdout)["problems"]
         assert problem["what"] == "expected: no training image is used for evaluation; found 1"
@@ -149,16 +151,16 @@ def test_held_out_images_are_looked_for(world: World, tmp_path: Path) -> None:
         ("shards", "train-000000.tar", "train-000001.done.json"),
     ],
 )
-def test_every_unreadable_file_is_named(world: World, folder: str, first: str, second: str) -> None:
+def test_every_unreadable_file_is_reported(world: World, folder: str, first: str, second: str) -> None:
     for name in (first, second):
         path = world.folder / folder / name
         data = path.read_bytes()
         path.write_bytes(data[: len(data) // 2])
-    found = told(world.folder / folder)
-    assert any(first.rpartition(".")[0] in line for line in found), found
-    assert any(second in line for line in found), found
+    problems = reported_problems(world.folder / folder)
+    assert any(first.rpartition(".")[0] in line for line in problems), problems
+    assert any(second in line for line in problems), problems
 
 
-def test_the_record_of_a_stage_is_no_stray(world: World) -> None:
+def test_the_record_of_a_stage_is_not_reported(world: World) -> None:
     (world.ingest / RECORD).write_text("{}")
-    assert told(world.ingest) == []
+    assert reported_problems(world.ingest) == []

@@ -1,4 +1,4 @@
-"""Tiny models of other projects with random weights, saved as their projects save them."""
+"""Tiny models of other projects with random weights, saved in their formats."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIZE = 24
 WORDS = ("a", "an", "red", "green", "blue", "white", "dog", "house", "tree", "and", "on", "the", "is", "there")
 CLIP_LENGTH, SIGLIP_LENGTH, OPEN_CLIP_LENGTH = 20, 12, 16
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-# Features of weights as small as they are initialised would hardly tell one text from another.
+# With initial weights, features of different texts would be almost equal.
 SPREAD = 0.2
 
 
@@ -26,7 +26,7 @@ def spread(model: Any) -> Any:
 
 
 def save_clip(folder: Path) -> Path:
-    """A CLIP of transformers; its tokens are letters."""
+    """A CLIP of transformers with letters as tokens."""
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
     letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!?'-%:;()"
@@ -51,7 +51,7 @@ def save_clip(folder: Path) -> Path:
 
 
 def save_siglip(folder: Path) -> Path:
-    """A SigLIP of transformers; its tokens are words, and its tokenizer gives an attention mask, which it must not."""
+    """A SigLIP of transformers with words as tokens. Its tokenizer returns an attention mask, which it must not use."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
@@ -92,7 +92,7 @@ OPEN_CLIP = {
 
 
 def register_open_clip(folder: Path, name: str = "tiny") -> str:
-    """Tells open_clip of an architecture; gives its name."""
+    """Registers an architecture with open_clip, and returns its name."""
     import open_clip
 
     (folder / f"{name}.json").write_text(json.dumps(OPEN_CLIP))
@@ -101,7 +101,7 @@ def register_open_clip(folder: Path, name: str = "tiny") -> str:
 
 
 def save_open_clip(folder: Path, name: str) -> Path:
-    """A model of open_clip in the layout of Hugging Face's hub; its tokenizer is open_clip's own."""
+    """A model of open_clip with its own tokenizer, in the layout of Hugging Face's hub."""
     import open_clip
     from safetensors.torch import save_model
 

@@ -52,7 +52,7 @@ SIDE, PATCH = 28, 14
 
 
 def save_llava(folder: Path) -> Path:
-    """LLaVA-1.5 in small: CLIP, a projector, Llama."""
+    """A tiny LLaVA-1.5: CLIP, a projector and Llama."""
     config = LlavaConfig(vision_config=_clip(), text_config=_llama(), image_token_index=IDS["<image>"])
     model = _random(LlavaForConditionalGeneration, config)
     size = {"shortest_edge": SIDE}
@@ -64,7 +64,7 @@ def save_llava(folder: Path) -> Path:
 
 
 def save_llava_next(folder: Path) -> Path:
-    """LLaVA-1.6 in small: pictures of other shapes have other numbers of tokens."""
+    """A tiny LLaVA-1.6, whose number of image tokens depends on the shape of the image."""
     grid = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE], [SIDE, 3 * SIDE]]
     config = LlavaNextConfig(
         vision_config=_clip(), text_config=_llama(), image_token_index=IDS["<image>"], image_grid_pinpoints=grid
@@ -79,7 +79,7 @@ def save_llava_next(folder: Path) -> Path:
 
 
 def save_instructblip(folder: Path) -> Path:
-    """InstructBLIP-Vicuna in small: a ViT, a Q-Former that reads the question, Llama. It has no chat template."""
+    """A tiny InstructBLIP-Vicuna: a ViT, a Q-Former that reads the question, and Llama, without a chat template."""
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = InstructBlipConfig(
         vision_config={**vision, "image_size": SIDE, "patch_size": PATCH},
@@ -94,14 +94,14 @@ def save_instructblip(folder: Path) -> Path:
 
 
 def save_llama(folder: Path, chat_template: str | None = None) -> Path:
-    """A small language model that sees no image."""
+    """A tiny language model without vision."""
     tokenizer = _tokenizer()
     tokenizer.chat_template = chat_template
     return _save(folder, _random(LlamaForCausalLM, _llama()), tokenizer)
 
 
 def save_t5(folder: Path) -> Path:
-    """A small text-to-text model."""
+    """A tiny text-to-text model."""
     config = T5Config(
         vocab_size=len(IDS),
         d_model=32,
@@ -116,8 +116,8 @@ def save_t5(folder: Path) -> Path:
     return _save(folder, _random(T5ForConditionalGeneration, config), _tokenizer())
 
 
-def picture(number: int, width: int = 40, height: int = 30) -> ImageRecord:
-    """A picture of coloured blocks, other for each number."""
+def image_record(number: int, width: int = 40, height: int = 30) -> ImageRecord:
+    """An image of coloured blocks that depend on the number."""
     blocks = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(blocks).resize((width, height), Image.Resampling.NEAREST).save(file, "png")
@@ -152,7 +152,7 @@ def _llama() -> LlamaConfig:
 
 
 def _tokenizer(**extra: str) -> PreTrainedTokenizerFast:
-    """Words of a list, spaces dropped; a text begins with <s>. `extra` names more special tokens."""
+    """A tokenizer of a list of words without spaces; texts begin with <s>. `extra` names more special tokens."""
     tokenizer = Tokenizer(WordLevel(IDS, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Split(" ", "removed")
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", IDS["<s>"])])
@@ -167,7 +167,7 @@ def _tokenizer(**extra: str) -> PreTrainedTokenizerFast:
 
 
 def _random(kind: Any, config: Any) -> Any:
-    """A model whose weights are large enough for pictures to differ in what is written of them."""
+    """A model whose random weights are large enough for captions to depend on the image."""
     with torch.random.fork_rng():
         torch.manual_seed(3)
         model = kind(config).eval()

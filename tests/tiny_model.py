@@ -1,4 +1,4 @@
-"""A saved model, for the tests of what is done with one."""
+"""A saved tiny model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.conftest import TEXT
 
 
 def save_tiny_model(folder: Path, image_tower: Path, seed: int = 1, **changes: Any) -> Path:
-    """Writes a model with the tiny image tower and a text tower of random weights; gives its folder."""
+    """Writes a model with the tiny image tower and a random text tower, and returns its folder."""
     config = LotlipConfig(
         text_config={**TEXT, "vocab_size": 30524},
         image_config=read_json(image_tower / "config.json"),

@@ -1,4 +1,4 @@
-"""Training runs of the tiny world, for the tests of training: in this process, in one of its own, in two together."""
+"""Training runs of the tiny world, in this process, in another one, or in two."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ DROPOUT = {"text": {"config": {"hidden_dropout_prob": 0.1, "attention_probs_drop
 
 
 def scratch(folder: Path) -> Path:
-    """Where a job in a folder keeps checkpoints; only in a project's scratch may they be removed by another process."""
+    """The checkpoint folder of a job, inside a project's scratch, where other processes may remove it."""
     return folder / SCRATCH / "work"
 
 
 def split(differences: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of `pretrain`, and those of `compute.training`."""
+    """Splits settings into those of `pretrain` and of `compute.training`."""
     how = {key: value for key, value in differences.items() if key in TrainingCompute.model_fields}
     return {key: value for key, value in differences.items() if key not in how}, how
 
@@ -49,7 +49,7 @@ def split(differences: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None = None, **more: Any) -> Job:
     recipe, how = split(merge(TINY, differences or {}))
     config = PretrainConfig.model_validate(recipe)
-    given = {
+    fields = {
         "ablation": "tiny",
         "config": config,
         "compute": TrainingCompute.model_validate(how),
@@ -61,11 +61,11 @@ def tiny_job(world: TinyWorld, folder: Path, differences: dict[str, Any] | None 
         "tracking_uri": "",
         "run_ids": {},
     }
-    return Job(**{**given, **more})
+    return Job(**{**fields, **more})
 
 
 def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
-    """Training as the flow starts it."""
+    """Starts training like the flow."""
     file = folder / "job.json"
     job.write(file)
     command = launch("lotlip.train", [str(file)], processes, LocalLaunch())
@@ -73,7 +73,7 @@ def start(job: Job, folder: Path, processes: int = 1) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """What a run that must succeed wrote."""
+    """Waits for a run to succeed, and returns its output."""
     out, errors = process.communicate(timeout=900)
     assert process.returncode == 0, errors
     return out
@@ -95,7 +95,7 @@ def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> boo
     return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
 
 
-def same_to(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float) -> bool:
+def near(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor], tolerance: float) -> bool:
     return first.keys() == second.keys() and all(
         torch.allclose(value, second[name], atol=tolerance, rtol=0) for name, value in first.items()
     )
@@ -109,7 +109,7 @@ def train(job: Job, seeds: Sequence[int] = (0,)) -> Job:
 
 
 def wait_for(process: subprocess.Popen[str], words: str) -> None:
-    """Until a line of the process has the words."""
+    """Waits for a line with the words."""
     assert process.stdout is not None
     for line in process.stdout:
         if words in line:
@@ -118,6 +118,6 @@ def wait_for(process: subprocess.Popen[str], words: str) -> None:
 
 
 def trainers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    """The training processes: what was started, or the launcher's children."""
+    """The training processes: the started one, or the children of the launcher."""
     started = psutil.Process(process.pid)
     return [child for child in started.children() if "lotlip.train" in child.cmdline()] or [started]

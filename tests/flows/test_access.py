@@ -1,4 +1,4 @@
-"""Who can have Prefect's and MLflow's servers do what: not other users of the machine, nor pages of other sites."""
+"""Access to Prefect's and MLflow's servers is denied to other users of the machine and to other sites."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not in
 
 @dataclass(frozen=True)
 class Served:
-    """A program with servers, as its user sees it.
+    """A running program with servers.
 
     Attributes:
-        folder: where it runs.
+        folder: its working folder.
         prefect: address of Prefect's server.
-        login: that it printed.
-        mlflow: address of MLflow's server; "" where there is none.
+        login: the login that it printed.
+        mlflow: address of MLflow's server; "": none.
     """
 
     folder: Path
@@ -67,8 +67,8 @@ def program(folder: Path, database: Path, *command: str, ready: str = "Ctrl-C") 
     """Runs a program with servers, such as `make serve`, in a folder with params.yaml.
 
     Args:
-        folder: where it runs.
-        database: Prefect's, empty.
+        folder: its working folder.
+        database: Prefect's empty database.
         command: module and arguments.
         ready: what it prints when its servers are up.
     """
@@ -125,7 +125,7 @@ def reproduce(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
-    """The server that a stage runs for itself."""
+    """The server that a single stage starts."""
     folder = tmp_path_factory.mktemp("single")
     shutil.copy(prefect_database, folder)
     listener, login = listen(), new_login()
@@ -139,14 +139,14 @@ def single(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> 
 
 @pytest.fixture(scope="module", params=["reproduce", "single"])
 def inner(request: pytest.FixtureRequest) -> Any:
-    """The server that a program runs for its own flows."""
+    """A server that a program starts for its own flows."""
     return request.getfixturevalue(request.param)
 
 
 def curl(address: str, *options: str) -> tuple[int, str]:
-    """Status and body; status 0 where there was no answer.
+    """Status and body; status 0: no answer.
 
-    Asks again after a 503: Prefect answers so while another request holds its SQLite database.
+    Retries after a 503, which Prefect returns while another request holds its SQLite database.
     """
     command = ["curl", "--silent", "--noproxy", "*", "--max-time", "60", "--write-out", "\n%{http_code}", *options]
     for attempt in range(10):
@@ -164,16 +164,16 @@ def send(method: str, address: str, data: Any, *options: str) -> tuple[int, str]
 
 
 def deployments(served: Served) -> dict[str, str]:
-    """Flow and name → id; what somebody who is logged in sees."""
+    """Flow and name → id, as a logged-in user sees them."""
     status, body = send("POST", f"{served.api}/deployments/filter", {}, "--user", served.login)
-    found = json.loads(body) if status == 200 else []
-    return {f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}": one["id"] for one in found}
+    entries = json.loads(body) if status == 200 else []
+    return {f"{one['entrypoint'].rpartition('.')[2]}/{one['name']}": one["id"] for one in entries}
 
 
-def chain(served: Served, deployment: str, mark: Path, *options: str) -> list[int]:
-    """Has a deployment's pull steps run a command that makes a file, and starts it; gives the statuses of each answer.
+def send_attack(served: Served, deployment: str, mark: Path, *options: str) -> list[int]:
+    """Changes a deployment's pull steps to create a file, starts it, and returns the statuses of the answers.
 
-    The flow's parameters are such that the flow itself does nothing.
+    The flow itself does nothing with these parameters.
     """
     steps = [{"prefect.deployments.steps.run_shell_script": {"script": f"touch {mark}"}}]
     start = {"state": {"type": "SCHEDULED"}, "parameters": {"ablations": ["nothing"]}}
@@ -198,11 +198,11 @@ def pull_steps(served: Served, deployment: str) -> Any:
 
 
 def create_deployment(served: Served) -> str:
-    """One as `make serve` has them, on a server that has none; gives its id."""
+    """Creates a deployment like those of `make serve`, and returns its id."""
     status, body = send("POST", f"{served.api}/flows/", {"name": "here"}, "--user", served.login)
     assert status in (200, 201)
-    made = {"name": "attacked", "flow_id": json.loads(body)["id"]}
-    status, body = send("POST", f"{served.api}/deployments/", made, "--user", served.login)
+    deployment = {"name": "attacked", "flow_id": json.loads(body)["id"]}
+    status, body = send("POST", f"{served.api}/deployments/", deployment, "--user", served.login)
     assert status in (200, 201)
     return str(json.loads(body)["id"])
 
@@ -216,18 +216,18 @@ REFUSED = [
 ]
 
 
-def attacked(served: Served, deployment: str, mark: Path) -> None:
-    """Sends the chain as another user, another site's page and a rebound name would; nothing may come of it."""
+def assert_attacks_fail(served: Served, deployment: str, mark: Path) -> None:
+    """Sends the attack as another user, another site and a rebound host name; each must fail."""
     before = len(runs(served)), pull_steps(served, deployment)
     for options, status in REFUSED:
-        assert chain(served, deployment, mark, *options) == [status] * 3
-    # a page of another site in the browser of somebody who is logged in
+        assert send_attack(served, deployment, mark, *options) == [status] * 3
+    # another site's page in the browser of a logged-in user
     for header in ("Origin: http://127.0.0.1:1", "Host: evil.example"):
-        refused = chain(served, deployment, mark, "--user", served.login, "--header", header)
+        refused = send_attack(served, deployment, mark, "--user", served.login, "--header", header)
         assert set(refused) <= {403, 421}
     assert (len(runs(served)), pull_steps(served, deployment)) == before
     assert not mark.exists()
-    # what a browser asks first
+    # the preflight request of a browser
     preflight = ["--request", "OPTIONS", "--header", "Origin: http://evil.example"]
     preflight += ["--header", "Access-Control-Request-Method: PATCH"]
     assert curl(f"{served.api}/deployments/{deployment}", *preflight)[0] == 403
@@ -236,9 +236,9 @@ def attacked(served: Served, deployment: str, mark: Path) -> None:
 @needs_curl
 def test_other_users_cannot_run_commands_through_make_serve(serve: Served, tmp_path: Path):
     deployment = deployments(serve)["reproduce/by-hand"]
-    attacked(serve, deployment, tmp_path / "mark")
-    # the requests are right: with the printed login they are accepted, and the runner runs the command
-    assert chain(serve, deployment, tmp_path / "mark", "--user", serve.login) == [200, 204, 201]
+    assert_attacks_fail(serve, deployment, tmp_path / "mark")
+    # with the printed login the same requests are accepted, and the runner runs the command
+    assert send_attack(serve, deployment, tmp_path / "mark", "--user", serve.login) == [200, 204, 201]
     await_that((tmp_path / "mark").exists, "the command has run")
 
 
@@ -246,24 +246,24 @@ def test_other_users_cannot_run_commands_through_make_serve(serve: Served, tmp_p
 @pytest.mark.smoke
 def test_other_users_cannot_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
     deployment = create_deployment(ui)
-    attacked(ui, deployment, tmp_path / "mark")
-    assert chain(ui, deployment, tmp_path / "mark", "--user", ui.login) == [200, 204, 201]
+    assert_attacks_fail(ui, deployment, tmp_path / "mark")
+    assert send_attack(ui, deployment, tmp_path / "mark", "--user", ui.login) == [200, 204, 201]
 
 
 @needs_curl
 def test_other_users_cannot_use_the_server_of_a_run(inner: Served, tmp_path: Path):
     deployment = create_deployment(inner)
-    attacked(inner, deployment, tmp_path / "mark")
-    assert chain(inner, deployment, tmp_path / "mark", "--user", inner.login) == [200, 204, 201]
+    assert_attacks_fail(inner, deployment, tmp_path / "mark")
+    assert send_attack(inner, deployment, tmp_path / "mark", "--user", inner.login) == [200, 204, 201]
 
 
 @needs_curl
 def test_other_users_cannot_use_mlflow(ui: Served, tmp_path: Path):
-    """Artifacts of an experiment may lie anywhere: whoever may make one can read and write this user's files."""
+    """Artifacts of an experiment can be anywhere, so creating one gives access to this user's files."""
     address = f"{ui.mlflow}/api/2.0/mlflow/experiments/create"
     for number, (options, status) in enumerate(REFUSED):
-        made = {"name": f"evil-{number}", "artifact_location": str(tmp_path)}
-        assert send("POST", address, made, *options)[0] == status
+        experiment = {"name": f"evil-{number}", "artifact_location": str(tmp_path)}
+        assert send("POST", address, experiment, *options)[0] == status
     logged_in = ["--user", ui.login, "--header", "Origin: http://127.0.0.1:1"]
     assert send("POST", address, {"name": "evil"}, *logged_in)[0] == 403
     for path in ("", "/health", "/ajax-api/3.0/mlflow/assistant/config", "/graphql"):
@@ -291,7 +291,7 @@ def test_websockets_require_the_login_and_the_origin(inner: Served, path: str):
         answer(inner.login, origin="http://evil.example")
     with pytest.raises(InvalidStatus):
         answer(inner.login, additional_headers={"Host": "evil.example"})
-    with pytest.raises(InvalidStatus), connect(address, proxy=None):  # as old clients, which do not log in
+    with pytest.raises(InvalidStatus), connect(address, proxy=None):  # old clients do not log in
         pass
 
 
@@ -299,10 +299,10 @@ def test_the_login_is_on_no_command_line_and_in_no_file(serve: Served):
     secret = serve.login.partition(":")[2]
     assert len(secret) >= 20
     assert not [p for p in psutil.process_iter(["cmdline"]) if secret in " ".join(p.info["cmdline"] or [])]
-    (serve.folder / "secret").write_text(secret)  # so that the search is seen to find it
+    (serve.folder / "secret").write_text(secret)  # proves that the search works
     printed = {serve.folder / "output.txt", serve.folder / "secret"}
-    found = {path for path in serve.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()}
-    assert found == printed
+    files = {path for path in serve.folder.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()}
+    assert files == printed
 
 
 PAGE = b"<!doctype html><title>evil</title>"
@@ -343,10 +343,10 @@ OWN = """async ({api, deployment}) => {
 
 
 @pytest.fixture
-def elsewhere() -> Iterator[str]:
-    """The address of another site's page."""
+def other_site() -> Iterator[str]:
+    """Address of another site's page."""
 
-    class Answer(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
@@ -355,7 +355,7 @@ def elsewhere() -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -364,8 +364,8 @@ def elsewhere() -> Iterator[str]:
 @needs_curl
 @needs_chromium
 @pytest.mark.parametrize("name", ["serve", "ui", "reproduce"])
-def test_another_sites_page_can_do_nothing_in_a_logged_in_browser(
-    name: str, request: pytest.FixtureRequest, elsewhere: str, tmp_path: Path
+def test_another_sites_page_has_no_access_in_a_logged_in_browser(
+    name: str, request: pytest.FixtureRequest, other_site: str, tmp_path: Path
 ):
     from playwright.sync_api import expect, sync_playwright
 
@@ -373,7 +373,7 @@ def test_another_sites_page_can_do_nothing_in_a_logged_in_browser(
     mark = tmp_path / "mark"
     deployment = deployments(served)["sweep/weekly"] if name == "serve" else create_deployment(served)
     before = len(runs(served)), pull_steps(served, deployment)
-    asked = {"api": served.api, "deployment": deployment, "mark": str(mark)}
+    attack = {"api": served.api, "deployment": deployment, "mark": str(mark)}
     with sync_playwright() as playwright:
         rebound = "--host-resolver-rules=MAP evil.example 127.0.0.1"
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rebound])
@@ -381,14 +381,14 @@ def test_another_sites_page_can_do_nothing_in_a_logged_in_browser(
         page = context.new_page()
         page.set_default_timeout(120_000)
         page.goto(f"{served.prefect}/deployments")
-        page.get_by_placeholder("admin:pass").fill(served.login)  # as the printed text says
+        page.get_by_placeholder("admin:pass").fill(served.login)  # as the output tells the user
         page.get_by_role("button", name="Login").click()
         expect(page.get_by_text("weekly" if name == "serve" else "attacked").first).to_be_visible(timeout=120_000)
-        assert page.evaluate(OWN, asked) == 200  # the same request of the own page
+        assert page.evaluate(OWN, attack) == 200  # the same request by the server's own page
         other = context.new_page()
-        for address in (elsewhere, elsewhere.replace("127.0.0.1", "evil.example")):
+        for address in (other_site, other_site.replace("127.0.0.1", "evil.example")):
             other.goto(address)
-            assert other.evaluate(ATTACK, asked) == [0] * 13
+            assert other.evaluate(ATTACK, attack) == [0] * 13
         port = served.prefect.rpartition(":")[2]
         answer = other.goto(f"http://evil.example:{port}/api/health")
         assert answer is not None and answer.status == 421
@@ -412,7 +412,7 @@ def test_mlflows_page_works_with_the_printed_login(ui: Served):
 
 
 def test_flows_and_clients_use_the_login(inner: Served, tmp_path: Path):
-    """A flow in another process, with the environment that programs give to what they start."""
+    """A flow in another process gets the login from its environment."""
     script = tmp_path / "flow.py"
     script.write_text(
         "import flows\nfrom prefect import flow\n\n\n@flow\ndef here() -> None:\n    pass\n\n\nhere()\nprint('ran')\n"

@@ -1,4 +1,4 @@
-"""The stage `baselines`: models that are not trained here, scored as `lotlip evaluate` scores them."""
+"""The stage `baselines` scores existing models like `lotlip evaluate`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCORES = Path("metrics/baselines/scores.json")
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_samples: list[TinySample]) -> Path:
-    """A project with scenes, which the flow runs in without Prefect."""
+    """A project with scenes, in which the flow runs without Prefect."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
     monkeypatch.setattr(stages, "_held", {})
@@ -39,9 +39,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_samples: list[
 
 
 def score(*models: str) -> dict[str, Any]:
-    """Runs the stage; gives the scores by model."""
+    """Runs the stage, and returns the scores by model."""
     params = {
-        "ingest": {"source": {"kind": "folder", "path": "pictures"}},
+        "ingest": {"source": {"kind": "folder", "path": "images"}},
         "image_tower": {"kind": "scenes"},
         "evaluate": {"benchmarks": {"scenes": {"kind": "scenes", "size": SCENES}}, "baselines": list(models)},
         "pretrain": {"long_texts": {"sub_captions": 0}},
@@ -49,24 +49,24 @@ def score(*models: str) -> dict[str, Any]:
     }
     Path("params.yaml").write_text(yaml.safe_dump(params))
     baselines.fn()
-    found = Baselines.load(SCORES).models
-    assert [one.model for one in found] == list(models)
-    return {one.model: one for one in found}
+    scores = Baselines.load(SCORES).models
+    assert [one.model for one in scores] == list(models)
+    return {one.model: one for one in scores}
 
 
-def test_scores_are_those_of_lotlip_evaluate(project, monkeypatch, capsys, tiny_tower):
+def test_scores_equal_those_of_lotlip_evaluate(project, monkeypatch, capsys, tiny_tower):
     save_clip(project / "clip")
     save_siglip(project / "siglip")
     save_tiny_model(project / START, tiny_tower)
-    found = score("start", "clip", "siglip")
+    scores = score("start", "clip", "siglip")
     arguments = ["--benchmark", "scenes", "--data", "data/ingest", "--json"]
     assert program(monkeypatch, "evaluate", START, "clip", "siglip", *arguments) == 0
     expected = {one["model"]: one for one in json.loads(capsys.readouterr().out.splitlines()[-1])["results"]}
     for name, address in (("start", START), ("clip", "clip"), ("siglip", "siglip")):
-        result = found[name].benchmarks["scenes"]
+        result = scores[name].benchmarks["scenes"]
         assert result.scores == pytest.approx(expected[address]["scores"])
         assert result.protocol == {**expected[address]["protocol"], "command": "python -m flows baselines"}
-    assert found["start"].sha256 is None and found["clip"].sha256 != found["siglip"].sha256
+    assert scores["start"].sha256 is None and scores["clip"].sha256 != scores["siglip"].sha256
     short = [expected[START]["scores"][metric] for metric in MAIN["short"]]
     stored = json.loads((SCORES.parent / "start.json").read_text())
     assert stored == {"short_text_r1": {"scenes": pytest.approx(sum(short) / 2)}}
@@ -74,12 +74,12 @@ def test_scores_are_those_of_lotlip_evaluate(project, monkeypatch, capsys, tiny_
     assert record["samples"] > 3 * SCENES
 
 
-def test_without_baselines_nothing_is_scored(project):
+def test_no_baselines_give_no_scores(project):
     assert score() == {}
     assert json.loads((SCORES.parent / "start.json").read_text()) == {"short_text_r1": {}}
 
 
-def test_an_unknown_name_is_found_before_any_model_is_scored(project, monkeypatch):
+def test_an_unknown_name_is_an_error_before_scoring(project, monkeypatch):
     monkeypatch.setattr(compare, "evaluate", lambda *_: pytest.fail("a model was scored"))
     save_clip(project / "clip")
     with pytest.raises(ValueError, match="there is no folder no/such-model, and no model of that name"):

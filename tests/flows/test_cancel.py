@@ -1,4 +1,4 @@
-"""A training run that is cancelled, or whose flow is killed, leaves no process behind."""
+"""Cancelling training or killing its flow leaves no process."""
 
 import json
 import os
@@ -49,7 +49,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def server(prefect_api: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a program that talks to a Prefect server."""
+    """The environment of a program that uses a Prefect server."""
     home = tmp_path_factory.mktemp("prefect")
     environment = {**prefect_api, "PREFECT_HOME": str(home)}
     return {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
@@ -64,14 +64,14 @@ def job(tiny_world, tmp_path: Path) -> Path:
 
 
 def running(job: Path) -> list[psutil.Process]:
-    """The launcher, the training processes and their loaders' workers."""
-    found = []
+    """The launcher, the training processes and their loader workers."""
+    processes = []
     for process in psutil.process_iter(["cmdline", "status"]):
         arguments = process.info["cmdline"] or []
         trains = str(job) in arguments and "lotlip.train" in arguments
         if trains and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 def await_that(condition: Callable[[], bool], what: str, seconds: float = 1500) -> None:
@@ -86,7 +86,7 @@ def trains(job: Path) -> bool:
     return lines.is_file() and "step 10/" in lines.read_text()
 
 
-def begin(environment: dict[str, str], job: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start_flow(environment: dict[str, str], job: Path, *arguments: str) -> subprocess.Popen[bytes]:
     script = job.parent / "training.py"
     script.write_text(FLOW)
     log = (job.parent / "flow.log").open("w")
@@ -95,15 +95,15 @@ def begin(environment: dict[str, str], job: Path, *arguments: str) -> subprocess
     )
 
 
-def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
-    """What Prefect's UI asks of its server."""
+def post(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
+    """Sends a request like Prefect's UI."""
     headers = {"Content-Type": "application/json", "Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
     request = urllib.request.Request(f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), headers)
     for seconds in (1, 2, 4, 8, 0):
         try:
             with urllib.request.urlopen(request, timeout=300) as answer:
                 return json.load(answer)
-        except urllib.error.HTTPError as error:  # 503: its database is busy, and clients are to ask again
+        except urllib.error.HTTPError as error:  # 503: the database is busy, and clients should retry
             if error.code != 503 or not seconds:
                 raise
             time.sleep(seconds)
@@ -112,7 +112,7 @@ def ask(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_a_terminated_flow_ends_its_training(server, job, sign):
-    flow = begin(server, job, str(job))
+    flow = start_flow(server, job, str(job))
     await_that(lambda: trains(job), "training runs")
     assert len(running(job)) == 5
     flow.send_signal(sign)
@@ -122,17 +122,17 @@ def test_a_terminated_flow_ends_its_training(server, job, sign):
 
 @pytest.mark.smoke
 def test_a_cancelled_flow_ends_its_training(server, job):
-    """As the button in Prefect's UI does it, by the flow run's state."""
-    runner = begin(server, job)
+    """The button in Prefect's UI sets the state of the flow run."""
+    runner = start_flow(server, job)
     try:
         log = job.parent / "flow.log"
         await_that(lambda: "being served" in log.read_text(), "the flow is served")
-        (deployment,) = ask(server, "deployments/filter", {})
-        run = ask(server, f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"job": str(job)}})
+        (deployment,) = post(server, "deployments/filter", {})
+        run = post(server, f"deployments/{deployment['id']}/create_flow_run", {"parameters": {"job": str(job)}})
         await_that(lambda: trains(job), "training runs")
-        ask(server, f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+        post(server, f"flow_runs/{run['id']}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
         await_that(lambda: not running(job), "all of its processes have ended")
-        assert runner.poll() is None  # the program that serves goes on serving
+        assert runner.poll() is None  # the serving program continues
     finally:
         for process in [*psutil.Process(runner.pid).children(recursive=True), runner]:
             process.kill()

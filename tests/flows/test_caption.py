@@ -1,4 +1,4 @@
-"""Stage `caption` as users run it: killed half way, with other rules, on threads and on Ray."""
+"""The stage `caption`: killed while running, with other rules, on threads and on Ray."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_dvc_watches_parameters_that_decide_captions_but_not_the_output_folder()
     [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")],
     ids=lambda p: p.stem,
 )
-def test_what_dvc_watches_is_written_out(path):
-    # DVC knows no defaults
+def test_watched_parameters_are_explicit(path):
+    # DVC does not know defaults
     assert set(CaptionConfig.model_fields) <= set(yaml.safe_load(path.read_text())["caption"])
 
 
@@ -63,9 +63,9 @@ class Counting(SceneCaptioner):
 
 @pytest.fixture(scope="module")
 def workspace(make_workspace) -> Workspace:
-    """A world of 330 images in partitions of 30, and captioners that record every caption they write.
+    """A workspace with 330 images in partitions of 30, and captioners that record their calls.
 
-    Their kind is another package's, so that the fork server, which runs the code of the checkout, can run them.
+    They belong to another package, so that the fork server, which runs the checkout's code, can run them.
     """
     workspace: Workspace = make_workspace()
     workspace.change(tiny)
@@ -81,18 +81,18 @@ def workspace(make_workspace) -> Workspace:
     return workspace
 
 
-def slow(workspace: Workspace, seconds: float) -> None:
-    """Makes each caption take some time."""
+def set_delay(workspace: Workspace, seconds: float) -> None:
+    """Sets the time that a caption takes."""
     (workspace.folder / "seconds").write_text(str(seconds))
 
 
-def calls(workspace: Workspace) -> list[list[str]]:
-    """Key and process of every caption that was written, and forgets them."""
+def read_calls(workspace: Workspace) -> list[list[str]]:
+    """Returns key and process of every recorded caption, and clears them."""
     path = workspace.folder / "calls"
     return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def forget(workspace: Workspace) -> None:
+def clear_calls(workspace: Workspace) -> None:
     (workspace.folder / "calls").unlink(missing_ok=True)
 
 
@@ -101,7 +101,7 @@ def run_on(workspace: Workspace, runner: str, **quality: Any) -> None:
     workspace.change(lambda params: params["compute"].update(task_runner=runner))
 
 
-def begin(workspace: Workspace, captioner: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
+def start_flow(workspace: Workspace, captioner: str, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     log = (workspace.folder / "flow.log").open("w")
     return subprocess.Popen(
         [sys.executable, "-m", "flows.stages.caption", captioner],
@@ -115,7 +115,7 @@ def begin(workspace: Workspace, captioner: str, environment: dict[str, str]) -> 
 
 def await_calls(workspace: Workspace, number: int, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 900
-    while len(calls(workspace)) < number:
+    while len(read_calls(workspace)) < number:
         assert process.poll() is None, (workspace.folder / "flow.log").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -133,10 +133,10 @@ def keys(workspace: Workspace, captioner: str) -> list[str]:
 
 @pytest.mark.integration
 def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace) -> None:
-    slow(workspace, 0.02)
-    forget(workspace)
+    set_delay(workspace, 0.02)
+    clear_calls(workspace)
     run_on(workspace, "threads")
-    process = begin(workspace, "llava", workspace.environment)
+    process = start_flow(workspace, "llava", workspace.environment)
     await_calls(workspace, 150, process)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -147,44 +147,45 @@ def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace)
 
     workspace.python("flows.stages.caption", "llava")
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
-    counted = Counter(key for key, _ in calls(workspace))
+    counted = Counter(key for key, _ in read_calls(workspace))
     assert len(counted) == len(keys(workspace, "llava")) == len(set(keys(workspace, "llava"))) == 330
-    # two partitions were being written when the flow was killed
+    # two partitions were in progress when the flow was killed
     assert sum(counted.values()) <= 330 + 2 * 30
 
-    forget(workspace)
+    clear_calls(workspace)
     run_on(workspace, "threads", long=120)
-    workspace.python("flows.stages.caption", "llava", check=False)  # so many are dropped that the gate may not like it
+    # the gate may fail, because many captions are dropped
+    workspace.python("flows.stages.caption", "llava", check=False)
     workspace.change(lambda params: params["caption"].update(max_filtered_share=1.0))
     workspace.python("flows.stages.caption", "llava")
     index = read_index(workspace.folder / "data" / "captions" / "llava", CaptionIndex)
     assert index.failure_kinds == {"long": index.failed}
     assert index.quality["filtered"]["long"] == index.failed > 0
-    assert calls(workspace) == []
+    assert read_calls(workspace) == []
 
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(seed=5))
     workspace.python("flows.stages.caption", "llava")
-    assert len(calls(workspace)) == 330
+    assert len(read_calls(workspace)) == 330
     assert len([folder for folder in store.iterdir() if folder.is_dir()]) == 2
-    forget(workspace)
+    clear_calls(workspace)
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].pop("seed"))
     workspace.python("flows.stages.caption", "llava")
-    assert calls(workspace) == []
+    assert read_calls(workspace) == []
 
 
 @pytest.mark.system
 @pytest.mark.smoke
 def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspace) -> None:
-    slow(workspace, 0.05)
+    set_delay(workspace, 0.05)
     run_on(workspace, "threads")
     workspace.python("flows.stages.caption", "sharegpt4v")
     expected = published(workspace, "sharegpt4v")
     for path in sorted((workspace.folder / "data" / "caption-store").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    forget(workspace)
+    clear_calls(workspace)
 
     run_on(workspace, "ray")
-    process = begin(workspace, "sharegpt4v", {**workspace.environment, SOCKET: ""})
+    process = start_flow(workspace, "sharegpt4v", {**workspace.environment, SOCKET: ""})
     await_calls(workspace, 100, process)
     flow = psutil.Process(process.pid)
     ray = [child for child in flow.children(recursive=True) if "ray" in " ".join(child.cmdline())]
@@ -195,15 +196,15 @@ def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspac
         if connection.status == psutil.CONN_LISTEN
     }
     assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
-    key, victim = calls(workspace)[-1]
+    key, victim = read_calls(workspace)[-1]
     assert int(victim) in {child.pid for child in ray}
     os.kill(int(victim), signal.SIGKILL)
     assert process.wait(900) == 0, (workspace.folder / "flow.log").read_text()
 
     assert published(workspace, "sharegpt4v") == expected
-    written = calls(workspace)
-    counted = Counter(key for key, _ in written)
-    assert len({worker for _, worker in written}) >= 3  # another took the killed one's place
+    recorded_calls = read_calls(workspace)
+    counted = Counter(key for key, _ in recorded_calls)
+    assert len({worker for _, worker in recorded_calls}) >= 3  # another worker replaced the killed one
     assert len(counted) == 330 and sum(counted.values()) <= 330 + 30
     assert counted[key] == 2
     _, alive = psutil.wait_procs(ray, timeout=120)
@@ -212,10 +213,10 @@ def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspac
 
 @pytest.mark.system
 def test_ray_ends_with_a_killed_flow(workspace) -> None:
-    slow(workspace, 0.2)
-    forget(workspace)
+    set_delay(workspace, 0.2)
+    clear_calls(workspace)
     run_on(workspace, "ray")
-    process = begin(workspace, "instructblip", {**workspace.environment, SOCKET: ""})
+    process = start_flow(workspace, "instructblip", {**workspace.environment, SOCKET: ""})
     await_calls(workspace, 1, process)
     started = [
         child for child in psutil.Process(process.pid).children(recursive=True) if "ray" in " ".join(child.cmdline())
@@ -223,13 +224,13 @@ def test_ray_ends_with_a_killed_flow(workspace) -> None:
     assert started
     process.kill()
     process.wait()
-    _, alive = psutil.wait_procs(started, timeout=600)  # its agents look for the others for a minute first
-    for left in alive:
-        left.kill()
+    _, alive = psutil.wait_procs(started, timeout=600)  # its agents first wait a minute for the others
+    for agent in alive:
+        agent.kill()
     assert not alive
 
 
-def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
+def test_missing_ray_is_an_error_with_a_remedy(monkeypatch) -> None:
     from flows.runtime.ray_runner import on_ray
     from flows.runtime.scratch import StageFailed
     from lotlip.config.params import load_params
@@ -240,7 +241,7 @@ def test_without_ray_installed_the_error_says_what_to_do(monkeypatch) -> None:
 
 
 @pytest.mark.integration
-def test_a_missing_server_is_one_clear_line(workspace: Workspace) -> None:
+def test_a_missing_server_is_an_error_of_one_line(workspace: Workspace) -> None:
     run_on(workspace, "threads")
     before = (workspace.folder / "params.yaml").read_text()
     gone = {"kind": "endpoint", "path": "lotlip/caption/captioners/endpoint.py", "model": "tiny", "revision": "1"}
@@ -251,5 +252,5 @@ def test_a_missing_server_is_one_clear_line(workspace: Workspace) -> None:
     assert done.returncode == 1
     assert f"error in caption gone: {gone['url']} does not respond" in done.stderr
     assert "start the server there, or correct `url` of caption.captioners.gone" in done.stderr
-    assert "- Retry " not in done.stderr  # as Prefect logs it: no unit was tried again
+    assert "- Retry " not in done.stderr  # Prefect's log line of a retry
     assert "Traceback" not in done.stderr

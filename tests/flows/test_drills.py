@@ -1,4 +1,4 @@
-"""Two drills on the real pipeline: one kills it, one flips a bit of an output."""
+"""Two drills on the real pipeline: kills, and a flipped bit of an output."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tests.tiny_pipeline import ROOT
 
 @pytest.fixture
 def prebuilt(prefect_database: Path, tmp_path: Path) -> Path:
-    """What would take the checkout of the drills a minute to make: Prefect's tables."""
+    """Prefect's tables, which take a minute to create."""
     folder = tmp_path / "prebuilt"
     (folder / "project" / ".prefect").mkdir(parents=True)
     shutil.copy(prefect_database, folder / "project" / ".prefect")
@@ -28,6 +28,6 @@ def test_the_pipeline_recovers_from_kills_and_a_flipped_bit(prebuilt: Path, tmp_
     command = [sys.executable, "-m", "benchmarks.drills", *options, *folders]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    found = {row["kind"]: row for row in json.loads(out.read_text())["rows"]}
-    assert found.keys() == {"kill", "flip"}
-    assert all(row["tried"] == row["recovered"] == row["identical"] > 0 for row in found.values())
+    results = {row["kind"]: row for row in json.loads(out.read_text())["rows"]}
+    assert results.keys() == {"kill", "flip"}
+    assert all(row["tried"] == row["recovered"] == row["identical"] > 0 for row in results.values())

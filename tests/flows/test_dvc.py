@@ -1,4 +1,4 @@
-"""DVC that is interrupted: no moment of it may block the next run. And the check whether it has anything to run."""
+"""Interrupted DVC never blocks the next run, and the check for stale stages is exact."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.workspace import ROOT
 
 STAGES = 3
 
-# Runs DVC in forks, which have nothing to import, and sends each a signal or two at a random moment.
+# Runs DVC in forks, which need no imports, and sends each one or two signals at random times.
 INTERRUPTIONS = """
 import os, random, signal, sys, time
 import dvc.cli, dvc.repo, dvc.stage.run, dvc.rwlock
@@ -41,7 +41,7 @@ for number in range(int(sys.argv[1])):
     path = ".dvc/tmp/rwlock"
     print(os.waitstatus_to_exitcode(status), os.path.exists(path) and open(path).read(), flush=True)
 """
-# DVC gets a signal while it writes the file of its locks.
+# Sends DVC a signal while it writes its lock file.
 WORST_MOMENT = """
 import json, os, signal, sys
 import dvc.rwlock
@@ -61,7 +61,7 @@ sys.exit(program.main(["repro"]))
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A DVC project without git, of stages that are as short as they can be."""
+    """A DVC project without git, with very short stages."""
     return make_project(tmp_path)
 
 
@@ -72,7 +72,7 @@ def make_project(folder: Path) -> Path:
     )
     (folder / "dvc.yaml").write_text(f"stages:\n{stages}")
     (folder / "o0").write_text("0")
-    # the stages need nothing of flows/ but what ends them
+    # stages only need the part of flows/ that ends them
     (folder / "flows").mkdir()
     (folder / "flows" / "__init__.py").write_text(
         f"__path__.append({str(ROOT / 'flows')!r})\nexec(open({str(ROOT / 'flows' / '__init__.py')!r}).read())"
@@ -102,7 +102,7 @@ def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.Complet
 def test_a_signal_while_dvc_writes_its_locks_does_not_damage_them(project, sign):
     done = run(project, "-c", WORST_MOMENT, str(int(sign)), check=False)
     assert done.returncode == 130, done.stderr
-    assert not (project / f"o{STAGES}").exists()  # no further stage was run
+    assert not (project / f"o{STAGES}").exists()  # no later stage was run
     assert json.loads((project / ".dvc/tmp/rwlock").read_text()) == {}
     run(project, "-m", "dvc", "repro")
 
@@ -126,7 +126,7 @@ def test_a_stale_lock_of_a_dead_dvc_is_removed(project, content):
     lock = project / ".dvc/tmp/rwlock"
     lock.parent.mkdir(exist_ok=True)
     lock.write_text(content)
-    for name in ("lock", "rwlock.lock"):  # these hold nobody's lock any more, whatever they say
+    for name in ("lock", "rwlock.lock"):  # these files hold no lock, whatever their content
         (lock.parent / name).write_text("4194304\n")
     done = run(project, "-m", "flows.runtime.dvc", "repro")
     assert str(lock) in done.stderr
@@ -147,7 +147,7 @@ def test_a_stale_lock_stays_while_another_dvc_runs(project):
 
 
 @pytest.mark.integration
-def test_partial_copies_in_the_cache_are_removed_and_nothing_else(project):
+def test_only_partial_copies_in_the_cache_are_removed(project):
     cache = project / ".dvc/cache/files/md5/ab"
     cache.mkdir(parents=True)
     partial, others = cache / ".k--HGbZOlkk-Fcy2TXTncg.tmp", (cache / "cdef", cache / ".mine.tmp", cache / "k.tmp")
@@ -157,7 +157,7 @@ def test_partial_copies_in_the_cache_are_removed_and_nothing_else(project):
         ["dvc", "-c", "import sys; sys.stdin.read()"], executable=sys.executable, cwd=project, stdin=subprocess.PIPE
     ):
         remove_partial_copies(project)
-        assert partial.exists()  # it may be that DVC's
+        assert partial.exists()  # it may belong to the running DVC
     run(project, "-m", "flows.runtime.dvc", "status")
     assert not partial.exists()
     assert all(path.exists() for path in (others[0], others[2]))
@@ -177,15 +177,15 @@ def test_a_lock_of_a_live_process_stays(project):
 
 @pytest.mark.integration
 def test_other_users_cannot_write_the_files_that_dvc_unpickles(project, tmp_path, monkeypatch):
-    """DVC makes folders for everybody to write to; one above them must be closed to others."""
+    """DVC creates world-writable folders, so a parent folder must be private."""
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
     environment = {
         name: value for name, value in os.environ.items() if name not in ("DVC_SITE_CACHE_DIR", "LOTLIP_FORK_SERVER")
     }
     environment |= {"PYTHONPATH": f"{project}{os.pathsep}{ROOT}", "DVC_NO_ANALYTICS": "1"}
     command = [sys.executable, "-m", "flows.runtime.dvc", "doctor"]
-    said = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True).stdout
-    (site,) = [Path(line.partition(": ")[2]) for line in said.splitlines() if line.startswith("Repo.site_cache_dir")]
+    output = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=True).stdout
+    (site,) = [Path(line.partition(": ")[2]) for line in output.splitlines() if line.startswith("Repo.site_cache_dir")]
     assert site.is_relative_to(tmp_path / "cache")
     closed = [
         folder for folder in site.parents if folder.is_relative_to(tmp_path) and not folder.stat().st_mode & 0o077
@@ -195,7 +195,7 @@ def test_other_users_cannot_write_the_files_that_dvc_unpickles(project, tmp_path
 
 @pytest.mark.integration
 def test_a_project_without_git_runs_and_can_be_added_to_git_later(project):
-    (project / ".dvc" / "config").write_text("")  # as the project's own, which says nothing of git
+    (project / ".dvc" / "config").write_text("")  # like the project's own, without git
     run(project, "-m", "flows.runtime.dvc", "repro")
     assert (project / f"o{STAGES}").exists()
     subprocess.run(["git", "init", "--quiet"], cwd=project, check=True)
@@ -203,7 +203,7 @@ def test_a_project_without_git_runs_and_can_be_added_to_git_later(project):
     assert "no_scm" not in (project / ".dvc/config.local").read_text()
 
 
-# A stage with every kind of dependency: a parameter, a folder of code, a file outside of the project, another stage.
+# A stage with every kind of dependency: a parameter, a folder of code, an external file and another stage.
 ONE_OF_EACH = """
   {name}:
     cmd: cp -r code {name}
@@ -214,8 +214,8 @@ ONE_OF_EACH = """
 
 
 @pytest.fixture(scope="module")
-def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the project, which has two more stages, after a run, and a file that they read."""
+def finished_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a project of two more stages after a run, and with the external file."""
     folder = tmp_path_factory.mktemp("finished")
     (folder / "outside").write_text("outside")
     (folder / "project").mkdir()
@@ -230,9 +230,9 @@ def finished_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of that project, as the current folder."""
-    shutil.copytree(finished_once, tmp_path / "copy")
+def finished_copy(finished_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished project as the current folder."""
+    shutil.copytree(finished_project, tmp_path / "copy")
     project = tmp_path / "copy" / "project"
     monkeypatch.chdir(project)
     monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(project / ".site"))
@@ -240,12 +240,12 @@ def finished(finished_once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.integration
-def test_after_a_run_and_unrelated_edits_nothing_is_stale(finished):
+def test_after_a_run_and_unrelated_edits_nothing_is_stale(finished_copy):
     for runs in ([[]], [["first"], ["--single-item", "second"]]):
         assert is_up_to_date(runs)
-    (finished / "params.yaml").write_text("unused: 2\nsecond: 1\nfirst: 1\n")
-    (finished / "unrelated.txt").write_text("1")
-    os.utime(finished / "code" / "part" / "main.py", (1, 1))  # the contents are the same
+    (finished_copy / "params.yaml").write_text("unused: 2\nsecond: 1\nfirst: 1\n")
+    (finished_copy / "unrelated.txt").write_text("1")
+    os.utime(finished_copy / "code" / "part" / "main.py", (1, 1))  # the contents are unchanged
     assert is_up_to_date([[]])
 
 
@@ -282,41 +282,41 @@ def _replace(path: Path, old: str, new: str) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("run", [[], ["first"], ["--single-item", "first"]], ids=" ".join)
-def test_changed_stages_are_stale(finished, change, run):
-    CHANGES[change](finished)
+def test_changed_stages_are_stale(finished_copy, change, run):
+    CHANGES[change](finished_copy)
     assert not is_up_to_date([run])
 
 
 @pytest.mark.integration
-def test_only_the_named_stages_are_checked(finished):
-    (finished / "params.yaml").write_text("first: 1\nsecond: 2\n")
+def test_only_the_named_stages_are_checked(finished_copy):
+    (finished_copy / "params.yaml").write_text("first: 1\nsecond: 2\n")
     assert is_up_to_date([["first"]])
     assert not is_up_to_date([["first", "second"]])
     assert not is_up_to_date([["first"], ["--single-item", "second"]])
-    (finished / f"o{STAGES}").unlink()
+    (finished_copy / f"o{STAGES}").unlink()
     assert is_up_to_date([["first"]])
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize(("current", "stale"), [("first", "second"), ("second", "first")])
-def test_one_of_several_stages_with_the_same_inputs_can_be_stale(finished, current, stale):
-    CHANGES["code"](finished)
-    run(finished, "-m", "dvc", "repro", current)
+def test_one_of_several_stages_with_the_same_inputs_can_be_stale(finished_copy, current, stale):
+    CHANGES["code"](finished_copy)
+    run(finished_copy, "-m", "dvc", "repro", current)
     assert is_up_to_date([[current]])
     for runs in ([[]], [[current, stale]], [[stale, current]], [[stale]]):
         assert not is_up_to_date(runs)
 
 
 @pytest.mark.integration
-def test_with_single_item_earlier_stages_are_not_checked(finished):
-    _replace(finished / "dvc.yaml", "flows.write o1", "flows.write  o1")
+def test_with_single_item_earlier_stages_are_not_checked(finished_copy):
+    _replace(finished_copy / "dvc.yaml", "flows.write o1", "flows.write  o1")
     assert is_up_to_date([["--single-item", "first"]])
     assert not is_up_to_date([["first"]])
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("arguments", [["--force"], ["--dry", "first"], ["missing"]], ids=" ".join)
-def test_unknown_arguments_are_left_to_dvc(finished, arguments):
+def test_unknown_arguments_are_passed_to_dvc(finished_copy, arguments):
     assert not is_up_to_date([arguments])
 
 
@@ -332,11 +332,11 @@ print("started", started, "imported", [name for name in {HEAVY!r} if name in sys
 
 
 @pytest.mark.integration
-def test_a_reproduction_with_nothing_to_do_starts_and_imports_nothing_heavy(project):
+def test_a_reproduction_without_stale_stages_imports_no_heavy_package(project):
     shutil.copy(ROOT / "params.yaml", project)
-    (project / "lotlip").symlink_to(ROOT / "lotlip")  # names of inputs are below it
+    (project / "lotlip").symlink_to(ROOT / "lotlip")  # inputs are below it
     run(project, "-m", "dvc", "repro")
-    said = run(project, "-c", REPRODUCE).stdout
-    assert "started [] imported []" in said
-    assert str(project / "report" / "index.html") in said
+    output = run(project, "-c", REPRODUCE).stdout
+    assert "started [] imported []" in output
+    assert str(project / "report" / "index.html") in output
     assert json.loads((project / ".lotlip" / "reproduce.json").read_text())["seconds"] < 60

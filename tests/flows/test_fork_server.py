@@ -1,4 +1,4 @@
-"""The fork server: what it imports leaves GPUs to its forks."""
+"""Imports of the fork server do not initialise CUDA."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 
 from lotlip.core.code import ROOT
 
-# CUDA that was initialised before a fork cannot be used after it. On a machine without a GPU, stand-ins for the
-# functions through which torch reaches the driver take down who calls them; on one with a GPU, a fork uses it.
+# CUDA cannot be used after a fork if it was initialised before. Without a GPU, stand-ins for torch's functions of the
+# driver record their calls; with a GPU, a fork uses it.
 PROBE = """
     import importlib, json, os, sys, traceback
     import torch

@@ -1,4 +1,4 @@
-"""Ctrl-C ends every program by one line and status 130, at any moment."""
+"""Ctrl-C ends every program with one line and status 130, at any time."""
 
 from __future__ import annotations
 

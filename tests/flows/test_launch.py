@@ -1,4 +1,4 @@
-"""How training is started: the commands, and real runs of the tiny world by each launcher on loopback."""
+"""Starting training: commands, and runs of the tiny world by each launcher on loopback."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_one_machine_needs_a_launcher_for_several_processes_only():
     assert command[1:] == ["-m", "flows.runtime.local_launch", "4", "m", "x"]
 
 
-def test_a_hostfile_goes_to_deepspeed(tmp_path):
+def test_a_hostfile_is_passed_to_deepspeed(tmp_path):
     path = hostfile(tmp_path, "# two machines\nnode-a slots=8\n\nnode-b slots=8  # the second\n")
     assert read_hostfile(path) == {"node-a": 8, "node-b": 8}
     command = launch("m", ["x"], 16, HostfileLaunch(kind="hostfile", path=path, port=1234))
@@ -51,7 +51,7 @@ def test_a_hostfile_goes_to_deepspeed(tmp_path):
     assert command[-2:] == ["m", "x"]
 
 
-def test_deepspeed_reads_the_hostfile_as_we_do():
+def test_deepspeed_reads_the_hostfile_equally():
     from deepspeed.launcher.runner import fetch_hostfile
 
     path = ROOT / "infra" / "deepspeed" / "hostfile"
@@ -106,11 +106,11 @@ def test_an_invalid_launch_is_an_error_with_its_reason(launched, message):
         TrainingCompute(processes=8, launch=launched)
 
 
-# --- joining ------------------------------------------------------------------------------------------------------
+# --- agents -------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def joining(folder: Path) -> Iterator[subprocess.Popen[str]]:
+def start_agent(folder: Path) -> Iterator[subprocess.Popen[str]]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = start_group(
         [sys.executable, "-m", "flows.runtime.agent"], cwd=folder, env=environment, stdout=subprocess.PIPE, text=True
@@ -126,7 +126,7 @@ def test_agents_run_the_announced_training_until_the_announcement_is_removed(tmp
     monkeypatch.chdir(tmp_path)
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="localhost:1")
     program = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(600)"
-    with joining(tmp_path) as process:
+    with start_agent(tmp_path) as process:
         assert process.stdout is not None
         with join.announced(["python", "-c", program, "--rdzv-conf=is_host=1"], how):
             assert process.stdout.readline().startswith("joining -c import os, time")
@@ -144,17 +144,17 @@ def test_other_launches_announce_nothing(tmp_path, monkeypatch):
         assert not join.ANNOUNCED.exists()
 
 
-# --- whole runs ---------------------------------------------------------------------------------------------------
+# --- complete runs ------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """The losses of one process that trains by itself."""
+def single_process_losses(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of training in one process."""
     return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
 
 
 def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:
-    """Trains a few steps as the flow would; gives the losses."""
+    """Trains a few steps like the flow, and returns the losses."""
     job = tiny_job(world, folder, {"steps": 3, "processes": processes})
     job.write(folder / "job.json")
     command = launch(TRAINING, [str(folder / "job.json")], processes, how)
@@ -164,8 +164,8 @@ def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """A folder as the project's, where training finds this checkout's code."""
+def project(tmp_path, monkeypatch) -> Path:
+    """A project folder in which training finds this checkout's code."""
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -173,16 +173,16 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.system
 @pytest.mark.smoke
-def test_training_on_two_machines_equals_training_on_one(alone, tiny_world, here):
+def test_training_on_two_machines_equals_training_on_one(single_process_losses, tiny_world, project):
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
-    with joining(here):
-        assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
+    with start_agent(project):
+        assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
 @pytest.mark.system
-def test_training_with_deepspeeds_launcher_equals_training_in_one_process(alone, tiny_world, here):
-    how = HostfileLaunch(kind="hostfile", path=hostfile(here, "localhost slots=2\n"), port=free_port())
-    assert train(tiny_world, here, how) == pytest.approx(alone, abs=1e-5)
+def test_training_with_deepspeeds_launcher_equals_training_in_one_process(single_process_losses, tiny_world, project):
+    how = HostfileLaunch(kind="hostfile", path=hostfile(project, "localhost slots=2\n"), port=free_port())
+    assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
 SRUN = """#!/bin/sh
@@ -195,29 +195,33 @@ wait $first && exit $second
 
 
 @pytest.mark.system
-def test_slurm_starts_every_process_of_every_node(here, monkeypatch):
-    """With a stand-in for srun that starts both nodes' tasks on this one."""
-    (here / "bin").mkdir()
-    srun = here / "bin" / "srun"
+def test_slurm_starts_every_process_of_every_node(project, monkeypatch):
+    """A stand-in for srun starts the tasks of both nodes on this machine."""
+    (project / "bin").mkdir()
+    srun = project / "bin" / "srun"
     srun.write_text(SRUN)
     srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    (here / "process.py").write_text(
+    (project / "process.py").write_text(
         "import os, pathlib; pathlib.Path('rank-' + os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
     )
     how = SlurmLaunch(kind="slurm", nodes=2, port=free_port())
-    run_group(launch("process", [], 4, how), print, here / "errors.log")
-    assert {path.name: path.read_text() for path in here.glob("rank-*")} == {f"rank-{rank}": "4" for rank in range(4)}
-    assert (here / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
+    run_group(launch("process", [], 4, how), print, project / "errors.log")
+    assert {path.name: path.read_text() for path in project.glob("rank-*")} == {
+        f"rank-{rank}": "4" for rank in range(4)
+    }
+    assert (project / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("processes", [1, 2])
-def test_training_on_one_machine_listens_on_loopback_at_most(tiny_world, here, processes):
-    job = tiny_job(tiny_world, here, {"steps": 100000, "processes": processes})
-    job.write(here / "job.json")
-    with group(launch(TRAINING, [str(here / "job.json")], processes, LocalLaunch()), stdout=subprocess.PIPE) as started:
+def test_training_on_one_machine_listens_on_loopback_only(tiny_world, project, processes):
+    job = tiny_job(tiny_world, project, {"steps": 100000, "processes": processes})
+    job.write(project / "job.json")
+    with group(
+        launch(TRAINING, [str(project / "job.json")], processes, LocalLaunch()), stdout=subprocess.PIPE
+    ) as started:
         assert started.stdout is not None
         assert any(b"step 3/" in line for line in started.stdout)
         launched = psutil.Process(started.pid)
@@ -234,7 +238,7 @@ def test_training_on_one_machine_listens_on_loopback_at_most(tiny_world, here, p
 
 # --- reasons ------------------------------------------------------------------------------------------------------
 
-# What torch.distributed.run writes when a worker has ended with an error.
+# Output of torch.distributed.run after an error in a worker.
 TORCHRUN_BLOCK = """
 ============================================================
 m FAILED
@@ -264,19 +268,19 @@ Root Cause (first observed failure):
         ("[rank1]: torch.OutOfMemoryError: CUDA out of memory", "torch.OutOfMemoryError: CUDA out of memory"),
     ],
 )
-def test_the_reason_of_a_failure_is_found_before_torchruns_report(written, reason):
+def test_the_reason_of_a_failure_comes_from_before_torchruns_report(written, reason):
     end = "Traceback (most recent call last):\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     assert reason_of(written + "\n" + end + TORCHRUN_BLOCK) == reason
     assert reason_of(written) == reason
 
 
 def test_the_reason_of_a_silent_process_is_torchruns_line_about_it():
-    seen = "E1128 05:00:00.000000 7 torch/distributed/elastic/api.py:984] failed (exitcode: 3) local_rank: 0 (pid: 8)"
+    line = "E1128 05:00:00.000000 7 torch/distributed/elastic/api.py:984] failed (exitcode: 3) local_rank: 0 (pid: 8)"
     end = "Traceback (most recent call last):\ntorch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n"
     srun = "srun: error: node-1: task 0: Exited with exit code 1\nsrun: Terminating StepId=5.0\n"
-    assert reason_of(f"{seen}\n{end}{TORCHRUN_BLOCK}{srun}") == "failed (exitcode: 3) local_rank: 0"
+    assert reason_of(f"{line}\n{end}{TORCHRUN_BLOCK}{srun}") == "failed (exitcode: 3) local_rank: 0"
     killed = TORCHRUN_BLOCK.replace("To enable traceback see", "Signal 9 (SIGKILL) received by PID 8; see")
-    assert reason_of(f"{seen}\n{end}{killed}") == "Signal 9 (SIGKILL) received by PID 8"
+    assert reason_of(f"{line}\n{end}{killed}") == "Signal 9 (SIGKILL) received by PID 8"
 
 
 def test_the_reason_of_a_failure_without_an_error_is_its_last_line():
@@ -285,9 +289,9 @@ def test_the_reason_of_a_failure_without_an_error_is_its_last_line():
 
 
 @pytest.mark.integration
-def test_the_first_process_that_fails_ends_the_others(here):
-    (here / "process.py").write_text(
+def test_the_first_process_that_fails_ends_the_others(project):
+    (project / "process.py").write_text(
         "import os, sys, time\nif os.environ['RANK'] == '1': sys.exit('error: rank 1 cannot')\ntime.sleep(600)"
     )
     with pytest.raises(StageFailed, match="rank 1 cannot"):
-        run_group(launch("process", [], 2, LocalLaunch()), print, here / "errors.log")
+        run_group(launch("process", [], 2, LocalLaunch()), print, project / "errors.log")

@@ -1,4 +1,4 @@
-"""What ends, and what is left, when a process is killed: the fork server, its forks, processes that stages start."""
+"""Killing a process ends the processes it started and leaves no files: fork server, forks and stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.workspace import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 
-# A program that starts another one as stages do, and says who they are.
+# Starts another program like a stage, and prints the numbers of both processes.
 PARENT = """
 import os, sys, time
 from flows.runtime.supervisor import start_group
@@ -33,13 +33,13 @@ child = start_group([sys.executable, "-c", "import time; time.sleep(600)"])
 print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
-# `python -m flows.runtime.fork_server` without the seconds that its imports take
+# `python -m flows.runtime.fork_server` without its imports, which take seconds
 QUICK = "import socket, sys; from flows.runtime import fork_server; fork_server.PRELOADED = (); \
 fork_server._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
 
 
 @pytest.fixture
-def quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
+def fast_fork_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, str]]:
     """The environment of programs that use a fork server without preloaded modules."""
 
     def start(command: list[str], **options: Any) -> subprocess.Popen[Any]:
@@ -73,18 +73,18 @@ def program(environment: dict[str, str], *command: str, **options: Any) -> Itera
         process.communicate()
 
 
-def started(process: subprocess.Popen[str], count: int = 2) -> list[psutil.Process]:
-    """The processes whose numbers the program prints."""
+def printed_processes(process: subprocess.Popen[str], count: int = 2) -> list[psutil.Process]:
+    """The processes whose numbers a program prints."""
     assert process.stdout is not None
     numbers = process.stdout.readline().split()
     assert len(numbers) == count, process.communicate()[1]
     return [psutil.Process(int(number)) for number in numbers]
 
 
-def end(processes: list[psutil.Process]) -> bool:
-    """Whether they all end by themselves; in a container, nobody may collect the status of those that have."""
+def have_ended(processes: list[psutil.Process]) -> bool:
+    """Whether all processes end by themselves. In a container, ended ones may remain zombies."""
     deadline = time.monotonic() + 60
-    while alive := [process for process in processes if lives(process)]:
+    while alive := [process for process in processes if is_alive(process)]:
         if time.monotonic() > deadline:
             for process in alive:
                 process.kill()
@@ -93,37 +93,37 @@ def end(processes: list[psutil.Process]) -> bool:
     return True
 
 
-def lives(process: psutil.Process) -> bool:
+def is_alive(process: psutil.Process) -> bool:
     return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.integration
-def test_killing_the_fork_server_ends_its_forks_and_their_processes(quick):
-    with program(quick, "-m", "flows.runtime.run", "parent") as client:
-        processes = started(client)
+def test_killing_the_fork_server_ends_its_forks_and_their_processes(fast_fork_server):
+    with program(fast_fork_server, "-m", "flows.runtime.run", "parent") as client:
+        processes = printed_processes(client)
         assert processes[0].ppid() == server().pid
         server().kill()
-        assert end(processes)
+        assert have_ended(processes)
         assert client.wait(60) == 1
         assert "killed" in client.communicate()[1]
 
 
 @pytest.mark.integration
-def test_forks_collect_garbage_as_usual(quick, tmp_path):
+def test_forks_collect_garbage(fast_fork_server, tmp_path):
     (tmp_path / "collects.py").write_text("import gc; print(gc.isenabled())")
-    with program(quick, "-m", "flows.runtime.run", "collects") as client:
+    with program(fast_fork_server, "-m", "flows.runtime.run", "collects") as client:
         assert client.communicate(timeout=60)[0] == "True\n"
 
 
 @pytest.mark.integration
-def test_the_fork_server_survives_a_client_that_ends_before_its_request(quick):
+def test_the_fork_server_survives_a_client_that_ends_before_its_request(fast_fork_server):
     for sent in (b"", b"\0" * 3, (100).to_bytes(8, "big") + b"{"):
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.connect(quick[SOCKET])
+            connection.connect(fast_fork_server[SOCKET])
             if sent:
                 socket.send_fds(connection, [sent], [0, 1, 2])
-    with program(quick, "-m", "flows.runtime.run", "parent") as client:
-        assert started(client)[0].ppid() == server().pid
+    with program(fast_fork_server, "-m", "flows.runtime.run", "parent") as client:
+        assert printed_processes(client)[0].ppid() == server().pid
 
 
 @pytest.mark.integration
@@ -138,31 +138,31 @@ def test_the_fork_server_leaves_no_folder_however_its_owner_ends(tmp_path, monke
     monkeypatch.setattr("lotlip.core.temporary.SOCKET_BASE_BYTES", 90)
     with program(environment, "-c", "import lotlip.core.temporary as t; t.SOCKET_BASE_BYTES = 90\n" + owner) as process:
         assert process.stdout is not None
-        left = Path(process.stdout.readline().strip()).parent
+        folder = Path(process.stdout.readline().strip()).parent
         processes = psutil.Process(process.pid).children()
         process.kill()
         process.wait()
-        assert end(processes)
-    assert left.is_dir() and left.parent == tmp_path
+        assert have_ended(processes)
+    assert folder.is_dir() and folder.parent == tmp_path
     monkeypatch.setattr(
         fork_server_module,
         "start_group",
         lambda command, **options: start_group([*command[:1], "-c", QUICK, command[-1]], **options),
     )
     with fork_server({**os.environ, "PYTHONPATH": str(ROOT)}):
-        assert not left.exists()
+        assert not folder.exists()
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.integration
-def test_a_program_ends_with_the_process_that_started_it(tmp_path):
+def test_a_program_ends_with_its_parent(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", PARENT) as parent:
-        processes = started(parent)
+        processes = printed_processes(parent)
         parent.kill()
-        assert end(processes[1:])
+        assert have_ended(processes[1:])
 
 
-# Trains two seeds side by side, each with two workers of the loader that are stuck in their first sample.
+# Trains two seeds in parallel, each with two loader workers that hang in their first sample.
 STUCK = """
 import os, time
 import torch
@@ -191,9 +191,9 @@ trainer.train_in_parallel(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 @pytest.mark.integration
 def test_stuck_processes_of_a_killed_training_end_with_it(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", STUCK) as training:
-        processes = [started(training, 1)[0] for _ in range(6)]
+        processes = [printed_processes(training, 1)[0] for _ in range(6)]
         training.kill()
-        assert end(processes)
+        assert have_ended(processes)
 
 
 @pytest.mark.integration
@@ -208,17 +208,17 @@ def test_a_stage_ends_when_dvc_is_killed(tmp_path, monkeypatch):
         with fork_server_process.accept()[0]:  # never answers
             stage = psutil.Process(dvc.pid).children()
             dvc.kill()
-            assert stage and end(stage)
+            assert stage and have_ended(stage)
 
 
 def test_a_program_started_in_a_thread_outlives_the_thread():
-    found: list[subprocess.Popen[Any]] = []
+    processes: list[subprocess.Popen[Any]] = []
     thread = threading.Thread(
-        target=lambda: found.append(start_group(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        target=lambda: processes.append(start_group(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
     )
     thread.start()
     thread.join()
-    (process,) = found
+    (process,) = processes
     try:
         assert process.communicate(b"alive") == (b"alive", None)
         assert process.returncode == 0
@@ -236,16 +236,16 @@ def test_a_child_exits_if_its_parent_ended_before_it_was_bound(tmp_path):
 @pytest.mark.integration
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
 def test_the_supervisor_ends_all_processes_of_its_command(sign):
-    """As a stage's servers and their workers: grandchildren that know nothing of their grandparent."""
+    """Grandchildren end, too, such as workers of a stage's servers."""
     owner = """
 from flows.runtime.supervisor import exit_on_signals, group, supervised
 with exit_on_signals(), group(supervised(["sh", "-c", "sleep 600 & echo $$ $!; wait"])) as process:
     process.wait()
 """
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", owner) as parent:
-        processes = started(parent)
+        processes = printed_processes(parent)
         parent.send_signal(sign)
-        assert end(processes)
+        assert have_ended(processes)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -275,7 +275,7 @@ with prefect_for_program():
     environment = {name: value for name, value in os.environ.items() if name != "PREFECT_API_URL"}
     environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
     with program(environment, "-c", script, cwd=tmp_path) as stage:
-        processes = started(stage)
+        processes = printed_processes(stage)
         assert processes[1].cmdline()[1:4] == ["-m", "flows.runtime.applications", "prefect"]
         stage.kill()
-        assert end(processes[1:])
+        assert have_ended(processes[1:])

@@ -1,4 +1,4 @@
-"""examples/openclipart: a slice of its drawings through the whole pipeline, with pretrained towers."""
+"""examples/openclipart: some drawings in the complete pipeline, with pretrained towers."""
 
 import importlib.util
 import json
@@ -29,7 +29,7 @@ def skip_without_packages() -> None:
 
 
 def slice_of(params: dict[str, Any]) -> None:
-    """Small pictures, a third of them held out, and one short ablation."""
+    """Small images, a third of them held out, and one short ablation."""
     params["ingest"]["source"]["test_share"] = 0.3
     params["ingest"]["partition_size"] = 200
     params["image_tower"]["image_size"] = 96
@@ -55,6 +55,6 @@ def scores(make_workspace) -> dict[str, Any]:
 
 @pytest.mark.parametrize("text", ["short", "long"])
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
-def test_held_out_drawings_are_found_far_more_often_than_by_chance(scores, text, direction):
+def test_recall_of_held_out_drawings_is_far_above_chance(scores, text, direction):
     name = f"{text}.{direction}.r10"
     assert scores["seeds"]["0"][name] > 2 * scores["chance"][name]

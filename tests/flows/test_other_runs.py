@@ -1,4 +1,4 @@
-"""Runs that do not go as the demo's: killed half way, and on pictures of one's own."""
+"""Killed runs, and runs on the user's images."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from tests.workspace import tiny
 pytestmark = pytest.mark.system
 
 
-def test_a_stage_killed_half_way_resumes(make_workspace) -> None:
+def test_a_killed_stage_resumes(make_workspace) -> None:
     workspace = make_workspace()
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=5))
@@ -33,34 +33,34 @@ def test_a_stage_killed_half_way_resumes(make_workspace) -> None:
     process.wait()
     assert not (workspace.folder / "data" / "ingest").exists()
     # The kill may fall between the last partition and the record of its input.
-    written = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished[:-1]}
+    times = {path.stem: path.with_suffix(".tar").stat().st_mtime_ns for path in finished[:-1]}
     workspace.python("flows.stages.ingest")
     published = workspace.folder / "data" / "ingest" / "train"
     assert len(list(published.glob("part-*.json"))) == 48
-    for name, when in written.items():
+    for name, when in times.items():
         assert (published / f"{name}.tar").stat().st_mtime_ns == when, f"{name} was done again"
     assert not scratch.exists()
 
 
 @pytest.mark.smoke
 def test_own_images(make_workspace, tmp_path: Path) -> None:
-    """A folder of pictures with some that are broken, by the profile for it."""
+    """A folder of images, some of them broken, with the profile for own images."""
     from lotlip.demo.world import generate_scene, render
 
     workspace = make_workspace()
-    pictures = workspace.folder / "my-images"
-    pictures.mkdir()
+    images = workspace.folder / "my-images"
+    images.mkdir()
     for number in range(60):
         scene = generate_scene(7, "train", number)
-        render(scene, 64).save(pictures / f"{number:03d}.png")
-        (pictures / f"{number:03d}.txt").write_text(f"a picture of number {number}")
-    (pictures / "001.png").write_bytes(b"not a picture")
-    (pictures / "002.txt").write_text(" \n")
-    (pictures / "003.txt").write_bytes(b"caf\xe9")
+        render(scene, 64).save(images / f"{number:03d}.png")
+        (images / f"{number:03d}.txt").write_text(f"a picture of number {number}")
+    (images / "001.png").write_bytes(b"not an image")
+    (images / "002.txt").write_text(" \n")
+    (images / "003.txt").write_bytes(b"caf\xe9")
     (workspace.folder / "params.yaml").write_text((workspace.folder / "profiles" / "own-images.yaml").read_text())
 
     def small(params):
-        params["image_tower"] = {"kind": "scenes"}  # the profile's own tower comes from the model hub
+        params["image_tower"] = {"kind": "scenes"}  # the profile's tower needs the model hub
         params["image_tower"] |= {"scenes": 64, "epochs": 1, "width": 32, "depth": 1, "heads": 2, "min_accuracy": 0.0}
         params["pretrain"] |= {"steps": 4, "batch_size": 16}
         params["compute"] = {"training": {"max_final_loss_share": 2.0}}
@@ -87,7 +87,7 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
 
 
 def tar_of(path: Path, samples: dict[str, tuple[bytes, str, str]]) -> None:
-    """A tar as img2dataset writes it: image, caption and address of each sample."""
+    """Writes a tar like img2dataset, with image, caption and address of each sample."""
     import io
     import tarfile
 
@@ -102,7 +102,7 @@ def tar_of(path: Path, samples: dict[str, tuple[bytes, str, str]]) -> None:
 
 
 def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
-    """img2dataset's tars and DreamLIP's table: from raw files to shards that `lotlip verify` finds in order."""
+    """Tars of img2dataset and a table of DreamLIP become shards that `lotlip verify` accepts."""
     import csv
     import io
 
@@ -114,7 +114,7 @@ def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
     workspace = make_workspace()
     raw = workspace.folder / "raw"
 
-    def picture(number: int, form: str = "JPEG", side: int = 64) -> bytes:
+    def image_bytes(number: int, form: str = "JPEG", side: int = 64) -> bytes:
         file = io.BytesIO()
         render(generate_scene(7, "train", number), 64).resize((side, side)).save(file, form)
         return file.getvalue()
@@ -127,16 +127,16 @@ def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
         samples = {}
         for number in range(tar * 30, tar * 30 + 30):
             url = address(number)
-            samples[f"{tar:05d}{number:04d}"] = (picture(number), f"A picture of number {number}.", url)
+            samples[f"{tar:05d}{number:04d}"] = (image_bytes(number), f"A picture of number {number}.", url)
             rows.append([url, f"Number {number} in long. It has a second sentence, number {number * 7}."])
         if tar == 0:
             first = next(iter(samples))
-            samples[first] = (picture(0, "PNG"), *samples[first][1:])  # not what its name says
+            samples[first] = (image_bytes(0, "PNG"), *samples[first][1:])  # the file extension is wrong
         if tar == 1:
             last = list(samples)[-1]
-            samples[last] = (picture(35), *samples[last][1:])  # the picture of another sample
+            samples[last] = (image_bytes(35), *samples[last][1:])  # the image of another sample
             broken = list(samples)[3]
-            samples[broken] = (b"no picture", *samples[broken][1:])
+            samples[broken] = (b"not an image", *samples[broken][1:])
         tar_of(raw / "images" / f"{tar:05d}.tar", samples)
     cut = raw / "images" / "00003.tar"
     cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
@@ -144,8 +144,8 @@ def test_a_published_data_set_with_some_bad_samples(make_workspace) -> None:
     benchmark.mkdir()
     source = WebDatasetSourceConfig(kind="webdataset", path=raw / "images")
     trained = (number for number in range(60, 90) if split_of(key_of(address(number)), source) == "train")
-    (benchmark / "a.jpg").write_bytes(picture(next(trained)))
-    (benchmark / "b.webp").write_bytes(picture(next(trained), "WEBP", side=100))
+    (benchmark / "a.jpg").write_bytes(image_bytes(next(trained)))
+    (benchmark / "b.webp").write_bytes(image_bytes(next(trained), "WEBP", side=100))
     with (raw / "captions.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["Image Path", "longSV_captions"], *rows])
 

@@ -1,4 +1,4 @@
-"""What stages write: dvc.yaml and lotlip.config.outputs agree, foreign files survive `dvc repro` and `make clean`."""
+"""Outputs of stages: dvc.yaml agrees with lotlip.config.outputs, and foreign files are never removed."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def outs(stage: dict[str, Any]) -> dict[str, Any]:
 def test_dvc_knows_the_outputs_of_a_stage_and_does_not_remove_them(stage: str) -> None:
     paths = load_params(ROOT / "params.yaml").paths
     item = "x" if "foreach" in declared()[stage] else None
-    own = outputs(paths, "pretrain" if stage == "finetune" else stage, item)
-    found = outs(declared()[stage])
-    assert all(options == {"persist": True} for options in found.values())
-    named = {name.replace("${key}", "x") for name in found}
+    written = outputs(paths, "pretrain" if stage == "finetune" else stage, item)
+    declared_outputs = outs(declared()[stage])
+    assert all(options == {"persist": True} for options in declared_outputs.values())
+    named = {name.replace("${key}", "x") for name in declared_outputs}
     for key, path in paths:
         named = {name.replace(f"${{paths.{key}}}", str(path)) for name in named}
-    expected = {str(path) for path in [*own.folders, *own.files]}
-    if stage == "report":  # which needs no record: it shows itself
+    expected = {str(path) for path in [*written.folders, *written.files]}
+    if stage == "report":  # it has no record
         expected = {str(paths.report)}
     assert named == expected
 
@@ -73,7 +73,7 @@ def test_a_folder_that_no_stage_wrote_survives_dvc_repro(make_workspace: Any) ->
 # --- make clean -----------------------------------------------------------------------------------------------------
 
 
-def published(out: Path) -> None:
+def publish_some(out: Path) -> None:
     new = Path(".lotlip/new")
     new.mkdir(parents=True)
     (new / "index.json").write_text("{}")
@@ -81,9 +81,7 @@ def published(out: Path) -> None:
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-def test_clean_removes_what_stages_wrote_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool
-) -> None:
+def test_clean_removes_only_outputs_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "params.yaml").read_text(encoding="utf-8")
     if elsewhere:
@@ -97,11 +95,11 @@ def test_clean_removes_what_stages_wrote_and_nothing_else(
     stages += [(stage, "gone-from-params") for stage in ("pretrain", "evaluate")]
     ours: list[Path] = []
     for stage, item in stages:
-        own = outputs(paths, stage, item)
-        for folder in own.folders:
-            published(folder)
-        write_json(next(iter(own.files)), {"stage": stage, "seconds": 1, "gate": []})
-        ours += [*own.folders, next(iter(own.files))]
+        written = outputs(paths, stage, item)
+        for folder in written.folders:
+            publish_some(folder)
+        write_json(next(iter(written.files)), {"stage": stage, "seconds": 1, "gate": []})
+        ours += [*written.folders, next(iter(written.files))]
     write_json(paths.metrics / "gone-from-params.json", {"ablation": "x", "benchmarks": {}, "fingerprints": {}})
     write_json(paths.metrics / "summary" / "gone-from-params.json", {"scenes": {"r1": 0.5}})
     ours += [paths.metrics / "gone-from-params.json", paths.metrics / "summary" / "gone-from-params.json"]
@@ -138,7 +136,7 @@ def test_clean_removes_what_stages_wrote_and_nothing_else(
 def test_clean_fails_while_a_stage_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"))
-    published(Path("models/lit"))
+    publish_some(Path("models/lit"))
     with lock(Path(".lotlip/locks/pretrain-lit.lock")), pytest.raises(Locked, match="pretrain-lit"):
         list(clean(load_params()))
     assert Path("models/lit/index.json").is_file()

@@ -1,4 +1,4 @@
-"""A table of captions and pictures, `lotlip init`, `dvc repro`: a model scored next to the one it started from."""
+"""`lotlip init` and `dvc repro` on a table of captions, with scores of the model and its starting model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.workspace import Workspace
 
 pytestmark = pytest.mark.system
 
-PICTURES = 80
+IMAGES = 80
 
 
 def write_data(folder: Path) -> None:
@@ -25,7 +25,7 @@ def write_data(folder: Path) -> None:
     with (folder / "captions.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerow(["file_name", "caption", "detailed"])
-        for number in range(PICTURES):
+        for number in range(IMAGES):
             scene = generate_scene(7, "train", number)
             render(scene, 64).save(folder / "pictures" / f"{number:03}.jpg")
             table.writerow([f"{number:03}.jpg", short_caption(scene, random.Random(number)), long_text(scene)])

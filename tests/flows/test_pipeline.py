@@ -1,4 +1,4 @@
-"""The whole pipeline as a user runs it, on a tiny world."""
+"""The complete pipeline, run like a user on tiny data."""
 
 import json
 import signal
@@ -54,7 +54,7 @@ def test_the_runs_of_dvc_follow_the_command_line(
     assert dvc_runs(params, arguments) == runs
 
 
-def test_it_ends_with_a_report(reproduced: Workspace) -> None:
+def test_the_pipeline_writes_a_report(reproduced: Workspace) -> None:
     assert "Done in" in reproduced.output
     page = (reproduced.folder / "report" / "index.html").read_text()
     assert "This is the demo" in page
@@ -64,14 +64,14 @@ def test_it_ends_with_a_report(reproduced: Workspace) -> None:
     assert (reproduced.folder / "report" / "report.md").is_file()
 
 
-def test_scores_are_shown_with_their_protocol(reproduced: Workspace) -> None:
+def test_scores_are_stored_with_their_protocol(reproduced: Workspace) -> None:
     scores = json.loads((reproduced.folder / "metrics" / "lotlip.json").read_text())
-    found = scores["benchmarks"]["scenes"]
-    assert found["protocol"]["images"] == 60
-    assert found["protocol"]["context_length"] == 128
-    assert set(found["chance"]) <= set(found["seeds"]["0"])
-    assert len(found["weights_sha256"]["0"]) == 64
-    assert len(found["reading"]["0"]["hard_negatives"]["by_position"]) == 6
+    scenes = scores["benchmarks"]["scenes"]
+    assert scenes["protocol"]["images"] == 60
+    assert scenes["protocol"]["context_length"] == 128
+    assert set(scenes["chance"]) <= set(scenes["seeds"]["0"])
+    assert len(scenes["weights_sha256"]["0"]) == 64
+    assert len(scenes["reading"]["0"]["hard_negatives"]["by_position"]) == 6
     assert scores["config"]["text"]["corner_tokens"] == 2
     assert json.loads((reproduced.folder / "metrics" / "lit.json").read_text())["config"]["text"]["corner_tokens"] == 0
 
@@ -83,10 +83,10 @@ def test_every_flow_and_unit_is_in_prefect(reproduced: Workspace) -> None:
             "group by 1, 2"
         ).fetchall()
         units = store.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()[0]
-    once = dict.fromkeys(("baselines", "image-tower", "ingest", "report", "shard"), 1)
-    assert {name: count for name, _, count in flows} == {**once, "caption": 3, "evaluate": 3, "pretrain": 3}
+    single_runs = dict.fromkeys(("baselines", "image-tower", "ingest", "report", "shard"), 1)
+    assert {name: count for name, _, count in flows} == {**single_runs, "caption": 3, "evaluate": 3, "pretrain": 3}
     assert {state for _, state, _ in flows} == {"COMPLETED"}
-    assert units == 5 + 3 * 5 + 4  # partitions, partitions by captioner, shards
+    assert units == 5 + 3 * 5 + 4  # partitions, partitions of each captioner, shards
 
 
 def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> None:
@@ -99,10 +99,10 @@ def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> N
     assert run.data.params["text.corner_tokens"] == "2"
     assert run.data.params["seed"] == "0"
     assert {"ablation", "data_hash", "git_commit"} <= set(run.data.tags)
-    found = json.loads((reproduced.folder / "metrics" / "lotlip.json").read_text())["benchmarks"]["scenes"]
-    for name, value in found["seeds"]["0"].items():
+    scenes = json.loads((reproduced.folder / "metrics" / "lotlip.json").read_text())["benchmarks"]["scenes"]
+    for name, value in scenes["seeds"]["0"].items():
         assert run.data.metrics[f"scenes.{name}"] == pytest.approx(value)
-    accuracy = found["reading"]["0"]["hard_negatives"]["accuracy"]["value"]
+    accuracy = scenes["reading"]["0"]["hard_negatives"]["accuracy"]["value"]
     assert run.data.metrics["scenes.reading.hard_negatives.accuracy"] == pytest.approx(accuracy)
     for curve in ("loss", "temperature", "learning_rate", "samples_per_second"):
         assert [point.step for point in client.get_metric_history(run.info.run_id, f"train.{curve}")] == [2, 4, 6]
@@ -119,37 +119,37 @@ def store(folder: Path) -> str:
     return f"sqlite:///{folder / 'mlflow.db'}"
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """Run's name → all that a store tells of it, but for ids, times and who ran it."""
+def store_contents(folder: Path) -> dict[str, Any]:
+    """Name of a run → its stored contents without ids, times and user."""
     from mlflow import MlflowClient
 
     client = MlflowClient(store(folder))
     experiment = client.get_experiment_by_name("lotlip")
     assert experiment is not None
-    found: dict[str, Any] = {}
+    by_name: dict[str, Any] = {}
     for run in client.search_runs([experiment.experiment_id]):
-        assert run.info.run_name not in found
+        assert run.info.run_name not in by_name
         figures = client.list_artifacts(run.info.run_id, "figures/scenes")
         (output,) = run.outputs.model_outputs
-        made = client.get_logged_model(output.model_id)
-        kept = Path(made.artifact_location.removeprefix("file://"))
-        found[run.info.run_name] = {
+        model = client.get_logged_model(output.model_id)
+        model_folder = Path(model.artifact_location.removeprefix("file://"))
+        by_name[run.info.run_name] = {
             "status": run.info.status,
             "tags": {key: value for key, value in run.data.tags.items() if key not in ("mlflow.user",)},
             "params": run.data.params,
             "metrics": run.data.metrics,
             "loss": [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "train.loss")],
             "figures": {Path(file.path).name: file.file_size for file in figures},
-            "model": (made.name, made.status, sha256_files([kept / "data" / "model.safetensors"])),
+            "model": (model.name, model.status, sha256_files([model_folder / "data" / "model.safetensors"])),
         }
-    return found
+    return by_name
 
 
 @pytest.fixture(scope="module")
 def clone(reproduced: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh clone of the checkout, without an MLflow store, after `dvc pull`."""
     remote, published, clone = (tmp_path_factory.mktemp("restore") / name for name in ("remote", "published", "clone"))
-    reproduced.run("dvc", "remote", "add", "--local", "--default", "here", str(remote))  # --local: it leaves no commit
+    reproduced.run("dvc", "remote", "add", "--local", "--default", "here", str(remote))  # --local: not committed
     reproduced.run("dvc", "push", "--quiet")
     subprocess.run(["git", "clone", "--quiet", reproduced.folder, published], check=True)
     for name in ("params.yaml", "dvc.lock"):
@@ -177,22 +177,22 @@ def run(workspace: Workspace, clone: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_store_is_rebuilt_without_training(reproduced: Workspace, clone: Path) -> None:
+def test_the_store_is_restored_without_training(reproduced: Workspace, clone: Path) -> None:
     assert not (clone / "mlflow.db").exists()
-    said = run(reproduced, clone, "-m", "flows.restore")
-    assert "lit: 1 seeds, scores on scenes" in said
-    assert "MLflow has 3 ablations" in said
-    expected, found = contents(reproduced.folder), contents(clone)
-    assert set(found) == set(expected) == {"lit-seed0", "lotlip-seed0", "long-clip-seed0"}
-    for name, told in expected.items():
-        for what, value in told.items():
-            assert found[name][what] == value, (name, what)
-    assert not (clone / ".lotlip" / "work").exists()  # where stages work
+    output = run(reproduced, clone, "-m", "flows.restore")
+    assert "lit: 1 seeds, scores on scenes" in output
+    assert "MLflow has 3 ablations" in output
+    expected, restored = store_contents(reproduced.folder), store_contents(clone)
+    assert set(restored) == set(expected) == {"lit-seed0", "lotlip-seed0", "long-clip-seed0"}
+    for name, run_contents in expected.items():
+        for field, value in run_contents.items():
+            assert restored[name][field] == value, (name, field)
+    assert not (clone / ".lotlip" / "work").exists()  # the working folder of stages
     run(reproduced, clone, "-m", "flows.restore")
-    assert contents(clone) == found
+    assert store_contents(clone) == restored
 
 
-def test_the_report_comes_with_the_outputs_and_can_be_made_again(reproduced: Workspace, clone: Path) -> None:
+def test_the_report_is_pulled_and_can_be_rebuilt(reproduced: Workspace, clone: Path) -> None:
     assert "didn't change" in run(reproduced, clone, "-m", "dvc", "repro", "--dry", "report")
     assert "Running stage" not in run(reproduced, clone, "-m", "dvc", "repro", "--dry")
     before = {file.relative_to(clone): file.read_bytes() for file in (clone / "report").rglob("*") if file.is_file()}
@@ -202,7 +202,7 @@ def test_the_report_comes_with_the_outputs_and_can_be_made_again(reproduced: Wor
     assert after == before
 
 
-def test_dvc_shows_what_is_worth_comparing(reproduced: Workspace, clone: Path) -> None:
+def test_dvc_shows_metrics_and_plots(reproduced: Workspace, clone: Path) -> None:
     shown = run(reproduced, clone, "-m", "dvc", "metrics", "show", "--md")
     assert "scenes.long.text_to_image.r1" in shown
     assert "protocol" not in shown
@@ -214,7 +214,7 @@ def test_dvc_shows_what_is_worth_comparing(reproduced: Workspace, clone: Path) -
     assert "<DVC_METRIC" not in page
 
 
-def test_without_outputs_the_error_says_how_to_get_them(reproduced: Workspace, clone: Path, tmp_path: Path) -> None:
+def test_missing_outputs_are_an_error_with_a_remedy(reproduced: Workspace, clone: Path, tmp_path: Path) -> None:
     environment = {**reproduced.alone, "PYTHONPATH": str(clone)}
     (tmp_path / "params.yaml").write_bytes((clone / "params.yaml").read_bytes())
     done = subprocess.run(
@@ -233,17 +233,17 @@ def test_without_outputs_the_error_says_how_to_get_them(reproduced: Workspace, c
 # --- changes -------------------------------------------------------------------------------------------------------
 
 
-def test_nothing_changed_runs_nothing(reproduced: Workspace) -> None:
+def test_an_unchanged_pipeline_runs_nothing(reproduced: Workspace) -> None:
     done = reproduced.run("dvc", "repro")
     assert "up to date" in done.stdout
     assert "Running stage" not in done.stdout
 
 
-def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> None:
+def test_a_changed_parameter_runs_dependent_stages(reproduced: Workspace) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
 
     def stale() -> set[str]:
-        """What DVC would run now, as far as it can tell before anything has run."""
+        """The stages that DVC considers stale before running any."""
         lines = reproduced.run("dvc", "repro", "--dry").stdout.splitlines()
         return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
 
@@ -251,7 +251,7 @@ def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> N
         reproduced.change(lambda params: params["report"].update(title="another"))
         assert stale() == {"report"}
         reproduced.change(lambda params: params["ablations"]["lit"].update(steps=5))
-        # evaluate@lit and what goes on from it follow when the model has changed
+        # evaluate@lit and finetuned ablations become stale when the model has changed
         assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params.update(compute={"workers": 1}))
         assert stale() == {"pretrain@lit", "report"}
@@ -263,36 +263,38 @@ def test_a_changed_parameter_runs_what_depends_on_it(reproduced: Workspace) -> N
 
 
 @pytest.fixture(scope="module")
-def again(reproduced: Workspace) -> dict[str, bytes]:
-    """Does one ablation again from its image tower on, and evaluates the other, with an empty store; gives the scores
-    from before."""
+def previous_scores(reproduced: Workspace) -> dict[str, bytes]:
+    """Repeats one ablation from its image tower on and evaluates the other, with an empty store.
+
+    Returns the previous scores.
+    """
     scores = {path.name: path.read_bytes() for path in (reproduced.folder / "metrics").glob("*.json")}
     stages = ("image-tower", "caption@llava", "shard", "pretrain@lotlip", "evaluate@lotlip", "evaluate@lit")
-    reproduced.run("dvc", "repro", "--force", "--single-item", *stages, MLFLOW_TRACKING_URI=rebuilt(reproduced))
+    reproduced.run("dvc", "repro", "--force", "--single-item", *stages, MLFLOW_TRACKING_URI=restored_store(reproduced))
     return scores
 
 
-def rebuilt(workspace: Workspace) -> str:
+def restored_store(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.folder}/rebuilt.db"
 
 
-def test_the_same_parameters_give_the_same_scores(reproduced: Workspace, again: dict[str, bytes]) -> None:
+def test_the_same_parameters_give_the_same_scores(reproduced: Workspace, previous_scores: dict[str, bytes]) -> None:
     after = (reproduced.folder / "metrics" / "lotlip.json").read_text()
-    assert json.loads(after) == json.loads(again["lotlip.json"])
+    assert json.loads(after) == json.loads(previous_scores["lotlip.json"])
 
 
-def test_evaluating_again_rebuilds_a_lost_store(reproduced: Workspace, again: dict[str, bytes]) -> None:
+def test_evaluating_again_restores_a_lost_store(reproduced: Workspace, previous_scores: dict[str, bytes]) -> None:
     from mlflow import MlflowClient
 
-    client = MlflowClient(rebuilt(reproduced))
+    client = MlflowClient(restored_store(reproduced))
     runs = client.search_runs([client.get_experiment_by_name("lotlip").experiment_id])
-    (run,) = (run for run in runs if run.info.run_name == "lit-seed0")  # which was not trained again
+    (run,) = (run for run in runs if run.info.run_name == "lit-seed0")  # it was not trained again
     assert len(client.get_metric_history(run.info.run_id, "train.loss")) == 3
 
 
-def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
+def test_a_failing_gate_publishes_nothing(reproduced: Workspace) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
-    kept = (reproduced.folder / "metrics" / "lit.json").read_bytes()
+    scores_before = (reproduced.folder / "metrics" / "lit.json").read_bytes()
     try:
         reproduced.change(lambda params: params["evaluate"].update(min_score_over_chance=60))
         done = reproduced.python("flows.stages.evaluate", "lit", check=False)
@@ -302,30 +304,30 @@ def test_a_gate_that_fails_publishes_nothing(reproduced: Workspace) -> None:
     assert "error in evaluate lit: the gate after evaluate failed, nothing was published" in done.stderr
     assert "(or of long, or top-1) is at least 60 times chance" in done.stderr
     assert "Traceback" not in done.stderr
-    assert (reproduced.folder / "metrics" / "lit.json").read_bytes() == kept
+    assert (reproduced.folder / "metrics" / "lit.json").read_bytes() == scores_before
     gate = reproduced.folder / ".lotlip" / "gates" / "evaluate-lit"
     assert "60 times chance" in (gate / "gate.md").read_text()
     assert list((gate / "data_docs").rglob("index.html"))
 
 
-def test_baselines_are_scored_once_and_again_when_their_files_change(reproduced: Workspace) -> None:
+def test_baselines_are_scored_again_when_their_files_change(reproduced: Workspace) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
     weights = save_clip(reproduced.folder / "imported-clip") / "model.safetensors"
     scores = reproduced.folder / "metrics" / "baselines" / "scores.json"
 
     def repro() -> list[str]:
-        return ran(reproduced.run("dvc", "repro", "evaluate@lit", "report").stdout)
+        return stages_run(reproduced.run("dvc", "repro", "evaluate@lit", "report").stdout)
 
     try:
         reproduced.change(lambda params: params["evaluate"].update(baselines=["imported-clip"]))
-        assert repro() == ["baselines", "report"]  # the ablations' scores stay
+        assert repro() == ["baselines", "report"]  # ablations are not scored again
         first = scores.read_bytes()
         assert "imported-clip (not trained here)" in (reproduced.folder / "report" / "index.html").read_text()
         assert repro() == []
         save_file({name: 2 * weight for name, weight in load_file(weights).items()}, weights, {"format": "pt"})
         output = reproduced.python("flows.reproduce", "evaluate@lit", "report").stdout
         assert "so all baselines are scored again: imported-clip" in output
-        assert ran(output) == ["baselines", "report"]
+        assert stages_run(output) == ["baselines", "report"]
         assert scores.read_bytes() != first
         assert "Nothing has changed" in reproduced.python("flows.reproduce", "evaluate@lit", "report").stdout
     finally:
@@ -334,13 +336,13 @@ def test_baselines_are_scored_once_and_again_when_their_files_change(reproduced:
     assert json.loads(scores.read_text()) == {"models": []}
 
 
-def ran(output: str) -> list[str]:
+def stages_run(output: str) -> list[str]:
     """The stages that DVC ran."""
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 @pytest.mark.parametrize("start", [0.0, 1.0])
-def test_the_gate_compares_short_text_scores_with_the_starts(reproduced: Workspace, start: float) -> None:
+def test_the_gate_compares_short_text_scores_with_the_starting_model(reproduced: Workspace, start: float) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
     folder = reproduced.folder / "metrics" / "baselines"
     stored = {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -360,7 +362,7 @@ def test_the_gate_compares_short_text_scores_with_the_starts(reproduced: Workspa
         assert "scenes seed 0: R@1" in done.stderr and "start 100 %" in done.stderr
 
 
-def test_the_start_must_exist(reproduced: Workspace) -> None:
+def test_a_missing_starting_model_is_an_error(reproduced: Workspace) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
     try:
         reproduced.change(lambda params: params["evaluate"].update(baselines=["start"]))
@@ -374,7 +376,7 @@ def test_the_start_must_exist(reproduced: Workspace) -> None:
 
 
 @pytest.mark.system
-def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
+def test_the_uis_show_finished_runs(reproduced: Workspace) -> None:
     prefect, mlflow = free_port(), free_port()
     process = subprocess.Popen(
         [sys.executable, "-m", "flows.ui"],
@@ -384,21 +386,21 @@ def test_the_uis_show_what_ran(reproduced: Workspace) -> None:
         text=True,
     )
     try:
-        said = [process.stdout.readline() for _ in range(6)]
-        assert said[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
-        user, _, password = said[1].split()[-1].partition(":")
-        assert said[2].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
-        assert said[3].split()[-1] == password
-        assert said[4].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
-        assert "viewStateShareKey=comparison" in said[4]
+        output = [process.stdout.readline() for _ in range(6)]
+        assert output[0].split() == ["Prefect", f"http://127.0.0.1:{prefect}"]
+        user, _, password = output[1].split()[-1].partition(":")
+        assert output[2].split() == ["MLflow", f"http://127.0.0.1:{mlflow}"]
+        assert output[3].split()[-1] == password
+        assert output[4].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
+        assert "viewStateShareKey=comparison" in output[4]
         with httpx.Client(timeout=START_TIMEOUT_SECONDS, auth=(user, password)) as client:
             settings = client.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
             assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
             assert client.post(f"http://127.0.0.1:{prefect}/api/flow_runs/count", json={}).json() >= 10
             search = {"max_results": 10, "filter": "name = 'lotlip'"}
             address = f"http://127.0.0.1:{mlflow}/api/2.0/mlflow/experiments/search"
-            found = client.post(address, json=search).json()
-        assert [experiment["name"] for experiment in found["experiments"]] == ["lotlip"]
+            runs_found = client.post(address, json=search).json()
+        assert [experiment["name"] for experiment in runs_found["experiments"]] == ["lotlip"]
     finally:
         process.terminate()
     assert process.wait(START_TIMEOUT_SECONDS) == 128 + signal.SIGTERM

@@ -1,4 +1,4 @@
-"""The pipeline for users and in folders that are not the usual ones."""
+"""The pipeline for unusual users and folders."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import pytest
 
 from tests.tiny_pipeline import ROOT, change_params, copy_checkout, smallest
 
-UID = 12345  # no name belongs to it
-# Read access to the interpreter, which may lie in another user's home; it does not let that user write anywhere.
+UID = 12345  # an id without a name
+# Read access to the interpreter, which may be in another user's home.
 AS_NAMELESS = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
 AS_NAMELESS += ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
@@ -30,7 +30,7 @@ def shortest(params: dict[str, Any]) -> None:
 
 @pytest.fixture
 def public() -> Iterator[Path]:
-    """A folder that another user reaches; pytest's are for this user alone."""
+    """A folder that other users can access, unlike pytest's."""
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="places-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -69,8 +69,8 @@ def test_a_user_without_name_home_and_git_trains_in_a_folder_with_an_odd_name(
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    made = "data/ingest/index.json" if stage == "ingest" else "models/lotlip/seed-0/model.safetensors"
-    assert (project / made).is_file()
+    output_file = "data/ingest/index.json" if stage == "ingest" else "models/lotlip/seed-0/model.safetensors"
+    assert (project / output_file).is_file()
     assert list(extensions.iterdir()) == []  # training compiles nothing
-    left = [path.name for path in temporary.glob("*lotlip-*")]
-    assert set(left) <= {f"lotlip-{UID}"}  # the cache
+    temporary_folders = [path.name for path in temporary.glob("*lotlip-*")]
+    assert set(temporary_folders) <= {f"lotlip-{UID}"}  # the cache folder

@@ -1,4 +1,4 @@
-"""What a pool's worker shares of a run, and which pools and deployments there are."""
+"""Work pools: locks that workers push, and the declared pools and deployments."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ def git(folder: Path, *arguments: str) -> str:
 
 @pytest.fixture
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A clone as a worker makes it, of a bare repository beside it."""
-    source, made = tmp_path / "source", tmp_path / "clone"
+    """A worker's clone of a bare repository."""
+    source, clone_folder = tmp_path / "source", tmp_path / "clone"
     subprocess.run(["git", "init", "--quiet", "--bare", "--initial-branch=main", source], check=True)
-    git(tmp_path, "clone", "--quiet", str(source), str(made))
-    (made / "params.yaml").touch()
-    git(made, "add", "--all")
-    git(made, "commit", "--quiet", "--message", "start")
-    git(made, "push", "--quiet", "origin", "HEAD:main")
-    monkeypatch.chdir(made)
+    git(tmp_path, "clone", "--quiet", str(source), str(clone_folder))
+    (clone_folder / "params.yaml").touch()
+    git(clone_folder, "add", "--all")
+    git(clone_folder, "commit", "--quiet", "--message", "start")
+    git(clone_folder, "push", "--quiet", "origin", "HEAD:main")
+    monkeypatch.chdir(clone_folder)
     monkeypatch.setattr(pool, "run_dvc", lambda arguments, environment: 0)
-    return made
+    return clone_folder
 
 
-def test_the_lock_of_a_run_is_on_a_branch_and_the_main_branch_stays(clone: Path, tmp_path: Path):
+def test_the_lock_of_a_run_is_pushed_to_a_branch(clone: Path, tmp_path: Path):
     main = git(tmp_path / "source", "rev-parse", "main")
     for content in ("first", "second"):  # the second worker of a run starts from the main branch again
         git(clone, "reset", "--quiet", "--hard", "origin/main")
@@ -44,7 +44,7 @@ def test_the_lock_of_a_run_is_on_a_branch_and_the_main_branch_stays(clone: Path,
     assert git(tmp_path / "source", "rev-list", "--count", "main..runs/blue-fox").strip() == "1"
 
 
-def test_a_failed_push_names_what_failed(clone: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_failed_push_is_an_error_with_its_reason(clone: Path, monkeypatch: pytest.MonkeyPatch):
     (clone / "dvc.lock").touch()
     git(clone, "remote", "set-url", "origin", "/nowhere")
     with pytest.raises(StageFailed, match=r"(?s)`git push` failed: .*the outputs are in DVC's remote"):

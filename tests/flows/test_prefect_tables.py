@@ -37,7 +37,7 @@ def create(home: Path, **more: str) -> str:
 
 
 def content(home: Path) -> tuple[str, dict[str, int]]:
-    """The revision of the tables, and how many rows each has."""
+    """Revision of the tables, and number of rows of each."""
     database = sqlite3.connect(home / "prefect.db")
     try:
         ((revision,),) = database.execute("SELECT version_num FROM alembic_version").fetchall()
@@ -52,12 +52,12 @@ def test_a_new_database_is_a_copy_of_the_first_one(tmp_path):
     assert create(tmp_path / "first") == "migrations: 1"
     revision, rows = content(tmp_path / "first")
     assert revision and {"flow_run", "block_type"} <= set(rows)
-    # as Prefect's own command creates them
+    # created by Prefect's own command
     command = [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"]
     environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "own")}
     subprocess.run(command, env=environment, capture_output=True, check=True)
     assert content(tmp_path / "own") == (revision, rows)
-    with sqlite3.connect(tmp_path / "first" / "prefect.db") as used:  # the copy is of the empty tables
+    with sqlite3.connect(tmp_path / "first" / "prefect.db") as used:  # copies have empty tables
         used.execute("CREATE TABLE mine (id)")
     used.close()
     assert create(tmp_path / "second") == "migrations: 0"
@@ -65,7 +65,7 @@ def test_a_new_database_is_a_copy_of_the_first_one(tmp_path):
 
 
 @pytest.mark.integration
-def test_other_databases_are_left_to_prefect(tmp_path):
+def test_other_databases_are_migrated_by_prefect(tmp_path):
     (tmp_path / "home").mkdir()
     database = tmp_path / "home" / "prefect.db"
     database.write_bytes(b"as it was")

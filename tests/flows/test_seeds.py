@@ -1,4 +1,4 @@
-"""A seed that was trained is trained once: adding one trains that one, and removing one trains nothing."""
+"""Adding a seed trains only that seed, and removing one trains nothing."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ pytestmark = pytest.mark.system
 
 
 def two_ablations(params: dict[str, Any]) -> None:
-    """An ablation, and one that is fine-tuned from it."""
+    """An ablation, and one finetuned from it."""
     smallest(params)
     params["pretrain"] |= {"steps": 4, "text": {**params["pretrain"]["text"], "corner_tokens": 0}}
     params["finetune"] = {"longer": {"init_from": "lotlip", "pretrain": {"steps": 2}}}
 
 
-def trained(workspace: Workspace, *seeds: int) -> dict[str, str]:
-    """Stage → what it said, of both ablations with some seeds."""
+def train_seeds(workspace: Workspace, *seeds: int) -> dict[str, str]:
+    """Trains both ablations with some seeds; stage → its output."""
     workspace.change(lambda params: params["pretrain"].update(seeds=list(seeds)))
-    said = {}
+    output = {}
     for stage, name in (("pretrain", "lotlip"), ("finetune", "longer")):
         done = workspace.run("dvc", "repro", "--single-item", f"{stage}@{name}")
-        said[name] = done.stdout + done.stderr
-    return said
+        output[name] = done.stdout + done.stderr
+    return output
 
 
 def models(workspace: Workspace) -> dict[str, bytes]:
@@ -39,19 +39,19 @@ def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None
     workspace = make_workspace()
     workspace.change(two_ablations)
     workspace.run("dvc", "repro", "--quiet", "shard")
-    trained(workspace, 0)
+    train_seeds(workspace, 0)
     first = models(workspace)
     assert set(first) == {"lotlip/seed-0", "longer/seed-0"}
 
-    for name, said in trained(workspace, 0, 1).items():
-        assert f"pretrain-{name}: reusing trained seeds: 0" in said
-        assert f"{name} seed 1: step" in said
-        assert f"{name} seed 0: step" not in said
+    for name, output in train_seeds(workspace, 0, 1).items():
+        assert f"pretrain-{name}: reusing trained seeds: 0" in output
+        assert f"{name} seed 1: step" in output
+        assert f"{name} seed 0: step" not in output
     both = models(workspace)
     assert set(both) == {*first, "lotlip/seed-1", "longer/seed-1"}
     assert {name: both[name] for name in first} == first
 
-    for name, said in trained(workspace, 1).items():
-        assert f"pretrain-{name}: reusing trained seeds: 1" in said
-        assert ": step" not in said
+    for name, output in train_seeds(workspace, 1).items():
+        assert f"pretrain-{name}: reusing trained seeds: 1" in output
+        assert ": step" not in output
     assert models(workspace) == {name: weights for name, weights in both.items() if name.endswith("seed-1")}

@@ -1,4 +1,4 @@
-"""What becomes of a stage whose Prefect server is killed while it runs."""
+"""Stages whose Prefect server is killed."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def test_a_stage_continues_and_succeeds_when_its_server_is_killed(tmp_path: Path
     (tmp_path / ".prefect").mkdir()
     shutil.copy(prefect_database, tmp_path / ".prefect")
     done = run(tmp_path, STAGE)
-    said = done.stdout + done.stderr
-    assert done.returncode == 0, said
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
     assert (tmp_path / "published").exists()
-    assert "Traceback" not in said
-    assert "Error logging to API" not in said
-    (warning,) = [line for line in said.splitlines() if line.startswith("warning in here lotlip")]
+    assert "Traceback" not in output
+    assert "Error logging to API" not in output
+    (warning,) = [line for line in output.splitlines() if line.startswith("warning in here lotlip")]
     assert "Prefect's server at http://127.0.0.1:" in warning
 
 

@@ -1,4 +1,4 @@
-"""Servers on loopback: which port they take, and what is said of one that does not start."""
+"""Servers on loopback: their ports, and errors at the start."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port, is_free, listen, listen_for, port_at, port_of, prefect_server
 
 
-def test_two_that_start_at_the_same_time_take_different_ports(monkeypatch: pytest.MonkeyPatch):
-    """Whoever they are: nothing that they share, such as a lock in a user's folder, keeps them apart."""
+def test_servers_that_start_together_use_different_ports(monkeypatch: pytest.MonkeyPatch):
+    """They need no common lock, so they may belong to different users."""
     monkeypatch.setenv("PREFECT_PORT", str(free_port()))
     with listen_for("prefect", any_port=True) as first, listen_for("prefect", any_port=True) as second:
         assert port_at(first) == port_of("prefect")
         assert port_at(second) != port_of("prefect")
-    with listen_for("prefect", any_port=True) as again:
-        assert port_at(again) == port_of("prefect")
+    with listen_for("prefect", any_port=True) as third:
+        assert port_at(third) == port_of("prefect")
 
 
-def test_a_port_in_use_is_named(somebody: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PREFECT_PORT", str(somebody))
-    assert not is_free(somebody)
-    with pytest.raises(StageFailed, match=f"port {somebody} for Prefect: Address already in use; .*PREFECT_PORT="):
+def test_a_busy_port_is_an_error(other_server: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PREFECT_PORT", str(other_server))
+    assert not is_free(other_server)
+    with pytest.raises(StageFailed, match=f"port {other_server} for Prefect: Address already in use; .*PREFECT_PORT="):
         listen_for("prefect")
     with listen_for("prefect", any_port=True) as listener:
-        assert port_at(listener) not in (0, somebody)
+        assert port_at(listener) not in (0, other_server)
 
 
-def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch):
+def test_a_forbidden_port_is_an_error(monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
@@ -44,7 +44,7 @@ def test_a_forbidden_port_is_named(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.integration
 def test_a_server_that_cannot_start_is_an_error_with_its_reason(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    """At once, though its port was open; and the port is free again."""
+    """The error comes immediately, and the port is free again."""
     monkeypatch.chdir(tmp_path)
     listener = listen()
     port = port_at(listener)
@@ -68,10 +68,10 @@ def test_mlflow_does_not_start_over_a_damaged_store(tmp_path, monkeypatch: pytes
 
 
 @pytest.fixture
-def somebody():
-    """The port of a server of somebody else's."""
+def other_server():
+    """The port of another user's server."""
 
-    class Answer(BaseHTTPRequestHandler):
+    class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(200)
             self.end_headers()
@@ -79,7 +79,7 @@ def somebody():
         def log_message(self, *_):
             pass
 
-    with ThreadingHTTPServer((servers.HOST, 0), Answer) as server:
+    with ThreadingHTTPServer((servers.HOST, 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()

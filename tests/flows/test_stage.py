@@ -1,4 +1,4 @@
-"""What the flows share: fan-out, publishing, errors, processes, the fork server, servers."""
+"""Common parts of the flows: fan-out, publishing, errors, processes, the fork server and servers."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def stage(monkeypatch, tmp_path: Path) -> Stage:
 
 
 class FakeTask:
-    """Runs a unit at once, with its retries, as Prefect's would."""
+    """Runs a unit immediately, with retries like Prefect's."""
 
     def with_options(
         self, task_run_name: str, retries: int, retry_delay_seconds: float, retry_condition_fn: Any
@@ -86,7 +86,7 @@ def test_a_unit_is_retried(stage: Stage) -> None:
     assert tries == {"a": 3, "b": 1}
 
 
-def test_a_unit_that_fails_for_good_is_recorded_with_its_reason(stage: Stage) -> None:
+def test_a_unit_that_fails_every_attempt_is_recorded_with_its_reason(stage: Stage) -> None:
     def work(unit: str) -> list[UnitReport]:
         if unit == "b":
             raise ConnectionError("lost")
@@ -114,7 +114,7 @@ def test_a_non_retryable_error_ends_the_stage(stage: Stage) -> None:
         fan_out(stage, work)
 
 
-def test_publishing_replaces_what_was_there(stage: Stage, tmp_path: Path) -> None:
+def test_publishing_replaces_the_old_outputs(stage: Stage, tmp_path: Path) -> None:
     out = tmp_path / "data" / "out"
     (stage.out / "old").touch()
     stage.publish(out)
@@ -125,49 +125,49 @@ def test_publishing_replaces_what_was_there(stage: Stage, tmp_path: Path) -> Non
     assert not stage.scratch.parent.exists()
 
 
-def again(stage: Stage) -> Stage:
+def open_stage(stage: Stage) -> Stage:
     return Stage("ingest", stage.params, {"a": 1})
 
 
-def test_a_stage_refuses_a_folder_that_no_stage_wrote_before_it_works(stage: Stage) -> None:
+def test_a_foreign_folder_is_an_error_before_a_stage_works(stage: Stage) -> None:
     Path("data/ingest").mkdir(parents=True)
-    again(stage)  # an empty one is nobody's
+    open_stage(stage)  # an empty folder is not foreign
     Path("data/ingest/mine").write_text("mine")
     with pytest.raises(ForeignFileError, match="data/ingest"):
-        again(stage)
+        open_stage(stage)
     with pytest.raises(ForeignFileError, match="data/ingest"):
         stage.publish(Path("data/ingest"))
     assert Path("data/ingest/mine").read_text() == "mine"
 
 
-def test_a_stage_refuses_a_file_that_no_stage_wrote(stage: Stage) -> None:
+def test_a_foreign_file_is_an_error(stage: Stage) -> None:
     record = Path("metrics/stages/ingest.json")
     stage.record(10, [])
-    again(stage)
+    open_stage(stage)
     record.write_text('{"mine": 1}')
     with pytest.raises(ForeignFileError, match=r"metrics/stages/ingest\.json"):
-        again(stage)
+        open_stage(stage)
     assert record.read_text() == '{"mine": 1}'
 
 
-def test_a_stage_refuses_links_that_lead_out_of_the_project(stage: Stage, tmp_path_factory) -> None:
+def test_links_out_of_the_project_are_errors(stage: Stage, tmp_path_factory) -> None:
     outside = tmp_path_factory.mktemp("outside")
     (outside / "ingest").mkdir()
     Path("data").symlink_to(outside)
     with pytest.raises(ConfigError, match=r"paths\.ingest"):
-        again(stage)
+        open_stage(stage)
     Path("data").unlink()
     Path(".lotlip").rename(outside / "scratch")
     Path(".lotlip").symlink_to(outside / "scratch")
     with pytest.raises(StageFailed, match="link"):
-        again(stage)
+        open_stage(stage)
 
 
-def test_a_stage_completes_what_a_killed_one_was_publishing(stage: Stage) -> None:
+def test_a_stage_completes_the_publishing_of_a_killed_one(stage: Stage) -> None:
     (stage.out / "old").touch()
     stage.publish(Path("data/ingest"))
     Path("data/ingest").rename("data/ingest.lotlip-old")
-    again(stage)
+    open_stage(stage)
     assert Path("data/ingest/old").exists()
     assert [path.name for path in Path("data").iterdir()] == ["ingest"]
 
@@ -194,7 +194,7 @@ def test_a_stage_runs_in_one_process_at_a_time(stage: Stage) -> None:
     Stage("pretrain", stage.params, {}, item="lit")
 
 
-def test_a_damaged_input_is_named_with_its_remedy(stage: Stage) -> None:
+def test_a_damaged_input_is_an_error_with_a_remedy(stage: Stage) -> None:
     (stage.out / "index.json").write_text("{}")
     (stage.out / "train.tar").write_text("x" * 2**21)
     stage.publish(Path("data/ingest"))
@@ -208,7 +208,7 @@ def test_a_damaged_input_is_named_with_its_remedy(stage: Stage) -> None:
     assert hash_of(Path("data/ingest/index.json")) == before
 
 
-def test_the_fingerprint_follows_settings_and_inputs(stage: Stage) -> None:
+def test_the_fingerprint_depends_on_settings_and_inputs(stage: Stage) -> None:
     assert Stage("ingest", stage.params, {"a": 1}).fingerprint == stage.fingerprint
     assert Stage("ingest", stage.params, {"a": 2}).fingerprint != stage.fingerprint
     assert Stage("ingest", stage.params, {"a": 1}, {"data": "x"}).fingerprint != stage.fingerprint
@@ -224,7 +224,7 @@ def test_a_record_separates_work_from_orchestration(stage: Stage) -> None:
     assert record["seconds"] == pytest.approx(record["work_seconds"] + record["orchestration_seconds"]["gate"])
 
 
-def test_a_missing_input_names_the_remedy(tmp_path: Path) -> None:
+def test_a_missing_input_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="dvc repro"):
         hash_of(tmp_path / "index.json")
 
@@ -232,18 +232,18 @@ def test_a_missing_input_names_the_remedy(tmp_path: Path) -> None:
 # --- processes ------------------------------------------------------------------------------------------------------
 
 
-def alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     try:
         return "Z" not in Path(f"/proc/{process}/stat").read_text().split(")")[1].split()[0]
     except FileNotFoundError:
         return False
 
 
-def await_dead(process: int) -> bool:
+def wait_until_dead(process: int) -> bool:
     deadline = time.monotonic() + 60
-    while alive(process) and time.monotonic() < deadline:
+    while is_alive(process) and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not alive(process)
+    return not is_alive(process)
 
 
 PARENT = (
@@ -253,7 +253,7 @@ PARENT = (
 
 
 class Cancelled(BaseException):
-    """As Prefect's cancellation, no Exception."""
+    """Not an Exception, like Prefect's cancellation."""
 
 
 @pytest.mark.integration
@@ -266,11 +266,11 @@ def test_a_cancelled_flow_leaves_no_process(tmp_path: Path) -> None:
 
     with pytest.raises(Cancelled):
         run_group([sys.executable, "-c", PARENT], on_line, tmp_path / "log")
-    assert await_dead(grandchildren[0])
+    assert wait_until_dead(grandchildren[0])
 
 
 @pytest.mark.integration
-def test_a_failed_process_says_why(tmp_path: Path) -> None:
+def test_a_failed_process_has_a_reason(tmp_path: Path) -> None:
     script = "import sys; print('step 1'); sys.exit('error: the loss is nan at step 2')"
     lines: list[str] = []
     with pytest.raises(StageFailed, match=r"^the loss is nan at step 2 \(status 1; log: .*log\)"):
@@ -297,7 +297,7 @@ def test_a_fork_runs_the_requested_program(checkout: Workspace, tmp_path: Path) 
 
 
 @pytest.mark.integration
-def test_a_fork_ends_with_the_program_that_delegated(checkout: Workspace, tmp_path: Path) -> None:
+def test_a_fork_ends_with_its_client(checkout: Workspace, tmp_path: Path) -> None:
     (tmp_path / "target.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(600)")
     client = subprocess.Popen(
         [sys.executable, "-c", "from flows.runtime.fork_server import delegate; delegate('target', [])"],
@@ -307,10 +307,10 @@ def test_a_fork_ends_with_the_program_that_delegated(checkout: Workspace, tmp_pa
         text=True,
     )
     fork = int(client.stdout.readline())
-    assert alive(fork)
+    assert is_alive(fork)
     client.kill()
     client.wait()
-    assert await_dead(fork)
+    assert wait_until_dead(fork)
 
 
 @pytest.mark.integration
@@ -331,10 +331,10 @@ def test_the_fork_server_ends_with_its_owner(tmp_path: Path) -> None:
     (fork_server_process,) = (child.pid for child in psutil.Process(owner.pid).children())
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    deadline = time.monotonic() + 300  # it may be importing still
-    while alive(fork_server_process) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300  # it may still be importing
+    while is_alive(fork_server_process) and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert not alive(fork_server_process)
+    assert not is_alive(fork_server_process)
 
 
 def test_delegate_returns_without_a_fork_server(monkeypatch) -> None:
@@ -361,7 +361,7 @@ def test_delegate_returns_without_a_fork_server(monkeypatch) -> None:
         (lambda text: text.replace("partition_size: 1000", "partition_size: 0"), "greater than or equal to 1, not 0"),
     ],
 )
-def test_bad_parameters_are_one_clear_line(checkout: Workspace, tmp_path: Path, edit, message: str) -> None:
+def test_invalid_parameters_are_an_error_of_one_line(checkout: Workspace, tmp_path: Path, edit, message: str) -> None:
     (tmp_path / "params.yaml").write_text(edit((ROOT / "params.yaml").read_text()))
     done = subprocess.run(
         [sys.executable, "-m", "flows.stages.ingest"],

@@ -26,7 +26,7 @@ from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.loopback import basic
 from lotlip.core.section import ConfigError
-from tests.flows.test_cancel import ask, await_that
+from tests.flows.test_cancel import await_that, post
 from tests.workspace import ROOT, Workspace, tiny
 
 CHROMIUM = shutil.which("chromium")
@@ -57,23 +57,23 @@ def test_an_empty_sweep_is_params_yaml_with_each_of_its_seeds(params):
     assert grid[0].base == "lotlip"
 
 
-def test_equivalent_trials_are_one(params):
+def test_equivalent_trials_are_merged(params):
     assert len(make_grid(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
-    drawn = {"pretrain.long_texts.per_image": [1, 2]}
-    assert len(make_grid(Sweep(name="drawn", sub_captions=[0, 1], other=drawn, seeds=[0]), params)) == 3
+    long_texts = {"pretrain.long_texts.per_image": [1, 2]}
+    assert len(make_grid(Sweep(name="drawn", sub_captions=[0, 1], other=long_texts, seeds=[0]), params)) == 3
     assert len(make_grid(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
 
 
 def test_a_trial_has_the_same_name_in_every_sweep(params):
-    there = params.pretrain.text.corner_tokens
-    asked = make_grid(Sweep(name="one", corner_tokens=[there], seeds=[0]), params)
-    assert names(asked) == names(make_grid(Sweep(name="two", seeds=[0]), params))
-    assert names(make_grid(Sweep(name="other", other={RATE: [0.5]}, seeds=[0]), params)) != names(asked)
-    (point,) = asked
-    assert point.experiment({"code": "a"}) != point.experiment({"code": "b"})
+    corner_tokens = params.pretrain.text.corner_tokens
+    grid = make_grid(Sweep(name="one", corner_tokens=[corner_tokens], seeds=[0]), params)
+    assert names(grid) == names(make_grid(Sweep(name="two", seeds=[0]), params))
+    assert names(make_grid(Sweep(name="other", other={RATE: [0.5]}, seeds=[0]), params)) != names(grid)
+    (trial,) = grid
+    assert trial.experiment({"code": "a"}) != trial.experiment({"code": "b"})
 
 
-def test_an_unknown_parameter_is_refused_with_the_nearest_known_one(params):
+def test_an_unknown_parameter_is_an_error_with_a_suggestion(params):
     with pytest.raises(
         ConfigError, match=r"pretrain\.optimizer\.learning_rat: unknown key; did you mean 'learning_rate'"
     ):
@@ -98,22 +98,24 @@ def test_all_errors_of_a_grid_are_reported_at_once(params):
         ({"budget": 3}, "Extra inputs"),
     ],
 )
-def test_an_invalid_sweep_is_refused(wrong: dict[str, Any], reason: str):
+def test_an_invalid_sweep_is_an_error(wrong: dict[str, Any], reason: str):
     with pytest.raises(ValidationError, match=reason):
         Sweep.model_validate({"name": "wrong", **wrong})
 
 
-def test_the_scheduled_sweeps_fit_params_yaml(params):
+def test_the_scheduled_sweeps_are_valid_for_params_yaml(params):
     assert 1 < len(make_grid(NIGHTLY, params)) < len(make_grid(WEEKLY, params))
 
 
 @pytest.mark.integration
 def test_the_time_left_is_estimated_from_finished_trials():
-    done, found, waiting = Outcome(DONE), Outcome(REUSED), Outcome(WAITING)
-    assert time_left(60, [found, waiting, waiting], 2) == ""
-    assert time_left(180, [done, *[waiting] * 5], 2) == ", about 6.0 minutes left"  # one and two halves in 3 minutes
-    assert time_left(180, [done, Outcome(FAILED), *[found] * 9, waiting], 4) == ", about 0.6 minutes left"
-    assert time_left(180, [done, found], 2) == ""
+    done, reused, waiting = Outcome(DONE), Outcome(REUSED), Outcome(WAITING)
+    assert time_left(60, [reused, waiting, waiting], 2) == ""
+    assert (
+        time_left(180, [done, *[waiting] * 5], 2) == ", about 6.0 minutes left"
+    )  # one full and two half trials in 3 minutes
+    assert time_left(180, [done, Outcome(FAILED), *[reused] * 9, waiting], 4) == ", about 0.6 minutes left"
+    assert time_left(180, [done, reused], 2) == ""
 
 
 def test_columns_with_the_same_last_word_get_distinct_names():
@@ -130,7 +132,7 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
     assert {line.strip() for line in lines} - {line.strip() for line in before.splitlines()} == {
         line.strip() for line in set(lines) - set(before.splitlines()) if any(part in line for part in ours)
     }
-    assert len(lines) == len(before.splitlines()) + 1  # the context length was not there
+    assert len(lines) == len(before.splitlines()) + 1  # the context length is a new line
     changed = load_params(path)
     assert (changed.pretrain.text.corner_tokens, changed.pretrain.text.context_length) == (7, 96)
     assert changed.caption.captioners["llava"].omission == 0.5
@@ -139,12 +141,12 @@ def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
 # --- run ------------------------------------------------------------------------------------------------------------
 
 
-def swept(workspace: Workspace, settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
+def run_sweep(workspace: Workspace, settings: dict[str, Any], **options: Any) -> subprocess.CompletedProcess[str]:
     return workspace.python("flows.sweep", json.dumps({"retries": 0, **settings}), **options)
 
 
 def experiments(workspace: Workspace) -> dict[str, str]:
-    """Name → commit."""
+    """Name of an experiment → its commit."""
     lines = workspace.run("git", "for-each-ref", "--format=%(refname) %(objectname)", "refs/exps").stdout.splitlines()
     return {line.split()[0].rpartition("/")[2]: line.split()[1] for line in lines}
 
@@ -157,36 +159,36 @@ def prefect(workspace: Workspace) -> httpx.Client:
 
 
 def artifact(workspace: Workspace, key: str) -> Any:
-    """What the newest artifact of Prefect's with this key holds."""
+    """Content of Prefect's newest artifact with this key."""
     query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
-    (found,) = ask(workspace.environment, "artifacts/filter", query)
-    return json.loads(found["data"]) if found["type"] == "table" else found["data"]
+    (newest,) = post(workspace.environment, "artifacts/filter", query)
+    return json.loads(newest["data"]) if newest["type"] == "table" else newest["data"]
 
 
 def tags(workspace: Workspace) -> dict[str, dict[str, str]]:
-    """Of each run in MLflow, by its name."""
+    """Name of each run in MLflow → its tags and id."""
     client = workspace.mlflow()
-    found = client.search_runs([client.get_experiment_by_name("lotlip").experiment_id])
-    return {run.info.run_name: {**run.data.tags, "id": run.info.run_id} for run in found}
+    runs = client.search_runs([client.get_experiment_by_name("lotlip").experiment_id])
+    return {run.info.run_name: {**run.data.tags, "id": run.info.run_id} for run in runs}
 
 
 def running(workspace: Workspace) -> list[str]:
-    """Processes in checkouts of trials."""
-    found = []
+    """Processes that run in checkouts of trials."""
+    processes = []
     for process in psutil.process_iter(["pid", "cwd", "cmdline", "status"]):
         inside = (process.info["cwd"] or "").startswith(f"{workspace.folder}/.lotlip/sweeps/")
         if inside and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(f"{process.info['pid']} {process.info['cmdline']}")
-    return found
+            processes.append(f"{process.info['pid']} {process.info['cmdline']}")
+    return processes
 
 
 @pytest.fixture(scope="module")
 def done(make_workspace) -> Workspace:
-    """Two trials, run at the same time."""
+    """A workspace with a finished sweep of two parallel trials."""
     workspace = make_workspace()
     workspace.change(tiny)
     before = (workspace.folder / "params.yaml").read_text()
-    workspace.output = swept(workspace, {"name": "two", "corner_tokens": [0, 1], "parallelism": 2}).stdout
+    workspace.output = run_sweep(workspace, {"name": "two", "corner_tokens": [0, 1], "parallelism": 2}).stdout
     assert (workspace.folder / "params.yaml").read_text() == before
     return workspace
 
@@ -209,20 +211,20 @@ def test_trials_are_experiments_that_can_be_applied_to_params_yaml(done: Workspa
 
 
 @pytest.mark.integration
-def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Workspace):
+def test_mlflow_runs_and_prefect_flow_runs_link_to_each_other(done: Workspace):
     table = {row["trial"]: row for row in artifact(done, "sweep-two")}
     assert set(table) == set(experiments(done))
     page = artifact(done, "sweep-two-result")
     assert "python -m flows.sweep --apply m" in page
-    for name, found in tags(done).items():
+    for name, run_tags in tags(done).items():
         row = table[name]
         assert row["status"] == "done"
         assert row["long.text_to_image.r1"].endswith("%")
-        assert found["id"] in row["MLflow"]
-        assert found["id"] in artifact(done, name)
-        assert found["trial"] == name
-        base, _, run = found["sweep.two"].partition("/runs/flow-run/")
-        assert found["prefect.flow_run"] == found["sweep.two"]
+        assert run_tags["id"] in row["MLflow"]
+        assert run_tags["id"] in artifact(done, name)
+        assert run_tags["trial"] == name
+        base, _, run = run_tags["sweep.two"].partition("/runs/flow-run/")
+        assert run_tags["prefect.flow_run"] == run_tags["sweep.two"]
         assert base == done.environment["PREFECT_API_URL"].removesuffix("/api")
         with prefect(done) as client:
             answer = client.get(f"/flow_runs/{run}").json()
@@ -230,32 +232,32 @@ def test_runs_in_mlflow_and_flow_runs_in_prefect_link_to_one_another(done: Works
 
 
 @pytest.mark.integration
-def test_finished_trials_are_kept_failed_ones_retried_and_the_budget_ends_the_sweep(done: Workspace):
+def test_finished_trials_are_reused_and_failed_ones_retried_within_the_budget(done: Workspace):
     before, rates = experiments(done), [0.001, 1e30, 2e30]
-    asked = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
-    ended = swept(done, asked, check=False)
+    sweep = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
+    ended = run_sweep(done, sweep, check=False)
     assert ended.returncode == 1
     assert "1 of 3 trials failed" in ended.stderr
     assert "Traceback" not in ended.stderr
     rows = artifact(done, "sweep-rates")
     assert [row["status"] for row in rows] == ["reused", "failed", "skipped"]
     assert "error in pretrain lotlip" in rows[1]["reason"]
-    (tried,) = ask(done.environment, "task_runs/filter", {"task_runs": {"name": {"any_": [rows[1]["trial"]]}}})
-    assert tried["run_count"] == 2
+    (task_run,) = post(done.environment, "task_runs/filter", {"task_runs": {"name": {"any_": [rows[1]["trial"]]}}})
+    assert task_run["run_count"] == 2
     assert experiments(done) == before
     assert {"sweep.two", "sweep.rates"} <= set(tags(done)[rows[0]["trial"]])
 
 
 @pytest.mark.system
-def test_a_sweep_sends_everything_to_its_own_server_before_that_ends(done: Workspace):
-    ended = swept(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
+def test_a_sweep_sends_its_logs_before_its_own_server_ends(done: Workspace):
+    ended = run_sweep(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
     assert "2 reused" in ended.stdout + ended.stderr
     assert "Error logging to API" not in ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
 def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
-    """What `make serve` runs, beside a Prefect that is there."""
+    """The program of `make serve`, with an existing Prefect server."""
     log = done.folder / ".lotlip" / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -266,30 +268,30 @@ def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
             stderr=output,
         )
     try:
-        await_that(lambda: "Forms" in log.read_text() and len(deployed(done)) == 4, "the deployments are there")
+        await_that(lambda: "Forms" in log.read_text() and len(deployed_forms(done)) == 4, "the deployments exist")
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(300)
 
 
-def line(workspace: Workspace, what: str) -> str:
-    """The address that `make serve` printed behind a word."""
+def printed_address(workspace: Workspace, what: str) -> str:
+    """The address that `make serve` printed after a word."""
     log = (workspace.folder / ".lotlip" / "serve.log").read_text()
     return next(text.split()[1] for text in log.splitlines() if text.startswith(what))
 
 
-def deployed(workspace: Workspace) -> dict[str, dict[str, Any]]:
-    """What can be started from Prefect's UI, by flow and name."""
+def deployed_forms(workspace: Workspace) -> dict[str, dict[str, Any]]:
+    """Flow and name → deployment that Prefect's UI can start."""
     api = workspace.environment
-    flows = {one["id"]: one["name"] for one in ask(api, "flows/filter", {})}
-    found = {f"{flows[one['flow_id']]}/{one['name']}": one for one in ask(api, "deployments/filter", {})}
-    return {name: one for name, one in found.items() if name.split("/")[0] in ("reproduce", "sweep")}
+    flows = {one["id"]: one["name"] for one in post(api, "flows/filter", {})}
+    forms = {f"{flows[one['flow_id']]}/{one['name']}": one for one in post(api, "deployments/filter", {})}
+    return {name: one for name, one in forms.items() if name.split("/")[0] in ("reproduce", "sweep")}
 
 
 def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.Response:
-    """Starts a deployment, as Prefect's form does."""
-    path = f"deployments/{deployed(workspace)[name]['id']}/create_flow_run"
+    """Starts a deployment like Prefect's form."""
+    path = f"deployments/{deployed_forms(workspace)[name]['id']}/create_flow_run"
     with prefect(workspace) as client:
         return client.post(f"/{path}", json={"parameters": parameters})
 
@@ -297,7 +299,7 @@ def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.
 @pytest.mark.system
 @pytest.mark.usefixtures("served")
 def test_the_forms_validate_their_input_and_schedules_are_inactive(done: Workspace):
-    schedules = {name: [one["active"] for one in form["schedules"]] for name, form in deployed(done).items()}
+    schedules = {name: [one["active"] for one in form["schedules"]] for name, form in deployed_forms(done).items()}
     by_hand: dict[str, list[bool]] = {"reproduce/by-hand": [], "sweep/by-hand": []}
     assert schedules == {**by_hand, "sweep/nightly": [False], "sweep/weekly": [False]}
     wrong = start(done, "sweep/by-hand", {"settings": {"name": "x", "corner_tokens": [17]}})
@@ -314,7 +316,7 @@ def test_the_form_reproduces_an_ablation(done: Workspace):
     run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).json()["id"]
 
     def state() -> str:
-        return ask(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_type"]
+        return post(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_type"]
 
     await_that(lambda: state() in ("COMPLETED", "FAILED", "CRASHED"), "it has ended")
     assert state() == "COMPLETED", (done.folder / ".lotlip" / "serve.log").read_text()[-2000:]
@@ -322,29 +324,29 @@ def test_the_form_reproduces_an_ablation(done: Workspace):
 
 
 @pytest.mark.system
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.usefixtures("served")
 def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done: Workspace):
     from playwright.sync_api import Page, expect, sync_playwright
 
-    kept = os.environ.get("LOTLIP_PICTURES")  # a folder for what the browser shows, such as docs
+    screenshots = os.environ.get("LOTLIP_PICTURES")  # optional folder for screenshots, such as docs
 
-    def picture(page: Page, name: str) -> None:
-        if kept:
-            page.wait_for_timeout(3000)  # until what moves has come to rest
-            page.screenshot(path=f"{kept}/{name}.png")
+    def screenshot(page: Page, name: str) -> None:
+        if screenshots:
+            page.wait_for_timeout(3000)  # animations end
+            page.screenshot(path=f"{screenshots}/{name}.png")
 
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
-        page.goto(line(done, "Forms"))
+        page.goto(printed_address(done, "Forms"))
         page.get_by_placeholder("admin:pass").fill(done.environment["PREFECT_API_AUTH_STRING"])
         page.get_by_role("button", name="Login").click()
         expect(page.get_by_text("by-hand")).to_have_count(2)
-        picture(page, "deployments")
-        page.goto(f"{line(done, 'Forms')}/deployment/{deployed(done)['sweep/by-hand']['id']}/run")
+        screenshot(page, "deployments")
+        page.goto(f"{printed_address(done, 'Forms')}/deployment/{deployed_forms(done)['sweep/by-hand']['id']}/run")
         corners, name = (
             page.locator(".schema-form-property", has=page.get_by_text(label, exact=True)).last
             for label in ("Corner tokens (Optional)", "Name")
@@ -357,28 +359,28 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
         page.get_by_role("button", name="Submit").click()
         expect(page.get_by_text("does not match").first).to_be_visible()
         name.fill("form")
-        picture(page, "form")
+        screenshot(page, "form")
         page.get_by_role("button", name="Submit").click()
-        # The note with a link to the flow run disappears after seconds, which a busy machine may need to show it.
+        # The note with a link to the flow run disappears after seconds, possibly before a busy machine shows it.
         here = {"deployments": {"name": {"any_": ["by-hand"]}}, "flows": {"name": {"any_": ["sweep"]}}}
-        await_that(lambda: bool(ask(done.environment, "flow_runs/filter", here)), "the form has started a flow run")
-        (begun,) = ask(done.environment, "flow_runs/filter", here)
-        page.goto(f"{done.environment['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{begun['id']}")
+        await_that(lambda: bool(post(done.environment, "flow_runs/filter", here)), "the form has started a flow run")
+        (flow_run,) = post(done.environment, "flow_runs/filter", here)
+        page.goto(f"{done.environment['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{flow_run['id']}")
         expect(page.get_by_text("Completed").first).to_be_visible(timeout=900_000)
         page.get_by_text("Artifacts", exact=True).click()
         expect(page.get_by_text("1 done, 1 reused").first).to_be_visible()
-        picture(page, "sweep")
+        screenshot(page, "sweep")
         result = artifact(done, "sweep-form-result")
         (link,) = re.findall(r"\((http[^)]*viewStateShareKey=sweep-form)\)", result)
         log = (done.folder / ".lotlip" / "serve.log").read_text()
         user, password = re.search(r"log in as (\S+) with the password (\S+)", log).groups()
-        credentials = {"username": user, "password": password}  # in the URL, they would make the page's fetch() fail
+        credentials = {"username": user, "password": password}  # fetch() fails with credentials in the URL
         page = browser.new_page(viewport={"width": 1600, "height": 1200}, http_credentials=credentials)
         page.set_default_timeout(60_000)
         page.goto(link, wait_until="commit")
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 2")
         shown = page.inner_text("body")
-        picture(page, "comparison")
+        screenshot(page, "comparison")
         browser.close()
     assert "2 matching runs" in " ".join(shown.split())
     assert "R@1 by corner tokens" in shown
@@ -388,27 +390,27 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
 def test_a_killed_or_cancelled_sweep_ends_its_processes_and_resumes(done: Workspace, served):
     done.change(lambda params: params["compute"]["training"].update(checkpoint_every=20, stop_at_chance_after=0))
     steps = {"pretrain.steps": [600]}
-    asked = {"name": "long", "other": steps, "corner_tokens": [2], "retries": 0}
+    sweep = {"name": "long", "other": steps, "corner_tokens": [2], "retries": 0}
     sweeps = done.folder / ".lotlip" / "sweeps"
 
-    def begun() -> bool:
+    def has_checkpoint() -> bool:
         return any(sweeps.glob("m2-*/project/.lotlip/work/pretrain-*/*/checkpoints-0/step-*[0-9]"))
 
-    command = [sys.executable, "-m", "flows.sweep", json.dumps(asked)]
+    command = [sys.executable, "-m", "flows.sweep", json.dumps(sweep)]
     process = subprocess.Popen(command, cwd=done.folder, env=done.environment, stdout=subprocess.DEVNULL)
-    await_that(begun, "the trial has a checkpoint")
+    await_that(has_checkpoint, "the trial has a checkpoint")
     assert running(done)
     process.send_signal(signal.SIGKILL)
     process.wait()
     await_that(lambda: not running(done), "all of its processes have ended")
 
     (point,) = sweeps.glob("m2-*")
-    run = start(done, "sweep/by-hand", {"settings": asked}).json()["id"]
-    await_that(lambda: "resumes after step" in (point / "log.txt").read_text(), "training goes on")
-    ask(done.environment, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
+    run = start(done, "sweep/by-hand", {"settings": sweep}).json()["id"]
+    await_that(lambda: "resumes after step" in (point / "log.txt").read_text(), "training resumes")
+    post(done.environment, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     await_that(lambda: not running(done), "all of its processes have ended")
     assert served.poll() is None
 
-    swept(done, asked)  # finishes what the first two began
+    run_sweep(done, sweep)  # finishes the work of the first two
     assert artifact(done, "sweep-long")[0]["status"] == "done"
     assert "resumes after step" in (point / "log.txt").read_text()

@@ -44,16 +44,16 @@ def test_the_reason_is_an_error_and_never_an_informational_line(
 ):
     log = tmp_path / "log.txt"
     log.write_text("\n".join(lines))
-    found = _reason(log, status)
-    assert expected in found
-    assert "INFO" not in found
+    reason = _reason(log, status)
+    assert expected in reason
+    assert "INFO" not in reason
 
 
-# --- the score that selects the best point ----------------------------------------------------------------------
+# --- the score that selects the best trial ----------------------------------------------------------------------
 
 
-def of_benchmarks(*names: str) -> Params:
-    """The shipped params.yaml with other benchmarks, in this order."""
+def params_with_benchmarks(*names: str) -> Params:
+    """The shipped params.yaml with other benchmarks in this order."""
     data = load_params(ROOT / "params.yaml").model_dump(mode="json", exclude_unset=True)
     published = {"folder": "published", "partial": True}
     benchmarks = {name: {"kind": "held-out"} if name == "held-out" else published for name in names}
@@ -69,21 +69,21 @@ SCORES = {
 def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     sweep = Sweep(name="s", seeds=[0], select_by=select_by)
     (trial,) = make_grid(sweep, params)
-    names = sorted(params.evaluate.names)  # as JSON files sort them
+    names = sorted(params.evaluate.names)  # like the keys of JSON files
     results = {name: BenchmarkScores(seeds={0: SCORES[name.removesuffix("-partial")]}) for name in names}
     return selection_scores(sweep, trial, results)
 
 
 def test_the_first_benchmark_of_params_yaml_selects_regardless_of_its_name():
-    assert selected(of_benchmarks("held-out", "coco")) == {
+    assert selected(params_with_benchmarks("held-out", "coco")) == {
         "short.image_to_text.r1": 0.1,
         "short.text_to_image.r1": 0.2,
     }
-    assert selected(of_benchmarks("coco", "held-out")) == SCORES["coco"]
+    assert selected(params_with_benchmarks("coco", "held-out")) == SCORES["coco"]
 
 
 def test_a_sweep_names_the_score_that_selects():
-    params = of_benchmarks("held-out", "coco")
+    params = params_with_benchmarks("held-out", "coco")
     assert selected(params, "coco-partial.short.text_to_image.r1") == {"short.text_to_image.r1": 0.9}
     assert selected(params, "held-out.short.text_to_image.r5") == {"short.text_to_image.r5": 0.5}
     with pytest.raises(
@@ -93,9 +93,9 @@ def test_a_sweep_names_the_score_that_selects():
 
 
 @pytest.mark.parametrize("name", ["held-out.short.text_to_image.r2", "short.text_to_image.r1", "scenes.long"])
-def test_an_unknown_score_is_refused_before_anything_runs(name: str):
+def test_an_unknown_score_is_an_error_before_any_trial(name: str):
     with pytest.raises(ConfigError, match=f"select_by: no score '{name}'") as caught:
-        make_grid(Sweep(name="s", select_by=name), of_benchmarks("held-out", "coco"))
+        make_grid(Sweep(name="s", select_by=name), params_with_benchmarks("held-out", "coco"))
     assert "did you mean" in str(caught.value) or name == "scenes.long"
     assert "coco-partial.classification.top1" in str(caught.value)
     assert "mean_rank" not in str(caught.value)  # lower is better

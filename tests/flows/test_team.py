@@ -1,4 +1,4 @@
-"""A team's servers, run natively from infra/compose.yaml: what works, what is refused, and a restored backup."""
+"""A team's servers, run natively from infra/compose.yaml: flows, rejected requests and a restored backup."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.tiny_pipeline import ROOT
 pytestmark = pytest.mark.system
 
 
-def test_a_flow_runs_on_a_pool_and_intruders_are_refused_and_a_backup_restores(tmp_path: Path):
+def test_pools_access_control_and_backups_work(tmp_path: Path):
     if missing := missing_programs():
         pytest.skip(f"install {', '.join(missing)}")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("PREFECT", "MLFLOW", "AWS"))}
@@ -30,8 +30,8 @@ def test_a_flow_runs_on_a_pool_and_intruders_are_refused_and_a_backup_restores(t
         check=False,
     )
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-12000:]}"
-    seen = [json.loads(line)["seen"] for line in done.stdout.splitlines() if line.startswith("{")]
-    assert seen[-1] == "done"
+    checks = [json.loads(line)["seen"] for line in done.stdout.splitlines() if line.startswith("{")]
+    assert checks[-1] == "done"
     secrets = [
         line.split("=", 1)[1]
         for file in (tmp_path / "team/local/secrets").glob("*.env")

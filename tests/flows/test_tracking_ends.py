@@ -1,4 +1,4 @@
-"""Stages whose MLflow server is dead, or is killed while they run: models are published, runs are completed later."""
+"""Stages without an MLflow server publish models, and their runs are completed later."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ pytestmark = pytest.mark.system
 STEPS = 300
 
 
-def proxies() -> dict[str, str]:
-    """An environment that sends every request to a proxy that does not answer."""
+def dead_proxies() -> dict[str, str]:
+    """An environment that sends every request to a dead proxy."""
     dead = f"http://127.0.0.1:{free_port()}"
     return {name: dead for lower in ("http_proxy", "https_proxy", "all_proxy") for name in (lower, lower.upper())}
 
 
 @pytest.fixture(scope="module")
 def sharded(make_workspace: Callable[[], Workspace]) -> Workspace:
-    """A workspace where everything before training has run."""
+    """A workspace in which all stages before training have run."""
     workspace = make_workspace()
     workspace.change(smallest)
-    workspace.run("dvc", "repro", "--quiet", "shard", **proxies())
+    workspace.run("dvc", "repro", "--quiet", "shard", **dead_proxies())
     return workspace
 
 
-def change(workspace: Workspace, **settings: Any) -> None:
-    """Changes settings of `pretrain`, and those of `compute.training`."""
+def change_settings(workspace: Workspace, **settings: Any) -> None:
+    """Changes settings of `pretrain` and `compute.training`."""
     recipe, how = split(settings)
     workspace.change(lambda params: params["pretrain"].update(recipe))
     workspace.change(lambda params: params["compute"]["training"].update(how))
@@ -66,7 +66,7 @@ def logged_steps(workspace: Workspace, seed: int) -> list[int]:
 
 
 def check_restored(workspace: Workspace, seed: int, steps: list[int], **more: str) -> None:
-    workspace.python("flows.restore", **proxies(), **more)
+    workspace.python("flows.restore", **dead_proxies(), **more)
     run = find_run(workspace, seed)
     assert run.info.status == "FINISHED"
     assert logged_steps(workspace, seed) == steps
@@ -74,7 +74,7 @@ def check_restored(workspace: Workspace, seed: int, steps: list[int], **more: st
 
 
 @contextmanager
-def started(workspace: Workspace, **more: str) -> Any:
+def start_training(workspace: Workspace, **more: str) -> Any:
     """A training stage while it runs, its training in a process that can be found."""
     environment = {name: value for name, value in workspace.environment.items() if name != "LOTLIP_FORK_SERVER"}
     process = subprocess.Popen(
@@ -93,9 +93,9 @@ def started(workspace: Workspace, **more: str) -> Any:
 
 
 def test_models_are_published_without_an_mlflow_server_and_sent_later(sharded: Workspace):
-    change(sharded, seeds=[0, 1], steps=8, log_every=2)
+    change_settings(sharded, seeds=[0, 1], steps=8, log_every=2)
     address = f"http://127.0.0.1:{free_port()}"
-    done = sharded.python("flows.stages.pretrain", "lotlip", MLFLOW_TRACKING_URI=address, **proxies())
+    done = sharded.python("flows.stages.pretrain", "lotlip", MLFLOW_TRACKING_URI=address, **dead_proxies())
     (line,) = warnings(done.stdout + done.stderr)
     assert f"MLflow at {address} " in line
     assert "Traceback" not in done.stdout + done.stderr
@@ -108,16 +108,16 @@ def test_models_are_published_without_an_mlflow_server_and_sent_later(sharded: W
 def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_sent_later(
     sharded: Workspace, monkeypatch: pytest.MonkeyPatch
 ):
-    change(sharded, seeds=[2], steps=STEPS, log_every=1, checkpoint_every=STEPS, stop_at_chance_after=0)
+    change_settings(sharded, seeds=[2], steps=STEPS, log_every=1, checkpoint_every=STEPS, stop_at_chance_after=0)
     port, login = free_port(), new_login()
     user, _, password = login.partition(":")
     monkeypatch.chdir(sharded.folder)
     account = {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
     with (
         mlflow_server(listen(port), "sqlite:///mlflow.db", login) as address,
-        started(sharded, MLFLOW_TRACKING_URI=address, **account, **proxies()) as stage,
+        start_training(sharded, MLFLOW_TRACKING_URI=address, **account, **dead_proxies()) as stage,
     ):
-        await_that(lambda: begun(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
+        await_that(lambda: has_curve(sharded, 2) or stage.poll() is not None, "the server has some of the curve")
         assert stage.poll() is None, stage.communicate()
         command = ["-m", "flows.runtime.applications", "mlflow"]
         (server,) = [child for child in psutil.Process().children(recursive=True) if child.cmdline()[1:4] == command]
@@ -130,12 +130,12 @@ def test_models_are_published_when_the_mlflow_server_is_killed_and_curves_are_se
     assert "Retrying" not in output
     assert (sharded.folder / "models" / "lotlip" / "seed-2" / "model.safetensors").is_file()
     assert 0 < len(logged_steps(sharded, 2)) < STEPS
-    with mlflow_server(listen(port), "sqlite:///mlflow.db", login) as address:  # it is back
+    with mlflow_server(listen(port), "sqlite:///mlflow.db", login) as address:  # the server is back
         check_restored(sharded, 2, list(range(1, STEPS + 1)), MLFLOW_TRACKING_URI=address, **account)
 
 
-def begun(workspace: Workspace, seed: int) -> bool:
-    """Whether MLflow's store has a part of a seed's curve; cheaper than MLflow's client, for it is asked often."""
+def has_curve(workspace: Workspace, seed: int) -> bool:
+    """Whether MLflow's store has part of a seed's curve. This is faster than MLflow's client."""
     query = (
         "SELECT 1 FROM metrics JOIN tags USING (run_uuid) "
         "WHERE metrics.key = 'train.loss' AND tags.key = 'seed' AND tags.value = ?"
@@ -143,14 +143,14 @@ def begun(workspace: Workspace, seed: int) -> bool:
     try:
         with closing(sqlite3.connect(f"file:{workspace.folder / 'mlflow.db'}?mode=ro", uri=True)) as store:
             return store.execute(query, [str(seed)]).fetchone() is not None
-    except sqlite3.OperationalError:  # locked, or the file or its tables are not there yet
+    except sqlite3.OperationalError:  # locked or not created yet
         return False
 
 
 def test_a_finished_seed_stays_finished_when_another_one_fails(sharded: Workspace):
-    change(sharded, seeds=[3, 4], steps=STEPS, log_every=100, checkpoint_every=STEPS, stop_at_chance_after=0)
+    change_settings(sharded, seeds=[3, 4], steps=STEPS, log_every=100, checkpoint_every=STEPS, stop_at_chance_after=0)
     work = sharded.folder / ".lotlip" / "work" / "pretrain-lotlip"
-    with started(sharded) as stage:
+    with start_training(sharded) as stage:
         finished = lambda: [*work.glob("*/out/seed-3/history.json")]  # noqa: E731
         await_that(lambda: bool(finished()) or stage.poll() is not None, "the first seed is trained")
         assert stage.poll() is None, stage.communicate()

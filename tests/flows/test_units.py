@@ -1,4 +1,4 @@
-"""Work units that an interrupted or failed run left: reused only while their inputs are unchanged."""
+"""Work units of an interrupted or failed run are reused only while their inputs are unchanged."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ from tests.flows.test_stage import FakeTask
 ROOT = Path(__file__).parents[2]
 
 
-def picture(number: int) -> bytes:
-    """A small picture, another one for each number."""
+def image_bytes(number: int) -> bytes:
+    """A small image that depends on the number."""
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "png")
     return file.getvalue()
 
 
-def add(folder: Path, name: str, number: int, text: str = "") -> Path:
+def add_image(folder: Path, name: str, number: int, text: str = "") -> Path:
     path = folder / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(picture(number))
+    path.write_bytes(image_bytes(number))
     path.with_suffix(".txt").write_text(text or f"a picture of number {number}")
     return path
 
 
 @pytest.fixture
 def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None) -> Path:
-    """A project in whose folder flows run as plain functions, without Prefect."""
+    """A project whose flows run as plain functions, without Prefect."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
@@ -67,7 +67,7 @@ def change(edit: Callable[[dict[str, Any]], Any]) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(params))
 
 
-def interrupted(
+def run_interrupted(
     monkeypatch: pytest.MonkeyPatch, run: Callable[[], Any], module: Any, name: str, units: int = 1
 ) -> None:
     """Runs a stage that is stopped after some units."""
@@ -87,17 +87,17 @@ def interrupted(
             run()
 
 
-def stopped_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
-    interrupted(monkeypatch, ingest.fn, flows.stages.ingest, "write_partitions", units)
+def interrupt_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
+    run_interrupted(monkeypatch, ingest.fn, flows.stages.ingest, "write_partitions", units)
 
 
 def captions(folder: str = "data/ingest") -> dict[str, str]:
-    """Key → short caption of all that was published."""
-    found = {}
+    """Key → short caption of all published images."""
+    texts = {}
     for name in unit_names(Path(folder)):
         table = read_table(Path(folder), name, ["key", "short_caption"])
-        found |= dict(zip(table["key"], table["short_caption"], strict=True))
-    return found
+        texts |= dict(zip(table["key"], table["short_caption"], strict=True))
+    return texts
 
 
 def files(folder: str) -> dict[str, bytes]:
@@ -110,43 +110,43 @@ def files(folder: str) -> dict[str, bytes]:
 
 def test_a_file_added_after_an_interruption_is_read(project: Path, monkeypatch) -> None:
     for number in range(250):
-        add(project / "my-images", f"{number:04d}", number)
+        add_image(project / "my-images", f"{number:04d}", number)
     change(lambda params: params["ingest"].update(partition_size=100))
-    stopped_ingest(monkeypatch)
-    add(project / "my-images", "0", 9999, "the new one")  # sorts first
+    interrupt_ingest(monkeypatch)
+    add_image(project / "my-images", "0", 9999, "the new one")  # sorts first
     ingest.fn()
-    found = captions()
-    assert len(found) == 251
-    assert found["0"] == "the new one"
+    captions_found = captions()
+    assert len(captions_found) == 251
+    assert captions_found["0"] == "the new one"
 
 
 def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
     for number in range(30):
-        add(project / "my-images", f"{number:02d}", number)
-    stopped_ingest(monkeypatch, units=2)
-    add(project / "my-images", "29", 77, "other")
-    read: list[str] = []
+        add_image(project / "my-images", f"{number:02d}", number)
+    interrupt_ingest(monkeypatch, units=2)
+    add_image(project / "my-images", "29", 77, "other")
+    units_read: list[str] = []
     write = flows.stages.ingest.write_partitions
 
     def counted(unit: Any, *more: Any) -> Any:
-        read.append(unit.name)
+        units_read.append(unit.name)
         return write(unit, *more)
 
     monkeypatch.setattr(flows.stages.ingest, "write_partitions", counted)
     ingest.fn()
-    assert read == ["train/part-00002"]
+    assert units_read == ["train/part-00002"]
     assert captions()["29"] == "other"
 
 
 @pytest.mark.parametrize("changed", ["image", "caption", "deleted", "same size and time"])
 def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monkeypatch, changed) -> None:
     for number in range(20):
-        path = add(project / "my-images", f"{number:02d}", number)
+        path = add_image(project / "my-images", f"{number:02d}", number)
     path = project / "my-images" / "03.png"
     text = path.with_suffix(".txt")
-    stopped_ingest(monkeypatch)
+    interrupt_ingest(monkeypatch)
     if changed == "image":
-        path.write_bytes(picture(500))
+        path.write_bytes(image_bytes(500))
     elif changed == "caption":
         text.write_text("rewritten")
     elif changed == "deleted":
@@ -163,14 +163,14 @@ def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monke
     if changed == "deleted":
         assert "03" not in records and len(records) == 19
     elif changed == "image":
-        assert records["03"].image == picture(500)
+        assert records["03"].image == image_bytes(500)
     else:
         assert records["03"].short_caption == text.read_text()
 
 
-def test_a_folder_that_was_repaired_after_its_gate_failed_passes(project: Path) -> None:
+def test_a_folder_repaired_after_its_gate_failed_passes(project: Path) -> None:
     for number in range(20):
-        path = add(project / "my-images", f"{number:02d}", number)
+        path = add_image(project / "my-images", f"{number:02d}", number)
         if number < 10:
             path.with_suffix(".txt").write_text("")
     with pytest.raises(GateFailed):
@@ -186,13 +186,13 @@ def test_a_folder_that_was_repaired_after_its_gate_failed_passes(project: Path) 
     assert len(captions()) == 15
 
 
-def test_a_key_that_became_free_is_used_after_an_interruption(project: Path, monkeypatch) -> None:
+def test_a_freed_key_is_used_after_an_interruption(project: Path, monkeypatch) -> None:
     """Whether an item is a duplicate depends on the items of other units."""
     change(lambda params: params["ingest"].update(partition_size=1))
-    add(project / "my-images", "a/b", 1)
-    add(project / "my-images", "a_b", 2, "the second")
-    add(project / "my-images", "c", 3)
-    stopped_ingest(monkeypatch, units=2)
+    add_image(project / "my-images", "a/b", 1)
+    add_image(project / "my-images", "a_b", 2, "the second")
+    add_image(project / "my-images", "c", 3)
+    interrupt_ingest(monkeypatch, units=2)
     (project / "my-images/a/b.png").rename(project / "my-images/a/z.png")
     (project / "my-images/a/b.txt").rename(project / "my-images/a/z.txt")
     ingest.fn()
@@ -201,25 +201,25 @@ def test_a_key_that_became_free_is_used_after_an_interruption(project: Path, mon
 
 def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, monkeypatch) -> None:
     for number in range(20):
-        add(project / "my-images", f"{number:02d}", number)
+        add_image(project / "my-images", f"{number:02d}", number)
     ingest.fn()
     first = files("data/ingest")
     for path in (project / "my-images").iterdir():
         os.utime(path, (1, 1))
     shutil.rmtree("data")
-    stopped_ingest(monkeypatch)
+    interrupt_ingest(monkeypatch)
     ingest.fn()
     assert files("data/ingest") == first
 
 
 def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, monkeypatch) -> None:
     for number in range(20):
-        add(project / "my-images", f"{number:02d}", number)
+        add_image(project / "my-images", f"{number:02d}", number)
     write = flows.stages.ingest.write_partitions
 
     def touched(unit: Any, *more: Any) -> Any:
         reports = write(unit, *more)
-        add(project / "my-images", "05", 5, "rewritten meanwhile")
+        add_image(project / "my-images", "05", 5, "rewritten meanwhile")
         return reports
 
     with monkeypatch.context() as patch:
@@ -240,7 +240,7 @@ def tar_of(path: Path, numbers: range, text: str = "number") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as tar:
         for number in numbers:
-            for ending, data in (("png", picture(number)), ("txt", f"{text} {number}".encode())):
+            for ending, data in (("png", image_bytes(number)), ("txt", f"{text} {number}".encode())):
                 member = tarfile.TarInfo(f"{number:03d}.{ending}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -250,11 +250,11 @@ def use(**source: Any) -> None:
     change(lambda params: params["ingest"].update(source={**source, "val_share": 0, "test_share": 0}))
 
 
-def test_a_tar_that_was_fetched_again_is_read_again(project: Path, monkeypatch) -> None:
+def test_a_replaced_tar_is_read_again(project: Path, monkeypatch) -> None:
     use(kind="webdataset", path="raw", images=["png"])
     for number in range(3):
         tar_of(project / f"raw/{number}.tar", range(10 * number, 10 * number + 10))
-    stopped_ingest(monkeypatch, units=2)
+    interrupt_ingest(monkeypatch, units=2)
     size = (project / "raw/0.tar").stat().st_size
     tar_of(project / "raw/0.tar", range(10), "NUMBER")
     assert (project / "raw/0.tar").stat().st_size == size
@@ -263,7 +263,7 @@ def test_a_tar_that_was_fetched_again_is_read_again(project: Path, monkeypatch) 
     assert captions()["010"] == "number 10"
 
 
-def test_a_tar_of_another_store_is_read_again_when_it_changed(project: Path, monkeypatch) -> None:
+def test_a_changed_tar_of_a_store_is_read_again(project: Path, monkeypatch) -> None:
     import fsspec
 
     system = fsspec.filesystem("memory")
@@ -272,7 +272,7 @@ def test_a_tar_of_another_store_is_read_again_when_it_changed(project: Path, mon
     for number in range(2):
         tar_of(project / "one.tar", range(10 * number, 10 * number + 10))
         system.pipe_file(f"/raw/{number}.tar", (project / "one.tar").read_bytes())
-    stopped_ingest(monkeypatch)
+    interrupt_ingest(monkeypatch)
     tar_of(project / "one.tar", range(10), "NUMBER")
     system.pipe_file("/raw/0.tar", (project / "one.tar").read_bytes())
     ingest.fn()
@@ -297,12 +297,14 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
 
     table = project / f"raw.{kind.split()[0]}"
     for number in range(20):
-        add(project / "images", f"{number:02d}", number)
+        add_image(project / "images", f"{number:02d}", number)
 
     def write(first: str, data: bytes) -> None:
         images: list[Any] = [f"{number:02d}.png" for number in range(20)]
         if kind == "parquet of images":
-            images = [{"bytes": None, "path": images[0]}] + [{"bytes": picture(n), "path": None} for n in range(1, 20)]
+            images = [{"bytes": None, "path": images[0]}] + [
+                {"bytes": image_bytes(n), "path": None} for n in range(1, 20)
+            ]
         (project / "images/00.png").write_bytes(data)
         frame = pd.DataFrame({"image": images, "caption": [first] + [f"row {n}" for n in range(1, 20)]})
         frame["id"] = [f"k{number}" for number in range(20)]
@@ -313,13 +315,13 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
         else:
             frame.to_parquet(table)
 
-    write("row 0", picture(0))
+    write("row 0", image_bytes(0))
     use(kind=kind.split()[0], path=table.name, images="images", key="id")
-    stopped_ingest(monkeypatch)
+    interrupt_ingest(monkeypatch)
     if changed == "row":
-        write("ROW 0", picture(0))
+        write("ROW 0", image_bytes(0))
     else:
-        (project / "images/00.png").write_bytes(picture(300))
+        (project / "images/00.png").write_bytes(image_bytes(300))
     ingest.fn()
     (first,) = (
         one
@@ -328,7 +330,7 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
         if one.key == "k0"
     )
     assert (first.short_caption, first.image) == (
-        ("ROW 0", picture(0)) if changed == "row" else ("row 0", picture(300))
+        ("ROW 0", image_bytes(0)) if changed == "row" else ("row 0", image_bytes(300))
     )
 
 
@@ -336,10 +338,10 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
 
 
 @pytest.fixture
-def described(project: Path) -> Path:
-    """Thirty ingested pictures and a table of captions."""
+def captioned_project(project: Path) -> Path:
+    """A project with thirty ingested images and a table of captions."""
     for number in range(30):
-        add(project / "my-images", f"{number:02d}", number)
+        add_image(project / "my-images", f"{number:02d}", number)
     write_table(project, "It is")
     entry = {"kind": "table", "path": "captions.csv"}
     change(lambda params: params["caption"].update(captioners={"mine": entry}, max_repeated_share=1.0))
@@ -355,30 +357,30 @@ def write_table(project: Path, words: str) -> None:
 
 def long_captions() -> dict[str, str]:
     folder = Path("data/captions/mine")
-    found = {}
+    texts = {}
     for name in unit_names(folder):
         table = read_captions(folder, name, ["key", "text"])
-        found |= dict(zip(table["key"], table["text"], strict=True))
-    return found
+        texts |= dict(zip(table["key"], table["text"], strict=True))
+    return texts
 
 
-def test_captions_are_those_of_a_table_that_was_rewritten_after_an_interruption(described: Path, monkeypatch) -> None:
+def test_captions_of_a_changed_table_are_read_again_after_an_interruption(captioned_project: Path, monkeypatch) -> None:
     def run() -> None:
         caption.fn("mine")
 
-    interrupted(monkeypatch, run, Captioning, "_write")
+    run_interrupted(monkeypatch, run, Captioning, "_write")
     assert not Path("data/captions/mine").exists()
-    write_table(described, "Now it is")
+    write_table(captioned_project, "Now it is")
     caption.fn("mine")
     assert all(text.startswith("Now it is") for text in long_captions().values())
 
 
-def test_a_table_that_changes_while_it_is_read_is_not_published(described: Path, monkeypatch) -> None:
+def test_a_table_that_changes_while_it_is_read_is_not_published(captioned_project: Path, monkeypatch) -> None:
     write = Captioning._write
 
     def rewritten(self: Captioning, partition: Any) -> Any:
         report = write(self, partition)
-        write_table(described, "Now it is")
+        write_table(captioned_project, "Now it is")
         return report
 
     with monkeypatch.context() as patch:
@@ -390,7 +392,7 @@ def test_a_table_that_changes_while_it_is_read_is_not_published(described: Path,
     assert all(text.startswith("Now it is") for text in long_captions().values())
 
 
-def test_captions_follow_partitions_that_changed_while_their_index_did_not(described: Path, monkeypatch) -> None:
+def test_a_changed_partition_is_captioned_again_under_an_unchanged_index(captioned_project: Path, monkeypatch) -> None:
     """A unit compares its own inputs, whatever the stage's fingerprint covers."""
     from dataclasses import replace
 
@@ -401,26 +403,26 @@ def test_captions_follow_partitions_that_changed_while_their_index_did_not(descr
     work = Captioning("mine", config, Path("data/ingest"), Path("store"), Path("work/out"))
     unit = read_index(Path("data/ingest"), UnitIndex).units[0]
     partition = Partition(unit.name, unit.written, unit.sha256)
-    asked: list[str] = []
+    hashes: list[str] = []
     write = Captioning._write
 
     def counted(self: Captioning, partition: Partition) -> Any:
-        asked.append(partition.sha256)
+        hashes.append(partition.sha256)
         return write(self, partition)
 
     monkeypatch.setattr(Captioning, "_write", counted)
     first = work(partition)
     assert work(partition) == first
     work(replace(partition, sha256="0" * 64))
-    assert asked == [partition.sha256, "0" * 64]
+    assert hashes == [partition.sha256, "0" * 64]
 
 
-def test_shards_follow_captions_that_changed_after_an_interruption(described: Path, monkeypatch) -> None:
+def test_shards_are_rewritten_when_captions_changed_after_an_interruption(captioned_project: Path, monkeypatch) -> None:
     import tarfile
 
     caption.fn("mine")
-    interrupted(monkeypatch, shard.fn, flows.stages.shard, "write_shard")
-    write_table(described, "Now it is")
+    run_interrupted(monkeypatch, shard.fn, flows.stages.shard, "write_shard")
+    write_table(captioned_project, "Now it is")
     caption.fn("mine")
     shard.fn()
     texts = []
@@ -432,7 +434,7 @@ def test_shards_follow_captions_that_changed_after_an_interruption(described: Pa
     assert all(b"Now it is" in text for text in texts)
 
 
-def test_inputs_of_units_are_not_published(described: Path) -> None:
+def test_inputs_of_units_are_not_published(captioned_project: Path) -> None:
     caption.fn("mine")
     shard.fn()
     for folder in ("data/ingest", "data/captions/mine", "data/shards"):
@@ -440,41 +442,41 @@ def test_inputs_of_units_are_not_published(described: Path) -> None:
         assert not any(b'"input' in data for name, data in files(folder).items() if name.endswith(".json"))
 
 
-# --- gates of own data --------------------------------------------------------------------------------------------
+# --- gates --------------------------------------------------------------------------------------------------------
 
 
-def test_exact_copies_are_counted_apart_and_pass_by_default(project: Path) -> None:
+def test_exact_copies_are_counted_separately_and_pass_by_default(project: Path) -> None:
     for number in range(40):
-        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+        add_image(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
     ingest.fn()
     index = read_index(Path("data/ingest"), UnitIndex)
     assert (index.read, index.written) == (40, 20)
     assert index.failure_kinds == {"duplicate-image": 20}
 
 
-def test_copies_have_a_limit_of_their_own(project: Path) -> None:
+def test_copies_have_their_own_limit(project: Path) -> None:
     change(lambda params: params["ingest"].update(max_left_out_share=0.4))
     for number in range(40):
-        add(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
+        add_image(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
     with pytest.raises(GateFailed, match=r"50 % \(20 duplicate-image\).*ingest\.max_left_out_share"):
         ingest.fn()
 
 
 def test_duplicate_keys_are_still_failures(project: Path) -> None:
     for number in range(10):
-        add(project / "my-images", f"{number}/a", number)
-        add(project / "my-images", f"{number}_a", 100 + number)
+        add_image(project / "my-images", f"{number}/a", number)
+        add_image(project / "my-images", f"{number}_a", 100 + number)
     with pytest.raises(GateFailed, match=r"50 % \(10 duplicate\).*ingest\.max_failure_share"):
         ingest.fn()
 
 
-def test_all_limits_that_fail_are_shown_with_their_keys(project: Path) -> None:
+def test_all_failed_limits_are_shown_with_their_keys(project: Path) -> None:
     change(lambda params: params["ingest"].update(max_left_out_share=0, max_repeated_caption_share=0.1))
     for number in range(20):
-        path = add(project / "my-images", f"{number:02d}", number, "the same")
+        path = add_image(project / "my-images", f"{number:02d}", number, "the same")
         if number < 5:
             path.with_suffix(".txt").unlink()
-    add(project / "my-images", "copy", 19, "the same")
+    add_image(project / "my-images", "copy", 19, "the same")
     with pytest.raises(GateFailed) as raised:
         ingest.fn()
     message = str(raised.value)
