@@ -197,14 +197,16 @@ class Stage:
         checks: Sequence[Check],
         index: Totals | None = None,
         notes: dict[str, Any] | None = None,
+        processed: int | None = None,
     ) -> None:
         """Writes the stage record for the report: time, throughput, counts, the gate's checks and its pages.
 
         Args:
-            samples: number of processed images, texts or training samples.
+            samples: number of images, texts or training samples of the output.
             checks: the gate's checks.
             index: the index.json that the stage wrote; None for a stage without items.
             notes: further values by name.
+            processed: number of samples that this run processed, for the throughput; None: all.
         """
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
         work = max(seconds - sum(orchestration.values()), 1e-6)
@@ -214,7 +216,7 @@ class Stage:
             seconds=seconds,
             work_seconds=work,
             samples=samples,
-            samples_per_second=samples / work,
+            samples_per_second=(samples if processed is None else processed) / work,
             orchestration_seconds=orchestration,
             counts=index.model_dump(include={"read", "written", "failed"}) if index else {},
             failure_kinds=index.failure_kinds if index else {},

@@ -125,8 +125,13 @@ def pretrain(ablation: str) -> None:
             tracker.log_history(run_id, read_history(paths.models / ablation, seed))
             tracker.set_tags(run_id, {"model": str(paths.models / ablation)})
             tracker.finish(run_id)
-    trained = (len(config.seeds) - len(reused)) * config.steps * config.batch_size
-    stage.record(trained, checks, notes={"epochs": config.steps * config.batch_size / samples})
+    per_seed = config.steps * config.batch_size
+    stage.record(
+        per_seed * len(config.seeds),
+        checks,
+        notes={"epochs": per_seed / samples},
+        processed=per_seed * len(job.seeds),
+    )
 
 
 def number_of_samples(available: int, subset: float | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -42,6 +43,10 @@ def test_a_seed_is_trained_once(make_workspace: Callable[[], Workspace]) -> None
     train_seeds(workspace, 0)
     first = models(workspace)
     assert set(first) == {"lotlip/seed-0", "longer/seed-0"}
+    # a run that a kill interrupted after it published reuses every seed, and its record must be the same
+    workspace.python("flows.stages.pretrain", "lotlip")
+    record = json.loads((workspace.folder / "metrics" / "stages" / "pretrain-lotlip.json").read_text())
+    assert (record["samples"], record["samples_per_second"]) == (4 * 8, 0)
 
     for name, output in train_seeds(workspace, 0, 1).items():
         assert f"pretrain-{name}: reusing trained seeds: 0" in output
