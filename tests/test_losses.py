@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm, logsigmoid, multi_head_attention_forward, normalize
 
-from lotlip.objectives.conditioned import choose_partners, conditioned_loss, pooled_features, queries
+from lotlip.objectives.conditioned import TextQueries, choose_partners, conditioned_loss, conditioned_scores
 from lotlip.objectives.contrastive import OBJECTIVES, lotlip_loss, principal_components
 from lotlip.objectives.similarity import late_interaction
 
@@ -580,9 +580,9 @@ def test_flairs_loss_equals_its_release():
     pooling = torch.cat([row.reshape(-1, width) for row in rows])
     shared = vectors["image_tokens"], vectors["meets"], pooling, vectors["logit_scale_exp"], vectors["logit_bias"]
     tokens, meets, pooling, scale, bias = shared
-    query = queries(texts.flatten(0, 1), pooling)[meets]
-    pooled = pooled_features(tokens, query, pooling, heads)
-    torch.testing.assert_close(pooled, vectors["conditioned"], atol=1e-5, rtol=0)
+    every = texts.flatten(0, 1)
+    scores = conditioned_scores(tokens, TextQueries.of(every, pooling, heads), pooling).gather(1, meets)
+    torch.testing.assert_close(scores, (vectors["conditioned"] * every[meets]).sum(-1), atol=1e-5, rtol=0)
     for at_once in (1, 10**6):
         conditioned = conditioned_loss(
             tokens, texts, meets, pooling, scale, bias, heads=heads, first=0, values_at_once=at_once

@@ -7,7 +7,17 @@ import pytest
 import torch
 from scipy.stats import binom
 
-from lotlip.evaluate.metrics import chance, class_features, classification, retrieval, summary
+from lotlip.evaluate.metrics import (
+    Candidates,
+    best_candidates,
+    chance,
+    class_features,
+    classification,
+    retrieval,
+    retrieval_by_candidates,
+    retrieval_by_pairs,
+    summary,
+)
 from lotlip.objectives.similarity import late_interaction
 
 
@@ -390,3 +400,73 @@ def test_features_of_the_wrong_shape_are_rejected():
     for wrong in (text[:, 0], text[:, :4]):
         with pytest.raises(ValueError, match=r"text_mask \[60, 5\] do not match"):
             retrieval(image, wrong, text_image, text_mask=mask)
+
+
+# --- similarities that are given --------------------------------------------------------------------------------------
+
+
+def recalls(scores):
+    """Recall at k and its intervals only."""
+    return [{n: v for n, v in part.items() if ".r" in n} for part in (scores.values, scores.intervals)]
+
+
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_similarities_of_all_pairs_give_what_their_features_give(chunk):
+    image, text, text_image = random_case()
+    shuffled = torch.randperm(len(text), generator=torch.Generator().manual_seed(1))
+    text, text_image = text[shuffled], text_image[shuffled]
+    similarity = torch.nn.functional.normalize(image, dim=1) @ torch.nn.functional.normalize(text, dim=1).T
+    before = similarity.clone()
+    found = retrieval_by_pairs(similarity, text_image, chunk=chunk)
+    expected = retrieval(image, text, text_image)
+    assert found.values == pytest.approx(recalls(expected)[0])
+    assert set(found.intervals) == set(recalls(expected)[1])
+    assert torch.equal(similarity, before)
+
+
+def ranked_again(similarity, features, text_image, top, **settings):
+    """Scores of the best `top` candidates by the features, ranked by a similarity, [I, T]."""
+    texts, images = best_candidates(*features, top)
+    pairs = Candidates(texts, similarity.gather(1, texts)), Candidates(images, similarity.T.gather(1, images))
+    return retrieval_by_candidates(*pairs, text_image, **settings).values
+
+
+def test_all_candidates_ranked_again_give_what_all_pairs_give():
+    image, text, text_image = random_case()
+    similarity = torch.randn(40, 120, generator=torch.Generator().manual_seed(2))
+    similarity[torch.arange(40).repeat_interleave(3), torch.arange(120)] += 1.5
+    similarity = (similarity * 2).round() / 2  # with ties
+    found = ranked_again(similarity, (image, text), text_image, 200)
+    assert found == pytest.approx(retrieval_by_pairs(similarity, text_image).values)
+    assert 0.1 < found["text_to_image.r1"] < found["text_to_image.r5"] < 1
+
+
+def test_candidates_ranked_again_by_hand():
+    """The own image of text 2 is not among its best two by features, although it would be the best."""
+    image = torch.eye(4)
+    text = torch.tensor([[3.0, 2, 1, 0], [0, 3, 2, 1], [3, 2, 1, 0], [0, 1, 2, 3]])
+    text_image = torch.arange(4)
+    # images of the best two texts by features: text 0: images 0, 1; 1: 1, 2; 2: 0, 1 (not its own); 3: 3, 2
+    better = torch.tensor([[0.1, 0.0, 0.9, 0.0], [0.2, 0.5, 0.8, 0.0], [0.9, 0.5, 1.0, 0.7], [0.9, 0.0, 0.0, 0.6]])
+    found = ranked_again(better, (image, text), text_image, 2, ks=(1, 2))
+    # text 0: image 1 ahead of its own; text 1: its own and image 2 tie; text 3: image 2 ahead
+    assert found["text_to_image.r1"] == pytest.approx(0.5 / 4)
+    assert found["text_to_image.r2"] == pytest.approx(3 / 4)
+
+
+def test_too_few_candidates_for_a_recall_are_an_error():
+    image, text, text_image = random_case()
+    similarity = torch.randn(40, 120)
+    with pytest.raises(ValueError, match="texts_of_images has 9 of 120 candidates, too few for recall at 10"):
+        ranked_again(similarity, (image, text), text_image, 9)
+    assert ranked_again(similarity, (image, text), text_image, 9, ks=(1, 5))
+
+
+def test_similarities_that_are_no_numbers_are_an_error():
+    image, text, text_image = random_case()
+    similarity = torch.randn(40, 120)
+    similarity[3, 4] = torch.nan
+    with pytest.raises(ValueError, match="similarity: 1 of 40 rows are not finite"):
+        retrieval_by_pairs(similarity, text_image)
+    with pytest.raises(ValueError, match="texts_of_images: 1 of 40 rows are not finite"):
+        ranked_again(similarity, (image, text), text_image, 120)

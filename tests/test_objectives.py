@@ -1,18 +1,12 @@
-"""Modules of objectives, and retrieval with text-conditioned features."""
+"""Modules that only an objective needs, and the cosines of features that texts pool."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import cosine_similarity, layer_norm, normalize
 
-from lotlip.objectives.conditioned import (
-    ConditionedPooling,
-    conditioned_scores,
-    pooled_features,
-    queries,
-    reranked_scores,
-)
+from lotlip.objectives.conditioned import ConditionedPooling, TextQueries, conditioned_scores
 from lotlip.objectives.masks import MaskNetwork, masked_cosine
 
 
@@ -41,33 +35,52 @@ def test_new_masks_select_every_channel():
     torch.testing.assert_close(masked_cosine(images, texts, masks)[0], images @ texts.T)
 
 
-def pooled_case() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Projected patches of 7 images, 5 texts, and weights of the pooling."""
-    tokens, pooling = ConditionedPooling(token_width=10, width=8, heads=2)(torch.randn(7, 4, 10))
-    return tokens, normalize(torch.randn(5, 8), dim=-1), pooling
+def plain_score(tokens: torch.Tensor, text: torch.Tensor, module: ConditionedPooling, heads: int) -> torch.Tensor:
+    """The cosine of one text and one image's pooled feature, with torch's own attention; tokens [P, D], text [D]."""
+    width = len(text)
+    attention = torch.nn.MultiheadAttention(width, heads, add_zero_attn=True)
+    attention.load_state_dict(
+        {
+            "in_proj_weight": module.inputs,
+            "in_proj_bias": module.input_bias,
+            "out_proj.weight": module.output,
+            "out_proj.bias": module.output_bias,
+        }
+    )
+    query, key, value = (
+        layer_norm(values, (width,), *norm)
+        for values, norm in (
+            (text[None] * width**0.5, module.norm_query),
+            (tokens, module.norm_key),
+            (tokens, module.norm_value),
+        )
+    )
+    return cosine_similarity(attention(query, key, value)[0][0], text, dim=0)
 
 
-def test_conditioned_scores_equal_those_of_single_pairs():
-    tokens, texts, pooling = pooled_case()
-    scores = conditioned_scores(tokens, texts, pooling, heads=2)
-    for image in range(7):
-        for text in range(5):
-            query = queries(texts[text], pooling)[None, None]
-            pooled = pooled_features(tokens[image : image + 1], query, pooling, heads=2)[0, 0]
-            torch.testing.assert_close(scores[image, text], cosine_similarity(pooled, texts[text], dim=0))
+@pytest.mark.parametrize("values_at_once", [1, 20, 2**17])
+def test_conditioned_scores_are_those_of_each_pair(values_at_once):
+    """However many texts are scored at a time. Biases and norms are no longer those of the start."""
+    module = ConditionedPooling(token_width=10, width=8, heads=2)
+    for values in module.parameters():
+        torch.nn.init.normal_(values)
+    with torch.no_grad():
+        tokens, pooling = module(torch.randn(7, 4, 10))
+        texts = normalize(torch.randn(5, 8), dim=-1)
+        queries = TextQueries.of(texts, pooling, heads=2)
+        scores = conditioned_scores(tokens, queries, pooling, values_at_once)
+        every = [[plain_score(tokens[image], text, module, heads=2) for text in texts] for image in range(7)]
+        torch.testing.assert_close(scores, torch.tensor(every), atol=1e-6, rtol=1e-5)
+        some = conditioned_scores(tokens[3:], queries.part(torch.tensor([4, 0, 4])), pooling, values_at_once)
+        torch.testing.assert_close(some, scores[3:][:, [4, 0, 4]], atol=1e-6, rtol=1e-5)
 
 
-def test_reranking_changes_only_the_best_candidates():
-    tokens, texts, pooling = pooled_case()
-    scores = normalize(torch.randn(5, 8), dim=-1) @ normalize(torch.randn(7, 8), dim=-1).T
-    every = conditioned_scores(tokens, texts, pooling, heads=2).T
-    reranked = reranked_scores(scores, tokens, texts, pooling, heads=2, top=3)
-    for text in range(5):
-        best = scores[text].topk(3).indices
-        order = reranked[text].argsort(descending=True)
-        assert order[:3].tolist() == best[every[text, best].argsort(descending=True)].tolist()
-        assert order[3:].tolist() == scores[text].argsort(descending=True)[3:].tolist()
-    torch.testing.assert_close(reranked_scores(scores, tokens, texts, pooling, heads=2, top=9), every)
+def test_a_pooled_feature_of_nothing_has_no_similarity():
+    module = ConditionedPooling(token_width=8, width=8, heads=2)
+    torch.nn.init.zeros_(module.output)
+    tokens, pooling = module(torch.randn(1, 4, 8))
+    queries = TextQueries.of(normalize(torch.randn(3, 8), dim=-1), pooling, heads=2)
+    assert conditioned_scores(tokens, queries, pooling).tolist() == [[0, 0, 0]]
 
 
 def test_heads_must_divide_the_width():

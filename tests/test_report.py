@@ -434,6 +434,24 @@ def test_columns_are_any_setting_and_any_score(project):
     assert [cell.text for cell in found.rows[0][1:4]] == ["0.002", "infonce", "[]"]
 
 
+def test_scores_that_one_ablation_has_are_columns_with_dashes_for_the_others(tmp_path):
+    """The chance is that of the ablation that has them."""
+    own = "conditioned-long.text_to_image.r1"
+
+    def metrics(place, seed):
+        return metrics_of(place, seed) | ({own: 0.5 + seed / 10} if place == 1 else {})
+
+    tables = {"own": {"title": "Own", "rows": ["alpha", "beta"], "columns": ["long", own]}}
+    inputs = made(tmp_path, {"alpha": {}, "beta": {"text": {"corner_tokens": 1}}}, metrics=metrics, tables=tables)
+    for slug in ("own", "all"):
+        found = table(inputs, slug)
+        place = [column.key for column in found.columns].index(own)
+        assert found.columns[place].group.startswith("Long text, conditioned, ")
+        assert found.rows[0][place].text == "–" and found.rows[1][place].value == pytest.approx(0.55)
+        (chance,) = (row for row in found.references if row[0].text == "chance")
+        assert chance[place].value == 0.001
+
+
 def test_without_declared_tables_all_ablations_are_in_one(project):
     root, _ = project
     inputs = load_inputs(make_params(tables={}, findings={}), root)

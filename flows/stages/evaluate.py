@@ -66,6 +66,7 @@ def evaluate(ablation: str) -> None:
         about,
         how,
         lambda seed: stage.log.info("evaluate-%s: seed %s done", ablation, seed),
+        config.max_conditioned_pairs,
     )
     scores = AblationScores(
         ablation=ablation,

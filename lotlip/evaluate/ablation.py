@@ -17,6 +17,9 @@ from lotlip.data.tokenizer import token_counts
 from lotlip.evaluate.attention_pictures import attention_pictures, small_jpeg
 from lotlip.evaluate.attention_scores import attention_scores
 from lotlip.evaluate.benchmarks import Benchmark
+from lotlip.evaluate.conditioned import PatchFeatures, evaluate_conditioned, families, load_pooling, of_families
+from lotlip.evaluate.conditioned import protocol as conditioned_protocol
+from lotlip.evaluate.config import MAX_CONDITIONED_PAIRS
 from lotlip.evaluate.encoders import CachedTextEncoder, LotlipEncoder, Runner
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol, unseen_share
 from lotlip.evaluate.examples import retrieval_examples, shown_images
@@ -67,30 +70,37 @@ def measure(
     about: Mapping[str, str],
     how: Runner,
     on_seed: Callable[[int], object] = lambda seed: None,
+    max_conditioned_pairs: int = MAX_CONDITIONED_PAIRS,
 ) -> AblationResults:
     """Scores every seed of an ablation on every benchmark.
 
     Args:
         folder: folder of the trained ablation.
-        config: its training settings, with "seeds", "text" and "image_tower".
+        config: its training settings, with "seeds", "text", "image_tower" and, if it needs modules, "loss".
         benchmarks: the benchmarks to score it on.
         vocabulary: word pieces that occur in training texts.
         about: additional entries of the protocol, such as "command".
         how: device, precision and batch size.
         on_seed: called with each seed that is done.
+        max_conditioned_pairs: see `EvaluateConfig`; used if `loss.conditioned` was.
 
     Raises:
-        ValueError: a benchmark's texts have more unseen word pieces than it allows, or an image cannot be read.
+        ValueError: a benchmark's texts have more unseen word pieces than it allows, an image cannot be read, or a
+            seed's weights of the pooling are missing or do not fit.
     """
     measured = AblationResults()
     tokenizer = config["text"]["tokenizer"]
     images: dict[str, Tensor] = {}
     pieces = partial(token_counts, tokenizer)
+    loss = config.get("loss", {})
+    conditioned = bool(loss.get("conditioned"))
+    patches = PatchFeatures(shared=config["image_tower"]["frozen"])
     reading_tests = {b.name: make_reading_test(b.scenes, pieces) for b in benchmarks if b.scenes}
     for seed in config["seeds"]:
         seed_folder = folder / f"seed-{seed}"
         encoder = LotlipEncoder(*load_model(seed_folder), how)
         model = encoder.model
+        pooling = load_pooling(seed_folder, loss, model) if conditioned else None
         measured.parameters = {
             name: sum(weight.numel() for weight in tower.parameters())
             for name, tower in (("text_tower", model.text), ("image_tower", model.image_tower))
@@ -105,6 +115,11 @@ def measure(
                 changed = [t for question in reading_test.questions for t in question.changed] if reading_test else []
                 unseen = unseen_share(benchmark, tokenizer, vocabulary, changed, encoder.tokenizer.sentence_ends)
                 ceiling, repeats = limits(benchmark)
+                chance, how_pooled = chances(benchmark), {}
+                if pooling:
+                    pooled = families(benchmark, max_conditioned_pairs)
+                    chance, ceiling = (known | of_families(known, pooled) for known in (chance, ceiling))
+                    how_pooled = conditioned_protocol(benchmark, max_conditioned_pairs)
                 measured.results[name] = BenchmarkScores(
                     protocol={
                         "model": folder.as_posix(),
@@ -112,13 +127,17 @@ def measure(
                         **repeats,
                         **_text_lengths(benchmark, tokenizer),
                         "unseen_token_share": unseen,
+                        **how_pooled,
                         **about,
                     },
-                    chance=chances(benchmark),
+                    chance=chance,
                     ceiling=ceiling,
                     examples=retrieval_examples(cached, benchmark, images[name]),
                 )
             result, scores = measured.results[name], evaluate(cached, benchmark, images[name])
+            if pooling and benchmark.retrieval:
+                tokens = patches.of(encoder, benchmark)
+                scores |= evaluate_conditioned(cached, benchmark, images[name], tokens, pooling, max_conditioned_pairs)
             result.seeds[seed] = dict(scores.values)
             result.intervals[seed] = dict(scores.intervals)
             result.attention[seed] = attention_scores(encoder, benchmark).to_json()

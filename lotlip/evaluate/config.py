@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from lotlip.core.section import Count, Name, Section, Share
+from lotlip.core.section import Count, Name, NonNegative, Section, Share
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.data.models import local_hashes
 from lotlip.models.vision.spec import START
@@ -83,6 +83,9 @@ def baseline_hashes(baselines: Iterable[str]) -> dict[str, str]:
     return local_hashes(name for name in baselines if name != START)
 
 
+MAX_CONDITIONED_PAIRS = 25_000_000  # 5,000 images and texts; half a minute on a core at the demo's sizes
+
+
 class EvaluateConfig(Section):
     """Zero-shot retrieval and classification of each trained model."""
 
@@ -102,6 +105,12 @@ class EvaluateConfig(Section):
         None,
         description=f"largest share of the short-text R@1 (mean of both directions) of {START} that a trained model "
         f"may lose on a benchmark, else the gate fails; needs {START} among `baselines`; null: no limit",
+    )
+
+    max_conditioned_pairs: NonNegative = Field(
+        MAX_CONDITIONED_PAIRS,
+        description="ablations with loss.conditioned (FLAIR): largest number of pairs of images and texts of one kind "
+        "that are all scored with pooled features; with more, only the best candidates of the images' own features are",
     )
 
     @property

@@ -129,11 +129,19 @@ class Runner:
 
     def features(self, encode: Callable[..., Tensor], *inputs: Tensor, **named: Tensor) -> Tensor:
         """Encodes one batch on the device and returns normalised features, float32 on the CPU."""
+
+        def normalised(*inputs: Tensor, **named: Tensor) -> Tensor:
+            return normalize(encode(*inputs, **named).float(), dim=-1)
+
+        return self.outputs(normalised, *inputs, **named)
+
+    def outputs(self, encode: Callable[..., Tensor], *inputs: Tensor, **named: Tensor) -> Tensor:
+        """Encodes one batch on the device, without normalisation; float32 on the CPU."""
         with self.running():
             moved = [tensor.to(self.device) for tensor in inputs]
             features = encode(*moved, **{name: tensor.to(self.device) for name, tensor in named.items()})
             self.on_batch(len(features))
-            return normalize(features.float(), dim=-1).cpu()
+            return features.float().cpu()
 
     def prepared(self, images: Iterable[bytes], prepare: Callable[[bytes], Any]) -> Iterator[list[Any]]:
         """Yields batches of images, preprocessed by threads while the model runs.
@@ -215,11 +223,21 @@ class LotlipEncoder:
     def prepared(self, pictures: Sequence[np.ndarray]) -> Tensor:
         """Returns normalised features of a batch of preprocessed images, as `images` does."""
         encode = self.model.encode_image_patches if self._late_interaction else self.model.encode_image
-        return self._run.features(encode, torch.from_numpy(np.stack(pictures)))
+        return self._run.features(encode, _stacked(pictures))
 
     def images(self, images: Iterable[bytes]) -> Tensor:
         """See `Encoder`."""
         return torch.cat([self.prepared(batch) for batch in self._run.prepared(images, self.prepare)])
+
+    def patches(self, images: Iterable[bytes]) -> Iterator[Tensor]:
+        """Yields features of the patches of encoded images in batches, [B, P, C], not normalised, float32 on the CPU.
+
+        Raises:
+            UnreadableImage: an image cannot be decoded.
+        """
+        tower = self.model.image_tower
+        for batch in self._run.prepared(images, self.prepare):
+            yield self._run.outputs(lambda pixels: tower.patches(tower.hidden_states(pixels)), _stacked(batch))
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """See `Encoder`. Texts of similar length are encoded together."""
@@ -259,6 +277,10 @@ class LotlipEncoder:
             "similarity": self.model.config.similarity,
             **self._run.protocol("transformers", "timm", "pillow"),
         }
+
+
+def _stacked(pictures: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(pictures))
 
 
 def _padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -48,8 +49,15 @@ def image_features(encoder: Encoder, benchmark: Benchmark) -> Tensor:
     Raises:
         ValueError: an image cannot be read or decoded; the message names it.
     """
-    try:
+    with naming_images(benchmark):
         return encoder.images(encoded_images(benchmark))
+
+
+@contextmanager
+def naming_images(benchmark: Benchmark) -> Iterator[None]:
+    """Names the image of a benchmark that cannot be decoded; raises a ValueError."""
+    try:
+        yield
     except UnreadableImage as error:
         raise ValueError(f"benchmark {benchmark.name}: image {benchmark.images[error.number]}: {error}") from error
 

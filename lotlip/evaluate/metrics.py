@@ -1,4 +1,4 @@
-"""Zero-shot retrieval and classification as pure functions of features; similarities are computed in tiles."""
+"""Zero-shot retrieval and classification as pure functions of features or similarities, in tiles."""
 
 from __future__ import annotations
 
@@ -98,6 +98,127 @@ def retrieval(
         outcomes = _outcomes(ranks, ks)
         median = Scores({"median_rank": outcomes["mean_rank"].quantile(0.5).item()})
         scores |= (summary(outcomes, image, resamples, seed) | median).under(direction)
+    return scores
+
+
+def retrieval_by_pairs(
+    similarity: Tensor,
+    text_image: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    chunk: int = TILE,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Computes recall at k in both directions, as `retrieval` does, from the similarities of all pairs.
+
+    Args:
+        similarity: of images and texts, [I, T].
+        text_image, ks, chunk, resamples, seed: see `retrieval`.
+
+    Returns:
+        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, with intervals.
+
+    Raises:
+        ValueError: shapes or indices do not match, an image has no text, or a similarity is not finite.
+    """
+    _check_index(text_image, "text_image", "images", similarity.shape[1], len(similarity))
+    _check_finite(similarity, "similarity")
+    order = text_image.argsort(stable=True)
+
+    def compare(rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+        tile = similarity[rows, order[columns]]  # a copy, because `_rank_both_directions` writes to it
+        return tile, tile
+
+    owner = text_image[order]
+    by_image, by_text = _rank_both_directions(compare, owner, chunk)
+    return _recalls(by_image, by_text, owner, ks, resamples, seed)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The best candidates of each query by features, [Q, k] each, in any order.
+
+    Attributes:
+        index: the candidates.
+        similarity: similarities of the queries and the candidates, by which these are ranked again.
+    """
+
+    index: Tensor
+    similarity: Tensor
+
+
+def best_candidates(image_features: Tensor, text_features: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """Finds the best texts of each image, [I, k], and the best images of each text, [T, k], by cosine; k ≤ `top`."""
+    images, texts = _normalised(image_features, "image_features"), _normalised(text_features, "text_features")
+
+    def best(queries: Tensor, candidates: Tensor) -> Tensor:
+        k = min(top, len(candidates))
+        return torch.cat([cosine(part, candidates)[0].topk(k, dim=1).indices for part in queries.split(TILE)])
+
+    return best(images, texts), best(texts, images)
+
+
+def retrieval_by_candidates(
+    texts_of_images: Candidates,
+    images_of_texts: Candidates,
+    text_image: Tensor,
+    ks: Sequence[int] = (1, 5, 10),
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Scores:
+    """Computes recall at k in both directions, as `retrieval` does, if the best candidates are ranked again.
+
+    A match that is not among a query's candidates is no hit.
+
+    Args:
+        texts_of_images: the texts that are ranked for each image.
+        images_of_texts: the images that are ranked for each text.
+        text_image, ks, resamples, seed: see `retrieval`.
+
+    Returns:
+        `image_to_text.r<k>` and `text_to_image.r<k>` as fractions, with intervals.
+
+    Raises:
+        ValueError: shapes or indices do not match, a similarity is not finite, or a query has fewer candidates than
+            the largest k although there are more.
+    """
+    images, texts = len(texts_of_images.index), len(images_of_texts.index)
+    _check_index(text_image, "text_image", "images", texts, images)
+    counts = []
+    for name, candidates, number, own in (
+        ("texts_of_images", texts_of_images, texts, text_image[texts_of_images.index] == torch.arange(images)[:, None]),
+        ("images_of_texts", images_of_texts, images, images_of_texts.index == text_image[:, None]),
+    ):
+        _check_finite(candidates.similarity, name)
+        if candidates.index.shape[1] < min(max(ks), number):
+            raise ValueError(
+                f"{name} has {candidates.index.shape[1]} of {number} candidates, too few for recall at {max(ks)}"
+            )
+        counts.append(_rank_candidates(candidates.similarity, own))
+    by_image, by_text = counts
+    return _recalls(by_image, by_text, text_image, ks, resamples, seed)
+
+
+def _rank_candidates(similarity: Tensor, own: Tensor) -> _RankCounts:
+    """Counts ranks among candidates, [Q, k] each; `own` are the matches. Without a match all candidates are better."""
+    best = similarity.masked_fill(~own, -math.inf).amax(dim=1, keepdim=True)
+    better = (~own & (similarity > best + TOLERANCE)).sum(dim=1)
+    not_worse = similarity >= best - TOLERANCE
+    tied = (~own & not_worse).sum(dim=1) - better
+    return _RankCounts(better.double(), (own & not_worse).sum(dim=1).double(), tied.double())
+
+
+def _recalls(
+    by_image: _RankCounts, by_text: _RankCounts, text_image: Tensor, ks: Sequence[int], resamples: int, seed: int
+) -> Scores:
+    """Recall at k of both directions, with intervals."""
+    scores = Scores()
+    for direction, ranks, image in (
+        ("image_to_text", by_image, torch.arange(len(by_image.better))),
+        ("text_to_image", by_text, text_image),
+    ):
+        hits = {name: values for name, values in _outcomes(ranks, ks).items() if name != "mean_rank"}
+        scores |= summary(hits, image, resamples, seed).under(direction)
     return scores
 
 
@@ -379,7 +500,11 @@ def _normalised(features: Tensor, name: str, shape: str = "[rows, D]") -> Tensor
     """Normalises features in fp32. NaN is an error, because comparisons with NaN would silently count as hits."""
     if features.ndim != shape.count(",") + 1:
         raise ValueError(f"{name} has shape {list(features.shape)}; expected {shape}")
-    if not torch.isfinite(features).all():
-        bad = int((~torch.isfinite(features).flatten(1).all(dim=1)).sum())
-        raise ValueError(f"{name}: {bad} of {len(features)} rows are not finite; check the model that produced them")
+    _check_finite(features, name)
     return F.normalize(features.detach().float(), dim=-1)
+
+
+def _check_finite(values: Tensor, name: str) -> None:
+    if not torch.isfinite(values).all():
+        bad = int((~torch.isfinite(values).flatten(1).all(dim=1)).sum())
+        raise ValueError(f"{name}: {bad} of {len(values)} rows are not finite; check the model that produced them")

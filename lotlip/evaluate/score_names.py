@@ -31,6 +31,30 @@ class Metric(StrEnum):
     SHORT_TEXT_TO_IMAGE_R10 = "short.text_to_image.r10"
     SHORT_TEXT_TO_IMAGE_MEAN_RANK = "short.text_to_image.mean_rank"
     SHORT_TEXT_TO_IMAGE_MEDIAN_RANK = "short.text_to_image.median_rank"
+    CONDITIONED_LONG_IMAGE_TO_TEXT_R1 = "conditioned-long.image_to_text.r1"
+    CONDITIONED_LONG_IMAGE_TO_TEXT_R5 = "conditioned-long.image_to_text.r5"
+    CONDITIONED_LONG_IMAGE_TO_TEXT_R10 = "conditioned-long.image_to_text.r10"
+    CONDITIONED_LONG_TEXT_TO_IMAGE_R1 = "conditioned-long.text_to_image.r1"
+    CONDITIONED_LONG_TEXT_TO_IMAGE_R5 = "conditioned-long.text_to_image.r5"
+    CONDITIONED_LONG_TEXT_TO_IMAGE_R10 = "conditioned-long.text_to_image.r10"
+    CONDITIONED_SHORT_IMAGE_TO_TEXT_R1 = "conditioned-short.image_to_text.r1"
+    CONDITIONED_SHORT_IMAGE_TO_TEXT_R5 = "conditioned-short.image_to_text.r5"
+    CONDITIONED_SHORT_IMAGE_TO_TEXT_R10 = "conditioned-short.image_to_text.r10"
+    CONDITIONED_SHORT_TEXT_TO_IMAGE_R1 = "conditioned-short.text_to_image.r1"
+    CONDITIONED_SHORT_TEXT_TO_IMAGE_R5 = "conditioned-short.text_to_image.r5"
+    CONDITIONED_SHORT_TEXT_TO_IMAGE_R10 = "conditioned-short.text_to_image.r10"
+    RERANKED_LONG_IMAGE_TO_TEXT_R1 = "reranked-long.image_to_text.r1"
+    RERANKED_LONG_IMAGE_TO_TEXT_R5 = "reranked-long.image_to_text.r5"
+    RERANKED_LONG_IMAGE_TO_TEXT_R10 = "reranked-long.image_to_text.r10"
+    RERANKED_LONG_TEXT_TO_IMAGE_R1 = "reranked-long.text_to_image.r1"
+    RERANKED_LONG_TEXT_TO_IMAGE_R5 = "reranked-long.text_to_image.r5"
+    RERANKED_LONG_TEXT_TO_IMAGE_R10 = "reranked-long.text_to_image.r10"
+    RERANKED_SHORT_IMAGE_TO_TEXT_R1 = "reranked-short.image_to_text.r1"
+    RERANKED_SHORT_IMAGE_TO_TEXT_R5 = "reranked-short.image_to_text.r5"
+    RERANKED_SHORT_IMAGE_TO_TEXT_R10 = "reranked-short.image_to_text.r10"
+    RERANKED_SHORT_TEXT_TO_IMAGE_R1 = "reranked-short.text_to_image.r1"
+    RERANKED_SHORT_TEXT_TO_IMAGE_R5 = "reranked-short.text_to_image.r5"
+    RERANKED_SHORT_TEXT_TO_IMAGE_R10 = "reranked-short.text_to_image.r10"
     PREFIXES_HIMO2 = "prefixes.himo2"
     PREFIXES_HIMO3 = "prefixes.himo3"
     PREFIXES_HIMO4 = "prefixes.himo4"
@@ -45,7 +69,7 @@ class Metric(StrEnum):
 
     @property
     def family(self) -> str:
-        """The kind of text, the change to long texts, or "classification"."""
+        """The kind of text, such as "long" or "conditioned-long"; the change to long texts; or "classification"."""
         return self.partition(".")[0]
 
     @property
@@ -78,4 +102,7 @@ SENTENCES = 4  # long texts with fewer sentences have no scores of `SENTENCE_MET
 COUNTED_TEXTS = f"long_texts_of_{SENTENCES}_sentences"  # key of their number in the protocol
 # Long texts cut into growing prefixes, and with changed sentences; see `lotlip.evaluate.sentence_scores`.
 SENTENCE_METRICS = tuple(m for m in Metric if m.family in ("prefixes", "unchanged", "swapped", "deleted"))
+# Prefixes of the kind of text, for image features that the text pools (FLAIR): of all pairs, or of the best of the
+# images' own features; see `lotlip.evaluate.conditioned`.
+CONDITIONED, RERANKED = "conditioned-", "reranked-"
 RECALLS = (*MAIN["long"], *MAIN["short"])  # R@1 on long and short text, both directions

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.linalg import vector_norm
-from torch.nn.functional import embedding, layer_norm, linear, normalize, scaled_dot_product_attention, softplus
+from torch.nn.functional import embedding, layer_norm, linear, scaled_dot_product_attention, softplus
 from torch.utils.checkpoint import checkpoint
 
 from lotlip.objectives.processes import first_row, gather
@@ -52,10 +52,12 @@ class ConditionedPooling(nn.Module):
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Returns projected patches, [B, P, D], of patches [B, P, C], and the weights of the pooling, [4 D + 10, D]."""
-        width = len(self.output)
+        return self.project(patches), self.weights()
+
+    def weights(self) -> Tensor:
+        """Returns the weights of the pooling, [4 D + 10, D]."""
         norms = self.norm_query, self.norm_key, self.norm_value
-        rows = self.inputs, self.output, self.input_bias.view(3, width), self.output_bias[None], *norms
-        return self.project(patches), torch.cat(rows)
+        return torch.cat([self.inputs, self.output, self.input_bias.view(3, -1), self.output_bias[None], *norms])
 
 
 class _Weights(NamedTuple):
@@ -91,8 +93,8 @@ def queries(texts: Tensor, pooling: Tensor) -> Tensor:
     return _Weights.of(pooling).projected(0, texts * texts.shape[-1] ** 0.5)
 
 
-def pooled_features(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) -> Tensor:
-    """Image features, one for each query.
+def _pooled(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) -> Tensor:
+    """Image features, one for each query, before normalisation.
 
     Args:
         tokens: projected patches, [B, P, D].
@@ -101,13 +103,8 @@ def pooled_features(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) 
         heads: attention heads.
 
     Returns:
-        normalised, [B, S, D].
+        [B, S, D]
     """
-    return normalize(_pooled(tokens, query, pooling, heads), dim=-1)
-
-
-def _pooled(tokens: Tensor, query: Tensor, pooling: Tensor, heads: int) -> Tensor:
-    """`pooled_features` before normalisation."""
     weights = _Weights.of(pooling)
 
     def split(values: Tensor) -> Tensor:
@@ -216,41 +213,57 @@ def batch_loss(
 # --- retrieval ------------------------------------------------------------------------------------------------------
 
 
-def conditioned_scores(tokens: Tensor, texts: Tensor, pooling: Tensor, heads: int) -> Tensor:
+class TextQueries(NamedTuple):
+    """Texts in the form in which `conditioned_scores` reads them, so that this is computed once for all images.
+
+    Attributes:
+        features: normalised, [D, Q].
+        queries: scaled by the square root of a head's width, [heads, D / heads, Q].
+    """
+
+    features: Tensor
+    queries: Tensor
+
+    @classmethod
+    def of(cls, texts: Tensor, pooling: Tensor, heads: int) -> TextQueries:
+        """Prepares normalised texts, [Q, D], for a pooling with these weights and heads."""
+        scaled = queries(texts, pooling) * (texts.shape[1] // heads) ** -0.5
+        return cls(texts.T.contiguous(), scaled.T.reshape(heads, -1, len(texts)))
+
+    def part(self, which: slice | Tensor) -> TextQueries:
+        """Selects some of the texts."""
+        return TextQueries(self.features[:, which].contiguous(), self.queries[:, :, which].contiguous())
+
+
+def conditioned_scores(tokens: Tensor, texts: TextQueries, pooling: Tensor, values_at_once: int = 2**17) -> Tensor:
     """Cosines of all images and texts, each image pooled for each text, [I, Q].
+
+    With P patches, a pair takes about 2 P D + D² multiply-adds. Patches are projected once for all texts.
 
     Args:
         tokens: projected patches, [I, P, D].
-        texts: normalised, [Q, D].
+        texts: the texts.
         pooling: weights, as `ConditionedPooling` gives them.
-        heads: attention heads.
+        values_at_once: elements of an image's attention or pooled features at a time (at least one text's); changes
+            time and memory, not the result. The default fits the cache of a CPU core.
     """
-    query = queries(texts, pooling)
-    return torch.cat(
-        [
-            torch.einsum("bqd,qd->bq", pooled_features(image[None], query[None], pooling, heads), texts)
-            for image in tokens
-        ]
-    )
-
-
-def reranked_scores(scores: Tensor, tokens: Tensor, texts: Tensor, pooling: Tensor, heads: int, top: int) -> Tensor:
-    """Scores of texts with all images, with the best `top` images of each text ordered by their pooled features.
-
-    Args:
-        scores: cosines of texts and the images' own features, [Q, I].
-        tokens, texts, pooling, heads: as in `conditioned_scores`.
-        top: number of images.
-
-    Returns:
-        [Q, I]: the conditioned cosines of the best, which are above all others; these keep their order.
-    """
-    best = scores.topk(min(top, scores.shape[1]), dim=1).indices
-    query = queries(texts, pooling)
-    found = torch.stack(
-        [
-            pooled_features(tokens[images], query[row].expand(len(images), 1, -1), pooling, heads)[:, 0] @ texts[row]
-            for row, images in enumerate(best)
-        ]
-    )
-    return (scores - 4).scatter(1, best, found)  # cosines differ by 2 at most
+    weights = _Weights.of(pooling)
+    heads, _, number = texts.queries.shape
+    nothing = tokens.new_zeros(len(tokens), 1, tokens.shape[2])  # as in `_pooled`
+    key, value = (
+        torch.cat([weights.projected(which, tokens), nothing], dim=1).unflatten(-1, (heads, -1)) for which in (1, 2)
+    )  # [I, P + 1, heads, D / heads]
+    keys, values = key.transpose(1, 2).contiguous(), value.permute(0, 2, 3, 1).contiguous()
+    size = max(1, values_at_once // max(tokens.shape[2], heads * keys.shape[2]))
+    scores = tokens.new_empty(len(tokens), number)
+    # The texts come last in every product, so that softmax and sums over heads run over contiguous memory.
+    for start in range(0, number, size):
+        columns = slice(start, start + size)
+        part = texts.part(columns)
+        for image in range(len(tokens)):
+            attention = torch.bmm(keys[image], part.queries).softmax(dim=1)  # [heads, P + 1, size]
+            attended = torch.bmm(values[image], attention).flatten(0, 1)  # [D, size]
+            pooled = torch.addmm(weights.output_bias[0][:, None], weights.output, attended)
+            norms = pooled.square().sum(dim=0).sqrt().clamp(min=SMALLEST)
+            scores[image, columns] = (pooled * part.features).sum(dim=0) / norms
+    return scores

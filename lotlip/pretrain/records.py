@@ -9,7 +9,7 @@ from lotlip.core.record import Record, read_record
 
 RUN = "run.json"
 HISTORY = "history.json"  # of a seed
-OBJECTIVE = "objective.safetensors"  # of a seed: weights that only the training objective needs, if there are any
+OBJECTIVE = "objective.safetensors"  # of a seed: weights that the model itself does not need, if there are any
 
 # Logged steps, each with "step", "loss", "in_batch_recall", …
 History = list[dict[str, int | float]]

@@ -13,6 +13,10 @@ from lotlip.report.tables import Cell, Column, ReportTable, mark_best, number, s
 FAMILIES = {
     "long": "Long text",
     "short": "Short text",
+    "conditioned-long": "Long text, conditioned",
+    "conditioned-short": "Short text, conditioned",
+    "reranked-long": "Long text, re-ranked",
+    "reranked-short": "Short text, re-ranked",
     "prefixes": "Growing prefixes",
     "unchanged": "Unchanged",
     "swapped": "Sentences 1 and 4 swapped",
@@ -112,8 +116,9 @@ def results_table(
     ]
     columns = [column for column, _ in lead] + [metric_column(metric, main) for metric in metrics]
     rows = [list(row) for row in zip(*[cells for _, cells in lead], *scores, strict=True)]
-    chance = next((result.chance for result in by_ablation if result.chance), None)
-    ceiling = next((result.ceiling for result in by_ablation if result.limited), None)
+    # the first ablation may lack metrics that others have
+    chance = {m: value for result in reversed(by_ablation) for m, value in result.chance.items()}
+    ceiling = {m: value for result in reversed(by_ablation) if result.limited for m, value in result.ceiling.items()}
     reference_scores = {"chance": chance, BEST_POSSIBLE: ceiling, **(others or {})}
     blank = [Cell("") for _ in lead[1:]]
     references = [
