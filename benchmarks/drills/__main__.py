@@ -59,6 +59,7 @@ def main(arguments: argparse.Namespace) -> int:
         arguments.first,
         arguments.kills,
         arguments.prebuilt,
+        arguments.limit,
     )
     results, reference = _run(settings, parallel)
     rows = table_rows(results)
@@ -94,6 +95,7 @@ class Settings:
         first: number of the first drill.
         kills: maximum number of kills in a drill.
         prebuilt: folder that is copied into the sandbox before the first run.
+        limit: seconds after which a run counts as hanging; None: three times those of the undisturbed run.
     """
 
     folder: Path
@@ -105,6 +107,7 @@ class Settings:
     first: int
     kills: int
     prebuilt: Path | None
+    limit: float | None
 
 
 def _run(settings: Settings, parallel: int) -> tuple[list[Result], dict[str, Any]]:
@@ -190,7 +193,7 @@ def _prepare(messages: Any, settings: Settings, sandbox: Sandbox) -> None:
 
 
 def _drill(messages: Any, settings: Settings, sandbox: Sandbox, reference: Any, numbers: Any) -> None:
-    limit = max(MIN_LIMIT_SECONDS, 3 * reference.seconds)
+    limit = settings.limit or max(MIN_LIMIT_SECONDS, 3 * reference.seconds)
     runner = DrillRunner(
         sandbox, settings.folder, reference, settings.isolated, limit, kills=settings.kills, deadline=settings.deadline
     )
@@ -305,6 +308,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--first", type=int, default=0, help="number of the first drill; with --count 1, repeats a drill"
     )
     parser.add_argument("--kills", type=int, default=24, help="maximum number of kills in a drill")
+    parser.add_argument(
+        "--limit",
+        type=float,
+        help="seconds after which a run counts as hanging (default: 3 times the undisturbed run, at least "
+        f"{MIN_LIMIT_SECONDS:.0f}); raise it on a busy machine",
+    )
     parser.add_argument("--prebuilt", type=Path, help="folder with cache/ and project/ that the checkout starts from")
     parser.add_argument("--parallel", type=int, help="number of drills at a time (default: 2 as root, else 1)")
     parser.add_argument("--folder", type=Path, help="new folder for all files (default: a temporary one)")
