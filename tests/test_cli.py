@@ -14,6 +14,7 @@ import pytest
 
 import lotlip
 from lotlip import cli
+from lotlip.config.params import load_params
 from lotlip.core.console import explain, mount_of
 from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
 
@@ -146,7 +147,8 @@ def test_plan_uses_existing_shards(monkeypatch, capsys, tmp_path):
     assert program(monkeypatch, "plan", "--json") == 0
     output = json.loads(capsys.readouterr().out)
     assert output["tokens_per_text"] == {"short": 11.0, "long": 33.0}
-    assert (output["epochs"], output["storage_bytes"]["shards"]) == (80.0, 640 * 5000)
+    steps = load_params(ROOT / "params.yaml").pretrain.steps
+    assert (output["epochs"], output["storage_bytes"]["shards"]) == (steps * 64 / 640, 640 * 5000)
 
 
 def test_an_impossible_plan_is_an_error(monkeypatch):
