@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -181,6 +182,24 @@ def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     batched, same_mask = LotlipEncoder(model, tokenizer, batch_size).texts(texts)
     torch.testing.assert_close(batched, tokens, atol=1e-5, rtol=0)
     assert torch.equal(same_mask, mask)
+
+
+def test_encoders_that_share_token_ids_tokenize_a_text_once(tiny_tower):
+    tokenized: list[str] = []
+
+    class CountingTokenizer(TextTokenizer):
+        def __call__(self, texts, pad_to=None):
+            tokenized.extend(texts)
+            return super().__call__(texts, pad_to)
+
+    texts = ["a red dog", "a dog", "there is a white house on the red and blue house"]
+    token_ids: dict[str, np.ndarray] = {}
+    first, second = with_image_tower(tiny_tower), with_image_tower(tiny_tower)
+    for model, asked in ((first, texts[:2]), (second, texts), (first, [*texts, texts[0]])):
+        features, _ = LotlipEncoder(model, CountingTokenizer(BERT, 32), 2, token_ids=token_ids).texts(asked)
+        expected, _ = LotlipEncoder(model, TOKENIZER, 2).texts(asked)
+        torch.testing.assert_close(features, expected, atol=1e-6, rtol=0)
+    assert tokenized == texts
 
 
 def with_image_tower(tiny_tower: Path) -> LotlipForPreTraining:

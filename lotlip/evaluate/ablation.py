@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lotlip.core.files import atomic_write, weights_hash, write_json, write_record
@@ -91,6 +92,7 @@ def measure(
     measured = AblationResults()
     tokenizer = config["text"]["tokenizer"]
     images: dict[str, Tensor] = {}
+    token_ids: dict[str, np.ndarray] = {}  # all seeds have the same tokenizer
     pieces = partial(token_counts, tokenizer)
     loss = config.get("loss", {})
     conditioned = bool(loss.get("conditioned"))
@@ -98,7 +100,7 @@ def measure(
     reading_tests = {b.name: make_reading_test(b.scenes, pieces) for b in benchmarks if b.scenes}
     for seed in config["seeds"]:
         seed_folder = folder / f"seed-{seed}"
-        encoder = LotlipEncoder(*load_model(seed_folder), how)
+        encoder = LotlipEncoder(*load_model(seed_folder), how, token_ids=token_ids)
         model = encoder.model
         pooling = load_pooling(seed_folder, loss, model) if conditioned else None
         measured.parameters = {

@@ -175,6 +175,7 @@ class LotlipEncoder:
         tokenizer: its tokenizer.
         run: device, precision and batch size; a number is a batch size, in fp32 on the CPU.
         folder: the model's folder, for the protocol; None if it was not loaded from one.
+        token_ids: text → token ids, a cache for models with the same tokenizer, such as seeds; None: no cache.
 
     Attributes:
         model: the model, on the device.
@@ -182,7 +183,12 @@ class LotlipEncoder:
     """
 
     def __init__(
-        self, model: LotlipModel, tokenizer: TextTokenizer, run: Runner | int, folder: Path | None = None
+        self,
+        model: LotlipModel,
+        tokenizer: TextTokenizer,
+        run: Runner | int,
+        folder: Path | None = None,
+        token_ids: dict[str, np.ndarray] | None = None,
     ) -> None:
         self._run = Runner(run) if isinstance(run, int) else run
         untyped: Any = model  # mypy cannot call the type of transformers' `to`
@@ -191,6 +197,7 @@ class LotlipEncoder:
             for_inference(self.model.image, self._run.device)
         self.tokenizer = tokenizer
         self._folder = folder
+        self._token_ids = token_ids
 
     @classmethod
     def open(cls, folder: Path, run: Runner) -> LotlipEncoder:
@@ -241,7 +248,7 @@ class LotlipEncoder:
 
     def texts(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None]:
         """See `Encoder`. Texts of similar length are encoded together."""
-        ids, lengths = self.tokenizer(texts)
+        ids, lengths = self._tokenized(texts)
         encode = self._tokens if self._late_interaction else self._cls
         rows = [torch.empty(0)] * len(texts)
         for places in by_length(lengths, self._run.batch_size):
@@ -249,6 +256,19 @@ class LotlipEncoder:
             for place, row in zip(places, self._run.features(encode, *batch), strict=True):
                 rows[place] = row[: lengths[place]] if self._late_interaction else row
         return _padded(rows) if self._late_interaction else (torch.stack(rows), None)
+
+    def _tokenized(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the token ids of texts, [T, L], padded, and their lengths, [T]."""
+        if self._token_ids is None:
+            return self.tokenizer(texts)
+        if new := [text for text in dict.fromkeys(texts) if text not in self._token_ids]:
+            rows = zip(*self.tokenizer(new), strict=True)
+            self._token_ids |= {text: row[:length].copy() for text, (row, length) in zip(new, rows, strict=True)}
+        lengths = np.array([len(self._token_ids[text]) for text in texts], dtype=np.int64)
+        ids = np.full((len(texts), lengths.max(initial=1)), self.tokenizer.pad_id, dtype=np.int64)
+        for row, text, length in zip(ids, texts, lengths, strict=True):
+            row[:length] = self._token_ids[text]
+        return ids, lengths
 
     def _cls(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_text(ids, lengths, cls_only=True)[:, 0]

@@ -71,7 +71,8 @@ def test_scores_are_stored_with_their_protocol(reproduced: Workspace) -> None:
     assert scenes["protocol"]["context_length"] == 128
     assert set(scenes["chance"]) <= set(scenes["seeds"]["0"])
     assert len(scenes["weights_sha256"]["0"]) == 64
-    assert len(scenes["reading"]["0"]["hard_negatives"]["by_position"]) == 6
+    objects = load_params(ROOT / "params.yaml").ingest.source.most_objects
+    assert len(scenes["reading"]["0"]["hard_negatives"]["by_position"]) == objects
     assert scores["config"]["text"]["corner_tokens"] == 2
     assert json.loads((reproduced.folder / "metrics" / "lit.json").read_text())["config"]["text"]["corner_tokens"] == 0
 
