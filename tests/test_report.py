@@ -1389,3 +1389,10 @@ def test_a_report_does_not_say_how_training_was_launched(tmp_path, launch):
         report = build_report(load_inputs(params, root), root / "report").parent
         files[name] = {path.relative_to(report): path.read_bytes() for path in report.rglob("*") if path.is_file()}
     assert files["local"] and files["local"] == files["other"]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.0002, "0.02"), (0.0, "0.0"), (0.001, "0.1"), (0.000514, "0.1"), (0.815, "81.5")]
+)
+def test_small_chances_are_not_rounded_to_zero(value: float, text: str) -> None:
+    assert percent(value).text == f"{text}\u00a0%"

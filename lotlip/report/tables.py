@@ -122,8 +122,9 @@ def number(value: float | None, pattern: str = "{:,.0f}") -> Cell:
 
 
 def percent(value: float | None) -> Cell:
-    """Returns a fraction, shown in percent with one decimal."""
-    shown = number(None if value is None else 100 * value, "{:.1f}\u00a0%")
+    """Returns a fraction, shown in percent with one decimal, or with one significant digit if it is below 0.05 %."""
+    digits = ".1g" if value and 0 < value < 5e-4 else ".1f"
+    shown = number(None if value is None else 100 * value, f"{{:{digits}}}\u00a0%")
     return shown if shown.text == ABSENT else replace(shown, value=value)
 
 
