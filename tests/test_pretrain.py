@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -349,3 +351,12 @@ def test_a_job_is_read_as_written(tiny_world, tmp_path):
     assert Job.load(tmp_path / "job.json") == job
     assert job.model_folder(3) == Path(job.out) / "seed-3"
     assert os.fspath(job.model_folder(3)).startswith(str(tmp_path))
+
+
+@pytest.mark.integration
+def test_every_group_of_processes_has_the_peer_timeout(group, tiny_world, tmp_path):
+    """DeepSpeed's too: else a peer that hangs in the backward pass is waited for 30 minutes."""
+    Trainer(tiny_job(tiny_world, tmp_path, {"peer_timeout_seconds": 77}), 0, NullSink())
+    groups = list(dist.distributed_c10d._world.pg_map)
+    timeouts = {one._get_backend(torch.device("cpu")).options._timeout for one in groups}
+    assert len(groups) > 1 and timeouts == {timedelta(seconds=77)}

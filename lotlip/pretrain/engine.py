@@ -182,6 +182,9 @@ class Engine:
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, compute)
         )
+        # DeepSpeed reduces gradients in groups of its own, which have torch's timeout of 30 minutes
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d.set_timeout(timedelta(seconds=compute.peer_timeout_seconds), group)
         if exact:
             assign_weights(self.deepspeed, exact)
         if dist.get_world_size() == 1 and not self.deepspeed.zero_optimization_stage():
