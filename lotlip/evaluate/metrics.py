@@ -90,15 +90,7 @@ def retrieval(
     compare = comparison(image_features, text_features, text_mask, "text_features", order.to(text_features.device))
     owner = text_image[order].to(image_features.device)
     by_image, by_text = _rank_both_directions(compare, owner, chunk)
-    scores = Scores()
-    for direction, ranks, image in (
-        ("image_to_text", by_image, torch.arange(len(image_features))),
-        ("text_to_image", by_text, owner.cpu()),
-    ):
-        outcomes = _outcomes(ranks, ks)
-        median = Scores({"median_rank": outcomes["mean_rank"].quantile(0.5).item()})
-        scores |= (summary(outcomes, image, resamples, seed) | median).under(direction)
-    return scores
+    return _both_directions(by_image, by_text, owner.cpu(), ks, resamples, seed)
 
 
 def retrieval_by_pairs(
@@ -131,7 +123,7 @@ def retrieval_by_pairs(
 
     owner = text_image[order]
     by_image, by_text = _rank_both_directions(compare, owner, chunk)
-    return _recalls(by_image, by_text, owner, ks, resamples, seed)
+    return _both_directions(by_image, by_text, owner, ks, resamples, seed, ranks=False)
 
 
 @dataclass(frozen=True)
@@ -196,7 +188,7 @@ def retrieval_by_candidates(
             )
         counts.append(_rank_candidates(candidates.similarity, own))
     by_image, by_text = counts
-    return _recalls(by_image, by_text, text_image, ks, resamples, seed)
+    return _both_directions(by_image, by_text, text_image, ks, resamples, seed, ranks=False)
 
 
 def _rank_candidates(similarity: Tensor, own: Tensor) -> _RankCounts:
@@ -208,17 +200,26 @@ def _rank_candidates(similarity: Tensor, own: Tensor) -> _RankCounts:
     return _RankCounts(better.double(), (own & not_worse).sum(dim=1).double(), tied.double())
 
 
-def _recalls(
-    by_image: _RankCounts, by_text: _RankCounts, text_image: Tensor, ks: Sequence[int], resamples: int, seed: int
+def _both_directions(
+    by_image: _RankCounts,
+    by_text: _RankCounts,
+    text_image: Tensor,
+    ks: Sequence[int],
+    resamples: int,
+    seed: int,
+    ranks: bool = True,
 ) -> Scores:
-    """Recall at k of both directions, with intervals."""
+    """Recall at k of both directions, with intervals; with `ranks` the mean and median rank too."""
     scores = Scores()
-    for direction, ranks, image in (
+    for direction, counts, image in (
         ("image_to_text", by_image, torch.arange(len(by_image.better))),
         ("text_to_image", by_text, text_image),
     ):
-        hits = {name: values for name, values in _outcomes(ranks, ks).items() if name != "mean_rank"}
-        scores |= summary(hits, image, resamples, seed).under(direction)
+        outcomes = _outcomes(counts, ks)
+        median = Scores({"median_rank": outcomes["mean_rank"].quantile(0.5).item()}) if ranks else Scores()
+        if not ranks:
+            del outcomes["mean_rank"]
+        scores |= (summary(outcomes, image, resamples, seed) | median).under(direction)
     return scores
 
 
