@@ -182,7 +182,7 @@ def questions(scenes: Sequence[Scene], seed: int = 0) -> list[Question]:
         starts = [others[: first + position] for position in range(most)]
         true, changed = (
             [as_text([*start, sentence, *others[len(start) :]]) for start in starts]
-            for sentence in (truth, small_sentence(place, replace(scene.objects[place], **change)))
+            for sentence in (truth, small_sentence(scene, place, replace(scene.objects[place], **change)))
         )
         result.append(Question(number, attribute, [as_text(start) for start in starts], true, changed))
     return result
