@@ -84,7 +84,9 @@ FINDINGS = {"lit": "alpha", "lit_long": "beta", "lotlip": "gamma"}
 
 
 def known(given, names):
-    """The given ablations that are among `names`."""
+    """The given ablations that are among `names`; a number stays."""
+    if isinstance(given, float):
+        return given
     if isinstance(given, str):
         return given if given in names else None
     return (

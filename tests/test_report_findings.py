@@ -6,12 +6,20 @@ import math
 import pytest
 
 from lotlip.objectives.contrastive import feature_shares
-from lotlip.report.findings import CONTRADICTS, FINDINGS, INCONCLUSIVE, NOT_RUN, SUPPORTS, evaluate_findings
+from lotlip.report.findings import (
+    CONTRADICTS,
+    FINDINGS,
+    INCONCLUSIVE,
+    NO_GAIN,
+    NOT_RUN,
+    SUPPORTS,
+    evaluate_findings,
+)
 from lotlip.report.inputs import load_inputs
 from lotlip.report.measures import LONG, Measure
 from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
-from lotlip.report.significance import holm
+from lotlip.report.significance import holm, p_value
 from lotlip.report.verdicts import tally
 from tests.test_report import Page, make_params, read_csv, write_project
 
@@ -115,8 +123,7 @@ def paper_params(seeds=(0, 1, 2), ablations=PAPER, **changes):
         caption={"captioners": {name: {"kind": "table", "path": f"{name}.csv"} for name in CAPTIONERS}},
         ablations=ablations,
         tables=TABLES,
-        findings=ROLES,
-        **{"finetune": FINETUNED if "short-half" in ablations else {}, **changes},
+        **{"findings": ROLES, "finetune": FINETUNED if "short-half" in ablations else {}, **changes},
     )
 
 
@@ -234,12 +241,12 @@ def test_slopes_are_of_least_squares_and_gains_level_off(tmp_path):
     lengths = {"c32": 20, "c64": 45, "c192": 50}
     found = judged(tmp_path, paper_params(), long={**rising, **lengths}, short=costs)
     slope = found["more-sub-captions-help-long", "long"]
-    assert slope.weights == pytest.approx({"b1": -0.5, "b2": 0.0, "base": 0.5}) and slope.verdict == SUPPORTS
-    assert slope.difference.value == pytest.approx(5.5)
+    assert slope.weights == pytest.approx({"b1": -1.0, "b2": 0.0, "base": 1.0}) and slope.verdict == SUPPORTS
+    assert slope.difference.value == pytest.approx(11)
     level = found["sub-captions-level-off", "long"]
     assert level.weights == {"base": 2.0, "b1": -1.0, "b7": -1.0}
     assert level.difference.value == pytest.approx((51 - 40) - (53 - 51))
-    assert found["more-sub-captions-cost-more", "short"].difference.value == pytest.approx(1.0)
+    assert found["more-sub-captions-cost-more", "short"].difference.value == pytest.approx(6.0)
     assert found["longer-context-helps", "long"].difference.value == pytest.approx(30)
     # the half of the doublings from 32 to 192 is near 78
     assert found["context-levels-off", "long"].weights == {"c64": 2.0, "c32": -1.0, "c192": -1.0}
@@ -346,6 +353,39 @@ def test_verdicts_are_corrected_for_the_number_of_tests(tmp_path):
     corrected = sum(one.holm_verdict == SUPPORTS for one in run)
     assert f"Of {len(run)} tests of the paper's findings, this run supports {supported} and contradicts" in words
     assert f"With Holm's correction, this run supports {corrected} and contradicts" in words and corrected < supported
+
+
+def test_gains_and_losses_below_the_margin_do_not_matter(tmp_path):
+    ablations = {"short": BASELINE, "longs": corners(0), "base": {}, "open": corners(2, corner_mask=False)}
+    # Differences: base − longs −0.3 … −0.1, base − open −0.3 … 0.1, longs − short 0.2 … 0.4
+    noise = {
+        "short": [-0.6, -0.4, -0.3],
+        "longs": [-0.3, -0.1, 0.1],
+        "base": [-0.6, -0.2, 0.0],
+        "open": [-0.3, -0.3, 0.3],
+    }
+
+    def verdicts(margin):
+        params = paper_params(ablations=ablations, findings={**ROLES, "margin": margin})
+        root = tmp_path / str(margin)
+        write_scores(root, params)
+        with_noise(root, params, noise)
+        tested = evaluate_findings(load_inputs(params, root))
+        return {one.finding.slug: one for one in tested if one.measure is LONG and one.p is not None}
+
+    off, on = verdicts(0.0), verdicts(1.0)
+    assert {slug: one.verdict for slug, one in off.items()} == {
+        "long-texts-teach-long": SUPPORTS,
+        "corner-tokens-keep-long": INCONCLUSIVE,
+        "mask": INCONCLUSIVE,
+    }
+    assert {slug: one.verdict for slug, one in on.items()} == {
+        "long-texts-teach-long": SUPPORTS,  # a gain, if a small one
+        "corner-tokens-keep-long": SUPPORTS,  # a loss of less than a point
+        "mask": NO_GAIN,
+    }
+    assert on["mask"].p == pytest.approx(p_value(list(on["mask"].by_seed.values()), 1.0)) and on["mask"].p < 0.05
+    assert "1 show no gain" in tally(list(on.values())) and "no gain" not in tally(list(off.values()))
 
 
 def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):

@@ -116,10 +116,17 @@ class FindingsConfig(Section):
     context_lengths: list[Name] = Field(default_factory=list, description="LoTLIP by context length")
     registers: list[Name] = Field(default_factory=list, description="with register tokens instead of corner tokens")
     captioners: list[Name] = Field(default_factory=list, description="LoTLIP with long texts of a single captioner")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="smallest difference that matters, in points: smaller gains count as none, and smaller losses as "
+        "preserved; 0: every difference matters",
+    )
 
     def roles(self) -> Iterator[tuple[str, list[str]]]:
         """Yields each role and its ablations."""
         for role in type(self).model_fields:
+            if role == "margin":
+                continue
             given = getattr(self, role)
             yield role, given if isinstance(given, list) else [given] if given else []
 

@@ -69,8 +69,8 @@ def between(better: str, worse: str) -> Contrast:
     return contrast
 
 
-def slope(series: Series, sign: float = 1.0, up_to_lotlip: bool = False) -> Contrast:
-    """The least-squares slope over a series, or over its values up to LoTLIP's."""
+def fitted_change(series: Series, sign: float = 1.0, up_to_lotlip: bool = False) -> Contrast:
+    """The change from the smallest value of a series to the largest, or to LoTLIP's, on the least-squares line."""
 
     def contrast(roles: Roles, measure: Measure) -> Weights | None:
         by_value = series(roles)
@@ -80,8 +80,8 @@ def slope(series: Series, sign: float = 1.0, up_to_lotlip: bool = False) -> Cont
         if len(by_value) < 2:
             return None
         mean = sum(by_value) / len(by_value)
-        square = sum((value - mean) ** 2 for value in by_value)
-        return {ablation.name: sign * (value - mean) / square for value, ablation in by_value.items()}
+        scale = sign * (max(by_value) - min(by_value)) / sum((value - mean) ** 2 for value in by_value)
+        return {ablation.name: scale * (value - mean) for value, ablation in by_value.items()}
 
     return contrast
 

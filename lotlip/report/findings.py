@@ -19,27 +19,30 @@ from lotlip.report.contrasts import (
     by_sub_captions,
     corners_over_registers,
     first_to_last,
+    fitted_change,
     levels_off,
     lotlip_value,
     middle_length,
     over_best_captioner,
     over_mean_captioner,
-    slope,
 )
 from lotlip.report.inputs import ReportInputs
 from lotlip.report.measures import LONG, SHORT, TOP1, Measure
 from lotlip.report.significance import ALPHA, half_interval, holm, p_value, smallest_detectable
 
-SUPPORTS, CONTRADICTS, INCONCLUSIVE, NOT_RUN = "supports", "contradicts", "inconclusive", "not run"
-VERDICTS = (SUPPORTS, CONTRADICTS, INCONCLUSIVE, NOT_RUN)
+SUPPORTS, CONTRADICTS, NO_GAIN = "supports", "contradicts", "no gain"
+INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
+VERDICTS = (SUPPORTS, CONTRADICTS, NO_GAIN, INCONCLUSIVE, NOT_RUN)
 TEST = (
     "Each finding is stated as a difference that is above 0 when the finding holds. The difference is taken within "
     "each seed, because the ablations of one seed see the samples in the same order and, where shapes allow, start "
     "from the same weights. Its 95 % t interval is over seeds, and its p value is that of the paired t test. An "
-    "interval above 0 supports the finding, and one below 0 contradicts it. An interval that contains 0, or fewer than "
-    "two seeds, is inconclusive. Holm's method corrects the p values for the number of tests that were run: a "
-    "corrected p value below 0.05 supports or contradicts the finding. All seeds are evaluated on the same images, so "
-    "the intervals do not include the variation between images."
+    "interval above 0 supports the finding, and one below 0 contradicts it. Differences smaller than the margin "
+    "(findings.margin) do not matter: an interval that contains 0 and lies below the margin shows no gain, and a score "
+    "is preserved if its interval lies above minus the margin. Otherwise, and with fewer than two seeds, the test is "
+    "inconclusive. Holm's method corrects the p values for the number of tests that were run: a corrected p value "
+    "below 0.05 decides. All seeds are evaluated on the same images, so the intervals do not include the variation "
+    "between images."
 )
 _DECIMALS = 9  # of a difference in points; sums of equal scores differ from 0 by less
 
@@ -56,6 +59,7 @@ class Finding:
         measures: measures that the finding is tested in, separately.
         contrast: the difference as weights of ablations.
         chooses: whether the contrast chooses ablations by their scores.
+        preserves: whether the finding also holds when nothing changes.
     """
 
     slug: str
@@ -65,6 +69,7 @@ class Finding:
     measures: tuple[Measure, ...]
     contrast: Contrast
     chooses: bool = False
+    preserves: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ class FindingResult:
         benchmarks: benchmarks that the measure is averaged over.
         by_seed: seed → the difference, in percentage points.
         difference: its mean and interval; None if no seed has it.
-        p: p value of the paired t test; None if there is no interval.
+        p: p value of the paired t test that decides: against 0, the margin or minus the margin; None if there is no
+            interval.
         p_holm: the p value corrected for `tests`.
         tests: number of tests that were run.
     """
@@ -198,8 +204,20 @@ def evaluate_finding(finding: Finding, measure: Measure, roles: Roles) -> Findin
     result = replace(result, difference=difference)
     if difference.low is None or difference.high is None:
         return replace(result, reason=f"one seed ({shared[0]}) has no interval; at least two are needed")
-    verdict = SUPPORTS if difference.low > 0 else CONTRADICTS if difference.high < 0 else INCONCLUSIVE
-    return replace(result, verdict=verdict, p=p_value(list(by_seed.values())))
+    verdict, tested = _verdict(difference.low, difference.high, finding, roles.inputs.params.findings.margin)
+    return replace(result, verdict=verdict, p=p_value(list(by_seed.values()), tested))
+
+
+def _verdict(low: float, high: float, finding: Finding, margin: float) -> tuple[str, float]:
+    """Returns the verdict of an interval, and the difference that its test is against, in points."""
+    least = -margin if finding.preserves else 0.0
+    if low > least:
+        return SUPPORTS, least
+    if high < least:
+        return CONTRADICTS, least
+    if high < margin and not finding.preserves:
+        return NO_GAIN, margin
+    return INCONCLUSIVE, least
 
 
 # --- findings -----------------------------------------------------------------------------------------------------
@@ -225,9 +243,9 @@ FINDINGS = (
         "more-sub-captions-cost-more",
         "Without corner tokens, more sub-captions per long text harm short-text understanding further.",
         "Fig. 2",
-        "drop of LiT + long texts per further sub-caption, k > 0",
+        "drop of LiT + long texts from the smallest k > 0 to the largest, on a fitted line",
         (SHORT, TOP1),
-        slope(by_sub_captions("lit_by_sub_captions"), sign=-1.0),
+        fitted_change(by_sub_captions("lit_by_sub_captions"), sign=-1.0),
     ),
     Finding(
         "corner-tokens-win-short-back",
@@ -244,6 +262,7 @@ FINDINGS = (
         "LoTLIP − (LiT + long texts)",
         (LONG,),
         between("lotlip", "lit_long"),
+        preserves=True,
     ),
     Finding(
         "better-than-long-clip",
@@ -290,9 +309,9 @@ FINDINGS = (
         "more-sub-captions-help-long",
         "More sub-captions per long text improve long-text understanding.",
         "Fig. 5",
-        "gain per further sub-caption, up to LoTLIP's k",
+        "gain from the smallest k > 0 to LoTLIP's, on a fitted line",
         (LONG,),
-        slope(by_sub_captions("lotlip_by_sub_captions"), up_to_lotlip=True),
+        fitted_change(by_sub_captions("lotlip_by_sub_captions"), up_to_lotlip=True),
     ),
     Finding(
         "sub-captions-level-off",

@@ -58,7 +58,7 @@ def forest_figure(tested: Sequence[FindingResult], stored: Sequence[FindingResul
     note = (
         "Thick: 95 % t interval over seeds, not corrected. Thin: simultaneous interval, at the level "
         f"{ALPHA} divided by the number of tests (Bonferroni); Holm's method decides at least as many tests. An open "
-        "marker is a difference without an interval. Slopes are in points per further sub-caption."
+        "marker is a difference without an interval."
     )
     size = (_WIDTH, _MARGIN + _ROW * len(rows))
     return draw_figure("findings", "All differences", note if tests else "", size, draw, wide=True)

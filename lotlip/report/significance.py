@@ -11,18 +11,19 @@ ALPHA = 0.05  # probability of a false verdict
 POWER = 0.8  # probability of detecting a difference, for which the smallest detectable difference is stated
 
 
-def p_value(differences: Sequence[float]) -> float:
-    """Returns the two-sided p value of the t test that the mean of paired differences is 0.
+def p_value(differences: Sequence[float], mean: float = 0.0) -> float:
+    """Returns the two-sided p value of the t test that the true mean of paired differences is `mean`.
 
     Args:
         differences: one for each seed, at least 2.
+        mean: the mean that is tested.
     """
     from scipy.special import stdtr  # the t distribution; scipy.stats takes seconds to import
 
-    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    excess, spread = statistics.fmean(differences) - mean, statistics.stdev(differences)
     if spread == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stdtr(len(differences) - 1, -abs(mean) / spread * math.sqrt(len(differences))))
+        return 1.0 if excess == 0 else 0.0
+    return float(2 * stdtr(len(differences) - 1, -abs(excess) / spread * math.sqrt(len(differences))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lotlip.figures.intervals import Estimate
 from lotlip.report.contrasts import Weights
-from lotlip.report.findings import CONTRADICTS, INCONCLUSIVE, NOT_RUN, SUPPORTS, TEST, FindingResult
+from lotlip.report.findings import CONTRADICTS, INCONCLUSIVE, NO_GAIN, NOT_RUN, SUPPORTS, TEST, FindingResult
 from lotlip.report.measures import NOTE
 from lotlip.report.significance import ALPHA, POWER
 from lotlip.report.tables import Cell, Column, ReportTable, number, words
@@ -31,7 +31,8 @@ def tally(tested: Sequence[FindingResult], stored: Sequence[FindingResult] = ())
 def _counts(tested: Sequence[FindingResult], verb: str) -> str:
     def said(verdicts: Sequence[str]) -> str:
         decided = verb.format(supports=verdicts.count(SUPPORTS), contradicts=verdicts.count(CONTRADICTS))
-        return f"{decided}; {verdicts.count(INCONCLUSIVE)} are inconclusive"
+        against = f"; {verdicts.count(NO_GAIN)} show no gain" if NO_GAIN in verdicts else ""
+        return f"{decided}{against}; {verdicts.count(INCONCLUSIVE)} are inconclusive"
 
     run = [one for one in tested if one.verdict != NOT_RUN]
     plain = said([one.verdict for one in run])
