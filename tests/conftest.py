@@ -182,6 +182,7 @@ def write_tar(path: Path, samples: list[TinySample], features: bool = True) -> P
 
 def write_shards(folder: Path, samples: list[TinySample], shards: int, features: bool = True) -> Path:
     """A data set of `shards` tars for training, with what `index.json` says of them."""
+    from lotlip.core.files import sha256_files
     from lotlip.data.index import ShardEntry, ShardIndex, SplitEntry, write_index
     from lotlip.data.tokenizer import used_tokens
 
@@ -190,8 +191,9 @@ def write_shards(folder: Path, samples: list[TinySample], shards: int, features:
     for name, part in zip(names, parts, strict=True):
         write_tar(folder / f"{name}.tar", part, features)
     listed = [
-        ShardEntry(name=name, samples=len(part), bytes=(folder / f"{name}.tar").stat().st_size, sha256="")
+        ShardEntry(name=name, samples=len(part), bytes=tar.stat().st_size, sha256=sha256_files([tar]))
         for name, part in zip(names, parts, strict=True)
+        for tar in [folder / f"{name}.tar"]
     ]
     splits = {"train": SplitEntry(samples=len(samples), shards=listed)}
     texts = [text for sample in samples for text in _texts(sample.info) if isinstance(text, str)]  # some are defects
@@ -329,3 +331,23 @@ def world(clean: World, tmp_path: Path) -> World:
 def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has gates leave out Great Expectations' pages, three quarters of their time; what is found is in their words."""
     monkeypatch.setattr("lotlip.core.checks._write_pages", lambda context: None)
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The address of an S3 server on loopback; the environment holds its endpoint and credentials."""
+    from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "testing")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        S3FileSystem.clear_instance_cache()
+        yield f"http://{host}:{port}"
+        S3FileSystem.clear_instance_cache()
+    server.stop()

@@ -20,6 +20,7 @@ from lotlip.config.params import load_params
 from lotlip.core.code import code_hash
 from lotlip.core.files import Damaged, atomic_write, check_model, sha256_files, sha256_json
 from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
+from lotlip.data.remote_shards import check_same
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.job import Job, Timing
 from lotlip.pretrain.order import subset_counts
@@ -39,6 +40,8 @@ def pretrain(ablation: str) -> None:
     params = load_params()
     config, paths, compute = params.ablation(ablation), params.paths, params.training_compute(ablation)
     data = hash_of(paths.shards / INDEX_FILE)
+    if compute.remote_shards:
+        check_same(compute.remote_shards.url, paths.shards)
     inputs = {"shards": data, "image_tower": hash_of(paths.image_tower / "model.safetensors")}
     starts = starting_weights(config)
     stage = Stage("pretrain", params, config.recipe(), {**inputs, **starts}, ablation)
@@ -94,6 +97,7 @@ def pretrain(ablation: str) -> None:
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri,
         run_ids=runs,
         git_commit=run.git_commit,
+        data_hash=data,
     )
     job.write(job_file)
     if job.seeds:

@@ -47,6 +47,21 @@ class RendezvousLaunch(Section):
     )
 
 
+class RemoteShards(Section):
+    """A copy of the shards on S3 or another store, which training processes read through a cache on the local disk."""
+
+    url: str = Field(
+        description="address that fsspec understands, such as s3://bucket/shards; `python -m flows.upload_shards` "
+        "writes it"
+    )
+    cache: Path = Field(
+        Path(), description="folder on a local disk; shards are kept in its folder .lotlip/shards, also for later runs"
+    )
+    max_bytes: Count = Field(
+        200_000_000_000, description="size of the cache; it must hold the 128 shards that training keeps open"
+    )
+
+
 Launch = Annotated[LocalLaunch | HostfileLaunch | SlurmLaunch | RendezvousLaunch, Field(discriminator="kind")]
 
 
@@ -70,6 +85,9 @@ class TrainingCompute(Section):
         False,
         description="recompute the activations of each layer in the backward pass instead of keeping them: a third "
         "more computation for a fraction of the memory",
+    )
+    remote_shards: RemoteShards | None = Field(
+        None, description="read the tars from a copy of the shards instead of from paths.shards"
     )
     loader_workers: NonNegative = Field(
         1, description="processes that read, decode and tokenize ahead, per training process; 0: no extra process"

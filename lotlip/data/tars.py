@@ -12,7 +12,7 @@ import os
 import re
 import tarfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -410,11 +410,18 @@ class Shards:
         paths: of the tars.
         counts: number of samples in each.
         opened: how many tars stay open.
+        open_tar: opens one.
     """
 
-    def __init__(self, paths: Sequence[Path], counts: Sequence[int], opened: int) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        counts: Sequence[int],
+        opened: int,
+        open_tar: Callable[[Path], TarSamples] = TarSamples,
+    ) -> None:
         self.counts = counts
-        self._paths = paths
+        self._paths, self._open_tar = paths, open_tar
         self._opened = lru_cache(maxsize=opened)(self._open)
 
     def __getitem__(self, number: int) -> TarSamples:
@@ -426,7 +433,7 @@ class Shards:
         return self._opened(number)
 
     def _open(self, number: int) -> TarSamples:
-        samples = TarSamples(self._paths[number])
+        samples = self._open_tar(self._paths[number])
         if len(samples) != self.counts[number]:
             raise ValueError(
                 f"{samples.path} has {len(samples)} samples, but index.json says {self.counts[number]}; "

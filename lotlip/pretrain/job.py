@@ -24,6 +24,7 @@ class Job(Record):
         tracking_uri: address of MLflow.
         run_ids: seed → ID of its MLflow run. A seed without a run is not tracked.
         git_commit: commit of the code, for the model card.
+        data_hash: sha256 of the shards' `index.json`, for the model card.
     """
 
     ablation: str
@@ -37,6 +38,7 @@ class Job(Record):
     tracking_uri: str
     run_ids: dict[str, str]
     git_commit: str = "unknown"
+    data_hash: str = "unknown"
 
     def model_folder(self, seed: int) -> Path:
         """Returns the folder of a seed's finished model."""

@@ -19,10 +19,11 @@ import webdataset as wds
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from lotlip.core.compute import RemoteShards
 from lotlip.core.lifetime import end_with_parent
 from lotlip.data.images import Transform
-from lotlip.data.index import ShardIndex, read_index
-from lotlip.data.tars import RawSample, Shards
+from lotlip.data.remote_shards import ShardCache, open_index
+from lotlip.data.tars import RawSample, Shards, TarSamples
 from lotlip.data.text import SubCaption, draw_caption, sample_long_text, sample_sub_captions, sample_texts
 from lotlip.data.token_ids import TokenIds, read_token_ids
 from lotlip.data.tokenizer import TextTokenizer
@@ -173,12 +174,14 @@ class Loader:
         prefetch: number of steps that each worker prepares ahead.
         row_of: token id → row of the model's table of word embeddings, −1 if it has none, as in
             `lotlip.pretrain.word_rows`; batches then contain rows instead of ids. None: the table is complete.
+        remote: where a copy of the shards is read, through a cache; None: `shards` has them.
 
     Attributes:
         steps_per_epoch: number of global batches per epoch; an incomplete last batch is dropped.
 
     Raises:
-        ValueError: an epoch has fewer samples than a batch, or a prefix in `loader.weights` matches no key.
+        ValueError: an epoch has fewer samples than a batch, a prefix in `loader.weights` matches no key, or the copy
+            cannot be read.
     """
 
     def __init__(
@@ -192,12 +195,16 @@ class Loader:
         workers: int = 1,
         prefetch: int = 4,
         row_of: np.ndarray | None = None,
+        remote: RemoteShards | None = None,
     ) -> None:
-        index = read_index(shards, ShardIndex)
+        index = open_index(shards, remote)
         train = index.splits["train"].shards
-        paths = [shards / f"{shard.name}.tar" for shard in train]
+        self._cache = ShardCache(remote, train, held=2 * WINDOW) if remote else None
+        folder, open_tar = (self._cache.folder, self._cache.open) if self._cache else (shards, TarSamples)
+        paths = [folder / f"{shard.name}.tar" for shard in train]
+        self._names = [shard.name for shard in train]
         self._part, self._workers, self._prefetch = part, workers, prefetch
-        self._shards = Shards(paths, [shard.samples for shard in train], opened=2 * WINDOW)
+        self._shards = Shards(paths, [shard.samples for shard in train], opened=2 * WINDOW, open_tar=open_tar)
         self._order = _order(self._shards, seed, settings)
         self.steps_per_epoch = self._order.samples // part.batch_size
         if not self.steps_per_epoch:
@@ -253,6 +260,8 @@ class Loader:
             ) from error
         finally:
             del steps  # this ends the workers
+            if self._cache:
+                self._cache.close()
 
     def _pipeline(self, first: int, last: int) -> wds.DataPipeline:
         return wds.DataPipeline(
@@ -267,6 +276,8 @@ class Loader:
     def _locations(self, step: int) -> list[SampleLocation]:
         epoch, batch = divmod(step, self.steps_per_epoch)
         start, rows = batch * self._part.batch_size, self._part.rows
+        if self._cache:
+            self._cache.prefetch(self._names[number] for number in self._order.upcoming(epoch, start + rows.start))
         return list(self._order.locations(epoch, start + rows.start, start + rows.stop))
 
     def _read(self, locations: list[SampleLocation]) -> list[tuple[SampleLocation, RawSample]]:

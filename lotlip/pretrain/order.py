@@ -73,6 +73,12 @@ class ExactOrder:
                 yield SampleLocation(int(inside[number]), row, self._sample_seed(epoch, position))
             start = end
 
+    def upcoming(self, epoch: int, position: int) -> list[int]:
+        """Returns the shards of the window at a position of an epoch, and of the next window if the epoch has one."""
+        shards, ends = self._windows(epoch)
+        window = int(np.searchsorted(ends, position, side="right"))
+        return shards[window * WINDOW : (window + 2) * WINDOW].tolist()
+
     def _lay_out(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the shards in the epoch's order, and the position at which each window ends."""
         shards = _permutation(len(self._counts), f"{self._seed}/{epoch}")

@@ -30,8 +30,8 @@ from lotlip.core.files import atomic_write, sha256_files, write_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
 from lotlip.data.images import Transform, training_transform
-from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.data.plain_tokenizer import open_tokenizer
+from lotlip.data.remote_shards import open_index
 from lotlip.pretrain.checkpoint import Checkpoints, by_first_process, full_weights, require_finite
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, NotFinite, StepResult, decay_factor, import_deepspeed, initialise_processes
@@ -106,7 +106,7 @@ class Trainer:
     def __init__(self, job: Job, seed: int, sink: Sink) -> None:
         self.job, self.seed, self.sink = job, seed, sink
         self.config, self.compute = config, compute = job.config, job.compute
-        self.index = read_index(job.shards, ShardIndex)
+        self.index = open_index(job.shards, compute.remote_shards)
         text = config.text
         ends = self.index.sentence_ends
         tokenizer = tokenizer_name(config, job.image_tower)
@@ -141,6 +141,7 @@ class Trainer:
             workers=compute.loader_workers,
             prefetch=compute.prefetch,
             row_of=None if model.word_rows is None else model.word_rows.row_of.numpy(),
+            remote=compute.remote_shards,
         )
         self.engine = Engine(model, config, compute, seed, tower if config.image_tower.frozen else None)
         self.checkpoints = Checkpoints(job.scratch / f"checkpoints-{seed}")
@@ -257,7 +258,7 @@ class Trainer:
             "seed": self.seed,
             "pretraining": self.config.model_dump(mode="json"),
             "data": {
-                "sha256": sha256_files([self.job.shards / INDEX_FILE]),
+                "sha256": self.job.data_hash,
                 "samples": {split: entry.samples for split, entry in self.index.splits.items()},
                 "statistics": self.index.statistics,
             },
