@@ -130,13 +130,16 @@ class _Stop:
     def __call__(self, _sign: int, _frame: Any) -> None:
         os.environ[STOPPING] = "1"
         own = os.getpgrp()
+        # A background job of a shell without job control ignores Ctrl-C, and so do its stages.
+        ignored = signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        sign = signal.SIGTERM if ignored else signal.SIGINT
         for process in psutil.Process().children(recursive=True):
             if process.pid in self.signalled:
                 continue
             with suppress(ProcessLookupError, psutil.NoSuchProcess):
                 if os.getpgid(process.pid) == own:  # a stage itself ends what it started in other groups
                     self.signalled.add(process.pid)
-                    os.kill(process.pid, signal.SIGINT)
+                    os.kill(process.pid, sign)
 
 
 def remove_stale_lock(root: Path) -> bool:

@@ -82,16 +82,19 @@ def make_project(folder: Path) -> Path:
     return folder
 
 
-def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-    environment = {
+def environment(folder: Path) -> dict[str, str]:
+    return {
         **{name: value for name, value in os.environ.items() if name != "LOTLIP_FORK_SERVER"},
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(folder / ".site"),
     }
+
+
+def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, *arguments], cwd=folder, env=environment(folder), capture_output=True, text=True, check=False
     )
     assert not check or not done.returncode, done.stdout + done.stderr
     return done
@@ -105,6 +108,25 @@ def test_a_signal_while_dvc_writes_its_locks_does_not_damage_them(project, sign)
     assert not (project / f"o{STAGES}").exists()  # no later stage was run
     assert json.loads((project / ".dvc/tmp/rwlock").read_text()) == {}
     run(project, "-m", "dvc", "repro")
+
+
+@pytest.mark.integration
+def test_the_stage_of_a_background_job_ends_on_sigterm(project):
+    """A shell without job control starts background jobs with SIGINT ignored, and stages inherit that."""
+    (project / "flows" / "write.py").write_text("import time; print('started', flush=True); time.sleep(120)")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.runtime.dvc", "repro"],
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert any("started" in line for line in process.stdout)
+    process.terminate()
+    assert process.wait(timeout=60) == 130
 
 
 @pytest.mark.system
