@@ -672,7 +672,7 @@ def test_scores_of_sentences_have_a_table(tmp_path):
         ("Sentence 1 deleted, R@1", 2),
     ]
     assert [column.label for column in table.columns[1:4]] == ["HiMo@2", "HiMo@3", "HiMo@4"]
-    assert "the 987 of 1,000 long texts with at least 4 sentences" in table.note
+    assert "987 of 1,000 long texts, each with at least 4 sentences" in table.note
     assert table.rows[2][0].text == "gamma" and table.rows[2][1].value == pytest.approx(0.205)
     page = build_report(inputs, tmp_path / "out").read_text()
     assert "Sentences 1 and 4 swapped" in page and table.title in page

@@ -199,6 +199,18 @@ def test_excluded_texts_and_their_images_are_no_candidates():
     assert evaluate(BagOfWords(), benchmark, images).values["long.text_to_image.r1"] < 1
 
 
+def test_the_first_texts_alone_may_count():
+    texts = ["w0. w1. w2. w3.", "w4. w5.", "w6. w7. w8. w9.", "w10. w11. w12. w13."]
+    images = images_of("w0", "w4", "w6", "w0 w1 w2 w3 w10")
+    long = {"long": ImageTexts(texts, [0, 1, 2, 3])}
+    few, every = (Benchmark("toy", list("abcd"), lambda _: b"", long, sentence_texts=most) for most in (2, None))
+    assert protocol(BagOfWords(), few)["long_texts_of_4_sentences"] == 2
+    # among all images, the last one matches the first text best
+    assert evaluate(BagOfWords(), few, images).values["unchanged.text_to_image.r1"] == 1
+    assert evaluate(BagOfWords(), every, images).values["unchanged.text_to_image.r1"] < 1
+    assert [chances(one)["swapped.text_to_image.r1"] for one in (few, every)] == pytest.approx([1 / 2, 1 / 3])
+
+
 def test_images_may_have_several_texts():
     texts = ["w0. w1. w2. w3.", "w4. w5. w6. w7.", "w8. w9. w10. w11."]
     scores = sentence_scores(BagOfWords(), ImageTexts(texts, [2, 0, 2]), images_of("w4", "w30", "w0 w1 w2 w3 w8"))

@@ -62,6 +62,7 @@ class Benchmark:
         max_unseen_tokens: maximum share of the texts' word pieces that occur in no training text; None for no limit.
         about: entries for the protocol, such as "split" and "version".
         scenes: the scene of each image if images are generated; else empty.
+        sentence_texts: number of long texts, from the first, for `lotlip.evaluate.sentence_scores`; None: all.
     """
 
     name: str
@@ -72,6 +73,7 @@ class Benchmark:
     max_unseen_tokens: float | None = None
     about: Mapping[str, str | int] = field(default_factory=dict)
     scenes: Sequence[Scene] = ()
+    sentence_texts: int | None = None
 
 
 def open_benchmark(name: str, settings: BenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:

@@ -111,7 +111,7 @@ def _items(benchmark: Benchmark) -> int:
     texts = {text for kind in benchmark.retrieval.values() for text in kind.texts}
     texts |= {prompt for prompts in (benchmark.prompts.classes if benchmark.prompts else ()) for prompt in prompts}
     if "long" in benchmark.retrieval:
-        texts |= asked_texts(benchmark.retrieval["long"])
+        texts |= asked_texts(benchmark.retrieval["long"], benchmark.sentence_texts)
     return len(benchmark.images) + len(texts)
 
 

@@ -37,7 +37,7 @@ def evaluate(encoder: Encoder, benchmark: Benchmark, images: Tensor) -> Scores:
         found = retrieval(images[with_text], features, image, KS, text_mask=mask)
         scores |= found.under(kind)
         if kind == "long":
-            scores |= sentence_scores(encoder, texts, images, found)
+            scores |= sentence_scores(encoder, texts, images, found, benchmark.sentence_texts)
     if benchmark.prompts:
         scores |= _classify(encoder, benchmark.prompts, images).under("classification")
     return scores
@@ -93,7 +93,7 @@ def chances(benchmark: Benchmark) -> dict[str, float]:
         # Exact if all images have the same number of texts; COCO with all captions has 25,010 of 5,000 images.
         matches = {"image_to_text": len(texts.texts) // images, "text_to_image": 1}
         scores |= {Metric(f"{kind}.{way}.r{k}"): chance(images, n, k) for way, n in matches.items() for k in KS}
-    counted = counted_texts(benchmark.retrieval.get("long", ImageTexts([], [])))
+    counted = counted_texts(benchmark.retrieval.get("long", ImageTexts([], [])), benchmark.sentence_texts)
     if len(counted.texts) > 1:
         images = len(set(counted.image))
         matches = {"image_to_text": len(counted.texts) // images, "text_to_image": 1}
@@ -170,7 +170,7 @@ def protocol(encoder: Encoder, benchmark: Benchmark) -> dict[str, str | int]:
     return {
         "images": len(benchmark.images),
         **{f"{kind}_texts": len(texts.texts) for kind, texts in benchmark.retrieval.items()},
-        **({COUNTED_TEXTS: len(counted_texts(long).texts)} if long else {}),
+        **({COUNTED_TEXTS: len(counted_texts(long, benchmark.sentence_texts).texts)} if long else {}),
         **benchmark.about,
         **encoder.protocol(),
     }

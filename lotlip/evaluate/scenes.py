@@ -10,6 +10,8 @@ from lotlip.demo.world import Scene
 from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, Prompts, split_images, version_of
 from lotlip.evaluate.config import SceneBenchmarkConfig
 
+SENTENCE_TEXTS = 1000  # each is encoded in seven more versions, which with all texts takes longer than the rest
+
 
 def scene_benchmark(name: str, settings: SceneBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
     """Opens the benchmark of the scenes of a split.
@@ -45,4 +47,5 @@ def scene_benchmark(name: str, settings: SceneBenchmarkConfig, paths: Paths, cap
             "texts": "frames that no training caption uses, words that they do use",
         },
         scenes=scenes,
+        sentence_texts=SENTENCE_TEXTS,
     )

@@ -2,7 +2,7 @@
 
 HiMo@K is of HiMo-CLIP (arXiv 2511.06653). Swapped and deleted sentences are the robustness test of DeBias-CLIP (arXiv
 2602.22419). Both work on the long texts of any benchmark. All scores are over the same texts: those with at least
-`SENTENCES` sentences.
+`SENTENCES` sentences, or the first of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ _CHUNK = 512  # texts whose prefixes are encoded together
 _END = re.compile(SENTENCE_ENDS["unicode"])  # the same for all models, so that they are asked the same
 
 
-def sentence_scores(encoder: Encoder, texts: ImageTexts, images: Tensor, whole: Scores | None = None) -> Scores:
+def sentence_scores(
+    encoder: Encoder, texts: ImageTexts, images: Tensor, whole: Scores | None = None, most: int | None = None
+) -> Scores:
     """Computes HiMo@K, and R@1 with unchanged texts, with two swapped sentences, and without the first sentence.
 
     Args:
@@ -34,13 +36,14 @@ def sentence_scores(encoder: Encoder, texts: ImageTexts, images: Tensor, whole: 
         images: the encoder's features of the benchmark's images, [I, D] or [I, P, D].
         whole: the retrieval scores of all `texts`, which are those of the unchanged texts if all texts count; None:
             they are computed.
+        most: maximum number of texts, see `counted_texts`.
 
     Returns:
         `prefixes.himo<K>`, see `himo`; `unchanged`, `swapped` and `deleted`, each with `.image_to_text.r1` and
         `.text_to_image.r1`. Retrieval is among the texts that count and their images. Empty if fewer than two texts
         count.
     """
-    counted = counted_texts(texts)
+    counted = counted_texts(texts, most)
     if len(counted.texts) < 2:
         return Scores()
     with_text, image = torch.tensor(counted.image).unique(return_inverse=True)
@@ -57,15 +60,15 @@ def sentence_scores(encoder: Encoder, texts: ImageTexts, images: Tensor, whole: 
     return scores
 
 
-def counted_texts(texts: ImageTexts) -> ImageTexts:
-    """Selects the texts with at least `SENTENCES` sentences."""
-    long = [number for number, text in enumerate(texts.texts) if len(_sentences(text)) >= SENTENCES]
+def counted_texts(texts: ImageTexts, most: int | None = None) -> ImageTexts:
+    """Selects the texts with at least `SENTENCES` sentences; the first `most` of them, or all."""
+    long = [number for number, text in enumerate(texts.texts) if len(_sentences(text)) >= SENTENCES][:most]
     return ImageTexts([texts.texts[number] for number in long], [texts.image[number] for number in long])
 
 
-def asked_texts(texts: ImageTexts) -> set[str]:
+def asked_texts(texts: ImageTexts, most: int | None = None) -> set[str]:
     """Returns all texts that `sentence_scores` encodes."""
-    counted = counted_texts(texts).texts
+    counted = counted_texts(texts, most).texts
     if len(counted) < 2:
         return set()
     changed = {change(text) for change in CHANGES.values() for text in counted}

@@ -160,11 +160,11 @@ def sentence_table(inputs: ReportInputs, benchmark: str) -> ReportTable | None:
     scored = [a for a in inputs.scored if benchmark in a.benchmarks]
     protocol = next((a.benchmarks[benchmark].protocol for a in scored), {})
     counted, texts = (protocol.get(key) for key in (COUNTED_TEXTS, "long_texts"))
-    which = f"the {counted:,} of {texts:,} long texts" if counted and texts else "long texts"
+    which = f"{counted:,} of {texts:,} long texts" if counted and texts else "long texts"
     note = (
-        f"Over {which} with at least {SENTENCES} sentences. HiMo@2 and HiMo@3: share of texts whose similarity to "
-        "their image grows with each of 2 or 3 prefixes of 1/K, 2/K, … of the sentences; HiMo@4: mean correlation of "
-        "the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, with "
+        f"Over {which}, each with at least {SENTENCES} sentences. HiMo@2 and HiMo@3: share of texts whose similarity "
+        "to their image grows with each of 2 or 3 prefixes of 1/K, 2/K, … of the sentences; HiMo@4: mean correlation "
+        "of the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, with "
         "two sentences swapped, and without the first sentence."
     )
     return results_table(
