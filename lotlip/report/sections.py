@@ -164,8 +164,8 @@ def sentence_table(inputs: ReportInputs, benchmark: str) -> ReportTable | None:
     note = (
         f"Over {which}, each with at least {SENTENCES} sentences. HiMo@2 and HiMo@3: share of texts whose similarity "
         "to their image grows with each of 2 or 3 prefixes of 1/K, 2/K, … of the sentences; HiMo@4: mean correlation "
-        "of the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, with "
-        "two sentences swapped, and without the first sentence."
+        "of the number of the prefix, 1 … 4, and its similarity, times 100. Right: R@1 of the same texts unchanged, "
+        "with two sentences swapped, and without the first sentence."
     )
     return results_table(
         f"{benchmark}-sentence-order",
