@@ -416,15 +416,15 @@ def evaluate(
 
 @app.command()
 def explore(
-    pictures_index: Annotated[
-        Path, typer.Argument(metavar="PICTURES_INDEX", help="Index of pictures written by `lotlip embed`.")
+    images_index: Annotated[
+        Path, typer.Argument(metavar="IMAGES_INDEX", help="Index of images written by `lotlip embed`.")
     ],
     texts: Annotated[Path | None, typer.Option(help="Index of texts.", metavar="TEXTS_INDEX")] = None,
     model: Annotated[
         Path | None, typer.Option(help="Folder of the model that made the index, if it was moved.", metavar="DIR")
     ] = None,
-    pictures: Annotated[
-        Path | None, typer.Option(help="Folder of the pictures, if they were moved.", metavar="DIR")
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the images, if they were moved.", metavar="DIR")
     ] = None,
     port: Annotated[
         int | None, typer.Option(help="Port of the page; default: a free one.", min=1, max=65535, metavar="N")
@@ -432,7 +432,7 @@ def explore(
     top: Annotated[int, typer.Option(help="Number of results.", min=1, metavar="N")] = 6,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
 ) -> None:
-    """Serve a page on loopback for searching pictures by text and texts by picture, with relevance maps."""
+    """Serve a page on loopback for searching images by text and texts by image, with relevance maps."""
     import signal
     import threading
     from contextlib import suppress
@@ -447,7 +447,7 @@ def explore(
     except ImportError as error:
         raise ValueError(f"the page needs Gradio ({error}): pip install 'lotlip[explore]'") from error
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # SIGTERM also cleans up
-    with serve_page(Explorer(pictures_index, texts, model, pictures, top, device), port) as address:
+    with serve_page(Explorer(images_index, texts, model, images, top, device), port) as address:
         typer.echo(f"{address} (stop with Ctrl-C)", err=True)
         with suppress(KeyboardInterrupt):
             threading.Event().wait()

@@ -110,7 +110,7 @@ def test_images_added_to_the_index_are_read_from_their_own_folder(folder, tmp_pa
         for number, name in enumerate(("first", "second"))
     }
     assert {one.match.source: one.picture for one in results} == expected
-    with pytest.raises(ValueError, match="are in 2 folders, so --pictures cannot name another"):
+    with pytest.raises(ValueError, match="are in 2 folders, so --images cannot name another"):
         Explorer(index, source=tmp_path / "first")
 
 

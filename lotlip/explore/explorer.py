@@ -267,18 +267,18 @@ def _pictures(path: Path, index: Index, folder: Path | None) -> dict[str | None,
     abouts = {part.about.get("source"): part.about for part in index.parts or (index,)}
     if folder is not None and len(abouts) > 1:
         raise ValueError(
-            f"the pictures of {path} are in {len(abouts)} folders, so --pictures cannot name another; move them back "
+            f"the pictures of {path} are in {len(abouts)} folders, so --images cannot name another; move them back "
             f"to {', '.join(map(str, abouts))}, or embed them again"
         )
     found: dict[str | None, Pictures] = {}
     for source, about in abouts.items():
         if folder is None and source is None:
             raise ValueError(
-                f"{path} does not record the folder of its pictures; give it with --pictures, or embed again"
+                f"{path} does not record the folder of its pictures; give it with --images, or embed again"
             )
         place = folder or Path(str(source))
         if not place.is_dir():
-            raise ValueError(f"the folder {place} of the pictures of {path} does not exist; give it with --pictures")
+            raise ValueError(f"the folder {place} of the pictures of {path} does not exist; give it with --images")
         found[source] = open_pictures(place, about.get("split"))
     return found
 
