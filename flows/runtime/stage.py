@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import pickle
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +23,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.task_runners import TaskRunner
 
 from flows.runtime import scratch
+from flows.runtime.runners import task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
@@ -133,18 +136,20 @@ class Stage:
         work: Callable[[T], list[UnitReport]],
         name: Callable[[T], str],
         size: Callable[[T], int],
+        on_gpu: bool = False,
     ) -> list[UnitReport]:
-        """Runs `work` on every unit as a Prefect task, `compute.workers` at a time, with retries.
+        """Runs `work` on every unit as a Prefect task of `compute.task_runner`, with retries.
 
         If the last attempt at a unit fails, all items of the unit are reported as failures. The gate decides whether
         the stage continues.
 
         Args:
             units: the work units; each is written atomically.
-            work: processes a unit, or returns the stored reports of a finished one. It must be picklable if units run
-                in other processes: a module's function or a small frozen object, not a closure.
+            work: processes a unit, or returns the stored reports of a finished one. It must be picklable and small,
+                because it is sent to other processes with each unit: a frozen object with settings and paths.
             name: returns the name of a unit.
             size: returns the number of items in a unit.
+            on_gpu: whether units run models.
 
         Returns:
             The reports of all units, in the order of `units`.
@@ -152,6 +157,38 @@ class Stage:
         Raises:
             OSError: the disk is full or read-only, so other units would fail too.
             NonRetryableError: a resource that all units need cannot be used.
+            StageFailed: worker processes were killed again and again, or the task runner is not installed.
+        """
+        settings = self.params.compute
+        reports: dict[str, list[UnitReport]] = {}
+        self.log.info("%s: %d units, task runner %s", self.label, len(units), settings.task_runner)
+        waiting = list(units)
+        for _ in range(settings.retries + 1):
+            with ExitStack() as stack:
+                with self.clock.measure("prefect"):
+                    runner = stack.enter_context(task_runner(settings, on_gpu))
+                waiting = self._run(runner, waiting, work, name, size, reports)
+            if not waiting:
+                return [report for unit in units for report in reports[name(unit)]]
+            self.log.warning("%s: a worker process was killed; %d units run again", self.label, len(waiting))
+        raise StageFailed(
+            f"worker processes were killed {settings.retries + 1} times, most likely because memory ran out; lower "
+            "compute.workers, and run again: finished units are kept"
+        )
+
+    def _run(
+        self,
+        runner: TaskRunner[Any],
+        units: Sequence[T],
+        work: Callable[[T], list[UnitReport]],
+        name: Callable[[T], str],
+        size: Callable[[T], int],
+        reports: dict[str, list[UnitReport]],
+    ) -> list[T]:
+        """Runs units and adds their reports to `reports`, as `fan_out` describes.
+
+        Returns:
+            The units that were not finished because a process of the runner's pool was killed, which ends the pool.
         """
         settings = self.params.compute
         futures = {}
@@ -162,13 +199,17 @@ class Stage:
                 retry_delay_seconds=settings.retry_delay_seconds,
                 retry_condition_fn=_is_retryable,
             )
-            futures[run.submit(_Opaque(partial(work, unit)))] = unit
-        reports: dict[str, list[UnitReport]] = {}
+            futures[runner.submit(run, {"work": _Opaque(partial(work, unit))})] = unit
+        done: set[str] = set()
+        lost = []
         started = time.monotonic()
         for future in as_completed(list(futures)):
             unit = futures[future]
             try:
                 reports[name(unit)] = future.result()
+            except BrokenProcessPool:
+                lost.append(unit)
+                continue
             except Exception as error:
                 full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
                 if full or isinstance(error, NonRetryableError):
@@ -176,9 +217,10 @@ class Stage:
                 self.log.warning("%s: %s failed on its last attempt: %s", self.label, name(unit), error)
                 failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
                 reports[name(unit)] = [UnitReport(name(unit), size(unit), 0, "", 0, failures)]
-            left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
-            self.log.info("%s: %d of %d units, %.0f s left", self.label, len(reports), len(futures), left)
-        return [report for unit in units for report in reports[name(unit)]]
+            done.add(name(unit))
+            left = (time.monotonic() - started) / len(done) * (len(futures) - len(done))
+            self.log.info("%s: %d of %d units, %.0f s left", self.label, len(done), len(futures), left)
+        return lost
 
     def publish(self, out: Path) -> None:
         """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings."""
@@ -271,7 +313,20 @@ class _Opaque:
     def call(self) -> list[UnitReport]:
         if Path.cwd() != self.folder:  # a cluster's worker starts in another folder
             os.chdir(self.folder)
-        return self.work()
+        try:
+            return self.work()
+        except Exception as error:
+            raise picklable(error) from error
+
+
+def picklable(error: Exception) -> Exception:
+    """Returns an error that other processes can receive: a plain one where unpickling would fail, as openai's do."""
+    try:
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - of this process
+    except Exception:
+        kind = NonRetryableError if isinstance(error, NonRetryableError) else RuntimeError
+        return kind(f"{type(error).__name__}: {error}")
+    return error
 
 
 @task(name="unit", cache_policy=NO_CACHE)
@@ -407,23 +462,12 @@ def configure_tracebacks() -> bool:
     return enabled
 
 
-@contextmanager
-def on_threads(params: Params) -> Iterator[Any]:
-    """Yields Prefect's task runner that runs units in threads, `compute.workers` at a time."""
-    yield ThreadPoolTaskRunner(max_workers=params.compute.workers)
-
-
-def main(
-    stage: Flow[..., Any],
-    *arguments: str,
-    task_runner: Callable[[Params], AbstractContextManager[Any]] = on_threads,
-) -> None:
+def main(stage: Flow[..., Any], *arguments: str) -> None:
     """Runs a stage's flow as a program, `python -m flows STAGE [ITEM]`. A failure prints one line and exits with 1.
 
     Args:
         stage: the flow.
         arguments: arguments of the flow.
-        task_runner: context manager that provides Prefect's task runner for the duration of the flow.
     """
     from flows.runtime.servers import prefect_for_program
 
@@ -442,10 +486,10 @@ def main(
         params = load_params()
         if set(arguments) <= {*params.names, *params.caption.captioners}:  # the flow rejects unknown names
             claim(params, stage.name, *arguments)  # before Prefect's server starts, which takes seconds
-        with prefect_for_program(), task_runner(params) as runner:
+        with prefect_for_program():
             no_answer = no_answer_message()
             _clock.call()
-            configured = stage.with_options(task_runner=runner)
+            configured = stage.with_options()
             configured.fn = body
             configured(*arguments)
     except EXPECTED as error:

@@ -230,16 +230,6 @@ def test_ray_ends_with_a_killed_flow(workspace) -> None:
     assert not alive
 
 
-def test_missing_ray_is_an_error_with_a_remedy(monkeypatch) -> None:
-    from flows.runtime.ray_runner import on_ray
-    from flows.runtime.scratch import StageFailed
-    from lotlip.config.params import load_params
-
-    monkeypatch.setitem(sys.modules, "prefect_ray", None)
-    with pytest.raises(StageFailed, match=r"prefect_ray is not installed: pip install 'lotlip\[ray\]'"):
-        on_ray(load_params(ROOT / "params.yaml")).__enter__()
-
-
 @pytest.mark.integration
 def test_a_missing_server_is_an_error_of_one_line(workspace: Workspace) -> None:
     run_on(workspace, "threads")
