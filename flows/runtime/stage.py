@@ -5,12 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import pickle
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
@@ -23,11 +21,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.states import State
-from prefect.task_runners import TaskRunner
 
 from flows.runtime import scratch
-from flows.runtime.runners import task_runner
+from flows.runtime.runners import Submit, task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
+from flows.runtime.worker import UnitWork
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
 from lotlip.core import files
@@ -157,39 +155,25 @@ class Stage:
         Raises:
             OSError: the disk is full or read-only, so other units would fail too.
             NonRetryableError: a resource that all units need cannot be used.
-            StageFailed: worker processes were killed again and again, or the task runner is not installed.
+            StageFailed: the packages of the task runner are not installed.
         """
         settings = self.params.compute
-        reports: dict[str, list[UnitReport]] = {}
         self.log.info("%s: %d units, task runner %s", self.label, len(units), settings.task_runner)
-        waiting = list(units)
-        for _ in range(settings.retries + 1):
-            with ExitStack() as stack:
-                with self.clock.measure("prefect"):
-                    runner = stack.enter_context(task_runner(settings, on_gpu))
-                waiting = self._run(runner, waiting, work, name, size, reports)
-            if not waiting:
-                return [report for unit in units for report in reports[name(unit)]]
-            self.log.warning("%s: a worker process was killed; %d units run again", self.label, len(waiting))
-        raise StageFailed(
-            f"worker processes were killed {settings.retries + 1} times, most likely because memory ran out; lower "
-            "compute.workers, and run again: finished units are kept"
-        )
+        with ExitStack() as stack:
+            with self.clock.measure("prefect"):
+                submit = stack.enter_context(task_runner(settings, on_gpu))
+            reports = self._finish(submit, units, work, name, size)
+        return [report for unit in units for report in reports[name(unit)]]
 
-    def _run(
+    def _finish(
         self,
-        runner: TaskRunner[Any],
+        submit: Submit,
         units: Sequence[T],
         work: Callable[[T], list[UnitReport]],
         name: Callable[[T], str],
         size: Callable[[T], int],
-        reports: dict[str, list[UnitReport]],
-    ) -> list[T]:
-        """Runs units and adds their reports to `reports`, as `fan_out` describes.
-
-        Returns:
-            The units that were not finished because a process of the runner's pool was killed, which ends the pool.
-        """
+    ) -> dict[str, list[UnitReport]]:
+        """Submits all units and waits for them. Returns their reports by the name of the unit."""
         settings = self.params.compute
         futures = {}
         for unit in units:
@@ -199,17 +183,13 @@ class Stage:
                 retry_delay_seconds=settings.retry_delay_seconds,
                 retry_condition_fn=_is_retryable,
             )
-            futures[runner.submit(run, {"work": _Opaque(partial(work, unit))})] = unit
-        done: set[str] = set()
-        lost = []
+            futures[submit(run, UnitWork(partial(work, unit)))] = unit
+        reports: dict[str, list[UnitReport]] = {}
         started = time.monotonic()
         for future in as_completed(list(futures)):
             unit = futures[future]
             try:
                 reports[name(unit)] = future.result()
-            except BrokenProcessPool:
-                lost.append(unit)
-                continue
             except Exception as error:
                 full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
                 if full or isinstance(error, NonRetryableError):
@@ -217,10 +197,9 @@ class Stage:
                 self.log.warning("%s: %s failed on its last attempt: %s", self.label, name(unit), error)
                 failures = [Failure(f"{name(unit)}#{i}", name(unit), repr(error), "unit") for i in range(size(unit))]
                 reports[name(unit)] = [UnitReport(name(unit), size(unit), 0, "", 0, failures)]
-            done.add(name(unit))
-            left = (time.monotonic() - started) / len(done) * (len(futures) - len(done))
-            self.log.info("%s: %d of %d units, %.0f s left", self.label, len(done), len(futures), left)
-        return lost
+            left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
+            self.log.info("%s: %d of %d units, %.0f s left", self.label, len(reports), len(futures), left)
+        return reports
 
     def publish(self, out: Path) -> None:
         """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings."""
@@ -300,37 +279,8 @@ def claim(params: Params, name: str, item: str | None = None) -> str:
     return label
 
 
-class _Opaque:
-    """The work of a unit, which runs in the current folder, also in another process or on another machine.
-
-    It hides its contents from Prefect, which would search a task's arguments for futures.
-    """
-
-    def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
-        self.work = work
-        self.folder = Path.cwd()
-
-    def call(self) -> list[UnitReport]:
-        if Path.cwd() != self.folder:  # a cluster's worker starts in another folder
-            os.chdir(self.folder)
-        try:
-            return self.work()
-        except Exception as error:
-            raise picklable(error) from error
-
-
-def picklable(error: Exception) -> Exception:
-    """Returns an error that other processes can receive: a plain one where unpickling would fail, as openai's do."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - of this process
-    except Exception:
-        kind = NonRetryableError if isinstance(error, NonRetryableError) else RuntimeError
-        return kind(f"{type(error).__name__}: {error}")
-    return error
-
-
 @task(name="unit", cache_policy=NO_CACHE)
-def _run_unit(work: _Opaque) -> list[UnitReport]:
+def _run_unit(work: UnitWork) -> list[UnitReport]:
     return work.call()
 
 

@@ -34,23 +34,21 @@ def stage(monkeypatch, tmp_path: Path) -> Stage:
     monkeypatch.chdir(tmp_path)
     quick = params.compute.model_copy(update={"retry_delay_seconds": 0})
     monkeypatch.setattr(stages, "get_run_logger", lambda: __import__("logging").getLogger("test"))
-    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(FakeRunner()))
+    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(run_now))
     monkeypatch.setattr(stages, "as_completed", list)
     monkeypatch.setattr(stages, "_held", {})
     return Stage("ingest", params.model_copy(update={"compute": quick}), {"a": 1})
 
 
-class FakeRunner:
+def run_now(task, work):
     """Runs a unit immediately, with retries like Prefect's."""
-
-    def submit(self, task, parameters):
-        for attempt in range(task.retries + 1):
-            try:
-                return FakeFuture(parameters["work"].call())
-            except Exception as error:
-                if attempt == task.retries:
-                    return FakeFuture(error)
-        raise AssertionError
+    for attempt in range(task.retries + 1):
+        try:
+            return FakeFuture(work.call())
+        except Exception as error:
+            if attempt == task.retries:
+                return FakeFuture(error)
+    raise AssertionError
 
 
 class FakeFuture:

@@ -27,7 +27,7 @@ from lotlip.caption.partition import Captioning
 from lotlip.core.checks import GateFailed
 from lotlip.data.index import UnitIndex, read_index
 from lotlip.data.partitions import read_captions, read_records, read_table, unit_names
-from tests.flows.test_stage import FakeRunner
+from tests.flows.test_stage import run_now
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,7 +54,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
-    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(FakeRunner()))
+    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(run_now))
     monkeypatch.setattr(stages, "as_completed", list)
     change(lambda params: params.update(compute={"retries": 0, "retry_delay_seconds": 0}))
     change(lambda params: params["ingest"].update(partition_size=10))
