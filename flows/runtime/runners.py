@@ -27,7 +27,7 @@ from prefect.tasks import Task
 
 from flows.runtime.scratch import StageFailed
 from flows.runtime.supervisor import end_group, start_group
-from flows.runtime.worker import UnitWork
+from flows.runtime.unit_work import UnitWork
 from lotlip.core.compute import Compute
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.records import NonRetryableError, UnitReport

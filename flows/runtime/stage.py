@@ -25,7 +25,7 @@ from prefect.states import State
 from flows.runtime import scratch
 from flows.runtime.runners import Submit, task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
-from flows.runtime.worker import UnitWork
+from flows.runtime.unit_work import UnitWork
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
 from lotlip.core import files

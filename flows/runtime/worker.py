@@ -1,7 +1,7 @@
 """Runs units of work that another process or machine sends: `python -m flows.runtime.worker` for `processes`.
 
 It reads pickled units from standard input, and writes what comes of them to standard output. Pickles pass only between
-a flow and the workers that it has started. Nothing here imports Prefect, so a worker starts fast.
+a flow and the workers that it has started.
 """
 
 from __future__ import annotations
@@ -9,43 +9,9 @@ from __future__ import annotations
 import os
 import pickle
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
-from lotlip.data.records import NonRetryableError, UnitReport
-
-
-class UnitWork:
-    """The work of a unit, which runs in the current folder, also in another process or on another machine.
-
-    It hides its contents from Prefect, which would search a task's arguments for futures.
-
-    Args:
-        work: processes the unit.
-    """
-
-    def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
-        self.work = work
-        self.folder = Path.cwd()
-
-    def call(self) -> list[UnitReport]:
-        """Returns the unit's reports; an error that it raises can be sent to other processes."""
-        if Path.cwd() != self.folder:  # a cluster's worker starts in another folder
-            os.chdir(self.folder)
-        try:
-            return self.work()
-        except Exception as error:
-            raise picklable(error) from error
-
-
-def picklable(error: Exception) -> Exception:
-    """Returns an error that other processes can receive: a plain one where unpickling would fail, as openai's do."""
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - of this process
-    except Exception:
-        kind = NonRetryableError if isinstance(error, NonRetryableError) else RuntimeError
-        return kind(f"{type(error).__name__}: {error}")
-    return error
+from flows.runtime.unit_work import UnitWork
+from lotlip.data.records import UnitReport
 
 
 def main() -> None:
