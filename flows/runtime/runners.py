@@ -106,7 +106,7 @@ class _Processes:
             NonRetryableError: the stage ends.
             Exception: what the unit raised.
         """
-        request = pickle.dumps(work)
+        request = pickle.dumps(pickle.dumps(work))
         process = self._idle.get()
         try:
             process = process or self._start()

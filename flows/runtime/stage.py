@@ -177,7 +177,7 @@ class Stage:
         settings = self.params.compute
         futures = {}
         for unit in units:
-            run = _run_unit.with_options(
+            run = run_unit.with_options(
                 task_run_name=f"{self.label}: {name(unit)}",
                 retries=settings.retries,
                 retry_delay_seconds=settings.retry_delay_seconds,
@@ -280,7 +280,7 @@ def claim(params: Params, name: str, item: str | None = None) -> str:
 
 
 @task(name="unit", cache_policy=NO_CACHE)
-def _run_unit(work: UnitWork) -> list[UnitReport]:
+def run_unit(work: UnitWork) -> list[UnitReport]:
     return work.call()
 
 

@@ -23,11 +23,12 @@ def main() -> None:
     os.dup2(2, 1)  # what libraries print must not get between the answers
     while True:
         try:
-            work: UnitWork = pickle.load(inbox)  # noqa: S301 - from the flow that started this process
+            request: bytes = pickle.load(inbox)  # noqa: S301 - from the flow that started this process
         except EOFError:
             return
         answer: list[UnitReport] | Exception
         try:
+            work: UnitWork = pickle.loads(request)  # noqa: S301 - pickled twice: if this fails, the stream continues
             answer = work.call()
         except Exception as error:
             answer = error

@@ -7,15 +7,16 @@ import shutil
 import sys
 import threading
 from hashlib import sha256
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flows.runtime.runners import task_runner
+from flows.runtime.runners import _Processes, task_runner
 from flows.runtime.scratch import StageFailed
-from flows.runtime.unit_work import picklable
+from flows.runtime.unit_work import UnitWork, picklable
 from lotlip.core.compute import Compute
-from lotlip.data.records import NonRetryableError
+from lotlip.data.records import NonRetryableError, UnitReport
 from tests.tiny_pipeline import smallest
 from tests.workspace import Workspace
 
@@ -41,6 +42,27 @@ def test_an_error_that_cannot_be_pickled_becomes_a_plain_one() -> None:
     assert picklable(error) is error
     assert type(picklable(Refused("no key"))) is NonRetryableError
     assert str(picklable(Refused("no key"))) == "Refused: no key"
+
+
+def nothing() -> list[UnitReport]:
+    return []
+
+
+@pytest.mark.integration
+def test_a_process_survives_work_that_it_cannot_load(monkeypatch) -> None:
+    pool = _Processes(1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(nothing, "__module__", "no_such_module")
+            patch.setitem(sys.modules, "no_such_module", SimpleNamespace(nothing=nothing))
+            with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+                pool.run(UnitWork(nothing))
+        assert pool.run(UnitWork(nothing)) == []
+        assert len(pool._started) == 1
+    finally:
+        pool.end()
+    with pytest.raises(NonRetryableError, match="the stage ends"):
+        pool._start()
 
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
