@@ -164,7 +164,7 @@ class Compute(Section):
     retries: NonNegative = Field(2, description="retries of a unit after the first attempt")
     retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is retried")
     task_runner: Literal["threads", "processes", "ray", "dask"] = Field(
-        "threads", description="where the units of ingest, caption, shard and evaluate run; docs/task-runners.md"
+        "threads", description="where the units of ingest, caption, shard and evaluate run: docs/scaling.md"
     )
     ray: RayConfig = RayConfig()
     dask: DaskConfig = DaskConfig()
