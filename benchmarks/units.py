@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from functools import partial
 from typing import Any, get_args
 
 from prefect import flow
@@ -21,14 +20,8 @@ from flows.runtime.servers import prefect_for_program
 from flows.runtime.stage import run_unit
 from flows.runtime.unit_work import UnitWork
 from lotlip.core.compute import Compute
-from lotlip.data.records import UnitReport
 
 RUNNERS = get_args(Compute.model_fields["task_runner"].annotation)
-
-
-def nothing(name: str) -> list[UnitReport]:
-    """A unit without items."""
-    return [UnitReport(name, 0, 0, "", 0)]
 
 
 @flow
@@ -36,10 +29,10 @@ def measure(runner: str, units: int, workers: int) -> dict[str, float]:
     """Measures one task runner. Returns the seconds of the start and of each further unit."""
     started = time.monotonic()
     with task_runner(Compute(task_runner=runner, workers=workers), on_gpu=False) as submit:
-        futures = [submit(run_unit, UnitWork(partial(nothing, f"{number}"))) for number in range(units)]
+        futures = [submit(run_unit, UnitWork(list)) for _ in range(units)]  # units without reports
         finished = []
         for future in as_completed(futures):
-            assert future.result()[0].read == 0
+            assert future.result() == []
             finished.append(time.monotonic())
     ended = time.monotonic()
     return {
@@ -71,6 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    import benchmarks.units  # other processes can import the functions of this module, not those of __main__
-
-    benchmarks.units.main()
+    main()
