@@ -27,6 +27,7 @@ COMMANDS = {
     "loss, whole": ["loss", "--batch", "4096", "--at-once", "1000000000"],
     "retrieval": ["retrieval"],
     "loader": ["loader", "--no-images", "--samples", "8192"],
+    "units": ["units"],
     "caption": ["caption"],
     "shard": ["shard"],
     "step": ["step"],

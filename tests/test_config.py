@@ -363,6 +363,7 @@ OTHER_COMPUTE = {
     "retry_delay_seconds": 0.5,
     "task_runner": "ray",
     "ray": {"gpus_per_worker": 1},
+    "dask": {"address": "tls://a:1"},
     "training": {
         "processes": 2,
         "gradient_accumulation_steps": 4,

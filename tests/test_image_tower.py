@@ -19,7 +19,6 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from lotlip.core.compute import Compute
 from lotlip.data.images import RESIZES, image_transform
 from lotlip.demo.tower import _draw_scenes, _Scenes, scenes_spec, train_image_tower
 from lotlip.demo.world import attribute_classes
@@ -70,7 +69,7 @@ def test_features_for_shards_and_pixels_for_training_follow_the_resize_mode(tmp_
     pixels = image_transform(32, resize=resize)(image)
     with torch.inference_mode():
         expected = tower(torch.from_numpy(pixels)[None]).numpy()
-    np.testing.assert_allclose(frozen_features(tmp_path / "tower", Compute())([image]), expected, atol=1e-6)
+    np.testing.assert_allclose(frozen_features(tmp_path / "tower")([image]), expected, atol=1e-6)
     job, config = SimpleNamespace(image_tower=tmp_path / "tower"), SimpleNamespace(image_tower=ImageTowerTraining())
     _, transform = Trainer._open_image_tower(SimpleNamespace(job=job, config=config))  # type: ignore[arg-type]
     assert np.array_equal(transform(file.getvalue(), random.Random(0)), pixels)

@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +21,11 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import as_completed
 from prefect.settings import PREFECT_API_URL
 from prefect.states import State
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.runtime import scratch
+from flows.runtime.runners import Submit, task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
+from flows.runtime.unit_work import UnitWork
 from lotlip.config.outputs import outputs, prepare
 from lotlip.config.params import Params, load_params
 from lotlip.core import files
@@ -133,18 +134,20 @@ class Stage:
         work: Callable[[T], list[UnitReport]],
         name: Callable[[T], str],
         size: Callable[[T], int],
+        on_gpu: bool = False,
     ) -> list[UnitReport]:
-        """Runs `work` on every unit as a Prefect task, `compute.workers` at a time, with retries.
+        """Runs `work` on every unit as a Prefect task of `compute.task_runner`, with retries.
 
         If the last attempt at a unit fails, all items of the unit are reported as failures. The gate decides whether
         the stage continues.
 
         Args:
             units: the work units; each is written atomically.
-            work: processes a unit, or returns the stored reports of a finished one. It must be picklable if units run
-                in other processes: a module's function or a small frozen object, not a closure.
+            work: processes a unit, or returns the stored reports of a finished one. It must be picklable and small,
+                because it is sent to other processes with each unit: a frozen object with settings and paths.
             name: returns the name of a unit.
             size: returns the number of items in a unit.
+            on_gpu: whether units run models.
 
         Returns:
             The reports of all units, in the order of `units`.
@@ -152,17 +155,35 @@ class Stage:
         Raises:
             OSError: the disk is full or read-only, so other units would fail too.
             NonRetryableError: a resource that all units need cannot be used.
+            StageFailed: the packages of the task runner are not installed.
         """
+        settings = self.params.compute
+        self.log.info("%s: %d units, task runner %s", self.label, len(units), settings.task_runner)
+        with ExitStack() as stack:
+            with self.clock.measure("prefect"):
+                submit = stack.enter_context(task_runner(settings, on_gpu))
+            reports = self._finish(submit, units, work, name, size)
+        return [report for unit in units for report in reports[name(unit)]]
+
+    def _finish(
+        self,
+        submit: Submit,
+        units: Sequence[T],
+        work: Callable[[T], list[UnitReport]],
+        name: Callable[[T], str],
+        size: Callable[[T], int],
+    ) -> dict[str, list[UnitReport]]:
+        """Submits all units and waits for them. Returns their reports by the name of the unit."""
         settings = self.params.compute
         futures = {}
         for unit in units:
-            run = _run_unit.with_options(
+            run = run_unit.with_options(
                 task_run_name=f"{self.label}: {name(unit)}",
                 retries=settings.retries,
                 retry_delay_seconds=settings.retry_delay_seconds,
                 retry_condition_fn=_is_retryable,
             )
-            futures[run.submit(_Opaque(partial(work, unit)))] = unit
+            futures[submit(run, UnitWork(partial(work, unit)))] = unit
         reports: dict[str, list[UnitReport]] = {}
         started = time.monotonic()
         for future in as_completed(list(futures)):
@@ -178,7 +199,7 @@ class Stage:
                 reports[name(unit)] = [UnitReport(name(unit), size(unit), 0, "", 0, failures)]
             left = (time.monotonic() - started) / len(reports) * (len(futures) - len(reports))
             self.log.info("%s: %d of %d units, %.0f s left", self.label, len(reports), len(futures), left)
-        return [report for unit in units for report in reports[name(unit)]]
+        return reports
 
     def publish(self, out: Path) -> None:
         """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings."""
@@ -258,24 +279,8 @@ def claim(params: Params, name: str, item: str | None = None) -> str:
     return label
 
 
-class _Opaque:
-    """The work of a unit, which runs in the current folder, also in another process or on another machine.
-
-    It hides its contents from Prefect, which would search a task's arguments for futures.
-    """
-
-    def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
-        self.work = work
-        self.folder = Path.cwd()
-
-    def call(self) -> list[UnitReport]:
-        if Path.cwd() != self.folder:  # a cluster's worker starts in another folder
-            os.chdir(self.folder)
-        return self.work()
-
-
 @task(name="unit", cache_policy=NO_CACHE)
-def _run_unit(work: _Opaque) -> list[UnitReport]:
+def run_unit(work: UnitWork) -> list[UnitReport]:
     return work.call()
 
 
@@ -407,23 +412,12 @@ def configure_tracebacks() -> bool:
     return enabled
 
 
-@contextmanager
-def on_threads(params: Params) -> Iterator[Any]:
-    """Yields Prefect's task runner that runs units in threads, `compute.workers` at a time."""
-    yield ThreadPoolTaskRunner(max_workers=params.compute.workers)
-
-
-def main(
-    stage: Flow[..., Any],
-    *arguments: str,
-    task_runner: Callable[[Params], AbstractContextManager[Any]] = on_threads,
-) -> None:
+def main(stage: Flow[..., Any], *arguments: str) -> None:
     """Runs a stage's flow as a program, `python -m flows STAGE [ITEM]`. A failure prints one line and exits with 1.
 
     Args:
         stage: the flow.
         arguments: arguments of the flow.
-        task_runner: context manager that provides Prefect's task runner for the duration of the flow.
     """
     from flows.runtime.servers import prefect_for_program
 
@@ -442,10 +436,10 @@ def main(
         params = load_params()
         if set(arguments) <= {*params.names, *params.caption.captioners}:  # the flow rejects unknown names
             claim(params, stage.name, *arguments)  # before Prefect's server starts, which takes seconds
-        with prefect_for_program(), task_runner(params) as runner:
+        with prefect_for_program():
             no_answer = no_answer_message()
             _clock.call()
-            configured = stage.with_options(task_runner=runner)
+            configured = stage.with_options()
             configured.fn = body
             configured(*arguments)
     except EXPECTED as error:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager
-from typing import Any
 
 from prefect import flow
 
-from flows.runtime.ray_runner import on_ray
 from flows.runtime.scratch import StageFailed
-from flows.runtime.stage import Stage, hash_of, main, on_threads
+from flows.runtime.stage import Stage, hash_of, main
 from lotlip.caption.partition import Captioning
 from lotlip.caption.quality import summarise
 from lotlip.caption.store import Partition
-from lotlip.config.params import Params, load_params
+from lotlip.config.params import load_params
 from lotlip.core.files import sha256_tree
 from lotlip.data.index import INDEX_FILE, CaptionIndex, Totals, UnitIndex, read_index, write_index
 from lotlip.data.partitions import read_captions
@@ -47,7 +44,7 @@ def caption(captioner: str) -> None:
     store.describe()
     stage.log.info("existing captions are reused from %s", store.folder)
     units = [Partition(unit.name, unit.written, unit.sha256) for unit in read_index(source, UnitIndex).whole]
-    reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images)
+    reports = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: unit.images, on_gpu=True)
     changed = [name for name, value in inputs_now().items() if value != inputs[name]]
     if changed:  # DVC hashes inputs after the stage, so it would record these captions for the changed inputs
         where = {"ingest": str(source), "path": str(settings.path)}
@@ -71,10 +68,5 @@ def caption(captioner: str) -> None:
     stage.record(index.read, checks, index, {"revision": author.revision, "quality": quality})
 
 
-def task_runner(params: Params) -> AbstractContextManager[Any]:
-    """Returns the task runner of `compute.task_runner` as a context manager."""
-    return on_ray(params) if params.compute.task_runner == "ray" else on_threads(params)
-
-
 if __name__ == "__main__":
-    main(caption, *sys.argv[1:], task_runner=task_runner)
+    main(caption, *sys.argv[1:])

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
+from flows.runtime.scratch import StageFailed
 from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_files, write_json
-from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
+from lotlip.data.index import INDEX_FILE
 from lotlip.evaluate.records import BASELINES, START_SCORES, AblationScores, BenchmarkScores, StartScores
 from lotlip.pretrain.records import RUN, Run
 
@@ -40,34 +41,34 @@ def evaluate(ablation: str) -> None:
         start = StartScores.load(file).short_text_r1
     stage = Stage("evaluate", params, config.model_dump(mode="json", exclude={"baselines"}), inputs, ablation)
     with stage.clock.measure("imports"):
-        from lotlip.core.device import choose_device
-        from lotlip.evaluate.ablation import draw, measure, summary
-        from lotlip.evaluate.benchmarks import open_benchmark
-        from lotlip.evaluate.encoders import Runner
+        from lotlip.evaluate.ablation import combine, draw, summary
+        from lotlip.evaluate.unit import Measuring
     for folder_read in [paths.image_tower, *(paths.captions / name for name in params.caption.captioners)]:
         check_input(folder_read)
     check_input(paths.shards, INDEX_FILE)
     run = Run.load(folder / RUN)
-    compute = params.compute
-    how = Runner(compute.batch_size, choose_device(compute.device), compute.precision)
-    benchmarks = [
-        open_benchmark(name, settings, paths, params.caption.describing) for name, settings in config.benchmarks.items()
-    ]
-    about = {
-        "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
-        "command": f"python -m flows evaluate {ablation}",
-    }
-    vocabulary = read_index(paths.shards, ShardIndex).vocabulary
-    measured = measure(
-        folder,
-        run.config,
-        benchmarks,
-        vocabulary,
-        about,
-        how,
-        lambda seed: stage.log.info("evaluate-%s: seed %s done", ablation, seed),
-        config.max_conditioned_pairs,
+    work = Measuring(
+        folder=folder,
+        config=run.config,
+        benchmarks=config.benchmarks,
+        paths=paths,
+        captioners=tuple(params.caption.describing),
+        about={
+            "image_tower_sha256": sha256_files([paths.image_tower / "model.safetensors"]),
+            "command": f"python -m flows evaluate {ablation}",
+        },
+        device=params.compute.device,
+        precision=params.compute.precision,
+        batch_size=params.compute.batch_size,
+        max_conditioned_pairs=config.max_conditioned_pairs,
+        out=stage.out,
+        fingerprint=stage.fingerprint,
     )
+    names = list(config.benchmarks)
+    for report in stage.fan_out(names, work, name=str, size=lambda _: 1, on_gpu=True):
+        for failure in report.failures:
+            raise StageFailed(f"benchmark {report.name} could not be scored: {failure.reason}")
+    measured = combine(work.results(name) for name in names)
     scores = AblationScores(
         ablation=ablation,
         config=run.config,
@@ -83,7 +84,8 @@ def evaluate(ablation: str) -> None:
     scores.write(paths.metrics / f"{ablation}.json")
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(measured.results))
     figures = paths.metrics / "attention" / ablation
-    for benchmark, problems in draw(folder, run.config, benchmarks, how, figures, measured.results).items():
+    benchmarks = [work.open(name) for name in names]
+    for benchmark, problems in draw(folder, run.config, benchmarks, work.how, figures, measured.results).items():
         for what, reason in problems.items():
             stage.log.warning("evaluate-%s: %s of %s could not be drawn: %s", ablation, what, benchmark, reason)
     with stage.clock.measure("mlflow"):

@@ -15,11 +15,12 @@ from lotlip.config.params import load_params
 from lotlip.core.files import remove
 from lotlip.data.duplicates import unique_partitions
 from lotlip.data.index import UnitIndex, write_index
-from lotlip.data.partitions import finished_unit, recorded_inputs, reuse_or_write, write_partitions
+from lotlip.data.partitions import recorded_inputs
 from lotlip.data.paths import check_inputs
-from lotlip.data.records import Unit, UnitReport
+from lotlip.data.records import Unit
 from lotlip.ingest.evaluation_images import image_hashes, perceptual_hashes
-from lotlip.ingest.perceptual import near_copies, write_hashes
+from lotlip.ingest.partition import Ingesting
+from lotlip.ingest.perceptual import near_copies
 from lotlip.ingest.sources import Source, open_source
 from lotlip.ingest.text_rules import left_out_by_texts
 
@@ -31,28 +32,12 @@ def ingest() -> None:
     config = params.ingest
     check_inputs(config.inputs())
     stage = Stage("ingest", params, config.model_dump(mode="json"))
-    source = open_source(config.source, config.images)
-    units, folder = source.units(config.partition_size), stage.scratch / "units"
+    folder = stage.scratch / "units"
     distance = config.max_evaluation_hash_distance if config.evaluation_images else None
     hashes = stage.scratch / "hashes"
-
-    def make(unit: Unit) -> list[UnitReport]:
-        reports = write_partitions(unit, source.read(unit), folder, source.split)
-        for report in reports if distance is not None else ():
-            if report.name.startswith("train/"):
-                write_hashes(folder, report.name, hashes)
-        return reports
-
-    def write(unit: Unit) -> list[UnitReport]:
-        return reuse_or_write(
-            unit.name,
-            source.state(unit),
-            folder,
-            lambda: finished_unit(unit, folder),
-            lambda: make(unit),
-        )
-
-    written = stage.fan_out(units, write, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
+    work = Ingesting(config.source, config.images, folder, None if distance is None else hashes)
+    units = work.open().units(config.partition_size)
+    written = stage.fan_out(units, work, name=lambda unit: unit.name, size=lambda unit: len(unit.items))
     _check_unchanged(open_source(config.source, config.images), units, config.partition_size, folder)
     evaluation = image_hashes(config.evaluation_images, config.images)
     copies = None

@@ -12,20 +12,12 @@ from flows.runtime.stage import Stage, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_json
 from lotlip.data.index import INDEX_FILE, CaptionIndex, UnitIndex, read_index
-from lotlip.data.partitions import reuse_or_write, unit_names
-from lotlip.data.records import UnitReport
+from lotlip.data.partitions import unit_names
 from lotlip.data.text import SentenceEnds
-from lotlip.data.token_ids import vocabulary, write_token_ids
+from lotlip.data.token_ids import vocabulary
 from lotlip.data.tokenizer import count_tokens
-from lotlip.shard.shards import (
-    ShardPlan,
-    finished_shard,
-    group_reader,
-    plan_shards,
-    shard_statistics,
-    write_shard,
-    write_shard_index,
-)
+from lotlip.shard.sharding import Sharding, ShardUnit
+from lotlip.shard.shards import ShardPlan, plan_shards, shard_statistics, write_shard_index
 
 SPLITS = ("train", "val")  # evaluation reads the test split from ingest's output
 
@@ -45,25 +37,9 @@ def shard() -> None:
         inputs["image_tower"] = hash_of(params.paths.image_tower / "model.safetensors")
     rewriters = params.caption.rewriting
     stage = Stage("shard", params, [config.model_dump(mode="json"), ends, *rewriters], inputs)
-    features = None
     if config.store_features:
         with stage.clock.measure("imports"):
-            from lotlip.shard.features import frozen_features
-
-            features = frozen_features(params.paths.image_tower, params.compute)
-
-    def write(plan: ShardPlan) -> list[UnitReport]:
-        sources = {name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()}
-        reports = reuse_or_write(
-            plan.name,
-            sha256_json([asdict(plan), sources, inputs.get("image_tower")]),
-            stage.out,
-            lambda: [done] if (done := finished_shard(plan.name, stage.out)) else None,
-            lambda: [write_shard(plan, group(plan.partitions), stage.out, features, params.compute.batch_size)],
-        )
-        write_token_ids(stage.out / f"{plan.name}.tar", tokenizer, ends)
-        return reports
-
+            import lotlip.shard.features  # noqa: F401 - for the units
     plans = {
         split: plan_shards(ingest, captions, split, config.samples_per_shard, config.seed, config.max_bytes)
         for split in SPLITS
@@ -71,9 +47,31 @@ def shard() -> None:
     indexes = {str(ingest): read_index(ingest, UnitIndex)}
     indexes |= {str(folder): read_index(folder, CaptionIndex) for folder in captions.values()}
     partitions = {folder: {unit.name: unit.sha256 for unit in index.units} for folder, index in indexes.items()}
-    group = group_reader(ingest, captions)
+
+    def sources_of(plan: ShardPlan) -> str:
+        return sha256_json({name: [hashes[unit] for unit in plan.partitions] for name, hashes in partitions.items()})
+
     all_plans = [plan for split in SPLITS for plan in plans[split]]
-    done = stage.fan_out(all_plans, write, name=lambda plan: plan.name, size=len)
+    compute = params.compute
+    work = Sharding(
+        ingest=ingest,
+        captions=tuple(captions.items()),
+        out=stage.out,
+        image_tower=params.paths.image_tower if config.store_features else None,
+        tokenizer=tokenizer,
+        sentence_ends=ends,
+        device=compute.device,
+        precision=compute.precision,
+        batch_size=compute.batch_size,
+        fingerprint=stage.fingerprint,
+    )
+    done = stage.fan_out(
+        [ShardUnit(plan, sources_of(plan)) for plan in all_plans],
+        work,
+        name=lambda unit: unit.plan.name,
+        size=lambda unit: len(unit.plan),
+        on_gpu=config.store_features,
+    )
     by_name = {report.name: report for report in done}
     reports = {split: [by_name[plan.name] for plan in plans[split]] for split in SPLITS}
     tars = [stage.out / f"{report.name}.tar" for report in reports["train"] if report.written]

@@ -157,7 +157,17 @@ class RayConfig(Section):
     address: str | None = Field(
         None, description="address of a running Ray cluster; null: start one on this machine while the flow runs"
     )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs reserved for each captioning worker")
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(
+        0, description="GPUs reserved for each unit that runs models, in caption, shard and evaluate"
+    )
+
+
+class DaskConfig(Section):
+    """The Dask cluster, for `task_runner: dask`."""
+
+    address: str | None = Field(
+        None, description="address of a running Dask scheduler; null: start one on this machine while the flow runs"
+    )
 
 
 class Compute(Section):
@@ -171,8 +181,11 @@ class Compute(Section):
     workers: Count = Field(2, description="units of work that run at the same time")
     retries: NonNegative = Field(2, description="retries of a unit after the first attempt")
     retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is retried")
-    task_runner: Literal["threads", "ray"] = Field("threads", description="where partitions are captioned")
+    task_runner: Literal["threads", "processes", "ray", "dask"] = Field(
+        "threads", description="where the units of ingest, caption, shard and evaluate run: docs/scaling.md"
+    )
     ray: RayConfig = RayConfig()
+    dask: DaskConfig = DaskConfig()
     training: TrainingCompute = TrainingCompute()
     ablations: dict[Name, dict[str, Any]] = Field(
         default_factory=dict, description="name of an ablation → its differences from `training`"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,7 +70,6 @@ def measure(
     vocabulary: Sequence[int],
     about: Mapping[str, str],
     how: Runner,
-    on_seed: Callable[[int], object] = lambda seed: None,
     max_conditioned_pairs: int = MAX_CONDITIONED_PAIRS,
 ) -> AblationResults:
     """Scores every seed of an ablation on every benchmark.
@@ -82,7 +81,6 @@ def measure(
         vocabulary: word pieces that occur in training texts.
         about: additional entries of the protocol, such as "command".
         how: device, precision and batch size.
-        on_seed: called with each seed that is done.
         max_conditioned_pairs: see `EvaluateConfig`; used if `loss.conditioned` was.
 
     Raises:
@@ -147,8 +145,17 @@ def measure(
             if reading_test:
                 result.reading[seed] = evaluate_reading(cached, reading_test, images[name]).to_json()
             measured.texts += sum(len(texts.texts) for texts in benchmark.retrieval.values())
-        on_seed(seed)
     return measured
+
+
+def combine(parts: Iterable[AblationResults]) -> AblationResults:
+    """Combines the results on several benchmarks."""
+    combined = AblationResults()
+    for part in parts:
+        combined.results |= part.results
+        combined.parameters, combined.text_tower_flops = part.parameters, part.text_tower_flops
+        combined.texts += part.texts
+    return combined
 
 
 def _text_lengths(benchmark: Benchmark, tokenizer: str) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The stage `caption`: killed while running, with other rules, on threads and on Ray."""
+"""The stage `caption`: killed while running, with other rules, on every task runner."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ class Counting(SceneCaptioner):
         kind: Literal["counting"]
 
     def _caption(self, record):
+        if os.path.exists("dies") and open("dies").read() == record.key:
+            os.kill(os.getpid(), 9)
         time.sleep(float(open("seconds").read()))
         with open("calls", "a") as calls:
             calls.write(f"{record.key} {os.getpid()}\\n")
@@ -173,31 +175,49 @@ def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace)
     assert read_calls(workspace) == []
 
 
-@pytest.mark.system
-@pytest.mark.smoke
-def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspace) -> None:
-    set_delay(workspace, 0.05)
+CLUSTERS = [pytest.param(name, marks=(pytest.mark.system, pytest.mark.smoke)) for name in ("ray", "dask")]
+RUNNERS = [pytest.param("processes", marks=pytest.mark.integration), *CLUSTERS]
+
+
+@pytest.fixture(scope="module")
+def expected(workspace) -> dict[str, bytes]:
+    """What the stage writes in threads."""
+    set_delay(workspace, 0)
     run_on(workspace, "threads")
     workspace.python("flows.stages.caption", "sharegpt4v")
-    expected = published(workspace, "sharegpt4v")
+    return published(workspace, "sharegpt4v")
+
+
+def clear_store(workspace: Workspace) -> None:
     for path in sorted((workspace.folder / "data" / "caption-store").rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
-    clear_calls(workspace)
 
-    run_on(workspace, "ray")
+
+def start_on(workspace: Workspace, runner: str, delay: float, calls: int) -> subprocess.Popen[bytes]:
+    """Starts the stage on a task runner, and waits until so many captions are written."""
+    clear_store(workspace)
+    set_delay(workspace, delay)
+    clear_calls(workspace)
+    run_on(workspace, runner)
     process = start_flow(workspace, "sharegpt4v", {**workspace.environment, SOCKET: ""})
-    await_calls(workspace, 100, process)
+    await_calls(workspace, calls, process)
+    return process
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_killed_worker_loses_nothing(workspace, expected, runner) -> None:
+    process = start_on(workspace, runner, delay=0.05, calls=100)
     flow = psutil.Process(process.pid)
-    ray = [child for child in flow.children(recursive=True) if "ray" in " ".join(child.cmdline())]
+    started = flow.children(recursive=True)
     listening = {
         connection.laddr.ip
-        for child in ray
-        for connection in child.net_connections("tcp")
+        for one in [flow, *started]
+        for connection in one.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening and listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
     key, victim = read_calls(workspace)[-1]
-    assert int(victim) in {child.pid for child in ray}
+    assert int(victim) in {child.pid for child in started}
     os.kill(int(victim), signal.SIGKILL)
     assert process.wait(900) == 0, (workspace.folder / "flow.log").read_text()
 
@@ -207,37 +227,64 @@ def test_ray_gives_the_same_bytes_as_threads_even_if_a_worker_is_killed(workspac
     assert len({worker for _, worker in recorded_calls}) >= 3  # another worker replaced the killed one
     assert len(counted) == 330 and sum(counted.values()) <= 330 + 30
     assert counted[key] == 2
-    _, alive = psutil.wait_procs(ray, timeout=120)
+    _, alive = psutil.wait_procs(started, timeout=120)
     assert not alive
 
 
-@pytest.mark.system
-def test_ray_ends_with_a_killed_flow(workspace) -> None:
-    set_delay(workspace, 0.2)
-    clear_calls(workspace)
-    run_on(workspace, "ray")
-    process = start_flow(workspace, "instructblip", {**workspace.environment, SOCKET: ""})
-    await_calls(workspace, 1, process)
-    started = [
-        child for child in psutil.Process(process.pid).children(recursive=True) if "ray" in " ".join(child.cmdline())
-    ]
+@pytest.mark.parametrize(
+    ("runner", "sign"),
+    [
+        pytest.param("processes", signal.SIGINT, marks=pytest.mark.integration),
+        pytest.param("processes", signal.SIGTERM, marks=pytest.mark.integration),
+        pytest.param("processes", signal.SIGKILL, marks=pytest.mark.integration),
+        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.system),
+        pytest.param("ray", signal.SIGKILL, marks=pytest.mark.system),
+        pytest.param("dask", signal.SIGTERM, marks=pytest.mark.system),
+        pytest.param("dask", signal.SIGKILL, marks=pytest.mark.system),
+    ],
+)
+def test_workers_end_with_their_flow(workspace, expected, runner, sign) -> None:
+    process = start_on(workspace, runner, delay=0.2, calls=70)
+    started = psutil.Process(process.pid).children(recursive=True)
     assert started
-    process.kill()
-    process.wait()
-    _, alive = psutil.wait_procs(started, timeout=600)  # its agents first wait a minute for the others
-    for agent in alive:
-        agent.kill()
+    stored = finished_units(workspace)
+    process.send_signal(sign)
+    assert process.wait(120) != 0
+    # Ray's agents wait a minute for one another if Ray is killed
+    _, alive = psutil.wait_procs(started, timeout=600 if runner == "ray" and sign == signal.SIGKILL else 30)
+    for one in alive:
+        one.kill()
     assert not alive
+    assert stored and stored.items() <= finished_units(workspace).items()
+    run_on(workspace, "threads")
+    set_delay(workspace, 0)
+    workspace.python("flows.stages.caption", "sharegpt4v")
+    assert published(workspace, "sharegpt4v") == expected
+    assert stored.items() <= finished_units(workspace).items()
 
 
-def test_missing_ray_is_an_error_with_a_remedy(monkeypatch) -> None:
-    from flows.runtime.ray_runner import on_ray
-    from flows.runtime.scratch import StageFailed
-    from lotlip.config.params import load_params
+def finished_units(workspace: Workspace) -> dict[str, int]:
+    """The stored partitions, with the time at which each was written."""
+    folder = workspace.folder / "data" / "caption-store" / "sharegpt4v"
+    return {path.name: path.stat().st_mtime_ns for path in folder.rglob("part-*.json")}
 
-    monkeypatch.setitem(sys.modules, "prefect_ray", None)
-    with pytest.raises(StageFailed, match=r"prefect_ray is not installed: pip install 'lotlip\[ray\]'"):
-        on_ray(load_params(ROOT / "params.yaml")).__enter__()
+
+@pytest.mark.integration
+def test_a_unit_that_always_kills_its_worker_fails_alone(workspace, expected) -> None:
+    clear_store(workspace)
+    run_on(workspace, "processes")
+    (workspace.folder / "dies").write_text("train-000033")
+    try:
+        done = workspace.python("flows.stages.caption", "sharegpt4v", check=False)
+    finally:
+        (workspace.folder / "dies").unlink()
+    assert done.returncode == 1
+    assert "train/part-00001 failed on its last attempt: the process that ran it was killed" in done.stderr
+    assert "11 of 11 units" in done.stderr
+    assert "caption.max_missing_partitions in params.yaml sets the limit" in done.stderr
+    assert len(finished_units(workspace)) == 10
+    workspace.python("flows.stages.caption", "sharegpt4v")
+    assert published(workspace, "sharegpt4v") == expected
 
 
 @pytest.mark.integration

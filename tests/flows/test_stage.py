@@ -7,8 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -34,29 +34,21 @@ def stage(monkeypatch, tmp_path: Path) -> Stage:
     monkeypatch.chdir(tmp_path)
     quick = params.compute.model_copy(update={"retry_delay_seconds": 0})
     monkeypatch.setattr(stages, "get_run_logger", lambda: __import__("logging").getLogger("test"))
-    monkeypatch.setattr(stages, "_run_unit", FakeTask())
+    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(run_now))
     monkeypatch.setattr(stages, "as_completed", list)
     monkeypatch.setattr(stages, "_held", {})
     return Stage("ingest", params.model_copy(update={"compute": quick}), {"a": 1})
 
 
-class FakeTask:
+def run_now(task, work):
     """Runs a unit immediately, with retries like Prefect's."""
-
-    def with_options(
-        self, task_run_name: str, retries: int, retry_delay_seconds: float, retry_condition_fn: Any
-    ) -> "FakeTask":
-        self.retries = retries
-        return self
-
-    def submit(self, work):
-        for attempt in range(self.retries + 1):
-            try:
-                return FakeFuture(work.call())
-            except Exception as error:
-                if attempt == self.retries:
-                    return FakeFuture(error)
-        raise AssertionError
+    for attempt in range(task.retries + 1):
+        try:
+            return FakeFuture(work.call())
+        except Exception as error:
+            if attempt == task.retries:
+                return FakeFuture(error)
+    raise AssertionError
 
 
 class FakeFuture:

@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ import pytest
 import yaml
 from PIL import Image
 
-import flows.stages.ingest
-import flows.stages.shard
+import lotlip.ingest.partition
+import lotlip.shard.sharding
 from flows.runtime import stage as stages
 from flows.runtime.scratch import StageFailed
 from flows.stages.caption import caption
@@ -26,7 +27,7 @@ from lotlip.caption.partition import Captioning
 from lotlip.core.checks import GateFailed
 from lotlip.data.index import UnitIndex, read_index
 from lotlip.data.partitions import read_captions, read_records, read_table, unit_names
-from tests.flows.test_stage import FakeTask
+from tests.flows.test_stage import run_now
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,7 +54,7 @@ def project(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without_pages: None
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / "profiles" / "own-images.yaml", "params.yaml")
     monkeypatch.setattr(stages, "get_run_logger", lambda: logging.getLogger("test"))
-    monkeypatch.setattr(stages, "_run_unit", FakeTask())
+    monkeypatch.setattr(stages, "task_runner", lambda *_: nullcontext(run_now))
     monkeypatch.setattr(stages, "as_completed", list)
     change(lambda params: params.update(compute={"retries": 0, "retry_delay_seconds": 0}))
     change(lambda params: params["ingest"].update(partition_size=10))
@@ -88,7 +89,7 @@ def run_interrupted(
 
 
 def interrupt_ingest(monkeypatch: pytest.MonkeyPatch, units: int = 1) -> None:
-    run_interrupted(monkeypatch, ingest.fn, flows.stages.ingest, "write_partitions", units)
+    run_interrupted(monkeypatch, ingest.fn, lotlip.ingest.partition, "write_partitions", units)
 
 
 def captions(folder: str = "data/ingest") -> dict[str, str]:
@@ -126,13 +127,13 @@ def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
     interrupt_ingest(monkeypatch, units=2)
     add_image(project / "my-images", "29", 77, "other")
     units_read: list[str] = []
-    write = flows.stages.ingest.write_partitions
+    write = lotlip.ingest.partition.write_partitions
 
     def counted(unit: Any, *more: Any) -> Any:
         units_read.append(unit.name)
         return write(unit, *more)
 
-    monkeypatch.setattr(flows.stages.ingest, "write_partitions", counted)
+    monkeypatch.setattr(lotlip.ingest.partition, "write_partitions", counted)
     ingest.fn()
     assert units_read == ["train/part-00002"]
     assert captions()["29"] == "other"
@@ -215,7 +216,7 @@ def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, 
 def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, monkeypatch) -> None:
     for number in range(20):
         add_image(project / "my-images", f"{number:02d}", number)
-    write = flows.stages.ingest.write_partitions
+    write = lotlip.ingest.partition.write_partitions
 
     def touched(unit: Any, *more: Any) -> Any:
         reports = write(unit, *more)
@@ -223,7 +224,7 @@ def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, 
         return reports
 
     with monkeypatch.context() as patch:
-        patch.setattr(flows.stages.ingest, "write_partitions", touched)
+        patch.setattr(lotlip.ingest.partition, "write_partitions", touched)
         with pytest.raises(StageFailed, match="train/part-00000"):
             ingest.fn()
     assert not Path("data/ingest").exists()
@@ -421,7 +422,7 @@ def test_shards_are_rewritten_when_captions_changed_after_an_interruption(captio
     import tarfile
 
     caption.fn("mine")
-    run_interrupted(monkeypatch, shard.fn, flows.stages.shard, "write_shard")
+    run_interrupted(monkeypatch, shard.fn, lotlip.shard.sharding, "write_shard")
     write_table(captioned_project, "Now it is")
     caption.fn("mine")
     shard.fn()

@@ -1,0 +1,240 @@
+"""Where a stage's units of work run: in threads or processes of this machine, or on a Ray or Dask cluster.
+
+Units are settings and paths, their reports are short, and the data is on disks that all workers share.
+
+Prefect's own ProcessPoolTaskRunner is not used: a killed worker ends the whole pool, and the thread that forwards the
+workers' events does not know the flow's server, so it starts one without a password.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import secrets
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from queue import SimpleQueue
+from typing import Any
+from unittest.mock import patch
+
+from prefect.futures import PrefectFuture
+from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.tasks import Task
+
+from flows.runtime.scratch import StageFailed
+from flows.runtime.supervisor import end_group, start_group
+from flows.runtime.unit_work import UnitWork
+from lotlip.core.compute import Compute
+from lotlip.core.temporary import temporary_folder
+from lotlip.data.records import NonRetryableError, UnitReport
+
+# Ray's object store is nearly unused. This is its minimum size.
+OBJECT_STORE_BYTES = 80 * 2**20
+
+# Submits the work of a unit as a Prefect task, whose parameter is `work`.
+Submit = Callable[[Task[Any, Any], UnitWork], PrefectFuture[Any]]
+
+
+def task_runner(compute: Compute, on_gpu: bool) -> AbstractContextManager[Submit]:
+    """Starts the task runner of `compute.task_runner` for the duration of a block. Yields what submits units to it.
+
+    Args:
+        compute: section `compute` of params.yaml.
+        on_gpu: whether the units run models, so that Ray reserves `compute.ray.gpus_per_worker` for each.
+
+    Raises:
+        StageFailed: the packages of the task runner are not installed.
+    """
+    if compute.task_runner == "ray":
+        return _on_ray(compute, compute.ray.gpus_per_worker if on_gpu else 0)
+    return {"threads": _in_threads, "processes": _in_processes, "dask": _on_dask}[compute.task_runner](compute)
+
+
+@contextmanager
+def _running(runner: TaskRunner[Any]) -> Iterator[Submit]:
+    with runner:
+        yield lambda task, work: runner.submit(task, {"work": work})
+
+
+@contextmanager
+def _in_threads(compute: Compute) -> Iterator[Submit]:
+    with _running(ThreadPoolTaskRunner(max_workers=compute.workers)) as submit:
+        yield submit
+
+
+@contextmanager
+def _in_processes(compute: Compute) -> Iterator[Submit]:
+    """Each of Prefect's threads has a process run its units. The process of a unit that is retried may be another."""
+    pool = _Processes(compute.workers)
+    with _running(ThreadPoolTaskRunner(max_workers=compute.workers)) as submit:
+        try:
+            yield lambda task, work: submit(task, _InProcess(work, pool))
+        finally:
+            pool.end()  # before Prefect waits for its threads
+
+
+class WorkerKilled(RuntimeError):
+    """The process that ran a unit was killed. Another one may run the unit."""
+
+
+class _Processes:
+    """Worker processes, each of which runs one unit at a time. They end with this process, however it ends.
+
+    Args:
+        number: how many run at the same time. They start when they are needed.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._idle: SimpleQueue[subprocess.Popen[bytes] | None] = SimpleQueue()
+        for _ in range(number):
+            self._idle.put(None)  # not started
+        self._started: list[subprocess.Popen[bytes]] = []
+        self._lock = threading.Lock()
+        self._ended = False
+        share = max(1, (os.cpu_count() or 1) // number)  # of the cores
+        self._environment = {"OMP_NUM_THREADS": str(share), **os.environ}
+
+    def run(self, work: UnitWork) -> list[UnitReport]:
+        """Runs a unit in an idle process. Called from as many threads as there are processes.
+
+        Raises:
+            WorkerKilled: the process ended before it had finished the unit.
+            NonRetryableError: the stage ends.
+            Exception: what the unit raised.
+        """
+        request = pickle.dumps(pickle.dumps(work))
+        process = self._idle.get()
+        try:
+            process = process or self._start()
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(request)
+            process.stdin.flush()
+            answer: list[UnitReport] | Exception = pickle.load(process.stdout)  # noqa: S301 - of this process's worker
+        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            assert process is not None
+            end_group(process)
+            process = None
+            raise WorkerKilled(
+                "the process that ran it was killed; if memory ran out, lower compute.workers"
+            ) from error
+        finally:
+            self._idle.put(process)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "flows.runtime.worker"]
+        with self._lock:
+            if self._ended:
+                raise NonRetryableError("the stage ends")
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._started.append(start_group(command, env=self._environment, **pipes))
+            return self._started[-1]
+
+    def end(self) -> None:
+        """Ends all processes; units in progress are abandoned."""
+        with self._lock:
+            self._ended = True
+        for process in self._started:
+            end_group(process)
+
+
+class _InProcess(UnitWork):
+    """The work of a unit, which a worker process does."""
+
+    def __init__(self, work: UnitWork, pool: _Processes) -> None:
+        super().__init__(lambda: pool.run(work))
+
+
+@contextmanager
+def _on_ray(compute: Compute, gpus: float) -> Iterator[Submit]:
+    """If a worker is killed, Ray reruns its unit on another one, up to `compute.retries` times."""
+    try:
+        from prefect_ray import RayTaskRunner
+        from prefect_ray.context import remote_options
+    except ImportError as error:
+        raise _missing("ray", error) from error
+    with ExitStack() as stack:
+        stack.enter_context(remote_options(num_cpus=1, num_gpus=gpus, max_retries=compute.retries))
+        if compute.ray.address:
+            runner = RayTaskRunner(address=compute.ray.address)
+        else:
+            runner = RayTaskRunner(init_kwargs=stack.enter_context(_ray_of_this_machine(compute.workers)))
+        yield stack.enter_context(_running(runner))
+
+
+@contextmanager
+def _ray_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
+    """Yields arguments of `ray.init` for a Ray instance that listens on loopback, requires a token and leaves no files.
+
+    Ray itself would store a token in the user's home folder, where other users can read it.
+    """
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # despite its name, this variable makes Ray use loopback; `_node_ip_address` does not
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
+    # The name is short because Ray creates sockets in the folder.
+    with temporary_folder("ray", for_sockets=True) as folder, patch.dict(os.environ, environment):
+        yield {
+            "num_cpus": workers,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+            "logging_level": "warning",
+            "_temp_dir": str(folder),
+        }
+
+
+@contextmanager
+def _on_dask(compute: Compute) -> Iterator[Submit]:
+    """If a worker is killed, Dask reruns its unit on another one, up to `compute.retries` times."""
+    try:
+        from prefect_dask import DaskTaskRunner
+    except ImportError as error:
+        raise _missing("dask", error) from error
+    import dask
+
+    settings: dict[str, Any] = {"distributed.scheduler.allowed-failures": compute.retries}
+    with ExitStack() as stack:
+        if compute.dask.address:
+            runner = DaskTaskRunner(address=compute.dask.address)
+        else:
+            cluster = stack.enter_context(_dask_of_this_machine(compute.workers))
+            runner = DaskTaskRunner(cluster_class="distributed.LocalCluster", cluster_kwargs=cluster)
+            settings |= {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
+            logging.getLogger("prefect.task_runner.dask").setLevel(logging.WARNING)  # it would name a page
+        stack.enter_context(dask.config.set(settings))
+        logging.getLogger("distributed").setLevel(logging.WARNING)
+        yield stack.enter_context(_running(runner))
+
+
+@contextmanager
+def _dask_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
+    """Yields arguments of a Dask cluster that listens on loopback, requires a certificate and leaves no files.
+
+    Its HTTP servers, which require no certificate, have no pages.
+    """
+    with temporary_folder("dask") as folder:
+        yield {
+            "n_workers": workers,
+            "threads_per_worker": 1,
+            "memory_limit": 0,  # Dask would kill a worker that uses more than its share
+            "host": "127.0.0.1",
+            "security": True,
+            "scheduler_kwargs": {"dashboard": False, "dashboard_address": "127.0.0.1:0"},
+            "local_directory": str(folder),
+        }
+
+
+def _missing(runner: str, error: ImportError) -> StageFailed:
+    return StageFailed(
+        f"compute.task_runner is {runner}, and {error.name} is not installed: pip install 'lotlip[{runner}]', or set "
+        "it to threads or processes"
+    )

@@ -1,0 +1,138 @@
+"""Units of work on every task runner: the same bytes, lost workers, cancelling."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+import threading
+from hashlib import sha256
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from flows.runtime.runners import _Processes, task_runner
+from flows.runtime.scratch import StageFailed
+from flows.runtime.unit_work import UnitWork, picklable
+from lotlip.core.compute import Compute
+from lotlip.data.records import NonRetryableError, UnitReport
+from tests.tiny_pipeline import smallest
+from tests.workspace import Workspace
+
+
+@pytest.mark.parametrize("runner", ["ray", "dask"])
+def test_a_missing_package_is_an_error_with_a_remedy(monkeypatch, runner) -> None:
+    monkeypatch.setitem(sys.modules, f"prefect_{runner}", None)
+    remedy = rf"prefect_{runner} is not installed: pip install 'lotlip\[{runner}\]', or set it to threads or processes"
+    with pytest.raises(StageFailed, match=f"compute.task_runner is {runner}, and {remedy}"):
+        task_runner(Compute(task_runner=runner), on_gpu=False).__enter__()
+
+
+class Refused(NonRetryableError):
+    """Cannot be pickled, like an error that holds a connection."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.connection = threading.Lock()
+
+
+def test_an_error_that_cannot_be_pickled_becomes_a_plain_one() -> None:
+    error = OSError(28, "No space left")
+    assert picklable(error) is error
+    assert type(picklable(Refused("no key"))) is NonRetryableError
+    assert str(picklable(Refused("no key"))) == "Refused: no key"
+
+
+def nothing() -> list[UnitReport]:
+    return []
+
+
+@pytest.mark.integration
+def test_a_process_survives_work_that_it_cannot_load(monkeypatch) -> None:
+    pool = _Processes(1)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(nothing, "__module__", "no_such_module")
+            patch.setitem(sys.modules, "no_such_module", SimpleNamespace(nothing=nothing))
+            with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+                pool.run(UnitWork(nothing))
+        assert pool.run(UnitWork(nothing)) == []
+        assert len(pool._started) == 1
+    finally:
+        pool.end()
+    with pytest.raises(NonRetryableError, match="the stage ends"):
+        pool._start()
+
+
+# --- in a checkout ------------------------------------------------------------------------------------------------
+
+STAGES = (("ingest",), ("caption", "llava"), ("shard",), ("evaluate", "lotlip"))
+OUTPUTS = (
+    "data/ingest",
+    "data/captions/llava",
+    "data/shards",
+    "metrics/lotlip.json",
+    "metrics/summary",
+    "metrics/attention",
+)
+
+
+@pytest.fixture(scope="module")
+def workspace(make_workspace) -> Workspace:
+    """A workspace whose stages with units have several, all finished in threads."""
+
+    def change(params: dict[str, Any]) -> None:
+        smallest(params)
+        params["pretrain"] |= {"steps": 4, "seeds": [0, 1]}
+        params["shard"]["store_features"] = True
+        params["evaluate"]["benchmarks"]["held-out"] = {"kind": "held-out", "split": "test"}
+
+    workspace: Workspace = make_workspace()
+    workspace.change(change)
+    for stage in (*STAGES[:1], ("image-tower",), *STAGES[1:3], ("pretrain", "lotlip"), *STAGES[3:]):
+        workspace.python("flows", *stage)
+    return workspace
+
+
+def outputs(workspace: Workspace) -> dict[str, str]:
+    """The hash of each file that the stages wrote."""
+    paths = [path for name in OUTPUTS for path in [workspace.folder / name, *(workspace.folder / name).rglob("*")]]
+    return {
+        path.relative_to(workspace.folder).as_posix(): sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def expected(workspace: Workspace) -> dict[str, str]:
+    """What the stages write in threads."""
+    found = outputs(workspace)
+    names = " ".join(found)
+    assert all(f"{name}/" in names or name in found for name in OUTPUTS)
+    return found
+
+
+@pytest.mark.parametrize(
+    "runner",
+    [
+        pytest.param("processes", marks=pytest.mark.integration),
+        pytest.param("dask", marks=pytest.mark.system),
+        pytest.param("ray", marks=pytest.mark.system),
+    ],
+)
+def test_every_task_runner_writes_the_same_bytes(workspace: Workspace, expected, runner: str) -> None:
+    workspace.change(lambda params: params["compute"].update(task_runner=runner))
+    for path in (workspace.folder / "data" / "caption-store").rglob("part-*"):
+        path.unlink()  # or the captions would be reused
+    for name in OUTPUTS:
+        path = workspace.folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    for stage in STAGES:
+        done = workspace.python("flows", *stage)
+        units = re.search(rf"{'-'.join(stage)}: (\d+) units, task runner {runner}", done.stderr)
+        assert units and int(units[1]) >= 2
+        assert f"{units[1]} of {units[1]} units" in done.stderr
+        assert not re.search(r"- Retry |py\.warnings|ERROR|Traceback", done.stderr), done.stderr
+    assert outputs(workspace) == expected
