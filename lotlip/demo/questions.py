@@ -19,24 +19,24 @@ SHAPES = scenes.SHAPES
 _SETTING_FRAMES = (
     "This is a picture {place} {time}",
     "This picture was taken {time} {place}",
-    "In this image you see a view {place} {time}",
     "This image shows a view {place} {time}",
+    "You see a view {place} {time}",
 )
 _SALIENT_FRAMES = (
     "The main object is the {words}",
     "In the center there is a {words}",
-    "At the center of the picture is a {words}",
     "The main focus is the {words}",
+    "The center has a {words}",
 )
 _SMALL_FRAMES = (
     "The {position} has a {texture} {colour} {shape}",
     "One {texture} {colour} {shape} is at the {position}",
-    "At the {position} you see a {texture} {colour} {shape}",
-    "A {texture} {colour} {shape} is placed at the {position}",
+    "At the {position} is one {texture} {colour} {shape}",
+    "At the {position} stands a {texture} {colour} {shape}",
     "The {colour} {shape} at the {position} is {texture}",
-    "At the {position} a {texture} {colour} {shape} is visible",
-    "You can see one {texture} {colour} {shape} at the {position}",
-    "Another object at the {position} is a {texture} {colour} {shape}",
+    "At the {position} a {texture} {colour} {shape} is placed",
+    "One {colour} {shape} at the {position} is {texture}",
+    "The {position} shows a {texture} {colour} {shape}",
 )
 _SHORT_FRAMES = (
     "this image is of the {colour} {texture} {shape} {time} {place}",

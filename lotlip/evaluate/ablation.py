@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,7 @@ def measure(
     vocabulary: Sequence[int],
     about: Mapping[str, str],
     how: Runner,
+    on_seed: Callable[[int], object] = lambda seed: None,
     max_conditioned_pairs: int = MAX_CONDITIONED_PAIRS,
 ) -> AblationResults:
     """Scores every seed of an ablation on every benchmark.
@@ -81,6 +82,7 @@ def measure(
         vocabulary: word pieces that occur in training texts.
         about: additional entries of the protocol, such as "command".
         how: device, precision and batch size.
+        on_seed: called with each seed that is done.
         max_conditioned_pairs: see `EvaluateConfig`; used if `loss.conditioned` was.
 
     Raises:
@@ -145,6 +147,7 @@ def measure(
             if reading_test:
                 result.reading[seed] = evaluate_reading(cached, reading_test, images[name]).to_json()
             measured.texts += sum(len(texts.texts) for texts in benchmark.retrieval.values())
+        on_seed(seed)
     return measured
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -107,7 +109,14 @@ class Measuring:
         return sha256_json([name, files, *known, sha256_files([self.paths.shards / INDEX_FILE])])
 
     def _write(self, name: str) -> UnitReport:
-        file = self.out / f"{name}{SCORES}"
+        file, seeds, start = self.out / f"{name}{SCORES}", self.config["seeds"], time.monotonic()
+
+        def on_seed(seed: int) -> None:
+            done = seeds.index(seed) + 1
+            left = (time.monotonic() - start) / done * (len(seeds) - done)
+            # on standard error, because a worker process answers on its standard output
+            print(f"{self.folder.name} on {name}: seed {seed} done, {left:.0f} s left", file=sys.stderr, flush=True)
+
         try:
             with _measuring:
                 found = measure(
@@ -117,6 +126,7 @@ class Measuring:
                     read_index(self.paths.shards, ShardIndex).vocabulary,
                     self.about,
                     self.how,
+                    on_seed,
                     self.max_conditioned_pairs,
                 )
             write_json(file, _RESULTS.dump_python(found))
