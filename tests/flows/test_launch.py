@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,9 +17,11 @@ from flows.runtime import agent as join
 from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
 from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port
-from flows.runtime.supervisor import end_group, group, start_group
+from flows.runtime.supervisor import end_group, group, start_group, supervised
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
+from tests.machines import Machine, need, wait_until
+from tests.ssh import PROGRAMS, ssh_machines
 from tests.training import losses, tiny_job
 
 ROOT = Path(__file__).parents[2]
@@ -153,13 +154,13 @@ def single_process_losses(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPa
     return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
 
 
-def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:
-    """Trains a few steps like the flow, and returns the losses."""
+def train(world: TinyWorld, folder: Path, how, processes: int = 2, on: Machine | None = None) -> list[float]:
+    """Trains a few steps like the flow, here or on another machine, and returns the losses."""
     job = tiny_job(world, folder, {"steps": 3, "processes": processes})
     job.write(folder / "job.json")
     command = launch(TRAINING, [str(folder / "job.json")], processes, how)
     with join.announced(command, how):
-        run_group(command, print, folder / "errors.log")
+        run_group(on.inside(command) if on else command, print, folder / "errors.log")
     return losses(job)
 
 
@@ -185,33 +186,56 @@ def test_training_with_deepspeeds_launcher_equals_training_in_one_process(single
     assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
-SRUN = """#!/bin/sh
-# two nodes of one task each: runs the command twice, without Slurm's options
-while [ "${1#--}" != "$1" ]; do echo "$1" >> options; shift; done
-"$@" & first=$!
-"$@"; second=$?
-wait $first && exit $second
-"""
+def two_hosts(folder: Path) -> HostfileLaunch:
+    return HostfileLaunch(kind="hostfile", path=hostfile(folder, "node-1 slots=1\nnode-2 slots=1\n"))
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines that reach one another by ssh."""
+    need(PROGRAMS)
+    with (
+        ssh_machines(tmp_path_factory.mktemp("nodes") / "ssh") as (machines, environment),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield machines
 
 
 @pytest.mark.system
-def test_slurm_starts_every_process_of_every_node(project, monkeypatch):
-    """A stand-in for srun starts the tasks of both nodes on this machine."""
-    (project / "bin").mkdir()
-    srun = project / "bin" / "srun"
-    srun.write_text(SRUN)
-    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+def test_training_by_pdsh_and_ssh_equals_training_in_one_process(single_process_losses, tiny_world, project, two_nodes):
+    how = two_hosts(project)
+    assert train(tiny_world, project, how, on=two_nodes[0]) == pytest.approx(single_process_losses, abs=1e-5)
+    assert all("Accepted publickey" in machine.logs() for machine in two_nodes)
+
+
+@pytest.mark.system
+def test_the_reason_of_a_failure_on_another_machine_is_found(project, two_nodes):
     (project / "process.py").write_text(
-        "import os, pathlib; pathlib.Path('rank-' + os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
+        "import os, sys\nif os.environ['RANK'] == '1': sys.exit('error: rank 1 cannot')"
     )
-    how = SlurmLaunch(kind="slurm", nodes=2, port=free_port())
-    run_group(launch("process", [], 4, how), print, project / "errors.log")
-    assert {path.name: path.read_text() for path in project.glob("rank-*")} == {
-        f"rank-{rank}": "4" for rank in range(4)
-    }
-    assert (project / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
+    command = two_nodes[0].inside(launch("process", [], 2, two_hosts(project)))
+    with pytest.raises(StageFailed, match=r"^rank 1 cannot \("):
+        run_group(command, print, project / "errors.log")
+
+
+@pytest.mark.system
+def test_no_process_outlives_a_launch_by_pdsh_and_ssh(project, two_nodes):
+    (project / "process.py").write_text(
+        "import os, pathlib, time; pathlib.Path('rank-' + os.environ['RANK']).touch(); time.sleep(600)"
+    )
+
+    def running() -> list[str]:
+        return [
+            line for machine in two_nodes for line in machine.run("ps", "-eo", "args=").splitlines() if "python" in line
+        ]
+
+    command = two_nodes[0].inside(supervised(launch("process", [], 2, two_hosts(project))))
+    with group(command, stdout=subprocess.DEVNULL):  # its end kills the supervisor by SIGKILL
+        wait_until(lambda: len(list(project.glob("rank-*"))) == 2, lambda: two_nodes[0].logs())
+        assert sum("process" in line for line in running()) >= 2
+    wait_until(lambda: not running(), lambda: "\n".join(running()))
 
 
 @pytest.mark.system
