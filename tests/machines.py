@@ -20,7 +20,8 @@ import pytest
 
 from flows.runtime.supervisor import start_group
 
-ADDRESSES = {"node-1": "10.77.0.1", "node-2": "10.77.0.2"}
+NAMES = ("node-1", "node-2")
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
 NAMESPACES = ["--net", "--uts", "--ipc", "--mount", "--pid"]
 # Process 1 of a machine: it ends with its standard input, which this program holds.
 BOOT = """set -eu
@@ -40,19 +41,17 @@ class Machine:
 
     Attributes:
         name: host name.
+        address: in their network.
         folder: for logs and the state of servers.
         pid: of its first process, as seen from here.
         servers: processes that run there and end with it.
     """
 
     name: str
+    address: str
     folder: Path
     pid: int
     servers: list[subprocess.Popen[bytes]]
-
-    @property
-    def address(self) -> str:
-        return ADDRESSES[self.name]
 
     def inside(self, command: Sequence[str], *namespaces: str) -> list[str]:
         """Returns the command that runs a command on the machine, in the current folder."""
@@ -115,12 +114,18 @@ def need(programs: dict[str, str]) -> None:
 
 
 @contextmanager
-def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
+def two_machines(
+    folder: Path, names: tuple[str, str] = NAMES, domain: str = "test"
+) -> Iterator[tuple[Machine, Machine]]:
     """Starts two machines for the duration of the block."""
     hosts = folder / "hosts"
-    hosts.write_text("127.0.0.1 localhost\n" + "".join(f"{ip} {name}\n" for name, ip in ADDRESSES.items()))
+    known = [f"{ip} {name}.{domain} {name}" for name, ip in zip(names, ADDRESSES, strict=True)]
+    hosts.write_text("\n".join(["127.0.0.1 localhost", *known, ""]))
     with ExitStack() as stack:
-        first, second = (stack.enter_context(_machine(name, folder / name, hosts)) for name in ADDRESSES)
+        first, second = (
+            stack.enter_context(_machine(name, ip, folder / name, hosts))
+            for name, ip in zip(names, ADDRESSES, strict=True)
+        )
         # within the network of the first, so that this machine's never has a link
         link = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(second.pid)]
         subprocess.run(first.inside(link, "--net"), env=with_sbin(os.environ), check=True)
@@ -131,7 +136,7 @@ def two_machines(folder: Path) -> Iterator[tuple[Machine, Machine]]:
 
 
 @contextmanager
-def _machine(name: str, folder: Path, hosts: Path) -> Iterator[Machine]:
+def _machine(name: str, address: str, folder: Path, hosts: Path) -> Iterator[Machine]:
     folder.mkdir()
     unshare = ["unshare", *NAMESPACES, "--fork", "--mount-proc", "--kill-child=KILL"]
     process = start_group(
@@ -146,7 +151,7 @@ def _machine(name: str, folder: Path, hosts: Path) -> Iterator[Machine]:
     try:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
         (first,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield Machine(name, folder, int(first), servers)
+        yield Machine(name, address, folder, int(first), servers)
     finally:
         process.kill()
         process.communicate()

@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from flows.runtime import agent as join
 from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
@@ -20,7 +22,7 @@ from flows.runtime.servers import free_port
 from flows.runtime.supervisor import end_group, group, start_group, supervised
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
-from tests.machines import Machine, need, wait_until
+from tests.machines import Machine, need, two_machines, wait_until
 from tests.ssh import PROGRAMS, ssh_machines
 from tests.training import losses, tiny_job
 
@@ -154,13 +156,16 @@ def single_process_losses(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPa
     return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
 
 
-def train(world: TinyWorld, folder: Path, how, processes: int = 2, on: Machine | None = None) -> list[float]:
-    """Trains a few steps like the flow, here or on another machine, and returns the losses."""
+Wrap = Callable[[Sequence[str]], list[str]]
+
+
+def train(world: TinyWorld, folder: Path, how, processes: int = 2, wrap: Wrap = list) -> list[float]:
+    """Trains a few steps like the flow, and returns the losses. `wrap` runs a command on another machine."""
     job = tiny_job(world, folder, {"steps": 3, "processes": processes})
     job.write(folder / "job.json")
     command = launch(TRAINING, [str(folder / "job.json")], processes, how)
     with join.announced(command, how):
-        run_group(on.inside(command) if on else command, print, folder / "errors.log")
+        run_group(wrap(command), print, folder / "errors.log")
     return losses(job)
 
 
@@ -178,6 +183,41 @@ def test_training_on_two_machines_equals_training_on_one(single_process_losses, 
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
     with start_agent(project):
         assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
+
+
+def in_pod(container: dict[str, Any], project: Path, world: Path) -> list[str]:
+    """The start of a command that runs another one with a container's user, file systems and rights."""
+    security, size = container["securityContext"], ["--size", str(2**30)]
+    assert security["readOnlyRootFilesystem"] and security["capabilities"] == {"drop": ["ALL"]}
+    words = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    words += ["--proc", "/proc", "--dev", "/dev"]
+    for mount in container["volumeMounts"]:
+        volume = ["--bind", str(project)] if mount["name"] == "project" else [*size, "--tmpfs"]
+        words += [*volume, mount["mountPath"]]
+    for folder in dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix, str(world))):  # the volumes may cover them
+        words += ["--ro-bind", folder, folder]
+    words += ["--bind", str(project), str(project), "--setenv", "PATH", f"{sys.prefix}/bin:{os.environ['PATH']}"]
+    for entry in container["env"]:
+        words += ["--setenv", entry["name"], entry["value"]]
+    return [*words, "--chdir", container["workingDir"], "--"]
+
+
+@pytest.mark.system
+def test_training_in_two_confined_pods_equals_training_in_one_process(single_process_losses, tiny_world, project):
+    """Runs the agent's command of the Kubernetes manifest, and the stage's, without a cluster."""
+    need({"bwrap": "bubblewrap"})
+    documents = yaml.safe_load_all((ROOT / "infra" / "kubernetes" / "lotlip.yaml").read_text(encoding="utf-8"))
+    spec = next(document for document in documents if document["kind"] == "Job")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    start = in_pod(container, project, tiny_world.shards.parents[1])
+    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="lotlip-0.lotlip:29500")
+    (project / "pods").mkdir()
+    with two_machines(project / "pods", ("lotlip-0", "lotlip-1"), spec["subdomain"]) as (first, second):
+        agent = [*start, "env", "JOB_COMPLETION_INDEX=1", *container["command"], *container["args"]]
+        second.serve("agent", *agent)
+        trained = train(tiny_world, project, how, wrap=lambda command: first.inside([*start, *command]))
+        assert "joining -m torch.distributed.run" in second.logs()
+    assert trained == pytest.approx(single_process_losses, abs=1e-5)
 
 
 @pytest.mark.system
@@ -206,7 +246,7 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machin
 @pytest.mark.system
 def test_training_by_pdsh_and_ssh_equals_training_in_one_process(single_process_losses, tiny_world, project, two_nodes):
     how = two_hosts(project)
-    assert train(tiny_world, project, how, on=two_nodes[0]) == pytest.approx(single_process_losses, abs=1e-5)
+    assert train(tiny_world, project, how, wrap=two_nodes[0].inside) == pytest.approx(single_process_losses, abs=1e-5)
     assert all("Accepted publickey" in machine.logs() for machine in two_nodes)
 
 
