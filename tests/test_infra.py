@@ -6,14 +6,20 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
+import pytest
 import yaml
 
+from flows.runtime.supervisor import group
 from lotlip.core.compute import RendezvousLaunch, SlurmLaunch, TrainingCompute
 
 INFRA = Path(__file__).parent.parent / "infra"
+KUBERNETES = INFRA / "kubernetes" / "lotlip.yaml"
 
 
 def launch_in(text: str) -> TrainingCompute:
@@ -37,10 +43,106 @@ def test_the_slurm_job_is_valid_and_matches_its_launch():
     assert importlib.util.find_spec(module)
 
 
+# The oldest version that infra/README.md names, and the newest one of the library.
+VERSIONS = ("1.31", kubernetes_validate.latest_version())
+
+
+def kubernetes() -> dict[str, Any]:
+    """The manifests by kind."""
+    documents = list(yaml.safe_load_all(KUBERNETES.read_text(encoding="utf-8")))
+    assert len({document["kind"] for document in documents}) == len(documents)
+    return {document["kind"]: document for document in documents}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_manifests_follow_kubernetes_schemas(version: str):
+    for document in kubernetes().values():
+        kubernetes_validate.validate(document, version, strict=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "name"),
+    [
+        ("Job", "spec.template.spec.containers.0", "liveness"),
+        ("Job", "spec.template.spec.containers.0.securityContext", "readOnlyRootFileSystem"),
+        ("Job", "spec.template.spec", "restartpolicy"),
+        ("NetworkPolicy", "spec", "policyType"),
+        ("NetworkPolicy", "spec.egress.0.to.0", "podSelectors"),
+        ("Service", "spec", "publishNotReadyAddress"),
+        ("PersistentVolumeClaim", "spec", "accessMode"),
+    ],
+)
+def test_a_misspelt_field_of_a_manifest_is_refused(kind: str, path: str, name: str):
+    document = part = kubernetes()[kind]
+    for key in path.split("."):
+        part = part[int(key) if key.isdigit() else key]
+    part[name] = "x"
+    with pytest.raises(kubernetes_validate.ValidationError, match=rf"Additional properties .*'{name}' was unexpected"):
+        kubernetes_validate.validate(document, VERSIONS[0], strict=True)
+
+
+def test_pods_are_confined_and_reach_only_one_another_and_dns():
+    by_kind = kubernetes()
+    pod = by_kind["Job"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    confined = {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert container["securityContext"] == confined
+    assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] > 0
+    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert pod["automountServiceAccountToken"] is False
+    assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
+    assert container["resources"]["requests"] == container["resources"]["limits"]
+    # the root is read-only: a home and temporary files need a volume of their own
+    home = next(entry["value"] for entry in container["env"] if entry["name"] == "HOME")
+    assert {home, "/tmp", container["workingDir"]} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+
+    policy = by_kind["NetworkPolicy"]["spec"]
+    pods = {"matchLabels": by_kind["Service"]["spec"]["selector"]}
+    assert policy["podSelector"] == pods and set(policy["policyTypes"]) == {"Ingress", "Egress"}
+    assert [rule["from"] for rule in policy["ingress"]] == [[{"podSelector": pods}]]
+    own, dns = policy["egress"]
+    assert own["to"] == [{"podSelector": pods}]
+    (server,) = dns["to"]
+    assert set(server) == {"namespaceSelector", "podSelector"} and {port["port"] for port in dns["ports"]} == {53}
+
+
+@pytest.mark.integration
+def test_the_probes_tell_an_agent_that_waits_from_one_that_does_not(tmp_path: Path):
+    """Runs the probes' command and the agent's as pod 1 does, with /tmp in a temporary folder."""
+    (container,) = kubernetes()["Job"]["spec"]["template"]["spec"]["containers"]
+    probes = [container[f"{name}Probe"] for name in ("startup", "readiness", "liveness")]
+    ((*shell, probe),) = {tuple(one["exec"]["command"]) for one in probes}
+    (script,) = container["args"]
+    heartbeat = tmp_path / "agent"
+    assert "/tmp/agent" in probe and "/tmp/agent" in script
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+
+    def alive(index: int = 1) -> bool:
+        command = [*shell, probe.replace("/tmp/agent", str(heartbeat))]
+        done = subprocess.run(command, env={**environment, "JOB_COMPLETION_INDEX": str(index)}, check=False)
+        return done.returncode == 0
+
+    assert alive(index=0) and not alive()
+    command = [*container["command"], script.replace("/tmp/agent", str(heartbeat))]
+    environment |= {"JOB_COMPLETION_INDEX": "1", "PYTHONPATH": str(INFRA.parent)}
+    with group(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        deadline = time.monotonic() + 120
+        while not alive():
+            assert agent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+    assert alive()  # for another minute
+    os.utime(heartbeat, (time.time() - 61,) * 2)
+    assert not alive()
+
+
 def test_kubernetes_objects_match_each_other_and_their_launch():
-    text = (INFRA / "kubernetes" / "lotlip.yaml").read_text(encoding="utf-8")
-    by_kind = {document["kind"]: document for document in yaml.safe_load_all(text)}
-    assert set(by_kind) == {"Service", "PersistentVolumeClaim", "Job"}
+    by_kind = kubernetes()
+    assert set(by_kind) == {"Service", "NetworkPolicy", "PersistentVolumeClaim", "Job"}
     service, job = by_kind["Service"], by_kind["Job"]
     name, spec = job["metadata"]["name"], job["spec"]
     pod = spec["template"]["spec"]
@@ -49,7 +151,7 @@ def test_kubernetes_objects_match_each_other_and_their_launch():
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["selector"] == {"job-name": name}
     assert pod["subdomain"] == service["metadata"]["name"]
 
-    config = launch_in(text)
+    config = launch_in(KUBERNETES.read_text(encoding="utf-8"))
     assert isinstance(config.launch, RendezvousLaunch)
     host, port = config.launch.endpoint.split(":")
     assert host == f"{name}-0.{service['metadata']['name']}"
@@ -62,7 +164,6 @@ def test_kubernetes_objects_match_each_other_and_their_launch():
     assert {mount["name"] for mount in container["volumeMounts"]} == set(volumes)
     claim = volumes["project"]["persistentVolumeClaim"]["claimName"]
     assert claim == by_kind["PersistentVolumeClaim"]["metadata"]["name"]
-    assert pod["securityContext"]["runAsNonRoot"]
     (script,) = container["args"]
     subprocess.run(["bash", "-n", "-c", script], check=True)
     modules = re.findall(r"python -m (\w+(?:\.\w+)+)", script)

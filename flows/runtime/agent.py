@@ -1,15 +1,18 @@
 """Joins trainings from another machine: `python -m flows.runtime.agent`, in the project's shared folder.
 
 The machine that runs the stages announces each training in a file there. An agent starts its share of the processes,
-ends them when the announcement is removed, and waits for the next one until it is stopped.
+ends them when the announcement is removed, and waits for the next one until it is stopped. With `--heartbeat FILE` it
+touches a file while it does so.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from flows.runtime.processes import STORE_CLIENT, STORE_HOST
 from flows.runtime.scratch import SCRATCH
@@ -40,12 +43,18 @@ def announced(command: Sequence[str], settings: Launch) -> Iterator[None]:
         remove(ANNOUNCED)
 
 
-def join() -> None:
-    """Joins every announced training, until a signal ends it. If a training fails here, waits for the next one."""
+def join(heartbeat: Path | None = None) -> None:
+    """Joins every announced training, until a signal ends it. If a training fails here, waits for the next one.
+
+    Args:
+        heartbeat: file that is touched at each look for an announcement.
+    """
     joined, process = None, None
     try:
         while True:
             command = _announcement()
+            if heartbeat:
+                heartbeat.touch()
             if command != joined:
                 if process:
                     end_group(process)
@@ -66,9 +75,12 @@ def _announcement() -> list[str] | None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m flows.runtime.agent", description="Joins announced trainings.")
+    parser.add_argument("--heartbeat", type=Path, help="file that is touched every few seconds", metavar="FILE")
+    arguments = parser.parse_args()
     with exit_on_signals():
         try:
-            join()
+            join(arguments.heartbeat)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(INTERRUPTED)

@@ -75,7 +75,8 @@ def _deepspeed(settings: HostfileLaunch, processes: int) -> list[str]:
             f"{settings.path} has {slots} slots, but compute.training.processes is {processes}; make them equal"
         )
     rendezvous = ["--no_ssh_check", f"--master_addr={next(iter(hosts))}", f"--master_port={settings.port}"]
-    options = ["--quiet", "--no_local_rank", "--module"]
+    # pdsh would put a host's name before each line, so that the flow would not recognise errors and warnings
+    options = ["--launcher_args=-N", "--quiet", "--no_local_rank", "--module"]
     return ["-m", "deepspeed.launcher.runner", f"--hostfile={settings.path}", *rendezvous, *options]
 
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from flows.runtime import agent as join
 from flows.runtime.processes import launch, read_hostfile, reason_of, run_group
 from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port
-from flows.runtime.supervisor import end_group, group, start_group
+from flows.runtime.supervisor import end_group, group, start_group, supervised
 from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, SlurmLaunch, TrainingCompute
 from tests.conftest import TinyWorld
+from tests.machines import Machine, need, two_machines, wait_until
+from tests.ssh import PROGRAMS, ssh_machines
 from tests.training import losses, tiny_job
 
 ROOT = Path(__file__).parents[2]
@@ -153,13 +156,16 @@ def single_process_losses(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPa
     return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
 
 
-def train(world: TinyWorld, folder: Path, how, processes: int = 2) -> list[float]:
-    """Trains a few steps like the flow, and returns the losses."""
+Wrap = Callable[[Sequence[str]], list[str]]
+
+
+def train(world: TinyWorld, folder: Path, how, processes: int = 2, wrap: Wrap = list) -> list[float]:
+    """Trains a few steps like the flow, and returns the losses. `wrap` runs a command on another machine."""
     job = tiny_job(world, folder, {"steps": 3, "processes": processes})
     job.write(folder / "job.json")
     command = launch(TRAINING, [str(folder / "job.json")], processes, how)
     with join.announced(command, how):
-        run_group(command, print, folder / "errors.log")
+        run_group(wrap(command), print, folder / "errors.log")
     return losses(job)
 
 
@@ -179,39 +185,97 @@ def test_training_on_two_machines_equals_training_on_one(single_process_losses, 
         assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
+def in_pod(container: dict[str, Any], project: Path, world: Path) -> list[str]:
+    """The start of a command that runs another one with a container's user, file systems and rights."""
+    security, size = container["securityContext"], ["--size", str(2**30)]
+    assert security["readOnlyRootFilesystem"] and security["capabilities"] == {"drop": ["ALL"]}
+    words = ["bwrap", "--unshare-user", "--uid", "1000", "--gid", "1000", "--cap-drop", "ALL", "--ro-bind", "/", "/"]
+    words += ["--proc", "/proc", "--dev", "/dev"]
+    for mount in container["volumeMounts"]:
+        volume = ["--bind", str(project)] if mount["name"] == "project" else [*size, "--tmpfs"]
+        words += [*volume, mount["mountPath"]]
+    for folder in dict.fromkeys((str(ROOT), sys.prefix, sys.base_prefix, str(world))):  # the volumes may cover them
+        words += ["--ro-bind", folder, folder]
+    words += ["--bind", str(project), str(project), "--setenv", "PATH", f"{sys.prefix}/bin:{os.environ['PATH']}"]
+    for entry in container["env"]:
+        words += ["--setenv", entry["name"], entry["value"]]
+    return [*words, "--chdir", container["workingDir"], "--"]
+
+
+@pytest.mark.system
+def test_training_in_two_confined_pods_equals_training_in_one_process(single_process_losses, tiny_world, project):
+    """Runs the agent's command of the Kubernetes manifest, and the stage's, without a cluster."""
+    need({"bwrap": "bubblewrap"})
+    documents = yaml.safe_load_all((ROOT / "infra" / "kubernetes" / "lotlip.yaml").read_text(encoding="utf-8"))
+    spec = next(document for document in documents if document["kind"] == "Job")["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    start = in_pod(container, project, tiny_world.shards.parents[1])
+    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint="lotlip-0.lotlip:29500")
+    (project / "pods").mkdir()
+    with two_machines(project / "pods", ("lotlip-0", "lotlip-1"), spec["subdomain"]) as (first, second):
+        agent = [*start, "env", "JOB_COMPLETION_INDEX=1", *container["command"], *container["args"]]
+        second.serve("agent", *agent)
+        trained = train(tiny_world, project, how, wrap=lambda command: first.inside([*start, *command]))
+        assert "joining -m torch.distributed.run" in second.logs()
+    assert trained == pytest.approx(single_process_losses, abs=1e-5)
+
+
 @pytest.mark.system
 def test_training_with_deepspeeds_launcher_equals_training_in_one_process(single_process_losses, tiny_world, project):
     how = HostfileLaunch(kind="hostfile", path=hostfile(project, "localhost slots=2\n"), port=free_port())
     assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
-SRUN = """#!/bin/sh
-# two nodes of one task each: runs the command twice, without Slurm's options
-while [ "${1#--}" != "$1" ]; do echo "$1" >> options; shift; done
-"$@" & first=$!
-"$@"; second=$?
-wait $first && exit $second
-"""
+def two_hosts(folder: Path) -> HostfileLaunch:
+    return HostfileLaunch(kind="hostfile", path=hostfile(folder, "node-1 slots=1\nnode-2 slots=1\n"))
+
+
+@pytest.fixture(scope="module")
+def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machine, Machine]]:
+    """Two machines that reach one another by ssh."""
+    need(PROGRAMS)
+    with (
+        ssh_machines(tmp_path_factory.mktemp("nodes") / "ssh") as (machines, environment),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield machines
 
 
 @pytest.mark.system
-def test_slurm_starts_every_process_of_every_node(project, monkeypatch):
-    """A stand-in for srun starts the tasks of both nodes on this machine."""
-    (project / "bin").mkdir()
-    srun = project / "bin" / "srun"
-    srun.write_text(SRUN)
-    srun.chmod(srun.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setenv("PATH", f"{srun.parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "1")
+def test_training_by_pdsh_and_ssh_equals_training_in_one_process(single_process_losses, tiny_world, project, two_nodes):
+    how = two_hosts(project)
+    assert train(tiny_world, project, how, wrap=two_nodes[0].inside) == pytest.approx(single_process_losses, abs=1e-5)
+    assert all("Accepted publickey" in machine.logs() for machine in two_nodes)
+
+
+@pytest.mark.system
+def test_the_reason_of_a_failure_on_another_machine_is_found(project, two_nodes):
     (project / "process.py").write_text(
-        "import os, pathlib; pathlib.Path('rank-' + os.environ['RANK']).write_text(os.environ['WORLD_SIZE'])"
+        "import os, sys\nif os.environ['RANK'] == '1': sys.exit('error: rank 1 cannot')"
     )
-    how = SlurmLaunch(kind="slurm", nodes=2, port=free_port())
-    run_group(launch("process", [], 4, how), print, project / "errors.log")
-    assert {path.name: path.read_text() for path in project.glob("rank-*")} == {
-        f"rank-{rank}": "4" for rank in range(4)
-    }
-    assert (project / "options").read_text().split()[:2] == ["--nodes=2", "--ntasks=2"]
+    command = two_nodes[0].inside(launch("process", [], 2, two_hosts(project)))
+    with pytest.raises(StageFailed, match=r"^rank 1 cannot \("):
+        run_group(command, print, project / "errors.log")
+
+
+@pytest.mark.system
+def test_no_process_outlives_a_launch_by_pdsh_and_ssh(project, two_nodes):
+    (project / "process.py").write_text(
+        "import os, pathlib, time; pathlib.Path('rank-' + os.environ['RANK']).touch(); time.sleep(600)"
+    )
+
+    def running() -> list[str]:
+        return [
+            line for machine in two_nodes for line in machine.run("ps", "-eo", "args=").splitlines() if "python" in line
+        ]
+
+    command = two_nodes[0].inside(supervised(launch("process", [], 2, two_hosts(project))))
+    with group(command, stdout=subprocess.DEVNULL):  # its end kills the supervisor by SIGKILL
+        wait_until(lambda: len(list(project.glob("rank-*"))) == 2, lambda: two_nodes[0].logs())
+        assert sum("process" in line for line in running()) >= 2
+    wait_until(lambda: not running(), lambda: "\n".join(running()))
 
 
 @pytest.mark.system
