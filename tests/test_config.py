@@ -371,6 +371,7 @@ OTHER_COMPUTE = {
         "zero_stage": 2,
         "launch": {"kind": "rendezvous", "nodes": 2, "endpoint": "a:1"},
         "loader_workers": 7,
+        "remote_shards": {"url": "s3://bucket/shards"},
         "prefetch": 1,
         "log_every": 1,
         "checkpoint_every": 1,
@@ -684,7 +685,8 @@ def test_a_tower_trained_on_scenes_with_other_numbers_of_objects_is_warned_of(tm
     base = {**MINIMAL, "ingest": scenes, "image_tower": {"kind": "scenes"}}
     (line,) = load(tmp_path, {}, base).warnings
     assert line.startswith("image_tower trains on scenes with 3 to 6 small objects, ingest.source draws 4 to 8")
-    assert load(tmp_path, {"image_tower": objects}, base).warnings == []
+    for enough in (objects, {"fewest_objects": 2, "most_objects": 8}):
+        assert load(tmp_path, {"image_tower": enough}, base).warnings == []
 
 
 def test_unpinned_hub_models_are_warnings(tmp_path):

@@ -109,10 +109,10 @@ class Params(Section):
             )
         if isinstance(tower, SceneTowerConfig) and isinstance(self.ingest.source, SceneSourceConfig):
             (few, most), (seen_few, seen_most) = self.ingest.source.small_objects, tower.small_objects
-            if (few, most) != (seen_few, seen_most):
+            if few < seen_few or most > seen_most:
                 lines.append(
                     f"image_tower trains on scenes with {seen_few} to {seen_most} small objects, ingest.source draws "
-                    f"{few} to {most}; set fewest_objects and most_objects of both to the same numbers"
+                    f"{few} to {most}; set the tower's fewest_objects and most_objects so that they include these"
                 )
         pin = "is not pinned and may change on the hub; set revision to one of its commits (40 hex digits)"
         if isinstance(tower, TimmTowerConfig) and tower.from_hub and tower.revision is None:
