@@ -87,7 +87,7 @@ def test_every_flow_and_unit_is_in_prefect(reproduced: Workspace) -> None:
     single_runs = dict.fromkeys(("baselines", "image-tower", "ingest", "report", "shard"), 1)
     assert {name: count for name, _, count in flows} == {**single_runs, "caption": 3, "evaluate": 3, "pretrain": 3}
     assert {state for _, state, _ in flows} == {"COMPLETED"}
-    assert units == 5 + 3 * 5 + 4  # partitions, partitions of each captioner, shards
+    assert units == 5 + 3 * 5 + 4 + 3  # partitions, partitions of each captioner, shards, benchmark of each ablation
 
 
 def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> None:
