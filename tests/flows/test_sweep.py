@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.servers import free_port
-from flows.sweep.sweep import DONE, FAILED, REUSED, WAITING, Outcome, time_left
+from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
+from flows.sweep.sweep import time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name
 from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
