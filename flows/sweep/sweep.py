@@ -30,6 +30,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
+from flows.reproduce import PULL
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
@@ -43,6 +44,7 @@ from flows.runtime.servers import (
 )
 from flows.runtime.stage import EXPECTED, configure_tracebacks, is_unreachable, no_answer_message
 from flows.runtime.supervisor import end_group, exit_on_signals, start_group, supervised
+from flows.sweep.pool_runner import PoolRunner, check_remotes, find_deployment, publish
 from flows.sweep.reasons import failure_reason
 from flows.sweep.runners import (
     DONE,
@@ -86,12 +88,21 @@ def sweep(settings: Sweep) -> None:
     check_inputs(params.inputs())
     log.info("sweep %s: %d trials", settings.name, len(grid))
     environment = _environment()
-    _update_data(environment)
     with ExitStack() as stack:
-        snapshot = Snapshot.take(root)
-        if SOCKET not in environment:
-            environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
-        runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
+        runner: TrialRunner
+        if settings.pool:
+            deployment = find_deployment(settings.pool, log.warning)
+            check_remotes(root)
+            _update_data(environment, pull=True)
+            snapshot = Snapshot.take(root)
+            commit = publish(snapshot, params, settings.name, environment)
+            runner = PoolRunner(settings, params, snapshot, flow_run_address(), deployment, commit)
+        else:
+            _update_data(environment)
+            snapshot = Snapshot.take(root)
+            if SOCKET not in environment:
+                environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
+            runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
         stack.callback(runner.stop)
         outcomes = _run_all(runner, grid, log)
     conclude(settings, runner, grid, outcomes)
@@ -104,7 +115,7 @@ def _run_all(runner: TrialRunner, grid: Sequence[Trial], log: Any) -> list[Outco
     outcomes = {name: Outcome(WAITING) for name in names}
     started = time.monotonic()
     # The flow's default task runner has one thread per core; `parallelism` decides instead.
-    pool: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallelism)
+    pool: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallel)
     with pool:
         try:
             configured = run_trial.with_options(
@@ -121,7 +132,7 @@ def _run_all(runner: TrialRunner, grid: Sequence[Trial], log: Any) -> list[Outco
                 except Exception as error:
                     outcomes[name] = Outcome(FAILED, reason=str(error))
                     log.warning("%s failed after all retries: %s", name, error)
-                left = time_left(time.monotonic() - started, outcomes.values(), settings.parallelism)
+                left = time_left(time.monotonic() - started, outcomes.values(), settings.parallel)
                 log.info("%d of %d trials: %s%s", done, len(grid), _counts(outcomes), left)
                 create_table_artifact(
                     _table(grid, names, outcomes), key=_key(f"sweep-{settings.name}"), description=_counts(outcomes)
@@ -247,8 +258,12 @@ def _environment() -> dict[str, str]:
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
-def _update_data(environment: Mapping[str, str]) -> None:
+def _update_data(environment: Mapping[str, str], pull: bool = False) -> None:
     """Runs `dvc repro shard`, so that the shards are up to date.
+
+    Args:
+        environment: environment variables of DVC.
+        pull: whether missing outputs that dvc.lock lists are pulled from DVC's default remote.
 
     Raises:
         StageFailed: a stage failed.
@@ -256,7 +271,7 @@ def _update_data(environment: Mapping[str, str]) -> None:
     log = SCRATCH / "sweeps" / "data.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        command = supervised([sys.executable, "-m", "flows.runtime.dvc", "repro", "shard"])
+        command = supervised([sys.executable, "-m", "flows.runtime.dvc", "repro", *([PULL] if pull else []), "shard"])
         process = start_group(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             status = process.wait()
@@ -313,7 +328,9 @@ def main(arguments: Sequence[str]) -> None:
     make_grid(settings, load_params())  # fails on invalid settings before anything starts
     with ExitStack() as stack:
         stack.enter_context(exit_on_signals())
-        if not PREFECT_API_URL.value():
+        if settings.pool:
+            find_deployment(settings.pool, lambda _: None)  # fails before the sweep has a flow run
+        elif not PREFECT_API_URL.value():
             listener, login = listen_for("prefect", any_port=True), new_login()
             port = port_at(listener)
             stack.enter_context(prefect_server(listener, login))
