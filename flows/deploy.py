@@ -77,8 +77,8 @@ class Pool:
         """Returns the template of its workers' jobs.
 
         Raises:
-            ConfigError: no installed package has such workers.
-            OSError, ValueError: the file is not readable as YAML.
+            ConfigError: no installed package has such workers, or the file is not a template.
+            OSError: the file cannot be read.
         """
         default = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type(self.kind))
         if default is None:
@@ -91,7 +91,7 @@ class Pool:
             return default
         try:
             return dict(yaml.safe_load(self.template.read_text(encoding="utf-8")))
-        except (yaml.YAMLError, TypeError) as error:
+        except (yaml.YAMLError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.template} is not a job template: {error}") from error
 
 

@@ -350,8 +350,9 @@ def wait_for_line(
     """
     deadline = time.monotonic() + (SWEEP_SECONDS if during else RUN_SECONDS)
     while log_of(team, service).count(text) < times:
-        if time.monotonic() > deadline or (during and during.poll() is not None):
-            sys.exit(f"error: the log of {service} has no {text!r}")
+        ended = during is not None and during.poll() is not None
+        if ended or time.monotonic() > deadline:
+            sys.exit(f"error: the log of {service} has no {text!r}{', and its program has ended' if ended else ''}")
         time.sleep(0.5)
 
 
@@ -436,10 +437,11 @@ TRIALS = {"corner_tokens": [0, 1, 2], "seeds": [0, 1]}
 TRAINING = "Running stage 'pretrain@lotlip'"
 TRIAL_RUNS = """
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
 with get_client(sync_client=True) as client:
-    (flow,) = [flow for flow in client.read_flows() if flow.name == "trial-on-pool"]
-    for run in client.read_flow_runs():
-        if run.flow_id == flow.id:
+    deployment = client.read_deployment_by_name("trial-on-pool/cpu")
+    for run in client.read_flow_runs(sort=FlowRunSort.ID_DESC, limit=200):
+        if run.deployment_id == deployment.id:
             print(run.id, run.state.name, run.run_count)
 """
 
