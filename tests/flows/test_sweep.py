@@ -108,6 +108,12 @@ def test_the_scheduled_sweeps_are_valid_for_params_yaml(params):
     assert 1 < len(make_grid(NIGHTLY, params)) < len(make_grid(WEEKLY, params))
 
 
+def test_trials_run_one_after_another_here_and_side_by_side_on_a_pool():
+    assert Sweep(name="here").parallel == 1
+    assert Sweep(name="there", pool="gpu").parallel == 32
+    assert Sweep(name="there", pool="gpu", parallelism=2).parallel == 2
+
+
 @pytest.mark.integration
 def test_the_time_left_is_estimated_from_finished_trials():
     done, reused, waiting = Outcome(DONE), Outcome(REUSED), Outcome(WAITING)
