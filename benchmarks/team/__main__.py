@@ -505,8 +505,7 @@ def sweep(team: Team) -> None:
     run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm", "--force"], project, colleague.environment)
     (project / ".dvc" / "config").write_text("", encoding="utf-8")
     publish(project, team, "main")
-    daemon = ["git", "daemon", "--export-all", "--enable=receive-pack", f"--base-path={team.local}", str(team.local)]
-    subprocess.Popen(daemon)  # ends with the namespace
+    serve_git(team)
     git(project, "remote", "add", "origin", SOURCE)
     first = Checkout(team, colleague, project)
 
@@ -537,16 +536,20 @@ def sweep(team: Team) -> None:
     git(project, "add", "dvc.lock")
     git(project, "commit", "--quiet", "--message", "data")
     git(project, "push", "--quiet", "origin", "main")
+    team.running.pop("machine-2").kill()
+    reuse(team, colleague)
+
+
+def reuse(team: Team, colleague: Colleague) -> None:
+    """Another checkout and a third machine find what the sweep's workers have shared."""
     clone = team.state / "clone"
-    run(["git", "clone", "--quiet", SOURCE, str(clone)])
+    run(["git", "clone", "--quiet", "--branch", "main", SOURCE, str(clone)])
     second = Checkout(team, colleague, clone)
     expect("the sweep in a colleague's clone", second.counts(second.sweep(name="other", **TRIALS)), "6 reused")
     name = git(clone, "for-each-ref", "--format=%(refname:lstrip=4)", "--count=1", "refs/exps").strip()
     run([sys.executable, "-m", "flows.sweep", "--apply", name], clone, second.environment)
     say("a trial is applied in that clone", name=name, diff=git(clone, "diff", "--stat").strip().splitlines()[-1])
     git(clone, "checkout", "--quiet", "params.yaml")
-
-    team.running.pop("machine-2").kill()
     start_worker(team, Machine(team.state, 3))
     scored = {"evaluate.max_conditioned_pairs": [7]}
     counts = second.counts(second.sweep(name="scores", corner_tokens=[1], seeds=[0], other=scored))
@@ -554,6 +557,12 @@ def sweep(team: Team) -> None:
     text = log_of(team, "machine-3")
     expect("trainings of a new machine", text.count(TRAINING), 0)
     expect("trainings from the run cache", text.count("Stage 'pretrain@lotlip' is cached - skipping run"), 1)
+
+
+def serve_git(team: Team) -> None:
+    """Serves the repository that workers clone, until the namespace ends."""
+    options = ["--export-all", "--enable=receive-pack", f"--base-path={team.local}"]
+    subprocess.Popen(["git", "daemon", *options, str(team.local)])
 
 
 def start_worker(team: Team, machine: Machine) -> None:
