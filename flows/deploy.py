@@ -1,13 +1,21 @@
 """Sets up a team's Prefect server: work pools, deployments, and an automation that finishes the runs of dead workers.
 
-`python -m flows.deploy REPOSITORY BRANCH` uses the server of PREFECT_API_URL. It can run again after an upgrade.
+`python -m flows.deploy REPOSITORY BRANCH [POOL=TYPE…]` uses the server of PREFECT_API_URL. It can run again after an
+upgrade. Without pools, it sets up those of infra/compose.yaml. A type is the name that Prefect has for the workers'
+infrastructure, such as process, kubernetes or, with the package `prefect-slurm`, slurm. A YAML file replaces Prefect's
+job template: `cluster=kubernetes:infra/pools/kubernetes.yaml`.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
+from typing import Any
 
+import yaml
 from prefect.automations import Automation
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import WorkPoolCreate
@@ -17,49 +25,110 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import EventTrigger, Posture
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.runner.storage import GitRepository
-from prefect.workers.process import ProcessWorker
+from prefect.utilities.asyncutils import run_coro_as_sync
+from prefect.workers.utilities import (
+    get_available_work_pool_types,
+    get_default_base_job_template_for_infrastructure_type,
+)
 
-from flows.pool import reproduce_on_pool
+from flows.pool import reproduce_on_pool, trial_on_pool
+from flows.runtime.scratch import EXPECTED
+from lotlip.core.section import ConfigError, nearest
 
+PROCESS = "process"
 POOLS = {"cpu": 4, "gpu": 1}  # name → number of flow runs at a time, for a new pool
+FLOWS = (reproduce_on_pool, trial_on_pool)
 HEARTBEAT = "prefect.flow-run.heartbeat"
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 SILENCE = timedelta(seconds=90)  # three heartbeats of infra/compose.yaml's workers
 AUTOMATION = "Reschedule runs whose worker died"
 
 
-def create_pools() -> None:
-    """Creates the pools that do not exist; existing ones keep their limits."""
+@dataclass(frozen=True)
+class Pool:
+    """A work pool to set up.
+
+    Attributes:
+        name: its name.
+        kind: Prefect's name for its workers' infrastructure.
+        limit: number of flow runs at a time; None: no limit.
+        template: YAML file with its job template; None: Prefect's default.
+    """
+
+    name: str
+    kind: str = PROCESS
+    limit: int | None = None
+    template: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Pool:
+        """Reads POOL=TYPE or POOL=TYPE:FILE.
+
+        Raises:
+            ConfigError: it is neither.
+        """
+        name, _, rest = text.partition("=")
+        kind, _, file = rest.partition(":")
+        if not name or not kind:
+            raise ConfigError(f"{text!r} is not POOL=TYPE or POOL=TYPE:FILE")
+        return cls(name, kind, template=Path(file) if file else None)
+
+    def job_template(self) -> dict[str, Any]:
+        """Returns the template of its workers' jobs.
+
+        Raises:
+            ConfigError: no installed package has such workers, or the file is not a template.
+            OSError: the file cannot be read.
+        """
+        default = run_coro_as_sync(get_default_base_job_template_for_infrastructure_type(self.kind))
+        if default is None:
+            kinds = run_coro_as_sync(get_available_work_pool_types()) or []
+            raise ConfigError(
+                f"no installed package has workers of the type {self.kind!r}{nearest(self.kind, kinds)} "
+                f"(there are: {', '.join(kinds)})"
+            )
+        if self.template is None:
+            return default
+        try:
+            return dict(yaml.safe_load(self.template.read_text(encoding="utf-8")))
+        except (yaml.YAMLError, TypeError, ValueError) as error:
+            raise ConfigError(f"{self.template} is not a job template: {error}") from error
+
+
+def create_pools(pools: Sequence[Pool]) -> None:
+    """Creates the pools that do not exist; existing ones keep their limits and templates."""
     with get_client(sync_client=True) as client:
-        for name, limit in POOLS.items():
-            pool = WorkPoolCreate(
-                name=name,
-                type=ProcessWorker.type,
-                base_job_template=ProcessWorker.get_default_base_job_template(),
-                concurrency_limit=limit,
+        for pool in pools:
+            new = WorkPoolCreate(
+                name=pool.name,
+                type=pool.kind,
+                base_job_template=pool.job_template(),
+                concurrency_limit=pool.limit,
             )
             try:
-                client.create_work_pool(pool)
+                client.create_work_pool(new)
             except ObjectAlreadyExists:
                 continue
 
 
-def deploy(repository: str, branch: str) -> list[str]:
+def deploy(repository: str, branch: str, pools: Sequence[Pool]) -> list[str]:
     """Creates or updates the deployments of each pool, and returns their names.
 
     Args:
         repository: address of the git repository that workers clone.
         branch: of the repository.
+        pools: existing pools.
     """
     names = []
-    for pool in POOLS:
-        deployment = reproduce_on_pool.to_deployment(
-            pool, work_pool_name=pool, entrypoint_type=EntrypointType.MODULE_PATH
-        )
-        assert isinstance(deployment, RunnerDeployment)  # a coroutine only in async code
-        deployment.storage = GitRepository(repository, branch=branch)
-        deployment.apply()
-        names.append(f"{reproduce_on_pool.name}/{pool}")
+    for pool in pools:
+        for flow in FLOWS:
+            deployment = flow.to_deployment(
+                pool.name, work_pool_name=pool.name, entrypoint_type=EntrypointType.MODULE_PATH
+            )
+            assert isinstance(deployment, RunnerDeployment)  # a coroutine only in async code
+            deployment.storage = GitRepository(repository, branch=branch)
+            deployment.apply()
+            names.append(f"{flow.name}/{pool.name}")
     return names
 
 
@@ -89,14 +158,18 @@ def reschedule_runs_of_dead_workers() -> None:
     automation.update()
 
 
-def main(repository: str, branch: str) -> None:
+def main(repository: str, branch: str, *pools: str) -> None:
     """Sets up the server, and prints the deployments."""
-    create_pools()
+    chosen = [Pool.parse(text) for text in pools] or [Pool(name, limit=limit) for name, limit in POOLS.items()]
+    create_pools(chosen)
     reschedule_runs_of_dead_workers()
-    print(f"deployments: {', '.join(deploy(repository, branch))}")
+    print(f"deployments: {', '.join(deploy(repository, branch, chosen))}")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m flows.deploy REPOSITORY BRANCH")
-    main(*sys.argv[1:])
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m flows.deploy REPOSITORY BRANCH [POOL=TYPE[:FILE]…]")
+    try:
+        main(*sys.argv[1:])
+    except EXPECTED as error:
+        sys.exit(f"error: {error}")

@@ -1,7 +1,7 @@
-"""Drills of the team's servers, run natively in a new folder: `python -m benchmarks.team check|drill FOLDER`.
+"""Drills of the team's servers, run natively in a new folder: `python -m benchmarks.team check|drill|sweep FOLDER`.
 
 `check` takes a minute: a tiny flow on a pool's worker, everything that has to be refused, a backup and its restore.
-`drill` runs reproductions through restarts and kills.
+`drill` runs reproductions through restarts and kills. `sweep` runs a sweep on two workers, one of which is killed.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -20,7 +21,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.team.native import INSIDE, Team, enter
+from benchmarks.team.native import GIT_SERVER, INSIDE, Machine, Team, enter
 
 PROBE = '''
 """A tiny flow: a run in MLflow with an artifact, and a file in DVC's remote."""
@@ -308,6 +309,7 @@ for run in client.search_runs([experiment.experiment_id]):
     print(run.info.run_name, len(points), sum(".r1" in name for name in run.data.metrics))
 """
 RUN_SECONDS = 900
+SWEEP_SECONDS = 3600
 
 
 class Reproduction:
@@ -334,14 +336,24 @@ class Reproduction:
         sys.exit(f"error: {self.name} is {state} after {RUN_SECONDS} s")
 
 
-def wait_for_line(team: Team, service: str, text: str) -> None:
-    """Waits until a service's log has a text."""
-    log = team.state / "logs" / f"{service}.log"
-    deadline = time.monotonic() + RUN_SECONDS
-    while text not in log.read_text(encoding="utf-8", errors="replace"):
-        if time.monotonic() > deadline:
-            sys.exit(f"error: the log of {service} has no {text!r}")
-        time.sleep(1)
+def wait_for_line(
+    team: Team, service: str, text: str, during: subprocess.Popen[bytes] | None = None, times: int = 1
+) -> None:
+    """Waits until a service's log has a text.
+
+    Args:
+        team: its servers.
+        service: its name.
+        text: what the log has to contain.
+        during: a program that writes it; the wait ends with it.
+        times: how often.
+    """
+    deadline = time.monotonic() + (SWEEP_SECONDS if during else RUN_SECONDS)
+    while log_of(team, service).count(text) < times:
+        ended = during is not None and during.poll() is not None
+        if ended or time.monotonic() > deadline:
+            sys.exit(f"error: the log of {service} has no {text!r}{', and its program has ended' if ended else ''}")
+        time.sleep(0.5)
 
 
 def drill(team: Team) -> None:
@@ -420,6 +432,157 @@ def lost_worker(team: Team, colleague: Colleague) -> None:
     restore(team, colleague, "runs/second")
 
 
+SOURCE = f"git://{GIT_SERVER}/source"
+TRIALS = {"corner_tokens": [0, 1, 2], "seeds": [0, 1]}
+TRAINING = "Running stage 'pretrain@lotlip'"
+TRIAL_RUNS = """
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import FlowRunSort
+with get_client(sync_client=True) as client:
+    deployment = client.read_deployment_by_name("trial-on-pool/cpu")
+    for run in client.read_flow_runs(sort=FlowRunSort.ID_DESC, limit=200):
+        if run.deployment_id == deployment.id:
+            print(run.id, run.state.name, run.run_count)
+"""
+
+
+class Checkout:
+    """A colleague's checkout of the project.
+
+    Args:
+        team: its servers.
+        colleague: whose it is.
+        folder: of the checkout.
+    """
+
+    def __init__(self, team: Team, colleague: Colleague, folder: Path) -> None:
+        self.folder, self.environment = (
+            folder,
+            {
+                **colleague.environment,
+                "DVC_SITE_CACHE_DIR": str(team.state / f"{folder.name}-site"),
+            },
+        )
+        dvc = [sys.executable, "-m", "dvc"]
+        run([*dvc, "remote", "add", "--local", "--default", "team", "s3://dvc"], folder, self.environment)
+        endpoint = ["endpointurl", "https://localhost:8445"]
+        run([*dvc, "remote", "modify", "--local", "team", *endpoint], folder, self.environment)
+
+    def sweep(self, **settings: Any) -> subprocess.Popen[bytes]:
+        """Starts a sweep on the pool; its output is in the file sweep.txt."""
+        command = [sys.executable, "-m", "flows.sweep", json.dumps({"pool": "cpu", **settings}, allow_nan=False)]
+        with (self.folder / "sweep.txt").open("w") as output:
+            return subprocess.Popen(
+                command, cwd=self.folder, env=self.environment, stdout=output, stderr=subprocess.STDOUT
+            )
+
+    def counts(self, sweep: subprocess.Popen[bytes]) -> str:
+        """Waits until a sweep has ended, and returns how many trials it has done and reused.
+
+        Raises:
+            SystemExit: it failed.
+        """
+        status = sweep.wait(SWEEP_SECONDS)
+        text = (self.folder / "sweep.txt").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^\d+ trials: (.*)\.$", text, re.MULTILINE)
+        if status or not found:
+            sys.exit(f"error: the sweep ended with {status}\n{text[-6000:]}")
+        return found[1]
+
+
+def sweep(team: Team) -> None:
+    """Two machines share a sweep; one is lost, and its trial is finished by the other. Nobody trains it again."""
+    from tests.tiny_pipeline import change_params, copy_checkout, smallest
+
+    def short(params: dict[str, Any]) -> None:
+        smallest(params)
+        params["pretrain"]["steps"] = 12
+
+    colleague = Colleague(team)
+    project = team.state / "project"
+    copy_checkout(project)
+    change_params(project, short)
+    run([sys.executable, "-m", "dvc", "init", "--quiet", "--no-scm", "--force"], project, colleague.environment)
+    (project / ".dvc" / "config").write_text("", encoding="utf-8")
+    publish(project, team, "main")
+    serve_git(team)
+    git(project, "remote", "add", "origin", SOURCE)
+    first = Checkout(team, colleague, project)
+
+    machines = {number: Machine(team.state, number) for number in (1, 2)}
+    for machine in machines.values():
+        start_worker(team, machine)
+    started = time.monotonic()
+    running = first.sweep(name="shared", **TRIALS)
+    wait_for_line(team, "machine-1", TRAINING, running, times=2)
+    say("a worker is killed in its second trial", seconds=round(time.monotonic() - started))
+    team.running.pop("machine-1").kill()
+    machines[1].cut()
+    expect("the sweep", first.counts(running), "6 done")
+    say("the sweep has ended", seconds=round(time.monotonic() - started))
+    runs = [line.split() for line in colleague.python("-c", TRIAL_RUNS).splitlines() if line.count("-") >= 4]
+    expect(
+        "starts of completed flow runs",
+        sorted(count for _, state, count in runs if state == "Completed"),
+        ["1", "1", "1", "1", "1", "2"],
+    )
+    taken = {number: runs_of(team, machine.name) for number, machine in machines.items()}
+    say("flow runs of each worker", **{machines[number].name: len(ids) for number, ids in taken.items()})
+    expect("flow runs that both workers started", len(taken[1] & taken[2]), 1)
+    expect("flow runs that some worker started", len(taken[1] | taken[2]), 6)
+    expect("whether both finished some", (len(taken[1]) > 1, len(taken[2]) > 1), (True, True))
+    expect("the sweep again", first.counts(first.sweep(name="again", **TRIALS)), "6 reused")
+
+    git(project, "add", "dvc.lock")
+    git(project, "commit", "--quiet", "--message", "data")
+    git(project, "push", "--quiet", "origin", "main")
+    team.running.pop("machine-2").kill()
+    reuse(team, colleague)
+
+
+def reuse(team: Team, colleague: Colleague) -> None:
+    """Another checkout and a third machine find what the sweep's workers have shared."""
+    clone = team.state / "clone"
+    run(["git", "clone", "--quiet", "--branch", "main", SOURCE, str(clone)])
+    second = Checkout(team, colleague, clone)
+    expect("the sweep in a colleague's clone", second.counts(second.sweep(name="other", **TRIALS)), "6 reused")
+    name = git(clone, "for-each-ref", "--format=%(refname:lstrip=4)", "--count=1", "refs/exps").strip()
+    run([sys.executable, "-m", "flows.sweep", "--apply", name], clone, second.environment)
+    say("a trial is applied in that clone", name=name, diff=git(clone, "diff", "--stat").strip().splitlines()[-1])
+    git(clone, "checkout", "--quiet", "params.yaml")
+    start_worker(team, Machine(team.state, 3))
+    scored = {"evaluate.max_conditioned_pairs": [7]}
+    counts = second.counts(second.sweep(name="scores", corner_tokens=[1], seeds=[0], other=scored))
+    expect("a trial that differs in its evaluation", counts, "1 done")
+    text = log_of(team, "machine-3")
+    expect("trainings of a new machine", text.count(TRAINING), 0)
+    expect("trainings from the run cache", text.count("Stage 'pretrain@lotlip' is cached - skipping run"), 1)
+
+
+def serve_git(team: Team) -> None:
+    """Serves the repository that workers clone, until the namespace ends."""
+    options = ["--export-all", "--enable=receive-pack", f"--base-path={team.local}"]
+    subprocess.Popen(["git", "daemon", *options, str(team.local)])
+
+
+def start_worker(team: Team, machine: Machine) -> None:
+    """Starts a worker on a machine, which runs one flow run at a time."""
+    team.start(machine.name, of="worker-cpu", machine=machine, TEAM_WORKER=machine.name, TEAM_WORKER_RUNS="1")
+
+
+def log_of(team: Team, service: str) -> str:
+    """Returns the log of a service."""
+    return (team.state / "logs" / f"{service}.log").read_text(encoding="utf-8", errors="replace")
+
+
+def runs_of(team: Team, worker: str) -> set[str]:
+    """Returns the ids of the flow runs that a worker has taken."""
+    return set(re.findall(r"submitting flow run '([0-9a-f-]{36})'", log_of(team, worker)))
+
+
+SCENARIOS = {"check": check, "drill": drill, "sweep": sweep}
+
+
 def main(what: str, state: Path) -> None:
     """Brings all services up and runs a scenario."""
     if INSIDE not in os.environ:
@@ -428,10 +591,12 @@ def main(what: str, state: Path) -> None:
         state.mkdir(parents=True, exist_ok=True)
     enter(state)
     started = time.monotonic()
-    with Team(state) as team:
+    # only the machines of a sweep have workers, and they have no folder in common
+    options = {"without": ("worker-cpu",), "settings": {"TEAM_SOURCE": SOURCE}} if what == "sweep" else {}
+    with Team(state, **options) as team:
         say("all services are healthy", seconds=round(time.monotonic() - started, 1))
         try:
-            {"check": check, "drill": drill}[what](team)
+            SCENARIOS[what](team)
         except SystemExit:
             for name in team.running:
                 print(team.tail(name), file=sys.stderr)
@@ -440,6 +605,6 @@ def main(what: str, state: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] not in ("check", "drill"):
-        sys.exit("usage: python -m benchmarks.team check|drill FOLDER")
+    if len(sys.argv) != 3 or sys.argv[1] not in SCENARIOS:
+        sys.exit(f"usage: python -m benchmarks.team {'|'.join(SCENARIOS)} FOLDER")
     main(sys.argv[1], Path(sys.argv[2]))

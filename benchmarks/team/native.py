@@ -39,6 +39,7 @@ PROGRAMS = {
 POSTGRES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1:]
 PATH = [Path(sys.prefix) / "bin", *POSTGRES, *map(Path, ("/usr/sbin", "/usr/bin", "/sbin", "/bin"))]
 ETC = ("alternatives", "group", "passwd", "ssl", "nsswitch.conf", "localtime", "ld.so.cache", "hosts", "gitconfig")
+GIT_SERVER = "git-server"  # another name of loopback, for a scenario's own git server
 USER = "1000"
 START_SECONDS = 600
 STOP_SECONDS = 20
@@ -64,7 +65,7 @@ def enter(state: Path) -> None:
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
         subprocess.run(["mount", "--bind", str(hosts), "/etc/hosts"], check=True)
         return
-    hosts.write_text(f"127.0.0.1 localhost {' '.join(compose({})['services'])}\n", encoding="utf-8")
+    hosts.write_text(f"127.0.0.1 localhost {' '.join(names())}\n", encoding="utf-8")
     command = ["unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child=KILL", "--mount"]
     command += ["--mount-proc", "--", *sys.orig_argv]
     sys.exit(subprocess.run(command, env={**os.environ, INSIDE: "1"}, check=False).returncode)
@@ -76,6 +77,48 @@ def compose(settings: Mapping[str, str]) -> dict[str, Any]:
     text = re.sub(r"\$\{(\w+)\}", lambda found: settings.get(found[1], found[0]), text)
     found: dict[str, Any] = yaml.safe_load(text)
     return found
+
+
+def names() -> list[str]:
+    """Returns the names by which machines of the team find the services."""
+    return [*compose({})["services"], GIT_SERVER]
+
+
+class Machine:
+    """Another machine of the team: a network namespace with a cable to the services' one, and a disk of its own.
+
+    Args:
+        state: of the team.
+        number: 1 to 250; decides its address.
+    """
+
+    def __init__(self, state: Path, number: int) -> None:
+        self.name = f"machine-{number}"
+        self.disk = state / self.name
+        self.disk.mkdir()
+        self.hosts = self.disk / "hosts"
+        gateway, address = f"10.77.{number}.1", f"10.77.{number}.2"
+        self.hosts.write_text(f"127.0.0.1 localhost\n{gateway} {' '.join(names())}\n", encoding="utf-8")
+        # the namespace lives as long as a process in it
+        self._holder = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], start_new_session=True)
+        own = Path("/proc/self/ns/net").readlink()
+        while Path(f"/proc/{self._holder.pid}/ns/net").readlink() == own:
+            time.sleep(0.1)
+        self.entering = ["nsenter", f"--net=/proc/{self._holder.pid}/ns/net", "--"]
+        inside = [*self.entering, "ip"]
+        for command in (
+            ["ip", "link", "add", self.name, "type", "veth", "peer", "name", "eth0", "netns", str(self._holder.pid)],
+            ["ip", "address", "add", f"{gateway}/24", "dev", self.name],
+            ["ip", "link", "set", self.name, "up"],
+            [*inside, "address", "add", f"{address}/24", "dev", "eth0"],
+            [*inside, "link", "set", "eth0", "up"],
+            [*inside, "link", "set", "lo", "up"],
+        ):
+            subprocess.run(command, check=True)
+
+    def cut(self) -> None:
+        """Cuts its cable."""
+        subprocess.run(["ip", "link", "delete", self.name], check=True)
 
 
 class Service:
@@ -149,16 +192,17 @@ class Team:
     Args:
         state: folder for volumes and logs.
         without: names of services that are not started.
+        settings: other values of settings.env.
     """
 
-    def __init__(self, state: Path, without: Sequence[str] = ()) -> None:
+    def __init__(self, state: Path, without: Sequence[str] = (), settings: Mapping[str, str] | None = None) -> None:
         self.local = state / "local"  # as infra/local
         subprocess.run(
             ["bash", str(INFRA / "team" / "init.sh")], env={**os.environ, "TEAM_LOCAL": str(self.local)}, check=True
         )
         lines = (self.local / "settings.env").read_text(encoding="utf-8").splitlines()
         self.settings = dict(line.split("=", 1) for line in lines if "=" in line)
-        self.settings["TEAM_MLFLOW_WORKERS"] = "1"
+        self.settings |= {"TEAM_MLFLOW_WORKERS": "1", **(settings or {})}
         self.state, self.file = state, compose(self.settings)
         self.wanted = {
             name: spec for name, spec in self.file["services"].items() if name not in without and "profiles" not in spec
@@ -232,24 +276,26 @@ class Team:
         lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:] if log.is_file() else []
         return f"\n--- {name}\n" + "\n".join(lines)
 
-    def start(self, name: str, of: str | None = None, **environment: str) -> Service:
+    def start(self, name: str, of: str | None = None, machine: Machine | None = None, **environment: str) -> Service:
         """Starts a service.
 
         Args:
             name: its own.
             of: name in compose.yaml, if another.
+            machine: where it runs, if not where the others do.
             environment: more settings.
         """
         spec = self.file["services"][of or name]
         more = {key: str(value) for key, value in spec.get("environment", {}).items()} | environment
         log = self.state / "logs" / f"{name}.log"
-        self.running[name] = Service(spec, self._sandbox(name, spec), more, log)
+        self.running[name] = Service(spec, self._sandbox(name, spec, machine), more, log)
         return self.running[name]
 
-    def _sandbox(self, name: str, spec: Mapping[str, Any]) -> list[str]:
+    def _sandbox(self, name: str, spec: Mapping[str, Any], machine: Machine | None = None) -> list[str]:
         """The command of bubblewrap for a service."""
         assert spec["user"] == f"{USER}:{USER}" and spec["read_only"] and spec["cap_drop"] == ["ALL"]
-        words = ["bwrap", "--die-with-parent", "--unshare-user", "--uid", USER, "--gid", USER, "--unshare-pid"]
+        words = machine.entering.copy() if machine else []
+        words += ["bwrap", "--die-with-parent", "--unshare-user", "--uid", USER, "--gid", USER, "--unshare-pid"]
         words += [
             "--unshare-ipc",
             "--cap-drop",
@@ -273,7 +319,10 @@ class Team:
             words += ["--tmpfs", folder]
         for volume in spec.get("volumes", []):
             source, target, *mode = volume.split(":")
-            if source.startswith("."):
+            if machine and not mode:
+                path = machine.disk / Path(source).name
+                path.mkdir(exist_ok=True)
+            elif source.startswith("."):
                 path = self._path(source)
             else:
                 path = self.state / "volumes" / source
@@ -281,6 +330,8 @@ class Team:
             words += ["--ro-bind" if mode == ["ro"] else "--bind", str(path), target]
         for secret in spec.get("secrets", []):
             words += ["--ro-bind", str(self._path(self.file["secrets"][secret]["file"])), f"/run/secrets/{secret}"]
+        if machine:
+            words += ["--ro-bind", str(machine.hosts), "/etc/hosts"]
         return [*words, "--remount-ro", "/", "--chdir", "/"]
 
     def _path(self, named: str) -> Path:

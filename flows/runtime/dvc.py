@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from dvc.stage import Stage
 
 SINGLE_ITEM = "--single-item"  # option of `dvc repro`: runs the named stage without the stages that it depends on
+RUN_CACHE = "LOTLIP_RUN_CACHE"  # set in the environment where DVC's run cache holds trainings
+TRAININGS = ("pretrain@", "finetune@")
 STOPPING = "LOTLIP_STOPPING"  # set in the environment of a stage that DVC starts after a signal
 STOP_SECONDS = 30
 _PARTIAL_COPY = re.compile(r"\.[\w-]{22}\.tmp")  # as DVC names what it copies, until the copy is complete
@@ -190,6 +192,31 @@ def _is_partial_copy(path: Path) -> bool:
     return _PARTIAL_COPY.fullmatch(path.name) is not None
 
 
+def cache_trainings() -> None:
+    """Lets DVC's run cache hold trainings.
+
+    DVC leaves out stages with outputs that persist, which all stages here have. But what a training writes depends only
+    on what DVC watches. Other stages stay left out: some depend on files that DVC cannot watch (flows.reproduce).
+    """
+    from dvc.stage import cache
+
+    can_hash = cache._can_hash
+
+    def can_hash_trainings(stage: Stage) -> bool:
+        if not stage.addressing.startswith(TRAININGS):
+            return can_hash(stage)
+        persisting = [out for out in stage.outs if out.persist]
+        try:
+            for out in persisting:
+                out.persist = False
+            return can_hash(stage)
+        finally:
+            for out in persisting:
+                out.persist = True
+
+    cache._can_hash = can_hash_trainings
+
+
 def match_git(root: Path) -> None:
     """Sets DVC's `core.no_scm` if the project is not a git repository, for example if it was downloaded as an archive.
 
@@ -285,6 +312,8 @@ def main(arguments: Sequence[str]) -> int:
     if root:
         remove_partial_copies(root)
         match_git(root)
+    if RUN_CACHE in os.environ:
+        cache_trainings()
     from dvc.cli import main as dvc
 
     status = dvc(list(arguments))

@@ -9,18 +9,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from threading import Event, Lock
-from typing import IO, Any
+from typing import Any
 
 import httpx
 import psutil
@@ -34,208 +30,41 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, PREFECT_U
 from prefect.task_runners import ThreadPoolTaskRunner
 from pydantic import ValidationError
 
+from flows.reproduce import PULL
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.servers import (
     listen_for,
     new_login,
     port_at,
-    port_of,
     prefect_client,
     prefect_server,
     print_prefect,
     using_prefect,
 )
-from flows.runtime.stage import EXPECTED, configure_tracebacks, hash_of, is_unreachable, no_answer_message
+from flows.runtime.stage import EXPECTED, configure_tracebacks, is_unreachable, no_answer_message
 from flows.runtime.supervisor import end_group, exit_on_signals, start_group, supervised
-from flows.sweep.trials import Sweep, Trial, make_grid, selection, selection_scores, short_name
+from flows.sweep.pool_runner import PoolRunner, check_remotes, find_deployment, publish
+from flows.sweep.reasons import failure_reason
+from flows.sweep.runners import (
+    DONE,
+    FAILED,
+    REUSED,
+    SKIPPED,
+    WAITING,
+    LocalRunner,
+    Outcome,
+    TrialRunner,
+    mlflow_address,
+)
+from flows.sweep.trials import Sweep, Trial, make_grid, selection, short_name
 from flows.sweep.workspaces import IDENTITY, Experiment, Snapshot, set_params
-from lotlip.config.params import Params, load_params
-from lotlip.core.caches import private_folder
-from lotlip.core.code import code_hash
+from lotlip.config.params import load_params
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
-from lotlip.core.loopback import HOST
 from lotlip.core.section import ConfigError
-from lotlip.core.stages import STAGES
 from lotlip.data.paths import check_inputs
-from lotlip.data.stage_record import StageRecord
-from lotlip.evaluate.records import AblationScores
-from lotlip.pretrain.records import RUN, Run
 from lotlip.tracking.mlflow import warn_on_failure
-
-DONE, REUSED, FAILED, SKIPPED, WAITING = "done", "reused", "failed", "skipped", "waiting"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """The outcome of a trial.
-
-    Attributes:
-        status: one of DONE, REUSED, FAILED, SKIPPED, WAITING.
-        scores: name → fraction, of the scores that select the best trial; the benchmark may lack some.
-        minutes: duration of its training and evaluation.
-        run_id: id of its run in MLflow.
-        run: URL of that run.
-        reason: why it failed.
-    """
-
-    status: str
-    scores: dict[str, float] = field(default_factory=dict)
-    minutes: float = 0.0
-    run_id: str = ""
-    run: str = ""
-    reason: str = ""
-
-    @property
-    def measure(self) -> float:
-        """The measure that selects the best trial: the mean of its scores, [0, 1]."""
-        return mean(self.scores.values()) if self.scores else 0.0
-
-
-class TrialRunner:
-    """Runs trials within the budget, and stops all of them on request.
-
-    Args:
-        settings: settings of the sweep.
-        params: params.yaml of the project.
-        snapshot: snapshot of the project that all trials run from.
-        environment: environment variables of the trials' processes.
-        flow_run: URL of the sweep's flow run in Prefect's UI.
-    """
-
-    def __init__(
-        self, settings: Sweep, params: Params, snapshot: Snapshot, environment: Mapping[str, str], flow_run: str
-    ) -> None:
-        from lotlip.tracking.mlflow import Tracker, failure
-
-        self.settings, self.params, self.snapshot, self.flow_run = settings, params, snapshot, flow_run
-        # The tracker creates the store, whose artifact folder is relative to the current folder, before any trial does.
-        tracking = params.tracking
-        try:
-            self.tracker = Tracker(tracking.uri, tracking.experiment, params.pretrain)
-        except Exception as error:  # MLflow raises many types; nothing has run yet
-            raise StageFailed(failure(os.environ.get("MLFLOW_TRACKING_URI") or tracking.uri, error)) from error
-        self.environment = dict(environment)
-        self.inputs = {
-            "shards": hash_of(params.paths.shards / "index.json"),
-            "image_tower": hash_of(params.paths.image_tower / "model.safetensors"),
-            "code": code_hash(*STAGES),
-        }
-        self._start, self._started_trials = time.monotonic(), set[str]()
-        self._stopping, self._lock = Event(), Lock()
-        self._running: list[subprocess.Popen[Any]] = []
-
-    def experiment(self, trial: Trial) -> Experiment:
-        """Returns a trial's experiment, which may not exist yet."""
-        return Experiment(self.snapshot.root, trial.experiment(self.inputs))
-
-    def run(self, trial: Trial) -> Outcome:
-        """Runs a trial, unless it is finished or the budget is spent.
-
-        Raises:
-            StageFailed: it failed, or the sweep is being stopped.
-        """
-        experiment = self.experiment(trial)
-        with experiment.exclusive(self._check_not_stopping) as lock:
-            self._check_not_stopping()
-            if experiment.revision():
-                return self._outcome(trial, experiment, REUSED)
-            if not self._within_budget(experiment.name):
-                return Outcome(SKIPPED)
-            self._run_experiment(trial, experiment, lock)
-        return self._outcome(trial, experiment, DONE)
-
-    def stop(self) -> None:
-        """Ends the running trials and prevents others from starting."""
-        self._stopping.set()
-        with self._lock:
-            running = list(self._running)
-        for process in running:
-            process.send_signal(signal.SIGTERM)
-        for process in running:
-            end_group(process)
-
-    @property
-    def stopping(self) -> bool:
-        """Whether the sweep is being stopped."""
-        return self._stopping.is_set()
-
-    def _check_not_stopping(self) -> None:
-        if self.stopping:
-            raise StageFailed("the sweep was stopped")
-
-    def _within_budget(self, name: str) -> bool:
-        """Whether the budget allows a trial to start; retries are always allowed."""
-        runs, minutes = self.settings.max_runs, self.settings.max_minutes
-        with self._lock:
-            if name in self._started_trials:
-                return True
-            spent = (runs is not None and len(self._started_trials) >= runs) or (
-                minutes is not None and time.monotonic() - self._start >= minutes * 60
-            )
-            if not spent:
-                self._started_trials.add(name)
-            return not spent
-
-    def _run_experiment(self, trial: Trial, experiment: Experiment, lock: IO[Any]) -> None:
-        plain = trial.params.model_dump(mode="json", exclude_unset=True)
-        project = experiment.prepare(self.snapshot, plain, trial.changes)
-        log = experiment.folder / "log.txt"
-        command = [sys.executable, "-m", *experiment.command(f"evaluate@{trial.base}", trial.changes)]
-        environment = {
-            **self.environment,
-            "MLFLOW_TRACKING_URI": _absolute(self.tracker.uri, self.snapshot.root),
-            "DVC_SITE_CACHE_DIR": str(private_folder(project.absolute() / ".dvc" / "tmp" / "site")),
-        }
-        with log.open("w") as output:
-            with self._lock:
-                self._check_not_stopping()
-                process = start_group(
-                    supervised(command),
-                    cwd=project,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    pass_fds=[lock.fileno()],  # held until all processes of the trial have ended
-                )
-                self._running.append(process)
-            try:
-                status = process.wait()
-            finally:
-                end_group(process)
-                with self._lock:
-                    self._running.remove(process)
-        self._check_not_stopping()
-        if status:
-            raise StageFailed(f"{_reason(log, status)} (log: {log})")
-        experiment.collect()
-
-    def _outcome(self, trial: Trial, experiment: Experiment, status: str) -> Outcome:
-        """Reads the scores of a finished trial, and tags its run in MLflow with this sweep."""
-        paths, base = self.params.paths, trial.base
-        benchmarks = experiment.read(paths.metrics / f"{base}.json", AblationScores).benchmarks
-        scores = selection_scores(self.settings, trial, benchmarks)
-        files = [paths.stages / f"{stage}-{base}.json" for stage in ("pretrain", "evaluate")]
-        seconds = sum(experiment.read(file, StageRecord).seconds for file in files)
-        trained = experiment.read(paths.models / base / RUN, Run)
-        tags = {f"sweep.{self.settings.name}": self.flow_run, "trial": experiment.name}
-        tags["mlflow.runName"] = experiment.name
-        if status == DONE:
-            tags["prefect.flow_run"] = self.flow_run
-        run = address = ""
-        with self._lock, warn_on_failure(self.tracker.uri, get_run_logger().warning):
-            run = self.tracker.ensure_runs(trained)[str(trial.seed)]
-            self.tracker.set_tags(run, tags)
-            address = run_address(self.tracker, run)
-        return Outcome(
-            status,
-            scores,
-            seconds / 60,
-            run,
-            address,
-        )
 
 
 @task(name="trial", task_run_name="{name}", cache_policy=NO_CACHE)
@@ -259,12 +88,21 @@ def sweep(settings: Sweep) -> None:
     check_inputs(params.inputs())
     log.info("sweep %s: %d trials", settings.name, len(grid))
     environment = _environment()
-    _update_data(environment)
     with ExitStack() as stack:
-        snapshot = Snapshot.take(root)
-        if SOCKET not in environment:
-            environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
-        runner = TrialRunner(settings, params, snapshot, environment, flow_run_address())
+        runner: TrialRunner
+        if settings.pool:
+            deployment = find_deployment(settings.pool, log.warning)
+            check_remotes(root)
+            _update_data(environment, pull=True)
+            snapshot = Snapshot.take(root)
+            commit = publish(snapshot, params, settings.name, environment)
+            runner = PoolRunner(settings, params, snapshot, flow_run_address(), deployment, commit)
+        else:
+            _update_data(environment)
+            snapshot = Snapshot.take(root)
+            if SOCKET not in environment:
+                environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
+            runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
         stack.callback(runner.stop)
         outcomes = _run_all(runner, grid, log)
     conclude(settings, runner, grid, outcomes)
@@ -277,7 +115,7 @@ def _run_all(runner: TrialRunner, grid: Sequence[Trial], log: Any) -> list[Outco
     outcomes = {name: Outcome(WAITING) for name in names}
     started = time.monotonic()
     # The flow's default task runner has one thread per core; `parallelism` decides instead.
-    pool: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallelism)
+    pool: ThreadPoolTaskRunner[Outcome] = ThreadPoolTaskRunner(max_workers=settings.parallel)
     with pool:
         try:
             configured = run_trial.with_options(
@@ -294,7 +132,7 @@ def _run_all(runner: TrialRunner, grid: Sequence[Trial], log: Any) -> list[Outco
                 except Exception as error:
                     outcomes[name] = Outcome(FAILED, reason=str(error))
                     log.warning("%s failed after all retries: %s", name, error)
-                left = time_left(time.monotonic() - started, outcomes.values(), settings.parallelism)
+                left = time_left(time.monotonic() - started, outcomes.values(), settings.parallel)
                 log.info("%d of %d trials: %s%s", done, len(grid), _counts(outcomes), left)
                 create_table_artifact(
                     _table(grid, names, outcomes), key=_key(f"sweep-{settings.name}"), description=_counts(outcomes)
@@ -420,8 +258,12 @@ def _environment() -> dict[str, str]:
     return {**environment, **{key: value for key, value in IDENTITY.items() if key not in environment}}
 
 
-def _update_data(environment: Mapping[str, str]) -> None:
+def _update_data(environment: Mapping[str, str], pull: bool = False) -> None:
     """Runs `dvc repro shard`, so that the shards are up to date.
+
+    Args:
+        environment: environment variables of DVC.
+        pull: whether missing outputs that dvc.lock lists are pulled from DVC's default remote.
 
     Raises:
         StageFailed: a stage failed.
@@ -429,7 +271,7 @@ def _update_data(environment: Mapping[str, str]) -> None:
     log = SCRATCH / "sweeps" / "data.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as output:
-        command = supervised([sys.executable, "-m", "flows.runtime.dvc", "repro", "shard"])
+        command = supervised([sys.executable, "-m", "flows.runtime.dvc", "repro", *([PULL] if pull else []), "shard"])
         process = start_group(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             status = process.wait()
@@ -437,7 +279,8 @@ def _update_data(environment: Mapping[str, str]) -> None:
             end_group(process)
     if status:
         raise StageFailed(
-            f"the data is not up to date and `dvc repro shard` failed: {_reason(log, status)} (log: {log})"
+            "the data is not up to date and `dvc repro shard` failed: "
+            f"{failure_reason(log.read_text(encoding='utf-8', errors='replace'), status)} (log: {log})"
         )
 
 
@@ -456,56 +299,11 @@ def _snapshot_fork_server(snapshot: Snapshot, environment: dict[str, str]) -> It
         remove(folder)
 
 
-# Patterns of lines that name an error, most specific first: a stage's message, the last line of a traceback, a log
-# record, DVC's summary.
-_ERRORS = (
-    r"error in ",
-    r"error: ",
-    r"(?:[A-Za-z_]\w*\.)*[A-Z]\w*(?:Error|Exception|Interrupt|Exit|Failed|Stopped)(?::|$)",
-    r"[\d:. -]+\| (?:ERROR|CRITICAL) ",
-    r"ERROR: ",
-)
-
-
-def _reason(log: Path, status: int) -> str:
-    """Finds the line of a log that names the error; without one, describes how the program ended.
-
-    Args:
-        log: the program's output.
-        status: exit status; after a signal N it is -N, or 128 + N from the supervisor.
-    """
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    for pattern in _ERRORS:
-        if matching := [line for line in lines if re.match(pattern, line)]:
-            return matching[0]
-    number = -status if status < 0 else status - 128
-    if number in set(signal.Signals):
-        out_of_memory = "; the machine may be out of memory" if number == signal.SIGKILL else ""
-        return f"it was killed by {signal.Signals(number).name}{out_of_memory}"
-    return f"it exited with status {status} without an error message"
-
-
-def _absolute(uri: str, root: Path) -> str:
-    """Makes a tracking URI independent of the current folder."""
-    prefix = "sqlite:///"
-    return f"{prefix}{root / uri.removeprefix(prefix)}" if uri.startswith(prefix) else uri
-
-
 def flow_run_address() -> str:
     """Returns the URL of this flow run in Prefect's UI."""
     run = get_run_context().flow_run  # type: ignore[union-attr]
     base = PREFECT_UI_URL.value() or (PREFECT_API_URL.value() or "").removesuffix("/api")
     return f"{base}/runs/flow-run/{run.id}" if run else ""
-
-
-def mlflow_address(tracker: Any) -> str:
-    """Returns the URL of MLflow's UI: that of the tracking server, or that of `make ui` and `make serve`."""
-    return tracker.uri.rstrip("/") if tracker.uri.startswith("http") else f"http://{HOST}:{port_of('mlflow')}"
-
-
-def run_address(tracker: Any, run_id: str) -> str:
-    """Returns the URL of a run in MLflow's UI."""
-    return f"{mlflow_address(tracker)}/#/experiments/{tracker.experiment_id}/runs/{run_id}"
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -530,7 +328,9 @@ def main(arguments: Sequence[str]) -> None:
     make_grid(settings, load_params())  # fails on invalid settings before anything starts
     with ExitStack() as stack:
         stack.enter_context(exit_on_signals())
-        if not PREFECT_API_URL.value():
+        if settings.pool:
+            find_deployment(settings.pool, lambda _: None)  # fails before the sweep has a flow run
+        elif not PREFECT_API_URL.value():
             listener, login = listen_for("prefect", any_port=True), new_login()
             port = port_at(listener)
             stack.enter_context(prefect_server(listener, login))

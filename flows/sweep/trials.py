@@ -22,6 +22,7 @@ AXES = {
     "context_lengths": "pretrain.text.context_length",
     "seeds": "pretrain.seeds",
 }
+PARALLEL_ON_POOL = 32
 Value = bool | int | float | str | list[bool | int | float | str]
 
 
@@ -51,7 +52,14 @@ class Sweep(Section):
     max_minutes: Positive | None = Field(
         None, title="Budget in minutes", description="time after which no trial starts; default: no limit"
     )
-    parallelism: Count = Field(1, title="Parallelism", description="number of parallel trials")
+    pool: Name | None = Field(
+        None, title="Work pool", description="work pool whose workers run the trials; default: this machine"
+    )
+    parallelism: Count | None = Field(
+        None,
+        title="Parallelism",
+        description=f"number of parallel trials; default: 1, or {PARALLEL_ON_POOL} on a pool, which has its own limit",
+    )
     retries: NonNegative = Field(1, title="Retries", description="retries of a failed trial")
 
     @model_validator(mode="after")
@@ -68,6 +76,11 @@ class Sweep(Section):
                 if key == dotted:
                     raise ValueError(f"other.{key}: list its values in {field}")
         return self
+
+    @property
+    def parallel(self) -> int:
+        """The number of parallel trials."""
+        return self.parallelism or (PARALLEL_ON_POOL if self.pool else 1)
 
     @property
     def axes(self) -> dict[str, list[Any]]:

@@ -32,6 +32,9 @@ IDENTITY = {  # experiments are commits, which need an author
     "GIT_COMMITTER_NAME": "lotlip",
     "GIT_COMMITTER_EMAIL": "lotlip@localhost",
 }
+NO_PROMPT = {"GIT_TERMINAL_PROMPT": "0"}  # otherwise git waits for a login that nobody sees
+SWEEPS = "sweeps"  # branches of origin with the snapshots of sweeps on work pools
+TRIALS = "trials"  # branches of origin with the results of their trials
 T = TypeVar("T")
 _dvc = Lock()  # DVC's objects are not thread-safe
 
@@ -76,6 +79,30 @@ class Snapshot:
 
         with Repo(str(root)) as repo:
             return cls(root, head, tree, Path(repo.cache.local_cache_dir))
+
+    def publish(self, name: str) -> str:
+        """Pushes the snapshot to `origin`, and returns its commit, which is the same whenever the snapshot is.
+
+        Args:
+            name: of the sweep. The snapshot has a branch of its own, so that no other sweep moves it.
+
+        Raises:
+            StageFailed: the push was refused.
+        """
+        date = _git(self.root, "show", "--no-patch", "--format=%cI", self.head).strip()
+        dates = {"GIT_AUTHOR_DATE": date, "GIT_COMMITTER_DATE": date}
+        message = "Snapshot of a sweep"
+        commit = _git(self.root, "commit-tree", self.tree, "-p", self.head, "-m", message, **IDENTITY, **dates).strip()
+        branch = f"{SWEEPS}/{name}-{commit[:8]}"
+        _git(self.root, "push", "--quiet", "origin", f"{commit}:refs/heads/{branch}", **NO_PROMPT)
+        return commit
+
+    def lacks(self, path: Path) -> bool:
+        """Whether a path is in the project, but neither in the snapshot nor in DVC, so that no other machine has it."""
+        if path.is_absolute():
+            return False
+        listed = _git(self.root, "ls-tree", "--name-only", self.tree, "--", path.as_posix(), f"{path.as_posix()}.dvc")
+        return not listed
 
     def unpack(self, folder: Path, linked: Mapping[str, Any] | None = None) -> None:
         """Creates a checkout of the snapshot.
@@ -175,6 +202,22 @@ class Experiment:
         except json.JSONDecodeError as error:
             raise StageFailed(f"{self.name} is not a trial of a sweep; try `dvc exp apply {self.name}`") from error
 
+    def fetch(self) -> bool:
+        """Fetches the result that a work pool's worker pushed to `origin`; returns whether there is one.
+
+        Raises:
+            StageFailed: git failed.
+        """
+        found = _git(self.root, "ls-remote", "origin", f"refs/heads/{TRIALS}/{self.name}", **NO_PROMPT)
+        if not found:
+            return False
+        commit = found.split()[0]
+        options = ["--quiet", "--no-tags", "--no-write-fetch-head", "--no-auto-gc"]
+        _git(self.root, "fetch", *options, "origin", commit, **NO_PROMPT)
+        baseline = _git(self.root, "rev-parse", f"{commit}^").strip()
+        _git(self.root, "update-ref", f"refs/exps/{baseline[:2]}/{baseline[2:]}/{self.name}", commit)
+        return True
+
     @contextmanager
     def exclusive(self, wait: Callable[[], None]) -> Iterator[IO[Any]]:
         """Locks the experiment's checkout; yields the lock file, which a child process may inherit to keep the lock.
@@ -209,8 +252,7 @@ class Experiment:
 
     def command(self, target: str, overrides: Mapping[str, Any]) -> list[str]:
         """Returns the command that runs it in its checkout."""
-        message = json.dumps(dict(overrides), allow_nan=False)
-        return ["flows.runtime.dvc", "exp", "run", "--name", self.name, "--message", message, target]
+        return ["flows.runtime.dvc", "exp", "run", "--name", self.name, "--message", message_of(overrides), target]
 
     def collect(self) -> None:
         """Fetches the result from its checkout, and removes the checkout.
@@ -225,6 +267,11 @@ class Experiment:
             raise StageFailed(f"DVC succeeded without creating the experiment; see {self.folder / 'log.txt'}")
         _git(self.root, "fetch", "--quiet", "--no-write-fetch-head", str(project), *(f"+{ref}:{ref}" for ref in own))
         remove(project)
+
+
+def message_of(overrides: Mapping[str, Any]) -> str:
+    """Returns the message of an experiment's commit, from which `Experiment.overrides` reads its changes."""
+    return json.dumps(dict(overrides), allow_nan=False)
 
 
 def set_params(path: Path, changes: Mapping[str, Any]) -> None:

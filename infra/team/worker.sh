@@ -6,7 +6,8 @@ case $1 in
 deploy) cd /opt/lotlip && exec python -m flows.deploy "$TEAM_SOURCE" "$TEAM_BRANCH" ;;
 *)
     cd /var/lib/lotlip
+    # TEAM_WORKER_RUNS: the number of flow runs that this worker runs at a time
     exec prefect worker start --pool "$1" --type process --no-create-pool-if-not-found --with-healthcheck \
-        --install-policy never --name "${TEAM_WORKER:-$1-$(uname -n)}"
+        ${TEAM_WORKER_RUNS:+--limit "$TEAM_WORKER_RUNS"} --install-policy never --name "${TEAM_WORKER:-$1-$(uname -n)}"
     ;;
 esac

@@ -20,7 +20,8 @@ from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.servers import free_port
-from flows.sweep.sweep import DONE, FAILED, REUSED, WAITING, Outcome, time_left
+from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
+from flows.sweep.sweep import time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name
 from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
@@ -105,6 +106,12 @@ def test_an_invalid_sweep_is_an_error(wrong: dict[str, Any], reason: str):
 
 def test_the_scheduled_sweeps_are_valid_for_params_yaml(params):
     assert 1 < len(make_grid(NIGHTLY, params)) < len(make_grid(WEEKLY, params))
+
+
+def test_trials_run_one_after_another_here_and_side_by_side_on_a_pool():
+    assert Sweep(name="here").parallel == 1
+    assert Sweep(name="there", pool="gpu").parallel == 32
+    assert Sweep(name="there", pool="gpu", parallelism=2).parallel == 2
 
 
 @pytest.mark.integration

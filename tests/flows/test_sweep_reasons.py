@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
-from flows.sweep.sweep import _reason
+from flows.sweep.reasons import failure_reason
 from flows.sweep.trials import Sweep, make_grid, selection_scores
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
@@ -39,12 +37,8 @@ DVC = "ERROR: failed to reproduce 'pretrain@lotlip': failed to run: python -m fl
         ([], 1, "status 1"),
     ],
 )
-def test_the_reason_is_an_error_and_never_an_informational_line(
-    tmp_path: Path, lines: list[str], status: int, expected: str
-):
-    log = tmp_path / "log.txt"
-    log.write_text("\n".join(lines))
-    reason = _reason(log, status)
+def test_the_reason_is_an_error_and_never_an_informational_line(lines: list[str], status: int, expected: str):
+    reason = failure_reason("\n".join(lines), status)
     assert expected in reason
     assert "INFO" not in reason
 
