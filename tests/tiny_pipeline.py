@@ -54,7 +54,7 @@ def tiny(params: dict[str, Any]) -> None:
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
     params["evaluate"]["min_score_over_chance"] = 0.0
-    params["report"]["contact_sheet"] = 4
+    params["report"] |= {"contact_sheet": 4, "stored_results": None}
     params["ablations"] = {name: params["ablations"][name] for name in ("lit", "lotlip")}
     params |= {"finetune": {}, "reproduce": {}, "tables": {}, "findings": {}}
 
