@@ -89,7 +89,7 @@ def test_the_command_scores_every_kind_of_model_like_evaluate(monkeypatch, capsy
     for result, model, line in zip(results, models, lines[3:], strict=False):
         encoder = open_encoder(model, 3, "cpu")
         expected = evaluate(encoder, benchmark, encoder.images(encoded_images(benchmark)))
-        assert result["scores"] == pytest.approx(dict(expected.values))
+        assert result["scores"] == pytest.approx(dict(expected.values), abs=1e-6)
         about = result["protocol"]
         assert (about["model"], about["benchmark"], about["images"], about["split"]) == (
             model,
