@@ -100,9 +100,8 @@ class ShardCache:
             return
         self._make_room(entry.bytes)
         with _store(self._settings.url) as (system, root):
-            present = {Path(found).name for found in system.glob(f"{root}/{name}.*")}
             for ending in _SIDECARS:
-                if f"{name}{ending}" in present:
+                if system.exists(f"{root}/{name}{ending}"):  # a listing would be of all shards
                     with atomic_write(self.folder / f"{name}{ending}") as partial:
                         system.get_file(f"{root}/{name}{ending}", str(partial))
             with atomic_write(tar) as partial:  # last: a tar that is there is complete
@@ -177,7 +176,7 @@ def upload(shards: Path, url: str, on_file: Callable[[int, int, str], None] = la
     files = [shards / name for name in names if name.endswith(_TAR) or (shards / name).is_file()]
     copied = 0
     with _store(url) as (system, root):
-        there = {Path(name).name: system.info(name)["size"] for name in system.glob(f"{root}/*")}
+        there = {Path(name).name: about["size"] for name, about in system.glob(f"{root}/*", detail=True).items()}
         same = set[str]()
         if INDEX_FILE in there:
             with suppress(ValueError):
