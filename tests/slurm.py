@@ -25,6 +25,8 @@ SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmdParameters=config_overrides
+SlurmdLogFile={folder}/%n/steps.log
+SlurmdDebug=debug
 SchedulerParameters=batch_sched_delay=0,sched_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU_Memory
@@ -66,6 +68,17 @@ class Cluster:
         except AssertionError:
             return {}
         return dict(line.split() for line in listed.splitlines())
+
+    def works(self) -> bool:
+        """Whether a job just ran on all machines. It resumes machines that Slurm drained because none started there."""
+        for name, state in self.nodes().items():
+            if state.startswith(("drain", "drng", "down")):
+                self.run("scontrol", "update", f"nodename={name}", "state=resume")
+        try:
+            self.run("srun", f"--nodes={len(self.machines)}", "--ntasks-per-node=1", "--immediate=20", "true")
+        except AssertionError:
+            return False
+        return True
 
     def wait_for_job(self, job: str, log: Path, sooner: Callable[[], bool] = lambda: False) -> None:
         """Waits until a job has succeeded, or until `sooner` returns true.
@@ -119,4 +132,5 @@ def slurm(folder: Path) -> Iterator[Cluster]:
             lambda: cluster.nodes() == dict.fromkeys(names, "idle"),
             lambda: "".join(machine.logs() for machine in machines),
         )
+        wait_until(cluster.works, lambda: "".join(machine.logs() for machine in machines))
         yield cluster

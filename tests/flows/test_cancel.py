@@ -1,17 +1,15 @@
 """Cancelling training or killing its flow leaves no process."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -95,19 +93,22 @@ def start_flow(environment: dict[str, str], job: Path, *arguments: str) -> subpr
     )
 
 
-def post(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
+def send(environment: dict[str, str], path: str, data: dict[str, Any]) -> httpx.Response:
     """Sends a request like Prefect's UI."""
-    headers = {"Content-Type": "application/json", "Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
-    request = urllib.request.Request(f"{environment['PREFECT_API_URL']}/{path}", json.dumps(data).encode(), headers)
+    headers = {"Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
     for seconds in (1, 2, 4, 8, 0):
-        try:
-            with urllib.request.urlopen(request, timeout=300) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:  # 503: the database is busy, and clients should retry
-            if error.code != 503 or not seconds:
-                raise
-            time.sleep(seconds)
-    raise AssertionError
+        answer = httpx.post(f"{environment['PREFECT_API_URL']}/{path}", json=data, headers=headers, timeout=300)
+        if answer.status_code != 503:  # the database is busy, and clients should retry
+            break
+        time.sleep(seconds)
+    return answer
+
+
+def post(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
+    """Sends a request that must succeed, and returns the answer."""
+    answer = send(environment, path, data)
+    assert answer.is_success, f"{path}: {answer.status_code} {answer.text}"
+    return answer.json()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])

@@ -25,9 +25,8 @@ from flows.sweep.sweep import time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name
 from flows.sweep.workspaces import set_params
 from lotlip.config.params import Params, load_params
-from lotlip.core.loopback import basic
 from lotlip.core.section import ConfigError
-from tests.flows.test_cancel import await_that, post
+from tests.flows.test_cancel import await_that, post, send
 from tests.workspace import ROOT, Workspace, tiny
 
 CHROMIUM = shutil.which("chromium")
@@ -158,13 +157,6 @@ def experiments(workspace: Workspace) -> dict[str, str]:
     return {line.split()[0].rpartition("/")[2]: line.split()[1] for line in lines}
 
 
-def prefect(workspace: Workspace) -> httpx.Client:
-    """A client of the workspace's Prefect server."""
-    environment = workspace.environment
-    headers = {"Authorization": basic(environment["PREFECT_API_AUTH_STRING"])}
-    return httpx.Client(base_url=environment["PREFECT_API_URL"], headers=headers, timeout=300)
-
-
 def artifact(workspace: Workspace, key: str) -> Any:
     """Content of Prefect's newest artifact with this key."""
     query = {"artifacts": {"key": {"any_": [key]}}, "sort": "CREATED_DESC", "limit": 1}
@@ -233,8 +225,7 @@ def test_mlflow_runs_and_prefect_flow_runs_link_to_each_other(done: Workspace):
         base, _, run = run_tags["sweep.two"].partition("/runs/flow-run/")
         assert run_tags["prefect.flow_run"] == run_tags["sweep.two"]
         assert base == done.environment["PREFECT_API_URL"].removesuffix("/api")
-        with prefect(done) as client:
-            answer = client.get(f"/flow_runs/{run}").json()
+        (answer,) = post(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
         assert (answer["name"], answer["state"]["type"]) == ("sweep-two", "COMPLETED")
 
 
@@ -299,8 +290,7 @@ def deployed_forms(workspace: Workspace) -> dict[str, dict[str, Any]]:
 def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.Response:
     """Starts a deployment like Prefect's form."""
     path = f"deployments/{deployed_forms(workspace)[name]['id']}/create_flow_run"
-    with prefect(workspace) as client:
-        return client.post(f"/{path}", json={"parameters": parameters})
+    return send(workspace.environment, path, {"parameters": parameters})
 
 
 @pytest.mark.system
@@ -320,7 +310,7 @@ def test_the_forms_validate_their_input_and_schedules_are_inactive(done: Workspa
 def test_the_form_reproduces_an_ablation(done: Workspace):
     scores = done.folder / "metrics" / "lotlip.json"
     assert not scores.exists()
-    run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).json()["id"]
+    run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).raise_for_status().json()["id"]
 
     def state() -> str:
         return post(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_type"]
@@ -412,7 +402,7 @@ def test_a_killed_or_cancelled_sweep_ends_its_processes_and_resumes(done: Worksp
     await_that(lambda: not running(done), "all of its processes have ended")
 
     (point,) = sweeps.glob("m2-*")
-    run = start(done, "sweep/by-hand", {"settings": sweep}).json()["id"]
+    run = start(done, "sweep/by-hand", {"settings": sweep}).raise_for_status().json()["id"]
     await_that(lambda: "resumes after step" in (point / "log.txt").read_text(), "training resumes")
     post(done.environment, f"flow_runs/{run}/set_state", {"state": {"type": "CANCELLING", "name": "Cancelling"}})
     await_that(lambda: not running(done), "all of its processes have ended")
