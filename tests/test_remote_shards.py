@@ -139,6 +139,30 @@ def test_the_cache_keeps_its_size_and_the_latest_shards(shards, there, tmp_path,
     assert opened.read(0, ("json",))["__key__"] == keys[0]  # an open shard stays readable
 
 
+def test_downloads_that_run_count_as_used(shards, there, tmp_path, monkeypatch):
+    entries = read_index(shards, ShardIndex).shards[:3]
+    size = sum(sorted(entry.bytes for entry in entries)[-2:])  # of any two
+    cache = cache_of(there, tmp_path, size)
+    first, second, third = [cache.folder / f"{entry.name}.tar" for entry in entries]
+    (cache.folder / "killed.reserved").parent.mkdir(parents=True)
+    with (cache.folder / "killed.reserved").open("wb") as file:  # of a process that was killed
+        file.truncate(size)
+    os.utime(cache.folder / "killed.reserved", (0, 0))
+    cache.open(first)
+    assert not (cache.folder / "killed.reserved").exists()
+    get_file = LocalFileSystem.get_file
+
+    def meanwhile(self, rpath, lpath, **more):
+        get_file(self, rpath, lpath, **more)
+        if Path(rpath).name == second.name:
+            cache.open(third)  # as another process would
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", meanwhile)
+    cache.open(second)
+    assert stored(tmp_path) == sorted([second.name, third.name])
+    assert not list(cache.folder.glob("*.reserved"))
+
+
 def test_a_cache_that_cannot_hold_the_open_shards_is_an_error(there, tmp_path):
     with pytest.raises(ValueError, match=r"max_bytes 1,000 is less than the [\d,]+ bytes of the \d+ shards"):
         batches(tmp_path, remote(there, tmp_path, 1000))

@@ -22,6 +22,7 @@ from lotlip.data.index import INDEX_FILE, ShardEntry, ShardIndex, read_index
 from lotlip.data.tars import IDS, INDEX, TarSamples
 
 _TAR, _LOCK = ".tar", ".lock"
+_RESERVED = ".reserved"  # a sparse file of a shard's size, while the shard is downloaded
 _SIDECARS = (INDEX, IDS)
 _DOWNLOADS = 4  # shards that a process downloads ahead at the same time
 
@@ -98,8 +99,7 @@ class ShardCache:
         if tar.is_file() and tar.stat().st_size == entry.bytes:
             os.utime(tar)  # the most recently used
             return
-        self._make_room(entry.bytes)
-        with _store(self._settings.url) as (system, root):
+        with self._room(name, entry.bytes), _store(self._settings.url) as (system, root):
             for ending in _SIDECARS:
                 if system.exists(f"{root}/{name}{ending}"):  # a listing would be of all shards
                     with atomic_write(self.folder / f"{name}{ending}") as partial:
@@ -111,18 +111,30 @@ class ShardCache:
                         f"{self._settings.url}/{tar.name} is not the shard that {INDEX_FILE} lists; {_upload_again()}"
                     )
 
-    def _make_room(self, size: int) -> None:
-        """Removes the shards that were used the longest ago, of all data sets, until a shard of `size` bytes fits."""
+    @contextmanager
+    def _room(self, name: str, size: int) -> Iterator[None]:
+        """Reserves `size` bytes for a shard. The caller holds its lock.
+
+        Removes the shards that were used the longest ago, of all data sets, until the shard fits.
+        """
+        reserved = self.folder / f"{name}{_RESERVED}"
         with lock(self._base / "room.lock", wait=True):
-            tars = [(path, status) for path in self._base.glob(f"*/*{_TAR}") if (status := _status(path))]
-            used = size + sum(status.st_size for _, status in tars)
-            for path, status in sorted(tars, key=lambda found: found[1].st_mtime_ns):
+            paths = [path for ending in (_TAR, _RESERVED) for path in self._base.glob(f"*/*{ending}")]
+            files = [(path, status) for path in paths if (status := _status(path))]
+            used = size + sum(status.st_size for _, status in files)
+            for path, status in sorted(files, key=lambda found: found[1].st_mtime_ns):
                 if used <= self._settings.max_bytes:
-                    return
-                with suppress(Locked), lock(path.with_suffix(_LOCK)):
-                    for ending in (_TAR, *_SIDECARS):
+                    break
+                with suppress(Locked), lock(path.with_suffix(_LOCK)):  # free for a download that was killed
+                    for ending in (_TAR, _RESERVED, *_SIDECARS):
                         remove(path.with_suffix(ending))
                     used -= status.st_size
+            with reserved.open("wb") as file:
+                file.truncate(size)
+        try:
+            yield
+        finally:
+            remove(reserved)
 
 
 def open_index(shards: Path, remote: RemoteShards | None) -> ShardIndex:
