@@ -81,7 +81,11 @@ class Handler(BaseHTTPRequestHandler):
             "finish_reason": finish_reason,
             "message": {"role": "assistant", "content": text, **message},
         }
-        self.answer(200, {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]})
+        answer = {"id": "1", "object": "chat.completion", "created": 0, "model": MODEL, "choices": [choice]}
+        if usage := self.server.usage:
+            sent, received = usage
+            answer["usage"] = {"prompt_tokens": sent, "completion_tokens": received, "total_tokens": sent + received}
+        self.answer(200, answer)
 
     def error(self, status: int, message: str, code: str | None = None, **headers: str) -> None:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -162,6 +166,7 @@ class CaptioningServer(ThreadingHTTPServer):
         port: 0: any free port.
 
     Attributes:
+        usage: tokens of a request and of an answer, which each answer states; None: answers state none.
         requests: bodies of all requests for captions.
         attempts: image → number of attempts.
         max_in_flight: maximum number of simultaneous requests.
@@ -181,6 +186,7 @@ class CaptioningServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), Handler)
         self.plan, self.seconds, self.key = plan, seconds, key
         self.models = [MODEL] if models is None else models
+        self.usage: tuple[int, int] | None = None
         self.lock = threading.Lock()
         self.requests: list[dict[str, Any]] = []
         self.attempts: Counter[bytes] = Counter()

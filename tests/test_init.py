@@ -234,7 +234,14 @@ def test_short_captions_serve_as_long_ones_where_there_are_none(tmp_path: Path) 
     assert params.caption.sentence_ends == "unicode"
 
 
-def test_a_captioner_is_tried_on_a_few_images(data: Path) -> None:
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ((700, 90), "21,000 tokens of images and prompts, and 2,700 tokens of answers"),
+        (None, "tokens of captions, besides those of images and prompts"),
+    ],
+)
+def test_a_captioner_is_tried_on_a_few_images(data: Path, usage: tuple[int, int] | None, tokens: str) -> None:
     frame = pd.read_csv(data / "captions.csv").drop(columns="detailed")
     frame.to_csv(data / "captions.csv", index=False)
 
@@ -242,17 +249,16 @@ def test_a_captioner_is_tried_on_a_few_images(data: Path) -> None:
         return caption_text("A dog. <script>alert(1)</script>") if image == image_bytes(3) else None
 
     with CaptioningServer(plan) as server:
+        server.usage = usage
         params, lines = run(data / "captions.csv", data / "params.yaml", captioner=(server.url, None))
         assert len(server.requests) == 1 + TRIED  # the client tries a white square first
     captioner = params.caption.captioners["llava"]
     assert (captioner.kind, captioner.url, captioner.model) == ("endpoint", server.url, MODEL)
     assert params.ablation("lotlip").long_texts.captioners == []
     output = "\n".join(lines)
-    assert (
-        "8 of 8 captioned" in output
-        and "all 30 images take about" in output
-        and "the short captions' own" not in output
-    )
+    (estimate,) = [line for line in lines if "all 30 images take about" in line]
+    assert "8 of 8 captioned" in estimate and tokens in estimate
+    assert "the short captions' own" not in output
     assert "revision of the server's weights" in (data / "params.yaml").read_text()
     page = (data / TRIAL / "index.html").read_text(encoding="utf-8")
     assert page.count('class="seen"') == TRIED and "<script" not in page and "&lt;script&gt;" in page

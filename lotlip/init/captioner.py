@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from pydantic import TypeAdapter
 
 from lotlip.caption.captioners import open_captioner
+from lotlip.caption.captioners.endpoint import EndpointCaptioner, served_models
 from lotlip.caption.config import PRESETS, CaptionerConfig
 from lotlip.config.params import Params
 from lotlip.data.records import Caption, Failure, ImageRecord
@@ -37,6 +40,7 @@ class Trial:
         records: the images.
         captions: a caption or failure for each.
         seconds: per image, without loading the model.
+        usage: tokens of a request and of an answer, as a server counted them; None: it did not.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Trial:
     records: Sequence[ImageRecord]
     captions: Sequence[Caption | Failure]
     seconds: float
+    usage: tuple[float, float] | None
 
     @property
     def texts(self) -> list[str]:
@@ -56,10 +61,15 @@ class Trial:
         needed = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
         needed = needed if minutes >= 1.5 else "a minute"
         written = [one.tokens for one in self.captions if isinstance(one, Caption)]
-        tokens = sum(written) / len(written) * images
+        if self.usage:
+            sent, received = (images * tokens for tokens in self.usage)
+            tokens = f"{sent:,.0f} tokens of images and prompts, and {received:,.0f} tokens of answers"
+        else:
+            received = sum(written) / len(written) * images
+            tokens = f"{received:,.0f} tokens of captions, besides those of images and prompts"
         return (
             f"{len(written)} of {len(self.captions)} captioned, {self.seconds:.2g} s each; all {images:,} images take "
-            f"about {needed} and {tokens:,.0f} tokens of captions, besides those of images and prompts"
+            f"about {needed}; {tokens}"
         )
 
     def items(self, params: Params) -> Items:
@@ -78,8 +88,6 @@ def captioner_section(named: str, model: str | None) -> tuple[str, dict[str, Any
         ValueError: it is none of these, or a server has several models or does not respond.
     """
     if re.match("https?://", named):
-        from lotlip.caption.captioners.endpoint import served_models
-
         path = f"{_MODULES}/endpoint.py"
         models = [model] if model else served_models(named)
         if len(models) != 1:
@@ -126,6 +134,8 @@ def try_captioner(
     settings: Any = TypeAdapter(CaptionerConfig).validate_python(section)
     captioner = open_captioner(name, settings, "bert-base-uncased")
     captions = list(captioner.caption(chosen[:1]))  # loads the model, or asks the server whether it has it
+    usage = captioner.usage if isinstance(captioner, EndpointCaptioner) else deque[tuple[int, int]]()
+    usage.clear()
     begun = time.monotonic()
     captions += captioner.caption(chosen[1:])
     seconds = (time.monotonic() - begun) / max(len(chosen) - 1, 1)
@@ -133,4 +143,5 @@ def try_captioner(
     if len(failures) == len(captions):
         first = f"{failures[0].where}: {failures[0].reason}"
         raise ValueError(f"{name} captions none of {len(captions)} images, such as {first}")
-    return Trial(name, section, chosen, captions, seconds)
+    means = (mean(sent for sent, _ in usage), mean(received for _, received in usage)) if usage else None
+    return Trial(name, section, chosen, captions, seconds, means)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 KEYS = ("LOTLIP_ENDPOINT_KEY", "OPENAI_API_KEY")  # environment variables; the first one that is set is used
 NO_KEY = "EMPTY"  # the customary value for servers that need no key
 CONNECT_SECONDS = 5.0
+_USAGE = 64  # answers
 LONGEST_REASON = 300  # characters of a server's error message: some servers send the picture back
 
 # Formats, by Pillow's name, that servers accept directly.
@@ -84,6 +85,7 @@ class EndpointCaptioner:
         revision: the model and its revision, as in the settings.
         prompt: sent with each image.
         about: everything besides the image that decides a caption's text, as JSON.
+        usage: tokens of the request and of the answer, as the server counted them, for each of the latest answers.
 
     Raises:
         ValueError: the key would be sent unencrypted to another machine.
@@ -111,6 +113,7 @@ class EndpointCaptioner:
             "prompt": settings.prompt,
             "decoding": decoding,
         }
+        self.usage: deque[tuple[int, int]] = deque(maxlen=_USAGE)
         self._name = name
         self._count_tokens = count_tokens
         self._decoding = decoding
@@ -241,6 +244,8 @@ class EndpointCaptioner:
         with server.slots:
             answer = client.chat.completions.create(model=self.settings.model, messages=messages, **self._decoding)
         server.alive = time.monotonic()
+        if answer.usage:
+            self.usage.append((answer.usage.prompt_tokens, answer.usage.completion_tokens))
         return answer
 
     def _image_failure(self, client: openai.OpenAI, record: ImageRecord, error: openai.APIError) -> Failure:
