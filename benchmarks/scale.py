@@ -240,25 +240,20 @@ PARTS: dict[str, Callable[[Path], dict[str, int]]] = {
 
 def measure_here(work: Callable[[], dict[str, int]]) -> dict[str, float]:
     """Measures a part in this process. CPU time includes its servers; peak memory is that of the largest process."""
-    started, used = time.monotonic(), _cpu_seconds()
+    started, (used, _) = time.monotonic(), _usage()
     processed = work()
-    peak = max(resource.getrusage(who).ru_maxrss for who in _WHO) / 1024
-    return {
-        **processed,
-        "seconds": time.monotonic() - started,
-        "cpu_seconds": _cpu_seconds() - used,
-        "peak_mb": peak,
-    }
+    seconds, (cpu_seconds, peak) = time.monotonic() - started, _usage()
+    return {**processed, "seconds": seconds, "cpu_seconds": cpu_seconds - used, "peak_mb": peak}
 
 
-_WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+def _usage() -> tuple[float, float]:
+    """CPU time and peak memory in MB of this process and the ended ones that it started."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    seconds = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return seconds, max(usage.ru_maxrss for usage in usages) / 1024
 
 
-def _cpu_seconds() -> float:
-    return sum(usage.ru_utime + usage.ru_stime for usage in map(resource.getrusage, _WHO))
-
-
-def measure_size(folder: Path, rows: int, partitions: int) -> dict[str, Any]:
+def measure_size(folder: Path | None, rows: int, partitions: int) -> dict[str, Any]:
     """Measures all parts with one number of rows, each in a separate process."""
     with tempfile.TemporaryDirectory(dir=folder) as data:
 
@@ -266,14 +261,16 @@ def measure_size(folder: Path, rows: int, partitions: int) -> dict[str, Any]:
             command = [sys.executable, "-m", "benchmarks.scale", "--rows", str(rows), "--partitions", str(partitions)]
             done = subprocess.run(
                 [*command, "--part", part],
-                check=True,
-                stdout=subprocess.PIPE,
+                check=False,
+                capture_output=True,
                 text=True,
                 cwd=data,  # DVC's project, and the place of Prefect's files
                 env={**os.environ, "PYTHONPATH": str(ROOT)},
             )
+            if done.returncode:
+                raise RuntimeError(f"{part} failed with {rows:,} rows:\n{done.stderr}")
             found = dict(json.loads(done.stdout.splitlines()[-1]))
-            print(f"{rows:,} rows: {part}: {found}", file=sys.stderr, flush=True)
+            print(f"{rows:,} rows: {part}: {found['seconds']:.1f} s", file=sys.stderr, flush=True)
             return found
 
         written = run(WRITING)
