@@ -56,7 +56,7 @@ def write_bookkeeping(data: Path, rows: int, partitions: int) -> dict[str, int]:
         unit = Unit(SPLITS[number] if number < len(SPLITS) else "train", number)
         images = _images(data / "units" / f"{unit.name}.tar", number, rows // partitions)
         keys = [f"url-{sha256[:32]}" for sha256 in images["sha256"]]
-        texts = [f"picture {key}" for key in keys]
+        texts = [f"picture {number}-{row}" for row in range(len(keys))]
         captions.append(_write_unit(data / "captions", unit.name, CAPTIONS, _captions(keys, texts)))
         for row in range(COPIES - 1, len(keys), COPIES) if originals else ():
             key, images["sha256"][row] = rng.choice(originals)
@@ -315,7 +315,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=100_000_000)
     parser.add_argument("--partitions", type=int, default=10_000)
-    parser.add_argument("--folder", type=Path, help="of the bookkeeping, 400 bytes a row; default: a temporary one")
+    parser.add_argument("--folder", type=Path, help="of the bookkeeping, 250 bytes a row; default: a temporary one")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     options = parser.parse_args()
