@@ -154,7 +154,7 @@ def all_stages(data: Path) -> None:
     write_shard_index(shards, {"train": written}, statistics, features=False, vocabulary=[])
     held_out = held_out_images(ingest, unit_names(ingest))
     sizes = ShardConfig(samples_per_shard=PER_SHARD, store_features=False)
-    gate_shard(sizes, shards, read_index(shards, ShardIndex), sum(map(len, plans)), held_out, data / "gate")
+    gate_shard(sizes, shards, read_index(shards, ShardIndex), sum(map(len, plans)), held_out, None, data / "gate")
 
 
 def peak_memory(partitions: int) -> float:

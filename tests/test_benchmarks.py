@@ -36,7 +36,7 @@ def run_benchmarks(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_results_are_stored_and_failed_benchmarks_repeated(commands_run, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="1 of 15 benchmarks failed: loader"):
+    with pytest.raises(SystemExit, match="1 of 16 benchmarks failed: loader"):
         run_benchmarks(monkeypatch)
     assert "no such folder" in capsys.readouterr().err
     stored = read_json(Path("benchmarks.json"))

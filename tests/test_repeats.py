@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import duckdb
@@ -149,6 +150,23 @@ def test_a_copy_of_a_dropped_row_is_kept(tmp_path):
     unique = unique_partitions(tmp_path / "units", reports, tmp_path / "out", {})
     assert [report.written for report in unique] == [1, 0, 1]
     assert unique[1].failures[0].reason == "its key is taken by a in train/part-00000"
+
+
+def test_the_table_of_originals_is_read_once_however_many_copies_there_are(tmp_path, monkeypatch):
+    units = {f"train/{part}": [record(f"original-{part}", part)] for part in range(10)}
+    units |= {f"train/{part}": [record(f"copy-{part}-{n}", n) for n in range(10)] for part in (10, 11)}
+    reports = write(tmp_path / "units", units)
+    reads: Counter[str] = Counter()
+
+    def counted(folder: Path, name: str, columns: list[str]) -> pd.DataFrame:
+        reads[name] += columns == ["key"]
+        return read_table(folder, name, columns)
+
+    monkeypatch.setattr("lotlip.data.duplicates.read_table", counted)
+    unique = unique_partitions(tmp_path / "units", reports, tmp_path / "out", {})
+    assert [report.written for report in unique] == [1] * 10 + [0, 0]
+    assert unique[11].failures[9].reason == "it is the same image as original-9 in train/part-00009"
+    assert reads == {f"train/part-{part:05d}": 2 if part < 10 else 1 for part in range(12)}  # 1: compares the keys
 
 
 def test_an_image_of_an_evaluation_set_is_dropped_from_training(tmp_path):

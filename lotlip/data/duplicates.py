@@ -179,9 +179,10 @@ def unique_partitions(
             values[list(dropped.get(name, {}))] = np.ma.masked  # rows that are already dropped are not originals
             return values
 
-        key_of = lru_cache(maxsize=8)(lambda name: read_table(units, name, ["key"])["key"])
-        duplicates = [duplicate for batch in find_duplicates(map(read, names)) for duplicate in batch.tolist()]
-        for part, row, first_part, first_row in sorted(duplicates):
+        key_of = lru_cache(maxsize=1)(lambda name: read_table(units, name, ["key"])["key"])
+        duplicates = np.concatenate([np.empty((0, 4), np.int64), *find_duplicates(map(read, names))])
+        by_first = duplicates[np.argsort(duplicates[:, 2])]  # so that `key_of` reads each partition once
+        for part, row, first_part, first_row in map(np.ndarray.tolist, by_first):
             first = names[first_part]
             reason = f"{what} {key_of(first)[first_row]} in {first}"
             dropped.setdefault(names[part], {})[row] = (kind, reason)
