@@ -52,6 +52,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
         ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
     check_inputs(params.inputs())
+    params.paths.captions.mkdir(parents=True, exist_ok=True)  # later stages depend on it, also without captioners
     remove_outdated_baselines(params)
     remove_outdated_report(params)
     started = time.time()
