@@ -366,6 +366,14 @@ def test_nothing_is_overwritten_without_force(data: Path) -> None:
     assert (data / "params.yaml.old-1").read_text() == "mine"
 
 
+def test_too_few_images_are_an_error(data: Path) -> None:
+    table = data / "captions.csv"
+    pd.read_csv(table).head(19).to_csv(table, index=False)
+    with pytest.raises(ValueError, match=r"captions\.csv has 19 images that can be used, but .* at least 20"):
+        run(table, data / "params.yaml")
+    assert not (data / "params.yaml").exists()
+
+
 def test_long_captions_of_other_images_are_an_error(data: Path) -> None:
     table = data / "captions.csv"
     frame = pd.read_csv(table)
