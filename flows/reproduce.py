@@ -52,6 +52,8 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
         ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
     check_inputs(params.inputs())
+    if not params.caption.captioners:
+        make_captions(params.paths.captions)
     remove_outdated_baselines(params)
     remove_outdated_report(params)
     started = time.time()
@@ -65,6 +67,16 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     if status:
         raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
     print(closing_message(params, seconds))
+
+
+def make_captions(folder: Path) -> None:
+    """Makes the folder of captions, which later stages depend on, but no stage writes without captioners.
+
+    It is not empty, because DVC warns of empty folders; `make clean` keeps `.gitkeep`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.iterdir()):
+        (folder / ".gitkeep").touch()
 
 
 def remove_outdated_baselines(params: Params) -> None:

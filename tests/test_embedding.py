@@ -453,6 +453,7 @@ def test_changed_weights_are_an_error(tmp_path, model, tiny_tower):
         ({}, "either a text or an image"),
         ({"text": "a", "image": Path("a.png")}, "either a text or an image"),
         ({"text": " \n"}, "the text to search for is empty"),
+        ({"text": "a \udcff"}, "is not valid Unicode"),
         ({"text": "a", "top": 0}, "top is 0"),
         ({"image": Path(__file__)}, r"test_embedding\.py: not a readable image"),
     ],

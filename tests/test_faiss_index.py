@@ -112,6 +112,23 @@ def test_incompatible_items_cannot_be_added(tmp_path):
         add(path, [other])
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_items_are_added_only_once(tmp_path, ending):
+    path, again, other = (tmp_path / f"{name}{ending}" for name in ("images", "again", "other"))
+    write(path, 50)
+    build(path)
+    index = faiss_file(path).read_bytes()
+    write(again, 60)  # the same folder, with ten more images
+    with pytest.raises(ValueError, match=r"again.* has 50 items that are already in .*, such as 0-0\.png; embed only"):
+        add(path, [again])
+    write(other, 5, seed=1)
+    with pytest.raises(ValueError, match="is already in"):
+        add(path, [other, other])
+    assert faiss_file(path).read_bytes() == index
+    write(again, 50, source="a copy elsewhere")
+    assert add(path, [other, again]).rows == 105
+
+
 def test_few_items_and_added_ones_are_searched_exactly(tmp_path):
     path, more = tmp_path / "images.npy", tmp_path / "more.parquet"
     write(path, 50)

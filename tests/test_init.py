@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -18,6 +20,7 @@ from PIL import Image
 from lotlip.config.params import Params, load_params
 from lotlip.init.captioner import TRIAL, TRIED, captioner_section
 from lotlip.init.init import init
+from lotlip.init.inspection import inspect
 from lotlip.init.source import Columns, find_source
 from tests.captioning_server import MODEL, CaptioningServer, caption_text
 from tests.tiny_baselines import CLIP_LENGTH, save_clip
@@ -133,6 +136,61 @@ def test_find_source_detects_images_inside_a_table(tmp_path: Path) -> None:
     assert source.captioners["detailed"]["key"] == "id"
 
 
+def test_columns_of_hashes_and_metadata_are_not_images_or_texts(tmp_path: Path) -> None:
+    frame = pd.DataFrame(rows())
+    frame.insert(0, "exif", [{"iso": n} for n in range(len(frame))])
+    frame.insert(0, "sha", [np.random.default_rng(n).bytes(2000) for n in range(len(frame))])
+    write_images(tmp_path)
+    frame.to_parquet(tmp_path / "t.parquet")
+    source = find_source(tmp_path / "t.parquet", None)
+    assert source.source["image"] == "file_name" and list(source.captioners) == ["detailed"]
+    frame["picture"] = [image_bytes(n) for n in range(len(frame))]
+    frame.to_parquet(tmp_path / "t.parquet")
+    assert find_source(tmp_path / "t.parquet", None).source["image"] == "picture"
+    for columns in (Columns("exif"), Columns(caption="sha"), Columns(caption="picture"), Columns(long=["exif"])):
+        with pytest.raises(ValueError, match=r"column \w+ of .*t\.parquet has nested values or binary data"):
+            find_source(tmp_path / "t.parquet", None, columns)
+
+
+def test_columns_of_one_name_are_not_used(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    table = pa.Table.from_pandas(pd.DataFrame(rows()))
+    pq.write_table(table.append_column("id", table["id"]), tmp_path / "t.parquet")
+    source = find_source(tmp_path / "t.parquet", None)
+    assert (
+        source.source["image"] == "file_name" and "not used: column id, of which there are several" in source.found[1]
+    )
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_paths_may_be_absolute(data: Path, tmp_path: Path, given: bool) -> None:
+    frame = pd.read_csv(data / "captions.csv")
+    frame["file_name"] = [str(data / "images" / name) for name in frame["file_name"]]
+    (tmp_path / "elsewhere").mkdir()
+    table = tmp_path / "elsewhere" / "captions.csv"
+    frame.to_csv(table, index=False)
+    source = find_source(table, data / "images" if given else None)
+    assert Path(source.source["images"]) == data / "images" / ("" if given else "sub")
+    found = inspect(source, lambda texts: [len(text) for text in texts])
+    assert found.images == 30 and len(found.texts["detailed"].tokens) == 30
+
+
+@pytest.mark.parametrize(
+    ("short", "long"),
+    [
+        ("一只红色的狗在河边跑步{}", "一只红色的狗在河边跑步{}。旁边有一棵绿色的树和一座白色的房子。天空是蓝色的。"),
+        ("สุนัขวิ่งอยู่ริมแม่น้ำ{}", "สุนัขสีแดงวิ่งอยู่ริมแม่น้ำ{}\nข้างๆมีต้นไม้สีเขียวและบ้านสีขาว\nท้องฟ้าเป็นสีฟ้ามีเมฆมาก"),
+    ],
+)
+def test_captions_may_be_in_scripts_without_spaces(data: Path, short: str, long: str) -> None:
+    frame = pd.read_csv(data / "captions.csv").drop(columns="id")
+    frame["caption"] = [short.format(n) for n in range(len(frame))]
+    frame["detailed"] = [long.format(n) for n in range(len(frame))]
+    frame.to_csv(data / "captions.csv", index=False)
+    source = find_source(data / "captions.csv", None)
+    assert source.source["caption"] == "caption" and list(source.captioners) == ["detailed"]
+
+
 def test_named_columns_are_used(data: Path) -> None:
     source = find_source(data / "captions.csv", data / "images", Columns("file_name", "detailed", ["caption"]))
     assert source.source["caption"] == "detailed"
@@ -171,19 +229,25 @@ def test_find_source_recognises_folders_and_tars(tmp_path: Path) -> None:
     ("change", "options", "problem"),
     [
         (lambda data: (data / "images").rename(data / "elsewhere"), {}, "no column of .* has paths of images below"),
-        (lambda data: None, {"images": Path("nowhere")}, "--images nowhere is not a folder"),
+        (lambda data: None, {"images": "images/sub"}, "file_name has sub/000.png, which is not there"),
+        (lambda data: None, {"images": "nowhere"}, "--images .*nowhere is not a folder"),
         (lambda data: (data / "captions.csv").write_text("file_name,n\nsub/000.png,1\n"), {}, "no column of captions"),
         (lambda data: (data / "captions.csv").write_text("file_name,n\n"), {}, "has no rows"),
+        (
+            lambda data: (data / "captions.csv").write_text("a,b\nx,y,z\n"),
+            {},
+            r"no rows .*\(line 2: it has 3 fields, but",
+        ),
         (lambda data: (data / "captions.csv").unlink(), {}, "does not exist"),
         (lambda data: (data / "captions.csv").rename(data / "captions.xls"), {"data": "captions.xls"}, "another form"),
-        (lambda data: None, {"columns": Columns(image="url")}, "column url of .* does not have paths of images"),
+        (lambda data: None, {"columns": Columns(image="url")}, "column url of .* does not have paths .* has addresses"),
     ],
 )
 def test_undetected_columns_and_folders_are_errors(data: Path, change: Any, options: Any, problem: str) -> None:
     change(data)
     file = options.pop("data", "captions.csv")
     with pytest.raises(ValueError, match=problem):
-        find_source(data / file, options.pop("images", None), **options)
+        find_source(data / file, data / images if (images := options.pop("images", None)) else None, **options)
 
 
 # --- params.yaml ----------------------------------------------------------------------------------------------------
@@ -300,6 +364,14 @@ def test_nothing_is_overwritten_without_force(data: Path) -> None:
     assert out.read_text() == "mine"
     run(data / "captions.csv", out, force=True)
     assert (data / "params.yaml.old-1").read_text() == "mine"
+
+
+def test_too_few_images_are_an_error(data: Path) -> None:
+    table = data / "captions.csv"
+    pd.read_csv(table).head(19).to_csv(table, index=False)
+    with pytest.raises(ValueError, match=r"captions\.csv has 19 images that can be used, but .* at least 20"):
+        run(table, data / "params.yaml")
+    assert not (data / "params.yaml").exists()
 
 
 def test_long_captions_of_other_images_are_an_error(data: Path) -> None:

@@ -137,6 +137,21 @@ def test_reproduce_checks_paths_first(project, monkeypatch):
         reproduce.reproduce(load_params(), [[]])
 
 
+def test_reproduce_makes_the_folder_of_captions(project, monkeypatch):
+    """Stage `shard` depends on it in dvc.yaml, but without captioners no stage writes it."""
+    from flows import reproduce
+
+    def runs(_: object) -> bool:
+        assert list(Path("elsewhere/captions").iterdir())  # DVC warns of an empty folder
+        return True
+
+    monkeypatch.setattr(reproduce, "is_up_to_date", runs)
+    params = load_params()
+    paths = params.paths.model_copy(update={"captions": Path("elsewhere/captions")})
+    caption = params.caption.model_copy(update={"captioners": {}})
+    reproduce.reproduce(params.model_copy(update={"paths": paths, "caption": caption}), [[]])
+
+
 def test_the_state_of_a_file_depends_on_permissions_and_contents(tmp_path):
     path = tmp_path / "a"
     path.write_text("one")

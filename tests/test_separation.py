@@ -49,4 +49,7 @@ def test_few_images_have_no_separation(tmp_path):
 
 def test_the_warning_states_numbers_and_a_remedy():
     warning = Separation(100, 0.1, 0.2, 0.05).warning
-    assert "0.100 by its features, 0.200 by 8 × 8 pixels and 0.050 at random" in warning and "packaged" in warning
+    assert (
+        "0.100 by its features, 0.200 by 8 × 8 pixels and 0.050 at random" in warning
+        and "docs/image-towers.md" in warning
+    )

@@ -123,6 +123,34 @@ def test_an_invalid_request_is_an_error(
     assert (answer.status_code, message in answer.text) == (status, True), answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("search", rb'{"text": "a", "top": NaN}', "Input should be a finite number"),
+        ("search", rb'{"text": "a", "more": NaN}', "Extra inputs are not permitted"),
+        ("search", rb'{"text": "a \ud800"}', "valid string"),
+        ("embed", rb'{"texts": ["a", "\ud800"]}', "valid string"),
+        ("embed", rb'{"\ud800": 1}', "valid string"),
+        ("embed", b'{"texts": [' + b"1," * 5_000 + b"1]}", "valid string"),
+        ("embed", b"{", "JSON decode error"),
+    ],
+)
+def test_an_invalid_request_is_not_repeated(client: TestClient, path: str, body: bytes, message: str) -> None:
+    answer = client.post(f"/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, message in answer.text) == (422, True), answer.text
+    assert all(set(one) == {"type", "loc", "msg"} for one in answer.json()["detail"])
+
+
+def test_the_type_of_a_request_is_json(client: TestClient) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", ""):
+        answer = client.post("/embed", content=b'{"texts": ["a"]}', headers={"Content-Type": kind})
+        assert answer.status_code == 415 and "Content-Type: application/json" in answer.json()["detail"]
+    answer = client.post(
+        "/embed", content=b'{"texts": ["a"]}', headers={"Content-Type": "application/json; charset=utf-8"}
+    )
+    assert answer.status_code == 200
+
+
 class SlowModel:
     """An embedder with slow batches."""
 

@@ -122,6 +122,21 @@ def test_a_byte_order_mark_and_blank_lines_are_skipped(tmp_path):
     assert list(table.ranges(1)) == [RowRange(12, 3, 1), RowRange(18, 6, 1)]
 
 
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_fields_may_have_other_separators(tmp_path, separator):
+    add_image(tmp_path / "images", "a.png")
+    rows = [["image", "caption, short; or long"], ["a.png", "a dog, a cat;\ta bird"], ["b.png", "no image"]]
+    source = csv_source(
+        write_csv(tmp_path / "t.csv", rows, delimiter=separator),
+        tmp_path / "images",
+        image="image",
+        caption="caption, short; or long",
+    )
+    items = read_all(source)
+    assert kinds(items) == [("a", ""), ("b", "missing")]
+    assert items[0].short_caption == "a dog, a cat; a bird"
+
+
 def test_a_bad_row_does_not_affect_others(tmp_path):
     csv.field_size_limit(2**31 - 1)  # other readers of CSV in this process may have set it
     for number in range(9):
@@ -420,6 +435,25 @@ def test_a_jsonl_file_without_a_first_object_is_an_error(tmp_path, content, faul
     (tmp_path / "t.jsonl").write_bytes(content)
     with pytest.raises(ValueError, match=fault):
         open_table(tmp_path / "t.jsonl")
+
+
+def test_keys_of_later_objects_are_columns(tmp_path):
+    table = open_table(write_jsonl(tmp_path / "t.jsonl", [{"a": 1}, b"{broken", {"b": "x", "a": 2}]))
+    assert table.columns == ["a", "b"]
+    assert [row.values for row in table.rows(["a", "b"])] == [(1, None), (), (2, "x")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_lists_of_texts_are_joined(tmp_path, kind):
+    cells = [["A dog.", " It runs."], [], None, ["It", None], [1.0, 2.0]]
+    if kind == "jsonl":
+        table = write_jsonl(tmp_path / "t.jsonl", [{"a": cell} for cell in cells])
+        (*texts, numbers) = [row.values[0] for row in open_table(table).rows(["a"])]
+    else:
+        table = write_parquet(tmp_path / "t.parquet", {"a": cells[:4], "numbers": [None, None, None, cells[4]]})
+        texts = [row.values[0] for row in open_table(table).rows(["a"])]
+        (*_, numbers) = [row.values[0] for row in open_table(table).rows(["numbers"])]
+    assert texts == ["A dog. It runs.", "", None, "It"] and numbers == [1.0, 2.0]
 
 
 def test_long_captions_are_read_from_jsonl(tmp_path):

@@ -125,6 +125,12 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageFile.ImageFile
     raise ValueError(f"it is none of {', '.join(FORMATS)}")
 
 
+def is_encoded(data: bytes) -> bool:
+    """Whether the data begins as an image of one of `FORMATS` does."""
+    Image.init()
+    return _needs_plugin(data) is not None or any(_opener(name, data) for name in FORMATS)
+
+
 def _opener(name: str, data: bytes) -> Callable[..., Any] | None:
     """Pillow's opener for a format; None if Pillow has none or the data is of another format."""
     factory, accepts = Image.OPEN.get(name, (None, None))

@@ -16,6 +16,7 @@ from lotlip.core.listing import files_below
 
 _LONGEST_LINE = 2**20  # bytes; a longer line is read in pieces, which are invalid rows
 _LONGEST_FIELD = 2**17  # characters; an unclosed quote runs this far
+_FIRST_OBJECTS = 100  # of a JSONL file, whose keys are its columns; objects often lack keys without a value
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def is_text(kind: Any) -> bool:
 
 
 class ParquetTable:
-    """A Parquet file, read by row groups, a few rows at a time."""
+    """A Parquet file, read by row groups, a few rows at a time. A list of texts is joined by spaces, as in JSONL."""
 
     unit = "row"
 
@@ -176,7 +177,7 @@ class ParquetTable:
                 yield from self._rows(batch.slice(row, 1), columns, place + row)
             return
         for row, values in enumerate(rows):
-            yield TableRow(place + row + 1, values)
+            yield TableRow(place + row + 1, tuple(map(_cell, values)))
 
 
 def _ranges(records: Iterable[tuple[int, int, object]], size: int) -> Iterator[RowRange]:
@@ -187,12 +188,16 @@ def _ranges(records: Iterable[tuple[int, int, object]], size: int) -> Iterator[R
 
 
 class CsvTable:
-    """A UTF-8 CSV file with a header line; quoted fields may contain commas, quotes and newlines."""
+    """A UTF-8 CSV file with a header line; quoted fields may contain separators, quotes and newlines.
+
+    Fields are separated by commas, semicolons or tabs, whichever gives the header the most columns.
+    """
 
     unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._separator = max(",;\t", key=self._width)  # the first of equals
         with path.open("rb") as file:
             # the header ends where the next record begins
             header = list(islice(self._records(file, 0), 2))
@@ -203,6 +208,13 @@ class CsvTable:
         if isinstance(first, csv.Error) or not all(map(_is_text, first)):
             raise ValueError("its first line is not a UTF-8 header")
         self.columns = first
+
+    def _width(self, separator: str) -> int:
+        """Number of columns of the header with another separator."""
+        self._separator = separator
+        with self.path.open("rb") as file:
+            _, _, fields = next(self._records(file, 0), (0, 0, []))
+        return 0 if isinstance(fields, csv.Error) else len(fields)
 
     def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
@@ -228,8 +240,7 @@ class CsvTable:
                         bad = [column for column, value in zip(columns, values, strict=True) if not _is_text(value)]
                         yield TableRow(number, problem=(f"{', '.join(bad)} is not UTF-8", "encoding"))
 
-    @staticmethod
-    def _records(file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
+    def _records(self, file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
         """First byte, first line and fields of each record from the file's position on; blank lines are skipped.
 
         An unclosed quote runs to the field size limit, and everything in it is one error.
@@ -248,7 +259,7 @@ class CsvTable:
                 line += 1
                 yield text.decode("utf-8", "surrogateescape")
 
-        reader = csv.reader(lines())
+        reader = csv.reader(lines(), delimiter=self._separator)
         while True:
             start, first = place, line + 1
             csv.field_size_limit(_LONGEST_FIELD)  # the limit is global to the process: other code may have changed it
@@ -275,7 +286,7 @@ def _is_text(value: str) -> bool:
 
 
 class JsonlTable:
-    """A UTF-8 file with a JSON object per line. The columns are the keys of the first object.
+    """A UTF-8 file with a JSON object per line. The columns are the keys of the first objects.
 
     A list of texts is joined by spaces, because captions are often stored as lists of sentences. A column that an
     object lacks is null.
@@ -286,12 +297,14 @@ class JsonlTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
-            first = next(self._records(file), None)
-        if first is None:
+            first = list(islice(self._records(file), _FIRST_OBJECTS))
+        if not first:
             raise ValueError("the file is empty")
-        if isinstance(first[2], str):
-            raise ValueError(f"line {first[1]}: {first[2]}")
-        self.columns = list(first[2])
+        if isinstance(first[0][2], str):
+            raise ValueError(f"line {first[0][1]}: {first[0][2]}")
+        self.columns = list(
+            dict.fromkeys(name for _, _, record in first if isinstance(record, dict) for name in record)
+        )
 
     def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
@@ -331,8 +344,8 @@ class JsonlTable:
 
 
 def _cell(value: Any) -> Any:
-    if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
-        return " ".join(part.strip() for part in value)
+    if isinstance(value, list) and all(part is None or isinstance(part, str) for part in value):
+        return " ".join(part.strip() for part in value if part)
     return value
 
 

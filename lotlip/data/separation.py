@@ -53,8 +53,8 @@ class Separation:
         return (
             "the image tower separates these pictures no better than raw pixels do: captions of nearest neighbours "
             f"have a similarity of {self.tower:.3f} by its features, {self.pixels:.3f} by {_SIDE} × {_SIDE} pixels and "
-            f"{self.chance:.3f} at random ({self.pictures} pictures); use another image_tower, such as "
-            "{kind: packaged}"
+            f"{self.chance:.3f} at random ({self.pictures} pictures); use another image_tower "
+            "(docs/image-towers.md)"
         )
 
 

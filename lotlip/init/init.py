@@ -22,6 +22,8 @@ from lotlip.plan.plan import Gpu, Plan
 from lotlip.plan.plan import plan as make_plan
 from lotlip.report.look import look_of
 
+FEWEST = 20  # usable images; with fewer, often no image is held out
+
 
 def init(
     data: Path,
@@ -47,7 +49,7 @@ def init(
             None: none.
 
     Raises:
-        ValueError: the data, the starting model or the captioner cannot be used.
+        ValueError: the data, the starting model or the captioner cannot be used, or there are too few images.
         OSError: the captioner's server does not respond.
         ForeignFileError: the file exists.
     """
@@ -62,6 +64,11 @@ def init(
     opened = _open(start, show) if start else None
     tokenizer = opened.tokenizer if opened else open_tokenizer("clip" if start else "bert-base-uncased")
     found = inspect(source, tokenizer.full_lengths)
+    if found.usable < FEWEST:
+        raise ValueError(
+            f"{data} has {found.usable} images that can be used, but training and scoring on held-out images need at "
+            f"least {FEWEST}; add images with captions"
+        )
     trial = None
     if captioner:
         trial = try_captioner(name, section, found.records, show)
@@ -153,6 +160,7 @@ def _estimate(planned: Plan) -> str:
     used, minutes = sum(planned.memory.values()), (planned.seconds + planned.feature_seconds) / 60
     fits = f"; does not fit: {planned.remedy}" if planned.remedy else ""
     time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+    time_left = time_left if minutes >= 1.5 else "a minute"
     return f"{used / 1e9:.1f} GB of {planned.gpu.memory / 1e9:.0f} GB {place}, training takes about {time_left}{fits}"
 
 

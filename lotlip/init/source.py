@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 
 import pyarrow.types as kinds
 
+from lotlip.caption.quality import words_of
 from lotlip.core.listing import files_below
-from lotlip.data.images import ENDINGS
+from lotlip.data.images import ENDINGS, is_encoded
 from lotlip.data.rows import ParquetTable, TableFile, as_name, find_tables, open_table, require
 from lotlip.data.text import split_sub_captions
 from lotlip.ingest.sources.webdataset import TARS
 
 _TABLES = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _ROWS = 200  # that are read to find the columns
+_IMAGES = 10  # cells that are tried to find a column of images
 _KEY_NAMES = ("key", "id", "name", "image_id", "uid")
 # A column with this many times as many words as the short caption has long captions.
 _LONGER = 1.5
@@ -69,7 +72,7 @@ def find_source(data: Path, images: Path | None, columns: Columns = Columns()) -
         return _table_source(data, kind, images, columns)
     if images is not None or any(named):
         raise ValueError(f"--images and columns are for tables, but {data} is {_WHAT[kind]}; remove them")
-    return DataSource({"kind": kind, "path": data.as_posix()}, found=[f"{data} is {_WHAT[kind]}"])
+    return DataSource({"kind": kind, "path": data.as_posix()}, found=[f"{data} is {_WHAT[kind]}", NO_LONG_CAPTIONS])
 
 
 _WHAT = {
@@ -109,7 +112,12 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
     require(table, [name for name in (columns.image, columns.caption, *columns.long) if name], "name columns it has")
     embedded = _embedded_images(table)
     texts = _texts(table, embedded)
+    for name in (columns.image, columns.caption, *columns.long):
+        if name and name not in texts and not (name in embedded and name == columns.image):
+            raise ValueError(f"column {name} of {data} has nested values or binary data; name a column of texts")
     found = [f"{data} is a table ({kind}) with the columns {', '.join(table.columns)}"]
+    if repeated := [name for name in dict.fromkeys(table.columns) if table.columns.count(name) > 1]:
+        found.append(f"not used: column {', '.join(repeated)}, of which there are several; rename them to use them")
     if columns.image in embedded or (columns.image is None and embedded):
         image = columns.image or embedded[0]
         found.append(f"images: in column {image}")
@@ -129,6 +137,8 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         key = _key_column(data, texts, [caption, *long])
         source["key"] = key
         found.append(f"keys: column {key}")
+    elif any(cell.startswith("/") for cell in texts[image]):
+        source["key"] = image  # the whole path, as the captioners read it
     section: dict[str, Any] = {
         "kind": "table",
         "path": data.as_posix(),
@@ -140,7 +150,8 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         captioners = {captioner_name(name, number): {**section, "text": name} for number, name in enumerate(long)}
     else:
         captioners = {"own": {**section, "text": long}}
-        found.append("these columns are joined into one long caption, because some are empty or of one sentence")
+        if len(long) > 1:
+            found.append("these columns are joined into one long caption, because some are empty or of one sentence")
     return DataSource(source, captioners, found)
 
 
@@ -155,21 +166,37 @@ def _embedded_images(table: TableFile) -> list[str]:
     if not isinstance(table, ParquetTable):
         return []
     tests = (kinds.is_binary, kinds.is_large_binary, kinds.is_binary_view, kinds.is_struct)
-    return [name for name in table.columns if any(test(table.schema.field(name).type) for test in tests)]
+    columns = [
+        column.name
+        for column in table.schema
+        if table.columns.count(column.name) == 1 and any(test(column.type) for test in tests)
+    ]
+    return [name for name in columns if _has_images(row.values for row in islice(table.rows([name]), _ROWS))]
+
+
+def _has_images(rows: Iterable[Sequence[Any]]) -> bool:
+    """Whether the first cells with binary data are mostly encoded images; others are hashes, features or metadata."""
+    cells = (value.get("bytes") if isinstance(value, dict) else value for value, *_ in rows)
+    images = [is_encoded(cell) for cell in islice((cell for cell in cells if isinstance(cell, bytes)), _IMAGES)]
+    return 2 * sum(images) > len(images)
 
 
 def _texts(table: TableFile, without: Sequence[str]) -> dict[str, list[str]]:
-    """The first cells of each column as text; columns of nested values are left out."""
+    """The first cells of each column as text; columns of nested values and of binary data are left out."""
     columns = [name for name in table.columns if name not in without and table.columns.count(name) == 1]
-    rows = [row.values for row in islice(table.rows(columns), _ROWS) if row.problem is None]
-    if not rows:
-        raise ValueError(f"{table.path} has no rows that can be read; check it")
-    cells = {name: [row[number] for row in rows] for number, name in enumerate(columns)}
-    return {
-        name: [as_name(value) for value in values]
-        for name, values in cells.items()
-        if not any(isinstance(value, dict | list) for value in values)
-    }
+    rows = list(islice(table.rows(columns), _ROWS))
+    valid = [row.values for row in rows if row.problem is None]
+    if not valid:
+        first = next((f"{table.unit} {row.number}: {row.problem[0]}" for row in rows if row.problem), "it has none")
+        raise ValueError(f"{table.path} has no rows that can be read ({first}); correct it")
+    cells = {name: [row[number] for row in valid] for number, name in enumerate(columns)}
+    return {name: [as_name(value) for value in values] for name, values in cells.items() if all(map(_is_flat, values))}
+
+
+def _is_flat(value: Any) -> bool:
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "ignore").encode() == value
+    return not isinstance(value, dict | list)
 
 
 def _image_paths(data: Path, texts: dict[str, list[str]], images: Path | None, column: str | None) -> tuple[str, Path]:
@@ -182,7 +209,7 @@ def _image_paths(data: Path, texts: dict[str, list[str]], images: Path | None, c
     shares = {
         (name, folder): sum(_is_image(folder, cell) for cell in texts[name]) / len(texts[name])
         for name in names
-        for folder in folders
+        for folder in (folders if images is not None else [*folders, *_common_folder(texts[name])])
         if folder.is_dir()
     }
     best = max(shares, key=lambda place: shares[place], default=None)
@@ -190,15 +217,36 @@ def _image_paths(data: Path, texts: dict[str, list[str]], images: Path | None, c
         where = ", ".join(str(folder) for folder in folders)
         what = f"column {column} of {data}" if column else f"no column of {data}"
         raise ValueError(
-            f"{what} {'does not have' if column else 'has'} paths of images below {where}; name the folder with "
-            "--images and the column with --image-column"
+            f"{what} {'does not have' if column else 'has'} paths of images below {where}"
+            f"{_not_found({name: texts[name] for name in names})}; name the folder with --images and the column with "
+            "--image-column"
         )
     return best
 
 
+def _common_folder(cells: Sequence[str]) -> list[Path]:
+    """The folder that all absolute paths are in, if there are any."""
+    folders = {Path(cell).parent for cell in cells if cell.startswith("/")}
+    return [Path(os.path.commonpath(folders))] if folders else []
+
+
+def _not_found(texts: dict[str, list[str]]) -> str:
+    """Says which column has names of images that are no files, if one does."""
+    named = [(name, cell) for name, cells in texts.items() for cell in cells if cell]
+    for name, cell in named:
+        if "://" not in cell and cell.rpartition(".")[2].lower() in ENDINGS:
+            return f"; column {name} has {cell}, which is not there"
+    for name, cell in named:
+        if "://" in cell:
+            return f"; column {name} has addresses, such as {cell}: download the images, for example with img2dataset"
+    return ""
+
+
 def _is_image(folder: Path, cell: str) -> bool:
     try:
-        return bool(cell) and (folder / cell).is_file()
+        file = folder / cell
+        inside = not cell.startswith("/") or file.resolve().is_relative_to(folder.resolve())
+        return bool(cell) and inside and file.is_file()
     except (OSError, ValueError):  # no file can have this name
         return False
 
@@ -213,8 +261,8 @@ def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tupl
         candidates = {name: length for name, length in prose.items() if name not in columns.long}
         if not candidates:
             raise ValueError(
-                f"{data} has no column of captions ({', '.join(texts) or 'none'} are not prose); name it with "
-                "--caption-column"
+                f"{data} has no column of captions (different texts of {_FEWEST_WORDS} words or more) among "
+                f"{', '.join(texts) or 'those besides images'}; name it with --caption-column"
             )
         named = [name for name in candidates if re.search("caption|text|title|alt", name, re.IGNORECASE)]
         caption = min(named or candidates, key=lambda name: candidates[name])
@@ -226,7 +274,7 @@ def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tupl
 
 def _words(cells: Sequence[str]) -> float:
     filled = [cell for cell in cells if cell.strip()]
-    return sum(len(cell.split()) for cell in filled) / len(filled) if filled else 0.0
+    return sum(len(words_of(cell)) for cell in filled) / len(filled) if filled else 0.0
 
 
 def _is_prose(cells: Sequence[str]) -> bool:

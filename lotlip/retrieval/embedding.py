@@ -79,9 +79,15 @@ class Embedder:
 
         Raises:
             NotFiniteError: a feature has NaN or infinity.
+            ValueError: a text is not valid Unicode.
         """
         if not texts:
             return self._empty
+        for number, text in enumerate(texts):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"text {number} is not valid Unicode ({error.reason}); send it as UTF-8") from error
         features, _ = self.encoder.texts(texts)
         return self._finite(features.numpy(), "text")
 

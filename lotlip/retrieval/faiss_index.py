@@ -129,18 +129,19 @@ def add(
     """Adds files of features to the FAISS index of `embeddings`, without building it again.
 
     Raises:
-        ValueError: there is no index, it does not match its files, or a file is already in it or of another model.
+        ValueError: there is no index, it does not match its files, or a file is of another model or has items that are
+            already in it.
     """
     out = faiss_file(embeddings)
     if not out.is_file():
         raise ValueError(f"{embeddings} has no index to add to; build it with `lotlip index {embeddings}`")
     record = _read_record(out)
     covered = _open_parts(out, record)
-    new = []
+    new: list[tuple[_Part, Index]] = []
     for path in more:
         source = open_index(path)
         part = _part(out, path, source)
-        if part.sha256 in {one.sha256 for one in record.parts}:
+        if part.sha256 in {one.sha256 for one in (*record.parts, *(one for one, _ in new))}:
             raise ValueError(f"{path} is already in {out}")
         for name in ("weights_sha256", "kind", "width"):
             if source.about[name] != covered[0].about[name]:
@@ -148,9 +149,23 @@ def add(
                     f"{path} cannot be added to {out}: its {name} is {source.about[name]}, not that of "
                     f"{embeddings}, {covered[0].about[name]}; embed it with the same model"
                 )
+        for other in (*covered, *(one for _, one in new)):
+            if both := _items_in_both(source, other):
+                raise ValueError(
+                    f"{path} has {len(both):,} items that are already in {out}, such as {min(both)[0]}; embed only the "
+                    f"new ones, or {_rebuild(path)}"
+                )
         new.append((part, source))
     index = _read_faiss(out)
     return _write(out, record.kind, index, new, list(zip(record.parts, covered, strict=True)), queries, on_progress)
+
+
+def _items_in_both(one: Index, other: Index) -> set[tuple[str, str]]:
+    """Names and texts of the items that two files of features have from one source."""
+    if one.about.get("source") is None or one.about["source"] != other.about.get("source"):
+        return set()
+    items = ({(name, text or "") for name, text in file.rows(range(file.size)).values()} for file in (one, other))
+    return set.intersection(*items)
 
 
 def open_searchable(embeddings: Path, exact: bool = False) -> Index:

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import binascii
 import hmac
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -20,8 +21,9 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import uvicorn
 from fastapi import FastAPI, HTTPException
+from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from lotlip.core.loopback import NAMES, LoopbackOnly
 from lotlip.retrieval.embedding import Embedder, index_model, matches
@@ -191,6 +193,8 @@ def create_app(embedder: Embedder, index: Index | None, limits: Limits) -> FastA
 
         return await images.features([await asyncio.to_thread(prepare, *one) for one in enumerate(given)])
 
+    app.add_exception_handler(RequestValidationError, _invalid)
+
     @app.get("/health")
     async def health() -> dict[str, Any]:
         return {"status": "ok", "width": embedder.width, "items": index.size if index else None}
@@ -219,6 +223,15 @@ def create_app(embedder: Embedder, index: Index | None, limits: Limits) -> FastA
             return SearchAnswer(results=[Result(**vars(match)) for match in found])
 
     return app
+
+
+async def _invalid(request: Any, error: Any) -> Response:
+    """Answers a request of another form without repeating it: it may be long, or have what JSON cannot hold."""
+    form = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if form != "application/json":
+        return JSONResponse({"detail": "send the request with the header Content-Type: application/json"}, 415)
+    detail = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
+    return Response(json.dumps({"detail": detail}, allow_nan=False), 422, media_type="application/json")
 
 
 # --- access and limits ------------------------------------------------------------------------------------------------
