@@ -16,6 +16,7 @@ from lotlip.core.listing import files_below
 
 _LONGEST_LINE = 2**20  # bytes; a longer line is read in pieces, which are invalid rows
 _LONGEST_FIELD = 2**17  # characters; an unclosed quote runs this far
+_FIRST_RECORDS = 20  # of a CSV file, which tell its separator
 _FIRST_OBJECTS = 100  # of a JSONL file, whose keys are its columns; objects often lack keys without a value
 
 
@@ -190,14 +191,14 @@ def _ranges(records: Iterable[tuple[int, int, object]], size: int) -> Iterator[R
 class CsvTable:
     """A UTF-8 CSV file with a header line; quoted fields may contain separators, quotes and newlines.
 
-    Fields are separated by commas, semicolons or tabs, whichever gives the header the most columns.
+    Fields are separated by commas, semicolons or tabs, whichever fits the first records best.
     """
 
     unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._separator = max(",;\t", key=self._width)  # the first of equals
+        self._separator = max(",;\t", key=self._fit)  # the first of equals
         with path.open("rb") as file:
             # the header ends where the next record begins
             header = list(islice(self._records(file, 0), 2))
@@ -209,12 +210,16 @@ class CsvTable:
             raise ValueError("its first line is not a UTF-8 header")
         self.columns = first
 
-    def _width(self, separator: str) -> int:
-        """Number of columns of the header with another separator."""
+    def _fit(self, separator: str) -> tuple[bool, float, int]:
+        """How well a separator fits: several columns, the share of records with as many as the header, and how many."""
         self._separator = separator
         with self.path.open("rb") as file:
-            _, _, fields = next(self._records(file, 0), (0, 0, []))
-        return 0 if isinstance(fields, csv.Error) else len(fields)
+            widths = [
+                len(fields)
+                for _, _, fields in islice(self._records(file, 0), _FIRST_RECORDS)
+                if not isinstance(fields, csv.Error)
+            ]
+        return (widths[0] > 1, widths.count(widths[0]) / len(widths), widths[0]) if widths else (False, 0.0, 0)
 
     def ranges(self, size: int) -> Iterator[RowRange]:
         with self.path.open("rb") as file:
