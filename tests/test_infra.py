@@ -184,6 +184,7 @@ def test_every_service_of_a_team_is_confined_and_has_a_health_check():
         assert service["user"] == "1000:1000" and service["read_only"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert service["image"].endswith(":${TEAM_VERSION}"), name
+        assert service["init"] != service["image"].startswith("lotlip:"), name  # that image has an init
         assert (service["restart"] == "on-failure") != ("healthcheck" in service), name
         for other, how in service.get("depends_on", {}).items():
             # podman cannot start a container that requires one that has ended and has requirements
