@@ -104,6 +104,8 @@ class Colleague:
             "MLFLOW_TRACKING_USERNAME": user,
             "MLFLOW_TRACKING_PASSWORD": password,
             "MLFLOW_TRACKING_SERVER_CERT_PATH": self.certificate,
+            "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+            "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
             "AWS_ENDPOINT_URL_S3": "https://localhost:8445",
             "AWS_CA_BUNDLE": self.certificate,
             "AWS_DEFAULT_REGION": "us-east-1",

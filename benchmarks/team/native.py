@@ -246,7 +246,7 @@ class Team:
     def _is_ready(self, name: str) -> bool:
         """Whether a service is healthy; one that runs once is removed at its end."""
         service = self.running[name]
-        once, status = service.spec["restart"] == "no", service.process.poll()
+        once, status = service.spec["restart"] == "on-failure", service.process.poll()
         if status or (status == 0 and not once):
             raise RuntimeError(f"{name} ended with {status}{self.tail(name)}")
         if once and status == 0:
