@@ -256,7 +256,10 @@ def embed(
 def build_index(
     embeddings: Annotated[Path, typer.Argument(metavar="INDEX", help="Index written by `lotlip embed`.")],
     kind: Annotated[
-        str | None, typer.Option(help="hnsw (default), ivf-pq or flat, which is exact.", metavar="KIND")
+        str | None,
+        typer.Option(
+            help="ivf-pq (default), hnsw (default below 10,000 items) or flat, which is exact.", metavar="KIND"
+        ),
     ] = None,
     add: Annotated[
         list[Path] | None,
@@ -284,7 +287,7 @@ def build_index(
         if add:
             built = faiss_index.add(embeddings, add, queries, show)
         else:
-            built = faiss_index.build(embeddings, kind or faiss_index.KINDS[0], queries, force, show)
+            built = faiss_index.build(embeddings, kind, queries, force, show)
     typer.echo(
         f"{built.path}: {built.kind}, {built.rows:,} items; recall@10 {built.recall:.3f} against exact search "
         f"({built.queries} queries), {built.milliseconds:.2f} ms per query"

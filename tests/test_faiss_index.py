@@ -45,12 +45,13 @@ def names(path: Path, query: np.ndarray, top: int = 10) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rows", "ending"), [("hnsw", 900, ".npy"), ("flat", 900, ".parquet"), ("ivf-pq", 10_000, ".npy")]
+    ("given", "kind", "rows", "ending"),
+    [(None, "hnsw", 900, ".npy"), ("flat", "flat", 900, ".parquet"), (None, "ivf-pq", 10_000, ".npy")],
 )
-def test_approximate_search_agrees_with_exact_search(tmp_path, approximate, kind, rows, ending):
+def test_approximate_search_agrees_with_exact_search(tmp_path, approximate, given, kind, rows, ending):
     path = tmp_path / f"images{ending}"
     features = write(path, rows)
-    built = build(path, kind)
+    built = build(path, given)
     assert (built.path, built.kind, built.rows, built.queries) == (faiss_file(path), kind, rows, 200)
     assert built.recall >= (1 if kind == "flat" else 0.95)
     index = open_searchable(path)

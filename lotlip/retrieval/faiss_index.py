@@ -91,7 +91,7 @@ def faiss_file(embeddings: Path) -> Path:
 
 def build(
     embeddings: Path,
-    kind: str = KINDS[0],
+    kind: str | None = None,
     queries: Path | None = None,
     force: bool = False,
     on_progress: _Progress = lambda done, total: None,
@@ -101,7 +101,8 @@ def build(
     Args:
         embeddings: written by `lotlip embed`.
         kind: "hnsw": a graph over float16 features. "ivf-pq": clusters of compressed features, of which the best are
-            compared again in float16. "flat": all float32 features, exact.
+            compared again in float16. "flat": all float32 features, exact. None: "ivf-pq", or "hnsw" for items that
+            are too few for it.
         queries: features to measure recall with, by the same model; default: items of the index, which then do not
             count as their own results.
         force: replace a file that is not a FAISS index of this function.
@@ -111,9 +112,10 @@ def build(
         ValueError: the kind is unknown, the file is not one of `lotlip embed`, or it has too few items.
         ForeignFileError: the index would replace another file.
     """
-    if kind not in KINDS:
+    if kind is not None and kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}; choose {', '.join(KINDS)}")
     source = open_index(embeddings)
+    kind = kind or ("ivf-pq" if source.size >= _MIN_IVF else "hnsw")
     out = faiss_file(embeddings)
     check_free(out, _is_ours, force, "the index")
     index = _new(kind, source, embeddings)
