@@ -1210,8 +1210,8 @@ def own(tmp_path_factory):
         Image.new("RGB", (60, 40), (90 * number, 20, 60)).save(folder / "images" / "own" / f"{number}.jpg")
     failures = [
         {"kind": kind, "key": "", "where": f"my-images/{kind}-{n}.jpg", "reason": f"reason\x00 {n}"}
-        for kind in ("unreadable", "duplicate")
-        for n in range(5)
+        for kind, count in (("unreadable", 5), ("duplicate", 3), ("duplicate-image", 2))
+        for n in range(count)
     ]
     reports = [
         UnitReport("train/part-00000", 712, 702, "a", 1, [Failure(**failure) for failure in failures]),

@@ -16,7 +16,7 @@ from lotlip.report.tables import Column, ReportTable, number, words
 
 FAILURES_PER_KIND = 3
 NOT_SHOWN = ("", "not among the first failures; see index.json")  # place and reason
-DUPLICATE = "duplicate"  # the failure kind of duplicate images and keys
+DUPLICATES = ("duplicate", "duplicate-image")  # kinds of failures: of keys, and of images
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,10 @@ def overview_table(inputs: ReportInputs) -> ReportTable:
             [words("items read"), number(ingest.read)],
             [words("images ingested with captions"), number(ingest.written)],
             [words("items that failed"), number(ingest.failed)],
-            [words("of these, duplicate images or keys"), number(ingest.failure_kinds.get(DUPLICATE, 0))],
+            [
+                words("of these, duplicate images or keys"),
+                number(sum(ingest.failure_kinds.get(kind, 0) for kind in DUPLICATES)),
+            ],
         ]
         by_split: dict[str, int] = {}
         for unit in ingest.units:
