@@ -29,7 +29,7 @@ def test_the_pipeline_is_copied_once(folder: Path) -> None:
     (folder / "flows" / "reproduce.py").write_text("# mine\n")
     set_up(folder, lines.append)
     assert (folder / "flows" / "reproduce.py").read_text() == "# mine\n"
-    assert len(lines) == 2 and lines[1].startswith("note: flows differ from the installed package")
+    assert len(lines) == 2 and lines[1].startswith("note: flows here and in the installed package differ")
 
 
 def test_a_checkout_is_not_changed() -> None:

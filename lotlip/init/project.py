@@ -62,8 +62,8 @@ def set_up(folder: Path, show: Callable[[str], object]) -> None:
     old = [name for name in _KNOWN_BY if _code(folder / name) != _code(_FILES[name])]
     if old:
         show(
-            f"note: {' and '.join(old)} differ from the installed package, perhaps after an upgrade or an edit; to use "
-            "the installed code, remove lotlip, flows and dvc.yaml here and run again"
+            f"note: {' and '.join(old)} here and in the installed package differ, perhaps after an upgrade or an edit; "
+            "to use the installed code, remove lotlip, flows and dvc.yaml here and run again"
         )
 
 
