@@ -40,7 +40,7 @@ class PlainLoop:
 
     def __init__(self, folder: Path, prompt: str, tokens: int) -> None:
         self.processor, self.tokens = AutoProcessor.from_pretrained(folder, trust_remote_code=False), tokens
-        self.model = AutoModelForImageTextToText.from_pretrained(
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(
             folder, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
         )
         self.text = prompt

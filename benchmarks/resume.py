@@ -110,8 +110,9 @@ def _train(job: Path, processes: int, moment: tuple[int, float] | None, rng: ran
     process = start_group(
         launch(MODULE, [str(job)], processes, LocalLaunch()), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+    assert process.stdout is not None and process.stderr is not None
     errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(process.stderr))
+    reader = threading.Thread(target=errors.extend, args=(process.stderr,))
     reader.start()
     killed = None
     try:

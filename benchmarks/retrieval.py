@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +128,7 @@ class Clustered:
 def query_times(index: Index, queries: np.ndarray) -> dict[str, float]:
     """Measures queries one by one, with the names of 10 results: median and 95th percentile in milliseconds."""
     matches(index, queries[0], 10)
-    seconds = [time_of(lambda query=query: matches(index, query, 10))[0] for query in queries]
+    seconds = [time_of(partial(matches, index, query, 10))[0] for query in queries]
     return {"median_ms": float(np.median(seconds)) * 1e3, "p95_ms": float(np.quantile(seconds, 0.95)) * 1e3}
 
 

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -191,7 +192,7 @@ def measure(samples: int, rounds: int, partitions: int) -> dict[str, Any]:
         growth = {}
         for part in (samples // 4, samples // 2, samples):
             write_data(folder / str(part), part, 1000)
-            times = [seconds(lambda out, part=part: ours(folder / str(part), out), folder) for _ in range(rounds)]
+            times = [seconds(partial(ours, folder / str(part)), folder) for _ in range(rounds)]
             growth[part] = 1000 * median(times) / part
     return {
         "samples": samples,

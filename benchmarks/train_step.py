@@ -15,6 +15,7 @@ import random
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.connection import Connection
 from typing import Any
@@ -34,7 +35,7 @@ DEMO = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 TEXT_TOWERS: dict[str, dict[str, int]] = {"bert-base": {}, "demo": DEMO}
 IMAGE_SIZE, CORNER_TOKENS, WORDS = 224, 2, 30522
 CHECKED = 4  # images whose loss both sides compute
-ADAMW = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
+ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.2}
 MATRIX_SIZES = (512, 1024, 2048)
 
 Texts = list[list[int]]
@@ -50,6 +51,7 @@ def build_model(options: argparse.Namespace) -> LotlipForPreTraining:
     text = AutoConfig.for_model("bert", vocab_size=WORDS + CORNER_TOKENS, **TEXT_TOWERS[options.text], **dropout)
     with torch.device("meta"):
         width = timm.create_model(options.vision).num_features
+    assert isinstance(width, int)  # timm's models have no types
     config = LotlipConfig(text, embed_dim=width, corner_tokens=CORNER_TOKENS)
     return LotlipForPreTraining(config, image_tower=False)
 
@@ -136,7 +138,7 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
         loss(images, draw_batch(options, batch, seed)).backward()
         side.optimizer.step()
 
-    def check(features: Tensor | None) -> dict[str, Any]:
+    def check(features: Any) -> dict[str, Any]:
         """Returns the loss of the first images. The released side also returns their features, the input of ours."""
         side.module.eval()
         texts = draw_batch(options, CHECKED, 0)
@@ -159,7 +161,10 @@ def serve(name: str, options: argparse.Namespace, orders: Connection) -> None:
             step(seed)
         return counter.get_total_flops()
 
-    commands = {"check": check, "run": run, "count": count, "memory": lambda _: peak_memory() - before}
+    def memory(_: Any) -> int:
+        return peak_memory() - before
+
+    commands: dict[str, Callable[[Any], Any]] = {"check": check, "run": run, "count": count, "memory": memory}
     while (order := orders.recv()) is not None:
         command, argument = order
         orders.send(commands[command](argument))

@@ -594,7 +594,9 @@ def main(what: str, state: Path) -> None:
     enter(state)
     started = time.monotonic()
     # only the machines of a sweep have workers, and they have no folder in common
-    options = {"without": ("worker-cpu",), "settings": {"TEAM_SOURCE": SOURCE}} if what == "sweep" else {}
+    options: dict[str, Any] = (
+        {"without": ("worker-cpu",), "settings": {"TEAM_SOURCE": SOURCE}} if what == "sweep" else {}
+    )
     with Team(state, **options) as team:
         say("all services are healthy", seconds=round(time.monotonic() - started, 1))
         try:
