@@ -21,7 +21,7 @@ SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={socket},cred_expire=5
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool-%n
+SlurmdSpoolDir=/run/slurmd
 SlurmctldPidFile=/run/slurmctld.pid
 SlurmdPidFile=/run/slurmd.pid
 SlurmdParameters=config_overrides
@@ -39,8 +39,9 @@ MailProg=/bin/true
 NodeName={nodes} CPUs=96 RealMemory=1000 Gres=gpu:8
 PartitionName=all Nodes=ALL Default=YES
 """
-# `cred_expire` is also what a requeued job waits before it starts again, 120 s by default.
-SOCKET = "/run/munge/munge.socket.2"  # /run is each machine's own
+# `cred_expire` is also what a requeued job waits before it starts again, 120 s by default. /run is each machine's own.
+# slurmd's sockets are there because a socket's path may have 108 characters, and pytest's folders can be longer.
+SOCKET = "/run/munge/munge.socket.2"
 DEVICES = [f"/run/gpu{number}" for number in range(8)]
 JOB_SECONDS = 600
 
@@ -114,8 +115,7 @@ def slurm(folder: Path) -> Iterator[Cluster]:
         (folder / "gres.conf").write_text(f"Name=gpu File={','.join(DEVICES)}\n")
         (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
         (folder / "munge.key").chmod(0o600)
-        for name in ("state", *(f"spool-{name}" for name in names)):
-            (folder / name).mkdir()
+        (folder / "state").mkdir()
         cluster = Cluster(folder, machines)
         for machine in machines:
             machine.run("mkdir", "/run/munge")
