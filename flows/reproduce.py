@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, run_dvc
+from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, plan, run_dvc
 from flows.runtime.fork_server import fork_server
+from flows.runtime.lanes import run_stages
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
 from flows.runtime.supervisor import exit_on_signals
@@ -61,7 +62,7 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     if current := is_up_to_date(runs):
         print("Nothing has changed since the last run.")
-    status = 0 if current else _run([[*([PULL] if pull else []), *run] for run in runs])
+    status = 0 if current else _run(runs, params.compute.parallel_stages, pull)
     seconds = time.time() - started
     Reproduction(started=started, seconds=seconds).write(REPRODUCTION)
     if status:
@@ -115,8 +116,13 @@ def remove_outdated_report(params: Params) -> None:
         remove_listed(file.parent)
 
 
-def _run(runs: Sequence[Sequence[str]]) -> int:
-    """Runs `dvc repro` with a Prefect server and a fork server, up to the first run that fails.
+def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
+    """Runs stale stages with a Prefect server and a fork server, up to the first that fails.
+
+    Args:
+        runs: as of `reproduce`.
+        parallel: stages that run at the same time.
+        pull: as of `reproduce`.
 
     Returns:
         The exit status of the run that failed, or 0.
@@ -130,15 +136,20 @@ def _run(runs: Sequence[Sequence[str]]) -> int:
         listener = None if given else stack.enter_context(listen_for("prefect", any_port=True))
         login = new_login()
         client = prefect_client(port_at(listener), login) if listener else {}
+        # Stages that share the cores have more threads than cores, which wait for each other without using one.
+        threads = {"OMP_WAIT_POLICY": "PASSIVE"} if parallel > 1 else {}
         # both servers take some seconds to start, so they start in parallel
-        environment = stack.enter_context(fork_server({**os.environ, **client}))
+        environment = stack.enter_context(fork_server({**threads, **os.environ, **client}))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         elif listener:
             port = port_at(listener)
             stack.enter_context(prefect_server(listener, login))
             print_prefect(port, login)
-        return next(filter(None, (run_dvc(["repro", *run], environment) for run in runs)), 0)
+        if parallel > 1 and (stages := plan(runs)):
+            return run_stages(stages, parallel, environment, pull)
+        options = [PULL] if pull else []
+        return next(filter(None, (run_dvc(["repro", *options, *run], environment) for run in runs)), 0)
 
 
 def dvc_runs(params: Params, arguments: list[str]) -> list[list[str]]:

@@ -28,11 +28,13 @@ from lotlip.core.files import remove
 
 if TYPE_CHECKING:
     from dvc.output import Output
+    from dvc.repo import Repo
     from dvc.stage import Stage
 
 SINGLE_ITEM = "--single-item"  # option of `dvc repro`: runs the named stage without the stages that it depends on
 RUN_CACHE = "LOTLIP_RUN_CACHE"  # set in the environment where DVC's run cache holds trainings
 TRAININGS = ("pretrain@", "finetune@")
+DVC_PROGRAMS = ("dvc", "flows.runtime.dvc", "flows.runtime.lanes")
 STOPPING = "LOTLIP_STOPPING"  # set in the environment of a stage that DVC starts after a signal
 STOP_SECONDS = 30
 _PARTIAL_COPY = re.compile(r"\.[\w-]{22}\.tmp")  # as DVC names what it copies, until the copy is complete
@@ -49,26 +51,62 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
-    from networkx import descendants
 
-    targets = [(name, run[0] != SINGLE_ITEM) for run in runs for name in run if name != SINGLE_ITEM]
-    if any(name.startswith("-") for name, _ in targets):
-        return False
     try:
         with Repo() as repo, repo.lock, _params_read_once():
             locks = Path(repo.tmp_dir, "rwlock")
             if locks.is_file() and json.loads(locks.read_text(encoding="utf-8")):
                 return False
-            # The index parses dvc.lock once. DVC's own lookup by name parses it for each name.
-            named = {stage.addressing: stage for stage in repo.index.stages}
-            stages = set() if all(runs) else set(named.values())
-            for name, with_deps in targets:
-                stages.add(named[name])
-                if with_deps:
-                    stages |= descendants(repo.index.graph, named[name])
-            return not _any_is_stale(stages)
+            named = _stages(repo)
+            return not _any_is_stale({named[name] for run in runs for name in _steps(repo, named, run)})
     except (DvcException, KeyError, ValueError, OSError):
         return False
+
+
+def plan(runs: Sequence[Sequence[str]]) -> dict[str, set[str]] | None:
+    """Returns name of a stage → names of the stages that it waits for, for what `dvc repro` would check or run.
+
+    Args:
+        runs: as of `is_up_to_date`. The stages of a run wait for those of earlier runs.
+
+    Returns:
+        The stages. None for unknown options and stages, and when DVC raises an error: `dvc repro` reports them.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    waits: dict[str, set[str]] = {}
+    try:
+        with Repo() as repo, _params_read_once():
+            named = _stages(repo)
+            for run in runs:
+                earlier = set(waits)
+                for name in _steps(repo, named, run):
+                    if name not in waits:
+                        after = {stage.addressing for stage in repo.index.graph.successors(named[name])}
+                        waits[name] = earlier | after
+    except (DvcException, KeyError, ValueError, OSError):
+        return None
+    return {name: after & waits.keys() for name, after in waits.items()}
+
+
+def _stages(repo: Repo) -> dict[str, Stage]:
+    # The index parses dvc.lock once. DVC's own lookup by name parses it for each name.
+    return {stage.addressing: stage for stage in repo.index.stages}
+
+
+def _steps(repo: Repo, named: Mapping[str, Stage], run: Sequence[str]) -> list[str]:
+    """Returns the names of the stages that a `dvc repro` checks, in its order.
+
+    Raises:
+        KeyError: an argument is an unknown option or stage.
+    """
+    from dvc.repo.reproduce import plan_repro
+
+    if run[:1] == [SINGLE_ITEM]:
+        return [named[name].addressing for name in run[1:]]
+    targets = [named[name] for name in run] if run else list(named.values())
+    return [stage.addressing for stage in plan_repro(repo.index.graph, targets)]
 
 
 def _any_is_stale(stages: Iterable[Stage]) -> bool:
@@ -114,13 +152,14 @@ def run_dvc(arguments: Sequence[str], environment: Mapping[str, str]) -> int:
             stop(process)
 
 
-def stop(process: subprocess.Popen[Any]) -> None:
-    """Signals a `flows.runtime.dvc` process until it exits, for at most STOP_SECONDS."""
+def stop(*processes: subprocess.Popen[Any]) -> None:
+    """Signals processes that run DVC until they exit, for at most STOP_SECONDS."""
     deadline = time.monotonic() + STOP_SECONDS
-    while process.poll() is None and time.monotonic() < deadline:
-        process.terminate()  # repeatedly: DVC may have started a stage at the moment of the last signal
+    while (running := [each for each in processes if each.poll() is None]) and time.monotonic() < deadline:
+        for process in running:
+            process.terminate()  # repeatedly: DVC may have started a stage at the moment of the last signal
         with suppress(subprocess.TimeoutExpired):
-            process.wait(1)
+            running[0].wait(1)
 
 
 class _Stop:
@@ -283,7 +322,7 @@ def _other_dvc_processes(root: Path) -> list[int]:
             continue
         try:
             words = process.cmdline()
-            named = any(Path(word).name in ("dvc", "flows.runtime.dvc") for word in words[:4])
+            named = any(Path(word).name in DVC_PROGRAMS for word in words[:4])
             if named and process.status() != psutil.STATUS_ZOMBIE and Path(process.cwd()).is_relative_to(root):
                 others.append(process.pid)
         except psutil.NoSuchProcess:
@@ -298,27 +337,43 @@ def _project_root(folder: Path) -> Path | None:
     return next((parent for parent in (folder, *folder.parents) if (parent / ".dvc").is_dir()), None)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs DVC in this process and returns its exit status."""
+def handle_signals() -> None:
+    """Makes a signal end the running stage, and nothing else."""
     stop = _Stop()
     for sign in END_SIGNALS:
         if signal.getsignal(sign) != signal.SIG_IGN:
             signal.signal(sign, stop)
+
+
+def prepare() -> None:
+    """Removes what an interrupted DVC left in the current folder's project, and matches its settings to git."""
     root = _project_root(Path.cwd())
-    if root and remove_stale_lock(root):
+    if root is None:
+        return
+    if remove_stale_lock(root):
         print(f"removed {root / '.dvc/tmp/rwlock'}: a stale lock of an interrupted DVC", file=sys.stderr)
+    remove_partial_copies(root)
+    match_git(root)
+
+
+def clean_up() -> None:
+    """Removes the lock of a process of this program's DVC that has not quite ended."""
+    if root := _project_root(Path.cwd()):
+        remove_stale_lock(root)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs DVC in this process and returns its exit status."""
+    handle_signals()
+    prepare()
     if STOPPING in os.environ:
         return INTERRUPTED
-    if root:
-        remove_partial_copies(root)
-        match_git(root)
     if RUN_CACHE in os.environ:
         cache_trainings()
     from dvc.cli import main as dvc
 
     status = dvc(list(arguments))
-    if root:
-        remove_stale_lock(root)  # of a process that had not quite ended before
+    clean_up()
     return INTERRUPTED if STOPPING in os.environ and status else status
 
 

@@ -179,6 +179,10 @@ class Compute(Section):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="number format for inference")
     batch_size: Count = Field(250, description="images or texts per batch for inference")
     workers: Count = Field(2, description="units of work that run at the same time")
+    parallel_stages: Count = Field(
+        1,
+        description="stages that `make reproduce` runs at the same time; the stages of small models leave cores idle",
+    )
     retries: NonNegative = Field(2, description="retries of a unit after the first attempt")
     retry_delay_seconds: Annotated[float, Field(ge=0)] = Field(1.0, description="pause before a unit is retried")
     task_runner: Literal["threads", "processes", "ray", "dask"] = Field(
