@@ -29,6 +29,7 @@ from flows.runtime.scratch import StageFailed
 from flows.runtime.supervisor import end_group, start_group
 from flows.runtime.unit_work import UnitWork
 from lotlip.core.compute import Compute
+from lotlip.core.cores import available_cores
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.records import NonRetryableError, UnitReport
 
@@ -95,7 +96,7 @@ class _Processes:
         self._started: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._ended = False
-        share = max(1, (os.cpu_count() or 1) // number)  # of the cores
+        share = max(1, available_cores() // number)  # of the cores
         self._environment = {"OMP_NUM_THREADS": str(share), **os.environ}
 
     def run(self, work: UnitWork) -> list[UnitReport]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,6 +9,8 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
+
+from lotlip.core.cores import available_cores
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -34,7 +35,7 @@ def by_length(lengths: np.ndarray, size: int) -> Iterator[np.ndarray]:
 def prefetch(work: Callable[[T], R], items: Iterable[T], depth: int) -> Iterator[R]:
     """Like `map`, but threads work up to `depth` items ahead of the consumer."""
     pending: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    pool = ThreadPoolExecutor(min(8, available_cores()))
     try:
         for item in items:
             pending.append(pool.submit(work, item))

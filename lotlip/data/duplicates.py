@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
+from lotlip.core.cores import available_cores
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.partitions import link_partition, read_table
 from lotlip.data.records import UnitReport
@@ -104,7 +105,7 @@ def _loaded(parts: Iterable[np.ndarray | tuple[np.ndarray, np.ndarray]]) -> Iter
         settings: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "temp_directory": str(folder),
-            "threads": min(THREADS, os.cpu_count() or 1),
+            "threads": min(THREADS, available_cores()),
             "preserve_insertion_order": False,  # keeping it takes memory; ORDER BY gives the order that matters
         }
         try:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lotlip.core.compute import TrainingCompute
+from lotlip.core.cores import available_cores
 from lotlip.models.text.text_tower import position_table
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.pretrain.checkpoint import assign_weights, trained_parameters
@@ -323,7 +324,7 @@ def initialise_processes(compute: TrainingCompute) -> None:
     timeout = timedelta(seconds=compute.peer_timeout_seconds)
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)  # torch's, DeepSpeed's
     if local_size > 1:  # launchers give each process one thread, or as many as there are cores
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+        torch.set_num_threads(max(1, available_cores() // local_size))
     if int(os.environ.get("WORLD_SIZE", "1")) == local_size and not dist.is_initialized():
         _stay_on_loopback()
     store: dist.Store | None = None  # None: the launcher of a cluster provides it

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lotlip
+from lotlip.core.cores import available_cores
 from lotlip.core.files import atomic_write, sha256_files, write_json
 from lotlip.core.lifetime import end_with_parent
 from lotlip.core.temporary import multiprocessing_folder
@@ -348,7 +349,7 @@ def train_in_parallel(job: Job, parallel: int, open_sink: OpenSink) -> str | Non
     """
     import_deepspeed()
     _write_start(job)
-    threads = max(1, (os.cpu_count() or 1) // min(parallel, len(job.seeds)))
+    threads = max(1, available_cores() // min(parallel, len(job.seeds)))
     waiting, running, parent = list(job.seeds), set[int](), os.getpid()
     failure = None
     while waiting or running:
