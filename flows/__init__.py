@@ -43,6 +43,7 @@ _NOT_DELEGATED = (
     "flows.runtime.fork_server",
     "flows.runtime.supervisor",
     "flows.runtime.dvc",
+    "flows.runtime.lanes",
     "flows.runtime.local_launch",
 )
 
@@ -50,7 +51,7 @@ if _program.startswith("flows."):
     if "DVC_STAGE" in os.environ and _program not in _NOT_DELEGATED:  # a killed DVC cannot end its stage
         end_with_parent()
     sys.excepthook = exit_on_interrupt
-    if os.environ.get("LOTLIP_STOPPING") and _program != "flows.runtime.dvc":  # DVC is ending (flows.runtime.dvc)
+    if os.environ.get("LOTLIP_STOPPING") and _program not in ("flows.runtime.dvc", "flows.runtime.lanes"):  # DVC ends
         sys.exit(INTERRUPTED)
 
 # The default caches of DVC (/var/tmp/dvc) and torch's compiler (a predictable name in TMPDIR) can be written to or
