@@ -7,7 +7,6 @@ texts, a model's luck with that frame would be part of its score, and seeds woul
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable
 
@@ -107,7 +106,7 @@ def short_text(scene: Scene) -> str:
 
 def _choice(scene: Scene, part: str) -> random.Random:
     """The random numbers that choose the wording of a part of a scene's texts; equal scenes have equal texts."""
-    return random.Random(f"{json.dumps(scene.to_json(), sort_keys=True, allow_nan=False)}/{part}")
+    return random.Random(f"{scene.key}/{part}")
 
 
 def shape_prompts() -> list[list[str]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -105,7 +106,13 @@ class Scene:
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON types."""
-        return {**asdict(self), "objects": [asdict(thing) for thing in self.objects]}
+        objects = [dict(vars(thing)) for thing in self.objects]
+        return {"setting": dict(vars(self.setting)), "salient": dict(vars(self.salient)), "objects": objects}
+
+    @cached_property
+    def key(self) -> str:
+        """A string that only equal scenes share; it seeds the wording of texts."""
+        return json.dumps(self.to_json(), sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Scene:
