@@ -17,6 +17,7 @@ from flows.runtime.servers import listen_for, new_login, port_at, prefect_client
 from flows.runtime.supervisor import exit_on_signals
 from lotlip.config.params import Params, load_params
 from lotlip.core.console import INTERRUPTED
+from lotlip.core.cores import CORES, available_cores
 from lotlip.core.files import read_json, remove_listed
 from lotlip.core.record import Record
 from lotlip.data.paths import check_inputs
@@ -136,10 +137,12 @@ def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
         listener = None if given else stack.enter_context(listen_for("prefect", any_port=True))
         login = new_login()
         client = prefect_client(port_at(listener), login) if listener else {}
-        # Stages that share the cores have more threads than cores, which wait for each other without using one.
-        threads = {"OMP_WAIT_POLICY": "PASSIVE"} if parallel > 1 else {}
+        # More threads than cores wait for each other: on two cores, two stages with two threads each take longer at the
+        # same time than one after the other.
+        cores = str(max(1, available_cores() // parallel))
+        share = {CORES: cores, "OMP_NUM_THREADS": cores} if parallel > 1 else {}
         # both servers take some seconds to start, so they start in parallel
-        environment = stack.enter_context(fork_server({**threads, **os.environ, **client}))
+        environment = stack.enter_context(fork_server({**share, **os.environ, **client}))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         elif listener:

@@ -50,7 +50,7 @@ def tiny(params: dict[str, Any]) -> None:
         "steps": 6,
         "batch_size": 16,
     }
-    params["compute"] = {"training": {"log_every": 2, "max_final_loss_share": 2.0}}
+    params["compute"] = {"parallel_stages": 2, "training": {"log_every": 2, "max_final_loss_share": 2.0}}
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
     params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
     params["evaluate"]["min_score_over_chance"] = 0.0
