@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -12,6 +13,7 @@ from lotlip.report.findings import (
     INCONCLUSIVE,
     NO_GAIN,
     NOT_RUN,
+    ONE_SEED,
     SUPPORTS,
     evaluate_findings,
 )
@@ -220,11 +222,19 @@ def test_seeds_that_do_not_agree_cannot_tell(tmp_path):
     assert keep.verdict == INCONCLUSIVE and keep.reason == ""
 
 
-def test_one_seed_cannot_tell_and_says_why(tmp_path):
+def test_one_seed_decides_nothing_and_says_why(tmp_path):
     found = judged(tmp_path, paper_params(seeds=[4]), long={"short": 10})
     one = found["long-texts-teach-long", "long"]
-    assert one.verdict == INCONCLUSIVE and one.reason.startswith("one seed (4) has no interval")
+    assert one.verdict == one.holm_verdict == ONE_SEED and one.reason.startswith("one seed (4) has no interval")
     assert one.difference.value == pytest.approx(40) and one.difference.low is None
+    results = list(found.values())
+    count = len(results)
+    assert tally(results) == f"{count} tests of the paper's findings have one seed, which decides nothing."
+    several = [replace(results[0], verdict=SUPPORTS), *results[1:]]
+    assert tally(several) == (
+        "Of 1 tests of the paper's findings, this run supports 1 and contradicts 0; 0 are inconclusive. "
+        f"{count - 1} further tests of the paper's findings have one seed, which decides nothing."
+    )
 
 
 def test_what_was_not_run_is_not_judged(tmp_path):

@@ -31,18 +31,18 @@ from lotlip.report.measures import LONG, SHORT, TOP1, Measure
 from lotlip.report.significance import ALPHA, half_interval, holm, p_value, smallest_detectable
 
 SUPPORTS, CONTRADICTS, NO_GAIN = "supports", "contradicts", "no gain"
-INCONCLUSIVE, NOT_RUN = "inconclusive", "not run"
-VERDICTS = (SUPPORTS, CONTRADICTS, NO_GAIN, INCONCLUSIVE, NOT_RUN)
+INCONCLUSIVE, ONE_SEED, NOT_RUN = "inconclusive", "one seed", "not run"
+VERDICTS = (SUPPORTS, CONTRADICTS, NO_GAIN, INCONCLUSIVE, ONE_SEED, NOT_RUN)
 TEST = (
     "Each finding is stated as a difference that is above 0 when the finding holds. The difference is taken within "
     "each seed, because the ablations of one seed see the samples in the same order and, where shapes allow, start "
     "from the same weights. Its 95 % t interval is over seeds, and its p value is that of the paired t test. An "
     "interval above 0 supports the finding, and one below 0 contradicts it. Differences smaller than the margin "
     "(findings.margin) do not matter: an interval that contains 0 and lies below the margin shows no gain, and a score "
-    "is preserved if its interval lies above minus the margin. Otherwise, and with fewer than two seeds, the test is "
-    "inconclusive. Holm's method corrects the p values for the number of tests that were run: a corrected p value "
-    "below 0.05 decides. All seeds are evaluated on the same images, so the intervals do not include the variation "
-    "between images."
+    "is preserved if its interval lies above minus the margin. Otherwise the test is inconclusive. One seed has no "
+    "interval and decides nothing. Holm's method corrects the p values for the number of tests that were run: a "
+    "corrected p value below 0.05 decides. All seeds are evaluated on the same images, so the intervals do not include "
+    "the variation between images."
 )
 _DECIMALS = 9  # of a difference in points; sums of equal scores differ from 0 by less
 
@@ -203,7 +203,8 @@ def evaluate_finding(finding: Finding, measure: Measure, roles: Roles) -> Findin
     difference = estimate(list(by_seed.values()))
     result = replace(result, difference=difference)
     if difference.low is None or difference.high is None:
-        return replace(result, reason=f"one seed ({shared[0]}) has no interval; at least two are needed")
+        reason = f"one seed ({shared[0]}) has no interval; at least two are needed"
+        return replace(result, verdict=ONE_SEED, reason=reason)
     verdict, tested = _verdict(difference.low, difference.high, finding, roles.inputs.params.findings.margin)
     return replace(result, verdict=verdict, p=p_value(list(by_seed.values()), tested))
 

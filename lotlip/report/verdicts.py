@@ -6,7 +6,16 @@ from collections.abc import Sequence
 
 from lotlip.figures.intervals import Estimate
 from lotlip.report.contrasts import Weights
-from lotlip.report.findings import CONTRADICTS, INCONCLUSIVE, NO_GAIN, NOT_RUN, SUPPORTS, TEST, FindingResult
+from lotlip.report.findings import (
+    CONTRADICTS,
+    INCONCLUSIVE,
+    NO_GAIN,
+    NOT_RUN,
+    ONE_SEED,
+    SUPPORTS,
+    TEST,
+    FindingResult,
+)
 from lotlip.report.measures import NOTE
 from lotlip.report.significance import ALPHA, POWER
 from lotlip.report.tables import Cell, Column, ReportTable, number, words
@@ -34,12 +43,17 @@ def _counts(tested: Sequence[FindingResult], verb: str) -> str:
         against = f"; {verdicts.count(NO_GAIN)} show no gain" if NO_GAIN in verdicts else ""
         return f"{decided}{against}; {verdicts.count(INCONCLUSIVE)} are inconclusive"
 
-    run = [one for one in tested if one.verdict != NOT_RUN]
-    plain = said([one.verdict for one in run])
-    if not any(one.tests for one in run):
-        return f"Of {len(run)} tests of the paper's findings, {plain}."
-    corrected = said([one.holm_verdict for one in run])
-    return f"Of {len(run)} tests of the paper's findings, {plain}. With Holm's correction, {corrected}."
+    run = [one for one in tested if one.verdict not in (NOT_RUN, ONE_SEED)]
+    single = [one for one in tested if one.verdict == ONE_SEED]
+    sentences = []
+    if run or not single:
+        sentences.append(f"Of {len(run)} tests of the paper's findings, {said([one.verdict for one in run])}.")
+    if any(one.tests for one in run):
+        sentences.append(f"With Holm's correction, {said([one.holm_verdict for one in run])}.")
+    if single:
+        further = "further " if run else ""
+        sentences.append(f"{len(single)} {further}tests of the paper's findings have one seed, which decides nothing.")
+    return " ".join(sentences)
 
 
 def not_run(tested: Sequence[FindingResult]) -> str:
