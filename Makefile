@@ -23,8 +23,8 @@ reproduce-all: setup ## run the pipeline with every ablation, for all tables of 
 test: setup ## run the unit and integration tests, and a smoke test of each system
 	@$(PYTEST) -m "not system or smoke"
 
-test-fast: setup ## run the unit tests
-	@$(PYTEST) -m "not integration and not system"
+test-fast: setup ## run the unit tests of at most a fifth of a second
+	@$(PYTEST) -m "not slow and not integration and not system"
 
 test-all: setup ## run all tests, with coverage
 	@$(PYTEST) --cov --cov-report=term:skip-covered

@@ -38,6 +38,7 @@ def build(tower: Path, seed: int = 0, **settings: Any) -> LotlipForPreTraining:
 # --- the image tower from scratch -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_tower_from_scratch_has_new_weights_that_depend_on_the_seed(tiny_tower):
     models = [build(tiny_tower, seed, image_tower=SCRATCH) for seed in (0, 0, 1)]
     stage = load_file(tiny_tower / "model.safetensors")

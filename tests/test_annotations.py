@@ -295,6 +295,7 @@ def test_files_without_records_have_no_texts(tmp_path, name):
         texts_of(tmp_path / name, split="test")
 
 
+@pytest.mark.slow
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1, max_size=5))
 def test_texts_are_read_as_written(tmp_path, texts):

@@ -176,6 +176,7 @@ def test_overlay_is_red_at_the_relevance() -> None:
     assert ringed[40, 60].tolist() == [255, 255, 255]
 
 
+@pytest.mark.slow
 def test_figures_show_the_first_images_and_texts(encoder: LotlipEncoder) -> None:
     benchmark = scenes_benchmark(scenes=SCENES)
     first = image_relevance(encoder, benchmark)[0]
@@ -205,6 +206,7 @@ def test_figures_split_sub_captions_like_the_tokenizer() -> None:
     assert {len(shares) for shares in reading.shares.values()} == {3}
 
 
+@pytest.mark.slow
 def test_images_without_scenes_are_shown_without_objects(encoder: LotlipEncoder) -> None:
     texts = {
         "short": ImageTexts(["a dog", "another", "a cat"], [0, 0, 2]),
@@ -231,6 +233,7 @@ def test_relevance_is_drawn_on_the_models_square_input(resize: str) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_the_report_shows_scores_figures_and_reasons(tmp_path: Path) -> None:
     params = make_params()
     write_project(tmp_path, params)
@@ -267,6 +270,7 @@ def test_the_report_shows_scores_figures_and_reasons(tmp_path: Path) -> None:
     assert "LoTLIP: relevance of patches" in page.read_text()
 
 
+@pytest.mark.slow
 def test_a_report_without_attention_has_no_section_about_it(tmp_path: Path) -> None:
     params = make_params()
     write_project(tmp_path, params)

@@ -76,6 +76,7 @@ def small_benchmarks(draw):
     return texts, owner, images
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(small_benchmarks())
 def test_the_ceiling_is_the_best_score_of_all_orders(benchmark):

@@ -93,6 +93,7 @@ def test_every_kind_of_damage_to_every_file_is_found(copy, name, how):
     assert checkpoint.damage(copy.folder / OLDER) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found(tmp_path, name):
     for file in checkpoint.FILES:

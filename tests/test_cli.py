@@ -135,6 +135,7 @@ def test_plan_prints_a_page_or_json(monkeypatch, capsys):
     assert float(hours) == pytest.approx(10 * output["seconds"] / 3600, rel=0.02)
 
 
+@pytest.mark.slow
 def test_plan_uses_existing_shards(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
@@ -185,6 +186,7 @@ def contents(folder: Path) -> list[tuple[str, str]]:
     return sorted((str(path), path.read_text() if path.is_file() else "") for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_evaluate_checks_out_before_scoring(monkeypatch, tmp_path):
     from lotlip.evaluate import compare
 
@@ -197,6 +199,7 @@ def test_evaluate_checks_out_before_scoring(monkeypatch, tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", [".parquet", ".npy"])
 def test_embed_checks_out_before_embedding(monkeypatch, tmp_path, ending):
     from lotlip.retrieval import embedding

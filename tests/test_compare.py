@@ -77,6 +77,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_tower: Path) -> list[s
     ]
 
 
+@pytest.mark.slow
 def test_the_command_scores_every_kind_of_model_like_evaluate(monkeypatch, capsys, tmp_path, models, scenes):
     out = tmp_path / "new" / "scores.json"
     arguments = ["--benchmark", "scenes", "--data", scenes, "--device", "cpu", "--batch-size", 3, "--out", out]
@@ -109,6 +110,7 @@ def test_the_command_scores_every_kind_of_model_like_evaluate(monkeypatch, capsy
     assert "items" in shown.err and f"{models[0]}, scenes" in shown.err
 
 
+@pytest.mark.slow
 def test_published_scores_are_shown_below_measured_ones(monkeypatch, capsys, models, scenes, urban):
     arguments = ["--benchmark", "urban-1k", "--data", urban, "--benchmark", "scenes", "--data", scenes]
     assert program(monkeypatch, "evaluate", models[0], *arguments) == 0
@@ -124,6 +126,7 @@ def test_published_scores_are_shown_below_measured_ones(monkeypatch, capsys, mod
     )
 
 
+@pytest.mark.slow
 def test_a_partial_run_is_marked_and_shows_no_published_scores(monkeypatch, capsys, tmp_path, models, urban):
     part = tmp_path / "urban"
     for kind, ending in (("image", "jpg"), ("caption", "txt")):
@@ -152,6 +155,7 @@ def test_images_may_be_in_another_folder(monkeypatch, capsys, tmp_path, models, 
     assert (result["protocol"]["images"], result["protocol"]["long_texts"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_progress_counts_every_image_and_text(models, scenes):
     announced: list[tuple[str, str, int]] = []
     encoded: list[int] = []
@@ -244,6 +248,7 @@ def test_scenes_need_a_finished_test_split(tmp_path, tiny_samples):
         load_benchmark("scenes", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_late_interaction_model_is_scored(tmp_path, tiny_tower, scenes):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     encoder = open_encoder(str(folder), device="cpu")

@@ -167,6 +167,7 @@ def measured(folder: Path, samples: list[TinySample], most_pairs: int = 10**6, *
     return measure(folder, CONFIG | changes, asked, [], {}, Runner(4), max_conditioned_pairs=most_pairs)
 
 
+@pytest.mark.slow
 def test_an_ablation_has_the_scores_beside_its_others(ablation, tiny_samples):
     plain, pooled = (measured(ablation, tiny_samples[:12], loss=loss) for loss in ({"conditioned": None}, LOSS))
     own, found = plain.results["own"], pooled.results["own"]
@@ -214,6 +215,7 @@ def test_the_patches_are_those_that_training_pools(ablation, tiny_samples):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_too_many_pairs_are_ranked_again_only_and_the_protocol_says_so(ablation, tiny_samples):
     every = measured(ablation, tiny_samples[:12], loss=LOSS).results["own"]
     found = measured(ablation, tiny_samples[:12], 143, loss=LOSS).results["own"]

@@ -384,6 +384,7 @@ OTHER_COMPUTE = {
 }
 
 
+@pytest.mark.slow
 def test_compute_settings_do_not_decide_results(tmp_path):
     """No key of `compute` changes a recipe, the identity of a trial or the dependencies of DVC."""
     assert OTHER_COMPUTE.keys() == Compute.model_fields.keys()
@@ -672,6 +673,7 @@ def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findi
     assert error.startswith(line)
 
 
+@pytest.mark.slow
 def test_every_shipped_ablation_is_in_a_declared_table():
     for file in SHIPPED:
         params = load_params(file)

@@ -26,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("without_pages")
 TRAIN, OTHER, TEST = "ingest/train/part-00000", "ingest/train/part-00001", "ingest/test/part-00000"
 
 
+@pytest.mark.slow
 def test_clean_data_pass_every_gate(clean: World, tmp_path: Path) -> None:
     for stage in ("ingest", "caption", "shard"):
         checks = getattr(clean, f"gate_{stage}")(tmp_path / stage)
@@ -201,6 +202,7 @@ def copy_image(world: World, target: str, source: str) -> None:
     world.edit(target, change)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plant", "line"), INGEST.values(), ids=INGEST)
 def test_ingest_gate_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
     plant(world)
@@ -319,6 +321,7 @@ CAPTIONS: dict[str, tuple[Callable[[World], Any], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plant", "line"), CAPTIONS.values(), ids=CAPTIONS)
 def test_caption_gate_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
     plant(world)
@@ -448,6 +451,7 @@ def leak_into(world: World, content: dict[str, Any]) -> dict[str, Any]:
     return content | {"sha256": read_table(world.folder, TEST, ["sha256"])["sha256"][0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plant", "line"), SHARDS.values(), ids=SHARDS)
 def test_shard_gate_finds(world: World, tmp_path: Path, plant: Callable[[World], Any], line: str) -> None:
     plant(world)

@@ -105,6 +105,7 @@ def test_the_figures_of_a_run_that_can_be_drawn_are_kept(monkeypatch, caplog):
     assert "no ink" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_benchmark_whose_pictures_fail_keeps_its_scores(monkeypatch, tmp_path, tiny_tower, tiny_samples):
     """The stage writes the scores first; what could not be drawn is written beside the pictures."""
     from lotlip.evaluate import ablation

@@ -33,12 +33,14 @@ def covers(path: str, file: str) -> bool:
     return file == path or file.startswith(f"{path}/")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_dependencies_cover_the_code_that_decides_results(stage: str) -> None:
     missing = [file for file in files_of(stage) if not any(covers(path, file) for path in dependencies(stage))]
     assert not missing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_dependency_contains_code_that_decides_results(stage: str) -> None:
     files = files_of(stage)
@@ -70,6 +72,7 @@ def test_an_edit_makes_only_dependent_stages_stale(file: str, stages: set[str]) 
     assert stages_that_depend_on(file) == stages
 
 
+@pytest.mark.slow
 def test_a_parse_disturbed_by_another_thread_is_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.11 then raises SystemError, although the file is valid."""
     parse, failures = ast.parse, iter([SystemError("AST constructor recursion depth mismatch")] * 3)

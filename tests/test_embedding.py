@@ -90,6 +90,7 @@ def overflowing(model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_non_finite_features_are_an_error_naming_model_and_item(overflowing, image_folder, tmp_path):
     texts = write_lines(tmp_path / "texts.txt", TEXTS[:3])
     for source, item in ((image_folder, "a.png"), (texts, f"{texts}:1")):
@@ -104,6 +105,7 @@ def test_non_finite_features_are_an_error_naming_model_and_item(overflowing, ima
             embed_text(TEXTS[:1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [["search"], ["search", "--json"]])
 def test_search_with_non_finite_features_prints_no_scores(
     model, overflowing, image_folder, tmp_path, monkeypatch, capsys, arguments
@@ -197,6 +199,7 @@ def test_a_broken_image_is_an_error(embedder, tiny_samples):
         embedder.images([tiny_samples[0].image, b"wrong"])
 
 
+@pytest.mark.slow
 def test_a_late_interaction_model_is_rejected(tmp_path, tiny_tower):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     with pytest.raises(ValueError, match=r"the model in .* compares token by token \(similarity late-interaction\)"):
@@ -253,6 +256,7 @@ def test_embed_writes_the_images_of_a_folder(tmp_path, model, image_folder, tiny
     assert progress == [(0, 9), (2, 9), (4, 9), (6, 9), (8, 9), (9, 9)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [None, "test"])
 def test_embed_writes_ingested_images_and_texts(tmp_path, model, tiny_samples, image_features, split):
     """Images are named by their keys. `split` selects one split."""
@@ -318,6 +322,7 @@ def test_broken_sources_are_found_before_encoding(tmp_path):
         embed(tmp_path / "no model", source, tmp_path / "index.parquet")
 
 
+@pytest.mark.slow
 def test_no_index_is_written_when_nothing_can_be_embedded(tmp_path, model):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "broken.png").write_bytes(b"wrong")
@@ -389,6 +394,7 @@ def indexes(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_search_agrees_with_a_plain_sort(indexes, model, text_features, ending):
     for number in (0, 11):
@@ -402,6 +408,7 @@ def test_search_agrees_with_a_plain_sort(indexes, model, text_features, ending):
     assert len(search(indexes / f"texts{ending}", TEXTS[0], top=99)) == len(TEXTS)
 
 
+@pytest.mark.slow
 def test_search_accepts_an_image_or_a_text(tmp_path, model, image_folder, embedder):
     index = tmp_path / "index.parquet"
     embed(model, image_folder, index)
@@ -413,6 +420,7 @@ def test_search_accepts_an_image_or_a_text(tmp_path, model, image_folder, embedd
     assert [match.name for match in matches] == [names[row] for row in order]
 
 
+@pytest.mark.slow
 def test_ties_keep_the_order_of_the_index(tmp_path, model):
     texts = [TEXTS[0], TEXTS[1], TEXTS[0], TEXTS[0]]
     embed(model, write_lines(tmp_path / "texts.txt", texts), tmp_path / "index.npy", batch_size=1)
@@ -420,6 +428,7 @@ def test_ties_keep_the_order_of_the_index(tmp_path, model):
     assert [match.name.rpartition(":")[2] for match in matches] == ["1", "3", "4", "2"]
 
 
+@pytest.mark.slow
 def test_the_index_records_its_model_which_may_move(tmp_path, model):
     copy = shutil.copytree(model, tmp_path / "copy")
     index = tmp_path / "index.parquet"
@@ -433,6 +442,7 @@ def test_the_index_records_its_model_which_may_move(tmp_path, model):
         search(index, TEXTS[3], model=tmp_path / "else")
 
 
+@pytest.mark.slow
 def test_changed_weights_are_an_error(tmp_path, model, tiny_tower):
     other = save_tiny_model(tmp_path / "model", tiny_tower, seed=2)
     index = tmp_path / "index.parquet"
@@ -474,6 +484,7 @@ def program(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> object:
     return end.value.code
 
 
+@pytest.mark.slow
 def test_the_command_embeds_and_searches(monkeypatch, capsys, tmp_path, model, image_folder):
     index = tmp_path / "index.parquet"
     (image_folder / "broken.png").write_bytes(b"wrong")
@@ -495,6 +506,7 @@ def test_the_command_embeds_and_searches(monkeypatch, capsys, tmp_path, model, i
     assert matches == [vars(match) for match in search(index, "A red dog.", top=3)]
 
 
+@pytest.mark.slow
 def test_the_command_shows_the_beginning_of_a_text(monkeypatch, capsys, tmp_path, model):
     text = "word " * 80
     source, index = write_lines(tmp_path / "texts.txt", [text, "short"]), tmp_path / "index.npy"

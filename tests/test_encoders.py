@@ -93,6 +93,7 @@ def by_open_clip(folder: Path, texts: list[str], images: list[bytes]) -> tuple[A
 # --- features -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 100])
 @pytest.mark.parametrize(
     ("kind", "expect"),
@@ -126,6 +127,7 @@ def test_a_long_text_is_truncated_before_its_end_token(models, kind, length):
     assert (long - shorter).norm() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_bf16_features_are_near_fp32_and_returned_as_fp32(models, images, kind):
     exact, rounded = (open_encoder(str(models[kind]), precision=precision) for precision in ("fp32", "bf16"))
@@ -194,6 +196,7 @@ def test_protocol_of_other_models(models, kind, length, about, preprocessing):
     json.dumps(protocol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "open_clip"])
 def test_the_weights_hash_changes_with_one_weight(models, tmp_path, kind):
     from safetensors.torch import load_file, save_file
@@ -211,6 +214,7 @@ def test_the_weights_hash_changes_with_one_weight(models, tmp_path, kind):
 # --- opening models -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_open_clip_architecture_with_a_file_equals_its_folder(models, tmp_path, images):
     name = register_open_clip(tmp_path, "tiny-file")
     file = models["open_clip"] / "open_clip_model.safetensors"

@@ -104,6 +104,7 @@ def assert_all_captioned(items: list[Caption | Failure], count: int) -> None:
 # --- requests and answers -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_image_gets_its_own_caption_in_order():
     with CaptioningServer() as server:
         llava = captioner(server.url, prompt="What is it?", max_tokens=7, seed=3)
@@ -141,6 +142,7 @@ def test_about_holds_only_settings_that_decide_captions():
     assert captioner("http://127.0.0.1:1/v1", seed=1).about != captioner("http://127.0.0.1:1/v1").about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file_format", "kind"), [("PNG", "png"), ("JPEG", "jpeg"), ("WEBP", "webp")])
 def test_images_are_sent_as_stored(file_format, kind):
     image = image_bytes(1, file_format)
@@ -156,6 +158,7 @@ def test_an_uncommon_format_is_sent_as_png():
     assert caption.text == caption_for(image_bytes(1))
 
 
+@pytest.mark.slow
 def test_images_are_read_when_they_are_needed():
     read = []
     with CaptioningServer() as server:
@@ -165,6 +168,7 @@ def test_images_are_read_when_they_are_needed():
         assert len(list(captions)) == 49
 
 
+@pytest.mark.slow
 def test_units_share_the_limit_of_requests_in_flight():
     with CaptioningServer(seconds=0.03) as server:
         authors = [captioner(server.url, concurrency=3), captioner(server.url, concurrency=3)]  # as in one process
@@ -415,6 +419,7 @@ def test_a_failed_trial_can_be_repeated():
         assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 def test_a_model_that_disappears_stops_the_unit():
     with (
         CaptioningServer(fail_first(status(404, "no such model"), 9)) as server,

@@ -184,6 +184,7 @@ def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     assert torch.equal(same_mask, mask)
 
 
+@pytest.mark.slow
 def test_encoders_that_share_token_ids_tokenize_a_text_once(tiny_tower):
     tokenized: list[str] = []
 

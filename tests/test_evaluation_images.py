@@ -81,6 +81,7 @@ def differing_bits(one: bytes, other: bytes) -> int:
     return int(np.bitwise_count(perceptual_hash(one) ^ perceptual_hash(other)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [0.25, 0.5, 1, 2])
 @pytest.mark.parametrize("quality", [30, 60, 90])
 @pytest.mark.parametrize("name", ["china", "flower"])
@@ -123,6 +124,7 @@ def test_an_empty_index_and_empty_queries_find_nothing():
         assert HashIndex(known, 6).nearest(queries).tolist() == []
 
 
+@pytest.mark.slow
 def test_near_copies_are_dropped_from_the_training_split_only(tmp_path):
     raw, benchmark = tmp_path / "raw", tmp_path / "benchmark"
     raw.mkdir(), benchmark.mkdir()

@@ -95,6 +95,7 @@ def test_truncation_ends_where_the_model_stops_reading(explorer, tiny_samples):
     assert (short_text.tokens, short_text.end) == (6, len("A dog. "))
 
 
+@pytest.mark.slow
 def test_images_added_to_the_index_are_read_from_their_own_folder(folder, tmp_path, tiny_samples):
     index, more = tmp_path / "images.npy", tmp_path / "more.npy"
     for number, name in enumerate(("first", "second")):  # the same file name in both
@@ -122,6 +123,7 @@ def test_examples_are_the_longest_texts(explorer, folder):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_indexes_that_do_not_match_are_an_error(folder, tmp_path, tiny_tower):
     with pytest.raises(ValueError, match=r"texts\.parquet is an index of texts; an index of images is needed"):
         Explorer(folder / "texts.parquet")
@@ -135,6 +137,7 @@ def test_indexes_that_do_not_match_are_an_error(folder, tmp_path, tiny_tower):
         Explorer(folder / "images.parquet", top=0)
 
 
+@pytest.mark.slow
 def test_a_moved_image_folder_can_be_given(folder, tmp_path, tiny_samples):
     moved = shutil.copytree(folder / "ingest", tmp_path / "ingest")
     embed(folder / "model", moved, tmp_path / "images.parquet")
@@ -207,6 +210,7 @@ def test_relevance_of_padding_is_not_drawn():
     assert (pixels[..., 0] == pixels[..., 1]).all()
 
 
+@pytest.mark.slow
 def test_markup_in_a_text_is_escaped(explorer):
     from lotlip.explore.page import attention_html, truncation_html
 
@@ -218,6 +222,7 @@ def test_markup_in_a_text_is_escaped(explorer):
     assert "&lt;img src=x&gt;" in html
 
 
+@pytest.mark.slow
 def test_a_busy_port_is_a_clear_error(explorer):
     from lotlip.explore.page import serve_page
 
@@ -227,6 +232,7 @@ def test_a_busy_port_is_a_clear_error(explorer):
             serve_page(explorer, port).__enter__()
 
 
+@pytest.mark.slow
 def test_requests_of_other_sites_are_rejected(explorer):
     import httpx
 
@@ -261,6 +267,7 @@ def test_an_image_shown_twice_is_written_to_two_files(explorer):
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
     chromium = shutil.which("chromium")
     if chromium is None:

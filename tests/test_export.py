@@ -109,6 +109,7 @@ def assert_exported_to_transformers(ours: Path, out: Path, kind: type) -> None:
             assert torch.allclose(normalize(vision(pixels).image_embeds, dim=-1), images, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "type_"), [("clip", CLIPModel), ("siglip", SiglipModel), ("open_clip", CLIPModel)])
 def test_an_export_to_transformers_keeps_the_features(kind: str, type_: type, tmp_path: Path) -> None:
     ours = save_tiny(kind, tmp_path)
@@ -116,6 +117,7 @@ def test_an_export_to_transformers_keeps_the_features(kind: str, type_: type, tm
     assert_exported_to_transformers(ours, tmp_path / "out", type_)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_an_export_to_transformers_can_be_imported_again(kind: str, tmp_path: Path) -> None:
     start = open_tiny(kind, tmp_path)
@@ -131,6 +133,7 @@ def test_an_export_to_transformers_can_be_imported_again(kind: str, tmp_path: Pa
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "type_"), [("clip", CLIPModel), ("siglip", SiglipModel)])
 def test_another_image_size_and_preprocessing_are_exported(kind: str, type_: type, tmp_path: Path) -> None:
     change = change_image(
@@ -166,6 +169,7 @@ def shorten(config: LotlipConfig) -> None:
     config.context_length -= 4  # fewer tokens than positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["clip", "open_clip", "siglip_with_timm"])
 def test_an_export_to_open_clip_keeps_the_features(kind: str, tmp_path: Path) -> None:
     is_siglip = kind == "siglip_with_timm"
@@ -362,6 +366,7 @@ def assert_not_exported(ours: Path, to: Any, message: str) -> None:
     assert not ours.with_name("not-exported").exists()
 
 
+@pytest.mark.slow
 def test_a_model_with_a_bert_is_exported_to_onnx_only(tmp_path: Path) -> None:
     ours = save_with_new_text_tower(tmp_path, {})
     message = (
@@ -371,6 +376,7 @@ def test_a_model_with_a_bert_is_exported_to_onnx_only(tmp_path: Path) -> None:
     assert_not_exported(ours, "open_clip", message)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["transformers", "open_clip"])
 def test_a_feature_that_depends_on_extra_tokens_is_not_exported(to: Any, tmp_path: Path) -> None:
     assert_not_exported(
@@ -384,6 +390,7 @@ def test_a_feature_that_depends_on_extra_tokens_is_not_exported(to: Any, tmp_pat
     assert_not_exported(ours, to, "without the corner mask, so the text's feature depends on its 2 corner tokens")
 
 
+@pytest.mark.slow
 def test_a_clip_without_the_corner_mask_is_exported(tmp_path: Path) -> None:
     def without_mask(config: LotlipConfig) -> None:
         config.corner_mask = False
@@ -402,6 +409,7 @@ def test_onnx_exports_describe_padding(tmp_path: Path) -> None:
     assert "transformers cannot pad" in (tmp_path / "out" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_late_interaction_is_not_exported(tmp_path: Path) -> None:
     def use_late_interaction(config: LotlipConfig) -> None:
         config.similarity = "late-interaction"
@@ -411,6 +419,7 @@ def test_late_interaction_is_not_exported(tmp_path: Path) -> None:
         assert_not_exported(ours, to, "similarity of this model is late-interaction, which compares tokens")
 
 
+@pytest.mark.slow
 def test_unsupported_features_of_a_library_are_errors(tmp_path: Path) -> None:
     ours = save_tiny("clip", make_folder(tmp_path / "pad"), change=change_image(resize="pad"))
     assert_not_exported(ours, "transformers", "padded to a square, which no processor of transformers does")
@@ -428,6 +437,7 @@ def test_unsupported_features_of_a_library_are_errors(tmp_path: Path) -> None:
     assert_not_exported(ours, "open_clip", r"activations of the towers are gelu \(text\) and quick_gelu \(image\)")
 
 
+@pytest.mark.slow
 def test_a_vit_that_differs_from_clips_is_not_exported_to_transformers(tmp_path: Path) -> None:
     start = open_tiny("open_clip", tmp_path)
     config = deepcopy(start.config)
@@ -457,6 +467,7 @@ def test_an_export_with_different_features_is_not_written(tmp_path: Path, monkey
 # --- the command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_replaces_only_exports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

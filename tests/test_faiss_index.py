@@ -44,6 +44,7 @@ def names(path: Path, query: np.ndarray, top: int = 10) -> list[str]:
     return [match.name for match in matches(open_searchable(path), query, top)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "kind", "rows", "ending"),
     [(None, "hnsw", 900, ".npy"), ("flat", "flat", 900, ".parquet"), (None, "ivf-pq", 10_000, ".npy")],

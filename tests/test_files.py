@@ -130,6 +130,7 @@ def test_remove_accepts_files_written_by_the_same_process(tmp_path):
     remove(tmp_path / "a.json", ours=lambda path: path.read_text() == "mine")
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(json_values)
 def test_json_is_read_as_written(tmp_path, data):
@@ -137,6 +138,7 @@ def test_json_is_read_as_written(tmp_path, data):
     assert read_json(tmp_path / "data.json") == data
 
 
+@pytest.mark.slow
 @given(st.dictionaries(st.text(), json_values, min_size=2))
 def test_the_order_of_keys_changes_neither_hash_nor_bytes(data):
     backwards = dict(reversed(data.items()))
@@ -150,6 +152,7 @@ def test_equal_json_gives_equal_bytes(tmp_path):
     assert "ä" in (tmp_path / "a").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 @given(json_values, json_values)
 def test_different_data_have_different_hashes(one, other):
     same = json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
@@ -229,6 +232,7 @@ TARGETS = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     target=st.sampled_from(TARGETS),
@@ -348,6 +352,7 @@ def test_published_bytes_depend_on_contents_only(tmp_path):
     assert (tmp_path / "one/out" / RECORD).read_bytes() == (tmp_path / "two/out" / RECORD).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other_disk", [False, True])
 def test_publish_is_atomic_when_killed(tmp_path, monkeypatch, other_disk):
     """Publishes in a child process that is killed at its first, second, … file operation."""
@@ -498,6 +503,7 @@ def removals(source: str) -> list[str]:
     return calls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["lotlip", "flows", "benchmarks"])
 def test_only_one_module_removes_and_renames_files(package):
     root = Path(__file__).parents[1]

@@ -41,6 +41,7 @@ def test_the_count_equals_the_closed_form(size, corner_tokens, length):
     assert text_tower_flops(model_config(size, corner_tokens), length) == closed_form(size, length, 1 + corner_tokens)
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(
     heads=st.integers(1, 4),
@@ -64,6 +65,7 @@ def test_the_count_equals_the_closed_form_for_any_size(
     assert flops == closed_form(size, length, 1 + corner_tokens, embed_dim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corner_mask", [True, False])
 @pytest.mark.parametrize("corner_tokens", [0, 2])
 def test_the_count_equals_that_of_a_tower_with_weights(corner_tokens, corner_mask):
@@ -84,6 +86,7 @@ def test_the_count_equals_that_of_a_tower_with_weights(corner_tokens, corner_mas
     assert text_tower_flops(config, 24) - counter.get_total_flops() == last_layer + pooled_twice
 
 
+@pytest.mark.slow
 def test_the_count_of_bert_base_is_known():
     """85 million weights, each used once per token, take 22 GFLOPs for 128 tokens, plus attention."""
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
@@ -103,12 +106,14 @@ def test_register_tokens_count_as_context():
     assert text_tower_flops(registers, 32) == text_tower_flops(plain, 32)
 
 
+@pytest.mark.slow
 def test_counting_allocates_no_weights():
     """The weights would take 300 GB."""
     size = {"hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64, "num_hidden_layers": 24}
     assert text_tower_flops(model_config(size, 0), 512) == closed_form(size, 512, 1)
 
 
+@pytest.mark.slow
 def test_a_series_ends_at_the_encoders_positions():
     config = model_config(NARROW, positions=200)
     series = flops_by_context(config)
@@ -117,6 +122,7 @@ def test_a_series_ends_at_the_encoders_positions():
     assert list(flops_by_context(model_config(NARROW))) == list(CONTEXT_LENGTHS)
 
 
+@pytest.mark.slow
 def test_a_series_includes_the_models_context_length():
     assert list(flops_by_context(model_config(NARROW, positions=100, context_length=77))) == [32, 64, 77, 96]
     assert list(flops_by_context(model_config(NARROW, positions=24, context_length=24))) == [24]

@@ -52,12 +52,14 @@ def literal_argument(call: ast.Call, name: str) -> Any:
 # --- sources ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_call_that_loads_a_model_disables_its_code():
     calls_found = calls("from_pretrained", "from_config", "pipeline")
     assert len(calls_found) > 10
     assert [place for place, call in calls_found if literal_argument(call, "trust_remote_code") is not False] == []
 
 
+@pytest.mark.slow
 def test_torch_loads_weights_only_and_pickle_is_not_used():
     assert [place for place, call in calls("torch.load") if literal_argument(call, "weights_only") is not True] == []
     # a flow and the worker processes that it starts exchange pickles through pipes
@@ -68,6 +70,7 @@ def test_torch_loads_weights_only_and_pickle_is_not_used():
     assert calls("yaml.unsafe_load", "yaml.full_load") == []
 
 
+@pytest.mark.slow
 def test_json_is_written_without_nan():
     assert [
         place for place, call in calls("json.dumps", "json.dump") if literal_argument(call, "allow_nan") is not False
@@ -147,6 +150,7 @@ def test_planning_does_not_run_the_code_of_a_text_tower(bert, monkeypatch):
     assert not (bert / "ran").exists()
 
 
+@pytest.mark.slow
 def test_the_code_of_a_saved_model_is_not_run(tiny_tower, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.input", lambda _: "y")
     folder = with_code(save_tiny_model(tmp_path / "model", tiny_tower))
@@ -187,6 +191,7 @@ def test_init_from_a_folder_is_an_error(after):
         FinetuneConfig(init_from=after, pretrain={})
 
 
+@pytest.mark.slow
 def test_the_encoder_of_a_finetuned_ablation_cannot_be_changed(tiny_tower, tmp_path):
     with pytest.raises(ValueError, match=r"text\.config has no effect"):
         FinetuneConfig(init_from="lit", pretrain={"text": {"config": {"hidden_dropout_prob": 0.1}}})
@@ -204,6 +209,7 @@ def test_weights_of_another_model_as_image_tower_are_an_error(tmp_path):
         timm_tower(TimmTowerConfig(kind="timm", model="vit_tiny_patch16_224", checkpoint=tmp_path / "vit.pth"))
 
 
+@pytest.mark.slow
 def test_a_dual_encoder_as_image_tower_is_an_error(tiny_tower, tmp_path):
     from lotlip.image_tower.timm import timm_tower
 

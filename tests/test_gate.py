@@ -31,6 +31,7 @@ def size_gate(table: dict[str, list], report: Path) -> list[Check]:
     return run_gate("demo", {"units": pd.DataFrame(table)}, {"units": suite}, report)
 
 
+@pytest.mark.slow
 def test_a_passing_gate_writes_a_report(tmp_path):
     assert size_gate({"unit": ["a", "b"], "size": [1, 5]}, tmp_path) == [Check("size | is at most 5", "all do", True)]
     report = (tmp_path / "gate.md").read_text()
@@ -40,6 +41,7 @@ def test_a_passing_gate_writes_a_report(tmp_path):
     assert list((tmp_path / "data_docs/validations").rglob("*.html"))
 
 
+@pytest.mark.slow
 def test_the_report_may_be_in_a_folder_with_any_name(tmp_path):
     tmp_path = tmp_path / 'it\'s $HOME ${HOME}, "é"'
     tmp_path.mkdir()
@@ -48,6 +50,7 @@ def test_the_report_may_be_in_a_folder_with_any_name(tmp_path):
     assert list((tmp_path / "data_docs/validations").rglob("*.html"))
 
 
+@pytest.mark.slow
 def test_a_failing_gate_names_the_rows(tmp_path):
     table = {"unit": list("abcdef"), "size": [6, 1, 7, 8, 9, 5]}
     line = gate_error(lambda report: size_gate(table, report), tmp_path)
@@ -56,10 +59,12 @@ def test_a_failing_gate_names_the_rows(tmp_path):
     assert "| **no** |" in (tmp_path / "gate.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_missing_column_fails(tmp_path):
     assert "could not be evaluated" in gate_error(lambda report: size_gate({"unit": ["a"]}, report), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_second_run_replaces_the_report(tmp_path):
     with pytest.raises(GateFailed):
         size_gate({"unit": ["a"], "size": [6]}, tmp_path)
@@ -70,6 +75,7 @@ def test_a_second_run_replaces_the_report(tmp_path):
     assert all(any(folder.iterdir()) for folder in pages if folder.is_dir())
 
 
+@pytest.mark.slow
 def test_gates_run_in_parallel_threads(tmp_path):
     def one(number: int) -> list[str]:
         checks = size_gate({"unit": ["a"] * number, "size": [1] * number}, tmp_path / str(number))
@@ -80,6 +86,7 @@ def test_gates_run_in_parallel_threads(tmp_path):
     assert all((tmp_path / f"{number}/data_docs/index.html").is_file() for number in range(1, 5))
 
 
+@pytest.mark.slow
 def test_a_gate_is_fast_and_prints_nothing(tmp_path, capfd):
     import great_expectations  # noqa: F401  (the import is not what is timed)
 

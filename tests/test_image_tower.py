@@ -125,6 +125,7 @@ def test_a_timm_tower_takes_a_local_checkpoint(tmp_path: Path) -> None:
     torch.testing.assert_close(tower.trunk.state_dict()["norm.weight"], weights["norm.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mean", [None, (0.1, 0.2, 0.3)])
 def test_the_normalisation_of_a_model_is_the_default(tmp_path: Path, mean: Any) -> None:
     name = "vit_tiny_patch16_224.augreg_in21k"  # trained with mean 0.5, unlike CLIP

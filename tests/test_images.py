@@ -233,6 +233,7 @@ def test_grey_and_white_keep_their_brightness_in_every_mode(mode: str) -> None:
     assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "white"),
     [
@@ -314,6 +315,7 @@ def test_avif_is_read_where_pillow_can() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(1, 10_000), (10_000, 1), (7, 3001), (3001, 8), (64, 2000)])
 def test_cropping_a_very_long_image_needs_little_memory(size: tuple[int, int]) -> None:
     """The result is compared with the centre of the fully resized image."""

@@ -101,6 +101,7 @@ def test_an_index_without_a_source_is_read(tmp_path):
     assert "source" not in open_index(tmp_path / "index.npy").about
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 100_003])
 def test_numpy_reads_the_features(tmp_path, rows):
     expected = write(tmp_path / "index.npy", rows, block=50_000)

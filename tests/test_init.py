@@ -199,6 +199,7 @@ def test_named_columns_are_used(data: Path) -> None:
         find_source(data / "captions.csv", None, Columns(caption="nothing"))
 
 
+@pytest.mark.slow
 def test_columns_of_sentences_become_one_long_caption(data: Path) -> None:
     frame = pd.read_csv(data / "captions.csv")
     frame["more"] = [sentence(900 + n, 9) if n % 2 else "" for n in range(len(frame))]
@@ -253,6 +254,7 @@ def test_undetected_columns_and_folders_are_errors(data: Path, change: Any, opti
 # --- params.yaml ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_init_writes_a_valid_file_and_describes_the_data(data: Path) -> None:
     (data / "images" / "sub" / "003.png").write_bytes(b"broken")
     (data / "images" / "sub" / "004.png").write_bytes(image_bytes(5))
@@ -269,6 +271,7 @@ def test_init_writes_a_valid_file_and_describes_the_data(data: Path) -> None:
     assert "lotlip run" in lines[-1]
 
 
+@pytest.mark.slow
 def test_a_starting_model_decides_context_and_learning_rates(data: Path) -> None:
     clip = save_clip(data / "clip")
     params, lines = run(data / "captions.csv", data / "params.yaml", start=str(clip))
@@ -281,6 +284,7 @@ def test_a_starting_model_decides_context_and_learning_rates(data: Path) -> None
     assert not params.pretrain.image_tower.frozen
 
 
+@pytest.mark.slow
 def test_an_unreachable_hub_model_is_assumed_to_be_a_clip(data: Path) -> None:
     params, lines = run(data / "captions.csv", data / "params.yaml", start="nobody/no-such-clip")
     assert params.pretrain.start == "nobody/no-such-clip" and params.pretrain.text.context_length == 77
@@ -288,6 +292,7 @@ def test_an_unreachable_hub_model_is_assumed_to_be_a_clip(data: Path) -> None:
     assert any(line.startswith("warning: nobody/no-such-clip cannot be read now") for line in lines)
 
 
+@pytest.mark.slow
 def test_short_captions_serve_as_long_ones_where_there_are_none(tmp_path: Path) -> None:
     for n in range(20):
         (tmp_path / "in").mkdir(exist_ok=True)
@@ -298,6 +303,7 @@ def test_short_captions_serve_as_long_ones_where_there_are_none(tmp_path: Path) 
     assert params.caption.sentence_ends == "unicode"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("usage", "tokens"),
     [
@@ -341,6 +347,7 @@ def test_a_captioner_can_be_given_in_several_ways(named: str, model: str | None,
     assert section.items() <= captioner_section(named, model)[1].items()
 
 
+@pytest.mark.slow
 def test_an_unusable_captioner_is_an_error(data: Path) -> None:
     with pytest.raises(ValueError, match=r"me/mllm is not the address of a server .*OWNER/NAME@COMMIT"):
         captioner_section("me/mllm", None)
@@ -356,6 +363,7 @@ def test_an_unusable_captioner_is_an_error(data: Path) -> None:
     assert not (data / "params.yaml").exists() and not (data / TRIAL).exists()
 
 
+@pytest.mark.slow
 def test_nothing_is_overwritten_without_force(data: Path) -> None:
     out = data / "params.yaml"
     out.write_text("mine")
@@ -384,6 +392,7 @@ def test_long_captions_of_other_images_are_an_error(data: Path) -> None:
     assert not (data / "params.yaml").exists()
 
 
+@pytest.mark.slow
 def test_names_are_quoted(tmp_path: Path) -> None:
     folder = tmp_path / "it's: #1 {x}"
     write_images(folder / "images")

@@ -90,6 +90,7 @@ def small_windows(monkeypatch) -> None:
     monkeypatch.setattr("lotlip.pretrain.order.WINDOW", 2)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than the machine has cores
 @pytest.mark.parametrize(("shards", "workers"), [(1, 0), (1, 3), (3, 0), (5, 0), (5, 2)])
 def test_an_epoch_has_every_sample_once(tmp_path, tiny_samples, small_windows, shards, workers):
@@ -122,6 +123,7 @@ def test_samples_are_mixed_over_shards(tmp_path, tiny_samples):
     assert all(len({origin[key] for key in batch.keys}) > 1 for batch in epoch(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(("processes", "workers"), [(1, 1), (1, 3), (2, 0), (4, 2)])
 def test_batches_do_not_depend_on_processes_and_workers(tiny_world, small_windows, processes, workers):
@@ -159,6 +161,7 @@ def lengths_of(batch: Batch) -> list[int]:
     return [int(row.max()) for row in lengths.view(len(batch.keys), -1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"epochs": "resampled", "weights": {"red": 5.0}}])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_at_any_step(tiny_world, small_windows, settings, workers):
@@ -288,6 +291,7 @@ def test_short_and_long_texts_are_padded_separately(tiny_world):
 # --- resampled epochs ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 5])
 def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windows, shards):
     folder = write_shards(tmp_path, tiny_samples, shards)
@@ -312,6 +316,7 @@ def test_resampled_epochs_follow_the_weights(tmp_path, tiny_samples, small_windo
     assert len(blue) == 8 and max(blue.values()) < 1.3 * min(blue.values())
 
 
+@pytest.mark.slow
 def test_a_resampled_epoch_draws_with_replacement(tiny_world):
     batches = epoch(tiny_world.shards, epochs="resampled")
     assert len(keys(batches)) == 48
@@ -407,6 +412,7 @@ def test_a_stale_index_is_an_error(tmp_path, tiny_samples):
     assert len(epoch(folder)) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_shards_that_differ_from_the_index_are_errors(tmp_path, tiny_samples, workers):
     folder = write_shards(tmp_path, tiny_samples, 2)
@@ -468,6 +474,7 @@ def test_a_broken_image_is_an_error_naming_its_sample(tmp_path, tiny_samples):
         epoch(folder, BatchSlice(1), transform=training_transform(16), workers=1)
 
 
+@pytest.mark.slow
 def test_augmentation_depends_on_seed_epoch_and_key(tiny_world):
     transform = training_transform(16, augmentation=AugmentationConfig(scale=(0.2, 1.0)))
 
@@ -495,6 +502,7 @@ def workers() -> Callable[[], list[psutil.Process]]:
     return lambda: [child for child in psutil.Process().children() if child not in before]
 
 
+@pytest.mark.slow
 def test_workers_end_with_the_steps(tiny_world, workers):
     steps = loader(tiny_world.shards, workers=2).steps(0, 1000)
     next(steps)

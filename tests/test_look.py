@@ -128,6 +128,7 @@ def test_the_page_opens_from_disk_and_escapes_texts(look_result: Look, tmp_path:
         write_page(look_result, folder)
 
 
+@pytest.mark.slow
 def test_data_that_was_not_ingested_is_read_from_its_source(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(data / "captions.csv", data / "params.yaml")
     monkeypatch.chdir(data)
@@ -136,6 +137,7 @@ def test_data_that_was_not_ingested_is_read_from_its_source(data: Path, monkeypa
     assert text.count('class="seen"') == 6
 
 
+@pytest.mark.slow
 def test_the_report_links_to_the_page(tmp_path: Path) -> None:
     params = make_params(ablations={"lotlip": {}}, tables={}, findings={})
     write_project(tmp_path, params)

@@ -334,6 +334,7 @@ def test_every_variant_follows_its_equations(variant, at_once):
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_match_finite_differences(variant):
     images, texts, settings = case(variant, torch.float64)
@@ -420,6 +421,7 @@ def test_a_bias_does_not_change_infonce():
     assert torch.autograd.grad(loss, bias)[0].item() == pytest.approx(0, abs=1e-6)  # not None: engines need a gradient
 
 
+@pytest.mark.slow
 @given(batch=st.integers(1, 12), width=st.integers(1, 8), number=st.integers(1, 10))
 def test_principal_components_equal_numpys(batch, width, number):
     generator = torch.Generator().manual_seed(batch + 100 * width)

@@ -72,6 +72,7 @@ def test_the_documented_table_gives_images_and_captions(name, tmp_path, monkeypa
     assert caption.text == record.short_caption == "A dog. It runs, fast."  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FROM_SCRATCH)
 def test_methods_from_scratch_fit_eight_gpus(name):
     params, config = profile(name)

@@ -143,6 +143,7 @@ def reference_scores(image, text, text_image, ks):
     return scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 40, 4096])
 def test_chunks_give_the_scores_of_the_full_matrix(chunk):
     for case in (random_case(), random_case(per_image=1, seed=3), tied_case(0), tied_case(1)):
@@ -232,6 +233,7 @@ def test_the_interval_of_a_proportion_is_binomial(share, number):
     assert interval(outcome, resamples=8000) == pytest.approx(ends, abs=1.5 / number)
 
 
+@pytest.mark.slow
 def test_intervals_have_their_nominal_coverage():
     covered = 0
     for seed in range(300):
@@ -334,6 +336,7 @@ def test_one_patch_and_one_token_score_as_cosine():
     assert late == pytest.approx(classification(image, text[:20], labels).values)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
 def test_chunks_do_not_change_late_interaction(chunk):
     image, text, text_image, mask = token_case()

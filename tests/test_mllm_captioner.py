@@ -89,6 +89,7 @@ def caption_one_by_one(folder: Path, num_beams: int = 1) -> list[tuple[str, bool
 # --- captions ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_mixed_batches_give_the_captions_of_single_images(family, num_beams):
     expected = caption_one_by_one(family, num_beams)
@@ -114,6 +115,7 @@ def test_token_counts_and_sub_captions_match_the_text(llava):
         assert item.tokens == len(item.text.split())
 
 
+@pytest.mark.slow
 def test_a_prompt_with_the_image_token_is_the_full_prompt(llava):
     full_prompt = "USER: <image> Describe the following image in detail. ASSISTANT:"
     assert texts(captioner(llava, prompt=full_prompt).caption(RECORDS)) == texts(captioner(llava).caption(RECORDS))
@@ -147,6 +149,7 @@ def test_no_images_get_no_captions(llava):
 # --- sampling ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sampling_depends_on_the_seed_and_the_key(llava):
     sampling = {"temperature": 1.0, "top_p": 0.9}
     captions = texts(captioner(llava, batch_size=8, **sampling).caption(RECORDS))
@@ -178,6 +181,7 @@ def test_a_process_loads_one_copy_at_first_use(llava):
     assert (mllm._loaded.cache_info().misses, mllm._loaded.cache_info().hits) == (1, 1)
 
 
+@pytest.mark.slow
 def test_threads_do_not_change_the_captions(llava):
     author = captioner(llava, batch_size=3)
     parts = [RECORDS[:9], RECORDS[9:14], RECORDS[14:]]
@@ -187,6 +191,7 @@ def test_threads_do_not_change_the_captions(llava):
     assert captions == list(author.caption(RECORDS))
 
 
+@pytest.mark.slow
 def test_records_are_read_in_windows(llava):
     numbers = []
 
@@ -230,6 +235,7 @@ class SmallGpu:
         return self._generate(**inputs)
 
 
+@pytest.mark.slow
 def test_a_batch_that_does_not_fit_is_halved(llava, monkeypatch, caplog):
     author = captioner(llava, batch_size=8)
     expected = texts(author.caption(RECORDS))
@@ -272,6 +278,7 @@ def test_about_holds_what_decides_a_text(llava):
     assert (hub.revision, hub.about["revision"], hub.about["model"]) == (commit, commit, "me/llava")
 
 
+@pytest.mark.slow
 def test_the_revision_of_a_folder_depends_on_its_files(llava, llava_copy):
     before = captioner(llava_copy).revision
     assert before == captioner(llava).revision
@@ -300,6 +307,7 @@ def test_a_folder_is_not_confused_with_a_hub_model(llava, tmp_path, monkeypatch)
         captioner(Path("mllm.py"), model="me/llava", revision="0123456789" * 4)
 
 
+@pytest.mark.slow
 def test_a_model_without_vision_is_an_error(llava_copy):
     shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     BertModel(BertConfig(vocab_size=50, **shape)).save_pretrained(llava_copy)

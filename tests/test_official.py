@@ -90,6 +90,7 @@ def test_sizes_are_read_from_the_weights(weights):
     assert len(converted) == len(weights)
 
 
+@pytest.mark.slow
 def test_an_imported_model_records_its_source(imported):
     file, folder = imported
     model, tokenizer = load_model(folder)
@@ -104,6 +105,7 @@ def test_an_imported_model_records_its_source(imported):
     assert sorted(path.name for path in folder.parent.iterdir()) == ["model.pt", "text.json", "tiny"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [16, 32])
 def test_the_defaults_fit_the_released_models(size):
     """Names and shapes are those of timm's ViT-B and transformers' BERT-base with two corner tokens."""
@@ -154,6 +156,7 @@ def test_half_precision_weights_become_fp32(dtype, weights, tmp_path):
     assert torch.equal(converted["text.proj.weight"], weights["module.text.proj.weight"].to(dtype).float())
 
 
+@pytest.mark.slow
 def test_a_tokenizer_may_be_a_file_or_a_folder(weights, tmp_path):
     TextTokenizer("bert-base-uncased", 64, 3).save(tmp_path)  # its corner tokens are not counted as words
     for name in (tmp_path, tmp_path / "tokenizer.json"):
@@ -196,6 +199,7 @@ def test_the_vocabulary_may_count_corner_tokens_or_not(words, weights):
     assert config.text_config.vocab_size == 30524
 
 
+@pytest.mark.slow
 def test_robertas_layout_is_read(weights, tmp_path):
     """Its positions start after the padding's row, so there are two fewer."""
     tokenizer = json.loads(
@@ -266,6 +270,7 @@ def test_heads_that_do_not_divide_the_width_are_an_error(given, heads, weights):
 # --- mismatched weights -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_mismatched_weights_are_listed(weights):
     changes = {
         "text__transformer__pooler__dense__bias": None,
@@ -292,6 +297,7 @@ def test_all_mismatched_weights_are_listed(weights):
     ]
 
 
+@pytest.mark.slow
 def test_another_image_size_is_an_error(weights):
     with pytest.raises(
         WrongWeightsError, match=r"visual.trunk.pos_embed is \[1, 101, 64\], in the model \[1, 145, 64\]"
@@ -299,18 +305,21 @@ def test_another_image_size_is_an_error(weights):
         convert_tiny(weights, image=replace(IMAGE_TOWER, image_size=192))
 
 
+@pytest.mark.slow
 def test_another_image_tower_is_an_error(weights):
     with pytest.raises(WrongWeightsError) as error:
         convert_tiny(weights, image=RELEASED_IMAGE_TOWER)
     assert len(str(error.value).splitlines()) > 140  # all are listed
 
 
+@pytest.mark.slow
 def test_a_missing_layer_is_an_error(weights):
     renamed = {name.replace("encoder.layer.1.", "encoder.layer.7."): value for name, value in weights.items()}
     with pytest.raises(WrongWeightsError, match=r"layer\.1\.output\.dense\.bias is missing"):
         convert_tiny(renamed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "resnet18"])
 def test_an_image_tower_without_cls_is_an_error(name, weights):
     with pytest.raises(ValueError, match=rf"{name} has no \[CLS\] token"):
@@ -337,6 +346,7 @@ def test_another_tokenizers_checkpoint_is_an_error(rows, weights):
         convert_tiny(weights, {"text__transformer__embeddings__word_embeddings__weight": torch.zeros(rows, 32)})
 
 
+@pytest.mark.slow
 def test_context_lengths(weights):
     for context_length in (5, 512):
         assert convert_tiny(weights, context_length=context_length)[0].context_length == context_length
@@ -419,6 +429,7 @@ def test_a_checkpoint_of_something_else_is_an_error(content, message, tmp_path):
 # --- output folder ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_existing_folder_is_kept_unless_forced(imported, tmp_path):
     file, text = imported[0], write_text_config("m2", tmp_path)
     out = tmp_path / "out"
@@ -467,6 +478,7 @@ def command(file: Path, out: Path, text: Path, *more: object) -> list[object]:
     return ["import-official", file, "--out", out, "--vision", "test_vit", "--text-config", text, *more]
 
 
+@pytest.mark.slow
 def test_the_command_describes_the_model_and_how_to_load_it(imported, tmp_path, monkeypatch, capsys):
     text, out = write_text_config("m2", tmp_path), tmp_path / "out"
     arguments = command(imported[0], out, text, "--image-size", 160, "--context-length", 64)
@@ -488,6 +500,7 @@ def test_the_command_describes_the_model_and_how_to_load_it(imported, tmp_path, 
     assert program(monkeypatch, *arguments, "--force") == 0
 
 
+@pytest.mark.slow
 def test_the_command_lists_one_weight_per_line(imported, tmp_path, monkeypatch, capsys):
     arguments = command(imported[0], tmp_path / "out", write_text_config("m2", tmp_path), "--image-size", 192)
     assert program(monkeypatch, *arguments) == 1

@@ -60,6 +60,7 @@ def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any
 # --- numbers ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "images", "used"),
     [
@@ -112,6 +113,7 @@ def test_a_captioner_missing_from_the_shards_is_an_error():
         text_lengths(config, statistics)
 
 
+@pytest.mark.slow
 def test_text_flops_are_six_per_weight_and_token_plus_attention():
     flops = planned(CC3M).flops["text tower"]
     tokens = 2048 * (14 + 63)
@@ -122,6 +124,7 @@ def test_text_flops_are_six_per_weight_and_token_plus_attention():
     assert twice / flops == pytest.approx(4 / 3)  # every feature is computed before the loss is known
 
 
+@pytest.mark.slow
 def test_frozen_features_take_one_pass_over_the_data_set():
     planned_run = planned(CC3M, images=3_000_000)
     assert planned_run.feature_flops == pytest.approx(3e6 * 35.1e9, rel=0.01)
@@ -130,12 +133,14 @@ def test_frozen_features_take_one_pass_over_the_data_set():
     assert any("frozen features" in line for line in describe(planned_run, "x"))
 
 
+@pytest.mark.slow
 def test_time_is_flops_over_the_throughput_of_the_gpus():
     planned_run = planned(CC3M)
     assert planned_run.seconds == pytest.approx(14648 * sum(planned_run.flops.values()) / (8 * 989e12 * 0.4))
     assert planned_run.samples == 14648 * 2048
 
 
+@pytest.mark.slow
 def test_a_computed_or_trained_tower_costs_memory_and_flops():
     stored = planned(CC3M)
     computed = planned(CC3M, differences={"image_tower": {"features": "computed"}})
@@ -148,6 +153,7 @@ def test_a_computed_or_trained_tower_costs_memory_and_flops():
     assert trained.trained["image tower"] == stored.frozen["image tower"]
 
 
+@pytest.mark.slow
 def test_a_plan_that_does_not_fit_names_a_remedy():
     too_large = planned(CC3M, differences={"processes": 1, "batch_size": 8192})
     assert sum(too_large.memory.values()) > 80e9
@@ -180,6 +186,7 @@ def test_an_unavailable_pretrained_tower_is_an_error():
         planned(CC3M, differences={"text": {"pretrained": "roberta-large"}})
 
 
+@pytest.mark.slow
 def test_every_ablation_of_the_demo_can_be_planned():
     planned_before = set()
     for name in DEMO.ablations:
@@ -227,6 +234,7 @@ TEXT_TOWERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TEXT_TOWERS)
 def test_activations_of_other_text_towers_match_the_prediction(kind: str):
     sizes = {"hidden_size": 64, "num_hidden_layers": 12, "num_attention_heads": 2, "intermediate_size": 256}
@@ -264,6 +272,7 @@ IMAGE_TOWERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", IMAGE_TOWERS)
 def test_activations_of_image_towers_match_the_prediction(kind: str):
     spec = IMAGE_TOWERS[kind]

@@ -88,6 +88,7 @@ def test_a_frozen_image_tower_is_not_trained(tiny_tower):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.slow
 def test_another_family_can_be_named(tiny_tower):
     family = {"model_type": "electra", "embedding_size": 16}
     model = build_for_pretraining(settings({"config": {**TEXT, **family}}), tiny_tower)
@@ -114,6 +115,7 @@ def test_a_context_beyond_the_positions_is_an_error(tiny_tower):
 # --- pretrained weights -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_pretrained_weights_are_loaded_and_corner_embeddings_added(minilm, tiny_tower, tmp_path):
     from transformers import AutoModel
 
@@ -144,6 +146,7 @@ def test_a_text_tower_of_the_hub_has_the_configured_revision(tiny_tower, monkeyp
     assert requests == [("some/bert", "0123456789" * 4)]
 
 
+@pytest.mark.slow
 def test_pretrained_text_features_tell_a_paraphrase_from_another_text(minilm, tiny_tower):
     """Correctly loaded weights give a paraphrase a similar [CLS] feature."""
     config = pretrained(minilm, tokenizer=str(minilm), corner_tokens=0)
@@ -155,6 +158,7 @@ def test_pretrained_text_features_tell_a_paraphrase_from_another_text(minilm, ti
     assert cosine(hidden[0, 0], hidden[1, 0], dim=0) > cosine(hidden[0, 0], hidden[2, 0], dim=0) + 0.1
 
 
+@pytest.mark.slow
 def test_pretrained_half_precision_weights_train_in_fp32(minilm, tiny_tower, tmp_path):
     from transformers import AutoModel
 
@@ -206,6 +210,7 @@ def short_model(tmp_path_factory, tiny_tower) -> tuple[LotlipForPreTraining, Pat
     return model, folder
 
 
+@pytest.mark.slow
 def test_finetuning_starts_from_a_saved_model(short_model, tiny_tower):
     model, folder = short_model
     config = pretrained(folder, tokenizer=str(folder), corner_tokens=0, context_length=12)
@@ -214,6 +219,7 @@ def test_finetuning_starts_from_a_saved_model(short_model, tiny_tower):
     assert all(torch.equal(value, copy.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_corner_tokens_are_added_to_a_saved_model(short_model, tiny_tower, tmp_path):
     model, folder = short_model
     config = pretrained(folder, corner_tokens=2, context_length=12)
@@ -286,6 +292,7 @@ def test_rows_before_the_first_position_are_kept():
     )
 
 
+@pytest.mark.slow
 def test_an_interpolated_model_reads_longer_texts(short_model, tiny_tower):
     model, folder = short_model
     interpolation = {"positions": 12, "keep": 4, "factor": 3}
@@ -322,6 +329,7 @@ def test_rotary_positions_cannot_be_interpolated(tiny_tower, tmp_path):
 # --- features for the loss ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_features_keep_the_order_of_texts(tiny_tower):
     config = settings()
     model = build_for_pretraining(config, tiny_tower).eval()
@@ -342,6 +350,7 @@ def test_features_keep_the_order_of_texts(tiny_tower):
     assert "logit_bias" not in features
 
 
+@pytest.mark.slow
 def test_register_tokens_are_attended_but_have_no_feature(tiny_tower):
     config = settings({"corner_tokens": 0, "register_tokens": 2})
     model = build_for_pretraining(config, tiny_tower).eval()
@@ -356,6 +365,7 @@ def test_register_tokens_are_attended_but_have_no_feature(tiny_tower):
     assert (changed - features).abs().amax(dim=-1).min() > 1e-4
 
 
+@pytest.mark.slow
 def test_corner_tokens_and_registers_can_be_combined(tiny_tower):
     """Registers are masked like words: all features attend to them, and they do not attend to corner tokens."""
     config = settings({"corner_tokens": 2, "register_tokens": 1})
@@ -373,6 +383,7 @@ def test_corner_tokens_and_registers_can_be_combined(tiny_tower):
     assert register.min() > 1e-5
 
 
+@pytest.mark.slow
 def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
     config = settings({"corner_tokens": 0}, similarity="late-interaction")
     model = build_for_pretraining(config, tiny_tower).eval()
@@ -393,6 +404,7 @@ def test_late_interaction_compares_every_token_with_every_patch(tiny_tower):
     assert lotlip_loss(**features)["loss"].isfinite()
 
 
+@pytest.mark.slow
 def test_an_unfrozen_image_tower_starts_from_its_stage_and_is_trained(tiny_tower):
     config = settings(image_tower={"frozen": False})
     model = build_for_pretraining(config, tiny_tower)
@@ -415,6 +427,7 @@ def test_an_unfrozen_image_tower_starts_from_its_stage_and_is_trained(tiny_tower
     assert all(torch.equal(value, frozen[name.removeprefix("image.")]) for name, value in statistics.items())
 
 
+@pytest.mark.slow
 def test_an_unfrozen_tower_provides_patches(tiny_tower):
     config = settings({"corner_tokens": 0}, image_tower={"frozen": False}, similarity="late-interaction")
     model = build_for_pretraining(config, tiny_tower)
@@ -422,6 +435,7 @@ def test_an_unfrozen_tower_provides_patches(tiny_tower):
     assert features["image_features"].shape == (3, 16, 32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [True, False])
 def test_objectives_get_the_features_they_compare(tiny_tower, frozen):
     loss = {"objective": "siglip", "masks": {}, "conditioned": {"heads": 4}}
@@ -464,6 +478,7 @@ def test_scale_and_bias_start_from_the_settings(tiny_tower):
     assert model.logit_bias.item() == -10
 
 
+@pytest.mark.slow
 def test_the_temperature_is_clamped_for_infonce_only(tiny_tower):
     for objective, limit in (("infonce", 100.0), ("siglip", torch.tensor(9.0).exp().item())):
         model = build_for_pretraining(settings(loss={"objective": objective}), tiny_tower)

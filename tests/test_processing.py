@@ -309,6 +309,7 @@ def test_auto_processor_finds_the_class_by_the_model_type(folder, tmp_path):
     assert type(AutoProcessor.from_pretrained(tmp_path)) is LotlipProcessor
 
 
+@pytest.mark.slow
 def test_saving_again_changes_nothing(folder, tmp_path):
     AutoProcessor.from_pretrained(folder).save_pretrained(tmp_path)
     names = sorted(file.name for file in tmp_path.iterdir())

@@ -66,6 +66,7 @@ def test_paper_profiles_match_the_settings_for_eight_gpus(profile):
     assert merge(profile_values, gpu_settings(8)) == profile_values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PAPER)
 @pytest.mark.parametrize("gpus", GPUS)
 def test_deepspeed_settings_fit_the_gpus(profile, gpus):

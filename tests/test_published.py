@@ -201,6 +201,7 @@ def test_every_kind_of_the_configuration_has_a_layout():
     assert list(get_args(PublishedBenchmarkConfig.model_fields["kind"].annotation)) == list(LAYOUTS)
 
 
+@pytest.mark.slow
 @every_kind
 def test_files_of_macos_are_ignored(kind, folder):
     before = published_benchmark(kind, folder)
@@ -335,6 +336,7 @@ def test_images_may_be_in_a_separate_folder(kind, folder, tmp_path_factory):
     assert list(encoded_images(bench)) == [path.name.encode() for path in files(image_folder)] or "dci" in kind
 
 
+@pytest.mark.slow
 @every_kind
 def test_the_version_depends_on_the_contents_only(kind, folder, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
@@ -632,6 +634,7 @@ def score_and_protocol(bench: Benchmark, tower: Path) -> tuple[dict[str, float],
     return dict(scores.values), protocol(encoder, bench)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["coco", "imagenet", "dci"])
 def test_a_model_can_be_scored(kind, folder, tiny_tower, tiny_samples):
     for path, sample in zip(files(folder), tiny_samples, strict=False):

@@ -166,6 +166,7 @@ def test_a_short_caption_without_words_causes_no_disagreement():
     assert broken_rule(measured_text("A dog runs here.", "12"), QualityConfig(disagreement=1.0)) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", RATES)
 def test_the_default_rules_keep_all_captions_of_the_demo(style):
     short_captions = {record.key: record.short_caption for record in records(1000)}
@@ -246,6 +247,7 @@ def partition(pair: Callable[[random.Random], tuple[str, str]], size: int, seed:
     return table(list(measured(captions, {str(number): short for number, (short, _) in enumerate(pairs)})))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("worth", [1.0, 0.5, 0.3])
 @pytest.mark.parametrize("seed", range(3))
 def test_agreement_tells_swapped_web_captions_from_correct_ones(worth, seed):
@@ -272,6 +274,7 @@ def test_uninformative_short_captions_leave_agreement_undecided(pair, shift):
     assert str(agreement) == "no short captions that differ in their words"
 
 
+@pytest.mark.slow
 def test_a_few_captions_are_never_judged_as_swapped():
     for seed in range(50):
         assert Agreement.of(partition(lambda rng: web_pair(rng, 0.3), 12, seed, 0)).is_own(1.5) is not False
@@ -313,28 +316,33 @@ def find_check(checks: Sequence[Check], words: str) -> Check:
     return check
 
 
+@pytest.mark.slow
 def test_good_captions_pass_the_gate_with_their_agreement(tmp_path):
     checks = gate_caption(STAGE, tmp_path, write_partitions(tmp_path), tmp_path / "report")
     assert "of the next ones' (600 captions)" in find_check(checks, "own images'").observed
 
 
+@pytest.mark.slow
 def test_one_swapped_partition_of_three_fails(tmp_path):
     (line,) = failed_checks(STAGE, tmp_path, write_partitions(tmp_path, (0, 7, 0)))
     assert "captions are their own images'" in line
     assert "train/part-00001" in line and "train/part-00000" not in line
 
 
+@pytest.mark.slow
 def test_small_swapped_partitions_fail_together(tmp_path):
     reports = write_partitions(tmp_path, [3] * 30, size=9, worth=1.0)
     (line,) = failed_checks(STAGE, tmp_path, reports)
     assert "all together" in line and "undecided for" in line
 
 
+@pytest.mark.slow
 def test_too_few_captions_to_compare_pass_as_undecided(tmp_path):
     checks = gate_caption(STAGE, tmp_path, write_partitions(tmp_path, (1, 1), size=4), tmp_path / "report")
     assert "undecided for 2 of 2 partitions: too few captions to compare" in find_check(checks, "own images'").observed
 
 
+@pytest.mark.slow
 def test_a_partition_with_deviating_lengths_fails(tmp_path):
     reports = write_partitions(tmp_path)
     long = table([measured_text("word " * 90 + ".", key=str(number)) for number in range(40)]).to_dict("records")
@@ -343,6 +351,7 @@ def test_a_partition_with_deviating_lengths_fails(tmp_path):
     assert len(lines) == 1 and "mean length is within 1.5 times" in lines[0] and "val/part-00000" in lines[0]
 
 
+@pytest.mark.slow
 def test_the_fraction_of_dropped_captions_is_limited(tmp_path):
     reports = write_partitions(tmp_path)
     dropped = [Failure(f"d{number}", "llava", "2 words, fewer than 3", "short") for number in range(60)]
@@ -355,6 +364,7 @@ def test_the_fraction_of_dropped_captions_is_limited(tmp_path):
     assert "the quality rules drop is at most 10 %: found 16.7 % (120 short)" in line
 
 
+@pytest.mark.slow
 def test_too_many_truncated_captions_fail(tmp_path):
     reports = write_partitions(tmp_path)
     rows = read_captions(tmp_path, "train/part-00000").assign(truncated=True).to_dict("records")

@@ -97,6 +97,7 @@ class Reader:
 # --- questions ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_questions_cover_every_position_of_scenes_with_the_most_objects():
     chosen = questions(SCENES)
     assert [question.scene for question in chosen] == [n for n, scene in enumerate(SCENES) if len(scene.objects) == 6]
@@ -132,6 +133,7 @@ def test_questions_depend_on_the_seed():
     assert questions(SCENES, 1) == questions(SCENES, 1) != questions(SCENES, 2)
 
 
+@pytest.mark.slow
 def test_changed_texts_use_words_of_training_captions():
     records = [
         ImageRecord(f"s{n}", b"", "png", "", 64, 64, "", generate_scene(7, "train", n).to_json()) for n in range(400)
@@ -150,6 +152,7 @@ def test_changed_texts_use_words_of_training_captions():
 # --- scores -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token_by_token", [False, True])
 def test_a_model_that_reads_three_objects_scores_chance_on_the_others(token_by_token):
     reader = Reader(sentences=5, token_by_token=token_by_token)
@@ -206,6 +209,7 @@ def test_recall_rises_until_the_model_stops_reading():
     assert [at.tokens for at in results] == sorted(at.tokens for at in results)
 
 
+@pytest.mark.slow
 def test_recall_of_full_texts_equals_retrieval_of_long_texts():
     reader = Reader(sentences=4)
     features, texts = reader.image_features(SCENES), [long_text(scene) for scene in SCENES]
@@ -226,6 +230,7 @@ def test_results_are_plain_json():
     assert report["lengths"][-1].keys() == {"sentences", "images", "tokens", "image_to_text", "text_to_image"}
 
 
+@pytest.mark.slow
 def test_a_limit_selects_the_first_scenes():
     reader = Reader(sentences=4)
     few = make_reading_test(SCENES, pieces, 40)

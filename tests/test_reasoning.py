@@ -184,6 +184,7 @@ def test_remaining_reasoning_breaks_a_rule(text):
     assert broken_rule(caption, QualityConfig(reasoning=False)) is None
 
 
+@pytest.mark.slow
 def test_captions_dropped_for_reasoning_fail_the_gate(tmp_path, without_pages):
     reports = write_partitions(tmp_path)
     dropped = [Failure(f"d{number}", "llava", "shows reasoning", "reasoning") for number in range(20)]
@@ -271,6 +272,7 @@ def sent_parameters(**changes: object) -> dict[str, object]:
     return {name: value for name, value in server.requests[-1].items() if name not in ("model", "messages")}
 
 
+@pytest.mark.slow
 def test_each_parameter_can_be_omitted():
     defaults = {"max_tokens": 512, "temperature": 0.0, "top_p": 1.0, "seed": 0}
     assert sent_parameters() == defaults

@@ -200,6 +200,7 @@ def test_corner_tokens_context_and_batch_match_the_reference(corner_tokens, cont
     check_all(bert_model(corner_tokens), context_length, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "heads", "layers"), [(16, 1, 1), (16, 8, 3), (48, 3, 1), (64, 2, 4), (128, 2, 2)])
 @torch.no_grad()
 def test_sizes_of_the_text_tower_match_the_reference(width, heads, layers):
@@ -286,6 +287,7 @@ def test_image_towers_match_the_reference(name):
     assert patches.shape == (3, {16: 16, 32: 4, 14: 16}[int(name.split("patch")[1][:2])], width)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_base_patch16_siglip_224", "swin_tiny_patch4_window7_224"])
 def test_an_image_tower_needs_cls(name):
     with pytest.raises(ValueError, match=rf"{name} has no \[CLS\] token"):

@@ -108,6 +108,7 @@ def test_a_run_without_scores_is_an_error(tracker, settings):
         register(tracker, failed, settings)
 
 
+@pytest.mark.slow
 def test_the_alias_loads_the_model(tracker, settings, tmp_path, tiny_tower, monkeypatch):
     import mlflow
 

@@ -78,6 +78,7 @@ def stored(tmp_path: Path) -> list[str]:
 # --- reading ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_are_those_of_the_folder(shards, there, tmp_path, workers):
     expected = batches(shards, None)
@@ -89,6 +90,7 @@ def test_batches_are_those_of_the_folder(shards, there, tmp_path, workers):
     assert len(list((tmp_path / "local").rglob("*.token-ids.arrow"))) == len(list(shards.glob("*.token-ids.arrow")))
 
 
+@pytest.mark.slow
 def test_shards_are_read_from_s3(shards, tmp_path, s3):
     from s3fs import S3FileSystem
 

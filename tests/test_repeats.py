@@ -44,6 +44,7 @@ def test_masked_values_are_ignored():
     assert count_duplicates(parts) == 2
 
 
+@pytest.mark.slow
 def test_repeats_agree_with_numpy():
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 3000, 500, dtype=np.uint64) for _ in range(500)]
@@ -152,6 +153,7 @@ def test_a_copy_of_a_dropped_row_is_kept(tmp_path):
     assert unique[1].failures[0].reason == "its key is taken by a in train/part-00000"
 
 
+@pytest.mark.slow
 def test_the_table_of_originals_is_read_once_however_many_copies_there_are(tmp_path, monkeypatch):
     units = {f"train/{part}": [record(f"original-{part}", part)] for part in range(10)}
     units |= {f"train/{part}": [record(f"copy-{part}-{n}", n) for n in range(10)] for part in (10, 11)}

@@ -365,12 +365,14 @@ def test_markdown_tables_have_equal_rows(report):
         assert re.fullmatch(r"\|( -+:? \|)+", block.splitlines()[1])
 
 
+@pytest.mark.slow
 def test_same_inputs_give_the_same_bytes(report, inputs, tmp_path):
     build_report(inputs, tmp_path)
     for path in ("index.html", "report.md", "figures/loss.png", "tables/scenes-all.csv"):
         assert (tmp_path / path).read_bytes() == (report / path).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_report_is_not_built_into_a_folder_that_holds_one(inputs, tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "loss.png").write_text("an earlier figure")
@@ -402,6 +404,7 @@ def test_scene_is_drawn_anew(project, tmp_path):
 # --- which ablation is in which table -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tables_have_the_declared_rows_and_columns(inputs):
     systems, corners = table(inputs, "systems"), table(inputs, "corner-tokens")
     assert rows_of(inputs, "systems") == ["alpha", "beta", "gamma", "eta"]
@@ -462,6 +465,7 @@ def test_without_declared_tables_all_ablations_are_in_one(project):
     assert list(inputs.systems) == ["alpha", "beta", "gamma", "delta"]  # headlines show the first four
 
 
+@pytest.mark.slow
 def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
     root, _ = project
     figure = {"kind": "scores", "x": ["text.corner_tokens", "long_texts.sub_captions"]}
@@ -472,6 +476,7 @@ def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
     assert {"0", "5", "7", "text.corner_tokens + long_texts.sub_captions"} <= set(words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x_scale", ["linear", "log"])
 def test_data_scale_is_in_images(tmp_path, x_scale):
     """Of 8,000 training images."""
@@ -518,6 +523,7 @@ def test_seeds_are_no_difference():
     assert format_differences(found["beta"]) == "text.corner_tokens = 0, optimizer.betas = [0.8, 0.9]"
 
 
+@pytest.mark.slow
 def test_nothing_is_left_out_when_all_differ(tmp_path):
     odd = {name: {"optimizer": {"weight_decay": n / 10}} for n, name in enumerate(("one", "two", "six"))}
     params = make_params(ablations=odd)
@@ -554,6 +560,7 @@ def test_any_difference_can_be_said():
     )
 
 
+@pytest.mark.slow
 def test_a_tower_that_learns_is_not_called_frozen(tmp_path):
     params = make_params(ablations={"locked": {}, "open": {"image_tower": {"frozen": False}}})
     write_project(tmp_path, params)
@@ -588,6 +595,7 @@ def drawn_words(figure):
     return re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg)
 
 
+@pytest.mark.slow
 def test_context_lengths_have_a_table_with_what_they_cost(series):
     inputs, _ = series
     found = table(inputs, "context-length")
@@ -599,6 +607,7 @@ def test_context_lengths_have_a_table_with_what_they_cost(series):
     assert rows_of(inputs, "others") == ["gamma", "theta"]
 
 
+@pytest.mark.slow
 def test_recall_and_cost_are_drawn_side_by_side(series):
     inputs, _ = series
     (figure,) = context_figures(inputs)
@@ -633,6 +642,7 @@ def test_cost_is_on_the_page_and_in_files(series):
     assert "a multiply-add counts as two" in training_table(inputs).note
 
 
+@pytest.mark.slow
 def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
     inputs = made(tmp_path, {"gamma": {}, "theta": ABLATIONS["theta"]})
     (figure,) = context_figures(inputs)
@@ -653,6 +663,7 @@ def metrics_of_sentences(place, seed):
     return metrics_of(place, seed) | dict.fromkeys(SENTENCE_METRICS, 0.1 * place + seed / 100)
 
 
+@pytest.mark.slow
 def test_scores_of_sentences_have_a_table(tmp_path):
     params = make_params()
     write_project(tmp_path, params, metrics_of_sentences)
@@ -679,6 +690,7 @@ def test_scores_of_sentences_have_a_table(tmp_path):
     assert (tmp_path / "out" / "tables" / f"{table.slug}.csv").read_text().splitlines()[3].startswith("gamma,0.205")
 
 
+@pytest.mark.slow
 def test_texts_of_benchmarks_are_described_as_in_table_1(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -695,6 +707,7 @@ def test_texts_of_benchmarks_are_described_as_in_table_1(tmp_path):
     assert "Texts of the benchmarks" in build_report(load_inputs(params, tmp_path), tmp_path / "out").read_text()
 
 
+@pytest.mark.slow
 def test_without_scores_of_sentences_there_is_no_table(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -735,6 +748,7 @@ def reading_of(place, seed):
     }
 
 
+@pytest.mark.slow
 def test_reading_to_the_end_is_drawn_and_told(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -773,6 +787,7 @@ def test_without_counted_operations_nothing_is_said_of_them(inputs, report):
     assert "flops_per_text" not in read_csv(report, "training")[0]
 
 
+@pytest.mark.slow
 def test_recall_is_drawn_without_cost(tmp_path):
     inputs = made(tmp_path, SERIES, flops=())
     (figure,) = context_figures(inputs)
@@ -787,6 +802,7 @@ def test_lengths_without_long_texts_are_drawn_by_cost_alone(tmp_path):
     assert [figure.title for figure in context_figures(inputs)] == ["Context length: cost"]
 
 
+@pytest.mark.slow
 def test_each_benchmark_has_its_own_recall(tmp_path):
     benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}
     inputs = made(tmp_path, SERIES, evaluate={"benchmarks": benchmarks})
@@ -797,6 +813,7 @@ def test_each_benchmark_has_its_own_recall(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_the_tower_whose_cost_is_drawn_is_named(tmp_path):
     """The base's where it was run; else the first there is."""
     wide = {"text": {"config": {"hidden_size": 128}}}
@@ -806,6 +823,7 @@ def test_the_tower_whose_cost_is_drawn_is_named(tmp_path):
     assert "the text tower of wide" in context_figures(inputs)[0].note
 
 
+@pytest.mark.slow
 def test_one_counted_length_is_no_curve(tmp_path):
     inputs = made(tmp_path, {"gamma": {}}, flops=(128,))
     assert context_figures(inputs) == []
@@ -813,6 +831,7 @@ def test_one_counted_length_is_no_curve(tmp_path):
     assert "GFLOPs per text" in text and Page(text).open == []
 
 
+@pytest.mark.slow
 def test_a_context_that_was_not_counted_is_a_dash(tmp_path):
     inputs = made(tmp_path, SERIES)
     path = tmp_path / inputs.params.paths.metrics / "kappa.json"
@@ -862,6 +881,7 @@ def test_best_goes_by_mean_and_ties_share():
     assert best([[0.5], []]) == [False, False]  # alone is not best
 
 
+@pytest.mark.slow
 def test_best_is_bold_in_page_and_markdown(inputs, report):
     column = [c.key for c in table(inputs, "systems").columns].index("long.text_to_image.r1")
     cells = [row[column] for row in table(inputs, "systems").rows]
@@ -958,6 +978,7 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
     assert f"Not run: {', '.join(ABLATIONS)}. To run all ablations, use <code>make reproduce-all</code>." in text
 
 
+@pytest.mark.slow
 def test_what_was_not_run_is_one_line_and_no_error(tmp_path):
     few = {name: ABLATIONS[name] for name in ("alpha", "beta", "gamma", "delta")}
     write_project(tmp_path, make_params(ablations=few))
@@ -972,6 +993,7 @@ def test_what_was_not_run_is_one_line_and_no_error(tmp_path):
         assert "Not run: epsilon, zeta, eta, theta. " in text and "Not run: epsilon." in text
 
 
+@pytest.mark.slow
 def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -989,6 +1011,7 @@ def test_missing_pieces_are_named_and_the_rest_is_shown(tmp_path):
     assert all(line in text for line in inputs.missing)
 
 
+@pytest.mark.slow
 def test_metric_family_may_be_absent(tmp_path):
     params = make_params()
     write_project(
@@ -1002,6 +1025,7 @@ def test_metric_family_may_be_absent(tmp_path):
     assert table(inputs, "all").rows[0][-1].text == "–"
 
 
+@pytest.mark.slow
 def test_metrics_of_another_configuration_are_named(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1022,6 +1046,7 @@ def test_metrics_of_another_configuration_are_named(tmp_path):
     assert table(inputs, "corner-tokens").rows[1][1].text == "3"
 
 
+@pytest.mark.slow
 def test_several_benchmarks_repeat_the_tables(tmp_path):
     params = make_params(
         evaluate={"benchmarks": {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}}
@@ -1044,6 +1069,7 @@ def test_benchmarks_stand_in_the_order_of_params_yaml(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_failed_check_is_shown_open(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1055,6 +1081,7 @@ def test_failed_check_is_shown_open(tmp_path):
     assert re.search(r"<details class=\"stage\" open><summary>ingest — <span class=\"no\">1 of 2 failed", text)
 
 
+@pytest.mark.slow
 def test_many_records_of_one_stage_are_folded_and_open_where_one_failed(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1069,6 +1096,7 @@ def test_many_records_of_one_stage_are_folded_and_open_where_one_failed(tmp_path
     assert "- pretrain, 8 runs: failed in pretrain-eta" in (page.parent / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_failures_without_a_kind_are_not_lost(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1088,6 +1116,7 @@ def test_broken_json_is_an_error_that_names_the_file(tmp_path):
         load_inputs(params, tmp_path)
 
 
+@pytest.mark.slow
 def test_pages_of_the_gates_come_with_the_report(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1103,6 +1132,7 @@ def test_pages_of_the_gates_come_with_the_report(tmp_path):
     assert (page.parent / "data-docs/ingest/index.html").read_text() == "what the gate looked at"
 
 
+@pytest.mark.slow
 def test_the_quality_of_captions_stands_in_a_table_by_captioner(tmp_path):
     params = make_params()
     write_project(tmp_path, params)
@@ -1139,6 +1169,7 @@ def with_intervals(tmp_path, seeds):
     return tmp_path / "report"
 
 
+@pytest.mark.slow
 def test_a_lone_seeds_scores_are_shown_with_their_intervals(tmp_path):
     report = with_intervals(tmp_path, [3])
     value = metrics_of(0, 3)["long.text_to_image.r1"]
@@ -1151,6 +1182,7 @@ def test_a_lone_seeds_scores_are_shown_with_their_intervals(tmp_path):
     assert "long.text_to_image.median_rank.low" not in row
 
 
+@pytest.mark.slow
 def test_several_seeds_have_an_interval_over_seeds_whatever_the_pictures_say(tmp_path):
     report = with_intervals(tmp_path, [0, 1])
     values = [metrics_of(0, seed)["long.text_to_image.r1"] for seed in (0, 1)]
@@ -1163,6 +1195,7 @@ def test_several_seeds_have_an_interval_over_seeds_whatever_the_pictures_say(tmp
     assert float(row["long.text_to_image.r1.high"]) == pytest.approx(mean + half, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_the_headline_has_a_whisker_where_the_interval_is(tmp_path):
     page = (with_intervals(tmp_path, [3]) / "index.html").read_text()
     value = metrics_of(0, 3)["long.text_to_image.r1"]
@@ -1269,6 +1302,7 @@ def test_a_tower_of_scenes_is_warned_of(own):
 # --- what repeated texts allow ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_best_possible_score_and_the_repeats_are_beside_the_scores(tmp_path):
     params = make_params(report={"contact_sheet": 0})
     write_project(tmp_path, params)
@@ -1315,6 +1349,7 @@ def write_baselines(root, params, *names):
     write_json(root / params.paths.metrics / "baselines" / "scores.json", {"models": models})
 
 
+@pytest.mark.slow
 def test_baselines_are_rows_of_every_table_of_scores_without_intervals(tmp_path):
     evaluate = {"benchmarks": {"scenes": {"kind": "scenes", "size": 100}}, "baselines": ["start", "some/clip"]}
     params = make_params(evaluate=evaluate)
@@ -1358,6 +1393,7 @@ def test_a_baseline_without_scores_is_named_as_missing(tmp_path):
 # --- published scores ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_path):
     benchmarks = {name: {"kind": "held-out"} for name in ("urban-1k", "mine")}
     params = make_params(evaluate={"benchmarks": benchmarks})
@@ -1374,6 +1410,7 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     assert "FLAIR" not in text  # it was published on COCO only
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launch",
     [

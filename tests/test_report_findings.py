@@ -164,6 +164,7 @@ def whole(tmp_path_factory):
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_every_table_of_the_paper_has_its_ablations(whole):
     inputs, _ = whole
     tables = {section.table.title: section.table for section in benchmark_sections(inputs, "scenes")}
@@ -275,6 +276,7 @@ def test_registers_are_compared_at_equal_number_and_captioners_with_mean_and_bes
     assert best.compares == "all captioners − best single captioner, chosen in hindsight"
 
 
+@pytest.mark.slow
 def test_long_clip_is_compared_at_equal_steps_only_if_they_are_equal(tmp_path):
     found = judged(tmp_path / "equal", paper_params(), long={"base": 52})
     assert found["better-than-long-clip-at-equal-steps", "long"].weights == {"base": 1.0, "stretched-half": -1.0}

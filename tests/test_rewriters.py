@@ -62,6 +62,7 @@ def facts(text: str) -> set[str]:
     return {fact for fact in FACTS if f" {fact} " in f" {plain} "}
 
 
+@pytest.mark.slow
 def test_a_rewrite_states_the_facts_of_the_short_caption():
     rewritten = list(rewriter().caption(records(400)))
     assert all(isinstance(item, Caption) for item in rewritten)
@@ -78,6 +79,7 @@ def test_a_rewrite_depends_only_on_its_short_caption_and_key():
     assert several[0] != several[1] != several[2] != several[0]
 
 
+@pytest.mark.slow
 def test_rewrites_use_only_word_pieces_of_other_training_texts():
     known = {piece for record in records(1000) for piece in pieces(record.short_caption)}
     long = [caption.text for style in ("instructblip", "llava", "sharegpt4v") for caption in captions(style, 500)]
@@ -124,6 +126,7 @@ def server_rewriter(url: str, **changes: Any) -> EndpointRewriter:
     return EndpointRewriter("rewrite-1", config, lambda text: len(text.split()), CaptionerCompute(retries=0))
 
 
+@pytest.mark.slow
 def test_a_server_receives_the_caption_in_the_prompt_without_an_image():
     with CaptioningServer(plan=lambda image, number: caption_text('"A home in red."\nCaption: a cat')) as server:
         author = server_rewriter(server.url, prompt="In other words: {caption}!", seed=3)
@@ -173,6 +176,7 @@ def folder_rewriter(folder: Path, **changes: Any) -> TransformersRewriter:
     return author
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", [None, CHAT])
 def test_batches_do_not_change_the_rewrites_of_a_language_model(tmp_path, template):
     folder = save_llama(tmp_path / "llama", template)
@@ -194,6 +198,7 @@ def test_batches_do_not_change_the_rewrites_of_a_language_model(tmp_path, templa
     assert len(set(texts(rewrites))) > 3
 
 
+@pytest.mark.slow
 def test_a_text_to_text_model_rewrites_and_samples_by_key(tmp_path):
     folder = save_t5(tmp_path / "t5")
     samples = [
@@ -263,6 +268,7 @@ def gate(folder: Path, reports: list[UnitReport], rewrites: bool = True) -> None
     gate_caption(caption_config(max_repeated_share=0.02), folder, reports, folder / "report", rewrites)
 
 
+@pytest.mark.slow
 def test_the_gate_passes_repeated_rewrites_without_full_stops(tmp_path):
     reports = write_rewrites(tmp_path)
     assert pd.read_parquet(tmp_path / "train/part-00000.parquet")["text"].duplicated().sum() > 0.02 * 400
@@ -271,6 +277,7 @@ def test_the_gate_passes_repeated_rewrites_without_full_stops(tmp_path):
         gate(tmp_path, reports, rewrites=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [({"shift": 3}, "captions are their own images'"), ({"constant": True}, "captions that equal another")],

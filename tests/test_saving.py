@@ -77,6 +77,7 @@ def test_the_weights_have_the_permissions_of_other_files(saved_model):
     assert len(set(modes.values())) == 1, modes
 
 
+@pytest.mark.slow
 def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
     settings = PretrainConfig.model_validate({**SETTINGS.model_dump(), "image_tower": {"frozen": False}})
     model = build_for_pretraining(settings, tiny_tower)
@@ -87,6 +88,7 @@ def test_a_trained_image_tower_is_saved_as_trained(tmp_path, tiny_tower):
     assert torch.equal(loaded.image_tower.trunk.cls_token, model.image_tower.trunk.cls_token)
 
 
+@pytest.mark.slow
 def test_bf16_weights_do_not_round_the_saved_image_tower(tmp_path, tiny_tower):
     model = build_for_pretraining(SETTINGS, tiny_tower)
     exact = {name: value.clone() for name, value in model.state_dict().items()}

@@ -17,6 +17,7 @@ ROWS, PARTITIONS = 240, 6
 COPIES = 6  # two of 40 images in each of the partitions after test, val and the first one of train
 
 
+@pytest.mark.slow
 def test_the_bookkeeping_is_that_of_real_images_and_copies_are_found(tmp_path: Path) -> None:
     assert write_bookkeeping(tmp_path, ROWS, PARTITIONS) == {"rows": ROWS, "partitions": PARTITIONS}
     assert deduplicate(tmp_path) == {"rows": ROWS, "partitions": PARTITIONS, "copies": COPIES}

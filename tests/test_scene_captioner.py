@@ -86,6 +86,7 @@ def test_an_image_without_a_scene_is_a_failure_with_its_reason() -> None:
     assert "scene graph" in failure.reason
 
 
+@pytest.mark.slow
 def test_styles_differ_in_length() -> None:
     counts = {style: [len(caption.sub_captions) for caption in captions(style, 200)] for style in RATES}
     means = {style: sum(count) / len(count) for style, count in counts.items()}
@@ -126,6 +127,7 @@ def test_omission_leaves_objects_out() -> None:
     assert 0.6 < told(0.3) / objects < 0.8
 
 
+@pytest.mark.slow
 def test_error_is_the_chance_that_an_attribute_is_told_wrong() -> None:
     def wrong_shapes(error: float) -> float:
         wrong = 0
@@ -196,6 +198,7 @@ def test_no_sentence_frame_of_the_evaluation_is_one_of_training() -> None:
     assert not asked & training
 
 
+@pytest.mark.slow
 def test_long_texts_tell_everything_and_fit_the_context() -> None:
     for scene in TEST_SCENES:
         text = long_text(scene)

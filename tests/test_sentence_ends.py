@@ -72,6 +72,7 @@ def test_the_default_rule_is_the_released_one(text):
     assert split_sub_captions(text) == split_sub_captions(text, "released") == released
 
 
+@pytest.mark.slow
 def test_the_terminators_are_unicodes():
     theirs = Replace(Regex(r"\p{Sentence_Terminal}"), "")
     known = [character for character in map(chr, range(0x110000)) if unicodedata.category(character)[0] != "C"]
@@ -120,6 +121,7 @@ def test_a_caption_and_its_sub_captions_have_the_same_ids(text):
         assert unicode_tokenizer().encode([text]) == unicode_tokenizer().encode([parts])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["released", "unicode"])
 @pytest.mark.parametrize("then", ["released", "unicode"])
 def test_a_saved_tokenizer_uses_the_rule_given_when_it_is_opened(tmp_path, first, then):
@@ -183,6 +185,7 @@ def test_the_loader_separates_sub_captions_by_sep(world, trained_model):
     assert {row.tolist().count(102) for row in batch.long_ids} == {2}
 
 
+@pytest.mark.slow
 def test_all_interfaces_of_the_model_tokenize_as_in_training(trained_model, tmp_path):
     folder, tokenizer = trained_model
     texts = [CHINESE, JAPANESE, MIXED]
@@ -203,6 +206,7 @@ def test_all_interfaces_of_the_model_tokenize_as_in_training(trained_model, tmp_
     np.testing.assert_allclose(Embedder(folder).texts([CHINESE, JAPANESE]), features, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_finetuning_uses_the_rule_of_its_own_shards(trained_model, tiny_world, tmp_path):
     folder, _ = trained_model
     job = tiny_job(tiny_world, tmp_path, {"steps": 1, "text": {"context_length": 48, "pretrained": str(folder)}})
@@ -227,6 +231,7 @@ def old_model(tmp_path: Path, tiny_tower: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_without_the_option_uses_the_released_rule(old_model):
     model, tokenizer = load_model(old_model)
     assert model.config.sentence_ends == tokenizer.sentence_ends == "released"

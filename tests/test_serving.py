@@ -189,6 +189,7 @@ def test_signature_and_example_match_the_model(served, loaded, client):
     assert client.post("/invocations", json=request).json()["predictions"] == loaded.predict(loaded.input_example)
 
 
+@pytest.mark.slow
 def test_the_copy_records_scores_in_its_provenance(tmp_path, model):
     folder = tmp_path / "served"
     for score in (0.25, 0.5):  # the second call replaces the folder
@@ -207,6 +208,7 @@ def test_mlflow_finds_the_requirements(served):
     assert environment == {"python": platform.python_version(), "dependencies": ["-r requirements.txt"]}
 
 
+@pytest.mark.slow
 def test_loading_a_late_interaction_model_is_an_error(tmp_path, tiny_tower, monkeypatch):
     folder = save_tiny_model(tmp_path / "model", tiny_tower, similarity="late-interaction")
     save_served_model(folder, tmp_path / "served")

@@ -101,6 +101,7 @@ def test_rewrites_do_not_change_long_texts(tmp_path, tiny_samples, shards, long)
         assert batch.keys == expected.keys
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize(
     "short",

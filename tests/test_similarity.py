@@ -57,6 +57,7 @@ def test_cosine_is_the_same_both_ways():
     assert to_image is to_text
 
 
+@pytest.mark.slow
 @given(
     images=st.integers(1, 4),
     patches=st.integers(1, 4),
@@ -112,6 +113,7 @@ def test_nan_in_an_image_spreads_to_its_similarities():
         assert similarity[1].isnan().all() and similarity[[0, 2]].isfinite().all()
 
 
+@pytest.mark.slow
 def test_gradients_match_finite_differences():
     image, text, mask = random_case(3, 4, [2, 5, 1], dtype=torch.float64)
     image.requires_grad_(), text.requires_grad_()

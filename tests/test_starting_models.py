@@ -56,6 +56,7 @@ def features(start: StartingModel, folder: Path) -> tuple[Tensor, Tensor, Lotlip
     return output.image_embeds, output.text_embeds, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save", [save_clip, save_siglip])
 def test_a_model_of_transformers_keeps_its_features(save: Any, tmp_path: Path) -> None:
     folder = save(tmp_path / "theirs")
@@ -78,6 +79,7 @@ def test_a_model_of_transformers_keeps_its_features(save: Any, tmp_path: Path) -
         assert torch.equal(ours.logit_bias, theirs.logit_bias)
 
 
+@pytest.mark.slow
 def test_a_model_of_open_clip_keeps_its_features(tmp_path: Path) -> None:
     name = register_open_clip(tmp_path, "start-test")
     save_open_clip(tmp_path / "theirs", name)
@@ -96,6 +98,7 @@ def compare_with_open_clip(model: Any, tokenizer: Any, prepare: Any, images: Ten
         assert torch.allclose(images, normalize(model.encode_image(pixels), dim=-1), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", ["", "open_clip:local-dir:"])
 def test_a_folder_of_open_clip_has_architecture_and_preprocessing(prefix: str, tmp_path: Path) -> None:
     folder = save_open_clip(tmp_path / "theirs", register_open_clip(tmp_path, "start-test"))
@@ -105,6 +108,7 @@ def test_a_folder_of_open_clip_has_architecture_and_preprocessing(prefix: str, t
     compare_with_open_clip(theirs, open_clip.get_tokenizer(f"local-dir:{folder}"), prepare, images, texts)
 
 
+@pytest.mark.slow
 def test_an_incomplete_folder_of_open_clip_is_an_error(tmp_path: Path) -> None:
     folder = save_open_clip(tmp_path / "theirs", register_open_clip(tmp_path, "start-test"))
     (folder / "open_clip_model.safetensors").unlink()
@@ -117,6 +121,7 @@ def test_an_incomplete_folder_of_open_clip_is_an_error(tmp_path: Path) -> None:
         open_start("open_clip:local-dir:nowhere")
 
 
+@pytest.mark.slow
 def test_text_positions_are_not_interpolated_silently(tmp_path: Path) -> None:
     name = register_open_clip(tmp_path, "start-test")
     file = save_open_clip(tmp_path / "theirs", name) / "open_clip_model.safetensors"
@@ -142,6 +147,7 @@ def save_longclip(file: Path) -> Any:
     return model
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
     theirs = save_longclip(tmp_path / "longclip-B.pt")
     start = open_start(str(tmp_path / "longclip-B.pt"))
@@ -157,6 +163,7 @@ def test_a_checkpoint_of_long_clip_keeps_its_features(tmp_path: Path) -> None:
     assert torch.equal(ours.logit_scale, theirs.logit_scale.reshape(1))
 
 
+@pytest.mark.slow
 def test_a_caption_that_spells_a_special_token_of_clip_has_only_words(tmp_path: Path) -> None:
     tokenizer = open_tokenizer("clip", 77)
     assert tokenizer.encode(["a <|endoftext|> dog<|startoftext|>"]) == tokenizer.encode(["a dog"])

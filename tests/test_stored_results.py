@@ -359,6 +359,7 @@ def test_the_page_shows_both_sets_of_seeds_with_their_numbers(reports):
     assert (report / "figures" / "findings.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_without_stored_seeds_the_page_has_one_set(run):
     root, _ = run
     params = few(report={"contact_sheet": 0})
@@ -369,6 +370,7 @@ def test_without_stored_seeds_the_page_has_one_set(run):
     assert data["stored_results"] is None and "stored" not in data["findings"][0]
 
 
+@pytest.mark.slow
 def test_a_report_of_other_stored_results_is_removed_so_that_it_is_written_again(run):
     root, params = run
     list(store(params))

@@ -15,6 +15,7 @@ from lotlip.pretrain.order import ExactOrder, ResampledOrder, subset_counts
 counts = st.lists(st.integers(1, 40), min_size=1, max_size=12).map(np.array)
 
 
+@pytest.mark.slow
 @given(counts=counts, data=st.data())
 def test_subsets_have_the_exact_size_and_are_nested(counts: Any, data: Any) -> None:
     total = int(counts.sum())

@@ -53,6 +53,7 @@ def test_texts_of_other_lengths_are_dropped(tmp_path):
     assert texts == ["a dog runs"] and kinds == {"text-length": 2}
 
 
+@pytest.mark.slow
 def test_texts_shared_by_many_images_are_dropped_in_all_partitions(tmp_path):
     reports = write(tmp_path, [("a", "img 1"), ("b", "img 1"), ("c", "two")], [("d", "img 1"), ("e", "two")])
     texts, kinds = kept_texts(tmp_path, reports, max_images_per_text=2)
@@ -65,6 +66,7 @@ def test_copies_of_an_image_do_not_count_as_sharing_a_text(tmp_path):
     assert texts == ["two", "two"] and kinds == {"duplicate-image": 2}
 
 
+@pytest.mark.slow
 def test_images_with_many_texts_are_dropped(tmp_path):
     reports = write(tmp_path, [("logo", "one"), ("b", "two"), ("logo", "three")], [("logo", "four"), ("b", "five")])
     texts, kinds = kept_texts(tmp_path, reports, max_texts_per_image=2)
@@ -72,6 +74,7 @@ def test_images_with_many_texts_are_dropped(tmp_path):
     assert kinds == {"many-texts": 1, "duplicate-image": 3}  # without the rule, the first text of each image is kept
 
 
+@pytest.mark.slow
 def test_texts_with_a_rare_word_or_pair_are_dropped(tmp_path):
     common = [(f"{number}", "a red dog") for number in range(3)] + [("d", "A Red Dog"), ("e", "dog red a")]
     reports = write(tmp_path, common, [("f", "a red okapi"), ("g", "red dog")])
@@ -86,6 +89,7 @@ def test_held_out_splits_are_unchanged_and_not_counted(tmp_path):
     assert texts == ["dog", "cat"] and not kinds
 
 
+@pytest.mark.slow
 def test_a_sample_that_breaks_several_rules_is_counted_once(tmp_path):
     reports = write(tmp_path, [("a", "x"), ("b", "x"), ("c", "a dog runs"), ("d", "a dog runs")])
     texts, kinds = kept_texts(tmp_path, reports, min_words=2, max_images_per_text=1, min_token_count=2)

@@ -86,6 +86,7 @@ def test_the_attention_mask_follows_the_paper(corner_tokens, extra, padding, sep
         assert not text_mask[:, length:].any()
 
 
+@pytest.mark.slow
 @given(
     corner_tokens=st.integers(0, 3),
     extra=st.lists(st.integers(0, 5), min_size=1, max_size=4),
@@ -243,6 +244,7 @@ def test_a_family_without_such_a_mask_is_an_error():
 # --- packed texts -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @given(lengths=st.lists(st.integers(4, LENGTH), min_size=1, max_size=6), cls_only=st.booleans(), separate=st.booleans())
 def test_packed_texts_hold_every_token_at_its_position(lengths, cls_only, separate):
     ids, counts = texts(lengths, 2)

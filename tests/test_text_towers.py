@@ -93,6 +93,7 @@ def test_features_without_corner_tokens_equal_the_librarys(family: str) -> None:
     torch.testing.assert_close(features, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @families
 @given(
     corner_tokens=st.integers(0, 3),

@@ -99,6 +99,7 @@ def forbid_tokenizing(monkeypatch) -> Callable[[], None]:
     return forbid
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("settings", [{}, {"epochs": "resampled", "weights": {"red": 5.0}}])
 @pytest.mark.parametrize(
@@ -122,6 +123,7 @@ def test_stored_token_ids_give_the_batches_of_tokenized_texts(
     assert equal_batches(list(loader(stored, rows, texts, workers, **settings).steps(0, 14)), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_resumes_at_any_step(folders, small_windows, workers):
     without, stored = folders
@@ -171,6 +173,7 @@ def test_ids_of_another_tokenizer_are_not_used(folders):
     assert not equal_batches(batches, list(loader(stored, BatchSlice(8), {}, 0).steps(0, 6)))
 
 
+@pytest.mark.slow
 def test_token_ids_serve_any_context_length_and_corner_tokens(folders, forbid_tokenizing):
     without, stored = folders
     sizes = [TextTokenizer(BERT, 9, 4), TextTokenizer(BERT, 500, 0, 2)]
@@ -279,6 +282,7 @@ def test_a_tar_without_samples_has_no_texts(tmp_path):
     assert write_token_ids(tar, BERT) and token_ids_path(tar).stat().st_ino == inode
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_takes_wider_ids(tmp_path, tiny_samples):
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{number}" for number in range(4, 70000))]
     data = json.loads((Path(lotlip.data.__path__[0]) / BERT / "tokenizer.json").read_text())
@@ -367,6 +371,7 @@ def test_a_normaliser_that_joins_characters_is_checked_in_every_sample(tmp_path,
 # --- encoding one by one ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(
     texts=st.lists(texts_of_all_sorts, max_size=4),

@@ -40,6 +40,7 @@ def write_words(file: Path, special: tuple[str, ...], words: str = "a red dog") 
     return str(file)
 
 
+@pytest.mark.slow
 def test_sub_captions_end_with_sep():
     pieces = word_pieces("bert-base-uncased")
     dog, runs = (pieces.encode(text, add_special_tokens=False).ids for text in ("A dog", "It runs"))
@@ -278,6 +279,7 @@ def is_token_name(file: Path, text: str) -> bool:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(text=texts_of_all_sorts, size=st.sampled_from(SIZES))
 def test_any_text_is_encoded_as_in_plain_python(family, text, size):
@@ -356,6 +358,7 @@ def saved_folder(family: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     return folder, hf_tokenizer(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(texts=st.lists(texts_of_all_sorts, min_size=1, max_size=4))
 def test_transformers_gives_the_same_ids(family, saved_folder, texts):
@@ -389,6 +392,7 @@ def test_transformers_knows_every_special_token(family, saved_folder):
     assert tokenizer.get_special_tokens_mask(ids, already_has_special_tokens=True)[:4] == [1, 1, 1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES, indirect=True)
 @given(text=texts_of_all_sorts)
 def test_saving_and_loading_do_not_change_the_ids(family, saved_folder, text):

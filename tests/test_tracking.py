@@ -316,6 +316,7 @@ def files(model: Any) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_a_lost_store_is_restored_from_files(store, experiment, client, tmp_path, saved_model):
     run = write_run(tmp_path, saved_model)
     for _ in range(2):  # the second call adds nothing
@@ -334,6 +335,7 @@ def test_a_lost_store_is_restored_from_files(store, experiment, client, tmp_path
             assert client.list_artifacts(mlflow_run.info.run_id, "figures/scenes")
 
 
+@pytest.mark.slow
 def test_attention_scores_and_figures_are_logged(store, experiment, client, tmp_path, saved_model):
     attention = {
         seed: {"values": {"on_named_object": score}, "intervals": {}, "left_out": {}}
@@ -353,6 +355,7 @@ def test_attention_scores_and_figures_are_logged(store, experiment, client, tmp_
         assert stored_files == expected_files
 
 
+@pytest.mark.slow
 def test_the_model_of_each_seed_is_logged_with_its_run(store, experiment, client, tmp_path, saved_model):
     run = write_run(tmp_path, saved_model)
     before: dict[str, dict[str, bytes]] = {}
@@ -387,6 +390,7 @@ def test_the_model_of_each_seed_is_logged_with_its_run(store, experiment, client
     )  # the stage's file is unchanged
 
 
+@pytest.mark.slow
 def test_a_stored_model_is_not_sent_again(store, experiment, client, tmp_path, saved_model, monkeypatch):
     run = write_run(tmp_path, saved_model)
     Tracker(store, experiment).log_scores(run, benchmark_scores(), tmp_path)
@@ -406,6 +410,7 @@ def test_a_stored_model_is_not_sent_again(store, experiment, client, tmp_path, s
     assert sent == [models["0"].model_id] * 2
 
 
+@pytest.mark.slow
 def test_a_model_can_be_loaded_from_the_store(store, experiment, client, tmp_path, saved_model, monkeypatch):
     import mlflow
 
@@ -424,6 +429,7 @@ def test_a_model_can_be_loaded_from_the_store(store, experiment, client, tmp_pat
     np.testing.assert_allclose(features, Embedder(saved_model).texts(["A red dog. It runs."]), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_new_scores_replace_old_ones(store, experiment, client, tmp_path, saved_model):
     run = write_run(tmp_path, saved_model)
     for score in (0.25, 0.75, 0.25, 0.75):
@@ -436,6 +442,7 @@ def test_new_scores_replace_old_ones(store, experiment, client, tmp_path, saved_
     assert config["provenance"]["scores"]["scenes"]["long.text_to_image.r1"] == 0.75
 
 
+@pytest.mark.slow
 def test_a_model_of_a_killed_process_is_completed(store, experiment, client, tmp_path, saved_model, monkeypatch):
     run = write_run(tmp_path, saved_model)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):

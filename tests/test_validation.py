@@ -100,6 +100,7 @@ def test_image_tower_fails_on_non_finite_features(tmp_path, value):
 CAPTION = CaptionConfig(max_failure_share=0.1, max_repeated_share=0.2)
 
 
+@pytest.mark.slow
 def test_caption_passes(tmp_path):
     repeated = [caption(key, text="A dog.") for key in KEYS["train/part-00000"][:4]]
     rest = [caption(key) for key in KEYS["train/part-00000"][4:]]
@@ -107,6 +108,7 @@ def test_caption_passes(tmp_path):
     assert "15 %" in [check.observed for check in checks]  # three of twenty repeat the first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("items", "line"),
     [
@@ -127,6 +129,7 @@ def test_caption_fails_on(tmp_path, items, line):
     assert line in gate_error(lambda report: gate_caption(CAPTION, tmp_path, reports, report), tmp_path / "report")
 
 
+@pytest.mark.slow
 def test_caption_fails_without_captions(tmp_path):
     assert "there are captions" in gate_error(
         lambda report: gate_caption(CAPTION, tmp_path, [], report), tmp_path / "report"
@@ -175,6 +178,7 @@ def test_pretrain_fails_on_a_loss_near_chance(tmp_path):
     assert "at most 90 % of guessing's (4): found 1 of 2 do not: seed 1 (97.5 %)" in line
 
 
+@pytest.mark.slow
 def test_pretrain_averages_the_last_tenth_of_the_rows(tmp_path):
     rows = history()
     rows.loc[19, "loss"] = 5.0  # with the row before: (2.2 + 5) / 2 = 3.6, 90 % of the chance loss
@@ -243,6 +247,7 @@ def test_evaluate_fails_on_short_text_at_chance(tmp_path):
     assert "is at least 2 times chance: found 1 of 4 do not: scenes short.text_to_image.r1 seed 0 (1.5)" in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["long.image_to_text.r1", "classification.top1"])
 def test_evaluate_checks_long_text_and_classes_where_there_is_no_short_text(tmp_path, metric):
     other = scores().loc[[2, 5]].assign(benchmark="other", metric=metric)
@@ -271,6 +276,7 @@ def with_start(limit: float, start: dict[str, float], rows: pd.DataFrame) -> Cal
     return lambda report: gate_evaluate(settings, rows, report, start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("trained", "start"), [(0.5, 0.3), (0.38, 0.4), (0.5, 0.0)])  # 1 - 0.38 / 0.4 > 0.05
 def test_a_model_may_lose_recall_of_its_start_up_to_the_limit(tmp_path, trained, start):
     checks = with_start(0.05, {"scenes": start}, scores().assign(value=trained))(tmp_path)
@@ -278,6 +284,7 @@ def test_a_model_may_lose_recall_of_its_start_up_to_the_limit(tmp_path, trained,
     assert [check.key for check in checks][-1] == "evaluate.max_short_text_loss"
 
 
+@pytest.mark.slow
 def test_a_larger_loss_of_recall_fails_and_shows_both_scores(tmp_path):
     rows = scores()
     rows.loc[rows["seed"] == 1, "value"] = [0.3, 0.5, 0.9]
@@ -294,6 +301,7 @@ def test_the_start_is_not_compared_without_a_limit(tmp_path):
     assert not any(check.key == "evaluate.max_short_text_loss" for check in checks)
 
 
+@pytest.mark.slow
 def test_a_limit_needs_short_texts_and_scores_of_the_start(tmp_path):
     rows = scores()
     line = gate_error(with_start(0.1, {}, rows[rows["metric"] == "long.image_to_text.r1"]), tmp_path)

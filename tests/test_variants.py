@@ -149,6 +149,7 @@ def problem(tmp_path: Path, **changes: Any) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_sources_and_captioners_of_another_package_are_used(installed: Path, tmp_path: Path) -> None:
     loaded = params(tmp_path)
     source = open_source(loaded.ingest.source, loaded.ingest.images)
@@ -163,11 +164,13 @@ def test_sources_and_captioners_of_another_package_are_used(installed: Path, tmp
     ]
 
 
+@pytest.mark.slow
 def test_a_function_may_be_a_benchmark(installed: Path, tmp_path: Path) -> None:
     settings = params(tmp_path).evaluate.benchmarks["mine"]
     assert open_benchmark("mine", settings, Paths(), []).images == ["a"]
 
 
+@pytest.mark.slow
 def test_settings_of_added_kinds_are_read_as_written(installed: Path, tmp_path: Path) -> None:
     loaded = params(tmp_path)
     with warnings.catch_warnings():
@@ -186,6 +189,7 @@ def test_an_unknown_kind_lists_the_added_ones(installed: Path, tmp_path: Path) -
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "line"),
     [

@@ -25,6 +25,7 @@ def reported_problems(folder: Path) -> list[str]:
     return [f"{problem.where}: {problem.what}" for problems in verify(folder).problems for problem in problems]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_a_valid_data_set_has_no_problems(clean: World, folder: str) -> None:
     done = CliRunner().invoke(app, ["verify", str(clean.folder / folder)])
@@ -110,6 +111,7 @@ DEFECTS: dict[str, tuple[str, Callable[[World], Any], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("folder", "plant", "line"), DEFECTS.values(), ids=DEFECTS)
 def test_verify_reports(world: World, folder: str, plant: Callable[[World], Any], line: str) -> None:
     plant(world)
@@ -127,6 +129,7 @@ def test_every_image_is_decoded(world: World, monkeypatch: pytest.MonkeyPatch) -
     assert len(opened) == 180
 
 
+@pytest.mark.slow
 def test_held_out_images_are_searched(world: World, tmp_path: Path) -> None:
     benchmark = tmp_path / "benchmark"
     benchmark.mkdir()

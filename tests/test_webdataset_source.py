@@ -354,6 +354,7 @@ def test_a_unit_is_split_into_partitions_by_its_keys(tmp_path):
 # --- on S3 --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_tars_are_read_from_s3(tmp_path, s3):
     from s3fs import S3FileSystem
 

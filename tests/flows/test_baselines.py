@@ -54,6 +54,7 @@ def score(*models: str) -> dict[str, Any]:
     return {one.model: one for one in scores}
 
 
+@pytest.mark.slow
 def test_scores_equal_those_of_lotlip_evaluate(project, monkeypatch, capsys, tiny_tower):
     save_clip(project / "clip")
     save_siglip(project / "siglip")

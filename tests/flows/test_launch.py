@@ -54,6 +54,7 @@ def test_a_hostfile_is_passed_to_deepspeed(tmp_path):
     assert command[-2:] == ["m", "x"]
 
 
+@pytest.mark.slow
 def test_deepspeed_reads_the_hostfile_equally():
     from deepspeed.launcher.runner import fetch_hostfile
 

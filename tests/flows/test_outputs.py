@@ -80,6 +80,7 @@ def publish_some(out: Path) -> None:
     publish(new, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_clean_removes_only_outputs_of_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, elsewhere: bool) -> None:
     monkeypatch.chdir(tmp_path)

@@ -122,6 +122,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> list
     return calls
 
 
+@pytest.mark.slow
 def test_a_trial_on_a_worker_is_an_experiment_of_the_project(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -148,6 +149,7 @@ def test_a_trial_on_a_worker_is_an_experiment_of_the_project(
     assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_a_failed_trial_has_the_reason_of_its_stage(project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     git(project, "push", "--quiet", "origin", "main")
     commit = Snapshot.take(project).publish("corners")
@@ -334,6 +336,7 @@ def test_a_pool_that_cannot_run_trials_is_an_error(server: Server):
         find_deployment("cpu", lines.append)
 
 
+@pytest.mark.slow
 def test_trainings_are_restored_from_the_run_cache_and_other_stages_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -390,6 +393,7 @@ def test_a_pool_without_a_name_or_type_is_an_error(text: str):
         deploy.Pool.parse(text)
 
 
+@pytest.mark.slow
 def test_a_job_template_is_prefects_or_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     command = deploy.Pool("cpu").job_template()["job_configuration"]["command"]
     assert command == "{{ command }}"

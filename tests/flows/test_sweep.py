@@ -42,6 +42,7 @@ def names(grid: list[Trial]) -> list[str]:
     return [point.experiment({}) for point in grid]
 
 
+@pytest.mark.slow
 def test_a_grid_has_a_trial_for_each_configuration_and_seed(params):
     grid = make_grid(Sweep(name="grid", corner_tokens=[1, 2], sub_captions=[1, 3, 5], seeds=[0, 1]), params)
     assert len(grid) == len(set(names(grid))) == 12
@@ -103,6 +104,7 @@ def test_an_invalid_sweep_is_an_error(wrong: dict[str, Any], reason: str):
         Sweep.model_validate({"name": "wrong", **wrong})
 
 
+@pytest.mark.slow
 def test_the_scheduled_sweeps_are_valid_for_params_yaml(params):
     assert 1 < len(make_grid(NIGHTLY, params)) < len(make_grid(WEEKLY, params))
 
@@ -129,6 +131,7 @@ def test_columns_with_the_same_last_word_get_distinct_names():
     assert [short_name(key, keys) for key in keys] == [keys[0], keys[1], "steps"]
 
 
+@pytest.mark.slow
 def test_parameters_are_set_without_touching_other_lines(tmp_path: Path):
     before = (ROOT / "params.yaml").read_text()
     path = tmp_path / "params.yaml"

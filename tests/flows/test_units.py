@@ -109,6 +109,7 @@ def files(folder: str) -> dict[str, bytes]:
 # --- ingest: a folder ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_file_added_after_an_interruption_is_read(project: Path, monkeypatch) -> None:
     for number in range(250):
         add_image(project / "my-images", f"{number:04d}", number)
@@ -121,6 +122,7 @@ def test_a_file_added_after_an_interruption_is_read(project: Path, monkeypatch) 
     assert captions_found["0"] == "the new one"
 
 
+@pytest.mark.slow
 def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
     for number in range(30):
         add_image(project / "my-images", f"{number:02d}", number)
@@ -139,6 +141,7 @@ def test_unchanged_units_are_not_read_again(project: Path, monkeypatch) -> None:
     assert captions()["29"] == "other"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["image", "caption", "deleted", "same size and time"])
 def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monkeypatch, changed) -> None:
     for number in range(20):
@@ -169,6 +172,7 @@ def test_a_changed_item_is_read_again_after_an_interruption(project: Path, monke
         assert records["03"].short_caption == text.read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_repaired_after_its_gate_failed_passes(project: Path) -> None:
     for number in range(20):
         path = add_image(project / "my-images", f"{number:02d}", number)
@@ -187,6 +191,7 @@ def test_a_folder_repaired_after_its_gate_failed_passes(project: Path) -> None:
     assert len(captions()) == 15
 
 
+@pytest.mark.slow
 def test_a_freed_key_is_used_after_an_interruption(project: Path, monkeypatch) -> None:
     """Whether an item is a duplicate depends on the items of other units."""
     change(lambda params: params["ingest"].update(partition_size=1))
@@ -200,6 +205,7 @@ def test_a_freed_key_is_used_after_an_interruption(project: Path, monkeypatch) -
     assert set(captions()) == {"a_z", "a_b", "c"}
 
 
+@pytest.mark.slow
 def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, monkeypatch) -> None:
     for number in range(20):
         add_image(project / "my-images", f"{number:02d}", number)
@@ -213,6 +219,7 @@ def test_published_files_do_not_depend_on_times_or_interruptions(project: Path, 
     assert files("data/ingest") == first
 
 
+@pytest.mark.slow
 def test_a_source_that_changes_while_it_is_read_is_not_published(project: Path, monkeypatch) -> None:
     for number in range(20):
         add_image(project / "my-images", f"{number:02d}", number)
@@ -251,6 +258,7 @@ def use(**source: Any) -> None:
     change(lambda params: params["ingest"].update(source={**source, "val_share": 0, "test_share": 0}))
 
 
+@pytest.mark.slow
 def test_a_replaced_tar_is_read_again(project: Path, monkeypatch) -> None:
     use(kind="webdataset", path="raw", images=["png"])
     for number in range(3):
@@ -264,6 +272,7 @@ def test_a_replaced_tar_is_read_again(project: Path, monkeypatch) -> None:
     assert captions()["010"] == "number 10"
 
 
+@pytest.mark.slow
 def test_a_changed_tar_of_a_store_is_read_again(project: Path, monkeypatch) -> None:
     import fsspec
 
@@ -280,6 +289,7 @@ def test_a_changed_tar_of_a_store_is_read_again(project: Path, monkeypatch) -> N
     assert captions()["000"] == "NUMBER 0"
 
 
+@pytest.mark.slow
 def test_a_tar_that_the_store_refused_is_requested_again(project: Path) -> None:
     use(kind="webdataset", path="list.txt", images=["png"])
     (project / "list.txt").write_text("raw/0.tar\nraw/1.tar\n")
@@ -291,6 +301,7 @@ def test_a_tar_that_the_store_refused_is_requested_again(project: Path) -> None:
     assert len(captions()) == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "parquet of images"])
 @pytest.mark.parametrize("changed", ["row", "image"])
 def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypatch, kind, changed) -> None:
@@ -365,6 +376,7 @@ def long_captions() -> dict[str, str]:
     return texts
 
 
+@pytest.mark.slow
 def test_captions_of_a_changed_table_are_read_again_after_an_interruption(captioned_project: Path, monkeypatch) -> None:
     def run() -> None:
         caption.fn("mine")
@@ -376,6 +388,7 @@ def test_captions_of_a_changed_table_are_read_again_after_an_interruption(captio
     assert all(text.startswith("Now it is") for text in long_captions().values())
 
 
+@pytest.mark.slow
 def test_a_table_that_changes_while_it_is_read_is_not_published(captioned_project: Path, monkeypatch) -> None:
     write = Captioning._write
 
@@ -418,6 +431,7 @@ def test_a_changed_partition_is_captioned_again_under_an_unchanged_index(caption
     assert hashes == [partition.sha256, "0" * 64]
 
 
+@pytest.mark.slow
 def test_shards_are_rewritten_when_captions_changed_after_an_interruption(captioned_project: Path, monkeypatch) -> None:
     import tarfile
 
@@ -435,6 +449,7 @@ def test_shards_are_rewritten_when_captions_changed_after_an_interruption(captio
     assert all(b"Now it is" in text for text in texts)
 
 
+@pytest.mark.slow
 def test_inputs_of_units_are_not_published(captioned_project: Path) -> None:
     caption.fn("mine")
     shard.fn()
@@ -446,6 +461,7 @@ def test_inputs_of_units_are_not_published(captioned_project: Path) -> None:
 # --- gates --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_exact_copies_are_counted_separately_and_pass_by_default(project: Path) -> None:
     for number in range(40):
         add_image(project / "my-images", f"{number:02d}", number % 20, f"caption {number}")
@@ -455,6 +471,7 @@ def test_exact_copies_are_counted_separately_and_pass_by_default(project: Path) 
     assert index.failure_kinds == {"duplicate-image": 20}
 
 
+@pytest.mark.slow
 def test_copies_have_their_own_limit(project: Path) -> None:
     change(lambda params: params["ingest"].update(max_left_out_share=0.4))
     for number in range(40):
@@ -463,6 +480,7 @@ def test_copies_have_their_own_limit(project: Path) -> None:
         ingest.fn()
 
 
+@pytest.mark.slow
 def test_duplicate_keys_are_still_failures(project: Path) -> None:
     for number in range(10):
         add_image(project / "my-images", f"{number}/a", number)
@@ -471,6 +489,7 @@ def test_duplicate_keys_are_still_failures(project: Path) -> None:
         ingest.fn()
 
 
+@pytest.mark.slow
 def test_all_failed_limits_are_shown_with_their_keys(project: Path) -> None:
     change(lambda params: params["ingest"].update(max_left_out_share=0, max_repeated_caption_share=0.1))
     for number in range(20):
