@@ -20,7 +20,7 @@ reproduce: setup ## run the whole pipeline on the offline demo and write a repor
 reproduce-all: setup ## run the pipeline with every ablation, for all tables of the paper
 	@python -m flows.reproduce --all
 
-test: setup ## run the unit and integration tests, and a smoke test of each system
+test: setup ## run the unit and integration tests, and some system tests
 	@$(PYTEST) -m "not system or smoke"
 
 test-fast: setup ## run the unit tests of at most a fifth of a second

@@ -228,7 +228,7 @@ def test_a_run_that_stays_at_chance_stops(group, tiny_world, tmp_path):
         train(tiny_job(tiny_world, tmp_path, differences))
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_hung_peer_ends_the_run(tiny_world, tmp_path, monkeypatch):
     monkeypatch.delenv(SOCKET)  # otherwise the test would suspend the client of a fork
     job = tiny_job(tiny_world, tmp_path, {"processes": 2, "steps": 1000, "peer_timeout_seconds": 20})

@@ -243,7 +243,6 @@ def test_other_users_cannot_run_commands_through_make_serve(serve: Served, tmp_p
 
 
 @needs_curl
-@pytest.mark.smoke
 def test_other_users_cannot_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
     deployment = create_deployment(ui)
     assert_attacks_fail(ui, deployment, tmp_path / "mark")

@@ -121,7 +121,6 @@ def test_a_terminated_flow_ends_its_training(server, job, sign):
     await_that(lambda: not running(job), f"all of {running(job)} have ended")
 
 
-@pytest.mark.smoke
 def test_a_cancelled_flow_ends_its_training(server, job):
     """The button in Prefect's UI sets the state of the flow run."""
     runner = start_flow(server, job)

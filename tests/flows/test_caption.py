@@ -175,7 +175,7 @@ def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace)
     assert read_calls(workspace) == []
 
 
-CLUSTERS = [pytest.param(name, marks=(pytest.mark.system, pytest.mark.smoke)) for name in ("ray", "dask")]
+CLUSTERS = [pytest.param(name, marks=pytest.mark.system) for name in ("ray", "dask")]
 RUNNERS = [pytest.param("processes", marks=pytest.mark.integration), *CLUSTERS]
 
 
@@ -234,9 +234,9 @@ def test_a_killed_worker_loses_nothing(workspace, expected, runner) -> None:
 @pytest.mark.parametrize(
     ("runner", "sign"),
     [
-        pytest.param("processes", signal.SIGINT, marks=pytest.mark.integration),
+        pytest.param("processes", signal.SIGINT, marks=pytest.mark.system),
         pytest.param("processes", signal.SIGTERM, marks=pytest.mark.integration),
-        pytest.param("processes", signal.SIGKILL, marks=pytest.mark.integration),
+        pytest.param("processes", signal.SIGKILL, marks=pytest.mark.system),
         pytest.param("ray", signal.SIGTERM, marks=pytest.mark.system),
         pytest.param("ray", signal.SIGKILL, marks=pytest.mark.system),
         pytest.param("dask", signal.SIGTERM, marks=pytest.mark.system),

@@ -51,6 +51,6 @@ def probe() -> dict[str, object]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_no_import_initialises_cuda_before_the_fork() -> None:
     assert probe() == {"calls": [], "initialised": False, "fork": 0}

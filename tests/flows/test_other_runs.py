@@ -42,7 +42,6 @@ def test_a_killed_stage_resumes(make_workspace) -> None:
     assert not scratch.exists()
 
 
-@pytest.mark.smoke
 def test_own_images(make_workspace, tmp_path: Path) -> None:
     """A folder of images, some of them broken, with the profile for own images."""
     from lotlip.demo.world import generate_scene, render

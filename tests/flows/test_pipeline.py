@@ -279,11 +279,13 @@ def restored_store(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.folder}/rebuilt.db"
 
 
+@pytest.mark.system
 def test_the_same_parameters_give_the_same_scores(reproduced: Workspace, previous_scores: dict[str, bytes]) -> None:
     after = (reproduced.folder / "metrics" / "lotlip.json").read_text()
     assert json.loads(after) == json.loads(previous_scores["lotlip.json"])
 
 
+@pytest.mark.system
 def test_evaluating_again_restores_a_lost_store(reproduced: Workspace, previous_scores: dict[str, bytes]) -> None:
     from mlflow import MlflowClient
 
@@ -311,6 +313,7 @@ def test_a_failing_gate_publishes_nothing(reproduced: Workspace) -> None:
     assert list((gate / "data_docs").rglob("index.html"))
 
 
+@pytest.mark.system
 def test_baselines_are_scored_again_when_their_files_change(reproduced: Workspace) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
     weights = save_clip(reproduced.folder / "imported-clip") / "model.safetensors"

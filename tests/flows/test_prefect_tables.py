@@ -47,7 +47,7 @@ def content(home: Path) -> tuple[str, dict[str, int]]:
         database.close()
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_new_database_is_a_copy_of_the_first_one(tmp_path):
     assert create(tmp_path / "first") == "migrations: 1"
     revision, rows = content(tmp_path / "first")

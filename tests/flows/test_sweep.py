@@ -232,7 +232,7 @@ def test_mlflow_runs_and_prefect_flow_runs_link_to_each_other(done: Workspace):
         assert (answer["name"], answer["state"]["type"]) == ("sweep-two", "COMPLETED")
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_finished_trials_are_reused_and_failed_ones_retried_within_the_budget(done: Workspace):
     before, rates = experiments(done), [0.001, 1e30, 2e30]
     sweep = {"name": "rates", "corner_tokens": [1], "other": {RATE: rates}, "max_runs": 1, "retries": 1}
