@@ -1,8 +1,9 @@
 """Measures the share of orchestration in the last `make reproduce`: `python -m benchmarks.orchestration`.
 
 Work is the time that stages compute. The rest of the run of `flows.reproduce` is orchestration: servers, DVC, Prefect,
-imports, gates and MLflow. For a run of all stages, run `make clean` before; if no stage was stale, the whole run is
-orchestration. `--json` prints one object.
+imports, gates and MLflow. With `compute.parallel_stages` above 1, time counts for each stage that can run at once,
+and the rest includes waiting for other stages. For a run of all stages, run `make clean` before. `--json` prints one
+object.
 """
 
 from __future__ import annotations
@@ -41,10 +42,11 @@ def measure() -> dict[str, dict[str, float]]:
         for part, seconds in record.orchestration_seconds.items():
             row[part] += seconds
     total = {part: sum(row[part] for row in stages.values()) for part in ("runs", "work", *PARTS)}
-    total["servers, DVC, rest"] = run.seconds - total["work"] - sum(total[part] for part in PARTS)
+    available = run.seconds * run.parallel_stages
+    total["servers, DVC, rest"] = available - total["work"] - sum(total[part] for part in PARTS)
     total["up to date"] = len(records) - len(ran)
     total["seconds"] = run.seconds
-    total["orchestration share"] = 1 - total["work"] / run.seconds
+    total["orchestration share"] = 1 - total["work"] / available
     return {**stages, "all": total}
 
 

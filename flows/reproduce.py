@@ -30,15 +30,17 @@ REPRODUCTION = SCRATCH / "reproduce.json"
 
 
 class Reproduction(Record):
-    """Start and duration of the last run.
+    """Start and duration of the last run in which a stage was stale.
 
     Attributes:
         started: Unix time, in seconds.
         seconds: duration.
+        parallel_stages: how many stages ran at the same time.
     """
 
     started: float
     seconds: float
+    parallel_stages: int
 
 
 def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False) -> None:
@@ -65,7 +67,9 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
         print("Nothing has changed since the last run.")
     status = 0 if current else _run(runs, params.compute.parallel_stages, pull)
     seconds = time.time() - started
-    Reproduction(started=started, seconds=seconds).write(REPRODUCTION)
+    if not current:
+        parallel = params.compute.parallel_stages
+        Reproduction(started=started, seconds=seconds, parallel_stages=parallel).write(REPRODUCTION)
     if status:
         raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
     print(closing_message(params, seconds))

@@ -1,4 +1,4 @@
-"""The benchmark of orchestration: a full run, a run without stale stages, and no run."""
+"""The benchmark of orchestration: a full run, a run of no recorded stage, and no run."""
 
 from __future__ import annotations
 
@@ -40,15 +40,21 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_full_run_is_split_into_work_and_orchestration(stages: Path) -> None:
-    write_json(Path(".lotlip/reproduce.json"), {"started": 90, "seconds": 10.0})
+    write_json(Path(".lotlip/reproduce.json"), {"started": 90, "seconds": 10.0, "parallel_stages": 1})
     measured = measure()
     assert (measured["ingest"]["work"], measured["ingest"]["imports"], measured["all"]["up to date"]) == (6.0, 1.0, 0)
     assert measured["all"]["servers, DVC, rest"] == 2.5
     assert measured["all"]["orchestration share"] == pytest.approx(0.4)
 
 
-def test_a_run_without_stale_stages_is_all_orchestration(stages: Path) -> None:
-    write_json(Path(".lotlip/reproduce.json"), {"started": 200, "seconds": 26.0})
+def test_stages_at_the_same_time_have_as_many_times_the_seconds(stages: Path) -> None:
+    write_json(Path(".lotlip/reproduce.json"), {"started": 90, "seconds": 10.0, "parallel_stages": 2})
+    assert measure()["all"]["servers, DVC, rest"] == 12.5
+    assert measure()["all"]["orchestration share"] == pytest.approx(0.7)
+
+
+def test_a_run_that_recorded_no_stage_is_all_orchestration(stages: Path) -> None:
+    write_json(Path(".lotlip/reproduce.json"), {"started": 200, "seconds": 26.0, "parallel_stages": 1})
     measured = measure()
     assert list(measured) == ["all"]
     assert (measured["all"]["up to date"], measured["all"]["orchestration share"]) == (1, 1)
