@@ -131,6 +131,16 @@ def test_an_interruption_ends_all_running_stages(project, running, sign):
     run_again(project)
 
 
+def test_stages_end_when_their_owner_is_killed(project, running):
+    stages = psutil.Process(running.pid).children(recursive=True)
+    running.kill()
+    wait_until(lambda: not any(stage.is_running() for stage in stages), lambda: f"still running: {stages}")
+    for name in ("left", "right"):
+        (project / f"{name}.go").write_text("")
+    run(project, "-c", RUN)
+    assert is_up_to_date([["both"]])
+
+
 def test_a_killed_process_of_dvc_is_a_failure(project, running):
     lane = psutil.Process(running.pid).children()[0]
     lane.kill()
