@@ -26,7 +26,7 @@ from lotlip.report.inputs import load_inputs
 from lotlip.report.page import build_report
 from lotlip.report.plots import write_plots
 from lotlip.report.reading_figures import reading_figures
-from lotlip.report.sections import all_metrics_table, benchmark_sections, sentence_table
+from lotlip.report.sections import all_metrics_table, benchmark_sections, not_run_note, sentence_table
 from lotlip.report.stages import benchmark_texts_table, cost_table, quality_table, training_table
 from lotlip.report.tables import Cell, duration, gigaflops, mark_best, percent, score
 
@@ -976,6 +976,15 @@ def test_nothing_at_all_still_gives_a_page(tmp_path):
     assert Page(text).open == []
     assert inputs.not_run == list(ABLATIONS)
     assert f"Not run: {', '.join(ABLATIONS)}. To run all ablations, use <code>make reproduce-all</code>." in text
+
+
+def test_many_ablations_that_were_not_run_are_counted():
+    names = [f"a{number}" for number in range(13)]
+    assert (
+        not_run_note(names)
+        == "Not run: 13 other ablations of params.yaml. To run all ablations, use `make reproduce-all`."
+    )
+    assert not_run_note(names[1:]).startswith("Not run: a1, a2, a3") and not_run_note([]) == ""
 
 
 @pytest.mark.slow
