@@ -1,0 +1,104 @@
+"""Compares stored results of ablations with those of another one, seed by seed, as a Markdown table.
+
+`python -m lotlip.report.pairs results/demo.csv lotlip lotlip-debias lotlip-himo` tests how the second and third
+ablation differ from the first, by the paired t test of the report's findings. Holm's method corrects for all tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from lotlip.figures.intervals import estimate
+from lotlip.report.measures import LONG, SHORT, TOP1, Measure
+from lotlip.report.significance import ALPHA, holm, p_value
+from lotlip.report.stored import StoredRow, read_rows
+from lotlip.report.verdicts import signed
+
+_COLUMNS = ("ablation", "measure", "seeds", "points, 95 % interval", "p", "p, Holm", "verdict")
+
+
+def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> str:
+    """Returns a row for each of the other ablations and each measure that both have, with the verdict after correction.
+
+    A measure is averaged over benchmarks. Only seeds that both ablations have are compared.
+
+    Args:
+        rows: stored results.
+        base: the ablation that the others are compared with.
+        others: the other ablations.
+
+    Raises:
+        ValueError: an ablation has no rows, or rows of several settings or data; or no two seeds are shared.
+    """
+    tested = []
+    for name in others:
+        first, second = _scores(rows, base), _scores(rows, name)
+        if first.keys() != second.keys():
+            raise ValueError(
+                f"{name} and {base} were scored on different benchmarks or data, so they cannot be compared"
+            )
+        for measure in (LONG, SHORT, TOP1):
+            one, two = _percent(first, measure), _percent(second, measure)
+            differences = [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys())]
+            if len(differences) >= 2:
+                tested.append((name, measure.label, differences, p_value(differences)))
+    if not tested:
+        raise ValueError(f"no two seeds of {base} and {', '.join(others)} have the same measure")
+    lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
+    for (name, label, differences, p), corrected in zip(tested, holm([p for *_, p in tested]), strict=True):
+        mean = estimate(differences)
+        interval = f"{signed(mean.value)} [{signed(mean.low or 0)}, {signed(mean.high or 0)}]"
+        verdict = "undecided" if corrected >= ALPHA else "better" if mean.value > 0 else "worse"
+        lines.append((name, label, str(len(differences)), interval, f"{p:.2g}", f"{corrected:.2g}", verdict))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _scores(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """Returns (benchmark, data) → seed → scores of an ablation."""
+    own = [row for row in rows if row.ablation == ablation]
+    if not own:
+        raise ValueError(
+            f"there are no rows of {ablation}; there are {', '.join(sorted({row.ablation for row in rows}))}"
+        )
+    kinds = {(row.benchmark, row.settings, row.data) for row in own}
+    if len(kinds) > len({row.benchmark for row in own}):
+        raise ValueError(f"the rows of {ablation} have several settings or data; remove the outdated ones")
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in own:
+        found.setdefault((row.benchmark, row.data), {})[row.seed] = row.scores
+    return found
+
+
+def _percent(scores: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]], measure: Measure) -> dict[int, float]:
+    """Returns seed → mean of the measure over benchmarks, in percent, for seeds that have it on all of them."""
+    seeds = set.intersection(*(set(by_seed) for by_seed in scores.values()))
+    percent = {}
+    for seed in seeds:
+        values = [by_seed[seed].get(metric) for by_seed in scores.values() for metric in measure.metrics]
+        known = [value for value in values if value is not None]
+        if len(known) == len(values):
+            percent[seed] = 100 * fmean(known)
+    return percent
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the table for the ablations on the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lotlip.report.pairs", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("table", type=Path, help="table of stored results")
+    parser.add_argument("base", help="the ablation that others are compared with")
+    parser.add_argument("others", nargs="+", help="the other ablations")
+    given = parser.parse_args(arguments)
+    try:
+        print(pairs_table(read_rows(given.table), given.base, given.others))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

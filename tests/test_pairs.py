@@ -1,0 +1,74 @@
+"""Ablations are compared over the seeds that both have, and verdicts are corrected for the number of tests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lotlip.report.pairs import main, pairs_table
+from lotlip.report.significance import holm, p_value
+from lotlip.report.stored import StoredRow, add_rows
+
+LONG = ("long.image_to_text.r1", "long.text_to_image.r1")
+
+
+def rows(ablation: str, values: dict[int, float], benchmark: str = "scenes", **changes: str) -> list[StoredRow]:
+    """Rows whose two long-text recalls are a value minus and plus 0.05."""
+    return [
+        replace(
+            StoredRow(
+                ablation, benchmark, ablation, "data", seed, {LONG[0]: value - 0.05, LONG[1]: value + 0.05}, "c", "m"
+            ),
+            **changes,
+        )
+        for seed, value in values.items()
+    ]
+
+
+BASE = rows("base", {0: 0.50, 1: 0.60, 2: 0.55, 3: 0.40})
+OTHER = rows("other", {0: 0.60, 1: 0.71, 2: 0.64, 9: 0.10})
+SAME = rows("same", {0: 0.51, 1: 0.59, 2: 0.55})
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_differences_are_paired_by_seed_and_corrected():
+    other, same = cells(pairs_table([*BASE, *OTHER, *SAME], "base", ["other", "same"]))
+    p_values = [p_value([10, 11, 9]), p_value([1, -1, 0])]
+    assert other[:3] == ["other", "long text", "3"] and other[3].startswith("+10.0 [+7.5, +12.5]")
+    assert other[4:] == [f"{p_values[0]:.2g}", f"{holm(p_values)[0]:.2g}", "better"]
+    assert same[3].startswith("0.0 [") and same[6] == "undecided"
+    ((*_, verdict),) = cells(pairs_table([*BASE, *OTHER], "other", ["base"]))
+    assert verdict == "worse"
+
+
+def test_a_measure_is_averaged_over_benchmarks():
+    more = [*rows("base", {0: 0.2, 1: 0.2, 2: 0.2}, "more"), *rows("other", {0: 0.2, 1: 0.2, 2: 0.2}, "more")]
+    ((_, _, seeds, points, *_),) = cells(pairs_table([*BASE, *OTHER, *more], "base", ["other"]))
+    assert seeds == "3" and points.startswith("+5.0 [")
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (BASE, "there are no rows of other; there are base"),
+        ([*BASE, *OTHER, *rows("other", {5: 0.1}, settings="old")], "the rows of other have several settings or data"),
+        ([*BASE, *rows("other", {0: 0.6, 1: 0.7}, data="new")], "different benchmarks or data"),
+        ([*BASE, *rows("other", {3: 0.6, 4: 0.7})], "no two seeds of base and other"),
+    ],
+)
+def test_what_cannot_be_compared_is_an_error(found, message):
+    with pytest.raises(ValueError, match=message):
+        pairs_table(found, "base", ["other"])
+
+
+def test_the_command_reads_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    add_rows(tmp_path / "table.csv", [*BASE, *OTHER])
+    main([str(tmp_path / "table.csv"), "base", "other"])
+    assert cells(capsys.readouterr().out)[0][6] == "better"
+    with pytest.raises(SystemExit, match="error: there are no rows of missing"):
+        main([str(tmp_path / "table.csv"), "base", "missing"])
