@@ -393,6 +393,15 @@ def test_recall_is_the_fraction_of_texts_nearest_to_their_own_image(at_once):
     assert lotlip_loss(images, same, SCALE)["recall"].item() == 0  # no image is nearer than the others
 
 
+def test_a_margin_does_not_change_the_recall():
+    """With the margin, texts of a new model would seem to find their images less often than by chance."""
+    images, texts = random_features()
+    texts = normalize(texts + 3 * images[:, None], dim=-1)
+    plain, margin = (lotlip_loss(images, texts, SCALE, hard_negative_margin=m) for m in (0.0, 1.0))
+    assert margin["recall"] == plain["recall"] > 0.5
+    assert margin["loss"] > plain["loss"]
+
+
 def test_blocks_save_few_logits_for_the_backward_pass():
     """The backward pass computes each block again."""
     images, texts = random_features(batch=64, number=2)

@@ -319,9 +319,10 @@ def _block(
     image_to_text, text_to_image = similarity(images, *of_texts)
     picks_image = logits(text_to_image)
     picks_text = picks_image if image_to_text is text_to_image else logits(image_to_text)
+    with torch.no_grad():
+        # Strictly nearer than all others, so that identical features do not count as hits. Before the margin: with it,
+        # texts of a new model pick their own image less often than by chance.
+        hits = (picks_image >= softmax.positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
     if own_texts is not None:  # only without late interaction, so both directions are the same
         picks_image = picks_text = with_margin(picks_image, texts, own_texts, own, margin * scale)
-    with torch.no_grad():
-        # strictly nearer than all others, so that identical features do not count as hits
-        hits = (picks_image >= softmax.positives(picks_image, own)[..., None]).sum(2).eq(1).sum(1).to(scale.dtype)
     return *objective(picks_image, picks_text, own), hits
