@@ -22,6 +22,7 @@ from PIL import Image
 from flows.runtime.servers import free_port
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.caption.captioners import open_captioner
+from lotlip.caption.captioners.client import EndableTransport, RequestsEndedError
 from lotlip.caption.captioners.endpoint import EndpointCaptioner
 from lotlip.caption.config import EndpointCaptionerConfig as Settings
 from lotlip.config.params import load_params
@@ -193,14 +194,43 @@ def test_closing_the_captions_ends_threads_and_connections():
     assert {thread for thread in set(threading.enumerate()) - before if not thread.daemon} == set()
 
 
-def test_closing_the_captions_stops_retries():
-    with CaptioningServer(fail_first(silent, 9, lambda number: number == 1)) as server:
-        captions = captioner(server.url, concurrency=2, timeout_seconds=2, retries=9).caption(records(2))
+@pytest.mark.parametrize(
+    "fault",
+    [
+        silent,  # the thread waits for the answer
+        retry_soon(503),  # for the server, or in the pause before a retry
+        status(503, Retry_After="100"),  # in a long pause
+    ],
+)
+def test_closing_the_captions_does_not_wait_for_answers_or_retries(fault):
+    with CaptioningServer(fail_first(fault, 999, lambda number: number == 1)) as server:
+        captions = captioner(server.url, concurrency=2, timeout_seconds=100, retries=999).caption(records(2))
         next(captions)
+        while not server.attempts[image_bytes(1)]:
+            time.sleep(0.01)
         started = time.monotonic()
         captions.close()
-        assert time.monotonic() - started < 12  # ten attempts take 20 s
-        assert server.attempts[image_bytes(1)] <= 2
+        assert time.monotonic() - started < 50
+        attempts = server.attempts[image_bytes(1)]
+        assert [thread.name for thread in threading.enumerate() if thread.name.startswith("caption-")] == []
+        assert _connections_to(server.server_port) == 0
+        assert server.attempts[image_bytes(1)] == attempts
+
+
+def test_requests_end_while_they_connect():
+    """`end` may be called before the connection exists that a request then waits for."""
+    ended = []
+
+    class Ending(EndableTransport):
+        def _trace(self, event, about):
+            if event.endswith("connect_tcp.complete") and not ended:
+                ended.append(event)
+                self.end()
+            super()._trace(event, about)
+
+    with CaptioningServer() as server, Ending() as transport, pytest.raises(RequestsEndedError):
+        transport.get(f"{server.url}/models")
+    assert ended
 
 
 def _connections_to(port: int) -> int:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     import openai
     from openai.types.chat import ChatCompletion
 
+    from lotlip.caption.captioners.client import EndableClient
+
 KEYS = ("LOTLIP_ENDPOINT_KEY", "OPENAI_API_KEY")  # environment variables; the first one that is set is used
 NO_KEY = "EMPTY"  # the customary value for servers that need no key
 CONNECT_SECONDS = 5.0
@@ -146,8 +148,9 @@ class EndpointCaptioner:
             while window:
                 yield window.popleft().result()
         finally:
-            client.close()  # first, so that requests in flight are not retried
+            client.end()
             pool.shutdown(cancel_futures=True)
+            client.close()
 
     def check(self) -> None:
         """On the first call, checks that the server serves the model and can caption a trial picture.
@@ -342,13 +345,14 @@ class EndpointCaptioner:
             "to null, or start it with that model"
         )
 
-    def _client(self) -> openai.OpenAI:
+    def _client(self) -> EndableClient:
         import httpx2
-        import openai
+
+        from lotlip.caption.captioners.client import EndableClient, EndableTransport
 
         settings = self.settings
         # Redirects are not followed: they would send pictures and key to an address that the user did not configure.
-        transport = openai.DefaultHttpxClient(
+        transport = EndableTransport(
             limits=httpx2.Limits(max_connections=self._compute.concurrency + 1),
             event_hooks={"response": [_refuse_broken_answers]},
             trust_env=not _is_loopback(settings.url),  # a proxy's loopback is another machine's
@@ -356,7 +360,7 @@ class EndpointCaptioner:
         )
         wait = self._compute.timeout_seconds
         timeout = httpx2.Timeout(wait, connect=min(wait, CONNECT_SECONDS))
-        return openai.OpenAI(
+        return EndableClient(
             base_url=settings.url,
             api_key=_key(),
             timeout=timeout,
