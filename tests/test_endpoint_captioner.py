@@ -22,9 +22,9 @@ from PIL import Image
 from flows.runtime.servers import free_port
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.caption.captioners import open_captioner
-from lotlip.caption.captioners.client import EndableTransport, RequestsEndedError
 from lotlip.caption.captioners.endpoint import EndpointCaptioner
 from lotlip.caption.config import EndpointCaptionerConfig as Settings
+from lotlip.caption.endpoint_client import EndableTransport, RequestsEndedError
 from lotlip.config.params import load_params
 from lotlip.core.compute import CaptionerCompute
 from lotlip.core.section import ConfigError

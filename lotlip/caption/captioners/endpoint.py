@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import openai
     from openai.types.chat import ChatCompletion
 
-    from lotlip.caption.captioners.client import EndableClient
+    from lotlip.caption.endpoint_client import EndableClient
 
 KEYS = ("LOTLIP_ENDPOINT_KEY", "OPENAI_API_KEY")  # environment variables; the first one that is set is used
 NO_KEY = "EMPTY"  # the customary value for servers that need no key
@@ -348,7 +348,7 @@ class EndpointCaptioner:
     def _client(self) -> EndableClient:
         import httpx2
 
-        from lotlip.caption.captioners.client import EndableClient, EndableTransport
+        from lotlip.caption.endpoint_client import EndableClient, EndableTransport
 
         settings = self.settings
         # Redirects are not followed: they would send pictures and key to an address that the user did not configure.
