@@ -756,7 +756,7 @@ def reading_of(place, seed):
 
 @pytest.mark.slow
 def test_reading_to_the_end_is_drawn_and_told(tmp_path):
-    params = make_params(tables={"systems": TABLES["systems"]})
+    params = make_params()
     write_project(tmp_path, params)
     for place, name in enumerate(params.ablations):
         path = tmp_path / params.paths.metrics / f"{name}.json"
@@ -1054,9 +1054,9 @@ def test_metrics_of_another_configuration_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_several_benchmarks_repeat_the_tables(tmp_path):
-    benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}
-    few = {slug: TABLES[slug] for slug in ("systems", "sub-captions")}  # without a figure and with one
-    params = make_params(few, evaluate={"benchmarks": benchmarks})
+    params = make_params(
+        evaluate={"benchmarks": {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}}
+    )
     write_project(tmp_path, params)
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
     ids = Page(page.read_text()).ids
