@@ -17,6 +17,7 @@ from lotlip.models.text.text_tower import build_text_tower
 # No size is four times another, so that mixed-up sizes show.
 NARROW = {"hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_hidden_layers": 3}
 BROAD = {"hidden_size": 40, "intermediate_size": 264, "num_attention_heads": 5, "num_hidden_layers": 2}
+SHALLOW = {**NARROW, "num_hidden_layers": 1}
 BERT_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12}
 
 
@@ -108,25 +109,25 @@ def test_register_tokens_count_as_context():
 
 @pytest.mark.slow
 def test_counting_allocates_no_weights():
-    """The weights would take 300 GB."""
-    size = {"hidden_size": 16384, "intermediate_size": 65536, "num_attention_heads": 64, "num_hidden_layers": 24}
+    """The weights would take 310 GB."""
+    size = {"hidden_size": 40960, "intermediate_size": 163840, "num_attention_heads": 64, "num_hidden_layers": 4}
     assert text_tower_flops(model_config(size, 0), 512) == closed_form(size, 512, 1)
 
 
 @pytest.mark.slow
 def test_a_series_ends_at_the_encoders_positions():
-    config = model_config(NARROW, positions=200)
+    config = model_config(SHALLOW, positions=200)
     series = flops_by_context(config)
     assert list(series) == [32, 64, 96, 128, 192]
-    assert series == {length: closed_form(NARROW, length, 3) for length in series}
-    assert list(flops_by_context(model_config(NARROW))) == list(CONTEXT_LENGTHS)
+    assert series == {length: closed_form(SHALLOW, length, 3) for length in series}
+    assert list(flops_by_context(model_config(SHALLOW))) == list(CONTEXT_LENGTHS)
 
 
 @pytest.mark.slow
 def test_a_series_includes_the_models_context_length():
-    assert list(flops_by_context(model_config(NARROW, positions=100, context_length=77))) == [32, 64, 77, 96]
-    assert list(flops_by_context(model_config(NARROW, positions=24, context_length=24))) == [24]
-    assert list(flops_by_context(model_config(NARROW, context_length=24), [64, 32, 64, 600])) == [24, 32, 64]
+    assert list(flops_by_context(model_config(SHALLOW, positions=100, context_length=77))) == [32, 64, 77, 96]
+    assert list(flops_by_context(model_config(SHALLOW, positions=24, context_length=24))) == [24]
+    assert list(flops_by_context(model_config(SHALLOW, context_length=24), [64, 32, 64, 600])) == [24, 32, 64]
 
 
 def test_a_text_longer_than_the_positions_is_an_error():
@@ -139,7 +140,7 @@ def test_a_text_longer_than_the_positions_is_an_error():
 def test_unused_first_positions_are_not_counted():
     """RoBERTa does not use the positions up to the padding's."""
     config = LotlipConfig(
-        text_config={"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 66, **NARROW},
+        text_config={"model_type": "roberta", "vocab_size": 60, "max_position_embeddings": 66, **SHALLOW},
         context_length=48,
     )
     assert list(flops_by_context(config, [32, 64, 65])) == [32, 48, 64]

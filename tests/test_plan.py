@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from lotlip.core.files import read_json
 from lotlip.core.section import merge
 from lotlip.data.index import ShardIndex, read_index
 from lotlip.data.statistics import text_statistics
+from lotlip.evaluate.flops import text_tower_flops
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.text import packing
 from lotlip.models.vision.image_tower import build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.plan.describe import describe
-from lotlip.plan.flops import step_flops
+from lotlip.plan.flops import image_flops, step_flops
 from lotlip.plan.memory import activation_bytes, encoder_bytes, loss_bytes, state_bytes
 from lotlip.plan.plan import Gpu, on_gpus, plan
 from lotlip.plan.texts import TextLengths, text_lengths
@@ -47,6 +49,30 @@ MINIMAL: dict[str, Any] = {
     "evaluate": {"benchmarks": {"mine": {"kind": "held-out"}}},
     "ablations": {"lotlip": {}},
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _equal_towers_are_counted_once() -> Iterator[None]:
+    """Counting FLOPs is four fifths of a plan's time, and most plans of these tests have equal towers."""
+
+    def once(count: Callable[..., int], key: Callable[..., Any]) -> Callable[..., int]:
+        counts: dict[Any, int] = {}
+
+        def counted(*arguments: Any) -> int:
+            found = key(*arguments)
+            if found not in counts:
+                counts[found] = count(*arguments)
+            return counts[found]
+
+        return counted
+
+    text = once(text_tower_flops, lambda config, length: (config.to_json_string(use_diff=False), length))
+    image = once(image_flops, lambda tower: json.dumps(tower.spec.to_json()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lotlip.plan.flops.text_tower_flops", text)
+        patch.setattr("lotlip.plan.flops.image_flops", image)
+        patch.setattr("lotlip.plan.plan.image_flops", image)
+        yield
 
 
 def planned(params: Params, ablation: str = "lotlip", differences: dict[str, Any] | None = None, **more: Any):

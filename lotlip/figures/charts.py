@@ -196,13 +196,15 @@ def in_one_line(error: Exception) -> str:
 def render(slug: str, size: tuple[float, float], *draws: Callable[[Axes], None]) -> tuple[str, bytes]:
     """Draws panels side by side under one legend and returns SVG and PNG; equal inputs give equal bytes."""
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    with styled({"svg.hashsalt": slug}):
-        canvas = Canvas(figsize=size, layout="constrained")
+    with styled({"svg.hashsalt": slug, "savefig.format": "svg"}):  # the format whose text the layout measures
+        canvas = Canvas(figsize=size)
         panels = canvas.subplots(1, len(draws), squeeze=False)[0]
         for draw, axes in zip(draws, panels, strict=True):
             draw(axes)
         _legend(canvas, panels)
+        ConstrainedLayoutEngine().execute(canvas)  # as the figure's own engine, it would run again for each file
         svg, png = io.StringIO(), io.BytesIO()
         canvas.savefig(svg, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
         canvas.savefig(png, format="png", dpi=160, facecolor="white", metadata={"Software": None})

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import base64
 import re
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lotlip.core.files import atomic_write
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 
 def render(template: str, context: dict[str, Any], path: Path) -> None:
     """Writes a page from a template of `templates/`; in HTML, everything that the context holds is escaped."""
+    with atomic_write(path) as partial:
+        partial.write_text(printable(_compiled(template).render(context)), encoding="utf-8")
+
+
+@lru_cache
+def _compiled(template: str) -> Template:
     from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup, escape
 
@@ -25,8 +35,7 @@ def render(template: str, context: dict[str, Any], path: Path) -> None:
     environment.filters["base64"] = lambda data: base64.b64encode(data).decode()
     environment.filters["code"] = lambda text: Markup(re.sub("`([^`]*)`", r"<code>\1</code>", str(escape(text))))  # noqa: S704
     environment.filters["in_cell"] = lambda text: str(text).replace("|", r"\|").replace("<", "&lt;").replace("\n", " ")
-    with atomic_write(path) as partial:
-        partial.write_text(printable(environment.get_template(template).render(context)), encoding="utf-8")
+    return environment.get_template(template)
 
 
 # Characters that HTML may not contain: control characters (except tab, line feed and carriage return), lone
