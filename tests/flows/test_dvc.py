@@ -361,4 +361,4 @@ def test_a_reproduction_without_stale_stages_imports_no_heavy_package(project):
     output = run(project, "-c", REPRODUCE).stdout
     assert "started [] imported []" in output
     assert str(project / "report" / "index.html") in output
-    assert json.loads((project / ".lotlip" / "reproduce.json").read_text())["seconds"] < 60
+    assert not (project / ".lotlip" / "reproduce.json").exists()  # the record of the last run that ran a stage
