@@ -359,6 +359,7 @@ OTHER_COMPUTE = {
     "precision": "bf16",
     "batch_size": 7,
     "workers": 3,
+    "parallel_stages": 3,
     "retries": 5,
     "retry_delay_seconds": 0.5,
     "task_runner": "ray",
