@@ -536,7 +536,6 @@ def test_an_invalid_address_is_an_error_that_hides_secrets(tmp_path, url, proble
 
 
 @pytest.mark.system
-@pytest.mark.smoke
 def test_transformers_serve_captions_images(tmp_path):
     from tests.tiny_mllm import save_llava
 

@@ -322,7 +322,7 @@ print("checked", len(folders))
 """
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_exports_work_without_this_package(tmp_path: Path) -> None:
     """Exports give the model's features in a process that cannot import this package.
 

@@ -361,7 +361,7 @@ if torch.distributed.get_rank() == 0:
 """
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_state_of_two_processes_matches_the_prediction(tmp_path):
     program = tmp_path / "measure.py"
     program.write_text(MEASURE_STATE)

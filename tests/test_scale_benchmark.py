@@ -32,7 +32,7 @@ def test_the_bookkeeping_is_that_of_real_images_and_copies_are_found(tmp_path: P
     assert plan_shards(tmp_path) == {"rows": ROWS - COPIES - 2 * ROWS // PARTITIONS, "shards": 1}
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_each_part_is_measured_and_processes_all_rows(tmp_path: Path) -> None:
     size = measure_size(tmp_path, ROWS, PARTITIONS)
     assert (size["rows"], size["partitions"]) == (ROWS, PARTITIONS)
