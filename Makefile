@@ -23,7 +23,7 @@ reproduce-all: setup ## run the pipeline with every ablation, for all tables of 
 test: setup ## run the unit and integration tests, and some system tests
 	@$(PYTEST) -m "not system or smoke"
 
-test-fast: setup ## run the unit tests of at most a fifth of a second
+test-fast: setup ## run the unit tests that are not marked slow
 	@$(PYTEST) -m "not slow and not integration and not system"
 
 test-all: setup ## run all tests, with coverage

@@ -100,6 +100,7 @@ def test_an_ablation_with_random_frozen_features_is_an_error():
 # --- temperature ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_temperature_starts_from_its_setting(tiny_tower):
     assert build(tiny_tower, temperature={"initial": 1.0}).scale.item() == pytest.approx(1)
     assert build(tiny_tower).scale.item() == pytest.approx(1 / 0.07)

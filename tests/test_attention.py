@@ -175,6 +175,7 @@ def test_maps_of_images_that_are_not_square() -> None:
     assert relevance_maps(model, pixels()[:, :, :8], ids, lengths).shape == (3, 2, 4)
 
 
+@pytest.mark.slow
 def test_models_without_maps_are_errors() -> None:
     ids, lengths = tokens(make())
     with pytest.raises(ValueError, match="late interaction"):
@@ -230,6 +231,7 @@ def test_text_attention_covers_words_only(corners: int, registers: int) -> None:
     assert numbers.amax(dim=1).tolist() == [0, 2, 1]
 
 
+@pytest.mark.slow
 def test_a_texts_attention_does_not_depend_on_its_batch(model: LotlipModel) -> None:
     ids, lengths = tokens(model)
     alone, length = tokens(model, TEXTS[:1])

@@ -152,6 +152,7 @@ def test_plan_uses_existing_shards(monkeypatch, capsys, tmp_path):
     assert (output["epochs"], output["storage_bytes"]["shards"]) == (steps * 64 / 640, 640 * 5000)
 
 
+@pytest.mark.slow
 def test_an_impossible_plan_is_an_error(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert "profiles/none.yaml does not exist" in str(program(monkeypatch, "plan", "--profile", "none"))
@@ -230,6 +231,7 @@ def test_embed_replaces_an_index(tmp_path, ending):
             write(IndexRows(["a"], None, np.zeros((1, 2), dtype=np.float32)))
 
 
+@pytest.mark.slow
 def test_evaluate_replaces_scores_and_prints_them_even_if_writing_fails(monkeypatch, capsys, tmp_path):
     from lotlip.core import files
     from lotlip.evaluate import compare

@@ -100,6 +100,7 @@ def test_with_all_as_candidates_nothing_is_lost(case):
             assert {name: found.values[name] for name in expected} == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_pairs_of_candidates_alone_give_the_same_scores(case):
     """One kind of text has too many pairs, then both have; batches of any size."""
     every = evaluate_conditioned(*case["arguments"], [case["patches"]], case["pooling"], candidates=12).values
@@ -193,6 +194,7 @@ def test_an_ablation_has_the_scores_beside_its_others(ablation, tiny_samples):
     )
 
 
+@pytest.mark.slow
 def test_the_patches_are_those_that_training_pools(ablation, tiny_samples):
     """Of the tower's tokens without normalisation, by the pooling of the same seed."""
     asked = tiny_benchmark(tiny_samples[:12])
@@ -251,6 +253,7 @@ def test_patches_are_computed_once_for_a_shared_tower(shared, most_bytes, encode
 # --- the weights on disk ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_an_error_that_names_the_file(ablation, tiny_tower, tmp_path):
     model, _ = load_model(ablation / "seed-0")
     whole = load_file(ablation / "seed-0" / OBJECTIVE)

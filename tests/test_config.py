@@ -557,6 +557,7 @@ def test_output_paths_must_be_separate_folders_of_the_project(path: str) -> None
         checked_params(demo(report=path), "params.yaml")
 
 
+@pytest.mark.slow
 def test_other_paths_in_the_project_are_accepted() -> None:
     checked_params(demo(report="out/page", models="out/models", metrics="m", stages="m/stages"), "params.yaml")
     checked_params(demo(stages="records"), "params.yaml")

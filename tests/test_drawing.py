@@ -55,6 +55,7 @@ def test_texts_of_data_do_not_stop_the_pictures_of_attention(text):
         assert is_picture(draw_reading([TextReading([text, "a dog"], shares, {"[CLS]": 1.0})]))
 
 
+@pytest.mark.slow
 def test_names_do_not_stop_the_figures_of_scores(text):
     def draw(axes):
         points = [Point(1, Estimate(10.0)), Point(2, Estimate(20.0))]

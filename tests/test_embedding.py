@@ -143,6 +143,7 @@ def read_index(path: Path) -> tuple[list[str], list[str] | None, np.ndarray, dic
 # --- in memory --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_text_features_equal_the_models_in_the_given_order(model, text_features, batch_size):
     features = Embedder(model, "cpu", batch_size).texts(TEXTS)
@@ -295,6 +296,7 @@ def test_embed_writes_the_lines_of_a_text_file(tmp_path, model, text_features, e
     assert progress == [(0, 26), (8, 26), (16, 26), (24, 26), (26, 26)]
 
 
+@pytest.mark.slow
 def test_embed_writes_texts_of_annotations(tmp_path, model, text_features):
     with (tmp_path / "texts.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -307,6 +309,7 @@ def test_embed_writes_texts_of_annotations(tmp_path, model, text_features):
     np.testing.assert_allclose(features, text_features[[0, 2]], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_embed_writes_a_folder_of_texts(tmp_path, model):
     (tmp_path / "captions").mkdir()
     for number in range(2):
@@ -457,6 +460,7 @@ def test_changed_weights_are_an_error(tmp_path, model, tiny_tower):
         search(index, TEXTS[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("query", "message"),
     [

@@ -142,6 +142,7 @@ def test_bf16_features_are_near_fp32_and_returned_as_fp32(models, images, kind):
     assert (exact.protocol()["precision"], rounded.protocol()["precision"]) == ("fp32", "bf16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_batch_gets_the_size_of_every_batch(models, images, kind):
     sizes: list[int] = []
@@ -152,6 +153,7 @@ def test_on_batch_gets_the_size_of_every_batch(models, images, kind):
     assert sizes == [2, 2, 1, 2, 2, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_broken_image_is_an_error(models, images, kind):
     with pytest.raises(ValueError, match=r"not a readable image \(5 bytes\)"):
@@ -161,6 +163,7 @@ def test_a_broken_image_is_an_error(models, images, kind):
 # --- protocol -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_protocol_of_a_model_of_this_project(models):
     about = open_encoder(str(models["official"])).protocol()
     assert (about["kind"], about["context_length"], about["image_size"]) == ("lotlip", 128, 160)

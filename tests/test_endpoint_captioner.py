@@ -244,6 +244,7 @@ def _connections_to(port: int) -> int:
 # --- faults of the server -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fault", [retry_soon(429), retry_soon(500), retry_soon(503), dropped, cut_off, broken, web_page, aborted]
 )
@@ -254,6 +255,7 @@ def test_failed_requests_are_retried_without_loss_or_duplicates(fault):
     assert [server.attempts[image_bytes(number)] for number in range(9)] == [2, 1, 1, 1, 2, 1, 1, 1, 2]
 
 
+@pytest.mark.slow
 def test_a_request_that_times_out_is_retried():
     with CaptioningServer(fail_first(silent)) as server:
         captions = list(captioner(server.url, timeout_seconds=2).caption(records(7)))
@@ -279,6 +281,7 @@ def test_an_image_that_fails_at_every_attempt_is_a_failure(fault):
     assert server.attempts[image_bytes(4)] == 2
 
 
+@pytest.mark.slow
 def test_a_server_that_stops_working_fails_the_unit():
     images = []
 

@@ -162,6 +162,7 @@ def test_unseen_share_counts_word_pieces_of_texts_and_prompts():
     assert unseen_share(bench, BERT, []) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 def test_features_of_texts_do_not_depend_on_the_batch(tiny_tower, batch_size):
     torch.manual_seed(0)

@@ -91,6 +91,7 @@ def test_hashes_of_copies_differ_in_few_bits(name, quality, scale):
     assert differing_bits(original, encoded(photo(name), scale, "webp", quality=quality)) <= DISTANCE
 
 
+@pytest.mark.slow
 def test_hashes_of_different_images_differ_in_many_bits():
     photos = {name: photo(name) for name in ("china", "flower")}
     pieces = [

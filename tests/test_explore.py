@@ -45,6 +45,7 @@ def explorer(folder: Path) -> Explorer:
 # --- queries of the model ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_find_pictures_agrees_with_search_and_gives_relevance_maps(explorer, folder, tiny_samples):
     results = explorer.find_pictures(TEXT)
     assert [one.match for one in results] == search(folder / "images.parquet", TEXT, top=3)
@@ -247,6 +248,7 @@ def test_requests_of_other_sites_are_rejected(explorer):
         assert httpx.get(f"{address}config", headers={"Origin": address.rstrip("/")}).status_code == 200
 
 
+@pytest.mark.slow
 def test_an_image_shown_twice_is_written_to_two_files(explorer):
     # Gradio rewrites the file of each component, even while the browser reads it.
     from gradio import Gallery

@@ -458,6 +458,7 @@ def test_a_missing_package_is_an_error_naming_the_extra(tmp_path: Path, monkeypa
     assert_not_exported(ours, "onnx", r"needs onnxscript: pip install 'lotlip\[export\]'")
 
 
+@pytest.mark.slow
 def test_an_export_with_different_features_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = save_tiny("clip", tmp_path)
     monkeypatch.setattr("lotlip.exporting.export.TOLERANCE", 1e-12)

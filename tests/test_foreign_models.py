@@ -225,6 +225,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 @pytest.mark.parametrize("how", [truncate, lambda path: path.write_bytes(b"\xff" * 64)])
 def test_a_damaged_file_of_a_model_is_an_error(tiny_tower, tmp_path, name, how):
@@ -256,6 +257,7 @@ def replace_weight(folder: Path, name: str = "text.proj.weight", value: float = 
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["text.proj.weight", "image.trunk.cls_token"])
 def test_non_finite_weights_are_an_error_naming_the_model(tiny_tower, tmp_path, name, value):

@@ -95,6 +95,7 @@ def check_features(tower: ImageTower, expected: Tensor, inputs: Tensor, folder: 
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_a_timm_tower_equals_timm(name: str, tmp_path: Path) -> None:
     model: Any = randomise(timm.create_model(name))
@@ -281,6 +282,7 @@ def open_clip_configurations(tmp_path: Path) -> None:
         open_clip.add_model_config(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("open_clip_configurations")
 @pytest.mark.parametrize("name", OPEN_CLIP)
 def test_an_open_clip_tower_equals_open_clip(name: str, tmp_path: Path) -> None:

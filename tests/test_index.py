@@ -39,6 +39,7 @@ def plain_sort(blocks: list[np.ndarray], query: np.ndarray, top: int) -> list[tu
     return sorted(((score, number) for number, score in enumerate(scores)), key=lambda item: (-item[0], item[1]))[:top]
 
 
+@pytest.mark.slow
 @given(
     rows=st.lists(st.tuples(*[st.integers(-2, 2)] * 3), max_size=30),
     query=st.tuples(*[st.integers(-2, 2)] * 3),

@@ -205,6 +205,7 @@ def test_a_teams_secrets_are_files_and_each_service_mounts_only_its_own():
     assert "/infra/local/" in (INFRA.parent / ".gitignore").read_text(encoding="utf-8").split()
 
 
+@pytest.mark.slow
 def test_settings_and_secrets_of_a_team_are_private_and_kept_until_rotation(tmp_path: Path):
     local = tmp_path / "local"
 

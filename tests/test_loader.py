@@ -191,6 +191,7 @@ def test_stored_features_and_pixels_belong_to_their_sample(tiny_world: TinyWorld
                 assert np.array_equal(image.numpy(), corner(tiny_world.samples[key].image))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_sample_without_a_stored_feature_is_an_error(tiny_world, workers):
     with pytest.raises(ValueError, match=r"^sample \S+ in \S+train-00000\d.tar has no stored feature; set shard"):
@@ -369,6 +370,7 @@ def test_images_are_not_read_when_features_are_stored(tiny_world, monkeypatch):
     assert not any(sample.image[:8] in data for _, data in reads for sample in tiny_world.samples.values())
 
 
+@pytest.mark.slow
 def test_tars_with_and_without_an_index_give_equal_samples(tmp_path, tiny_samples):
     """Tars of other programs have other names, another order, and additional files."""
     without, indexed = (write_shards(tmp_path / name, tiny_samples, 2) for name in ("without", "indexed"))

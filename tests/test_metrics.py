@@ -226,6 +226,7 @@ def interval(outcome, cluster=None, **settings):
     return summary({"r1": outcome}, clusters, **settings).intervals["r1"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "number"), [(0.5, 1000), (0.9, 400), (0.02, 2000)])
 def test_the_interval_of_a_proportion_is_binomial(share, number):
     outcome = hits(share, number)
@@ -251,6 +252,7 @@ def test_texts_of_an_image_are_resampled_together():
     assert high - low == pytest.approx((alone[1] - alone[0]) / math.sqrt(5), rel=0.1)
 
 
+@pytest.mark.slow
 def test_intervals_of_mean_ranks_agree_with_plain_resampling():
     """Images have one, two or three texts, whose ranks are resampled together."""
     generator = torch.Generator().manual_seed(0)

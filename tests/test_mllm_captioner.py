@@ -123,6 +123,7 @@ def test_a_prompt_with_the_image_token_is_the_full_prompt(llava):
     assert texts(captioner(llava, prompt=other_prompt).caption(RECORDS)) != texts(captioner(llava).caption(RECORDS))
 
 
+@pytest.mark.slow
 def test_broken_images_and_empty_texts_are_failures(llava_copy):
     broken = [replace(record, image=record.image[:40]) for record in RECORDS]
     mixed = [*broken[:2], RECORDS[2], broken[3], *RECORDS[4:7]]

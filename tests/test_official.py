@@ -137,6 +137,7 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "zipped"), [*((form, True) for form in FORMS), ("bare", False)])
 def test_all_forms_of_a_checkpoint_are_read(form, zipped, weights, imported, tmp_path):
     file = read_checkpoint(save_checkpoint(tmp_path, FORMS[form](weights), _use_new_zipfile_serialization=zipped))
@@ -148,6 +149,7 @@ def test_all_forms_of_a_checkpoint_are_read(form, zipped, weights, imported, tmp
     assert {value.dtype for value in converted.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_become_fp32(dtype, weights, tmp_path):
     halves = {name: value.to(dtype) for name, value in weights.items()}
@@ -164,6 +166,7 @@ def test_a_tokenizer_may_be_a_file_or_a_folder(weights, tmp_path):
         assert (config.corner_tokens, tokenizer.corner_tokens) == (2, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rows", "corner_tokens"), [(30522, 0), (30523, 1), (30538, 16)])
 def test_extra_rows_are_corner_tokens(rows, corner_tokens, weights):
     config, *_ = convert_tiny(
@@ -193,6 +196,7 @@ def test_unknown_keys_of_a_text_config_are_returned(tmp_path):
     assert not set(ignored) & set(fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [30522, 30524])
 def test_the_vocabulary_may_count_corner_tokens_or_not(words, weights):
     config, *_ = convert_tiny(weights, text_config={**HEADS, "vocab_size": words})
@@ -239,6 +243,7 @@ def test_a_missing_text_config_is_an_error(tmp_path):
         read_text_config(tmp_path / "none.json")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -457,6 +462,7 @@ def test_inputs_are_not_replaced(imported, tmp_path, force):
     assert imported[0].is_file() and text.is_file()
 
 
+@pytest.mark.slow
 def test_a_failed_import_leaves_nothing(imported, tmp_path, monkeypatch):
     text = write_text_config("m2", tmp_path)
 

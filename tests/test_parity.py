@@ -70,6 +70,7 @@ def test_mask_is_identical(vectors: Vectors) -> None:
         assert torch.equal(mask[:, 0, 0], expected)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_transformers_auto_classes_give_the_same_features(vectors: Vectors) -> None:
     model = AutoModel.from_pretrained(vectors.folder).eval()

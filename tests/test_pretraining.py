@@ -178,6 +178,7 @@ def test_unused_rows_of_the_embedding_table_are_removed(tiny_tower, tmp_path):
     assert not torch.equal(word_embeddings(model)[30522], first[30522])
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_does_not_match_is_an_error(tmp_path, tiny_tower):
     from transformers import BertConfig, BertModel
 

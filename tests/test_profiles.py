@@ -33,6 +33,7 @@ def gpu_settings(gpus: int) -> dict:
     return yaml.safe_load((ROOT / "infra" / "gpus" / f"{gpus}.yaml").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("profile", PAPER)
 def test_paper_profiles_have_the_papers_towers(profile):
     params = load_params(ROOT / "profiles" / f"{profile}.yaml")

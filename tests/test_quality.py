@@ -256,6 +256,7 @@ def test_agreement_tells_swapped_web_captions_from_correct_ones(worth, seed):
         assert agreement.is_own(1.5) is expected, f"{shift}: {agreement}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", RATES)
 @pytest.mark.parametrize("shift", [1, 50])
 def test_agreement_tells_swapped_captions_of_the_demo_from_correct_ones(style, shift):

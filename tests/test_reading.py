@@ -129,6 +129,7 @@ def test_questions_change_each_attribute_equally_often():
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
+@pytest.mark.slow
 def test_questions_depend_on_the_seed():
     assert questions(SCENES, 1) == questions(SCENES, 1) != questions(SCENES, 2)
 
@@ -177,6 +178,7 @@ def test_a_model_that_prefers_false_texts_scores_zero():
     assert result.accuracy.value == 0
 
 
+@pytest.mark.slow
 def test_intervals_resample_images():
     """The model guesses on half of the images, whose features are wrong, and is right on the others."""
     reader, chosen = Reader(), questions(SCENES)
@@ -198,6 +200,7 @@ def test_tokens_before_a_sentence_are_counted():
     assert all(8 < later - earlier < 14 for earlier, later in itertools.pairwise(before))
 
 
+@pytest.mark.slow
 def test_recall_rises_until_the_model_stops_reading():
     reader = Reader(sentences=5)
     results = recall_by_length(reader, reading_test(), reader.image_features(SCENES))

@@ -193,6 +193,7 @@ def check_all(model: LotlipForPreTraining, context_length: int, batch: int) -> N
 # --- tests --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("context_length", "batch"), [(8, 2), (30, 1), (77, 3), (200, 2)])
 @pytest.mark.parametrize("corner_tokens", range(5))
 @torch.no_grad()
@@ -207,6 +208,7 @@ def test_sizes_of_the_text_tower_match_the_reference(width, heads, layers):
     check_all(bert_model(2, width=width, heads=heads, layers=layers), 40, 2)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_corner_mask_can_be_off():
     check_all(bert_model(2, corner_mask=False), 40, 2)
@@ -264,6 +266,7 @@ VITS: dict[str, dict[str, int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VITS)
 @torch.no_grad()
 def test_image_towers_match_the_reference(name):

@@ -75,6 +75,7 @@ def test_a_model_is_registered_with_its_lineage(tracker, settings):
     assert "best of sweep night" in version.description
 
 
+@pytest.mark.slow
 def test_the_same_model_is_registered_once(tracker, settings):
     run = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
     assert register(tracker, run, settings) == register(tracker, run, settings)
@@ -90,6 +91,7 @@ def test_a_refusal_states_metric_value_and_bound(tracker, settings, scores, metr
     assert versions(tracker, settings) == []
 
 
+@pytest.mark.slow
 def test_a_worse_model_does_not_replace_the_champion(tracker, settings):
     first = candidate(tracker, f"a{next(_numbers)}", 0.5, 0.5)
     worse = candidate(tracker, f"a{next(_numbers)}", 0.6, 0.45)

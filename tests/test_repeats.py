@@ -114,6 +114,7 @@ def keys(folder: Path, name: str) -> list[str]:
     return list(read_table(folder, name, ["key"])["key"])
 
 
+@pytest.mark.slow
 def test_of_equal_images_the_held_out_or_first_one_is_kept(tmp_path):
     units = {
         "train/0": [record("a", 1), record("b", 2), record("c", 3)],
@@ -180,6 +181,7 @@ def test_an_image_of_an_evaluation_set_is_dropped_from_training(tmp_path):
     assert keys(tmp_path / "out", "test/part-00000") == ["c"]  # the test split keeps it
 
 
+@pytest.mark.slow
 def test_units_are_unchanged_so_that_deduplication_can_be_repeated(tmp_path):
     units = {"train/0": [record("a", 1)], "train/1": [record("b", 1)]}
     reports = write(tmp_path / "units", units)

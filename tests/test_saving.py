@@ -99,6 +99,7 @@ def test_bf16_weights_do_not_round_the_saved_image_tower(tmp_path, tiny_tower):
     assert all(torch.equal(weights[name], value) for name, value in exact.items())
 
 
+@pytest.mark.slow
 def test_auto_classes_read_the_folder(saved_model, tiny_samples: list[TinySample]):
     from transformers import AutoModel, AutoProcessor, AutoTokenizer
 
@@ -137,6 +138,7 @@ def test_saving_again_does_not_change_the_files(saved_model, tmp_path):
     assert "# tiny" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_copy_can_have_more_provenance(saved_model, tmp_path):
     scores = {"scenes": {"long.text_to_image.r1": 0.5}}
     copy_with_provenance(saved_model[1], tmp_path / "copy", {"scores": scores})

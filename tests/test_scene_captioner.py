@@ -115,6 +115,7 @@ def test_the_detailed_styles_describe_and_count_eight_objects(style: str) -> Non
         assert told >= {thing.shape for thing in Scene.from_json(record.scene or {}).objects} | {"eight"}
 
 
+@pytest.mark.slow
 def test_omission_leaves_objects_out() -> None:
     def told(omission: float) -> int:
         texts = [words_of(caption.text) for caption in captions("llava", 200, omission=omission, error=0.0)]

@@ -168,6 +168,7 @@ def trained_model(
     return job.model_folder(0), trainer.tokenizer
 
 
+@pytest.mark.slow
 def test_training_splits_short_captions_by_the_shards_rule(world, trained_model):
     folder, tokenizer = trained_model
     assert tokenizer.sentence_ends == "unicode"
@@ -240,6 +241,7 @@ def test_a_model_without_the_option_uses_the_released_rule(old_model):
     assert AutoTokenizer.from_pretrained(old_model)(texts, truncation=True)["input_ids"] == tokenizer.encode(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", ["unicode", "thai"])
 def test_a_configuration_that_contradicts_its_tokenizer_is_an_error(old_model, value):
     config = read_json(old_model / "config.json")

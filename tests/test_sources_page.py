@@ -25,6 +25,7 @@ PAGE = (ROOT / "docs" / "sources.md").read_text(encoding="utf-8")
 BLOCKS = [yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.DOTALL)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "-".join([*block, *next(iter(block.values()))]))
 def test_examples_are_valid_in_params_yaml(block, tmp_path):
     demo = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))

@@ -245,6 +245,7 @@ def test_a_frozen_encoder_without_a_projection_is_an_error(tmp_path: Path, tiny_
         build_for_pretraining(config, tiny_tower)
 
 
+@pytest.mark.slow
 @kinds
 def test_the_text_encoder_of_a_dual_encoder_is_used(kind: str, tmp_path: Path, tiny_tower: Path) -> None:
     save, length = SAVE[kind]

@@ -50,6 +50,7 @@ def test_split_gives_stripped_parts_of_the_text_in_order(text):
     assert split_sub_captions(join_sub_captions(parts)) == parts
 
 
+@pytest.mark.slow
 @given(captions, st.integers(1, 8), seeds)
 def test_a_window_is_inside_one_caption(captions, length, seed):
     window = sample_long_text(captions, "window", length, random.Random(seed))

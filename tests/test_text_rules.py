@@ -60,6 +60,7 @@ def test_texts_shared_by_many_images_are_dropped_in_all_partitions(tmp_path):
     assert texts == ["two", "two"] and kinds == {"shared-text": 3}
 
 
+@pytest.mark.slow
 def test_copies_of_an_image_do_not_count_as_sharing_a_text(tmp_path):
     reports = write(tmp_path, [("a", "two"), ("b", "two")], [("a", "two"), ("b", "two")])
     texts, kinds = kept_texts(tmp_path, reports, max_images_per_text=2)
@@ -83,6 +84,7 @@ def test_texts_with_a_rare_word_or_pair_are_dropped(tmp_path):
     assert kinds == {"rare-word": 2}
 
 
+@pytest.mark.slow
 def test_held_out_splits_are_unchanged_and_not_counted(tmp_path):
     reports = write(tmp_path, [("a", "dog"), ("b", "cat")]) + write(tmp_path, [("c", "dog"), ("d", "x")], split="test")
     texts, kinds = kept_texts(tmp_path, reports, max_images_per_text=1, max_words=1)

@@ -68,6 +68,7 @@ def naive_mask(length: int, padded: int, corner_tokens: int, separate: bool) -> 
     return mask
 
 
+@pytest.mark.slow
 @given(
     corner_tokens=st.integers(0, 4),
     extra=st.lists(st.integers(0, 8), min_size=1, max_size=4),

@@ -163,6 +163,7 @@ def test_tars_with_and_without_token_ids_can_be_mixed(tmp_path, tiny_samples, fo
     assert equal_batches(list(loader(mixed, BatchSlice(8), {}, 0).steps(0, 6)), expected)
 
 
+@pytest.mark.slow
 def test_ids_of_another_tokenizer_are_not_used(folders):
     without, stored = folders
     tokenizer = TextTokenizer(BERT, 24, 2, sentence_ends="unicode")
@@ -317,6 +318,7 @@ def test_sub_captions_that_contain_sentence_ends_are_not_stored(tmp_path, tiny_s
     assert stored(tar) is None
 
 
+@pytest.mark.slow
 def test_token_ids_are_not_stored_for_tokenizers_that_depend_on_context(tmp_path, tiny_samples):
     pieces = Tokenizer.from_file(str(Path(lotlip.data.__path__[0]) / BERT / "tokenizer.json"))
     assert pieces.normalizer is not None

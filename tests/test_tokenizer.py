@@ -160,6 +160,7 @@ def test_used_tokens_cover_all_texts():
     assert used_tokens("bert-base-uncased", []) == set()
 
 
+@pytest.mark.slow
 def test_a_saved_tokenizer_is_read_by_transformers_and_this_package(tmp_path):
     from transformers import AutoTokenizer
 

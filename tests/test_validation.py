@@ -187,6 +187,7 @@ def test_pretrain_averages_the_last_tenth_of_the_rows(tmp_path):
     assert "seed 0 (91.2 %)" in gate_error(pretrain(rows), tmp_path)
 
 
+@pytest.mark.slow
 def test_pretrain_fails_on_decreasing_steps(tmp_path):
     rows = history()
     rows.loc[25, "step"] = rows.loc[24, "step"]
@@ -296,6 +297,7 @@ def test_a_larger_loss_of_recall_fails_and_shows_both_scores(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_the_start_is_not_compared_without_a_limit(tmp_path):
     checks = gate_evaluate(EVALUATE, scores(), tmp_path, {"scenes": 1.0})
     assert not any(check.key == "evaluate.max_short_text_loss" for check in checks)

@@ -182,6 +182,7 @@ def test_settings_of_added_kinds_are_read_as_written(installed: Path, tmp_path: 
     assert loaded.model_dump(mode="json")["caption"]["captioners"]["llava"]["times"] == 2
 
 
+@pytest.mark.slow
 def test_an_unknown_kind_lists_the_added_ones(installed: Path, tmp_path: Path) -> None:
     assert problem(tmp_path, kind="dotes") == (
         "ingest.source.kind: unknown kind 'dotes'; did you mean 'dots'? "
@@ -203,6 +204,7 @@ def test_an_invalid_value_of_an_added_kind_is_an_error(
     assert problem(tmp_path, **changes) == line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [

@@ -120,6 +120,7 @@ def test_verify_reports(world: World, folder: str, plant: Callable[[World], Any]
     )
 
 
+@pytest.mark.slow
 def test_every_image_is_decoded(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     from lotlip.data import images
 
@@ -164,6 +165,7 @@ def test_every_unreadable_file_is_reported(world: World, folder: str, first: str
     assert any(second in line for line in problems), problems
 
 
+@pytest.mark.slow
 def test_the_record_of_a_stage_is_not_reported(world: World) -> None:
     (world.ingest / RECORD).write_text("{}")
     assert reported_problems(world.ingest) == []

@@ -93,6 +93,7 @@ def test_the_start_needs_its_image_tower(project):
         score("start")
 
 
+@pytest.mark.slow
 def test_scores_of_changed_files_are_removed_so_that_dvc_runs_the_stage(project, capsys):
     save_clip(project / "clip")
     score("clip")

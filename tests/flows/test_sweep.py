@@ -58,6 +58,7 @@ def test_an_empty_sweep_is_params_yaml_with_each_of_its_seeds(params):
     assert grid[0].base == "lotlip"
 
 
+@pytest.mark.slow
 def test_equivalent_trials_are_merged(params):
     assert len(make_grid(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
     long_texts = {"pretrain.long_texts.per_image": [1, 2]}

@@ -68,6 +68,7 @@ def selected(params: Params, select_by: str | None = None) -> dict[str, float]:
     return selection_scores(sweep, trial, results)
 
 
+@pytest.mark.slow
 def test_the_first_benchmark_of_params_yaml_selects_regardless_of_its_name():
     assert selected(params_with_benchmarks("held-out", "coco")) == {
         "short.image_to_text.r1": 0.1,
