@@ -306,11 +306,11 @@ def train_steps(device: str, scale: Scale, folder: Path, kill: bool) -> None:
     torch.save({name: value.cpu() for name, value in engine.model.state_dict().items()}, folder / "weights.pt")
 
 
-def run_part(name: str, device: str, small: bool, results: Connection) -> None:
+def run_part(part: Callable[[str, Scale], dict[str, Any]], device: str, small: bool, results: Connection) -> None:
     """Runs a part in its own process and sends its figures or its error."""
     try:
         start = time.perf_counter()
-        found = PARTS[name](device, Scale(small))
+        found = part(device, Scale(small))
         results.send(found | {"seconds": time.perf_counter() - start})
     except Exception as error:
         results.send({"error": f"{type(error).__name__}: {error}"})
@@ -318,12 +318,14 @@ def run_part(name: str, device: str, small: bool, results: Connection) -> None:
 
 def measure(device: str, small: bool, parts: list[str]) -> dict[str, Any]:
     """Returns part → its figures, or {"error": reason}."""
-    # CUDA does not survive a fork. Without it, a fork saves the imports.
-    context: Any = multiprocessing.get_context("spawn" if device.startswith("cuda") else "fork")
+    # Neither CUDA nor the threads of OpenMP, which the caller may have used, survive a fork. Forks of a new process
+    # save the imports.
+    context: Any = multiprocessing.get_context("spawn" if device.startswith("cuda") else "forkserver")
+    context.set_forkserver_preload([__name__])
     found: dict[str, Any] = {}
     for name in parts:
         results, sender = context.Pipe(duplex=False)
-        process = context.Process(target=run_part, args=(name, device, small, sender))
+        process = context.Process(target=run_part, args=(PARTS[name], device, small, sender))
         process.start()
         sender.close()  # so that the end of the process ends the wait
         if results.poll(PART_SECONDS):

@@ -15,6 +15,7 @@ import pytest
 from flows.runtime.dvc import is_up_to_date, plan
 from tests.flows.test_dvc import environment, make_project, run
 from tests.machines import wait_until
+from tests.processes import have_ended
 
 pytestmark = pytest.mark.integration
 
@@ -126,7 +127,7 @@ def test_an_interruption_ends_all_running_stages(project, running, sign):
     os.kill(running.pid, sign)
     shown = output(running)
     assert running.returncode == (130 if sign == signal.SIGINT else 128 + sign), shown
-    assert not any(stage.is_running() for stage in stages)
+    assert have_ended(stages)
     assert json.loads((project / ".dvc/tmp/rwlock").read_text() or "{}") == {}
     run_again(project)
 
@@ -134,7 +135,7 @@ def test_an_interruption_ends_all_running_stages(project, running, sign):
 def test_stages_end_when_their_owner_is_killed(project, running):
     stages = psutil.Process(running.pid).children(recursive=True)
     running.kill()
-    wait_until(lambda: not any(stage.is_running() for stage in stages), lambda: f"still running: {stages}")
+    assert have_ended(stages)
     for name in ("left", "right"):
         (project / f"{name}.go").write_text("")
     run(project, "-c", RUN)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ import pytest
 from flows.runtime import fork_server as fork_server_module
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.supervisor import end_group, exit_on_signals, start_group
+from tests.processes import have_ended
 from tests.workspace import ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
@@ -79,22 +79,6 @@ def printed_processes(process: subprocess.Popen[str], count: int = 2) -> list[ps
     numbers = process.stdout.readline().split()
     assert len(numbers) == count, process.communicate()[1]
     return [psutil.Process(int(number)) for number in numbers]
-
-
-def have_ended(processes: list[psutil.Process]) -> bool:
-    """Whether all processes end by themselves. In a container, ended ones may remain zombies."""
-    deadline = time.monotonic() + 60
-    while alive := [process for process in processes if is_alive(process)]:
-        if time.monotonic() > deadline:
-            for process in alive:
-                process.kill()
-            return False
-        time.sleep(0.05)
-    return True
-
-
-def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.integration
