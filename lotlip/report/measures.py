@@ -30,7 +30,10 @@ class Measure:
 
     def seeds(self, ablation: Ablation, benchmarks: Sequence[str]) -> dict[int, float]:
         """Returns seed → mean over `benchmarks` in percent, for the seeds with values on all of them."""
-        results = [ablation.benchmarks[name] for name in benchmarks]
+        return self.means([ablation.benchmarks[name] for name in benchmarks])
+
+    def means(self, results: Sequence[BenchmarkResult]) -> dict[int, float]:
+        """Returns seed → mean over results in percent, for the seeds with values in all of them."""
         means = {}
         for seed in sorted(set.intersection(*(set(result.seeds) for result in results)) if results else ()):
             values = [result.seeds[seed].get(metric, math.nan) for result in results for metric in self.metrics]

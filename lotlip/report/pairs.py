@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 
 from lotlip.figures.intervals import estimate
+from lotlip.report.inputs import BenchmarkResult
 from lotlip.report.measures import LONG, SHORT, TOP1, Measure
 from lotlip.report.significance import ALPHA, holm, p_value
 from lotlip.report.stored import StoredRow, read_rows
@@ -36,13 +36,13 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
     """
     tested = []
     for name in others:
-        first, second = _scores(rows, base), _scores(rows, name)
+        first, second = _results(rows, base), _results(rows, name)
         if first.keys() != second.keys():
             raise ValueError(
                 f"{name} and {base} were scored on different benchmarks or data, so they cannot be compared"
             )
         for measure in (LONG, SHORT, TOP1):
-            one, two = _percent(first, measure), _percent(second, measure)
+            one, two = (measure.means(list(results.values())) for results in (first, second))
             differences = [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys())]
             if len(differences) >= 2:
                 tested.append((name, measure.label, differences, p_value(differences)))
@@ -57,8 +57,8 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _scores(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], dict[int, dict[str, float]]]:
-    """Returns (benchmark, data) → seed → scores of an ablation."""
+def _results(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], BenchmarkResult]:
+    """Returns (benchmark, data) → results of an ablation."""
     own = [row for row in rows if row.ablation == ablation]
     if not own:
         raise ValueError(
@@ -67,22 +67,10 @@ def _scores(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], d
     kinds = {(row.benchmark, row.settings, row.data) for row in own}
     if len(kinds) > len({row.benchmark for row in own}):
         raise ValueError(f"the rows of {ablation} have several settings or data; remove the outdated ones")
-    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    found: dict[tuple[str, str], BenchmarkResult] = {}
     for row in own:
-        found.setdefault((row.benchmark, row.data), {})[row.seed] = row.scores
+        found.setdefault((row.benchmark, row.data), BenchmarkResult()).seeds[row.seed] = row.scores
     return found
-
-
-def _percent(scores: Mapping[tuple[str, str], Mapping[int, Mapping[str, float]]], measure: Measure) -> dict[int, float]:
-    """Returns seed → mean of the measure over benchmarks, in percent, for seeds that have it on all of them."""
-    seeds = set.intersection(*(set(by_seed) for by_seed in scores.values()))
-    percent = {}
-    for seed in seeds:
-        values = [by_seed[seed].get(metric) for by_seed in scores.values() for metric in measure.metrics]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            percent[seed] = 100 * fmean(known)
-    return percent
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
