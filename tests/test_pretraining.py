@@ -461,6 +461,24 @@ def test_objectives_get_the_features_they_compare(tiny_tower, frozen):
     assert not {name for name in without if name.startswith("objective.")}
 
 
+@pytest.mark.slow
+def test_each_text_has_its_own_mask(tiny_tower):
+    config = settings(loss={"masks": {}})
+    model = build_for_pretraining(config, tiny_tower).eval()
+    network = model.objective["masks"]
+    torch.nn.init.normal_(network.channels.weight)
+    inputs = batch(config, torch.randn(3, 32))
+    masks = model(**inputs)["channel_masks"]
+    columns = {0: "short", 1: "long", 4: "long"}  # of [CLS]: the short caption's and those of two long texts
+    for image in range(3):
+        for (column, kind), text in zip(columns.items(), (image, 2 * image, 2 * image + 1), strict=True):
+            length = inputs[f"{kind}_lengths"][text : text + 1]
+            hidden, _ = model.text.hidden_states(inputs[f"{kind}_ids"][text : text + 1, :length], length)
+            expected = network(hidden, torch.ones(1, int(length), dtype=torch.bool))
+            torch.testing.assert_close(masks[image, column], expected[0], atol=1e-5, rtol=0)
+    assert masks[:, 0].std(dim=0).max() > 0.01  # they differ
+
+
 def test_the_mask_network_has_its_own_learning_rate(tiny_tower):
     config = settings(loss={"masks": {"learning_rate": 0.25}})
     model = build_for_pretraining(config, tiny_tower)

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
-from lotlip.models.text.packing import TextBatch
+from lotlip.models.text.packing import TextBatch, groups_by_length
 from lotlip.objectives.conditioned import ConditionedPooling
 from lotlip.objectives.masks import MaskNetwork
 from lotlip.pretrain.config import LossConfig
@@ -132,11 +132,17 @@ class LotlipForPreTraining(LotlipModel):
 
     def _masked(self, texts: TextBatch) -> tuple[Tensor, Tensor]:
         """Features of texts before normalisation and the texts' masks of channels, [B, 1 + m, D] each."""
-        hidden, outputs = self.text.hidden_states(texts.ids, texts.lengths)
-        features = self.text.features(outputs[:, : 1 if texts.cls_only else None])
-        tokens = torch.arange(hidden.shape[1], device=hidden.device) < texts.lengths[:, None]
-        masks = self.objective["masks"](hidden, tokens)
-        return features, masks[:, None].expand_as(features)
+        groups = groups_by_length(texts.lengths)
+        features, masks = [], []
+        for rows, longest in groups:
+            lengths = texts.lengths[rows]
+            hidden, outputs = self.text.hidden_states(texts.ids[rows, :longest], lengths)
+            features.append(self.text.features(outputs[:, : 1 if texts.cls_only else None]))
+            tokens = torch.arange(longest, device=hidden.device) < lengths[:, None]
+            masks.append(self.objective["masks"](hidden, tokens))
+        order = torch.cat([rows for rows, _ in groups]).argsort()
+        by_text = torch.cat(features)[order]
+        return by_text, torch.cat(masks)[order, None].expand_as(by_text)
 
     def _tokens(
         self, images: Tensor, short: tuple[Tensor, Tensor], long: tuple[Tensor, Tensor] | None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lotlip.figures.intervals import estimate
 from lotlip.report.inputs import BenchmarkResult
-from lotlip.report.measures import LONG, SHORT, TOP1, Measure
+from lotlip.report.measures import LONG, SHORT, TOP1
 from lotlip.report.significance import ALPHA, holm, p_value
 from lotlip.report.stored import StoredRow, read_rows
 from lotlip.report.verdicts import signed

@@ -120,6 +120,21 @@ def pack(batches: Sequence[TextBatch], arrange: Arrange, fixed: int = 1) -> Pack
     return PackedTexts(torch.cat(ids), torch.cat(positions), masks, Needed(torch.cat(indices), columns), outputs)
 
 
+def groups_by_length(lengths: Tensor) -> list[tuple[Tensor, int]]:
+    """Groups texts of similar length, so that little of a padded group is padding.
+
+    Args:
+        lengths: number of tokens of each text, [B].
+
+    Returns:
+        for each group the indices of its texts, [n], and the length of the longest.
+    """
+    order = lengths.argsort(stable=True)
+    groups = _group_lengths(lengths[order].tolist())
+    parts = order.split([len(group) for group in groups])
+    return [(part, group[-1]) for part, group in zip(parts, groups, strict=True)]
+
+
 def unpack(hidden: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
     """Sorts hidden states of all needed tokens [W, H] into one [B, K, H] per batch, by `PackedTexts.outputs`."""
     return [hidden[indices] for indices in outputs]
