@@ -183,7 +183,8 @@ def test_missing_keys_are_errors(tmp_path):
     assert errors_of(tmp_path, {}, base) == ["ingest: missing; it has no default"]
     base = {**MINIMAL, "ingest": {"source": {"path": "images"}}}
     assert errors_of(tmp_path, {}, base) == [
-        "ingest.source.kind: missing; it has no default (there are: scenes, folder, webdataset, parquet, csv, jsonl)"
+        "ingest.source.kind: missing; it has no default "
+        "(there are: scenes, folder, webdataset, parquet, csv, jsonl, json)"
     ]
 
 

@@ -25,7 +25,7 @@ def test_every_key_has_a_description_and_a_type(section: SectionKeys):
 def test_nested_sections_and_all_kinds_of_a_section_are_listed():
     keys_of = {(section.name, section.kind): {key.name: key for key in section.keys} for section in SECTIONS}
     assert {kind for name, kind in keys_of if name == "ingest.source"} == {
-        "scenes", "folder", "webdataset", "parquet", "csv", "jsonl",
+        "scenes", "folder", "webdataset", "parquet", "csv", "jsonl", "json",
     }  # fmt: skip
     tower = keys_of["pretrain.text", ""]
     assert tower["pretrain.text.context_length"].default == "`128`"

@@ -16,6 +16,7 @@ from lotlip.ingest.config import (
     FolderSourceConfig,
     ImagesConfig,
     JsonlSourceConfig,
+    JsonSourceConfig,
     ParquetSourceConfig,
     WebDatasetSourceConfig,
 )
@@ -40,7 +41,7 @@ def test_examples_are_valid_in_params_yaml(block, tmp_path):
 
 def test_every_kind_of_source_has_an_example():
     shown = {block["ingest"]["source"]["kind"] for block in BLOCKS if "source" in block.get("ingest", {})}
-    assert shown == {"folder", "webdataset", "parquet", "csv", "jsonl"}
+    assert shown == {"folder", "webdataset", "parquet", "csv", "jsonl", "json"}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +52,7 @@ def test_every_kind_of_source_has_an_example():
         ParquetSourceConfig,
         CsvSourceConfig,
         JsonlSourceConfig,
+        JsonSourceConfig,
         ImagesConfig,
         TableCaptionerConfig,
     ],

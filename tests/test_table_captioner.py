@@ -105,9 +105,9 @@ def test_a_missing_file_is_an_error(tmp_path):
 
 
 def test_an_unknown_file_extension_is_an_error(tmp_path):
-    (tmp_path / "captions.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"must end in \.parquet, \.csv, \.jsonl"):
-        captioner(tmp_path / "captions.json")
+    (tmp_path / "captions.xml").write_text("[]")
+    with pytest.raises(ValueError, match=r"must end in \.csv, \.tsv, \.jsonl, \.jsonlines, \.json, \.parquet; convert"):
+        captioner(tmp_path / "captions.xml")
 
 
 @pytest.mark.parametrize(

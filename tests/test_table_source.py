@@ -137,6 +137,18 @@ def test_fields_may_have_other_separators(tmp_path, separator):
     assert items[0].short_caption == "a dog, a cat; a bird"
 
 
+def test_fields_of_a_tsv_file_are_separated_by_tabs(tmp_path):
+    add_image(tmp_path / "images", "a.png")
+    content = "image\tcaption, or text, or alt\na.png\ta dog, a cat, a bird\n"  # commas fit the header better
+    (tmp_path / "t.TSV").write_text(content)
+    source = csv_source(tmp_path / "t.TSV", tmp_path / "images", caption="caption, or text, or alt")
+    (item,) = read_all(source)
+    assert isinstance(item, ImageRecord) and item.short_caption == "a dog, a cat, a bird"
+    assert open_table(tmp_path / "t.TSV").columns == ["image", "caption, or text, or alt"]
+    (tmp_path / "t.TSV").write_text("image\na.png\n")
+    assert open_table(tmp_path / "t.TSV").columns == ["image"]
+
+
 def test_a_bad_row_does_not_affect_others(tmp_path):
     csv.field_size_limit(2**31 - 1)  # other readers of CSV in this process may have set it
     for number in range(9):

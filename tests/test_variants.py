@@ -186,7 +186,7 @@ def test_settings_of_added_kinds_are_read_as_written(installed: Path, tmp_path: 
 def test_an_unknown_kind_lists_the_added_ones(installed: Path, tmp_path: Path) -> None:
     assert problem(tmp_path, kind="dotes") == (
         "ingest.source.kind: unknown kind 'dotes'; did you mean 'dots'? "
-        "(there are: scenes, folder, webdataset, parquet, csv, jsonl, bare, broken, dots, pathless)"
+        "(there are: scenes, folder, webdataset, parquet, csv, jsonl, json, bare, broken, dots, pathless)"
     )
 
 

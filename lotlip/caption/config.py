@@ -34,7 +34,7 @@ class SceneRewriterConfig(Section):
 
 
 class TableCaptionerConfig(Section):
-    """Existing long captions, or rewrites of the short captions, in Parquet, CSV or JSONL files."""
+    """Existing long captions, or rewrites of the short captions, in Parquet, CSV, TSV, JSONL or JSON files."""
 
     kind: Literal["table"]
     path: Path = Field(description="a file, or a folder of files; a subfolder's name is put before its keys")

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from lotlip.core.files import not_a_file
 from lotlip.core.listing import files_below
+from lotlip.data.fields import listed, values_at
 
 # The fields of one text; the contents of several fields become the lines of one text.
 _Fields = tuple[str, ...]
@@ -42,7 +43,6 @@ _KNOWN: tuple[tuple[_Fields, ...], ...] = (
 # Fields that name a record's image.
 _NAMES = ("key", "image", "image/key", "filename", "Image Path", "ImagePath", "image_path", "filepath", "id")
 
-_SHOWN = 20
 _BATCH = 1024
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -85,7 +85,7 @@ def read_texts(path: Path, fields: Sequence[str] = (), split: str | None = None)
     else:
         yield from _read_file(path, query, path.parent)
     if split is not None and split not in query.splits:
-        raise ValueError(f"{path} has no split {split!r} (it has {_listed(sorted(query.splits))})")
+        raise ValueError(f"{path} has no split {split!r} (it has {listed(sorted(query.splits))})")
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -130,7 +130,7 @@ class _Query:
         for known in _KNOWN:
             if present := [fields for fields in known if all(field.split(".")[0] in names for field in fields)]:
                 return present
-        raise ValueError(f"{path} has no known text field; name one with --field (there are: {_listed(list(names))})")
+        raise ValueError(f"{path} has no known text field; name one with --field (there are: {listed(list(names))})")
 
 
 # --- folders ------------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def _read_parquet(path: Path, query: _Query) -> Iterator[tuple[int, Any]]:
             for field in (field for fields in query.choose(path, schema.names) for field in fields):
                 column = field if field in schema.names else field.split(".")[0]
                 if column not in schema.names:
-                    raise ValueError(f"{path} has no field {field!r} (it has {_listed(schema.names)})")
+                    raise ValueError(f"{path} has no field {field!r} (it has {listed(schema.names)})")
                 columns.add(column)
             types = {name: schema.field(name).type for name in _NAMES if name in schema.names}
             columns.update(
@@ -344,43 +344,15 @@ def _name(record: Mapping[str, Any]) -> str:
 def _field_texts(record: Mapping[str, Any], field: str, where: str) -> list[tuple[str, str]]:
     """The texts in a field, each with a suffix that distinguishes it: "" or "#0", "#1", …"""
     try:
-        values = _values(record, field)
+        values = values_at(record, field)
     except LookupError:
-        raise ValueError(f"{where} has no field {field!r} (it has {_listed(list(record))})") from None
+        raise ValueError(f"{where} has no field {field!r} (it has {listed(list(record))})") from None
     for _, value in values:
         if value is not None and not isinstance(value, str):
             raise ValueError(f"{where}: field {field!r} is of type {type(value).__name__}, not text")
     return [(index, value or "") for index, value in values]
 
 
-def _values(value: Any, field: str) -> list[tuple[str, Any]]:
-    """The values at a dotted name: a list without an index gives all its elements, an empty list gives one null.
-
-    Raises:
-        LookupError: there is no value at that name.
-    """
-    first, _, rest = field.partition(".")
-    if value is None:
-        return [("", None)]
-    if isinstance(value, list) and first.isdecimal():
-        return _values(value[int(first)], rest)
-    if isinstance(value, list):
-        elements = [(f"#{i}{index}", one) for i, item in enumerate(value) for index, one in _values(item, field)]
-        return elements or [("", None)]
-    if not field:
-        return [("", value)]
-    if not isinstance(value, dict):
-        raise LookupError
-    if field in value:  # a name may contain a dot
-        return _values(value[field], "")
-    return _values(value[first], rest)
-
-
 def clean(text: str) -> str:
     """Replaces unpaired surrogates, which cannot be encoded, as in a caption cut inside an emoji; "" for blank text."""
     return _SURROGATE.sub("\ufffd", text) if text.strip() else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = [f"… {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return ", ".join([*(str(name) for name in names[:_SHOWN]), *more]) or "none"

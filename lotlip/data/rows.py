@@ -1,11 +1,13 @@
-"""Reads rows of Parquet, CSV and JSONL files in small pieces from any position, however large the file is."""
+"""Reads rows of tables (`TABLES`) in small pieces from any position, however large the file is."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import islice
@@ -13,11 +15,23 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
 from lotlip.core.listing import files_below
+from lotlip.data.fields import leaf_names, listed, values_at
 
-_LONGEST_LINE = 2**20  # bytes; a longer line is read in pieces, which are invalid rows
+# Endings of tables' names, with the kind of `ingest.source` that reads them.
+TABLES = {
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".jsonl": "jsonl",
+    ".jsonlines": "jsonl",
+    ".json": "json",
+    ".parquet": "parquet",
+}
+
+_LONGEST_LINE = 2**20  # bytes; a longer line is read in pieces, which are invalid rows; a longer object is an error
+_PIECE = 2**16  # bytes of a JSON file that are read at once, or more if an object is longer
 _LONGEST_FIELD = 2**17  # characters; an unclosed quote runs this far
 _FIRST_RECORDS = 20  # of a CSV file, which tell its separator
-_FIRST_OBJECTS = 100  # of a JSONL file, whose keys are its columns; objects often lack keys without a value
+_FIRST_OBJECTS = 100  # whose keys are a JSON file's columns; objects often lack keys without a value
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,8 @@ class RowRange:
     """Consecutive rows of a table.
 
     Attributes:
-        start: position of the first row: its number from 0 (Parquet), its first byte (CSV, JSONL).
-        number: number of the first row for messages: its row or line, from 1.
+        start: position of the first row: its number from 0 (Parquet), or its first byte.
+        number: number of the first row for messages, from 1: its row, line or object.
         count: number of rows.
     """
 
@@ -39,7 +53,7 @@ class TableRow(NamedTuple):
     """One row of a table.
 
     Attributes:
-        number: for messages, from 1: the row (Parquet), or the line where it begins (CSV, JSONL).
+        number: for messages, from 1: the row (Parquet), the line where it begins (CSV, JSONL), or the object (JSON).
         values: of the requested columns; None for null, which CSV does not have.
         problem: why there are no values, and a kind: "row" or "encoding"; None if the row is valid.
     """
@@ -55,7 +69,7 @@ class TableFile(Protocol):
     Attributes:
         path: the file.
         columns: their names.
-        unit: what row numbers count: "row" or "line".
+        unit: what row numbers count: "row", "line" or "object".
     """
 
     path: Path
@@ -75,17 +89,30 @@ def open_table(path: Path) -> TableFile:
     Raises:
         ValueError: the file cannot be read in that format.
     """
+    with _readable(path, ValueError, OSError):  # pyarrow raises subclasses of both
+        return _READERS[TABLES.get(path.suffix.lower(), "csv")](path)
+
+
+@contextmanager
+def _readable(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns exceptions of some kinds into errors that name the file and the remedy."""
     try:
-        return _FORMATS.get(path.suffix.lower(), CsvTable)(path)
-    except (ValueError, OSError) as error:  # pyarrow raises subclasses of both
+        yield
+    except kinds as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
 
-def find_tables(path: Path, endings: Sequence[str], skip: Path | None = None) -> list[Path]:
-    """The file itself, or all tables below a folder, sorted, without hidden files and those below `skip`."""
+def find_tables(path: Path, kind: str | None = None, skip: Path | None = None) -> list[Path]:
+    """The file itself, or all tables below a folder, sorted, without hidden files and those below `skip`.
+
+    Without a kind, JSON files beside tables of other kinds are metadata, such as the markers of finished units.
+    """
     if not path.is_dir():
         return [path]
-    return sorted(file for file in files_below(path, skip) if file.name.lower().endswith(tuple(endings)))
+    files = sorted(file for file in files_below(path, skip) if file.suffix.lower() in TABLES)
+    if kind is not None:
+        return [file for file in files if TABLES[file.suffix.lower()] == kind]
+    return [file for file in files if file.suffix.lower() != ".json"] or files
 
 
 def as_name(value: Any) -> str:
@@ -111,7 +138,7 @@ def require(table: TableFile, columns: Sequence[str], remedy: str) -> None:
     Raises:
         ValueError: one is missing or duplicated; the message lists the table's columns and the remedy.
     """
-    names = ", ".join(table.columns) or "none"
+    names = listed(table.columns)
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise ValueError(f"{table.path} has no column {', '.join(missing)} (it has {names}); {remedy}")
@@ -191,14 +218,16 @@ def _ranges(records: Iterable[tuple[int, int, object]], size: int) -> Iterator[R
 class CsvTable:
     """A UTF-8 CSV file with a header line; quoted fields may contain separators, quotes and newlines.
 
-    Fields are separated by commas, semicolons or tabs, whichever fits the first records best.
+    Fields are separated by tabs if the file's name ends in .tsv, else by commas, semicolons or tabs, whichever fits the
+    first records best.
     """
 
     unit = "line"
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._separator = max(",;\t", key=self._fit)  # the first of equals
+        separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
+        self._separator = max(separators, key=self._fit)  # the first of equals
         with path.open("rb") as file:
             # the header ends where the next record begins
             header = list(islice(self._records(file, 0), 2))
@@ -291,24 +320,26 @@ def _is_text(value: str) -> bool:
 
 
 class JsonlTable:
-    """A UTF-8 file with a JSON object per line. The columns are the keys of the first objects.
+    """A UTF-8 file with a JSON object per line. The columns are the values of the first objects, also nested ones.
 
-    A list of texts is joined by spaces, because captions are often stored as lists of sentences. A column that an
-    object lacks is null.
+    A nested value's column has a dotted name, such as `meta.caption` or `conversations.1.value`. A list of texts is
+    joined by spaces, because captions are often stored as lists of sentences. A column that an object lacks is null.
     """
 
     unit = "line"
+    _start = 0  # first byte of the first object
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with path.open("rb") as file:
+            file.seek(self._start)
             first = list(islice(self._records(file), _FIRST_OBJECTS))
         if not first:
             raise ValueError("the file is empty")
         if isinstance(first[0][2], str):
-            raise ValueError(f"line {first[0][1]}: {first[0][2]}")
+            raise ValueError(f"{self.unit} {first[0][1]}: {first[0][2]}")
         self.columns = list(
-            dict.fromkeys(name for _, _, record in first if isinstance(record, dict) for name in record)
+            dict.fromkeys(name for _, _, record in first if isinstance(record, dict) for name in leaf_names(record))
         )
 
     def ranges(self, size: int) -> Iterator[RowRange]:
@@ -317,13 +348,13 @@ class JsonlTable:
 
     def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
         with self.path.open("rb") as file:
-            file.seek(part.start if part else 0)
+            file.seek(part.start if part else self._start)
             records = self._records(file, part.number - 1 if part else 0)
             for _, number, record in islice(records, part.count if part else None):
                 if isinstance(record, str):
                     yield TableRow(number, problem=(record, "encoding" if "UTF-8" in record else "row"))
                 else:
-                    yield TableRow(number, tuple(_cell(record.get(column)) for column in columns))
+                    yield TableRow(number, tuple(_value(record, column) for column in columns))
 
     @staticmethod
     def _lines(file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, bytes]]:
@@ -336,16 +367,115 @@ class JsonlTable:
             place += len(data)
 
     def _records(self, file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
-        """First byte, line, and object or problem of each line."""
+        """First byte, line, and object or problem of each line, from the file's position on."""
         for place, number, data in self._lines(file, line):
             try:
                 value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
                 record = value if isinstance(value, dict) else "it is not a JSON object"
             except UnicodeDecodeError:
                 record = "it is not UTF-8"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 record = f"it is not JSON ({error})"
             yield place, number, record
+
+
+class JsonTable(JsonlTable):
+    """A UTF-8 JSON file whose value is a list of objects. Columns are as in JSONL."""
+
+    unit = "object"
+
+    def __init__(self, path: Path) -> None:
+        with path.open("rb") as file:
+            head = _LIST.match(file.read(_PIECE))
+        if head is None:
+            raise ValueError(
+                'its value is not a list of objects, as in [{"image": "a.jpg"}, …]; a file with an object per line '
+                "must end in .jsonl"
+            )
+        if head[1]:
+            raise ValueError("its list is empty")
+        self._start = head.end()
+        super().__init__(path)
+
+    def ranges(self, size: int) -> Iterator[RowRange]:
+        with _readable(self.path, ValueError), self.path.open("rb") as file:
+            file.seek(self._start)
+            yield from _ranges(self._records(file), size)
+
+    def rows(self, columns: Sequence[str], part: RowRange | None = None) -> Iterator[TableRow]:
+        with _readable(self.path, ValueError):
+            yield from super().rows(columns, part)
+
+    def _records(self, file: IO[bytes], number: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
+        """First byte, number, and object or problem of each element, from the file's position on.
+
+        Args:
+            file: positioned at the beginning of an element.
+            number: of the previous element.
+
+        Raises:
+            ValueError: the rest of the file is not the rest of a list, or an element is too long.
+        """
+        place, text, start = file.tell(), "", 0  # text[start] is byte `place` of the file
+        decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
+        while True:
+            try:
+                first = _after_blanks(text, start)
+                value, end = _DECODER.raw_decode(text, first)
+                if end - first > _LONGEST_LINE:
+                    raise json.JSONDecodeError("it ends", text, end)
+                end = _after_blanks(text, end) + 1
+                if text[end - 1 : end] not in (",", "]"):
+                    raise json.JSONDecodeError("Expecting ',' delimiter", text, end - 1)
+            except (ValueError, RecursionError) as error:  # also if the element goes on after the text that was read
+                held = len(text) - start
+                # as much again as there is, so that the text is decoded twice at most on average
+                data = file.read(max(held, _PIECE)) if held < 2 * _LONGEST_LINE else b""
+                if data:
+                    text, start = text[start:] + decode(data), 0
+                    continue
+                reason = str(getattr(error, "msg", error)).removesuffix(" at")
+                where = place + _size(text[start : getattr(error, "pos", start)])
+                raise ValueError(
+                    f"object {number + 1} is broken, or longer than {_LONGEST_LINE:,} characters ({reason} at byte "
+                    f"{where:,})"
+                ) from error
+            number += 1
+            record = value if isinstance(value, dict) else "it is not a JSON object"
+            yield place + first - start, number, record if _is_text(text[first:end]) else "it is not UTF-8"
+            place += _size(text[start:end])
+            start = end
+            if text[end - 1] == "]":
+                break
+        file.seek(place)
+        while data := file.read(_PIECE):
+            if data.strip(b" \t\r\n"):
+                raise ValueError(f"after the list, which ends at byte {place:,}, there is more than blanks")
+
+
+_DECODER = json.JSONDecoder()
+_LIST = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*\[[ \t\r\n]*(\]?)")
+_BLANKS = re.compile(r"[ \t\r\n]*")
+
+
+def _after_blanks(text: str, position: int) -> int:
+    return _BLANKS.match(text, position).end()  # type: ignore[union-attr]  # it always matches
+
+
+def _size(text: str) -> int:
+    """Bytes in the file of a text that was decoded from it."""
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def _value(record: dict[str, Any], column: str) -> Any:
+    """The value in a column, or null."""
+    if column in record:
+        return _cell(record[column])
+    try:
+        (suffix, value), *more = values_at(record, column)
+    except LookupError:
+        return None
+    return _cell([value, *(other for _, other in more)]) if suffix else value
 
 
 def _cell(value: Any) -> Any:
@@ -354,8 +484,9 @@ def _cell(value: Any) -> Any:
     return value
 
 
-_FORMATS: dict[str, Callable[[Path], TableFile]] = {
-    ".parquet": ParquetTable,
-    ".jsonl": JsonlTable,
-    ".jsonlines": JsonlTable,
+_READERS: dict[str, Callable[[Path], TableFile]] = {
+    "csv": CsvTable,
+    "jsonl": JsonlTable,
+    "json": JsonTable,
+    "parquet": ParquetTable,
 }

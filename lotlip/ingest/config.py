@@ -83,7 +83,7 @@ class ParquetSourceConfig(SplitByKey):
 
 
 class CsvSourceConfig(SplitByKey):
-    """CSV files (UTF-8, with a header line) with a row per image; the images are files below `images`."""
+    """CSV and TSV files (UTF-8, with a header line) with a row per image; the images are files below `images`."""
 
     kind: Literal["csv"]
     path: Path = Field(description="a file, or a folder of files")
@@ -99,13 +99,20 @@ class JsonlSourceConfig(CsvSourceConfig):
     kind: Literal["jsonl"]  # type: ignore[assignment]
 
 
+class JsonSourceConfig(CsvSourceConfig):
+    """JSON files (UTF-8) that are lists with an object per image; the images are files below `images`."""
+
+    kind: Literal["json"]  # type: ignore[assignment]
+
+
 SourceConfig = Annotated[
     SceneSourceConfig
     | FolderSourceConfig
     | WebDatasetSourceConfig
     | ParquetSourceConfig
     | CsvSourceConfig
-    | JsonlSourceConfig,
+    | JsonlSourceConfig
+    | JsonSourceConfig,
     Variants("lotlip.sources", required_fields=("path",)),
 ]
 

@@ -107,7 +107,7 @@ def _kind(data: Path) -> str:
 
 
 def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) -> DataSource:
-    tables = find_tables(data, [f".{kind}"], images)
+    tables = find_tables(data, kind, images)
     table = open_table(tables[0])
     require(table, [name for name in (columns.image, columns.caption, *columns.long) if name], "name columns it has")
     embedded = _embedded_images(table)

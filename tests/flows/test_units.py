@@ -302,7 +302,7 @@ def test_a_tar_that_the_store_refused_is_requested_again(project: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet", "parquet of images"])
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json", "parquet", "parquet of images"])
 @pytest.mark.parametrize("changed", ["row", "image"])
 def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypatch, kind, changed) -> None:
     import pandas as pd
@@ -322,8 +322,8 @@ def test_a_changed_row_or_image_of_a_table_is_read_again(project: Path, monkeypa
         frame["id"] = [f"k{number}" for number in range(20)]
         if kind == "csv":
             frame.to_csv(table, index=False)
-        elif kind == "jsonl":
-            frame.to_json(table, orient="records", lines=True)
+        elif kind in ("json", "jsonl"):
+            frame.to_json(table, orient="records", lines=kind == "jsonl")
         else:
             frame.to_parquet(table)
 

@@ -1,4 +1,4 @@
-"""Existing long captions, from Parquet, CSV or JSONL files with a row per image."""
+"""Existing long captions, from tables with a row per image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ from lotlip.caption.reasoning import cut_reasoning
 from lotlip.core.files import sha256_files
 from lotlip.data.keys import key_of, prefix_of
 from lotlip.data.records import Caption, Failure, ImageRecord
-from lotlip.data.rows import as_name, find_tables, open_table, require
+from lotlip.data.rows import TABLES, as_name, find_tables, open_table, require
 from lotlip.data.text import has_words, split_sub_captions
-
-ENDINGS = (".parquet", ".csv", ".jsonl")
 
 
 class TableCaptioner:
@@ -32,7 +30,7 @@ class TableCaptioner:
     of kind "empty".
 
     Raises:
-        ValueError: a file is missing, is none of Parquet, CSV and JSONL, has an invalid row, or lacks a column; there
+        ValueError: a file is missing, has another ending than `TABLES`, has an invalid row, or lacks a column; there
             are no rows for this captioner, or two for one key.
     """
 
@@ -206,9 +204,9 @@ def _in_temporary_folder() -> Iterator[None]:
 
 
 def _tables(path: Path) -> list[Path]:
-    if not path.is_dir() and path.suffix.lower() not in ENDINGS:
-        raise ValueError(f"{path}: a table of captions must end in {', '.join(ENDINGS)}; convert it")
-    tables = find_tables(path, ENDINGS)
+    if not path.is_dir() and path.suffix.lower() not in TABLES:
+        raise ValueError(f"{path}: a table of captions must end in {', '.join(TABLES)}; convert it")
+    tables = find_tables(path)
     if not tables or not tables[0].is_file():
         fault = "has no table" if path.is_dir() else "does not exist"
         raise ValueError(f"{path} {fault}; set `path` of this captioner in params.yaml to the table of captions")

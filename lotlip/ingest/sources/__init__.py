@@ -14,8 +14,9 @@ _BUILT_IN = {
     "folder": "lotlip.ingest.sources.folder:FolderSource",
     "webdataset": "lotlip.ingest.sources.webdataset:WebDatasetSource",
     "parquet": "lotlip.ingest.sources.table:TableSource",
-    "jsonl": "lotlip.ingest.sources.table:TableSource",
     "csv": "lotlip.ingest.sources.table:TableSource",
+    "jsonl": "lotlip.ingest.sources.table:TableSource",
+    "json": "lotlip.ingest.sources.table:TableSource",
 }
 
 

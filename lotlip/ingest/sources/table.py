@@ -1,4 +1,4 @@
-"""Parquet, CSV and JSONL files with a row per image."""
+"""Tables with a row per image: Parquet, CSV, JSONL and JSON files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from lotlip.core.files import not_a_file, sha256_json
 from lotlip.data.keys import escapes_folder, is_key, key_of, prefix_of, printable
 from lotlip.data.paths import file_state
 from lotlip.data.records import Failure, ImageRecord, Unit
-from lotlip.data.rows import ParquetTable, RowRange, TableFile, TableRow, as_name, find_tables, open_table, require
+from lotlip.data.rows import (
+    TABLES,
+    ParquetTable,
+    RowRange,
+    TableFile,
+    TableRow,
+    as_name,
+    find_tables,
+    open_table,
+    require,
+)
 from lotlip.ingest.config import CsvSourceConfig, ImagesConfig, ParquetSourceConfig
 from lotlip.ingest.record_validation import RecordValidator
 from lotlip.ingest.split import split_of
@@ -21,8 +31,8 @@ class TableSource:
 
     A sample's key is made by `key_of` from its `key` column, else its image's path, else its file and row number, and
     prefixed with its table's folder below `path`. Failures have a kind of `RecordValidator`, "missing" (no image or no
-    caption), "row" (another number of fields than the header), "encoding" (not UTF-8), "duplicate" (the key occurred
-    earlier in the unit) or "unsafe" (a path that leads out of `images`).
+    caption), "row" (no object, or another number of fields than the header), "encoding" (not UTF-8), "duplicate" (the
+    key occurred earlier in the unit) or "unsafe" (a path that leads out of `images`).
 
     Raises:
         ValueError: `path` has no tables, a table lacks a column, or `images` does not exist.
@@ -38,18 +48,18 @@ class TableSource:
                 f"the folder {self._images} does not exist; set ingest.source.images in params.yaml to the folder that "
                 f"the paths in column {settings.image} start from"
             )
-        self._tables = find_tables(self._root, [f".{settings.kind}"], self._images)
+        self._tables = find_tables(self._root, settings.kind, self._images)
         if not self._tables or not self._tables[0].is_file():
             fault = "has no table" if self._root.is_dir() else not_a_file(self._root)
+            endings = " or ".join(ending for ending, kind in TABLES.items() if kind == settings.kind)
             raise ValueError(
-                f"{self._root} {fault}; set ingest.source.path in params.yaml to a .{settings.kind} file or a folder "
-                "of them"
+                f"{self._root} {fault}; set ingest.source.path in params.yaml to a {endings} file or a folder of them"
             )
         for table in self._tables:
             self._check(table)
 
     def units(self, partition_size: int) -> list[Unit]:
-        """Ranges of `partition_size` rows of a file; CSV and JSONL files are read once to find them."""
+        """Ranges of `partition_size` rows of a file; files other than Parquet are read once to find them."""
         ranges = ((table, part) for table in self._tables for part in open_table(table).ranges(partition_size))
         return [
             Unit(None, index, (f"{part.start}:{part.number}:{part.count}:{table}",))
