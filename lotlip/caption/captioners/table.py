@@ -16,7 +16,7 @@ from typing import Any
 from lotlip.caption.config import TableCaptionerConfig
 from lotlip.caption.reasoning import cut_reasoning
 from lotlip.core.files import sha256_files
-from lotlip.data.keys import key_of, prefix_of
+from lotlip.data.keys import key_of, prefix_of, printable
 from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.rows import TABLES, as_name, find_tables, open_table, require
 from lotlip.data.text import has_words, split_sub_captions
@@ -27,11 +27,11 @@ class TableCaptioner:
 
     The rows are read once, into an SQLite file in TMPDIR that belongs to this process and vanishes with it, so memory
     does not grow with the table. An image without a row is a `Failure` of kind "missing"; a text without words is one
-    of kind "empty".
+    of kind "empty". A row that cannot be read is skipped: its image has no row.
 
     Raises:
-        ValueError: a file is missing, has another ending than `TABLES`, has an invalid row, or lacks a column; there
-            are no rows for this captioner, or two for one key.
+        ValueError: a file is missing, has another ending than `TABLES`, is broken, or lacks a column; there are no rows
+            for this captioner, or two for one key.
     """
 
     prompt = ""
@@ -49,6 +49,7 @@ class TableCaptioner:
         self._count_tokens = count_tokens
         tables = _tables(settings.path)
         self._texts = _TextIndex()
+        self._skipped, self._first_skipped = 0, ""
         self._read(tables)
         if settings.path.is_dir():
             digest = sha256_files(tables)
@@ -67,13 +68,18 @@ class TableCaptioner:
     def _caption(self, key: str) -> Caption | Failure:
         text = self._texts.get(key)
         if text is None:
-            return Failure(key, str(self._path), f"no row has this key and the captioner {self._name}", "missing")
+            reason = f"no row has this key and the captioner {self._name}{self._unreadable()}"
+            return Failure(key, str(self._path), reason, "missing")
         sub_captions = split_sub_captions(text)
         if not has_words(text):
             return Failure(key, str(self._path), f"the text of {self._name} has no words besides reasoning", "empty")
         return Caption(
             key, self._name, text, sub_captions, self._count_tokens(text), "stop", self.revision, self.prompt
         )
+
+    def _unreadable(self) -> str:
+        """A note about the rows that were skipped, "" if there are none."""
+        return f"; rows that cannot be read: {self._skipped:,}, first {self._first_skipped}" if self._skipped else ""
 
     def _read(self, tables: list[Path]) -> None:
         """Fills the index from all tables, and checks that keys are unambiguous."""
@@ -83,7 +89,7 @@ class TableCaptioner:
         if not len(self._texts):
             names = ", ".join(sorted(others)) or "none"
             raise ValueError(
-                f"{self._path} has no rows of the captioner {self._name!r} (it has: {names}); "
+                f"{self._path} has no rows of the captioner {self._name!r} (it has: {names}){self._unreadable()}; "
                 "use one of the table's names for the captioner in params.yaml, or set another table"
             )
         if ambiguous := self._texts.ambiguous():
@@ -105,6 +111,8 @@ class TableCaptioner:
 
         Names of other captioners are added to `others`.
         """
+        from pyarrow import ArrowException
+
         settings, table = self._settings, open_table(path)
         texts = [settings.text] if isinstance(settings.text, str) else settings.text
         captioner = [] if settings.captioner is None else [settings.captioner]
@@ -116,7 +124,11 @@ class TableCaptioner:
         try:
             for row in table.rows(columns):
                 if row.problem is not None:
-                    raise ValueError(f"{table.unit} {row.number}: {row.problem[0]}")
+                    self._first_skipped = self._first_skipped or (
+                        f"{printable(str(path))}: {table.unit} {row.number}: {row.problem[0]}"
+                    )
+                    self._skipped += 1
+                    continue
                 key, *rest = row.values
                 if not (name := as_name(key)):
                     continue  # no image
@@ -129,7 +141,7 @@ class TableCaptioner:
                 made = key_of(as_name(key), prefix)
                 # URLs are hashed, so no two of them share a key
                 yield made, None if name == made or "://" in name else name, "\n".join(text for text in parts if text)
-        except (ValueError, OSError) as error:  # pyarrow raises subclasses of both
+        except (ArrowException, OSError) as error:
             raise ValueError(f"{path} cannot be read as {path.suffix[1:]}: {error}; write it again") from error
 
 
