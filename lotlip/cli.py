@@ -499,7 +499,7 @@ def init(
     data: Annotated[
         Path,
         typer.Option(
-            help="A .csv, .jsonl or .parquet file, tars, or a folder of images with captions in .txt files.",
+            help="A .csv, .tsv, .json, .jsonl or .parquet file, tars, or a folder of images with .txt files.",
             metavar="PATH",
         ),
     ],

@@ -100,17 +100,19 @@ def run(data: Path, out: Path, **options: Any) -> tuple[Params, list[str]]:
 # --- detecting the data ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-def test_find_source_detects_and_lists_the_columns_of_a_table(data: Path, kind: str) -> None:
-    table = data / f"captions.{kind}"
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_find_source_detects_and_lists_the_columns_of_a_table(data: Path, ending: str) -> None:
+    table = data / f"captions.{ending}"
     frame = pd.DataFrame(rows())
-    if kind == "jsonl":
-        frame.to_json(table, orient="records", lines=True)
-    elif kind == "parquet":
+    if ending == "tsv":
+        frame.to_csv(table, index=False, sep="\t")
+    elif ending in ("json", "jsonl"):
+        frame.to_json(table, orient="records", lines=ending == "jsonl")
+    elif ending == "parquet":
         frame.to_parquet(table)
     source = find_source(table, None)
     assert source.source == {
-        "kind": kind,
+        "kind": {"tsv": "csv"}.get(ending, ending),
         "path": str(table),
         "image": "file_name",
         "images": str(data / "images"),
@@ -119,6 +121,55 @@ def test_find_source_detects_and_lists_the_columns_of_a_table(data: Path, kind: 
     assert {name: section["text"] for name, section in source.captioners.items()} == {"detailed": "detailed"}
     output = "\n".join(source.found)
     assert all(name in output for name in ("file_name", "caption", "detailed", str(data / "images")))
+
+
+def conversation(number: int, prompt: str) -> dict[str, Any]:
+    """An object as ShareGPT4V writes it."""
+    turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": f"{sentence(number, 20)}. It is {number}."}]
+    return {"id": f"{number:012}", "image": f"sub/{number:03}.png", "conversations": turns}
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [
+        ["<image>\nWhat is in the picture?"],
+        ["Describe the picture.", "Please tell me what you see.", "What is in it?"],
+        [f"{sentence(n, 5)}?\n<image>" for n in range(30)],
+    ],
+)
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_captions_may_be_the_answers_of_conversations(data: Path, prompts: list[str], ending: str) -> None:
+    (data / "captions.csv").unlink()
+    objects = [conversation(n, prompts[n % len(prompts)]) for n in range(30)]
+    lines = [json.dumps(each) for each in objects]
+    (data / f"share.{ending}").write_text(json.dumps(objects) if ending == "json" else "\n".join(lines))
+    for path in (data / f"share.{ending}", data):
+        source = find_source(path, data / "images")
+        assert source.source == {
+            "kind": ending,
+            "path": str(path),
+            "image": "image",
+            "images": str(data / "images"),
+            "caption": "conversations.1.value",
+        }
+        assert source.captioners == {} and "conversations.0.from, conversations.0.value" in source.found[0]
+    found = inspect(source, lambda texts: [len(text) for text in texts])
+    assert found.images == 30 and found.texts["short"].sub_captions.tolist() == [2] * 30
+    long = find_source(data, None, Columns(caption="id", long=["conversations.1.value"]))
+    assert list(long.captioners) == ["conversations-1-value"]
+
+
+def test_captions_may_be_in_llavas_metadata(data: Path) -> None:
+    objects = [
+        {"id": f"{n:09}", "image": f"sub/{n:03}.png", "caption": sentence(n, 12), "blip_caption": sentence(n + 50, 5)}
+        for n in range(30)
+    ]
+    (data / "meta.json").write_text(json.dumps(objects))
+    source = find_source(data / "meta.json", None)
+    assert (source.source["image"], source.source["caption"]) == ("image", "blip_caption")
+    assert [section["text"] for section in source.captioners.values()] == ["caption"] or source.captioners["own"]
+    # a folder's JSON files are metadata if there are other tables
+    assert find_source(data, None).source["kind"] == "csv"
 
 
 def test_find_source_detects_images_inside_a_table(tmp_path: Path) -> None:

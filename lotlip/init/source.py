@@ -14,15 +14,16 @@ import pyarrow.types as kinds
 
 from lotlip.caption.quality import words_of
 from lotlip.core.listing import files_below
+from lotlip.data.fields import listed
 from lotlip.data.images import ENDINGS, is_encoded
-from lotlip.data.rows import ParquetTable, TableFile, as_name, find_tables, open_table, require
+from lotlip.data.rows import TABLES, ParquetTable, TableFile, as_name, find_tables, open_table, require
 from lotlip.data.text import split_sub_captions
 from lotlip.ingest.sources.webdataset import TARS
 
-_TABLES = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
 _ROWS = 200  # that are read to find the columns
 _IMAGES = 10  # cells that are tried to find a column of images
 _KEY_NAMES = ("key", "id", "name", "image_id", "uid")
+_PLACEHOLDER = "<image>"  # for the image in a prompt to a model, as LLaVA and ShareGPT4V write it
 # A column with this many times as many words as the short caption has long captions.
 _LONGER = 1.5
 _FILLED = 0.9
@@ -58,17 +59,17 @@ def find_source(data: Path, images: Path | None, columns: Columns = Columns()) -
     """Finds out how data is stored.
 
     Args:
-        data: a .csv, .jsonl or .parquet file or a folder of such, a tar or a folder of tars, or a folder of images with
-            captions in .txt files.
+        data: a table (`TABLES`) or a folder of such, a tar or a folder of tars, or a folder of images with captions in
+            .txt files.
         images: folder that the paths in a table start from; None: to be found.
         columns: columns of a table that are known.
 
     Raises:
         ValueError: the data has none of these forms, or its columns cannot be found.
     """
-    kind = _kind(data)
+    kind = _kind(data, images)
     named = [columns.image, columns.caption, *columns.long]
-    if kind in _TABLES.values():
+    if kind in TABLES.values():
         return _table_source(data, kind, images, columns)
     if images is not None or any(named):
         raise ValueError(f"--images and columns are for tables, but {data} is {_WHAT[kind]}; remove them")
@@ -81,13 +82,13 @@ _WHAT = {
 }
 
 
-def _kind(data: Path) -> str:
+def _kind(data: Path, images: Path | None) -> str:
     if not data.exists():
         raise ValueError(f"--data {data} does not exist; name a table, a tar, or a folder")
-    forms = ".csv, .jsonl, .parquet, tars, or a folder of images with .txt files"
+    forms = f"{', '.join(TABLES)}, tars, or a folder of images with .txt files"
     if data.is_file():
-        if data.suffix.lower() in _TABLES:
-            return _TABLES[data.suffix.lower()]
+        if data.suffix.lower() in TABLES:
+            return TABLES[data.suffix.lower()]
         if data.name.lower().endswith(TARS):
             return "webdataset"
         raise ValueError(f"--data {data} is of another form than {forms}; convert it")
@@ -97,7 +98,7 @@ def _kind(data: Path) -> str:
     # img2dataset writes .parquet files with metadata beside tars, and data sets have tables beside images with .txt
     if any(Path(name).suffix[1:] in ENDINGS for name in names) and any(name.endswith(".txt") for name in names):
         return "folder"
-    tables = [kind for ending, kind in _TABLES.items() if any(name.endswith(ending) for name in names)]
+    tables = sorted({TABLES[file.suffix.lower()] for file in find_tables(data, skip=images)})
     if len(tables) == 1:
         return tables[0]
     raise ValueError(f"--data {data} has {' and '.join(tables) or 'none'} of {forms}; name the file with the captions")
@@ -115,7 +116,7 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
     for name in (columns.image, columns.caption, *columns.long):
         if name and name not in texts and not (name in embedded and name == columns.image):
             raise ValueError(f"column {name} of {data} has nested values or binary data; name a column of texts")
-    found = [f"{data} is a table ({kind}) with the columns {', '.join(table.columns)}"]
+    found = [f"{data} is a table ({kind}) with the columns {listed(table.columns)}"]
     if repeated := [name for name in dict.fromkeys(table.columns) if table.columns.count(name) > 1]:
         found.append(f"not used: column {', '.join(repeated)}, of which there are several; rename them to use them")
     if columns.image in embedded or (columns.image is None and embedded):
@@ -262,10 +263,11 @@ def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tupl
         if not candidates:
             raise ValueError(
                 f"{data} has no column of captions (different texts of {_FEWEST_WORDS} words or more) among "
-                f"{', '.join(texts) or 'those besides images'}; name it with --caption-column"
+                f"{listed(list(texts))}; name it with --caption-column"
             )
-        named = [name for name in candidates if re.search("caption|text|title|alt", name, re.IGNORECASE)]
-        caption = min(named or candidates, key=lambda name: candidates[name])
+        likely = [name for name in candidates if _is_mostly_distinct(texts[name])] or list(candidates)
+        named = [name for name in likely if re.search("caption|text|title|alt", name, re.IGNORECASE)]
+        caption = min(named or likely, key=lambda name: candidates[name])
     if columns.long:
         return caption, list(columns.long)
     shortest = lengths.get(caption, 0)
@@ -278,10 +280,15 @@ def _words(cells: Sequence[str]) -> float:
 
 
 def _is_prose(cells: Sequence[str]) -> bool:
-    """Whether cells are captions, not URLs, paths, numbers or a few categories."""
+    """Whether cells are captions, not URLs, paths, prompts, numbers or a few categories."""
     filled = [cell for cell in cells if cell.strip()]
-    urls = sum("://" in cell for cell in filled)
-    return 2 * urls < len(filled) and (len(filled) < 10 or len(set(filled)) > len(filled) / 10)
+    others = sum("://" in cell or _PLACEHOLDER in cell for cell in filled)
+    return 2 * others < len(filled) and (len(filled) < 10 or len(set(filled)) > len(filled) / 10)
+
+
+def _is_mostly_distinct(cells: Sequence[str]) -> bool:
+    """Whether most cells have a text of their own, as captions do; prompts and categories repeat."""
+    return 2 * len({cell for cell in cells if cell.strip()}) > len(cells)
 
 
 def _key_column(data: Path, texts: dict[str, list[str]], others: Sequence[str]) -> str:
