@@ -263,7 +263,7 @@ def _captions(data: Path, texts: dict[str, list[str]], columns: Columns) -> tupl
         if not candidates:
             raise ValueError(
                 f"{data} has no column of captions (different texts of {_FEWEST_WORDS} words or more) among "
-                f"{listed(list(texts))}; name it with --caption-column"
+                f"{listed(list(texts) or ['those besides images'])}; name it with --caption-column"
             )
         likely = [name for name in candidates if _is_mostly_distinct(texts[name])] or list(candidates)
         named = [name for name in likely if re.search("caption|text|title|alt", name, re.IGNORECASE)]
