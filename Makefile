@@ -20,8 +20,8 @@ reproduce: setup ## run the whole pipeline on the offline demo and write a repor
 reproduce-all: setup ## run the pipeline with every ablation, for all tables of the paper
 	@python -m flows.reproduce --all
 
-test: setup ## run the unit and integration tests, and some system tests
-	@$(PYTEST) -m "not system or smoke"
+test: setup ## run the unit and integration tests
+	@$(PYTEST) -m "not system"
 
 test-fast: setup ## run the unit tests that are not marked slow
 	@$(PYTEST) -m "not slow and not integration and not system"

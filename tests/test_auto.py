@@ -34,7 +34,11 @@ for mapping in (AutoModel._model_mapping, PROCESSOR_MAPPING, IMAGE_PROCESSOR_MAP
 @pytest.mark.integration
 @pytest.mark.parametrize(
     "first",
-    ["import lotlip", "from transformers import AutoModel; import lotlip", "import lotlip.models.text.text_tower"],
+    [
+        "import lotlip",
+        pytest.param("from transformers import AutoModel; import lotlip", marks=pytest.mark.system),
+        pytest.param("import lotlip.models.text.text_tower", marks=pytest.mark.system),
+    ],
 )
 def test_auto_classes_know_the_model(first):
     model, processor, image_processor = run(f"{first}\n{ASK}").splitlines()

@@ -164,7 +164,6 @@ def test_a_sweep_name_that_breaks_the_filter_is_an_error(server):
 
 @pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
-@pytest.mark.smoke
 def test_a_browser_shows_the_charts(server):
     from playwright.sync_api import sync_playwright
 

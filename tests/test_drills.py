@@ -220,7 +220,7 @@ def test_a_run_that_does_not_recover_is_counted(run_drill: Callable[..., Result]
     assert (row["tried"], row["recovered"], row["identical"], row["failed"]) == (1, 0, 0, 1)
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_run_that_hangs_after_a_kill_is_counted(run_drill: Callable[..., Result]) -> None:
     result = run_drill(after="time.sleep(600)", limit=2.0)
     assert not result.passed
@@ -234,7 +234,7 @@ def test_different_outputs_after_a_kill_are_counted(run_drill: Callable[..., Res
     assert not result.passed
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_child_that_outlives_its_killed_parent_is_counted(run_drill: Callable[..., Result], sandbox: Sandbox) -> None:
     result = run_drill(start="subprocess.Popen(['sleep', '60'])")
     assert any("process after" in line and "sleep" in line for line in result.left)

@@ -219,7 +219,9 @@ MODERN = {
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("kind", ["bert", "modernbert", "clip", "siglip"])
+@pytest.mark.parametrize(
+    "kind", ["bert", *(pytest.param(kind, marks=pytest.mark.system) for kind in ("modernbert", "clip", "siglip"))]
+)
 def test_an_export_to_onnx_keeps_the_features(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

@@ -353,7 +353,7 @@ def test_a_model_without_an_end_token_is_an_error():
 # --- ShareGPT4V -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_the_documented_conversion_of_sharegpt4v_keeps_the_weights(llava, tmp_path):
     """A tiny LLaVA is saved in the layout of ShareGPT4V's repositories and converted back."""
     original = AutoModelForImageTextToText.from_pretrained(llava, dtype=torch.bfloat16)

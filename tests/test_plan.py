@@ -431,7 +431,7 @@ def statistics(world: TinyWorld) -> dict[str, Any]:
     return {name: text_statistics(captions, "bert-base-uncased").to_json() for name, captions in texts.items()}
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_tiny_run_matches_its_plan(tiny_world, tmp_path):
     job = tiny_job(tiny_world, tmp_path, {"steps": 7, "checkpoint_every": 4, "log_every": 1})
     job.write(tmp_path / "job.json")

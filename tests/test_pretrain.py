@@ -287,7 +287,7 @@ def test_each_seed_finetunes_the_model_of_the_same_seed(tmp_path):
         resolve_pretrained(config, 4)
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_parallel_seeds_equal_sequential_ones(group, tiny_world, tmp_path):
     alone = train(tiny_job(tiny_world, tmp_path / "alone"), seeds=[2])
     together = tiny_job(tiny_world, tmp_path / "together", {"seeds": [0, 1, 2], "parallel_seeds": 2})
@@ -296,7 +296,7 @@ def test_parallel_seeds_equal_sequential_ones(group, tiny_world, tmp_path):
     assert losses(together, 0) != pytest.approx(losses(together, 1), rel=1e-4)
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_failing_seed_stops_parallel_ones(tiny_world, tiny_samples, tmp_path):
     shards = shards_with_nan(tmp_path / "shards", tiny_samples, 0)
     changes = {"seeds": [0, 1], "parallel_seeds": 2, "steps": 100_000}

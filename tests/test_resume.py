@@ -41,7 +41,8 @@ pytestmark = pytest.mark.usefixtures("forked")  # programs start as forks
 
 @pytest.mark.integration
 @pytest.mark.parametrize(
-    ("processes", "zero_stage", "gradient_accumulation_steps", "precision"), [(1, 0, 2, "fp32"), (2, 1, 1, "bf16")]
+    ("processes", "zero_stage", "gradient_accumulation_steps", "precision"),
+    [pytest.param(1, 0, 2, "fp32", marks=pytest.mark.system), (2, 1, 1, "bf16")],
 )
 def test_a_killed_run_resumes_exactly(
     tiny_world, tmp_path, processes, zero_stage, gradient_accumulation_steps, precision
@@ -87,7 +88,7 @@ def train_interrupted(job: Job, after: int, monkeypatch: pytest.MonkeyPatch) -> 
             train(job)
 
 
-@pytest.mark.integration
+@pytest.mark.system
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_one_process_resumes_a_run_of_two(base, tiny_world, tmp_path, zero_stage):
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage, "steps": 12}
@@ -102,7 +103,7 @@ def test_one_process_resumes_a_run_of_two(base, tiny_world, tmp_path, zero_stage
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("zero_stage", [1, 3])
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.system), 3])
 def test_two_processes_resume_a_run_of_one(base, tiny_world, tmp_path, monkeypatch, zero_stage):
     train_interrupted(tiny_job(tiny_world, tmp_path, {"checkpoint_every": 3}), 7, monkeypatch)
     differences = {"checkpoint_every": 3, "processes": 2, "zero_stage": zero_stage}

@@ -52,10 +52,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "bf16": {"precision": "bf16", "optimizer": {"weight_decay": 0.5}},
     "zero 3": {"zero_stage": 3, "optimizer": {"weight_decay": 0.5}},
 }
+MAIN_RECIPES = ("weight decay", "clipping", "bf16")  # the others are left to `make test-all`
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(
+    "recipe",
+    [pytest.param(name, marks=() if name in MAIN_RECIPES else pytest.mark.system) for name in RECIPES],
+)
 def test_training_used_rows_gives_the_model_of_the_full_table(group, tiny_world, full_world, tmp_path, recipe):
     used, full = (
         tiny_job(world, tmp_path / name, RECIPES[recipe])

@@ -133,7 +133,7 @@ def keys(workspace: Workspace, captioner: str) -> list[str]:
     return [key for name in unit_names(folder) for key in read_captions(folder, name, ["key"])["key"]]
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_each_image_is_captioned_once_despite_kills_and_changed_rules(workspace) -> None:
     set_delay(workspace, 0.02)
     clear_calls(workspace)
@@ -231,16 +231,17 @@ def test_a_killed_worker_loses_nothing(workspace, expected, runner) -> None:
     assert not alive
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("runner", "sign"),
     [
-        pytest.param("processes", signal.SIGINT, marks=pytest.mark.system),
-        pytest.param("processes", signal.SIGTERM, marks=pytest.mark.integration),
-        pytest.param("processes", signal.SIGKILL, marks=pytest.mark.system),
-        pytest.param("ray", signal.SIGTERM, marks=pytest.mark.system),
-        pytest.param("ray", signal.SIGKILL, marks=pytest.mark.system),
-        pytest.param("dask", signal.SIGTERM, marks=pytest.mark.system),
-        pytest.param("dask", signal.SIGKILL, marks=pytest.mark.system),
+        ("processes", signal.SIGINT),
+        ("processes", signal.SIGTERM),
+        ("processes", signal.SIGKILL),
+        ("ray", signal.SIGTERM),
+        ("ray", signal.SIGKILL),
+        ("dask", signal.SIGTERM),
+        ("dask", signal.SIGKILL),
     ],
 )
 def test_workers_end_with_their_flow(workspace, expected, runner, sign) -> None:
@@ -269,7 +270,7 @@ def finished_units(workspace: Workspace) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.rglob("part-*.json")}
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_a_unit_that_always_kills_its_worker_fails_alone(workspace, expected) -> None:
     clear_store(workspace)
     run_on(workspace, "processes")

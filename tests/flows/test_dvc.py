@@ -101,7 +101,9 @@ def run(folder: Path, *arguments: str, check: bool = True) -> subprocess.Complet
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    "sign", [signal.SIGINT, *(pytest.param(sign, marks=pytest.mark.system) for sign in (signal.SIGTERM, signal.SIGHUP))]
+)
 def test_a_signal_while_dvc_writes_its_locks_does_not_damage_them(project, sign):
     done = run(project, "-c", WORST_MOMENT, str(int(sign)), check=False)
     assert done.returncode == 130, done.stderr

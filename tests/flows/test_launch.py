@@ -179,7 +179,6 @@ def project(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.system
-@pytest.mark.smoke
 def test_training_on_two_machines_equals_training_on_one(single_process_losses, tiny_world, project):
     how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
     with start_agent(project):

@@ -172,7 +172,7 @@ trainer.train_in_parallel(trainer.Job.model_construct(seeds=[0, 1]), 2, None)
 """
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_stuck_processes_of_a_killed_training_end_with_it(tmp_path):
     with program({**os.environ, "PYTHONPATH": str(ROOT)}, "-c", STUCK) as training:
         processes = [printed_processes(training, 1)[0] for _ in range(6)]

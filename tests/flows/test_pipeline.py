@@ -178,6 +178,7 @@ def run(workspace: Workspace, clone: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.system
 def test_the_store_is_restored_without_training(reproduced: Workspace, clone: Path) -> None:
     assert not (clone / "mlflow.db").exists()
     output = run(reproduced, clone, "-m", "flows.restore")
@@ -345,7 +346,7 @@ def stages_run(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
-@pytest.mark.parametrize("start", [0.0, 1.0])
+@pytest.mark.parametrize("start", [pytest.param(0.0, marks=pytest.mark.system), 1.0])
 def test_the_gate_compares_short_text_scores_with_the_starting_model(reproduced: Workspace, start: float) -> None:
     before = (reproduced.folder / "params.yaml").read_text()
     folder = reproduced.folder / "metrics" / "baselines"

@@ -64,7 +64,7 @@ def test_a_new_database_is_a_copy_of_the_first_one(tmp_path):
     assert content(tmp_path / "second") == (revision, rows)
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_other_databases_are_migrated_by_prefect(tmp_path):
     (tmp_path / "home").mkdir()
     database = tmp_path / "home" / "prefect.db"

@@ -114,14 +114,8 @@ def expected(workspace: Workspace) -> dict[str, str]:
     return found
 
 
-@pytest.mark.parametrize(
-    "runner",
-    [
-        pytest.param("processes", marks=pytest.mark.integration),
-        pytest.param("dask", marks=pytest.mark.system),
-        pytest.param("ray", marks=pytest.mark.system),
-    ],
-)
+@pytest.mark.system
+@pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
 def test_every_task_runner_writes_the_same_bytes(workspace: Workspace, expected, runner: str) -> None:
     workspace.change(lambda params: params["compute"].update(task_runner=runner))
     for path in (workspace.folder / "data" / "caption-store").rglob("part-*"):

@@ -62,7 +62,6 @@ def run(folder: Path, script: str, **more: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.smoke
 def test_a_stage_continues_and_succeeds_when_its_server_is_killed(tmp_path: Path, prefect_database: Path):
     (tmp_path / ".prefect").mkdir()
     shutil.copy(prefect_database, tmp_path / ".prefect")

@@ -196,7 +196,7 @@ def done(make_workspace) -> Workspace:
     return workspace
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_trials_are_experiments_that_can_be_applied_to_params_yaml(done: Workspace):
     assert [name.rpartition("-")[0] for name in sorted(experiments(done))] == ["m0-k3-c128-s0", "m1-k3-c128-s0"]
     assert not list((done.folder / ".lotlip" / "sweeps").glob("*/project"))
