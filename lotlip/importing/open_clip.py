@@ -16,7 +16,7 @@ from lotlip.image_tower.config import OpenClipTowerConfig
 from lotlip.image_tower.open_clip import load_open_clip, model_config, open_clip_spec
 from lotlip.importing.clip_names import text_weights
 from lotlip.importing.start import StartingModel
-from lotlip.importing.tokenizers import check_vocabulary, save_as_plain
+from lotlip.importing.tokenizers import as_plain, check_vocabulary
 from lotlip.models.configuration import LotlipConfig
 
 # What the fields of open_clip's text configuration must be, for the text towers of CLIP and SigLIP.
@@ -136,7 +136,7 @@ def _tokenizer(architecture: str, text: Mapping[str, Any], siglip: bool, tokeniz
                 f"the tokenizer {text['hf_tokenizer_name']} of open_clip's {architecture} cannot be loaded ({error}); "
                 "name a local one with --tokenizer"
             ) from error
-        return save_as_plain(library.tokenizer, text["context_length"])
+        return as_plain(library.tokenizer, text["context_length"])
     if tokenizer is None and siglip:
         raise ValueError(f"open_clip's {architecture} names no tokenizer; name a local one with --tokenizer")
     return PlainTokenizer(tokenizer or CLIP, text["context_length"])

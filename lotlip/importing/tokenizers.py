@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from lotlip.data.plain_tokenizer import PlainTokenizer
 
 
-def save_as_plain(tokenizer: Any, context_length: int) -> PlainTokenizer:
+def as_plain(tokenizer: Any, context_length: int) -> PlainTokenizer:
     """Returns a tokenizer of transformers as one of this project.
 
     Args:

@@ -15,7 +15,7 @@ from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.image_tower.config import TransformersTowerConfig
 from lotlip.image_tower.transformers import transformers_spec
 from lotlip.importing.start import ACCEPTED, StartingModel
-from lotlip.importing.tokenizers import check_vocabulary, save_as_plain
+from lotlip.importing.tokenizers import as_plain, check_vocabulary
 from lotlip.models.configuration import LotlipConfig
 
 TYPES = ("clip", "siglip")
@@ -74,7 +74,7 @@ def _tokenizer(name: str, options: Mapping[str, Any], positions: int, tokenizer:
             f"the tokenizer of {name} cannot be read: {error}; import the model with `lotlip import --tokenizer "
             "FOLDER`, where the folder has a tokenizer.json"
         ) from error
-    return save_as_plain(words, positions)
+    return as_plain(words, positions)
 
 
 def _weights(name: str, options: Mapping[str, Any]) -> dict[str, Tensor]:

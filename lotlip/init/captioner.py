@@ -17,6 +17,7 @@ from lotlip.caption.captioners import open_captioner
 from lotlip.caption.captioners.endpoint import EndpointCaptioner, served_models
 from lotlip.caption.config import PRESETS, CaptionerConfig
 from lotlip.config.params import Params
+from lotlip.core.durations import in_words
 from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.importing.start import split_commit
 from lotlip.init.look import items_of
@@ -57,9 +58,6 @@ class Trial:
 
     def estimate(self, images: int) -> str:
         """What captioning so many images takes, in words."""
-        minutes = self.seconds * images / 60
-        needed = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
-        needed = needed if minutes >= 1.5 else "a minute"
         written = [one.tokens for one in self.captions if isinstance(one, Caption)]
         if self.usage:
             sent, received = (images * tokens for tokens in self.usage)
@@ -69,7 +67,7 @@ class Trial:
             tokens = f"{received:,.0f} tokens of captions, besides those of images and prompts"
         return (
             f"{len(written)} of {len(self.captions)} captioned, {self.seconds:.2g} s each; all {images:,} images take "
-            f"about {needed}; {tokens}"
+            f"about {in_words(self.seconds * images)}; {tokens}"
         )
 
     def items(self, params: Params) -> Items:

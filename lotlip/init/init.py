@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from lotlip.core.durations import in_words
 from lotlip.core.files import atomic_write, check_free, check_replaceable
 from lotlip.data.plain_tokenizer import open_tokenizer
 from lotlip.importing.start import StartingModel, open_start
@@ -157,11 +158,9 @@ def _cpu_memory() -> float:
 
 def _estimate(planned: Plan) -> str:
     place = "of this GPU" if torch.cuda.is_available() else "of this machine"
-    used, minutes = sum(planned.memory.values()), (planned.seconds + planned.feature_seconds) / 60
+    used, needed = sum(planned.memory.values()), in_words(planned.seconds + planned.feature_seconds)
     fits = f"; does not fit: {planned.remedy}" if planned.remedy else ""
-    time_left = f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
-    time_left = time_left if minutes >= 1.5 else "a minute"
-    return f"{used / 1e9:.1f} GB of {planned.gpu.memory / 1e9:.0f} GB {place}, training takes about {time_left}{fits}"
+    return f"{used / 1e9:.1f} GB of {planned.gpu.memory / 1e9:.0f} GB {place}, training takes about {needed}{fits}"
 
 
 def _keep(path: Path) -> Path:
