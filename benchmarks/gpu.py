@@ -10,6 +10,7 @@ Parts:
     clip: training step of CLIP B/16 with both towers trained, bf16.
     resume: training that is killed and resumed gives the same weights, bit for bit.
     fork: a fork of a process that has imported everything uses the GPU.
+    captions: captions per second of a LLaVA of 0.4 B parameters with random weights, in bf16.
 """
 
 from __future__ import annotations
@@ -31,9 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.caption import pictures
 from benchmarks.train_step import draw_texts, padded
-from lotlip.core.compute import TrainingCompute
+from lotlip.caption.captioners.transformers import TransformersCaptioner
+from lotlip.caption.config import TransformersCaptionerConfig
+from lotlip.core.compute import CaptionerCompute, TrainingCompute
 from lotlip.core.temporary import temporary_folder
+from lotlip.data.records import Caption
 from lotlip.models.configuration import LotlipConfig
 from lotlip.models.lotlip import LotlipModel
 from lotlip.models.vision.image_tower import build_image_tower
@@ -47,6 +52,7 @@ from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import Engine, initialise_processes
 from lotlip.pretrain.loader import Batch
 from lotlip.pretrain.model import LotlipForPreTraining
+from tests.tiny_mllm import save_llava
 
 CORNERS = 2
 SHORT, LONG = (8, 16), (60, 77)  # tokens of short captions and long texts
@@ -70,6 +76,29 @@ class Scale:
         self.image_size = 32 if small else 224
         self.features_batch, self.bert_batch, self.clip_batch = (4, 16, 8) if small else (512, 4096, 1024)
         self.micro_batch = 8 if small else 1024
+        self.llava_vision: dict[str, int] = (
+            {}
+            if small
+            else {
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_hidden_layers": 12,
+                "num_attention_heads": 12,
+                "image_size": 224,
+                "patch_size": 16,
+            }
+        )
+        self.llava_text: dict[str, int] = (
+            {}
+            if small
+            else {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+            }
+        )
+        self.captioned, self.captions_batch, self.caption_tokens = (8, 4, 8) if small else (256, 64, 128)
         self.matrix, self.rounds = (128, 2) if small else (8192, 8)
 
     def vit_spec(self) -> ImageTowerSpec:
@@ -181,8 +210,35 @@ def fork(device: str, scale: Scale) -> dict[str, Any]:
     return {"works": os.waitpid(child, 0)[1] == 0}
 
 
+def captions(device: str, scale: Scale) -> dict[str, Any]:
+    """Measures captions and tokens per second of the captioner of kind `transformers`."""
+    with temporary_folder("captions") as folder:
+        save_llava(folder, scale.llava_vision, scale.llava_text)
+        settings = TransformersCaptionerConfig(
+            kind="transformers",
+            path=folder,
+            model=str(folder),
+            max_new_tokens=scale.caption_tokens,
+            dtype="bfloat16",
+        )
+        compute = CaptionerCompute(batch_size=scale.captions_batch, device=device)
+        captioner = TransformersCaptioner("llava", settings, lambda text: len(text.split()), compute)
+        records = pictures(scale.captioned)
+        list(captioner.caption(records[: scale.captions_batch]))  # loads the model
+        start = time.perf_counter()
+        items = list(captioner.caption(records))
+        seconds = time.perf_counter() - start
+    written = [item.tokens for item in items if isinstance(item, Caption)]
+    return {
+        "batch": scale.captions_batch,
+        "captions_per_second": len(items) / seconds,
+        "words_per_caption": sum(written) / len(items),
+        "failed": len(items) - len(written),
+    }
+
+
 PARTS: dict[str, Callable[[str, Scale], dict[str, Any]]] = {
-    part.__name__: part for part in (equal, images, bert, clip, resume, fork)
+    part.__name__: part for part in (equal, images, bert, clip, resume, fork, captions)
 }
 
 

@@ -26,6 +26,8 @@ def test_every_part_returns_its_figures() -> None:
     for part in ("bert", "clip"):
         assert results[part]["samples_per_second"] > 0
         assert 0 < results[part]["share_of_peak"] < 2
+    assert results["captions"]["captions_per_second"] > 0
+    assert results["captions"]["failed"] == 0
 
 
 def die(*_: object) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +52,15 @@ CHAT = (
 SIDE, PATCH = 28, 14
 
 
-def save_llava(folder: Path) -> Path:
-    """A tiny LLaVA-1.5: CLIP, a projector and Llama."""
-    config = LlavaConfig(vision_config=_clip(), text_config=_llama(), image_token_index=IDS["<image>"])
+def save_llava(folder: Path, vision: Mapping[str, int] = {}, text: Mapping[str, int] = {}) -> Path:
+    """A LLaVA-1.5: CLIP, a projector and Llama. It is tiny, except for the given sizes of CLIP and Llama."""
+    clip, llama = _clip(**vision), _llama(**text)
+    config = LlavaConfig(vision_config=clip, text_config=llama, image_token_index=IDS["<image>"])
     model = _random(LlavaForConditionalGeneration, config)
-    size = {"shortest_edge": SIDE}
-    images = CLIPImageProcessorPil(size=size, crop_size={"height": SIDE, "width": SIDE})
+    side = clip.image_size
+    images = CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
     processor = LlavaProcessor(
-        images, _tokenizer(image_token="<image>"), PATCH, "default", CHAT, num_additional_image_tokens=1
+        images, _tokenizer(image_token="<image>"), clip.patch_size, "default", CHAT, num_additional_image_tokens=1
     )
     return _save(folder, model, processor)
 
@@ -125,30 +127,32 @@ def image_record(number: int, width: int = 40, height: int = 30) -> ImageRecord:
     return ImageRecord(f"k{number}", data, "png", "a picture", width, height, hashlib.sha256(data).hexdigest())
 
 
-def _clip() -> CLIPVisionConfig:
-    return CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        image_size=SIDE,
-        patch_size=PATCH,
-        projection_dim=32,
-    )
+def _clip(**sizes: int) -> CLIPVisionConfig:
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": SIDE,
+        "patch_size": PATCH,
+        "projection_dim": 32,
+    }
+    return CLIPVisionConfig(**{**tiny, **sizes})
 
 
-def _llama() -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=len(IDS),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        bos_token_id=IDS["<s>"],
-        eos_token_id=IDS["</s>"],
-        pad_token_id=IDS["<pad>"],
-    )
+def _llama(**sizes: int) -> LlamaConfig:
+    tiny = {
+        "vocab_size": len(IDS),
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": IDS["<s>"],
+        "eos_token_id": IDS["</s>"],
+        "pad_token_id": IDS["<pad>"],
+    }
+    return LlamaConfig(**{**tiny, **sizes})
 
 
 def _tokenizer(**extra: str) -> PreTrainedTokenizerFast:
