@@ -31,6 +31,7 @@ COMMANDS = {
     "caption": ["caption"],
     "shard": ["shard"],
     "step": ["step"],
+    "packing": ["packing"],
     "scale": ["scale", "--rows", "1000000", "--partitions", "300"],
     "tables": ["tables", "--rows", "1000000", "3000000"],
     "objectives": ["objectives", "--skip", "flair", "filip"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks import __main__ as all_benchmarks
+from benchmarks import packing
 from lotlip.core.files import read_json
 from tests.tiny_pipeline import ROOT
 
@@ -36,7 +38,7 @@ def run_benchmarks(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
 
 
 def test_results_are_stored_and_failed_benchmarks_repeated(commands_run, monkeypatch, capsys):
-    with pytest.raises(SystemExit, match="1 of 16 benchmarks failed: loader"):
+    with pytest.raises(SystemExit, match="1 of 17 benchmarks failed: loader"):
         run_benchmarks(monkeypatch)
     assert "no such folder" in capsys.readouterr().err
     stored = read_json(Path("benchmarks.json"))
@@ -64,3 +66,18 @@ def test_the_documentation_names_each_benchmark(name):
     module = all_benchmarks.COMMANDS[name][0]
     assert find_spec(f"benchmarks.{module}")
     assert f"`python -m benchmarks.{module}" in (ROOT / "docs" / "performance.md").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", packing.FAMILIES)
+def test_packed_and_padded_texts_are_compared(family):
+    options = Namespace(width=64, layers=2, texts=4, rounds=1, long=(8, 24))
+    figures = packing.measure(family, options)
+    assert min(figures.values()) > 0
+
+
+def test_packed_texts_with_other_features_are_an_error(monkeypatch):
+    encode = packing.encode
+    monkeypatch.setattr(packing, "encode", lambda tower, batches, packed: encode(tower, batches, packed) + packed)
+    with pytest.raises(AssertionError, match=r"features of bert differ by (1\.|0\.99)"):
+        packing.measure("bert", Namespace(width=64, layers=1, texts=2, rounds=1, long=(8, 9)))
