@@ -11,6 +11,7 @@ import json
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -59,7 +60,7 @@ def is_up_to_date(runs: Sequence[Sequence[str]]) -> bool:
                 return False
             named = _stages(repo)
             return not _any_is_stale({named[name] for run in runs for name in _steps(repo, named, run)})
-    except (DvcException, KeyError, ValueError, OSError):
+    except (DvcException, KeyError, ValueError, OSError, sqlite3.Error):
         return False
 
 
@@ -85,7 +86,7 @@ def plan(runs: Sequence[Sequence[str]]) -> dict[str, set[str]] | None:
                     if name not in waits:
                         after = {stage.addressing for stage in repo.index.graph.successors(named[name])}
                         waits[name] = earlier | after
-    except (DvcException, KeyError, ValueError, OSError):
+    except (DvcException, KeyError, ValueError, OSError, sqlite3.Error):
         return None
     return {name: after & waits.keys() for name, after in waits.items()}
 

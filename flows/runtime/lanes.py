@@ -10,6 +10,7 @@ import logging
 import os
 import selectors
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections import deque
@@ -20,6 +21,7 @@ from typing import Any
 
 from flows.runtime.dvc import RUN_CACHE, STOPPING, cache_trainings, clean_up, handle_signals, prepare, stop
 from flows.runtime.supervisor import group
+from lotlip.core.console import FULL, explain
 
 _PULL = "pull"
 _DONE, _FAILED = "done", "failed"
@@ -97,10 +99,12 @@ class _Lane:
 
     def succeeded(self) -> bool:
         """Waits for the end of the stage or of the process, and returns whether the stage succeeded."""
-        try:
-            return self._answers.readline().strip() == _DONE
-        except OSError:
-            return False
+        answer = ""
+        with suppress(OSError):
+            answer = self._answers.readline().strip()
+        if not answer:
+            print(f"error: the process of DVC that ran {self.stage} ended unexpectedly", file=sys.stderr, flush=True)
+        return answer == _DONE
 
 
 @contextmanager
@@ -140,11 +144,21 @@ def _serve(connection: socket.socket, pull: bool) -> None:
         try:
             with Repo(_wait_for_lock=True) as repo:
                 repo.reproduce(line.strip(), single_item=True, pull=pull)
-        except DvcException as error:
-            print(f"error: {error}: {error.__cause__}", file=sys.stderr, flush=True)
+        except (DvcException, OSError, ValueError, sqlite3.Error) as error:
+            print(f"error: {_reason(error)}", file=sys.stderr, flush=True)
             answer = _FAILED
         with suppress(OSError):  # this program's owner has ended
             connection.sendall(f"{answer}\n".encode())
+
+
+def _reason(error: BaseException) -> str:
+    """The messages of an error, its cause, and the full disk that led to it, if one did: DVC does not mention that."""
+    chain = [error]
+    while (earlier := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(earlier)
+    cause = [error.__cause__] if error.__cause__ else []
+    full = [one for one in chain if isinstance(one, OSError) and one.errno in FULL][:1]
+    return ": ".join(explain(one) for one in dict.fromkeys([error, *cause, *full]))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import psutil
 import pytest
 
 from flows.runtime.dvc import is_up_to_date, plan
+from flows.runtime.lanes import _reason, run_stages
 from tests.flows.test_dvc import environment, make_project, run
 from tests.machines import wait_until
 from tests.processes import have_ended
@@ -149,6 +152,7 @@ def test_a_killed_process_of_dvc_is_a_failure(project, running):
         (project / f"{name}.go").write_text("")
     shown = output(running)
     assert running.returncode == 1, shown
+    assert re.search("error: the process of DVC that ran (left|right) ended unexpectedly", shown)
     assert not (project / "both").exists()
     run(project, "-c", RUN)  # it removes the lock that the killed process left
     assert is_up_to_date([["both"]])
@@ -160,3 +164,38 @@ def test_a_plan_has_the_stages_and_what_each_waits_for(project):
     assert plan([[]]).keys() == {"s1", "s2", "s3", "left", "right", "both"}
     for unknown in (["missing"], ["--force"], ["--dry", "both"]):
         assert plan([unknown]) is None
+
+
+def test_errors_of_dvc_are_shown_with_their_cause_if_they_have_one(project, capfd):
+    assert run_stages({"missing": []}, 1, environment(project)) == 1
+    assert capfd.readouterr().err == "error: Stage 'missing' not found inside 'dvc.yaml' file\n"
+    (project / "o0").unlink()
+    assert run_stages({"s1": []}, 1, environment(project)) == 1
+    assert (
+        f"error: failed to reproduce 's1': [Errno 2] No such file or directory: '{project}/o0'"
+        in capfd.readouterr().err
+    )
+
+
+def test_a_database_of_dvc_that_cannot_be_opened_is_an_error_without_a_traceback(project, monkeypatch, capfd):
+    """As on a full disk."""
+    cache = project / "cache"
+    for folder in (project / ".site").rglob("links"):
+        (cache / folder.relative_to(project / ".site") / "cache.db").mkdir(parents=True)
+    assert cache.is_dir()
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(cache))
+    assert not is_up_to_date([["both"]])
+    assert plan([["both"]]) is None
+    assert run_stages({"s1": []}, 1, environment(project) | {"DVC_SITE_CACHE_DIR": str(cache)}) == 1
+    assert capfd.readouterr().err == "error: unable to open database file\n"
+
+
+def test_a_full_disk_is_named_although_dvc_reports_a_later_error():
+    try:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "rwlock")
+        finally:
+            raise ValueError("the lock is corrupted")
+    except ValueError as error:
+        assert _reason(error).startswith("the lock is corrupted: [Errno 28] No space left on device: 'rwlock': ")
+        assert _reason(error).endswith("and run again")
