@@ -102,12 +102,12 @@ def _steps(repo: Repo, named: Mapping[str, Stage], run: Sequence[str]) -> list[s
     Raises:
         KeyError: an argument is an unknown option or stage.
     """
-    from dvc.repo.reproduce import plan_repro
+    from dvc.repo.reproduce import get_active_graph, plan_repro
 
     if run[:1] == [SINGLE_ITEM]:
         return [named[name].addressing for name in run[1:]]
     targets = [named[name] for name in run] if run else list(named.values())
-    return [stage.addressing for stage in plan_repro(repo.index.graph, targets)]
+    return [stage.addressing for stage in plan_repro(get_active_graph(repo.index.graph), targets)]
 
 
 def _any_is_stale(stages: Iterable[Stage]) -> bool:

@@ -166,6 +166,14 @@ def test_a_plan_has_the_stages_and_what_each_waits_for(project):
         assert plan([unknown]) is None
 
 
+def test_a_plan_omits_what_only_frozen_stages_depend_on(project):
+    stages = project / "dvc.yaml"
+    stages.write_text(stages.read_text().replace("outs: [left]", "outs: [left], frozen: true"))
+    assert plan([["left"]]) == {"left": set()}
+    # `left` does not depend on `s1`, but reads its output
+    assert plan([["both"]]) == {"s1": set(), "left": {"s1"}, "right": {"s1"}, "both": {"left", "right"}}
+
+
 def test_errors_of_dvc_are_shown_with_their_cause_if_they_have_one(project, capfd):
     assert run_stages({"missing": []}, 1, environment(project)) == 1
     assert capfd.readouterr().err == "error: Stage 'missing' not found inside 'dvc.yaml' file\n"
