@@ -145,7 +145,8 @@ def _serve(connection: socket.socket, pull: bool) -> None:
             with Repo(_wait_for_lock=True) as repo:
                 repo.reproduce(line.strip(), single_item=True, pull=pull)
         except (DvcException, OSError, ValueError, sqlite3.Error) as error:
-            print(f"error: {_reason(error)}", file=sys.stderr, flush=True)
+            if STOPPING not in os.environ:  # an interrupted stage is no error
+                print(f"error: {_reason(error)}", file=sys.stderr, flush=True)
             answer = _FAILED
         with suppress(OSError):  # this program's owner has ended
             connection.sendall(f"{answer}\n".encode())

@@ -130,6 +130,7 @@ def test_an_interruption_ends_all_running_stages(project, running, sign):
     os.kill(running.pid, sign)
     shown = output(running)
     assert running.returncode == (130 if sign == signal.SIGINT else 128 + sign), shown
+    assert "error" not in shown
     assert have_ended(stages)
     assert json.loads((project / ".dvc/tmp/rwlock").read_text() or "{}") == {}
     run_again(project)
