@@ -66,6 +66,19 @@ def test_what_cannot_be_compared_is_an_error(found, message):
         pairs_table(found, "base", ["other"])
 
 
+def test_an_ablation_that_cannot_be_compared_is_not_left_out():
+    found = [*BASE, *OTHER, *rows("single", {0: 0.6})]
+    with pytest.raises(ValueError, match="no two seeds of base and single"):
+        pairs_table(found, "base", ["other", "single"])
+
+
+def test_an_ablation_counts_once_and_never_against_itself():
+    once, twice = (pairs_table([*BASE, *SAME], "base", others) for others in (["same"], ["same", "same"]))
+    assert once == twice
+    with pytest.raises(ValueError, match="base cannot be compared with itself"):
+        pairs_table([*BASE, *SAME], "base", ["same", "base"])
+
+
 def test_the_command_reads_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     add_rows(tmp_path / "table.csv", [*BASE, *OTHER])
     main([str(tmp_path / "table.csv"), "base", "other"])

@@ -32,10 +32,13 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
         others: the other ablations.
 
     Raises:
-        ValueError: an ablation has no rows, or rows of several settings or data; or no two seeds are shared.
+        ValueError: an ablation has no rows, rows of several settings or data, or no two seeds that the first one has.
     """
-    tested = []
-    for name in others:
+    if base in others:
+        raise ValueError(f"{base} cannot be compared with itself; name other ablations")
+    tested: list[tuple[str, str, list[float], float]] = []
+    for name in dict.fromkeys(others):  # a repeated name would count twice in the correction
+        known = len(tested)
         first, second = _results(rows, base), _results(rows, name)
         if first.keys() != second.keys():
             raise ValueError(
@@ -46,8 +49,8 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
             differences = [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys())]
             if len(differences) >= 2:
                 tested.append((name, measure.label, differences, p_value(differences)))
-    if not tested:
-        raise ValueError(f"no two seeds of {base} and {', '.join(others)} have the same measure")
+        if len(tested) == known:
+            raise ValueError(f"no two seeds of {base} and {name} have the same measure")
     lines = [_COLUMNS, ("---",) * len(_COLUMNS)]
     for (name, label, differences, p), corrected in zip(tested, holm([p for *_, p in tested]), strict=True):
         mean = estimate(differences)
