@@ -208,3 +208,19 @@ def test_long_captions_are_read_from_json(tmp_path):
     write(path, path.read_bytes()[:-20])
     with pytest.raises(ValueError, match=r"t\.json cannot be read as json: object 3 is broken"):
         TableCaptioner("mine", settings, len)
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_half_an_emoji_makes_only_its_row_invalid(tmp_path, ending):
+    """As json.dumps writes it if a model's caption was cut there."""
+    texts = ["A dog.", "A \ud83d", "A \U0001f436."]
+    rows = [{"image": f"{number}.png", "unused": "\ud83d", "long": text} for number, text in enumerate(texts)]
+    path = tmp_path / f"t.{ending}"
+    path.write_text(json.dumps(rows) if ending == "json" else "\n".join(map(json.dumps, rows)))
+    read = list(open_table(path).rows(["long"]))
+    assert [row.values for row in read] == [(texts[0],), (), (texts[2],)]
+    assert read[1].problem == ("long is not UTF-8: lone surrogate", "encoding")
+    settings = TableCaptionerConfig(kind="table", path=path, key="image", captioner=None, text="long")
+    images = [ImageRecord(str(number), b"", "png", "a dog", 6, 4, "0" * 64) for number in range(3)]
+    captions = TableCaptioner("mine", settings, len).caption(images)
+    assert [isinstance(caption, Caption) for caption in captions] == [True, False, True]

@@ -353,8 +353,13 @@ class JsonlTable:
             for _, number, record in islice(records, part.count if part else None):
                 if isinstance(record, str):
                     yield TableRow(number, problem=(record, "encoding" if "UTF-8" in record else "row"))
+                    continue
+                values = tuple([_value(record, column) for column in columns])
+                bad = [name for name, value in zip(columns, values, strict=True) if not _is_encodable(value)]
+                if bad:  # JSON can escape half of an emoji, for example where a model's caption was cut
+                    yield TableRow(number, problem=(f"{', '.join(bad)} is not UTF-8: lone surrogate", "encoding"))
                 else:
-                    yield TableRow(number, tuple(_value(record, column) for column in columns))
+                    yield TableRow(number, values)
 
     @staticmethod
     def _lines(file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, bytes]]:
@@ -465,6 +470,10 @@ def _after_blanks(text: str, position: int) -> int:
 def _size(text: str) -> int:
     """Bytes in the file of a text that was decoded from it."""
     return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
+def _is_encodable(value: Any) -> bool:
+    return not isinstance(value, str) or _is_text(value)
 
 
 def _value(record: dict[str, Any], column: str) -> Any:
