@@ -169,6 +169,15 @@ def test_a_bad_row_does_not_affect_others(tmp_path):
         assert items[5].where == f"{tmp_path}/t.csv: line 7"
 
 
+def test_an_unclosed_quote_is_a_problem_up_to_the_end_of_the_file(tmp_path):
+    path = tmp_path / "data.csv"
+    path.write_text('image,caption\na.png,one\nb.png,"5" tall\nc.png,"a\nb"\nd.png,"5 inches\ne.png,last\n')
+    rows = list(open_table(path).rows(["caption"]))
+    assert [row.values for row in rows] == [("one",), ("5 tall",), ("a\nb",), ()]
+    assert rows[-1].number == 6
+    assert rows[-1].problem == ("it cannot be read as CSV: a quote is not closed up to the end of the file", "row")
+
+
 def test_images_outside_their_folder_are_unsafe(tmp_path):
     add_image(tmp_path, "secret.png")
     add_image(tmp_path / "images", "fine.png")

@@ -277,21 +277,22 @@ class CsvTable:
     def _records(self, file: IO[bytes], line: int) -> Iterator[tuple[int, int, list[str] | csv.Error]]:
         """First byte, first line and fields of each record from the file's position on; blank lines are skipped.
 
-        An unclosed quote runs to the field size limit, and everything in it is one error.
+        An unclosed quote runs to the field size limit or the end of the file, and everything in it is one error.
 
         Args:
             file: positioned at the beginning of a record.
             line: number of the previous line.
         """
-        place = file.tell()
+        place, ended = file.tell(), False
 
         def lines() -> Iterator[str]:
-            nonlocal place, line
+            nonlocal place, line, ended
             while data := file.readline(_LONGEST_LINE):
                 text = data.removeprefix(codecs.BOM_UTF8) if place == 0 else data
                 place += len(data)
                 line += 1
                 yield text.decode("utf-8", "surrogateescape")
+            ended = True
 
         reader = csv.reader(lines(), delimiter=self._separator)
         while True:
@@ -304,7 +305,9 @@ class CsvTable:
             except csv.Error as error:
                 yield start, first, error
                 continue
-            if fields:
+            if ended:  # the reader has looked for more
+                yield start, first, csv.Error("a quote is not closed up to the end of the file")
+            elif fields:
                 yield start, first, fields
 
 
