@@ -66,9 +66,10 @@ def init(
     tokenizer = opened.tokenizer if opened else open_tokenizer("clip" if start else "bert-base-uncased")
     found = inspect(source, tokenizer.full_lengths)
     if found.usable < FEWEST:
+        unusable = f" ({sum(found.failures.values())} cannot: {'; '.join(found.examples)})" if found.failures else ""
         raise ValueError(
-            f"{data} has {found.usable} images that can be used, but training and scoring on held-out images need at "
-            f"least {FEWEST}; add images with captions"
+            f"{data} has {found.usable} images that can be used{unusable}, but training and scoring on held-out images "
+            f"need at least {FEWEST}; add images with captions"
         )
     trial = None
     if captioner:
