@@ -123,6 +123,13 @@ def test_find_source_detects_and_lists_the_columns_of_a_table(data: Path, ending
     assert all(name in output for name in ("file_name", "caption", "detailed", str(data / "images")))
 
 
+def test_a_table_without_a_header_is_an_error(data: Path) -> None:
+    table = data / "captions.tsv"
+    pd.DataFrame(rows())[["file_name", "caption"]].to_csv(table, index=False, header=False, sep="\t")
+    with pytest.raises(ValueError, match=r"captions\.tsv has no header: its first line names the image sub/000\.png"):
+        find_source(table, None)
+
+
 def conversation(number: int, prompt: str) -> dict[str, Any]:
     """An object as ShareGPT4V writes it."""
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": f"{sentence(number, 20)}. It is {number}."}]
@@ -431,6 +438,10 @@ def test_too_few_images_are_an_error(data: Path) -> None:
     with pytest.raises(ValueError, match=r"captions\.csv has 19 images that can be used, but .* at least 20"):
         run(table, data / "params.yaml")
     assert not (data / "params.yaml").exists()
+    with table.open("a") as file:
+        file.write('"never closed')
+    with pytest.raises(ValueError, match=r"has 19 images that can be used \(1 cannot: .*line 21: .* not closed"):
+        run(table, data / "params.yaml")
 
 
 def test_long_captions_of_other_images_are_an_error(data: Path) -> None:

@@ -125,6 +125,11 @@ def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) 
         source = {"kind": kind, "path": data.as_posix(), "image": image}
     else:
         image, folder = _image_paths(data, texts, images, columns.image)
+        if kind == "csv" and _is_image(folder, image):
+            raise ValueError(
+                f"{tables[0]} has no header: its first line names the image {image}; add a line with names of columns, "
+                "such as image and caption, before it"
+            )
         found.append(f"images: files below {folder}, named by column {image}")
         source = {"kind": kind, "path": data.as_posix(), "image": image, "images": folder.as_posix()}
     caption, long = _captions(data, {name: cells for name, cells in texts.items() if name != image}, columns)
