@@ -233,8 +233,15 @@ def test_one_seed_decides_nothing_and_says_why(tmp_path):
     assert tally(results) == f"{count} tests of the paper's findings have one seed, which decides nothing."
     several = [replace(results[0], verdict=SUPPORTS), *results[1:]]
     assert tally(several) == (
-        "Of 1 tests of the paper's findings, this run supports 1 and contradicts 0; 0 are inconclusive. "
+        "Of 1 test of the paper's findings, this run supports 1 and contradicts 0; 0 are inconclusive. "
         f"{count - 1} further tests of the paper's findings have one seed, which decides nothing."
+    )
+    assert tally(results[:2], [results[0], replace(results[1], verdict=NOT_RUN)]) == (
+        "2 tests of the paper's findings have one seed, which decides nothing. "
+        "1 test of the paper's findings has one stored seed, which decides nothing."
+    )
+    assert tally([results[0], replace(results[1], verdict=NOT_RUN)]).endswith(
+        f"1 further test needs ablations or texts that were not run: {results[1].finding.slug}."
     )
 
 

@@ -33,11 +33,12 @@ def tally(tested: Sequence[FindingResult], stored: Sequence[FindingResult] = ())
     """
     sentences = [_counts(tested, "this run supports {supports} and contradicts {contradicts}")]
     if any(one.verdict != NOT_RUN for one in stored):
-        sentences.append(_counts(stored, "the stored seeds support {supports} and contradict {contradicts}"))
+        verb = "the stored seeds support {supports} and contradict {contradicts}"
+        sentences.append(_counts(stored, verb, "one stored seed"))
     return " ".join([*sentences, not_run(tested)]).strip()
 
 
-def _counts(tested: Sequence[FindingResult], verb: str) -> str:
+def _counts(tested: Sequence[FindingResult], verb: str, one_seed: str = "one seed") -> str:
     def said(verdicts: Sequence[str]) -> str:
         decided = verb.format(supports=verdicts.count(SUPPORTS), contradicts=verdicts.count(CONTRADICTS))
         against = f"; {verdicts.count(NO_GAIN)} show no gain" if NO_GAIN in verdicts else ""
@@ -47,13 +48,18 @@ def _counts(tested: Sequence[FindingResult], verb: str) -> str:
     single = [one for one in tested if one.verdict == ONE_SEED]
     sentences = []
     if run or not single:
-        sentences.append(f"Of {len(run)} tests of the paper's findings, {said([one.verdict for one in run])}.")
+        sentences.append(f"Of {_tests(len(run))} of the paper's findings, {said([one.verdict for one in run])}.")
     if any(one.tests for one in run):
         sentences.append(f"With Holm's correction, {said([one.holm_verdict for one in run])}.")
     if single:
-        further = "further " if run else ""
-        sentences.append(f"{len(single)} {further}tests of the paper's findings have one seed, which decides nothing.")
+        count = _tests(len(single), "further " if run else "")
+        have = "has" if len(single) == 1 else "have"
+        sentences.append(f"{count} of the paper's findings {have} {one_seed}, which decides nothing.")
     return " ".join(sentences)
+
+
+def _tests(count: int, which: str = "") -> str:
+    return f"{count} {which}{'test' if count == 1 else 'tests'}"
 
 
 def not_run(tested: Sequence[FindingResult]) -> str:
@@ -62,7 +68,8 @@ def not_run(tested: Sequence[FindingResult]) -> str:
     if not missing:
         return ""
     names = ", ".join(dict.fromkeys(missing))
-    return f"{len(missing)} further tests need ablations or texts that were not run: {names}."
+    need = "needs" if len(missing) == 1 else "need"
+    return f"{_tests(len(missing), 'further ')} {need} ablations or texts that were not run: {names}."
 
 
 def note(tested: Sequence[FindingResult]) -> str:
