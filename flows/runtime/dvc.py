@@ -78,6 +78,8 @@ def plan(runs: Sequence[Sequence[str]]) -> dict[str, set[str]] | None:
 
     waits: dict[str, set[str]] = {}
     try:
+        if root := _project_root(Path.cwd()):
+            match_git(root)  # before its first run, DVC raises an error in a project without git
         with Repo() as repo, _params_read_once():
             named = _stages(repo)
             for run in runs:

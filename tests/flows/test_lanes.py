@@ -167,6 +167,11 @@ def test_a_plan_has_the_stages_and_what_each_waits_for(project):
         assert plan([unknown]) is None
 
 
+def test_a_plan_is_made_before_the_first_run_in_a_project_without_git(project):
+    (project / ".dvc" / "config").write_text("")  # as `lotlip run` copies it
+    assert plan([["left"]]) == {"s1": set(), "left": {"s1"}}
+
+
 def test_a_plan_omits_what_only_frozen_stages_depend_on(project):
     stages = project / "dvc.yaml"
     stages.write_text(stages.read_text().replace("outs: [left]", "outs: [left], frozen: true"))
