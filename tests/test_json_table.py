@@ -11,7 +11,7 @@ import pytest
 from lotlip.caption.captioners.table import TableCaptioner
 from lotlip.caption.config import TableCaptionerConfig
 from lotlip.data import rows as rows_module
-from lotlip.data.records import Caption, ImageRecord
+from lotlip.data.records import Caption, Failure, ImageRecord
 from lotlip.data.rows import RowRange, find_tables, open_table
 from lotlip.ingest.config import JsonlSourceConfig, JsonSourceConfig
 from lotlip.ingest.sources import open_source
@@ -224,3 +224,13 @@ def test_half_an_emoji_makes_only_its_row_invalid(tmp_path, ending):
     images = [ImageRecord(str(number), b"", "png", "a dog", 6, 4, "0" * 64) for number in range(3)]
     captions = TableCaptioner("mine", settings, len).caption(images)
     assert [isinstance(caption, Caption) for caption in captions] == [True, False, True]
+
+
+def test_a_caption_with_nested_values_is_no_caption(tmp_path):
+    rows = [{"image": "0.png", "long": "A dog."}, {"image": "1.png", "long": {"en": "A cat."}}]
+    path = write(tmp_path / "t.json", rows)
+    settings = TableCaptionerConfig(kind="table", path=path, key="image", captioner=None, text="long")
+    images = [ImageRecord(str(number), b"", "png", "a dog", 6, 4, "0" * 64) for number in range(2)]
+    one, other = TableCaptioner("mine", settings, len).caption(images)
+    assert isinstance(one, Caption) and one.text == "A dog."
+    assert isinstance(other, Failure) and other.reason.endswith(f"{path}: object 2: long has nested values")

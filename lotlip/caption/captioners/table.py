@@ -81,6 +81,10 @@ class TableCaptioner:
         """A note about the rows that were skipped, "" if there are none."""
         return f"; rows that cannot be read: {self._skipped:,}, first {self._first_skipped}" if self._skipped else ""
 
+    def _skip(self, path: Path, unit: str, number: int, reason: str) -> None:
+        self._first_skipped = self._first_skipped or f"{printable(str(path))}: {unit} {number}: {reason}"
+        self._skipped += 1
+
     def _read(self, tables: list[Path]) -> None:
         """Fills the index from all tables, and checks that keys are unambiguous."""
         others: set[str] = set()
@@ -124,16 +128,17 @@ class TableCaptioner:
         try:
             for row in table.rows(columns):
                 if row.problem is not None:
-                    self._first_skipped = self._first_skipped or (
-                        f"{printable(str(path))}: {table.unit} {row.number}: {row.problem[0]}"
-                    )
-                    self._skipped += 1
+                    self._skip(path, table.unit, row.number, row.problem[0])
                     continue
                 key, *rest = row.values
                 if not (name := as_name(key)):
                     continue  # no image
                 if captioner and str(rest.pop(0)) != self._name:
                     others.add(str(row.values[1]))
+                    continue
+                nested = [column for column, text in zip(texts, rest, strict=True) if isinstance(text, dict | list)]
+                if nested:
+                    self._skip(path, table.unit, row.number, f"{', '.join(nested)} has nested values")
                     continue
                 # null has no words
                 parts = [cut_reasoning(str(text)) for text in rest if text is not None]
