@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from flows.runtime.dvc import SINGLE_ITEM, is_up_to_date, plan, run_dvc
+from flows.runtime.dvc import SINGLE_ITEM, check_targets, is_up_to_date, plan, run_dvc
 from flows.runtime.fork_server import fork_server
 from flows.runtime.lanes import run_stages
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
@@ -30,7 +30,7 @@ REPRODUCTION = SCRATCH / "reproduce.json"
 
 
 class Reproduction(Record):
-    """Start and duration of the last run in which a stage was stale.
+    """Start and duration of the last run that ran a stage and succeeded.
 
     Attributes:
         started: Unix time, in seconds.
@@ -67,11 +67,11 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
         print("Nothing has changed since the last run.")
     status = 0 if current else _run(runs, params.compute.parallel_stages, pull)
     seconds = time.time() - started
+    if status:
+        raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
     if not current:
         parallel = params.compute.parallel_stages
         Reproduction(started=started, seconds=seconds, parallel_stages=parallel).write(REPRODUCTION)
-    if status:
-        raise StageFailed("a stage failed (see above); fix the cause and run again: finished units are kept")
     print(closing_message(params, seconds))
 
 
@@ -200,7 +200,10 @@ def closing_message(params: Params, seconds: float) -> str:
 if __name__ == "__main__":
     try:
         settings = load_params()
-        reproduce(settings, dvc_runs(settings, sys.argv[1:]))
+        given = sys.argv[1:]
+        if not any(argument.startswith("-") for argument in given):
+            check_targets(given)
+        reproduce(settings, dvc_runs(settings, given))
     except EXPECTED as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:

@@ -26,6 +26,7 @@ import psutil
 from flows.runtime.supervisor import END_SIGNALS, group
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.files import remove
+from lotlip.core.section import ConfigError, nearest
 
 if TYPE_CHECKING:
     from dvc.output import Output
@@ -96,6 +97,23 @@ def plan(runs: Sequence[Sequence[str]]) -> dict[str, set[str]] | None:
 def _stages(repo: Repo) -> dict[str, Stage]:
     # The index parses dvc.lock once. DVC's own lookup by name parses it for each name.
     return {stage.addressing: stage for stage in repo.index.stages}
+
+
+def check_targets(names: Iterable[str]) -> None:
+    """Checks that DVC knows the targets of a `dvc repro`, before servers start.
+
+    Raises:
+        ConfigError: it does not know one.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        for name in names:
+            try:
+                repo.stage.collect(name)
+            except DvcException as error:
+                raise ConfigError(f"{error}{nearest(name, _stages(repo))}") from error
 
 
 def _steps(repo: Repo, named: Mapping[str, Stage], run: Sequence[str]) -> list[str]:

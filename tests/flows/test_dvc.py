@@ -364,3 +364,13 @@ def test_a_reproduction_without_stale_stages_imports_no_heavy_package(project):
     assert "started [] imported []" in output
     assert str(project / "report" / "index.html") in output
     assert not (project / ".lotlip" / "reproduce.json").exists()  # the record of the last run that ran a stage
+
+
+@pytest.mark.integration
+def test_an_unknown_stage_is_an_error_before_anything_starts(project):
+    shutil.copy(ROOT / "params.yaml", project)
+    (project / "lotlip").symlink_to(ROOT / "lotlip")
+    failed = run(project, "-c", REPRODUCE.replace("--all", "s4"), check=False)
+    assert failed.returncode == 1
+    assert failed.stderr.splitlines() == ["error: Stage 's4' not found inside 'dvc.yaml' file; did you mean 's3'?"]
+    assert not (project / "o1").exists()
