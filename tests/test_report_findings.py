@@ -240,6 +240,7 @@ def test_one_seed_decides_nothing_and_says_why(tmp_path):
         "2 tests of the paper's findings have one seed, which decides nothing. "
         "1 test of the paper's findings has one stored seed, which decides nothing."
     )
+    assert tally([replace(results[0], verdict=NOT_RUN)]).startswith("1 further test needs ablations")
     assert tally([results[0], replace(results[1], verdict=NOT_RUN)]).endswith(
         f"1 further test needs ablations or texts that were not run: {results[1].finding.slug}."
     )

@@ -35,7 +35,7 @@ def tally(tested: Sequence[FindingResult], stored: Sequence[FindingResult] = ())
     if any(one.verdict != NOT_RUN for one in stored):
         verb = "the stored seeds support {supports} and contradict {contradicts}"
         sentences.append(_counts(stored, verb, "one stored seed"))
-    return " ".join([*sentences, not_run(tested)]).strip()
+    return " ".join(filter(None, [*sentences, not_run(tested)]))
 
 
 def _counts(tested: Sequence[FindingResult], verb: str, one_seed: str = "one seed") -> str:
@@ -47,7 +47,7 @@ def _counts(tested: Sequence[FindingResult], verb: str, one_seed: str = "one see
     run = [one for one in tested if one.verdict not in (NOT_RUN, ONE_SEED)]
     single = [one for one in tested if one.verdict == ONE_SEED]
     sentences = []
-    if run or not single:
+    if run:
         sentences.append(f"Of {_tests(len(run))} of the paper's findings, {said([one.verdict for one in run])}.")
     if any(one.tests for one in run):
         sentences.append(f"With Holm's correction, {said([one.holm_verdict for one in run])}.")
