@@ -23,6 +23,7 @@ from prefect.settings import PREFECT_API_URL
 from prefect.states import State
 
 from flows.runtime import scratch
+from flows.runtime.edits import Inputs
 from flows.runtime.runners import Submit, task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.unit_work import UnitWork
@@ -105,6 +106,7 @@ class Stage:
         item: the item of a stage with a `foreach` in dvc.yaml: an ablation or captioner.
 
     Attributes:
+        started_with: parameters and code of the stage.
         fingerprint: hash of settings, inputs and code. It names the scratch folder, so that an interrupted stage
             resumes its own work, and never that of other settings.
         scratch: folder of unpublished work. Its subfolder `out` is published atomically as the stage's output.
@@ -122,6 +124,7 @@ class Stage:
         self.clock.begin()
         self.log = get_run_logger()
         self.label = claim(params, name, item)
+        self.started_with = Inputs(name, item)
         self.fingerprint = sha256_json({"settings": settings, "inputs": inputs or {}, "code": code_hash(name)})
         self.scratch = SCRATCH / "work" / self.label / self.fingerprint[:16]
         self.out = self.scratch / "out"
@@ -202,7 +205,12 @@ class Stage:
         return reports
 
     def publish(self, out: Path) -> None:
-        """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings."""
+        """Publishes `out` of the scratch folder atomically, and removes the scratch of all settings.
+
+        Raises:
+            StageFailed: parameters or code were edited during the run.
+        """
+        self.started_with.check()
         publish(self.out, out)
         self.discard()
         files.fill_hash_cache(out, hash_cache_of(out))
@@ -228,7 +236,11 @@ class Stage:
             index: the index.json that the stage wrote; None for a stage without items.
             notes: further values by name.
             processed: number of samples that this run processed, for the throughput; None: all.
+
+        Raises:
+            StageFailed: parameters or code were edited during the run.
         """
+        self.started_with.check()
         seconds, orchestration = self.clock.seconds(), dict(self.clock.parts)
         work = max(seconds - sum(orchestration.values()), 1e-6)
         record = StageRecord(

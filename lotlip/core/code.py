@@ -57,7 +57,21 @@ def _package(path: Path) -> Path:
 @cache
 def code_hash(*stages: str) -> str:
     """The hash of the files that decide what stages write. Work is not resumed with other code."""
-    return sha256_files(sorted({file for stage in stages for file in stage_files(stage)}))
+    return sha256_files(_files(*stages))
+
+
+def is_edited(*stages: str) -> bool:
+    """Whether these files differ from those whose hash `code_hash` returned first in this process."""
+    before = code_hash(*stages)
+    try:
+        return sha256_files(_files(*stages)) != before
+    except FileNotFoundError:
+        return True
+
+
+@cache
+def _files(*stages: str) -> list[Path]:
+    return sorted({file for stage in stages for file in stage_files(stage)})
 
 
 def _imported(file: Path) -> Iterator[Path]:

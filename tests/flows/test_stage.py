@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from flows.runtime import stage as stages
+from flows.runtime.edits import parameters
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.processes import run_group
 from flows.runtime.scratch import StageFailed
@@ -22,6 +23,7 @@ from lotlip.config.params import load_params
 from lotlip.core.caches import Locked
 from lotlip.core.files import RECORD, Damaged, ForeignFileError
 from lotlip.core.section import ConfigError
+from lotlip.core.stages import STAGES
 from lotlip.data.records import NonRetryableError, UnitReport
 from tests.workspace import Workspace
 
@@ -367,3 +369,65 @@ def test_invalid_parameters_are_an_error_of_one_line(checkout: Workspace, tmp_pa
     assert "error in ingest: params.yaml cannot be used" in done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+# --- edits during a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begin(stage: Stage):
+    """Begins the stage again, in a project with a graph and parameters."""
+    graph = "{stages: {ingest: {cmd: python -m flows ingest, params: [ingest, pretrain.text]}, own: {cmd: [a, b]}}}"
+    Path("dvc.yaml").write_text(graph)
+    Path("params.yaml").write_text("{ingest: {source: {train: 5}}, pretrain: {steps: 10}}")
+    return lambda: Stage("ingest", stage.params, {"a": 1})
+
+
+def edit(text: str) -> None:
+    Path("params.yaml").write_text(text)
+
+
+def test_parameters_that_are_edited_during_a_run_fail_the_stage(begin) -> None:
+    running = begin()
+    out = running.params.paths.ingest
+    (running.out / "file").write_text("made with 5")
+    edit("{ingest: {source: {train: 6}}, pretrain: {steps: 10}}")
+    with pytest.raises(
+        StageFailed, match=r"edited during this run \(ingest\.source\.train = 6\); undo the edit and run"
+    ):
+        running.publish(out)
+    with pytest.raises(StageFailed, match="edited during this run"):
+        running.record(1, [])
+    edit("ingest: {source: ")
+    with pytest.raises(StageFailed, match=r"params\.yaml was edited during this run and cannot be read"):
+        running.publish(out)
+    assert not out.exists()
+    edit("{pretrain: {steps: 20}, ingest: {source: {train: 5}}}")  # not a parameter of this stage
+    again = begin()
+    assert (again.out / "file").read_text() == "made with 5"
+    again.publish(out)
+    assert (out / "file").is_file()
+
+
+def test_code_that_is_edited_during_a_run_fails_the_stage(begin, monkeypatch) -> None:
+    running = begin()
+    monkeypatch.setattr("lotlip.core.code._files", lambda *_: [Path("params.yaml")])
+    with pytest.raises(StageFailed, match="the code of this stage was edited during this run"):
+        running.publish(running.params.paths.ingest)
+    monkeypatch.setattr("lotlip.core.code._files", lambda *_: [Path("removed.py")])
+    with pytest.raises(StageFailed, match="the code of this stage was edited"):
+        running.publish(running.params.paths.ingest)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_the_graph_lists_parameters_of_every_stage(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    item = {"caption": "llava", "pretrain": "lotlip-m4", "evaluate": "lotlip"}.get(name)
+    assert any(parameters(name, item).values())
+
+
+def test_parameters_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    found = parameters("pretrain", "long-clip")
+    assert found["ablations.long-clip"] is None and found["finetune.long-clip"]["init_from"] == "lit"
+    assert parameters("pretrain", "lotlip-m4")["ablations.lotlip-m4"] == {"text": {"corner_tokens": 4}}

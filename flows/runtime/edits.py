@@ -1,0 +1,69 @@
+"""Notices edits of a stage's parameters and code during its run.
+
+When a stage ends, DVC records the parameters and code that it then finds. If they were edited in the meantime, it would
+take the outputs for those of the edited ones, and never run the stage with them.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from flows.runtime.scratch import StageFailed
+from lotlip.core.code import code_hash, is_edited
+from lotlip.core.differences import differences, format_differences
+
+GRAPH, PARAMS = Path("dvc.yaml"), Path("params.yaml")
+
+
+class Inputs:
+    """The parameters and code of a stage, as they are now.
+
+    Args:
+        stage: "ingest", "pretrain", …
+        item: the captioner or ablation, for a stage that has one.
+    """
+
+    def __init__(self, stage: str, item: str | None = None) -> None:
+        self._stage, self._item = stage, item
+        self._parameters = parameters(stage, item)
+        code_hash(stage)  # reads the code
+
+    def check(self) -> None:
+        """Compares them with what they were.
+
+        Raises:
+            StageFailed: they were edited.
+        """
+        remedy = "undo the edit and run again, which continues this run, or run again to use it"
+        try:
+            edited = differences(parameters(self._stage, self._item), self._parameters)
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise StageFailed(f"{PARAMS} was edited during this run and cannot be read ({error}); {remedy}") from error
+        if edited:
+            raise StageFailed(f"{PARAMS} was edited during this run ({format_differences(edited)}); {remedy}")
+        if is_edited(self._stage):
+            raise StageFailed(f"the code of this stage was edited during this run; {remedy}")
+
+
+def parameters(stage: str, item: str | None) -> dict[str, Any]:
+    """Returns the values of the parameters that dvc.yaml lists for a stage; nothing without a dvc.yaml.
+
+    A parameter that params.yaml lacks is null: ablations with and without `init_from` are in different sections.
+    """
+    if not GRAPH.is_file():
+        return {}
+    names: list[str] = []
+    for entry in yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"].values():
+        entry = entry.get("do", entry)
+        if str(entry.get("cmd")).split()[:4] == ["python", "-m", "flows", stage]:
+            names += [name.replace("${key}", item or "") for name in entry["params"]]
+    values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    return {name: reduce(_member, name.split("."), values) for name in names}
+
+
+def _member(values: Any, name: str) -> Any:
+    return values.get(name) if isinstance(values, dict) else None
