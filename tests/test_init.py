@@ -291,6 +291,7 @@ def test_find_source_recognises_folders_and_tars(tmp_path: Path) -> None:
         (lambda data: None, {"images": "images/sub"}, "file_name has sub/000.png, which is not there"),
         (lambda data: None, {"images": "nowhere"}, "--images .*nowhere is not a folder"),
         (lambda data: (data / "captions.csv").write_text("file_name,n\nsub/000.png,1\n"), {}, "no column of captions"),
+        (lambda data: (data / "captions.csv").write_text("a,b\none,two\n"), {}, r"paths of images .* \(it has: a, b\)"),
         (lambda data: (data / "captions.csv").write_text("file_name,n\n"), {}, "has no rows"),
         (
             lambda data: (data / "captions.csv").write_text("a,b\nx,y,z\n"),

@@ -237,7 +237,7 @@ def _common_folder(cells: Sequence[str]) -> list[Path]:
 
 
 def _not_found(texts: dict[str, list[str]]) -> str:
-    """Says which column has names of images that are no files, if one does."""
+    """Says which column has names of images that are no files, if one does, or which columns there are."""
     named = [(name, cell) for name, cells in texts.items() for cell in cells if cell]
     for name, cell in named:
         if "://" not in cell and cell.rpartition(".")[2].lower() in ENDINGS:
@@ -245,7 +245,7 @@ def _not_found(texts: dict[str, list[str]]) -> str:
     for name, cell in named:
         if "://" in cell:
             return f"; column {name} has addresses, such as {cell}: download the images, for example with img2dataset"
-    return ""
+    return f" (it has: {listed(list(texts))})"
 
 
 def _is_image(folder: Path, cell: str) -> bool:
