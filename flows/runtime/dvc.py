@@ -108,6 +108,8 @@ def check_targets(names: Iterable[str]) -> None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
+    if root := _project_root(Path.cwd()):
+        match_git(root)
     with Repo() as repo:
         for name in names:
             try:

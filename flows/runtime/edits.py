@@ -50,11 +50,11 @@ class Inputs:
 
 
 def parameters(stage: str, item: str | None) -> dict[str, Any]:
-    """Returns the values of the parameters that dvc.yaml lists for a stage; nothing without a dvc.yaml.
+    """Returns the values of the parameters that dvc.yaml lists for a stage; nothing if there are no such files.
 
     A parameter that params.yaml lacks is null: ablations with and without `init_from` are in different sections.
     """
-    if not GRAPH.is_file():
+    if not (GRAPH.is_file() and PARAMS.is_file()):
         return {}
     names: list[str] = []
     for entry in yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"].values():
