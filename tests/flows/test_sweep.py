@@ -213,7 +213,7 @@ def test_trials_are_experiments_that_can_be_applied_to_params_yaml(done: Workspa
     assert "no experiment 'nothing'" in refused.stderr
 
 
-@pytest.mark.integration
+@pytest.mark.system
 def test_mlflow_runs_and_prefect_flow_runs_link_to_each_other(done: Workspace):
     table = {row["trial"]: row for row in artifact(done, "sweep-two")}
     assert set(table) == set(experiments(done))
