@@ -58,6 +58,21 @@ CORNERS = 2
 SHORT, LONG = (8, 16), (60, 77)  # tokens of short captions and long texts
 TOLERANCE, COSINE = 1e-4, 0.99  # largest difference of fp32 features, smallest cosine of bf16 features
 PART_SECONDS = 150
+# sizes of CLIP B/16 and of a Llama of 0.4 B parameters
+LLAVA_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+}
+LLAVA_TEXT = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 
 
 class Scale:
@@ -76,28 +91,7 @@ class Scale:
         self.image_size = 32 if small else 224
         self.features_batch, self.bert_batch, self.clip_batch = (4, 16, 8) if small else (512, 4096, 1024)
         self.micro_batch = 8 if small else 1024
-        self.llava_vision: dict[str, int] = (
-            {}
-            if small
-            else {
-                "hidden_size": 768,
-                "intermediate_size": 3072,
-                "num_hidden_layers": 12,
-                "num_attention_heads": 12,
-                "image_size": 224,
-                "patch_size": 16,
-            }
-        )
-        self.llava_text: dict[str, int] = (
-            {}
-            if small
-            else {
-                "hidden_size": 1024,
-                "intermediate_size": 4096,
-                "num_hidden_layers": 24,
-                "num_attention_heads": 16,
-            }
-        )
+        self.llava_vision, self.llava_text = ({}, {}) if small else (LLAVA_VISION, LLAVA_TEXT)
         self.captioned, self.captions_batch, self.caption_tokens = (8, 4, 8) if small else (256, 64, 128)
         self.matrix, self.rounds = (128, 2) if small else (8192, 8)
 
