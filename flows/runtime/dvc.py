@@ -75,13 +75,10 @@ def plan(runs: Sequence[Sequence[str]]) -> dict[str, set[str]] | None:
         The stages. None for unknown options and stages, and when DVC raises an error: `dvc repro` reports them.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     waits: dict[str, set[str]] = {}
     try:
-        if root := _project_root(Path.cwd()):
-            match_git(root)  # before its first run, DVC raises an error in a project without git
-        with Repo() as repo, _params_read_once():
+        with _open_project() as repo, _params_read_once():
             named = _stages(repo)
             for run in runs:
                 earlier = set(waits)
@@ -99,6 +96,17 @@ def _stages(repo: Repo) -> dict[str, Stage]:
     return {stage.addressing: stage for stage in repo.index.stages}
 
 
+@contextmanager
+def _open_project() -> Iterator[Repo]:
+    """Opens the DVC project, also if it is not a git repository and DVC has not run in it."""
+    from dvc.repo import Repo
+
+    if root := _project_root(Path.cwd()):
+        match_git(root)
+    with Repo() as repo:
+        yield repo
+
+
 def check_targets(names: Iterable[str]) -> None:
     """Checks that DVC knows the targets of a `dvc repro`, before servers start.
 
@@ -106,11 +114,8 @@ def check_targets(names: Iterable[str]) -> None:
         ConfigError: it does not know one.
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
-    if root := _project_root(Path.cwd()):
-        match_git(root)
-    with Repo() as repo:
+    with _open_project() as repo:
         for name in names:
             try:
                 repo.stage.collect(name)
