@@ -201,7 +201,7 @@ if __name__ == "__main__":
     try:
         settings = load_params()
         given = sys.argv[1:]
-        if not any(argument.startswith("-") for argument in given):
+        if given and not any(argument.startswith("-") for argument in given):
             check_targets(given)
         reproduce(settings, dvc_runs(settings, given))
     except EXPECTED as error:
