@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefect import flow
 
-from flows.runtime.scratch import StageFailed
+from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.stage import Stage, check_input, hash_of, main
 from lotlip.config.params import load_params
 from lotlip.core.files import sha256_files, write_json
@@ -63,6 +63,7 @@ def evaluate(ablation: str) -> None:
         max_conditioned_pairs=config.max_conditioned_pairs,
         out=stage.out,
         fingerprint=stage.fingerprint,
+        features=SCRATCH / "features",
     )
     names = list(config.benchmarks)
     for report in stage.fan_out(names, work, name=str, size=lambda _: 1, on_gpu=True):

@@ -72,6 +72,7 @@ def measure(
     how: Runner,
     on_seed: Callable[[int], object] = lambda seed: None,
     max_conditioned_pairs: int = MAX_CONDITIONED_PAIRS,
+    encode_images: Callable[[LotlipEncoder, Benchmark], Tensor] = image_features,
 ) -> AblationResults:
     """Scores every seed of an ablation on every benchmark.
 
@@ -84,6 +85,7 @@ def measure(
         how: device, precision and batch size.
         on_seed: called with each seed that is done.
         max_conditioned_pairs: see `EvaluateConfig`; used if `loss.conditioned` was.
+        encode_images: returns the features of a benchmark's images by a frozen tower, as `image_features` does.
 
     Raises:
         ValueError: a benchmark's texts have more unseen word pieces than it allows, an image cannot be read, or a
@@ -111,8 +113,10 @@ def measure(
         for benchmark in benchmarks:
             name, reading_test = benchmark.name, reading_tests.get(benchmark.name)
             cached = CachedTextEncoder(encoder)
-            if name not in images or not config["image_tower"]["frozen"]:  # all seeds share a frozen tower
+            if not config["image_tower"]["frozen"]:
                 images[name] = image_features(encoder, benchmark)
+            elif name not in images:  # all seeds share a frozen tower
+                images[name] = encode_images(encoder, benchmark)
             if name not in measured.results:
                 changed = [t for question in reading_test.questions for t in question.changed] if reading_test else []
                 unseen = unseen_share(benchmark, tokenizer, vocabulary, changed, encoder.tokenizer.sentence_ends)

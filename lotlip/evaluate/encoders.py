@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import normalize
 from torch.nn.utils.rnn import pad_sequence
@@ -269,6 +271,17 @@ class LotlipEncoder:
         for row, text, length in zip(ids, texts, lengths, strict=True):
             row[:length] = self._token_ids[text]
         return ids, lengths
+
+    def image_protocol(self) -> dict[str, Any]:
+        """Returns all that decides the features of images: hash of the tower's weights, its spec and how it runs."""
+        tower = self.model.image_tower
+        weights = {name: weight.contiguous() for name, weight in tower.state_dict().items()}
+        return {
+            "weights_sha256": hashlib.sha256(save(weights)).hexdigest(),
+            "spec": tower.spec.to_json(),
+            "batch_size": self._run.batch_size,
+            **self._run.protocol("transformers", "timm", "pillow"),
+        }
 
     def _cls(self, ids: Tensor, lengths: Tensor) -> Tensor:
         return self.model.encode_text(ids, lengths, cls_only=True)[:, 0]

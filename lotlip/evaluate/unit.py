@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from lotlip.core.code import code_hash
 from lotlip.core.device import choose_device
 from lotlip.core.files import sha256_files, sha256_json, write_json
 from lotlip.core.paths import Paths
@@ -25,6 +26,7 @@ from lotlip.evaluate.ablation import AblationResults, measure
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.config import BenchmarkConfig
 from lotlip.evaluate.encoders import Runner
+from lotlip.evaluate.kept_features import KeptFeatures
 
 SCORES = ".scores.json"
 _RESULTS: TypeAdapter[AblationResults] = TypeAdapter(AblationResults)
@@ -50,6 +52,7 @@ class Measuring:
         max_conditioned_pairs: see `EvaluateConfig`.
         out: folder for the results.
         fingerprint: hash of the stage's settings and inputs.
+        features: folder of the image features that ablations with a frozen image tower share.
     """
 
     folder: Path
@@ -64,6 +67,7 @@ class Measuring:
     max_conditioned_pairs: int
     out: Path
     fingerprint: str
+    features: Path
 
     @property
     def how(self) -> Runner:
@@ -104,9 +108,19 @@ class Measuring:
 
     def _inputs(self, name: str) -> str:
         """A hash of all that decides the results, without reading the benchmark's files."""
-        files = [tree_state(value) for _, value in self.benchmarks[name] if isinstance(value, Path)]
         known = [self.config, self.about, self.device, self.precision, self.fingerprint]
-        return sha256_json([name, files, *known, sha256_files([self.paths.shards / INDEX_FILE])])
+        return sha256_json([name, self._files(name), *known, sha256_files([self.paths.shards / INDEX_FILE])])
+
+    def _images(self, name: str) -> str:
+        """A hash of all that decides which images a benchmark has, and of the code that encodes them."""
+        settings = self.benchmarks[name].model_dump(mode="json")
+        return sha256_json(
+            [settings, self._files(name), sha256_files([self.paths.ingest / INDEX_FILE]), code_hash("evaluate")]
+        )
+
+    def _files(self, name: str) -> list[Any]:
+        """The state of the files and folders that a benchmark's settings name."""
+        return [tree_state(value) for _, value in self.benchmarks[name] if isinstance(value, Path)]
 
     def _write(self, name: str) -> UnitReport:
         file, seeds, start = self.out / f"{name}{SCORES}", self.config["seeds"], time.monotonic()
@@ -128,6 +142,7 @@ class Measuring:
                     self.how,
                     on_seed,
                     self.max_conditioned_pairs,
+                    KeptFeatures(self.features, self._images(name)),
                 )
             write_json(file, _RESULTS.dump_python(found))
         except ValueError as error:  # another attempt would raise it again
