@@ -266,7 +266,7 @@ def write_captions(
         if isinstance(item, Failure):
             failures.append(item)
         else:
-            rows.append(asdict(item))
+            rows.append(vars(item))  # `asdict` would copy the lists
     with atomic_write(path) as partial:
         pq.write_table(pa.Table.from_pylist(rows, schema), partial)
     return _finish(name, folder, read, len(rows), failures, [path])
