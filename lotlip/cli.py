@@ -372,6 +372,14 @@ def evaluate(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.", metavar="NAME")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.", metavar="NAME")] = "fp32",
     batch_size: Annotated[int, typer.Option(help="Items per batch.", min=1, metavar="N")] = 64,
+    max_conditioned_pairs: Annotated[
+        int,
+        typer.Option(
+            help="FLAIR: most pairs of images and texts of one kind that are all scored with pooled features.",
+            min=0,
+            metavar="N",
+        ),
+    ] = 25_000_000,
     out: Annotated[
         Path | None, typer.Option(help="Write all scores with their protocol as JSON.", metavar="FILE")
     ] = None,
@@ -396,6 +404,7 @@ def evaluate(
     from tqdm import tqdm
 
     from lotlip.evaluate.compare import compare, load_benchmark, table, to_json
+    from lotlip.evaluate.conditioned import saved_pooling
     from lotlip.evaluate.models import open_encoder
 
     image_folders: list[Path | None] = [*images] if images else [None] * len(data)
@@ -408,7 +417,9 @@ def evaluate(
 
         # All models are opened before any is scored, so that a wrong name fails early.
         encoders = [(model, open_encoder(model, batch_size, device, precision, bar.update)) for model in models]
-        results = compare(encoders, benchmarks, shlex.join(["lotlip", *sys.argv[1:]]), start)
+        poolings = {model: saved_pooling(encoder) for model, encoder in encoders}
+        command = shlex.join(["lotlip", *sys.argv[1:]])
+        results = compare(encoders, benchmarks, command, start, poolings, max_conditioned_pairs)
     # Printed before writing, which may fail.
     for line in [json.dumps(to_json(results), allow_nan=False)] if as_json else table(results):
         typer.echo(line)

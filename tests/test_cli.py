@@ -235,9 +235,11 @@ def test_embed_replaces_an_index(tmp_path, ending):
 def test_evaluate_replaces_scores_and_prints_them_even_if_writing_fails(monkeypatch, capsys, tmp_path):
     from lotlip.core import files
     from lotlip.evaluate import compare
+    from lotlip.evaluate.config import MAX_CONDITIONED_PAIRS
 
     monkeypatch.setattr(compare, "load_benchmark", lambda *_: None)
-    monkeypatch.setattr(compare, "compare", lambda *_: [])
+    limits: set[int] = set()
+    monkeypatch.setattr(compare, "compare", lambda *given: limits.add(given[-1]) or [])
     monkeypatch.setattr("lotlip.evaluate.models.open_encoder", lambda *_: None)
     monkeypatch.setattr(compare, "table", lambda _: ["the table"])
     out = tmp_path / "scores.json"
@@ -248,6 +250,7 @@ def test_evaluate_replaces_scores_and_prints_them_even_if_writing_fails(monkeypa
     assert "--force" in str(program(monkeypatch, *arguments))
     assert program(monkeypatch, *arguments, "--force") == 0
     assert set(json.loads(out.read_text())) == {"results", "published"}
+    assert limits == {MAX_CONDITIONED_PAIRS}
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out))

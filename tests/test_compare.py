@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from lotlip.core.paths import Paths
 from lotlip.data.index import UnitIndex, write_index
 from lotlip.data.records import ImageRecord, Unit
 from lotlip.demo.world import generate_scene
+from lotlip.evaluate.ablation import measure
 from lotlip.evaluate.benchmarks import open_benchmark
 from lotlip.evaluate.compare import Result, compare, load_benchmark, table, to_json
+from lotlip.evaluate.conditioned import saved_pooling
 from lotlip.evaluate.config import SceneBenchmarkConfig
+from lotlip.evaluate.encoders import Runner
 from lotlip.evaluate.evaluate import encoded_images, evaluate
 from lotlip.evaluate.metrics import Scores
 from lotlip.evaluate.models import open_encoder
 from lotlip.evaluate.reference import REFERENCE, Reference
 from lotlip.importing.official import import_official
+from lotlip.pretrain.records import OBJECTIVE
 from tests.conftest import TinySample
 from tests.parity import IMAGE_TOWER, write_checkpoint, write_text_config
 from tests.partitions import write_partition
 from tests.test_cli import program
+from tests.test_conditioned import random_pooling
 from tests.tiny_baselines import register_open_clip, save_clip, save_open_clip, save_siglip
 from tests.tiny_model import save_tiny_model
 
@@ -256,3 +264,95 @@ def test_a_late_interaction_model_is_scored(tmp_path, tiny_tower, scenes):
     assert result.protocol["similarity"] == "late-interaction"
     assert 0 <= result.scores.values["long.text_to_image.r1"] <= 1
     assert torch.isfinite(torch.tensor(list(result.scores.values.values()))).all()
+
+
+# --- features that texts pool -----------------------------------------------------------------------------------------
+
+LOSS: dict[str, Any] = {"conditioned": {"heads": 2}}
+
+
+def save_pooled_model(folder: Path, image_tower: Path, loss: Any = LOSS, module: str = "conditioned") -> Path:
+    """A model as training with `loss` saves it, with a pooling of random weights."""
+    save_tiny_model(folder, image_tower, provenance={"pretraining": {"loss": loss}})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        weights = random_pooling(32, 32).state_dict()
+    save_file({f"objective.{module}.{name}": value for name, value in weights.items()}, folder / OBJECTIVE)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_saved_pooling_gives_the_scores_of_the_stage(monkeypatch, capsys, tmp_path, tiny_tower, models, scenes):
+    folder = save_pooled_model(tmp_path / "flair" / "seed-0", tiny_tower)
+    benchmark = replace(load_benchmark("scenes", scenes), scenes=[], max_unseen_tokens=None)
+    config = {
+        "seeds": [0],
+        "text": {"tokenizer": "bert-base-uncased"},
+        "image_tower": {"frozen": True},
+        "loss": LOSS,
+    }
+    arguments = ["evaluate", models[0], folder, "--benchmark", "scenes", "--data", scenes, "--device", "cpu"]
+    for most_pairs in (SCENES**2, SCENES**2 - 1):
+        out = tmp_path / "scores.json"
+        assert program(monkeypatch, *arguments, "--max-conditioned-pairs", most_pairs, "--out", out) == 0
+        plain, pooled = json.loads(out.read_text())["results"]
+        expected = measure(tmp_path / "flair", config, [benchmark], [], {}, Runner(64), lambda _: None, most_pairs)
+        stage = expected.results["scenes"]
+        assert pooled["scores"] == pytest.approx(stage.seeds[0], abs=1e-6)
+        assert set(pooled["intervals"]) == stage.intervals[0].keys()
+        assert (pooled["chance"], pooled["ceiling"]) == (stage.chance, stage.ceiling)
+        for name in ("reranked_candidates", "not_conditioned"):
+            assert pooled["protocol"].get(name) == stage.protocol.get(name)
+        assert ("conditioned-long.text_to_image.r1" in pooled["scores"]) == (most_pairs == SCENES**2)
+        assert "reranked-long.text_to_image.r1" in pooled["scores"]
+        assert not [
+            name
+            for name in [*plain["scores"], *plain["protocol"]]
+            if name.startswith(("conditioned", "reranked", "not_"))
+        ]
+        lines = capsys.readouterr().out.splitlines()
+        names = [line.split("  ")[0] for line in lines]
+        rows = [str(folder), f"{folder} (conditioned)", f"{folder} (re-ranked)"]
+        shown = [name for name in names if name.startswith(str(folder))]
+        assert shown == (rows if most_pairs == SCENES**2 else [rows[0], rows[2]])
+        left_out = [line for line in lines if line.startswith("not conditioned: ")]
+        if most_pairs < SCENES**2:
+            assert left_out[0].startswith(f"not conditioned: {folder} on scenes: long text has 49 pairs and short text")
+        else:
+            assert not left_out
+            (line,) = [line for line in lines if line.startswith(rows[1])]
+            cells = line.removeprefix(rows[1]).replace(", ", ",").replace(" [", "[").split()
+            score = pooled["scores"]["conditioned-long.image_to_text.r1"]
+            assert len(cells) == 4 and cells[0].startswith(f"{100 * score:.1f}[")
+
+
+@pytest.mark.slow
+def test_a_pooling_that_cannot_be_used_is_left_out_with_the_reason(monkeypatch, capsys, tmp_path, tiny_tower, scenes):
+    bare = save_pooled_model(tmp_path / "bare", tiny_tower)
+    (bare / OBJECTIVE).rename(tmp_path / OBJECTIVE)
+    assert program(monkeypatch, "evaluate", bare, "--benchmark", "scenes", "--data", scenes) == 0
+    lines = capsys.readouterr().out.splitlines()
+    reason = f"it was trained with loss.conditioned, but {bare / OBJECTIVE} is missing"
+    assert lines[-1] == f"not conditioned: {bare} on scenes: {reason}"
+    assert not [line for line in lines if "(conditioned)" in line or "(re-ranked)" in line]
+    for number, loss in enumerate([None, [2], {"conditioned": None}, {"conditioned": {"heads": True}}]):
+        folder = save_pooled_model(tmp_path / f"headless-{number}", tiny_tower, loss)
+        assert "the heads of its pooling are unknown" in str(saved_pooling(open_encoder(str(folder))))
+    masks = save_pooled_model(tmp_path / "smart-clip", tiny_tower, {"conditioned": None}, "masks")
+    assert saved_pooling(open_encoder(str(masks))) is None
+    damaged = save_pooled_model(tmp_path / "damaged", tiny_tower)
+    (damaged / OBJECTIVE).write_bytes(b"")
+    assert str(damaged / OBJECTIVE) in str(
+        program(monkeypatch, "evaluate", damaged, *["--benchmark", "scenes", "--data", scenes])
+    )
+
+
+@pytest.mark.slow
+def test_progress_counts_pooled_images_twice(tmp_path, tiny_tower, scenes):
+    folder = save_pooled_model(tmp_path / "model", tiny_tower)
+    announced: list[int] = []
+    encoded: list[int] = []
+    encoder = open_encoder(str(folder), 3, "cpu", on_batch=encoded.append)
+    poolings = {"flair": saved_pooling(encoder)}
+    compare([("flair", encoder)], [load_benchmark("scenes", scenes)], "", lambda *s: announced.append(s[2]), poolings)
+    assert sum(encoded) == sum(announced)

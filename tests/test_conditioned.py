@@ -23,6 +23,7 @@ from lotlip.evaluate.conditioned import (
     load_pooling,
     of_families,
     protocol,
+    saved_pooling,
 )
 from lotlip.evaluate.encoders import LotlipEncoder, Runner
 from lotlip.evaluate.evaluate import chances
@@ -120,8 +121,7 @@ def test_what_is_scored_is_known_before(case):
     assert list(families(asked, pairs - 1)) == ["conditioned-short", "reranked-long", "reranked-short"]
     assert protocol(asked, pairs) == {"reranked_candidates": 100}
     assert protocol(asked, 0)["not_conditioned"] == (
-        "long text has 1,152 pairs and short text has 900 pairs, more than evaluate.max_conditioned_pairs, 0; only "
-        "re-ranked"
+        "long text has 1,152 pairs and short text has 900 pairs, more than max_conditioned_pairs, 0; only re-ranked"
     )
     chance = of_families(chances(asked), families(asked, pairs - 1))
     assert chance["reranked-long.image_to_text.r1"] == chances(asked)["long.image_to_text.r1"]
@@ -225,7 +225,7 @@ def test_too_many_pairs_are_ranked_again_only_and_the_protocol_says_so(ablation,
     assert "conditioned-short.text_to_image.r1" not in found.chance
     assert found.seeds[0] == pytest.approx({name: every.seeds[0][name] for name in found.seeds[0]})
     assert len(every.seeds[0]) - len(found.seeds[0]) == 6
-    assert found.protocol["not_conditioned"].startswith("short text has 144 pairs, more than evaluate.max_conditioned_")
+    assert found.protocol["not_conditioned"].startswith("short text has 144 pairs, more than max_conditioned_pairs")
 
 
 class CountingEncoder:
@@ -323,3 +323,4 @@ def test_what_training_pools_finds_images_in_evaluation(
     for family in ("conditioned-long", "reranked-long"):
         for way in ("image_to_text", "text_to_image"):
             assert found.seeds[1][f"{family}.{way}.r5"] > 2 * found.chance[f"{family}.{way}.r5"], found.seeds[1]
+    assert isinstance(saved_pooling(LotlipEncoder.open(job.out / "seed-1", Runner(16))), Pooling)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lotlip.core.paths import Paths
 from lotlip.data.index import UnitIndex, read_index
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.ceiling import repeats_in_words
-from lotlip.evaluate.config import PUBLISHED, PublishedBenchmarkConfig, SceneBenchmarkConfig
-from lotlip.evaluate.encoders import CachedTextEncoder, Encoder
+from lotlip.evaluate.conditioned import CANDIDATES, PatchFeatures, Pooling, evaluate_conditioned, families, of_families
+from lotlip.evaluate.conditioned import protocol as conditioned_protocol
+from lotlip.evaluate.config import (
+    MAX_CONDITIONED_PAIRS,
+    PUBLISHED,
+    PublishedBenchmarkConfig,
+    SceneBenchmarkConfig,
+)
+from lotlip.evaluate.encoders import CachedTextEncoder, Encoder, LotlipEncoder
 from lotlip.evaluate.evaluate import chances, evaluate, image_features, limits, protocol
 from lotlip.evaluate.metrics import Scores
 from lotlip.evaluate.reference import REFERENCE, Reference, sources
-from lotlip.evaluate.score_names import Metric
+from lotlip.evaluate.score_names import CONDITIONED, RERANKED, Metric
 from lotlip.evaluate.sentence_scores import asked_texts
 
 SCENES = "scenes"
@@ -28,6 +36,8 @@ SHOWN = {
     Metric.SHORT_TEXT_TO_IMAGE_R1: "short, t→i",
     Metric.CLASSIFICATION_TOP1: "top-1",
 }
+# Prefix of the scores in a row → how the row's name ends.
+ROWS = {"": "", CONDITIONED: " (conditioned)", RERANKED: " (re-ranked)"}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,8 @@ def compare(
     benchmarks: Sequence[Benchmark],
     command: str,
     on_start: Callable[[str, str, int], object] = lambda model, benchmark, items: None,
+    poolings: Mapping[str, Pooling | str | None] = MappingProxyType({}),
+    max_conditioned_pairs: int = MAX_CONDITIONED_PAIRS,
 ) -> list[Result]:
     """Scores every model on every benchmark, one model at a time.
 
@@ -90,6 +102,8 @@ def compare(
         benchmarks: the benchmarks.
         command: command that reproduces the scores, for the protocol.
         on_start: called with model, benchmark, and the number of images and texts to encode.
+        poolings: name of a model → the pooling it is scored with as well, or why it is not; see `saved_pooling`.
+        max_conditioned_pairs: see `EvaluateConfig`.
 
     Raises:
         ValueError: an image cannot be read.
@@ -98,21 +112,38 @@ def compare(
     limit = {benchmark.name: limits(benchmark) for benchmark in benchmarks}
     for name, encoder in models:
         for benchmark in benchmarks:
-            on_start(name, benchmark.name, _items(benchmark))
-            scores = evaluate(CachedTextEncoder(encoder), benchmark, image_features(encoder, benchmark))
+            pooling = poolings.get(name) if benchmark.retrieval else None
+            on_start(name, benchmark.name, _items(benchmark, pooled=isinstance(pooling, Pooling)))
+            cached, images = CachedTextEncoder(encoder), image_features(encoder, benchmark)
+            scores, chance = evaluate(cached, benchmark, images), chances(benchmark)
             ceiling, repeats = limit[benchmark.name]
-            about = {"benchmark": benchmark.name, **protocol(encoder, benchmark), **repeats, "command": command}
-            results.append(Result(name, benchmark.name, scores, chances(benchmark), ceiling, about))
+            how_pooled: dict[str, str | int] = {}
+            if isinstance(pooling, Pooling) and isinstance(encoder, LotlipEncoder):
+                patches = PatchFeatures(shared=False).of(encoder, benchmark)
+                scores |= evaluate_conditioned(cached, benchmark, images, patches, pooling, max_conditioned_pairs)
+                found = families(benchmark, max_conditioned_pairs)
+                chance, ceiling = (known | of_families(known, found) for known in (chance, ceiling))
+                how_pooled = conditioned_protocol(benchmark, max_conditioned_pairs)
+            elif isinstance(pooling, str):
+                how_pooled = {"not_conditioned": pooling}
+            about = {
+                "benchmark": benchmark.name,
+                **protocol(encoder, benchmark),
+                **repeats,
+                **how_pooled,
+                "command": command,
+            }
+            results.append(Result(name, benchmark.name, scores, chance, ceiling, about))
     return results
 
 
-def _items(benchmark: Benchmark) -> int:
-    """Number of images and distinct texts to encode."""
+def _items(benchmark: Benchmark, pooled: bool) -> int:
+    """Number of images and distinct texts to encode; images are encoded twice if their patches are pooled."""
     texts = {text for kind in benchmark.retrieval.values() for text in kind.texts}
     texts |= {prompt for prompts in (benchmark.prompts.classes if benchmark.prompts else ()) for prompt in prompts}
     if "long" in benchmark.retrieval:
         texts |= asked_texts(benchmark.retrieval["long"], benchmark.sentence_texts)
-    return len(benchmark.images) + len(texts)
+    return len(benchmark.images) * (2 if pooled else 1) + len(texts)
 
 
 def to_json(results: Sequence[Result]) -> dict[str, Any]:
@@ -143,16 +174,19 @@ def to_json(results: Sequence[Result]) -> dict[str, Any]:
 def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE) -> list[str]:
     """Formats a table in percent: a row per model, then published scores; a column per benchmark and metric.
 
-    A row "best possible" follows the models if repeated texts or images make 100 % impossible. A partial run has its
-    own name, so published scores are not shown for it.
+    A model whose patches texts pool has a row for each way of retrieval; see `ROWS`. A row "best possible" follows the
+    models if repeated texts or images make 100 % impossible. A partial run has its own name, so published scores are
+    not shown for it.
     """
     columns = list(
         dict.fromkeys((result.benchmark, name) for result in results for name in SHOWN if name in result.scores.values)
     )
     scores_of = {(result.model, result.benchmark): result.scores for result in results}
     rows = [
-        [model, *(_cell(scores_of[model, benchmark], metric) for benchmark, metric in columns)]
+        [f"{model}{ending}", *cells]
         for model in dict.fromkeys(result.model for result in results)
+        for prefix, ending in ROWS.items()
+        if any(cells := [_cell(scores_of[model, name], f"{prefix}{metric}") for name, metric in columns]) or not prefix
     ]
     limits = {(result.benchmark, metric): value for result in results for metric, value in result.ceiling.items()}
     limited = [limits.get(column, 1.0) for column in columns]
@@ -173,7 +207,12 @@ def table(results: Sequence[Result], references: Sequence[Reference] = REFERENCE
     lines.append(
         "R@1 (i→t: image to text, t→i: text to image) and top-1 in percent; brackets: 95 % confidence interval"
     )
-    lines += _repeats(results)
+    if any(row[0].endswith(ROWS[RERANKED]) for row in rows):
+        lines.append(
+            "(conditioned): image features that each text pools from the patches (FLAIR), of all pairs; (re-ranked): "
+            f"of the best {CANDIDATES} candidates by the images' own features"
+        )
+    lines += _repeats(results) + _left_out(results)
     return [*lines, f"(published): {sources(shown_references)}"] if published else lines
 
 
@@ -184,6 +223,15 @@ def _repeats(results: Sequence[Result]) -> list[str]:
         if min(result.ceiling.values(), default=1.0) < 1:
             lines[result.benchmark] = f"best possible: {result.benchmark} has {repeats_in_words(result.protocol)}"
     return list(lines.values())
+
+
+def _left_out(results: Sequence[Result]) -> list[str]:
+    """Says which models have no scores of pooled features on a benchmark, and why."""
+    return [
+        f"not conditioned: {result.model} on {result.benchmark}: {result.protocol['not_conditioned']}"
+        for result in results
+        if "not_conditioned" in result.protocol
+    ]
 
 
 def _cell(scores: Scores, metric: str) -> str:

@@ -26,6 +26,7 @@ from lotlip.models.vision.image_tower import load_weights
 from lotlip.objectives.conditioned import ConditionedPooling, TextQueries, conditioned_scores
 from lotlip.pretrain.records import OBJECTIVE
 
+HEADS = "provenance.pretraining.loss.conditioned.heads"  # where a model's configuration has them
 CANDIDATES = 100  # that are ranked again for each image and each text
 KEPT_BYTES = 2**30  # patches that are kept for further seeds; those of 5,000 images of a ViT-B/16 would take 3 GB
 _VALUES_ON_GPU = 2**26  # elements of pooled features at a time, 256 MB
@@ -86,6 +87,38 @@ def load_pooling(folder: Path, loss: Mapping[str, Any], model: LotlipModel) -> P
         raise ValueError(f"{error}; restore the files of one model, or train the ablation again") from error
     check_finite(found.items(), path)
     return Pooling(module, heads, model.device)
+
+
+def saved_pooling(encoder: Encoder) -> Pooling | str | None:
+    """Loads the pooling that was trained with a model, by the settings in the model's own configuration.
+
+    Returns:
+        The pooling; the reason why a model that was trained with one cannot use it; or None for any other model.
+
+    Raises:
+        ValueError: see `load_pooling`.
+    """
+    if not isinstance(encoder, LotlipEncoder) or encoder.folder is None:
+        return None
+    path = encoder.folder / OBJECTIVE
+    loss = _training_loss(encoder.model.config.provenance)
+    conditioned = loss.get("conditioned")
+    if not path.is_file():
+        return f"it was trained with loss.conditioned, but {path} is missing" if conditioned else None
+    if not conditioned and not any(name.startswith("objective.conditioned.") for name in read_weights(path)):
+        return None
+    heads = conditioned.get("heads") if isinstance(conditioned, Mapping) else None
+    if type(heads) is not int or heads < 1:  # True is an int too
+        return f"the heads of its pooling are unknown: its config.json has no {HEADS}"
+    return load_pooling(encoder.folder, loss, encoder.model)
+
+
+def _training_loss(provenance: Any) -> Mapping[str, Any]:
+    """Returns the settings of the loss in a model's provenance, which may be of another project; empty without any."""
+    found = provenance
+    for key in ("pretraining", "loss"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
 
 
 class PatchFeatures:
@@ -158,7 +191,7 @@ def protocol(benchmark: Benchmark, most_pairs: int = MAX_CONDITIONED_PAIRS) -> d
         for kind, texts in benchmark.retrieval.items()
         if f"{CONDITIONED}{kind}" not in families(benchmark, most_pairs)
     ]
-    reason = f"{' and '.join(left_out)}, more than evaluate.max_conditioned_pairs, {most_pairs:,}; only re-ranked"
+    reason = f"{' and '.join(left_out)}, more than max_conditioned_pairs, {most_pairs:,}; only re-ranked"
     settings: dict[str, str | int] = {"reranked_candidates": CANDIDATES}
     return settings | ({"not_conditioned": reason} if left_out else {})
 

@@ -176,12 +176,13 @@ class LotlipEncoder:
         model: the model.
         tokenizer: its tokenizer.
         run: device, precision and batch size; a number is a batch size, in fp32 on the CPU.
-        folder: the model's folder, for the protocol; None if it was not loaded from one.
+        folder: the model's folder; None if it was not loaded from one.
         token_ids: text → token ids, a cache for models with the same tokenizer, such as seeds; None: no cache.
 
     Attributes:
         model: the model, on the device.
         tokenizer: its tokenizer.
+        folder: the model's folder, or None.
     """
 
     def __init__(
@@ -198,7 +199,7 @@ class LotlipEncoder:
         if getattr(self.model, "image", None) is not None:
             for_inference(self.model.image, self._run.device)
         self.tokenizer = tokenizer
-        self._folder = folder
+        self.folder = folder
         self._token_ids = token_ids
 
     @classmethod
@@ -299,7 +300,7 @@ class LotlipEncoder:
             "squash": (f"both sides to {resized}, {spec.interpolation}", cropped if resized > side else ""),
             "pad": (f"longer side to {side}, {spec.interpolation}", f"padded to {side} with the mean"),
         }[spec.resize]
-        where = {"model": str(self._folder), "weights_sha256": weights_hash(self._folder)} if self._folder else {}
+        where = {"model": str(self.folder), "weights_sha256": weights_hash(self.folder)} if self.folder else {}
         return {
             **where,
             "kind": "lotlip",
