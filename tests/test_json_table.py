@@ -56,9 +56,10 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("content", "fault"),
     [
-        (b"", "not a list of objects"),
-        (b'{"a": 1}', r"t\.json cannot be read as json: its value is not a list .* must end in \.jsonl"),
-        (b'{"a": 1}\n{"a": 2}\n', r"an object per line must end in \.jsonl"),
+        (b"", "neither a list of objects, .* nor two or more lines with an object in each; write it again"),
+        (b'{"a": 1}', r"t\.json cannot be read as json: it has neither a list of objects, "),
+        (b'{"a": 1}\n[2]\n', "neither a list of objects, "),
+        (b'{"a":\n1}\n{"a":\n2}\n', "neither a list of objects, "),
         (b" [ ]\n", "its list is empty"),
         (b"[1, 2]", "object 1: it is not a JSON object"),
         (b'["\xff"]', "object 1: it is not UTF-8"),
@@ -69,6 +70,18 @@ def test_a_byte_order_mark_and_blanks_are_skipped(tmp_path):
 def test_a_file_without_a_first_object_is_an_error(tmp_path, content, fault):
     with pytest.raises(ValueError, match=fault):
         open_table(write(tmp_path / "t.json", content))
+
+
+def test_a_json_file_may_have_an_object_per_line(tmp_path):
+    """As many programs write it; everything is as in a .jsonl file of the same bytes."""
+    content = b'\xef\xbb\xbf{"a": 1}\n\n{"a": "\xc3\xa9", "b": {"c": [2]}}\nbroken\n[3]\n{"a": "\xff"}\n{"b": null}'
+    table, lines = (open_table(write(tmp_path / f"t.{ending}", content)) for ending in ("json", "jsonl"))
+    assert (table.columns, table.unit) == (lines.columns, lines.unit) == (["a", "b.c", "b"], "line")
+    rows = list(table.rows(["a", "b.c"]))
+    assert rows == list(lines.rows(["a", "b.c"]))
+    assert [row.values for row in rows if row.problem is None] == [(1, None), ("é", [2]), (None, None)]
+    assert [(row.number, row.problem[1]) for row in rows if row.problem] == [(4, "row"), (5, "row"), (6, "encoding")]
+    assert [row for part in table.ranges(2) for row in table.rows(["a", "b.c"], part)] == rows
 
 
 GOOD = b",\n".join([b'{"a": "\xc3\xa9"}'] * 150)  # more than tell the columns
@@ -104,9 +117,10 @@ def test_a_long_object_is_read(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("start", "between", "end"), [(b"[", b", ", b"]"), (b"", b"\n", b"\n")])
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch, start, between, end):
     monkeypatch.setattr(rows_module, "_PIECE", 2**12)
-    content = b"[" + b", ".join([b'{"a": 1, "text": "' + b"word " * 100 + b'"}'] * 2000) + b"]"
+    content = start + between.join([b'{"a": 1, "text": "' + b"word " * 100 + b'"}'] * 2000) + end
     table = open_table(write(tmp_path / "t.json", content))
     tracemalloc.start()
     try:

@@ -377,14 +377,28 @@ class JsonlTable:
     def _records(self, file: IO[bytes], line: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | str]]:
         """First byte, line, and object or problem of each line, from the file's position on."""
         for place, number, data in self._lines(file, line):
-            try:
-                value = json.loads(data.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
-                record = value if isinstance(value, dict) else "it is not a JSON object"
-            except UnicodeDecodeError:
-                record = "it is not UTF-8"
-            except (ValueError, RecursionError) as error:
-                record = f"it is not JSON ({error})"
-            yield place, number, record
+            yield place, number, _object(data)
+
+
+def _object(line: bytes) -> dict[str, Any] | str:
+    """The JSON object in a line, or what is wrong with the line."""
+    try:
+        value = json.loads(line.removeprefix(codecs.BOM_UTF8).decode("utf-8"))
+    except UnicodeDecodeError:
+        return "it is not UTF-8"
+    except (ValueError, RecursionError) as error:
+        return f"it is not JSON ({error})"
+    return value if isinstance(value, dict) else "it is not a JSON object"
+
+
+def has_object_lines(path: Path) -> bool:
+    """Whether the first two lines of a file are JSON objects. One object alone is no table."""
+    with path.open("rb") as file:
+        if _LIST.match(file.read(_PIECE)):  # a list's first line may be long
+            return False
+        file.seek(0)
+        first = list(islice(JsonlTable._lines(file), 2))
+    return len(first) == 2 and all(isinstance(_object(data), dict) for _, _, data in first)
 
 
 class JsonTable(JsonlTable):
@@ -397,8 +411,8 @@ class JsonTable(JsonlTable):
             head = _LIST.match(file.read(_PIECE))
         if head is None:
             raise ValueError(
-                'its value is not a list of objects, as in [{"image": "a.jpg"}, …]; a file with an object per line '
-                "must end in .jsonl"
+                'it has neither a list of objects, as in [{"image": "a.jpg"}, …], nor two or more lines with an object '
+                "in each"
             )
         if head[1]:
             raise ValueError("its list is empty")
@@ -496,9 +510,14 @@ def _cell(value: Any) -> Any:
     return value
 
 
+def _json_table(path: Path) -> JsonlTable:
+    """Opens a list of objects, or an object per line, which many programs name .json too."""
+    return JsonlTable(path) if has_object_lines(path) else JsonTable(path)
+
+
 _READERS: dict[str, Callable[[Path], TableFile]] = {
     "csv": CsvTable,
     "jsonl": JsonlTable,
-    "json": JsonTable,
+    "json": _json_table,
     "parquet": ParquetTable,
 }

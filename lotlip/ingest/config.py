@@ -100,7 +100,7 @@ class JsonlSourceConfig(CsvSourceConfig):
 
 
 class JsonSourceConfig(CsvSourceConfig):
-    """JSON files (UTF-8) that are lists with an object per image; the images are files below `images`."""
+    """JSON files (UTF-8) with an object per image, in a list or one per line; the images are files below `images`."""
 
     kind: Literal["json"]  # type: ignore[assignment]
 
