@@ -16,11 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
+from pydantic import TypeAdapter
 
 from lotlip.config.params import Params, load_params
+from lotlip.ingest.config import SourceConfig
 from lotlip.init.captioner import TRIAL, TRIED, captioner_section
 from lotlip.init.init import init
-from lotlip.init.inspection import inspect
+from lotlip.init.inspection import inspect, read_sample
 from lotlip.init.source import Columns, find_source
 from tests.captioning_server import MODEL, CaptioningServer, caption_text
 from tests.tiny_baselines import CLIP_LENGTH, save_clip
@@ -208,6 +210,24 @@ def test_columns_of_hashes_and_metadata_are_not_images_or_texts(tmp_path: Path) 
     for columns in (Columns("exif"), Columns(caption="sha"), Columns(caption="picture"), Columns(long=["exif"])):
         with pytest.raises(ValueError, match=r"column \w+ of .*t\.parquet has nested values or binary data"):
             find_source(tmp_path / "t.parquet", None, columns)
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_caption_that_is_an_object_is_one_unreadable_row(data: Path, ending: str) -> None:
+    objects = rows()
+    readable = find_source(data / "captions.csv", None)
+    objects[3]["caption"] = {"en": sentence(3, 40)}
+    objects[4]["detailed"] = {"en": sentence(4, 40)}
+    table = data / f"captions.{ending}"
+    pd.DataFrame(objects).to_json(table, orient="records", lines=ending == "jsonl")
+    source = find_source(table, None)
+    same = {"kind": ending, "path": str(table)}
+    assert source.source == readable.source | same
+    assert source.captioners == {"detailed": readable.captioners["detailed"] | {"path": str(table)}}
+    assert find_source(table, None, Columns(caption="caption.en")).source["caption"] == "caption.en"
+    records, failures, *_ = read_sample(TypeAdapter(SourceConfig).validate_python(source.source))
+    assert len(records) == len(objects) - 1
+    assert [(failure.key, failure.kind) for failure in failures] == [("sub_003", "missing")]
 
 
 def test_columns_of_one_name_are_not_used(tmp_path: Path) -> None:

@@ -110,11 +110,12 @@ def _kind(data: Path, images: Path | None) -> str:
 def _table_source(data: Path, kind: str, images: Path | None, columns: Columns) -> DataSource:
     tables = find_tables(data, kind, images)
     table = open_table(tables[0])
-    require(table, [name for name in (columns.image, columns.caption, *columns.long) if name], "name columns it has")
+    named = [name for name in (columns.image, columns.caption, *columns.long) if name]
+    require(table, named, "name columns it has")
     embedded = _embedded_images(table)
-    texts = _texts(table, embedded)
-    for name in (columns.image, columns.caption, *columns.long):
-        if name and name not in texts and not (name in embedded and name == columns.image):
+    texts = _texts(table, embedded, named)
+    for name in named:
+        if name not in texts and not (name in embedded and name == columns.image):
             raise ValueError(f"column {name} of {data} has nested values or binary data; name a column of texts")
     found = [f"{data} is a table ({kind}) with the columns {listed(table.columns)}"]
     if repeated := [name for name in dict.fromkeys(table.columns) if table.columns.count(name) > 1]:
@@ -187,8 +188,12 @@ def _has_images(rows: Iterable[Sequence[Any]]) -> bool:
     return 2 * sum(images) > len(images)
 
 
-def _texts(table: TableFile, without: Sequence[str]) -> dict[str, list[str]]:
-    """The first cells of each column as text; columns of nested values and of binary data are left out."""
+def _texts(table: TableFile, without: Sequence[str], named: Sequence[str]) -> dict[str, list[str]]:
+    """The first cells of each column as text; columns that mostly have nested values or binary data are left out.
+
+    Such a cell of another column is unreadable: it counts as empty here, and ingest reports its row. Its nested values
+    are columns only if the user named them.
+    """
     columns = [name for name in table.columns if name not in without and table.columns.count(name) == 1]
     rows = list(islice(table.rows(columns), _ROWS))
     valid = [row.values for row in rows if row.problem is None]
@@ -196,7 +201,18 @@ def _texts(table: TableFile, without: Sequence[str]) -> dict[str, list[str]]:
         first = next((f"{table.unit} {row.number}: {row.problem[0]}" for row in rows if row.problem), "it has none")
         raise ValueError(f"{table.path} has no rows that can be read ({first}); correct it")
     cells = {name: [row[number] for row in valid] for number, name in enumerate(columns)}
-    return {name: [as_name(value) for value in values] for name, values in cells.items() if all(map(_is_flat, values))}
+    flat = {name: values for name, values in cells.items() if _is_mostly_flat(values)}
+    mixed = tuple(f"{name}." for name, values in flat.items() if not all(map(_is_flat, values)))
+    return {
+        name: [as_name(value) if _is_flat(value) else "" for value in values]
+        for name, values in flat.items()
+        if name in named or not name.startswith(mixed)
+    }
+
+
+def _is_mostly_flat(values: Sequence[Any]) -> bool:
+    filled = [_is_flat(value) for value in values if value is not None]
+    return 2 * sum(filled) > len(filled) or not filled
 
 
 def _is_flat(value: Any) -> bool:
