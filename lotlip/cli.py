@@ -71,7 +71,9 @@ def main(
 def stats(
     files: Annotated[
         list[Path],
-        typer.Argument(metavar="FILE", help="Annotations: .json, .jsonl, .csv, .parquet, .txt, or folders of them."),
+        typer.Argument(
+            metavar="FILE", help="Annotations: .json, .jsonl, .csv, .tsv, .parquet, .txt, or folders of them."
+        ),
     ],
     field: Annotated[
         list[str] | None,

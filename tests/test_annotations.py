@@ -41,14 +41,14 @@ def write_records(path: Path, records: list[dict[str, Any]]) -> Path:
         return write(path, records)
     if path.suffix == ".jsonl":
         return write_lines(path, records)
-    if path.suffix == ".csv":
-        pd.DataFrame(records).to_csv(path, index=False)
+    if path.suffix in (".csv", ".tsv"):
+        pd.DataFrame(records).to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
     else:
         pd.DataFrame(records).to_parquet(path)
     return path
 
 
-every_table = pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "parquet"])
+every_table = pytest.mark.parametrize("ending", ["json", "jsonl", "csv", "tsv", "parquet"])
 
 
 # --- the paper's data sets ----------------------------------------------------------------------------------------
@@ -242,6 +242,25 @@ def test_file_extensions_may_be_uppercase(tmp_path):
     assert texts_of(write(tmp_path / "A.TXT", "dog")) == [("A", "dog")]
 
 
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_csv_file_may_have_other_separators(tmp_path, separator):
+    rows = [["key", "text"], ["k", 'A dog, a "cat".'], ["l", f"one{separator} two"]]
+    with (tmp_path / "a.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    assert texts_of(tmp_path / "a.csv") == [(key, text) for key, text in rows[1:]]
+
+
+def test_a_json_file_may_have_an_object_per_line(tmp_path):
+    records = [{"text": f"dog {number} " + "x" * 100} for number in range(5000)]
+    path = write_lines(tmp_path / "a.json", records)
+    with path.open("a") as file:
+        file.write('"broken')
+    texts = read_texts(path)
+    assert next(texts).text == records[0]["text"]
+    with pytest.raises(ValueError, match=r"a\.json, line 5001: broken JSON"):
+        list(texts)
+
+
 def test_very_long_texts(tmp_path):
     long = "a dog, a cat. " * 30_000
     path = tmp_path / "a.csv"
@@ -284,7 +303,7 @@ def test_tables_are_streamed(tmp_path, name):
     texts = read_texts(path)
     assert next(texts).text == records[0]["text"]
     if name != "a.parquet":
-        with pytest.raises(ValueError, match=r"a\.\w+, line 500[12]: broken"):
+        with pytest.raises(ValueError, match=r"a\.\w+, line 500[12]: (broken JSON|it cannot be read as CSV)"):
             list(texts)
 
 
@@ -348,13 +367,14 @@ def test_a_record_without_the_field_is_an_error(tmp_path, ending):
         ("a.json", '[{"text": 7}]', r"a\.json, record 1: field 'text' is of type int, not text"),
         ("a.jsonl", '{"text": "a"}\n\n{"text": "b"\n', r"a\.jsonl, line 3: broken JSON"),
         ("a.jsonl", '{"text": "a"}\n[1]\n', r"a\.jsonl, record 2 is not an object"),
-        ("a.csv", "key,text\nk,a\nl,b, c\n", r"a\.csv, record 2 \(line 3\) has 3 cells, but the header has 2"),
-        ("a.csv", "", r"a\.csv has no known text field.*there are: none"),
+        ("a.csv", "key,text\nk,a\nl,b, c\n", r"a\.csv, line 3: it has 3 fields, but the header has 2; put quotes"),
+        ("a.csv", "", r"a\.csv cannot be read as CSV: the file is empty: it has no header line"),
         ("a.csv", "title\n", r"a\.csv has no known text field.*there are: title"),
-        ("a.csv", "key,text\nk,a\nl\n", r"a\.csv, record 2 \(line 3\) has 1 cells"),
-        ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 4: broken CSV"),
+        ("a.csv", "key,text\nk,a\nl\n", r"a\.csv, line 3: it has 1 fields"),
+        ("a.csv", 'text\na\n"b\nc\n', r"a\.csv, line 3: it cannot be read as CSV: a quote is not closed"),
+        ("a.tsv", "key\ttext\nk\ta\tb\n", r"a\.tsv, line 2: it has 3 fields, but the header has 2"),
         ("a.parquet", "no", r"a\.parquet cannot be read as Parquet"),
-        ("a.md", "a dog", r"a\.md has none of the endings \.json, \.jsonl, \.jsonlines, \.csv, \.parquet, \.txt"),
+        ("a.md", "a dog", r"none of the endings \.csv, \.tsv, \.jsonl, \.jsonlines, \.json, \.parquet, \.txt"),
         ("splits.json", '{"train": 3}', r"splits\.json is not DCI's"),
         ("splits.json", '{"train": ["sa_1.json"]}', r"splits\.json names sa_1\.json, but .*/sa_1\.json does not exist"),
     ],
@@ -367,7 +387,7 @@ def test_a_broken_file_is_an_error_with_its_position(tmp_path, name, content, me
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.txt"])
 def test_other_encodings_are_errors(tmp_path, name):
     (tmp_path / name).write_bytes('text\n"dög"'.encode("latin-1"))
-    with pytest.raises(ValueError, match=rf"{name} is not UTF-8"):
+    with pytest.raises(ValueError, match=rf"{name}(, line 2: text)? is not UTF-8"):
         texts_of(tmp_path / name)
 
 

@@ -6,7 +6,6 @@ which fields have their texts.
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 from lotlip.core.files import not_a_file
 from lotlip.core.listing import files_below
 from lotlip.data.fields import listed, values_at
+from lotlip.data.rows import TABLES, CsvTable, as_name, has_object_lines, is_text
 
 # The fields of one text; the contents of several fields become the lines of one text.
 _Fields = tuple[str, ...]
@@ -44,6 +44,7 @@ _KNOWN: tuple[tuple[_Fields, ...], ...] = (
 _NAMES = ("key", "image", "image/key", "filename", "Image Path", "ImagePath", "image_path", "filepath", "id")
 
 _BATCH = 1024
+_LONGEST_CELL = 2**31 - 1  # characters of a text in a CSV file
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -61,12 +62,12 @@ class Text(NamedTuple):
 
 
 def read_texts(path: Path, fields: Sequence[str] = (), split: str | None = None) -> Iterator[Text]:
-    """The texts of a file or folder, in order. JSONL, CSV and Parquet are streamed; a JSON file is loaded at once.
+    """The texts of a file or folder, in order. JSONL, CSV and Parquet are streamed; any other JSON is loaded at once.
 
     Args:
-        path: a .json (a list of objects, a Karpathy split, one object, or DCI's `splits.json`), .jsonl (or .jsonlines),
-            .csv, .parquet or .txt (all of it is one text) file, or a folder of them: DCI's, Urban-1k's, IIW's, a
-            stage's partitions, or any folder in which all such files have one ending.
+        path: a table (`TABLES`; a .json file has a list of objects, an object per line, a Karpathy split, one object,
+            or DCI's `splits.json`), a .txt file (all of it is one text), or a folder of them: DCI's, Urban-1k's, IIW's,
+            a stage's partitions, or any folder in which all such files have one ending.
         fields: names of the fields to read, each a separate text; a dot leads into an object or (with a number, counted
             from 0) to an element of a list, and a list gives one text per element. If empty, the fields of the formats
             above.
@@ -89,7 +90,7 @@ def read_texts(path: Path, fields: Sequence[str] = (), split: str | None = None)
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
-    """The records of a .json (a list of objects, a Karpathy split, or one object), .jsonl or .jsonlines file, in order.
+    """The records of a .json (see `read_texts`), .jsonl or .jsonlines file, in order.
 
     Returns:
         Number, counted from 1, and record, which may be any JSON value.
@@ -98,7 +99,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         ValueError: the file does not exist, has another ending, or is broken.
     """
     with _readable(path):
-        yield from _READERS[path.suffix.lower()](path, _Query())
+        yield from _READERS[TABLES[path.suffix.lower()]](path, _Query())
 
 
 def dci_annotations(splits: Path, split: str | None = None) -> list[Path]:
@@ -196,7 +197,7 @@ def _read_file(path: Path, query: _Query, root: Path) -> Iterator[Text]:
         if ending == ".txt":
             yield _read_text(path, query, root)
         else:
-            yield from _record_texts(path, _READERS[ending](path, query), query)
+            yield from _record_texts(path, _READERS[TABLES[ending]](path, query), query)
 
 
 @contextmanager
@@ -218,7 +219,9 @@ def _read_text(path: Path, query: _Query, root: Path) -> Text:
     return Text(path.relative_to(root).with_suffix("").as_posix(), clean(path.read_text(encoding="utf-8-sig")))
 
 
-def _read_json(path: Path, _: _Query) -> Iterator[tuple[int, Any]]:
+def _read_json(path: Path, query: _Query) -> Iterator[tuple[int, Any]]:
+    if has_object_lines(path):
+        return _read_jsonl(path, query)
     data = _load(path, path.read_text(encoding="utf-8-sig"))
     if isinstance(data, dict):
         images = data.get("images")
@@ -238,31 +241,29 @@ def _read_jsonl(path: Path, _: _Query) -> Iterator[tuple[int, Any]]:
                 yield number, _load(path, line.rstrip(), number)
 
 
+_REMEDIES = {
+    "row": "put quotes around texts with separators, quotes or newlines",
+    "encoding": "convert the file to UTF-8",
+}
+
+
 def _read_csv(path: Path, query: _Query) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB, too little for long texts
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, strict=True)
-        try:
-            filled = filter(None, rows)  # a blank line is not a row
-            header = next(filled, [])
-            query.choose(path, header)  # an unknown header is an error even without rows
-            for number, row in enumerate(filled, start=1):
-                if len(row) != len(header):
-                    raise ValueError(
-                        f"{path}, record {number} (line {rows.line_num}) has {len(row)} cells, but the header has "
-                        f"{len(header)}; a text with commas, quotes or newlines needs quotes around it"
-                    )
-                yield number, dict(zip(header, row, strict=True))
-        except csv.Error as error:
-            raise ValueError(f"{path}, line {rows.line_num}: broken CSV ({error})") from error
+    try:
+        table = CsvTable(path, _LONGEST_CELL)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}") from error
+    query.choose(path, table.columns)  # an unknown header is an error even without rows
+    for number, row in enumerate(table.rows(table.columns), start=1):
+        if row.problem is not None:
+            problem, kind = row.problem
+            raise ValueError(f"{path}, line {row.number}: {problem}; {_REMEDIES[kind]}")
+        yield number, dict(zip(table.columns, row.values, strict=True))
 
 
 def _read_parquet(path: Path, query: _Query) -> Iterator[tuple[int, Any]]:
     """Reads only the needed columns: others may hold images."""
     import pyarrow as pa
     import pyarrow.parquet as pq
-
-    from lotlip.data.rows import is_text
 
     try:
         with pq.ParquetFile(path) as file:
@@ -288,13 +289,12 @@ def _read_parquet(path: Path, query: _Query) -> Iterator[tuple[int, Any]]:
 
 
 _READERS: Mapping[str, Callable[[Path, _Query], Iterator[tuple[int, Any]]]] = {
-    ".json": _read_json,
-    ".jsonl": _read_jsonl,
-    ".jsonlines": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    "csv": _read_csv,
+    "jsonl": _read_jsonl,
+    "json": _read_json,
+    "parquet": _read_parquet,
 }
-_ENDINGS = (*_READERS, ".txt")
+_ENDINGS = (*TABLES, ".txt")
 
 
 def _load(path: Path, text: str, line: int = 1) -> Any:
@@ -335,8 +335,6 @@ def _record_texts(path: Path, records: Iterator[tuple[int, Any]], query: _Query)
 
 def _name(record: Mapping[str, Any]) -> str:
     """The image's name that a record gives; "" if there is none."""
-    from lotlip.data.rows import as_name
-
     values = (record.get(name) for name in _NAMES)
     return next(filter(None, (as_name(value) for value in values if isinstance(value, str | int | float))), "")
 

@@ -220,12 +220,16 @@ class CsvTable:
 
     Fields are separated by tabs if the file's name ends in .tsv, else by commas, semicolons or tabs, whichever fits the
     first records best.
+
+    Args:
+        path: the file.
+        longest: characters of a field; a row with a longer one is invalid.
     """
 
     unit = "line"
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, longest: int = _LONGEST_FIELD) -> None:
+        self.path, self._longest = path, longest
         separators = "\t" if path.suffix.lower() == ".tsv" else ",;\t"
         self._separator = max(separators, key=self._fit)  # the first of equals
         with path.open("rb") as file:
@@ -287,7 +291,7 @@ class CsvTable:
 
         def lines() -> Iterator[str]:
             nonlocal place, line, ended
-            while data := file.readline(_LONGEST_LINE):
+            while data := file.readline(max(_LONGEST_LINE, self._longest)):
                 text = data.removeprefix(codecs.BOM_UTF8) if place == 0 else data
                 place += len(data)
                 line += 1
@@ -297,7 +301,7 @@ class CsvTable:
         reader = csv.reader(lines(), delimiter=self._separator)
         while True:
             start, first = place, line + 1
-            csv.field_size_limit(_LONGEST_FIELD)  # the limit is global to the process: other code may have changed it
+            csv.field_size_limit(self._longest)  # the limit is global to the process: other code may have changed it
             try:
                 fields = next(reader)
             except StopIteration:
