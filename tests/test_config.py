@@ -16,7 +16,7 @@ from lotlip.caption.config import PRESETS, TransformersCaptionerConfig
 from lotlip.config.moved import MOVED
 from lotlip.config.params import Params, checked_params, load_params
 from lotlip.core.compute import Compute, TrainingCompute
-from lotlip.core.section import ConfigError, merge
+from lotlip.core.section import ConfigError, Section, merge
 from lotlip.pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -176,6 +176,50 @@ def test_all_errors_are_in_one_list(tmp_path):
 )
 def test_a_value_out_of_range_is_an_error_stating_the_range(tmp_path, differences, line):
     assert errors_of(tmp_path, differences) == [line]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("parallel_stages", True, "compute.parallel_stages: Input should be a valid integer, .*, not 'true'"),
+        ("retry_delay_seconds", False, "compute.retry_delay_seconds: Input should be a valid number, .*, not 'false'"),
+        ("training", {"zero_stage": True}, "compute.training.zero_stage: Input should be 0, 1, 2 or 3, not 'true'"),
+        (
+            "ablations",
+            {"lotlip": {"processes": True}},
+            "compute.ablations.lotlip.processes: Input should be a valid int",
+        ),
+    ],
+)
+def test_a_boolean_is_no_number(tmp_path, key, value, line):
+    (error,) = errors_of(tmp_path, {"compute": {key: value}})
+    assert re.search(line, error)
+
+
+def test_no_number_of_any_section_takes_a_boolean():
+    """Neither alone nor in a list or mapping, also where another type is possible."""
+    sections = [Section]
+    for section in sections:
+        sections += section.__subclasses__()
+    numbers = 0
+    for section in sections:
+        for name, field in section.model_fields.items():
+            kinds = str(field.annotation)
+            if re.search(r"\b(int|float)\b", kinds) and not re.search(r"\bbool\b|\bAny\b", kinds):
+                for value in (True, [True], {"name": True}):
+                    with pytest.raises(ValidationError) as caught:
+                        section.model_validate({name: value})
+                    assert name in {error["loc"][0] for error in caught.value.errors()}, (section, name, value)
+                numbers += 1
+    assert numbers > 100
+
+
+def test_whole_numbers_may_be_floats_and_null_stays_null(tmp_path):
+    params = load(tmp_path, {"compute": {"parallel_stages": 2.0}, "pretrain": {"seeds": [0, 3.0], "samples": None}})
+    assert (params.compute.parallel_stages, params.pretrain.seeds, params.pretrain.samples) == (2, [0, 3], None)
+    assert params.compute.training.activation_checkpointing is False
+    (error,) = errors_of(tmp_path, {"compute": {"parallel_stages": 2.5}})
+    assert "compute.parallel_stages: Input should be a valid integer, got a number with a fractional part" in error
 
 
 def test_missing_keys_are_errors(tmp_path):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
@@ -33,9 +35,46 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    """A section of params.yaml: frozen; an unknown key is an error."""
+    """A section of params.yaml: frozen; an unknown key is an error, and so is a boolean where a number belongs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_booleans_as_numbers(cls, data: Any) -> Any:
+        """Replaces booleans by text, which numbers refuse; pydantic would take true for 1."""
+        if not isinstance(data, Mapping):
+            return data
+        numbers = _number_fields(cls)
+        return {name: _booleans_as_text(value) if name in numbers else value for name, value in data.items()}
+
+
+@cache
+def _number_fields(section: type[Section]) -> frozenset[str]:
+    """The fields of a section that take numbers, or lists or mappings of numbers, and nothing else but null."""
+    kinds = {name: {*_kinds(field.annotation)} - {NoneType} for name, field in section.model_fields.items()}
+    return frozenset(name for name, found in kinds.items() if found and found <= {int, float})
+
+
+def _kinds(annotation: Any) -> Iterator[Any]:
+    """The types of an annotation's values, such as int and NoneType for `dict[str, int] | None`."""
+    if get_origin(annotation) is Literal:
+        yield from map(type, get_args(annotation))
+    elif get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif parts := get_args(annotation):
+        for part in parts[1:] if get_origin(annotation) is dict else parts:
+            yield from _kinds(part)
+    else:
+        yield annotation
+
+
+def _booleans_as_text(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_booleans_as_text(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _booleans_as_text(item) for key, item in value.items()}
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 SectionT = TypeVar("SectionT", bound=Section)
