@@ -39,6 +39,7 @@ TRAININGS = ("pretrain@", "finetune@")
 DVC_PROGRAMS = ("dvc", "flows.runtime.dvc", "flows.runtime.lanes")
 STOPPING = "LOTLIP_STOPPING"  # set in the environment of a stage that DVC starts after a signal
 STOP_SECONDS = 30
+_PUSH_ADVICE = "Use `dvc push`"
 _PARTIAL_COPY = re.compile(r"\.[\w-]{22}\.tmp")  # as DVC names what it copies, until the copy is complete
 
 
@@ -284,6 +285,25 @@ def cache_trainings() -> None:
     cache._can_hash = can_hash_trainings
 
 
+def leave_out_push_advice() -> None:
+    """Leaves out that `dvc push` sends outputs to remote storage, which DVC prints after each run, if there is none."""
+    from dvc.ui import ui
+
+    write = ui.write
+
+    def write_if_possible(*objects: Any, **options: Any) -> None:
+        if not str(objects[0] if objects else "").startswith(_PUSH_ADVICE) or _has_remote():
+            write(*objects, **options)
+
+    ui.write = write_if_possible
+
+
+def _has_remote() -> bool:
+    from dvc.config import Config
+
+    return bool(Config.from_cwd(validate=False)["remote"])
+
+
 def match_git(root: Path) -> None:
     """Sets DVC's `core.no_scm` if the project is not a git repository, for example if it was downloaded as an archive.
 
@@ -398,6 +418,7 @@ def main(arguments: Sequence[str]) -> int:
         return INTERRUPTED
     if RUN_CACHE in os.environ:
         cache_trainings()
+    leave_out_push_advice()
     from dvc.cli import main as dvc
 
     status = dvc(list(arguments))

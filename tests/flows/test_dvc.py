@@ -218,6 +218,14 @@ def test_other_users_cannot_write_the_files_that_dvc_unpickles(project, tmp_path
 
 
 @pytest.mark.integration
+def test_pushing_is_advised_only_with_a_remote(project):
+    advice = "Use `dvc push`"
+    assert advice not in run(project, "-m", "flows.runtime.dvc", "repro").stdout
+    run(project, "-m", "dvc", "remote", "add", "--local", "store", str(project / "store"))
+    assert advice in run(project, "-m", "flows.runtime.dvc", "repro", "--force").stdout
+
+
+@pytest.mark.integration
 def test_a_project_without_git_runs_and_can_be_added_to_git_later(project):
     (project / ".dvc" / "config").write_text("")  # like the project's own, without git
     run(project, "-m", "flows.runtime.dvc", "repro")
