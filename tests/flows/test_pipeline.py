@@ -280,6 +280,11 @@ def restored_store(workspace: Workspace) -> str:
     return f"sqlite:///{workspace.folder}/rebuilt.db"
 
 
+def test_ablations_share_the_image_features_of_the_frozen_tower(reproduced: Workspace) -> None:
+    kept = (reproduced.folder / ".lotlip" / "features").rglob("*.safetensors")
+    assert [file.parent.name for file in kept] == ["scenes"]
+
+
 @pytest.mark.system
 def test_the_same_parameters_give_the_same_scores(reproduced: Workspace, previous_scores: dict[str, bytes]) -> None:
     after = (reproduced.folder / "metrics" / "lotlip.json").read_text()
