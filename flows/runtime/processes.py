@@ -49,6 +49,8 @@ def launch(module: str, arguments: Sequence[str], processes: int, settings: Laun
             "--ntasks-per-node=1",
             "--kill-on-bad-exit=1",
         ]
+        if cores := os.environ.get("SLURM_CPUS_PER_TASK"):
+            step.append(f"--cpus-per-task={cores}")  # since Slurm 22.05, srun does not inherit it from sbatch
         endpoint = f"{socket.gethostname()}:{settings.port}"  # sbatch runs its script on the first node
         return [*step, sys.executable, *_torchrun(processes, settings.nodes, endpoint), *program]
     if isinstance(settings, RendezvousLaunch):

@@ -85,9 +85,12 @@ def test_slurm_needs_an_allocation(monkeypatch):
     with pytest.raises(StageFailed, match=r"does not run in a Slurm allocation; submit infra/slurm/reproduce\.sbatch"):
         launch("m", ["x"], 32, how)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
     command = launch("m", ["x"], 32, how)
     assert command[0] == "srun" and {"--nodes=4", "--ntasks=4", "--ntasks-per-node=1"} <= set(command)
     assert {"--nnodes=4", "--nproc-per-node=8"} <= set(command)
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "96")
+    assert set(launch("m", ["x"], 32, how)) - set(command) >= {"--cpus-per-task=96"}
 
 
 def test_each_launch_has_its_own_rendezvous_and_one_machine_hosts_the_store():
