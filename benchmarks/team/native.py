@@ -312,11 +312,11 @@ class Team:
             words += ["--ro-bind-try", folder, folder]
         for entry in ETC:
             words += ["--ro-bind-try", f"/etc/{entry}", f"/etc/{entry}"]
+        for folder in spec["tmpfs"]:  # before the environment, which may be below one of them
+            words += ["--tmpfs", folder]
         for folder in dict.fromkeys((sys.base_prefix, sys.prefix)):
             words += ["--ro-bind", folder, folder]
         words += ["--ro-bind", str(ROOT), "/opt/lotlip"]
-        for folder in spec["tmpfs"]:
-            words += ["--tmpfs", folder]
         for volume in spec.get("volumes", []):
             source, target, *mode = volume.split(":")
             if machine and not mode:

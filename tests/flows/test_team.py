@@ -7,10 +7,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
-from benchmarks.team.native import missing_programs
+from benchmarks.team.native import Team, missing_programs
 from tests.tiny_pipeline import ROOT
 
 pytestmark = pytest.mark.system
@@ -39,3 +40,18 @@ def test_pools_access_control_and_backups_work(tmp_path: Path):
     ]
     logs = "".join(file.read_text(errors="replace") for file in (tmp_path / "team/logs").iterdir())
     assert not [value for value in secrets if len(value) > 20 and value in logs + done.stdout + done.stderr]
+
+
+def test_services_see_an_environment_below_tmp_and_nothing_else_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    if missing := missing_programs():
+        pytest.skip(f"install {', '.join(missing)}")
+    with TemporaryDirectory(dir="/tmp") as project:
+        prefix = Path(project, ".venv")
+        prefix.mkdir()
+        (prefix / "weed").touch()
+        monkeypatch.setattr(sys, "prefix", str(prefix))
+        team = Team(tmp_path / "team")
+        sandbox = team._sandbox("seaweedfs", team.file["services"]["seaweedfs"])
+        command = [*sandbox, "--", "find", "/tmp", "-mindepth", "1"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert sorted(found.split()) == [project, str(prefix), str(prefix / "weed")]
