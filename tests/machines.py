@@ -72,12 +72,12 @@ class Machine:
         assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
         return done.stdout
 
-    def serve(self, name: str, *command: str) -> None:
+    def serve(self, name: str, *command: str, environment: Mapping[str, str] = os.environ) -> None:
         """Starts a server, which ends with the machine and writes to the file `NAME.log`."""
         with (self.folder / f"{name}.log").open("ab") as log:
             server = subprocess.Popen(
                 self.inside(command),
-                env=with_sbin(os.environ),
+                env=with_sbin(environment),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

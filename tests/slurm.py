@@ -81,6 +81,10 @@ class Cluster:
             return False
         return True
 
+    def state(self, job: str) -> str:
+        """Returns the state of a job."""
+        return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
+
     def wait_for_job(self, job: str, log: Path, sooner: Callable[[], bool] = lambda: False) -> None:
         """Waits until a job has succeeded, or until `sooner` returns true.
 
@@ -88,16 +92,13 @@ class Cluster:
             AssertionError: it failed, or took too long.
         """
 
-        def state() -> str:
-            return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
-
         def told() -> str:
             written = log.read_text()[-8000:] if log.is_file() else ""
-            return f"{''.join(machine.logs() for machine in self.machines)}\njob {job} is {state()}:\n{written}"
+            return f"{''.join(machine.logs() for machine in self.machines)}\njob {job} is {self.state(job)}:\n{written}"
 
         running = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED")
-        wait_until(lambda: sooner() or state() not in running, told, JOB_SECONDS)
-        assert sooner() or state() == "COMPLETED", told()
+        wait_until(lambda: sooner() or self.state(job) not in running, told, JOB_SECONDS)
+        assert sooner() or self.state(job) == "COMPLETED", told()
 
 
 @contextmanager
