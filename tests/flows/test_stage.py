@@ -431,3 +431,18 @@ def test_parameters_are_those_of_the_item(monkeypatch: pytest.MonkeyPatch) -> No
     found = parameters("pretrain", "long-clip")
     assert found["ablations.long-clip"] is None and found["finetune.long-clip"]["init_from"] == "lit"
     assert parameters("pretrain", "lotlip-m4")["ablations.lotlip-m4"] == {"text": {"corner_tokens": 4}}
+
+
+@pytest.mark.integration
+def test_prefects_own_client_can_ask_the_server(prefect_api: dict[str, str]):
+    """Its filters are null unless set; Prefect's command line and its workers depend on it."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    settings = {PREFECT_API_URL: "PREFECT_API_URL", PREFECT_API_AUTH_STRING: "PREFECT_API_AUTH_STRING"}
+    with (
+        temporary_settings({setting: prefect_api[name] for setting, name in settings.items()}),
+        get_client(sync_client=True) as client,
+    ):
+        for answer in (client.read_flows(), client.read_flow_runs(), client.read_deployments()):
+            assert isinstance(answer, list)
