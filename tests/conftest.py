@@ -86,6 +86,24 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+# What runs in a checkout with a Prefect server, apart from system tests. One worker takes these files, so that one
+# server starts. It needs 8 s of a core to start, and 2 % of one while it runs.
+WITH_PREFECT = ("tests/flows/test_caption.py", "tests/flows/test_pipeline.py", "tests/flows/test_stage.py")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Gives whole files to workers, and the files of `WITH_PREFECT` to the same one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "with prefect" if file in WITH_PREFECT else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """Runs a test without tracing if it was not chosen for it.
