@@ -22,7 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.trainers import BpeTrainer
 
 import lotlip.data
-from lotlip.data.tokenizer import TextTokenizer, count_tokens, token_counts, used_tokens, word_pieces
+from lotlip.data.tokenizer import TextTokenizer, copy_of, count_tokens, token_counts, used_tokens, word_pieces
 
 CLS, SEP, PAD, WORDS = 101, 102, 0, 30522  # of bert-base-uncased
 
@@ -410,6 +410,19 @@ def test_saving_and_loading_do_not_change_the_ids(family, saved_folder, text):
         plain = word_pieces(str(place)).encode(text, add_special_tokens=False)
         assert plain.ids == plain_tokenizer(family).encode(text, add_special_tokens=False).ids
     assert used_tokens(str(folder), [text]) == used_tokens(str(family), [text])
+
+
+@pytest.mark.parametrize("family", FAMILIES, indirect=True)
+def test_a_copy_has_the_same_file(family):
+    pieces = word_pieces(str(family))
+    assert copy_of(pieces).to_str() == pieces.to_str()
+
+
+def test_a_copy_keeps_ids_with_gaps():
+    pieces = Tokenizer(WordLevel({"a": 0, "[UNK]": 1, "b": 5}, "[UNK]"))
+    pieces.add_tokens(["second", AddedToken("a", single_word=True), AddedToken("[first]", special=True)])
+    assert copy_of(pieces).to_str() == pieces.to_str()
+    assert copy_of(pieces).get_vocab() == pieces.get_vocab()
 
 
 def test_a_tokenizer_can_be_pickled():

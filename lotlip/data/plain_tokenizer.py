@@ -17,7 +17,7 @@ from tokenizers.normalizers import Sequence as Steps
 
 from lotlip.core.files import read_json, sha256_json
 from lotlip.data.text import SentenceEnds, join_sub_captions
-from lotlip.data.tokenizer import CLIP, TextTokenizer, tokenizer_file, word_pieces
+from lotlip.data.tokenizer import CLIP, TextTokenizer, copy_of, tokenizer_file, word_pieces
 
 Family = Literal["bert", "clip", "siglip"]
 # Tokens that only these families have.
@@ -177,7 +177,7 @@ def _prepared(pieces: Tokenizer) -> Tokenizer:
     big_vision); SigLIP 2 lowers case. Some files of these tokenizers do so, and others leave it to their library.
     CLIP's word pieces include the names of its start and end tokens, so these are removed from captions.
     """
-    tokenizer = Tokenizer.from_str(pieces.to_str())
+    tokenizer = copy_of(pieces)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True

@@ -71,6 +71,23 @@ def word_pieces(name: str) -> Tokenizer:
     return tokenizer
 
 
+@lru_cache(maxsize=8)
+def _have_gap(pieces: Tokenizer) -> bool:
+    """Whether the ids of word pieces are not 0, 1, 2, …."""
+    ids = pieces.get_vocab(with_added_tokens=True).values()
+    return max(ids) >= len(ids)
+
+
+def copy_of(pieces: Tokenizer) -> Tokenizer:
+    """A tokenizer whose steps may be replaced. It shares the model with `pieces`, because reading one takes long."""
+    tokenizer = Tokenizer(pieces.model)
+    for step in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        if (value := getattr(pieces, step)) is not None:
+            setattr(tokenizer, step, value)
+    tokenizer.add_tokens([token for _, token in sorted(pieces.get_added_tokens_decoder().items())])  # in order of ids
+    return tokenizer
+
+
 def tokenizer_file(name: str) -> Path:
     """The `tokenizer.json` of a name as `word_pieces` takes it, unless it is "clip"; it may not exist."""
     file = Path(str(files("lotlip.data"))) / name / "tokenizer.json" if name in BUNDLED else Path(name)
@@ -173,8 +190,8 @@ class TextTokenizer:
                 f"context_length {context_length} has no room for words beside {self._special['cls']}, "
                 f"{self._special['sep']} and {len(self._extra)} corner and register tokens; raise it"
             )
-        ids = pieces.get_vocab(with_added_tokens=True)
-        if self._extra and (max(ids.values()) >= len(ids) or not ids.keys().isdisjoint(self._extra)):
+        taken = any(pieces.token_to_id(token) is not None for token in self._extra)
+        if self._extra and (taken or _have_gap(pieces)):
             raise ValueError(
                 f"tokenizer {name!r} has no place for {', '.join(self._extra)}: its ids must be 0, 1, 2, … "
                 "without a gap, and none of its tokens may have one of these names"
@@ -248,8 +265,8 @@ class TextTokenizer:
     @property
     def special_ids(self) -> list[int]:
         """Ids of special, corner and register tokens."""
-        ids = self._tokenizer.get_vocab(with_added_tokens=True)
-        return [ids[name] for name in (*self._special.values(), *self._extra)]
+        ids = [self._tokenizer.token_to_id(name) for name in (*self._special.values(), *self._extra)]
+        return [number for number in ids if number is not None]
 
     def token(self, number: int) -> str | None:
         """The token that has this id; None where none has."""
@@ -323,7 +340,7 @@ def _with_ours(pieces: Tokenizer, special: dict[str, str], extra: list[str], sen
         sentence_ends: what becomes [SEP]. Each value includes the full stop, which the steps below rely on.
     """
     end = SENTENCE_ENDS[sentence_ends]
-    tokenizer = Tokenizer.from_str(pieces.to_str())
+    tokenizer = copy_of(pieces)
     own, sep = pieces.normalizer, special["sep"]
     added = {token.content: token for token in pieces.get_added_tokens_decoder().values()}
     moved = sorted(
