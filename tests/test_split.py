@@ -106,4 +106,5 @@ if __name__ == "__main__":  # as `two_process_steps` starts it
     tower, shards, pixels, out = map(Path, sys.argv[1:])
     initialise_processes(TrainingCompute(processes=2))
     one_step(TinyWorld(tower, shards, pixels, {}), out, 2)
+    assert "torch._inductor.compile_fx" not in sys.modules  # takes 2 s to import
     torch.distributed.destroy_process_group()

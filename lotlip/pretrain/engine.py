@@ -300,13 +300,18 @@ def _surrogate_loss(output: Mapping[str, Tensor], features: Mapping[str, Tensor]
 
 
 def import_deepspeed() -> Any:
-    """Imports DeepSpeed without MLflow, which its autotuner imports: a fifth of the start-up time."""
+    """Imports DeepSpeed without MLflow, which its autotuner imports: a fifth of the start-up time.
+
+    DeepSpeed may not compile functions: ZeRO imports its Muon optimizer, for whose functions torch would import its
+    compiler, which takes 2 s.
+    """
     absent = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]
     try:
         import deepspeed
     finally:
         if absent:
             del sys.modules["mlflow"]
+    sys.modules["deepspeed.runtime.compiler"].compile = lambda: lambda function: function  # type: ignore[attr-defined]
     return deepspeed
 
 
