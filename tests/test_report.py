@@ -261,7 +261,15 @@ def inputs(project):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leaves figures out, nine tenths of a report's time, where words and tables are tested."""
-    monkeypatch.setattr("lotlip.figures.charts.render", lambda slug, size, *draws: ("", b""))
+    draw_only(monkeypatch)
+
+
+def draw_only(monkeypatch, *slugs):
+    """Leaves all other figures out."""
+    monkeypatch.setattr(
+        "lotlip.figures.charts.render",
+        lambda slug, size, *draws: render(slug, size, *draws) if slug in slugs else ("", b""),
+    )
 
 
 def tables(inputs):
@@ -484,8 +492,9 @@ def test_a_figures_x_axis_is_the_sum_of_its_keys(project):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("x_scale", ["linear", "log"])
-def test_data_scale_is_in_images(tmp_path, x_scale):
+def test_data_scale_is_in_images(tmp_path, monkeypatch, x_scale):
     """Of 8,000 training images."""
+    draw_only(monkeypatch, "scenes-scale")
     scales = {"small": {"samples": 0.125}, "thousands": {"samples": 2000}, "half": {"samples": 0.5}, "gamma": {}}
     figure = {"kind": "scores", "x": "samples", "x_label": "training images", "x_scale": x_scale}
     declared = {"title": "Data scale", "rows": list(scales), "columns": ["samples", "long"], "figure": figure}
@@ -584,11 +593,13 @@ SERIES = {"gamma": {}, "iota": {"text": {"context_length": 192}}, "kappa": {"tex
 
 @pytest.fixture(scope="module")
 def series(tmp_path_factory):
-    """A project whose ablations differ in the context length, and its report."""
+    """A project whose ablations differ in the context length, and its report with one figure."""
     root, params = tmp_path_factory.mktemp("series"), make_params(ablations=ABLATIONS | SERIES)
     write_project(root, params, flops=LENGTHS)
     inputs = load_inputs(params, root)
-    return inputs, build_report(inputs, root / "report").parent
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch, "scenes-context-length")
+        return inputs, build_report(inputs, root / "report").parent
 
 
 def made(tmp_path, ablations, flops=LENGTHS, metrics=metrics_of, **changes):
@@ -649,13 +660,14 @@ def test_cost_is_on_the_page_and_in_files(series):
 
 
 @pytest.mark.slow
-def test_one_context_length_has_a_cost_and_no_recall(tmp_path):
+def test_one_context_length_has_a_cost_and_no_recall(tmp_path, monkeypatch):
     inputs = made(tmp_path, {"gamma": {}, "theta": ABLATIONS["theta"]})
     (figure,) = context_figures(inputs)
     assert (figure.slug, figure.title) == ("context-length", "Context length: cost")
     words = drawn_words(figure)
     assert words.count("context length, tokens") == 1 and "512" in words
     assert not any("R@1" in word for word in words) and "ecall" not in figure.note
+    draw_only(monkeypatch)
     assert "scenes-context-length" not in [t.slug for t in tables(inputs)]
     text = build_report(inputs, tmp_path / "report").read_text()
     assert "Context length: cost" in text and "recall and cost" not in text
@@ -755,7 +767,7 @@ def reading_of(place, seed):
 
 
 @pytest.mark.slow
-def test_reading_to_the_end_is_drawn_and_told(tmp_path):
+def test_reading_to_the_end_is_drawn_and_told(tmp_path, monkeypatch):
     params = make_params()
     write_project(tmp_path, params)
     for place, name in enumerate(params.ablations):
@@ -774,6 +786,7 @@ def test_reading_to_the_end_is_drawn_and_told(tmp_path):
     assert "(11 word pieces on average) and with all sentences (55)" in lengths.note
     assert "LoTLIP 0.0 % and 66.7 %" in lengths.note
     assert "Retrieval is among 1,000 images." in lengths.note
+    draw_only(monkeypatch, hard.slug, lengths.slug)
     report = build_report(inputs, tmp_path / "report").parent
     for figure in (hard, lengths):
         assert (report / "figures" / f"{figure.slug}.png").stat().st_size > 0
@@ -794,11 +807,12 @@ def test_without_counted_operations_nothing_is_said_of_them(inputs, report):
 
 
 @pytest.mark.slow
-def test_recall_is_drawn_without_cost(tmp_path):
+def test_recall_is_drawn_without_cost(tmp_path, monkeypatch):
     inputs = made(tmp_path, SERIES, flops=())
     (figure,) = context_figures(inputs)
     assert figure.title == "Context length: recall"
     assert "GFLOPs per text" not in drawn_words(figure) and "Cost" not in figure.note
+    draw_only(monkeypatch)
     assert "flops_per_text" not in [column.key for column in table(inputs, "context-length").columns]
     assert "GFLOP" not in build_report(inputs, tmp_path / "report").read_text()
 
@@ -1061,7 +1075,7 @@ def test_metrics_of_another_configuration_are_named(tmp_path):
     assert table(inputs, "corner-tokens").rows[1][1].text == "3"
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("without_figures")
 def test_several_benchmarks_repeat_the_tables(tmp_path):
     params = make_params(
         evaluate={"benchmarks": {"scenes": {"kind": "scenes", "size": 100}, "own": {"kind": "held-out"}}}
@@ -1429,7 +1443,9 @@ def files_of_a_launched_run(root, **training):
     few = {name: ABLATIONS[name] for name in ("alpha", "gamma")}
     params = make_params(ablations=few, compute={"training": training})
     write_project(root, params)
-    report = build_report(load_inputs(params, root), root / "report").parent
+    with pytest.MonkeyPatch.context() as patch:
+        draw_only(patch)  # figures show numbers that the tables have, too
+        report = build_report(load_inputs(params, root), root / "report").parent
     return {path.relative_to(report): path.read_bytes() for path in report.rglob("*") if path.is_file()}
 
 
