@@ -30,6 +30,7 @@ def reproduced(make_workspace) -> Workspace:
     longer = yaml.safe_load((workspace.folder / "params.yaml").read_text())["finetune"]["long-clip"]
     workspace.change(tiny)
     workspace.change(lambda params: params.update(finetune={"long-clip": longer}))
+    workspace.change(lambda params: params["caption"]["captioners"].pop("instructblip"))
     workspace.output = workspace.python("flows.reproduce", alone=True).stdout
     return workspace
 
@@ -85,9 +86,9 @@ def test_every_flow_and_unit_is_in_prefect(reproduced: Workspace) -> None:
         ).fetchall()
         units = store.execute("select count(*) from task_run where state_type = 'COMPLETED'").fetchone()[0]
     single_runs = dict.fromkeys(("baselines", "image-tower", "ingest", "report", "shard"), 1)
-    assert {name: count for name, _, count in flows} == {**single_runs, "caption": 3, "evaluate": 3, "pretrain": 3}
+    assert {name: count for name, _, count in flows} == {**single_runs, "caption": 2, "evaluate": 3, "pretrain": 3}
     assert {state for _, state, _ in flows} == {"COMPLETED"}
-    assert units == 5 + 3 * 5 + 4 + 3  # partitions, partitions of each captioner, shards, benchmark of each ablation
+    assert units == 5 + 2 * 5 + 4 + 3  # partitions, partitions of each captioner, shards, benchmark of each ablation
 
 
 def test_mlflow_has_a_run_for_each_ablation_and_seed(reproduced: Workspace) -> None:
@@ -253,9 +254,8 @@ def test_a_changed_parameter_runs_dependent_stages(reproduced: Workspace) -> Non
         reproduced.change(lambda params: params["report"].update(title="another"))
         assert stale() == {"report"}
         reproduced.change(lambda params: params["ablations"]["lit"].update(steps=5))
-        # evaluate@lit and finetuned ablations become stale when the model has changed
-        assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params.update(compute={"workers": 1}))
+        # evaluate@lit and finetuned ablations become stale when the model has changed
         assert stale() == {"pretrain@lit", "report"}
         reproduced.change(lambda params: params["caption"]["captioners"]["llava"].update(omission=0.5))
         assert {"caption@llava", "shard"} <= stale()
