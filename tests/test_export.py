@@ -192,11 +192,11 @@ def test_an_export_to_open_clip_keeps_the_features(kind: str, tmp_path: Path) ->
 # --- ONNX -----------------------------------------------------------------------------------------------------------
 
 
-def save_with_new_text_tower(folder: Path, text: dict[str, Any]) -> Path:
+def save_with_new_text_tower(folder: Path, text: dict[str, Any], resize: str = "crop") -> Path:
     """A model of this project's default kind: a BERT-like text tower and an image tower of timm."""
     config = LotlipConfig(
         text_config={**TEXT, **text, "vocab_size": 30522 + CORNERS},
-        image_config=ImageTowerSpec("test_vit", 32).to_json(),
+        image_config=ImageTowerSpec("test_vit", 32, resize=resize).to_json(),
         embed_dim=64,
         context_length=32,
         corner_tokens=CORNERS,
@@ -227,8 +227,10 @@ def test_an_export_to_onnx_keeps_the_features(kind: str, tmp_path: Path, monkeyp
 
     if kind == "siglip":
         monkeypatch.setattr("lotlip.exporting.onnx._LARGEST_FILE", 0)  # puts the weights into a second file
-    if kind in ("bert", "modernbert"):
-        ours = save_with_new_text_tower(tmp_path, {} if kind == "bert" else MODERN)
+    if kind == "bert":
+        ours = save_with_new_text_tower(tmp_path, {}, resize="pad")
+    elif kind == "modernbert":
+        ours = save_with_new_text_tower(tmp_path, MODERN)
     else:
         ours = save_tiny(kind, tmp_path, registers=1)
     out = tmp_path / "out"
@@ -253,6 +255,10 @@ def test_an_export_to_onnx_keeps_the_features(kind: str, tmp_path: Path, monkeyp
     about = read_json(out / "export.json")
     assert about["logit_scale"] == pytest.approx(model.scale.item())
     assert about["logit_bias"] == (0 if model.logit_bias is None else pytest.approx(model.logit_bias.item()))
+    pads = kind == "bert"
+    assert (about["image"]["resize"] == "pad") == pads
+    assert (out / "preprocessor_config.json").exists() != pads
+    assert ("transformers cannot pad" in (out / "README.md").read_text()) == pads
 
 
 # --- without this package -------------------------------------------------------------------------------------------
@@ -400,15 +406,6 @@ def test_a_clip_without_the_corner_mask_is_exported(tmp_path: Path) -> None:
     ours = save_tiny("clip", tmp_path, change=without_mask)
     export(ours, "transformers", tmp_path / "out")
     assert_exported_to_transformers(ours, tmp_path / "out", CLIPModel)
-
-
-@pytest.mark.integration
-def test_onnx_exports_describe_padding(tmp_path: Path) -> None:
-    ours = save_tiny("clip", tmp_path, change=change_image(resize="pad"))
-    export(ours, "onnx", tmp_path / "out")
-    assert read_json(tmp_path / "out" / "export.json")["image"]["resize"] == "pad"
-    assert not (tmp_path / "out" / "preprocessor_config.json").exists()
-    assert "transformers cannot pad" in (tmp_path / "out" / "README.md").read_text()
 
 
 @pytest.mark.slow

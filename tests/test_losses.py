@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from torch.nn.functional import cross_entropy, layer_norm, logsigmoid, multi_hea
 from lotlip.objectives.conditioned import TextQueries, choose_partners, conditioned_loss, conditioned_scores
 from lotlip.objectives.contrastive import OBJECTIVES, lotlip_loss, principal_components
 from lotlip.objectives.similarity import late_interaction
+from tests.training import ROOT
 
 SCALE = torch.tensor([2.0])
 BIAS = torch.tensor([-0.5])
@@ -704,10 +707,11 @@ def _process(rank: int, folder: str) -> None:
 
 
 @pytest.mark.integration
-def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
+def test_two_processes_have_the_loss_and_the_gradients_of_one(forked, tmp_path):
     lengths = random_tokens()[2].sum(dim=-1)
     assert lengths[:4].max() > lengths[4:].max(), "the two processes must have texts of different lengths"
-    torch.multiprocessing.spawn(_process, (str(tmp_path),), nprocs=2)
+    launcher = ["-m", "flows.runtime.local_launch", "2"]
+    subprocess.run([sys.executable, *launcher, "tests.test_losses", str(tmp_path)], cwd=ROOT, check=True)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     for variant, size in first:
         one = loss_and_gradients(variant, slice(0, 8))
@@ -717,3 +721,7 @@ def test_two_processes_have_the_loss_and_the_gradients_of_one(tmp_path):
             mean = (first[variant, size][name] + second[variant, size][name]) / 2
             torch.testing.assert_close(mean, expected, atol=1e-6, rtol=1e-6, msg=lambda m: f"{variant}, {name}: {m}")  # noqa: B023
         assert torch.equal(first[variant, size]["loss"], second[variant, size]["loss"])
+
+
+if __name__ == "__main__":  # as the test above starts it
+    _process(int(os.environ["RANK"]), sys.argv[1])
