@@ -86,6 +86,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_unconfigure() -> None:
+    """Lets the interpreter collect everything at its end; otherwise triton prints what it leaked."""
+    gc.unfreeze()
+
+
 # What runs in a checkout with a Prefect server, apart from system tests. One worker takes these files, so that one
 # server starts. It needs 8 s of a core to start, and 2 % of one while it runs.
 WITH_PREFECT = ("tests/flows/test_caption.py", "tests/flows/test_pipeline.py", "tests/flows/test_stage.py")
