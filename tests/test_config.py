@@ -713,6 +713,10 @@ def test_a_table_with_a_reserved_name_is_an_error(tmp_path):
         ({"lit": "lotlib"}, "findings.lit: no ablation 'lotlib'; did you mean 'lotlip'? (there are: lotlip)"),
         ({"registers": ["lotlip", "r"]}, "findings.registers: no ablation 'r' (there are: lotlip)"),
         ({"lit_lng": "lotlip"}, "findings.lit_lng: unknown key; did you mean 'lit_long'?"),
+        (
+            {"benchmarks": ["mien"]},
+            "findings.benchmarks: no benchmark 'mien'; did you mean 'mine'? (there are: mine)",
+        ),
     ],
 )
 def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findings, line):

@@ -255,8 +255,35 @@ def test_held_out_images_have_their_captions(held_out):
     assert bench.prompts is None and bench.max_unseen_tokens is None
 
 
-def test_the_order_of_captioners_does_not_matter(held_out):
-    settings = HeldOutBenchmarkConfig(kind="held-out")
+def test_long_texts_can_be_windows_as_in_training(tmp_path, tiny_samples):
+    paths = Paths(ingest=tmp_path / "ingest", captions=tmp_path / "captions")
+    samples = tiny_samples[:6]
+    unit = Unit("test", 0, tuple(sample.key for sample in samples))
+    write_partition(unit, [record(sample) for sample in samples], paths.ingest)
+    for name, parts in {"llava": ["a", "b", "c", "d"], "gpt": ["e", "f"]}.items():
+        described = [replace(caption(sample, name, 5), sub_captions=parts) for sample in samples]
+        write_captions(unit.name, described, len(described), paths.captions / name)
+
+    def open_with(**settings):
+        config = HeldOutBenchmarkConfig(kind="held-out", sub_captions=2, **settings)
+        return open_benchmark("mine", config, paths, ["llava", "gpt"])
+
+    bench = open_with()
+    texts = bench.retrieval["long"].texts
+    assert set(texts) <= {"a. b.", "b. c.", "c. d.", "e. f."} and len(set(texts)) > 1
+    assert open_with().retrieval == bench.retrieval
+    first = open_with(size=4)
+    assert len(first.images) == 4 and first.retrieval["long"].texts == texts[:4]
+    assert first.retrieval["short"].texts == bench.retrieval["short"].texts[:4]
+    assert len(list(encoded_images(first))) == 4
+    message = r"the split 'test' has 6 images, but evaluate\.benchmarks\.mine\.size is 7; lower it, or raise"
+    with pytest.raises(ValueError, match=message):
+        open_with(size=7)
+
+
+@pytest.mark.parametrize("sub_captions", [None, 1])
+def test_the_order_of_captioners_does_not_matter(held_out, sub_captions):
+    settings = HeldOutBenchmarkConfig(kind="held-out", sub_captions=sub_captions)
     first = open_benchmark("mine", settings, held_out.paths, ["llava", "gpt"])
     assert open_benchmark("mine", settings, held_out.paths, ["gpt", "llava"]).retrieval == first.retrieval
 

@@ -22,7 +22,7 @@ from lotlip.report.measures import LONG, Measure
 from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
 from lotlip.report.significance import holm, p_value
-from lotlip.report.verdicts import tally
+from lotlip.report.verdicts import note, tally
 from tests.test_report import Page, make_params, read_csv, write_project
 
 BASELINE = {"text": {"corner_tokens": 0}, "long_texts": {"sub_captions": 0}}
@@ -320,6 +320,36 @@ def test_the_best_is_chosen_on_the_validation_split_and_tested_on_the_others(tmp
     best = tested["better-than-long-texts-at-best-share", "long"]
     assert best.weights == {"base-equal": 1.0, "longs-s90": -1.0} and best.compares.endswith(", chosen on chosen")
     assert {tuple(one.benchmarks) for one in tested.values()} == {("scenes",)}
+
+
+def test_findings_are_tested_on_the_declared_benchmarks_that_have_the_measure(tmp_path):
+    benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "captions": {"kind": "held-out"}}
+
+    def tested(names):
+        params = paper_params(evaluate={"benchmarks": benchmarks})
+        params = params.model_copy(update={"findings": params.findings.model_copy(update={"benchmarks": names})})
+        write_scores(tmp_path, params)
+        for name in params.names:
+            path = tmp_path / params.paths.metrics / f"{name}.json"
+            data = json.loads(path.read_text())
+            data["benchmarks"]["captions"] = json.loads(json.dumps(data["benchmarks"]["scenes"]))
+            for scores in data["benchmarks"]["captions"]["seeds"].values():
+                del scores["classification.top1"]
+                if name == "base-equal":
+                    scores["short.text_to_image.r1"] += 0.3
+            path.write_text(json.dumps(data))
+        found = evaluate_findings(load_inputs(params, tmp_path))
+        best = next(one for one in found if one.finding.slug == "better-than-long-texts-at-best-share")
+        return {one.measure.slug: tuple(one.benchmarks) for one in found}, best, note(found)
+
+    declared, best, text = tested(["captions"])
+    assert declared == {"long": ("captions",), "short": ("captions",), "classification": ("scenes",)}
+    assert best.weights["base-equal"] == 1.0  # chosen on the same benchmark
+    assert text.endswith("Benchmarks: long text: captions; short text: captions; classification: scenes.")
+    other, best, _ = tested(["scenes"])
+    assert other == {"long": ("scenes",), "short": ("scenes",), "classification": ("scenes",)}
+    assert best.weights["base"] == 1.0
+    assert tested([])[0]["long"] == ("scenes", "captions")
 
 
 def test_the_shown_share_of_the_loss_is_the_one_that_trains(whole):

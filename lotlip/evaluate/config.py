@@ -30,6 +30,14 @@ class HeldOutBenchmarkConfig(Section):
 
     kind: Literal["held-out"]
     split: Literal["val", "test"] = Field("test", description="split whose images are used")
+    size: Count | None = Field(
+        None, description="number of images, from the first of the split; fewer are an error; null: all"
+    )
+    sub_captions: Count | None = Field(
+        None,
+        description="number of consecutive sub-captions in a long text, which is drawn from the captions of all "
+        "captioners like the long texts of training; null: the image's longest caption in full",
+    )
 
 
 PARTIAL_RUN = "-partial"  # suffix of the name that scores of a partial run are stored under

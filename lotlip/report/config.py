@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -122,17 +122,26 @@ class FindingsConfig(Section):
         "preserved; 0: every difference matters",
     )
 
+    benchmarks: list[Name] = Field(
+        default_factory=list,
+        description="benchmarks whose mean scores test the findings, for the measures that one of them has; for the "
+        "other measures, or if empty, all benchmarks",
+    )
+
     def roles(self) -> Iterator[tuple[str, list[str]]]:
         """Yields each role and its ablations."""
         for role in type(self).model_fields:
-            if role == "margin":
+            if role in ("margin", "benchmarks"):
                 continue
             given = getattr(self, role)
             yield role, given if isinstance(given, list) else [given] if given else []
 
 
 def declaration_problems(
-    tables: Mapping[str, TableConfig], findings: FindingsConfig, ablations: Mapping[str, Section]
+    tables: Mapping[str, TableConfig],
+    findings: FindingsConfig,
+    ablations: Mapping[str, Section],
+    benchmarks: Sequence[str],
 ) -> list[str]:
     """Lists the problems of the declared tables and findings, one line each.
 
@@ -140,11 +149,16 @@ def declaration_problems(
         tables: name → table.
         findings: role → ablations.
         ablations: name → resolved training settings.
+        benchmarks: names of the benchmarks.
     """
     settings = {name: flatten(config.model_dump(mode="json")) for name, config in ablations.items()}
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
     names: list[tuple[str, str]] = [(f"findings.{role}", name) for role, given in findings.roles() for name in given]
-    problems = []
+    problems = [
+        f"findings.benchmarks: no benchmark {name!r}{nearest(name, benchmarks)} (there are: {', '.join(benchmarks)})"
+        for name in findings.benchmarks
+        if name not in benchmarks
+    ]
     for slug, table in tables.items():
         place, figure = f"tables.{slug}", table.figure
         if slug in RESERVED:

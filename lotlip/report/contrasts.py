@@ -36,12 +36,21 @@ class Roles:
         return ablation.config.steps + (self.steps(start) if start else 0)
 
     def testing(self, benchmarks: Sequence[str]) -> list[str]:
-        """Returns the benchmarks that findings are tested on: all but those of the validation split, unless all are."""
-        return [name for name in benchmarks if name not in self._validation] or list(benchmarks)
+        """Returns the benchmarks that findings are tested on: all but those of the validation split, unless all are.
+
+        Of these, only those of `findings.benchmarks` if any is among them.
+        """
+        return self._declared([name for name in benchmarks if name not in self._validation] or list(benchmarks))
 
     def choosing(self, benchmarks: Sequence[str]) -> list[str]:
-        """Returns the benchmarks that the best ablation is chosen on: a validation split's, or all if none is."""
-        return [name for name in benchmarks if name in self._validation or not self._validation]
+        """Returns the benchmarks that the best ablation is chosen on: a validation split's, else those of the test."""
+        return (
+            [name for name in benchmarks if name in self._validation] if self._validation else self.testing(benchmarks)
+        )
+
+    def _declared(self, benchmarks: list[str]) -> list[str]:
+        declared = self.inputs.params.findings.benchmarks
+        return [name for name in benchmarks if name in declared] or benchmarks
 
     @property
     def choice(self) -> str:
