@@ -52,7 +52,8 @@ def tiny(params: dict[str, Any]) -> None:
     }
     params["compute"] = {"parallel_stages": 2, "training": {"log_every": 2, "max_final_loss_share": 2.0}}
     params["pretrain"]["text"]["config"] = dict(TINY_TEXT)
-    params["evaluate"]["benchmarks"]["scenes"] |= {"size": 60, "max_unseen_tokens": 1.0}
+    scenes = params["evaluate"]["benchmarks"]["scenes"]
+    params["evaluate"]["benchmarks"] = {"scenes": scenes | {"size": 60, "max_unseen_tokens": 1.0}}
     params["evaluate"]["min_score_over_chance"] = 0.0
     params["report"] |= {"contact_sheet": 4, "stored_results": None}
     params["ablations"] = {name: params["ablations"][name] for name in ("lit", "lotlip")}

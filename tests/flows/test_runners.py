@@ -86,7 +86,7 @@ def workspace(make_workspace) -> Workspace:
         smallest(params)
         params["pretrain"] |= {"steps": 4, "seeds": [0, 1]}
         params["shard"]["store_features"] = True
-        params["evaluate"]["benchmarks"]["held-out"] = {"kind": "held-out", "split": "test"}
+        params["evaluate"]["benchmarks"]["held-out"] = {"kind": "held-out", "split": "test", "sub_captions": 2}
 
     workspace: Workspace = make_workspace()
     workspace.change(change)

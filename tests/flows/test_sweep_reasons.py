@@ -51,7 +51,7 @@ def params_with_benchmarks(*names: str) -> Params:
     data = load_params(ROOT / "params.yaml").model_dump(mode="json", exclude_unset=True)
     published = {"folder": "published", "partial": True}
     benchmarks = {name: {"kind": "held-out"} if name == "held-out" else published for name in names}
-    return Params.model_validate({**data, "registry": None, "evaluate": {"benchmarks": benchmarks}})
+    return Params.model_validate({**data, "registry": None, "findings": {}, "evaluate": {"benchmarks": benchmarks}})
 
 
 SCORES = {
