@@ -52,6 +52,16 @@ def test_a_measure_is_averaged_over_benchmarks():
     assert seeds == "3" and points.startswith("+5.0 [")
 
 
+def test_a_measure_is_averaged_only_over_benchmarks_that_have_it():
+    def with_top1(found: list[StoredRow], top1: float) -> list[StoredRow]:
+        return [replace(row, scores={**row.scores, "classification.top1": top1 + row.seed / 100}) for row in found]
+
+    more = [*rows("base", {0: 0.2, 1: 0.2, 2: 0.2}, "more"), *rows("other", {0: 0.2, 1: 0.2, 2: 0.2}, "more")]
+    long, top1 = cells(pairs_table([*with_top1(BASE, 0.5), *with_top1(OTHER, 0.4), *more], "base", ["other"]))
+    assert (long[1], top1[1]) == ("long text", "classification") and long[3].startswith("+5.0 [")
+    assert top1[3].startswith("−10.0 [")
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [
@@ -85,3 +95,15 @@ def test_the_command_reads_a_table(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cells(capsys.readouterr().out)[0][6] == "better"
     with pytest.raises(SystemExit, match="error: there are no rows of missing"):
         main([str(tmp_path / "table.csv"), "base", "missing"])
+
+
+def test_the_command_can_compare_on_one_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    more = [*rows("base", {0: 0.2, 1: 0.2, 2: 0.2}, "more"), *rows("other", {0: 0.2, 1: 0.3, 2: 0.2}, "more")]
+    table = str(tmp_path / "table.csv")
+    add_rows(tmp_path / "table.csv", [*BASE, *OTHER, *more])
+    main([table, "base", "other", "--benchmark", "more"])
+    assert cells(capsys.readouterr().out)[0][6] == "undecided"
+    main([table, "base", "other", "--benchmark", "scenes"])
+    assert cells(capsys.readouterr().out)[0][6] == "better"
+    with pytest.raises(SystemExit, match="no rows of the benchmark none; there are more, scenes"):
+        main([table, "base", "other", "--benchmark", "none"])

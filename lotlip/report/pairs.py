@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lotlip.figures.intervals import estimate
 from lotlip.report.inputs import BenchmarkResult
-from lotlip.report.measures import LONG, SHORT, TOP1
+from lotlip.report.measures import MEASURES, Measure
 from lotlip.report.significance import ALPHA, holm, p_value
 from lotlip.report.stored import StoredRow, read_rows
 from lotlip.report.verdicts import signed
@@ -24,7 +24,7 @@ _COLUMNS = ("ablation", "measure", "seeds", "points, 95 % interval", "p", "p, Ho
 def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> str:
     """Returns a row for each of the other ablations and each measure that both have, with the verdict after correction.
 
-    A measure is averaged over benchmarks. Only seeds that both ablations have are compared.
+    A measure is averaged over the benchmarks that have it. Only seeds that both ablations have are compared.
 
     Args:
         rows: stored results.
@@ -44,8 +44,9 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
             raise ValueError(
                 f"{name} and {base} were scored on different benchmarks or data, so they cannot be compared"
             )
-        for measure in (LONG, SHORT, TOP1):
-            one, two = (measure.means(list(results.values())) for results in (first, second))
+        for measure in MEASURES:
+            having = [key for key in first if all(_has(result, measure) for result in (first[key], second[key]))]
+            one, two = (measure.means([results[key] for key in having]) for results in (first, second))
             differences = [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys())]
             if len(differences) >= 2:
                 tested.append((name, measure.label, differences, p_value(differences)))
@@ -58,6 +59,11 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
         verdict = "undecided" if corrected >= ALPHA else "better" if mean.value > 0 else "worse"
         lines.append((name, label, str(len(differences)), interval, f"{p:.2g}", f"{corrected:.2g}", verdict))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _has(result: BenchmarkResult, measure: Measure) -> bool:
+    """Whether a benchmark has all metrics of a measure; one without classes has no top-1 accuracy."""
+    return any(set(measure.metrics) <= set(values) for values in result.seeds.values())
 
 
 def _results(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], BenchmarkResult]:
@@ -84,9 +90,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("table", type=Path, help="table of stored results")
     parser.add_argument("base", help="the ablation that others are compared with")
     parser.add_argument("others", nargs="+", help="the other ablations")
+    parser.add_argument(
+        "--benchmark", action="append", help="benchmark to compare them on; may be repeated; default: the mean of all"
+    )
     given = parser.parse_args(arguments)
     try:
-        print(pairs_table(read_rows(given.table), given.base, given.others))
+        rows = read_rows(given.table)
+        known = sorted({row.benchmark for row in rows})
+        if unknown := sorted(set(given.benchmark or ()) - set(known)):
+            raise ValueError(f"there are no rows of the benchmark {', '.join(unknown)}; there are {', '.join(known)}")
+        rows = [row for row in rows if row.benchmark in (given.benchmark or known)]
+        print(pairs_table(rows, given.base, given.others))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
