@@ -130,3 +130,20 @@ def test_every_task_runner_writes_the_same_bytes(workspace: Workspace, expected,
         assert f"{units[1]} of {units[1]} units" in done.stderr
         assert not re.search(r"- Retry |py\.warnings|ERROR|Traceback", done.stderr), done.stderr
     assert outputs(workspace) == expected
+
+
+@pytest.mark.system
+def test_an_evaluation_scores_again_when_captions_have_changed_since_its_gate_failed(workspace: Workspace) -> None:
+    """Shards have no captions of test images, but a benchmark of kind held-out has them."""
+    workspace.change(lambda params: params["compute"].update(task_runner="threads"))
+    workspace.change(lambda params: params["evaluate"].update(min_score_over_chance=1000))
+
+    def scored() -> bool:
+        done = workspace.python("flows", "evaluate", "lotlip", check=False)
+        assert done.returncode == 1 and "is at least 1000" in done.stdout + done.stderr, done.stderr
+        return "lotlip on held-out: seed 0 done" in done.stderr
+
+    assert scored() and not scored()  # finished units are kept
+    workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(omission=0.9))
+    workspace.python("flows", "caption", "llava")
+    assert scored()
