@@ -24,7 +24,8 @@ pytestmark = pytest.mark.system
 
 ADDRESS = f"http://{NAMES[0]}:4200/api"
 RUN = "blue-fox"
-SILENCE = 15  # seconds, in place of flows.deploy's, until a run is given to another worker
+HEARTBEATS = 30  # seconds between them, the least that Prefect allows
+SILENCE = 45  # seconds, in place of flows.deploy's, until a run is given to another worker
 ASK = """
 import base64, os, sys, urllib.request
 method, path, body = sys.argv[1:]
@@ -120,7 +121,7 @@ def test_a_run_whose_job_is_cancelled_is_completed_by_the_worker_of_the_next_job
     (tmp_path / "dvc" / "config").write_text(settings)
     environment = {
         **{key: value for key, value in workspace.alone.items() if key != "PYTHONPATH"},
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEATS),
         "DVC_SYSTEM_CONFIG_DIR": str(tmp_path / "dvc"),
         "DVC_SITE_CACHE_DIR": str(tmp_path / "site"),
     }
@@ -144,6 +145,7 @@ def test_a_run_whose_job_is_cancelled_is_completed_by_the_worker_of_the_next_job
         cluster.run("scancel", job)
         wait_until(lambda: cluster.state(job) == "CANCELLED", log.read_text)
         assert "stopped!" in log.read_text()  # Slurm left the worker the time
+        assert server.run() == ("Running", 1)
         wait_until(lambda: server.run() == ("AwaitingRetry", 1), cluster.machines[0].logs)
         server.change_silence(usual)
         job, log = submit()
