@@ -717,10 +717,15 @@ def test_a_table_with_a_reserved_name_is_an_error(tmp_path):
             {"benchmarks": ["mien"]},
             "findings.benchmarks: no benchmark 'mien'; did you mean 'mine'? (there are: mine)",
         ),
+        (
+            {"benchmarks": ["chosen"]},
+            "findings.benchmarks: chosen is of the split val, which only chooses ablations; name another one",
+        ),
     ],
 )
 def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findings, line):
-    (error,) = errors_of(tmp_path, {"findings": findings})
+    benchmarks = {"chosen": {"kind": "held-out", "split": "val"}} if findings.get("benchmarks") == ["chosen"] else {}
+    (error,) = errors_of(tmp_path, {"findings": findings, "evaluate": {"benchmarks": benchmarks}})
     assert error.startswith(line)
 
 

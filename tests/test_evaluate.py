@@ -302,6 +302,13 @@ def test_a_benchmark_without_captioners_has_short_texts_only(held_out):
     assert list(bench.retrieval) == ["short"]
 
 
+def test_windows_need_captions(held_out):
+    settings = HeldOutBenchmarkConfig(kind="held-out", sub_captions=3)
+    message = r"no captioner has described .* 'test', .*; caption the split, or remove evaluate\.benchmarks\.mine\.sub_"
+    with pytest.raises(ValueError, match=message):
+        open_benchmark("mine", settings, held_out.paths, [])
+
+
 def test_an_empty_split_is_an_error(held_out):
     with pytest.raises(ValueError, match="benchmark mine: the split 'val' has no images"):
         open_benchmark("mine", HeldOutBenchmarkConfig(kind="held-out", split="val"), held_out.paths, [])

@@ -107,3 +107,6 @@ def test_the_command_can_compare_on_one_benchmark(tmp_path: Path, capsys: pytest
     assert cells(capsys.readouterr().out)[0][6] == "better"
     with pytest.raises(SystemExit, match="no rows of the benchmark none; there are more, scenes"):
         main([table, "base", "other", "--benchmark", "none"])
+    add_rows(tmp_path / "table.csv", SAME)
+    with pytest.raises(SystemExit, match="same has no scores on more"):
+        main([table, "base", "same", "--benchmark", "more"])

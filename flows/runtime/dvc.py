@@ -286,16 +286,16 @@ def cache_trainings() -> None:
 
 
 def leave_out_push_advice() -> None:
-    """Leaves out that `dvc push` sends outputs to remote storage, which DVC prints after each run, if there is none."""
+    """Leaves out DVC's advice after each run to use `dvc push` if no remote is configured."""
     from dvc.ui import ui
 
     write = ui.write
 
-    def write_if_possible(*objects: Any, **options: Any) -> None:
+    def write_unless_useless(*objects: Any, **options: Any) -> None:
         if not str(objects[0] if objects else "").startswith(_PUSH_ADVICE) or _has_remote():
             write(*objects, **options)
 
-    ui.write = write_if_possible
+    ui.write = write_unless_useless
 
 
 def _has_remote() -> bool:

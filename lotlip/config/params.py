@@ -218,7 +218,7 @@ class Params(Section):
             except ValueError as error:
                 problems.append(f"ablation {name}: {error}")
         if len(resolved) == len(self.names):
-            problems += declaration_problems(self.tables, self.findings, resolved, self.evaluate.names)
+            problems += declaration_problems(self.tables, self.findings, resolved, self.evaluate.splits)
         if problems:
             raise ConfigError("ablations cannot be used:", problems)
         return self

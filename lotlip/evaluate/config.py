@@ -35,8 +35,8 @@ class HeldOutBenchmarkConfig(Section):
     )
     sub_captions: Count | None = Field(
         None,
-        description="number of consecutive sub-captions in a long text, which is drawn from the captions of all "
-        "captioners like the long texts of training; null: the image's longest caption in full",
+        description="number of sub-captions in a long text, a window of one of the image's captions, drawn as in "
+        "training; null: the image's longest caption in full",
     )
 
 
@@ -130,6 +130,12 @@ class EvaluateConfig(Section):
             else name
             for name, settings in self.benchmarks.items()
         ]
+
+    @property
+    def splits(self) -> dict[str, str | None]:
+        """Name that a benchmark's scores are stored under → the split of its images, if it is one of this data set."""
+        splits = (getattr(settings, "split", None) for settings in self.benchmarks.values())
+        return dict(zip(self.names, splits, strict=True))
 
     @model_validator(mode="before")
     @classmethod

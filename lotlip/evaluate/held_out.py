@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 from lotlip.core.paths import Paths
 from lotlip.data.partitions import read_captions, unit_names
@@ -11,14 +11,14 @@ from lotlip.data.text import join_sub_captions, sample_long_text
 from lotlip.evaluate.benchmarks import Benchmark, ImageTexts, split_images, version_of
 from lotlip.evaluate.config import HeldOutBenchmarkConfig
 
-Described = Mapping[str, tuple[int, str, list[str]]]  # captioner → number of tokens, text and sub-captions
+Described = dict[str, tuple[int, str, list[str]]]  # captioner → number of tokens, text and sub-captions
 
 
 def held_out_benchmark(name: str, settings: HeldOutBenchmarkConfig, paths: Paths, captioners: list[str]) -> Benchmark:
     """Opens the benchmark. Short captions are short texts; long captions, or windows of them, are long texts.
 
     Raises:
-        ValueError: the split is empty, or smaller than `settings.size`.
+        ValueError: the split is empty or smaller than `settings.size`, or there are no captions to draw windows from.
     """
     keys, raw, read = split_images(paths.ingest, settings.split, "short_caption")
     if not keys:
@@ -35,15 +35,20 @@ def held_out_benchmark(name: str, settings: HeldOutBenchmarkConfig, paths: Paths
     captions = _captions(settings.split, paths, captioners)
     long_text = _longest if settings.sub_captions is None else _window_of(settings.sub_captions)
     described = [(index, long_text(key, captions[key])) for index, key in enumerate(keys) if key in captions]
+    if settings.sub_captions is not None and not described:
+        raise ValueError(
+            f"benchmark {name}: no captioner has described an image of the split {settings.split!r}, so it has no long "
+            f"texts; caption the split, or remove evaluate.benchmarks.{name}.sub_captions"
+        )
     if described:
         retrieval["long"] = ImageTexts([text for _, text in described], [index for index, _ in described])
     about = {"split": settings.split, "version": version_of(keys, retrieval)}
     return Benchmark(name, keys, read, retrieval, about=about)
 
 
-def _captions(split: str, paths: Paths, captioners: list[str]) -> dict[str, dict[str, tuple[int, str, list[str]]]]:
+def _captions(split: str, paths: Paths, captioners: list[str]) -> dict[str, Described]:
     """Key → the image's captions."""
-    found: dict[str, dict[str, tuple[int, str, list[str]]]] = {}
+    found: dict[str, Described] = {}
     for captioner in captioners:
         for unit in unit_names(paths.captions / captioner, split):
             table = read_captions(paths.captions / captioner, unit, ["key", "text", "sub_captions", "tokens"])
@@ -58,7 +63,7 @@ def _longest(key: str, captions: Described) -> str:
 
 
 def _window_of(length: int) -> Callable[[str, Described], str]:
-    """Draws windows as training does (paper, Figs. 2 and 5), one for each image, which depends only on its key."""
+    """Draws windows as training does (paper, Figs. 2 and 5), one for each image, by its key and its captioners."""
 
     def window(key: str, captions: Described) -> str:
         parts = {captioner: sub_captions for captioner, (_, _, sub_captions) in captions.items()}

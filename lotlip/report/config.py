@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from lotlip.core.section import Name, NonNegative, Section, flatten, nearest
 from lotlip.evaluate.score_names import MAIN, Metric
 
+VALIDATION = "val"  # split of a benchmark that only chooses ablations
 CHANGES, FLOPS = "changes", "flops"  # columns computed by the report
 # Keys of `pretrain` whose null is shown as the number that it stands for: of images, and 1/N.
 SAMPLES, SHORT_SHARE = "samples", "loss.short_loss_fraction"
@@ -124,8 +125,8 @@ class FindingsConfig(Section):
 
     benchmarks: list[Name] = Field(
         default_factory=list,
-        description="benchmarks whose mean scores test the findings, for the measures that one of them has; for the "
-        "other measures, or if empty, all benchmarks",
+        description="benchmarks that test the findings. A measure that none of them has, or every measure if the list "
+        "is empty, is tested on all benchmarks except those of the split `val`",
     )
 
     def roles(self) -> Iterator[tuple[str, list[str]]]:
@@ -141,7 +142,7 @@ def declaration_problems(
     tables: Mapping[str, TableConfig],
     findings: FindingsConfig,
     ablations: Mapping[str, Section],
-    benchmarks: Sequence[str],
+    benchmarks: Mapping[str, str | None],
 ) -> list[str]:
     """Lists the problems of the declared tables and findings, one line each.
 
@@ -149,7 +150,7 @@ def declaration_problems(
         tables: name → table.
         findings: role → ablations.
         ablations: name → resolved training settings.
-        benchmarks: names of the benchmarks.
+        benchmarks: name → split, if the benchmark has one.
     """
     settings = {name: flatten(config.model_dump(mode="json")) for name, config in ablations.items()}
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
@@ -158,6 +159,10 @@ def declaration_problems(
         f"findings.benchmarks: no benchmark {name!r}{nearest(name, benchmarks)} (there are: {', '.join(benchmarks)})"
         for name in findings.benchmarks
         if name not in benchmarks
+    ] + [
+        f"findings.benchmarks: {name} is of the split {VALIDATION}, which only chooses ablations; name another one"
+        for name in findings.benchmarks
+        if benchmarks.get(name) == VALIDATION
     ]
     for slug, table in tables.items():
         place, figure = f"tables.{slug}", table.figure

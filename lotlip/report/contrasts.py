@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lotlip.figures.intervals import estimate
+from lotlip.report.config import VALIDATION
 from lotlip.report.inputs import Ablation, ReportInputs
 from lotlip.report.measures import RECALL, Measure
 
-VALIDATION = "val"  # split of a benchmark that only chooses
 Weights = Mapping[str, float]  # ablation → weight of its measure in the difference
 
 
@@ -40,17 +40,14 @@ class Roles:
 
         Of these, only those of `findings.benchmarks` if any is among them.
         """
-        return self._declared([name for name in benchmarks if name not in self._validation] or list(benchmarks))
+        testing = [name for name in benchmarks if name not in self._validation] or list(benchmarks)
+        return [name for name in testing if name in self.inputs.params.findings.benchmarks] or testing
 
     def choosing(self, benchmarks: Sequence[str]) -> list[str]:
         """Returns the benchmarks that the best ablation is chosen on: a validation split's, else those of the test."""
         return (
             [name for name in benchmarks if name in self._validation] if self._validation else self.testing(benchmarks)
         )
-
-    def _declared(self, benchmarks: list[str]) -> list[str]:
-        declared = self.inputs.params.findings.benchmarks
-        return [name for name in benchmarks if name in declared] or benchmarks
 
     @property
     def choice(self) -> str:

@@ -60,12 +60,16 @@ class Measure:
         low, high = (100 * statistics.fmean(bounds) for bounds in zip(*intervals, strict=True))
         return low, high
 
+    def has(self, result: BenchmarkResult) -> bool:
+        """Whether a seed has all metrics on a benchmark; one without classes has no top-1 accuracy."""
+        return any(set(self.metrics) <= set(values) for values in result.seeds.values())
+
     def benchmarks(self, ablations: Sequence[Ablation]) -> list[str]:
         """Returns the benchmarks that have the measure for all ablations, in the order of the first ablation."""
 
         def has(ablation: Ablation, benchmark: str) -> bool:
             result = ablation.benchmarks.get(benchmark)
-            return result is not None and any(set(self.metrics) <= set(values) for values in result.seeds.values())
+            return result is not None and self.has(result)
 
         return [name for a in ablations[:1] for name in a.benchmarks if all(has(one, name) for one in ablations)]
 

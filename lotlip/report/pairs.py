@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lotlip.figures.intervals import estimate
 from lotlip.report.inputs import BenchmarkResult
-from lotlip.report.measures import MEASURES, Measure
+from lotlip.report.measures import MEASURES
 from lotlip.report.significance import ALPHA, holm, p_value
 from lotlip.report.stored import StoredRow, read_rows
 from lotlip.report.verdicts import signed
@@ -45,7 +45,7 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
                 f"{name} and {base} were scored on different benchmarks or data, so they cannot be compared"
             )
         for measure in MEASURES:
-            having = [key for key in first if all(_has(result, measure) for result in (first[key], second[key]))]
+            having = [key for key in first if measure.has(first[key]) and measure.has(second[key])]
             one, two = (measure.means([results[key] for key in having]) for results in (first, second))
             differences = [two[seed] - one[seed] for seed in sorted(one.keys() & two.keys())]
             if len(differences) >= 2:
@@ -59,11 +59,6 @@ def pairs_table(rows: Sequence[StoredRow], base: str, others: Sequence[str]) -> 
         verdict = "undecided" if corrected >= ALPHA else "better" if mean.value > 0 else "worse"
         lines.append((name, label, str(len(differences)), interval, f"{p:.2g}", f"{corrected:.2g}", verdict))
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _has(result: BenchmarkResult, measure: Measure) -> bool:
-    """Whether a benchmark has all metrics of a measure; one without classes has no top-1 accuracy."""
-    return any(set(measure.metrics) <= set(values) for values in result.seeds.values())
 
 
 def _results(rows: Sequence[StoredRow], ablation: str) -> dict[tuple[str, str], BenchmarkResult]:
@@ -99,8 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = sorted({row.benchmark for row in rows})
         if unknown := sorted(set(given.benchmark or ()) - set(known)):
             raise ValueError(f"there are no rows of the benchmark {', '.join(unknown)}; there are {', '.join(known)}")
-        rows = [row for row in rows if row.benchmark in (given.benchmark or known)]
-        print(pairs_table(rows, given.base, given.others))
+        chosen = [row for row in rows if row.benchmark in (given.benchmark or known)]
+        for name in (given.base, *given.others):
+            if name in {row.ablation for row in rows} - {row.ablation for row in chosen}:
+                raise ValueError(f"{name} has no scores on {', '.join(given.benchmark)}")
+        print(pairs_table(chosen, given.base, given.others))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
