@@ -95,6 +95,11 @@ def test_the_command_reads_a_table(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cells(capsys.readouterr().out)[0][6] == "better"
     with pytest.raises(SystemExit, match="error: there are no rows of missing"):
         main([str(tmp_path / "table.csv"), "base", "missing"])
+    with pytest.raises(SystemExit, match=r"none\.csv cannot be read \(No such file or directory\); name a table"):
+        main([str(tmp_path / "none.csv"), "base", "other"])
+    add_rows(tmp_path / "empty.csv", [])
+    with pytest.raises(SystemExit, match=r"empty\.csv has no rows; python -m flows\.store_results adds"):
+        main([str(tmp_path / "empty.csv"), "base", "other"])
 
 
 def test_the_command_can_compare_on_one_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

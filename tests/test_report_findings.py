@@ -356,6 +356,20 @@ def test_findings_are_tested_on_the_declared_benchmarks_that_have_the_measure(tm
     }
 
 
+def test_a_finding_without_scores_on_its_benchmarks_is_not_tested_on_others(tmp_path):
+    benchmarks = {"scenes": {"kind": "scenes", "size": 100}, "captions": {"kind": "held-out"}}
+    params = paper_params(evaluate={"benchmarks": benchmarks})
+    write_scores(tmp_path, params)
+    path = tmp_path / params.paths.metrics / "short.json"
+    data = json.loads(path.read_text())
+    data["benchmarks"]["captions"] = data["benchmarks"]["scenes"]
+    path.write_text(json.dumps(data))
+    findings = params.findings.model_copy(update={"benchmarks": ["captions"]})
+    found = evaluate_findings(load_inputs(params.model_copy(update={"findings": findings}), tmp_path))
+    assert {one.verdict for one in found} == {NOT_RUN}
+    assert found[0].reason == "needs scores on captions of longs" and found[0].difference is None
+
+
 def test_the_shown_share_of_the_loss_is_the_one_that_trains(whole):
     inputs, report = whole
     shares = {row["ablation"]: float(row["loss.short_loss_fraction"]) for row in read_csv(report, "scenes-short-share")}
@@ -439,7 +453,7 @@ def test_gains_and_losses_below_the_margin_do_not_matter(tmp_path):
         "mask": NO_GAIN,
     }
     assert on["mask"].p == pytest.approx(p_value(list(on["mask"].by_seed.values()), 1.0)) and on["mask"].p < 0.05
-    assert "1 show no gain" in tally(list(on.values())) and "no gain" not in tally(list(off.values()))
+    assert "1 shows no gain" in tally(list(on.values())) and "no gain" not in tally(list(off.values()))
 
 
 def test_findings_are_told_on_the_page_in_markdown_and_as_files(whole):

@@ -43,6 +43,11 @@ class Roles:
         testing = [name for name in benchmarks if name not in self._validation] or list(benchmarks)
         return [name for name in testing if name in self.inputs.params.findings.benchmarks] or testing
 
+    def unscored(self, ablations: Sequence[Ablation]) -> list[str]:
+        """Names the ablations without scores on any of `findings.benchmarks`; empty if it is empty."""
+        declared = self.inputs.params.findings.benchmarks
+        return [a.name for a in ablations if declared and not set(declared) & set(a.benchmarks)]
+
     def choosing(self, benchmarks: Sequence[str]) -> list[str]:
         """Returns the benchmarks that the best ablation is chosen on: a validation split's, else those of the test."""
         return (

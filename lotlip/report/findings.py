@@ -188,6 +188,9 @@ def evaluate_finding(finding: Finding, measure: Measure, roles: Roles) -> Findin
     if not weights:
         return replace(result, reason=f"needs {finding.compares}")
     compared = roles.inputs.chosen(weights)
+    if unscored := roles.unscored(compared):
+        names = ", ".join(roles.inputs.params.findings.benchmarks)
+        return replace(result, weights=weights, reason=f"needs scores on {names} of {', '.join(unscored)}")
     benchmarks = roles.testing(measure.benchmarks(compared))
     result = replace(result, weights=weights, benchmarks=benchmarks)
     if not benchmarks:

@@ -92,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         rows = read_rows(given.table)
         known = sorted({row.benchmark for row in rows})
+        if not known:
+            raise ValueError(f"{given.table} has no rows; python -m flows.store_results adds this run's scores")
         if unknown := sorted(set(given.benchmark or ()) - set(known)):
             raise ValueError(f"there are no rows of the benchmark {', '.join(unknown)}; there are {', '.join(known)}")
         chosen = [row for row in rows if row.benchmark in (given.benchmark or known)]
@@ -99,7 +101,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if name in {row.ablation for row in rows} - {row.ablation for row in chosen}:
                 raise ValueError(f"{name} has no scores on {', '.join(given.benchmark)}")
         print(pairs_table(chosen, given.base, given.others))
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        sys.exit(f"error: {given.table} cannot be read ({error.strerror}); name a table of stored results")
+    except ValueError as error:
         sys.exit(f"error: {error}")
 
 

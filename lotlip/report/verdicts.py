@@ -41,8 +41,9 @@ def tally(tested: Sequence[FindingResult], stored: Sequence[FindingResult] = ())
 def _counts(tested: Sequence[FindingResult], verb: str, one_seed: str = "one seed") -> str:
     def said(verdicts: Sequence[str]) -> str:
         decided = verb.format(supports=verdicts.count(SUPPORTS), contradicts=verdicts.count(CONTRADICTS))
-        against = f"; {verdicts.count(NO_GAIN)} show no gain" if NO_GAIN in verdicts else ""
-        return f"{decided}{against}; {verdicts.count(INCONCLUSIVE)} are inconclusive"
+        no_gain, open_ones = verdicts.count(NO_GAIN), verdicts.count(INCONCLUSIVE)
+        against = f"; {no_gain} {'shows' if no_gain == 1 else 'show'} no gain" if no_gain else ""
+        return f"{decided}{against}; {open_ones} {'is' if open_ones == 1 else 'are'} inconclusive"
 
     run = [one for one in tested if one.verdict not in (NOT_RUN, ONE_SEED)]
     single = [one for one in tested if one.verdict == ONE_SEED]
