@@ -1084,6 +1084,7 @@ def test_several_benchmarks_repeat_the_tables(tmp_path):
     page = build_report(load_inputs(params, tmp_path), tmp_path / "report")
     ids = Page(page.read_text()).ids
     assert {"scenes-systems", "own-systems", "results-own"} <= set(ids)
+    assert "Given a long text of scenes, " in page.read_text()  # the summary has one benchmark, and names it
     assert len(ids) == len(set(ids))
 
 

@@ -224,14 +224,16 @@ def summary(inputs: ReportInputs) -> str:
         f"{image_tower}; the text tower learns to embed a text close to its image."
     ]
     systems = inputs.systems
-    for benchmark in results.benchmark_names(inputs)[:1]:
+    names = results.benchmark_names(inputs)
+    for benchmark in names[:1]:
+        of_which = f" of {benchmark}" if len(names) > 1 else ""
         for metric, kind in (
             (Metric.LONG_TEXT_TO_IMAGE_R1, "a long text"),
             (Metric.SHORT_TEXT_TO_IMAGE_R1, "a short caption"),
         ):
             sentence = _retrieval_clause(systems, benchmark, metric)
             if sentence:
-                text.append(f"Given {kind}, {sentence}.")
+                text.append(f"Given {kind}{of_which}, {sentence}.")
     if any(len(result.seeds) == 1 for ablation in inputs.ablations for result in ablation.benchmarks.values()):
         text.append("Some scores come from a single seed, so small differences may be due to chance.")
     return " ".join(text)
