@@ -32,7 +32,7 @@ def evaluate(ablation: str) -> None:
     folder = paths.models / ablation
     inputs = {"model": hash_of(folder / RUN), "ingest": hash_of(paths.ingest / INDEX_FILE)}
     # shards have no captions of test images, which a benchmark of kind held-out reads
-    inputs |= {name: hash_of(paths.captions / name / INDEX_FILE) for name in params.caption.describing}
+    inputs |= {f"captions {name}": hash_of(paths.captions / name / INDEX_FILE) for name in params.caption.describing}
     start = None
     trained = params.ablation(ablation)
     # an ablation whose text tower is new did not come from the starting model

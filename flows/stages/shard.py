@@ -30,7 +30,7 @@ def shard() -> None:
     tokenizer = params.pretrain.text.tokenizer
     captions = {name: params.paths.captions / name for name in params.caption.captioners}
     inputs = {"ingest": hash_of(ingest / INDEX_FILE)}
-    inputs |= {name: hash_of(folder / INDEX_FILE) for name, folder in captions.items()}
+    inputs |= {f"captions {name}": hash_of(folder / INDEX_FILE) for name, folder in captions.items()}
     for name, folder in captions.items():
         check_sentence_ends(name, folder, ends)
     if config.store_features:
