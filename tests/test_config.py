@@ -401,7 +401,6 @@ def test_the_documented_variants_are_ablations_of_the_demo(tmp_path):
 
 OTHER_COMPUTE = {
     "device": "cpu",
-    "precision": "bf16",
     "batch_size": 7,
     "workers": 3,
     "parallel_stages": 3,

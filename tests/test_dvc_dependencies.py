@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from lotlip.caption.config import CaptionConfig
 from lotlip.core.code import ROOT, stage_files
+from lotlip.evaluate.config import EvaluateConfig
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 
@@ -45,6 +47,37 @@ def test_dependencies_cover_the_code_that_decides_results(stage: str) -> None:
 def test_every_dependency_contains_code_that_decides_results(stage: str) -> None:
     files = files_of(stage)
     assert not [path for path in dependencies(stage) if not any(covers(path, file) for file in files)]
+
+
+def test_dvc_watches_every_setting_that_decides_captions() -> None:
+    deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - {"captioners"}}
+    assert set(definition("caption")["params"]) == deciding | {"caption.captioners.${key}"}
+
+
+def test_dvc_watches_every_setting_that_decides_scores() -> None:
+    deciding = {f"evaluate.{name}" for name in EvaluateConfig.model_fields}
+    for stages in (("evaluate", "baselines"), ("evaluate-finetune", "baselines")):
+        assert {name for stage in stages for name in definition(stage)["params"]} == deciding | {"caption.captioners"}
+    assert "evaluate.precision" in set(definition("evaluate")["params"]) & set(definition("baselines")["params"])
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")],
+    ids=lambda path: f"{path.parent.name}-{path.stem}",
+)
+def test_params_files_have_every_parameter_that_dvc_watches(path: Path) -> None:
+    """DVC does not know the defaults."""
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    watched = {name for stage in STAGES for name in definition(stage)["params"] if "${" not in name}
+    missing = []
+    for name in watched:
+        found = values
+        for part in name.split("."):
+            found = found.get(part, missing) if isinstance(found, dict) else missing
+        if found is missing:
+            missing.append(name)
+    assert not missing
 
 
 def stages_that_depend_on(file: str) -> set[str]:

@@ -35,7 +35,7 @@ def baselines() -> None:
     addresses = {name: address_of(name, paths) for name in config.baselines}
     hashes = baseline_hashes(config.baselines)
     inputs = {"ingest": hash_of(paths.ingest / INDEX_FILE), **hashes}
-    settings = config.model_dump(mode="json", include={"baselines", "benchmarks"})
+    settings = config.model_dump(mode="json", include={"baselines", "benchmarks", "precision"})
     stage = Stage("baselines", params, settings, inputs)
     models: dict[str, dict[str, BaselineResult]] = {name: {} for name in config.baselines}
     items = 0
@@ -54,7 +54,7 @@ def baselines() -> None:
         compute = params.compute
         # All models are opened before any is scored, so that a wrong name fails early.
         encoders = [
-            (name, open_encoder(address, compute.batch_size, compute.device, compute.precision))
+            (name, open_encoder(address, compute.batch_size, compute.device, config.precision))
             for name, address in addresses.items()
         ]
 

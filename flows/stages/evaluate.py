@@ -60,7 +60,7 @@ def evaluate(ablation: str) -> None:
             "command": f"python -m flows evaluate {ablation}",
         },
         device=params.compute.device,
-        precision=params.compute.precision,
+        precision=config.precision,
         batch_size=params.compute.batch_size,
         max_conditioned_pairs=config.max_conditioned_pairs,
         out=stage.out,

@@ -61,7 +61,7 @@ def shard() -> None:
         tokenizer=tokenizer,
         sentence_ends=ends,
         device=compute.device,
-        precision=compute.precision,
+        precision=config.precision,
         batch_size=compute.batch_size,
         fingerprint=stage.fingerprint,
     )

@@ -35,6 +35,7 @@ MOVED = {
     },
     "shard.feature_batch_size": "compute.batch_size",
     "evaluate.batch_size": "compute.batch_size",
+    "compute.precision": "evaluate.precision (for scores) and shard.precision (for stored features)",
     "orchestration": "compute",
     "continued": "finetune (with init_from for after)",
     "finetune.NAME.after": "finetune.NAME.init_from",

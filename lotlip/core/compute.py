@@ -176,7 +176,6 @@ class Compute(Section):
     device: Device = Field(
         "auto", description="device for inference (features, evaluation); auto: the first GPU, or the CPU if none"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format for inference")
     batch_size: Count = Field(250, description="images or texts per batch for inference")
     workers: Count = Field(2, description="units of work that run at the same time")
     parallel_stages: Count = Field(

@@ -14,6 +14,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
+Precision = Literal["fp32", "bf16"]
 Port = Annotated[int, Field(ge=1, le=65535)]
 # A commit on the model hub: branches and tags move.
 Commit = Annotated[str, Field(pattern=r"^[0-9a-f]{40}$")]

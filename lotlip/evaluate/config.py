@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, field_validator, model_validator
 
-from lotlip.core.section import Count, Name, NonNegative, Section, Share
+from lotlip.core.section import Count, Name, NonNegative, Precision, Section, Share
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.data.models import local_hashes
 from lotlip.models.vision.spec import START
@@ -114,7 +114,9 @@ class EvaluateConfig(Section):
         description=f"largest share of the short-text R@1 (mean of both directions) of {START} that a trained model "
         f"may lose on a benchmark, else the gate fails; needs {START} among `baselines`; null: no limit",
     )
-
+    precision: Precision = Field(
+        "fp32", description="number format of the models whose scores are measured; bf16 is autocast"
+    )
     max_conditioned_pairs: NonNegative = Field(
         MAX_CONDITIONED_PAIRS,
         description="ablations with loss.conditioned (FLAIR): largest number of pairs of images and texts of one kind "

@@ -248,6 +248,7 @@ evaluate:
     own: {{kind: held-out, split: test}}
   min_score_over_chance: {chance}{few}
   max_short_text_loss: null  # 0.05: fail if short-text R@1 falls by more than 5 % below that of the start
+  precision: fp32
   max_conditioned_pairs: 25000000
   baselines: {baselines}  # further rows of the report, such as models on this machine
 

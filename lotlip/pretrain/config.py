@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Section, Share, flatten
+from lotlip.core.section import Commit, Count, Name, NonNegative, Positive, Precision, Section, Share, flatten
 from lotlip.data.text import Sampler, ShortSampler, Window
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
@@ -477,7 +477,7 @@ class PretrainConfig(Section):
         description="number, or share, of the training images that are used; a smaller set is contained in every "
         "larger one; null: all",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="number format of the computation")
+    precision: Precision = Field("fp32", description="number format of the computation")
     start: str | None = Field(
         None,
         description="complete dual encoder to continue from, with image_tower: {kind: start}: folder or hub name of a "

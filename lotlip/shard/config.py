@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from lotlip.core.section import Count, Positive, Section, Share
+from lotlip.core.section import Count, Positive, Precision, Section, Share
 
 
 class ShardConfig(Section):
@@ -14,6 +14,9 @@ class ShardConfig(Section):
     max_bytes: Count = Field(1_000_000_000, description="approximate largest size of a shard")
     seed: int = Field(0, description="seed of the order in which samples are put into shards")
     store_features: bool = Field(True, description="run the frozen tower once, in this stage, instead of at every step")
+    precision: Precision = Field(
+        "fp32", description="number format in which the frozen tower computes the stored features; bf16 is autocast"
+    )
     max_failure_share: Share = Field(0.01, description="largest share of samples that fail")
     max_uncaptioned_share: Share = Field(0.05, description="largest share of samples without any long caption")
     min_caption_similarity_ratio: Positive | None = Field(

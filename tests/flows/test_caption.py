@@ -12,31 +12,12 @@ from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
-from lotlip.caption.config import CaptionConfig
 from lotlip.data.index import CaptionIndex, read_index
 from lotlip.data.partitions import read_captions, unit_names
-from tests.workspace import ROOT, Workspace, tiny
-
-
-def test_dvc_watches_parameters_that_decide_captions_but_not_the_output_folder():
-    watched = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]["caption"]["do"]["params"]
-    deciding = {f"caption.{name}" for name in set(CaptionConfig.model_fields) - {"captioners"}}
-    assert set(watched) == deciding | {"caption.captioners.${key}"}
-
-
-@pytest.mark.parametrize(
-    "path",
-    [ROOT / "params.yaml", *sorted((ROOT / "profiles").glob("*.yaml")), *ROOT.glob("examples/*/params.yaml")],
-    ids=lambda p: p.stem,
-)
-def test_watched_parameters_are_explicit(path):
-    # DVC does not know defaults
-    assert set(CaptionConfig.model_fields) <= set(yaml.safe_load(path.read_text())["caption"])
-
+from tests.workspace import Workspace, tiny
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
 
