@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from flows.runtime.dvc import SINGLE_ITEM, check_targets, is_up_to_date, plan, run_dvc
+from flows.runtime.edits import check_watched_parameters
 from flows.runtime.fork_server import fork_server
 from flows.runtime.lanes import run_stages
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
@@ -52,9 +53,11 @@ def reproduce(params: Params, runs: Sequence[Sequence[str]], pull: bool = False)
         pull: whether missing outputs that dvc.lock lists are pulled from DVC's default remote.
 
     Raises:
+        ConfigError: params.yaml lacks a key that DVC watches.
         StageFailed: a stage failed.
         ValueError: a folder of the source, a captioner or a benchmark has an entry that DVC cannot hash.
     """
+    check_watched_parameters(params)
     check_inputs(params.inputs())
     if not params.caption.captioners:
         make_captions(params.paths.captions)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from flows.runtime.edits import check_watched_parameters
 from lotlip.caption.config import CaptionConfig
+from lotlip.config.params import load_params
 from lotlip.core.code import ROOT, stage_files
+from lotlip.core.section import ConfigError
 from lotlip.evaluate.config import EvaluateConfig
 
 STAGES: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
@@ -78,6 +82,23 @@ def test_params_files_have_every_parameter_that_dvc_watches(path: Path) -> None:
         if found is missing:
             missing.append(name)
     assert not missing
+
+
+def test_a_missing_parameter_is_an_error_with_its_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DVC itself would fail at the first stage that watches it, which may be after hours of training."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    del values["evaluate"]["precision"], values["findings"]
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
+    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        check_watched_parameters(load_params())
+    assert "add them with these defaults" in str(error.value)
+    assert sorted(line.split(": ", 1)[0] for line in error.value.problems) == ["evaluate.precision", "findings"]
+    assert 'evaluate.precision: "fp32"' in error.value.problems
+    values["evaluate"]["precision"], values["findings"] = "fp32", {}
+    Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    check_watched_parameters(load_params())
 
 
 def stages_that_depend_on(file: str) -> set[str]:

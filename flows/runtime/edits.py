@@ -1,4 +1,4 @@
-"""Notices edits of a stage's parameters and code during its run.
+"""Checks the parameters that DVC watches, and notices edits of a stage's parameters and code during its run.
 
 When a stage ends, DVC records the parameters and code that it then finds. If they were edited in the meantime, it would
 take the outputs for those of the edited ones, and never run the stage with them.
@@ -6,6 +6,8 @@ take the outputs for those of the edited ones, and never run the stage with them
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import yaml
 
 from flows.runtime.scratch import StageFailed
+from lotlip.config.params import Params
 from lotlip.core.code import code_hash, is_edited
 from lotlip.core.differences import differences, format_differences
+from lotlip.core.section import ConfigError
 
 GRAPH, PARAMS = Path("dvc.yaml"), Path("params.yaml")
 
@@ -49,6 +53,33 @@ class Inputs:
             raise StageFailed(f"the code of this stage was edited during this run; {remedy}")
 
 
+def check_watched_parameters(params: Params) -> None:
+    """Checks that params.yaml has every key that dvc.yaml watches. DVC would fail at the first stage that lacks one.
+
+    Args:
+        params: params.yaml, with the defaults of the keys that it lacks.
+
+    Raises:
+        ConfigError: a key is missing.
+    """
+    watched = [name for entry in _stages() for name in entry["params"] if "${" not in name]
+    values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    defaults = params.model_dump(mode="json")
+    missing = [
+        f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults))}"
+        for name in dict.fromkeys(watched)
+        if name.split(".")[-1] not in (reduce(_member, name.split(".")[:-1], values) or {})
+    ]
+    if missing:
+        raise ConfigError(f"{PARAMS} lacks keys that DVC watches; add them with these defaults:", missing)
+
+
+def _stages() -> Iterator[dict[str, Any]]:
+    """Yields the definition of each stage of dvc.yaml."""
+    for entry in yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"].values():
+        yield entry.get("do", entry)
+
+
 def parameters(stage: str, item: str | None) -> dict[str, Any]:
     """Returns the values of the parameters that dvc.yaml lists for a stage; nothing if there are no such files.
 
@@ -57,8 +88,7 @@ def parameters(stage: str, item: str | None) -> dict[str, Any]:
     if not (GRAPH.is_file() and PARAMS.is_file()):
         return {}
     names: list[str] = []
-    for entry in yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"].values():
-        entry = entry.get("do", entry)
+    for entry in _stages():
         if str(entry.get("cmd")).split()[:4] == ["python", "-m", "flows", stage]:
             names += [name.replace("${key}", item or "") for name in entry["params"]]
     values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
