@@ -81,9 +81,8 @@ def test_a_misspelt_field_of_a_manifest_is_refused(kind: str, path: str, name: s
         kubernetes_validate.validate(document, VERSIONS[0], strict=True)
 
 
-def test_pods_are_confined_and_reach_only_one_another_and_dns():
-    by_kind = kubernetes()
-    pod = by_kind["Job"]["spec"]["template"]["spec"]
+def check_confined(pod: dict[str, Any], environment: dict[str, str]) -> None:
+    """Checks the rights and resources of a pod's only container, and that it can write its home and temporary files."""
     (container,) = pod["containers"]
     confined = {
         "allowPrivilegeEscalation": False,
@@ -96,18 +95,63 @@ def test_pods_are_confined_and_reach_only_one_another_and_dns():
     assert pod["automountServiceAccountToken"] is False
     assert {"cpu", "memory"} <= container["resources"]["requests"].keys()
     assert container["resources"]["requests"] == container["resources"]["limits"]
-    # the root is read-only: a home and temporary files need a volume of their own
-    home = next(entry["value"] for entry in container["env"] if entry["name"] == "HOME")
-    assert {home, "/tmp", container["workingDir"]} <= {mount["mountPath"] for mount in container["volumeMounts"]}
+    # the root is read-only
+    written = {environment["HOME"], environment.get("TMPDIR", "/tmp"), "/tmp", container["workingDir"]}
+    assert written <= {mount["mountPath"] for mount in container["volumeMounts"]}
 
+
+def check_dns(rule: dict[str, Any]) -> None:
+    """Checks that a rule of a NetworkPolicy allows only requests to the cluster's DNS server."""
+    (server,) = rule["to"]
+    assert set(server) == {"namespaceSelector", "podSelector"} and {port["port"] for port in rule["ports"]} == {53}
+
+
+def test_pods_are_confined_and_reach_only_one_another_and_dns():
+    by_kind = kubernetes()
+    pod = by_kind["Job"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    check_confined(pod, {entry["name"]: entry.get("value", "") for entry in container["env"]})
     policy = by_kind["NetworkPolicy"]["spec"]
     pods = {"matchLabels": by_kind["Service"]["spec"]["selector"]}
     assert policy["podSelector"] == pods and set(policy["policyTypes"]) == {"Ingress", "Egress"}
     assert [rule["from"] for rule in policy["ingress"]] == [[{"podSelector": pods}]]
     own, dns = policy["egress"]
     assert own["to"] == [{"podSelector": pods}]
-    (server,) = dns["to"]
-    assert set(server) == {"namespaceSelector", "podSelector"} and {port["port"] for port in dns["ports"]} == {53}
+    check_dns(dns)
+
+
+def filled_in(value: Any, variables: dict[str, Any]) -> Any:
+    """A job template with the values of its variables, as Prefect fills it in."""
+    if isinstance(value, dict):
+        return {key: filled_in(each, variables) for key, each in value.items()}
+    if isinstance(value, list):
+        return [filled_in(each, variables) for each in value]
+    if isinstance(value, str) and (name := re.fullmatch(r"\{\{ (\w+) \}\}", value)):
+        return variables[name[1]]
+    return re.sub(r"\{\{ (\w+) \}\}", lambda name: str(variables[name[1]]), value) if isinstance(value, str) else value
+
+
+def test_jobs_of_a_pool_are_valid_and_confined():
+    template = yaml.safe_load((INFRA / "pools" / "kubernetes.yaml").read_text(encoding="utf-8"))
+    variables = {name: each.get("default") for name, each in template["variables"]["properties"].items()}
+    variables |= {"name": "trial", "command": ["prefect", "flow-run", "execute"]}
+    filled = filled_in(template["job_configuration"], variables)
+    job = filled["job_manifest"]
+    policy = yaml.safe_load((INFRA / "kubernetes" / "pool.yaml").read_text(encoding="utf-8"))
+    for version in VERSIONS:
+        kubernetes_validate.validate(job, version, strict=True)
+        kubernetes_validate.validate(policy, version, strict=True)
+    check_confined(job["spec"]["template"]["spec"], filled["env"])
+
+    selected = policy["spec"]["podSelector"]["matchLabels"]
+    assert selected and selected.items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"} and policy["spec"]["ingress"] == []
+    team, dns = policy["spec"]["egress"]
+    reached = {port for rule in team["ports"] for port in range(rule["port"], rule.get("endPort", rule["port"]) + 1)}
+    compose = yaml.safe_load((INFRA / "compose.yaml").read_text(encoding="utf-8"))
+    published = {int(port.rsplit(":", 1)[1]) for port in compose["services"]["proxy"]["ports"]}
+    assert published and reached == published | {22, 443}  # git
+    check_dns(dns)
 
 
 @pytest.mark.integration
