@@ -1,6 +1,7 @@
 """Drills of the team's servers, run natively in a new folder: `python -m benchmarks.team check|drill|sweep FOLDER`.
 
-`check` takes a minute: a tiny flow on a pool's worker, everything that has to be refused, a backup and its restore.
+`check` takes two minutes: a tiny flow on a pool's worker, everything that has to be refused, a backup and its restore,
+and a rotation of all keys.
 `drill` runs reproductions through restarts and kills. `sweep` runs a sweep on two workers, one of which is killed.
 """
 
@@ -21,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.team.native import GIT_SERVER, INSIDE, Machine, Team, enter
+from benchmarks.team.native import GIT_SERVER, INFRA, INSIDE, Machine, Team, enter
 
 PROBE = '''
 """A tiny flow: a run in MLflow with an artifact, and a file in DVC's remote."""
@@ -194,21 +195,11 @@ def refusals(colleague: Colleague) -> None:
     expect("S3 past the proxy without a key", colleague.ask("http://seaweedfs:8333/dvc"), 403)
 
 
-def refused_by_stores(team: Team, colleague: Colleague) -> None:
-    """What the stores refuse: wrong passwords, and keys of others."""
+def s3_client(colleague: Colleague) -> Any:
+    """A client of the team's S3 server with the keys of a colleague."""
     import boto3
-    import psycopg
-    from botocore.exceptions import ClientError
 
-    for user, database, password in (("prefect", "prefect", "wrong"), ("postgres", "postgres", "wrong")):
-        try:
-            psycopg.connect(host="postgres", user=user, dbname=database, password=password).close()
-            sys.exit(f"error: Postgres let {user} in with a wrong password")
-        except psycopg.OperationalError as error:
-            say("Postgres with a wrong password", found=str(error).splitlines()[0].rpartition("FATAL:")[2].strip())
-    done = subprocess.run(["redis-cli", "-h", "redis", "ping"], capture_output=True, text=True, check=False)
-    expect("Redis without a password", done.stdout.split()[0], "NOAUTH")
-    s3 = boto3.client(
+    return boto3.client(
         "s3",
         endpoint_url="https://localhost:8445",
         verify=colleague.certificate,
@@ -216,6 +207,29 @@ def refused_by_stores(team: Team, colleague: Colleague) -> None:
         aws_access_key_id=colleague.environment["AWS_ACCESS_KEY_ID"],
         aws_secret_access_key=colleague.environment["AWS_SECRET_ACCESS_KEY"],
     )
+
+
+def refused_by_postgres(user: str, database: str, password: str) -> None:
+    """Checks that Postgres refuses a login."""
+    import psycopg
+
+    try:
+        psycopg.connect(host="postgres", user=user, dbname=database, password=password).close()
+    except psycopg.OperationalError as error:
+        say(f"Postgres refuses {user}", found=str(error).splitlines()[0].rpartition("FATAL:")[2].strip())
+    else:
+        sys.exit(f"error: Postgres let {user} in")
+
+
+def refused_by_stores(team: Team, colleague: Colleague) -> None:
+    """What the stores refuse: wrong passwords, and keys of others."""
+    from botocore.exceptions import ClientError
+
+    for user in ("prefect", "postgres"):
+        refused_by_postgres(user, user, "wrong")
+    done = subprocess.run(["redis-cli", "-h", "redis", "ping"], capture_output=True, text=True, check=False)
+    expect("Redis without a password", done.stdout.split()[0], "NOAUTH")
+    s3 = s3_client(colleague)
     objects = s3.list_objects_v2(Bucket="dvc").get("Contents", [])
     expect("DVC's bucket has the worker's data", any(entry["Key"].startswith("files/md5/") for entry in objects), True)
     expect("DVC's bucket keeps versions", s3.get_bucket_versioning(Bucket="dvc").get("Status"), "Enabled")
@@ -236,6 +250,9 @@ from pathlib import Path
 note = Path(client.download_artifacts(run.info.run_id, "note.txt", sys.argv[1])).read_text()
 print(run.data.metrics["loss"], run.info.artifact_uri.partition(":")[0], note)
 """
+FOUND = "0.5 mlflow-artifacts from a worker"
+PREFECT_FLOWS = "https://localhost:8443/api/flows/filter"
+MLFLOW_EXPERIMENTS = "https://localhost:8444/api/2.0/mlflow/experiments/search"
 COUNTS = {"prefect": "SELECT count(*) FROM flow_run", "mlflow": "SELECT count(*) FROM runs"}
 
 
@@ -272,6 +289,35 @@ def backup_and_restore(team: Team) -> None:
     expect("rows after the restore", counts(team), before)
 
 
+def rotate(team: Team) -> None:
+    """All services start again with new secrets and the same data; the former ones are refused."""
+    from botocore.exceptions import ClientError
+
+    former, rows, passwords = Colleague(team), counts(team), secrets_of(team, "postgres")
+    for name in list(team.running):
+        team.stop(name)
+    team.done.clear()  # what runs once runs again
+    shutil.copytree(team.local / "secrets", team.state / "former-secrets")
+    run(["bash", str(INFRA / "team" / "init.sh"), "rotate"], environment={**os.environ, "TEAM_LOCAL": str(team.local)})
+    team.up()
+    colleague = Colleague(team)
+    expect("rows after the rotation", counts(team), rows)
+    found = colleague.python("-c", FOUND_IN_MLFLOW, str(colleague.environment["HOME"]))
+    expect("the run in MLflow after the rotation", found.strip(), FOUND)
+    for name, url, body in (("Prefect", PREFECT_FLOWS, {}), ("MLflow", MLFLOW_EXPERIMENTS, {"max_results": 1})):
+        expect(f"{name} with the former login", colleague.ask(url, former.login, body=body), 401)
+        expect(f"{name} with the new login", colleague.ask(url, colleague.login, body=body), 200)
+    for name in COUNTS:
+        refused_by_postgres(name, name, passwords[f"{name.upper()}_DB_PASSWORD"])
+    objects = s3_client(colleague).list_objects_v2(Bucket="dvc").get("Contents", [])
+    expect("objects in DVC's bucket after the rotation", bool(objects), True)
+    try:
+        s3_client(former).list_objects_v2(Bucket="dvc")
+        sys.exit("error: the former key lists DVC's bucket")
+    except ClientError as error:
+        say("S3 refuses the former key", found=error.response["Error"]["Code"])
+
+
 def check(team: Team) -> None:
     """The short scenario."""
     colleague = Colleague(team)
@@ -284,10 +330,11 @@ def check(team: Team) -> None:
     colleague.python("-c", DEPLOY_PROBE, cwd=project)
     say("a flow ran on a worker of the pool")
     found = colleague.python("-c", FOUND_IN_MLFLOW, str(colleague.environment["HOME"]))
-    expect("its run in MLflow", found.strip(), "0.5 mlflow-artifacts from a worker")
+    expect("its run in MLflow", found.strip(), FOUND)
     refusals(colleague)
     refused_by_stores(team, colleague)
     backup_and_restore(team)
+    rotate(team)
 
 
 START_RUN = """
@@ -378,9 +425,9 @@ def drill(team: Team) -> None:
     team.wait("postgres")
     expect("the run during the restart of Postgres", first.wait_for("Completed", "Failed", "Crashed"), ("Completed", 1))
     say("a reproduction ran on the pool", seconds=round(time.monotonic() - first.started))
-    expect(
-        "runs in MLflow: name, points of the loss, scores", colleague.python("-c", TRAINED).split()[0], "lotlip-seed0"
-    )
+    name, points, scores = colleague.python("-c", TRAINED).split()
+    expect("the run in MLflow", name, "lotlip-seed0")
+    expect("it has a loss and scores", int(points) > 0 and int(scores) > 0, True)
     restore(team, colleague, "runs/first")
     lost_worker(team, colleague)
 

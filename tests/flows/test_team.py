@@ -1,4 +1,4 @@
-"""A team's servers, run natively from infra/compose.yaml: flows, rejected requests and a restored backup."""
+"""A team's servers, run natively from infra/compose.yaml: flows, rejected requests, a restored backup, new keys."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def test_pools_access_control_and_backups_work(tmp_path: Path):
     assert checks[-1] == "done"
     secrets = [
         line.split("=", 1)[1]
-        for file in (tmp_path / "team/local/secrets").glob("*.env")
+        for folder in ("team/local/secrets", "team/former-secrets")
+        for file in (tmp_path / folder).glob("*.env")
         for line in file.read_text().split()
     ]
     logs = "".join(file.read_text(errors="replace") for file in (tmp_path / "team/logs").iterdir())
