@@ -3,10 +3,12 @@
 import json
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from lotlip.objectives.contrastive import feature_shares
+from lotlip.report.config import FindingName, MeasureName
 from lotlip.report.findings import (
     CONTRADICTS,
     FINDINGS,
@@ -18,7 +20,7 @@ from lotlip.report.findings import (
     evaluate_findings,
 )
 from lotlip.report.inputs import load_inputs
-from lotlip.report.measures import LONG, Measure
+from lotlip.report.measures import LONG, MEASURES, Measure
 from lotlip.report.page import build_report
 from lotlip.report.sections import benchmark_sections
 from lotlip.report.significance import holm, p_value
@@ -165,6 +167,11 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
+def test_params_yaml_can_name_every_finding_and_measure():
+    assert [finding.slug for finding in FINDINGS] == list(get_args(FindingName))
+    assert [measure.slug for measure in MEASURES] == list(get_args(MeasureName))
+
+
 def test_every_table_of_the_paper_has_its_ablations(whole):
     inputs, _ = whole
     tables = {section.table.title: section.table for section in benchmark_sections(inputs, "scenes")}
@@ -337,11 +344,14 @@ def test_findings_are_tested_on_the_declared_benchmarks_that_have_the_measure(tm
                 scores["short.text_to_image.r1"] += 0.3
         path.write_text(json.dumps(data))
 
-    def tested(*names):
-        findings = params.findings.model_copy(update={"benchmarks": list(names)})
+    def tested(*names, **other):
+        findings = params.findings.model_copy(update={"benchmarks": list(names), "other_benchmarks": other})
         found = evaluate_findings(load_inputs(params.model_copy(update={"findings": findings}), tmp_path))
         best = next(one for one in found if one.finding.slug == "better-than-long-texts-at-best-share")
-        return {one.measure.slug: tuple(one.benchmarks) for one in found}, best.weights, note(found)
+        apart.extend(one for one in found if one.apart)
+        return {one.measure.slug: tuple(one.benchmarks) for one in found if not one.apart}, best.weights, note(found)
+
+    apart = []
 
     benchmarks, best, text = tested("captions")
     assert benchmarks == {"long": ("captions",), "short": ("captions",), "classification": ("scenes",)}
@@ -354,6 +364,13 @@ def test_findings_are_tested_on_the_declared_benchmarks_that_have_the_measure(tm
         "short": ("scenes", "captions"),
         "classification": ("scenes",),
     }
+    assert not apart
+    benchmarks, _, text = tested("captions", mask={"long": ["scenes"]})
+    assert benchmarks == {"long": ("captions",), "short": ("captions",), "classification": ("scenes",)}
+    (mask,) = apart
+    assert (mask.finding.slug, mask.measure.slug, mask.benchmarks) == ("mask", "long", ["scenes"])
+    assert mask.compares.endswith(", on scenes")
+    assert text.endswith("Findings to which these are not fair name others (findings.other_benchmarks).")
 
 
 def test_a_finding_without_scores_on_its_benchmarks_is_not_tested_on_others(tmp_path):

@@ -17,6 +17,26 @@ CHANGES, FLOPS = "changes", "flops"  # columns computed by the report
 SAMPLES, SHORT_SHARE = "samples", "loss.short_loss_fraction"
 SCORES = (*MAIN, *map(str, Metric))
 COLUMNS = (CHANGES, FLOPS, *SCORES)  # valid in addition to the keys of `pretrain`
+MeasureName = Literal["long", "short", "classification"]
+FindingName = Literal[
+    "long-texts-teach-long",
+    "long-texts-cost-short",
+    "more-sub-captions-cost-more",
+    "corner-tokens-win-short-back",
+    "corner-tokens-keep-long",
+    "better-than-long-clip",
+    "better-than-long-clip-at-equal-steps",
+    "better-than-long-texts-at-best-share",
+    "mask",
+    "corner-tokens-level-off",
+    "more-sub-captions-help-long",
+    "sub-captions-level-off",
+    "longer-context-helps",
+    "context-levels-off",
+    "better-than-registers",
+    "captioners-beat-mean",
+    "captioners-beat-best",
+]
 RESERVED = ("all", "others", "attention", "hard-negatives", "sentences")  # names of the built-in tables and figures
 
 
@@ -128,11 +148,21 @@ class FindingsConfig(Section):
         description="benchmarks that test the findings. A measure that none of them has, or every measure if the list "
         "is empty, is tested on all benchmarks except those of the split `val`",
     )
+    other_benchmarks: dict[FindingName, dict[MeasureName, Annotated[list[Name], Field(min_length=1)]]] = Field(
+        default_factory=dict,
+        description="finding → measure → benchmarks that test it instead, because the texts of `benchmarks` favour one "
+        "of its ablations",
+    )
+
+    def testing(self, finding: str, measure: str) -> list[str]:
+        """Returns the benchmarks that test a finding in a measure; empty: all that have the measure."""
+        others: Mapping[str, Mapping[str, list[str]]] = self.other_benchmarks
+        return others.get(finding, {}).get(measure, self.benchmarks)
 
     def roles(self) -> Iterator[tuple[str, list[str]]]:
         """Yields each role and its ablations."""
         for role in type(self).model_fields:
-            if role in ("margin", "benchmarks"):
+            if role in ("margin", "benchmarks", "other_benchmarks"):
                 continue
             given = getattr(self, role)
             yield role, given if isinstance(given, list) else [given] if given else []
@@ -155,13 +185,19 @@ def declaration_problems(
     settings = {name: flatten(config.model_dump(mode="json")) for name, config in ablations.items()}
     keys = list(dict.fromkeys(key for values in settings.values() for key in values))
     names: list[tuple[str, str]] = [(f"findings.{role}", name) for role, given in findings.roles() for name in given]
+    testing = [("findings.benchmarks", name) for name in findings.benchmarks] + [
+        (f"findings.other_benchmarks.{finding}.{measure}", name)
+        for finding, by_measure in findings.other_benchmarks.items()
+        for measure, given in by_measure.items()
+        for name in given
+    ]
     problems = [
-        f"findings.benchmarks: no benchmark {name!r}{nearest(name, benchmarks)} (there are: {', '.join(benchmarks)})"
-        for name in findings.benchmarks
+        f"{place}: no benchmark {name!r}{nearest(name, benchmarks)} (there are: {', '.join(benchmarks)})"
+        for place, name in testing
         if name not in benchmarks
     ] + [
-        f"findings.benchmarks: {name} is of the split {VALIDATION}, which only chooses ablations; name another one"
-        for name in findings.benchmarks
+        f"{place}: {name} is of the split {VALIDATION}, which only chooses ablations; name another one"
+        for place, name in testing
         if benchmarks.get(name) == VALIDATION
     ]
     for slug, table in tables.items():

@@ -16,9 +16,14 @@ Weights = Mapping[str, float]  # ablation → weight of its measure in the diffe
 
 @dataclass(frozen=True)
 class Roles:
-    """The ablations that have results, by their roles in `findings` of params.yaml."""
+    """The ablations that have results, by their roles in `findings` of params.yaml.
+
+    Attributes:
+        declared: names of benchmarks that test a finding; empty: all that have its measure.
+    """
 
     inputs: ReportInputs
+    declared: Sequence[str] = ()
 
     def one(self, role: str) -> Ablation | None:
         """Returns the single ablation of a role; None if it is not declared or has no results."""
@@ -38,15 +43,14 @@ class Roles:
     def testing(self, benchmarks: Sequence[str]) -> list[str]:
         """Returns the benchmarks that findings are tested on: all but those of the validation split, unless all are.
 
-        Of these, only those of `findings.benchmarks` if any is among them.
+        Of these, only those of `declared` if any is among them.
         """
         testing = [name for name in benchmarks if name not in self._validation] or list(benchmarks)
-        return [name for name in testing if name in self.inputs.params.findings.benchmarks] or testing
+        return [name for name in testing if name in self.declared] or testing
 
     def unscored(self, ablations: Sequence[Ablation]) -> list[str]:
-        """Names the ablations without scores on any of `findings.benchmarks`; empty if it is empty."""
-        declared = self.inputs.params.findings.benchmarks
-        return [a.name for a in ablations if declared and not set(declared) & set(a.benchmarks)]
+        """Names the ablations without scores on any of `declared`; empty if it is empty."""
+        return [a.name for a in ablations if self.declared and not set(self.declared) & set(a.benchmarks)]
 
     def choosing(self, benchmarks: Sequence[str]) -> list[str]:
         """Returns the benchmarks that the best ablation is chosen on: a validation split's, else those of the test."""

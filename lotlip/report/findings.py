@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lotlip.figures.intervals import Estimate, estimate
+from lotlip.report.config import FindingName
 from lotlip.report.contrasts import (
     Contrast,
     Roles,
@@ -62,7 +63,7 @@ class Finding:
         preserves: whether the finding also holds when nothing changes.
     """
 
-    slug: str
+    slug: FindingName
     says: str
     where: str
     compares: str
@@ -81,6 +82,7 @@ class FindingResult:
         verdict: one of `VERDICTS`, not corrected for the number of tests.
         reason: why the test is inconclusive or was not run; empty if the interval decides.
         choice: how the ablations were chosen; empty if the finding does not choose.
+        apart: whether `findings.other_benchmarks` names benchmarks that test it.
         weights: the ablations compared and their weights.
         benchmarks: benchmarks that the measure is averaged over.
         by_seed: seed → the difference, in percentage points.
@@ -96,6 +98,7 @@ class FindingResult:
     verdict: str
     reason: str = ""
     choice: str = ""
+    apart: bool = False
     weights: Weights = field(default_factory=dict)
     benchmarks: Sequence[str] = ()
     by_seed: Mapping[int, float] = field(default_factory=dict)
@@ -106,8 +109,9 @@ class FindingResult:
 
     @property
     def compares(self) -> str:
-        """The difference in words, with the choice of ablations if there was one."""
-        return ", ".join(text for text in (self.finding.compares, self.choice) if text)
+        """The difference in words, with the choice of ablations and other benchmarks if there were any."""
+        where = f"on {', '.join(self.benchmarks)}" if self.apart and self.benchmarks else ""
+        return ", ".join(text for text in (self.finding.compares, self.choice, where) if text)
 
     @property
     def interval(self) -> tuple[float, float] | None:
@@ -174,23 +178,30 @@ class FindingResult:
 
 def evaluate_findings(inputs: ReportInputs) -> list[FindingResult]:
     """Tests each finding in each of its measures, and corrects for the number of tests that were run."""
-    roles = Roles(inputs)
-    tested = [evaluate_finding(finding, measure, roles) for finding in FINDINGS for measure in finding.measures]
+    tested = [evaluate_finding(finding, measure, inputs) for finding in FINDINGS for measure in finding.measures]
     p_values = [one.p for one in tested if one.p is not None]
     corrected = iter(holm(p_values))
     return [one if one.p is None else replace(one, p_holm=next(corrected), tests=len(p_values)) for one in tested]
 
 
-def evaluate_finding(finding: Finding, measure: Measure, roles: Roles) -> FindingResult:
+def evaluate_finding(finding: Finding, measure: Measure, inputs: ReportInputs) -> FindingResult:
     """Tests one finding in one measure, as `TEST` describes, without the correction."""
-    result = FindingResult(finding, measure, NOT_RUN, choice=roles.choice if finding.chooses else "")
+    declared = inputs.params.findings.testing(finding.slug, measure.slug)
+    roles = Roles(inputs, declared)
+    result = FindingResult(
+        finding,
+        measure,
+        NOT_RUN,
+        choice=roles.choice if finding.chooses else "",
+        apart=declared is not inputs.params.findings.benchmarks,
+    )
     weights = finding.contrast(roles, measure)
     if not weights:
         return replace(result, reason=f"needs {finding.compares}")
-    compared = roles.inputs.chosen(weights)
+    compared = inputs.chosen(weights)
     if unscored := roles.unscored(compared):
-        names = ", ".join(roles.inputs.params.findings.benchmarks)
-        return replace(result, weights=weights, reason=f"needs scores on {names} of {', '.join(unscored)}")
+        reason = f"needs scores on {', '.join(declared)} of {', '.join(unscored)}"
+        return replace(result, weights=weights, reason=reason)
     benchmarks = roles.testing(measure.benchmarks(compared))
     result = replace(result, weights=weights, benchmarks=benchmarks)
     if not benchmarks:
@@ -208,7 +219,7 @@ def evaluate_finding(finding: Finding, measure: Measure, roles: Roles) -> Findin
     if difference.low is None or difference.high is None:
         reason = f"one seed ({shared[0]}) has no interval; at least two are needed"
         return replace(result, verdict=ONE_SEED, reason=reason)
-    verdict, tested = _verdict(difference.low, difference.high, finding, roles.inputs.params.findings.margin)
+    verdict, tested = _verdict(difference.low, difference.high, finding, inputs.params.findings.margin)
     return replace(result, verdict=verdict, p=p_value(list(by_seed.values()), tested))
 
 

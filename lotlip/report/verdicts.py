@@ -76,8 +76,11 @@ def not_run(tested: Sequence[FindingResult]) -> str:
 def note(tested: Sequence[FindingResult]) -> str:
     """Describes the test, its benchmarks and the number of tests."""
     tests = max((one.tests for one in tested), default=0)
-    scored = dict.fromkeys((one.measure.label, ", ".join(one.benchmarks)) for one in tested if one.benchmarks)
+    named = [one for one in tested if one.benchmarks and not one.apart and one.verdict != NOT_RUN]
+    scored = dict.fromkeys((one.measure.label, ", ".join(one.benchmarks)) for one in named)
     benchmarks = f" Benchmarks: {'; '.join(f'{label}: {names}' for label, names in scored)}." if scored else ""
+    if any(one.apart for one in tested):
+        benchmarks += " Findings to which these are not fair name others (findings.other_benchmarks)."
     chance = (
         f" If all true differences were 0, {ALPHA * tests:.1f} of the {tests} tests would be expected to differ from 0 "
         "by chance without the correction; with it, the probability of any such verdict is at most 5\u00a0%."
