@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from lotlip.caption.captioners.table import TableCaptioner
-from lotlip.config.params import Params, load_params
+from lotlip.config.params import Params, checked_params, load_params
+from lotlip.data.plain_tokenizer import PlainTokenizer
 from lotlip.ingest.sources import open_source
 from lotlip.plan.plan import Gpu, plan
 from lotlip.plan.towers import build_towers, parameters
@@ -18,6 +21,9 @@ from tests.test_webdataset_source import image_bytes
 ROOT = Path(__file__).parent.parent
 FROM_CLIP = ("long-clip", "debias-clip", "himo-clip", "smart-clip")
 FROM_SCRATCH = ("laclip", "align", "flair")
+# Published sizes of CLIP B/16: 149,620,737 parameters with both projections and the temperature, of which 85,799,424
+# and 63,165,952 are in the two encoders.
+CLIP_B16 = 149_620_737
 
 
 def profile(name: str) -> tuple[Params, PretrainConfig]:
@@ -70,6 +76,34 @@ def test_the_documented_table_gives_images_and_captions(name, tmp_path, monkeypa
     author = TableCaptioner("sharegpt4v", params.caption.captioners["sharegpt4v"], len)  # type: ignore[arg-type]
     (caption,) = author.caption([record])  # type: ignore[list-item]
     assert caption.text == record.short_caption == "A dog. It runs, fast."  # type: ignore[union-attr]
+
+
+@pytest.fixture(scope="module")
+def clip_b16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with everything of OpenAI's CLIP B/16 but its weights, which planning does not read."""
+    folder = tmp_path_factory.mktemp("clip") / "clip-vit-base-patch16"
+    CLIPConfig(vision_config={"patch_size": 16}).save_pretrained(folder)
+    CLIPImageProcessor().save_pretrained(folder)
+    PlainTokenizer("clip").save(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FROM_CLIP)
+def test_methods_that_finetune_clip_fit_eight_gpus(name, clip_b16):
+    data = yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text(encoding="utf-8"))
+    params = checked_params({**data, "pretrain": {**data["pretrain"], "start": str(clip_b16)}}, name)
+    config, compute = params.ablation(name), params.training_compute(name)
+    assert compute.processes == 8
+    assert deepspeed_config(config, compute)["train_batch_size"] == config.batch_size
+    planned = plan(params, config, compute, Gpu())
+    assert planned.remedy == "" and not planned.frozen
+    masks = planned.trained.pop("modules of the objective", 0)
+    assert bool(masks) is (name == "smart-clip")
+    positions = config.text.context_length - 77
+    assert sum(planned.trained.values()) == CLIP_B16 + positions * 512
+    assert planned.trained["image tower"] == 85_799_424 + 768 * 512
+    assert planned.trained["text encoder"] == 63_165_952 + positions * 512
 
 
 @pytest.mark.slow
