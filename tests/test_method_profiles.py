@@ -30,6 +30,8 @@ def profile(name: str) -> tuple[Params, PretrainConfig]:
     params = load_params(ROOT / "profiles" / f"{name}.yaml")
     (ablation,) = params.names
     assert ablation == name
+    (table,) = params.tables.values()
+    assert [*table.rows] == [name] and table.published  # published scores stand beside its own
     return params, params.ablation(name)
 
 

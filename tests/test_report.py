@@ -1440,6 +1440,20 @@ def test_published_scores_stand_below_those_measured_on_the_same_benchmark(tmp_p
     assert "FLAIR" not in text  # it was published on COCO only
 
 
+def test_one_ablation_stands_beside_published_scores(tmp_path):
+    declared = {"title": "Own", "rows": {"beta": "Ours"}, "columns": SCORES}
+    for published in (True, False):
+        tables = {"own": {**declared, "published": published}}
+        params = make_params(
+            tables, ablations={"beta": {}}, evaluate={"benchmarks": {"urban-1k": {"kind": "held-out"}}}
+        )
+        write_project(tmp_path / f"{published}", params)
+        (section,) = benchmark_sections(load_inputs(params, tmp_path / f"{published}"), "urban-1k")
+        assert section.table.title == ("Own" if published else "Ablations")
+        rows = [row[0].text for row in [*section.table.rows, *section.table.references]]
+        assert rows[0] == "beta" and ("DeBias-CLIP B/16 (published)" in rows) is published
+
+
 def files_of_a_launched_run(root, **training):
     few = {name: ABLATIONS[name] for name in ("alpha", "gamma")}
     params = make_params(ablations=few, compute={"training": training})

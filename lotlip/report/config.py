@@ -93,7 +93,10 @@ class CostFigureConfig(Section):
 
 
 class TableConfig(Section):
-    """A table of ablations for each benchmark, shown once at least two of its ablations have scores."""
+    """A table of ablations for each benchmark.
+
+    It is shown once at least two of its ablations have scores; with `published`, one is enough.
+    """
 
     title: str = Field(description="heading of the table")
     paper: str = Field("", description="table or figure of the paper that it reproduces")

@@ -49,12 +49,13 @@ class TableSection:
 def benchmark_sections(inputs: ReportInputs, benchmark: str) -> list[TableSection]:
     """Returns the declared tables for one benchmark, then a table of the ablations that are in none.
 
-    A table shows the ablations that were run. With fewer than two of them it is left out.
+    A table shows the ablations that were run. With fewer than two of them it is left out, with published scores only if
+    there are none.
     """
     sections, seen = [], set[str]()
     for slug, declared in inputs.params.tables.items():
         chosen = inputs.chosen(declared.rows)
-        if len(chosen) < 2:
+        if len(chosen) < (1 if declared.published else 2):
             continue
         table = _table(inputs, benchmark, slug, declared, chosen)
         figure = (
