@@ -23,7 +23,7 @@ from tests.test_table_source import DREAMLIP, write_csv
 from tests.test_webdataset_source import image_bytes, write_tar
 
 ROOT = Path(__file__).parent.parent
-PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m")
+PAPER = ("cc3m", "cc12m", "yfcc15m", "merged-30m", "lotlip-100m", "data-scale")
 GPUS = (1, 8, 32)
 # ViT-B/16 without its classifier, of 224 pixels; BERT-base with its pooler. Published: 85.8 M and 109.5 M.
 VIT_B16, BERT_BASE = 85_798_656, 109_482_240
@@ -82,6 +82,27 @@ def test_deepspeed_settings_fit_the_gpus(profile, gpus):
     assert settings["zero_optimization"]["stage"] == 1
     assert compute.launch.kind == ("slurm" if gpus == 32 else "local")
     assert plan(params, config, compute, Gpu()).remedy == ""
+
+
+@pytest.mark.slow
+def test_all_systems_at_all_data_scales_fit_eight_gpus(tmp_path, monkeypatch):
+    """Configurations that differ in the number of images only need the same memory, and are planned once."""
+    params = load_params(ROOT / "profiles" / "data-scale.yaml")
+    monkeypatch.chdir(tmp_path)
+    start = params.ablation("lit")
+    build_towers(start, params.image_tower).model.config.save_pretrained(params.paths.models / "lit")
+    distinct = {}
+    for name in params.names:
+        compute = params.training_compute(name)
+        recipe = params.ablation(name).model_copy(update={"samples": None})
+        if name in params.finetune:
+            recipe = recipe.model_copy(update={"text": params.ablation("long-clip").text})
+        distinct[f"{recipe!r} {compute!r}"] = recipe, compute
+    assert len(distinct) == 8  # one for each system
+    assert params.compute.training.processes == 8
+    for recipe, compute in distinct.values():
+        assert deepspeed_config(recipe, compute)["train_batch_size"] == params.pretrain.batch_size
+        assert plan(params, recipe, compute, Gpu()).remedy == ""
 
 
 @pytest.mark.parametrize("gpus", GPUS)
