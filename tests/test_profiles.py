@@ -12,6 +12,7 @@ import yaml
 from lotlip.caption.captioners.table import TableCaptioner
 from lotlip.config.params import checked_params, load_params
 from lotlip.core.compute import TrainingCompute
+from lotlip.core.differences import differences
 from lotlip.core.section import merge
 from lotlip.evaluate.config import PublishedBenchmarkConfig
 from lotlip.ingest.sources import open_source
@@ -19,6 +20,7 @@ from lotlip.plan.plan import Gpu, on_gpus, plan
 from lotlip.plan.towers import build_towers, parameters
 from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.engine import deepspeed_config
+from lotlip.report.config import ScoresFigureConfig
 from tests.test_table_source import DREAMLIP, write_csv
 from tests.test_webdataset_source import image_bytes, write_tar
 
@@ -103,6 +105,43 @@ def test_all_systems_at_all_data_scales_fit_eight_gpus(tmp_path, monkeypatch):
     for recipe, compute in distinct.values():
         assert deepspeed_config(recipe, compute)["train_batch_size"] == params.pretrain.batch_size
         assert plan(params, recipe, compute, Gpu()).remedy == ""
+
+
+SYSTEMS = {
+    "clip": "CLIP",
+    "siglip": "SigLIP",
+    "filip": "FILIP",
+    "laclip": "LaCLIP",
+    "align": "ALIGN",
+    "lit": "LiT",
+    "long-clip": "Long-CLIP",
+    "lotlip": "LoTLIP",
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "scales"),
+    [
+        ("params.yaml", {"-1of8": 0.125, "-1of4": 0.25, "-1of2": 0.5, "": None}),
+        ("profiles/data-scale.yaml", {"-3m": 3_000_000, "-12m": 12_000_000, "-30m": 30_000_000, "": None}),
+    ],
+)
+def test_tables_4_and_5_have_all_systems_at_all_scales(file, scales):
+    params = load_params(ROOT / file)
+    rows = [(f"{system}{scale}", label) for scale in scales for system, label in SYSTEMS.items()]
+    long, short = params.tables["data-scale"], params.tables["data-scale-short"]
+    assert (long.paper, list(long.rows.items())) == ("Table 4", rows)
+    assert (short.paper, list(short.rows.items())) == ("Table 5", rows)
+    assert list(long.columns) == ["samples", "long"]
+    assert list(short.columns) == ["samples", "short", "classification"]
+    assert isinstance(long.figure, ScoresFigureConfig) and long.figure.x == ["samples"]
+    assert long.figure.lines == {label: [f"{name}{scale}" for scale in scales] for name, label in SYSTEMS.items()}
+    for system in SYSTEMS:
+        for scale, samples in scales.items():
+            changed = differences(params.ablation(f"{system}{scale}").recipe(), params.ablation(system).recipe())
+            start = {"text.pretrained": f"models/lit{scale}"} if system == "long-clip" else {}
+            assert changed == ({"samples": samples, **start} if scale else {})
+            assert params.training_compute(f"{system}{scale}") == params.training_compute(system)
 
 
 @pytest.mark.parametrize("gpus", GPUS)
