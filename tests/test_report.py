@@ -926,6 +926,7 @@ def test_csv_has_all_numbers_unrounded(report):
 
 def test_csv_of_data_and_stages(report):
     assert [float(row["tokens_per_text"]) for row in read_csv(report, "data")] == [9.81, 83.5]
+    assert "Caption statistics (paper: Table 6)" in (report / "report.md").read_text()
     stages = {row["stage"]: row for row in read_csv(report, "stages")}
     assert float(stages["ingest"]["orchestration_share"]) == pytest.approx(4 / 20)
     assert float(stages["total"]["seconds"]) == pytest.approx(sum(20.0 + n for n in range(len(stages) - 1)))

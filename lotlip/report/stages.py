@@ -29,7 +29,7 @@ def statistics_table(inputs: ReportInputs) -> ReportTable:
     ]
     splits = ", ".join(f"{count:,} in {split}" for split, count in inputs.splits.items())
     note = "Tokens are word pieces without special tokens." + (f" Samples in shards: {splits}." if splits else "")
-    return ReportTable("data", "Caption statistics", note, columns, rows)
+    return ReportTable("data", "Caption statistics", note, columns, rows, paper="Table 6")
 
 
 def benchmark_texts_table(inputs: ReportInputs) -> ReportTable:
