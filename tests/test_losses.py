@@ -545,55 +545,69 @@ def test_mismatched_features_are_rejected():
 
 
 VECTORS = Path(os.environ.get("LOTLIP_METHOD_VECTORS", Path(__file__).parent / "data" / "methods"))
+LONG_CLIP, HIMO = "longclip_image_components_", "himo_text_components_"
 
 
 def method_vectors() -> dict[str, Tensor]:
     """Features, components and losses computed by the released code of HiMo-CLIP and Long-CLIP."""
     size = json.loads((VECTORS / "case.json").read_text())
     vectors = load_file(VECTORS / "components.safetensors")
-    assert vectors["image"].shape == (size["batch"], size["width"])
+    for name in ("image", "short", "long"):
+        assert vectors[name].shape == (size["batch"], size["width"])
     return vectors
+
+
+def in_names(vectors: dict[str, Tensor], start: str) -> list[float]:
+    """The numbers at the end of the names that start so, such as 32 of longclip_image_components_32."""
+    return [float(name.removeprefix(start)) for name in vectors if name.startswith(start)]
 
 
 def test_long_clips_loss_equals_its_release():
     vectors = method_vectors()
+    (number,) = in_names(vectors, LONG_CLIP)
     texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
     losses = lotlip_loss(
-        vectors["image"], texts, vectors["logit_scale"].exp(), image_components=32, label_smoothing=0.1
+        vectors["image"], texts, vectors["logit_scale"].exp(), image_components=number, label_smoothing=0.1
     )
-    rebuilt = principal_components(vectors["image"], 32)
-    torch.testing.assert_close(rebuilt, vectors["longclip_image_components_32"], atol=1e-5, rtol=0)
+    rebuilt = principal_components(vectors["image"], number)
+    torch.testing.assert_close(rebuilt, vectors[f"{LONG_CLIP}{number:g}"], atol=1e-5, rtol=0)
     torch.testing.assert_close(2 * losses["raw"], vectors["longclip_loss_short"][0], atol=1e-5, rtol=0)
     torch.testing.assert_close(2 * losses["long"], vectors["longclip_loss_long"][0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("share", [0.9, 0.6])
-def test_himo_clips_loss_equals_its_release(share):
+def test_himo_clips_loss_equals_its_release():
     vectors = method_vectors()
     texts = torch.stack([vectors["short"], vectors["long"]], dim=1)
-    scale = vectors["logit_scale"].exp()
-    losses = lotlip_loss(
-        vectors["image"], texts, scale, text_components=share, label_smoothing=0.1, short_loss_fraction=0.0
-    )
-    rebuilt = principal_components(vectors["long"], share)
-    torch.testing.assert_close(rebuilt, vectors[f"himo_text_components_{share}"], atol=1e-5, rtol=0)
-    expected = vectors[f"himo_loss_text_{share}"] + vectors[f"himo_loss_components_{share}"]
-    torch.testing.assert_close(losses["long"], expected[0], atol=1e-5, rtol=0)
+    shares = in_names(vectors, HIMO)
+    assert shares
+    for share in shares:
+        losses = lotlip_loss(
+            vectors["image"],
+            texts,
+            vectors["logit_scale"].exp(),
+            text_components=share,
+            label_smoothing=0.1,
+            short_loss_fraction=0.0,
+        )
+        rebuilt = principal_components(vectors["long"], share)
+        torch.testing.assert_close(rebuilt, vectors[f"{HIMO}{share:g}"], atol=1e-5, rtol=0)
+        expected = vectors[f"himo_loss_text_{share:g}"] + vectors[f"himo_loss_components_{share:g}"]
+        torch.testing.assert_close(losses["long"], expected[0], atol=1e-5, rtol=0)
 
 
-def test_flairs_loss_equals_its_release():
+def test_flairs_loss_equals_its_release(monkeypatch):
     vectors = load_file(VECTORS / "flair.safetensors")
     size = json.loads((VECTORS / "case.json").read_text())["flair"]
     images, number, heads = size["batch"], size["texts_per_image"], size["heads"]
-    width = vectors["image_feature"].shape[1]
-    assert vectors["image_tokens"].shape == (images, size["patches"], width)
+    tokens, meets = vectors["image_tokens"], vectors["meets"]
+    width = tokens.shape[2]
+    assert tokens.shape == (images, size["patches"], width) and meets.shape == (images, number + images - 1)
     texts = normalize(vectors["text_features"], dim=-1).view(images, number, width)
     attention = [vectors[f"pool.attn.{name}"] for name in ("in_proj_weight", "out_proj.weight", "in_proj_bias")]
     norms = [vectors[f"pool.ln_{name}.{part}"] for name in "qkv" for part in ("weight", "bias")]
     rows = [*attention, vectors["pool.attn.out_proj.bias"], *norms]
     pooling = torch.cat([row.reshape(-1, width) for row in rows])
-    shared = vectors["image_tokens"], vectors["meets"], pooling, vectors["logit_scale_exp"], vectors["logit_bias"]
-    tokens, meets, pooling, scale, bias = shared
+    scale, bias = vectors["logit_scale_exp"], vectors["logit_bias"]
     every = texts.flatten(0, 1)
     scores = conditioned_scores(tokens, TextQueries.of(every, pooling, heads), pooling).gather(1, meets)
     torch.testing.assert_close(scores, (vectors["conditioned"] * every[meets]).sum(-1), atol=1e-5, rtol=0)
@@ -606,12 +620,13 @@ def test_flairs_loss_equals_its_release():
     sigmoid = {"objective": "siglip", "logit_bias": bias}
     alone = lotlip_loss(feature, texts, scale, **sigmoid)["loss"]
     torch.testing.assert_close(alone, vectors["loss_multi_positive"][0], atol=1e-5, rtol=0)
-    draws = torch.randint(100, (images, 2))  # not the release's draws
-    pooled_too = {"image_tokens": tokens, "pooling": pooling, "pooling_heads": heads, "draws": draws}
-    losses = lotlip_loss(feature, texts, scale, **sigmoid, **pooled_too)
+    # the release's random texts of other images instead of those that the draws choose
+    monkeypatch.setattr("lotlip.objectives.conditioned.choose_partners", lambda *_: meets)
+    pooled_too = {"image_tokens": tokens, "pooling": pooling, "pooling_heads": heads}
+    losses = lotlip_loss(feature, texts, scale, **sigmoid, **pooled_too, draws=torch.zeros(images, 2).long())
     torch.testing.assert_close(losses["raw"] + losses["long"], vectors["loss_multi_positive"][0] / 2)
-    assert losses["conditioned"].item() == pytest.approx(conditioned.item() / 2, rel=0.1)
-    torch.testing.assert_close((conditioned[0] + alone) / 2, vectors["loss"][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(losses["conditioned"], vectors["loss_text_conditioned"][0] / 2)
+    torch.testing.assert_close(losses["loss"], vectors["loss"][0], atol=1e-5, rtol=0)
 
 
 def test_partners_are_an_images_own_texts_and_one_of_each_other_image():
