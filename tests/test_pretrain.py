@@ -223,6 +223,12 @@ VARIANTS = {
         "long_texts": {"sampler": "all"},
         "loss": {"short_loss_fraction": 0.1, "image_components": 3},
     },
+    "himo": {
+        "text": {"corner_tokens": 0},
+        "long_texts": {"sampler": "all"},
+        "loss": {"short_loss_fraction": 0, "text_components": 0.9, "label_smoothing": 0.1},
+    },
+    "margin": {"loss": {"hard_negative_margin": 0.5}},
 }
 
 
