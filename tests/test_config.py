@@ -752,6 +752,53 @@ def test_a_tower_trained_on_scenes_with_other_numbers_of_objects_is_warned_of(tm
         assert load(tmp_path, {"image_tower": enough}, base).warnings == []
 
 
+IGNORED = {
+    "long_texts.window": ({"long_texts": {"sampler": "all", "window": "across-captions"}}, "all reads one caption"),
+    "long_texts.sub_captions": ({"long_texts": {"sampler": "first", "sub_captions": 5}}, "first has its own number"),
+    "image_tower.features": ({"image_tower": {"frozen": False, "features": "computed"}}, "a trained image tower"),
+    "temperature.min": ({"loss": {"objective": "siglip"}, "temperature": {"min": 0.02}}, "siglip has no smallest"),
+    "text.frozen_positions": (
+        {
+            "text": {"pretrained": "org/bert", "frozen": True, "frozen_positions": 20, "corner_tokens": 0},
+            "image_tower": {"frozen": False},
+        },
+        "freezes all",
+    ),
+}
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_setting_that_its_own_ablation_makes_useless_is_an_error(tmp_path, key):
+    settings, reason = IGNORED[key]
+    (line,) = errors_of(tmp_path, {"ablations": {"mine": settings}})
+    assert line.startswith(f"ablations.mine.{key} has no effect: ") and line.endswith("; remove it") and reason in line
+    tuned = {"finetune": {"mine": {"init_from": "lotlip", "pretrain": settings}}}
+    assert errors_of(tmp_path, tuned) == [line.replace("ablations.mine", "finetune.mine.pretrain")]
+
+
+@pytest.mark.parametrize("key", IGNORED)
+def test_a_useless_setting_of_pretrain_is_inherited_without_effect(tmp_path, key):
+    """It is a warning where no ablation uses it."""
+    settings, reason = IGNORED[key]
+    section, _, name = key.partition(".")
+    own = {section: {name: settings[section][name]}}
+    rest = {part: {k: v for k, v in given.items() if (part, k) != (section, name)} for part, given in settings.items()}
+    params = load(tmp_path, {"pretrain": own, "ablations": {"mine": rest}})
+    assert not [line for line in params.warnings if "no effect" in line]
+    assert key not in params.ablation("mine").effective()
+    assert params.ablation("lotlip").effective()[key] == settings[section][name]
+    lines = load(tmp_path, {"pretrain": settings, "ablations": {"mine": own}}).warnings
+    found = [line for line in lines if "no effect" in line]
+    assert [line.partition(" has ")[0] for line in found] == [f"pretrain.{key}", f"ablations.mine.{key}"]
+    assert all(reason in line for line in found)
+
+
+def test_sub_captions_that_add_long_texts_have_an_effect(tmp_path):
+    whole = {"long_texts": {"sampler": "all", "sub_captions": 1}}
+    params = load(tmp_path, {"pretrain": {"long_texts": {"sub_captions": 0}}, "ablations": {"mine": whole}})
+    assert params.ablation("mine").effective() != params.ablation("lotlip").effective()
+
+
 def test_unpinned_hub_models_are_warnings(tmp_path):
     commit = "0123456789" * 4
     hub = {

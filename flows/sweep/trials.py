@@ -123,9 +123,11 @@ class Trial:
         Args:
             inputs: hashes of the data and code that decide its result.
         """
-        text, long_texts = self.params.pretrain.text, self.params.pretrain.long_texts
+        config = self.params.ablation(self.base)
+        text, sampler = config.text, config.long_texts.sampler
         mask = "" if text.corner_mask or not text.corner_tokens else "-no-mask"
-        label = f"m{text.corner_tokens}{mask}-k{long_texts.sub_captions}-c{text.context_length}-s{self.seed}"
+        sub_captions = config.effective().get("long_texts.sub_captions", sampler)
+        label = f"m{text.corner_tokens}{mask}-k{sub_captions}-c{text.context_length}-s{self.seed}"
         return f"{label}-{sha256_json([self.identity(), dict(inputs)])[:8]}"
 
 

@@ -13,7 +13,7 @@ from lotlip.caption.config import CaptionConfig
 from lotlip.config.moved import moved
 from lotlip.core.compute import Compute, TrainingCompute
 from lotlip.core.paths import Paths
-from lotlip.core.section import ConfigError, Name, Section, SectionT, merge, nearest
+from lotlip.core.section import ConfigError, Name, Section, SectionT, flatten, merge, nearest
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
 from lotlip.data.models import local_model
@@ -127,7 +127,15 @@ class Params(Section):
         start = self.pretrain.start
         if start and "@" not in start and not start.startswith("open_clip:") and self._on_hub(start):
             lines.append(f"pretrain.start {start} is not pinned and may change on the hub; write {start}@COMMIT")
-        texts = [self.ablation(name).text for name in self.names]
+        configs = {name: self.ablation(name) for name in self.names}
+        given = flatten(self.pretrain.model_dump(mode="json", exclude_unset=True))
+        lines += [
+            f"pretrain.{key} has no effect in any ablation: {reason}"
+            for key, reason in self.pretrain.ignored().items()
+            if given.get(key) and all(key in config.ignored() for config in configs.values())
+        ]
+        lines += [line for name, config in configs.items() for line in self._ignored_settings(name, config, True)]
+        texts = [config.text for config in configs.values()]
         unpinned = dict.fromkeys(text.pretrained for text in texts if text.pretrained and not text.revision)
         lines += [f"text.pretrained {name} {pin}" for name in unpinned if self._on_hub(name)]
         return lines + [
@@ -199,7 +207,7 @@ class Params(Section):
                         f"ablations.{name}.start: all ablations share the image tower of pretrain.start; set "
                         "pretrain.start, and null for ablations that do not start from it"
                     )
-                problems += self._caption_problems(name, config)
+                problems += self._caption_problems(name, config) + self._ignored_settings(name, config, False)
                 compute = self.training_compute(name)
                 compute.check_batch_size(config.batch_size)
                 if config.optimizer.name == "lamb" and compute.zero_stage:
@@ -271,6 +279,26 @@ class Params(Section):
             f"{', '.join(name for name in known if name != RAW) or 'none'}"
             for key, used, known, what in uses
             if (unknown := sorted(set(used) - set(known)))
+        ]
+
+    def _ignored_settings(self, name: str, config: PretrainConfig, by_pretrain: bool) -> list[str]:
+        """The settings among an ablation's own differences that have no effect; inherited ones may have none.
+
+        Args:
+            name: of the ablation.
+            config: its resolved settings.
+            by_pretrain: whether those are listed that `pretrain` makes useless, or those that the ablation itself does.
+                Only the latter are errors: a sweep may change `pretrain`, and it does not train this ablation.
+        """
+        tuned = name in self.finetune
+        place = f"finetune.{name}.pretrain" if tuned else f"ablations.{name}"
+        given = flatten(self.finetune[name].pretrain if tuned else self.ablations[name])
+        if not self.pretrain.long_texts.sub_captions:
+            given.pop("long_texts.sub_captions", None)  # it adds long texts, whatever the number
+        return [
+            f"{place}.{key} has no effect: {reason}; remove it"
+            for key, reason in config.ignored().items()
+            if given.get(key) and (key in self.pretrain.ignored()) is by_pretrain
         ]
 
     def ablation(self, name: str) -> PretrainConfig:

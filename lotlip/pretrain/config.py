@@ -286,7 +286,8 @@ class LongTextsConfig(Section):
     )
     window: Window = Field(
         "within-caption",
-        description="whether the sub-captions of a long text may come from several captions of the image",
+        description="whether the sub-captions of a long text may come from several captions of the image, with the "
+        "sampler window",
     )
 
 
@@ -506,12 +507,31 @@ class PretrainConfig(Section):
         """Returns all settings that affect the model of a seed."""
         return {key: value for key, value in self.model_dump(mode="json").items() if key != "seeds"}
 
+    def ignored(self) -> dict[str, str]:
+        """Returns the dotted keys of settings that others make useless, each with the reason."""
+        sampler = self.long_texts.sampler
+        rules = [
+            ("long_texts.window", sampler != "window", f"long_texts.sampler {sampler} reads one caption"),
+            (
+                "long_texts.sub_captions",
+                sampler not in ("window", "merged"),
+                f"long_texts.sampler {sampler} has its own number of sub-captions",
+            ),
+            ("image_tower.features", not self.image_tower.frozen, "features of a trained image tower are computed"),
+            ("temperature.min", self.loss.objective == "siglip", "siglip has no smallest temperature"),
+            ("text.frozen_positions", self.text.frozen, "text.frozen freezes all of the text tower"),
+        ]
+        return {key: reason for key, applies, reason in rules if applies}
+
     def effective(self) -> dict[str, Any]:
         """Returns dotted key → value of every setting that has an effect; equivalent configurations are equal.
 
-        The mask has no effect without corner tokens, nor have the settings of long texts without long texts.
+        Besides `ignored` settings, the mask has no effect without corner tokens, nor have the settings of long texts
+        without long texts.
         """
         settings = flatten(self.model_dump(mode="json"))
+        for key in self.ignored():
+            del settings[key]
         if not self.text.corner_tokens:
             settings.pop("text.corner_mask")
         if not self.long_texts.sub_captions:

@@ -63,6 +63,9 @@ def test_equivalent_trials_are_merged(params):
     assert len(make_grid(Sweep(name="masks", corner_tokens=[0, 2], corner_mask=[True, False], seeds=[0]), params)) == 3
     long_texts = {"pretrain.long_texts.per_image": [1, 2]}
     assert len(make_grid(Sweep(name="drawn", sub_captions=[0, 1], other=long_texts, seeds=[0]), params)) == 3
+    sampled = {"pretrain.long_texts.sampler": ["window", "all"]}
+    grid = make_grid(Sweep(name="sampled", sub_captions=[1, 3], other=sampled, seeds=[0]), params)
+    assert [name.split("-c")[0] for name in names(grid)] == ["m2-k1", "m2-kall", "m2-k3"]
     assert len(make_grid(Sweep(name="twice", corner_tokens=[2, 2], seeds=[0, 0]), params)) == 1
 
 
