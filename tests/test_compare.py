@@ -130,7 +130,7 @@ def test_published_scores_are_shown_below_measured_ones(monkeypatch, capsys, mod
     assert lotlip.split()[-2:] == ["88.8", "84.8"]
     assert lotlip.index("88.8") == lines[1].index("long, i→t")
     assert lines[-1].startswith(
-        "(published): zero-shot scores that were not measured here: README of LoTLIP's release (CLIP"
+        "(published): zero-shot scores that were not measured here: README of github.com/wuw2019/LoTLIP (CLIP"
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lotlip.evaluate.score_names import MAIN
 
 # Where a model's scores were published, unless its row names a source of its own.
-README = "README of LoTLIP's release"
+README = "README of github.com/wuw2019/LoTLIP"
 
 
 @dataclass(frozen=True)
@@ -112,8 +112,8 @@ REFERENCE: tuple[Reference, ...] = (
         docci=(77.8, 79.9),
         coco_val2017=(60.6, 40.8),
     ),
-    _reference("FIX-CLIP B/16, 30M", "FIX-CLIP's paper", urban_1k=(90.8, None), dci=(70.7, 70.7)),
-    _reference("FIX-CLIP B/16, 1M", "FIX-CLIP's paper", coco=(60.9, 44.8)),
+    _reference("FIX-CLIP B/16, 30M", "arXiv 2507.10095", urban_1k=(90.8, None), dci=(70.7, 70.7)),
+    _reference("FIX-CLIP B/16, 1M", "arXiv 2507.10095", coco=(60.9, 44.8)),
     _reference(
         "DeBias-CLIP B/16",
         "arXiv 2602.22419",
@@ -123,5 +123,5 @@ REFERENCE: tuple[Reference, ...] = (
         coco=(61.3, 43.0),
     ),
     _reference("FLAIR B/16, 30M", "arXiv 2412.03561", coco=(68.0, 53.3)),
-    _reference("FG-CLIP 2 B/16", "FG-CLIP 2's paper", dci=(64.5, 64.9), coco=(72.1, 54.5)),
+    _reference("FG-CLIP 2 B/16", "arXiv 2510.10921", dci=(64.5, 64.9), coco=(72.1, 54.5)),
 )
