@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from torch.utils.flop_counter import FlopCounterMode
 
 from lotlip.config.params import Params, load_params
 from lotlip.core.compute import TrainingCompute
@@ -28,7 +29,7 @@ from lotlip.models.vision.image_tower import build_image_tower
 from lotlip.models.vision.spec import ImageTowerSpec
 from lotlip.objectives.contrastive import lotlip_loss
 from lotlip.plan.describe import describe
-from lotlip.plan.flops import image_flops, step_flops
+from lotlip.plan.flops import image_flops, loss_flops, step_flops
 from lotlip.plan.memory import activation_bytes, encoder_bytes, loss_bytes, state_bytes
 from lotlip.plan.plan import Gpu, on_gpus, plan
 from lotlip.plan.texts import TextLengths, text_lengths
@@ -323,6 +324,21 @@ def test_activations_of_the_loss_match_the_prediction():
     features = images.nbytes + texts.nbytes
     predicted = loss_bytes(PretrainConfig(batch_size=batch), TrainingCompute(), TextLengths(8, 8, 1), width)
     assert predicted - 2 * features == pytest.approx(saved.total - features, rel=0.1)
+
+
+def test_late_interaction_matches_its_prediction():
+    batch, patches, tokens, width = 64, 20, 9, 48
+    images = torch.randn(batch, patches, width)  # of a frozen tower
+    texts = torch.randn(batch, 1, tokens, width, requires_grad=True)
+    mask = torch.ones(batch, 1, tokens, dtype=torch.bool)
+    with FlopCounterMode(display=False) as counter, SavedTensors() as saved:
+        lotlip_loss(images, texts, torch.ones(1, requires_grad=True), text_mask=mask)["loss"].backward()
+    config = PretrainConfig(batch_size=batch, similarity="late-interaction", text={"corner_tokens": 0})
+    lengths = TextLengths(tokens, 0, 0)
+    features = images.nbytes + texts.nbytes
+    predicted = loss_bytes(config, TrainingCompute(), lengths, width, patches)
+    assert predicted - 2 * features == pytest.approx(saved.total - images.nbytes, rel=0.1)
+    assert loss_flops(config, TrainingCompute(), lengths, width, patches) == counter.get_total_flops()
 
 
 # --- weights, gradients, optimizer --------------------------------------------------------------------------------

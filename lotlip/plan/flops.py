@@ -9,7 +9,7 @@ from lotlip.core.compute import TrainingCompute
 from lotlip.evaluate.flops import text_tower_flops
 from lotlip.models.vision.image_tower import ImageTower
 from lotlip.objectives.contrastive import LOGITS_AT_ONCE
-from lotlip.plan.memory import blocks, logits_per_process
+from lotlip.plan.memory import compared_patches, logits_per_process
 from lotlip.plan.texts import TextLengths
 from lotlip.plan.towers import Towers
 from lotlip.pretrain.config import PretrainConfig
@@ -21,8 +21,7 @@ def step_flops(
     """Estimates the FLOPs of one step over all GPUs.
 
     A backward pass costs two forward passes. Gradient accumulation adds a forward pass without gradients, to compute
-    all features before the loss, and activation checkpointing one that recomputes activations. Logits computed in
-    blocks are computed twice.
+    all features before the loss, and activation checkpointing one that recomputes activations.
     """
     passes = 3 + (compute.gradient_accumulation_steps > 1) + compute.activation_checkpointing
     model = towers.model.config
@@ -33,19 +32,29 @@ def step_flops(
     features = 1 + texts.per_image * (1 + config.text.corner_tokens)
     batch = config.batch_size
     pooling = {}
+    patches = compared_patches(config, towers)
     if config.loss.conditioned:  # computed in blocks, so twice
-        _, tokens, _ = blocks(towers.image)
-        pair = 4 * tokens * model.embed_dim + 2 * model.embed_dim**2  # attention and its output
+        pair = 4 * patches * model.embed_dim + 2 * model.embed_dim**2  # attention and its output
         pooling = {"pooling of patches": 4.0 * batch * (batch + features - 1) * pair}
     return {
         **pooling,
         "text tower": float(batch * passes * text),
         "image tower": float(batch * image_passes * image_flops(towers.image)) if image_passes else 0.0,
-        "loss": (6.0 if logits_per_process(config, compute, features) <= LOGITS_AT_ONCE else 8.0)
-        * batch**2
-        * features
-        * model.embed_dim,
+        "loss": loss_flops(config, compute, texts, model.embed_dim, patches),
     }
+
+
+def loss_flops(
+    config: PretrainConfig, compute: TrainingCompute, texts: TextLengths, embed_dim: int, patches: int = 0
+) -> float:
+    """Estimates the FLOPs of the logits over all GPUs; see `lotlip.plan.memory.loss_bytes` for the arguments.
+
+    Logits computed in blocks are computed twice. The features of a frozen image tower have no gradient.
+    """
+    features = 1 + texts.per_image * (1 + config.text.corner_tokens)
+    products = 2 + (not config.image_tower.frozen) + (logits_per_process(config, compute, features) > LOGITS_AT_ONCE)
+    compared = patches * texts.tokens if config.similarity == "late-interaction" else features
+    return 2.0 * products * config.batch_size**2 * compared * embed_dim
 
 
 def image_flops(tower: ImageTower) -> int:

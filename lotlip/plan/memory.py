@@ -29,11 +29,12 @@ LOGITS_KEPT, LOGITS_PER_BLOCK = 2, 5
 
 def memory(config: PretrainConfig, compute: TrainingCompute, towers: Towers, texts: TextLengths) -> dict[str, float]:
     """Estimates the bytes per GPU by component, at the end of a forward pass and during gradient exchange."""
-    patches = blocks(towers.image)[1] if config.loss.conditioned else 0
     return {
         **state_bytes(config, compute, towers.trained),
         **activation_bytes(config, compute, towers, texts),
-        "features and logits": loss_bytes(config, compute, texts, towers.model.config.embed_dim, patches),
+        "features and logits": loss_bytes(
+            config, compute, texts, towers.model.config.embed_dim, compared_patches(config, towers)
+        ),
         "CUDA context": CONTEXT_BYTES,
     }
 
@@ -225,17 +226,30 @@ def encoder_bytes(config: Any, texts: int, length: float, size: int, masked: boo
     return texts * length * (layers * layer - (1 - needed) * after + needed * copies + 2 * hidden * size + dropped)
 
 
+def compared_patches(config: PretrainConfig, towers: Towers) -> int:
+    """Number of an image's patches that the loss pools, or compares with the tokens of texts."""
+    return blocks(towers.image)[1] if config.loss.conditioned or config.similarity == "late-interaction" else 0
+
+
 def loss_bytes(
     config: PretrainConfig, compute: TrainingCompute, texts: TextLengths, embed_dim: int, patches: int = 0
 ) -> float:
     """Estimates the features of a process, the gathered image features, their gradients, and the logits, in fp32.
 
-    `patches` is the number of an image's patches that the loss pools; 0: none.
+    Late interaction has a feature for each patch and token, and keeps an int64 for each patch and each token of a pair
+    of image and text: the position of its maximum.
+
+    `patches` is that of `compared_patches`.
     """
     kinds = 1 + texts.per_image * (1 + config.text.corner_tokens)
-    features = 2 * config.batch_size // compute.processes * (1 + kinds + patches) * embed_dim
-    gathered = 2 * config.batch_size * embed_dim if compute.processes > 1 else 0
-    logits = min(LOGITS_KEPT * logits_per_process(config, compute, kinds), LOGITS_PER_BLOCK * LOGITS_AT_ONCE)
+    late = config.similarity == "late-interaction"
+    own, shared = (patches + texts.tokens, patches) if late else (1 + patches + kinds, 1)  # of an image
+    features = 2 * config.batch_size // compute.processes * own * embed_dim
+    gathered = 2 * config.batch_size * shared * embed_dim if compute.processes > 1 else 0
+    pairs = logits_per_process(config, compute, kinds)
+    logits: float = min(LOGITS_KEPT * pairs, LOGITS_PER_BLOCK * LOGITS_AT_ONCE)
+    if late:
+        logits += 2 * min(pairs, LOGITS_AT_ONCE) * (patches + texts.tokens / kinds)
     return FP32 * (features + gathered + logits)
 
 

@@ -159,8 +159,6 @@ def plan(
     required = memory(config, compute, towers, texts)
     assumed.append(f"{CONTEXT_BYTES / 1e9:.1f} GB for CUDA, cuBLAS and NCCL; no fragmentation")
     assumed.append(f"{gpu.utilisation:.0%} of {gpu.peak / 1e12:.0f} TFLOP/s are used, and no step waits for data")
-    if config.similarity == "late-interaction":
-        assumed.append("products and similarities of late interaction are not counted")
     return Plan(
         config,
         compute,
