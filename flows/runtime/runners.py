@@ -2,8 +2,9 @@
 
 Units are settings and paths, their reports are short, and the data is on disks that all workers share.
 
-Prefect's own ProcessPoolTaskRunner is not used: a killed worker ends the whole pool, and the thread that forwards the
-workers' events does not know the flow's server, so it starts one without a password.
+Prefect runs a unit in a thread, which waits for another process to do the work. Prefect's own task runners for
+processes, Ray and Dask are not used: their workers need the flow's server, and a killed worker ends the whole
+ProcessPoolTaskRunner.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import patch
 
 from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.runtime.scratch import StageFailed
 from flows.runtime.supervisor import end_group, start_group
-from flows.runtime.unit_work import UnitWork
+from flows.runtime.unit_work import UnitWork, answer
 from lotlip.core.compute import Compute
 from lotlip.core.cores import available_cores
 from lotlip.core.temporary import temporary_folder
@@ -56,24 +58,19 @@ def task_runner(compute: Compute, on_gpu: bool) -> AbstractContextManager[Submit
 
 
 @contextmanager
-def _running(runner: TaskRunner[Any]) -> Iterator[Submit]:
+def _in_threads(compute: Compute) -> Iterator[Submit]:
+    runner: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=compute.workers)
     with runner:
         yield lambda task, work: runner.submit(task, {"work": work})
-
-
-@contextmanager
-def _in_threads(compute: Compute) -> Iterator[Submit]:
-    with _running(ThreadPoolTaskRunner(max_workers=compute.workers)) as submit:
-        yield submit
 
 
 @contextmanager
 def _in_processes(compute: Compute) -> Iterator[Submit]:
     """Each of Prefect's threads has a process run its units. The process of a unit that is retried may be another."""
     pool = _Processes(compute.workers)
-    with _running(ThreadPoolTaskRunner(max_workers=compute.workers)) as submit:
+    with _in_threads(compute) as submit:
         try:
-            yield lambda task, work: submit(task, _InProcess(work, pool))
+            yield lambda task, work: submit(task, _Elsewhere(work, pool))
         finally:
             pool.end()  # before Prefect waits for its threads
 
@@ -146,28 +143,83 @@ class _Processes:
             end_group(process)
 
 
-class _InProcess(UnitWork):
-    """The work of a unit, which a worker process does."""
+class _Elsewhere(UnitWork):
+    """The work of a unit, which another process does."""
 
-    def __init__(self, work: UnitWork, pool: _Processes) -> None:
+    def __init__(self, work: UnitWork, pool: _Processes | _Cluster) -> None:
         super().__init__(lambda: pool.run(work))
+
+
+class _Cluster:
+    """Workers of a Ray or Dask cluster. Methods are called from as many threads as units run at the same time.
+
+    Args:
+        start: has a worker run `answer`, and returns the future answer.
+    """
+
+    def __init__(self, start: Callable[[bytes], Any]) -> None:
+        self._start = start
+        self._ended = threading.Event()
+
+    def run(self, work: UnitWork) -> list[UnitReport]:
+        """Runs a unit on a worker.
+
+        Raises:
+            WorkerKilled: the worker ended before it had finished the unit.
+            NonRetryableError: the stage ends, or the workers do not have this project's code.
+            Exception: what the unit raised.
+        """
+        future = self._start(pickle.dumps(work))
+        while not self._ended.is_set():
+            try:
+                found = future.result(timeout=0.5)
+            except TimeoutError:
+                continue
+            except (RuntimeError, ImportError) as error:  # of Ray or Dask, which could not load the unit
+                raise NonRetryableError(
+                    f"the cluster cannot run this project ({_in_one_line(error)}); give all its nodes the same code "
+                    "and packages, and set PYTHONPATH to the code there"
+                ) from error
+            except Exception as error:
+                raise WorkerKilled(f"the worker that ran it was killed: {_in_one_line(error)}") from error
+            if isinstance(found, Exception):
+                raise found
+            return found
+        raise NonRetryableError("the stage ends")
+
+    def end(self) -> None:
+        """Ends the wait for units in progress, which are abandoned."""
+        self._ended.set()
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[-300:]
+
+
+@contextmanager
+def _on_cluster(compute: Compute, cluster: _Cluster) -> Iterator[Submit]:
+    """Each of Prefect's threads has a worker run its units, so the workers need no server of Prefect."""
+    with _in_threads(compute) as submit:
+        try:
+            yield lambda task, work: submit(task, _Elsewhere(work, cluster))
+        finally:
+            cluster.end()  # before Prefect waits for its threads
 
 
 @contextmanager
 def _on_ray(compute: Compute, gpus: float) -> Iterator[Submit]:
     """If a worker is killed, Ray reruns its unit on another one, up to `compute.retries` times."""
-    try:
-        from prefect_ray import RayTaskRunner
-        from prefect_ray.context import remote_options
-    except ImportError as error:
-        raise _missing("ray", error) from error
+    address = compute.ray.address
     with ExitStack() as stack:
-        stack.enter_context(remote_options(num_cpus=1, num_gpus=gpus, max_retries=compute.retries))
-        if compute.ray.address:
-            runner = RayTaskRunner(address=compute.ray.address)
-        else:
-            runner = RayTaskRunner(init_kwargs=stack.enter_context(_ray_of_this_machine(compute.workers)))
-        yield stack.enter_context(_running(runner))
+        start = {"address": address} if address else stack.enter_context(_ray_of_this_machine(compute.workers))
+        try:
+            import ray  # reads the environment
+        except ImportError as error:
+            raise _missing("ray", error) from error
+        ray.init(**start, logging_level=logging.WARNING)
+        stack.callback(ray.shutdown)
+        run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=compute.retries)(answer)
+        yield stack.enter_context(_on_cluster(compute, _Cluster(lambda request: run.remote(request).future())))
 
 
 @contextmanager
@@ -188,7 +240,6 @@ def _ray_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
             "num_cpus": workers,
             "include_dashboard": False,
             "object_store_memory": OBJECT_STORE_BYTES,
-            "logging_level": "warning",
             "_temp_dir": str(folder),
         }
 
@@ -197,23 +248,22 @@ def _ray_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
 def _on_dask(compute: Compute) -> Iterator[Submit]:
     """If a worker is killed, Dask reruns its unit on another one, up to `compute.retries` times."""
     try:
-        from prefect_dask import DaskTaskRunner
+        import dask
+        import distributed
     except ImportError as error:
         raise _missing("dask", error) from error
-    import dask
-
+    address = compute.dask.address
     settings: dict[str, Any] = {"distributed.scheduler.allowed-failures": compute.retries}
+    if not address:
+        settings |= {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     with ExitStack() as stack:
-        if compute.dask.address:
-            runner = DaskTaskRunner(address=compute.dask.address)
-        else:
-            cluster = stack.enter_context(_dask_of_this_machine(compute.workers))
-            runner = DaskTaskRunner(cluster_class="distributed.LocalCluster", cluster_kwargs=cluster)
-            settings |= {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
-            logging.getLogger("prefect.task_runner.dask").setLevel(logging.WARNING)  # it would name a page
         stack.enter_context(dask.config.set(settings))
-        logging.getLogger("distributed").setLevel(logging.WARNING)
-        yield stack.enter_context(_running(runner))
+        where = address or stack.enter_context(
+            distributed.LocalCluster(**stack.enter_context(_dask_of_this_machine(compute.workers)))
+        )
+        client = stack.enter_context(distributed.Client(where, set_as_default=False))
+        yield stack.enter_context(_on_cluster(compute, _Cluster(partial(client.submit, answer, pure=False))))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from lotlip.data.records import NonRetryableError, UnitReport
 
@@ -31,6 +32,14 @@ class UnitWork:
             return self.work()
         except Exception as error:
             raise picklable(error) from error
+
+
+def answer(request: bytes) -> Any:
+    """Runs pickled work that another process sent; returns its reports or its error."""
+    try:
+        return pickle.loads(request).call()  # noqa: S301 - from the flow that uses this worker
+    except Exception as error:
+        return picklable(error)
 
 
 def picklable(error: Exception) -> Exception:

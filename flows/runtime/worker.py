@@ -10,8 +10,7 @@ import os
 import pickle
 import sys
 
-from flows.runtime.unit_work import UnitWork
-from lotlip.data.records import UnitReport
+from flows.runtime.unit_work import answer
 
 
 def main() -> None:
@@ -26,13 +25,7 @@ def main() -> None:
             request: bytes = pickle.load(inbox)  # noqa: S301 - from the flow that started this process
         except EOFError:
             return
-        answer: list[UnitReport] | Exception
-        try:
-            work: UnitWork = pickle.loads(request)  # noqa: S301 - pickled twice: if this fails, the stream continues
-            answer = work.call()
-        except Exception as error:
-            answer = error
-        pickle.dump(answer, outbox)
+        pickle.dump(answer(request), outbox)  # pickled twice: if its work cannot be loaded, the stream continues
         outbox.flush()
 
 

@@ -6,13 +6,14 @@ import re
 import shutil
 import sys
 import threading
+from concurrent.futures import Future
 from hashlib import sha256
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from flows.runtime.runners import _Processes, task_runner
+from flows.runtime.runners import WorkerKilled, _Cluster, _Processes, task_runner
 from flows.runtime.scratch import StageFailed
 from flows.runtime.unit_work import UnitWork, picklable
 from lotlip.core.compute import Compute
@@ -21,10 +22,10 @@ from tests.tiny_pipeline import smallest
 from tests.workspace import Workspace
 
 
-@pytest.mark.parametrize("runner", ["ray", "dask"])
-def test_a_missing_package_is_an_error_with_a_remedy(monkeypatch, runner) -> None:
-    monkeypatch.setitem(sys.modules, f"prefect_{runner}", None)
-    remedy = rf"prefect_{runner} is not installed: pip install 'lotlip\[{runner}\]', or set it to threads or processes"
+@pytest.mark.parametrize(("runner", "package"), [("ray", "ray"), ("dask", "distributed")])
+def test_a_missing_package_is_an_error_with_a_remedy(monkeypatch, runner, package) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    remedy = rf"{package} is not installed: pip install 'lotlip\[{runner}\]', or set it to threads or processes"
     with pytest.raises(StageFailed, match=f"compute.task_runner is {runner}, and {remedy}"):
         task_runner(Compute(task_runner=runner), on_gpu=False).__enter__()
 
@@ -46,6 +47,29 @@ def test_an_error_that_cannot_be_pickled_becomes_a_plain_one() -> None:
 
 def nothing() -> list[UnitReport]:
     return []
+
+
+@pytest.mark.parametrize(
+    ("raised", "error", "message"),
+    [
+        (RuntimeError("No module named 'flows'"), NonRetryableError, r"cannot run this project \(No mod.* PYTHONPATH"),
+        (KeyError("lost"), WorkerKilled, "the worker that ran it was killed: 'lost'"),
+    ],
+)
+def test_a_killed_worker_differs_from_one_that_lacks_the_project(raised, error, message) -> None:
+    """A cluster's own errors; what a unit raises is an answer."""
+    failed: Future[Any] = Future()
+    failed.set_exception(raised)
+    with pytest.raises(error, match=message):
+        _Cluster(lambda _: failed).run(UnitWork(nothing))
+
+
+@pytest.mark.slow
+def test_units_in_progress_on_a_cluster_are_abandoned_with_the_stage() -> None:
+    cluster = _Cluster(lambda _: Future())
+    threading.Timer(0.1, cluster.end).start()
+    with pytest.raises(NonRetryableError, match="the stage ends"):
+        cluster.run(UnitWork(nothing))
 
 
 @pytest.mark.integration
@@ -118,18 +142,29 @@ def expected(workspace: Workspace) -> dict[str, str]:
 @pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
 def test_every_task_runner_writes_the_same_bytes(workspace: Workspace, expected, runner: str) -> None:
     workspace.change(lambda params: params["compute"].update(task_runner=runner))
+    clear(workspace)
+    for stage in STAGES:
+        done = run_stage(workspace, stage, runner)
+        assert not re.search(r"- Retry |py\.warnings|ERROR|Traceback", done.stderr), done.stderr
+    assert outputs(workspace) == expected
+
+
+def clear(workspace: Workspace) -> None:
+    """Removes what the stages wrote."""
     for path in (workspace.folder / "data" / "caption-store").rglob("part-*"):
         path.unlink()  # or the captions would be reused
     for name in OUTPUTS:
         path = workspace.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    for stage in STAGES:
-        done = workspace.python("flows", *stage)
-        units = re.search(rf"{'-'.join(stage)}: (\d+) units, task runner {runner}", done.stderr)
-        assert units and int(units[1]) >= 2
-        assert f"{units[1]} of {units[1]} units" in done.stderr
-        assert not re.search(r"- Retry |py\.warnings|ERROR|Traceback", done.stderr), done.stderr
-    assert outputs(workspace) == expected
+
+
+def run_stage(workspace: Workspace, stage: tuple[str, ...], runner: str, **environment: str) -> Any:
+    """Runs a stage that has several units, to its end."""
+    done = workspace.python("flows", *stage, **environment)
+    units = re.search(rf"{'-'.join(stage)}: (\d+) units, task runner {runner}", done.stderr)
+    assert units and int(units[1]) >= 2
+    assert f"{units[1]} of {units[1]} units" in done.stderr
+    return done
 
 
 @pytest.mark.system
