@@ -407,6 +407,7 @@ OTHER_COMPUTE = {
     "retries": 5,
     "retry_delay_seconds": 0.5,
     "task_runner": "ray",
+    "shared_folder": False,
     "ray": {"gpus_per_worker": 1},
     "dask": {"address": "tls://a:1"},
     "training": {

@@ -8,7 +8,8 @@ import json
 import tarfile
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import chdir
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,11 +19,13 @@ import pytest
 import webdataset as wds
 from PIL import Image
 
+from flows.runtime.sent_unit import pack, unpack
 from lotlip.data.index import ShardIndex, UnitIndex, read_index, write_index
 from lotlip.data.partitions import finished, unit_names, write_captions
 from lotlip.data.records import Caption, Failure, ImageRecord, Unit, UnitReport
 from lotlip.data.tars import index_path, scan_tar
 from lotlip.shard import shards
+from lotlip.shard.sharding import Sharding, ShardUnit
 from lotlip.shard.shards import (
     ShardPlan,
     finished_shard,
@@ -213,6 +216,33 @@ def test_bytes_depend_neither_on_the_folder_nor_on_batches(world, tmp_path):
     assert len({(tmp_path / f"{size}/{plan.name}.tar").read_bytes() for size in (1, 3, 100)}) == 1
     with tarfile.open(tmp_path / f"1/{plan.name}.tar") as tar:
         assert {(member.mtime, member.uid, member.gid) for member in tar} == {(0, 0, 0)}
+
+
+def test_a_worker_that_has_only_the_images_of_a_shard_writes_the_same_bytes(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    captions = tuple((name, Path(name)) for name in world.captions)
+    work = Sharding(
+        ingest=Path("ingest"),
+        captions=captions,
+        out=Path("out"),
+        image_tower=None,
+        tokenizer="bert-base-uncased",
+        sentence_ends="released",
+        device="cpu",
+        precision="fp32",
+        batch_size=2,
+        fingerprint="",
+    )
+    units = [ShardUnit(plan, "") for plan in plans(world)]
+    assert len({unit.plan.partitions for unit in units}) < len(units)  # some share a group, which workers cache
+    for number, unit in enumerate(units):
+        unpack(pack(work.files(unit).reads), Path(str(number)))
+        with chdir(str(number)):
+            work.write(unit)
+    for number, unit in enumerate(units):
+        replace(work, fingerprint="here").write(unit)  # another one, so that nothing is cached
+        for path in work.files(unit).writes:
+            assert path.read_bytes() == Path(str(number), path).read_bytes()
 
 
 def test_images_are_encoded_in_batches(world, tmp_path):

@@ -1,6 +1,7 @@
 """Where a stage's units of work run: in threads or processes of this machine, or on a Ray or Dask cluster.
 
-Units are settings and paths, their reports are short, and the data is on disks that all workers share.
+Units are settings and paths, their reports are short, and the data is on disks that all workers share. A cluster whose
+workers have none of the project's files is sent those of each unit (`sent_unit`).
 
 Prefect runs a unit in a thread, which waits for another process to do the work. Prefect's own task runners for
 processes, Ray and Dask are not used: their workers need the flow's server, and a killed worker ends the whole
@@ -28,6 +29,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.tasks import Task
 
 from flows.runtime.scratch import StageFailed
+from flows.runtime.sent_unit import SentUnit, accept, pack
 from flows.runtime.supervisor import end_group, start_group
 from flows.runtime.unit_work import UnitWork, answer
 from lotlip.core.compute import Compute
@@ -35,7 +37,7 @@ from lotlip.core.cores import available_cores
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.records import NonRetryableError, UnitReport
 
-# Ray's object store is nearly unused. This is its minimum size.
+# The object store of a Ray of this machine is nearly unused. This is its minimum size.
 OBJECT_STORE_BYTES = 80 * 2**20
 
 # Submits the work of a unit as a Prefect task, whose parameter is `work`.
@@ -154,14 +156,18 @@ class _Cluster:
     """Workers of a Ray or Dask cluster. Methods are called from as many threads as units run at the same time.
 
     Args:
-        start: has a worker run `answer`, and returns the future answer.
+        start: has a worker run `answer` with some arguments, and returns the future answer.
+        put: keeps an argument of several units in the cluster.
     """
 
-    def __init__(self, start: Callable[[bytes], Any]) -> None:
-        self._start = start
+    def __init__(self, start: Callable[..., Any], put: Callable[[Any], Any]) -> None:
+        self._start, self._put = start, put
+        self._run = secrets.token_hex(8)
+        self._common: Any = None
+        self._lock = threading.Lock()
         self._ended = threading.Event()
 
-    def run(self, work: UnitWork) -> list[UnitReport]:
+    def run(self, work: UnitWork | SentUnit, *arguments: Any) -> Any:
         """Runs a unit on a worker.
 
         Raises:
@@ -169,7 +175,7 @@ class _Cluster:
             NonRetryableError: the stage ends, or the workers do not have this project's code.
             Exception: what the unit raised.
         """
-        future = self._start(pickle.dumps(work))
+        future = self._start(pickle.dumps(work), *arguments)
         while not self._ended.is_set():
             try:
                 found = future.result(timeout=0.5)
@@ -187,6 +193,16 @@ class _Cluster:
             return found
         raise NonRetryableError("the stage ends")
 
+    def write(self, work: Any, unit: Any) -> list[UnitReport]:
+        """Writes a unit on a worker without the project's folder. Raises what `run` raises."""
+        files = work.files(unit)
+        with self._lock:
+            if self._common is None:
+                self._common = self._put(pack(dict.fromkeys(files.common)))
+        reports, written = self.run(SentUnit.of(work, unit, files, self._run), self._common)
+        accept(written, files)
+        return reports
+
     def end(self) -> None:
         """Ends the wait for units in progress, which are abandoned."""
         self._ended.set()
@@ -197,11 +213,17 @@ def _in_one_line(error: Exception) -> str:
 
 
 @contextmanager
-def _on_cluster(compute: Compute, cluster: _Cluster) -> Iterator[Submit]:
+def _on_cluster(compute: Compute, address: str | None, cluster: _Cluster) -> Iterator[Submit]:
     """Each of Prefect's threads has a worker run its units, so the workers need no server of Prefect."""
+
+    def on_worker(work: UnitWork) -> UnitWork:
+        if address and not compute.shared_folder:
+            return UnitWork(partial(work.work, write=cluster.write))
+        return _Elsewhere(work, cluster)
+
     with _in_threads(compute) as submit:
         try:
-            yield lambda task, work: submit(task, _Elsewhere(work, cluster))
+            yield lambda task, work: submit(task, on_worker(work))
         finally:
             cluster.end()  # before Prefect waits for its threads
 
@@ -219,7 +241,8 @@ def _on_ray(compute: Compute, gpus: float) -> Iterator[Submit]:
         ray.init(**start, logging_level=logging.WARNING)
         stack.callback(ray.shutdown)
         run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=compute.retries)(answer)
-        yield stack.enter_context(_on_cluster(compute, _Cluster(lambda request: run.remote(request).future())))
+        cluster = _Cluster(lambda *arguments: run.remote(*arguments).future(), ray.put)
+        yield stack.enter_context(_on_cluster(compute, address, cluster))
 
 
 @contextmanager
@@ -253,7 +276,10 @@ def _on_dask(compute: Compute) -> Iterator[Submit]:
     except ImportError as error:
         raise _missing("dask", error) from error
     address = compute.dask.address
-    settings: dict[str, Any] = {"distributed.scheduler.allowed-failures": compute.retries}
+    settings: dict[str, Any] = {
+        "distributed.scheduler.allowed-failures": compute.retries,
+        "distributed.admin.large-graph-warning-threshold": "1TB",  # units are sent with their files
+    }
     if not address:
         settings |= {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
     logging.getLogger("distributed").setLevel(logging.WARNING)
@@ -263,7 +289,12 @@ def _on_dask(compute: Compute) -> Iterator[Submit]:
             distributed.LocalCluster(**stack.enter_context(_dask_of_this_machine(compute.workers)))
         )
         client = stack.enter_context(distributed.Client(where, set_as_default=False))
-        yield stack.enter_context(_on_cluster(compute, _Cluster(partial(client.submit, answer, pure=False))))
+
+        def put(files: Any) -> Any:  # unlike data that is scattered, a task's result is made again if its worker ends
+            return client.submit(pickle.loads, pickle.dumps(files), pure=False)
+
+        cluster = _Cluster(partial(client.submit, answer, pure=False), put)
+        yield stack.enter_context(_on_cluster(compute, address, cluster))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class UnitWork:
         work: processes the unit.
     """
 
-    def __init__(self, work: Callable[[], list[UnitReport]]) -> None:
+    def __init__(self, work: Callable[..., list[UnitReport]]) -> None:
         self.work = work
         self.folder = Path.cwd()
 
@@ -34,10 +34,10 @@ class UnitWork:
             raise picklable(error) from error
 
 
-def answer(request: bytes) -> Any:
-    """Runs pickled work that another process sent; returns its reports or its error."""
+def answer(request: bytes, *arguments: Any) -> Any:
+    """Runs pickled work, `UnitWork` or `SentUnit`, that another process sent; returns its result or its error."""
     try:
-        return pickle.loads(request).call()  # noqa: S301 - from the flow that uses this worker
+        return pickle.loads(request).call(*arguments)  # noqa: S301 - from the flow that uses this worker
     except Exception as error:
         return picklable(error)
 

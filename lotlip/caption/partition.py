@@ -16,10 +16,11 @@ from lotlip.caption.reasoning import cut_reasoning
 from lotlip.caption.store import TRANSIENT, CaptionStore, Partition
 from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_json
-from lotlip.data.partitions import finished, read_table, reuse_or_write, write_captions
+from lotlip.data.partitions import MARKER, finished, read_table, reuse_or_write, write_captions
 from lotlip.data.paths import tree_state
 from lotlip.data.records import Caption, Failure, UnitReport
 from lotlip.data.text import has_words, split_sub_captions
+from lotlip.data.work import Ranges, UnitFiles, Write, write_here
 
 _opening = threading.Lock()
 
@@ -55,7 +56,7 @@ class Captioning:
         """The store of the captioner's captions."""
         return CaptionStore(self.store, self.captioner, self.author().about)
 
-    def __call__(self, partition: Partition) -> list[UnitReport]:
+    def __call__(self, partition: Partition, write: Write = write_here) -> list[UnitReport]:
         """Writes the partition's captions, unless they exist and were made from the same images and captioner."""
         inputs = sha256_json([partition.name, partition.images, partition.sha256, self.author().about])
         return reuse_or_write(
@@ -63,7 +64,7 @@ class Captioning:
             inputs,
             self.out,
             lambda: self._finished(partition),
-            lambda: [self._write(partition)],
+            lambda: write(self, partition),
         )
 
     def _finished(self, partition: Partition) -> list[UnitReport] | None:
@@ -72,7 +73,8 @@ class Captioning:
             return None  # server failures may succeed now
         return [report]
 
-    def _write(self, partition: Partition) -> UnitReport:
+    def write(self, partition: Partition) -> list[UnitReport]:
+        """Writes the partition's captions, those that are missing in the store also there."""
         from lotlip.data.tokenizer import token_counts
 
         store = self.stored()
@@ -89,7 +91,21 @@ class Captioning:
         raw = dict(zip(images["key"], images["short_caption"], strict=True))
         rewrites = self.captioner in self.stage.rewriting
         kept = assess(measured(counted, raw, rewrites), self.stage.rules(self.captioner))
-        return write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)
+        return [write_captions(partition.name, [*report.failures, *empty, *kept], partition.images, self.out)]
+
+    def files(self, partition: Partition) -> UnitFiles:
+        """The partition, its captions in the store and in the stage's output, and the captioner."""
+        from lotlip.data.tokenizer import tokenizer_paths
+
+        store, out = self.stored(), self.out / partition.name
+        images, captions = self.source / f"{partition.name}.parquet", store.folder / f"{partition.stored}.parquet"
+        report = captions.with_suffix(MARKER)
+        reads: dict[Path, Ranges | None] = dict.fromkeys([images, captions, report])
+        if store.complete(partition) is None:
+            reads[images.with_suffix(".tar")] = None
+        named = [value for _, value in self.stage.captioners[self.captioner] if isinstance(value, Path)]
+        writes = [captions, report, Path(f"{out}.parquet"), Path(f"{out}{MARKER}")]
+        return UnitFiles(reads, writes, [*named, *tokenizer_paths(self.stage.tokenizer)])
 
 
 def _usable(caption: Caption) -> Caption | Failure:

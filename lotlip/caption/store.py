@@ -81,9 +81,9 @@ class CaptionStore:
         Returns:
             The stored partition's report.
         """
+        if done := self.complete(partition):
+            return done
         report = self._stored_report(partition)
-        if report and not any(failure.kind in TRANSIENT for failure in report.failures):
-            return report
         known: dict[str, Caption | Failure] = {}
         if report:
             known |= {failure.key: failure for failure in report.failures if failure.kind not in TRANSIENT}
@@ -92,6 +92,11 @@ class CaptionStore:
         keys = read_table(source, partition.name, ["key"])["key"]
         items = _in_order(keys, known, author.caption(missing))
         return write_captions(partition.stored, map(_writable, items), partition.images, self.folder, STORED)
+
+    def complete(self, partition: Partition) -> UnitReport | None:
+        """The report of a stored partition, unless captions are missing that the captioner may write now."""
+        report = self._stored_report(partition)
+        return None if report is None or any(failure.kind in TRANSIENT for failure in report.failures) else report
 
     def read(self, partition: Partition) -> Iterator[Caption]:
         """The captions of a stored partition, in order, without sub-captions and tokens."""

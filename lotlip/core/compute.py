@@ -187,6 +187,11 @@ class Compute(Section):
     task_runner: Literal["threads", "processes", "ray", "dask"] = Field(
         "threads", description="where the units of ingest, caption, shard and evaluate run: docs/scaling.md"
     )
+    shared_folder: bool = Field(
+        True,
+        description="whether the workers of the cluster at `ray.address` or `dask.address` have the project's folder, "
+        "under the same path; false: they are sent the files of each unit, and its outputs are brought back",
+    )
     ray: RayConfig = RayConfig()
     dask: DaskConfig = DaskConfig()
     training: TrainingCompute = TrainingCompute()

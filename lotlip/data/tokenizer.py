@@ -94,6 +94,11 @@ def tokenizer_file(name: str) -> Path:
     return file / "tokenizer.json" if file.is_dir() else file
 
 
+def tokenizer_paths(name: str) -> list[Path]:
+    """The file or folder of a name as `word_pieces` takes it; none if it comes with a package."""
+    return [] if name in (*BUNDLED, CLIP) else [Path(name)]
+
+
 def _clip_word_pieces() -> Tokenizer:
     """CLIP's word pieces, from the merges that open_clip ships.
 

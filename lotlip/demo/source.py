@@ -43,6 +43,10 @@ class SceneSource:
         """A hash of the scene numbers: together with the settings, they decide the pictures."""
         return sha256_json([unit.split, *unit.items])
 
+    def files(self, unit: Unit) -> tuple[()]:
+        """None: scenes are drawn."""
+        return ()
+
     def split(self, key: str) -> str:
         """The key's prefix."""
         return key.partition("-")[0]

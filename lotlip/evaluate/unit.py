@@ -22,6 +22,8 @@ from lotlip.data.index import INDEX_FILE, ShardIndex, read_index
 from lotlip.data.partitions import MARKER, finished, reuse_or_write
 from lotlip.data.paths import tree_state
 from lotlip.data.records import NonRetryableError, UnitReport
+from lotlip.data.tokenizer import tokenizer_paths
+from lotlip.data.work import UnitFiles, Write, write_here
 from lotlip.evaluate.ablation import AblationResults, measure
 from lotlip.evaluate.benchmarks import Benchmark, open_benchmark
 from lotlip.evaluate.config import BenchmarkConfig
@@ -88,7 +90,7 @@ class Measuring:
         with _opening:
             return _opened(name, described, self.paths, self.captioners, self._inputs(name))
 
-    def __call__(self, name: str) -> list[UnitReport]:
+    def __call__(self, name: str, write: Write = write_here) -> list[UnitReport]:
         """Scores all seeds on the benchmark, unless the results exist and their inputs are unchanged.
 
         Raises:
@@ -99,7 +101,7 @@ class Measuring:
             self._inputs(name),
             self.out,
             lambda: [done] if (done := finished(name, self.out)) else None,
-            lambda: [self._write(name)],
+            lambda: write(self, name),
         )
 
     def results(self, name: str) -> AblationResults:
@@ -122,7 +124,8 @@ class Measuring:
         """The state of the files and folders that a benchmark's settings name."""
         return [tree_state(value) for _, value in self.benchmarks[name] if isinstance(value, Path)]
 
-    def _write(self, name: str) -> UnitReport:
+    def write(self, name: str) -> list[UnitReport]:
+        """Scores all seeds on the benchmark."""
         file, seeds, start = self.out / f"{name}{SCORES}", self.config["seeds"], time.monotonic()
 
         def on_seed(seed: int) -> None:
@@ -149,7 +152,18 @@ class Measuring:
             raise NonRetryableError(str(error)) from error
         report = UnitReport(name, 1, 1, sha256_files([file]), file.stat().st_size)
         write_json(self.out / f"{name}{MARKER}", asdict(report))
-        return report
+        return [report]
+
+    def files(self, name: str) -> UnitFiles:
+        """What the benchmark's settings name; the images and captions of its split; its results; the ablation."""
+        settings = self.benchmarks[name]
+        reads = [value for _, value in settings if isinstance(value, Path)]
+        if split := getattr(settings, "split", None):
+            captions = (self.paths.captions / captioner for captioner in self.captioners)
+            reads += [folder / split for folder in (self.paths.ingest, *captions)]
+        indexes = [folder / INDEX_FILE for folder in (self.paths.shards, self.paths.ingest)]
+        common = [self.folder, *indexes, *tokenizer_paths(self.config["text"]["tokenizer"])]
+        return UnitFiles(dict.fromkeys(reads), [self.out / f"{name}{ending}" for ending in (SCORES, MARKER)], common)
 
 
 @lru_cache(maxsize=8)

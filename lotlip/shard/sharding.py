@@ -9,11 +9,23 @@ from functools import lru_cache
 from pathlib import Path
 
 from lotlip.core.files import sha256_json
-from lotlip.data.partitions import reuse_or_write
+from lotlip.data.partitions import MARKER, reuse_or_write
 from lotlip.data.records import NonRetryableError, UnitReport
+from lotlip.data.tars import IDS, INDEX
 from lotlip.data.text import SentenceEnds
 from lotlip.data.token_ids import write_token_ids
-from lotlip.shard.shards import Features, PartitionGroup, ShardPlan, finished_shard, group_reader, write_shard
+from lotlip.data.tokenizer import tokenizer_paths
+from lotlip.data.work import Ranges, UnitFiles, Write, write_here
+from lotlip.shard.shards import (
+    DONE,
+    Features,
+    PartitionGroup,
+    ShardPlan,
+    finished_shard,
+    group_reader,
+    image_ranges,
+    write_shard,
+)
 
 _opening = threading.Lock()
 
@@ -59,23 +71,46 @@ class Sharding:
     batch_size: int
     fingerprint: str
 
-    def __call__(self, unit: ShardUnit) -> list[UnitReport]:
+    def __call__(self, unit: ShardUnit, write: Write = write_here) -> list[UnitReport]:
         """Writes the shard, unless it exists and was made from the same partitions, captions and tower."""
         plan = unit.plan
-        reports = reuse_or_write(
+        return reuse_or_write(
             plan.name,
             sha256_json([asdict(plan), unit.sources, self.fingerprint]),
             self.out,
-            lambda: [done] if (done := finished_shard(plan.name, self.out)) else None,
-            lambda: [self._write(plan)],
+            lambda: self._finished(plan),
+            lambda: write(self, unit),
         )
-        write_token_ids(self.out / f"{plan.name}.tar", self.tokenizer, self.sentence_ends)
-        return reports
 
-    def _write(self, plan: ShardPlan) -> UnitReport:
+    def _finished(self, plan: ShardPlan) -> list[UnitReport] | None:
+        report = finished_shard(plan.name, self.out)
+        if report is None:
+            return None
+        self._write_token_ids(plan)  # those that it has may be another tokenizer's
+        return [report]
+
+    def write(self, unit: ShardUnit) -> list[UnitReport]:
+        """Writes the shard and the token ids of its texts."""
+        plan = unit.plan
         with _opening:  # once per process for all threads
             group, features = _opened(self)
-        return write_shard(plan, group(plan.partitions), self.out, features, self.batch_size)
+        report = write_shard(plan, group(plan.partitions), self.out, features, self.batch_size)
+        self._write_token_ids(plan)
+        return [report]
+
+    def _write_token_ids(self, plan: ShardPlan) -> None:
+        write_token_ids(self.out / f"{plan.name}.tar", self.tokenizer, self.sentence_ends)
+
+    def files(self, unit: ShardUnit) -> UnitFiles:
+        """The tables and captions of the shard's partitions, its images in them, the shard, and the tower."""
+        plan, reads = unit.plan, dict[Path, Ranges | None]()
+        for name, images in image_ranges(plan, self.ingest).items():
+            reads[self.ingest / f"{name}.tar"], reads[self.ingest / f"{name}.parquet"] = images, None
+            for _, captions in self.captions:
+                reads |= dict.fromkeys(captions / f"{name}{ending}" for ending in (".parquet", MARKER))
+        tower = [] if self.image_tower is None else [self.image_tower]
+        writes = [self.out / f"{plan.name}{ending}" for ending in (".tar", INDEX, IDS, DONE)]
+        return UnitFiles(reads, writes, [*tower, *tokenizer_paths(self.tokenizer)])
 
 
 @lru_cache(maxsize=1)

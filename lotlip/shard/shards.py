@@ -186,14 +186,30 @@ def _close(files: Sequence[int]) -> None:
 
 def group_reader(ingest: Path, captions: Mapping[str, Path]) -> Callable[[tuple[str, ...]], PartitionGroup]:
     """Returns a function that reads a group of partitions; it caches the last one for the group's other shards."""
-    cached = lru_cache(maxsize=1)(lambda partitions: PartitionGroup(ingest, captions, partitions))
+    cached = lru_cache(maxsize=1)(lambda partitions, _: PartitionGroup(ingest, captions, partitions))
     lock = threading.Lock()
 
     def read(partitions: tuple[str, ...]) -> PartitionGroup:
+        # a worker that is sent a shard's images has other files for each shard
+        files = tuple((ingest / f"{name}.tar").stat().st_ino for name in partitions)
         with lock:  # otherwise several threads would read the same group
-            return cached(partitions)
+            return cached(partitions, files)
 
     return read
+
+
+def image_ranges(plan: ShardPlan, ingest: Path) -> dict[str, list[tuple[int, int]]]:
+    """Partition of a shard's group → offset and size of each image in its tar that the shard has."""
+    group = PartitionGroup(ingest, {}, plan.partitions)
+    ranges: dict[str, list[tuple[int, int]]] = {name: [] for name in plan.partitions}
+    for sample in group.samples(np.sort(_rows(plan, group))):
+        ranges[plan.partitions[sample.partition]].append((sample.offset, sample.size))
+    return ranges
+
+
+def _rows(plan: ShardPlan, group: PartitionGroup) -> np.ndarray:
+    """The samples of a shard, in order, by their places in its group."""
+    return _order(plan.seed, len(group))[plan.start : plan.stop]
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,7 @@ def write_shard(
     """
     path, marker = folder / f"{plan.name}.tar", folder / f"{plan.name}{DONE}"
     remove(marker, ours=is_marker)
-    rows = _order(plan.seed, len(group))[plan.start : plan.stop]
+    rows = _rows(plan, group)
     failures: list[Failure] = []
     with write_samples(path) as tar:
         for start in range(0, len(rows), batch_size):

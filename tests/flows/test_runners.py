@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import pickle
 import re
 import shutil
 import sys
 import threading
 from concurrent.futures import Future
 from hashlib import sha256
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,10 +18,14 @@ import pytest
 
 from flows.runtime.runners import WorkerKilled, _Cluster, _Processes, task_runner
 from flows.runtime.scratch import StageFailed
-from flows.runtime.unit_work import UnitWork, picklable
+from flows.runtime.unit_work import UnitWork, answer, picklable
 from lotlip.core.compute import Compute
+from lotlip.core.temporary import temporary_folder
 from lotlip.data.records import NonRetryableError, UnitReport
-from tests.tiny_pipeline import smallest
+from lotlip.ingest.config import ImagesConfig, SceneSourceConfig
+from lotlip.ingest.partition import Ingesting
+from tests.clusters import CLUSTERS
+from tests.tiny_pipeline import ROOT, smallest
 from tests.workspace import Workspace
 
 
@@ -61,15 +68,45 @@ def test_a_killed_worker_differs_from_one_that_lacks_the_project(raised, error, 
     failed: Future[Any] = Future()
     failed.set_exception(raised)
     with pytest.raises(error, match=message):
-        _Cluster(lambda _: failed).run(UnitWork(nothing))
+        _Cluster(lambda *_: failed, lambda _: None).run(UnitWork(nothing))
 
 
 @pytest.mark.slow
 def test_units_in_progress_on_a_cluster_are_abandoned_with_the_stage() -> None:
-    cluster = _Cluster(lambda _: Future())
+    cluster = _Cluster(lambda *_: Future(), lambda _: None)
     threading.Timer(0.1, cluster.end).start()
     with pytest.raises(NonRetryableError, match="the stage ends"):
         cluster.run(UnitWork(nothing))
+
+
+@pytest.mark.slow
+def test_a_unit_is_sent_until_it_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    scenes = {"kind": "scenes", "path": "world.py", "train": 2, "val": 1, "test": 1, "image_size": 32}
+    work = Ingesting(SceneSourceConfig.model_validate(scenes), ImagesConfig(), Path(".lotlip/units"))
+    unit = work.open().units(5)[0]
+    answers: list[Any] = [ConnectionError("no answer"), ([], {"../x": [(0, b"")]})]
+    sent: list[Any] = []
+
+    def start(request: bytes, common: Any) -> Future[Any]:
+        sent.append(pickle.loads(request))
+        found: Future[Any] = Future()
+        found.set_result(answers.pop(0) if answers else answer(request, common))
+        return found
+
+    cluster = _Cluster(start, lambda files: files)
+    with pytest.raises(ConnectionError):
+        work(unit, cluster.write)
+    with pytest.raises(NonRetryableError, match=r"sent '\.\./x', which its unit does not write"):
+        work(unit, cluster.write)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    (report,) = work(unit, cluster.write)
+    assert report.written == 2 and len(sent) == 3
+    written = {path: path.read_bytes() for path in work.folder.rglob("*") if path.is_file()}
+    assert work(unit, cluster.write) == [report] and len(sent) == 3
+    shutil.rmtree(work.folder)
+    assert work(unit) == [report]
+    assert {path: path.read_bytes() for path in work.folder.rglob("*") if path.is_file()} == written
 
 
 @pytest.mark.integration
@@ -165,6 +202,72 @@ def run_stage(workspace: Workspace, stage: tuple[str, ...], runner: str, **envir
     assert units and int(units[1]) >= 2
     assert f"{units[1]} of {units[1]} units" in done.stderr
     return done
+
+
+ENTRY_POINTS = "[lotlip.captioners]\ndying = dying:Dying\n"
+DYING = """
+import os
+from pathlib import Path
+from typing import Literal
+
+from lotlip.caption.config import SceneCaptionerConfig
+from lotlip.demo.captioner import SceneCaptioner
+
+
+class Dying(SceneCaptioner):
+    class Config(SceneCaptionerConfig):
+        kind: Literal["dying"]
+
+    def _caption(self, record):
+        dies = Path(__file__).with_name("dies")
+        if record.key == "train-000003" and dies.exists():
+            dies.unlink()
+            os.kill(os.getpid(), 9)
+        return super()._caption(record)
+"""
+
+
+def write_plugin(folder: Path) -> None:
+    """Writes a package with a captioner that kills its process if there is a file `dies` beside it."""
+    about = folder / "dying-1.0.dist-info"
+    about.mkdir(parents=True, exist_ok=True)
+    (folder / "dying.py").write_text(DYING)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: dying\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(ENTRY_POINTS)
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("kind", ["dask", "ray"])
+def test_workers_that_have_none_of_the_projects_files_write_the_same_bytes(
+    workspace: Workspace, expected, tmp_path: Path, kind: str
+) -> None:
+    """They know no server of Prefect either, and one is killed."""
+    clear(workspace)
+    on_nodes = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    on_nodes["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}"
+    for folder in (workspace.folder, tmp_path):
+        write_plugin(folder)
+    with temporary_folder(kind, for_sockets=True) as folder, CLUSTERS[kind](folder, on_nodes) as cluster:
+
+        def run(stage: tuple[str, ...], **how: Any) -> None:
+            how |= {"task_runner": kind, kind: {"address": cluster.address}}
+            workspace.change(lambda params: params["compute"].update(how))
+            done = run_stage(workspace, stage, kind, **cluster.environment)
+            assert "Traceback" not in done.stderr, done.stderr
+
+        with cluster.node(on_nodes):
+            run(STAGES[0])
+        assert (workspace.folder / "data" / "ingest").is_dir()
+        shutil.rmtree(workspace.folder / "data" / "ingest")
+        workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(kind="dying"))
+        with cluster.node(on_nodes, workspace.folder):
+            (tmp_path / "dies").touch()
+            for stage in STAGES:
+                run(stage, shared_folder=False)
+            assert not (tmp_path / "dies").exists()
+    workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(kind="scenes"))
+    workspace.change(lambda params: params["compute"].update(shared_folder=True, **{kind: {"address": None}}))
+    assert outputs(workspace) == expected
 
 
 @pytest.mark.system

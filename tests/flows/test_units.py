@@ -381,7 +381,7 @@ def test_captions_of_a_changed_table_are_read_again_after_an_interruption(captio
     def run() -> None:
         caption.fn("mine")
 
-    run_interrupted(monkeypatch, run, Captioning, "_write")
+    run_interrupted(monkeypatch, run, Captioning, "write")
     assert not Path("data/captions/mine").exists()
     write_table(captioned_project, "Now it is")
     caption.fn("mine")
@@ -390,7 +390,7 @@ def test_captions_of_a_changed_table_are_read_again_after_an_interruption(captio
 
 @pytest.mark.slow
 def test_a_table_that_changes_while_it_is_read_is_not_published(captioned_project: Path, monkeypatch) -> None:
-    write = Captioning._write
+    write = Captioning.write
 
     def rewritten(self: Captioning, partition: Any) -> Any:
         report = write(self, partition)
@@ -398,7 +398,7 @@ def test_a_table_that_changes_while_it_is_read_is_not_published(captioned_projec
         return report
 
     with monkeypatch.context() as patch:
-        patch.setattr(Captioning, "_write", rewritten)
+        patch.setattr(Captioning, "write", rewritten)
         with pytest.raises(StageFailed, match=r"captions\.csv"):
             caption.fn("mine")
     assert not Path("data/captions/mine").exists()
@@ -418,13 +418,13 @@ def test_a_changed_partition_is_captioned_again_under_an_unchanged_index(caption
     unit = read_index(Path("data/ingest"), UnitIndex).units[0]
     partition = Partition(unit.name, unit.written, unit.sha256)
     hashes: list[str] = []
-    write = Captioning._write
+    write = Captioning.write
 
     def counted(self: Captioning, partition: Partition) -> Any:
         hashes.append(partition.sha256)
         return write(self, partition)
 
-    monkeypatch.setattr(Captioning, "_write", counted)
+    monkeypatch.setattr(Captioning, "write", counted)
     first = work(partition)
     assert work(partition) == first
     work(replace(partition, sha256="0" * 64))

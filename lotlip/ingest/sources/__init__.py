@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Protocol
 
 from lotlip.core.variants import implementation
@@ -21,7 +22,11 @@ _BUILT_IN = {
 
 
 class Source(Protocol):
-    """Images with short captions, divided into units that can be read independently, in any order, by any process."""
+    """Images with short captions, divided into units that can be read independently, in any order, by any process.
+
+    A source that is pickled need only be able to `read` and `split`, on a machine that has no other files of it than
+    those of a unit. `files` may be missing; then all workers need the source's files.
+    """
 
     def units(self, partition_size: int) -> list[Unit]:
         """The units, in the same order at every call; at most `partition_size` items each, if the source can divide."""
@@ -42,6 +47,9 @@ class Source(Protocol):
         Raises:
             OSError: as for `read`.
         """
+
+    def files(self, unit: Unit) -> Iterable[Path]:
+        """The local files that `read` opens for a unit; those that do not exist may be among them."""
 
     def split(self, key: str) -> str:
         """The split of a sample, one of `SPLITS`; called only if the unit has no split of its own."""

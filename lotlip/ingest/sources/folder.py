@@ -35,6 +35,9 @@ class FolderSource:
         self._items = _find_items(self._root)  # paths relative to the root
         self._duplicates = _duplicates(self._items)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_items": []}  # `read` does not use them
+
     def units(self, partition_size: int) -> list[Unit]:
         """The sorted items of each split, `partition_size` at a time."""
         items: dict[str, list[str]] = {split: [] for split in SPLITS}
@@ -54,6 +57,12 @@ class FolderSource:
     def state(self, unit: Unit) -> str:
         """A hash of the items' images, captions and key conflicts."""
         return sha256_json([unit.split, *map(self._state, unit.items)])
+
+    def files(self, unit: Unit) -> Iterator[Path]:
+        """The items and their captions."""
+        for item in unit.items:
+            path = self._root / item
+            yield from (path, *map(path.with_suffix, _CAPTION))
 
     def _state(self, item: str) -> list[Any]:
         path = self._root / item

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,10 @@ class TableSource:
             )
         for table in self._tables:
             self._check(table)
+        self._resolved = None if self._images is None else self._images.resolve()  # a worker may have it elsewhere
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tables": []}  # `read` does not use them
 
     def units(self, partition_size: int) -> list[Unit]:
         """Ranges of `partition_size` rows of a file; files other than Parquet are read once to find them."""
@@ -85,6 +90,16 @@ class TableSource:
             data, path = _image(row.values[0]) if row.problem is None else (None, "")
             if path and data is None:
                 yield path
+
+    def files(self, unit: Unit) -> Iterator[Path]:
+        """The unit's tables, and the images that its rows name."""
+        for path, table, part in self._parts(unit):
+            yield path
+            if self._images is not None:
+                for name in map(self._below, self._image_paths(table, part)):
+                    with suppress(OSError, ValueError):  # no file can have this name
+                        if _is_inside(self._images, name):
+                            yield self._images / name
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """Each row's record or failure."""
@@ -147,10 +162,10 @@ class TableSource:
 
     def _below(self, path: str) -> str:
         """A path relative to the folder of images, if it is absolute and leads there; any other path unchanged."""
-        if self._images is None or not path.startswith("/"):
+        if self._resolved is None or not path.startswith("/"):
             return path
         try:
-            return Path(path).resolve().relative_to(self._images.resolve()).as_posix()
+            return Path(path).resolve().relative_to(self._resolved).as_posix()
         except (OSError, ValueError):  # it leads elsewhere, or no file can have this name
             return path
 
@@ -158,15 +173,19 @@ class TableSource:
         """The image file that a row names."""
         if not path or self._images is None:
             return Failure(key, where, f"there is no image in column {self._settings.image}", "missing")
-        target = self._images / path
         try:
-            inside = not escapes_folder(path) and target.resolve().is_relative_to(self._images.resolve())
+            inside = _is_inside(self._images, path)
         except (OSError, ValueError) as error:  # no file can have this name
             return Failure(key, where, f"{printable(path)} is not a valid path: {error}", "missing")
         if not inside:
             reason = f"{printable(path)} is not in ingest.source.images, {self._images}"
             return Failure(key, where, reason, "unsafe")
-        return self._validator.read(key, where, target)
+        return self._validator.read(key, where, self._images / path)
+
+
+def _is_inside(folder: Path, path: str) -> bool:
+    """Whether a path does not lead out of the folder that it is relative to, not even by links."""
+    return not escapes_folder(path) and (folder / path).resolve().is_relative_to(folder.resolve())
 
 
 def _image(value: Any) -> tuple[bytes | None, str]:

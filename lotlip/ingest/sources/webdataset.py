@@ -63,6 +63,9 @@ class WebDatasetSource:
         self._endings = {*settings.images, settings.caption, "json"}
         self._tars = _find_tars(settings.path)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_tars": []}  # `read` does not use them
+
     def units(self, partition_size: int) -> list[Unit]:
         """One unit per tar, however many samples it has."""
         return [Unit(None, index, (tar,)) for index, tar in enumerate(self._tars)]
@@ -79,6 +82,10 @@ class WebDatasetSource:
         """
         states = [_state(_parse_line(tar)[1]) for tar in unit.items]
         return None if None in states else sha256_json([*unit.items, *states])
+
+    def files(self, unit: Unit) -> list[Path]:
+        """The unit's tars, without those in a store."""
+        return [Path(address) for _, address in map(_parse_line, unit.items) if "://" not in address]
 
     def read(self, unit: Unit) -> Iterator[ImageRecord | Failure]:
         """Each sample of the unit's tar.
