@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import secrets
+import socket
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,8 @@ from pathlib import Path
 from flows.runtime.servers import free_port
 from flows.runtime.supervisor import group
 from tests.machines import need
+
+START_SECONDS = 120
 
 
 @dataclass
@@ -55,6 +59,7 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         (folder / "head.log").open("w") as output,
         group([*start, *head, f"--temp-dir={folder}"], env={**environment, **private}, stdout=output, stderr=output),
     ):
+        await_listener(address)
         yield Cluster(address, private, [*start, f"--address={address}", "--num-cpus=2"], folder)
 
 
@@ -70,7 +75,21 @@ def dask_cluster(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]
         (folder / "scheduler.log").open("w") as output,
         group([*start, *both], env=environment, stdout=output, stderr=output),
     ):
+        await_listener(address)
         yield Cluster(address, {}, [*join, *both], folder)
+
+
+def await_listener(address: str) -> None:
+    """Waits until a program listens at a port of loopback."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))).close()
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline, f"nothing listens at {address}"
+            time.sleep(0.1)
+        else:
+            return
 
 
 CLUSTERS = {"ray": ray_cluster, "dask": dask_cluster}

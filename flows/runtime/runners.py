@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import secrets
+import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 from unittest.mock import patch
+from urllib.parse import urlsplit
 
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
@@ -52,7 +54,7 @@ def task_runner(compute: Compute, on_gpu: bool) -> AbstractContextManager[Submit
         on_gpu: whether the units run models, so that Ray reserves `compute.ray.gpus_per_worker` for each.
 
     Raises:
-        StageFailed: the packages of the task runner are not installed.
+        StageFailed: the packages of the task runner are not installed, or no cluster answers at its address.
     """
     if compute.task_runner == "ray":
         return _on_ray(compute, compute.ray.gpus_per_worker if on_gpu else 0)
@@ -238,6 +240,8 @@ def _on_ray(compute: Compute, gpus: float) -> Iterator[Submit]:
             import ray  # reads the environment
         except ImportError as error:
             raise _missing("ray", error) from error
+        if address:
+            _check_reachable("ray", address)  # Ray would try for minutes
         ray.init(**start, logging_level=logging.WARNING)
         stack.callback(ray.shutdown)
         run = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=compute.retries)(answer)
@@ -276,6 +280,8 @@ def _on_dask(compute: Compute) -> Iterator[Submit]:
     except ImportError as error:
         raise _missing("dask", error) from error
     address = compute.dask.address
+    if address:
+        _check_reachable("dask", address)
     settings: dict[str, Any] = {
         "distributed.scheduler.allowed-failures": compute.retries,
         "distributed.admin.large-graph-warning-threshold": "1TB",  # units are sent with their files
@@ -313,6 +319,22 @@ def _dask_of_this_machine(workers: int) -> Iterator[dict[str, Any]]:
             "scheduler_kwargs": {"dashboard": False, "dashboard_address": "127.0.0.1:0"},
             "local_directory": str(folder),
         }
+
+
+def _check_reachable(runner: str, address: str) -> None:
+    """Checks that something listens at the address of a cluster, unless the address has no port, as Ray's `auto`.
+
+    Raises:
+        StageFailed: nothing does.
+    """
+    place = urlsplit(f"//{address.rpartition('://')[2]}")
+    try:
+        if place.port is not None:
+            socket.create_connection((place.hostname, place.port), timeout=10).close()
+    except (OSError, ValueError) as error:
+        raise StageFailed(
+            f"no cluster answers at compute.{runner}.address, {address} ({error}); start it, or correct the address"
+        ) from error
 
 
 def _missing(runner: str, error: ImportError) -> StageFailed:

@@ -18,6 +18,7 @@ import pytest
 
 from flows.runtime.runners import WorkerKilled, _Cluster, _Processes, task_runner
 from flows.runtime.scratch import StageFailed
+from flows.runtime.servers import free_port
 from flows.runtime.unit_work import UnitWork, answer, picklable
 from lotlip.core.compute import Compute
 from lotlip.core.temporary import temporary_folder
@@ -35,6 +36,15 @@ def test_a_missing_package_is_an_error_with_a_remedy(monkeypatch, runner, packag
     remedy = rf"{package} is not installed: pip install 'lotlip\[{runner}\]', or set it to threads or processes"
     with pytest.raises(StageFailed, match=f"compute.task_runner is {runner}, and {remedy}"):
         task_runner(Compute(task_runner=runner), on_gpu=False).__enter__()
+
+
+@pytest.mark.parametrize("runner", ["ray", "dask"])
+@pytest.mark.parametrize("scheme", ["", "tcp://"])
+def test_a_cluster_that_does_not_answer_is_an_error(runner: str, scheme: str) -> None:
+    address = f"{scheme}127.0.0.1:{free_port()}"
+    compute = Compute.model_validate({"task_runner": runner, runner: {"address": address}})
+    with pytest.raises(StageFailed, match=f"no cluster answers at compute.{runner}.address, {address} "):
+        task_runner(compute, on_gpu=False).__enter__()
 
 
 class Refused(NonRetryableError):
