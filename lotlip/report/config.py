@@ -159,8 +159,8 @@ class FindingsConfig(Section):
 
     def testing(self, finding: str, measure: str) -> list[str]:
         """Returns the benchmarks that test a finding in a measure; empty: all that have the measure."""
-        others: Mapping[str, Mapping[str, list[str]]] = self.other_benchmarks
-        return others.get(finding, {}).get(measure, self.benchmarks)
+        by_measure = {str(slug): given for slug, given in self.other_benchmarks.items()}.get(finding, {})
+        return {str(slug): names for slug, names in by_measure.items()}.get(measure, self.benchmarks)
 
     def roles(self) -> Iterator[tuple[str, list[str]]]:
         """Yields each role and its ablations."""

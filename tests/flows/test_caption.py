@@ -189,7 +189,7 @@ def start_on(workspace: Workspace, runner: str, delay: float, calls: int) -> sub
 
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_a_killed_worker_loses_nothing(workspace, expected, runner) -> None:
-    process = start_on(workspace, runner, delay=0.05, calls=100)
+    process = start_on(workspace, runner, delay=0.1, calls=100)  # long enough for a new worker
     flow = psutil.Process(process.pid)
     started = flow.children(recursive=True)
     listening = {
