@@ -726,7 +726,10 @@ def test_a_table_with_a_reserved_name_is_an_error(tmp_path):
             "findings.other_benchmarks.mask.long: no benchmark 'mien'; did you mean 'mine'? (there are: mine)",
         ),
         ({"other_benchmarks": {"mask": {"long": []}}}, "findings.other_benchmarks.mask.long: "),
-        ({"other_benchmarks": {"masks": {"long": ["mine"]}}}, "findings.other_benchmarks.masks"),
+        (
+            {"other_benchmarks": {"masks": {"long": ["mine"]}}},
+            "findings.other_benchmarks.masks: Input should be 'long-texts-teach-long', ",
+        ),
     ],
 )
 def test_an_invalid_finding_is_an_error_with_path_and_suggestion(tmp_path, findings, line):

@@ -385,7 +385,8 @@ def _explain(model: type[Section], problem: dict[str, Any], under: str) -> list[
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause.problems
-    keys, known = _place(model, problem["loc"])
+    location = problem["loc"]
+    keys, known = _place(model, location[:-1] if location[-1:] == ("[key]",) else location)  # an invalid key itself
     where = ".".join([under, *keys] if under else keys)
     if problem["type"] == "extra_forbidden":
         if new := moved(where):
