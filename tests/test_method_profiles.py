@@ -8,6 +8,7 @@ import pytest
 import yaml
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from flows.stages.evaluate import learns_short_captions
 from lotlip.caption.captioners.table import TableCaptioner
 from lotlip.config.params import Params, checked_params, load_params
 from lotlip.data.plain_tokenizer import PlainTokenizer
@@ -121,6 +122,13 @@ def test_methods_from_scratch_fit_eight_gpus(name):
     assert plan(params, config, compute, Gpu()).remedy == ""
     trained, frozen = parameters(config, build_towers(config, params.image_tower))
     assert not frozen and trained["image tower"] > 5e7 and trained["text encoder"] > 5e7
+
+
+def test_ablations_without_short_captions_are_known_to_the_gate_of_scores():
+    params = load_params(ROOT / "params.yaml")
+    of_long = {name for name in params.names if not learns_short_captions(params.ablation(name))}
+    switches = {"debias-with-first", "debias-in-order", "debias-no-offset"}
+    assert of_long == {"debias", *switches, "lotlip-debias", "himo", "smartclip", "flair"}
 
 
 def test_laclip_has_its_released_settings():

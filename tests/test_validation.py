@@ -259,6 +259,15 @@ def test_evaluate_checks_long_text_and_classes_where_there_is_no_short_text(tmp_
     assert f"is at least 2 times chance: found 1 of 6 do not: other {metric} seed 1 (1.5)" in line
 
 
+def test_a_model_of_long_captions_is_checked_on_long_text(tmp_path):
+    rows = scores()
+    rows.loc[1, "value"] = 0.0
+    assert all(check.success for check in gate_evaluate(EVALUATE, rows, tmp_path / "a", learns_short=False))
+    rows.loc[5, "value"] = 0.015
+    line = gate_error(lambda report: gate_evaluate(EVALUATE, rows, report, learns_short=False), tmp_path / "b")
+    assert "R@1 of long text (or top-1) is at least 2 times chance: found 1 of 2 do not: scenes long" in line
+
+
 def test_evaluate_fails_on_a_benchmark_without_a_score_to_check(tmp_path):
     other = scores().loc[[2]].assign(benchmark="other", metric="long.image_to_text.r5")
     line = gate_error(evaluate(pd.concat([scores(), other])), tmp_path)

@@ -19,6 +19,8 @@ from lotlip.pretrain.records import RUN, Run
 if TYPE_CHECKING:
     import pandas as pd
 
+    from lotlip.pretrain.config import PretrainConfig
+
 
 @flow(name="evaluate", flow_run_name="evaluate-{ablation}")
 def evaluate(ablation: str) -> None:
@@ -83,7 +85,9 @@ def evaluate(ablation: str) -> None:
     with stage.clock.measure("gate"):
         from lotlip.evaluate.gate import gate_evaluate
 
-        checks = gate_evaluate(config, score_table(measured.results), stage.gate_report, start)
+        checks = gate_evaluate(
+            config, score_table(measured.results), stage.gate_report, start, learns_short_captions(trained)
+        )
     scores.write(paths.metrics / f"{ablation}.json")
     write_json(paths.metrics / "summary" / f"{ablation}.json", summary(measured.results))
     figures = paths.metrics / "attention" / ablation
@@ -100,6 +104,14 @@ def evaluate(ablation: str) -> None:
             tracker.log_scores(run, measured.results, folder, figures)
     stage.discard()
     stage.record(measured.texts, checks)
+
+
+def learns_short_captions(config: PretrainConfig) -> bool:
+    """Returns whether training reads short captions: HiMo-CLIP, DeBias-CLIP and FLAIR read long ones only."""
+    weight = (
+        config.loss.short_loss_weight if config.loss.short_loss_fraction is None else config.loss.short_loss_fraction
+    )
+    return bool(weight) and config.short_texts.sampler in ("raw", "raw-or-rewrite")
 
 
 def score_table(results: Mapping[str, BenchmarkScores]) -> pd.DataFrame:

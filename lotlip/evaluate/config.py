@@ -101,7 +101,7 @@ class EvaluateConfig(Section):
     min_score_over_chance: Annotated[float, Field(ge=0)] = Field(
         1.0,
         description="multiple of chance that R@1 of short text must reach on each benchmark, else the gate fails. "
-        "Without short texts, R@1 of long text or top-1 accuracy counts",
+        "Without short texts, or if training reads no short captions, R@1 of long text or top-1 accuracy counts",
     )
     baselines: list[str] = Field(
         default_factory=list,

@@ -12,18 +12,22 @@ from lotlip.core.checks import Check, each_value, in_percent, one_value, run_gat
 from lotlip.evaluate.config import EvaluateConfig
 from lotlip.evaluate.score_names import MAIN
 
-# Metrics that must exceed chance: the first of these families that a benchmark has.
 _LOSS_KEY = "evaluate.max_short_text_loss"
-_CHANCE_FAMILIES = (MAIN["short"], MAIN["long"], MAIN["classification"])
+# Metrics that must exceed chance: the first of these families that a benchmark has.
+_CHANCE_FAMILIES = ("short", "long", "classification")
 
 
 def gate_evaluate(
-    settings: EvaluateConfig, scores: pd.DataFrame, report: Path, start: Mapping[str, float] | None = None
+    settings: EvaluateConfig,
+    scores: pd.DataFrame,
+    report: Path,
+    start: Mapping[str, float] | None = None,
+    learns_short: bool = True,
 ) -> list[Check]:
     """Checks that scores are fractions, that each benchmark's scores exceed chance, and that short texts still match.
 
-    Short-text retrieval is compared with chance, because every working model has learned it. Benchmarks without short
-    texts use long texts or classification.
+    Short-text retrieval is compared with chance, because every working model that trains on short captions has learned
+    it. Benchmarks without short texts, and models that train on long captions only, use long texts or classification.
 
     Args:
         settings: settings of the stage.
@@ -31,6 +35,7 @@ def gate_evaluate(
         report: scratch folder.
         start: benchmark → short-text R@1, the mean of both directions, of the model that training started from; used if
             `settings.max_short_text_loss` is set. None: training did not start from it.
+        learns_short: whether the model was trained on short captions.
 
     Raises:
         GateFailed: a check fails.
@@ -45,11 +50,13 @@ def gate_evaluate(
             "over_chance": scores["value"] / scores["chance"],
         }
     )
-    compared = {name: _metrics_over_chance(set(rows["metric"])) for name, rows in scores.groupby("benchmark")}
+    families = _CHANCE_FAMILIES if learns_short else _CHANCE_FAMILIES[1:]
+    compared = {name: _metrics_over_chance(set(rows["metric"]), families) for name, rows in scores.groupby("benchmark")}
     pairs = zip(scores["benchmark"], scores["metric"], strict=True)
     over_chance = named[np.array([metric in compared[benchmark] for benchmark, metric in pairs], dtype=bool)]
     unmeasured = [str(name) for name, metrics in compared.items() if not metrics]
     minimum = settings.min_score_over_chance
+    which = "short text (or of long, or top-1)" if learns_short else "long text (or top-1)"
     tables = {
         "stage": pd.DataFrame([{"stage": "evaluate", "scores": len(scores), "unmeasured": len(unmeasured)}]),
         "scores": named,
@@ -67,7 +74,7 @@ def gate_evaluate(
         "over_chance": [
             each_value(
                 "over_chance",
-                f"R@1 of short text (or of long, or top-1) is at least {minimum:g} times chance",
+                f"R@1 of {which} is at least {minimum:g} times chance",
                 minimum,
                 key="evaluate.min_score_over_chance",
             )
@@ -115,6 +122,6 @@ def _short_text_losses(scores: pd.DataFrame, start: Mapping[str, float]) -> pd.D
     return pd.DataFrame(rows, columns=["model", "loss"])
 
 
-def _metrics_over_chance(metrics: Set[str]) -> Sequence[str]:
-    """Selects the metrics of a benchmark that must exceed chance."""
-    return next((family for family in _CHANCE_FAMILIES if metrics & set(family)), ())
+def _metrics_over_chance(metrics: Set[str], families: Sequence[str]) -> Sequence[str]:
+    """Selects the metrics of a benchmark that must exceed chance: those of its first family."""
+    return next((MAIN[family] for family in families if metrics & set(MAIN[family])), ())
