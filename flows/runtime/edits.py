@@ -62,7 +62,11 @@ def check_watched_parameters(params: Params) -> None:
     Raises:
         ConfigError: a key is missing.
     """
-    watched = [name for entry in _stages() for name in entry["params"] if "${" not in name]
+    try:
+        given = [name for entry in _stages() for name in entry.get("params", ())]
+    except (OSError, yaml.YAMLError):
+        return  # DVC names the problem
+    watched = [name for name in given if isinstance(name, str) and "${" not in name]
     values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     defaults = params.model_dump(mode="json")
     missing = [
@@ -76,7 +80,8 @@ def check_watched_parameters(params: Params) -> None:
 
 def _stages() -> Iterator[dict[str, Any]]:
     """Yields the definition of each stage of dvc.yaml."""
-    for entry in yaml.safe_load(GRAPH.read_text(encoding="utf-8"))["stages"].values():
+    graph = yaml.safe_load(GRAPH.read_text(encoding="utf-8")) or {}
+    for entry in graph.get("stages", {}).values():
         yield entry.get("do", entry)
 
 
