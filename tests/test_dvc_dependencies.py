@@ -96,6 +96,10 @@ def test_a_missing_parameter_is_an_error_with_its_default(tmp_path: Path, monkey
     assert "add them with these defaults" in str(error.value)
     assert sorted(line.split(": ", 1)[0] for line in error.value.problems) == ["evaluate.precision", "findings"]
     assert 'evaluate.precision: "fp32"' in error.value.problems
+    for text in ("stages: {own: {cmd: x, params: [train.lr]}, other: {cmd: y}}", "stages: {empty: }", "stages:"):
+        (tmp_path / "dvc.yaml").write_text(text)
+        check_watched_parameters(load_params())  # DVC names what params.yaml cannot have, and what is no stage
+    shutil.copy(ROOT / "dvc.yaml", tmp_path)
     values["evaluate"]["precision"], values["findings"] = "fp32", {}
     Path("params.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
     check_watched_parameters(load_params())

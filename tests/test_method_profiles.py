@@ -21,6 +21,7 @@ from tests.test_webdataset_source import image_bytes
 
 ROOT = Path(__file__).parent.parent
 FROM_CLIP = ("long-clip", "debias-clip", "himo-clip", "smart-clip")
+NO_SHORT = {"loss": {"short_loss_fraction": 0}}
 FROM_SCRATCH = ("laclip", "align", "flair")
 # Published sizes of CLIP B/16: 149,620,737 parameters with both projections and the temperature, of which 85,799,424
 # and 63,165,952 are in the two encoders.
@@ -129,6 +130,8 @@ def test_ablations_without_short_captions_are_known_to_the_gate_of_scores():
     of_long = {name for name in params.names if not learns_short_captions(params.ablation(name))}
     switches = {"debias-with-first", "debias-in-order", "debias-no-offset"}
     assert of_long == {"debias", *switches, "lotlip-debias", "himo", "smartclip", "flair"}
+    assert learns_short_captions(PretrainConfig.model_validate({"long_texts": {"sub_captions": 0}} | NO_SHORT))
+    assert not learns_short_captions(PretrainConfig.model_validate(NO_SHORT))
 
 
 def test_laclip_has_its_released_settings():

@@ -166,12 +166,12 @@ def whole(tmp_path_factory):
 # --- tables -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_params_yaml_can_name_every_finding_and_measure():
     assert [finding.slug for finding in FINDINGS] == list(get_args(FindingName))
     assert [measure.slug for measure in MEASURES] == list(get_args(MeasureName))
 
 
+@pytest.mark.slow
 def test_every_table_of_the_paper_has_its_ablations(whole):
     inputs, _ = whole
     tables = {section.table.title: section.table for section in benchmark_sections(inputs, "scenes")}
@@ -370,6 +370,9 @@ def test_findings_are_tested_on_the_declared_benchmarks_that_have_the_measure(tm
     (mask,) = apart
     assert (mask.finding.slug, mask.measure.slug, mask.benchmarks) == ("mask", "long", ["scenes"])
     assert mask.compares.endswith(", on scenes")
+    apart.clear()
+    tested("captions", **{"long-texts-cost-short": {"classification": ["captions"]}})
+    assert [(one.verdict, one.reason) for one in apart] == [(NOT_RUN, "captions has no classification")]
     assert text.endswith("Findings to which these are not fair name others (findings.other_benchmarks).")
 
 

@@ -263,6 +263,10 @@ def test_a_model_of_long_captions_is_checked_on_long_text(tmp_path):
     rows = scores()
     rows.loc[1, "value"] = 0.0
     assert all(check.success for check in gate_evaluate(EVALUATE, rows, tmp_path / "a", learns_short=False))
+    short = scores().loc[[0, 3]].assign(benchmark="short-only", value=0.0)
+    both = pd.concat([rows, short], ignore_index=True)
+    assert all(check.success for check in gate_evaluate(EVALUATE, both, tmp_path / "c", learns_short=False))
+    assert all(check.success for check in gate_evaluate(EVALUATE, short, tmp_path / "d", learns_short=False))
     rows.loc[5, "value"] = 0.015
     line = gate_error(lambda report: gate_evaluate(EVALUATE, rows, report, learns_short=False), tmp_path / "b")
     assert "R@1 of long text (or top-1) is at least 2 times chance: found 1 of 2 do not: scenes long" in line

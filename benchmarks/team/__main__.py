@@ -294,7 +294,7 @@ def rotate(team: Team) -> None:
     from botocore.exceptions import ClientError
 
     former, rows, passwords = Colleague(team), counts(team), secrets_of(team, "postgres")
-    for name in list(team.running):
+    for name in reversed(list(team.running)):  # before what it depends on
         team.stop(name)
     team.done.clear()  # what runs once runs again
     shutil.copytree(team.local / "secrets", team.state / "former-secrets")

@@ -54,7 +54,9 @@ class Inputs:
 
 
 def check_watched_parameters(params: Params) -> None:
-    """Checks that params.yaml has every key that dvc.yaml watches. DVC would fail at the first stage that lacks one.
+    """Checks that params.yaml has every key of its own that dvc.yaml watches.
+
+    DVC would fail at the first stage that lacks one. It names other problems of dvc.yaml itself.
 
     Args:
         params: params.yaml, with the defaults of the keys that it lacks.
@@ -63,19 +65,26 @@ def check_watched_parameters(params: Params) -> None:
         ConfigError: a key is missing.
     """
     try:
-        given = [name for entry in _stages() for name in entry.get("params", ())]
-    except (OSError, yaml.YAMLError):
-        return  # DVC names the problem
+        given = [name for entry in _stages() for name in entry.get("params") or ()]
+    except (OSError, yaml.YAMLError, AttributeError, TypeError):
+        return
     watched = [name for name in given if isinstance(name, str) and "${" not in name]
     values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     defaults = params.model_dump(mode="json")
     missing = [
         f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults))}"
         for name in dict.fromkeys(watched)
-        if name.split(".")[-1] not in (reduce(_member, name.split(".")[:-1], values) or {})
+        if _has(defaults, name) and not _has(values, name)
     ]
     if missing:
         raise ConfigError(f"{PARAMS} lacks keys that DVC watches; add them with these defaults:", missing)
+
+
+def _has(values: Any, name: str) -> bool:
+    """Whether a mapping of mappings has a dotted key, also if its value is null."""
+    *sections, key = name.split(".")
+    section = reduce(_member, sections, values)
+    return isinstance(section, dict) and key in section
 
 
 def _stages() -> Iterator[dict[str, Any]]:

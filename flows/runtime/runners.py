@@ -83,6 +83,10 @@ class WorkerKilled(RuntimeError):
     """The process that ran a unit was killed. Another one may run the unit."""
 
 
+class UnitLost(WorkerKilled):
+    """All workers were killed that a cluster had run a unit on; it has used up the retries."""
+
+
 class _Processes:
     """Worker processes, each of which runs one unit at a time. They end with this process, however it ends.
 
@@ -173,27 +177,28 @@ class _Cluster:
         """Runs a unit on a worker.
 
         Raises:
-            WorkerKilled: the worker ended before it had finished the unit.
+            UnitLost: the worker ended before it had finished the unit, and so did those of the cluster's retries.
             NonRetryableError: the stage ends, or the workers do not have this project's code.
             Exception: what the unit raised.
         """
         future = self._start(pickle.dumps(work), *arguments)
-        while not self._ended.is_set():
-            try:
-                found = future.result(timeout=0.5)
-            except TimeoutError:
-                continue
-            except (RuntimeError, ImportError) as error:  # of Ray or Dask, which could not load the unit
-                raise NonRetryableError(
-                    f"the cluster cannot run this project ({_in_one_line(error)}); give all its nodes the same code "
-                    "and packages, and set PYTHONPATH to the code there"
-                ) from error
-            except Exception as error:
-                raise WorkerKilled(f"the worker that ran it was killed: {_in_one_line(error)}") from error
-            if isinstance(found, Exception):
-                raise found
-            return found
-        raise NonRetryableError("the stage ends")
+        finished = threading.Event()
+        future.add_done_callback(lambda _: finished.set())
+        while not finished.wait(0.5):
+            if self._ended.is_set():
+                raise NonRetryableError("the stage ends")
+        try:
+            found = future.result()  # without a timeout, which would cut off Dask's transfer of a large answer
+        except (RuntimeError, ImportError) as error:  # of Ray or Dask, which could not load the unit
+            raise NonRetryableError(
+                f"the cluster cannot run this project ({_in_one_line(error)}); give all its nodes the same code "
+                "and packages, and set PYTHONPATH to the code there"
+            ) from error
+        except Exception as error:
+            raise UnitLost(f"the worker that ran it was killed: {_in_one_line(error)}") from error
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def write(self, work: Any, unit: Any) -> list[UnitReport]:
         """Writes a unit on a worker without the project's folder. Raises what `run` raises."""

@@ -17,6 +17,7 @@ from lotlip.core.files import atomic_write, remove
 from lotlip.core.temporary import temporary_folder
 from lotlip.data.paths import file_state
 from lotlip.data.records import NonRetryableError, UnitReport
+from lotlip.data.token_ids import forget_word_pieces
 from lotlip.data.work import Ranges, UnitFiles
 
 # Path in the project → offset and bytes of a file's parts; None for a folder.
@@ -56,8 +57,9 @@ class SentUnit:
         """
         if outside := [path for path in files.writes if _is_outside(path)]:
             raise NonRetryableError(
-                f"{outside[0].parent} is not in the project's folder, and compute.shared_folder is false; set the path "
-                "in params.yaml to a folder in the project, which may be a link, or give the workers a shared folder"
+                f"{outside[0].parent} is not a path relative to the project's folder, and compute.shared_folder is "
+                "false; set the path in params.yaml to a folder in the project, which may be a link, or give the "
+                "workers a shared folder"
             )
         elsewhere = [path for path in (*files.common, *files.reads) if _is_outside(path) and _exists(path)]
         return cls(work, unit, _code(work), run, elsewhere, pack(files.reads), files.writes)
@@ -67,8 +69,9 @@ class SentUnit:
         here = socket.gethostname()
         if missing := [path for path in self.elsewhere if not _exists(path)]:
             raise NonRetryableError(
-                f"worker {here} has no {missing[0]}, which is not sent because it is not in the project's folder; put "
-                "it on all nodes under this path, or a link to it into the project, and name that in params.yaml"
+                f"worker {here} has no {missing[0]}, which is not sent because it is not a path relative to the "
+                "project's folder; put it on all nodes under this path, or a link to it into the project, and name "
+                "that in params.yaml"
             )
         if _code(self.work) != self.code:
             raise NonRetryableError(f"worker {here} has other code than this project; install the same on all nodes")
@@ -161,6 +164,8 @@ def _keep(run: str, files: Files) -> Path:
     if _kept is None or _kept[0] != run:
         _kept = None
         _folders.close()
-        _kept = run, _folders.enter_context(temporary_folder("units"))
-        unpack(files, _kept[1])
+        forget_word_pieces()  # of the last run's tokenizer, which may have another content under the same name
+        folder = _folders.enter_context(temporary_folder("units"))
+        unpack(files, folder)
+        _kept = run, folder
     return _kept[1]

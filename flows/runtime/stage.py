@@ -24,7 +24,7 @@ from prefect.states import State
 
 from flows.runtime import scratch
 from flows.runtime.edits import Inputs
-from flows.runtime.runners import Submit, task_runner
+from flows.runtime.runners import Submit, UnitLost, task_runner
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.unit_work import UnitWork
 from lotlip.config.outputs import outputs, prepare
@@ -298,7 +298,7 @@ def run_unit(work: UnitWork) -> list[UnitReport]:
 
 def _is_retryable(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Returns whether a failed unit may succeed on the next attempt."""
-    return not isinstance(state.result(raise_on_failure=False), NonRetryableError)
+    return not isinstance(state.result(raise_on_failure=False), (NonRetryableError, UnitLost))
 
 
 def hash_of(index: Path) -> str:

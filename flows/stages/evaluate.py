@@ -108,9 +108,10 @@ def evaluate(ablation: str) -> None:
 
 def learns_short_captions(config: PretrainConfig) -> bool:
     """Returns whether training reads short captions: HiMo-CLIP, DeBias-CLIP and FLAIR read long ones only."""
-    weight = (
-        config.loss.short_loss_weight if config.loss.short_loss_fraction is None else config.loss.short_loss_fraction
-    )
+    if not config.long_texts.sub_captions:
+        return True  # whatever the weight, which divides the loss between short and long
+    loss = config.loss
+    weight = loss.short_loss_weight if loss.short_loss_fraction is None else loss.short_loss_fraction
     return bool(weight) and config.short_texts.sampler in ("raw", "raw-or-rewrite")
 
 

@@ -18,7 +18,7 @@ from lotlip.core.compute import CAPTIONER_DEFAULTS, CaptionerCompute
 from lotlip.core.files import sha256_json
 from lotlip.data.partitions import MARKER, finished, read_table, reuse_or_write, write_captions
 from lotlip.data.paths import tree_state
-from lotlip.data.records import Caption, Failure, UnitReport
+from lotlip.data.records import Caption, Failure, NonRetryableError, UnitReport
 from lotlip.data.text import has_words, split_sub_captions
 from lotlip.data.work import Ranges, UnitFiles, Write, write_here
 
@@ -36,6 +36,8 @@ class Captioning:
         store: folder of all stored captions.
         out: folder for the partition's captions.
         compute: compute settings of the captioner.
+        expected: folder of the store that the stage's own machine uses; None: not known. Another machine may have
+            another model under the same path.
     """
 
     captioner: str
@@ -44,6 +46,7 @@ class Captioning:
     store: Path
     out: Path
     compute: CaptionerCompute = CAPTIONER_DEFAULTS
+    expected: Path | None = None
 
     def author(self) -> Captioner:
         """The captioner, opened once per process for all threads, and reopened when its file has changed."""
@@ -64,7 +67,7 @@ class Captioning:
             inputs,
             self.out,
             lambda: self._finished(partition),
-            lambda: write(self, partition),
+            lambda: write(replace(self, expected=self.stored().folder), partition),
         )
 
     def _finished(self, partition: Partition) -> list[UnitReport] | None:
@@ -78,6 +81,11 @@ class Captioning:
         from lotlip.data.tokenizer import token_counts
 
         store = self.stored()
+        if self.expected not in (None, store.folder):
+            raise NonRetryableError(
+                f"captioner {self.captioner} is another model on this machine than on the stage's; put the same files "
+                "on all nodes"
+            )
         report = store.ensure_captioned(partition, self.source, self.author())
         usable = [_usable(caption) for caption in store.read(partition)]
         captions = [item for item in usable if isinstance(item, Caption)]

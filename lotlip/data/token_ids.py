@@ -214,6 +214,12 @@ def _uncut(tokenizer: str, sentence_ends: SentenceEnds) -> TextTokenizer:
     return TextTokenizer(tokenizer, 2**30, sentence_ends=sentence_ends)
 
 
+def forget_word_pieces() -> None:
+    """Lets the next call read tokenizers again, whose files may have changed."""
+    word_pieces.cache_clear()
+    _uncut.cache_clear()
+
+
 def _ends(rows: Sequence[Sequence[object]]) -> np.ndarray:
     return np.cumsum([0, *map(len, rows)], dtype=np.int32)
 

@@ -202,7 +202,10 @@ def evaluate_finding(finding: Finding, measure: Measure, inputs: ReportInputs) -
     if unscored := roles.unscored(compared):
         reason = f"needs scores on {', '.join(declared)} of {', '.join(unscored)}"
         return replace(result, weights=weights, reason=reason)
-    benchmarks = roles.testing(measure.benchmarks(compared))
+    having = measure.benchmarks(compared)
+    if result.apart and not set(declared) & set(having):
+        return replace(result, weights=weights, reason=f"{', '.join(declared)} has no {measure.label}")
+    benchmarks = roles.testing(having)
     result = replace(result, weights=weights, benchmarks=benchmarks)
     if not benchmarks:
         return replace(result, reason=f"no benchmark has {measure.label} for all compared ablations")

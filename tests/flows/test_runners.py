@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from flows.runtime.runners import WorkerKilled, _Cluster, _Processes, task_runner
+from flows.runtime.runners import UnitLost, _Cluster, _Processes, task_runner
 from flows.runtime.scratch import StageFailed
 from flows.runtime.servers import free_port
 from flows.runtime.unit_work import UnitWork, answer, picklable
@@ -70,7 +70,7 @@ def nothing() -> list[UnitReport]:
     ("raised", "error", "message"),
     [
         (RuntimeError("No module named 'flows'"), NonRetryableError, r"cannot run this project \(No mod.* PYTHONPATH"),
-        (KeyError("lost"), WorkerKilled, "the worker that ran it was killed: 'lost'"),
+        (KeyError("lost"), UnitLost, "the worker that ran it was killed: 'lost'"),
     ],
 )
 def test_a_killed_worker_differs_from_one_that_lacks_the_project(raised, error, message) -> None:
@@ -79,6 +79,21 @@ def test_a_killed_worker_differs_from_one_that_lacks_the_project(raised, error, 
     failed.set_exception(raised)
     with pytest.raises(error, match=message):
         _Cluster(lambda *_: failed, lambda _: None).run(UnitWork(nothing))
+
+
+class LargeAnswer(Future[Any]):
+    """A future like Dask's, whose timeout also cuts off the transfer of a large answer."""
+
+    def result(self, timeout: float | None = None) -> Any:
+        if timeout is not None:
+            raise TimeoutError
+        return super().result()
+
+
+def test_the_transfer_of_a_large_answer_is_not_cut_off() -> None:
+    future = LargeAnswer()
+    future.set_result([])
+    assert _Cluster(lambda *_: future, lambda _: None).run(UnitWork(nothing)) == []
 
 
 @pytest.mark.slow
