@@ -72,7 +72,7 @@ def check_watched_parameters(params: Params) -> None:
     values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
     defaults = params.model_dump(mode="json")
     missing = [
-        f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults))}"
+        f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults), allow_nan=False)}"
         for name in dict.fromkeys(watched)
         if _has(defaults, name) and not _has(values, name)
     ]
