@@ -52,14 +52,11 @@ def gate_evaluate(
         }
     )
     families = _CHANCE_FAMILIES if learns_short else _CHANCE_FAMILIES[1:]
-    compared = {name: _metrics_over_chance(set(rows["metric"]), families) for name, rows in scores.groupby("benchmark")}
+    metrics = {str(name): set(rows["metric"]) for name, rows in scores.groupby("benchmark")}
+    compared = {name: _metrics_over_chance(found, families) for name, found in metrics.items()}
     pairs = zip(scores["benchmark"], scores["metric"], strict=True)
     over_chance = named[np.array([metric in compared[benchmark] for benchmark, metric in pairs], dtype=bool)]
-    unmeasured = [
-        str(name)
-        for name, rows in scores.groupby("benchmark")
-        if not _metrics_over_chance(set(rows["metric"]), _CHANCE_FAMILIES)
-    ]
+    unmeasured = [name for name, found in metrics.items() if not _metrics_over_chance(found, _CHANCE_FAMILIES)]
     minimum = settings.min_score_over_chance
     which = "short text (or of long, or top-1)" if learns_short else "long text (or top-1)"
     tables = {
