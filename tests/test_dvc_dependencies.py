@@ -13,6 +13,7 @@ import yaml
 from flows.runtime.edits import check_watched_parameters
 from lotlip.caption.config import CaptionConfig
 from lotlip.config.params import load_params
+from lotlip.core import code
 from lotlip.core.code import ROOT, stage_files
 from lotlip.core.section import ConfigError
 from lotlip.evaluate.config import EvaluateConfig
@@ -141,6 +142,7 @@ def test_a_parse_disturbed_by_another_thread_is_repeated(monkeypatch: pytest.Mon
         return parse(source)
 
     expected = stage_files("report")
+    code._modules.cache_clear()
     monkeypatch.setattr(ast, "parse", disturbed)
     assert stage_files("report") == expected
     assert next(failures, None) is None

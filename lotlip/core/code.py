@@ -40,7 +40,7 @@ def stage_files(stage: str) -> list[Path]:
     pending = [flow, *package.rglob("*.py")]
     sources = set(pending)
     while pending:
-        for file in _imported(pending.pop()):
+        for file in _imported(pending.pop().read_text(encoding="utf-8")):
             if file not in sources and not file.relative_to(ROOT).as_posix().startswith(INFRASTRUCTURE):
                 sources.add(file)
                 pending.append(file)
@@ -74,9 +74,21 @@ def _files(*stages: str) -> list[Path]:
     return sorted({file for stage in stages for file in stage_files(stage)})
 
 
-def _imported(file: Path) -> Iterator[Path]:
-    """The project's files that a file imports or names in a string, as programs to start and variants are named."""
-    pending: list[ast.AST] = [_parse(file.read_text(encoding="utf-8"))]
+def _imported(source: str) -> Iterator[Path]:
+    """The project's files that source code imports or names in a string."""
+    for name in _modules(source):
+        place = ROOT.joinpath(*name.split("."))
+        yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+
+
+@cache
+def _modules(source: str) -> tuple[str, ...]:
+    """The names that source code imports, or has in a string, as programs to start and variants are named.
+
+    Parsing is most of the time that a hash takes. Forks have the results of the fork server.
+    """
+    found: list[str] = []
+    pending: list[ast.AST] = [_parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
@@ -87,9 +99,8 @@ def _imported(file: Path) -> Iterator[Path]:
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and (named := _MODULE.fullmatch(node.value)):
             names = [named[1]]
-        for name in names:
-            place = ROOT.joinpath(*name.split("."))
-            yield from (path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file())
+        found += (name for name in names if name.split(".")[0] in ("lotlip", "flows"))
+    return tuple(dict.fromkeys(found))
 
 
 def _parse(source: str) -> ast.AST:
