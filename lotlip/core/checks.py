@@ -114,18 +114,15 @@ def _context(docs: Path) -> tuple[Any, Any]:
     os.environ["GX_ANALYTICS_ENABLED"] = "false"  # before the import, which reads it
     import great_expectations as gx
 
+    from lotlip.core.data_docs import site
+
     # it would log every temporary folder
     logging.getLogger("great_expectations.data_context.types.base").setLevel(logging.WARNING)
     context: Any = gx.get_context(mode="ephemeral")  # Any: its annotations are narrower than what it accepts
     context.variables.progress_bars = {"globally": False}
     # Great Expectations would substitute environment variables for names after a dollar sign
     place = str(docs.resolve()).replace("$", r"\$")
-    site = {
-        "class_name": "SiteBuilder",
-        "site_index_builder": {"class_name": "DefaultSiteIndexBuilder"},
-        "store_backend": {"class_name": "TupleFilesystemStoreBackend", "base_directory": place},
-    }
-    context.add_data_docs_site("gate", site)
+    context.add_data_docs_site("gate", site(place))
     return context, gx
 
 
