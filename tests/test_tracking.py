@@ -29,8 +29,8 @@ from lotlip.tracking.mlflow import (
     MlflowSink,
     NullSink,
     Tracker,
-    check_store,
     open_sink,
+    prepare_store,
     warn_on_failure,
 )
 from tests.tiny_model import save_tiny_model
@@ -216,11 +216,33 @@ def test_a_damaged_store_is_an_error_with_a_remedy(store, tmp_path, damage):
     assert file.read_bytes() == damaged
 
 
-def test_check_store_accepts_servers_and_missing_files(store, tmp_path):
-    check_store(store)
-    check_store(f"sqlite:///{tmp_path / 'new.db'}")
-    assert not (tmp_path / "new.db").exists()
-    check_store("http://127.0.0.1:1")
+def test_a_new_store_is_a_copy_of_the_first_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
+    first, second = (f"sqlite:///{tmp_path / name / 'mlflow.db'}" for name in ("first", "second"))
+    (tmp_path / "first").mkdir()
+    Tracker(first, "mine")
+    monkeypatch.setattr("mlflow.store.db.utils._initialize_tables", None)  # no migrations from here on
+    monkeypatch.chdir(tmp_path)
+    Tracker(second, "other")
+    experiments = {e.name: e.artifact_location for e in MlflowClient(tracking_uri=second).search_experiments()}
+    assert set(experiments) == {"Default", "other"}
+    assert all(place.startswith(str(tmp_path / "mlruns")) for place in experiments.values())
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:1", "sqlite:///:memory:", "sqlite:///new.db?timeout=9", "sqlite:///."]
+)
+def test_other_stores_are_left_alone(uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    prepare_store(uri)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_store_is_not_changed(store):
+    file = Path(store.removeprefix("sqlite:///"))
+    before = file.read_bytes()
+    prepare_store(store)
+    assert file.read_bytes() == before
 
 
 def test_a_failure_of_tracking_is_a_warning_naming_the_store(dead_server, monkeypatch):

@@ -8,14 +8,11 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-import sqlite3
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
 from pathlib import Path
 
-from lotlip.core.caches import cache_folder, lock, private_folder
-from lotlip.core.files import atomic_write
+from lotlip.core.databases import create_database
 from lotlip.core.loopback import LoopbackOnly
 
 LOGIN = "LOTLIP_SERVER_LOGIN"  # `user:password` of MLflow's server; set only in that server's environment
@@ -36,11 +33,7 @@ def prefect() -> LoopbackOnly:
 
 
 def create_prefect_tables() -> None:
-    """Creates the tables of Prefect's database if it is a new SQLite file.
-
-    Migrations are slow, so an empty migrated database is kept in the user's cache, one for each version of Prefect.
-    Later databases are copies of it.
-    """
+    """Creates Prefect's database if Prefect's settings name a new SQLite file."""
     import prefect
     from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_API_DATABASE_MIGRATE_ON_START
     from sqlalchemy import make_url
@@ -48,34 +41,21 @@ def create_prefect_tables() -> None:
     url = make_url(PREFECT_API_DATABASE_CONNECTION_URL.value() or "")
     if url.get_backend_name() != "sqlite" or not url.database or not PREFECT_API_DATABASE_MIGRATE_ON_START.value():
         return
-    if url.database.startswith((":memory:", "file:")) or Path(url.database).exists():
-        return
-    prepared = private_folder(cache_folder() / "prefect") / f"{prefect.__version__}.db"
-    with lock(prepared.with_suffix(".lock"), wait=True):
-        if prepared.is_file():
-            _copy_database(prepared, Path(url.database))
-        else:
-            with ThreadPoolExecutor(1) as thread:  # uvicorn's event loop runs in the current thread
-                thread.submit(asyncio.run, _migrate()).result()
-            _copy_database(Path(url.database), prepared)
+    if not url.database.startswith((":memory:", "file:")):
+        create_database(Path(url.database), f"prefect-{prefect.__version__}", _migrate)
 
 
-def _copy_database(source: Path, target: Path) -> None:
-    with (
-        atomic_write(target) as partial,
-        closing(sqlite3.connect(source)) as original,
-        closing(sqlite3.connect(partial)) as copy,
-    ):
-        original.backup(copy)
-
-
-async def _migrate() -> None:
+def _migrate() -> None:
     """Creates the tables of the database that Prefect's settings name."""
     from prefect.server.database import provide_database_interface
 
-    database = provide_database_interface()
-    await database.create_db()
-    await (await database.engine()).dispose()
+    async def create() -> None:
+        database = provide_database_interface()
+        await database.create_db()
+        await (await database.engine()).dispose()
+
+    with ThreadPoolExecutor(1) as thread:  # uvicorn's event loop runs in the current thread
+        thread.submit(asyncio.run, create()).result()
 
 
 def mlflow() -> LoopbackOnly:

@@ -19,7 +19,7 @@ from flows.runtime.applications import LOGIN
 from flows.runtime.scratch import SCRATCH, StageFailed
 from flows.runtime.supervisor import end_group, start_group
 from lotlip.core.loopback import HOST, NAMES, basic, origins
-from lotlip.tracking.mlflow import check_store
+from lotlip.tracking.mlflow import prepare_store
 
 # Default ports; the environment variables PREFECT_PORT and MLFLOW_PORT override them.
 PORTS = {"prefect": 4200, "mlflow": 5000}
@@ -217,7 +217,7 @@ def mlflow_server(listener: socket.socket, store: str, login: str) -> Iterator[s
         StageFailed: the server did not start.
         ValueError: the store is a damaged file.
     """
-    check_store(store)  # otherwise MLflow ends with a traceback in its log
+    prepare_store(store)  # otherwise MLflow ends with a traceback in its log
     from mlflow.environment_variables import MLFLOW_SERVER_ALLOWED_HOSTS, MLFLOW_SERVER_CORS_ALLOWED_ORIGINS
     from mlflow.server import constants
 

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lotlip.core.caches import cache_folder, lock
 from lotlip.core.code import ROOT
+from lotlip.core.databases import create_database
 from lotlip.core.files import sha256_files, sha256_json
 from lotlip.core.section import flatten
 from lotlip.core.temporary import temporary_folder
@@ -424,8 +426,8 @@ def _exclusive(uri: str) -> Iterator[None]:
         yield
 
 
-def check_store(uri: str) -> None:
-    """Opens MLflow's SQLite file, so that the error for a damaged one names it; other stores are not checked.
+def prepare_store(uri: str) -> None:
+    """Creates MLflow's SQLite file with its tables, or checks the one that exists; other stores are left alone.
 
     Raises:
         ValueError: the file is damaged, or is not an SQLite file.
@@ -433,7 +435,11 @@ def check_store(uri: str) -> None:
     import sqlite3
 
     path = Path(uri.removeprefix(SQLITE))
-    if not uri.startswith(SQLITE) or not path.is_file():
+    if not uri.startswith(SQLITE) or "?" in uri or path.name == ":memory:" or path.is_dir():
+        return
+    if not path.exists():
+        # MLflow adds the default experiment, which names a folder for artifacts, when it opens a store that has none
+        create_database(path, f"mlflow-{version('mlflow')}", lambda: _open(uri), "DELETE FROM experiments")
         return
     base = sqlite3.connect(path)
     try:
@@ -457,7 +463,11 @@ def _client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")  # seconds
     # our own warning names the server once; each retry would add a line
     logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
+    prepare_store(uri)
+    return _open(uri)
+
+
+def _open(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
-    check_store(uri)
     return MlflowClient(tracking_uri=uri)

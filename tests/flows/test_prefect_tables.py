@@ -17,9 +17,9 @@ CREATE = """
 from flows.runtime import applications
 
 migrate, runs = applications._migrate, []
-async def counted():
+def counted():
     runs.append(1)
-    await migrate()
+    migrate()
 applications._migrate = counted
 applications.create_prefect_tables()
 print("migrations:", len(runs))
