@@ -28,8 +28,10 @@ from typing import IO, Any
 
 import lotlip
 from flows.runtime.supervisor import start_group
+from lotlip.core.code import stage_files
 from lotlip.core.console import INTERRUPTED
 from lotlip.core.lifetime import end_with_parent
+from lotlip.core.stages import STAGES
 from lotlip.core.temporary import temporary_folder
 
 SOCKET = "LOTLIP_FORK_SERVER"
@@ -54,6 +56,12 @@ PRELOADED = (
     "matplotlib.pyplot",
     "jinja2",
     "webdataset",
+    "duckdb",
+    "prefect.flow_engine",
+    "prefect.task_engine",
+    "lotlip.pretrain.trainer",
+    "lotlip.tracking.mlflow",
+    "lotlip.evaluate.ablation",
 )
 
 
@@ -165,6 +173,7 @@ class _Server:
             if self.events.select(0):  # the owner has ended already
                 os._exit(0)
             importlib.import_module(name)
+        _prepare()
         gc.freeze()  # otherwise the collector writes to the pages that forks share, which copies them
         gc.enable()
         self.events.register(self.listener, selectors.EVENT_READ, self._accept)
@@ -237,6 +246,15 @@ def _receive_request(client: socket.socket) -> tuple[dict[str, Any] | None, list
         return None, descriptors
     finally:
         client.settimeout(None)
+
+
+def _prepare() -> None:
+    """Computes what every fork would compute."""
+    from lotlip.core.data_docs import compile_templates
+
+    compile_templates()
+    for stage in STAGES:
+        stage_files(stage)
 
 
 class _Stopped(Exception):
