@@ -27,7 +27,10 @@ test-fast: setup ## run the unit tests that are not marked slow
 	@$(PYTEST) -m "not slow and not integration and not system"
 
 test-all: setup ## run all tests, with coverage
-	@$(PYTEST) --cov --cov-report=term:skip-covered
+	@coverage erase
+	@$(PYTEST) -p tests.measured
+	@coverage combine --quiet
+	@coverage report --skip-covered
 
 lint: setup ## run ruff, ruff format, import-linter and mypy
 	@ruff check .

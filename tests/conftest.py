@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import sys
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,15 +54,10 @@ gc.set_threshold(20_000, 20, 100)
 TIERS = ("system", "integration")  # a test without one of these markers is a unit test
 
 
-UNTRACED = pytest.StashKey[bool]()
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Orders files and chooses the tests that are traced for coverage.
+    """Orders files: those with the slowest tests first, then those with most slow tests.
 
-    Files with the slowest tests come first, then those with most slow tests: workers take whole files, and the last
-    ones should be short. Tracing doubles a test's time, and the cases of a parametrized test run much the same lines,
-    so only the first case of each unit test is traced.
+    Workers take whole files, and the last ones should be short.
     """
 
     def tier(item: pytest.Item) -> int:
@@ -71,13 +65,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     tiers: dict[Path, int] = {}
     slow: Counter[Path] = Counter()
-    traced = set()
     for item in items:
         tiers[item.path] = min(tier(item), tiers.get(item.path, len(TIERS)))
         slow[item.path] += tier(item) < len(TIERS) or item.get_closest_marker("slow") is not None
-        test = (item.path, getattr(item, "originalname", item.name))
-        item.stash[UNTRACED] = test in traced or tier(item) < len(TIERS)
-        traced.add(test)
     items.sort(key=lambda item: (tiers[item.path], -slow[item.path]))
 
 
@@ -107,24 +97,6 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "with prefect" if file in WITH_PREFECT else file
 
     return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
-    """Runs a test without tracing if it was not chosen for it.
-
-    pytest-cov's mark `no_cover` starts coverage again after each test, which adds another hook to every fork.
-    """
-    if not item.stash[UNTRACED]:
-        return (yield)
-    tracers = sys.gettrace(), threading.gettrace()
-    sys.settrace(None)
-    threading.settrace(None)  # type: ignore[arg-type]
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracers[0])
-        threading.settrace(tracers[1])  # type: ignore[arg-type]
 
 
 class _UnitTest:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import pytest
-from coverage import Coverage
 
 from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.servers import free_port, listen, new_login, prefect_client, prefect_server
@@ -29,11 +28,9 @@ PREFECT = ("PREFECT_API_URL", "PREFECT_API_AUTH_STRING", "PREFECT_HOME")
 
 
 def traced() -> dict[str, str]:
-    """Settings that measure the coverage of a program, if that of the tests is measured."""
-    if Coverage.current() is None:
-        return {}
-    data = os.environ.get("COVERAGE_FILE", str(ROOT / ".coverage"))
-    return {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_FILE": data}
+    """Settings by which coverage.py traces a program, if the coverage of the tests is measured."""
+    measured = sys.modules.get("tests.measured")
+    return {"COVERAGE_PROCESS_START": str(ROOT / "pyproject.toml"), "COVERAGE_FILE": measured.DATA} if measured else {}
 
 
 class Workspace:
