@@ -223,8 +223,8 @@ class PoolRunner(TrialRunner):
         self.commit = commit
         self._runs = FlowRuns(deployment, f"sweep.{settings.name}")
 
-    def _is_finished(self, experiment: Experiment) -> bool:
-        return super()._is_finished(experiment) or experiment.fetch()
+    def is_finished(self, experiment: Experiment) -> bool:
+        return super().is_finished(experiment) or experiment.fetch()
 
     def _run_experiment(self, trial: Trial, experiment: Experiment, lock: IO[Any]) -> bool:
         name = experiment.name

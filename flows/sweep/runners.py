@@ -104,7 +104,7 @@ class TrialRunner(ABC):
         experiment = self.experiment(trial)
         with experiment.exclusive(self._check_not_stopping) as lock:
             self._check_not_stopping()
-            if self._is_finished(experiment):
+            if self.is_finished(experiment):
                 return self._outcome(trial, experiment, REUSED)
             if not self._within_budget(experiment.name) or not self._run_experiment(trial, experiment, lock):
                 return Outcome(SKIPPED)
@@ -141,7 +141,7 @@ class TrialRunner(ABC):
                 self._started_trials.add(name)
             return not spent
 
-    def _is_finished(self, experiment: Experiment) -> bool:
+    def is_finished(self, experiment: Experiment) -> bool:
         """Whether a trial's result exists, in which case it is in the project afterwards."""
         return experiment.revision() is not None
 

@@ -100,9 +100,9 @@ def sweep(settings: Sweep) -> None:
         else:
             _update_data(environment)
             snapshot = Snapshot.take(root)
-            if SOCKET not in environment:
-                environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
             runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
+            if SOCKET not in environment and not all(map(runner.is_finished, map(runner.experiment, grid))):
+                runner.environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
         stack.callback(runner.stop)
         outcomes = _run_all(runner, grid, log)
     conclude(settings, runner, grid, outcomes)
