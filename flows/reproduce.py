@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flows.runtime.dvc import SINGLE_ITEM, check_targets, is_up_to_date, plan, run_dvc
 from flows.runtime.edits import check_watched_parameters
-from flows.runtime.fork_server import fork_server
+from flows.runtime.fork_server import SOCKET, fork_server
 from flows.runtime.lanes import run_stages
 from flows.runtime.scratch import EXPECTED, SCRATCH, StageFailed
 from flows.runtime.servers import listen_for, new_login, port_at, prefect_client, prefect_server, print_prefect
@@ -125,7 +125,7 @@ def remove_outdated_report(params: Params) -> None:
 
 
 def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
-    """Runs stale stages with a Prefect server and a fork server, up to the first that fails.
+    """Runs stale stages with a Prefect server and a fork server, up to the first that fails. Those given are used.
 
     Args:
         runs: as of `reproduce`.
@@ -148,8 +148,11 @@ def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
         # same time than one after the other.
         cores = str(max(1, available_cores() // parallel))
         share = {CORES: cores, "OMP_NUM_THREADS": cores} if parallel > 1 else {}
-        # both servers take some seconds to start, so they start in parallel
-        environment = stack.enter_context(fork_server({**share, **os.environ, **client}))
+        environment = {**share, **os.environ, **client}
+        # A given fork server uses the Prefect server that was given with it.
+        if not given or SOCKET not in environment:
+            # both servers take some seconds to start, so they start in parallel
+            environment = stack.enter_context(fork_server(environment))
         if given:
             print(f"Prefect  {given.removesuffix('/api')} (PREFECT_API_URL)", flush=True)
         elif listener:
