@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from lotlip.core.databases import create_database
@@ -65,6 +68,16 @@ def mlflow() -> LoopbackOnly:
     return LoopbackOnly(app, os.environ[LOGIN])
 
 
+def _load(application: Callable[[], LoopbackOnly]) -> LoopbackOnly:
+    """Returns an application. Garbage collections during its imports would free nothing and take a tenth of them."""
+    gc.disable()
+    try:
+        return application()
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 def serve(name: str, descriptor: int) -> None:
     """Serves an application until a signal ends it.
 
@@ -76,8 +89,8 @@ def serve(name: str, descriptor: int) -> None:
 
     listener = socket.socket(fileno=descriptor)
     listener.set_inheritable(False)
+    application = partial(_load, {"prefect": prefect, "mlflow": mlflow}[name])
     # there is no proxy, so proxy headers would be forged
-    application = {"prefect": prefect, "mlflow": mlflow}[name]
     config = uvicorn.Config(application, factory=True, proxy_headers=False, log_level="warning")
     uvicorn.Server(config).run(sockets=[listener])
 
