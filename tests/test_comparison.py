@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -15,8 +14,8 @@ from lotlip.pretrain.config import PretrainConfig
 from lotlip.pretrain.records import Run
 from lotlip.tracking.comparison import SHARED_VIEW, ComparedRun, address, decode, run_note, view, view_name
 from lotlip.tracking.mlflow import NOTE, Tracker
+from tests.browser import TIMEOUT, chromium, needs_chromium
 
-CHROMIUM = shutil.which("chromium")
 SCORES = ("scenes.long.text_to_image.r1", "scenes.short.text_to_image.r1", "scenes.long.text_to_image.r5")
 
 
@@ -163,21 +162,17 @@ def test_a_sweep_name_that_breaks_the_filter_is_an_error(server):
 
 
 @pytest.mark.system
-@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not there")
+@needs_chromium
 def test_a_browser_shows_the_charts(server):
-    from playwright.sync_api import sync_playwright
-
     link = server[1].comparison_link(server[0], "second")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        user, _, password = LOGIN.partition(":")
-        credentials = {"username": user, "password": password}  # fetch() fails with credentials in the URL
+    user, _, password = LOGIN.partition(":")
+    credentials = {"username": user, "password": password}  # fetch() fails with credentials in the URL
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1600, "height": 2400}, http_credentials=credentials)
-        page.set_default_timeout(300_000)
+        page.set_default_timeout(TIMEOUT)
         page.goto(link, wait_until="commit")
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 4")  # the visible charts
         shown = page.inner_text("body")
-        browser.close()
     for title in (
         "R@1 by everything that differs",
         "R@1 by corner tokens",

@@ -17,6 +17,7 @@ from lotlip.explore.explorer import Explorer
 from lotlip.figures.overlay import heat, scale_to_page, side_by_side
 from lotlip.retrieval.embedding import embed, search
 from lotlip.retrieval.faiss_index import add, build
+from tests.browser import TIMEOUT, chromium, needs_chromium
 from tests.conftest import TinySample
 from tests.partitions import ingested
 from tests.tiny_model import save_tiny_model
@@ -270,22 +271,18 @@ def test_an_image_shown_twice_is_written_to_two_files(explorer):
 
 
 @pytest.mark.slow
+@needs_chromium
 def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("Chromium is not installed")
-    from playwright.sync_api import expect, sync_playwright
+    from playwright.sync_api import expect
 
     from lotlip.explore.page import serve_page
 
     (tmp_path / "a.png").write_bytes(tiny_samples[0].image)
     (tmp_path / "broken.png").write_bytes(tiny_samples[0].image[:40])
-    with serve_page(explorer) as address, sync_playwright() as playwright:
+    with serve_page(explorer) as address, chromium() as browser:
         assert urlsplit(address).hostname == "127.0.0.1"
-        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
-        expect.set_options(timeout=60_000)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(TIMEOUT)
         urls: list[str] = []
         page.on("request", lambda request: urls.append(request.url))
         page.goto(address)
@@ -311,6 +308,5 @@ def test_the_page_in_a_browser(explorer, tmp_path, tiny_samples):
         texts = explorer.find_texts(Image.open(tmp_path / "a.png"))
         expect(page.locator("#texts")).to_contain_text(str(texts[0].text))
         expect(page.locator("#picture-maps img")).to_have_count(2 + len(split_sub_captions(str(texts[0].text))))
-        browser.close()
     requests = [url for url in urls if urlsplit(url).scheme in ("http", "https", "ws", "wss")]
     assert {urlsplit(url).hostname for url in requests} == {"127.0.0.1"}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,17 @@ from pydantic import ValidationError
 from flows.deployments import NIGHTLY, WEEKLY
 from flows.runtime.servers import free_port
 from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
-from flows.sweep.sweep import time_left
+from flows.sweep.sweep import _snapshot_fork_server, time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name
-from flows.sweep.workspaces import set_params
+from flows.sweep.workspaces import Snapshot, set_params
 from lotlip.config.params import Params, load_params
 from lotlip.core.section import ConfigError
+from tests.browser import PICTURES, TIMEOUT, chromium, needs_chromium
 from tests.flows.test_cancel import await_that, post, send
-from tests.workspace import ROOT, Workspace, tiny
+from tests.tiny_pipeline import smallest
+from tests.workspace import ROOT, Workspace
 
-CHROMIUM = shutil.which("chromium")
+UNUSED = 2**22 + 1  # no process has such an id
 CORNERS, MASK, RATE = "pretrain.text.corner_tokens", "pretrain.text.corner_mask", "pretrain.optimizer.learning_rate"
 
 
@@ -192,7 +193,8 @@ def running(workspace: Workspace) -> list[str]:
 def done(make_workspace) -> Workspace:
     """A workspace with a finished sweep of two parallel trials."""
     workspace = make_workspace()
-    workspace.change(tiny)
+    workspace.change(smallest)
+    workspace.change(lambda params: params["pretrain"].update(steps=6))
     before = (workspace.folder / "params.yaml").read_text()
     workspace.output = run_sweep(workspace, {"name": "two", "corner_tokens": [0, 1], "parallelism": 2}).stdout
     assert (workspace.folder / "params.yaml").read_text() == before
@@ -255,9 +257,34 @@ def test_finished_trials_are_reused_and_failed_ones_retried_within_the_budget(do
 
 @pytest.mark.system
 def test_a_sweep_sends_its_logs_before_its_own_server_ends(done: Workspace):
+    stale = done.folder / ".lotlip" / "sweeps" / f"code-{UNUSED}"
+    stale.mkdir()
     ended = run_sweep(done, {"name": "alone", "corner_tokens": [0, 1]}, alone=True)
     assert "2 reused" in ended.stdout + ended.stderr
     assert "Error logging to API" not in ended.stdout + ended.stderr
+    assert stale.exists()  # the next fork server removes it; this sweep needed none
+
+
+@pytest.mark.system
+def test_a_sweep_has_a_fork_server_with_its_own_copy_of_the_code(done: Workspace, monkeypatch: pytest.MonkeyPatch):
+    stale, code = done.folder / ".lotlip" / "sweeps" / f"code-{UNUSED}", done.folder / "flows" / "clean.py"
+    stale.mkdir(exist_ok=True)
+    before = code.read_text()
+    started = lambda environment, folder: nullcontext({**environment, "at": folder})  # noqa: E731
+    monkeypatch.setattr("flows.sweep.sweep.fork_server", started)
+    code.write_text("# changed, and not committed")
+    try:
+        snapshot = Snapshot.take(done.folder)
+        code.write_text("# changed during the sweep")
+        with _snapshot_fork_server(snapshot, {"OTHER": "kept"}) as environment:
+            folder = environment.pop("at")
+            assert environment == {"OTHER": "kept", "PYTHONPATH": str(folder)}
+            assert (folder / "flows" / "clean.py").read_text() == "# changed, and not committed"
+            assert (folder / "lotlip" / "__init__.py").is_file()
+            assert not stale.exists()
+        assert not folder.exists()
+    finally:
+        code.write_text(before)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +300,8 @@ def served(done: Workspace) -> Iterator[subprocess.Popen[bytes]]:
             stderr=output,
         )
     try:
-        await_that(lambda: "Forms" in log.read_text() and len(deployed_forms(done)) == 4, "the deployments exist")
+        await_that(lambda: "Forms" in log.read_text(), "it listens")
+        await_that(lambda: len(deployed_forms(done)) == 4, "the deployments exist", pause=1)
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -300,6 +328,17 @@ def start(workspace: Workspace, name: str, parameters: dict[str, Any]) -> httpx.
     return send(workspace.environment, path, {"parameters": parameters})
 
 
+def state_of(workspace: Workspace, run: str) -> str:
+    """State of a flow run."""
+    (found,) = post(workspace.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+    return str(found["state_type"])
+
+
+def await_end(workspace: Workspace, run: str) -> None:
+    ended = ("COMPLETED", "FAILED", "CRASHED")
+    await_that(lambda: state_of(workspace, run) in ended, "the flow run has ended", pause=1)
+
+
 @pytest.mark.system
 @pytest.mark.usefixtures("served")
 def test_the_forms_validate_their_input_and_schedules_are_inactive(done: Workspace):
@@ -318,33 +357,25 @@ def test_the_form_reproduces_an_ablation(done: Workspace):
     scores = done.folder / "metrics" / "lotlip.json"
     assert not scores.exists()
     run = start(done, "reproduce/by-hand", {"ablations": ["lotlip"]}).raise_for_status().json()["id"]
-
-    def state() -> str:
-        return post(done.environment, "flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})[0]["state_type"]
-
-    await_that(lambda: state() in ("COMPLETED", "FAILED", "CRASHED"), "it has ended")
-    assert state() == "COMPLETED", (done.folder / ".lotlip" / "serve.log").read_text()[-2000:]
+    await_end(done, run)
+    assert state_of(done, run) == "COMPLETED", (done.folder / ".lotlip" / "serve.log").read_text()[-2000:]
     assert scores.exists()
 
 
 @pytest.mark.system
-@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+@needs_chromium
 @pytest.mark.usefixtures("served")
 def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done: Workspace):
-    from playwright.sync_api import Page, expect, sync_playwright
-
-    screenshots = os.environ.get("LOTLIP_PICTURES")  # optional folder for screenshots, such as docs
+    from playwright.sync_api import Page, expect
 
     def screenshot(page: Page, name: str) -> None:
-        if screenshots:
+        if PICTURES:
             page.wait_for_timeout(3000)  # animations end
-            page.screenshot(path=f"{screenshots}/{name}.png")
+            page.screenshot(path=f"{PICTURES}/{name}.png")
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         page = browser.new_page(viewport={"width": 1280, "height": 1000})
-        page.set_default_timeout(60_000)
-        expect.set_options(timeout=60_000)
+        page.set_default_timeout(TIMEOUT)
         page.goto(printed_address(done, "Forms"))
         page.get_by_placeholder("admin:pass").fill(done.environment["PREFECT_API_AUTH_STRING"])
         page.get_by_role("button", name="Login").click()
@@ -369,8 +400,10 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
         here = {"deployments": {"name": {"any_": ["by-hand"]}}, "flows": {"name": {"any_": ["sweep"]}}}
         await_that(lambda: bool(post(done.environment, "flow_runs/filter", here)), "the form has started a flow run")
         (flow_run,) = post(done.environment, "flow_runs/filter", here)
+        page.goto("about:blank")  # Prefect's pages take a part of a core for as long as they are open
+        await_end(done, flow_run["id"])
         page.goto(f"{done.environment['PREFECT_API_URL'].removesuffix('/api')}/runs/flow-run/{flow_run['id']}")
-        expect(page.get_by_text("Completed").first).to_be_visible(timeout=900_000)
+        expect(page.get_by_text("Completed").first).to_be_visible()
         page.get_by_text("Artifacts", exact=True).click()
         expect(page.get_by_text("1 done, 1 reused").first).to_be_visible()
         screenshot(page, "sweep")
@@ -380,12 +413,11 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
         user, password = re.search(r"log in as (\S+) with the password (\S+)", log).groups()
         credentials = {"username": user, "password": password}  # fetch() fails with credentials in the URL
         page = browser.new_page(viewport={"width": 1600, "height": 1200}, http_credentials=credentials)
-        page.set_default_timeout(60_000)
+        page.set_default_timeout(TIMEOUT)
         page.goto(link, wait_until="commit")
         page.wait_for_function("document.querySelectorAll('.js-plotly-plot').length >= 2")
         shown = page.inner_text("body")
         screenshot(page, "comparison")
-        browser.close()
     assert "2 matching runs" in " ".join(shown.split())
     assert "R@1 by corner tokens" in shown
 
@@ -393,7 +425,7 @@ def test_a_browser_starts_a_sweep_through_the_form_and_opens_its_comparison(done
 @pytest.mark.system
 def test_a_killed_or_cancelled_sweep_ends_its_processes_and_resumes(done: Workspace, served):
     done.change(lambda params: params["compute"]["training"].update(checkpoint_every=20, stop_at_chance_after=0))
-    steps = {"pretrain.steps": [600]}
+    steps = {"pretrain.steps": [400]}
     sweep = {"name": "long", "other": steps, "corner_tokens": [2], "retries": 0}
     sweeps = done.folder / ".lotlip" / "sweeps"
 
