@@ -13,9 +13,10 @@ import httpx
 import psutil
 import pytest
 
+from flows.runtime.fork_server import SOCKET
 from lotlip.core.loopback import basic
 from tests.training import tiny_job
-from tests.workspace import ROOT
+from tests.workspace import ROOT, Workspace
 
 pytestmark = pytest.mark.system
 
@@ -61,13 +62,20 @@ def job(tiny_world, tmp_path: Path) -> Path:
     return tmp_path / "job.json"
 
 
+@pytest.fixture
+def forking(server: dict[str, str], fresh_checkout: Workspace) -> dict[str, str]:
+    """As `server`, with a fork server, so that training processes need no imports."""
+    return {**server, SOCKET: fresh_checkout.environment[SOCKET]}
+
+
 def running(job: Path) -> list[psutil.Process]:
-    """The launcher, the training processes and their loader workers."""
+    """The launcher, the training processes and their loader workers; and the forks that training processes wait for."""
     processes = []
-    for process in psutil.process_iter(["cmdline", "status"]):
+    for process in psutil.process_iter(["cmdline", "cwd", "status"]):
         arguments = process.info["cmdline"] or []
         trains = str(job) in arguments and "lotlip.train" in arguments
-        if trains and process.info["status"] != psutil.STATUS_ZOMBIE:
+        fork = "flows.runtime.fork_server" in arguments and process.info["cwd"] == str(job.parent)
+        if (trains or fork) and process.info["status"] != psutil.STATUS_ZOMBIE:
             processes.append(process)
     return processes
 
@@ -115,18 +123,19 @@ def post(environment: dict[str, str], path: str, data: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL])
-def test_a_terminated_flow_ends_its_training(server, job, sign):
-    flow = start_flow(server, job, str(job))
+def test_a_terminated_flow_ends_its_training(request, job, sign):
+    forks = sign == signal.SIGTERM
+    flow = start_flow(request.getfixturevalue("forking" if forks else "server"), job, str(job))
     await_that(lambda: trains(job), "training runs")
-    assert len(running(job)) == 5
+    assert len(running(job)) == (7 if forks else 5)
     flow.send_signal(sign)
     flow.wait(300)
     await_that(lambda: not running(job), f"all of {running(job)} have ended")
 
 
-def test_a_cancelled_flow_ends_its_training(server, job):
+def test_a_cancelled_flow_ends_its_training(forking, job):
     """The button in Prefect's UI sets the state of the flow run."""
-    runner = start_flow(server, job)
+    server, runner = forking, start_flow(forking, job)
     try:
         log = job.parent / "flow.log"
         await_that(lambda: "being served" in log.read_text(), "the flow is served")
