@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flows.runtime.fork_server import SOCKET
 from tests.workspace import tiny
 
 pytestmark = pytest.mark.system
@@ -20,8 +21,9 @@ def test_a_killed_stage_resumes(make_workspace) -> None:
     workspace.change(tiny)
     workspace.change(lambda params: params["ingest"].update(partition_size=5))
     workspace.change(lambda params: params.update(compute={"workers": 1}))
+    environment = {name: value for name, value in workspace.environment.items() if name != SOCKET}
     process = subprocess.Popen(
-        [sys.executable, "-m", "flows.stages.ingest"], cwd=workspace.folder, env=workspace.alone, start_new_session=True
+        [sys.executable, "-m", "flows.stages.ingest"], cwd=workspace.folder, env=environment, start_new_session=True
     )
     scratch = workspace.folder / ".lotlip" / "work" / "ingest"
     deadline = time.monotonic() + 600
@@ -75,7 +77,7 @@ def test_own_images(make_workspace, tmp_path: Path) -> None:
     assert not (workspace.folder / "data" / "ingest").exists()
 
     strict.write_text(lenient)
-    workspace.python("flows.reproduce", alone=True)
+    workspace.python("flows.reproduce")
     index = json.loads((workspace.folder / "data" / "ingest" / "index.json").read_text())
     assert (index["read"], index["written"]) == (60, 57)
     assert index["failure_kinds"] == {"empty": 1, "encoding": 1, "unreadable": 1}
