@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -30,15 +30,17 @@ from flows.runtime.servers import (
     prefect_server,
     using_prefect,
 )
+from tests.browser import TIMEOUT, chromium, needs_chromium
 from tests.flows.test_cancel import await_that
 from tests.workspace import ROOT
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
 pytestmark = pytest.mark.system
 
-CHROMIUM = shutil.which("chromium")
 CURL = shutil.which("curl")
 needs_curl = pytest.mark.skipif(CURL is None, reason="curl is not installed")
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
 
 @dataclass(frozen=True)
@@ -104,12 +106,6 @@ def program(folder: Path, database: Path, *command: str, ready: str = "Ctrl-C") 
 def serve(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
     with program(tmp_path_factory.mktemp("serve"), prefect_database, "flows.serve") as served:
         await_that(lambda: len(deployments(served)) == 4, "the deployments are there")
-        yield served
-
-
-@pytest.fixture(scope="module")
-def ui(tmp_path_factory: pytest.TempPathFactory, prefect_database: Path) -> Iterator[Served]:
-    with program(tmp_path_factory.mktemp("ui"), prefect_database, "flows.ui") as served:
         yield served
 
 
@@ -243,13 +239,6 @@ def test_other_users_cannot_run_commands_through_make_serve(serve: Served, tmp_p
 
 
 @needs_curl
-def test_other_users_cannot_use_the_server_of_make_ui(ui: Served, tmp_path: Path):
-    deployment = create_deployment(ui)
-    assert_attacks_fail(ui, deployment, tmp_path / "mark")
-    assert send_attack(ui, deployment, tmp_path / "mark", "--user", ui.login) == [200, 204, 201]
-
-
-@needs_curl
 def test_other_users_cannot_use_the_server_of_a_run(inner: Served, tmp_path: Path):
     deployment = create_deployment(inner)
     assert_attacks_fail(inner, deployment, tmp_path / "mark")
@@ -257,17 +246,17 @@ def test_other_users_cannot_use_the_server_of_a_run(inner: Served, tmp_path: Pat
 
 
 @needs_curl
-def test_other_users_cannot_use_mlflow(ui: Served, tmp_path: Path):
+def test_other_users_cannot_use_mlflow(serve: Served, tmp_path: Path):
     """Artifacts of an experiment can be anywhere, so creating one gives access to this user's files."""
-    address = f"{ui.mlflow}/api/2.0/mlflow/experiments/create"
+    address = f"{serve.mlflow}/api/2.0/mlflow/experiments/create"
     for number, (options, status) in enumerate(REFUSED):
         experiment = {"name": f"evil-{number}", "artifact_location": str(tmp_path)}
         assert send("POST", address, experiment, *options)[0] == status
-    logged_in = ["--user", ui.login, "--header", "Origin: http://127.0.0.1:1"]
+    logged_in = ["--user", serve.login, "--header", "Origin: http://127.0.0.1:1"]
     assert send("POST", address, {"name": "evil"}, *logged_in)[0] == 403
     for path in ("", "/health", "/ajax-api/3.0/mlflow/assistant/config", "/graphql"):
-        assert curl(ui.mlflow + path)[0] == 401
-    assert send("POST", address, {"name": "mine"}, "--user", ui.login)[0] == 200
+        assert curl(serve.mlflow + path)[0] == 401
+    assert send("POST", address, {"name": "mine"}, "--user", serve.login)[0] == 200
 
 
 @pytest.mark.parametrize("path", ["events/in", "events/out", "logs/out", "task_runs/subscriptions/scheduled"])
@@ -360,29 +349,21 @@ def other_site() -> Iterator[str]:
         server.shutdown()
 
 
-@needs_curl
-@needs_chromium
-@pytest.mark.parametrize("name", ["serve", "ui", "reproduce"])
-def test_another_sites_page_has_no_access_in_a_logged_in_browser(
-    name: str, request: pytest.FixtureRequest, other_site: str, tmp_path: Path
-):
-    from playwright.sync_api import expect, sync_playwright
+def assert_another_site_fails(
+    browser: Browser, served: Served, name: str, deployment: str, other_site: str, mark: Path
+) -> None:
+    """Logs in, and opens another site's page in the same browser; its attacks on a deployment must fail."""
+    from playwright.sync_api import expect
 
-    served: Served = request.getfixturevalue(name)
-    mark = tmp_path / "mark"
-    deployment = deployments(served)["sweep/weekly"] if name == "serve" else create_deployment(served)
     before = len(runs(served)), pull_steps(served, deployment)
     attack = {"api": served.api, "deployment": deployment, "mark": str(mark)}
-    with sync_playwright() as playwright:
-        rebound = "--host-resolver-rules=MAP evil.example 127.0.0.1"
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", rebound])
-        context = browser.new_context()
+    with browser.new_context() as context:
         page = context.new_page()
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(TIMEOUT)
         page.goto(f"{served.prefect}/deployments")
         page.get_by_placeholder("admin:pass").fill(served.login)  # as the output tells the user
         page.get_by_role("button", name="Login").click()
-        expect(page.get_by_text("weekly" if name == "serve" else "attacked").first).to_be_visible(timeout=120_000)
+        expect(page.get_by_text(name).first).to_be_visible()
         assert page.evaluate(OWN, attack) == 200  # the same request by the server's own page
         other = context.new_page()
         for address in (other_site, other_site.replace("127.0.0.1", "evil.example")):
@@ -391,40 +372,42 @@ def test_another_sites_page_has_no_access_in_a_logged_in_browser(
         port = served.prefect.rpartition(":")[2]
         answer = other.goto(f"http://evil.example:{port}/api/health")
         assert answer is not None and answer.status == 421
-        browser.close()
     assert (len(runs(served)), pull_steps(served, deployment)) == before
     assert not mark.exists()
 
 
+@needs_curl
 @needs_chromium
-def test_mlflows_page_works_with_the_printed_login(ui: Served):
-    from playwright.sync_api import expect, sync_playwright
+def test_pages_work_with_the_printed_login_and_another_sites_page_has_no_access(
+    serve: Served, reproduce: Served, other_site: str, tmp_path: Path
+):
+    from playwright.sync_api import expect
 
-    user, _, password = ui.login.partition(":")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(http_credentials={"username": user, "password": password})
-        page = context.new_page()
-        page.goto(f"{ui.mlflow}/#/experiments")
-        expect(page.get_by_text("lotlip", exact=True).first).to_be_visible(timeout=120_000)
-        browser.close()
+    mark = tmp_path / "mark"
+    user, _, password = serve.login.partition(":")
+    with chromium("--host-resolver-rules=MAP evil.example 127.0.0.1") as browser:
+        assert_another_site_fails(browser, serve, "weekly", deployments(serve)["sweep/weekly"], other_site, mark)
+        assert_another_site_fails(browser, reproduce, "attacked", create_deployment(reproduce), other_site, mark)
+        page = browser.new_page(http_credentials={"username": user, "password": password})
+        page.goto(f"{serve.mlflow}/#/experiments")
+        expect(page.get_by_text("lotlip", exact=True).first).to_be_visible()
 
 
-def test_flows_and_clients_use_the_login(inner: Served, tmp_path: Path):
+def test_flows_and_clients_use_the_login(single: Served, tmp_path: Path):
     """A flow in another process gets the login from its environment."""
     script = tmp_path / "flow.py"
     script.write_text(
         "import flows\nfrom prefect import flow\n\n\n@flow\ndef here() -> None:\n    pass\n\n\nhere()\nprint('ran')\n"
     )
-    client = prefect_client(int(inner.prefect.rpartition(":")[2]), inner.login)
+    client = prefect_client(int(single.prefect.rpartition(":")[2]), single.login)
     environment = {**os.environ, **client, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, str(script)], env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert "ran" in done.stdout, done.stderr
-    assert [run for run in runs(inner) if run["state_type"] == "COMPLETED"]
+    assert [run for run in runs(single) if run["state_type"] == "COMPLETED"]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PREFECT_API_AUTH_STRING", raising=False)
         with using_prefect(client):
-            assert os.environ["PREFECT_API_AUTH_STRING"] == inner.login
+            assert os.environ["PREFECT_API_AUTH_STRING"] == single.login
         assert "PREFECT_API_AUTH_STRING" not in os.environ

@@ -406,6 +406,8 @@ def test_the_uis_show_finished_runs(reproduced: Workspace) -> None:
         assert output[3].split()[-1] == password
         assert output[4].split()[-1].startswith(f"http://127.0.0.1:{mlflow}/#/experiments/")
         assert "viewStateShareKey=comparison" in output[4]
+        for path in (f"{prefect}/api/flow_runs/count", f"{mlflow}/api/2.0/mlflow/experiments/search"):
+            assert httpx.post(f"http://127.0.0.1:{path}", json={}, timeout=START_TIMEOUT_SECONDS).status_code == 401
         with httpx.Client(timeout=START_TIMEOUT_SECONDS, auth=(user, password)) as client:
             settings = client.get(f"http://127.0.0.1:{prefect}/ui-settings").json()
             assert settings["api_url"] == f"http://127.0.0.1:{prefect}/api"
