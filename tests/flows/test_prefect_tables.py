@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.workspace import PREFECT, ROOT
 
-# Creates the tables, and prints how often migrations ran.
+# Creates the tables once with each of some settings, and prints how often migrations ran.
 CREATE = """
+import json, sys
+
+from prefect import settings
+
 from flows.runtime import applications
 
 migrate, runs = applications._migrate, []
@@ -21,17 +27,19 @@ def counted():
     runs.append(1)
     migrate()
 applications._migrate = counted
-applications.create_prefect_tables()
+for changes in json.loads(sys.argv[1]):
+    with settings.temporary_settings({getattr(settings, name): value for name, value in changes.items()}):
+        applications.create_prefect_tables()
 print("migrations:", len(runs))
 """
 
 
-def create(home: Path, **more: str) -> str:
+def create(home: Path, *settings: dict[str, Any]) -> str:
     home.mkdir(exist_ok=True)
     environment = {key: value for key, value in os.environ.items() if key not in PREFECT}
     environment |= {"PREFECT_HOME": str(home), "PYTHONPATH": str(ROOT), "LOTLIP_CACHE": str(home.parent / "cache")}
-    command = [sys.executable, "-c", CREATE]
-    done = subprocess.run(command, env={**environment, **more}, cwd=home, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", CREATE, json.dumps(settings or [{}])]
+    done = subprocess.run(command, env=environment, cwd=home, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -72,7 +80,8 @@ def test_other_databases_are_migrated_by_prefect(tmp_path):
     assert create(tmp_path / "home") == "migrations: 0"
     assert database.read_bytes() == b"as it was"
     database.unlink()
-    for url in ("sqlite+aiosqlite:///:memory:", "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true"):
-        assert create(tmp_path / "home", PREFECT_SERVER_DATABASE_CONNECTION_URL=url) == "migrations: 0"
-    assert create(tmp_path / "home", PREFECT_SERVER_DATABASE_MIGRATE_ON_START="false") == "migrations: 0"
+    in_memory = ("sqlite+aiosqlite:///:memory:", "sqlite+aiosqlite:///file::memory:?cache=shared&uri=true")
+    others = [{"PREFECT_API_DATABASE_CONNECTION_URL": url} for url in in_memory]
+    others += [{"PREFECT_API_DATABASE_MIGRATE_ON_START": False}]
+    assert create(tmp_path / "home", *others) == "migrations: 0"
     assert not database.exists()
