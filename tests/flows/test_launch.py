@@ -24,7 +24,7 @@ from lotlip.core.compute import HostfileLaunch, LocalLaunch, RendezvousLaunch, S
 from tests.conftest import TinyWorld
 from tests.machines import Machine, need, two_machines, wait_until
 from tests.ssh import PROGRAMS, ssh_machines
-from tests.training import losses, tiny_job
+from tests.training import losses, tiny_job, train
 
 ROOT = Path(__file__).parents[2]
 TRAINING = "lotlip.train"
@@ -155,19 +155,27 @@ def test_other_launches_announce_nothing(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def single_process_losses(tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
-    """Losses of training in one process."""
-    return train(tiny_world, tmp_path_factory.mktemp("alone"), TrainingCompute().launch, processes=1)
+def single_process_losses(
+    tiny_world: TinyWorld, tmp_path_factory: pytest.TempPathFactory, process_group: dict[str, str]
+) -> list[float]:
+    """Losses of training in this process."""
+    with pytest.MonkeyPatch.context() as patch:  # the launchers below are not to find the group
+        for name, value in process_group.items():
+            patch.setenv(name, value)
+        return losses(train(tiny_job(tiny_world, tmp_path_factory.mktemp("alone"), {"steps": 3})))
 
 
 Wrap = Callable[[Sequence[str]], list[str]]
 
 
-def train(world: TinyWorld, folder: Path, how, processes: int = 2, wrap: Wrap = list) -> list[float]:
-    """Trains a few steps like the flow, and returns the losses. `wrap` runs a command on another machine."""
-    job = tiny_job(world, folder, {"steps": 3, "processes": processes})
+def train_by(how, world: TinyWorld, folder: Path, wrap: Wrap) -> list[float]:
+    """Trains a few steps in two processes like the flow, and returns the losses.
+
+    `wrap` runs a command on another machine.
+    """
+    job = tiny_job(world, folder, {"steps": 3, "processes": 2})
     job.write(folder / "job.json")
-    command = launch(TRAINING, [str(folder / "job.json")], processes, how)
+    command = launch(TRAINING, [str(folder / "job.json")], 2, how)
     with join.announced(command, how):
         run_group(wrap(command), print, folder / "errors.log")
     return losses(job)
@@ -179,13 +187,6 @@ def project(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.mark.system
-def test_training_on_two_machines_equals_training_on_one(single_process_losses, tiny_world, project):
-    how = RendezvousLaunch(kind="rendezvous", nodes=2, endpoint=f"localhost:{free_port()}")
-    with start_agent(project):
-        assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
 
 
 def in_pod(container: dict[str, Any], project: Path, world: Path) -> list[str]:
@@ -218,15 +219,24 @@ def test_training_in_two_confined_pods_equals_training_in_one_process(single_pro
     with two_machines(project / "pods", ("lotlip-0", "lotlip-1"), spec["subdomain"]) as (first, second):
         agent = [*start, "env", "JOB_COMPLETION_INDEX=1", *container["command"], *container["args"]]
         second.serve("agent", *agent)
-        trained = train(tiny_world, project, how, wrap=lambda command: first.inside([*start, *command]))
+        trained = train_by(how, tiny_world, project, wrap=lambda command: first.inside([*start, *command]))
         assert "joining -m torch.distributed.run" in second.logs()
     assert trained == pytest.approx(single_process_losses, abs=1e-5)
 
 
 @pytest.mark.system
-def test_training_with_deepspeeds_launcher_equals_training_in_one_process(single_process_losses, tiny_world, project):
-    how = HostfileLaunch(kind="hostfile", path=hostfile(project, "localhost slots=2\n"), port=free_port())
-    assert train(tiny_world, project, how) == pytest.approx(single_process_losses, abs=1e-5)
+def test_deepspeeds_launcher_gives_each_process_of_a_machine_its_place(project):
+    """All that training needs of a launcher; between machines, it trains by this one below."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    (project / "process.py").write_text(
+        f"import os, pathlib; told = [os.environ[name] for name in {names}]\n"
+        "pathlib.Path('rank-' + told[0]).write_text(' '.join(told))"
+    )
+    port = free_port()
+    how = HostfileLaunch(kind="hostfile", path=hostfile(project, "localhost slots=2\n"), port=port)
+    run_group(launch("process", [], 2, how), print, project / "errors.log")
+    told = sorted(path.read_text() for path in project.glob("rank-*"))
+    assert told == [f"{rank} {rank} 2 2 localhost {port}" for rank in range(2)]
 
 
 def two_hosts(folder: Path) -> HostfileLaunch:
@@ -249,7 +259,8 @@ def two_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Machin
 @pytest.mark.system
 def test_training_by_pdsh_and_ssh_equals_training_in_one_process(single_process_losses, tiny_world, project, two_nodes):
     how = two_hosts(project)
-    assert train(tiny_world, project, how, wrap=two_nodes[0].inside) == pytest.approx(single_process_losses, abs=1e-5)
+    trained = train_by(how, tiny_world, project, wrap=two_nodes[0].inside)
+    assert trained == pytest.approx(single_process_losses, abs=1e-5)
     assert all("Accepted publickey" in machine.logs() for machine in two_nodes)
 
 
@@ -281,26 +292,33 @@ def test_no_process_outlives_a_launch_by_pdsh_and_ssh(project, two_nodes):
     wait_until(lambda: not running(), lambda: "\n".join(running()))
 
 
+def listening(processes: Sequence[psutil.Process]) -> set[str]:
+    """The addresses at which processes accept connections."""
+    return {
+        connection.laddr.ip
+        for process in processes
+        for connection in process.net_connections("inet")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+
+@pytest.mark.slow
+def test_training_in_one_process_listens_on_loopback_only(single_process_losses):
+    assert listening([psutil.Process()]) <= {"127.0.0.1", "::1"}
+
+
 @pytest.mark.system
-@pytest.mark.parametrize("processes", [1, 2])
-def test_training_on_one_machine_listens_on_loopback_only(tiny_world, project, processes):
-    job = tiny_job(tiny_world, project, {"steps": 100000, "processes": processes})
+def test_training_in_several_processes_of_a_machine_listens_on_loopback_only(tiny_world, project):
+    job = tiny_job(tiny_world, project, {"steps": 100000, "processes": 2})
     job.write(project / "job.json")
-    with group(
-        launch(TRAINING, [str(project / "job.json")], processes, LocalLaunch()), stdout=subprocess.PIPE
-    ) as started:
+    with group(launch(TRAINING, [str(project / "job.json")], 2, LocalLaunch()), stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         assert any(b"step 3/" in line for line in started.stdout)
         launched = psutil.Process(started.pid)
         family = [launched, *launched.children(recursive=True)]
-        addresses = [
-            connection.laddr.ip
-            for process in family
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-    assert len(family) >= processes
-    assert set(addresses) <= {"127.0.0.1", "::1"}
+        addresses = listening(family)
+    assert len(family) >= 2
+    assert addresses <= {"127.0.0.1", "::1"}
 
 
 # --- reasons ------------------------------------------------------------------------------------------------------
