@@ -293,6 +293,7 @@ def _on_dask(compute: Compute) -> Iterator[Submit]:
     }
     if not address:
         settings |= {f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}
+        settings["distributed.worker.profile.enabled"] = False  # no page shows the stacks, taken every 10 ms
     logging.getLogger("distributed").setLevel(logging.WARNING)
     with ExitStack() as stack:
         stack.enter_context(dask.config.set(settings))
