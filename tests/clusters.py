@@ -6,7 +6,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,24 +25,24 @@ class Cluster:
     Attributes:
         address: as `compute.ray.address` and `compute.dask.address` take it.
         environment: variables that its programs and its users need.
-        join: the command of a node with two workers.
+        join: the command of a node with some workers.
         folder: for its files.
     """
 
     address: str
     environment: dict[str, str]
-    join: Sequence[str]
+    join: Callable[[int], list[str]]
     folder: Path
 
     @contextmanager
-    def node(self, environment: dict[str, str], *hidden: Path) -> Iterator[None]:
-        """Runs two workers, which find empty folders in the place of those that are hidden."""
+    def node(self, environment: dict[str, str], workers: int, *hidden: Path) -> Iterator[None]:
+        """Runs workers, which find empty folders in the place of those that are hidden."""
         need({"bwrap": "bubblewrap"})
         command = ["bwrap", "--dev-bind", "/", "/", "--unshare-pid", "--proc", "/proc", "--die-with-parent"]
         for folder in hidden:
             command += ["--tmpfs", str(folder)]
         with (self.folder / "node.log").open("a") as output:
-            start = [*command, "--chdir", str(self.folder), *self.join]
+            start = [*command, "--chdir", str(self.folder), *self.join(workers)]
             with group(start, env={**environment, **self.environment}, stdout=output, stderr=output):
                 yield
 
@@ -60,7 +60,8 @@ def ray_cluster(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]:
         group([*start, *head, f"--temp-dir={folder}"], env={**environment, **private}, stdout=output, stderr=output),
     ):
         await_listener(address)
-        yield Cluster(address, private, [*start, f"--address={address}", "--num-cpus=2"], folder)
+        join = [*start, f"--address={address}"]
+        yield Cluster(address, private, lambda workers: [*join, f"--num-cpus={workers}"], folder)
 
 
 @contextmanager
@@ -69,14 +70,14 @@ def dask_cluster(folder: Path, environment: dict[str, str]) -> Iterator[Cluster]
     address = f"tcp://127.0.0.1:{free_port()}"
     dask = str(Path(sys.executable).with_name("dask"))
     start = [dask, "scheduler", f"--port={address.rpartition(':')[2]}"]
-    join = [dask, "worker", address, "--nworkers=2", "--nthreads=1", f"--local-directory={folder}"]
+    join = [dask, "worker", address, "--nthreads=1", f"--local-directory={folder}"]
     both = ["--host=127.0.0.1", "--no-dashboard"]
     with (
         (folder / "scheduler.log").open("w") as output,
         group([*start, *both], env=environment, stdout=output, stderr=output),
     ):
         await_listener(address)
-        yield Cluster(address, {}, [*join, *both], folder)
+        yield Cluster(address, {}, lambda workers: [*join, *both, f"--nworkers={workers}"], folder)
 
 
 def await_listener(address: str) -> None:

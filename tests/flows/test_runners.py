@@ -8,12 +8,14 @@ import re
 import shutil
 import sys
 import threading
+from collections.abc import Iterable
 from concurrent.futures import Future
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from flows.runtime.runners import UnitLost, _Cluster, _Processes, task_runner
@@ -153,15 +155,13 @@ def test_a_process_survives_work_that_it_cannot_load(monkeypatch) -> None:
 
 # --- in a checkout ------------------------------------------------------------------------------------------------
 
-STAGES = (("ingest",), ("caption", "llava"), ("shard",), ("evaluate", "lotlip"))
-OUTPUTS = (
-    "data/ingest",
-    "data/captions/llava",
-    "data/shards",
-    "metrics/lotlip.json",
-    "metrics/summary",
-    "metrics/attention",
-)
+OUTPUTS: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("ingest",): ("data/ingest",),
+    ("caption", "llava"): ("data/captions/llava",),
+    ("shard",): ("data/shards",),
+    ("evaluate", "lotlip"): ("metrics/lotlip.json", "metrics/summary", "metrics/attention"),
+}
+STAGES = tuple(OUTPUTS)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,8 @@ def workspace(make_workspace) -> Workspace:
 
 def outputs(workspace: Workspace) -> dict[str, str]:
     """The hash of each file that the stages wrote."""
-    paths = [path for name in OUTPUTS for path in [workspace.folder / name, *(workspace.folder / name).rglob("*")]]
+    names = (name for written in OUTPUTS.values() for name in written)
+    paths = [path for name in names for path in [workspace.folder / name, *(workspace.folder / name).rglob("*")]]
     return {
         path.relative_to(workspace.folder).as_posix(): sha256(path.read_bytes()).hexdigest()
         for path in paths
@@ -196,26 +197,41 @@ def expected(workspace: Workspace) -> dict[str, str]:
     """What the stages write in threads."""
     found = outputs(workspace)
     names = " ".join(found)
-    assert all(f"{name}/" in names or name in found for name in OUTPUTS)
+    assert all(f"{name}/" in names or name in found for written in OUTPUTS.values() for name in written)
     return found
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("runner", ["processes", "dask", "ray"])
-def test_every_task_runner_writes_the_same_bytes(workspace: Workspace, expected, runner: str) -> None:
+@pytest.mark.parametrize(
+    ("runner", "stages"),
+    # Clusters of this machine: `test_caption` shows that they caption equally.
+    [("processes", STAGES), ("dask", (("shard",),)), ("ray", (("ingest",),))],
+    ids=["processes", "dask", "ray"],
+)
+def test_every_task_runner_writes_the_same_bytes(
+    workspace: Workspace, expected, runner: str, stages: tuple[tuple[str, ...], ...]
+) -> None:
     workspace.change(lambda params: params["compute"].update(task_runner=runner))
-    clear(workspace)
-    for stage in STAGES:
+    clear(workspace, stages)
+    before = processes_in(workspace.folder)
+    for stage in stages:
         done = run_stage(workspace, stage, runner)
         assert not re.search(r"- Retry |py\.warnings|ERROR|Traceback", done.stderr), done.stderr
     assert outputs(workspace) == expected
+    _, alive = psutil.wait_procs(processes_in(workspace.folder) - before, timeout=120)
+    assert not alive
 
 
-def clear(workspace: Workspace) -> None:
-    """Removes what the stages wrote."""
+def processes_in(folder: Path) -> set[psutil.Process]:
+    """The processes whose current folder it is, as that of a flow's workers."""
+    return {one for one in psutil.process_iter(["cwd"]) if one.info["cwd"] == str(folder)}
+
+
+def clear(workspace: Workspace, stages: Iterable[tuple[str, ...]] = STAGES) -> None:
+    """Removes what stages wrote."""
     for path in (workspace.folder / "data" / "caption-store").rglob("part-*"):
         path.unlink()  # or the captions would be reused
-    for name in OUTPUTS:
+    for name in (name for stage in stages for name in OUTPUTS[stage]):
         path = workspace.folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
@@ -262,11 +278,16 @@ def write_plugin(folder: Path) -> None:
 
 
 @pytest.mark.system
-@pytest.mark.parametrize("kind", ["dask", "ray"])
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    # Number of workers → stages: one worker imports the models once.
+    [("dask", {2: STAGES[:2], 1: STAGES[2:]}), ("ray", {1: STAGES[1:]})],
+    ids=["dask", "ray"],
+)
 def test_workers_that_have_none_of_the_projects_files_write_the_same_bytes(
-    workspace: Workspace, expected, tmp_path: Path, kind: str
+    workspace: Workspace, expected, tmp_path: Path, kind: str, shares: dict[int, tuple[tuple[str, ...], ...]]
 ) -> None:
-    """They know no server of Prefect either, and one is killed."""
+    """They know no server of Prefect either, and one is killed. Those of Ray first share the project's folder."""
     clear(workspace)
     on_nodes = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
     on_nodes["PYTHONPATH"] = f"{ROOT}{os.pathsep}{tmp_path}"
@@ -280,16 +301,16 @@ def test_workers_that_have_none_of_the_projects_files_write_the_same_bytes(
             done = run_stage(workspace, stage, kind, **cluster.environment)
             assert "Traceback" not in done.stderr, done.stderr
 
-        with cluster.node(on_nodes):
-            run(STAGES[0])
-        assert (workspace.folder / "data" / "ingest").is_dir()
-        shutil.rmtree(workspace.folder / "data" / "ingest")
+        if kind == "ray":
+            with cluster.node(on_nodes, 2):
+                run(("ingest",))
         workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(kind="dying"))
-        with cluster.node(on_nodes, workspace.folder):
-            (tmp_path / "dies").touch()
-            for stage in STAGES:
-                run(stage, shared_folder=False)
-            assert not (tmp_path / "dies").exists()
+        (tmp_path / "dies").touch()
+        for workers, stages in shares.items():
+            with cluster.node(on_nodes, workers, workspace.folder):
+                for stage in stages:
+                    run(stage, shared_folder=False)
+        assert not (tmp_path / "dies").exists()
     workspace.change(lambda params: params["caption"]["captioners"]["llava"].update(kind="scenes"))
     workspace.change(lambda params: params["compute"].update(shared_folder=True, **{kind: {"address": None}}))
     assert outputs(workspace) == expected
