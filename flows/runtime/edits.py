@@ -19,6 +19,7 @@ from lotlip.config.params import Params
 from lotlip.core.code import code_hash, is_edited
 from lotlip.core.differences import differences, format_differences
 from lotlip.core.section import ConfigError
+from lotlip.core.yaml import parse_yaml
 
 GRAPH, PARAMS = Path("dvc.yaml"), Path("params.yaml")
 
@@ -69,7 +70,7 @@ def check_watched_parameters(params: Params) -> None:
     except (OSError, yaml.YAMLError, AttributeError, TypeError):
         return
     watched = [name for name in given if isinstance(name, str) and "${" not in name]
-    values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    values = parse_yaml(PARAMS.read_text(encoding="utf-8"))
     defaults = params.model_dump(mode="json")
     missing = [
         f"{name}: {json.dumps(reduce(_member, name.split('.'), defaults), allow_nan=False)}"
@@ -89,7 +90,7 @@ def _has(values: Any, name: str) -> bool:
 
 def _stages() -> Iterator[dict[str, Any]]:
     """Yields the definition of each stage of dvc.yaml."""
-    graph = yaml.safe_load(GRAPH.read_text(encoding="utf-8")) or {}
+    graph = parse_yaml(GRAPH.read_text(encoding="utf-8")) or {}
     for entry in graph.get("stages", {}).values():
         yield entry.get("do", entry)
 
@@ -105,7 +106,7 @@ def parameters(stage: str, item: str | None) -> dict[str, Any]:
     for entry in _stages():
         if str(entry.get("cmd")).split()[:4] == ["python", "-m", "flows", stage]:
             names += [name.replace("${key}", item or "") for name in entry["params"]]
-    values = yaml.safe_load(PARAMS.read_text(encoding="utf-8"))
+    values = parse_yaml(PARAMS.read_text(encoding="utf-8"))
     return {name: reduce(_member, name.split("."), values) for name in names}
 
 

@@ -16,6 +16,7 @@ from lotlip.core.paths import Paths
 from lotlip.core.section import ConfigError, Name, Section, SectionT, flatten, merge, nearest
 from lotlip.core.stages import STAGES, section
 from lotlip.core.variants import Variants, kinds_of
+from lotlip.core.yaml import parse_yaml
 from lotlip.data.models import local_model
 from lotlip.evaluate.config import EvaluateConfig, PublishedBenchmarkConfig
 from lotlip.image_tower.config import (
@@ -346,7 +347,7 @@ def load_params(path: Path | str = "params.yaml") -> Params:
     """
     path = Path(path)
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConfigError(
             f"{path} does not exist; run from the project's root, or copy a file of profiles/ to it"
