@@ -226,9 +226,8 @@ def test_a_killed_worker_loses_nothing(workspace, expected) -> None:
 @pytest.mark.system
 @pytest.mark.parametrize(
     ("runner", "signs"),
-    # Processes end on an interrupt as clusters do on SIGTERM: by an exception in the flow.
     [
-        ("processes", (signal.SIGINT, signal.SIGKILL)),
+        ("processes", (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)),
         ("ray", (signal.SIGTERM, signal.SIGKILL)),
         ("dask", (signal.SIGTERM, signal.SIGKILL)),
     ],
