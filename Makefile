@@ -28,7 +28,7 @@ test-fast: setup ## run the unit tests that are not marked slow
 
 test-all: setup ## run all tests, with coverage
 	@coverage erase
-	@$(PYTEST) -p tests.measured
+	@$(PYTEST) -p tests.measured --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) # system tests wait for servers
 	@coverage combine --quiet
 	@coverage report --skip-covered
 
