@@ -18,6 +18,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow.store.db import utils as database
 
 from lotlip.core.files import write_json
 from lotlip.core.section import flatten
@@ -218,15 +219,16 @@ def test_a_damaged_store_is_an_error_with_a_remedy(store, tmp_path, damage):
 
 def test_a_new_store_is_a_copy_of_the_first_one(tmp_path, monkeypatch):
     monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
-    first, second = (f"sqlite:///{tmp_path / name / 'mlflow.db'}" for name in ("first", "second"))
-    (tmp_path / "first").mkdir()
-    Tracker(first, "mine")
-    monkeypatch.setattr("mlflow.store.db.utils._initialize_tables", None)  # no migrations from here on
     monkeypatch.chdir(tmp_path)
-    Tracker(second, "other")
-    experiments = {e.name: e.artifact_location for e in MlflowClient(tracking_uri=second).search_experiments()}
-    assert set(experiments) == {"Default", "other"}
-    assert all(place.startswith(str(tmp_path / "mlruns")) for place in experiments.values())
+    initialize = Mock(wraps=database._initialize_tables)
+    monkeypatch.setattr(database, "_initialize_tables", initialize)
+    for name in ("first", "second"):
+        store = f"sqlite:///{tmp_path / name / 'mlflow.db'}"
+        Tracker(store, name)
+        experiments = {e.name: e.artifact_location for e in MlflowClient(tracking_uri=store).search_experiments()}
+        assert set(experiments) == {"Default", name}
+        assert all(place.startswith(str(tmp_path / "mlruns")) for place in experiments.values())
+    assert initialize.call_count == 1
 
 
 @pytest.mark.parametrize(
@@ -238,7 +240,8 @@ def test_other_stores_are_left_alone(uri, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_store_is_not_changed(store):
+def test_an_existing_store_is_not_changed(store, client):
+    client.search_experiments()
     file = Path(store.removeprefix("sqlite:///"))
     before = file.read_bytes()
     prepare_store(store)

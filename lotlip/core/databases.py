@@ -12,34 +12,53 @@ from pathlib import Path
 
 from lotlip.core.caches import cache_folder, lock, private_folder
 from lotlip.core.files import atomic_write
+from lotlip.core.temporary import temporary_folder
 
 
-def create_database(path: Path, name: str, migrate: Callable[[], object], clean: str = "") -> None:
+def create_database(path: Path, name: str, migrate: Callable[[Path], object], clean: str = "") -> None:
     """Creates a database, unless the file exists.
 
     Args:
-        path: the new file.
+        path: the new file, or a link to it.
         name: says whose tables these are and of which version; an empty database is kept under this name.
-        migrate: creates `path` by migrations; called if no database is kept yet.
-        clean: SQL that deletes the rows that `migrate` writes and that depend on `path`; their owner writes them again.
+        migrate: creates a file with these tables; called if none is kept.
+        clean: SQL that removes rows that depend on where `migrate` ran.
     """
+    path = path.resolve()
+    if path.exists() and path.stat().st_size:  # an empty file may be one that is being copied
+        return
     kept = private_folder(cache_folder() / "databases") / f"{name}.db"
     with lock(kept.with_suffix(".lock"), wait=True):
         if path.exists():
             return
-        if kept.is_file():
-            _copy(kept, path)
+        if not _is_intact(kept):
+            with temporary_folder("database") as folder, atomic_write(kept) as partial:
+                migrate(folder / "new.db")
+                _copy(folder / "new.db", partial)
+                with closing(sqlite3.connect(partial)) as copy:
+                    copy.executescript(clean)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:  # another user of the folder was faster
             return
-        migrate()
-        with closing(sqlite3.connect(path)) as created:
-            created.executescript(clean)
-        _copy(path, kept)
+        try:
+            _copy(kept, path)  # one transaction: a kill leaves an empty file, in which its owner creates the tables
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _is_intact(database: Path) -> bool:
+    if not database.is_file() or not database.stat().st_size:
+        return False
+    try:
+        with closing(sqlite3.connect(database)) as opened:
+            return bool(opened.execute("PRAGMA quick_check(1)").fetchone() == ("ok",))
+    except sqlite3.DatabaseError:
+        return False
 
 
 def _copy(source: Path, target: Path) -> None:
-    with (
-        atomic_write(target) as partial,
-        closing(sqlite3.connect(source)) as original,
-        closing(sqlite3.connect(partial)) as copy,
-    ):
+    with closing(sqlite3.connect(source)) as original, closing(sqlite3.connect(target)) as copy:
         original.backup(copy)

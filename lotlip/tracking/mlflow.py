@@ -438,8 +438,13 @@ def prepare_store(uri: str) -> None:
     if not uri.startswith(SQLITE) or "?" in uri or path.name == ":memory:" or path.is_dir():
         return
     if not path.exists():
-        # MLflow adds the default experiment, which names a folder for artifacts, when it opens a store that has none
-        create_database(path, f"mlflow-{version('mlflow')}", lambda: _open(uri), "DELETE FROM experiments")
+        # MLflow adds its default experiment, which names a folder for artifacts, when it opens a store that has none
+        create_database(
+            path,
+            f"mlflow-{version('mlflow')}",
+            migrate=lambda new: _open(f"{SQLITE}{new}"),
+            clean="DELETE FROM experiments",
+        )
         return
     base = sqlite3.connect(path)
     try:

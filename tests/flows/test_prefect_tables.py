@@ -23,9 +23,9 @@ from prefect import settings
 from flows.runtime import applications
 
 migrate, runs = applications._migrate, []
-def counted():
+def counted(path):
     runs.append(1)
-    migrate()
+    migrate(path)
 applications._migrate = counted
 for changes in json.loads(sys.argv[1]):
     with settings.temporary_settings({getattr(settings, name): value for name, value in changes.items()}):
