@@ -59,9 +59,6 @@ PRELOADED = (
     "duckdb",
     "prefect.flow_engine",
     "prefect.task_engine",
-    "lotlip.pretrain.trainer",
-    "lotlip.tracking.mlflow",
-    "lotlip.evaluate.ablation",
 )
 
 
@@ -249,12 +246,15 @@ def _receive_request(client: socket.socket) -> tuple[dict[str, Any] | None, list
 
 
 def _prepare() -> None:
-    """Computes what every fork would compute."""
-    from lotlip.core.data_docs import compile_templates
-
-    compile_templates()
+    """Computes what every fork would compute. A stage that needs what fails here reports it itself."""
+    for name in ("lotlip.pretrain.trainer", "lotlip.tracking.mlflow", "lotlip.evaluate.ablation"):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
     for stage in STAGES:
-        stage_files(stage)
+        with contextlib.suppress(SyntaxError, OSError, UnicodeDecodeError):
+            stage_files(stage)
+    with contextlib.suppress(Exception):
+        importlib.import_module("lotlip.core.data_docs").compile_templates()
 
 
 class _Stopped(Exception):

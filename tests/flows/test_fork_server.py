@@ -1,4 +1,4 @@
-"""Imports of the fork server do not initialise CUDA."""
+"""What the fork server does before it forks."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ import textwrap
 
 import pytest
 
+from flows.runtime import fork_server
 from lotlip.core.code import ROOT
+from lotlip.core.stages import STAGES
 
 # CUDA cannot be used after a fork if it was initialised before. Without a GPU, stand-ins for torch's functions of the
 # driver record their calls; with a GPU, a fork uses it.
 PROBE = """
     import importlib, json, os, sys, traceback
     import torch
-    from flows.runtime.fork_server import PRELOADED
+    from flows.runtime.fork_server import PRELOADED, _prepare
 
     calls = []
     gpu = torch.cuda._device_count_nvml() > 0
@@ -31,6 +33,7 @@ PROBE = """
         torch._C._cuda_init = stand_in("torch._C._cuda_init", None)
     for name in PRELOADED:
         importlib.import_module(name)
+    _prepare()
     found = {"calls": calls, "initialised": torch.cuda.is_initialized(), "fork": 0}
     if gpu:
         child = os.fork()
@@ -54,3 +57,18 @@ def probe() -> dict[str, object]:
 @pytest.mark.system
 def test_no_import_initialises_cuda_before_the_fork() -> None:
     assert probe() == {"calls": [], "initialised": False, "fork": 0}
+
+
+@pytest.mark.slow
+def test_a_broken_source_file_does_not_end_the_fork_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages that do not import it run; the others report it themselves."""
+    parsed = []
+
+    def parse(stage: str) -> None:
+        parsed.append(stage)
+        raise SyntaxError("'(' was never closed (rendering.py, line 3)")
+
+    monkeypatch.setattr(fork_server, "stage_files", parse)
+    monkeypatch.setattr(fork_server.importlib, "import_module", parse)
+    fork_server._prepare()
+    assert set(STAGES) < set(parsed)

@@ -34,7 +34,8 @@ print(os.getpid(), child.pid, flush=True)
 time.sleep(600)
 """
 # `python -m flows.runtime.fork_server` without its imports, which take seconds
-QUICK = "import socket, sys; from flows.runtime import fork_server; fork_server.PRELOADED = (); \
+QUICK = "import socket, sys; from flows.runtime import fork_server; \
+fork_server.PRELOADED = (); fork_server._prepare = lambda: None; \
 fork_server._Server(socket.socket(fileno=int(sys.argv[1])), sys.stdin.buffer).serve()"
 
 
