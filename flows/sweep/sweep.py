@@ -101,8 +101,7 @@ def sweep(settings: Sweep) -> None:
             _update_data(environment)
             snapshot = Snapshot.take(root)
             runner = LocalRunner(settings, params, snapshot, flow_run_address(), environment)
-            if SOCKET not in environment and not all(map(runner.is_finished, map(runner.experiment, grid))):
-                runner.environment = stack.enter_context(_snapshot_fork_server(snapshot, environment))
+            stack.enter_context(_fork_server_for(runner, grid))
         stack.callback(runner.stop)
         outcomes = _run_all(runner, grid, log)
     conclude(settings, runner, grid, outcomes)
@@ -285,16 +284,23 @@ def _update_data(environment: Mapping[str, str], pull: bool = False) -> None:
 
 
 @contextmanager
-def _snapshot_fork_server(snapshot: Snapshot, environment: dict[str, str]) -> Iterator[dict[str, str]]:
-    """Runs a fork server with the snapshot's code, because the project may change during the sweep."""
-    folder = snapshot.root / SCRATCH / "sweeps" / f"code-{os.getpid()}"
+def _fork_server_for(runner: LocalRunner, grid: Sequence[Trial]) -> Iterator[None]:
+    """Runs a fork server for the trials of a grid, unless one is given or all trials are finished.
+
+    It has the snapshot's code, because the project may change during the sweep.
+    """
+    if SOCKET in runner.environment or all(runner.is_finished(runner.experiment(trial)) for trial in grid):
+        yield
+        return
+    folder = runner.snapshot.root / SCRATCH / "sweeps" / f"code-{os.getpid()}"
     for stale in folder.parent.glob("code-*"):  # left by killed sweeps
         if stale == folder or not psutil.pid_exists(int(stale.name.removeprefix("code-"))):
             remove(stale)
     try:
-        snapshot.unpack(folder)
-        with fork_server({**environment, "PYTHONPATH": str(folder)}, folder) as extended:
-            yield extended
+        runner.snapshot.unpack(folder)
+        with fork_server({**runner.environment, "PYTHONPATH": str(folder)}, folder) as environment:
+            runner.environment = environment
+            yield
     finally:
         remove(folder)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -18,9 +19,10 @@ import pytest
 from pydantic import ValidationError
 
 from flows.deployments import NIGHTLY, WEEKLY
+from flows.runtime.fork_server import SOCKET
 from flows.runtime.servers import free_port
 from flows.sweep.runners import DONE, FAILED, REUSED, WAITING, Outcome
-from flows.sweep.sweep import _snapshot_fork_server, time_left
+from flows.sweep.sweep import _fork_server_for, time_left
 from flows.sweep.trials import Sweep, Trial, make_grid, short_name
 from flows.sweep.workspaces import Snapshot, set_params
 from lotlip.config.params import Params, load_params
@@ -276,15 +278,31 @@ def test_a_sweep_has_a_fork_server_with_its_own_copy_of_the_code(done: Workspace
     try:
         snapshot = Snapshot.take(done.folder)
         code.write_text("# changed during the sweep")
-        with _snapshot_fork_server(snapshot, {"OTHER": "kept"}) as environment:
-            folder = environment.pop("at")
-            assert environment == {"OTHER": "kept", "PYTHONPATH": str(folder)}
+        runner = local_runner(snapshot, {"OTHER": "kept"}, finished=["a"])
+        with _fork_server_for(runner, ["a", "b"]):
+            folder = runner.environment.pop("at")
+            assert runner.environment == {"OTHER": "kept", "PYTHONPATH": str(folder)}
             assert (folder / "flows" / "clean.py").read_text() == "# changed, and not committed"
             assert (folder / "lotlip" / "__init__.py").is_file()
             assert not stale.exists()
         assert not folder.exists()
     finally:
         code.write_text(before)
+
+
+@pytest.mark.parametrize(("environment", "finished"), [({}, ["a", "b"]), ({SOCKET: "given"}, [])])
+def test_a_sweep_starts_no_fork_server_that_it_does_not_need(monkeypatch, environment, finished):
+    monkeypatch.setattr("flows.sweep.sweep.fork_server", None)
+    runner = local_runner(None, environment, finished)
+    with _fork_server_for(runner, ["a", "b"]):
+        assert runner.environment == environment
+
+
+def local_runner(snapshot: Snapshot | None, environment: dict[str, str], finished: list[str]) -> Any:
+    """What a fork server is started for; trials and experiments are names."""
+    return SimpleNamespace(
+        snapshot=snapshot, environment=environment, experiment=lambda trial: trial, is_finished=finished.__contains__
+    )
 
 
 @pytest.fixture(scope="module")
