@@ -26,11 +26,11 @@ test: setup ## run the unit and integration tests
 test-fast: setup ## run the unit tests that are not marked slow
 	@$(PYTEST) -m "not slow and not integration and not system"
 
+# System tests wait for servers for a fifth of their time, so there is a worker more than cores.
 test-all: setup ## run all tests, with coverage
 	@coverage erase
-	@$(PYTEST) -p tests.measured --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) # system tests wait for servers
-	@coverage combine --quiet
-	@coverage report --skip-covered
+	@status=0; $(PYTEST) -p tests.measured --numprocesses $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --maxprocesses 5 \
+		|| status=$$?; coverage combine --quiet; coverage report --skip-covered || status=$$?; exit $$status
 
 lint: setup ## run ruff, ruff format, import-linter and mypy
 	@ruff check .
