@@ -125,7 +125,9 @@ def remove_outdated_report(params: Params) -> None:
 
 
 def _run(runs: Sequence[Sequence[str]], parallel: int, pull: bool) -> int:
-    """Runs stale stages with a Prefect server and a fork server, up to the first that fails. Those given are used.
+    """Runs stale stages with a Prefect server and a fork server, up to the first that fails.
+
+    The servers that the environment names are used instead of new ones.
 
     Args:
         runs: as of `reproduce`.

@@ -10,9 +10,9 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # PyYAML's wheels have 
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML without objects of Python.
+    """Parses YAML; refuses tags that would create objects of Python.
 
-    Every stage reads params.yaml several times; libyaml takes a seventh of the time of the parser in Python.
+    Every stage parses params.yaml twice; libyaml takes a seventh of the time of the parser in Python.
 
     Raises:
         yaml.YAMLError: it is not YAML; the message quotes the line.
@@ -20,5 +20,5 @@ def parse_yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader=_LOADER)  # noqa: S506 (a safe loader)
     except yaml.YAMLError:
-        yaml.safe_load(text)  # its message also quotes the line
+        yaml.safe_load(text)  # libyaml's message lacks the line
         raise

@@ -263,7 +263,7 @@ def test_workers_end_with_their_flow(workspace, expected, runner, signs) -> None
 
 
 def await_worker(workspace: Workspace, key: str, process: subprocess.Popen[bytes]) -> None:
-    """Waits until another worker has replaced a killed one, and an image was captioned again; the rest once."""
+    """Waits until a new worker has captioned the image again that killed a worker; at most a unit is repeated."""
     deadline = time.monotonic() + 900
     while True:
         calls = read_calls(workspace)
