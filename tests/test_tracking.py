@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import count
@@ -18,8 +19,10 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from mlflow import __version__ as mlflow_version
 from mlflow.store.db import utils as database
 
+from lotlip.core.caches import lock
 from lotlip.core.files import write_json
 from lotlip.core.section import flatten
 from lotlip.evaluate.records import BenchmarkScores
@@ -238,6 +241,18 @@ def test_other_stores_are_left_alone(uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     prepare_store(uri)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_store_in_the_middle_of_its_creation_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("LOTLIP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "mlflow.db").touch()
+    opening = threading.Thread(target=prepare_store, args=[f"sqlite:///{tmp_path / 'mlflow.db'}"])
+    with lock(tmp_path / "cache" / "databases" / f"mlflow-{mlflow_version}.lock"):
+        opening.start()
+        opening.join(0.3)
+        assert opening.is_alive()
+    opening.join(60)
+    assert not opening.is_alive()
 
 
 def test_an_existing_store_is_not_changed(store, client):

@@ -437,7 +437,7 @@ def prepare_store(uri: str) -> None:
     path = Path(uri.removeprefix(SQLITE))
     if not uri.startswith(SQLITE) or "?" in uri or path.name == ":memory:" or path.is_dir():
         return
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # an empty one may be in the middle of its creation
         # MLflow adds its default experiment, which names a folder for artifacts, when it opens a store that has none
         create_database(
             path,
@@ -445,7 +445,6 @@ def prepare_store(uri: str) -> None:
             migrate=lambda new: _open(f"{SQLITE}{new}"),
             clean="DELETE FROM experiments",
         )
-        return
     base = sqlite3.connect(path)
     try:
         result = base.execute("PRAGMA quick_check(1)").fetchone()
