@@ -87,6 +87,18 @@ def test_a_failing_migration_leaves_nothing(tmp_path, migrations):
     assert not list((tmp_path / "cache" / "databases").glob("*.db*"))
 
 
+def test_a_failing_copy_leaves_nothing(tmp_path, migrations, monkeypatch):
+    create(tmp_path / "first.db", migrations)
+
+    def fail(source: Path, target: Path) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lotlip.core.databases._copy", fail)
+    with pytest.raises(OSError, match="disk full"):
+        create(tmp_path / "a.db", migrations)
+    assert not (tmp_path / "a.db").exists()
+
+
 def test_a_database_that_another_program_creates_meanwhile_stays(tmp_path, migrations):
     path = tmp_path / "a.db"
 

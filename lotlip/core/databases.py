@@ -11,7 +11,7 @@ from contextlib import closing
 from pathlib import Path
 
 from lotlip.core.caches import cache_folder, lock, private_folder
-from lotlip.core.files import atomic_write
+from lotlip.core.files import atomic_write, remove
 from lotlip.core.temporary import temporary_folder
 
 
@@ -45,8 +45,12 @@ def create_database(path: Path, name: str, migrate: Callable[[Path], object], cl
         try:
             _copy(kept, path)  # one transaction: a kill leaves an empty file, in which its owner creates the tables
         except BaseException:
-            path.unlink()
+            remove(path, ours=_is_empty)
             raise
+
+
+def _is_empty(file: Path) -> bool:
+    return not file.stat().st_size
 
 
 def _is_intact(database: Path) -> bool:
